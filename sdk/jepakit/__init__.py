@@ -1,0 +1,63 @@
+"""jepakit: adapt an image backbone to your own images, export it, serve it, probe it.
+
+Importing it is light: torch, Pillow, Ray and the like are imported by the call that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jepakit._frontdoor import adapt as adapt
+    from jepakit._frontdoor import export as export
+    from jepakit.bundle import Bundle as Bundle
+    from jepakit.bundle import open_bundle as open_bundle
+    from jepakit.client import AsyncClient as AsyncClient
+    from jepakit.client import Client as Client
+    from jepakit.embeddings import Embeddings as Embeddings
+    from jepakit.errors import JepakitError as JepakitError
+    from jepakit.probes import KNNProbe as KNNProbe
+    from jepakit.probes import LinearProbe as LinearProbe
+    from jepakit.probes import load_probe as load_probe
+    from jepakit.run import Run as Run
+    from jepakit.run import open_run as open_run
+    from jepakit.session import Model as Model
+    from jepakit.session import load as load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AsyncClient": "client",
+    "Bundle": "bundle",
+    "Client": "client",
+    "Embeddings": "embeddings",
+    "JepakitError": "errors",
+    "KNNProbe": "probes",
+    "LinearProbe": "probes",
+    "Model": "session",
+    "Run": "run",
+    "adapt": "_frontdoor",
+    "export": "_frontdoor",
+    "load": "session",
+    "load_probe": "probes",
+    "open_bundle": "bundle",
+    "open_run": "run",
+}
+
+__all__ = [  # noqa: RUF022 (sorted as _HOME is)
+    "AsyncClient", "Bundle", "Client", "Embeddings", "JepakitError", "KNNProbe", "LinearProbe", "Model", "Run",
+    "adapt", "export", "load", "load_probe", "open_bundle", "open_run", "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jepakit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jepakit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""Multinomial logistic regression by L-BFGS in plain numpy (the light client has no scikit-learn)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_MEMORY, _MAX_STEPS, _TOLERANCE = 10, 500, 1e-6
+
+
+def fit_logistic(
+    vectors: Floats,
+    targets: NDArray[np.intp],
+    C: float,
+    *,
+    start: Floats | None = None,
+    n_classes: int | None = None,
+) -> Floats:
+    """Minimise C · Σ cross-entropy + ½‖W‖², scikit-learn's objective; the bias is not penalised.
+
+    vectors [N, D], targets [N] in 0 … K-1; returns weights [D + 1, K], the bias in the last row.
+    """
+    n, dim = vectors.shape
+    classes = n_classes or int(targets.max()) + 1
+    one_hot = np.eye(classes)[targets]
+    # For two classes scikit-learn penalises one vector w; our two columns ±w/2 hold half of its square.
+    penalty = (2 if classes == 2 else 1) / (C * n)
+
+    def loss_and_gradient(flat: Floats) -> tuple[float, Floats]:
+        weights = flat.reshape(dim + 1, classes)
+        logits = vectors @ weights[:-1] + weights[-1]
+        logits -= logits.max(axis=1, keepdims=True)
+        exps = np.exp(logits)
+        sums = exps.sum(axis=1, keepdims=True)
+        loss = float((np.log(sums).sum() - (logits * one_hot).sum()) / n + penalty / 2 * np.square(weights[:-1]).sum())
+        residual = (exps / sums - one_hot) / n
+        gradient = np.empty_like(weights)
+        gradient[:-1] = vectors.T @ residual + penalty * weights[:-1]
+        gradient[-1] = residual.sum(axis=0)
+        return loss, gradient.ravel()
+
+    first = np.zeros((dim + 1) * classes) if start is None else start.ravel().copy()
+    return _lbfgs(loss_and_gradient, first).reshape(dim + 1, classes)
+
+
+def softmax(logits: Floats) -> Floats:
+    """Row-wise softmax, [N, K]."""
+    exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: Floats = exps / exps.sum(axis=1, keepdims=True)
+    return result
+
+
+def _lbfgs(function: Callable[[Floats], tuple[float, Floats]], x: Floats) -> Floats:
+    """Minimise a smooth convex function (Nocedal & Wright, algorithm 7.5, with a backtracking line search)."""
+    history: deque[tuple[Floats, Floats, float]] = deque(maxlen=_MEMORY)
+    loss, gradient = function(x)
+    for _ in range(_MAX_STEPS):
+        if np.abs(gradient).max() < _TOLERANCE:
+            break
+        direction = -_inverse_hessian_times(gradient, history)
+        slope = float(gradient @ direction)
+        step = 1.0 if history else min(1.0, 1 / float(np.abs(gradient).sum()))
+        for _ in range(30):
+            new_x = x + step * direction
+            new_loss, new_gradient = function(new_x)
+            if new_loss <= loss + 1e-4 * step * slope:
+                break
+            step /= 2
+        else:
+            break  # no descent left at this precision: converged
+        s, y = new_x - x, new_gradient - gradient
+        if (curvature := float(s @ y)) > 1e-12 * float(y @ y):
+            history.append((s, y, 1 / curvature))
+        x, loss, gradient = new_x, new_loss, new_gradient
+    return x
+
+
+def _inverse_hessian_times(gradient: Floats, history: deque[tuple[Floats, Floats, float]]) -> Floats:
+    """The two-loop recursion."""
+    q = gradient.copy()
+    alphas = []
+    for s, y, rho in reversed(history):
+        alpha = rho * float(s @ q)
+        alphas.append(alpha)
+        q -= alpha * y
+    if history:
+        s, y, rho = history[-1]
+        q *= 1 / (rho * float(y @ y))
+    for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
+        q += (alpha - rho * float(y @ q)) * s
+    return q

@@ -1,0 +1,87 @@
+"""Wording shared by error messages: suggestions for typos, and pydantic's complaints in one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from jepakit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
+
+_Model = TypeVar("_Model", bound="BaseModel")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean a, b?"` for the known words nearest to `word`, or an empty string."""
+    nearest = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(nearest)}?" if nearest else ""
+
+
+def parse(model: type[_Model], values: dict[str, object]) -> _Model:
+    """`model(**values)`, with pydantic's ValidationError turned into one clear ConfigError."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every complaint of a pydantic ValidationError on one line: setting, value seen, what is wanted.
+
+    A setting of several possible types is told once, with what each of them wants.
+    """
+    complaints: dict[str, list[str]] = {}
+    for detail in error.errors():
+        where = _setting(detail["loc"], model)
+        words = _words(where, detail, model)
+        if words not in complaints.setdefault(where, []):
+            complaints[where].append(words)
+    return "; ".join(_join(where, words) for where, words in complaints.items())
+
+
+def _setting(loc: Sequence[int | str], model: type[BaseModel]) -> str:
+    """The dotted name of the setting: fields of `model` and of groups within it, without pydantic's type tags."""
+    names: list[str] = []
+    group: type[BaseModel] | None = model
+    for part in loc:
+        if group is None:
+            break
+        names.append(str(part))
+        group = _group(group, str(part))
+    return ".".join(names)
+
+
+def _group(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    from pydantic import BaseModel
+
+    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
+    if detail["type"] == "extra_forbidden":
+        *parents, last = where.split(".")
+        for parent in parents:
+            model = _group(model, parent) or model
+        return f"unknown setting {where!r}{did_you_mean(last, model.model_fields)}"
+    if detail["type"] == "missing" and not isinstance(detail["loc"][-1], int):
+        return f"setting {where!r} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        message += did_you_mean(detail["input"], re.findall(r"'([^']*)'", message))
+    seen = repr(detail["input"])
+    return f"{where} = {seen if len(seen) < 80 else seen[:77] + '...'}: {message[0].lower() + message[1:]}"
+
+
+def _join(where: str, words: list[str]) -> str:
+    first, *others = words
+    return " or ".join([first, *(word.removeprefix(f"{where} = ").partition(": ")[2] or word for word in others)])

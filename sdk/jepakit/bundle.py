@@ -1,0 +1,306 @@
+"""The bundle: one immutable folder that holds a backbone, how to feed it, and proof that it is whole.
+
+    bundle/
+      manifest.json         this module's `Manifest`
+      weights.safetensors   a plain timm state dict of the backbone
+      golden.npz            synthetic inputs and torch's vectors for them
+      model.onnx            after export
+
+Digests catch damage: any changed byte in any file, the manifest included, is an error naming the file.
+They do not catch replacement by someone who also rewrites the manifest: for that, note the bundle's
+`digest` (printed at export) and pin it (`jepakit serve --expect DIGEST`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jepakit._messages import explain
+from jepakit.errors import BundleError
+from jepakit.evaluate import Comparison
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+GOLDEN = "golden.npz"
+GRAPH = "model.onnx"
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StartWeights(_Frozen):
+    """Where the weights before adaptation came from, and under which licence."""
+
+    source: str
+    license: str
+
+
+class Backbone(_Frozen):
+    """A timm architecture: `timm.create_model(name, num_classes=0, **arguments)`."""
+
+    name: str
+    arguments: dict[str, bool | int | float | str]
+    start: StartWeights
+
+
+class Preprocess(_Frozen):
+    """How an image file becomes the graph's input, and the constants of the graph's first layers.
+
+    Resize so that the shorter side is `resize_to` (rule "shorter") or both sides are (rule "squash"), crop
+    the middle `size` × `size`; then x / 255, minus mean, over std, per band, inside the graph.
+    """
+
+    size: Annotated[int, Field(ge=8, le=4096, description="pixels a side that the graph takes")]
+    resize_to: Annotated[int, Field(ge=8, le=8192)]
+    resize: Literal["shorter", "squash"]
+    interpolation: Literal["bicubic", "bilinear"]
+    bands: Literal[3]
+    dtype: Literal["uint8"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.resize_to < self.size:
+            raise ValueError(f"resize_to {self.resize_to} is smaller than size {self.size}: nothing could be cropped")
+        if len(self.mean) != self.bands or len(self.std) != self.bands or min(self.std) <= 0:
+            raise ValueError(f"mean and std need {self.bands} numbers each, std above 0")
+        return self
+
+
+class EmbeddingSpec(_Frozen):
+    """What the vector is: pooled how, shifted and divided by what, of length 1 or not.
+
+    `center` and `scale` are one number per dimension, measured on the domain's images; None where unused.
+    """
+
+    dim: Annotated[int, Field(ge=1)]
+    pooling: Literal["head", "stages"]
+    standardize: Literal["none", "center", "scale"]
+    center: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+    normalize: bool = False
+
+
+class Graph(_Frozen):
+    """Facts of `model.onnx`."""
+
+    precision: Literal["fp32"]
+    opset: int
+    relative_error: float
+    """Largest difference to torch over the largest value, over all golden inputs and batch sizes checked."""
+    batch_sizes: tuple[int, ...]
+
+
+class Provenance(_Frozen):
+    """How the weights came to be."""
+
+    config: dict[str, Any]
+    steps: int
+    images_seen: int
+    data_digest: str | None
+    versions: dict[str, str]
+
+
+class Manifest(_Frozen):
+    """Everything a reader of the bundle needs to know. `files` maps each file to its SHA-256."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    model_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    backbone: Backbone
+    preprocess: Preprocess
+    embedding: EmbeddingSpec
+    provenance: Provenance
+    comparison: Comparison | None = None
+    graph: Graph | None = None
+    files: dict[str, Digest] = {}
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        """SHA-256 of the manifest's canonical JSON without the field `digest`."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json", exclude={"digest"}))).hexdigest()
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no spaces, UTF-8: the same bytes for the same value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def compute_model_id(
+    backbone: Backbone,
+    preprocess: Preprocess,
+    embedding: EmbeddingSpec,
+    tensors: Mapping[str, np.ndarray[Any, Any]],
+    precision_class: Literal["float", "int8"] = "float",
+) -> str:
+    """The name of the vector space, 16 hex digits.
+
+    SHA-256 over the canonical JSON of architecture, preprocess, embedding and precision class, then by
+    sorted name each tensor's name, dtype, shape and little-endian bytes. Never of file bytes: fp32 and fp16
+    graphs of the same weights share one space, int8 has its own.
+    """
+    spec = {
+        "backbone": {"name": backbone.name, "arguments": backbone.arguments},
+        "preprocess": preprocess.model_dump(mode="json"),
+        "embedding": embedding.model_dump(mode="json"),
+        "precision": precision_class,
+    }
+    digest = hashlib.sha256(canonical_json(spec))
+    for name in sorted(tensors):
+        tensor = np.asarray(tensors[name])
+        digest.update(canonical_json([name, tensor.dtype.str.lstrip("<>|="), list(tensor.shape)]))
+        digest.update(np.ascontiguousarray(tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def name_for(folder: Path) -> str:
+    """The folder's name as a model name: whatever a URL or a shell would mind becomes `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:128] or "model"
+
+
+def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> Manifest:
+    """Write a bundle atomically; returns the manifest as written, with `files` and `digest` filled in.
+
+    `write_files(folder)` puts every file but the manifest into a temporary folder beside `path`; digests
+    are computed, everything is flushed to disk, then the folder is renamed into place. A crash leaves
+    either no bundle or a whole one. Raises BundleError when `path` already exists.
+    """
+    if path.exists():
+        raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
+    try:
+        write_files(folder)
+        files = {file.name: sha256(file.read_bytes()) for file in sorted(folder.iterdir())}
+        manifest = manifest.model_copy(update={"files": files})
+        manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
+        (folder / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
+        for file in folder.iterdir():
+            # safetensors writes 0600; a service that runs as another user must be able to read it.
+            file.chmod(0o644)
+            _fsync(file)
+        folder.chmod(0o755)
+        _fsync(folder)
+        folder.rename(path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been checked; `read` checks each file as it hands out its bytes."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, name={self.manifest.name!r}, model_id={self.manifest.model_id!r})"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest: what `jepakit serve --expect` pins."""
+        return self.manifest.digest
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of one file of the bundle; BundleError names the file when they are not right."""
+        if name not in self.manifest.files:
+            hint = "; run `jepakit export` on it first" if name == GRAPH else ""
+            raise BundleError(f"bundle {self.path} has no {name}{hint}")
+        file = self.path / name
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"{file} cannot be read ({error.strerror}): the bundle is incomplete, copy it again"
+            ) from None
+        if sha256(data) != self.manifest.files[name]:
+            raise BundleError(
+                f"{file} is damaged: its SHA-256 is not the manifest's {self.manifest.files[name][:12]}…; "
+                "copy the bundle again or export it anew"
+            )
+        return data
+
+    def verify(self) -> None:
+        """Check every file; BundleError names the first one that is damaged, missing or extra."""
+        for name in self.manifest.files:
+            self.read(name)
+        strangers = {file.name for file in self.path.iterdir()} - set(self.manifest.files) - {MANIFEST}
+        if strangers:
+            raise BundleError(
+                f"{self.path / min(strangers)} does not belong to the bundle: its manifest does not list it"
+            )
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open a bundle, checking its manifest (not yet the other files; see `Bundle.verify`).
+
+    Raises BundleError when `path` is no bundle, or its manifest is damaged or of another schema version.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        hint = f"; did you mean {path / 'bundle'}?" if (path / "bundle" / MANIFEST).is_file() else ""
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file} cannot be read: {error}") from None
+    return Bundle(path, _parse_manifest(text, file))
+
+
+def _parse_manifest(text: str, file: Path) -> Manifest:
+    """The manifest, every byte of it proven: parsed values by the digest, the rest by writing them again."""
+    again = "copy the bundle again or export it anew"
+    try:
+        values = json.loads(text)
+        if isinstance(values, dict) and values.get("schema_version") != 1:
+            version = values.get("schema_version")
+            raise BundleError(f"{file} has schema version {version!r}, this jepakit reads version 1: upgrade jepakit")
+        manifest = Manifest.model_validate(values)
+        strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
+        if strangers:
+            raise BundleError(f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): refuse it, jepakit did not make it")
+        whole = manifest.digest == manifest.computed_digest() and text == _render_manifest(manifest)
+    except BundleError:
+        raise
+    except ValidationError as error:
+        raise BundleError(f"{file} is damaged ({explain(error, Manifest)[:300]}): {again}") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is damaged ({str(error)[:300]}): {again}") from None
+    if not whole:
+        raise BundleError(f"{file} is damaged, it does not match its own digest: {again}")
+    return manifest
+
+
+def _render_manifest(manifest: Manifest) -> str:
+    return manifest.model_dump_json(indent=1) + "\n"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

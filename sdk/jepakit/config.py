@@ -1,0 +1,197 @@
+"""The settings of adaptation and export: one class each, whichever door they come through.
+
+The Python call, the command line and the TOML file all end in these classes. They are checked before torch
+is imported, so that a typo fails in a blink. Rules for defaults are written once, here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from jepakit._messages import did_you_mean
+from jepakit._timm_names import check_name
+from jepakit.bundle import NAME_PATTERN
+
+Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ViewsConfig(_Settings):
+    """How views are cut and changed. A domain preset fills in the second half; any value can be overridden."""
+
+    n_global: Annotated[int, Field(ge=1, le=8)] = 2
+    """Global views an image, at the image size."""
+    n_local: Annotated[int, Field(ge=0, le=16)] = 4
+    """Local views an image, at `local_size`."""
+    global_area: tuple[Fraction, Fraction] = (0.3, 1.0)
+    """Share of the image's area that a global view shows."""
+    local_area: tuple[Fraction, Fraction] = (0.05, 0.3)
+    """Share of the image's area that a local view shows."""
+    local_size: Annotated[int, Field(ge=16)] | None = None
+    """Pixels a side of local views; None: 96/224 of the image size, rounded to the backbone's patch or stride."""
+
+    @field_validator("global_area", "local_area")
+    @classmethod
+    def _rising(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < area[0] <= area[1]:
+            raise ValueError("give the smallest and the largest share, e.g. [0.3, 1.0]")
+        return area
+
+    horizontal_flip: Fraction = 0.5
+    vertical_flip: Fraction = 0.0
+    quarter_turns: bool = False
+    """Rotate by a random multiple of 90°."""
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Rotate by up to so much, either way."""
+    brightness: Fraction = 0.3
+    contrast: Fraction = 0.3
+    saturation: Fraction = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    gray: Fraction = 0.0
+    """Probability of losing colour."""
+    blur: Fraction = 0.0
+    """Probability of a Gaussian blur, sigma 0.1 to 2 at 224 px."""
+    solarize: Fraction = 0.0
+    """Probability of inverting the bright pixels."""
+
+
+# What a colour, a stain or a density means differs by domain: a preset never destroys it (lejepa.md 3).
+PRESETS: dict[Domain, dict[str, float | bool]] = {
+    "general": {},
+    "natural": {
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.2,
+        "hue": 0.1,
+        "gray": 0.2,
+        "blur": 0.5,
+        "solarize": 0.2,
+    },
+    "satellite": {"vertical_flip": 0.5, "quarter_turns": True},
+    "histology": {
+        "vertical_flip": 0.5,
+        "quarter_turns": True,
+        "brightness": 0.2,
+        "contrast": 0.2,
+        "saturation": 0.1,
+    },
+    "radiology": {"horizontal_flip": 0.0, "rotation_degrees": 10.0},
+    "microscopy": {"vertical_flip": 0.5, "quarter_turns": True},
+}
+
+
+class AdaptConfig(_Settings):
+    """Settings of `jepakit.adapt`. Only `images` is needed."""
+
+    images: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
+    """A folder (read recursively), a glob, a file, or a list of paths."""
+    out: str | None = None
+    """The run's folder; None: runs/<folder>-<date>."""
+    backbone: str = "vit_small_patch14_reg4_dinov2.lvd142m"
+    """A timm name, with or without the tag of its weights."""
+    weights: str = "pretrained"
+    """`pretrained` (the hub: the only network access), `random`, a .safetensors or .pth file, or a bundle."""
+    domain: Domain = "general"
+    """Preset of views that keeps what the domain's signal is."""
+    views: ViewsConfig = ViewsConfig()
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+    """Pixels a side of global views and of the exported model; rounded to the patch or stride."""
+    pooling: Literal["auto", "head", "stages"] = "auto"
+    """What the embedding pools; `auto` takes what serves the untrained backbone better on labels, else `head`."""
+    standardize: Literal["auto", "none", "center", "scale"] = "auto"
+    """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
+    graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
+    labels: Literal["auto", "folder", "none"] = "auto"
+    """Whether first-level folders are classes: only ever used to measure, never to train."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more."""
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images in one SIGReg test, over all processes; λ's meaning depends on it."""
+    unfreeze: Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)] = "auto"
+    """What trains beside the projector: N last blocks; `auto`: all from random weights, else the last 2
+    transformer blocks, or a ConvNet's layers at its last resolution; `none`: nothing, the start is exported."""
+    lamb: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """λ, the weight of SIGReg; None: 0.005 times the number of views, at which published runs agree."""
+    lr: Rate | None = None
+    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet, 1e-4 for a ViT."""
+    projector_lr: Rate = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """None on norms, biases and position embeddings."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps that trains the projector alone, the backbone frozen (none from random weights)."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    n_slices: Annotated[int, Field(ge=1)] = 256
+    """Random directions of SIGReg, drawn afresh every step."""
+    projector: tuple[Width, Width, Width] = (1024, 1024, 64)
+    """Widths of the projector's layers; the last is K."""
+
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the images kept out of training, to measure on; at most `measure_on` of them are."""
+    measure_on: Annotated[int, Field(ge=20)] = 2000
+    """Most images to embed on each side when measuring."""
+    save_every_s: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds between checkpoints."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Loader processes; None: one a core but one, 8 at most. They change nothing but speed."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("backbone")
+    @classmethod
+    def _known_backbone(cls, name: str) -> str:
+        check_name(name)
+        return name
+
+    @field_validator("domain", mode="before")
+    @classmethod
+    def _known_domain(cls, name: object) -> object:
+        if isinstance(name, str) and name not in PRESETS:
+            raise ValueError(f"unknown domain{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
+        return name
+
+    @field_validator("weights")
+    @classmethod
+    def _known_weights(cls, weights: str) -> str:
+        if weights not in ("pretrained", "random") and not Path(weights).exists():
+            raise ValueError("no such file; give `pretrained`, `random`, a .safetensors or .pth file, or a bundle")
+        return weights
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+    def resolved_views(self) -> ViewsConfig:
+        """The domain's preset with the values the user set on top."""
+        return ViewsConfig(**{**PRESETS[self.domain], **self.views.model_dump(exclude_unset=True)})
+
+
+class ExportConfig(_Settings):
+    """Settings of `jepakit.export`."""
+
+    source: str
+    """A run, a bundle, or a timm name: NAME, NAME:pretrained, NAME:random or NAME:FILE."""
+    out: str
+    """The bundle to write."""
+    which: Literal["last", "start"] = "last"
+    """Of a run: the adapted weights, or the ones it started from."""
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    """The bundle's name, by which clients ask for it; None: the name of its folder."""
+    pooling: Literal["head", "stages"] | None = None
+    """What the embedding pools; None: `head`, or what the run chose."""
+    normalize: bool | None = None
+    """Scale vectors to length 1 inside the graph; None: no, or what the bundle says."""
+    image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
+    """Of a timm name: pixels a side; None: what its weights were trained at."""
+    opset: Annotated[int, Field(ge=18, le=24)] = 20

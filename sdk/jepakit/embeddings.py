@@ -1,0 +1,76 @@
+"""`Embeddings`: vectors with the name of their space, their images' ids and, where known, labels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What embedding a set of images gives, in the images' order.
+
+    vectors   float32 [N, D]
+    model_id  the vector space (16 hex digits); only vectors of one space can be compared
+    ids       N names, relative paths for files
+    labels    N class names, or None
+    """
+
+    vectors: NDArray[np.float32]
+    model_id: str
+    ids: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        fits = self.vectors.ndim == 2 and len(self.vectors) == count and np.issubdtype(self.vectors.dtype, np.floating)
+        if not fits or (self.labels is not None and len(self.labels) != count):
+            raise DataError(
+                f"embeddings do not fit together: vectors {list(self.vectors.shape)} of {self.vectors.dtype}, {len(self.ids)} ids, "
+                f"{'no' if self.labels is None else len(self.labels)} labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.npz` file, atomically; plain arrays, no pickle."""
+        path = Path(path)
+        arrays: dict[str, NDArray[Any]] = {
+            "vectors": self.vectors,
+            "model_id": np.array(self.model_id),
+            "ids": np.array(self.ids, dtype=np.str_),
+        }
+        if self.labels is not None:
+            arrays["labels"] = np.array(self.labels, dtype=np.str_)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Embeddings:
+        """Read what `save` wrote; raises DataError for any other file."""
+        try:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return cls(
+                    vectors=arrays["vectors"],
+                    model_id=str(arrays["model_id"]),
+                    ids=tuple(arrays["ids"].tolist()),
+                    labels=tuple(arrays["labels"].tolist()) if "labels" in arrays else None,
+                )
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: make it with `jepakit embed … --out {path}`") from None
+        except Exception as error:  # a damaged archive can raise anything
+            raise DataError(f"{path} is not a file of embeddings: {error}") from None

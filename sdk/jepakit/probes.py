@@ -1,0 +1,354 @@
+"""Probes on frozen embeddings, with scikit-learn's contract and nothing but numpy.
+
+Hyper-parameters are stored untouched by `__init__`, `fit` returns self, learned values end in `_`, and
+`get_params`/`set_params` let scikit-learn's tools clone a probe. A probe remembers the vector space it was
+fitted on and refuses vectors of another. Files are safetensors: no pickle.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jepakit._logistic import fit_logistic, softmax
+from jepakit.embeddings import Embeddings
+from jepakit.errors import ConfigError, DataError, SpaceError
+
+Floats = NDArray[np.float64]
+Labels = NDArray[Any]
+
+C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_KNN_TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy."""
+
+    accuracy: float
+    balanced_accuracy: float
+    per_class: dict[str, float]
+    n: int
+
+    def __str__(self) -> str:
+        lines = [f"accuracy {self.accuracy:.1%}   balanced {self.balanced_accuracy:.1%}   on {self.n} images"]
+        width = max(map(len, self.per_class))
+        lines += [f"  {name:<{width}}  {value:.1%}" for name, value in self.per_class.items()]
+        return "\n".join(lines)
+
+
+class _Probe:
+    kind: ClassVar[str]
+    classes_: Labels
+    model_id_: str | None
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The hyper-parameters by name (scikit-learn's contract)."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> Self:
+        """Set hyper-parameters by name (scikit-learn's contract)."""
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                raise DataError(f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+            input_tags=InputTags(),
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
+
+    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> Self:
+        raise NotImplementedError
+
+    def predict(self, X: Embeddings | ArrayLike) -> Labels:
+        """The most probable class of each vector, [N]."""
+        shares = self.predict_proba(X)
+        result: Labels = self.classes_[shares.argmax(axis=1)]
+        return result
+
+    def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
+        raise NotImplementedError
+
+    def score(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> float:
+        """Accuracy, 0 to 1."""
+        return self.evaluate(X, y).accuracy
+
+    def evaluate(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> ProbeReport:
+        """Accuracy, balanced accuracy and each class's accuracy on labelled vectors."""
+        truth = _labels_of(X, y)
+        if not len(truth):
+            raise DataError("no vectors to evaluate on")
+        right = self.predict(X) == truth
+        per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
+        return ProbeReport(float(right.mean()), float(np.mean(list(per_class.values()))), per_class, len(truth))
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted probe as one safetensors file."""
+        from safetensors.numpy import save_file
+
+        self._check_fitted()
+        header = {
+            "jepakit_probe": self.kind,
+            "params": json.dumps(self.get_params(), default=_plain_number),
+            "classes": json.dumps(self.classes_.tolist()),
+            "model_id": self.model_id_ or "",
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in self._arrays().items()},
+            path,
+            metadata=header,
+        )
+        path.chmod(0o644)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; raises DataError for another file or another kind of probe."""
+        probe = load_probe(path)
+        if not isinstance(probe, cls):
+            raise DataError(f"{path} holds a {type(probe).__name__}, not a {cls.__name__}")
+        return probe
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        raise NotImplementedError
+
+    def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
+        raise NotImplementedError
+
+    def _start(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, NDArray[np.intp]]:
+        """Check everything before anything is remembered: a refused fit leaves the probe as it was."""
+        vectors, truth = _vectors_of(X), _labels_of(X, y)
+        self._check_params()
+        classes, targets = np.unique(truth, return_inverse=True)
+        if len(classes) < 2:
+            raise DataError(f"a probe needs two classes or more, the labels hold {classes.tolist()}")
+        self.classes_, self.model_id_ = classes, X.model_id if isinstance(X, Embeddings) else None
+        return vectors, targets
+
+    def _check_params(self) -> None:
+        raise NotImplementedError
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "classes_"):
+            raise DataError(f"this {type(self).__name__} is not fitted: call fit first")
+
+    def _checked(self, X: Embeddings | ArrayLike, dim: int) -> Floats:
+        if isinstance(X, Embeddings) and self.model_id_ is not None and self.model_id_ != X.model_id:
+            raise SpaceError(
+                f"this probe was fitted on vectors of model {self.model_id_}, these are of {X.model_id}: "
+                "fit it again, or embed with the model it was fitted on"
+            )
+        vectors = _vectors_of(X)
+        if vectors.shape[1] != dim:
+            raise SpaceError(f"this probe takes vectors of {dim} numbers, these have {vectors.shape[1]}")
+        return vectors
+
+
+class LinearProbe(_Probe):
+    """Multinomial logistic regression with an L2 penalty on standardised vectors.
+
+    C      inverse of the penalty's strength, as in scikit-learn; None chooses it from
+           0.001 … 10 by 5-fold stratified cross-validation on the training vectors (`C_` holds the choice)
+    seed   of the folds
+    """
+
+    kind = "linear"
+
+    def __init__(self, *, C: float | None = None, seed: int = 0) -> None:
+        self.C = C
+        self.seed = seed
+
+    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> LinearProbe:
+        """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N]."""
+        vectors, targets = self._start(X, y)
+        self.C_ = self.C if self.C is not None else self._choose_c(vectors, targets)
+        self.mean_, self.std_ = vectors.mean(axis=0), _safe_std(vectors)
+        weights = fit_logistic((vectors - self.mean_) / self.std_, targets, self.C_)
+        self.coef_, self.intercept_ = weights[:-1], weights[-1]
+        return self
+
+    def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
+        """Probabilities, float64 [N, classes], in the order of `classes_`."""
+        self._check_fitted()
+        vectors = self._checked(X, len(self.mean_))
+        return softmax(((vectors - self.mean_) / self.std_) @ self.coef_ + self.intercept_)
+
+    def _choose_c(self, vectors: Floats, targets: NDArray[np.intp]) -> float:
+        folds = stratified_folds(targets, n_folds=min(5, int(np.bincount(targets).min())), seed=self.seed)
+        if folds is None:
+            return 1.0
+        right = np.zeros(len(C_GRID))
+        for held_out in folds:
+            inside = ~held_out
+            mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
+            train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
+            weights = None
+            for i, C in enumerate(C_GRID):
+                weights = fit_logistic(train, targets[inside], C, start=weights, n_classes=len(self.classes_))
+                right[i] += ((test @ weights[:-1] + weights[-1]).argmax(axis=1) == targets[held_out]).sum()
+        return C_GRID[int(right.argmax())]
+
+    def _check_params(self) -> None:
+        if self.C is not None and not 0 < self.C < np.inf:
+            raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {
+            "coef": self.coef_,
+            "intercept": self.intercept_,
+            "mean": self.mean_,
+            "std": self.std_,
+            "C": np.array(self.C_),
+        }
+
+    def _check_restored(self) -> None:
+        shape = (len(self.mean_), len(self.classes_))
+        if self.coef_.shape != shape or self.intercept_.shape != shape[1:] or self.std_.shape != self.mean_.shape:
+            raise ValueError("its arrays do not fit together")
+
+    def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
+        self.coef_, self.intercept_ = arrays["coef"], arrays["intercept"]
+        self.mean_, self.std_, self.C_ = arrays["mean"], arrays["std"], float(arrays["C"].item())
+
+
+class KNNProbe(_Probe):
+    """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / 0.07) (as DINO does).
+
+    k  neighbours; fewer training vectors than that all vote
+    """
+
+    kind = "knn"
+
+    def __init__(self, *, k: int = 20) -> None:
+        self.k = k
+
+    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> KNNProbe:
+        """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
+        vectors, self.targets_ = self._start(X, y)
+        self.vectors_ = _unit(vectors).astype(np.float32)
+        return self
+
+    def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
+        """Shares of the votes, float64 [N, classes], in the order of `classes_`."""
+        self._check_fitted()
+        queries = _unit(self._checked(X, self.vectors_.shape[1])).astype(np.float32)
+        k = min(self.k, len(self.vectors_))
+        shares = [self._votes(queries[start : start + 1024], k) for start in range(0, len(queries), 1024)]
+        return np.concatenate(shares) if shares else np.zeros((0, len(self.classes_)))
+
+    def _votes(self, queries: NDArray[np.float32], k: int) -> Floats:
+        similarity = queries @ self.vectors_.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1) / _KNN_TEMPERATURE).astype(np.float64)
+        votes = np.zeros((len(queries), len(self.classes_)))
+        np.add.at(votes, (np.arange(len(queries))[:, None], self.targets_[nearest]), weights)
+        shares: Floats = votes / votes.sum(axis=1, keepdims=True)
+        return shares
+
+    def _check_params(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k = {self.k!r}: give at least 1 neighbour")
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {"vectors": self.vectors_, "targets": self.targets_}
+
+    def _check_restored(self) -> None:
+        fits = self.vectors_.ndim == 2 and self.targets_.shape == (len(self.vectors_),) and len(self.vectors_)
+        if not fits or not 0 <= self.targets_.min() <= self.targets_.max() < len(self.classes_):
+            raise ValueError("its arrays do not fit together")
+
+    def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
+        self.vectors_, self.targets_ = arrays["vectors"], arrays["targets"]
+
+
+_KINDS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, "knn": KNNProbe}
+
+
+def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
+    """Read a saved probe of either kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        probe = _KINDS[header["jepakit_probe"]](**json.loads(header["params"]))
+        probe.classes_ = np.array(json.loads(header["classes"]))
+        probe.model_id_ = header["model_id"] or None
+        probe._restore(arrays)
+        probe._check_restored()
+        return probe
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise DataError(f"{path} is not a saved probe: {error}") from None
+
+
+def _plain_number(value: Any) -> Any:
+    """numpy's numbers, which grid searches set, for JSON."""
+    return value.item()
+
+
+def stratified_folds(targets: NDArray[np.intp], *, n_folds: int, seed: int) -> list[NDArray[np.bool_]] | None:
+    """`n_folds` masks [N] of held-out vectors, each class spread evenly; None when n_folds < 2."""
+    if n_folds < 2:
+        return None
+    random = np.random.default_rng(seed)
+    fold_of = np.empty(len(targets), dtype=np.intp)
+    for target in np.unique(targets):
+        members = random.permutation(np.flatnonzero(targets == target))
+        fold_of[members] = np.arange(len(members)) % n_folds
+    return [fold_of == fold for fold in range(n_folds)]
+
+
+def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
+    try:
+        vectors = np.asarray(X.vectors if isinstance(X, Embeddings) else X, dtype=np.float64)
+    except (ValueError, TypeError):
+        raise DataError("the vectors are not numbers: give an array [N, D]") from None
+    if vectors.ndim != 2:
+        raise DataError(f"wanted vectors [N, D], got an array of shape {list(vectors.shape)}")
+    if not np.isfinite(vectors).all():
+        raise DataError("the vectors hold NaN or infinite numbers")
+    return vectors
+
+
+def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None) -> Labels:
+    if y is None and isinstance(X, Embeddings):
+        y = X.labels
+    if y is None:
+        raise DataError("no labels: embed a folder with one subfolder per class, or pass y")
+    labels = np.asarray(y)
+    count = len(X) if isinstance(X, Embeddings) else len(np.asarray(X))
+    if labels.shape != (count,):
+        raise DataError(f"{count} vectors, but labels of shape {list(labels.shape)}")
+    return labels
+
+
+def _safe_std(vectors: Floats) -> Floats:
+    std = vectors.std(axis=0)
+    return np.where(std > 1e-12, std, 1.0)
+
+
+def _unit(vectors: Floats) -> Floats:
+    unit: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit

@@ -1,0 +1,246 @@
+"""Settings: whatever door they come through, a wrong one is one clear line before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from jepakit._messages import did_you_mean, parse
+from jepakit.config import PRESETS, AdaptConfig, Domain, ExportConfig, ViewsConfig
+from jepakit.errors import ConfigError
+
+
+def adapt(**settings: Any) -> AdaptConfig:
+    return parse(AdaptConfig, {"images": "scans", **settings})
+
+
+def complaint(**settings: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        adapt(**settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pydantic" not in message
+    return message
+
+
+def test_only_images_are_needed() -> None:
+    config = adapt()
+    assert config.images == "scans"
+    assert config.backbone == "vit_small_patch14_reg4_dinov2.lvd142m"
+    assert config.weights == "pretrained"
+    assert config.image_size == 224
+    with pytest.raises(ConfigError, match="setting 'images' is missing"):
+        parse(AdaptConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("stpes", "steps"),
+        ("batchsize", "batch_size"),
+        ("learning_rate", None),
+        ("domian", "domain"),
+        ("backbon", "backbone"),
+    ],
+)
+def test_a_misspelt_setting_suggests_the_right_one(typo: str, meant: str | None) -> None:
+    message = complaint(**{typo: 1})
+    assert f"unknown setting '{typo}'" in message
+    if meant:
+        assert f"did you mean {meant}" in message
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("brightnes", "brightness"), ("n_locl", "n_local"), ("vertical_flips", "vertical_flip")]
+)
+def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, meant: str) -> None:
+    message = complaint(views={typo: 0.1})
+    assert f"unknown setting 'views.{typo}'" in message
+    assert f"did you mean {meant}" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"domain": "histolgy"}, ["domain = 'histolgy'", "did you mean histology?", "known: general, natural"]),
+        ({"backbone": "resnet5"}, ["timm has no backbone 'resnet5'", "did you mean resnet50"]),
+        ({"backbone": "vit_small_patch14_reg4_dinov2.lvd"}, ["has no weights 'lvd'", "lvd142m"]),
+        ({"weights": "nowhere.pth"}, ["weights = 'nowhere.pth'", "no such file"]),
+        ({"pooling": "haed"}, ["pooling = 'haed'", "'auto', 'head' or 'stages'"]),
+        ({"labels": "yes"}, ["labels = 'yes'", "'folder'"]),
+        ({"lr": 0}, ["lr = 0", "greater than 0"]),
+        ({"lr": float("nan")}, ["lr = nan"]),
+        ({"lamb": 1}, ["lamb = 1", "less than 1"]),
+        ({"batch_size": 1}, ["batch_size = 1", "greater than or equal to 2"]),
+        ({"image_size": 8}, ["image_size = 8"]),
+        ({"steps": 2.5}, ["steps = 2.5", "valid integer"]),
+        ({"steps": "many"}, ["steps = 'many'"]),
+        ({"held_out": 1}, ["held_out = 1"]),
+        ({"views": {"blur": 2}}, ["views.blur = 2", "less than or equal to 1"]),
+        ({"views": 3}, ["views = 3"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_told_with_its_setting_and_what_is_wanted(
+    settings: dict[str, Any], expected: list[str]
+) -> None:
+    message = complaint(**settings)
+    for part in expected:
+        assert part in message
+
+
+def test_steps_and_epochs_are_not_given_both() -> None:
+    assert complaint(steps=10, epochs=1) == "give steps or epochs, not both"
+    assert adapt(steps=10).steps == 10
+    assert adapt(epochs=2).epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [({"unfreeze": "al"}, "unfreeze = 'al':"), ({"unfreeze": 0}, "unfreeze = 0:"), ({"images": 5}, "images = 5:")],
+)
+def test_a_setting_of_several_types_is_named_as_the_user_knows_it(settings: dict[str, Any], start: str) -> None:
+    message = complaint(**settings)
+    assert message.startswith(start)
+    assert "constrained" not in message
+    assert "literal[" not in message
+    assert "tuple[" not in message
+
+
+def test_every_complaint_is_told_at_once() -> None:
+    message = complaint(lr=-1, surprise=3, steps=0)
+    for part in ("lr = -1", "'surprise'", "steps = 0"):
+        assert part in message
+
+
+def test_a_long_value_does_not_drown_the_message() -> None:
+    assert len(complaint(images=[*(f"scans/{i:05}.png" for i in range(5000)), 3])) < 1000
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"views": {"global_area": [0.9, 0.3]}},
+        {"views": {"local_area": [0.0, 0.0]}},
+        {"projector": [0, -1, 64]},
+        {"seed": -1},
+        {"lr": float("inf")},
+        {"images": ""},
+    ],
+    ids=str,
+)
+def test_values_that_training_could_not_use_are_refused_here(settings: dict[str, Any]) -> None:
+    complaint(**settings)
+
+
+def test_a_setting_that_is_wrong_fails_before_torch_or_timm_is_imported() -> None:
+    program = """
+import sys
+import jepakit
+try:
+    jepakit.adapt("nowhere", backbone="resnet5")
+except jepakit.JepakitError as error:
+    assert error.exit_code == 2
+    assert "did you mean" in str(error)
+assert not {"torch", "timm"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_values_come_as_toml_gives_them(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    config = parse(
+        AdaptConfig,
+        tomllib.loads(f"""
+            images = ["a.png", "b.png"]
+            weights = "{tmp_path / "weights.safetensors"}"
+            backbone = "resnet18"
+            domain = "satellite"
+            unfreeze = 2
+            lr = 1
+            save_every_s = 60
+            projector = [64, 64, 16]
+            [views]
+            n_local = 0
+            global_area = [0.4, 1]
+            quarter_turns = false
+        """),
+    )
+    assert config.images == ("a.png", "b.png")
+    assert config.projector == (64, 64, 16)
+    assert config.views.global_area == (0.4, 1.0)
+    assert (config.unfreeze, config.lr, config.save_every_s) == (2, 1.0, 60.0)
+    assert config.resolved_views().quarter_turns is False
+
+
+def test_values_come_as_a_command_line_gives_them() -> None:
+    config = adapt(steps="10", lr="1e-4", unfreeze="3", views={"quarter_turns": "true"})
+    assert (config.steps, config.lr, config.unfreeze, config.views.quarter_turns) == (10, 1e-4, 3, True)
+
+
+def test_a_config_survives_its_own_dump() -> None:
+    config = adapt(domain="histology", steps=5, views={"blur": 0.1})
+    assert parse(AdaptConfig, config.model_dump()) == config
+    assert AdaptConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_configs_are_frozen() -> None:
+    config = adapt()
+    with pytest.raises(ValidationError):
+        config.steps = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.views.blur = 0.5  # type: ignore[misc]
+
+
+def test_every_domain_has_a_preset_of_settings_that_exist() -> None:
+    assert set(PRESETS) == set(get_args(Domain))
+    for preset in PRESETS.values():
+        ViewsConfig(**preset)
+
+
+@pytest.mark.parametrize("domain", get_args(Domain))
+def test_a_domain_fills_in_the_views(domain: Domain) -> None:
+    resolved = adapt(domain=domain).resolved_views()
+    for name, value in PRESETS[domain].items():
+        assert getattr(resolved, name) == value
+    assert resolved.n_local == ViewsConfig().n_local
+
+
+def test_what_the_user_sets_wins_over_the_domain_even_at_the_default_value() -> None:
+    assert ViewsConfig().brightness == 0.3
+    resolved = adapt(domain="natural", views={"brightness": 0.3, "n_local": 2}).resolved_views()
+    assert (resolved.brightness, resolved.contrast, resolved.n_local) == (0.3, 0.4, 2)
+
+
+def test_presets_keep_what_a_domains_signal_is() -> None:
+    assert adapt(domain="radiology").resolved_views().horizontal_flip == 0, "the heart lies on the left"
+    for domain in set(get_args(Domain)) - {"natural"}:
+        assert adapt(domain=domain).resolved_views().hue == 0, "a stain's colour means something"
+
+
+def test_weights_may_be_a_file_or_a_folder_that_exists(tmp_path: Path) -> None:
+    assert adapt(weights=str(tmp_path)).weights == str(tmp_path)
+    assert adapt(weights="random").weights == "random"
+
+
+@pytest.mark.parametrize("settings", [{"wich": "last"}, {"which": "best"}, {"opset": 3}, {"pooling": "cls"}], ids=str)
+def test_export_settings_are_checked_the_same_way(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        parse(ExportConfig, {"source": "runs/x", "out": "bundles/x", **settings})
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "", ".hidden"])
+def test_a_bundle_name_that_no_manifest_takes_is_refused_before_the_export(name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        parse(ExportConfig, {"source": "runs/x", "out": "bundles/x", "name": name})
+
+
+def test_did_you_mean_is_silent_when_nothing_is_near() -> None:
+    assert did_you_mean("zzz", ["steps", "epochs"]) == ""
+    assert did_you_mean("epoch", ["steps", "epochs"]) == "; did you mean epochs?"

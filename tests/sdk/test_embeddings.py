@@ -1,0 +1,160 @@
+"""`Embeddings` on disk: no pickle, nothing lost, and nothing else taken for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepakit import Embeddings
+from jepakit.errors import DataError
+
+VECTORS = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+IDS = ("cat/1.png", "café/ü 2.png", "dog/3.png")
+MODEL_ID = "0123456789abcdef"
+
+
+def make(labels: tuple[str, ...] | None = ("cat", "café", "dog")) -> Embeddings:
+    return Embeddings(VECTORS, MODEL_ID, IDS, labels)
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    return {"vectors": VECTORS, "model_id": np.array(MODEL_ID), "ids": np.array(IDS), **changes}
+
+
+@pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
+@pytest.mark.parametrize("name", ["deep/er/train.npz", "no-suffix"])
+def test_embeddings_come_back_as_they_were_saved(tmp_path: Path, labels: tuple[str, ...] | None, name: str) -> None:
+    saved = make(labels)
+    saved.save(tmp_path / name)
+    loaded = Embeddings.load(str(tmp_path / name))
+    np.testing.assert_array_equal(loaded.vectors, saved.vectors)
+    assert loaded.vectors.dtype == np.float32
+    assert (loaded.model_id, loaded.ids, loaded.labels) == (MODEL_ID, IDS, labels)
+    assert len(loaded) == 3
+    assert [file.name for file in (tmp_path / name).parent.iterdir()] == [Path(name).name]
+
+
+def test_no_images_are_embeddings_too(tmp_path: Path) -> None:
+    Embeddings(np.zeros((0, 5), np.float32), MODEL_ID, ()).save(tmp_path / "e.npz")
+    loaded = Embeddings.load(tmp_path / "e.npz")
+    assert (loaded.vectors.shape, loaded.ids, len(loaded)) == ((0, 5), (), 0)
+
+
+def test_saving_replaces_an_older_file_at_once(tmp_path: Path) -> None:
+    make().save(tmp_path / "e.npz")
+    Embeddings(VECTORS[:1], MODEL_ID, IDS[:1]).save(tmp_path / "e.npz")
+    assert len(Embeddings.load(tmp_path / "e.npz")) == 1
+
+
+def test_a_saved_file_holds_no_pickle(tmp_path: Path) -> None:
+    make().save(tmp_path / "e.npz")
+    with np.load(tmp_path / "e.npz", allow_pickle=False) as stored:
+        assert all(stored[name].dtype.kind in "fU" for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "ids", "labels"),
+    [
+        (VECTORS, IDS[:2], None),
+        (VECTORS, IDS, ("cat", "dog")),
+        (VECTORS, (), None),
+        (VECTORS[0], IDS, None),
+        (VECTORS[None], IDS[:1], None),
+        (np.zeros((), np.float32), (), None),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(
+    vectors: Any, ids: tuple[str, ...], labels: tuple[str, ...] | None
+) -> None:
+    with pytest.raises(DataError, match=r"do not fit together: vectors \["):
+        Embeddings(vectors, MODEL_ID, ids, labels)
+
+
+def test_embeddings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().model_id = "other"  # type: ignore[misc]
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"e\.npz does not exist: make it with `jepakit embed"):
+        Embeddings.load(tmp_path / "e.npz")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"garbage", b"PK\x03\x04", pickle.dumps({"vectors": [1]}), b"\x93NUMPY\x01\x00"],
+    ids=lambda data: repr(data[:6]),
+)
+def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "e.npz").write_bytes(data)
+    with pytest.raises(DataError, match=r"e\.npz is not a file of embeddings"):
+        Embeddings.load(tmp_path / "e.npz")
+
+
+def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a file of embeddings"):
+        Embeddings.load(tmp_path)
+
+
+def test_a_single_array_is_refused_by_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "e.npy", VECTORS)
+    with pytest.raises(DataError, match=r"e\.npy is not a file of embeddings"):
+        Embeddings.load(tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vectors": VECTORS.astype(object)},
+        {"ids": np.array([{"a": 1}] * 3, dtype=object)},
+        {"labels": np.array([None] * 3, dtype=object)},
+        {"vectors": np.array([["a", "b"]] * 3)},
+        {"vectors": np.float32(1)},
+        {"vectors": VECTORS[0]},
+        {"ids": np.array(1)},
+        {"ids": np.array(IDS[:2])},
+    ],
+    ids=["object vectors", "object ids", "object labels", "text", "one number", "one vector", "one id", "too few ids"],
+)
+def test_arrays_that_are_no_embeddings_are_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    np.savez(tmp_path / "e.npz", **arrays(**changes))
+    with pytest.raises(DataError, match=r"e\.npz is not a file of embeddings"):
+        Embeddings.load(tmp_path / "e.npz")
+
+
+def test_a_pickle_in_the_file_is_never_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    np.savez(tmp_path / "e.npz", **arrays(ids=np.array([Trap()] * 3, dtype=object)))
+    with pytest.raises(DataError):
+        Embeddings.load(tmp_path / "e.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("missing", ["vectors", "model_id", "ids"])
+def test_a_missing_part_is_refused_by_name(tmp_path: Path, missing: str) -> None:
+    np.savez(tmp_path / "e.npz", **{name: value for name, value in arrays().items() if name != missing})
+    with pytest.raises(DataError, match=missing):
+        Embeddings.load(tmp_path / "e.npz")
+
+
+def test_a_damaged_file_is_refused_and_never_another_error(tmp_path: Path) -> None:
+    make().save(tmp_path / "e.npz")
+    whole = (tmp_path / "e.npz").read_bytes()
+    for position in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x55
+        (tmp_path / "e.npz").write_bytes(damaged)
+        try:
+            loaded = Embeddings.load(tmp_path / "e.npz")
+        except DataError:
+            continue
+        np.testing.assert_array_equal(loaded.vectors, VECTORS)
+        assert loaded.ids == IDS

@@ -1,0 +1,185 @@
+"""Verdicts on made vectors whose truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from jepakit.evaluate import SAME_WITHIN, Comparison, Measurement, Scores, Verdict, compare, measure, no_labels
+
+NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
+
+
+def made_vectors(
+    n: int, noise: float, *, classes: int = 3, dim: int = 8, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
+    """Class centres that are the same for every seed, with noise round them."""
+    centres = np.random.default_rng(99).standard_normal((classes, dim))
+    labels = np.arange(n) % classes
+    vectors = centres[labels] + noise * np.random.default_rng(seed).standard_normal((n, dim))
+    return vectors.astype(np.float32), np.array(["ant", "bee", "cat", "dog"])[labels]
+
+
+def measured(noise: float, n_held_out: int = 300) -> tuple[Measurement, NDArray[np.str_]]:
+    train, train_labels = made_vectors(120, noise, seed=1)
+    held_out, held_out_labels = made_vectors(n_held_out, noise, seed=2)
+    return measure(train, train_labels, held_out, held_out_labels), held_out_labels
+
+
+def measurement(right: NDArray[np.bool_]) -> Measurement:
+    """bool [N]: both probes are right on the same images."""
+    return Measurement(NO_SCORES, np.stack([right, right]))
+
+
+def judged(before: NDArray[np.bool_], after: NDArray[np.bool_], truth: NDArray[np.str_]) -> Verdict:
+    return compare(measurement(before), measurement(after), truth, n_train=10).verdict
+
+
+def test_separated_classes_are_measured_as_perfect() -> None:
+    result, _ = measured(noise=0.05)
+    assert result.scores == Scores(linear=1, linear_balanced=1, knn=1, knn_balanced=1)
+    assert result.right.dtype == np.bool_
+    assert result.right.shape == (2, 300)
+    assert result.right.all()
+
+
+def test_pure_noise_is_measured_as_chance() -> None:
+    result, _ = measured(noise=1000)
+    assert result.scores.linear == pytest.approx(1 / 3, abs=0.1)
+    assert result.scores.knn_balanced == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_balanced_scores_give_each_class_the_same_weight() -> None:
+    train, train_labels = made_vectors(60, 0.05, classes=2, seed=1)
+    held_out, truth = made_vectors(100, 0.05, classes=2, seed=2)
+    rare = np.concatenate([np.flatnonzero(truth == "ant"), np.flatnonzero(truth == "bee")[:2]])
+    held_out, truth = held_out[rare], truth[rare]
+    held_out[-1] = held_out[0]  # one of the two bees looks like an ant
+    scores = measure(train, train_labels, held_out, truth).scores
+    assert scores.linear == pytest.approx(51 / 52)
+    assert scores.linear_balanced == pytest.approx(0.75)
+    assert scores.knn == pytest.approx(51 / 52)
+    assert scores.knn_balanced == pytest.approx(0.75)
+
+
+def test_clearer_vectors_are_better_and_the_other_way_round_worse() -> None:
+    noisy, truth = measured(noise=2.0)
+    clear, _ = measured(noise=0.3)
+    up, down = compare(noisy, clear, truth, n_train=120), compare(clear, noisy, truth, n_train=120)
+    assert (up.verdict.word, down.verdict.word) == ("better", "worse")
+    assert up.verdict.difference == pytest.approx(-(down.verdict.difference or 0))
+    assert (up.verdict.low or 0) > 0 > (down.verdict.high or 0)
+    assert (up.before, up.after) == (noisy.scores, clear.scores)
+    assert (up.n_train, up.n_held_out) == (120, 300)
+
+
+def test_the_difference_is_the_mean_gain_of_both_balanced_scores() -> None:
+    before, truth = measured(noise=2.0)
+    after, _ = measured(noise=0.7)
+    verdict = compare(before, after, truth, n_train=120).verdict
+    gains = (
+        after.scores.linear_balanced - before.scores.linear_balanced,
+        after.scores.knn_balanced - before.scores.knn_balanced,
+    )
+    assert verdict.difference == pytest.approx(np.mean(gains))
+
+
+def test_the_same_vectors_are_the_same() -> None:
+    result, truth = measured(noise=1.0)
+    verdict = compare(result, result, truth, n_train=120).verdict
+    assert (verdict.word, verdict.difference) == ("same", 0)
+
+
+def test_a_small_difference_on_many_images_is_the_same_and_on_few_cannot_be_told() -> None:
+    truth = np.repeat(["a", "b"], 10_000)
+    before = np.random.default_rng(0).random(20_000) < 0.9
+    after = before.copy()
+    after[np.flatnonzero(before)[::400]] = False  # as many lost as gained
+    after[np.flatnonzero(~before)[::44]] = True
+    assert judged(before, after, truth).word == "same"
+
+    few = np.repeat(["a", "b"], 30)
+    before, after = np.random.default_rng(1).random((2, 60)) < 0.8
+    verdict = judged(before, after, few)
+    assert verdict.word == "cannot tell"
+    assert "the interval holds 0" in verdict.reason
+    assert (verdict.low or 0) < 0 < (verdict.high or 0)
+    assert (verdict.high or 0) - (verdict.low or 0) > SAME_WITHIN
+
+
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_a_handful_of_images_cannot_carry_a_verdict(per_class: int) -> None:
+    truth = np.repeat(["a", "b"], per_class)
+    wrong, right = np.zeros(len(truth), bool), np.ones(len(truth), bool)
+    assert judged(wrong, right, truth).word == "cannot tell"
+    assert judged(right, wrong, truth).word == "cannot tell"
+    assert judged(right, right, truth).word == "cannot tell"
+
+
+def test_a_gain_on_the_common_class_does_not_hide_a_loss_on_the_rare_one() -> None:
+    truth = np.repeat(["common", "rare"], [900, 100])
+    before, after = np.ones(1000, bool), np.ones(1000, bool)
+    before[:90] = False  # 10 % of the common class gained …
+    after[900:940] = False  # … 40 % of the rare one lost
+    verdict = judged(before, after, truth)
+    assert verdict.difference == pytest.approx((0.1 - 0.4) / 2)
+    assert verdict.word == "worse"
+    assert after.mean() > before.mean()
+
+
+def test_the_verdict_says_the_numbers_and_what_to_do() -> None:
+    truth = np.repeat(["a", "b"], 200)
+    before, after = np.zeros(400, bool), np.zeros(400, bool)
+    before[::2], after[::2], after[1::8] = True, True, True
+    verdict = judged(before, after, truth)
+    assert str(verdict).startswith("better: +12.5 points (95 % interval +")
+    assert "keep the adapted backbone" in str(verdict)
+    assert "--which start" in judged(after, before, truth).reason
+
+
+def test_the_same_measurements_give_the_same_verdict() -> None:
+    random = np.random.default_rng(2)
+    truth = np.repeat(["a", "b"], 50)
+    before, after = random.random((2, 100)) < 0.7
+    assert judged(before, after, truth) == judged(before, after, truth)
+
+
+def test_the_interval_holds_the_truth_about_19_times_in_20() -> None:
+    random = np.random.default_rng(3)
+    truth = np.repeat(["a", "b"], 100)
+    held = []
+    for _ in range(150):
+        before, after = random.random(200) < 0.6, random.random(200) < 0.7
+        verdict = judged(before, after, truth)
+        assert verdict.low is not None
+        assert verdict.high is not None
+        held.append(verdict.low <= 0.1 <= verdict.high)
+    assert 0.89 <= np.mean(held) <= 0.99
+
+
+def test_pairing_makes_the_interval_narrow() -> None:
+    random = np.random.default_rng(4)
+    truth = np.repeat(["a", "b"], 150)
+    before = random.random(300) < 0.6
+    after = before | (random.random(300) < 0.1)
+    paired, unpaired = judged(before, after, truth), judged(before, random.permutation(after), truth)
+    assert (paired.high or 0) - (paired.low or 0) < 0.6 * ((unpaired.high or 0) - (unpaired.low or 0))
+
+
+def test_without_labels_nobody_can_tell() -> None:
+    comparison = no_labels(n_train=80, n_held_out=20)
+    assert (comparison.before, comparison.after) == (None, None)
+    assert comparison.verdict.word == "cannot tell"
+    assert comparison.verdict.difference is None
+    assert "class folders" in comparison.verdict.reason
+    assert (comparison.n_train, comparison.n_held_out) == (80, 20)
+
+
+def test_a_comparison_survives_json_and_is_frozen() -> None:
+    before, truth = measured(noise=2.0, n_held_out=60)
+    comparison = compare(before, before, truth, n_train=120)
+    assert Comparison.model_validate_json(comparison.model_dump_json()) == comparison
+    with pytest.raises(ValidationError):
+        comparison.n_train = 3  # type: ignore[misc]

@@ -1,0 +1,76 @@
+"""Importing jepakit is light, quiet, and shows exactly what is the product."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import jepakit
+
+HEAVY = ("torch", "torchvision", "PIL", "ray", "timm", "sklearn", "onnxruntime", "onnx", "pandas", "scipy")
+
+
+def in_a_fresh_process(program: str) -> Any:
+    """What the program prints as JSON on its last line."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+TOUCH = "import jepakit; jepakit.Client; jepakit.LinearProbe; jepakit.Embeddings"
+
+
+@pytest.mark.parametrize(
+    "program", ["import jepakit", TOUCH, "import jepakit; dir(jepakit); jepakit.adapt; jepakit.open_bundle"]
+)
+def test_importing_loads_nothing_heavy(program: str) -> None:
+    loaded = in_a_fresh_process(f"import json, sys; {program}; print(json.dumps([name for name in sys.modules]))")
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_importing_and_touching_the_client_takes_under_half_a_second_of_cpu() -> None:
+    program = f"import json, time; {TOUCH}; print(json.dumps(time.process_time()))"
+    assert min(in_a_fresh_process(program) for _ in range(3)) < 0.5
+
+
+def test_all_is_what_is_visible() -> None:
+    """Judged in a fresh process: submodules that other tests imported are not what a user sees first."""
+    visible = in_a_fresh_process("import json, jepakit; print(json.dumps(dir(jepakit)))")
+    public = {name for name in visible if not name.startswith("_")}
+    assert public == set(jepakit.__all__) - {"__version__"}
+
+
+def test_every_exported_name_is_there_and_has_a_docstring() -> None:
+    assert len(set(jepakit.__all__)) == len(jepakit.__all__)
+    for name in jepakit.__all__:
+        value = getattr(jepakit, name)
+        assert name == "__version__" or value.__doc__, name
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'jepakit' has no attribute 'Clinet'"):
+        _ = jepakit.Clinet
+
+
+def test_star_import_brings_exactly_all() -> None:
+    names: dict[str, Any] = {}
+    exec("from jepakit import *", names)
+    assert set(names) - {"__builtins__"} == set(jepakit.__all__)
+
+
+def test_importing_changes_no_environment_variable_and_no_logging() -> None:
+    program = f"""
+import json, logging, os, sys
+def state():
+    root = logging.getLogger()
+    return [dict(os.environ), root.level, len(root.handlers), logging.root.manager.disable,
+            os.getcwd(), str(sys.excepthook), str(sys.stdout)]
+before = state()
+{TOUCH}
+print(json.dumps(before == state()))
+"""
+    assert in_a_fresh_process(program) is True

@@ -1,0 +1,452 @@
+"""Probes against scikit-learn, inside scikit-learn, and on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from sklearn.base import clone, is_classifier
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe
+from jepakit.errors import DataError, InputError, SpaceError
+from jepakit.probes import C_GRID, ProbeReport, stratified_folds
+
+Floats = NDArray[np.float64]
+
+DIGITS, DIGIT_LABELS = load_digits(return_X_y=True)
+DIGITS = DIGITS[:, DIGITS.std(axis=0) > 0]
+TRAIN, TEST = slice(0, 1000), slice(1000, None)
+SPACE, OTHER_SPACE = "0123456789abcdef", "fedcba9876543210"
+
+PROBES = [LinearProbe(C=1.0), KNNProbe(k=5)]
+
+
+def blobs(
+    n: int = 90, classes: int = 3, dim: int = 6, noise: float = 1.0, seed: int = 0
+) -> tuple[Floats, NDArray[np.intp]]:
+    random = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    return 2 * random.standard_normal((classes, dim))[labels] + noise * random.standard_normal((n, dim)), labels
+
+
+def embeddings(model_id: str = SPACE, dim: int = 6, *, labelled: bool = True) -> Embeddings:
+    vectors, labels = blobs(dim=dim)
+    names = tuple(f"class {label}" for label in labels) if labelled else None
+    return Embeddings(vectors.astype(np.float32), model_id, tuple(map(str, range(len(labels)))), names)
+
+
+# Against scikit-learn
+
+
+@pytest.mark.parametrize("C", [0.01, 0.1, 1.0])
+def test_the_linear_probe_is_scikit_learns_logistic_regression(C: float) -> None:
+    ours = LinearProbe(C=C).fit(DIGITS[TRAIN], DIGIT_LABELS[TRAIN])
+    scaler = StandardScaler().fit(DIGITS[TRAIN])
+    theirs = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(scaler.transform(DIGITS[TRAIN]), DIGIT_LABELS[TRAIN])
+    # The bias is free up to a number common to all classes.
+    np.testing.assert_allclose(ours.coef_.T, theirs.coef_, atol=0.01)
+    np.testing.assert_allclose(
+        ours.intercept_ - ours.intercept_.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=0.05
+    )
+    test = scaler.transform(DIGITS[TEST])
+    np.testing.assert_allclose(ours.predict_proba(DIGITS[TEST]), theirs.predict_proba(test), atol=0.03)
+    assert (ours.predict(DIGITS[TEST]) == theirs.predict(test)).mean() > 0.998
+
+
+def test_two_classes_are_scikit_learns_too() -> None:
+    two = DIGIT_LABELS < 2
+    scaled = StandardScaler().fit_transform(DIGITS[two])
+    theirs = LogisticRegression(C=0.01, tol=1e-8, max_iter=5000).fit(scaled, DIGIT_LABELS[two])
+    ours = LinearProbe(C=0.01).fit(DIGITS[two], DIGIT_LABELS[two])
+    np.testing.assert_allclose(ours.predict_proba(DIGITS[two]), theirs.predict_proba(scaled), atol=0.005)
+
+
+def test_the_linear_probe_sees_no_scale_and_no_offset() -> None:
+    vectors, labels = blobs()
+    plain = LinearProbe(C=1.0).fit(vectors, labels)
+    stretched = LinearProbe(C=1.0).fit(1000 * vectors - 77, labels)
+    np.testing.assert_allclose(stretched.predict_proba(1000 * vectors - 77), plain.predict_proba(vectors), atol=1e-3)
+
+
+def test_a_number_that_never_changes_does_no_harm() -> None:
+    vectors, labels = blobs()
+    constant = np.column_stack([vectors, np.full(len(vectors), 3.0)])
+    expected = LinearProbe(C=1.0).fit(vectors, labels).predict_proba(vectors)
+    np.testing.assert_allclose(LinearProbe(C=1.0).fit(constant, labels).predict_proba(constant), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_knn_probe_is_scikit_learns_with_the_weights_of_dino(k: int) -> None:
+    def weights(cosine_distance: Floats) -> Floats:
+        return np.asarray(np.exp(-cosine_distance / 0.07))
+
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(DIGITS[TRAIN], DIGIT_LABELS[TRAIN])
+    ours = KNNProbe(k=k).fit(DIGITS[TRAIN], DIGIT_LABELS[TRAIN])
+    test = DIGITS[1000:1400]
+    np.testing.assert_allclose(ours.predict_proba(test), theirs.predict_proba(test), atol=1e-3)
+    assert (ours.predict(test) == theirs.predict(test)).all()
+
+
+def test_fewer_vectors_than_k_all_vote() -> None:
+    probe = KNNProbe(k=20).fit([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], ["a", "a", "b"])
+    assert probe.predict([[1.0, 0.05], [0.1, 1.0]]).tolist() == ["a", "b"]
+
+
+def test_knn_is_the_same_however_many_queries_come_at_once() -> None:
+    vectors, labels = blobs()
+    probe = KNNProbe(k=3).fit(vectors, labels)
+    many = np.tile(vectors, (25, 1))
+    np.testing.assert_allclose(probe.predict_proba(many), np.tile(probe.predict_proba(vectors), (25, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_probabilities_add_up_to_one_and_no_vectors_give_none(probe: LinearProbe | KNNProbe) -> None:
+    vectors, labels = blobs()
+    probabilities = clone(probe).fit(vectors, labels).predict_proba(vectors)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    assert clone(probe).fit(vectors, labels).predict_proba(vectors[:0]).shape == (0, 3)
+
+
+# The choice of C
+
+
+def choice_by_scikit_learn(vectors: Floats, labels: NDArray[np.intp], n_folds: int) -> float:
+    right = np.zeros(len(C_GRID), int)
+    for held_out in stratified_folds(labels, n_folds=n_folds, seed=0) or []:
+        scaler = StandardScaler().fit(vectors[~held_out])
+        for i, C in enumerate(C_GRID):
+            model = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(
+                scaler.transform(vectors[~held_out]), labels[~held_out]
+            )
+            right[i] += (model.predict(scaler.transform(vectors[held_out])) == labels[held_out]).sum()
+    return C_GRID[int(right.argmax())]
+
+
+@pytest.mark.parametrize(("noise", "n"), [(0.5, 90), (6.0, 90), (16.0, 120)])
+def test_c_is_chosen_by_cross_validation(noise: float, n: int) -> None:
+    vectors, labels = blobs(n=n, dim=30, noise=noise)
+    probe = LinearProbe().fit(vectors, labels)
+    assert choice_by_scikit_learn(vectors, labels, 5) == probe.C_
+    assert probe.C is None, "hyper-parameters stay as they were given"
+
+
+def test_a_class_of_two_images_gives_two_folds_and_of_one_the_middle_of_the_grid() -> None:
+    vectors, labels = blobs(n=90, dim=30, noise=6.0, classes=2)
+    two, one = [*range(0, 90, 2), 1, 3], [*range(0, 90, 2), 1]
+    assert choice_by_scikit_learn(vectors[two], labels[two], 2) == LinearProbe().fit(vectors[two], labels[two]).C_
+    assert LinearProbe().fit(vectors[one], labels[one]).C_ == 1.0
+
+
+def test_a_given_c_is_taken_as_it_is() -> None:
+    vectors, labels = blobs()
+    assert LinearProbe(C=0.37).fit(vectors, labels).C_ == 0.37
+
+
+def test_folds_share_out_every_class_evenly_and_every_vector_once() -> None:
+    targets = np.repeat([0, 1, 2], [50, 13, 7])
+    folds = stratified_folds(targets, n_folds=5, seed=3)
+    assert folds is not None
+    assert (np.sum(folds, axis=0) == 1).all()
+    for target in range(3):
+        counts = [(targets[fold] == target).sum() for fold in folds]
+        assert max(counts) - min(counts) <= 1
+    again, other = stratified_folds(targets, n_folds=5, seed=3), stratified_folds(targets, n_folds=5, seed=4)
+    assert again is not None
+    assert other is not None
+    np.testing.assert_array_equal(folds, again)
+    assert (np.array(folds) != np.array(other)).any()
+    assert stratified_folds(targets, n_folds=1, seed=0) is None
+
+
+# Inside scikit-learn
+
+
+@pytest.mark.parametrize("probe", [*PROBES, LinearProbe(seed=4), KNNProbe()], ids=repr)
+def test_scikit_learn_can_clone_it(probe: LinearProbe | KNNProbe) -> None:
+    copy = clone(probe)
+    assert copy is not probe
+    assert copy.get_params() == probe.get_params()
+    assert is_classifier(probe)
+    assert repr(copy) == repr(probe)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_cross_val_score_and_pipelines_work(probe: LinearProbe | KNNProbe) -> None:
+    vectors, labels = blobs()
+    names = np.array(["ant", "bee", "cat"])[labels]
+    assert cross_val_score(probe, vectors, names, cv=3, error_score="raise").mean() > 0.9
+    assert make_pipeline(FunctionTransformer(), clone(probe)).fit(vectors, names).score(vectors, names) > 0.9
+
+
+def test_grid_search_works_and_its_winner_can_be_saved(tmp_path: Path) -> None:
+    vectors, labels = blobs()
+    search = GridSearchCV(KNNProbe(), {"k": np.arange(1, 8, 3)}, cv=3, error_score="raise").fit(vectors, labels)
+    search.best_estimator_.save(tmp_path / "knn.safetensors")
+    assert load_probe(tmp_path / "knn.safetensors").get_params() == {"k": search.best_params_["k"]}
+
+
+def test_parameters_are_set_by_name_and_typos_refused() -> None:
+    assert LinearProbe().set_params(C=3.0, seed=2).get_params() == {"C": 3.0, "seed": 2}
+    with pytest.raises(DataError, match="LinearProbe has no parameter 'c'; it has C, seed"):
+        LinearProbe().set_params(c=3.0)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_fit_returns_the_probe_itself(probe: LinearProbe | KNNProbe) -> None:
+    copy = clone(probe)
+    assert copy.fit(*blobs()) is copy
+
+
+# Labels and reports
+
+
+@pytest.mark.parametrize(
+    "names", [["b", "a"], [7, -3], [True, False], [2.5, 0.5]], ids=lambda names: type(names[0]).__name__
+)
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_classes_keep_their_type_also_on_disk(tmp_path: Path, probe: LinearProbe | KNNProbe, names: list[Any]) -> None:
+    vectors, labels = blobs(classes=2)
+    y = np.array(names)[labels]
+    fitted = clone(probe).fit(vectors, y)
+    assert fitted.classes_.tolist() == sorted(names)
+    assert fitted.predict(vectors).dtype == y.dtype
+    fitted.save(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(load_probe(tmp_path / "p.safetensors").predict(vectors), fitted.predict(vectors))
+    assert load_probe(tmp_path / "p.safetensors").classes_.dtype.kind == y.dtype.kind
+
+
+def test_a_report_tells_accuracy_from_balanced_accuracy() -> None:
+    probe = LinearProbe(C=1.0).fit([[-1.0], [-1.1], [1.0], [1.1]], ["no", "no", "yes", "yes"])
+    report = probe.evaluate([[-1.0], [-1.0], [-1.0], [-1.0]], ["no", "no", "no", "yes"])
+    assert report == ProbeReport(accuracy=0.75, balanced_accuracy=0.5, per_class={"no": 1.0, "yes": 0.0}, n=4)
+    assert str(report).splitlines() == ["accuracy 75.0%   balanced 50.0%   on 4 images", "  no   100.0%", "  yes  0.0%"]
+    assert probe.score([[-1.0], [1.0]], ["no", "no"]) == 0.5
+
+
+def test_labels_come_with_embeddings_or_are_passed() -> None:
+    vectors, labels = blobs()
+    assert LinearProbe(C=1.0).fit(embeddings()).score(embeddings()) > 0.9
+    passed = LinearProbe(C=1.0).fit(embeddings(), labels)
+    assert passed.classes_.tolist() == [0, 1, 2], "labels that are passed count"
+    with pytest.raises(DataError, match="no labels: embed a folder"):
+        LinearProbe().fit(embeddings(labelled=False))
+    with pytest.raises(DataError, match="no labels"):
+        LinearProbe().fit(vectors)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_a_probe_that_is_not_fitted_says_so(tmp_path: Path, probe: LinearProbe | KNNProbe) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: clone(probe).predict([[1.0]]),
+        lambda: clone(probe).predict_proba([[1.0]]),
+        lambda: clone(probe).evaluate([[1.0]], ["a"]),
+        lambda: clone(probe).save(tmp_path / "p.safetensors"),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match="is not fitted: call fit first"):
+            call()
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_one_class_is_refused_and_the_probe_stays_unfitted(probe: LinearProbe | KNNProbe) -> None:
+    copy = clone(probe)
+    with pytest.raises(DataError, match=r"needs two classes or more, the labels hold \['cat'\]"):
+        copy.fit([[1.0], [2.0]], ["cat", "cat"])
+    with pytest.raises(DataError, match="is not fitted"):
+        copy.predict([[1.0]])
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_a_refused_second_fit_leaves_the_first_one_standing(probe: LinearProbe | KNNProbe) -> None:
+    copy = clone(probe).fit(embeddings())
+    before = copy.predict(embeddings())
+    one_class = Embeddings(np.ones((2, 6), np.float32), OTHER_SPACE, ("0", "1"), ("cat", "cat"))
+    with pytest.raises(DataError):
+        copy.fit(one_class)
+    assert copy.predict(embeddings()).tolist() == before.tolist()
+    with pytest.raises(SpaceError):
+        copy.predict(embeddings(OTHER_SPACE))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_numbers_that_are_not_finite_are_refused(probe: LinearProbe | KNNProbe, bad: float) -> None:
+    vectors, labels = blobs()
+    fitted = clone(probe).fit(vectors, labels)
+    vectors[3, 2] = bad
+    with pytest.raises(DataError, match="NaN or infinite"):
+        clone(probe).fit(vectors, labels)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        fitted.predict(vectors)
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "message"),
+    [
+        ([1.0, 2.0], ["a", "b"], r"wanted vectors \[N, D\], got an array of shape \[2\]"),
+        (np.ones((2, 2, 2)), ["a", "b"], r"shape \[2, 2, 2\]"),
+        ([[1.0], [2.0]], ["a"], r"2 vectors, but labels of shape \[1\]"),
+        ([[1.0], [2.0]], [["a"], ["b"]], r"labels of shape \[2, 1\]"),
+        (np.ones((0, 3)), [], "two classes or more"),
+    ],
+)
+def test_arrays_of_another_shape_are_refused(X: Any, y: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        LinearProbe().fit(X, y)
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [LinearProbe(C=0.0), LinearProbe(C=-1.0), LinearProbe(C=float("nan")), KNNProbe(k=0), KNNProbe(k=-1)],
+    ids=repr,
+)
+def test_parameters_without_meaning_are_refused_by_fit(probe: LinearProbe | KNNProbe) -> None:
+    with pytest.raises(InputError):
+        probe.fit(*blobs())
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_judging_on_no_images_at_all_is_refused(probe: LinearProbe | KNNProbe) -> None:
+    vectors, labels = blobs()
+    with pytest.raises(DataError):
+        clone(probe).fit(vectors, labels).evaluate(vectors[:0], labels[:0])
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_vectors_of_another_space_are_refused_by_both_names(probe: LinearProbe | KNNProbe) -> None:
+    fitted = clone(probe).fit(embeddings())
+    assert fitted.model_id_ == SPACE
+    for call in (fitted.predict, fitted.predict_proba, fitted.evaluate, fitted.score):
+        with pytest.raises(SpaceError, match=f"{SPACE}, these are of {OTHER_SPACE}: fit it again"):
+            call(embeddings(OTHER_SPACE))
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_vectors_of_another_length_are_refused(probe: LinearProbe | KNNProbe) -> None:
+    fitted = clone(probe).fit(embeddings())
+    with pytest.raises(SpaceError, match="takes vectors of 6 numbers, these have 7"):
+        fitted.predict(embeddings(dim=7))
+    with pytest.raises(SpaceError, match="takes vectors of 6 numbers, these have 5"):
+        fitted.predict(np.ones((1, 5)))
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_plain_arrays_have_no_space_to_check(probe: LinearProbe | KNNProbe) -> None:
+    fitted = clone(probe).fit(embeddings())
+    assert fitted.predict(embeddings().vectors).tolist() == fitted.predict(embeddings()).tolist()
+    plain = clone(probe).fit(*blobs())
+    assert plain.model_id_ is None
+    assert len(plain.predict(embeddings())) == 90
+
+
+# On disk
+
+
+@pytest.mark.parametrize("probe", [*PROBES, LinearProbe(seed=3)], ids=repr)
+def test_a_probe_comes_back_as_it_was_saved(tmp_path: Path, probe: LinearProbe | KNNProbe) -> None:
+    fitted = clone(probe).fit(embeddings())
+    path = tmp_path / "deep" / "probe.safetensors"
+    fitted.save(path)
+    assert path.stat().st_mode & 0o777 == 0o644
+    for loaded in (load_probe(str(path)), type(probe).load(path)):
+        assert type(loaded) is type(probe)
+        assert loaded.get_params() == probe.get_params()
+        assert loaded.model_id_ == SPACE
+        np.testing.assert_array_equal(loaded.classes_, fitted.classes_)
+        np.testing.assert_array_equal(loaded.predict_proba(embeddings()), fitted.predict_proba(embeddings()))
+        with pytest.raises(SpaceError):
+            loaded.predict(embeddings(OTHER_SPACE))
+
+
+def test_the_chosen_c_survives_the_disk(tmp_path: Path) -> None:
+    fitted = LinearProbe().fit(embeddings())
+    fitted.save(tmp_path / "p.safetensors")
+    loaded = LinearProbe.load(tmp_path / "p.safetensors")
+    assert (loaded.C, loaded.C_) == (None, fitted.C_)
+
+
+def test_a_probe_of_the_other_kind_is_refused(tmp_path: Path) -> None:
+    KNNProbe().fit(embeddings()).save(tmp_path / "p.safetensors")
+    with pytest.raises(DataError, match=r"p\.safetensors holds a KNNProbe, not a LinearProbe"):
+        LinearProbe.load(tmp_path / "p.safetensors")
+
+
+def test_a_missing_probe_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"p\.safetensors does not exist: make it with probe\.save"):
+        load_probe(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage that is long enough", b"PK\x03\x04" * 9], ids=["empty", "garbage", "zip"]
+)
+def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "p.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match=r"p\.safetensors is not a saved probe"):
+        load_probe(tmp_path / "p.safetensors")
+
+
+HEADER = {"jepakit_probe": "knn", "params": '{"k": 5}', "classes": '["a", "b"]', "model_id": ""}
+ARRAYS = {"vectors": np.eye(2, dtype=np.float32), "targets": np.array([0, 1])}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"jepakit_probe": "other"},
+        {"params": "["},
+        {"params": "[]"},
+        {"params": '{"C": 1.0}'},
+        {"classes": "{"},
+        {"model_id": None},
+    ],
+    ids=str,
+)
+def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: dict[str, str | None]) -> None:
+    save_file(ARRAYS, tmp_path / "good", metadata=HEADER)
+    assert load_probe(tmp_path / "good").predict([[1.0, 0.0]]).tolist() == ["a"]
+    metadata = {name: value for name, value in {**HEADER, **header}.items() if value is not None}
+    save_file(ARRAYS, tmp_path / "bad", metadata=metadata)
+    with pytest.raises(DataError, match="bad is not a saved probe"):
+        load_probe(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"vectors": ARRAYS["vectors"]},
+        {**ARRAYS, "targets": np.array([0, 1, 1])},
+        {**ARRAYS, "targets": np.array([0, 7])},
+        {**ARRAYS, "vectors": np.ones(2, np.float32)},
+    ],
+    ids=["no targets", "too many targets", "targets beyond the classes", "one vector"],
+)
+def test_arrays_that_do_not_fit_together_are_refused_by_name(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    save_file(arrays, tmp_path / "bad", metadata=HEADER)
+    with pytest.raises(DataError, match="bad is not a saved probe"):
+        load_probe(tmp_path / "bad")
+
+
+def test_a_saved_probe_is_plain_safetensors_with_a_readable_header(tmp_path: Path) -> None:
+    LinearProbe(C=2.0).fit(embeddings()).save(tmp_path / "p.safetensors")
+    data = (tmp_path / "p.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    assert header["jepakit_probe"] == "linear"
+    assert json.loads(header["params"]) == {"C": 2.0, "seed": 0}
+    assert json.loads(header["classes"]) == ["class 0", "class 1", "class 2"]
+    assert header["model_id"] == SPACE

@@ -1,0 +1,316 @@
+"""Which images a folder, glob or list means, in which order, under which labels."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepakit.errors import DataError, InputError
+from jepakit.images import read_image
+from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, Gathered, gather, list_images
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Files of a few bytes: listing never opens them."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def classes(root: Path, counts: dict[str, int]) -> Path:
+    return touch(root, *(f"{name}/{i:03}.png" for name, count in counts.items() for i in range(count)))
+
+
+def png(size: int = 10) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Folders, globs, lists
+
+
+def test_a_folder_is_read_recursively_in_the_order_of_its_names(tmp_path: Path) -> None:
+    touch(tmp_path, "b/2.png", "b/10.png", "a.png", "b/c/d/1.jpg", "A.PNG")
+    listed = list_images(tmp_path)
+    assert listed.ids == ("A.PNG", "a.png", "b/10.png", "b/2.png", "b/c/d/1.jpg")
+    assert listed.paths == tuple(tmp_path / name for name in listed.ids)
+    assert len(listed) == 5
+
+
+@pytest.mark.parametrize("as_given", [str, Path])
+def test_a_folder_can_be_text_or_a_path(tmp_path: Path, as_given: type[Any]) -> None:
+    assert list_images(as_given(touch(tmp_path, "a.png"))).ids == ("a.png",)
+
+
+def test_only_images_are_listed_whatever_the_case_of_their_suffix(tmp_path: Path) -> None:
+    images = ("a.JPG", "b.jpeg", "c.Png", "d.webp", "e.BMP", "f.tif", "g.TIFF")
+    touch(tmp_path, *images, "notes.txt", "png", "h.gif", "i.png.txt", "j.dcm")
+    assert list_images(tmp_path).ids == images
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", ".b.png", ".cache/c.png", "d/.e.png", "d/._f.jpg", "d/g.png")
+    assert list_images(tmp_path).ids == ("a.png", "d/g.png")
+    assert [Path(name).name for name in list_images(f"{tmp_path}/**/*.png").ids] == ["a.png", "g.png"]
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
+    touch(tmp_path, ".data/a.png")
+    assert list_images(tmp_path / ".data").ids == ("a.png",)
+
+
+def test_a_folder_named_like_an_image_is_still_a_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "set.png/a.png")
+    assert list_images(tmp_path).ids == ("set.png/a.png",)
+    assert list_images(f"{tmp_path}/**").ids == (f"{tmp_path}/set.png/a.png",)
+
+
+def test_a_link_back_to_a_parent_folder_does_not_repeat_images(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert list_images(tmp_path).ids == ("a/1.png",)
+
+
+def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
+    touch(tmp_path, "store/1.png", "set/2.png")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "store")
+    assert list_images(tmp_path / "set").ids == ("2.png", "linked/1.png")
+
+
+def test_a_link_that_leads_nowhere_does_not_stop_the_listing(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    listed = list_images(tmp_path)
+    assert "a.png" in listed.ids
+    assert listed.digest()
+
+
+def test_a_glob_lists_matching_images_sorted(tmp_path: Path) -> None:
+    touch(tmp_path, "b/2.png", "a/1.png", "a/1.jpg", "a/1.txt", "3.png")
+    listed = list_images(f"{tmp_path}/*/*")
+    assert listed.paths == (tmp_path / "a/1.jpg", tmp_path / "a/1.png", tmp_path / "b/2.png")
+    assert listed.labels is None
+    assert [path.name for path in list_images(f"{tmp_path}/**/*.png").paths] == ["3.png", "1.png", "2.png"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "scan[1].png", "scan1.png")
+    assert list_images(tmp_path / "scan[1].png").ids == ("scan[1].png",)
+
+
+def test_a_single_file_is_named_by_its_name(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    listed = list_images(tmp_path / "a.png")
+    assert (listed.ids, listed.labels) == (("a.png",), None)
+
+
+def test_a_list_keeps_its_order(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    names = [f"{tmp_path}/{name}.png" for name in "cab"]
+    listed = list_images(names)
+    assert listed.ids == tuple(names)
+    assert listed.labels is None
+    assert "list of files" in listed.note
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/a.png"])
+def test_a_missing_source_is_named(tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError, match=rf"{source} does not exist: give a folder"):
+        list_images(tmp_path / source)
+
+
+def test_missing_files_of_a_list_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    with pytest.raises(DataError, match=r"x\.png does not exist \(2 of 3 files are missing\)"):
+        list_images([tmp_path / "a.png", tmp_path / "x.png", tmp_path / "y.png"])
+
+
+def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
+    touch(tmp_path, "notes.txt")
+    for source in (tmp_path, f"{tmp_path}/*.png"):
+        with pytest.raises(DataError, match=r"holds no images \(looked for \.bmp, \.jpeg"):
+            list_images(source)
+    with pytest.raises(DataError):
+        list_images([])
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("counts", "labelled", "note"),
+    [
+        ({"cat": 10, "dog": 12}, True, "2 folders are classes (cat, dog)"),
+        ({"cat": 10, "dog": 9}, False, "a folder holds 9 images"),
+        ({"cat": 30}, False, "1 first-level folders"),
+        ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES)}, True, "50 folders are classes (c00, c01, c02, c03, c04, c05, …)"),
+        ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES + 1)}, False, "51 first-level folders"),
+    ],
+)  # fmt: skip
+def test_auto_takes_folders_as_classes_only_if_they_look_like_it(
+    tmp_path: Path, counts: dict[str, int], labelled: bool, note: str
+) -> None:
+    listed = list_images(classes(tmp_path, counts))
+    assert note in listed.note
+    if labelled:
+        assert listed.labels == tuple(name.split("/")[0] for name in listed.ids)
+    else:
+        assert listed.labels is None
+        assert listed.note.startswith("no labels")
+
+
+def test_auto_gives_no_labels_when_an_image_lies_outside_the_folders(tmp_path: Path) -> None:
+    touch(classes(tmp_path, {"cat": 10, "dog": 10}), "stray.png")
+    listed = list_images(tmp_path)
+    assert listed.labels is None
+    assert "outside class folders" in listed.note
+
+
+def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/x/1.png", "cat/2.png", "dog/y/z/3.png")
+    assert list_images(tmp_path, "folder").labels == ("cat", "cat", "dog")
+
+
+def test_folder_takes_folders_as_classes_whatever_their_number(tmp_path: Path) -> None:
+    assert list_images(classes(tmp_path / "few", {"cat": 1}), "folder").labels == ("cat",)
+    many = {f"c{i}": 1 for i in range(MAX_CLASSES + 1)}
+    assert len(set(list_images(classes(tmp_path / "many", many), "folder").labels or ())) == MAX_CLASSES + 1
+
+
+def test_folder_names_the_image_that_has_no_class(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png", "stray.png")
+    with pytest.raises(DataError, match=r"stray\.png lies in no class folder"):
+        list_images(tmp_path, "folder")
+
+
+def test_none_gives_no_labels(tmp_path: Path) -> None:
+    listed = list_images(classes(tmp_path, {"cat": 10, "dog": 10}), "none")
+    assert (listed.labels, listed.note) == (None, "no labels, as asked")
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "VAL"), ("train", "valid", "test")])
+@pytest.mark.parametrize("rule", ["auto", "folder"])
+def test_folders_named_like_splits_are_not_taken_for_classes(tmp_path: Path, names: Sequence[str], rule: Any) -> None:
+    classes(tmp_path, dict.fromkeys(names, 10))
+    with pytest.raises(DataError, match="look like splits, not classes"):
+        list_images(tmp_path, rule)
+    assert list_images(tmp_path, "none").labels is None
+
+
+def test_a_class_may_be_called_test_among_others(tmp_path: Path) -> None:
+    assert list_images(classes(tmp_path, {"test": 10, "control": 10})).labels is not None
+
+
+# The digest
+
+
+def test_the_digest_stays_while_the_data_stays(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b/c.png")
+    before = list_images(tmp_path).digest()
+    assert before == list_images(str(tmp_path)).digest()
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    tmp_path.rename(moved)
+    assert list_images(moved).digest() == before
+
+
+def test_the_digest_changes_with_a_name_a_size_or_the_number_of_files(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    seen = {list_images(tmp_path).digest()}
+    touch(tmp_path, "c.png")
+    seen.add(list_images(tmp_path).digest())
+    (tmp_path / "c.png").write_bytes(b"longer than before")
+    seen.add(list_images(tmp_path).digest())
+    (tmp_path / "c.png").rename(tmp_path / "d.png")
+    seen.add(list_images(tmp_path).digest())
+    (tmp_path / "d.png").unlink()
+    seen.add(list_images(tmp_path).digest())
+    assert len(seen) == 4, "without the third file it is the first digest again"
+
+
+def test_names_that_are_not_utf_8_have_a_digest(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
+    assert len(list_images(tmp_path).digest()) == 16
+
+
+# gather
+
+
+def test_gather_takes_a_folder_with_its_classes(tmp_path: Path) -> None:
+    classes(tmp_path, {"cat": 1, "dog": 2})
+    gathered = gather(tmp_path, "folder")
+    assert gathered.ids == ("cat/000.png", "dog/000.png", "dog/001.png")
+    assert gathered.labels == ("cat", "dog", "dog")
+    assert gathered.items == [tmp_path / name for name in gathered.ids]
+    assert gather(str(tmp_path), "none").labels is None
+    assert gather(tmp_path, "auto").labels is None
+
+
+def test_gather_does_without_labels_when_images_lie_outside_class_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png", "stray.png")
+    assert gather(tmp_path, "folder").labels is None
+    assert gather(tmp_path / "cat" / "1.png", "folder").labels is None
+    assert gather(f"{tmp_path}/*/*.png", "folder").labels is None
+
+
+def test_gather_refuses_splits_taken_for_classes(tmp_path: Path) -> None:
+    classes(tmp_path, {"train": 1, "test": 1})
+    with pytest.raises(DataError, match="splits"):
+        gather(tmp_path, "folder")
+
+
+def test_gather_flattens_images_in_memory_and_names_them_by_their_place(tmp_path: Path) -> None:
+    array, image = np.zeros((10, 12, 3), np.uint8), Image.new("RGB", (10, 10))
+    gathered = gather([png(), array, image, tmp_path / "x.png", f"{tmp_path}/y.png"], "folder")
+    assert gathered.ids == ("0", "1", "2", f"{tmp_path}/x.png", f"{tmp_path}/y.png")
+    assert gathered.labels is None
+    assert gathered.items[1] is array
+    assert gathered.items[2] is image
+    assert gathered.items[4] == tmp_path / "y.png"
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((10, 12, 3), np.uint8), np.zeros((10, 12), np.uint8), Image.new("L", (9, 9)), png()], ids=type
+)
+def test_gather_takes_one_image_in_memory(image: Any) -> None:
+    gathered = gather(image, "folder")
+    assert len(gathered.items) == 1
+    assert gathered.items[0] is image
+    assert gathered.ids == ("0",)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_gather_takes_other_kinds_of_bytes_and_they_can_be_read(kind: Any) -> None:
+    (item,) = gather(kind(png()), "folder").items
+    assert read_image(item).size == (10, 10)
+
+
+def test_gather_takes_a_stack_of_arrays_image_by_image() -> None:
+    stack = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
+    gathered = gather(stack, "folder")
+    assert gathered.ids == ("0", "1", "2")
+    for item, array in zip(gathered.items, stack, strict=True):
+        np.testing.assert_array_equal(item, array)
+
+
+def test_gather_takes_a_generator() -> None:
+    assert gather((png() for _ in range(3)), "none").ids == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.zeros((0, 8, 8, 3), np.uint8)], ids=["list", "tuple", "stack"])
+def test_gather_refuses_nothing(nothing: Any) -> None:
+    with pytest.raises(InputError, match="no images were given"):
+        gather(nothing, "folder")
+
+
+def test_gathered_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Gathered([], (), None).ids = ("a",)  # type: ignore[misc]

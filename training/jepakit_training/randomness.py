@@ -1,0 +1,14 @@
+"""Stateless randomness: every random number is a function of what it is for, so resuming needs no RNG state."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from the run's seed and the names and numbers of its use, e.g. (seed, "views", epoch, index).
+
+    The same on every platform, Python version and rank (unlike `hash`).
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
