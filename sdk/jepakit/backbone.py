@@ -1,0 +1,302 @@
+"""The torch side of a bundle: a timm backbone, its weights, and `Embedder`, the model that defines the vector.
+
+Imports torch and timm; only training and export use it. Both go through `Embedder`, so the vector that
+training measures is the vector that export writes.
+
+Shapes: B images, H × W pixels, C bands, D numbers of the embedding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from jepakit._timm_names import check_name
+from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, StartWeights, open_bundle
+from jepakit.errors import BackboneError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's and timm's deprecation chatter at import is not the user's business
+    import timm
+
+_CONVNET_STRIDE = 32
+_STAGES_LAST = 4
+
+
+def start_backbone(name: str, weights: str, image_size: int | None) -> tuple[nn.Module, Backbone]:
+    """Build `name` with the chosen weights for inputs of `image_size` (None: the size of its weights), rounded
+    to the patch or stride.
+
+    weights  `pretrained`, `random`, a .safetensors or .pth file, or a bundle of the same architecture
+
+    Raises BackboneError for an unknown name, an unreachable hub, or a file whose tensors do not fit.
+    Weights are never random unless asked for.
+    """
+    check_name(name)
+    if weights not in ("pretrained", "random") and (Path(weights) / "manifest.json").is_file():
+        bundle = open_bundle(weights)
+        bundle.read(WEIGHTS)
+        license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
+    else:
+        license_, file = None, Path(weights)
+
+    arguments = _size_arguments(name, image_size)
+    if weights == "pretrained":
+        module = _build_pretrained(name, arguments)
+        license_ = module.pretrained_cfg.get("license")
+        source = f"timm {name}" if "." in name else f"timm {name}.{module.pretrained_cfg.get('tag', '')}".rstrip(".")
+    elif weights == "random":
+        module, source, license_ = build(name, arguments), "random", "none needed"
+    else:
+        state, header = _read_state(file)
+        module = build(name, arguments)
+        _load(module, state, file)
+        source, license_ = f"file {file.name}", license_ or header.get("license")
+    start = StartWeights(source=source, license=license_ or "unknown")
+    return module.eval(), Backbone(name=name, arguments=arguments, start=start)
+
+
+def build(name: str, arguments: dict[str, Any]) -> Any:
+    """The bare architecture with timm's random weights."""
+    return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+
+
+def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
+    """The backbone of a bundle, with the bundle's weights, in eval mode."""
+    module = build(backbone.name, backbone.arguments)
+    _load(module, state, Path(WEIGHTS))
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def stock_preprocess(module: Any, image_size: int | None) -> Preprocess:
+    """How the backbone's own weights want their images, from timm's description of them.
+
+    Raises BackboneError where timm does not know: ImageNet's statistics are never assumed.
+    """
+    described = module.pretrained_cfg
+    missing = [key for key in ("mean", "std", "interpolation", "input_size") if not described.get(key)]
+    if missing:
+        raise BackboneError(
+            f"timm does not say how {described.get('architecture')} was fed ({', '.join(missing)} missing)"
+        )
+    size = image_size or int(described["input_size"][-1])
+    crop_mode = described.get("crop_mode") or "center"
+    if crop_mode not in ("center", "squash") or described["interpolation"] not in ("bicubic", "bilinear"):
+        raise BackboneError(
+            f"{described.get('architecture')} wants {described['interpolation']} resizing and crop mode {crop_mode}: not supported yet"
+        )
+    return Preprocess(
+        size=size,
+        resize_to=math.floor(size / (described.get("crop_pct") or 1.0)),
+        resize="squash" if crop_mode == "squash" else "shorter",
+        interpolation=described["interpolation"],
+        bands=3,
+        dtype="uint8",
+        mean=tuple(map(float, described["mean"])),
+        std=tuple(map(float, described["std"])),
+    )
+
+
+def size_multiple(module: Any) -> int:
+    """Pixels that an input side must be a multiple of: the patch of a ViT, the stride of a ConvNet."""
+    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
+    if patch is not None and not is_hierarchical(module):
+        return int(patch[0] if isinstance(patch, tuple | list) else patch)
+    return _CONVNET_STRIDE
+
+
+def round_size(size: int, multiple: int) -> int:
+    """The multiple of `multiple` nearest to `size`, at least one."""
+    return max(multiple, round(size / multiple) * multiple)
+
+
+def is_hierarchical(module: Any) -> bool:
+    """Whether features live on grids of falling resolution (ConvNets, Swin) rather than in equal blocks (ViT)."""
+    levels = getattr(module, "feature_info", None) or []
+    return len({level["reduction"] for level in levels}) > 1
+
+
+class Embedder(nn.Module):
+    """Images to embeddings: the definition of the vector, run by training's evaluation and by export.
+
+    forward(images uint8 [B, H, W, C], RGB, 0-255) → float32 [B, D]: scaling, mean, std, backbone, pooling,
+    centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
+    each of the last four feature levels (a ViT's last four blocks), concatenated.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    center: Tensor | None
+    scale: Tensor | None
+
+    def __init__(self, backbone: nn.Module, preprocess: Preprocess, embedding: EmbeddingSpec) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.pooling = embedding.pooling
+        self.normalize = embedding.normalize
+        self.register_buffer("pixel_mean", 255 * torch.tensor(preprocess.mean), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(preprocess.std), persistent=False)
+        self.register_buffer("center", _as_tensor(embedding.center), persistent=False)
+        self.register_buffer("scale", _as_tensor(embedding.scale), persistent=False)
+
+    def forward(self, images_BHWC: Tensor) -> Tensor:
+        vectors = pool(self.backbone, self.normalised(images_BHWC), self.pooling).float()
+        if self.center is not None:
+            vectors = vectors - self.center
+        if self.scale is not None:
+            vectors = vectors / self.scale
+        return nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+
+    def normalised(self, images_BHWC: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] to what the backbone takes, float32 [B, C, H, W]."""
+        return ((images_BHWC.float() - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2)
+
+
+def pool(backbone: Any, x_BCHW: Tensor, pooling: Literal["head", "stages"]) -> Tensor:
+    """The backbone's pooled output [B, D], before centring."""
+    if pooling == "head":
+        return backbone(x_BCHW)  # type: ignore[no-any-return]
+    levels = backbone.forward_intermediates(
+        x_BCHW,
+        indices=min(_STAGES_LAST, len(backbone.feature_info)),
+        output_fmt="NCHW",
+        intermediates_only=True,
+    )
+    return torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
+
+
+def supports_stages(backbone: Any) -> bool:
+    """Whether timm can hand out the backbone's intermediate features."""
+    return hasattr(backbone, "forward_intermediates")
+
+
+def _as_tensor(values: tuple[float, ...] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float32)
+
+
+def _size_arguments(name: str, image_size: int | None) -> dict[str, Any]:
+    """What timm needs to build `name` for a size: nothing for ConvNets, image and dynamic size for ViTs."""
+    with torch.device("meta"):
+        blank = build(name, {})
+    accepted = inspect.signature(type(blank).__init__).parameters
+    arguments: dict[str, Any] = {}
+    if image_size is not None and "img_size" in accepted:
+        arguments["img_size"] = round_size(image_size, size_multiple(blank))
+    if "dynamic_img_size" in accepted:
+        arguments["dynamic_img_size"] = True
+    return arguments
+
+
+def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
+    module = build(name, arguments)
+    if not (module.pretrained_cfg.get("hf_hub_id") or module.pretrained_cfg.get("url")):
+        raise BackboneError(
+            f"timm has no pretrained weights for {name}: give --weights FILE, or --weights random to start from nothing"
+        )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our own words
+    try:
+        if not _hub_in_reach(module.pretrained_cfg.get("hf_hub_id")):
+            raise ConnectionError
+        return timm.create_model(name, pretrained=True, num_classes=0, **arguments)
+    except Exception as error:  # hub clients raise whatever their HTTP library does
+        raise BackboneError(
+            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}): without a network give "
+            "--weights FILE (.safetensors or .pth), fetched on another machine"
+        ) from None
+
+
+def _hub_in_reach(repository: str | None) -> bool:
+    """False when the weights are neither cached nor reachable: spares a minute of the hub client's retries."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    cached = repository and any(
+        isinstance(try_to_load_from_cache(repository.split("@")[0], file), str)
+        for file in ("model.safetensors", "pytorch_model.bin")
+    )
+    if cached or any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.create_connection((urlsplit(constants.ENDPOINT).hostname or "", 443), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
+def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a .safetensors file, or of a .pth file without unpickling anything but tensors."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as opened:
+                return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a hostile or damaged file can raise anything
+        raise BackboneError(
+            f"{file} holds no weights that can be read safely: give a .safetensors file, or a .pth file of plain tensors"
+        ) from None
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BackboneError(f"{file} holds no plain state dict of tensors")
+    return state, {}
+
+
+def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
+    """Load a timm state dict; BackboneError lists every tensor that is missing, left over or of another shape."""
+    classifier = tuple(f"{name}." for name in _classifier_names(module))
+    state = {
+        key.removeprefix("module."): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+    state = {key: value for key, value in state.items() if not (classifier and key.startswith(classifier))}
+    state = _resampled(module, state)
+    own = module.state_dict()
+    # Counters of BatchNorm's training steps carry nothing that evaluation uses; some files leave them out.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    left_over = [key for key in state if key not in own]
+    misfits = [
+        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    complaints = [
+        f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        for what, keys in (("missing", missing), ("left over", left_over), ("of another shape", misfits))
+        if keys
+    ]
+    if complaints:
+        raise BackboneError(f"{file} does not fit {module.pretrained_cfg.get('architecture')}: {'; '.join(complaints)}")
+    module.load_state_dict(state, strict=False)
+
+
+def _classifier_names(module: Any) -> tuple[str, ...]:
+    names = module.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _resampled(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Position embeddings of another grid are interpolated by timm, as it does for its own weights."""
+    from timm.layers import resample_abs_pos_embed
+
+    own, theirs = getattr(module, "pos_embed", None), state.get("pos_embed")
+    if own is None or theirs is None or own.shape == theirs.shape or own.ndim != 3 or own.shape[2] != theirs.shape[2]:
+        return state
+    prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
+    grid = list(module.patch_embed.grid_size)
+    return {**state, "pos_embed": resample_abs_pos_embed(theirs, new_size=grid, num_prefix_tokens=prefix)}

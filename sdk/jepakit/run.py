@@ -1,0 +1,86 @@
+"""A run of adaptation on disk: what it was told, what it did, what it says.
+
+RUN/
+  config.toml       the resolved settings
+  environment.json  versions, and a fingerprint of the data
+  metrics.jsonl     a line per logged step
+  skipped.csv       images that could not be read, and why (holds paths: keep it to yourself)
+  checkpoints/      to go on by running the same command again
+  start/            the weights it started from, as a bundle without a graph
+  bundle/           the adapted weights, as a bundle without a graph; its manifest holds the verdict
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jepakit.bundle import Bundle, open_bundle
+from jepakit.errors import DataError
+from jepakit.evaluate import Comparison, Verdict
+
+CONFIG = "config.toml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+SKIPPED = "skipped.csv"
+CHECKPOINTS = "checkpoints"
+START = "start"
+BUNDLE = "bundle"
+
+
+class Run:
+    """A run's folder, opened. See the module for what lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved settings."""
+        return tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the adapted bundle has been written."""
+        return (self.path / BUNDLE).is_dir()
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The adapted weights; BundleError when the run has not finished."""
+        return open_bundle(self.path / BUNDLE)
+
+    @property
+    def comparison(self) -> Comparison:
+        """Scores before and after, on images never trained on, and the verdict."""
+        comparison = self.bundle.manifest.comparison
+        assert comparison is not None, "a run's bundle always holds one"
+        return comparison
+
+    @property
+    def verdict(self) -> Verdict:
+        """better, same, worse or cannot tell, with the numbers behind it."""
+        return self.comparison.verdict
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait."""
+        return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
+
+    def export(self, out: str | Path, **settings: Any) -> Bundle:
+        """Export to ONNX, verified against torch; the settings are `jepakit.export`'s."""
+        from jepakit._frontdoor import export
+
+        return export(self.path, out=out, **settings)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open the folder of a run; DataError when it is none."""
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise DataError(f"{path} is not a run: it has no {CONFIG}")
+    return Run(path)

@@ -1,0 +1,229 @@
+"""Measuring embeddings before and after: which pooling serves, and whether adaptation helped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from jepakit._progress import track
+from jepakit.backbone import Embedder, pool, supports_stages
+from jepakit.bundle import EmbeddingSpec, Preprocess
+from jepakit.config import AdaptConfig
+from jepakit.errors import ImageError
+from jepakit.evaluate import Comparison, Measurement, compare, measure, no_labels
+from jepakit.images import preprocess
+from jepakit.sources import ImageList
+from jepakit_training.data import Split
+from jepakit_training.records import SkippedFiles
+
+Pooling = Literal["head", "stages"]
+_BATCH = 16
+
+
+@dataclass
+class Features:
+    """Pooled outputs before centring of the images to measure on, float32 [N, D] for each pooling.
+
+    `readable` and `skipped` speak of the paths that were asked for; rows are the readable ones.
+    """
+
+    by_pooling: dict[Pooling, NDArray[np.float32]]
+    readable: NDArray[np.bool_]
+    skipped: list[tuple[int, str]]
+
+
+@dataclass
+class MeasuringSet:
+    """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge."""
+
+    paths: list[Path]
+    is_fit: NDArray[np.bool_]
+    labels: NDArray[np.str_] | None
+
+    @classmethod
+    def choose(cls, paths: Sequence[Path], labels: Sequence[str] | None, split: Split, most: int) -> MeasuringSet:
+        """All held-out images, and at most `most` evenly spread training images."""
+        fit = split.train[np.unique(np.linspace(0, len(split.train) - 1, min(most, len(split.train))).astype(np.intp))]
+        chosen = np.concatenate([fit, split.held_out])
+        return cls(
+            [paths[index] for index in chosen],
+            np.arange(len(chosen)) < len(fit),
+            None if labels is None else np.asarray(labels)[chosen],
+        )
+
+    def only(self, readable: NDArray[np.bool_]) -> MeasuringSet:
+        """Without the images that could not be read."""
+        paths = [path for path, keep in zip(self.paths, readable, strict=True) if keep]
+        return MeasuringSet(paths, self.is_fit[readable], None if self.labels is None else self.labels[readable])
+
+
+def extract(
+    backbone: Any, paths: Sequence[Path], spec: Preprocess, poolings: Sequence[Pooling], *,
+    device: torch.device, workers: int, what: str, show: bool,
+) -> Features:  # fmt: skip
+    """Pool the backbone's features of `paths`, read by the one preprocess, in float32."""
+    plain = Embedder(backbone, spec, _bare_spec("head")).to(device).eval()
+    loader = DataLoader(
+        _Preprocessed(paths, spec), batch_size=_BATCH, num_workers=workers, collate_fn=list,
+    )  # fmt: skip
+    rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
+    readable, skipped = np.ones(len(paths), bool), []
+    starts = range(0, len(paths), _BATCH)
+    for start, items in zip(track(starts, what, enabled=show), loader, strict=True):
+        for place, item in enumerate(items, start):
+            if isinstance(item, str):
+                readable[place] = False
+                skipped.append((place, item))
+        images = [item for item in items if not isinstance(item, str)]
+        if not images:
+            continue
+        with torch.inference_mode():
+            x = plain.normalised(torch.from_numpy(np.stack(images)).to(device))
+            for pooling in poolings:
+                rows[pooling].append(pool(backbone, x, pooling).float().cpu().numpy())
+    return Features({pooling: np.concatenate(parts) for pooling, parts in rows.items()}, readable, skipped)
+
+
+def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
+    """The poolings to compare before training; one, where the user chose or nothing can be compared."""
+    if config.pooling != "auto":
+        return (config.pooling,)
+    return ("head", "stages") if has_labels and supports_stages(backbone) else ("head",)
+
+
+def specify(
+    pooling: Pooling, standardize: Literal["auto", "none", "center", "scale"], fit: NDArray[np.float32]
+) -> EmbeddingSpec:
+    """The embedding's spec, its centre and scale measured on `fit` [N, D]."""
+    if standardize == "auto":
+        standardize = "scale" if pooling == "stages" else "center"
+    center = fit.mean(axis=0, dtype=np.float64) if standardize != "none" else None
+    scale = fit.std(axis=0, dtype=np.float64) if standardize == "scale" else None
+    return EmbeddingSpec(
+        dim=fit.shape[1],
+        pooling=pooling,
+        standardize=standardize,
+        center=None if center is None else _float32_tuple(center),
+        # A dead number (always the same) stays what it is rather than being blown up to noise.
+        scale=None if scale is None else _float32_tuple(np.where(scale > 1e-6, scale, 1.0)),
+    )
+
+
+def apply(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`Embedder`'s last steps on pooled features, in numpy: so that one pass serves every spec."""
+    center = np.float32(0) if spec.center is None else np.array(spec.center, np.float32)
+    scale = np.float32(1) if spec.scale is None else np.array(spec.scale, np.float32)
+    return (raw - center) / scale
+
+
+def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measurement:
+    """Probes fitted on the `fit` rows, judged on the held-out rows."""
+    assert images.labels is not None
+    fit, labels = images.is_fit, images.labels
+    return measure(vectors[fit], labels[fit], vectors[~fit], labels[~fit])
+
+
+def pick_pooling(
+    features: Features, images: MeasuringSet, standardize: Literal["auto", "none", "center", "scale"]
+) -> Pooling:
+    """The pooling whose probes do better on the `fit` images alone, cross-validated: held-out ones stay unseen."""
+    poolings = list(features.by_pooling)
+    if len(poolings) == 1:
+        return poolings[0]
+    assert images.labels is not None
+    labels = images.labels[images.is_fit]
+    third = np.arange(len(labels)) % 3
+
+    def score(pooling: Pooling) -> float:
+        raw = features.by_pooling[pooling][images.is_fit]
+        vectors = apply(specify(pooling, standardize, raw), raw)
+        return float(np.mean([
+            measure(vectors[third != fold], labels[third != fold], vectors[third == fold], labels[third == fold]).right.mean()
+            for fold in range(3)
+        ]))  # fmt: skip
+
+    return max(poolings, key=score)
+
+
+@dataclass
+class Measured:
+    """An embedding's spec, and how its vectors did (None without labels)."""
+
+    embedding: EmbeddingSpec
+    measurement: Measurement | None
+
+
+class Measuring:
+    """Measures the start and the end of a run on the same images."""
+
+    def __init__(
+        self, config: AdaptConfig, images: ImageList, parts: Split, spec: Preprocess, *,
+        device: torch.device, workers: int, skipped: SkippedFiles, show: bool,
+    ) -> None:  # fmt: skip
+        self.images = MeasuringSet.choose(images.paths, images.labels, parts, config.measure_on)
+        self._config, self._spec, self._device, self._workers = config, spec, device, workers
+        self._skipped, self._show = skipped, show
+
+    def start(self, backbone: Any) -> Measured:
+        """Before: the better of the untrained poolings, chosen without looking at held-out images."""
+        poolings = choose_poolings(self._config, backbone, has_labels=self.images.labels is not None)
+        features = self._extract(backbone, poolings, "measure the start")
+        for place, reason in features.skipped:
+            self._skipped.add(self.images.paths[place], reason)
+        self.images = self.images.only(features.readable)
+        return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
+
+    def end(self, backbone: Any, pooling: Pooling) -> Measured:
+        """After: the same pooling, centre and scale measured anew."""
+        return self._measured(self._extract(backbone, (pooling,), "measure the result"), pooling)
+
+    def conclude(self, before: Measured, after: Measured) -> Comparison:
+        """The verdict on held-out images; "cannot tell" without labels."""
+        n_fit, n_held_out = int(self.images.is_fit.sum()), int((~self.images.is_fit).sum())
+        if before.measurement is None or after.measurement is None or self.images.labels is None:
+            return no_labels(n_fit, n_held_out)
+        return compare(before.measurement, after.measurement, self.images.labels[~self.images.is_fit], n_train=n_fit)
+
+    def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
+        return extract(
+            backbone, self.images.paths, self._spec, poolings,
+            device=self._device, workers=self._workers, what=what, show=self._show,
+        )  # fmt: skip
+
+    def _measured(self, features: Features, pooling: Pooling) -> Measured:
+        raw = features.by_pooling[pooling]
+        embedding = specify(pooling, self._config.standardize, raw[self.images.is_fit])
+        if self.images.labels is None:
+            return Measured(embedding, None)
+        return Measured(embedding, measure_vectors(apply(embedding, raw), self.images))
+
+
+class _Preprocessed(Dataset[Any]):
+    """uint8 [H, W, C] a readable path, the reason in words for another."""
+
+    def __init__(self, paths: Sequence[Path], spec: Preprocess) -> None:
+        self._paths, self._spec = paths, spec
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8] | str:
+        try:
+            return preprocess(self._paths[index], self._spec)
+        except ImageError as error:
+            return str(error)
+
+
+def _bare_spec(pooling: Pooling) -> EmbeddingSpec:
+    return EmbeddingSpec(dim=1, pooling=pooling, standardize="none")
+
+
+def _float32_tuple(values: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(map(float, values.astype(np.float32)))

@@ -1,0 +1,98 @@
+"""Every choice that the settings leave to the data and the backbone, made in one place and told in words."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from jepakit.backbone import is_hierarchical, round_size, size_multiple
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, DataError
+from jepakit.sources import ImageList
+from jepakit_training.data import Split, split
+
+FEWEST_IMAGES = 16
+_FEW_IMAGES = 64
+_DEFAULT_STEPS = 300
+_RAMP_STEPS = 10
+_LAMBDA_PER_VIEW = 0.005
+_LR_SCRATCH, _LR_CONVNET, _LR_VIT = 5e-4, 3e-4, 1e-4
+_LOCAL_SHARE = 96 / 224
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run does. `notes` says what a user should know about it."""
+
+    steps: int
+    batch_size: int
+    warmup_steps: int
+    lr: float
+    lamb: float
+    image_size: int
+    local_size: int
+    workers: int
+    split: Split
+    notes: tuple[str, ...]
+
+    def ramp(self, step: int) -> float:
+        """The factor on the projector's learning rate: 10 steps up, then a cosine to 0."""
+        return min(1.0, (step + 1) / _RAMP_STEPS) * _cosine(step / self.steps)
+
+    def backbone_ramp(self, step: int) -> float:
+        """The factor on the backbone's: 0 while the projector warms up, then as the projector's."""
+        since = step - self.warmup_steps
+        return 0.0 if since < 0 else min(1.0, (since + 1) / _RAMP_STEPS) * _cosine(step / self.steps)
+
+
+def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int) -> Plan:
+    """Resolve `config` for these images and this backbone; raises InputError where they cannot go together."""
+    if len(images) < FEWEST_IMAGES:
+        raise DataError(
+            f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
+        )
+    parts = split(len(images), images.labels, share=config.held_out, most=config.measure_on, seed=config.seed)
+    trained_on, notes = len(parts.train), []
+
+    batch_size = min(config.batch_size, trained_on)
+    batch_size -= batch_size % world
+    if batch_size < config.batch_size:
+        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
+    if len(images) < _FEW_IMAGES:
+        notes.append(f"warning: {len(images)} images are very few; trust the verdict only if its interval is narrow")
+
+    per_epoch = max(1, trained_on // batch_size)
+    steps = config.steps or (config.epochs * per_epoch if config.epochs else max(_DEFAULT_STEPS, per_epoch))
+    from_random, hierarchical = config.weights == "random", is_hierarchical(backbone)
+    multiple = size_multiple(backbone)
+    views = config.resolved_views()
+    image_size = round_size(config.image_size, multiple)
+    local_size = round_size(
+        round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size, multiple
+    )
+    if views.n_local and local_size >= image_size:
+        raise ConfigError(
+            f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
+        )
+    notes.append(
+        f"{trained_on} images train, {len(parts.held_out)} are held out; {steps} steps of {batch_size} images, "
+        f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views"
+    )
+    return Plan(
+        steps=steps,
+        batch_size=batch_size,
+        warmup_steps=0 if from_random or config.unfreeze == "none" else round(config.warmup * steps),
+        lr=config.lr or (_LR_SCRATCH if from_random else _LR_CONVNET if hierarchical else _LR_VIT),
+        lamb=config.lamb or _LAMBDA_PER_VIEW * (views.n_global + views.n_local),
+        image_size=image_size,
+        local_size=local_size,
+        workers=min(8, len(os.sched_getaffinity(0)) - 1) if config.workers is None else config.workers,
+        split=parts,
+        notes=tuple(notes),
+    )
+
+
+def _cosine(share: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
