@@ -1,0 +1,110 @@
+"""The one place where the SDK reaches training, export and the service; each is imported when first called."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jepakit._messages import parse
+from jepakit.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from jepakit.bundle import Bundle
+    from jepakit.run import Run
+
+# What each extra brings that the others do not: the first missing one names the extra to install.
+_NEEDS = {
+    "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
+    "export": ("torch", "timm", "PIL", "onnx", "onnxscript", "onnxruntime"),
+    "serve": ("PIL", "onnxruntime", "ray", "starlette", "fastapi", "python_multipart", "psutil"),
+}
+
+
+def adapt(images: str | Path | Sequence[str | Path], *, out: str | Path | None = None, **settings: Any) -> Run:
+    """Adapt a backbone to your own images and measure whether it helped; returns the finished `Run`.
+
+    images    a folder (read recursively), a glob, or a list of paths; first-level folders may be classes,
+              which are used to measure, never to train
+    out       the run's folder; runs/<folder>-<date> when left out. The same call again resumes the run.
+    settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
+
+    Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
+    BackboneError for weights that cannot be had; TrainingError when training cannot go on.
+    """
+    from jepakit.config import AdaptConfig
+    from jepakit.sources import list_images
+
+    source = str(images) if isinstance(images, str | Path) else tuple(map(str, images))
+    config = parse(AdaptConfig, {"images": source, "out": None if out is None else str(out), **settings})
+    listed = list_images(config.images, config.labels)
+    folder = (
+        Path(config.out) if config.out else Path("runs") / f"{_stem(config.images)}-{datetime.date.today():%Y-%m-%d}"
+    )
+    require("train")
+    from jepakit_training import adapt as run_training
+
+    return run_training(config, listed, folder)
+
+
+def export(source: str | Path, out: str | Path, **settings: Any) -> Bundle:
+    """Export a run, a bundle or a timm backbone to ONNX, verified against torch; returns the new `Bundle`.
+
+    source    a run's or bundle's folder, or NAME[:pretrained|:random|:FILE] for any timm backbone
+    out       the bundle's folder, which must not exist yet
+    settings  the fields of `jepakit.config.ExportConfig`: which, name, pooling, normalize, image_size, opset
+
+    Raises ConfigError, BackboneError or BundleError for an unusable source, ExportError when the graph does
+    not reproduce torch; nothing is written then.
+    """
+    from jepakit._timm_names import check_name
+    from jepakit.config import ExportConfig
+
+    config = parse(ExportConfig, {"source": str(source), "out": str(out), **settings})
+    if not Path(config.source).exists():
+        check_name(config.source.partition(":")[0])
+    require("export")
+    from jepakit_export import export as run_export
+
+    return run_export(config)
+
+
+def serve(settings: dict[str, Any]) -> None:
+    """Run the service until it is told to stop; `settings` are the fields of `ServeSettings`."""
+    require("serve")
+    from jepakit_service.settings import ServeSettings
+
+    parsed = parse(ServeSettings, settings)
+    from jepakit_service.app import run
+
+    run(parsed)
+
+
+def new_api_key(name: str, key_file: str | None) -> None:
+    """Make an API key; print it once, and its line for the key file (appended to `key_file` where given)."""
+    require("serve")
+    from jepakit_service.keys import new_key
+
+    key, line = new_key(name)
+    print(f"key for clients (shown once): {key}")
+    if key_file is None:
+        print(f"line for the key file:        {line}")
+        return
+    with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    print(f"added to {key_file}")
+
+
+def require(extra: str) -> None:
+    """Raise MissingExtraError unless what `extra` installs is there."""
+    for module in _NEEDS[extra]:
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(f"this needs {module}, which is not installed: pip install 'jepakit[{extra}]'")
+
+
+def _stem(images: str | tuple[str, ...]) -> str:
+    name = Path(images if isinstance(images, str) else os.path.commonpath(images)).resolve().name
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name).strip("-") or "images"
