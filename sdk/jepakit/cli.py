@@ -1,0 +1,256 @@
+"""The command line. Exit codes: 0 done, 1 the work failed, 2 the user's input was wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jepakit.errors import ConfigError, JepakitError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Adapt an image backbone to your own images, export it, serve it, probe it.",
+)  # fmt: skip
+probe_app = typer.Typer(no_args_is_help=True, help="Fit and use probes on embeddings.")
+app.add_typer(probe_app, name="probe")
+
+
+def main() -> None:
+    """Entry point: every JepakitError becomes one line on standard error and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except JepakitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def adapt(
+    images: Annotated[str, typer.Argument(help="folder, glob or file of images")],
+    out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
+    backbone: Annotated[str | None, typer.Option(help="timm name [vit_small_patch14_reg4_dinov2.lvd142m]")] = None,
+    weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="general, natural, satellite, histology, radiology, microscopy")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images in one SIGReg test [128]")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, or the last N blocks")] = None,
+    pooling: Annotated[str | None, typer.Option(help="auto, head, stages")] = None,
+    lamb: Annotated[float | None, typer.Option(help="weight of SIGReg")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate of the backbone")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="auto, folder, none: whether folders are classes, to measure by")
+    ] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    workers: Annotated[int | None, typer.Option(help="loader processes")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. views.n_local=6")] = None,
+) -> None:
+    """Adapt a backbone to your own images, and measure whether it helped."""
+    from jepakit._frontdoor import adapt as run_adapt
+
+    given = {
+        "out": out, "backbone": backbone, "weights": weights, "domain": domain, "image_size": image_size,
+        "epochs": epochs, "steps": steps, "batch_size": batch_size, "unfreeze": _number_or_word(unfreeze),
+        "pooling": pooling, "lamb": lamb, "lr": lr, "labels": labels, "seed": seed, "workers": workers,
+    }  # fmt: skip
+    settings = _read_toml(config) if config else {}
+    settings.update({key: value for key, value in given.items() if value is not None})
+    for assignment in set_ or []:
+        _assign(settings, assignment)
+    settings.pop("images", None)
+    run = run_adapt(images, **settings)
+    comparison = run.comparison
+    if comparison.before and comparison.after:
+        print("                 before   after   (held-out images)")
+        for field, words in (
+            ("linear", "linear probe"),
+            ("knn", "k-NN"),
+            ("linear_balanced", "linear, balanced"),
+            ("knn_balanced", "k-NN, balanced"),
+        ):
+            print(f"{words:<16} {getattr(comparison.before, field):>6.1%}  {getattr(comparison.after, field):>6.1%}")
+    print(run.verdict)
+    print(f"next: jepakit export {run.path} --out bundles/{run.path.name}")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a run, a bundle, or NAME[:pretrained|:random|:FILE] of timm")],
+    out: Annotated[str, typer.Option(help="the bundle to write")],
+    which: Annotated[str | None, typer.Option(help="of a run: last or start")] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name in the service [the folder's]")] = None,
+    pooling: Annotated[str | None, typer.Option(help="of a timm name: head or stages")] = None,
+    normalize: Annotated[bool | None, typer.Option("--normalize/--no-normalize", help="vectors of length 1")] = None,
+    image_size: Annotated[int | None, typer.Option(help="of a timm name: pixels a side")] = None,
+    opset: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Export to ONNX, verified against torch."""
+    from jepakit._frontdoor import export as run_export
+
+    given = {
+        "which": which,
+        "name": name,
+        "pooling": pooling,
+        "normalize": normalize,
+        "image_size": image_size,
+        "opset": opset,
+    }
+    bundle = run_export(source, out, **{key: value for key, value in given.items() if value is not None})
+    manifest = bundle.manifest
+    assert manifest.graph is not None
+    print(
+        f"{bundle.path}: {manifest.backbone.name}, {manifest.preprocess.size} px → {manifest.embedding.dim} numbers "
+        f"({manifest.embedding.pooling}), relative error to torch {manifest.graph.relative_error:.1e}"
+    )
+    print(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
+
+
+@app.command()
+def serve(
+    bundles: Annotated[list[str] | None, typer.Argument(help="bundles, or folders of bundles")] = None,
+    host: Annotated[str | None, typer.Option(help="[127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="[8000]")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="lines name:sha256")] = None,
+    new_key: Annotated[str | None, typer.Option(help="make a key of this name, print it, and stop")] = None,
+    provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda")] = None,
+    expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="one process, without Ray Serve")] = False,
+    replicas: Annotated[int | None, typer.Option(help="[1]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. max_images=64")] = None,
+) -> None:
+    """Serve exported bundles over HTTP."""
+    from jepakit._frontdoor import new_api_key
+    from jepakit._frontdoor import serve as run_serve
+
+    if new_key is not None:
+        new_api_key(new_key, api_key_file)
+        return
+    if not bundles:
+        raise ConfigError("name a bundle to serve: jepakit serve bundles/NAME")
+    given = {
+        "host": host, "port": port, "api_key_file": api_key_file, "provider": provider,
+        "expect": tuple(expect) if expect else None, "replicas": replicas, "ray": False if no_ray else None,
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "bundles": tuple(bundles),
+        **{key: value for key, value in given.items() if value is not None},
+    }
+    for assignment in set_ or []:
+        _assign(settings, assignment)
+    run_serve(settings)
+
+
+@app.command()
+def embed(
+    images: Annotated[str, typer.Argument(help="folder, glob or file of images")],
+    out: Annotated[Path, typer.Option(help="the .npz file to write")],
+    url: Annotated[str | None, typer.Option(help="a service")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
+    model: Annotated[str | None, typer.Option(help="of a service with several models")] = None,
+) -> None:
+    """Embed images through a service or a bundle, into one file."""
+    if (url is None) == (bundle is None):
+        raise ConfigError("say where to embed: --url http://127.0.0.1:8000 or --bundle bundles/NAME")
+    if url is not None:
+        from jepakit.client import Client
+
+        with Client(url) as client:
+            embeddings = client.embed(images, model=model)
+    else:
+        from jepakit.session import load
+
+        assert bundle is not None
+        embeddings = load(bundle).embed(images)
+    embeddings.save(out)
+    labels = "no labels" if embeddings.labels is None else f"{len(set(embeddings.labels))} labels"
+    print(
+        f"{out}: {len(embeddings)} vectors of {embeddings.vectors.shape[1]} numbers, {labels}, model {embeddings.model_id}"
+    )
+
+
+@probe_app.command("fit")
+def probe_fit(
+    embeddings: Annotated[Path, typer.Argument(help="labelled embeddings, from `jepakit embed`")],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+    kind: Annotated[str, typer.Option(help="linear or knn")] = "linear",
+) -> None:
+    """Fit a probe on labelled embeddings."""
+    from jepakit import Embeddings, KNNProbe, LinearProbe
+
+    kinds = {"linear": LinearProbe, "knn": KNNProbe}
+    if kind not in kinds:
+        raise ConfigError(f"kind = {kind!r}: choose linear or knn")
+    probe = kinds[kind]().fit(Embeddings.load(embeddings))
+    probe.save(out)
+    print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
+
+
+@probe_app.command("evaluate")
+def probe_evaluate(
+    probe: Annotated[Path, typer.Argument()],
+    embeddings: Annotated[Path, typer.Argument(help="labelled embeddings of other images")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Judge a probe on labelled embeddings."""
+    from dataclasses import asdict
+
+    from jepakit import Embeddings, load_probe
+
+    report = load_probe(probe).evaluate(Embeddings.load(embeddings))
+    print(json.dumps(asdict(report)) if as_json else report)
+
+
+@probe_app.command("predict")
+def probe_predict(
+    probe: Annotated[Path, typer.Argument()],
+    embeddings: Annotated[Path, typer.Argument()],
+) -> None:
+    """Print id, class and probability of each image, separated by tabs."""
+    from jepakit import Embeddings, load_probe
+
+    fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
+    for name, row in zip(vectors.ids, fitted.predict_proba(vectors), strict=True):
+        print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _number_or_word(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def _assign(settings: dict[str, Any], assignment: str) -> None:
+    """`views.n_local=6` into nested settings; the value is read as TOML, else taken as a word."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment}: write KEY=VALUE, e.g. --set views.n_local=6")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    place = settings
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {assignment}: {parent} is not a group of settings")
+    place[last] = value

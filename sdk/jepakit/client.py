@@ -1,0 +1,460 @@
+"""Clients of the embedding service: `Client`, and `AsyncClient` with the same methods.
+
+Images travel as their own bytes, many in one request, and vectors come back as raw float32. Both clients
+are thin loops round `_Job`, which knows the protocol: what to send, what an answer means, when to try again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit._progress import Steps
+from jepakit.embeddings import Embeddings
+from jepakit.errors import (
+    AuthenticationError,
+    BundleError,
+    ConfigError,
+    ConnectionFailedError,
+    DataError,
+    ImageError,
+    ModelChangedError,
+    NotFoundError,
+    OverloadedError,
+    ProtocolError,
+    ResponseError,
+)
+from jepakit.sources import Gathered, LabelRule, gather
+
+if TYPE_CHECKING:
+    import httpx
+
+# httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
+_RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
+_AT_ONCE = 4
+_BAD_IMAGE = re.compile(r"^input\[(\d+)\]$")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the service says of one model. `raw` holds all of it."""
+
+    name: str
+    model_id: str
+    digest: str
+    dim: int
+    precision: str
+    provider: str
+    raw: dict[str, Any] = field(repr=False)
+
+
+class _Settings:
+    """What both clients are told, and how they speak."""
+
+    def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
+        import httpx
+
+        parsed = httpx.URL(url) if "://" in url else None
+        if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
+        key = api_key or os.environ.get("JEPAKIT_API_KEY")
+        self.url, self.deadline_s = url.rstrip("/"), deadline_s
+        self.http: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "timeout": timeout_s,
+            "follow_redirects": False,
+            "limits": httpx.Limits(max_connections=2 * _AT_ONCE),
+        }
+
+
+class Client:
+    """Talks to one service.
+
+    url         e.g. http://127.0.0.1:8000
+    api_key     or the environment's JEPAKIT_API_KEY
+    timeout_s   of one attempt
+    deadline_s  of one request with all its attempts: connection errors, 408, 429 and 5xx are tried again
+                with growing, jittered pauses (or the service's own Retry-After) until then
+
+    with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
+    ) -> None:
+        import httpx
+
+        self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._http = httpx.Client(**self._settings.http)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def models(self) -> list[ModelInfo]:
+        """The models that the service has loaded."""
+        return _read_models(self._send(self._http.build_request("GET", "/v1/models")))
+
+    def embed(
+        self, images: Any, *, model: str | None = None, labels: LabelRule = "folder", progress: bool = True
+    ) -> Embeddings:
+        """Embed images; order kept.
+
+        images    a folder (recursive), glob or path, the bytes of a file, an array uint8 [H, W, 3] or
+                  [N, H, W, 3], a Pillow image, or a list of any of these
+        model     NAME or NAME@MODEL_ID; may be left out when the service has one model
+        labels    of a folder: `folder` takes first-level folders as labels, `none` takes none
+        progress  show how far it is on standard error
+
+        Raises ImageError naming the first image that cannot be read, ResponseError when the service refuses,
+        ConnectionFailedError after the deadline.
+        """
+        job = _Job(gather(images, labels), model)
+        show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            try:
+                for part in _windows(job.parts(), _AT_ONCE):
+                    answers = [(chunk, pool.submit(self._send, chunk.request(self._http))) for chunk in part]
+                    for chunk, answer in answers:
+                        with job.naming(chunk):
+                            job.accept(chunk, answer.result())
+                        show.update(job.done)
+            finally:
+                show.close()
+        return job.result()
+
+    def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
+        """Send the bundle's golden inputs through the service; returns the relative error to torch's vectors.
+
+        Raises BundleError when the service computes other vectors than the bundle promises.
+        """
+        job, expected = _golden_job(bundle, model)
+        for chunk in job.parts():
+            job.accept(chunk, self._send(chunk.request(self._http)))
+        return _judge_golden(job.result(), expected)
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        """One request, tried again against the deadline."""
+        import httpx
+
+        attempts = _Attempts(self._settings)
+        while True:
+            try:
+                response = self._http.send(request)
+                pause = attempts.pause_after(response)
+            except httpx.TransportError as error:
+                pause = attempts.pause_after_failure(error)
+            if pause is None:
+                return response
+            time.sleep(pause)
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments, methods and errors, awaited."""
+
+    def __init__(
+        self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
+    ) -> None:
+        import httpx
+
+        self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._http = httpx.AsyncClient(**self._settings.http)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def models(self) -> list[ModelInfo]:
+        """As `Client.models`."""
+        return _read_models(await self._send(self._http.build_request("GET", "/v1/models")))
+
+    async def embed(
+        self, images: Any, *, model: str | None = None, labels: LabelRule = "folder", progress: bool = True
+    ) -> Embeddings:
+        """As `Client.embed`."""
+        import asyncio
+
+        job = _Job(await asyncio.to_thread(gather, images, labels), model)
+        show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
+        try:
+            for part in _windows(job.parts(), _AT_ONCE):
+                answers = [(chunk, asyncio.ensure_future(self._send(chunk.request(self._http)))) for chunk in part]
+                for chunk, answer in answers:
+                    with job.naming(chunk):
+                        job.accept(chunk, await answer)
+                    show.update(job.done)
+        finally:
+            show.close()
+        return job.result()
+
+    async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
+        """As `Client.verify`."""
+        job, expected = _golden_job(bundle, model)
+        for chunk in job.parts():
+            job.accept(chunk, await self._send(chunk.request(self._http)))
+        return _judge_golden(job.result(), expected)
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        import asyncio
+
+        import httpx
+
+        attempts = _Attempts(self._settings)
+        while True:
+            try:
+                response = await self._http.send(request)
+                pause = attempts.pause_after(response)
+            except httpx.TransportError as error:
+                pause = attempts.pause_after_failure(error)
+            if pause is None:
+                return response
+            await asyncio.sleep(pause)
+
+
+class _Attempts:
+    """When to try again: embedding is pure, so every attempt is safe to repeat."""
+
+    def __init__(self, settings: _Settings) -> None:
+        self._url, self._deadline_s = settings.url, settings.deadline_s
+        self._deadline = time.monotonic() + settings.deadline_s
+        self._pause = _FIRST_PAUSE_S
+
+    def pause_after(self, response: httpx.Response) -> float | None:
+        """Seconds to wait before the next attempt, None for a good answer; raises what the answer means otherwise."""
+        if response.status_code == 200:
+            return None
+        if response.status_code not in _RETRYABLE or (pause := self._next(response.headers.get("retry-after"))) is None:
+            raise _meaning(response)
+        return pause
+
+    def pause_after_failure(self, error: httpx.TransportError) -> float:
+        pause = self._next(None)
+        if pause is None:
+            raise ConnectionFailedError(
+                f"{self._url} gave no answer within {self._deadline_s:g} s ({type(error).__name__}): is the service "
+                "running, and is this its address?"
+            ) from error
+        return pause
+
+    def _next(self, retry_after: str | None) -> float | None:
+        try:
+            pause = min(float(retry_after or ""), 60.0)
+        except ValueError:
+            pause = random.uniform(0.5, 1.0) * self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        return pause if time.monotonic() + pause < self._deadline else None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The images of one request; `first` is the place of its first image in the job."""
+
+    first: int
+    items: list[Any]
+    model: str | None
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        params = {"model": self.model} if self.model else {}
+        options: dict[str, Any] = {"params": params, "headers": {"Accept": "application/octet-stream"}}
+        if isinstance(self.items[0], np.ndarray):
+            buffer = io.BytesIO()
+            np.save(buffer, np.stack(self.items), allow_pickle=False)
+            options["headers"]["Content-Type"] = "application/x-npy"
+            return http.build_request("POST", "/v1/embeddings", content=buffer.getvalue(), **options)
+        # Names stay here: the service learns nothing of where an image came from.
+        files = [("files", (str(place), data)) for place, data in enumerate(self.items)]
+        return http.build_request("POST", "/v1/embeddings", files=files, **options)
+
+
+class _Job:
+    """One call of `embed`: cuts the images into requests, puts the answers together in order."""
+
+    def __init__(self, images: Gathered, model: str | None) -> None:
+        self._images, self._model = images, model
+        self._vectors: list[NDArray[np.float32]] = []
+        self._model_id: str | None = None
+        self.done = 0
+
+    def __len__(self) -> int:
+        return len(self._images.items)
+
+    def parts(self) -> Iterator[_Chunk]:
+        """Requests of up to 32 images or 16 MB; files are read only when their turn comes."""
+        first, items, size = 0, list[Any](), 0
+        for place, image in enumerate(self._images.items):
+            item = _encode(image)
+            weight = item.nbytes if isinstance(item, np.ndarray) else len(item)
+            if items and (
+                len(items) == _IMAGES_PER_REQUEST or size + weight > _BYTES_PER_REQUEST or not _alike(items[0], item)
+            ):
+                yield _Chunk(first, items, self._model)
+                first, items, size = place, [], 0
+            items.append(item)
+            size += weight
+        yield _Chunk(first, items, self._model)
+
+    def accept(self, chunk: _Chunk, response: httpx.Response) -> None:
+        """Take one answer; the service names a bad image by its place, which becomes the image's name here."""
+        model_id = response.headers.get("x-model-id")
+        shape = response.headers.get("x-embedding-shape", "")
+        rows, _, dim = shape.partition(",")
+        if (
+            not model_id
+            or rows != str(len(chunk.items))
+            or not dim.isdigit()
+            or len(response.content) != 4 * len(chunk.items) * int(dim)
+        ):
+            raise ProtocolError(
+                f"the answer for {len(chunk.items)} images has shape {shape!r} and {len(response.content)} bytes: "
+                "is this a jepakit service?"
+            )
+        if self._model_id not in (None, model_id):
+            raise ModelChangedError(
+                f"the service switched from model {self._model_id} to {model_id} in the middle: vectors of two spaces "
+                "are never mixed; run it again, or pin one with model='NAME@MODEL_ID'"
+            )
+        self._model_id = model_id
+        self._vectors.append(np.frombuffer(response.content, "<f4").reshape(len(chunk.items), int(dim)))
+        self.done += len(chunk.items)
+
+    @contextmanager
+    def naming(self, chunk: _Chunk) -> Iterator[None]:
+        """The service names a bad image by its place in the request; tell it by the caller's own name for it."""
+        try:
+            yield
+        except ResponseError as error:
+            place = _BAD_IMAGE.match(error.param or "")
+            if place is None or error.status not in (413, 415, 422):
+                raise
+            name = self._images.ids[chunk.first + int(place[1])]
+            reason = str(error).partition(": image: ")[2] or str(error)
+            raise ImageError(f"{name}: {reason}", code=error.code or "unreadable") from None
+
+    def result(self) -> Embeddings:
+        assert self._model_id is not None
+        vectors = np.concatenate(self._vectors).astype(np.float32, copy=False)
+        return Embeddings(vectors, self._model_id, self._images.ids, self._images.labels)
+
+
+def _encode(image: Any) -> bytes | NDArray[np.uint8]:
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{image}: cannot be read ({error.strerror})", code="unreadable") from None
+    if isinstance(image, np.ndarray):
+        return image
+    if callable(getattr(image, "save", None)):  # a Pillow image
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+    raise DataError(f"cannot embed a {type(image).__name__}: give a path, bytes, an array or a Pillow image")
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two images can ride in one request: files with files, arrays with arrays of the same shape."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return bool(a.shape == b.shape and a.dtype == b.dtype)
+    return isinstance(a, bytes) and isinstance(b, bytes)
+
+
+def _windows(chunks: Iterator[_Chunk], size: int) -> Iterator[list[_Chunk]]:
+    """A few chunks at a time, so that memory does not grow with the job."""
+    window: list[_Chunk] = []
+    for chunk in chunks:
+        window.append(chunk)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _read_models(response: httpx.Response) -> list[ModelInfo]:
+    try:
+        return [
+            ModelInfo(row["id"], row["model_id"], row["digest"], row["dim"], row["precision"], row["provider"], row)
+            for row in response.json()["data"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise ProtocolError("the answer to /v1/models is not a list of models: is this a jepakit service?") from None
+
+
+def _meaning(response: httpx.Response) -> ResponseError:
+    """The service's own words where it sent them; a bare 5xx comes from something in front of it."""
+    try:
+        error = response.json()["error"]
+        message, code, param, request_id = (
+            error["message"],
+            error["code"],
+            error.get("param"),
+            error.get("request_id"),
+        )
+    except (ValueError, KeyError, TypeError):
+        message, code, param, request_id = (
+            f"the service answered {response.status_code} without a reason",
+            None,
+            None,
+            None,
+        )
+    kind = {
+        401: AuthenticationError,
+        403: AuthenticationError,
+        404: NotFoundError,
+        429: OverloadedError,
+        503: OverloadedError,
+    }
+    return kind.get(response.status_code, ResponseError)(
+        message, status=response.status_code, code=code, param=param, request_id=request_id
+    )
+
+
+def _golden_job(bundle: str | Path, model: str | None) -> tuple[_Job, NDArray[np.float32]]:
+    from jepakit import golden
+    from jepakit.bundle import GOLDEN, open_bundle
+
+    opened = open_bundle(bundle)
+    images, vectors = golden.unpack(opened.read(GOLDEN))
+    pinned = f"{model or opened.manifest.name}@{opened.manifest.model_id}"
+    return _Job(gather(images, "none"), pinned), vectors
+
+
+def _judge_golden(got: Embeddings, expected: NDArray[np.float32]) -> float:
+    from jepakit import golden
+
+    error = golden.relative_error(got.vectors, expected)
+    limit = max(golden.RELATIVE_TOLERANCE.values())
+    if error > limit:
+        raise BundleError(
+            f"the service computes other vectors than the bundle promises: relative error {error:.2g}, at most {limit:g}"
+        )
+    return error

@@ -1,0 +1,71 @@
+"""A real service on a loopback port, and real images to send."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+import jepakit
+from jepakit_service.api import build_app
+from jepakit_service.settings import ServeSettings
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny backbone with random weights, exported for real."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    jepakit.export("test_vit:random", out, image_size=32)
+    return out
+
+
+@pytest.fixture(scope="session")
+def service(bundle: Path) -> Iterator[str]:
+    """The URL of a running service with one model."""
+    with running(ServeSettings(bundles=(str(bundle),), port=1, max_images=64, max_body_mb=8)) as url:
+        yield url
+
+
+class running:  # noqa: N801 (used like a function)
+    """Serve the application on a free loopback port, in a thread; `gate` is the application."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.gate = build_app(settings)
+        config = uvicorn.Config(self.gate, port=0, log_level="critical", access_log=False, lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        deadline = time.monotonic() + 30
+        while not self._server.started:
+            assert time.monotonic() < deadline, "the service did not start"
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=30)
+
+
+@pytest.fixture
+def http(service: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service, timeout=60) as client:
+        yield client
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG") -> bytes:
+    """The bytes of a seeded image file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()

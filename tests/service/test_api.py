@@ -1,0 +1,273 @@
+"""The HTTP surface, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+import jepakit
+from jepakit.errors import ConfigError
+from jepakit_service.keys import new_key
+from jepakit_service.settings import ServeSettings
+
+from .conftest import picture, running
+
+RAW = {"Accept": "application/octet-stream"}
+
+
+def vectors_of(response: httpx.Response) -> np.ndarray[Any, Any]:
+    assert response.status_code == 200, response.text
+    rows, dim = map(int, response.headers["x-embedding-shape"].split(","))
+    return np.frombuffer(response.content, "<f4").reshape(rows, dim)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Path) -> np.ndarray[Any, Any]:
+    """What the bundle gives in this process for three pictures."""
+    return jepakit.load(bundle).embed([picture(seed) for seed in range(3)], progress=False).vectors
+
+
+def test_raw_image_bytes_give_the_vector_of_the_bundle(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
+    answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png", **RAW})
+    np.testing.assert_allclose(vectors_of(answer), expected[:1], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_multipart_keeps_the_order_of_many_images(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
+    files = [("files", (f"{seed}.png", picture(seed))) for seed in range(3)]
+    answer = http.post("/v1/embeddings", files=files, headers=RAW)
+    np.testing.assert_allclose(vectors_of(answer), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_json_takes_data_uris_and_bare_base64(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
+    text = base64.b64encode(picture(1)).decode()
+    answer = http.post("/v1/embeddings", json={"input": [f"data:image/png;base64,{text}", text], "user": "ignored"})
+    body = answer.json()
+    assert [row["index"] for row in body["data"]] == [0, 1]
+    for row in body["data"]:
+        np.testing.assert_allclose(row["embedding"], expected[1], rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert body["model"] == "tiny"
+    assert body["provider"] == "cpu"
+    assert body["precision"] == "fp32"
+    assert body["model_id"] == answer.headers["x-model-id"]
+
+
+def test_the_unmodified_openai_client_embeds_images(service: str, expected: np.ndarray[Any, Any]) -> None:
+    uri = f"data:image/png;base64,{base64.b64encode(picture(2)).decode()}"
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="unused") as client:
+        answer = client.embeddings.create(model="tiny", input=[uri])
+    np.testing.assert_allclose(answer.data[0].embedding, expected[2], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_arrays_are_taken_and_given_as_npy(http: httpx.Client) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    headers = {"Content-Type": "application/x-npy", "Accept": "application/x-npy"}
+    answer = http.post("/v1/embeddings", content=buffer.getvalue(), headers=headers)
+    assert answer.status_code == 200
+    assert np.load(io.BytesIO(answer.content), allow_pickle=False).shape[0] == 2
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 33])
+def test_an_image_has_the_same_vector_whatever_batch_it_rides_in(
+    http: httpx.Client, expected: np.ndarray[Any, Any], batch: int
+) -> None:
+    files = [("files", (str(place), picture(place % 3))) for place in range(batch)]
+    got = vectors_of(http.post("/v1/embeddings", files=files, headers=RAW))
+    wanted = expected[np.arange(batch) % 3]
+    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_concurrent_requests_get_their_own_vectors(service: str, expected: np.ndarray[Any, Any]) -> None:
+    async def ask_all() -> list[np.ndarray[Any, Any]]:
+        async with httpx.AsyncClient(base_url=service, timeout=60) as http:
+            headers = {"Content-Type": "image/png", **RAW}
+            posts = [http.post("/v1/embeddings", content=picture(i % 3), headers=headers) for i in range(60)]
+            return [vectors_of(answer)[0] for answer in await asyncio.gather(*posts)]
+
+    for place, vector in enumerate(asyncio.run(ask_all())):
+        np.testing.assert_allclose(vector, expected[place % 3], rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_models_and_health(http: httpx.Client, bundle: Path) -> None:
+    model = http.get("/v1/models").json()["data"][0]
+    manifest = jepakit.open_bundle(bundle).manifest
+    assert model["digest"] == manifest.digest
+    assert model["model_id"] == manifest.model_id
+    assert model["dim"] == manifest.embedding.dim
+    assert http.get("/v1/models/tiny").json() == model
+    assert http.get("/healthz").status_code == 200
+    assert http.get("/readyz").json() == {"status": "ready", "models": ["tiny"]}
+    assert "/v1/embeddings" in http.get("/openapi.json").json()["paths"]
+
+
+def test_a_model_can_be_pinned(http: httpx.Client, bundle: Path) -> None:
+    model_id = jepakit.open_bundle(bundle).manifest.model_id
+    headers = {"Content-Type": "image/png", **RAW}
+    assert http.post(f"/v1/embeddings?model=tiny@{model_id}", content=picture(0), headers=headers).status_code == 200
+    refused = http.post("/v1/embeddings?model=tiny@0000000000000000", content=picture(0), headers=headers)
+    assert refused.status_code == 404
+    assert refused.json()["error"]["code"] == "model_not_found"
+
+
+def npy(array: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+BAD_REQUESTS = [
+    ("text in place of an image", "application/json", b'{"input": "hello world"}', 400, "invalid_base64"),
+    ("a URL", "application/json", b'{"input": "http://127.0.0.1:1/x.png"}', 400, "url_not_supported"),
+    ("not JSON", "application/json", b"{", 400, "invalid_request"),
+    ("deep JSON", "application/json", b"[" * 100_000, 400, "invalid_request"),
+    ("no input", "application/json", b"{}", 400, "invalid_request"),
+    ("no images", "application/json", b'{"input": []}', 400, "no_images"),
+    ("numbers", "application/json", b'{"input": [1, 2]}', 400, "invalid_input"),
+    ("dimensions", "application/json", b'{"input": "aGk=", "dimensions": 8}', 400, "dimensions_not_supported"),
+    ("an odd encoding", "application/json", b'{"input": "aGk=", "encoding_format": "int8"}', 400, "invalid_request"),
+    ("another model", "application/json", b'{"input": "aGk=", "model": "../../etc"}', 404, "model_not_found"),
+    ("no bytes", "image/png", b"", 415, "unsupported_format"),
+    ("a page", "image/png", b"<html></html>", 415, "unsupported_format"),
+    ("a cut image", "image/png", picture(0)[:-200], 422, "unreadable"),
+    ("one pixel", "image/png", picture(0, (1, 1)), 422, "too_small"),
+    ("another type", "text/plain", b"hi", 415, "unsupported_media_type"),
+    ("a broken form", "multipart/form-data; boundary=x", b"nonsense", 400, "invalid_multipart"),
+    ("a form without boundary", "multipart/form-data", b"nonsense", 400, "invalid_multipart"),
+    ("a form without files", "multipart/form-data; boundary=x", b"--x--\r\n", 400, "no_images"),
+    ("float arrays", "application/x-npy", npy(np.zeros((1, 40, 40, 3))), 400, "invalid_npy"),
+    ("pickled arrays", "application/x-npy", npy(np.array([print], dtype=object)), 400, "invalid_npy"),
+    ("a cut array", "application/x-npy", npy(np.zeros((1, 40, 40, 3), np.uint8))[:-9], 400, "invalid_npy"),
+    ("four bands", "application/x-npy", npy(np.zeros((1, 40, 40, 4), np.uint8)), 422, "wrong_shape"),
+    ("too large a body", "image/png", b"\0" * (9 << 20), 413, "body_too_large"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status", "code"),
+    [case[1:] for case in BAD_REQUESTS],
+    ids=[case[0] for case in BAD_REQUESTS],
+)
+def test_bad_requests_are_named_and_never_a_fault(
+    http: httpx.Client, content_type: str, body: bytes, status: int, code: str
+) -> None:
+    answer = http.post("/v1/embeddings", content=body, headers={"Content-Type": content_type})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
+    assert http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"}).status_code == 200
+
+
+def test_too_many_images_are_refused(http: httpx.Client) -> None:
+    files = [("files", (str(place), b"x")) for place in range(65)]
+    assert http.post("/v1/embeddings", files=files).status_code == 413
+
+
+def test_one_bad_image_is_named_by_its_index_and_partial_keeps_the_others(http: httpx.Client) -> None:
+    files = [("files", ("a", picture(0))), ("files", ("b", b"broken")), ("files", ("c", picture(2)))]
+    refused = http.post("/v1/embeddings", files=files)
+    assert refused.status_code == 415
+    assert refused.json()["error"]["param"] == "input[1]"
+    rows = http.post("/v1/embeddings?partial=true", files=files).json()["data"]
+    assert ["embedding" in row for row in rows] == [True, False, True]
+    assert rows[1]["error"]["code"] == "unsupported_format"
+
+
+def test_unknown_routes_and_methods_answer_in_the_one_shape(http: httpx.Client) -> None:
+    assert http.get("/v2/nothing").json()["error"]["code"] == "no_such_route"
+    assert http.get("/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_request_id_is_kept_when_it_is_harmless(http: httpx.Client) -> None:
+    assert http.get("/healthz", headers={"X-Request-Id": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
+    assert len(http.get("/healthz", headers={"X-Request-Id": "a b<script>"}).headers["x-request-id"]) == 16
+
+
+def test_the_key_is_judged_before_the_body_and_the_key_file_is_reread(bundle: Path, tmp_path: Path) -> None:
+    key, line = new_key("alice")
+    file = tmp_path / "keys"
+    file.write_text(f"# people\n{line}\n")
+    settings = ServeSettings(bundles=(str(bundle),), port=1, api_key_file=str(file))
+    with running(settings) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/readyz").status_code == 200
+        assert http.get("/v1/models").status_code == 401
+        assert (
+            http.get("/v1/models", headers={"Authorization": "Bearer wrong"}).json()["error"]["code"]
+            == "invalid_api_key"
+        )
+        assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        assert status_of_a_declared_body(url, 100 << 30) == 401
+        with jepakit.Client(url, api_key=key) as client:
+            assert client.models()[0].name == "tiny"
+        other, line = new_key("bob")
+        file.write_text(f"{line}\nbob2:{'0' * 64}\n")
+        assert http.get("/v1/models", headers={"Authorization": f"Bearer {other}"}).status_code == 200
+        assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
+
+
+def status_of_a_declared_body(url: str, length: int) -> int:
+    """The status of a POST whose headers announce a body of which no byte is ever sent."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        return int(connection.recv(4096).split()[1])
+
+
+def test_a_declared_length_over_the_limit_is_refused_unread(service: str) -> None:
+    assert status_of_a_declared_body(service, 100 << 30) == 413
+
+
+def test_draining_refuses_new_requests_and_readiness_says_so(bundle: Path) -> None:
+    server = running(ServeSettings(bundles=(str(bundle),), port=1))
+    with server as url, httpx.Client(base_url=url) as http:
+        server.gate.drain()
+        assert http.get("/readyz").status_code == 503
+        answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert http.get("/healthz").status_code == 200
+
+
+def test_overload_is_answered_429(bundle: Path) -> None:
+    async def ask_all(url: str) -> list[int]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            files = [("files", (str(place), picture(place))) for place in range(8)]
+            return [
+                a.status_code
+                for a in await asyncio.gather(*(http.post("/v1/embeddings", files=files) for _ in range(12)))
+            ]
+
+    with running(ServeSettings(bundles=(str(bundle),), port=1, max_waiting=16)) as url:
+        statuses = asyncio.run(ask_all(url))
+    assert set(statuses) == {200, 429}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"host": "0.0.0.0"}, "api-key-file"),
+        ({"api_key_file": "/nowhere"}, "does not exist"),
+        ({"prot": 1}, "did you mean port"),
+        ({"port": 0}, "port"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(settings: dict[str, Any], words: str) -> None:
+    from jepakit._messages import parse
+
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse(ServeSettings, {"bundles": ("x",), **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_answer_to_json_is_valid_json_with_finite_numbers(http: httpx.Client) -> None:
+    answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
+    json.loads(answer.text, parse_constant=lambda text: pytest.fail(text))
