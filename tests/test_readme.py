@@ -1,0 +1,78 @@
+"""The README's snippets run as they stand there; only step counts are lowered."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_pipeline import ROOT, images, serving
+
+__all__ = ["images"]
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, *, under: str) -> list[str]:
+    """The code blocks of a language in one section."""
+    section = README.split(f"### {under}\n", 1)[1].split("\n### ", 1)[0].split("\n## ", 1)[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def run(command: list[str], cwd: Path) -> str:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=280)
+    assert result.returncode == 0, f"{command}\n{result.stderr}"
+    return result.stdout
+
+
+def test_the_two_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)$", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_four_things_you_do(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "scans").symlink_to(images)
+    (tmp_path / "labelled").mkdir()
+    for side in ("train", "test"):
+        (tmp_path / "labelled" / side).symlink_to(images)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "one.jpg").symlink_to(next(images.rglob("*.jpg")))
+    programs = str(Path(sys.executable).parent)
+
+    (adapt,) = blocks("python", under="1. Adapt")
+    fewer = adapt.replace("steps=300", "steps=2, image_size=64, batch_size=16")
+    assert fewer != adapt
+    assert "points" in run([sys.executable, "-c", fewer], tmp_path)
+    (shell,) = blocks("sh", under="1. Adapt")
+    for line in shell.replace("--steps 300", "--steps 2 --image-size 64 --batch-size 16").splitlines():
+        run([f"{programs}/{shlex.split(line)[0]}", *shlex.split(line)[1:]], tmp_path)
+
+    (serve,) = blocks("sh", under="2. Serve")
+    assert serve == "jepakit serve bundles\n"
+    with serving(tmp_path / "bundles", "--no-ray") as url:
+        (embed,) = blocks("python", under="3. Embed")
+        (probe,) = blocks("python", under="4. Probe")
+        out = run([sys.executable, "-c", embed.replace("http://127.0.0.1:8000", url) + probe], tmp_path)
+        assert "accuracy" in out
+        (curl,) = blocks("sh", under="3. Embed")
+        command = shlex.split(curl.replace("http://127.0.0.1:8000", url))
+        assert '"embedding":[' in run(command, tmp_path)
+    assert (tmp_path / "train.npz").exists()
+    assert (tmp_path / "probe.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--data-binary", "--processes"}))
+def test_every_option_the_readme_names_exists(option: str) -> None:
+    source = (ROOT / "sdk/jepakit/cli.py").read_text()
+    name = option.removeprefix("--")
+    assert f'"{option}"' in source or f"{name.replace('-', '_')}:" in source
