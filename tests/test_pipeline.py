@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,8 +166,9 @@ def test_every_mistake_is_one_line_with_exit_code_2(images: Path, tmp_path: Path
             (("embed", images, "--bundle", bundle / "nope", "--out", tmp_path / "v.npz"), "is not a bundle"),
             (("probe", "fit", tmp_path / "nope.npz", "--out", tmp_path / "p"), "does not exist"),
         ]
-        for arguments, words in cases:
-            result = jepakit_cli(*arguments, cwd=tmp_path)
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda case: jepakit_cli(*case[0], cwd=tmp_path), cases))
+        for (arguments, words), result in zip(cases, results, strict=True):
             told = f"{arguments}: {result.returncode} {result.stderr}"
             assert result.returncode == 2, told
             assert words in result.stderr, told

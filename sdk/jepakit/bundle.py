@@ -277,7 +277,9 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
         manifest = Manifest.model_validate(values)
         strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
         if strangers:
-            raise BundleError(f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): refuse it, jepakit did not make it")
+            raise BundleError(
+                f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): refuse it, jepakit did not make it"
+            )
         whole = manifest.digest == manifest.computed_digest() and text == _render_manifest(manifest)
     except BundleError:
         raise

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from jepakit import __version__
 from jepakit.errors import ConfigError, JepakitError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Adapt an image backbone to your own images, export it, serve it, probe it.",
 )  # fmt: skip
 probe_app = typer.Typer(no_args_is_help=True, help="Fit and use probes on embeddings.")
@@ -30,6 +31,21 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"jepakit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it and stop")
+    ] = False,
+) -> None:
+    """What comes before any command."""
 
 
 @app.command()

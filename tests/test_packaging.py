@@ -1,0 +1,90 @@
+"""What is installed with which extra, and what the wheel holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MACHINES = {
+    "linux x86-64": {"sys_platform": "linux", "platform_machine": "x86_64"},
+    "linux arm": {"sys_platform": "linux", "platform_machine": "aarch64"},
+    "mac": {"sys_platform": "darwin", "platform_machine": "arm64"},
+}
+
+
+def resolve(extra: str, machine: dict[str, str]) -> set[str]:
+    """The distributions that an extra asks for on a machine, jepakit's own extras followed."""
+    found = set()
+    for text in EXTRAS[extra]:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate(machine):
+            continue
+        if requirement.name == "jepakit":
+            found |= {name for inner in requirement.extras for name in resolve(inner, machine)}
+        else:
+            found.add(requirement.name)
+    return found
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
+@pytest.mark.parametrize("extra", ["runtime", "export", "train", "serve", "gpu", "all", "demo", "dev"])
+def test_every_extra_that_runs_models_brings_exactly_one_onnx_runtime(extra: str, machine: dict[str, str]) -> None:
+    runtimes = {name for name in resolve(extra, machine) if name.startswith("onnxruntime")}
+    assert len(runtimes) == 1
+
+
+def test_the_base_and_the_service_bring_no_torch() -> None:
+    base = {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert base.isdisjoint({"torch", "pillow", "ray", "timm", "onnxruntime", "onnxruntime-gpu", "scikit-learn"})
+    for machine in MACHINES.values():
+        assert resolve("serve", machine).isdisjoint({"torch", "timm"})
+
+
+def test_the_lock_pins_everything_with_hashes_and_names_no_host() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    assert "--index-url" not in lock
+    names = {line.split("==")[0] for line in lock.splitlines() if "==" in line and not line.startswith(" ")}
+    asked = {Requirement(text).name for texts in EXTRAS.values() for text in texts} - {"jepakit"}
+    asked |= {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert asked <= names
+
+
+def test_the_wheel_holds_the_four_packages_and_no_weights(tmp_path: Path) -> None:
+    subprocess.run([Path(sys.executable).with_name("uv"), "build", "--quiet", "--wheel", "--no-build-isolation", "--python", sys.executable, "--out-dir", tmp_path, ROOT], check=True)  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if not name.startswith("jepakit-")}
+    assert tops == {"jepakit", "jepakit_training", "jepakit_export", "jepakit_service"}
+    assert "jepakit/timm_names.txt" in names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    assert any(name.endswith("licenses/NOTICE") for name in names)
+
+
+@pytest.mark.slow
+def test_jepakit_alone_installs_without_torch_pillow_and_ray(tmp_path: Path) -> None:
+    uv = Path(sys.executable).with_name("uv")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, ROOT], check=True)
+    code = (
+        "import importlib.util as u, jepakit; jepakit.Client('http://127.0.0.1:1'); jepakit.LinearProbe()\n"
+        "print([name for name in ('torch', 'PIL', 'ray', 'timm', 'onnxruntime') if u.find_spec(name)])"
+    )
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+    told = subprocess.run(
+        [python.with_name("jepakit"), "adapt", ROOT / "docs"], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "pip install 'jepakit[train]'" in told.stderr
