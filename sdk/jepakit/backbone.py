@@ -238,6 +238,8 @@ def _hub_in_reach(repository: str | None) -> bool:
 
 def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a .safetensors file, or of a .pth file without unpickling anything but tensors."""
+    if not file.is_file():
+        raise BackboneError(f"{file} does not exist: give a .safetensors or .pth file, `pretrained` or `random`")
     try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open

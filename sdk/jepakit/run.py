@@ -69,13 +69,24 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
+        return read_metrics(self.path / METRICS)
 
     def export(self, out: str | Path, **settings: Any) -> Bundle:
         """Export to ONNX, verified against torch; the settings are `jepakit.export`'s."""
         from jepakit._frontdoor import export
 
         return export(self.path, out=out, **settings)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The whole lines of a metrics.jsonl: a kill can leave the last one half written."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def open_run(path: str | Path) -> Run:

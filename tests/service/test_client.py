@@ -147,7 +147,11 @@ def test_overload_until_the_deadline_is_an_error_of_its_own() -> None:
 
 
 def test_a_refusal_is_not_tried_again() -> None:
-    refusal: tuple[int, dict[str, str], bytes] = (401, {}, b'{"error": {"message": "no key", "code": "missing_api_key"}}')
+    refusal: tuple[int, dict[str, str], bytes] = (
+        401,
+        {},
+        b'{"error": {"message": "no key", "code": "missing_api_key"}}',
+    )
     with (
         _answering([refusal] * 3) as url,
         jepakit.Client(url) as client,
@@ -186,7 +190,8 @@ def test_vectors_of_two_spaces_are_never_mixed() -> None:
 def test_redirects_are_not_followed() -> None:
     with (
         _answering([(302, {"Location": "http://127.0.0.1:9/"}, b"")]) as url,
-        jepakit.Client(url, api_key="k") as client,pytest.raises(jepakit.JepakitError, match="302")
+        jepakit.Client(url, api_key="k") as client,
+        pytest.raises(jepakit.JepakitError, match="302"),
     ):
         client.models()
 

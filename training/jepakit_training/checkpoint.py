@@ -40,8 +40,10 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         _fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _newest_first(folder)[_KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+    # Those of later steps are damaged ones that were passed over at the start: they must not push this one out.
+    kept = [target, *(other for other in _newest_first(folder) if other < target)][:_KEEP]
+    for other in set(_newest_first(folder)) - set(kept):
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:

@@ -88,7 +88,9 @@ def extract(
             x = plain.normalised(torch.from_numpy(np.stack(images)).to(device))
             for pooling in poolings:
                 rows[pooling].append(pool(backbone, x, pooling).float().cpu().numpy())
-    return Features({pooling: np.concatenate(parts) for pooling, parts in rows.items()}, readable, skipped)
+    nothing = np.empty((0, 0), np.float32)
+    pooled = {pooling: np.concatenate(parts) if parts else nothing for pooling, parts in rows.items()}
+    return Features(pooled, readable, skipped)
 
 
 def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:

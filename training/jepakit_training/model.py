@@ -164,9 +164,10 @@ def _after_second_last_level(backbone: Any, names: list[str]) -> set[str]:
 
 
 def _last_blocks(backbone: Any, count: int) -> set[str]:
+    """The last `count` blocks (a ConvNet's stages) and what follows them: final norms and attention pooling."""
     depth_of: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)
-    depths = sorted(set(depth_of.values()))
-    if count >= len(depths):
-        raise ConfigError(f"unfreeze = {count}: this backbone has {len(depths) - 1} blocks; use `all` for everything")
-    chosen = set(depths[-count:])
-    return {name for name, depth in depth_of.items() if depth in chosen}
+    roots = tuple({level["module"].split(".")[0] + "." for level in backbone.feature_info})
+    blocks = sorted({depth for name, depth in depth_of.items() if name.startswith(roots)})
+    if count > len(blocks):
+        raise ConfigError(f"unfreeze = {count}: this backbone has {len(blocks)} blocks; use `all` for everything")
+    return {name for name, depth in depth_of.items() if depth >= blocks[-count]}

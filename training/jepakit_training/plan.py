@@ -10,7 +10,7 @@ from typing import Any
 from jepakit.backbone import is_hierarchical, round_size, size_multiple
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
-from jepakit.sources import ImageList
+from jepakit.sources import MAX_CLASSES, ImageList
 from jepakit_training.data import Split, split
 
 FEWEST_IMAGES = 16
@@ -53,12 +53,17 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
         raise DataError(
             f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
         )
-    parts = split(len(images), images.labels, share=config.held_out, most=config.measure_on, seed=config.seed)
+    parts = split(len(images), _strata(images), share=config.held_out, most=config.measure_on, seed=config.seed)
     trained_on, notes = len(parts.train), []
 
-    batch_size = min(config.batch_size, trained_on)
-    batch_size -= batch_size % world
-    if batch_size < config.batch_size:
+    batch_size = min(config.batch_size, trained_on) // world * world
+    if batch_size == 0:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} over {world} processes leaves none an image: raise --batch-size"
+        )
+    if config.batch_size % world:
+        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: a multiple of {world} processes")
+    elif batch_size < config.batch_size:
         notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
     if len(images) < _FEW_IMAGES:
         notes.append(f"warning: {len(images)} images are very few; trust the verdict only if its interval is narrow")
@@ -92,6 +97,12 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
         split=parts,
         notes=tuple(notes),
     )
+
+
+def _strata(images: ImageList) -> list[str] | None:
+    """First-level folders, to hold out of each in proportion: whether they count as labels changes nothing trained."""
+    tops = [name.rpartition("/")[0].partition("/")[0] for name in images.ids]
+    return tops if len(set(tops)) <= MAX_CLASSES else None
 
 
 def _cosine(share: float) -> float:

@@ -9,6 +9,7 @@ import platform
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 import torch
@@ -27,7 +28,7 @@ from jepakit.bundle import (
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import Comparison
-from jepakit.run import CONFIG, ENVIRONMENT
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metrics
 from jepakit.sources import ImageList
 
 # These may differ between a run and its resumption: they change nothing in the result.
@@ -42,31 +43,42 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     Raises ConfigError or DataError naming what differs.
     """
     settings = config.model_dump(mode="json", exclude_none=True)
-    if not (out / CONFIG).is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty and is not a run: name another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        environment = {
-            "versions": versions(),
-            "platform": platform.platform(),
-            "data": images.digest(),
-            "images": len(images),
-        }
-        _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
-        _write_atomically(out / CONFIG, tomli_w.dumps(settings))
+    if (out / CONFIG).is_file() and (out / START).exists():
+        _check_same(out, settings, images)
         return
+    # Until the start was measured nothing is worth keeping: a corrected command may begin anew.
+    strangers = [path for path in (out.iterdir() if out.is_dir() else ()) if not _is_ours(path.name)]
+    if strangers:
+        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0].name}): name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SKIPPED).unlink(missing_ok=True)
+    environment = {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "data": images.digest(),
+        "images": len(images),
+    }
+    _write_atomically(out / CONFIG, tomli_w.dumps(settings))
+    _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
+
+
+def _is_ours(name: str) -> bool:
+    return name in (CONFIG, ENVIRONMENT, SKIPPED) or name.startswith(".tmp-")
+
+
+def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
     before = tomllib.loads((out / CONFIG).read_text(encoding="utf-8"))
     changed = [
         f"{key} was {before.get(key)!r}, now {settings.get(key)!r}"
         for key in sorted({*before, *settings} - _FREE_SETTINGS)
         if before.get(key) != settings.get(key)
     ]
-    new = f"to go on with other settings: --weights {out / 'bundle'} --out NEW"
+    go_on = f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
     if changed:
-        raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {new}")
-    if json.loads((out / ENVIRONMENT).read_text())["data"] != images.digest():
+        raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {go_on}")
+    if json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["data"] != images.digest():
         raise DataError(
-            f"the images are not those {out} was started with (files were added, removed or changed); {new}"
+            f"the images are not those {out} was started with (files were added, removed or changed); {go_on}"
         )
 
 
@@ -78,26 +90,29 @@ def versions() -> dict[str, str]:
 class StepLog:
     """metrics.jsonl: a line per logged step. A resumed run drops the lines of steps it does again."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        kept = []
-        if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
-        _write_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path, first_step: int, *, enabled: bool) -> None:
+        self._file = None
+        if enabled:
+            kept = [line for line in read_metrics(path) if line["step"] < first_step] if path.is_file() else []
+            _write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: dict[str, float]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(values) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 class SkippedFiles:
     """skipped.csv: files that could not be read, each once, with the reason; stops above 1 % of the images."""
 
-    def __init__(self, path: Path, n_images: int) -> None:
-        self._path, self._most = path, int(_SKIPPED_SHARE * n_images)
+    def __init__(self, path: Path, n_images: int, *, enabled: bool) -> None:
+        self._path, self._most, self._enabled = path, int(_SKIPPED_SHARE * n_images), enabled
         self._seen: dict[str, str] = {}
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
@@ -108,9 +123,10 @@ class SkippedFiles:
         if str(path) in self._seen:
             return
         self._seen[str(path)] = reason
-        with self._path.open("w", newline="", encoding="utf-8") as file:
-            file.write("# holds paths of your images: keep it to yourself\n")
-            csv.writer(file).writerows([("path", "reason"), *self._seen.items()])
+        if self._enabled:
+            with self._path.open("w", newline="", encoding="utf-8") as file:
+                file.write("# holds paths of your images: keep it to yourself\n")
+                csv.writer(file).writerows([("path", "reason"), *self._seen.items()])
         if len(self._seen) > self._most:
             more = f", and {len(self._seen) - 1} more listed in {self._path}" if len(self._seen) > 1 else ""
             raise DataError(

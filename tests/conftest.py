@@ -1,0 +1,83 @@
+"""Shared fixtures: small seeded image folders, and weights files of tiny timm models. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def textured_image(kind: int, seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Stripes of a frequency and slope that belong to `kind`, at a random phase and tint, under noise."""
+    random = np.random.default_rng([kind, seed])
+    rows, columns = np.mgrid[:height, :width]
+    angle, frequency = kind * np.pi / 3, 0.4 + 0.5 * kind
+    wave = np.sin(frequency * (np.cos(angle) * columns + np.sin(angle) * rows) + random.uniform(0, 2 * np.pi))
+    tint = random.uniform(0.6, 1.0, 3)
+    pixels = 128 + 70 * wave[..., None] * tint + random.normal(0, 12, (height, width, 3))
+    return np.asarray(pixels.clip(0, 255), np.uint8)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`image_folder(classes=2, per_class=14, height=72, width=80, seed=0)` makes a new folder of class folders.
+
+    The classes are told apart by texture alone. `classes=0` makes `per_class` images in no class folder.
+    """
+
+    def make(*, classes: int = 2, per_class: int = 14, height: int = 72, width: int = 80, seed: int = 0) -> Path:
+        root = tmp_path_factory.mktemp("images")
+        for kind in range(max(1, classes)):
+            folder = root / f"texture{kind}" if classes else root
+            folder.mkdir(exist_ok=True)
+            for number in range(per_class):
+                pixels = textured_image(kind, 1000 * seed + number, height, width)
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`weights_file("test_vit")`: a .safetensors file of that timm model's seeded random weights.
+
+    To everything that reads it these are pretrained weights; BatchNorm's statistics are not trivial ones.
+    """
+    folder = tmp_path_factory.mktemp("weights")
+
+    def make(name: str) -> Path:
+        import torch
+        from safetensors.torch import save_file
+
+        from jepakit.backbone import build
+
+        file = folder / f"{name}.safetensors"
+        if not file.exists():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7)
+                module = build(name, {})
+                for key, value in module.state_dict().items():
+                    if key.endswith("running_mean"):
+                        value.normal_(0, 0.1)
+                    elif key.endswith("running_var"):
+                        value.uniform_(0.5, 1.5)
+            save_file(module.state_dict(), file, {"license": "cc0-1.0"})
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mobilenet_weights() -> Path:
+    """The real MobileNetV2 weights that the examples use (fp16)."""
+    file = ROOT / "examples" / "weights" / "mobilenetv2_100.safetensors"
+    if not file.is_file():
+        pytest.skip(f"{file} is not there")
+    return file

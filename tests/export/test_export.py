@@ -1,0 +1,360 @@
+"""`jepakit.export`: torch's vectors in ONNX Runtime, the same bytes every time, nothing of this machine inside."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load
+
+import jepakit
+import jepakit_export.convert
+import jepakit_export.exporter
+import jepakit_export.verify
+from jepakit import golden
+from jepakit.backbone import Embedder, restore
+from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
+from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError
+from jepakit.images import preprocess
+from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, START, Run
+from jepakit.session import Session
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def images(image_folder: Callable[..., Path]) -> Path:
+    return image_folder(height=100, width=130)
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, weights_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return jepakit.adapt(
+        images, out=tmp_path_factory.mktemp("runs") / "textures", backbone="test_resnet",
+        weights=str(weights_file("test_resnet")), image_size=SIZE, steps=4, batch_size=8, projector=(32, 32, 8),
+        n_slices=16, views={"n_local": 1}, workers=0, pooling="stages",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(
+    run: Run, weights_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Bundle]:
+    """`exported("run")`: one bundle of each source, made when first asked for."""
+    folder = tmp_path_factory.mktemp("bundles")
+    sources: dict[str, tuple[str, dict[str, Any]]] = {
+        "run": (str(run.path), {}),
+        "start": (str(run.path), {"which": "start"}),
+        "bundle": (str(run.path / BUNDLE), {"normalize": True}),
+        "random": ("test_convnext:random", {"image_size": SIZE, "normalize": True}),
+        "file": (f"test_vit:{weights_file('test_vit')}", {"image_size": SIZE, "name": "my-vit"}),
+    }
+    made: dict[str, Bundle] = {}
+
+    def get(which: str) -> Bundle:
+        if which not in made:
+            source, settings = sources[which]
+            made[which] = jepakit.export(source, folder / which, **settings)
+        return made[which]
+
+    return get
+
+
+ALL = ("run", "start", "bundle", "random", "file")
+
+
+def torch_vectors(bundle: Bundle, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The bundle's vectors by torch alone, from its weights and manifest."""
+    manifest = bundle.manifest
+    backbone = restore(manifest.backbone, load(bundle.read(WEIGHTS)))
+    with torch.inference_mode():
+        embedder = Embedder(backbone, manifest.preprocess, manifest.embedding).eval()
+        vectors: NDArray[np.float32] = embedder(torch.from_numpy(pixels)).numpy()
+    return vectors
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_onnx_runtime_gives_torchs_vectors_at_any_batch_size(
+    exported: Callable[[str], Bundle], images: Path, which: str
+) -> None:
+    bundle = exported(which)
+    pixels = np.stack([preprocess(file, bundle.manifest.preprocess) for file in sorted(images.rglob("*.png"))])
+    expected = torch_vectors(bundle, pixels)
+    session = Session.open(bundle, provider="cpu")
+    for size in (1, 2, 5, 16, 28):
+        assert golden.relative_error(session.run(pixels[:size]), expected[:size]) < 2e-5
+    # The images differ, so must the vectors: a graph of constants would pass the above.
+    centred = expected - expected.mean(axis=0)
+    assert np.linalg.norm(centred, axis=1).min() > 0
+    assert expected.shape == (28, bundle.manifest.embedding.dim)
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_the_bundle_is_whole_and_says_what_it_is(exported: Callable[[str], Bundle], which: str) -> None:
+    bundle = exported(which)
+    bundle.verify()
+    assert set(bundle.manifest.files) == {WEIGHTS, GRAPH, GOLDEN}
+    assert {path.name for path in bundle.path.iterdir()} == {WEIGHTS, GRAPH, GOLDEN, MANIFEST}
+    graph = bundle.manifest.graph
+    assert graph is not None
+    assert (graph.precision, graph.opset) == ("fp32", 20)
+    assert graph.relative_error < golden.RELATIVE_TOLERANCE["fp32", "cpu"]
+    assert bundle.manifest.name == ("my-vit" if which == "file" else which)
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_names_batch_and_metadata_of_the_graph(exported: Callable[[str], Bundle], which: str) -> None:
+    manifest, graph = exported(which).manifest, onnx.load(exported(which).path / GRAPH)
+    (taken,), (given,) = graph.graph.input, graph.graph.output
+    shapes = [
+        [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in (taken, given)
+    ]
+    assert (taken.name, given.name) == ("images", "embeddings")
+    assert shapes == [["batch", SIZE, SIZE, 3], ["batch", manifest.embedding.dim]]
+    assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert {opset.domain: opset.version for opset in graph.opset_import}[""] == 20
+    stamp = {entry.key: entry.value for entry in graph.metadata_props}
+    assert stamp["jepakit.model_id"] == manifest.model_id
+    assert stamp["jepakit.name"] == manifest.name
+    assert stamp["jepakit.license"] == manifest.backbone.start.license
+    assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer)
+
+
+@pytest.mark.parametrize("which", ALL)
+def test_no_path_of_this_machine_is_in_any_file(exported: Callable[[str], Bundle], which: str, run: Run) -> None:
+    bundle = exported(which)
+    for file in bundle.path.iterdir():
+        data = file.read_bytes()
+        for path in (b"site-packages", b"/work", b"/tmp", str(run.path.parent).encode(), b"texture0", b".py"):
+            assert path not in data, f"{path!r} in {file.name}"
+
+
+def test_two_exports_give_the_same_bytes(
+    exported: Callable[[str], Bundle], weights_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    once = exported("file")
+    source = tmp_path / "elsewhere" / "test_vit.safetensors"
+    source.parent.mkdir()
+    shutil.copy(weights_file("test_vit"), source)
+    torch.rand(5)
+    twice = jepakit.export(f"test_vit:{source}", tmp_path / "again", image_size=SIZE, name="my-vit")
+    for name in (*once.manifest.files, MANIFEST):
+        assert (once.path / name).read_bytes() == (twice.path / name).read_bytes(), name
+    assert once.digest == twice.digest
+
+
+def test_start_and_end_of_a_run_are_two_spaces_and_keep_their_words(
+    exported: Callable[[str], Bundle], run: Run
+) -> None:
+    end, start = exported("run").manifest, exported("start").manifest
+    assert end.model_id == run.bundle.manifest.model_id
+    assert start.model_id == jepakit.open_bundle(run.path / START).manifest.model_id
+    assert end.model_id != start.model_id
+    assert end.comparison == run.comparison
+    assert (end.provenance.steps, start.provenance.steps) == (4, 0)
+    assert end.backbone.start.license == start.backbone.start.license == "cc0-1.0"
+    assert end.embedding.pooling == start.embedding.pooling == "stages"
+    assert end.embedding.standardize == "scale"
+
+
+def test_normalised_vectors_have_length_one_and_a_space_of_their_own(
+    exported: Callable[[str], Bundle], images: Path
+) -> None:
+    plain = jepakit.load(exported("run").path).embed(images, progress=False)
+    normalised = jepakit.load(exported("bundle").path).embed(images, progress=False)
+    np.testing.assert_allclose(np.linalg.norm(normalised.vectors, axis=1), 1, rtol=1e-5)
+    lengths = np.linalg.norm(plain.vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(plain.vectors / lengths, normalised.vectors, atol=1e-5)
+    assert plain.model_id != normalised.model_id
+
+
+def test_a_few_lines_of_plain_onnx_runtime_give_the_same_vectors(
+    exported: Callable[[str], Bundle], images: Path
+) -> None:
+    bundle = exported("run")
+    embeddings = jepakit.load(bundle.path).embed(images, progress=False)
+    assert embeddings.labels is not None
+    assert embeddings.model_id == bundle.manifest.model_id
+    files = sorted(images.rglob("*.png"))
+    session = onnxruntime.InferenceSession(bundle.path / GRAPH, providers=["CPUExecutionProvider"])
+    pixels = np.stack([preprocess(file, bundle.manifest.preprocess) for file in files])
+    (vectors,) = session.run(None, {"images": pixels})
+    assert embeddings.ids == tuple(file.relative_to(images).as_posix() for file in files)
+    np.testing.assert_allclose(embeddings.vectors, vectors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [GRAPH, WEIGHTS, GOLDEN, MANIFEST])
+def test_one_flipped_byte_in_any_file_is_refused(exported: Callable[[str], Bundle], tmp_path: Path, name: str) -> None:
+    shutil.copytree(exported("file").path, tmp_path / "bundle")
+    file = tmp_path / "bundle" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        jepakit.load(tmp_path / "bundle")
+
+
+def test_golden_vectors_of_another_model_are_noticed(exported: Callable[[str], Bundle], tmp_path: Path) -> None:
+    bundle = exported("file")
+    right = golden.unpack(bundle.read(GOLDEN))
+    session = Session.open(bundle, provider="cpu")
+    assert session.check_golden(right) < 1e-5
+    with pytest.raises(BundleError, match=r"computes other vectors here .* relative error"):
+        session.check_golden(golden.Golden(right.images, right.vectors * 1.01))
+
+
+def left_nothing(folder: Path) -> bool:
+    return list(folder.iterdir()) == []
+
+
+def test_a_graph_that_does_not_reproduce_torch_is_refused_and_nothing_is_written(
+    exported: Callable[[str], Bundle], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = exported("start").read(GRAPH)
+    monkeypatch.setattr(jepakit_export.exporter, "to_onnx", lambda *_, **__: other)
+    with pytest.raises(ExportError, match=r"does not reproduce torch: relative error .* at most 0.0001"):
+        jepakit.export(run.path, tmp_path / "bundle")
+    assert left_nothing(tmp_path)
+
+
+def test_a_graph_of_one_batch_size_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = jepakit_export.convert.to_onnx
+
+    def fixed(*args: Any, **kwargs: Any) -> bytes:
+        graph = onnx.load_model_from_string(real(*args, **kwargs))
+        graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+        return graph.SerializeToString()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(jepakit_export.exporter, "to_onnx", fixed)
+    with pytest.raises(ExportError, match="fails at batch size 1"):
+        jepakit.export(run.path, tmp_path / "bundle")
+    assert left_nothing(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(weights_file: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights_file("test_vit"))
+    state["blocks.3.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(ExportError, match="not finite"):
+        jepakit.export(f"test_vit:{tmp_path / 'nan.safetensors'}", tmp_path / "bundle", image_size=SIZE)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_exporter_that_fails_is_told_in_our_words(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any, **__: Any) -> bytes:
+        raise RuntimeError("unsupported operator\nand 300 lines more")
+
+    monkeypatch.setattr(jepakit_export.exporter, "to_onnx", fail)
+    with pytest.raises(ExportError, match=r"^torch cannot export test_resnet: unsupported operator$"):
+        jepakit.export(run.path, tmp_path / "bundle")
+    assert left_nothing(tmp_path)
+
+
+def test_an_existing_folder_is_never_overwritten(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(BundleError, match="already exists, and a bundle is never overwritten"):
+        jepakit.export(run.path, tmp_path / "bundle")
+    assert left_nothing(tmp_path / "bundle")
+
+
+def test_a_run_that_has_not_finished_is_refused(run: Run, tmp_path: Path) -> None:
+    unfinished = tmp_path / "run"
+    shutil.copytree(run.path, unfinished, ignore=shutil.ignore_patterns(BUNDLE, CHECKPOINTS))
+    with pytest.raises(BundleError, match="has not finished: run its `jepakit adapt` command again"):
+        jepakit.export(unfinished, tmp_path / "bundle")
+
+
+def test_the_start_of_a_run_that_has_hardly_begun_is_refused(run: Run, tmp_path: Path) -> None:
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    shutil.copy(run.path / CONFIG, unfinished / CONFIG)
+    with pytest.raises(BundleError, match="has not finished"):
+        jepakit.export(unfinished, tmp_path / "bundle", which="start")
+
+
+def test_a_damaged_runs_weights_are_refused(run: Run, tmp_path: Path) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(run.path, damaged)
+    file = damaged / BUNDLE / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match=f"{WEIGHTS} is damaged"):
+        jepakit.export(damaged, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"image_size": 96}, "was measured at 64 px"), ({"pooling": "head"}, "was measured with pooling stages")],
+)
+def test_what_a_run_has_measured_is_not_changed_at_export(
+    run: Run, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jepakit.export(run.path, tmp_path / "bundle", **settings)
+
+
+def test_a_folder_that_is_neither_run_nor_bundle(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="neither a run nor a bundle"):
+        jepakit.export(tmp_path / "folder", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("source", ["test_vitt:random", "test_vit:/no/such/file.safetensors"])
+def test_a_source_that_does_not_exist(tmp_path: Path, source: str) -> None:
+    with pytest.raises(BackboneError, match=r"did you mean test_vit|/no/such/file.safetensors"):
+        jepakit.export(source, tmp_path / "bundle")
+
+
+def test_a_missing_weights_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match="does not exist"):
+        jepakit.export(f"test_vit:{tmp_path / 'absent.safetensors'}", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("setting", [{"name": "my model"}, {"opset": 99}, {"poling": "head"}], ids=str)
+def test_a_wrong_setting_is_a_config_error_before_any_work(run: Run, tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        jepakit.export(run.path, tmp_path / "bundle", **setting)
+
+
+def test_a_folder_name_that_is_no_model_name_is_no_crash(run: Run, tmp_path: Path) -> None:
+    """Either it is exported under a cleaned name, or the message names --name."""
+    try:
+        bundle = jepakit.export(run.path, tmp_path / "my scans")
+    except ConfigError as error:
+        assert "name" in str(error)  # noqa: PT017
+    else:
+        assert jepakit.load(bundle.path)
+
+
+def test_the_verification_runs_at_the_batch_sizes_that_the_manifest_lists(exported: Callable[[str], Bundle]) -> None:
+    graph = exported("run").manifest.graph
+    assert graph is not None
+    assert graph.batch_sizes == jepakit_export.verify.BATCH_SIZES
+
+
+@pytest.mark.slow
+def test_the_examples_mobilenet_is_exported(mobilenet_weights: Path, images: Path, tmp_path: Path) -> None:
+    bundle = jepakit.export(
+        f"mobilenetv2_100:{mobilenet_weights}", tmp_path / "mobilenet", image_size=SIZE, pooling="stages"
+    )
+    pixels = np.stack([preprocess(file, bundle.manifest.preprocess) for file in sorted(images.rglob("*.png"))[:5]])
+    assert golden.relative_error(Session.open(bundle).run(pixels), torch_vectors(bundle, pixels)) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "twins_pcpvt_small"])
+def test_backbones_with_fused_attention_that_the_exporter_cannot_take(name: str, tmp_path: Path) -> None:
+    bundle = jepakit.export(f"{name}:random", tmp_path / "bundle")
+    assert Session.open(bundle, provider="cpu").run(np.zeros((3, 224, 224, 3), np.uint8)).shape[0] == 3

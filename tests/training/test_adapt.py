@@ -1,0 +1,505 @@
+"""`jepakit.adapt` from end to end on tiny models: what it leaves, what it repeats exactly, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import jepakit
+import jepakit_training.loop
+import jepakit_training.sigreg
+from jepakit.backbone import start_backbone
+from jepakit.bundle import WEIGHTS
+from jepakit.errors import BackboneError, ConfigError, DataError, JepakitError, TrainingError
+from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
+from jepakit_training import checkpoint
+
+STEPS, WARMUP_STEPS = 22, 6
+TINY: dict[str, Any] = {
+    "image_size": 64, "steps": STEPS, "warmup": WARMUP_STEPS / STEPS, "batch_size": 8, "projector": (32, 32, 8),
+    "n_slices": 16, "views": {"n_local": 1}, "workers": 0,
+}  # fmt: skip
+BACKBONES = ("test_resnet", "test_vit")
+
+Adapt = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def images(image_folder: Callable[..., Path]) -> Path:
+    return image_folder()
+
+
+@pytest.fixture(scope="module")
+def adapt(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
+    """`adapt(out, backbone="test_vit", **changed settings)`, from a file of weights."""
+
+    def call(out: Path, backbone: str = "test_vit", *, folder: Path | None = None, **settings: Any) -> Run:
+        weights = settings.pop("weights", None) or str(weights_file(backbone))
+        return jepakit.adapt(folder or images, out=out, backbone=backbone, weights=weights, **{**TINY, **settings})
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(adapt: Adapt, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """`finished("test_vit")`: a finished run. Look, don't touch."""
+    runs: dict[str, Run] = {}
+
+    def get(backbone: str = "test_vit") -> Run:
+        if backbone not in runs:
+            runs[backbone] = adapt(tmp_path_factory.mktemp("finished") / "run", backbone)
+        return runs[backbone]
+
+    return get
+
+
+def weights_of(run: Run, part: str = BUNDLE) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(run.path / part / WEIGHTS)
+    return tensors
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@contextmanager
+def stopping_in_step(
+    step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM
+) -> Iterator[None]:
+    """Send this process a signal in the midst of a step, counted from the first one that the call does."""
+    real, done = jepakit_training.sigreg.lejepa_loss, iter(range(10_000))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(done) == step:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jepakit_training.loop, "lejepa_loss", interrupted)
+        yield
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, images: Path) -> None:
+    run = finished(backbone)
+    assert {path.name for path in run.path.iterdir()} == {CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, START, BUNDLE}
+    assert run.finished
+    assert run.config["backbone"] == backbone
+    assert run.config["steps"] == STEPS
+    environment = json.loads((run.path / ENVIRONMENT).read_text())
+    assert environment["images"] == 28
+    assert {"torch", "timm", "jepakit"} <= environment["versions"].keys()
+    assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
+    assert {"step", "loss", "prediction", "sigreg", "grad_norm", "lr", "images_per_s", "data_wait"} == set(
+        run.metrics()[0]
+    )
+    for part in (START, BUNDLE):
+        bundle = jepakit.open_bundle(run.path / part)
+        bundle.verify()
+        assert str(images.parent) not in (bundle.path / "manifest.json").read_text()
+    provenance = run.bundle.manifest.provenance
+    assert (provenance.steps, provenance.images_seen) == (STEPS, STEPS * 8)
+    assert run.bundle.manifest.backbone.start.license == "cc0-1.0"
+    again = jepakit.open_run(run.path)
+    assert again.verdict == run.verdict
+    assert again.verdict.word in ("better", "same", "worse", "cannot tell")
+    assert again.comparison.before is not None
+    assert again.comparison.after is not None
+    assert again.comparison.n_held_out == 6
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_start_is_the_file_and_only_the_last_layers_moved(
+    finished: Callable[[str], Run], weights_file: Callable[[str], Path], backbone: str
+) -> None:
+    run = finished(backbone)
+    start, end = weights_of(run, START), weights_of(run)
+    file, _ = start_backbone(backbone, str(weights_file(backbone)), 64)
+    assert equal(start, file.state_dict())
+    moved = {key for key in start if not torch.equal(start[key], end[key])}
+    last = ("layer4.",) if backbone == "test_resnet" else ("blocks.4.", "blocks.5.", "norm.")
+    assert moved
+    assert all(key.startswith(last) for key in moved)
+    assert not any("running" in key or "num_batches" in key for key in moved)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, backbone: str
+) -> None:
+    torch.rand(7)  # whatever was drawn before
+    again = adapt(tmp_path / "again", backbone, workers=1)
+    assert equal(weights_of(again), weights_of(finished(backbone)))
+    assert again.bundle.manifest.model_id == finished(backbone).bundle.manifest.model_id
+
+
+def test_another_seed_gives_other_weights(adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path) -> None:
+    assert not equal(weights_of(adapt(tmp_path / "run", seed=1)), weights_of(finished("test_vit")))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "number"),
+    [("test_resnet", signal.SIGTERM), ("test_vit", signal.SIGTERM), ("test_vit", signal.SIGINT)],
+)
+def test_an_interrupted_run_ends_as_the_uninterrupted_one_did(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    backbone: str, number: signal.Signals, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    for step, wanted in ((3, 4), (8, 13)):  # once in the warm-up, once behind it
+        with (
+            stopping_in_step(step, monkeypatch, number),
+            pytest.raises(KeyboardInterrupt, match=f"after step {wanted}"),
+        ):
+            adapt(out, backbone)
+        assert not jepakit.open_run(out).finished
+        assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    run = adapt(out, backbone)
+    assert "going on from step 13" in capsys.readouterr().err
+    assert equal(weights_of(run), weights_of(finished(backbone)))
+    assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
+    for row, expected in zip(run.metrics(), finished(backbone).metrics(), strict=True):
+        for key in ("loss", "prediction", "sigreg", "grad_norm", "lr"):
+            assert row[key] == expected[key]
+
+
+def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with stopping_in_step(15, monkeypatch), pytest.raises(KeyboardInterrupt):
+        adapt(out)
+    shutil.rmtree(next((out / CHECKPOINTS).glob("step-*")))  # as if killed before it was written
+    run = adapt(out)
+    assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
+    assert equal(weights_of(run), weights_of(finished("test_vit")))
+
+
+def test_a_half_written_line_of_metrics_does_not_stop_a_resume(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with stopping_in_step(11, monkeypatch), pytest.raises(KeyboardInterrupt):
+        adapt(out)
+    with (out / METRICS).open("a") as file:
+        file.write('{"step": 19, "lo')  # a full disk, a power cut
+    assert [row["step"] for row in adapt(out).metrics()] == [9, 19, STEPS - 1]
+
+
+def test_a_kill_between_the_first_two_files_does_not_block_the_folder(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks that start together see this state too: one has written environment.json, not yet config.toml."""
+    out = tmp_path / "run"
+    with stopping_in_step(0, monkeypatch), pytest.raises(KeyboardInterrupt):
+        adapt(out, steps=2)
+    only_first = tmp_path / "killed"
+    only_first.mkdir()
+    shutil.copy(out / ENVIRONMENT, only_first / ENVIRONMENT)
+    assert adapt(only_first, steps=2).finished
+
+
+def test_a_run_killed_while_measuring_the_result_only_measures_again(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished("test_vit").path, out)
+    shutil.rmtree(out / BUNDLE)
+    run = adapt(out)
+    assert f"going on from step {STEPS}" in capsys.readouterr().err
+    assert equal(weights_of(run), weights_of(finished("test_vit")))
+    assert run.comparison == finished("test_vit").comparison
+    assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
+
+
+def test_warm_up_leaves_the_backbone_untouched_bit_for_bit(
+    adapt: Adapt, weights_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, _ = start_backbone("test_resnet", str(weights_file("test_resnet")), 64)
+    for step, same in ((WARMUP_STEPS - 1, True), (0, False)):
+        with stopping_in_step(step, monkeypatch), pytest.raises(KeyboardInterrupt):
+            adapt(tmp_path / "run", "test_resnet")
+        found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
+        assert found is not None
+        assert found[0] == WARMUP_STEPS + (not same)
+        backbone = {
+            key.removeprefix("backbone."): value
+            for key, value in found[1]["model"].items()
+            if key.startswith("backbone.")
+        }
+        assert equal(backbone, start.state_dict()) == same
+
+
+@pytest.mark.parametrize(
+    "changed", [{"lr": 0.01}, {"steps": 30}, {"image_size": 96}, {"seed": 3}, {"views": {"n_local": 2}}], ids=str
+)
+def test_changed_settings_are_refused_with_the_difference(
+    adapt: Adapt, finished: Callable[[str], Run], changed: dict[str, Any]
+) -> None:
+    run = finished("test_vit")
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    key = next(iter(changed))
+    with pytest.raises(ConfigError, match=f"other settings .*{key} was .*, now .*--weights .*--out NEW"):
+        adapt(run.path, **changed)
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_settings_that_change_nothing_may_differ(adapt: Adapt, finished: Callable[[str], Run]) -> None:
+    assert adapt(finished("test_vit").path, workers=1, save_every_s=7).finished
+
+
+@pytest.mark.parametrize("what", ["added", "removed", "replaced"])
+def test_changed_data_is_refused(
+    adapt: Adapt, images: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    with stopping_in_step(0, monkeypatch), pytest.raises(KeyboardInterrupt):
+        adapt(tmp_path / "run", folder=folder)
+    first = min(folder.rglob("*.png"))
+    if what == "added":
+        shutil.copy(first, first.with_name("new.png"))
+    elif what == "removed":
+        first.unlink()
+    else:
+        first.write_bytes(max(folder.rglob("*.png")).read_bytes())
+    with pytest.raises(DataError, match="images are not those"):
+        adapt(tmp_path / "run", folder=folder)
+
+
+def test_a_finished_run_says_so_and_returns(
+    adapt: Adapt, finished: Callable[[str], Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished("test_vit")
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    again = adapt(run.path)
+    said = capsys.readouterr().err
+    assert "is finished already" in said
+    assert f"--weights {run.path / BUNDLE} --out NEW" in said
+    assert again.verdict == run.verdict
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_going_on_from_a_bundle(adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path) -> None:
+    first = finished("test_vit")
+    second = adapt(tmp_path / "second", weights=str(first.path / BUNDLE), steps=2)
+    assert equal(weights_of(second, START), weights_of(first))
+    assert second.bundle.manifest.backbone.start.license == "cc0-1.0"
+    assert str(first.path) not in (second.path / BUNDLE / "manifest.json").read_text()
+
+
+def test_a_damaged_bundle_is_no_start(adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(finished("test_vit").path / BUNDLE, bundle)
+    data = bytearray((bundle / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    (bundle / WEIGHTS).write_bytes(data)
+    with pytest.raises(JepakitError, match="damaged"):
+        adapt(tmp_path / "run", weights=str(bundle))
+
+
+def test_labels_only_measure_and_never_train(adapt: Adapt, tmp_path: Path) -> None:
+    with_labels = adapt(tmp_path / "with", labels="auto", steps=2)
+    without = adapt(tmp_path / "without", labels="none", steps=2)
+    assert without.comparison.before is None
+    assert without.verdict.word == "cannot tell"
+    assert with_labels.comparison.before is not None
+    assert equal(weights_of(with_labels, START), weights_of(without, START))
+    assert equal(weights_of(with_labels), weights_of(without))
+
+
+def test_unfreeze_none_exports_the_start(adapt: Adapt, tmp_path: Path) -> None:
+    run = adapt(tmp_path / "run", "test_resnet", unfreeze="none", steps=4)
+    assert equal(weights_of(run), weights_of(run, START))
+    assert run.comparison.before == run.comparison.after
+    assert run.verdict.word in ("same", "cannot tell")
+    assert run.verdict.difference == 0
+
+
+def test_random_weights_train_everything_without_warm_up(adapt: Adapt, tmp_path: Path) -> None:
+    run = adapt(tmp_path / "run", "test_resnet", weights="random", steps=3)
+    start, end = weights_of(run, START), weights_of(run)
+    assert all(not torch.equal(start[key], end[key]) for key in start if key.endswith("weight"))
+    assert any(not torch.equal(start[key], end[key]) for key in start if key.endswith("running_mean"))
+    assert run.metrics()[0]["lr"] > 0
+
+
+def test_too_few_images(adapt: Adapt, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = image_folder(classes=0, per_class=15)
+    with pytest.raises(DataError, match="15 images are too few to adapt on: 16 is the least"):
+        adapt(tmp_path / "run", folder=folder)
+
+
+def test_more_steps_of_warm_up_than_steps_is_an_error_not_an_untouched_start(adapt: Adapt, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="warm-up"):
+        adapt(tmp_path / "run", steps=2, warmup=0.9)
+
+
+def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = jepakit_training.sigreg.lejepa_loss
+
+    def poisoned(*args: Any) -> Any:
+        total, prediction, regulariser = real(*args)
+        return total * float("nan"), prediction, regulariser
+
+    monkeypatch.setattr(jepakit_training.loop, "lejepa_loss", poisoned)
+    with pytest.raises(TrainingError, match="not finite 3 times in a row, up to step 2"):
+        adapt(tmp_path / "run", save_every_s=0)
+    found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
+    assert found is None or all(value.isfinite().all() for value in found[1]["model"].values())
+
+
+def test_one_bad_step_is_passed_over(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = jepakit_training.sigreg.lejepa_loss, iter(range(100))
+
+    def poisoned_once(*args: Any) -> Any:
+        total, prediction, regulariser = real(*args)
+        return total * (float("nan") if next(calls) == 4 else 1), prediction, regulariser
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jepakit_training.loop, "lejepa_loss", poisoned_once)
+        run = adapt(tmp_path / "run", steps=8)
+    assert all(value.isfinite().all() for value in weights_of(run).values())
+
+
+def rows_of(file: Path) -> list[list[str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.reader(opened))
+
+
+@pytest.fixture(scope="module")
+def many_images(image_folder: Callable[..., Path]) -> Path:
+    return image_folder(per_class=100, height=40, width=40)
+
+
+def spoil(folder: Path, count: int) -> list[Path]:
+    """Make the first `count` images unreadable."""
+    files = sorted(folder.rglob("*.png"))[:count]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:60])
+    return files
+
+
+def test_one_broken_file_in_200_is_left_out_and_listed(adapt: Adapt, many_images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(many_images, folder)
+    (broken,) = spoil(folder, 1)
+    run = adapt(tmp_path / "run", "test_resnet", folder=folder, epochs=1, steps=None, batch_size=32, warmup=0)
+    rows = rows_of(run.path / SKIPPED)
+    assert "keep it to yourself" in rows[0][0]
+    assert [row[0] for row in rows[2:]] == [str(broken)]
+    assert run.comparison.n_train + run.comparison.n_held_out == 199
+    assert str(broken) not in (run.path / BUNDLE / "manifest.json").read_text()
+
+
+def test_over_one_percent_of_broken_files_stops_the_run_naming_one(
+    adapt: Adapt, many_images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(many_images, folder)
+    broken = spoil(folder, 4)
+    with pytest.raises(DataError, match="over 1 % of the images cannot be read") as raised:
+        adapt(tmp_path / "run", "test_resnet", folder=folder, steps=2)
+    assert any(str(file) in str(raised.value) for file in broken)
+    assert not jepakit.open_run(tmp_path / "run").finished
+
+    # The message says: "mend or remove them, then run the same command again".
+    for file in broken:
+        file.unlink()
+    assert adapt(tmp_path / "run", "test_resnet", folder=folder, steps=2).finished
+
+
+def test_a_folder_where_nothing_can_be_read_is_a_data_error(adapt: Adapt, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"\.png"):
+        adapt(tmp_path / "run", folder=folder)
+
+
+def test_a_refused_start_does_not_pin_its_settings(
+    adapt: Adapt, weights_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nothing was trained: the mended command must not be refused for being another one."""
+    out = tmp_path / "run"
+    with pytest.raises(BackboneError):
+        adapt(out, weights=str(weights_file("test_resnet")), steps=2)
+    assert adapt(out, steps=2).finished
+
+
+def test_a_folder_that_is_no_run_is_left_alone(adapt: Adapt, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and is not a run"):
+        adapt(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["my scans", "größe", "-dash"])
+def test_any_name_of_a_folder_will_do(adapt: Adapt, tmp_path: Path, name: str) -> None:
+    assert adapt(tmp_path / name, steps=2).finished
+
+
+def test_one_folder_asked_for_as_labels_is_no_crash(adapt: Adapt, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images / "texture0", folder / "only")
+    shutil.copytree(images / "texture1", folder / "only" / "more")
+    try:
+        run = adapt(tmp_path / "run", folder=folder, labels="folder", steps=2)
+    except JepakitError:
+        return
+    assert run.verdict.word in ("same", "cannot tell")
+
+
+def test_a_local_view_as_large_as_the_image_is_refused(adapt: Adapt, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="local views of 64 px are not smaller"):
+        adapt(tmp_path / "run", views={"n_local": 1, "local_size": 64})
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_of_a_run_is_survived(
+    images: Path, weights_file: Callable[[str], Path], finished: Callable[[str], Run], tmp_path: Path
+) -> None:
+    settings = {
+        **TINY,
+        "out": str(tmp_path / "run"),
+        "backbone": "test_vit",
+        "weights": str(weights_file("test_vit")),
+        "save_every_s": 0,
+    }
+    code = f"import jepakit; jepakit.adapt({str(images)!r}, **{settings!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoints = tmp_path / "run" / CHECKPOINTS
+
+    def newest() -> str:
+        return max((path.name for path in checkpoints.glob("step-*")), default="")
+
+    for delay in (0.0, 0.03, 0.3):
+        before, deadline = newest(), time.monotonic() + 120
+        child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+        while newest() == before and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(delay)
+        child.kill()
+        child.wait()
+        assert newest() > before
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert equal(weights_of(jepakit.open_run(tmp_path / "run")), weights_of(finished("test_vit")))

@@ -1,0 +1,75 @@
+"""The choices that settings leave to the data and the backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jepakit.backbone import build
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, DataError
+from jepakit.sources import ImageList
+from jepakit_training.plan import Plan, make_plan
+
+
+def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:
+    paths = tuple(Path(f"{number}.png") for number in range(images))
+    listed = ImageList(paths, tuple(map(str, paths)), None, "no labels")
+    return make_plan(AdaptConfig(images="x", backbone=backbone, **settings), listed, build(backbone, {}), world)
+
+
+def test_defaults_follow_the_backbone_and_the_views() -> None:
+    assert plan("test_vit").lr == 1e-4
+    assert plan("test_resnet").lr == 3e-4
+    assert plan("test_resnet", weights="random").lr == 5e-4
+    assert plan(lr=0.7).lr == 0.7
+    assert plan().lamb == pytest.approx(0.005 * 6)
+    assert plan(views={"n_local": 0}).lamb == pytest.approx(0.005 * 2)
+    assert plan(lamb=0.5).lamb == 0.5
+    assert (plan().image_size, plan().local_size) == (224, 96)
+    assert (plan(image_size=100).image_size, plan("test_resnet", image_size=100).image_size) == (96, 96)
+
+
+def test_length_in_steps_or_epochs() -> None:
+    assert plan(steps=7).steps == 7
+    assert plan(epochs=3, batch_size=100).steps == 3 * 8  # 800 of 1000 images train
+    assert plan(images=100).steps == 300
+    assert plan(images=100_000).steps == 98_000 // 128
+
+
+def test_the_projector_warms_up_alone_unless_everything_is_new_or_nothing_else_trains() -> None:
+    some = plan(steps=100)
+    assert some.warmup_steps == 10
+    assert [some.backbone_ramp(step) for step in range(10)] == [0.0] * 10
+    assert 0 < some.backbone_ramp(10) < some.backbone_ramp(19)
+    assert 0 < some.ramp(0) < some.ramp(9)
+    assert some.ramp(20) > some.ramp(60) > some.ramp(99) > 0
+    assert plan(steps=100, weights="random").warmup_steps == plan(steps=100, unfreeze="none").warmup_steps == 0
+
+
+def test_a_small_folder_shrinks_the_batch_and_says_so() -> None:
+    small = plan(images=40)
+    assert small.batch_size == 32
+    assert any("batch of 32 images instead of 128" in note for note in small.notes)
+    assert any("40 images are very few" in note for note in small.notes)
+    with pytest.raises(DataError, match="15 images are too few"):
+        plan(images=15)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_rank_holds_equally_many_images(world: int) -> None:
+    assert plan(world=world).batch_size % world == 0
+    assert 128 - world < plan(world=world).batch_size <= 128
+
+
+def test_a_batch_shrunk_to_fit_the_processes_is_not_blamed_on_the_number_of_images() -> None:
+    notes = " ".join(plan(world=3).notes)
+    assert "126" in notes
+    assert "126 images instead of 128: there are" not in notes
+
+
+def test_more_processes_than_images_in_a_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match="batch"):
+        plan(batch_size=2, world=3)

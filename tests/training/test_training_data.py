@@ -1,0 +1,142 @@
+"""From files to batches: the split, the order, the substitutes of broken files, and the loader."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jepakit.config import ViewsConfig
+from jepakit.errors import DataError
+from jepakit_training.data import Batch, Key, StepBatches, ViewDataset, make_loader, normalise, split
+from jepakit_training.views import ViewMaker
+
+
+def test_split_holds_each_class_out_in_proportion_and_never_overlaps() -> None:
+    labels = ["a"] * 100 + ["b"] * 50 + ["c"] * 10 + ["d"] * 2
+    parts = split(len(labels), labels, share=0.2, most=1000, seed=0)
+    held_out = Counter(labels[index] for index in parts.held_out)
+    assert held_out == {"a": 20, "b": 10, "c": 2, "d": 1}
+    assert sorted([*parts.train, *parts.held_out]) == list(range(len(labels)))
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    one, again, other = (split(200, None, share=0.2, most=1000, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.held_out, again.held_out)
+    assert set(one.held_out) != set(other.held_out)
+    assert len(one.held_out) == len(other.held_out) == 40
+
+
+def test_split_is_capped() -> None:
+    assert len(split(10_000, None, share=0.2, most=300, seed=0).held_out) == 300
+    labels = ["a"] * 9000 + ["b"] * 1000
+    held_out = split(10_000, labels, share=0.2, most=300, seed=0).held_out
+    assert Counter(labels[index] for index in held_out) == {"a": 270, "b": 30}
+
+
+def take(
+    count: int = 10, batch: int = 4, seed: int = 0, steps: range = range(10), rank: int = 0, world: int = 1
+) -> list[list[Key]]:
+    return list(StepBatches(count, batch, seed, steps, rank=rank, world=world))
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (7, 7), (5, 8), (3, 20)])
+def test_every_image_is_seen_equally_often(count: int, batch: int) -> None:
+    seen = Counter(key.place for keys in take(count, batch, steps=range(count)) for key in keys)
+    assert set(seen.values()) == {batch}
+    assert len(seen) == count
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    orders = np.array([[key.place for key in keys] for keys in take(30, 30, steps=range(3))])
+    assert not np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[1], orders[2])
+    assert [{key.epoch for key in keys} for keys in take(30, 30, steps=range(3))] == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (3, 8)])
+@pytest.mark.parametrize("first", [0, 1, 5, 9])
+def test_a_resumed_stream_is_the_tail_of_the_whole_one(count: int, batch: int, first: int) -> None:
+    assert take(count, batch, steps=range(first, 10)) == take(count, batch)[first:]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_out_the_batch_of_one_process(world: int) -> None:
+    whole = take(10, 8)
+    shares = [take(10, 8, rank=rank, world=world) for rank in range(world)]
+    for step, keys in enumerate(whole):
+        assert [len(share[step]) for share in shares] == [8 // world] * world
+        assert [shares[place % world][step][place // world] for place in range(8)] == keys
+
+
+def test_its_length_is_the_number_of_steps() -> None:
+    assert len(StepBatches(10, 4, 0, range(3, 10))) == 7
+
+
+def make_dataset(folder: Path, seed: int = 0) -> ViewDataset:
+    maker = ViewMaker(ViewsConfig(n_local=1), 64, 32)
+    return ViewDataset(sorted(folder.rglob("*.png")), maker, seed)
+
+
+def test_an_unreadable_file_is_replaced_by_its_neighbour_and_reported(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(classes=0, per_class=6)
+    whole = make_dataset(folder)
+    untouched = whole[Key(0, 0)]
+    (folder / "003.png").write_bytes(b"this is no image")
+    broken = make_dataset(folder)
+
+    item = broken[Key(0, 3)]
+    assert [index for index, _ in item.skipped] == [3]
+    assert "003.png" in item.skipped[0][1]
+    assert all(torch.equal(a, b) for a, b in zip(item.views, broken[Key(0, 3)].views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(untouched.views, broken[Key(0, 0)].views, strict=True))
+    assert broken[Key(0, 4)].skipped == []
+
+
+def test_the_last_file_is_replaced_by_the_first(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(classes=0, per_class=4)
+    (folder / "003.png").write_bytes(b"")
+    assert [index for index, _ in make_dataset(folder)[Key(0, 3)].skipped] == [3]
+
+
+def test_a_folder_of_rubbish_stops_with_the_first_files_name(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"0\.png"):
+        make_dataset(tmp_path)[Key(0, 0)]
+
+
+def test_views_depend_on_the_runs_seed_and_on_the_pass_over_the_data(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(classes=0, per_class=2)
+    views = [make_dataset(folder, seed)[Key(epoch, 0)].views.global_ for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
+
+
+def test_the_number_of_workers_changes_nothing(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(classes=0, per_class=6)
+    (folder / "002.png").write_bytes(b"broken")
+
+    def batches(workers: int) -> list[Batch]:
+        dataset = make_dataset(folder)
+        return list(make_loader(dataset, StepBatches(6, 4, 0, range(4)), workers, pin=False))
+
+    alone, helped = batches(0), batches(2)
+    assert len(alone) == len(helped) == 4
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one.views.global_, other.views.global_)
+        assert torch.equal(one.views.local, other.views.local)
+        assert one.skipped == other.skipped
+    assert {index for batch in alone for index, _ in batch.skipped} == {2}
+    assert alone[0].views.global_.shape == (2, 4, 3, 64, 64)
+    assert alone[0].views.local.shape == (1, 4, 3, 32, 32)
+
+
+def test_normalise() -> None:
+    pixels = torch.tensor([[[0]], [[100]], [[255]]], dtype=torch.uint8)
+    mean, std = torch.tensor([0.0, 100.0, 5.0])[:, None, None], torch.tensor([1.0, 2.0, 10.0])[:, None, None]
+    assert normalise(pixels, mean, std).flatten().tolist() == [0, 0, 25]
