@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from jepakit._files import fsync
 from jepakit._messages import explain
 from jepakit.errors import BundleError
 from jepakit.evaluate import Comparison
@@ -194,11 +194,11 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
         for file in folder.iterdir():
             # safetensors writes 0600; a service that runs as another user must be able to read it.
             file.chmod(0o644)
-            _fsync(file)
+            fsync(file)
         folder.chmod(0o755)
-        _fsync(folder)
+        fsync(folder)
         folder.rename(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
@@ -298,11 +298,3 @@ def _render_manifest(manifest: Manifest) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

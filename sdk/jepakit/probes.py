@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jepakit._files import replacing
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -102,7 +103,7 @@ class _Probe:
 
     def save(self, path: str | Path) -> None:
         """Write the fitted probe as one safetensors file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         self._check_fitted()
         header = {
@@ -113,12 +114,9 @@ class _Probe:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: np.ascontiguousarray(value) for name, value in self._arrays().items()},
-            path,
-            metadata=header,
-        )
-        path.chmod(0o644)
+        arrays = {name: np.ascontiguousarray(value) for name, value in self._arrays().items()}
+        with replacing(path) as file:
+            file.write(save(arrays, metadata=header))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from jepakit._files import fsync
+
 _KEEP = 2
 
 
@@ -33,11 +35,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         manifest = {"step": step, "sha256": _sha256(temporary / "state.pt")}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         for path in (temporary / "state.pt", temporary / "manifest.json", temporary):
-            _fsync(path)
+            fsync(path)
         target = folder / f"step-{step:09d}"
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        _fsync(folder)
+        fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     # Those of later steps are damaged ones that were passed over at the start: they must not push this one out.
@@ -65,11 +67,3 @@ def _newest_first(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -159,10 +159,7 @@ def _train(
             model.train()
             if not from_random:
                 freeze_norm_statistics(backbone)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * (
-                    plan.ramp(step) if group["role"] == "projector" else plan.backbone_ramp(step)
-                )
+            _set_learning_rates(optimizer, plan, step)
 
             with accelerator.autocast():
                 proj_VNK = prepared(_to(batch.views, accelerator.device))
@@ -199,16 +196,19 @@ def _train(
                 show.update(step + 1, values)
             if last or stopping or clock.since_save() > config.save_every_s:
                 if main:
-                    checkpoint.save(
-                        run.path / CHECKPOINTS,
-                        step + 1,
-                        {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                    )
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    checkpoint.save(run.path / CHECKPOINTS, step + 1, state)
                 clock.saved()
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; run the same command again to go on")
     _assert_moved(backbone, start_state)
     backbone.eval()
+
+
+def _set_learning_rates(optimizer: Any, plan: Plan, step: int) -> None:
+    for group in optimizer.param_groups:
+        ramp = plan.ramp(step) if group["role"] == "projector" else plan.backbone_ramp(step)
+        group["lr"] = group["base_lr"] * ramp
 
 
 def _restore(folder: Path, model: LejepaModel, optimizer: torch.optim.Optimizer) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import tomllib
 from importlib import metadata
@@ -15,6 +14,7 @@ import tomli_w
 import torch
 from safetensors.torch import save_file
 
+from jepakit._files import replacing
 from jepakit.bundle import (
     WEIGHTS,
     Backbone,
@@ -153,6 +153,5 @@ def write_run_bundle(
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
