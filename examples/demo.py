@@ -80,7 +80,7 @@ def main() -> None:
     print(f"took       {time.monotonic() - started:.0f} s\n")
     print("the same with your own folder of images (class folders, if you have some, only measure):")
     print(
-        f"  .venv/bin/jepakit adapt  YOUR_IMAGES --out runs/mine --backbone mobilenetv2_100 --weights {WEIGHTS.relative_to(Path.cwd())}"
+        f"  .venv/bin/jepakit adapt  YOUR_IMAGES --out runs/mine --backbone mobilenetv2_100 --weights {os.path.relpath(WEIGHTS)}"
     )
     print("  .venv/bin/jepakit export runs/mine --out bundles/mine")
     print("  .venv/bin/jepakit serve  bundles/mine")
