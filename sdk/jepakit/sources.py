@@ -78,9 +78,10 @@ def gather(images: Any, labels: LabelRule) -> Gathered:
     """
     if isinstance(images, str | Path):
         listed = list_images(images, "none")
-        if labels == "auto" or all("/" in name for name in listed.ids):
-            listed = list_images(images, labels) if Path(images).is_dir() else listed
-        return Gathered(list(listed.paths), listed.ids, listed.labels)
+        found = None
+        if Path(images).is_dir() and (labels == "auto" or all("/" in name for name in listed.ids)):
+            found, _ = _labels(listed.ids, labels)
+        return Gathered(list(listed.paths), listed.ids, found)
     items = list(images) if _is_collection(images) else [images]
     if not items:
         raise DataError("no images were given")

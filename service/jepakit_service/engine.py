@@ -19,11 +19,10 @@ from jepakit.images import preprocess
 from jepakit.session import Session
 from jepakit_service.batcher import MicroBatcher
 from jepakit_service.settings import ServeSettings
+from jepakit_service.wire import Encoded
 
 _BATCHES_TO_TRY = (1, 2, 4, 8, 16, 32)
 _WORTHWHILE = 1.05
-
-Encoded = bytes | NDArray[np.uint8]
 
 
 class OverloadedError(Exception):
