@@ -1,13 +1,13 @@
 # The service, as `jepakit serve` runs it, non-root.
 #
 #   docker build -t jepakit .                                        CPU, and the GPU runtime without CUDA
-#   docker build -t jepakit --build-arg EXTRAS=serve,gpu .           with CUDA and cuDNN from pip wheels
+#   docker build -t jepakit --build-arg EXTRAS=serve,codecs,gpu .           with CUDA and cuDNN from pip wheels
 #   docker run --shm-size 256m -p 127.0.0.1:8000:8000 -v "$PWD/bundles:/bundles:ro" -v "$PWD/keys:/keys:ro" jepakit
 #
 # `keys` holds the lines of `jepakit serve --new-key NAME`. Publish no other port: Ray's own listen inside.
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE} AS build
-ARG EXTRAS=serve
+ARG EXTRAS=serve,codecs
 WORKDIR /src
 COPY . .
 RUN sh docker/install.sh /opt/jepakit "${EXTRAS}"

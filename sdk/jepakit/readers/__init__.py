@@ -1,0 +1,23 @@
+"""Image files of every domain, each format read by a well-kept library, behind one small interface.
+
+`open_raster` looks at a file's first bytes, not at its name, and returns a `Raster`: its `header` is known
+before a pixel is decoded, so that budgets are checked first; `read` gives the pixels as the file means them
+(upright, palettes and CMYK as RGB, alpha on white, DICOM through its modality LUT), never squeezed into
+8 bits. What a value is worth is decided later, by `jepakit.images`.
+"""
+
+from jepakit.readers.dicom import dicom_group
+from jepakit.readers.opening import open_raster
+from jepakit.readers.raster import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, Raster, Window
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Header",
+    "ImageRef",
+    "ImageSource",
+    "Limits",
+    "Raster",
+    "Window",
+    "dicom_group",
+    "open_raster",
+]

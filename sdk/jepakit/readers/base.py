@@ -1,0 +1,101 @@
+"""What the readers share: `read` with its checks, so that each reader is only how its format decodes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.readers.checks import (
+    CUT,
+    check_encoded,
+    check_frame,
+    check_header,
+    check_pixels,
+    check_ratio,
+    check_window,
+    reading,
+)
+from jepakit.readers.raster import Header, Limits, Window
+
+Pixels = NDArray[Any]
+
+_BY_TILES = "read it in tiles (tile=512)"
+
+
+class BaseRaster(ABC):
+    """Checks, then decodes; a subclass says how in `_decode`."""
+
+    def __init__(
+        self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
+    ) -> None:
+        """`encoded`: bytes of what has to be read whole, None where nothing has to."""
+        self.header = header
+        self._name = name
+        self._limits = limits
+        self._file = file
+        self._kept: tuple[int, Pixels] | None = None
+        check_header(header, name, limits)
+        if not header.windowed:
+            shape = (header.height, header.width, header.bands)
+            size = check_pixels(name, shape, header.dtype, limits, CUT)
+            if encoded is not None:
+                check_encoded(name, encoded, limits)
+                check_ratio(name, size, encoded, limits)
+
+    def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> Pixels:
+        check_frame(frame, self.header, self._name)
+        area = check_window(window, self.header, self._name)
+        with reading(self._name):
+            if self.header.windowed:
+                shape = (area.height, area.width, self.header.bands)
+                check_pixels(self._name, shape, self.header.dtype, self._limits, _BY_TILES)
+                pixels = self._finished(self._decode(area, frame, None))
+            elif window is None:
+                pixels = self._finished(self._decode(area, frame, at_least))
+            else:
+                pixels = self._finished(crop(self._whole(frame), area))
+            if at_least is None and pixels.shape != (area.height, area.width, self.header.bands):
+                raise ValueError("the pixels are not what the header says")
+        return pixels
+
+    def _whole(self, frame: int) -> Pixels:
+        """A frame decoded once for all the windows of it that follow."""
+        if self._kept is None or self._kept[0] != frame:
+            everything = Window(0, 0, self.header.width, self.header.height)
+            self._kept = (frame, self._decode(everything, frame, None))
+        return self._kept[1]
+
+    def _finished(self, pixels: Pixels) -> Pixels:
+        """The caller's own copy, in the header's type and this machine's byte order; one 8-bit band as three."""
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        if self.header.dtype == "uint8" and self.header.bands == 3 and pixels.shape[2] == 1:
+            pixels = np.repeat(pixels, 3, axis=2)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.array(pixels, self.header.dtype, order="C")
+
+    @abstractmethod
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        """A window of one frame, [height, width, bands]; all of it unless the header says `windowed`."""
+
+    def close(self) -> None:
+        self._kept = None
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def crop(pixels: Pixels, window: Window) -> Pixels:
+    """The window's part of [height, width] or [height, width, bands]."""
+    return pixels[window.y : window.y + window.height, window.x : window.x + window.width]

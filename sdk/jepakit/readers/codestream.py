@@ -1,0 +1,46 @@
+"""The size that an encoded picture claims for itself, so that no decoder is sent off to fill the memory."""
+
+from __future__ import annotations
+
+import struct
+
+# Markers that carry no length: fill bytes, TEM, restart and start of image.
+_BARE = frozenset({0xFF, 0x01, 0xD8, *range(0xD0, 0xD8)})
+# Start of frame: baseline to differential, without the tables C4, C8 and CC; F7 is JPEG-LS.
+_FRAME = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
+
+
+def claimed_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG, JPEG-LS or JPEG 2000 stream; None for what is none of them, or is cut short."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            return _jpeg(data)
+        if data[:4] == b"\xff\x4f\xff\x51":
+            return _jpeg2000(data)
+        if data[4:8] == b"jP  " and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
+            return _jpeg2000(data[start : start + 64])
+    except struct.error:
+        pass
+    return None
+
+
+def _jpeg(data: bytes) -> tuple[int, int] | None:
+    at = 2
+    while True:
+        fill, marker = struct.unpack_from(">BB", data, at)
+        if fill != 0xFF:
+            return None
+        if marker in _BARE:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker in _FRAME:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        if marker in (0xD9, 0xDA):
+            return None
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+
+def _jpeg2000(data: bytes) -> tuple[int, int]:
+    right, bottom, left, top = struct.unpack_from(">IIII", data, 8)
+    return right - left, bottom - top

@@ -1,0 +1,326 @@
+"""DICOM through pydicom: grey as the modality LUT's real units, colour as RGB.
+
+Grey comes back as float32 [H, W, 1]: stored values through the modality LUT or rescale (Hounsfield units in
+CT). MONOCHROME1, whose lowest value is white, is turned round first, within the range that its stored bits
+can hold. One-bit segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
+
+Only the tags that pixels need are ever read, so that none about a patient can leave: `dicom_group` alone
+reads the PatientID, and gives its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepakit.errors import ImageError, MissingExtraError
+from jepakit.readers.base import BaseRaster, Pixels
+from jepakit.readers.checks import check_encoded, reading
+from jepakit.readers.codestream import claimed_size
+from jepakit.readers.encoded import Encoded, open_encoded
+from jepakit.readers.quiet import quiet
+from jepakit.readers.raster import Header, Limits, Window
+from jepakit.readers.sniff import unsupported
+
+_TAGS = [
+    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
+    "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType",
+    "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
+    "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
+    "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
+    "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+]  # fmt: skip
+_OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
+"""Functional groups of enhanced objects, which keep the rescale and the window there, frame by frame."""
+
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_VERBATIM = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+_DECODERS = ("gdcm", "pillow", "pydicom")
+"""pydicom's plugins, the first one at hand is used: named, lest an installed GPL one be picked up."""
+_IMAGECODECS = "imagecodecs"
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
+_GREY = ("MONOCHROME1", "MONOCHROME2")
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_PALETTE = "PALETTE COLOR"
+
+
+def dicom_group(source: str | Path | bytes) -> str | None:
+    """Whose images these are, without saying who: 16 hex digits of the PatientID's SHA-256; None without one.
+
+    For keeping a patient's images on one side of a split. Computed in memory; not proof against someone who
+    tries all likely IDs, so it is not to be published.
+    """
+    import_pydicom()
+    encoded = open_encoded(source, None)
+    with encoded.file, quiet():
+        try:
+            if encoded.head[128:132] != b"DICM" or _transfer_syntax(encoded) == _DEFLATED:
+                return None
+            patient = _dataset(encoded, ["PatientID"]).get("PatientID")
+        except Exception:
+            return None
+    return hashlib.sha256(str(patient).encode()).hexdigest()[:16] if patient else None
+
+
+def open_dicom(encoded: Encoded, limits: Limits, *, voi: bool) -> DicomRaster:
+    """A DICOM file (Part 10) as a raster; `voi` applies its own window after the modality LUT."""
+    import_pydicom()
+    name = encoded.name
+    check_encoded(name, encoded.size, limits)
+    with reading(name):
+        if _transfer_syntax(encoded) == _DEFLATED:
+            # pydicom would inflate all of it before anything can be judged.
+            raise unsupported(name, "a deflated DICOM file", "rewrite it with another transfer syntax")
+        dataset = _dataset(encoded, _TAGS)
+        pixels_at = encoded.file.tell()
+        _refuse_unread(dataset, name)
+        if voi and dataset.PhotometricInterpretation in _GREY and not _has_window(_of_frame(dataset, 0)):
+            raise ImageError(
+                f"{name}: it has no window (VOI LUT) of its own, which voi asks for: choose a scaling instead",
+                code="unsupported_mode",
+            )
+        return DicomRaster(encoded, limits, dataset, pixels_at, voi=voi)
+
+
+class DicomRaster(BaseRaster):
+    """One DICOM object; frames are decoded one at a time."""
+
+    def __init__(self, encoded: Encoded, limits: Limits, dataset: Any, pixels_at: int, *, voi: bool) -> None:
+        self._encoded, self._dataset, self._pixels_at, self._voi = encoded, dataset, pixels_at, voi
+        self._grey = dataset.PhotometricInterpretation in _GREY
+        self._syntax = str(dataset.file_meta.TransferSyntaxUID)
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        bands, dtype = (1, "float32") if self._grey else (3, "uint8")
+        header = Header("DICOM", int(dataset.Rows), int(dataset.Columns), bands, dtype, frames, self._nodata(dataset))
+        pixel_bytes = encoded.size - pixels_at
+        super().__init__(header, encoded.name, limits, encoded.file, pixel_bytes)
+        self._refuse_lies(frames, pixel_bytes)
+        self._plugin = self._find_plugin()
+
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        from pydicom.pixels.utils import pixel_array
+
+        compressed = self._compressed_frame(frame)
+        if self._plugin == _IMAGECODECS:
+            from imagecodecs import jpeg_decode
+
+            return self._in_real_units(jpeg_decode(compressed), frame)
+        self._encoded.file.seek(0)
+        stored = pixel_array(self._encoded.file, index=frame, decoding_plugin=self._plugin)
+        if self._grey:
+            return self._in_real_units(stored, frame)
+        if self._dataset.PhotometricInterpretation == _PALETTE:
+            return _palette_colours(stored, self._dataset)
+        return stored
+
+    def _in_real_units(self, stored: Pixels, frame: int) -> Pixels:
+        from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+        dataset = _of_frame(self._dataset, frame)
+        inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+        if not self._voi:
+            return np.asarray(apply_modality_lut(_turned_round(stored, dataset) if inverted else stored, dataset))
+        # A window is meant for values as they are stored: turn round what comes out of it.
+        low, high = _window_range(dataset)
+        shown = np.asarray(apply_voi_lut(apply_modality_lut(stored, dataset), dataset), np.float64)
+        return low + high - shown if inverted else shown
+
+    def _nodata(self, dataset: Any) -> float | None:
+        """The padding value as `read` gives the first frame; None with a window, where it may equal real values."""
+        padding = dataset.get("PixelPaddingValue")
+        if padding is None or not self._grey or self._voi:
+            return None
+        highest = 2 ** (dataset.BitsAllocated - 1) - 1
+        if dataset.PixelRepresentation == 1 and padding > highest:
+            # Some writers give signed padding an unsigned type.
+            padding -= 2**dataset.BitsAllocated
+        return float(np.float32(self._in_real_units(np.array([padding], np.int64), 0)[0]))
+
+    def _refuse_lies(self, frames: int, pixel_bytes: int) -> None:
+        """Refuse a header that speaks of more pixels than the file could hold."""
+        dataset = self._dataset
+        if self._syntax in _VERBATIM:
+            bits = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated * frames
+            # 4:2:2 keeps two samples a pixel.
+            needed = bits // 8 * 2 // 3 if dataset.PhotometricInterpretation == "YBR_FULL_422" else bits // 8
+        else:
+            needed = 8 * frames
+            self._check_fragments()
+        if frames < 1 or needed > pixel_bytes:
+            raise ImageError(
+                f"{self._name}: damaged or cut short: {frames} frames of {dataset.Columns} × {dataset.Rows} do not fit in "
+                f"its {pixel_bytes:,} bytes of pixels",
+                code="unreadable",
+            )
+
+    def _check_fragments(self) -> None:
+        """Refuse compressed pixels that the end of the file cuts short: decoders make up what is missing."""
+        at = self._pixels_at + 12
+        while at + 8 <= self._encoded.size:
+            self._encoded.file.seek(at)
+            group, element, length = struct.unpack("<HHI", self._encoded.file.read(8))
+            at += 8 + length
+            if (group, element) == _LAST_ITEM:
+                return
+            if (group, element) != _ITEM:
+                break
+        if at != self._encoded.size:
+            raise ImageError(
+                f"{self._name}: damaged or cut short: its compressed pixels have no end", code="unreadable"
+            )
+
+    def _find_plugin(self) -> str:
+        """Which decoder reads this file; "" where none is needed."""
+        from pydicom.pixels.decoders.base import get_decoder
+
+        if self._syntax in _VERBATIM:
+            return ""
+        available: tuple[str, ...]
+        if self._syntax == _JPEG_EXTENDED and self._grey and self._dataset.BitsStored > 8:
+            # 12-bit JPEG, which neither GDCM nor Pillow decodes.
+            available, could = (_IMAGECODECS,) if importlib.util.find_spec(_IMAGECODECS) else (), True
+        else:
+            try:
+                decoder = get_decoder(self._syntax)
+            except NotImplementedError:
+                raise self._unread_syntax() from None
+            available = decoder.available_plugins
+            could = any(line.startswith(_DECODERS) for line in decoder.missing_dependencies)
+        for plugin in (*_DECODERS, _IMAGECODECS):
+            if plugin in available:
+                return plugin
+        if not could:
+            raise self._unread_syntax()
+        raise MissingExtraError(
+            f"{self._name}: its transfer syntax ({self._syntax}) needs a decoder: pip install 'jepakit[codecs]'"
+        )
+
+    def _unread_syntax(self) -> ImageError:
+        return unsupported(self._name, "a DICOM file of a transfer syntax that is not read", "decompress it")
+
+    def _compressed_frame(self, frame: int) -> bytes:
+        """A frame's own bytes, refused if they claim another size: decoders believe them and allocate."""
+        from pydicom.encaps import get_frame
+
+        if self._syntax in _VERBATIM:
+            return b""
+        dataset, file = self._dataset, self._encoded.file
+        offsets = None
+        if dataset.get("ExtendedOffsetTable"):
+            offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+        # Compressed pixels always have an explicit VR: tag, VR and length are 12 bytes.
+        file.seek(self._pixels_at + 12)
+        data = get_frame(file, frame, number_of_frames=self.header.frames, extended_offsets=offsets)
+        size = claimed_size(data)
+        if size is not None and size != (self.header.width, self.header.height):
+            raise ImageError(
+                f"{self._name}: damaged: a frame claims {size[0]} × {size[1]} pixels, the header "
+                f"{self.header.width} × {self.header.height}",
+                code="unreadable",
+            )
+        return data
+
+
+def import_pydicom() -> None:
+    """MissingExtraError when pydicom is not installed."""
+    try:
+        import pydicom  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("reading DICOM needs pydicom: pip install 'jepakit[images]'") from None
+
+
+def _dataset(encoded: Encoded, tags: list[str]) -> Any:
+    """These tags and no others; leaves the file where its pixels begin."""
+    from pydicom import dcmread
+
+    encoded.file.seek(0)
+    return dcmread(encoded.file, stop_before_pixels=True, specific_tags=list(tags))
+
+
+def _transfer_syntax(encoded: Encoded) -> str:
+    """As pydicom finds it, by pydicom's own steps: a search of ours could be led astray."""
+    from pydicom.filereader import _read_file_meta_info, read_preamble
+
+    encoded.file.seek(0)
+    read_preamble(encoded.file, force=False)
+    return str(_read_file_meta_info(encoded.file).get("TransferSyntaxUID"))
+
+
+def _refuse_unread(dataset: Any, name: str) -> None:
+    """Refuse kinds of pixels that this version does not read."""
+    if "PhotometricInterpretation" not in dataset or "Rows" not in dataset:
+        raise ImageError(
+            f"{name}: a DICOM file without an image (a report, a plan), or cut short: leave it out", code="unreadable"
+        )
+    kind, bits = str(dataset.PhotometricInterpretation), dataset.BitsAllocated
+    samples = 3 if kind in _COLOUR else 1
+    if kind not in (*_GREY, *_COLOUR, _PALETTE) or dataset.SamplesPerPixel != samples:
+        raise ImageError(
+            f"{name}: DICOM pixels of a kind that is not read (reads grey, RGB, YBR and palettes): convert it to RGB",
+            code="unsupported_mode",
+        )
+    if kind in _COLOUR and bits != 8:
+        raise ImageError(f"{name}: DICOM colour of {bits} bits: convert it to 8 bits", code="unsupported_mode")
+    if kind == _PALETTE and "RedPaletteColorLookupTableData" not in dataset:
+        raise ImageError(f"{name}: a DICOM palette in segments or by name: convert it to RGB", code="unsupported_mode")
+
+
+def _of_frame(dataset: Any, frame: int) -> Any:
+    """The tags that hold for one frame: enhanced objects keep the rescale and the window in functional groups."""
+    from pydicom import Dataset
+
+    shared = dataset.get("SharedFunctionalGroupsSequence") or []
+    each = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    groups = [*shared[:1], *each[frame : frame + 1]]
+    items = [item for group in groups for name in _OF_FRAMES for item in (group.get(name) or [])[:1]]
+    if not items:
+        return dataset
+    own = Dataset()
+    own.file_meta = dataset.file_meta
+    for tags in (dataset, *items):
+        own.update(tags)
+    return own
+
+
+def _turned_round(stored: Pixels, dataset: Any) -> Pixels:
+    """MONOCHROME1 as MONOCHROME2, within what the stored bits can hold."""
+    signed = dataset.PixelRepresentation == 1
+    return (-1 if signed else 2**dataset.BitsStored - 1) - stored.astype(np.int64)
+
+
+def _has_window(dataset: Any) -> bool:
+    given = (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
+    return bool(dataset.get("VOILUTSequence")) or None not in given
+
+
+def _window_range(dataset: Any) -> tuple[float, float]:
+    """The lowest and highest value that the file's window can give."""
+    from pydicom.pixels.processing import apply_windowing
+
+    if dataset.get("VOILUTSequence"):
+        return 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
+    low, high = apply_windowing(np.array([-1e9, 1e9]), dataset)
+    return float(low), float(high)
+
+
+def _palette_colours(stored: Pixels, dataset: Any) -> Pixels:
+    """Palette indexes as RGB uint8, 16-bit tables by their high byte."""
+    from pydicom.pixels.processing import apply_color_lut
+
+    entries, first, _ = dataset.RedPaletteColorLookupTableDescriptor
+    entries = entries or 2**16
+    table = apply_color_lut(np.arange(first, first + entries), dataset)
+    # Many writers call a table 16-bit and fill in 8-bit colours.
+    if table.dtype == np.uint16 and table.max() > 255:
+        table = table >> 8
+    colours: Pixels = table.astype(np.uint8)[np.clip(stored.astype(np.int64) - first, 0, entries - 1)]
+    return colours

@@ -1,0 +1,131 @@
+"""NumPy's files (.npy, .npz with one array) and arrays in memory: [H, W] or [H, W, bands]."""
+
+from __future__ import annotations
+
+import zipfile
+from math import prod
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.errors import ImageError
+from jepakit.readers.base import BaseRaster, Pixels, crop
+from jepakit.readers.checks import MIN_SIDE, READ_AS, check_encoded, check_header, check_pixels, check_ratio, reading
+from jepakit.readers.encoded import Encoded
+from jepakit.readers.raster import Header, Limits, Window
+from jepakit.readers.sniff import not_an_image, unsupported
+
+_MAX_KEYS_SHOWN = 5
+
+
+class ArrayRaster(BaseRaster):
+    """An array in memory, or one mapped from a file: only what a window needs is touched."""
+
+    def __init__(self, array: NDArray[Any], header: Header, name: str, limits: Limits, file: BinaryIO | None) -> None:
+        super().__init__(header, name, limits, file)
+        self._array = array
+
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        return crop(self._array, window)
+
+    def close(self) -> None:
+        self._array = np.zeros((0, 0), np.uint8)
+        super().close()
+
+
+def open_array(array: NDArray[Any], name: str, limits: Limits) -> ArrayRaster:
+    """An array [H, W] or [H, W, bands] as a raster; ImageError names another type or shape."""
+    return ArrayRaster(array, _header("array", array.dtype, array.shape, name, limits), name, limits, None)
+
+
+def open_npy(encoded: Encoded, limits: Limits) -> ArrayRaster:
+    """A .npy file, judged by its header and then mapped, not read."""
+    with reading(encoded.name):
+        encoded.file.seek(0)
+        described = _described(encoded.file, encoded.name)
+        header = _header("NPY", described.dtype, described.shape, encoded.name, limits)
+        array = encoded.array(encoded.file.tell(), described.stored_shape, described.dtype)
+    return ArrayRaster(described.ordered(array), header, encoded.name, limits, encoded.file)
+
+
+def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:
+    """A .npz file of one array, inflated in memory after its declared size has been judged."""
+    check_encoded(encoded.name, encoded.size, limits)
+    with reading(encoded.name), zipfile.ZipFile(encoded.file) as archive:
+        member = _only_array(archive.infolist(), encoded.name)
+        with archive.open(member) as file:
+            described = _described(file, encoded.name)
+            header = _header("NPZ", described.dtype, described.shape, encoded.name, limits)
+            shape = (header.height, header.width, header.bands)
+            size = check_pixels(encoded.name, shape, described.dtype.name, limits, "store it in tiles")
+            check_ratio(encoded.name, size, member.compress_size, limits)
+            size = prod(described.shape) * described.dtype.itemsize
+            data = file.read(size)
+        array = np.frombuffer(data, described.dtype).reshape(described.stored_shape)
+    return ArrayRaster(described.ordered(array), header, encoded.name, limits, encoded.file)
+
+
+class _Described(NamedTuple):
+    """What a .npy header says."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the order of the bytes: Fortran's is the other way round."""
+        return self.shape[::-1] if self.fortran else self.shape
+
+    def ordered(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array.T if self.fortran else array
+
+
+def _described(file: Any, name: str) -> _Described:
+    # Version 3 differs from 2 only in how it spells names of fields, and types with fields are refused.
+    old = np.lib.format.read_magic(file) == (1, 0)
+    return _Described(*(np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(file))
+
+
+def _header(format: str, dtype: np.dtype[Any], shape: tuple[int, ...], name: str, limits: Limits) -> Header:
+    kind = f"{str(dtype)[:60]} {list(shape)}"
+    what = f"{name} of {kind}" if format == "array" else f"{name}: {kind}"
+    read_as = READ_AS.get(dtype.name)
+    if read_as is None:
+        raise ImageError(f"{what}: wanted one of {', '.join(READ_AS)}: convert it", code="wrong_shape")
+    if len(shape) not in (2, 3):
+        raise ImageError(f"{what}: wanted [H, W] or [H, W, bands]", code="wrong_shape")
+    if len(shape) == 3 and _bands_first(shape, limits.max_bands):
+        raise ImageError(
+            f"{what}: it looks like [bands, H, W]: store it as [H, W, bands] (numpy.moveaxis(array, 0, -1))",
+            code="wrong_shape",
+        )
+    bands = shape[2] if len(shape) == 3 else 1
+    if bands < 1:
+        raise ImageError(f"{what}: it has no bands", code="wrong_shape")
+    bands = 3 if bands == 1 and read_as == "uint8" else bands
+    header = Header(format, shape[0], shape[1], bands, read_as, windowed=True)
+    check_header(header, name, limits)
+    return header
+
+
+def _bands_first(shape: tuple[int, ...], max_bands: int) -> bool:
+    first, *sides = shape
+    return 1 <= first <= max_bands and first < shape[2] and min(sides) >= MIN_SIDE
+
+
+def _only_array(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
+    names = [member.filename for member in members]
+    if any(key.endswith("data.pkl") for key in names):
+        raise unsupported(name, "a PyTorch file, which is a pickle and never loaded", "save the array with numpy.save")
+    if not names or not all(key.endswith(".npy") for key in names):
+        raise unsupported(name, "a ZIP archive", "unpack it") if names else not_an_image(name)
+    if len(members) > 1:
+        keys = ", ".join(key.removesuffix(".npy")[:40] for key in names[:_MAX_KEYS_SHOWN])
+        more = ", …" if len(names) > _MAX_KEYS_SHOWN else ""
+        raise ImageError(
+            f"{name}: {len(names)} arrays ({keys}{more}); save the one you mean as a file of its own",
+            code="unsupported_mode",
+        )
+    return members[0]

@@ -1,0 +1,65 @@
+"""`open_raster`: the one door to every reader."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepakit.readers.encoded import Encoded, open_encoded
+from jepakit.readers.raster import DEFAULT_LIMITS, ImageSource, Limits, Raster
+from jepakit.readers.sniff import sniff
+
+
+def open_raster(
+    source: ImageSource, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS, voi: bool = False
+) -> Raster:
+    """Open an image by its first bytes, whatever its name says; its header is known before a pixel is decoded.
+
+    source  a path, the bytes of a file, a Pillow image, or an array [H, W] or [H, W, bands] of uint8, uint16,
+            int16, uint32, int32, float32 or float64
+    name    what messages call it; by default the path, or "image" or "array"
+    limits  refused above, judged on headers
+    voi     DICOM: apply the file's own window (VOI LUT); a file that has none is refused
+
+    JPEG, PNG, WebP, BMP, TIFF (slides too), DICOM, .npy and .npz are read. Raises ImageError for everything
+    else and for damage, MissingExtraError when a format's library is not installed.
+    """
+    if isinstance(source, np.ndarray):
+        from jepakit.readers.npy import open_array
+
+        return open_array(source, name or "array", limits)
+    if isinstance(source, str | Path | bytes | bytearray | memoryview):
+        return _open_encoded(open_encoded(source, name), limits, voi)
+    # Whoever holds a Pillow image has imported Pillow.
+    pillow: Any = sys.modules.get("PIL.Image")
+    if pillow is not None and isinstance(source, pillow.Image):
+        from jepakit.readers.pillow import PillowImage
+
+        return PillowImage(source, name or "image", limits)
+    raise TypeError(f"an image is a path, bytes, a Pillow image or an array, not {type(source).__name__}")
+
+
+def _open_encoded(encoded: Encoded, limits: Limits, voi: bool) -> Raster:
+    try:
+        family = sniff(encoded.head, encoded.name)
+        if family == "pillow":
+            from jepakit.readers.pillow import open_pillow
+
+            return open_pillow(encoded, limits)
+        if family == "tiff":
+            from jepakit.readers.tiff import open_tiff
+
+            return open_tiff(encoded, limits)
+        if family == "dicom":
+            from jepakit.readers.dicom import open_dicom
+
+            return open_dicom(encoded, limits, voi=voi)
+        from jepakit.readers.npy import open_npy, open_zip
+
+        return open_npy(encoded, limits) if family == "npy" else open_zip(encoded, limits)
+    except BaseException:
+        encoded.file.close()
+        raise

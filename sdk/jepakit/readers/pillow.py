@@ -1,0 +1,187 @@
+"""JPEG, PNG, WebP, BMP and the usual 8-bit TIFF through Pillow; and Pillow's own images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jepakit.errors import ImageError, MissingExtraError
+from jepakit.readers.base import BaseRaster, Pixels
+from jepakit.readers.checks import CUT, reading, too_many_pixels
+from jepakit.readers.encoded import Encoded
+from jepakit.readers.orientation import SWAPPED, upright
+from jepakit.readers.png import decode_deep, has_late_chunks
+from jepakit.readers.quiet import quiet
+from jepakit.readers.raster import Header, Limits, Window
+from jepakit.readers.sniff import not_an_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+
+_TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
+_PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
+_DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
+_ORIENTATION = 0x0112
+
+
+class PillowFile(BaseRaster):
+    """A file that Pillow decodes; opened anew for each read, since Pillow lets go of what it has decoded."""
+
+    def __init__(self, encoded: Encoded, limits: Limits, formats: tuple[str, ...], pages: list[int] | None) -> None:
+        """`pages`: the places of a TIFF's frames among its pages; None: Pillow's own frames."""
+        self._encoded, self._formats, self._pages = encoded, formats, pages
+        image = _open(encoded, formats, limits)
+        with reading(encoded.name):
+            image.seek(pages[0] if pages else 0)
+            late = image.format == "PNG" and has_late_chunks(encoded)
+            header = _header(image, encoded.name, len(pages) if pages else _frames(image))
+            self._orientation = 1 if late or image.format == "TIFF" else _orientation(image)
+        super().__init__(_turned(header, self._orientation), encoded.name, limits, encoded.file, encoded.size)
+        if late:
+            # An orientation may stand behind the pixels; they are within the limits, so decode them to see it.
+            with reading(encoded.name):
+                image.load()
+                self._orientation = _orientation(image)
+                self.header = _turned(header, self._orientation)
+
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        image = _open(self._encoded, self._formats, self._limits)
+        image.seek(self._pages[frame] if self._pages else frame)
+        if _is_deep_colour(image):
+            return upright(decode_deep(self._encoded), self._orientation)
+        if at_least is not None and image.format in ("JPEG", "MPO"):
+            image.draft(None, (max(1, at_least),) * 2)
+        return to_pixels(image, self._name)
+
+
+class PillowImage(BaseRaster):
+    """An image that the caller holds; it is left as it was."""
+
+    def __init__(self, image: Image, name: str, limits: Limits) -> None:
+        self._image = image
+        with reading(name):
+            if _is_deep_colour(image):
+                raise ImageError(
+                    f"{name}: 16-bit pixels, which Pillow makes 8-bit ones (mode {image.mode}): give the file itself",
+                    code="unsupported_mode",
+                )
+            header = _header(image, name, _frames(image))
+        super().__init__(header, name, limits)
+        with reading(name):
+            if image.format != "TIFF":
+                image.load()
+                self.header = _turned(header, _orientation(image))
+
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        if self.header.frames == 1:
+            return to_pixels(self._image, self._name)
+        before = self._image.tell()
+        self._image.seek(frame)
+        try:
+            return to_pixels(self._image, self._name)
+        finally:
+            self._image.seek(before)
+
+
+def open_pillow(encoded: Encoded, limits: Limits) -> PillowFile:
+    """A JPEG, PNG, WebP or BMP file as a raster."""
+    return PillowFile(encoded, limits, FORMATS, None)
+
+
+def to_pixels(image: Image, name: str) -> Pixels:
+    """Upright pixels: RGB uint8 with alpha on white, or one deep band as it is."""
+    from PIL import Image as pillow  # noqa: N813
+    from PIL import ImageOps
+
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode in _DEEP_MODES:
+            return np.asarray(image)
+        if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = pillow.new("RGBA", image.size, "white")
+            image = pillow.alpha_composite(white, image)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except Exception as error:
+        # Pillow is given no path and quotes none.
+        raise ImageError(f"{name}: damaged or cut short ({error})", code="unreadable") from None
+
+
+def import_pillow() -> Any:
+    """Pillow's Image module; MissingExtraError when it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("reading images needs Pillow: pip install 'jepakit[images]'") from None
+    return Image
+
+
+def _open(encoded: Encoded, formats: tuple[str, ...], limits: Limits) -> Image:
+    pillow = import_pillow()
+    encoded.file.seek(0)
+    try:
+        with quiet():
+            image: Image = pillow.open(encoded.file, formats=formats)
+    except pillow.DecompressionBombError:
+        raise too_many_pixels(encoded.name, "over 178 million", limits, CUT) from None
+    except Exception:
+        raise not_an_image(encoded.name) from None
+    return image
+
+
+def _header(image: Image, name: str, frames: int) -> Header:
+    """What Pillow says of the image as stored; not yet turned upright."""
+    mode = image.mode
+    if mode not in _PLAIN_MODES | _TRANSPARENT_MODES | set(_DEEP_MODES):
+        raise ImageError(
+            f"{name}: pixels of mode {mode}, which have no one meaning as RGB: convert them", code="unsupported_mode"
+        )
+    deep_colour = _is_deep_colour(image)
+    deep = "uint16" if deep_colour else _DEEP_MODES.get(mode)
+    if deep is not None and ("transparency" in image.info or mode in _TRANSPARENT_MODES):
+        raise ImageError(
+            f"{name}: 16-bit pixels with transparency, which cannot be laid on white without a scaling: "
+            "save it without alpha",
+            code="unsupported_mode",
+        )
+    if deep_colour and frames > 1:
+        raise ImageError(f"{name}: an animation of 16-bit colour: save the frame you mean", code="unsupported_mode")
+    format = {"MPO": "JPEG", None: "image"}.get(image.format, image.format)
+    bands = 1 if mode in _DEEP_MODES else 3
+    return Header(str(format), image.height, image.width, bands, deep or "uint8", frames)
+
+
+def _frames(image: Image) -> int:
+    # A phone's MPO file is a JPEG whose further frames are previews of the first.
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
+def _turned(header: Header, orientation: int) -> Header:
+    if orientation not in SWAPPED:
+        return header
+    return replace(header, height=header.width, width=header.height)
+
+
+def _orientation(image: Image) -> int:
+    # Not `image.getexif()`: PNG's decodes all pixels to look behind them.
+    value = import_pillow().Image.getexif(image).get(_ORIENTATION)
+    return value if value in range(1, 9) else 1
+
+
+def _is_deep_colour(image: Image) -> bool:
+    """Whether the file holds 16 bits a band where Pillow, without a word, gives 8."""
+    if image.mode in _DEEP_MODES:
+        return False
+    if image.format == "TIFF":
+        return bool(max(image.tag_v2.get(258, (1,))) > 8)  # type: ignore[attr-defined]
+    raw_modes = [
+        str(part)
+        for tile in getattr(image, "tile", [])
+        for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))
+    ]
+    return any(";16" in mode for mode in raw_modes)

@@ -1,0 +1,38 @@
+"""What Pillow does not do for PNG: 16-bit colour, and telling whether anything stands behind the pixels."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from numpy.typing import NDArray
+
+from jepakit.errors import MissingExtraError
+from jepakit.readers.encoded import Encoded
+
+_SAYS_ORIENTATION = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
+
+
+def has_late_chunks(encoded: Encoded) -> bool:
+    """Whether chunks that may hold an orientation stand behind the pixels, where only decoding finds them."""
+    at, pixels_seen = 8, False
+    while at + 8 <= encoded.size:
+        encoded.file.seek(at)
+        length, kind = struct.unpack(">I4s", encoded.file.read(8))
+        pixels_seen = pixels_seen or kind == b"IDAT"
+        if pixels_seen and kind in _SAYS_ORIENTATION:
+            return True
+        at += 12 + length
+    return False
+
+
+def decode_deep(encoded: Encoded) -> NDArray[Any]:
+    """The pixels of a 16-bit PNG as stored, uint16 [H, W, bands]."""
+    try:
+        from imagecodecs import png_decode
+    except ImportError:
+        raise MissingExtraError(
+            f"{encoded.name}: 16-bit colour in PNG needs imagecodecs: pip install 'jepakit[codecs]'"
+        ) from None
+    encoded.file.seek(0)
+    return png_decode(encoded.file.read())

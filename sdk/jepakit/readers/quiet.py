@@ -1,0 +1,57 @@
+"""Libraries that warn and log about a file, kept quiet: their words may quote a path or a patient's name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_MODULES = r"(PIL|tifffile|imagecodecs|pydicom|numpy|jepakit\.readers)(\.|$)"
+_LOGGERS = ("PIL", "tifffile", "pydicom")
+
+_lock = threading.Lock()
+_inside = 0
+_restore: list[tuple[Any, ...]] = []
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and log lines of the image libraries while inside.
+
+    Warning filters belong to the process, so threads share one change of them: the first sets it, the last
+    one out takes it back. (Two overlapping `catch_warnings` would leave each other's filters behind.)
+    """
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _enter()
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _leave()
+
+
+def _enter() -> None:
+    filters = warnings.catch_warnings()
+    filters.__enter__()
+    warnings.filterwarnings("ignore", module=_MODULES)
+    # Setting a level clears the caches of all loggers there are: only for libraries that may speak.
+    loggers = [logging.getLogger(name) for name in _LOGGERS if name in sys.modules]
+    _restore.append((filters, [(logger, logger.level) for logger in loggers]))
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+
+
+def _leave() -> None:
+    filters, levels = _restore.pop()
+    filters.__exit__(None, None, None)
+    for logger, level in levels:
+        logger.setLevel(level)

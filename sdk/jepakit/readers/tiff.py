@@ -1,0 +1,321 @@
+"""TIFF of every depth, band count and layout through tifffile, the usual 8-bit kinds through Pillow.
+
+What is a frame and what is a band follows tifffile's axes: samples (S) and channels (C) are bands, every
+other axis counts frames. So pages saved one after the other as (n, H, W) are n frames, while planar
+samples, or the channels of an ImageJ or OME hyperstack, are bands. Only the first series counts, or the
+slide's own: reduced copies, thumbnails and labels are neither frames nor bands.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.errors import ImageError, MissingExtraError
+from jepakit.readers.base import BaseRaster, Pixels, crop
+from jepakit.readers.checks import CUT, MIN_SIDE, READ_AS, check_pixels, check_ratio, reading
+from jepakit.readers.codestream import claimed_size
+from jepakit.readers.encoded import Encoded
+from jepakit.readers.orientation import SWAPPED, stored_window, upright
+from jepakit.readers.pillow import PillowFile
+from jepakit.readers.raster import Header, Limits, Window
+from jepakit.readers.slides import slide_series
+from jepakit.readers.tiffguard import check_structure
+
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
+_COLOUR_SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, 3: 1, 5: 4, _YCBCR: 3, 8: 3}
+"""Samples a pixel, alpha aside, of the photometric kinds that Pillow makes RGB (3 palette, 5 CMYK, 8 CIELAB)."""
+_ALPHA = frozenset({1, 2})
+_GDAL_NODATA = 42113
+_ORIENTATION = 274
+
+_JPEG = 7
+_COMPRESSIONS = frozenset({1, 5, _JPEG, 8, 32773, 32946, 33005, 34712, 34925, 50000})
+"""None, LZW, JPEG, deflate (2 codes), PackBits, JPEG 2000 (2 codes), LZMA, ZSTD: their output has a known bound."""
+_COMPRESSIONS_OF_PILLOW = frozenset({1, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 34925, 50000, 50001})
+_CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
+
+
+def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
+    """A TIFF or BigTIFF file, or a slide, as a raster."""
+    try:
+        import tifffile
+    except ImportError:
+        raise MissingExtraError("reading TIFF needs tifffile: pip install 'jepakit[images]'") from None
+    name = encoded.name
+    with reading(name):
+        encoded.file.seek(0)
+        # Some microscopes' formats spread over the neighbouring files: only this one is read.
+        tif = tifffile.TiffFile(encoded.file, _multifile=False, is_ndtiff=False, is_mmstack=False)
+        check_structure(tif, name)
+        if tif.is_dng:
+            raise ImageError(f"{name}: a camera's raw file: develop it to TIFF", code="unsupported_mode")
+        slide = slide_series(tif, name)
+        series: Any = tif.series[0] if slide is None else slide
+        layout = _layout(series, encoded)
+        page = series.keyframe
+        as_usual = None
+        if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
+            as_usual = [kept.index for kept in series.pages]
+            if not (_is_exact(page) and _can_decode(page)):
+                return PillowFile(encoded, limits, ("TIFF",), as_usual)
+        _refuse_unread(page, name)
+        format = "TIFF" if slide is None else "SLIDE"
+        # Many frames are never left to Pillow: it walks all pages up to the one that is meant.
+        return TiffRaster(encoded, limits, series, layout, format, as_usual if layout.frames == 1 else None)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the planes of a series, in the file's order, are frames and bands."""
+
+    planes: NDArray[np.int64]
+    """[frames, planes a frame]"""
+    samples: int
+    """Bands of a plane."""
+
+    @property
+    def frames(self) -> int:
+        return len(self.planes)
+
+    @property
+    def bands(self) -> int:
+        return int(self.planes.shape[1]) * self.samples
+
+
+def _layout(series: Any, encoded: Encoded) -> _Layout:
+    page = series.keyframe
+    axes, shape = series.axes, series.shape
+    if shape[-1] == 1 and not page.axes.endswith(axes[-1]):
+        axes, shape = axes[:-1], shape[:-1]  # an array [H, W, 1], as tifffile writes it
+    lead = axes.removesuffix(page.axes)
+    lead_shape = shape[: len(lead)]
+    if set(page.axes) - set("SYX") or axes != lead + page.axes or shape[len(lead) :] != page.shape:
+        raise ImageError(
+            f"{encoded.name}: a TIFF with axes {series.axes}; this version reads pages of rows, columns and bands: "
+            "save each plane as a page",
+            code="unsupported_mode",
+        )
+    if any(kept is None for kept in series.pages):
+        raise ImageError(
+            f"{encoded.name}: it describes planes that it does not hold, perhaps a part of a series of OME-TIFF files: "
+            "save them as one file",
+            code="unsupported_mode",
+        )
+    count = math.prod(lead_shape)
+    if count != len(series.pages) and (series.dataoffset is None or count * page.nbytes > encoded.size):
+        raise ValueError("pages are missing")
+    of_bands = [place for place, axis in enumerate(lead) if axis in "CS"]
+    n_planes = math.prod(lead_shape[place] for place in of_bands)
+    order = np.moveaxis(np.arange(count).reshape(lead_shape), of_bands, range(-len(of_bands), 0))
+    samples = page.samplesperpixel if "S" in page.axes else 1
+    if count > 1 and page.imagewidth < MIN_SIDE:
+        # What tifffile.imwrite makes of [H, W, bands] unless it is told better.
+        raise ImageError(
+            f"{encoded.name}: {count} pages of {page.imagewidth} × {page.imagelength} pixels, which look like rows with "
+            'their bands: save it with photometric="minisblack", planarconfig="contig"',
+            code="wrong_shape",
+        )
+    if n_planes > 1 and samples > 1:
+        raise ImageError(
+            f"{encoded.name}: a TIFF with both channels and samples (axes {series.axes}): save one of them as pages",
+            code="unsupported_mode",
+        )
+    return _Layout(order.reshape(-1, n_planes), samples)
+
+
+class TiffRaster(BaseRaster):
+    """Planes read by windows: mapped where they lie bare in the file, else only the strips or tiles needed."""
+
+    def __init__(
+        self, encoded: Encoded, limits: Limits, series: Any, layout: _Layout, format: str, as_usual: list[int] | None
+    ) -> None:
+        """`as_usual`: the page that Pillow reads, equally and with a sharper eye for damage, when all of it is meant."""
+        page = series.keyframe
+        self._encoded, self._series, self._layout, self._as_usual = encoded, series, layout, as_usual
+        self._white_is_zero = page.photometric == _WHITE_IS_ZERO
+        self._orientation = _orientation(page)
+        height, width = page.imagelength, page.imagewidth
+        if self._orientation in SWAPPED:
+            height, width = width, height
+        dtype = READ_AS[page.dtype.name]
+        bands = 3 if dtype == "uint8" and layout.bands == 1 else layout.bands
+        windowed = self._offset(0) is not None or math.prod(_grid(page)) > 1
+        header = Header(format, height, width, bands, dtype, layout.frames, self._nodata(dtype), windowed)
+        needed = sum(sum(series.pages[plane].databytecounts) for plane in layout.planes[0]) if not windowed else None
+        super().__init__(header, encoded.name, limits, encoded.file, needed)
+
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        header = self.header
+        if self._as_usual is not None and window[2:] == (header.width, header.height):
+            return PillowFile(self._encoded, self._limits, ("TIFF",), self._as_usual).read()
+        stored = stored_window(window, self._orientation, header.height, header.width)
+        planes = [self._plane(int(plane), stored) for plane in self._layout.planes[frame]]
+        pixels = upright(planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2), self._orientation)
+        return self._top - pixels if self._white_is_zero else pixels
+
+    def _plane(self, plane: int, window: Window) -> Pixels:
+        """A window of one plane as stored, [height, width, samples]."""
+        page = self._series.keyframe
+        offset = self._offset(plane)
+        if offset is None:
+            return self._from_segments(plane, window)
+        stored = page.dtype.newbyteorder(page.parent.byteorder)
+        whole = self._encoded.array(offset, page.shape, stored)
+        if page.axes == "SYX":
+            whole = np.moveaxis(whole, 0, 2)
+        return crop(whole, window).reshape(window.height, window.width, -1)
+
+    def _offset(self, plane: int) -> int | None:
+        """Where a plane lies bare in the file, in one piece; None if it does not."""
+        series = self._series
+        if series.dataoffset is not None:
+            return int(series.dataoffset) + plane * int(series.keyframe.nbytes)
+        page = series.pages[plane]
+        # tifffile takes a later page's pieces to lie as the first page's do: true of single ones only.
+        if page.is_final and (len(page.dataoffsets) == 1 or page is series.keyframe):
+            return int(page.dataoffsets[0])
+        return None
+
+    def _from_segments(self, plane: int, window: Window) -> Pixels:
+        page, key = self._series.pages[plane], self._series.keyframe
+        wanted = _overlapping(key, window)
+        if wanted[-1] >= min(len(page.dataoffsets), len(page.databytecounts)):
+            raise ValueError("strips or tiles are missing")
+        counts = [page.databytecounts[index] for index in wanted]
+        there = sum(count > 0 for count in counts)
+        size = check_pixels(self._name, key.chunks, key.dtype.name, self._limits, CUT)
+        check_ratio(self._name, there * size, sum(counts), self._limits)
+        pixels = np.full((window.height, window.width, self._layout.samples), key.nodata, key.dtype)
+        for index, count in zip(wanted, counts, strict=True):
+            if count:
+                self._paste(page, index, self._segment(page.dataoffsets[index], count), window, pixels)
+        return pixels
+
+    def _segment(self, offset: int, count: int) -> bytes:
+        if offset + count > self._encoded.size:
+            raise ValueError("the file ends before its pixels do")
+        self._encoded.file.seek(offset)
+        data = self._encoded.file.read(count)
+        page = self._series.keyframe
+        if page.compression in _CLAIMS_ITS_SIZE and page.jpegheader is None:
+            width, height = claimed_size(data) or (math.inf, math.inf)
+            if width > page.chunks[1] or height > page.chunks[0]:
+                raise ValueError("a strip or tile claims another size")
+        return data
+
+    def _paste(self, page: Any, index: int, data: bytes, window: Window, pixels: Pixels) -> None:
+        """Decode one strip or tile and put what the window needs of it in its place."""
+        key = self._series.keyframe
+        tables = {}
+        if key.compression == _JPEG:
+            tables = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
+        segment, (band, _, top, left, _), _ = key.decode(data, index, **tables)
+        segment = segment[0]
+        first_row, first_column = max(top, window.y), max(left, window.x)
+        part = segment[
+            first_row - top : window.y + window.height - top, first_column - left : window.x + window.width - left
+        ]
+        to = pixels[first_row - window.y :, first_column - window.x :, band : band + part.shape[2]]
+        to[: part.shape[0], : part.shape[1]] = part
+
+    @property
+    def _top(self) -> int:
+        """What a MINISWHITE file's zero is worth."""
+        return int(2**self._series.keyframe.bitspersample - 1)
+
+    def _nodata(self, dtype: str) -> float | None:
+        tag = self._series.keyframe.tags.get(_GDAL_NODATA)
+        if tag is None:
+            return None
+        value = float(str(tag.value).strip(" \0"))
+        if self._white_is_zero:
+            return self._top - value
+        with np.errstate(over="ignore"):
+            # The value as pixels hold it, so that the two compare equal.
+            return float(np.float32(value)) if dtype == "float32" else value
+
+
+def _orientation(page: Any) -> int:
+    tag = page.tags.get(_ORIENTATION)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+
+
+def _is_usual(page: Any) -> bool:
+    """Whether Pillow reads it as it is meant: 8 bits or fewer of a usual colour kind, alpha only where the file says so."""
+    colours = _COLOUR_SAMPLES.get(page.photometric)
+    extra = [int(kind) for kind in page.extrasamples]
+    return (
+        page.dtype is not None
+        and page.dtype.name in ("uint8", "bool")
+        and isinstance(page.bitspersample, int)
+        and page.bitspersample <= 8
+        and page.compression in _COMPRESSIONS_OF_PILLOW
+        and (page.planarconfig == 1 or page.samplesperpixel == 1)
+        and page.samplesperpixel == (colours or 0) + len(extra)
+        and (not extra or (len(extra) == 1 and extra[0] in _ALPHA))
+    )
+
+
+def _is_exact(page: Any) -> bool:
+    """Whether tifffile gives a usual page's pixels just as Pillow does."""
+    in_colour = page.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) or (
+        page.photometric == _YCBCR and page.compression == _JPEG
+    )
+    return in_colour and page.bitspersample == 8 and not page.extrasamples and page.compression in _COMPRESSIONS
+
+
+def _can_decode(page: Any) -> bool:
+    import tifffile
+
+    try:
+        return bool(tifffile.TIFF.DECOMPRESSORS[page.compression]) and bool(tifffile.TIFF.UNPREDICTORS[page.predictor])
+    except KeyError:
+        return False
+
+
+def _refuse_unread(page: Any, name: str) -> None:
+    """Refuse by name what tifffile would give without its meaning, or could not give."""
+
+    def refusal(what: str) -> ImageError:
+        return ImageError(f"{name}: a TIFF with {what}", code="unsupported_mode")
+
+    if page.dtype is None or page.dtype.name not in READ_AS or not isinstance(page.bitspersample, int):
+        kind = page.dtype or f"{page.bitspersample} bits"
+        raise refusal(f"values of type {kind}: store them as one of {', '.join(READ_AS)}")
+    of_jpeg = page.photometric == _YCBCR and page.compression == _JPEG and page.dtype.name == "uint8"
+    if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) and not of_jpeg:
+        raise refusal(f"photometric kind {int(page.photometric)} in {page.dtype}: save it as grey, RGB or plain bands")
+    if page.photometric == _WHITE_IS_ZERO and page.dtype.kind != "u":
+        raise refusal(f"white as zero in {page.dtype}, which has no highest value: save it with black as zero")
+    if _ALPHA & {int(kind) for kind in page.extrasamples}:
+        raise refusal(
+            f"alpha beside {page.dtype} bands, which cannot be laid on white without a scaling: save it without alpha"
+        )
+    how = f"compression {int(page.compression)} and predictor {int(page.predictor)}"
+    by_itself = _can_decode(page) and page.compression != _JPEG and page.bitspersample % 8 == 0
+    if not by_itself and importlib.util.find_spec("imagecodecs") is None:
+        raise MissingExtraError(f"{name}: a TIFF with {how} needs imagecodecs: pip install 'jepakit[codecs]'")
+    if page.compression not in _COMPRESSIONS or not _can_decode(page):
+        raise refusal(f"{how}, which is not read: save it with deflate or ZSTD")
+
+
+def _grid(page: Any) -> tuple[int, int]:
+    """How many strips or tiles a plane has, down and across."""
+    length, width = page.chunks[:2]
+    return math.ceil(page.imagelength / length), math.ceil(page.imagewidth / width)
+
+
+def _overlapping(page: Any, window: Window) -> list[int]:
+    """The strips or tiles, by their place in the file's list, that a stored window needs."""
+    length, width = page.chunks[:2]
+    down, across = _grid(page)
+    rows = range(window.y // length, (window.y + window.height - 1) // length + 1)
+    columns = range(window.x // width, (window.x + window.width - 1) // width + 1)
+    separate = page.samplesperpixel if page.axes == "SYX" else 1
+    return [(band * down + row) * across + column for band in range(separate) for row in rows for column in columns]

@@ -1,0 +1,352 @@
+"""DICOM: real units as pydicom gives them, colour as RGB, and no tag of a patient anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, SecondaryCaptureImageStorage
+
+from jepakit.errors import ImageError
+from jepakit.readers import Window, dicom_group, open_raster
+
+Refused = Callable[..., str]
+SECRET = "Doe^Jane"
+
+
+def make(stored: NDArray[Any], *, kind: str = "MONOCHROME2", bits: int | None = None, **tags: Any) -> bytes:
+    """A DICOM file of [H, W], [H, W, 3] or, with NumberOfFrames, [N, H, W]."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3"
+    data.PatientName, data.PatientID = SECRET, "4711"
+    colour = stored.shape[-1] == 3
+    data.SamplesPerPixel, data.PhotometricInterpretation = (3 if colour else 1), kind
+    if colour:
+        data.PlanarConfiguration = 0
+    data.Rows, data.Columns = stored.shape[-3:-1] if colour else stored.shape[-2:]
+    data.BitsAllocated = 8 * stored.dtype.itemsize
+    data.BitsStored = bits or data.BitsAllocated
+    data.HighBit = data.BitsStored - 1
+    data.PixelRepresentation = int(stored.dtype.kind == "i")
+    data.PixelData = stored.tobytes()
+    data["PixelData"].VR = "OW"
+    for name, value in tags.items():
+        setattr(data, name, value)
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def compress(data: bytes, syntax: Any, frames: list[bytes], **tags: Any) -> bytes:
+    changed = pydicom.dcmread(io.BytesIO(data))
+    changed.file_meta.TransferSyntaxUID = syntax
+    changed.PixelData = encapsulate(frames)
+    changed["PixelData"].VR = "OB"
+    for name, value in tags.items():
+        setattr(changed, name, value)
+    buffer = io.BytesIO()
+    changed.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def ramp(dtype: str = "uint16", low: int = 0, height: int = 16, width: int = 20) -> NDArray[Any]:
+    return (np.arange(height * width).reshape(height, width) + low).astype(dtype)
+
+
+def read(source: Any, *, voi: bool = False, **options: Any) -> NDArray[Any]:
+    with open_raster(source, voi=voi) as raster:
+        pixels = raster.read(**options)
+        assert pixels.dtype.name == raster.header.dtype
+        assert pixels.shape[2] == raster.header.bands
+    return pixels
+
+
+def item(**tags: Any) -> Dataset:
+    made = Dataset()
+    for name, value in tags.items():
+        setattr(made, name, value)
+    return made
+
+
+# Grey
+
+
+def test_grey_comes_back_in_real_units() -> None:
+    stored = ramp("int16", -100)
+    got = read(make(stored, RescaleSlope=2, RescaleIntercept=-1024))
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[..., 0], stored * 2.0 - 1024)
+
+
+def test_a_modality_table_is_applied() -> None:
+    table = [5000 - 7 * value for value in range(320)]
+    lut = item(LUTDescriptor=[320, 0, 16], ModalityLUTType="US", LUTData=table)
+    lut["LUTDescriptor"].VR = "US"
+    lut["LUTData"].VR = "US"
+    got = read(make(ramp(), ModalityLUTSequence=[lut]))
+    np.testing.assert_array_equal(got[..., 0], 5000.0 - 7.0 * ramp())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "turned"),
+    [("uint16", 12, lambda stored: 4095 - stored), ("uint8", 8, lambda stored: 255 - stored), ("int16", 16, lambda s: -1 - s)],
+    ids=["12 of 16", "8", "signed"],
+)  # fmt: skip
+def test_monochrome1_is_turned_round_within_its_stored_bits(dtype: str, bits: int, turned: Any) -> None:
+    stored = np.minimum(ramp("int64"), 200).astype(dtype)
+    got = read(make(stored, kind="MONOCHROME1", bits=bits, RescaleSlope=3, RescaleIntercept=-10))
+    np.testing.assert_array_equal(got[..., 0], turned(stored.astype(np.int64)) * 3.0 - 10)
+
+
+def test_a_window_is_applied_after_the_modality_lut_when_asked_for() -> None:
+    tags: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": 200, "WindowWidth": 150}
+    data = make(ramp(), bits=12, **tags)
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    expected = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    np.testing.assert_array_equal(read(data, voi=True)[..., 0], expected.astype(np.float32))
+    np.testing.assert_array_equal(read(data)[..., 0], ramp() * 2.0 - 100)
+    # White and black change places, within what the window gives.
+    turned = read(make(ramp(), kind="MONOCHROME1", bits=12, **tags), voi=True)[..., 0]
+    np.testing.assert_allclose(turned, expected.max() + expected.min() - expected, rtol=1e-6)
+
+
+def test_a_file_without_a_window_is_refused_when_its_window_is_asked_for(refused: Refused) -> None:
+    assert "window" in refused(make(ramp()), "unsupported_mode", voi=True)
+
+
+def test_enhanced_objects_keep_rescale_and_window_for_each_frame() -> None:
+    stack = np.stack([ramp(), ramp()])
+    groups = [
+        item(
+            PixelValueTransformationSequence=[item(RescaleSlope=slope, RescaleIntercept=slope, RescaleType="US")],
+            FrameVOILUTSequence=[item(WindowCenter=100, WindowWidth=50)],
+        )
+        for slope in (1, 5)
+    ]
+    data = make(stack, NumberOfFrames=2, PerFrameFunctionalGroupsSequence=groups)
+    for frame, slope in enumerate((1, 5)):
+        np.testing.assert_array_equal(read(data, frame=frame)[..., 0], ramp() * float(slope) + slope)
+    assert read(data, voi=True).min() < read(data, voi=True).max()
+
+
+def test_padding_is_nodata_after_the_modality_lut() -> None:
+    stored = ramp("int16")
+    stored[0, 0] = -2000
+    with open_raster(make(stored, PixelPaddingValue=-2000, RescaleSlope=2, RescaleIntercept=-1024)) as raster:
+        assert raster.header.nodata == -2000 * 2 - 1024
+        assert (raster.read() == raster.header.nodata).sum() == 1
+    turned = make(ramp(), kind="MONOCHROME1", bits=12, PixelPaddingValue=0)
+    with open_raster(turned) as raster:
+        assert raster.header.nodata == 4095
+        assert (raster.read() == 4095).sum() == 1
+    with open_raster(make(ramp())) as raster:
+        assert raster.header.nodata is None
+
+
+def test_frames_are_read_one_at_a_time(refused: Refused) -> None:
+    stack = np.stack([ramp(low=100 * frame) for frame in range(3)])
+    data = make(stack, NumberOfFrames=3)
+    with open_raster(data) as raster:
+        assert raster.header.frames == 3
+        for frame in (2, 0, 1):
+            np.testing.assert_array_equal(raster.read(frame=frame)[..., 0], stack[frame])
+        np.testing.assert_array_equal(raster.read(Window(3, 5, 9, 8), frame=1)[..., 0], stack[1, 5:13, 3:12])
+        with pytest.raises(ImageError, match="no frame 3"):
+            raster.read(frame=3)
+
+
+# Colour
+
+
+def test_colour_is_rgb() -> None:
+    colour = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(read(make(colour, kind="RGB")), colour)
+    data = make(colour, kind="YBR_FULL")
+    np.testing.assert_array_equal(read(data), pixel_array(io.BytesIO(data)))
+    grey = np.full((16, 20, 3), (90, 128, 128), np.uint8)
+    np.testing.assert_array_equal(read(make(grey, kind="YBR_FULL")), np.full((16, 20, 3), 90))
+
+
+@pytest.mark.parametrize("scale", [257, 256, 1], ids=["full range", "high byte", "8-bit colours in a 16-bit table"])
+def test_palettes_of_16_bits_come_out_in_8(scale: int) -> None:
+    entries = np.random.default_rng(0).integers(0, 256, (3, 256))
+    tags: dict[str, Any] = {}
+    for name, colours in zip(("Red", "Green", "Blue"), entries, strict=True):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        tags[f"{name}PaletteColorLookupTableData"] = (colours * scale).astype("<u2").tobytes()
+    stored = (ramp() % 256).astype(np.uint8)
+    np.testing.assert_array_equal(read(make(stored, kind="PALETTE COLOR", **tags)), entries.T[stored])
+
+
+def test_colour_of_16_bits_and_other_kinds_are_refused(refused: Refused) -> None:
+    colour = np.zeros((16, 20, 3), np.uint16)
+    assert "16 bits" in refused(make(colour, kind="RGB"), "unsupported_mode")
+    refused(make(colour.astype(np.uint8), kind="HSV"), "unsupported_mode")
+    assert "palette" in refused(make(ramp(), kind="PALETTE COLOR"), "unsupported_mode")
+
+
+# Lies, damage, privacy
+
+
+def test_a_header_that_lies_about_its_pixels_is_refused(refused: Refused) -> None:
+    assert "do not fit" in refused(make(ramp(), Rows=6500, Columns=100), "unreadable")
+    assert "do not fit" in refused(make(ramp(), NumberOfFrames=100_000), "unreadable")
+    refused(make(ramp(), Rows=65000, Columns=65000), "too_large")
+    refused(make(ramp(), Rows=1), "too_small")
+
+
+def test_a_compressed_frame_that_claims_another_size_is_refused_before_it_is_decoded(refused: Refused) -> None:
+    import imagecodecs
+
+    stream = bytes(imagecodecs.jpeg2k_encode(ramp(), codecformat="j2k", reversible=True))
+    whole = compress(make(ramp()), JPEG2000Lossless, [stream])
+    np.testing.assert_array_equal(read(whole)[..., 0], ramp())
+    lying = stream[:8] + (65000).to_bytes(4, "big") * 2 + stream[16:]
+    message = refused(compress(make(ramp()), JPEG2000Lossless, [lying]), "unreadable")
+    assert "65000 × 65000" in message
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, RLELossless], ids=["JPEG 2000", "RLE"])
+def test_compressed_pixels_cut_short_are_refused(syntax: Any) -> None:
+    dataset = pydicom.dcmread(io.BytesIO(make(ramp())))
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+        buffer = io.BytesIO()
+        dataset.save_as(buffer)
+        data = buffer.getvalue()
+    else:
+        import imagecodecs
+
+        data = compress(
+            make(ramp()), syntax, [bytes(imagecodecs.jpeg2k_encode(ramp(), codecformat="j2k", reversible=True))]
+        )
+    np.testing.assert_array_equal(read(data)[..., 0], ramp())
+    for length in range(len(data) - 400, len(data) - 20, 13):
+        with pytest.raises(ImageError) as caught:
+            read(data[:length])
+        assert caught.value.code == "unreadable"
+
+
+def test_deflated_files_and_unread_syntaxes_are_refused_by_name(refused: Refused) -> None:
+    for syntax in ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.100"):
+        data = compress(make(ramp()), "1.2.840.10008.1.2.4.100", [b"1234"])
+        data = data.replace(b"1.2.840.10008.1.2.4.100\0", syntax.encode().ljust(24, b"\0"))
+        assert "DICOM" in refused(data, "unsupported_format")
+
+
+def test_a_deflated_file_is_not_inflated_wherever_its_syntax_stands() -> None:
+    """A decoy before the true transfer syntax, and 8 KB of private words: pydicom would inflate 100 MB."""
+    inflated = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    body = inflated.compress(bytes(100 << 20)) + inflated.flush()
+    decoy = b"\x02\x00\x10\x00UI\x12\x001.2.840.10008.1.2\0"
+    private = b"\x02\x00\x02\x01OB\0\0" + struct.pack("<I", 8000) + decoy.ljust(8000, b"\0")
+    syntax = b"\x02\x00\x10\x00UI\x16\x001.2.840.10008.1.2.1.99"
+    data = decoy.ljust(128, b"\0") + b"DICM" + private + syntax + body
+    with pytest.raises(ImageError, match="deflated"):
+        open_raster(data)
+    assert dicom_group(data) is None
+
+
+def test_a_dicom_file_without_an_image_is_named(refused: Refused) -> None:
+    report = pydicom.dcmread(io.BytesIO(make(ramp())))
+    for tag in ("PixelData", "Rows", "Columns", "PhotometricInterpretation"):
+        delattr(report, tag)
+    buffer = io.BytesIO()
+    report.save_as(buffer)
+    assert "without an image" in refused(buffer.getvalue(), "unreadable")
+
+
+def test_a_dicom_file_without_its_preamble_is_named(tmp_path: Path, refused: Refused) -> None:
+    file = tmp_path / "old.dcm"
+    file.write_bytes(make(ramp())[132:])
+    assert "preamble" in refused(file, "unsupported_format")
+
+
+def test_no_message_holds_a_tag() -> None:
+    data = make(ramp(), RescaleSlope=1, RescaleIntercept=0)
+    random = np.random.default_rng(0)
+    messages = []
+    for _ in range(300):
+        damaged = bytearray(data)
+        for position in random.integers(132, len(data) - 700, 3):
+            damaged[position] = random.integers(0, 256)
+        try:
+            read(bytes(damaged))
+        except ImageError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert not any(SECRET in message or "Doe" in message or "4711" in message for message in messages)
+
+
+def test_the_group_is_a_digest_of_the_patient_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.dcm"
+    file.write_bytes(make(ramp()))
+    group = dicom_group(file)
+    assert group == hashlib.sha256(b"4711").hexdigest()[:16]
+    assert dicom_group(make(ramp(low=7))) == group
+    assert dicom_group(make(ramp(), PatientID="4712")) != group
+    assert dicom_group(make(ramp(), PatientID="")) is None
+    assert dicom_group(b"\x89PNG") is None
+    assert dicom_group(make(ramp())[:140]) is None
+
+
+# Real files
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CT_small", "MR_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_jp2klossless", "JPEG2000", "examples_overlay",
+     "liver_1frame"],
+)  # fmt: skip
+def test_real_grey_files_equal_pydicom(name: str, shared: Path) -> None:
+    file = shared / "dicom" / f"{name}.dcm"
+    dataset = pydicom.dcmread(file)
+    expected = apply_modality_lut(dataset.pixel_array, dataset)
+    np.testing.assert_array_equal(read(file)[..., 0], expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["examples_rgb_color", "examples_jpeg2k"])
+def test_real_colour_files_equal_pydicom(name: str, shared: Path) -> None:
+    file = shared / "dicom" / f"{name}.dcm"
+    np.testing.assert_array_equal(read(file), pydicom.dcmread(file).pixel_array)
+
+
+def test_a_real_palette_equals_pydicoms_high_byte(shared: Path) -> None:
+    file = shared / "dicom" / "examples_palette.dcm"
+    dataset = pydicom.dcmread(file)
+    np.testing.assert_array_equal(read(file), apply_color_lut(dataset.pixel_array, dataset) >> 8)
+
+
+def test_a_real_ultrasound_loop_equals_pydicom_frame_by_frame(shared: Path) -> None:
+    file = shared / "dicom" / "examples_ybr_color.dcm"
+    frames = pydicom.dcmread(file).pixel_array
+    with open_raster(file) as raster:
+        assert raster.header.frames == 30
+        for frame in (0, 13, 29):
+            np.testing.assert_array_equal(raster.read(frame=frame), frames[frame])
+
+
+def test_a_real_12_bit_jpeg_is_read(shared: Path) -> None:
+    """Values known from pydicom's own tests, which decode it with libjpeg."""
+    pixels = read(shared / "dicom" / "JPEG-lossy.dcm")[..., 0]
+    assert (pixels[420, 140], pixels[230, 120]) == (244, 95)
+
+
+def test_real_ct_padding_is_in_hounsfield_units(shared: Path) -> None:
+    with open_raster(shared / "dicom" / "CT_small.dcm") as raster:
+        assert raster.header.nodata == -3024

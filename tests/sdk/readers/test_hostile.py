@@ -1,0 +1,219 @@
+"""Whatever the bytes are: the right pixels or an ImageError, quickly, and within the memory of the budgets."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.pixels.utils import set_pixel_data
+
+from jepakit.errors import ImageError
+from jepakit.readers import Raster, Window, open_raster
+
+RANDOM = np.random.default_rng(0)
+COLOUR: NDArray[Any] = RANDOM.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+DEEP: NDArray[Any] = RANDOM.integers(0, 60_000, (32, 48), dtype=np.uint16)
+
+
+def pillow(format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(COLOUR).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def tiff(array: NDArray[Any] = DEEP, *, writer: dict[str, Any] | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, **(writer or {})) as file:
+        file.write(array, **options)
+    return buffer.getvalue()
+
+
+def numpy(save: Callable[..., None]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, DEEP)
+    return buffer.getvalue()
+
+
+def dicom(syntax: str | None = None) -> bytes:
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "1.2.3"
+    data.PatientName, data.PatientID = "Doe^Jane", "4711"
+    set_pixel_data(data, DEEP, "MONOCHROME2", 16)
+    if syntax is not None:
+        data.compress(syntax)
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+STACK = np.stack([DEEP] * 6).reshape(2, 3, *DEEP.shape)
+FILES: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: pillow("JPEG"),
+    "progressive JPEG": lambda: pillow("JPEG", progressive=True),
+    "PNG": lambda: pillow("PNG"),
+    "16-bit grey PNG": lambda: bytes(imagecodecs.png_encode(DEEP)),
+    "16-bit colour PNG": lambda: bytes(imagecodecs.png_encode(COLOUR.astype(np.uint16) * 257)),
+    "WebP": lambda: pillow("WEBP", lossless=True),
+    "BMP": lambda: pillow("BMP"),
+    "TIFF": lambda: pillow("TIFF"),
+    "LZW TIFF": lambda: pillow("TIFF", compression="tiff_lzw"),
+    "deep TIFF": tiff,
+    "tiled TIFF": lambda: tiff(tile=(16, 16), compression="zlib", predictor=True),
+    "striped TIFF": lambda: tiff(rowsperstrip=8, compression="lzw"),
+    "BigTIFF": lambda: tiff(writer={"bigtiff": True, "byteorder": ">"}),
+    "JPEG TIFF": lambda: tiff(COLOUR, tile=(16, 16), compression="jpeg", photometric="ycbcr"),
+    "JPEG 2000 TIFF": lambda: tiff(tile=(16, 16), compression="jpeg2000"),
+    "ImageJ": lambda: tiff(STACK, writer={"imagej": True}, metadata={"axes": "TCYX"}),
+    "OME": lambda: tiff(STACK, writer={"ome": True}, metadata={"axes": "TCYX"}),
+    "DICOM": dicom,
+    "RLE DICOM": lambda: dicom(pydicom.uid.RLELossless),
+    "npy": lambda: numpy(np.save),
+    "npz": lambda: numpy(np.savez_compressed),
+}
+
+
+def read_all(raster: Raster) -> NDArray[Any]:
+    """The first frames, and a window of one, as a caller might ask for them."""
+    frames = [raster.read(frame=frame) for frame in range(min(2, raster.header.frames))]
+    header = raster.header
+    assert all(frame.shape == (header.height, header.width, header.bands) for frame in frames)
+    assert raster.read(Window(0, 0, 8, 8)).shape == (8, 8, header.bands)
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_cut_short_is_refused_or_nothing_was_lost(kind: str, tmp_path: Path) -> None:
+    data = FILES[kind]()
+    with open_raster(data) as raster:
+        whole = read_all(raster)
+    file = tmp_path / "cut"
+    refusals = []
+    for length in [*range(0, len(data), max(1, len(data) // 60)), len(data) - 3, len(data) - 1]:
+        file.write_bytes(data[:length])
+        try:
+            with open_raster(file) as raster:
+                np.testing.assert_array_equal(read_all(raster), whole)
+        except ImageError as error:
+            refusals.append(error)
+    assert {error.code for error in refusals} <= {"unreadable", "unsupported_format"}
+    assert all(str(file) in str(error) for error in refusals)
+    assert len(refusals) > 50
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_with_flipped_bits_is_never_another_error(kind: str) -> None:
+    data = FILES[kind]()
+    random = np.random.default_rng(1)
+    messages = []
+    for _ in range(120):
+        damaged = bytearray(data)
+        # Headers matter most: half of the hits go to the first bytes.
+        reach = min(len(data), 600) if random.random() < 0.5 else len(data)
+        for position in random.integers(0, reach, random.integers(1, 4)):
+            damaged[position] = random.choice([0, 1, 127, 128, 255, int(random.integers(0, 256))])
+        try:
+            with open_raster(bytes(damaged)) as raster:
+                read_all(raster)
+        except ImageError as error:
+            messages.append(str(error))
+    assert messages
+    assert not any("Doe" in message or "\n" in message for message in messages)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def lying_tiff(compression: int, data: bytes, *, side: int, bits: int = 16) -> bytes:
+    """One strip of `data` that the header calls side × side pixels."""
+    tags = [(256, side), (257, side), (258, bits), (259, compression), (262, 1), (273, 500), (277, 1), (278, side)]
+    entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in [*tags, (279, len(data))])
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags) + 1) + entries + struct.pack("<I", 0)
+    return head.ljust(500, b"\0") + data
+
+
+def lying_jpeg() -> bytes:
+    stream = bytes(imagecodecs.jpeg_encode(np.zeros((64, 64), np.uint8)))
+    at = stream.index(b"\xff\xc0")
+    return stream[: at + 5] + struct.pack(">HH", 65000, 65000) + stream[at + 9 :]
+
+
+def lying_jpeg2000() -> bytes:
+    stream = bytes(imagecodecs.jpeg2k_encode(np.zeros((64, 64), np.uint16), codecformat="j2k"))
+    return stream[:8] + struct.pack(">IIII", 65000, 65000, 0, 0) + stream[24:]
+
+
+def bomb() -> bytes:
+    return zlib.compress(bytes(200 << 20), 9)
+
+
+def lying_png(*, late: bool) -> bytes:
+    """A PNG whose text inflates to 200 MB."""
+    text = png_chunk(b"zTXt", b"a\0\0" + bomb())
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20, 20, 8, 2, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes(20 * 61)))
+    parts = [header, pixels, text] if late else [header, text, pixels]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
+
+
+def test_bombs_stay_within_the_memory_of_the_budgets(tmp_path: Path) -> None:
+    """In a process of its own that may not have more than 1.5 GB: each is refused, and all of them at once in seconds."""
+    bombs = {
+        "deflate of another size": lying_tiff(8, bomb(), side=20),
+        "deflate": lying_tiff(8, bomb(), side=9000),
+        "nothing there": lying_tiff(1, b"", side=65000),
+        "JPEG strip": lying_tiff(7, lying_jpeg(), side=3000, bits=8),
+        "JPEG 2000 strip": lying_tiff(34712, lying_jpeg2000(), side=64),
+        "PNG text": lying_png(late=False),
+        "PNG text behind the pixels": lying_png(late=True),
+    }
+    for name, data in bombs.items():
+        (tmp_path / name).write_bytes(data)
+    program = f"""
+import json, pathlib, resource
+resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
+from jepakit.errors import ImageError
+from jepakit.readers import open_raster
+codes = {{}}
+for file in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+    try:
+        open_raster(file).read()
+        codes[file.name] = "read"
+    except ImageError as error:
+        codes[file.name] = error.code
+print(json.dumps(codes))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    assert set(codes) == set(bombs)
+    assert set(codes.values()) <= {"too_large", "unreadable", "unsupported_format"}, codes
+
+
+def test_the_smallest_images_are_8_a_side() -> None:
+    for side in (1, 7, 8):
+        small = np.full((side, side), 9, np.uint16)
+        for data in (imagecodecs.png_encode(small), tiff(small)):
+            if side < 8:
+                with pytest.raises(ImageError) as caught:
+                    open_raster(data)
+                assert caught.value.code == "too_small"
+            else:
+                with open_raster(data) as raster:
+                    np.testing.assert_array_equal(raster.read()[..., 0], small)

@@ -1,0 +1,356 @@
+"""TIFF: every depth, layout and byte order equals tifffile's own reading; windows touch nothing else."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from jepakit.errors import ImageError
+from jepakit.readers import Limits, Window, open_raster
+
+Refused = Callable[..., str]
+
+
+def make(*shape: int, dtype: str = "uint16", seed: int = 0) -> NDArray[Any]:
+    values = np.random.default_rng(seed).integers(0, 250, shape)
+    return (values - (100 if dtype.startswith(("int", "float")) else 0)).astype(dtype)
+
+
+def encode(array: NDArray[Any], *, writer: dict[str, Any] | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, **(writer or {})) as file:
+        file.write(array, **options)
+    return buffer.getvalue()
+
+
+def read(data: bytes | Path, window: Window | None = None, frame: int = 0) -> NDArray[Any]:
+    with open_raster(data) as raster:
+        pixels = raster.read(window, frame=frame)
+        assert pixels.dtype.name == raster.header.dtype
+        assert pixels.flags.c_contiguous
+        assert pixels.flags.writeable
+        assert pixels.dtype.isnative
+        if window is None:
+            assert pixels.shape == (raster.header.height, raster.header.width, raster.header.bands)
+    return pixels
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "bare": {},
+    "strips": {"rowsperstrip": 8},
+    "tiles": {"tile": (16, 16)},
+    "deflate": {"compression": "zlib", "predictor": True, "rowsperstrip": 8},
+    "zstd tiles": {"compression": "zstd", "tile": (32, 16)},
+    "lzw": {"compression": "lzw", "tile": (16, 32)},
+    "packbits": {"compression": "packbits", "rowsperstrip": 7},
+    "big endian": {"writer": {"byteorder": ">"}},
+    "big endian tiles": {"writer": {"byteorder": ">"}, "tile": (16, 16), "compression": "zlib"},
+    "BigTIFF": {"writer": {"bigtiff": True}, "tile": (16, 16)},
+}
+WINDOWS = [Window(0, 0, 50, 70), Window(0, 0, 8, 8), Window(13, 21, 20, 30), Window(42, 62, 8, 8), Window(49, 0, 1, 70)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32", "float32", "float64"])
+def test_every_depth_and_layout_is_read_whole_and_by_windows(layout: str, dtype: str, tmp_path: Path) -> None:
+    options = dict(LAYOUTS[layout])
+    if dtype.startswith("float") and "predictor" in options:
+        options["predictor"] = 3
+    pixels = make(70, 50, dtype=dtype)
+    expected = np.repeat(pixels[..., None], 3, axis=2) if dtype == "uint8" else pixels[..., None]
+    data = encode(pixels, photometric="minisblack", **options)
+    file = tmp_path / "a.tif"
+    file.write_bytes(data)
+    for source in (data, file):
+        np.testing.assert_array_equal(read(source), expected)
+        for x, y, width, height in WINDOWS:
+            np.testing.assert_array_equal(
+                read(source, Window(x, y, width, height)), expected[y : y + height, x : x + width]
+            )
+
+
+@pytest.mark.parametrize("bands", [2, 3, 6, 13])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16), "compression": "zlib"}], ids=["bare", "tiles"])
+def test_bands_interleaved_or_planar_come_out_last(bands: int, dtype: str, options: dict[str, Any]) -> None:
+    pixels = make(40, 30, bands, dtype=dtype)
+    together = encode(pixels, photometric="minisblack", planarconfig="contig", **options)
+    planar = encode(np.moveaxis(pixels, 2, 0).copy(), photometric="minisblack", planarconfig="separate", **options)
+    for data in (together, planar):
+        np.testing.assert_array_equal(read(data), pixels)
+        np.testing.assert_array_equal(read(data, Window(5, 17, 20, 16)), pixels[17:33, 5:25])
+
+
+def test_pages_saved_one_after_the_other_are_frames() -> None:
+    stack = make(5, 20, 30)
+    for data in (
+        encode(stack, photometric="minisblack"),
+        encode(stack, photometric="minisblack", metadata=None),
+        encode(stack, photometric="minisblack", compression="zlib"),
+    ):
+        with open_raster(data) as raster:
+            assert (raster.header.frames, raster.header.bands) == (5, 1)
+        for frame in range(5):
+            np.testing.assert_array_equal(read(data, frame=frame)[..., 0], stack[frame])
+            np.testing.assert_array_equal(read(data, Window(3, 4, 9, 8), frame=frame)[..., 0], stack[frame, 4:12, 3:12])
+
+
+@pytest.mark.parametrize(
+    ("writer", "options"),
+    [({"imagej": True}, {}), ({"ome": True}, {}), ({"ome": True}, {"compression": "zlib"})],
+    ids=["ImageJ", "OME", "OME compressed"],
+)
+def test_channels_of_a_hyperstack_are_bands_and_its_times_are_frames(
+    writer: dict[str, Any], options: dict[str, Any]
+) -> None:
+    stack = make(4, 3, 20, 30)
+    data = encode(stack, writer=writer, metadata={"axes": "TCYX"}, photometric="minisblack", **options)
+    with open_raster(data) as raster:
+        assert (raster.header.frames, raster.header.bands) == (4, 3)
+        for frame in range(4):
+            np.testing.assert_array_equal(raster.read(frame=frame), np.moveaxis(stack[frame], 0, 2))
+
+
+def test_bands_that_were_saved_as_pages_are_refused_with_the_remedy(refused: Refused) -> None:
+    data = encode(make(40, 50, 6), photometric="minisblack")
+    assert 'planarconfig="contig"' in refused(data, "wrong_shape")
+
+
+def test_a_stack_of_eight_bit_colour_has_colour_frames() -> None:
+    stack = make(4, 20, 30, 3, dtype="uint8")
+    data = encode(stack, photometric="rgb", compression="zlib")
+    for frame in range(4):
+        np.testing.assert_array_equal(read(data, frame=frame), stack[frame])
+
+
+def test_reduced_copies_and_thumbnails_are_no_frames() -> None:
+    pixels = make(64, 64)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(pixels, subifds=1, tile=(16, 16))
+        file.write(pixels[::2, ::2].copy(), subfiletype=1, tile=(16, 16))
+        file.write(make(16, 16), subfiletype=1)
+    with open_raster(buffer.getvalue()) as raster:
+        assert raster.header.frames == 1
+        np.testing.assert_array_equal(raster.read()[..., 0], pixels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_white_as_zero_is_turned_round(dtype: str) -> None:
+    pixels = make(40, 30, dtype=dtype)
+    data = encode(pixels, photometric="miniswhite", tile=(16, 16))
+    expected = np.iinfo(dtype).max - pixels
+    np.testing.assert_array_equal(read(data)[..., 0], expected)
+    np.testing.assert_array_equal(read(data, Window(9, 9, 10, 10))[..., 0], expected[9:19, 9:19])
+
+
+def test_white_as_zero_without_a_highest_value_is_refused(refused: Refused) -> None:
+    assert "black as zero" in refused(
+        encode(make(20, 20, dtype="float32"), photometric="miniswhite"), "unsupported_mode"
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_orientation_turns_the_whole_and_its_windows(orientation: int, dtype: str) -> None:
+    stored = make(20, 30, 3, dtype=dtype)
+    data = encode(
+        stored, photometric="rgb", compression="zlib", rowsperstrip=8, extratags=[(274, 3, 1, orientation, True)]
+    )
+    exif = Image.Exif()
+    exif[274] = orientation
+    small = Image.fromarray(stored.astype(np.uint8))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", exif=exif)
+    upright = read(buffer.getvalue())
+    np.testing.assert_array_equal(read(data), upright)
+    np.testing.assert_array_equal(read(data, Window(2, 5, 9, 11)), upright[5:16, 2:11])
+
+
+def test_nodata_is_the_value_that_pixels_hold() -> None:
+    for text, dtype, expected in [
+        ("-9999", "int16", -9999),
+        ("-3.4028234663852886e+38", "float32", np.finfo("f4").min),
+    ]:
+        pixels = make(20, 20, dtype=dtype)
+        pixels[3, 3] = expected
+        data = encode(pixels, extratags=[(42113, 2, 0, text, True)])
+        with open_raster(data) as raster:
+            assert raster.header.nodata == expected
+            assert (raster.read() == raster.header.nodata).sum() == 1
+    with open_raster(encode(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, "nan", True)])) as raster:
+        assert np.isnan(raster.header.nodata or 0)
+    with open_raster(encode(make(20, 20))) as raster:
+        assert raster.header.nodata is None
+
+
+def test_a_window_does_not_read_what_lies_outside_it(tmp_path: Path) -> None:
+    """Everything outside the tiles that the window needs is spoilt, and the window comes out whole."""
+    pixels = make(64, 64)
+    data = bytearray(encode(pixels, tile=(16, 16), compression="zlib"))
+    with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
+        offsets, counts = file.pages.first.dataoffsets, file.pages.first.databytecounts
+    for index in set(range(16)) - {5, 6}:
+        data[offsets[index] : offsets[index] + counts[index]] = bytes(counts[index])
+    np.testing.assert_array_equal(read(bytes(data), Window(16, 16, 32, 16))[..., 0], pixels[16:32, 16:48])
+    with pytest.raises(ImageError, match="damaged") as caught:
+        read(bytes(data), Window(16, 16, 33, 16))
+    assert caught.value.code == "unreadable"
+
+
+def test_an_image_over_the_limit_is_read_by_windows_and_refused_whole(refused: Refused) -> None:
+    pixels = make(64, 64)
+    small = Limits(max_pixels=1000)
+    data = encode(pixels, tile=(16, 16))
+    assert "tile=512" in refused(data, "too_large", limits=small)
+    with open_raster(data, limits=small) as raster:
+        assert raster.header.windowed
+        np.testing.assert_array_equal(raster.read(Window(40, 8, 20, 20))[..., 0], pixels[8:28, 40:60])
+
+
+def test_one_compressed_strip_is_no_way_round_the_limit(refused: Refused) -> None:
+    data = encode(make(64, 64), compression="zlib", rowsperstrip=64)
+    with open_raster(data) as raster:
+        assert not raster.header.windowed
+        np.testing.assert_array_equal(raster.read(Window(8, 9, 8, 8))[..., 0], make(64, 64)[9:17, 8:16])
+    refused(data, "too_large", limits=Limits(max_pixels=1000))
+
+
+@pytest.mark.parametrize("photometric", ["ycbcr", "rgb"])
+def test_jpeg_tiles_give_the_same_pixels_whole_and_by_windows(photometric: str) -> None:
+    smooth = np.asarray(Image.fromarray(make(5, 6, 3, dtype="uint8")).resize((80, 70)))
+    data = encode(smooth, photometric=photometric, compression="jpeg", tile=(32, 32))
+    whole = read(data)
+    np.testing.assert_array_equal(whole, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(read(data, Window(20, 15, 40, 50)), whole[15:65, 20:60])
+
+
+def test_twelve_bits_are_read_as_they_are() -> None:
+    pixels = (make(20, 30) * 16).astype(np.uint16)
+    np.testing.assert_array_equal(read(encode(pixels, bitspersample=12))[..., 0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bands", "options", "word"),
+    [
+        ("uint16", 4, {"photometric": "rgb", "extrasamples": ["unassalpha"]}, "alpha"),
+        ("uint16", 4, {"photometric": "separated"}, "photometric"),
+        ("int8", 1, {}, "int8"),
+        ("complex64", 1, {}, "complex64"),
+        ("float16", 1, {}, "float16"),
+    ],
+    ids=["deep alpha", "deep CMYK", "int8", "complex", "half"],
+)
+def test_what_has_no_one_meaning_is_refused_by_name(
+    dtype: str, bands: int, options: dict[str, Any], word: str, refused: Refused
+) -> None:
+    pixels = make(20, 20, bands, dtype=dtype) if bands > 1 else make(20, 20, dtype=dtype)
+    assert word in refused(encode(pixels, **options), "unsupported_mode")
+
+
+def test_volumes_and_unknown_compressions_are_refused_by_name(refused: Refused) -> None:
+    volume = encode(make(16, 32, 32), volumetric=True, tile=(16, 16, 16))
+    assert "ZYX" in refused(volume, "unsupported_mode")
+    for dtype in ("uint8", "uint16"):
+        assert "compression 34887" in refused(encode(make(20, 20, dtype=dtype), compression="lerc"), "unsupported_mode")
+
+
+def make_ome(**sizes: int | str) -> bytes:
+    """One page of 20 × 20 whose OME description says otherwise."""
+    said = {"X": 20, "Y": 20, "Z": 1, "C": 1, "T": 1, **sizes}
+    attributes = " ".join(f'Size{axis}="{size}"' for axis, size in said.items())
+    about = f"""<?xml version="1.0" encoding="UTF-8"?>
+<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0"
+DimensionOrder="XYCZT" Type="uint16" {attributes}><TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>"""
+    return encode(make(20, 20), description=about, metadata=None)
+
+
+def test_a_description_of_planes_that_are_not_there_is_refused(refused: Refused) -> None:
+    np.testing.assert_array_equal(read(make_ome())[..., 0], make(20, 20))
+    assert "one file" in refused(make_ome(T=3), "unsupported_mode")
+    lies: list[dict[str, int | str]] = [
+        {"T": 10**9}, {"Z": 10**18}, {"X": 10**9, "Y": 10**9}, {"T": "1_000_000_000"}, {"T": "&#49;000000000"}
+    ]  # fmt: skip
+    for lie in lies:
+        refused(make_ome(**lie), "unreadable")
+
+
+@pytest.mark.parametrize("options", [{"tile": (16, 16)}, {}], ids=["tiles", "one strip"])
+def test_8_bit_jpeg_2000_which_pillow_does_not_know_is_read(options: dict[str, Any]) -> None:
+    pixels = make(40, 30, 3, dtype="uint8")
+    data = encode(pixels, photometric="rgb", compression="jpeg2000", **options)
+    np.testing.assert_array_equal(read(data), pixels)
+    np.testing.assert_array_equal(read(data, Window(3, 4, 9, 20)), pixels[4:24, 3:12])
+
+
+def test_the_usual_eight_bit_kinds_come_from_pillow() -> None:
+    image = Image.fromarray(make(20, 30, 3, dtype="uint8"))
+    for kind in (image.quantize(16), image.convert("CMYK"), image.convert("L"), image.convert("1"), image):
+        buffer = io.BytesIO()
+        kind.save(buffer, "TIFF")
+        np.testing.assert_array_equal(read(buffer.getvalue()), np.asarray(kind.convert("RGB")))
+    frames = [image.quantize(8), image.rotate(180).quantize(8)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "TIFF", save_all=True, append_images=frames[1:])
+    for place, frame in enumerate(frames):
+        np.testing.assert_array_equal(read(buffer.getvalue(), frame=place), np.asarray(frame.convert("RGB")))
+
+
+def test_pages_that_run_in_a_circle_are_refused(refused: Refused) -> None:
+    tags = [(256, 20), (257, 20), (258, 16), (259, 1), (262, 1), (273, 20_000), (277, 1), (278, 20), (279, 800)]
+
+    def page(following: int) -> bytes:
+        entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in tags)
+        return struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+
+    size = len(page(0))
+    for length in (1, 2, 150):
+        pages = b"".join(page(8 + size * (place + 1) if place < length - 1 else 8) for place in range(length))
+        data = (b"II*\0" + struct.pack("<I", 8) + pages).ljust(20_000, b"\0") + bytes(800)
+        assert "circle" in refused(data, "unreadable")
+
+
+def test_a_missing_codec_is_named_with_its_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "a.tif"
+    file.write_bytes(encode(make(20, 30), compression="lzw"))
+    program = f"""
+import sys
+sys.modules["imagecodecs"] = None
+from jepakit.errors import MissingExtraError
+from jepakit.readers import open_raster
+try:
+    open_raster({str(file)!r})
+except MissingExtraError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'jepakit[codecs]'" in done.stdout
+    assert str(file) in done.stdout
+
+
+def test_real_files_equal_tifffile(shared: Path) -> None:
+    files = [*sorted((shared / "tiff16").glob("*.tif")), *sorted((shared / "multispectral").rglob("*.tif"))]
+    assert len(files) > 30
+    for file in files:
+        expected = tifffile.imread(file)
+        expected = expected.reshape(*expected.shape[:2], -1)
+        np.testing.assert_array_equal(read(file), expected, err_msg=file.name)
+        np.testing.assert_array_equal(read(file, Window(7, 11, 30, 20)), expected[11:31, 7:37], err_msg=file.name)
+
+
+def test_the_landsat_scene_has_six_bands_and_one_frame(shared: Path) -> None:
+    with open_raster(shared / "multispectral" / "L7_ETMs.tif") as raster:
+        header = raster.header
+    assert (header.bands, header.dtype, header.frames, header.windowed) == (6, "uint8", 1, True)
