@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def textured_image(kind: int, seed: int, height: int, width: int) -> NDArray[np.uint8]:

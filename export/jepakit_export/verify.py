@@ -9,12 +9,13 @@ from jepakit import golden
 from jepakit.backbone import Embedder
 from jepakit.bundle import Manifest
 from jepakit.errors import ExportError
+from jepakit.images import Pixels
 from jepakit.session import Session
 
 BATCH_SIZES = (1, 2, 7, 33)
 
 
-def torch_vectors(embedder: Embedder, images: golden.Images) -> golden.Vectors:
+def torch_vectors(embedder: Embedder, images: Pixels) -> golden.Vectors:
     """What torch computes, float32 [N, D]."""
     with torch.inference_mode():
         vectors: golden.Vectors = embedder(torch.from_numpy(images)).numpy()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jepakit._frontdoor import adapt as adapt
     from jepakit._frontdoor import export as export
+    from jepakit._frontdoor import inspect as inspect
     from jepakit.bundle import Bundle as Bundle
     from jepakit.bundle import open_bundle as open_bundle
     from jepakit.client import AsyncClient as AsyncClient
@@ -39,6 +40,7 @@ _HOME = {
     "Run": "run",
     "adapt": "_frontdoor",
     "export": "_frontdoor",
+    "inspect": "_frontdoor",
     "load": "session",
     "load_probe": "probes",
     "open_bundle": "bundle",
@@ -47,7 +49,7 @@ _HOME = {
 
 __all__ = [  # noqa: RUF022 (sorted as _HOME is)
     "AsyncClient", "Bundle", "Client", "Embeddings", "JepakitError", "KNNProbe", "LinearProbe", "Model", "Run",
-    "adapt", "export", "load", "load_probe", "open_bundle", "open_run", "__version__",
+    "adapt", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
 ]  # fmt: skip
 
 

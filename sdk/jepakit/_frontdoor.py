@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,10 @@ from jepakit.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from jepakit.bundle import Bundle
+    from jepakit.config import AdaptConfig
+    from jepakit.inspection import Inspection
     from jepakit.run import Run
+    from jepakit.sources import ImageList
 
 # What each extra brings that the others do not: the first missing one names the extra to install.
 _NEEDS = {
@@ -24,11 +27,12 @@ _NEEDS = {
 }
 
 
-def adapt(images: str | Path | Sequence[str | Path], *, out: str | Path | None = None, **settings: Any) -> Run:
+def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run:
     """Adapt a backbone to your own images and measure whether it helped; returns the finished `Run`.
 
-    images    a folder (read recursively), a glob, or a list of paths; first-level folders may be classes,
-              which are used to measure, never to train
+    images    a folder (read recursively), a glob, a list of paths, a CSV or Parquet manifest, WebDataset shards,
+              a ZIP, or images in memory: a map-style dataset or a sequence of arrays or Pillow images. Classes
+              (first-level folders, a column) are used to measure, never to train
     out       the run's folder; runs/<folder>-<date> when left out. The same call again resumes the run.
     settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
 
@@ -36,11 +40,9 @@ def adapt(images: str | Path | Sequence[str | Path], *, out: str | Path | None =
     BackboneError for weights that cannot be had; TrainingError when training cannot go on.
     """
     from jepakit.config import AdaptConfig
-    from jepakit.sources import list_images
 
-    source = str(images) if isinstance(images, str | Path) else tuple(map(str, images))
-    config = parse(AdaptConfig, {"images": source, "out": None if out is None else str(out), **settings})
-    listed = list_images(config.images, config.labels)
+    config = parse(AdaptConfig, {"images": _told(images), "out": None if out is None else str(out), **settings})
+    listed = _listed(images, config)
     folder = (
         Path(config.out) if config.out else Path("runs") / f"{_stem(config.images)}-{datetime.date.today():%Y-%m-%d}"
     )
@@ -48,6 +50,26 @@ def adapt(images: str | Path | Sequence[str | Path], *, out: str | Path | None =
     from jepakit_training import adapt as run_training
 
     return run_training(config, listed, folder)
+
+
+def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) -> Inspection:
+    """Say what the trainer would see of these images, without training: print the result, or read its fields.
+
+    images    as in `adapt`
+    sheet     a PNG to write: some images, and the views that training would make of them
+    settings  those of `adapt` that say how images are read: domain, views, image_size, tile, overlap, min_valid,
+              frame, value_range, labels, group
+
+    Raises ConfigError for a wrong setting and DataError for unusable images.
+    """
+    from jepakit.config import AdaptConfig
+
+    config = parse(AdaptConfig, {"images": _told(images), "weights": "random", **settings})
+    listed = _listed(images, config)
+    require("train")
+    from jepakit_training.inspecting import inspect as run_inspection
+
+    return run_inspection(config, listed, None if sheet is None else Path(sheet))
 
 
 def export(source: str | Path, out: str | Path, **settings: Any) -> Bundle:
@@ -103,6 +125,24 @@ def require(extra: str) -> None:
     for module in _NEEDS[extra]:
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(f"this needs {module}, which is not installed: pip install 'jepakit[{extra}]'")
+
+
+def _listed(images: Any, config: AdaptConfig) -> ImageList:
+    from jepakit.sources import list_images
+
+    return list_images(
+        images, config.labels, group=config.group, tile=config.tile, overlap=config.overlap,
+        min_valid=config.min_valid, frame=config.frame,
+    )  # fmt: skip
+
+
+def _told(images: Any) -> str | tuple[str, ...]:
+    """How the run's settings tell its images; those in memory have no name."""
+    if isinstance(images, str | Path):
+        return str(images)
+    if isinstance(images, Sequence) and all(isinstance(item, str | Path) for item in images):
+        return tuple(map(str, images))
+    return f"{len(images)} images in memory" if isinstance(images, Sized) else "images in memory"
 
 
 def _stem(images: str | tuple[str, ...]) -> str:

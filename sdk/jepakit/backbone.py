@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from jepakit._timm_names import check_name
-from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, StartWeights, open_bundle
+from jepakit.bundle import MANIFEST, WEIGHTS, Backbone, EmbeddingSpec, Preprocess, StartWeights, open_bundle
 from jepakit.errors import BackboneError
 
 with warnings.catch_warnings():
@@ -33,17 +33,19 @@ _CONVNET_STRIDE = 32
 _STAGES_LAST = 4
 
 
-def start_backbone(name: str, weights: str, image_size: int | None) -> tuple[nn.Module, Backbone]:
+def start_backbone(name: str, weights: str, image_size: int | None, bands: int = 3) -> tuple[nn.Module, Backbone]:
     """Build `name` with the chosen weights for inputs of `image_size` (None: the size of its weights), rounded
     to the patch or stride.
 
     weights  `pretrained`, `random`, a .safetensors or .pth file, or a bundle of the same architecture
+    bands    of the images; the first layer of weights made for three is carried over by timm's rule (summed
+             for one band, repeated and scaled for more)
 
     Raises BackboneError for an unknown name, an unreachable hub, or a file whose tensors do not fit.
     Weights are never random unless asked for.
     """
     check_name(name)
-    if weights not in ("pretrained", "random") and (Path(weights) / "manifest.json").is_file():
+    if _is_bundle(weights):
         bundle = open_bundle(weights)
         bundle.read(WEIGHTS)
         license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
@@ -51,6 +53,8 @@ def start_backbone(name: str, weights: str, image_size: int | None) -> tuple[nn.
         license_, file = None, Path(weights)
 
     arguments = _size_arguments(name, image_size)
+    if bands != 3:
+        arguments["in_chans"] = bands
     if weights == "pretrained":
         module = _build_pretrained(name, arguments)
         license_ = module.pretrained_cfg.get("license")
@@ -76,6 +80,15 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
     module = build(backbone.name, backbone.arguments)
     _load(module, state, Path(WEIGHTS))
     return module.eval()  # type: ignore[no-any-return]
+
+
+def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
+    """How the start weights want their images: as the bundle they came from says, else as timm says."""
+    if not _is_bundle(weights):
+        return stock_preprocess(module, image_size)
+    spec = open_bundle(weights).manifest.preprocess
+    resize_to = math.floor(image_size * spec.resize_to / spec.size)
+    return spec.model_copy(update={"size": image_size, "resize_to": resize_to, "frame": None, "tile": None})
 
 
 def stock_preprocess(module: Any, image_size: int | None) -> Preprocess:
@@ -129,13 +142,15 @@ def is_hierarchical(module: Any) -> bool:
 class Embedder(nn.Module):
     """Images to embeddings: the definition of the vector, run by training's evaluation and by export.
 
-    forward(images uint8 [B, H, W, C], RGB, 0-255) → float32 [B, D]: scaling, mean, std, backbone, pooling,
-    centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
+    forward(images [B, H, W, C], uint8 or raw float32) → float32 [B, D]: value scaling, mean, std, backbone,
+    pooling, centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
     each of the last four feature levels (a ViT's last four blocks), concatenated.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    pixel_low: Tensor | None
+    pixel_high: Tensor | None
     center: Tensor | None
     scale: Tensor | None
 
@@ -144,8 +159,11 @@ class Embedder(nn.Module):
         self.backbone: Any = backbone
         self.pooling = embedding.pooling
         self.normalize = embedding.normalize
-        self.register_buffer("pixel_mean", 255 * torch.tensor(preprocess.mean), persistent=False)
-        self.register_buffer("pixel_std", 255 * torch.tensor(preprocess.std), persistent=False)
+        scaling, unit = preprocess.scaling, 255 if preprocess.dtype == "uint8" else 1
+        self.register_buffer("pixel_mean", unit * torch.tensor(preprocess.mean), persistent=False)
+        self.register_buffer("pixel_std", unit * torch.tensor(preprocess.std), persistent=False)
+        self.register_buffer("pixel_low", _as_tensor(None if scaling is None else scaling.low), persistent=False)
+        self.register_buffer("pixel_high", _as_tensor(None if scaling is None else scaling.high), persistent=False)
         self.register_buffer("center", _as_tensor(embedding.center), persistent=False)
         self.register_buffer("scale", _as_tensor(embedding.scale), persistent=False)
 
@@ -158,8 +176,11 @@ class Embedder(nn.Module):
         return nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
 
     def normalised(self, images_BHWC: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] to what the backbone takes, float32 [B, C, H, W]."""
-        return ((images_BHWC.float() - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2)
+        """uint8 or raw float32 [B, H, W, C] to what the backbone takes, float32 [B, C, H, W]."""
+        values = images_BHWC.float()
+        if self.pixel_low is not None and self.pixel_high is not None:
+            values = ((values - self.pixel_low) / (self.pixel_high - self.pixel_low)).clamp(0, 1)
+        return ((values - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2)
 
 
 def pool(backbone: Any, x_BCHW: Tensor, pooling: Literal["head", "stages"]) -> Tensor:
@@ -178,6 +199,10 @@ def pool(backbone: Any, x_BCHW: Tensor, pooling: Literal["head", "stages"]) -> T
 def supports_stages(backbone: Any) -> bool:
     """Whether timm can hand out the backbone's intermediate features."""
     return hasattr(backbone, "forward_intermediates")
+
+
+def _is_bundle(weights: str) -> bool:
+    return weights not in ("pretrained", "random") and (Path(weights) / MANIFEST).is_file()
 
 
 def _as_tensor(values: tuple[float, ...] | None) -> Tensor | None:
@@ -267,7 +292,7 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
         for key, value in state.items()
     }
     state = {key: value for key, value in state.items() if not (classifier and key.startswith(classifier))}
-    state = _resampled(module, state)
+    state = _with_bands(module, _resampled(module, state))
     own = module.state_dict()
     # Counters of BatchNorm's training steps carry nothing that evaluation uses; some files leave them out.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -290,6 +315,19 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
 def _classifier_names(module: Any) -> tuple[str, ...]:
     names = module.pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _with_bands(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """First-layer weights made for three bands, carried over to the backbone's own number as timm does for its own."""
+    from timm.models import adapt_input_conv
+
+    own = module.state_dict()
+    names = module.pretrained_cfg.get("first_conv") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        key = f"{name}.weight"
+        if key in state and key in own and state[key].shape[1] == 3 != own[key].shape[1]:
+            state = {**state, key: adapt_input_conv(own[key].shape[1], state[key])}
+    return state
 
 
 def _resampled(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

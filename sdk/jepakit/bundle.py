@@ -58,19 +58,43 @@ class Backbone(_Frozen):
     start: StartWeights
 
 
+class Scaling(_Frozen):
+    """What the values of other than 8-bit data are worth: x → (x - low) / (high - low), clipped to 0..1, per band.
+
+    `measured` scalings come from the domain's images and refuse an image of which they clip over 1 %; a
+    window that the user chose clips by intent.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    measured: bool
+
+
 class Preprocess(_Frozen):
     """How an image file becomes the graph's input, and the constants of the graph's first layers.
 
     Resize so that the shorter side is `resize_to` (rule "shorter") or both sides are (rule "squash"), crop
-    the middle `size` × `size`; then x / 255, minus mean, over std, per band, inside the graph.
+    the middle `size` × `size`; then, inside the graph, x / 255 (uint8) or `scaling` (float32), minus mean,
+    over std, per band.
     """
 
     size: Annotated[int, Field(ge=8, le=4096, description="pixels a side that the graph takes")]
     resize_to: Annotated[int, Field(ge=8, le=8192)]
     resize: Literal["shorter", "squash"]
     interpolation: Literal["bicubic", "bilinear"]
-    bands: Literal[3]
-    dtype: Literal["uint8"]
+    bands: Annotated[int, Field(ge=1, le=64)]
+    dtype: Literal["uint8", "float32"]
+    """What the graph takes: uint8 for 8-bit data, float32 for everything else."""
+    stored_as: str = "uint8"
+    """numpy's name of what the files hold; files of another type are refused."""
+    scaling: Scaling | None = None
+    """None for uint8."""
+    voi: bool = False
+    """DICOM: each file's own window (VOI LUT) is applied before `scaling`."""
+    frame: Annotated[int, Field(ge=0)] | None = None
+    """Which frame of a multi-frame file is meant; None: such files are refused."""
+    tile: Annotated[int, Field(ge=8)] | None = None
+    """Pixels a side of the tiles that scenes were cut into; None: whole images."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -80,6 +104,13 @@ class Preprocess(_Frozen):
             raise ValueError(f"resize_to {self.resize_to} is smaller than size {self.size}: nothing could be cropped")
         if len(self.mean) != self.bands or len(self.std) != self.bands or min(self.std) <= 0:
             raise ValueError(f"mean and std need {self.bands} numbers each, std above 0")
+        if (self.dtype == "uint8") != (self.scaling is None) or (self.dtype == "uint8") != (self.stored_as == "uint8"):
+            raise ValueError("uint8 data has no scaling, and everything else needs one")
+        if self.scaling is not None and not (
+            len(self.scaling.low) == len(self.scaling.high) == self.bands
+            and all(low < high for low, high in zip(self.scaling.low, self.scaling.high, strict=True))
+        ):
+            raise ValueError(f"scaling needs {self.bands} numbers low and high, low below high")
         return self
 
 

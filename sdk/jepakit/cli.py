@@ -13,6 +13,12 @@ import typer
 from jepakit import __version__
 from jepakit.errors import ConfigError, JepakitError
 
+_IMAGES = "folder, glob or file of images; CSV or Parquet manifest; .tar shards; ZIP"
+_TILE = "pixels a side of the tiles that large images are cut into"
+_OVERLAP = "pixels that neighbouring tiles share"
+_FRAME = "of multi-frame files: which, from 0, or each"
+_VALUE_RANGE = "of other than 8-bit images: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Adapt an image backbone to your own images, export it, serve it, probe it.",
@@ -50,14 +56,18 @@ def options(
 
 @app.command()
 def adapt(
-    images: Annotated[str, typer.Argument(help="folder, glob or file of images")],
+    images: Annotated[str, typer.Argument(help=_IMAGES)],
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
     backbone: Annotated[str | None, typer.Option(help="timm name [vit_small_patch14_reg4_dinov2.lvd142m]")] = None,
     weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle")] = None,
     domain: Annotated[
-        str | None, typer.Option(help="general, natural, satellite, histology, radiology, microscopy")
+        str | None, typer.Option(help="general, natural, satellite, histology, radiology, microscopy, multispectral")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
+    tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
+    overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
+    value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
     epochs: Annotated[int | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images in one SIGReg test [128]")] = None,
@@ -66,8 +76,9 @@ def adapt(
     lamb: Annotated[float | None, typer.Option(help="weight of SIGReg")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of the backbone")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="auto, folder, none: whether folders are classes, to measure by")
+        str | None, typer.Option(help="auto, folder, none: whether folders are classes, to measure by; or a CSV file")
     ] = None,
+    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     workers: Annotated[int | None, typer.Option(help="loader processes")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
@@ -79,7 +90,8 @@ def adapt(
     given = {
         "out": out, "backbone": backbone, "weights": weights, "domain": domain, "image_size": image_size,
         "epochs": epochs, "steps": steps, "batch_size": batch_size, "unfreeze": _number_or_word(unfreeze),
-        "pooling": pooling, "lamb": lamb, "lr": lr, "labels": labels, "seed": seed, "workers": workers,
+        "pooling": pooling, "lamb": lamb, "lr": lr, "labels": labels, "group": group, "seed": seed, "workers": workers,
+        "tile": tile, "overlap": overlap, "frame": _number_or_word(frame), "value_range": _range_or_word(value_range),
     }  # fmt: skip
     settings = _read_toml(config) if config else {}
     settings.update({key: value for key, value in given.items() if value is not None})
@@ -99,6 +111,35 @@ def adapt(
             print(f"{words:<16} {getattr(comparison.before, field):>6.1%}  {getattr(comparison.after, field):>6.1%}")
     print(run.verdict)
     print(f"next: jepakit export {run.path} --out bundles/{run.path.name}")
+
+
+@app.command()
+def inspect(
+    images: Annotated[str, typer.Argument(help=_IMAGES)],
+    sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    domain: Annotated[str | None, typer.Option(help="preset of views to draw [the suggested one]")] = None,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
+    tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
+    overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
+    value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
+    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file")] = None,
+    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting of adapt")] = None,
+) -> None:
+    """Say what training would see of your images, and draw it, before anything is trained."""
+    from jepakit._frontdoor import inspect as run_inspection
+
+    given = {
+        "domain": domain, "image_size": image_size, "tile": tile, "overlap": overlap, "labels": labels, "group": group,
+        "frame": _number_or_word(frame), "value_range": _range_or_word(value_range),
+    }  # fmt: skip
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for assignment in set_ or []:
+        _assign(settings, assignment)
+    seen = run_inspection(images, sheet=sheet, **settings)
+    print(seen.model_dump_json(indent=1) if as_json else seen)
 
 
 @app.command()
@@ -170,25 +211,33 @@ def serve(
 
 @app.command()
 def embed(
-    images: Annotated[str, typer.Argument(help="folder, glob or file of images")],
+    images: Annotated[str, typer.Argument(help=_IMAGES)],
     out: Annotated[Path, typer.Option(help="the .npz file to write")],
     url: Annotated[str | None, typer.Option(help="a service")] = None,
     bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
     model: Annotated[str | None, typer.Option(help="of a service with several models")] = None,
+    labels: Annotated[str, typer.Option(help="folder, auto, none, or a CSV file")] = "folder",
+    tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
+    overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
+    min_valid: Annotated[float, typer.Option(help="least valid share of a tile")] = 0.5,
+    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
 ) -> None:
     """Embed images through a service or a bundle, into one file."""
     if (url is None) == (bundle is None):
         raise ConfigError("say where to embed: --url http://127.0.0.1:8000 or --bundle bundles/NAME")
+    options: dict[str, Any] = {
+        "labels": labels, "tile": tile, "overlap": overlap, "min_valid": min_valid, "frame": _number_or_word(frame),
+    }  # fmt: skip
     if url is not None:
         from jepakit.client import Client
 
         with Client(url) as client:
-            embeddings = client.embed(images, model=model)
+            embeddings = client.embed(images, model=model, **options)
     else:
         from jepakit.session import load
 
         assert bundle is not None
-        embeddings = load(bundle).embed(images)
+        embeddings = load(bundle).embed(images, **options)
     embeddings.save(out)
     labels = "no labels" if embeddings.labels is None else f"{len(set(embeddings.labels))} labels"
     print(
@@ -252,6 +301,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _number_or_word(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdigit() else text
+
+
+def _range_or_word(text: str | None) -> list[float] | str | None:
+    """`LOW:HIGH` as two numbers, anything else as the word it is."""
+    low, colon, high = (text or "").partition(":")
+    try:
+        return [float(low), float(high)] if colon else text
+    except ValueError:
+        return text
 
 
 def _assign(settings: dict[str, Any], assignment: str) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +36,13 @@ from jepakit.errors import (
     ProtocolError,
     ResponseError,
 )
-from jepakit.sources import Gathered, LabelRule, gather
+from jepakit.sources import ImageList, gather
 
 if TYPE_CHECKING:
     import httpx
+
+    from jepakit.bundle import Preprocess
+    from jepakit.readers import ImageRef
 
 # httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
@@ -117,20 +120,28 @@ class Client:
         return _read_models(self._send(self._http.build_request("GET", "/v1/models")))
 
     def embed(
-        self, images: Any, *, model: str | None = None, labels: LabelRule = "folder", progress: bool = True
-    ) -> Embeddings:
+        self, images: Any, *, model: str | None = None, labels: str = "folder", tile: int | None = None,
+        overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
+    ) -> Embeddings:  # fmt: skip
         """Embed images; order kept.
 
-        images    a folder (recursive), glob or path, the bytes of a file, an array uint8 [H, W, 3] or
-                  [N, H, W, 3], a Pillow image, or a list of any of these
-        model     NAME or NAME@MODEL_ID; may be left out when the service has one model
-        labels    of a folder: `folder` takes first-level folders as labels, `none` takes none
-        progress  show how far it is on standard error
+        images     a folder (recursive), glob or path, a CSV or Parquet manifest, WebDataset shards, a ZIP, the
+                   bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image, or a list of any of these
+        model      NAME or NAME@MODEL_ID; may be left out when the service has one model
+        labels     of a folder: `folder` takes first-level folders as labels, `none` takes none; or a CSV file
+        tile       pixels a side of the tiles that large images are cut into, here; ids are then `path#x,y,w,h`.
+                   Needs `jepakit[images]`, as `frame` does
+        overlap    pixels that neighbouring tiles share
+        min_valid  tiles with less valid area are left out
+        frame      of multi-frame files: which, or "each"
+        progress   show how far it is on standard error
 
         Raises ImageError naming the first image that cannot be read, ResponseError when the service refuses,
         ConnectionFailedError after the deadline.
         """
-        job = _Job(gather(images, labels), model)
+        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
+        spec = None if tile is None and frame is None else _spec_of(self.models(), model)
+        job = _Job(listed, model, spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
@@ -196,12 +207,17 @@ class AsyncClient:
         return _read_models(await self._send(self._http.build_request("GET", "/v1/models")))
 
     async def embed(
-        self, images: Any, *, model: str | None = None, labels: LabelRule = "folder", progress: bool = True
-    ) -> Embeddings:
+        self, images: Any, *, model: str | None = None, labels: str = "folder", tile: int | None = None,
+        overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
+    ) -> Embeddings:  # fmt: skip
         """As `Client.embed`."""
         import asyncio
 
-        job = _Job(await asyncio.to_thread(gather, images, labels), model)
+        listed = await asyncio.to_thread(
+            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame
+        )
+        spec = None if tile is None and frame is None else _spec_of(await self.models(), model)
+        job = _Job(listed, model, spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         try:
             for part in _windows(job.parts(), _AT_ONCE):
@@ -296,20 +312,20 @@ class _Chunk:
 class _Job:
     """One call of `embed`: cuts the images into requests, puts the answers together in order."""
 
-    def __init__(self, images: Gathered, model: str | None) -> None:
-        self._images, self._model = images, model
+    def __init__(self, images: ImageList, model: str | None, spec: Preprocess | None = None) -> None:
+        self._images, self._model, self._spec = images, model, spec
         self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
         self.done = 0
 
     def __len__(self) -> int:
-        return len(self._images.items)
+        return len(self._images)
 
     def parts(self) -> Iterator[_Chunk]:
         """Requests of up to 32 images or 16 MB; files are read only when their turn comes."""
         first, items, size = 0, list[Any](), 0
-        for place, image in enumerate(self._images.items):
-            item = _encode(image)
+        for place in range(len(self._images)):
+            item = _encode(self._images[place], self._spec)
             weight = item.nbytes if isinstance(item, np.ndarray) else len(item)
             if items and (
                 len(items) == _IMAGES_PER_REQUEST or size + weight > _BYTES_PER_REQUEST or not _alike(items[0], item)
@@ -360,10 +376,17 @@ class _Job:
     def result(self) -> Embeddings:
         assert self._model_id is not None
         vectors = np.concatenate(self._vectors).astype(np.float32, copy=False)
-        return Embeddings(vectors, self._model_id, self._images.ids, self._images.labels)
+        return Embeddings(vectors, self._model_id, tuple(self._images.ids), self._images.labels)
 
 
-def _encode(image: Any) -> bytes | NDArray[np.uint8]:
+def _encode(ref: ImageRef, spec: Preprocess | None) -> bytes | NDArray[Any]:
+    """A file travels as it is; a part of one is read here, by the same reader as there."""
+    if ref.window is not None or ref.frame is not None:
+        from jepakit.images import read_image
+
+        assert spec is not None
+        return read_image(ref, spec)
+    image = ref.data
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | Path):
@@ -372,10 +395,10 @@ def _encode(image: Any) -> bytes | NDArray[np.uint8]:
         except OSError as error:
             raise ImageError(f"{image}: cannot be read ({error.strerror})", code="unreadable") from None
     if isinstance(image, np.ndarray):
-        return image
+        return image.astype(np.float32) if image.dtype == np.float64 else image
     if callable(getattr(image, "save", None)):  # a Pillow image
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        image.save(buffer, "TIFF" if image.mode in ("F", "I") else "PNG")
         return buffer.getvalue()
     raise DataError(f"cannot embed a {type(image).__name__}: give a path, bytes, an array or a Pillow image")
 
@@ -407,6 +430,17 @@ def _read_models(response: httpx.Response) -> list[ModelInfo]:
         ]
     except (ValueError, KeyError, TypeError):
         raise ProtocolError("the answer to /v1/models is not a list of models: is this a jepakit service?") from None
+
+
+def _spec_of(models: list[ModelInfo], asked: str | None) -> Preprocess:
+    """How the model that is meant wants its images, from the service's own description."""
+    from jepakit.bundle import Preprocess
+
+    named = [one for one in models if asked is None or one.name == asked.partition("@")[0]]
+    if len(named) != 1:
+        known = ", ".join(one.name for one in models)
+        raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
+    return Preprocess.model_validate(named[0].raw["preprocess"])
 
 
 def _meaning(response: httpx.Response) -> ResponseError:

@@ -14,9 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundle import NAME_PATTERN
+from jepakit.errors import ConfigError
 
-Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy"]
+Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Usual display windows of CT, in Hounsfield units.
+CT_WINDOWS = {
+    "ct-brain": (0.0, 80.0), "ct-soft-tissue": (-160.0, 240.0), "ct-lung": (-1350.0, 150.0), "ct-bone": (-500.0, 1300.0),
+}  # fmt: skip
+ValueRange = (
+    Literal["auto", "file", "ct-brain", "ct-soft-tissue", "ct-lung", "ct-bone"]
+    | tuple[Annotated[float, Field(allow_inf_nan=False)], Annotated[float, Field(allow_inf_nan=False)]]
+)
 Width = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 
@@ -47,21 +56,43 @@ class ViewsConfig(_Settings):
         return area
 
     horizontal_flip: Fraction = 0.5
+    """Probability of a mirror image."""
     vertical_flip: Fraction = 0.0
+    """Probability of standing on its head."""
     quarter_turns: bool = False
     """Rotate by a random multiple of 90°."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Rotate by up to so much, either way."""
+    """Rotate by up to so much, either way; what comes into the corners is the view's own reflection."""
     brightness: Fraction = 0.3
+    """Multiply all values by 1 ± up to so much. Like contrast, saturation and hue: four views in five."""
     contrast: Fraction = 0.3
+    """Multiply the distance to the view's mean grey (each band's own mean, unless there are 3) by 1 ± so much."""
     saturation: Fraction = 0.0
+    """Multiply the distance of colours to grey by 1 ± up to so much; 3 bands only, as are the next two."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Turn colours by up to so much of the colour circle, either way; brightness stays."""
     gray: Fraction = 0.0
     """Probability of losing colour."""
+    band_gain: Fraction = 0.0
+    """Multiply each band by its own 1 ± up to so much."""
+    band_offset: Fraction = 0.0
+    """Add to each band its own ± up to so much of the full range."""
     blur: Fraction = 0.0
     """Probability of a Gaussian blur, sigma 0.1 to 2 at 224 px."""
     solarize: Fraction = 0.0
-    """Probability of inverting the bright pixels."""
+    """Probability of inverting the bright half of the values; 3 bands only."""
+
+    def check_bands(self, bands: int) -> None:
+        """Raise ConfigError when a setting means something for colour images alone and these are none."""
+        if bands == 3:
+            return
+        for name in ("saturation", "hue", "gray", "solarize"):
+            value = getattr(self, name)
+            if value:
+                raise ConfigError(
+                    f"views.{name} = {value:g} needs colour images of 3 bands, these have {bands}: set views.{name} = 0, "
+                    "or take a domain that leaves colours alone (radiology for one band, multispectral for several)"
+                )
 
 
 # What a colour, a stain or a density means differs by domain: a preset never destroys it (lejepa.md 3).
@@ -86,6 +117,15 @@ PRESETS: dict[Domain, dict[str, float | bool]] = {
     },
     "radiology": {"horizontal_flip": 0.0, "rotation_degrees": 10.0},
     "microscopy": {"vertical_flip": 0.5, "quarter_turns": True},
+    # Ratios of bands are the signal: each band moves a little, and never by what another one holds.
+    "multispectral": {
+        "vertical_flip": 0.5,
+        "quarter_turns": True,
+        "brightness": 0.0,
+        "contrast": 0.0,
+        "band_gain": 0.1,
+        "band_offset": 0.02,
+    },
 }
 
 
@@ -110,8 +150,30 @@ class AdaptConfig(_Settings):
     standardize: Literal["auto", "none", "center", "scale"] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
     graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
-    labels: Literal["auto", "folder", "none"] = "auto"
-    """Whether first-level folders are classes: only ever used to measure, never to train."""
+    labels: str = "auto"
+    """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
+    labels. Only ever used to measure, never to train."""
+    group: str = "auto"
+    """Which images belong together (patient, scene), so that held-out ones have no sibling in training: `auto`
+    (a manifest's column, DICOM's PatientID, or a tile's scene), `none`, `folder`, or a CSV or Parquet file."""
+    tile: Annotated[int, Field(ge=32)] | None = None
+    """Pixels a side of the tiles that large images are cut into; None: images are used whole."""
+    overlap: Annotated[int, Field(ge=0)] = 0
+    """Pixels that neighbouring tiles share."""
+    min_valid: Fraction = 0.5
+    """Tiles with less valid area (outside "no data") are left out."""
+    frame: Annotated[int, Field(ge=0)] | Literal["each"] | None = None
+    """Of multi-frame files: the frame that is meant, or `each`; None: such files are refused."""
+    value_range: ValueRange = "auto"
+    """What becomes black and white in other than 8-bit images: `auto` measures it, `file` applies each DICOM
+    file's own window, a CT window by name, or [low, high] in the files' units."""
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
+    """Where colours are changed and views blurred: in the loader's processes, or batched on the training
+    device; `auto`: on the device when that is a GPU. It changes nothing but speed."""
+    cache: str | None = None
+    """A folder that keeps decoded and downscaled images, for files that are slow to read; None: no cache."""
+    cache_gb: Annotated[float, Field(gt=0)] = 20.0
+    """Most that `cache` may hold."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more."""
@@ -136,6 +198,8 @@ class AdaptConfig(_Settings):
     projector: tuple[Width, Width, Width] = (1024, 1024, 64)
     """Widths of the projector's layers; the last is K."""
 
+    most_skipped: Fraction = 0.01
+    """Share of the images that may be unreadable or refused: each is listed and replaced; above it the run stops."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images kept out of training, to measure on; at most `measure_on` of them are."""
     measure_on: Annotated[int, Field(ge=20)] = 2000
@@ -158,6 +222,26 @@ class AdaptConfig(_Settings):
         if isinstance(name, str) and name not in PRESETS:
             raise ValueError(f"unknown domain{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
         return name
+
+    @field_validator("labels", "group")
+    @classmethod
+    def _rule_or_file(cls, rule: str) -> str:
+        rules = ("auto", "folder", "none")
+        if rule not in rules and not Path(rule).is_file():
+            raise ValueError(
+                f"no such file; give a CSV or Parquet file, or one of {', '.join(rules)}{did_you_mean(rule, rules)}"
+            )
+        return rule
+
+    @model_validator(mode="after")
+    def _tiles_and_values(self) -> Self:
+        if self.tile is None and self.overlap:
+            raise ValueError(f"overlap = {self.overlap} needs tile")
+        if self.tile is not None and self.overlap >= self.tile:
+            raise ValueError(f"overlap = {self.overlap} must be less than tile = {self.tile}")
+        if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range = {list(self.value_range)}: give low, then high, e.g. [-160, 240]")
+        return self
 
     @field_validator("weights")
     @classmethod

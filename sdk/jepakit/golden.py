@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit.errors import BundleError
-from jepakit.images import centre_crop
+from jepakit.images import Pixels, centre_crop
 
 if TYPE_CHECKING:
     from jepakit.bundle import Preprocess
 
-Images = NDArray[np.uint8]
+
 Vectors = NDArray[np.float32]
 
 N_GOLDEN = 8
@@ -28,31 +28,40 @@ RELATIVE_TOLERANCE = {("fp32", "cpu"): 1e-4, ("fp32", "cuda"): 1e-3}
 
 
 class Golden(NamedTuple):
-    """images uint8 [N, S, S, C], vectors float32 [N, D].
+    """images [N, S, S, C] as the graph takes them, vectors float32 [N, D].
 
     S is `preprocess.resize_to`: sent to a service as they are, the preprocess only crops them, so that a
     Pillow of another version cannot move the result. `inputs` is what reaches the graph.
     """
 
-    images: Images
+    images: Pixels
     vectors: Vectors
 
-    def inputs(self, spec: Preprocess) -> Images:
-        """The images as the graph takes them, uint8 [N, size, size, C]."""
+    def inputs(self, spec: Preprocess) -> Pixels:
+        """The images cropped as the graph takes them, [N, size, size, C]."""
         return centre_crop(self.images, spec.size)
 
 
-def make_images(spec: Preprocess) -> Images:
-    """The golden images of a model: the same for every model of these sizes."""
-    return synthetic_images(N_GOLDEN, spec.resize_to, spec.bands)
+def make_images(spec: Preprocess) -> Pixels:
+    """The golden images of a model, [N, S, S, C]: uint8, or float32 that fill its value scaling."""
+    if spec.scaling is None:
+        return synthetic_images(N_GOLDEN, spec.resize_to, spec.bands)
+    low, high = np.asarray(spec.scaling.low), np.asarray(spec.scaling.high)
+    shares = _synthetic(N_GOLDEN, spec.resize_to, spec.bands, seed=0) / 255
+    values: NDArray[np.float32] = (low + shares * (high - low)).astype(np.float32)
+    return values
 
 
-def synthetic_images(count: int, size: int, bands: int, seed: int = 0) -> Images:
+def synthetic_images(count: int, size: int, bands: int, seed: int = 0) -> NDArray[np.uint8]:
     """Seeded images with the spectrum of photographs (1/f noise per band) and hard-edged shapes.
 
     uint8 [count, size, size, bands]. Made of plain arithmetic and one FFT, so that they stress a model as
     real images do and hold nothing of anybody's data.
     """
+    return _synthetic(count, size, bands, seed).astype(np.uint8)
+
+
+def _synthetic(count: int, size: int, bands: int, seed: int) -> NDArray[np.float64]:
     random = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
     frequency[0, 0] = 1.0
@@ -68,7 +77,7 @@ def synthetic_images(count: int, size: int, bands: int, seed: int = 0) -> Images
         radius = random.uniform(0.1, 0.3) * size
         inside = np.hypot(rows - y, columns - x) < radius
         image[:, inside] = random.uniform(0, 255, (bands, 1))
-    return np.ascontiguousarray(images.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(images.clip(0, 255).transpose(0, 2, 3, 1))
 
 
 def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:

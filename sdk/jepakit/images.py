@@ -1,106 +1,99 @@
-"""Reading images rightly, and the ONE preprocess that training, export, service and client all call.
+"""The ONE preprocess, which training, export, service and client all call.
 
-`read_image` turns a file's bytes (or an array) into RGB uint8, or refuses by name what it cannot read
-rightly: nothing is ever silently white. `fit` resizes and crops. `preprocess` is both.
+`read_image` turns a file (or bytes, or an array) into the kind of pixels that a model takes, uint8 or raw
+float32, or refuses by name what it cannot read rightly: nothing is ever silently white. `fit` resizes and
+crops. `preprocess` is both. Value scaling, mean and std come later, inside the graph.
+
+Shapes: H × W pixels, C bands.
 """
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit.errors import ImageError, MissingExtraError
+from jepakit.errors import ImageError
+from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, open_raster
+from jepakit.readers.quiet import quiet
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from jepakit.bundle import Preprocess
 
-    ImageSource = str | Path | bytes | bytearray | memoryview | Image | NDArray[np.uint8]
+Pixels = NDArray[Any]
+"""uint8 or float32."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-MAX_PIXELS = 89_000_000
-MIN_SIDE = 8
-
-_TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
-_PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
+MOST_CLIPPED = 0.01
 
 
-def preprocess(source: ImageSource, spec: Preprocess, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """One image as the graph takes it: uint8 [size, size, 3], RGB, 0-255.
+def preprocess(source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """One image as the graph takes it, [size, size, C]: uint8 0-255, or float32 in the files' own units.
 
     The same file gives the same bytes wherever this runs. Raises ImageError (see `read_image`).
     """
-    return fit(read_image(source, max_pixels=max_pixels), spec)
+    return fit(read_image(source, spec, limits=limits), spec)
 
 
-def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """Decode one image to an upright RGB Pillow image.
+def read_image(
+    source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS, at_least: int | None = None
+) -> Pixels:
+    """Decode one image to [H, W, C] of the model's kind: uint8, or float32 in the files' own units.
 
-    source      a path, the bytes of a JPEG, PNG, WebP, BMP or 8-bit TIFF file, a Pillow image, or an array
-                uint8 [H, W], [H, W, 1] or [H, W, 3]
-    max_pixels  refused above, judged by the header before anything is decoded
+    source    a path, the bytes of a file, a Pillow image, an array [H, W] or [H, W, C], or an `ImageRef`
+    limits    budgets, judged by the header before anything is decoded
+    at_least  for views only: the image may come back reduced, its shorter side at least so long
 
-    EXIF orientation is honoured, transparency is composited on white, palettes, grey and CMYK become RGB.
-    16-bit, float, multi-band and multi-frame images raise ImageError: converting them to RGB bytes needs a
-    value scaling that nobody has chosen.
+    "No data" is filled with the domain's mean. Raises ImageError for another depth or number of bands than the
+    model was made for, NaN or infinite pixels, an image of one value, one of which measured scaling clips over
+    1 %, several frames without a choice, a scene where tiles are wanted, and whatever cannot be read.
     """
-    try:
-        from PIL import Image as pillow  # noqa: N813
-    except ImportError:
-        raise MissingExtraError("reading images needs Pillow: pip install 'jepakit[images]'") from None
-
-    if isinstance(source, np.ndarray):
-        return _to_rgb(pillow.fromarray(_checked_array(source)), name="array", max_pixels=max_pixels)
-    if isinstance(source, bytearray | memoryview):
-        source = bytes(source)
-    if isinstance(source, pillow.Image):
-        if getattr(source, "format", None) is not None:
-            _refuse_deep(source, "image")
-        return _to_rgb(source, name="image", max_pixels=max_pixels)
-    name = "image" if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else _read_bytes(Path(source))
-    try:
-        image = pillow.open(io.BytesIO(data), formats=FORMATS)
-    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
-        raise _too_large(name, "over 89 million", max_pixels) from None
-    except Exception:
-        raise ImageError(
-            f"{name}: not an image this version reads ({', '.join(FORMATS)}), or its header is damaged",
-            code="unsupported_format",
-        ) from None
-    _refuse_deep(image, name)
-    return _to_rgb(image, name=name, max_pixels=max_pixels)
+    ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
+    with quiet(), open_raster(ref.data, name=ref.name, limits=limits, voi=spec.voi) as raster:
+        header = raster.header
+        check_kind(header, spec, ref.name)
+        _check_scale(header, ref, spec)
+        frame = choose_frame(header, ref.frame if ref.frame is not None else spec.frame, ref.name)
+        stored = raster.read(ref.window, frame=frame, at_least=at_least)
+    return _padded(_checked(stored, header, spec, ref.name), ref, spec)
 
 
-def fit(image: Image, spec: Preprocess) -> NDArray[np.uint8]:
-    """Resize and centre-crop an RGB image to uint8 [size, size, 3], with Pillow's antialiased filters."""
-    from PIL.Image import Resampling
-
-    filters = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
-    width, height = image.size
+def fit(pixels: Pixels, spec: Preprocess) -> Pixels:
+    """Resize and centre-crop [H, W, C] to [size, size, C], with Pillow's antialiased filters."""
+    height, width = pixels.shape[:2]
     if spec.resize == "squash":
         new_size = (spec.resize_to, spec.resize_to)
     else:
         # Multiply before dividing, as torchvision does: the other order falls one pixel short at whole results.
         short = min(width, height)
         new_size = (spec.resize_to * width // short, spec.resize_to * height // short)
-    if new_size[0] * new_size[1] > MAX_PIXELS:
+    if new_size[0] * new_size[1] > DEFAULT_LIMITS.max_pixels:
         raise ImageError(
             f"{width} × {height} pixels is so long and thin that resizing makes {new_size[0]} × {new_size[1]}: cut it into tiles",
             code="too_large",
         )
-    if new_size != image.size:
-        image = image.resize(new_size, filters[spec.interpolation])
-    return centre_crop(np.asarray(image), spec.size)
+    if new_size != (width, height):
+        pixels = resize(pixels, new_size, spec.interpolation)
+    return centre_crop(pixels, spec.size)
 
 
-def centre_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize(pixels: Pixels, size: tuple[int, int], interpolation: str) -> Pixels:
+    """[H, W, C] to `size` (width, height); bands other than three, and float32, one by one."""
+    from PIL import Image
+    from PIL.Image import Resampling
+
+    filters = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR}
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return np.asarray(Image.fromarray(pixels).resize(size, filters[interpolation]))
+    bands = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(pixels[:, :, band])).resize(size, filters[interpolation]))
+        for band in range(pixels.shape[2])
+    ]
+    return np.stack(bands, axis=2)
+
+
+def centre_crop(pixels: Pixels, size: int) -> Pixels:
     """The middle [size, size, C] of [H, W, C] (or of a stack of them)."""
     height, width = pixels.shape[-3:-1]
     # Python's round: half to even, as torchvision's centre crop does; one pixel off costs cosine 0.8 to 0.9.
@@ -108,84 +101,138 @@ def centre_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels[..., top : top + size, left : left + size, :])
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror})", code="unreadable") from None
+def name_of(source: ImageSource) -> str:
+    """What messages call an image that is not an `ImageRef`."""
+    if isinstance(source, str | Path):
+        return str(source)
+    return "array" if isinstance(source, np.ndarray) else "image"
 
 
-def _refuse_deep(image: Image, name: str) -> None:
-    """Refuse what Pillow would silently squeeze into 8-bit RGB, and files of several frames."""
-    try:
-        depth, frames = _bit_depth(image), getattr(image, "n_frames", 1)
-    except Exception:
-        raise ImageError(f"{name}: damaged: its header does not say what it holds", code="unreadable") from None
-    if depth > 8 or image.mode not in _PLAIN_MODES | _TRANSPARENT_MODES:
-        kind = f"{depth}-bit" if depth > 8 else "16-bit, float or integer"
-        raise ImageError(
-            f"{name}: {kind} pixels (mode {image.mode}); this version reads 8-bit images only, and guessing a "
-            "scaling would change what the values mean: convert it to 8 bits with a window of your choice",
-            code="unsupported_mode",
-        )
-    # A phone's MPO file is a JPEG whose further frames are previews of the first.
-    if frames > 1 and image.format != "MPO":
-        raise ImageError(
-            f"{name}: {frames} frames; save the frame you mean as a file of its own", code="unsupported_mode"
-        )
-
-
-def _bit_depth(image: Image) -> int:
-    """Bits a band in the file: Pillow opens 16-bit RGB as 8-bit RGB without a word."""
-    if image.format == "TIFF":
-        return int(max(image.tag_v2.get(258, (1,))))  # type: ignore[attr-defined]
-    raw_modes = [
-        str(part)
-        for tile in getattr(image, "tile", [])
-        for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))
-    ]
-    return 16 if any(";16" in mode for mode in raw_modes) else 8
-
-
-def _to_rgb(image: Image, *, name: str, max_pixels: int) -> Image:
-    from PIL import Image as pillow  # noqa: N813
-    from PIL import ImageOps
-
-    width, height = image.size
-    if width * height > max_pixels:
-        raise _too_large(name, f"{width} × {height}", max_pixels)
-    if min(width, height) < MIN_SIDE:
-        raise ImageError(f"{name}: {width} × {height} pixels, the least is {MIN_SIDE} a side", code="too_small")
-    if image.mode not in _PLAIN_MODES | _TRANSPARENT_MODES:
-        raise ImageError(
-            f"{name}: pixels of mode {image.mode}; this version reads 8-bit images only",
-            code="unsupported_mode",
-        )
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = pillow.new("RGBA", image.size, "white")
-            image = pillow.alpha_composite(white, image)
-        return image.convert("RGB")
-    except Exception as error:
-        raise ImageError(f"{name}: damaged or cut short ({error})", code="unreadable") from None
-
-
-def _too_large(name: str, seen: str, max_pixels: int) -> ImageError:
-    return ImageError(
-        f"{name}: {seen} pixels, the limit is {max_pixels:,}: cut it into tiles or downscale it",
-        code="too_large",
+def check_kind(header: Header, spec: Preprocess, name: str) -> None:
+    """Refuse an image of another depth or number of bands than the model was made for."""
+    # float32 arrays are how a program hands over values that files hold as integers.
+    same_depth = header.dtype == spec.stored_as or (header.format == "array" and header.dtype == spec.dtype)
+    if same_depth and header.bands == spec.bands:
+        return
+    seen, wanted = describe_kind(header.bands, header.dtype), describe_kind(spec.bands, spec.stored_as)
+    raise ImageError(
+        f"{name}: holds {seen}, the model was made for {wanted}: give it such images, or adapt a model on these",
+        code="unsupported_mode",
     )
 
 
-def _checked_array(array: NDArray[Any]) -> NDArray[np.uint8]:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+def describe_kind(bands: int, stored_as: str) -> str:
+    """Depth and bands in words: `8-bit RGB`, `uint16 of 1 band`."""
+    if stored_as == "uint8" and bands == 3:
+        return "8-bit RGB or grey pixels"
+    return f"{stored_as} pixels of {bands} band{'s' if bands > 1 else ''}"
+
+
+def choose_frame(header: Header, frame: int | None, name: str) -> int:
+    """The frame that is meant; several frames without a choice are refused."""
+    if frame is None:
+        if header.frames > 1:
+            raise ImageError(
+                f"{name}: {header.frames} frames: choose one of them (frame=0 … {header.frames - 1}), or every one (frame='each')",
+                code="unsupported_mode",
+            )
+        return 0
+    if frame >= header.frames:
+        raise ImageError(f"{name}: has {header.frames} frames, there is no frame {frame}", code="unsupported_mode")
+    return frame
+
+
+def missing(stored: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
+    """Where an image holds "no data", bool [H, W, C]; None where it nowhere does."""
+    if nodata is None:
+        return None
+    holes: NDArray[np.bool_] = np.isnan(stored) if np.isnan(nodata) else stored == nodata
+    return holes if holes.any() else None
+
+
+def refuse_unusable(stored: NDArray[Any], holes: NDArray[np.bool_] | None, name: str) -> NDArray[Any]:
+    """The pixels valid in every band, [N, C]; ImageError for none, NaN or infinite values, or all of one value."""
+    if stored.dtype == np.float32:
+        bad = ~np.isfinite(stored) if holes is None else ~np.isfinite(stored) & ~holes
+        if bad.any():
+            raise ImageError(
+                f"{name}: {int(bad.sum())} of {stored.size} values are NaN or infinite: mend them, or declare them as "
+                "no data in the file",
+                code="not_finite",
+            )
+    valid = stored.reshape(-1, stored.shape[2]) if holes is None else stored[~holes.any(axis=2)]
+    if not len(valid):
+        raise ImageError(f"{name}: holds no valid pixel, only the file's no-data value", code="constant")
+    first = valid[0]
+    if (valid[:256] == first).all() and (valid == first).all():
+        raise ImageError(f"{name}: every pixel has the value {_told(first)}: it shows nothing", code="constant")
+    return valid
+
+
+def neutral(spec: Preprocess) -> NDArray[Any]:
+    """What stands in for missing pixels, [C] in the files' own units: it becomes 0 once mean and std are applied."""
+    mean = np.asarray(spec.mean)
+    if spec.scaling is None:
+        return (255 * mean).round().astype(np.uint8)
+    low, high = np.asarray(spec.scaling.low), np.asarray(spec.scaling.high)
+    fill: NDArray[np.float32] = (low + mean * (high - low)).astype(np.float32)
+    return fill
+
+
+def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) -> Pixels:
+    """Stored values to the graph's dtype, refused where they would be wrong, filled where they are missing."""
+    holes = missing(stored, header.nodata)
+    valid = refuse_unusable(stored, holes, name)
+    if spec.scaling is not None and spec.scaling.measured:
+        _refuse_saturated(valid, spec, name)
+    pixels: Pixels = stored.astype(spec.dtype, copy=False)
+    return pixels if holes is None else np.where(holes, neutral(spec), pixels)
+
+
+def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
+    assert spec.scaling is not None
+    outside = (
+        (valid < np.asarray(spec.scaling.low, np.float32)) | (valid > np.asarray(spec.scaling.high, np.float32))
+    ).mean(axis=0)
+    band = int(outside.argmax())
+    if outside[band] > MOST_CLIPPED:
         raise ImageError(
-            f"array of {array.dtype} {list(array.shape)}: wanted uint8 [H, W], [H, W, 1] or [H, W, 3]",
-            code="wrong_shape",
+            f"{name}: {outside[band]:.1%} of band {band + 1} lies outside {spec.scaling.low[band]:g} … "
+            f"{spec.scaling.high[band]:g}, the range the model was made for (seen: {valid[:, band].min():g} … "
+            f"{valid[:, band].max():g}): is it in the same units? If so, adapt with a wider value_range",
+            code="saturated",
         )
-    if min(array.shape[:2]) < MIN_SIDE:
-        raise ImageError(f"array of {list(array.shape)}: the least is {MIN_SIDE} pixels a side", code="too_small")
-    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _check_scale(header: Header, ref: ImageRef, spec: Preprocess) -> None:
+    """A model of tiles knows one scale: a scene squeezed into its input would be another."""
+    if spec.tile is None:
+        return
+    width, height = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
+    fits = max(width, height) <= spec.tile if ref.window is not None else (width, height) in _tile_sizes(spec)
+    if not fits:
+        raise ImageError(
+            f"{ref.name}: {width} × {height} pixels, and the model was made for tiles of {spec.tile} × {spec.tile}: "
+            f"cut it by tile={spec.tile} (`jepakit embed --tile {spec.tile}`)",
+            code="wrong_scale",
+        )
+
+
+def _tile_sizes(spec: Preprocess) -> set[tuple[int | None, int | None]]:
+    """Tiles as they were cut, or downscaled already to what the model resizes them to."""
+    return {(spec.tile, spec.tile), (spec.resize_to, spec.resize_to)}
+
+
+def _padded(pixels: Pixels, ref: ImageRef, spec: Preprocess) -> Pixels:
+    """A tile at the edge of a scene that is smaller than a tile, filled up to the full size."""
+    height, width = pixels.shape[:2]
+    if ref.window is None or spec.tile is None or (height == spec.tile and width == spec.tile):
+        return pixels
+    full = np.empty((spec.tile, spec.tile, spec.bands), pixels.dtype)
+    full[:] = neutral(spec)
+    full[:height, :width] = pixels
+    return full
+
+
+def _told(values: NDArray[Any]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:6].tolist()) + (", …" if len(values) > 6 else "")

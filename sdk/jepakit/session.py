@@ -18,6 +18,7 @@ from jepakit import golden
 from jepakit.bundle import GOLDEN, GRAPH, Bundle, Manifest, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, MissingExtraError, ServeError
+from jepakit.images import Pixels
 
 Provider = Literal["auto", "cpu", "cuda"]
 
@@ -49,8 +50,8 @@ class Session:
         session.check_golden(golden.unpack(bundle.read(GOLDEN)))
         return session
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed preprocessed images: uint8 [B, size, size, C], RGB, 0-255 → float32 [B, D]."""
+    def run(self, images: Pixels) -> NDArray[np.float32]:
+        """Embed preprocessed images: [B, size, size, C], uint8 or raw float32 → float32 [B, D]."""
         (vectors,) = self._session.run(["embeddings"], {"images": images})
         return vectors  # type: ignore[no-any-return]
 
@@ -80,24 +81,25 @@ class Model:
         return self.manifest.model_id
 
     def embed(
-        self, images: Any, *, labels: Literal["auto", "folder", "none"] = "folder", progress: bool = True
-    ) -> Embeddings:
-        """Embed a folder, glob, path, bytes, array, Pillow image, or a list of them; order kept.
+        self, images: Any, *, labels: str = "folder", tile: int | None = None, overlap: int = 0,
+        min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
+    ) -> Embeddings:  # fmt: skip
+        """Embed what `Client.embed` takes; order kept. The arguments are the client's.
 
-        labels  as in `Client.embed`. Raises ImageError for the first image that cannot be read rightly.
+        Raises ImageError for the first image that cannot be read rightly.
         """
         from jepakit._progress import track
         from jepakit.images import preprocess
         from jepakit.sources import gather
 
-        gathered = gather(images, labels)
-        vectors = np.empty((len(gathered.items), self.manifest.embedding.dim), np.float32)
+        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
+        vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         batch = 4  # larger ones are slower on a CPU: activations leave the L2 cache
-        for start in track(range(0, len(gathered.items), batch), "embed", enabled=progress):
-            items = gathered.items[start : start + batch]
-            pixels = np.stack([preprocess(item, self.manifest.preprocess) for item in items])
-            vectors[start : start + len(items)] = self._session.run(pixels)
-        return Embeddings(vectors, self.model_id, gathered.ids, gathered.labels)
+        for start in track(range(0, len(listed), batch), "embed", enabled=progress):
+            places = range(start, min(start + batch, len(listed)))
+            pixels = np.stack([preprocess(listed[place], self.manifest.preprocess) for place in places])
+            vectors[start : start + len(places)] = self._session.run(pixels)
+        return Embeddings(vectors, self.model_id, tuple(listed.ids), listed.labels)
 
 
 def load(bundle: str | Path, *, provider: Provider = "auto", threads: int | None = None) -> Model:

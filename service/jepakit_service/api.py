@@ -26,6 +26,7 @@ _BODY = {
         "content": {
             "application/json": {"schema": EmbeddingRequest.model_json_schema()},
             "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "application/dicom": {"schema": {"type": "string", "format": "binary"}},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",

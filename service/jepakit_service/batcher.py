@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+from jepakit.images import Pixels
+
+_Run = Callable[[Pixels], NDArray[np.float32]]
 
 
 class MicroBatcher:
@@ -25,11 +27,11 @@ class MicroBatcher:
 
     def __init__(self, run: _Run, max_batch: int) -> None:
         self._run, self._max_batch = run, max_batch
-        self._waiting: deque[tuple[NDArray[np.uint8], asyncio.Future[NDArray[np.float32]]]] = deque()
+        self._waiting: deque[tuple[Pixels, asyncio.Future[NDArray[np.float32]]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
         self._busy = False
 
-    async def embed(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    async def embed(self, image: Pixels) -> NDArray[np.float32]:
         """The vector [D] of one preprocessed image [H, W, C]."""
         future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         self._waiting.append((image, future))
@@ -46,7 +48,7 @@ class MicroBatcher:
     def _start_if_idle(self) -> None:
         if self._busy:
             return
-        batch: list[tuple[NDArray[np.uint8], asyncio.Future[NDArray[np.float32]]]] = []
+        batch: list[tuple[Pixels, asyncio.Future[NDArray[np.float32]]]] = []
         while self._waiting and len(batch) < self._max_batch:
             image, future = self._waiting.popleft()
             if not future.done():  # its client has left

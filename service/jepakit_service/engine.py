@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from jepakit import golden
 from jepakit.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
-from jepakit.errors import BundleError, DataError, ImageError
-from jepakit.images import preprocess
+from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
+from jepakit.images import Pixels, preprocess
+from jepakit.readers import Limits
 from jepakit.session import Session
 from jepakit_service.batcher import MicroBatcher
 from jepakit_service.settings import ServeSettings
@@ -78,8 +79,12 @@ class Engine:
             return error
         return await model.batcher.embed(pixels)
 
-    def _preprocess(self, model: LoadedModel, image: Encoded) -> NDArray[np.uint8]:
-        return preprocess(image, model.manifest.preprocess, max_pixels=self._settings.max_pixels)
+    def _preprocess(self, model: LoadedModel, image: Encoded) -> Pixels:
+        limits = Limits(max_pixels=self._settings.max_pixels, max_decoded_bytes=8 * self._settings.max_pixels)
+        try:
+            return preprocess(image, model.manifest.preprocess, limits=limits)
+        except MissingExtraError as error:  # what is not installed here is the sender's to know
+            raise ImageError(str(error), code="unsupported_format") from None
 
     def close(self) -> None:
         """Let go of threads."""
@@ -115,7 +120,7 @@ def _bundle_folders(path: Path) -> list[Path]:
     return folders
 
 
-def _best_batch(session: Session, images: golden.Images) -> int:
+def _best_batch(session: Session, images: Pixels) -> int:
     """The smallest batch whose throughput no larger one beats by 5 %: on a CPU large batches are slower."""
     best, best_rate = 1, 0.0
     for size in _BATCHES_TO_TRY:

@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jepakit.images import MAX_PIXELS
+from jepakit.readers import DEFAULT_LIMITS
 from jepakit.session import Provider
 
 Positive = Annotated[int, Field(ge=1)]
@@ -41,7 +41,7 @@ class ServeSettings(BaseModel):
     max_body_mb: Positive = 64
     max_images: Positive = 256
     """Images in one request."""
-    max_pixels: Positive = MAX_PIXELS
+    max_pixels: Positive = DEFAULT_LIMITS.max_pixels
     """Pixels in one image, judged by its header."""
     max_waiting: Positive = 1024
     """Images waiting or running in a replica; more are answered 429."""

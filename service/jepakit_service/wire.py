@@ -21,7 +21,8 @@ from python_multipart.multipart import parse_options_header
 
 from jepakit._messages import explain
 
-Encoded = bytes | NDArray[np.uint8]
+Encoded = bytes | NDArray[Any]
+_NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
 
 
 class ApiError(Exception):
@@ -82,12 +83,12 @@ def parse(content_type: str, body: bytes, *, max_images: int) -> Ask:
         ask = _parse_multipart(body, options.get(b"boundary", b""), max_images)
     elif media == "application/x-npy":
         ask = Ask(_parse_npy(body, max_images))
-    elif media.startswith("image/") or media == "application/octet-stream":
+    elif media.startswith("image/") or media in ("application/octet-stream", "application/dicom"):
         ask = Ask([body])
     else:
         raise ApiError(
             415, "unsupported_media_type",
-            f"content type {media or 'none'} is not read here: send application/json, image/*, multipart/form-data or application/x-npy",
+            f"content type {media or 'none'} is not read here: send application/json, image/*, application/dicom, multipart/form-data or application/x-npy",
         )  # fmt: skip
     if not ask.images:
         raise ApiError(400, "no_images", "the request holds no image", param="input")
@@ -187,8 +188,8 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
 
 
 def _parse_npy(body: bytes, max_images: int) -> list[Encoded]:
-    """uint8 [N, H, W, C] or [H, W, C] as numpy saves it. The header is judged before any array is made."""
-    wanted = "send one uint8 array [N, H, W, 3] as numpy.save writes it"
+    """[N, H, W, C] or [H, W, C] as numpy saves it. The header is judged before any array is made."""
+    wanted = "send one little-endian array [N, H, W, C] of the model's own kind as numpy.save writes it"
     buffer = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(buffer)
@@ -198,11 +199,11 @@ def _parse_npy(body: bytes, max_images: int) -> list[Encoded]:
         raise ApiError(400, "invalid_npy", f"the body is not an .npy file: {wanted}") from None
     data = body[buffer.tell() :]
     if (
-        dtype != np.uint8
+        dtype.str not in _NPY_TYPES
         or fortran
         or len(shape) not in (3, 4)
         or 0 in shape
-        or int(np.prod(shape, dtype=object)) != len(data)
+        or int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data)
     ):
         raise ApiError(400, "invalid_npy", f"the array is {dtype} {list(shape)} with {len(data)} bytes: {wanted}")
     if len(shape) == 4 and shape[0] > max_images:
@@ -211,7 +212,7 @@ def _parse_npy(body: bytes, max_images: int) -> list[Encoded]:
             "too_many_images",
             f"{shape[0]} images in one request, the limit is {max_images}: send several requests",
         )
-    pixels = np.frombuffer(data, np.uint8).reshape(shape)
+    pixels = np.frombuffer(data, dtype).reshape(shape)
     return list(pixels) if pixels.ndim == 4 else [pixels]
 
 

@@ -73,7 +73,7 @@ def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, me
         ({"backbone": "vit_small_patch14_reg4_dinov2.lvd"}, ["has no weights 'lvd'", "lvd142m"]),
         ({"weights": "nowhere.pth"}, ["weights = 'nowhere.pth'", "no such file"]),
         ({"pooling": "haed"}, ["pooling = 'haed'", "'auto', 'head' or 'stages'"]),
-        ({"labels": "yes"}, ["labels = 'yes'", "'folder'"]),
+        ({"labels": "yes"}, ["labels = 'yes'", "no such file", "folder"]),
         ({"lr": 0}, ["lr = 0", "greater than 0"]),
         ({"lr": float("nan")}, ["lr = nan"]),
         ({"lamb": 1}, ["lamb = 1", "less than 1"]),

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from jepakit.errors import DataError, InputError
-from jepakit.images import read_image
-from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, Gathered, gather, list_images
+from jepakit.readers import open_raster
+from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, gather, list_images
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -27,6 +27,10 @@ def touch(root: Path, *names: str) -> Path:
 
 def classes(root: Path, counts: dict[str, int]) -> Path:
     return touch(root, *(f"{name}/{i:03}.png" for name, count in counts.items() for i in range(count)))
+
+
+def paths(images: ImageList) -> list[Any]:
+    return [ref.data for ref in images]
 
 
 def png(size: int = 10) -> bytes:
@@ -42,7 +46,8 @@ def test_a_folder_is_read_recursively_in_the_order_of_its_names(tmp_path: Path) 
     touch(tmp_path, "b/2.png", "b/10.png", "a.png", "b/c/d/1.jpg", "A.PNG")
     listed = list_images(tmp_path)
     assert listed.ids == ("A.PNG", "a.png", "b/10.png", "b/2.png", "b/c/d/1.jpg")
-    assert listed.paths == tuple(tmp_path / name for name in listed.ids)
+    assert paths(listed) == [tmp_path / name for name in listed.ids]
+    assert [ref.name for ref in listed] == list(listed.ids)
     assert len(listed) == 5
 
 
@@ -52,9 +57,23 @@ def test_a_folder_can_be_text_or_a_path(tmp_path: Path, as_given: type[Any]) -> 
 
 
 def test_only_images_are_listed_whatever_the_case_of_their_suffix(tmp_path: Path) -> None:
-    images = ("a.JPG", "b.jpeg", "c.Png", "d.webp", "e.BMP", "f.tif", "g.TIFF")
-    touch(tmp_path, *images, "notes.txt", "png", "h.gif", "i.png.txt", "j.dcm")
-    assert list_images(tmp_path).ids == images
+    images = (
+        "a.JPG",
+        "b.jpeg",
+        "c.Png",
+        "d.webp",
+        "e.BMP",
+        "f.tif",
+        "g.TIFF",
+        "h.dcm",
+        "i.npy",
+        "j.NPZ",
+        "k.svs",
+        "l.ndpi",
+    )
+    touch(tmp_path, *images, "notes.txt", "png", "m.gif", "n.png.txt", "labels.csv")
+    assert list_images(tmp_path, group="none").ids == images
+    assert {Path(name).suffix.lower() for name in images} == SUFFIXES
 
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
@@ -97,9 +116,9 @@ def test_a_link_that_leads_nowhere_does_not_stop_the_listing(tmp_path: Path) -> 
 def test_a_glob_lists_matching_images_sorted(tmp_path: Path) -> None:
     touch(tmp_path, "b/2.png", "a/1.png", "a/1.jpg", "a/1.txt", "3.png")
     listed = list_images(f"{tmp_path}/*/*")
-    assert listed.paths == (tmp_path / "a/1.jpg", tmp_path / "a/1.png", tmp_path / "b/2.png")
+    assert paths(listed) == [tmp_path / "a/1.jpg", tmp_path / "a/1.png", tmp_path / "b/2.png"]
     assert listed.labels is None
-    assert [path.name for path in list_images(f"{tmp_path}/**/*.png").paths] == ["3.png", "1.png", "2.png"]
+    assert [path.name for path in paths(list_images(f"{tmp_path}/**/*.png"))] == ["3.png", "1.png", "2.png"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
@@ -137,7 +156,7 @@ def test_missing_files_of_a_list_are_counted(tmp_path: Path) -> None:
 def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt")
     for source in (tmp_path, f"{tmp_path}/*.png"):
-        with pytest.raises(DataError, match=r"holds no images \(looked for \.bmp, \.jpeg"):
+        with pytest.raises(DataError, match=r"holds no images \(looked for \.bmp, \.dcm, \.jpeg"):
             list_images(source)
     with pytest.raises(DataError):
         list_images([])
@@ -249,7 +268,7 @@ def test_gather_takes_a_folder_with_its_classes(tmp_path: Path) -> None:
     gathered = gather(tmp_path, "folder")
     assert gathered.ids == ("cat/000.png", "dog/000.png", "dog/001.png")
     assert gathered.labels == ("cat", "dog", "dog")
-    assert gathered.items == [tmp_path / name for name in gathered.ids]
+    assert paths(gathered) == [tmp_path / name for name in gathered.ids]
     assert gather(str(tmp_path), "none").labels is None
     assert gather(tmp_path, "auto").labels is None
 
@@ -272,9 +291,9 @@ def test_gather_flattens_images_in_memory_and_names_them_by_their_place(tmp_path
     gathered = gather([png(), array, image, tmp_path / "x.png", f"{tmp_path}/y.png"], "folder")
     assert gathered.ids == ("0", "1", "2", f"{tmp_path}/x.png", f"{tmp_path}/y.png")
     assert gathered.labels is None
-    assert gathered.items[1] is array
-    assert gathered.items[2] is image
-    assert gathered.items[4] == tmp_path / "y.png"
+    assert paths(gathered)[1] is array
+    assert paths(gathered)[2] is image
+    assert paths(gathered)[4] == tmp_path / "y.png"
 
 
 @pytest.mark.parametrize(
@@ -282,22 +301,23 @@ def test_gather_flattens_images_in_memory_and_names_them_by_their_place(tmp_path
 )
 def test_gather_takes_one_image_in_memory(image: Any) -> None:
     gathered = gather(image, "folder")
-    assert len(gathered.items) == 1
-    assert gathered.items[0] is image
+    assert len(gathered) == 1
+    assert paths(gathered)[0] is image
     assert gathered.ids == ("0",)
 
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_gather_takes_other_kinds_of_bytes_and_they_can_be_read(kind: Any) -> None:
-    (item,) = gather(kind(png()), "folder").items
-    assert read_image(item).size == (10, 10)
+    (item,) = paths(gather(kind(png()), "folder"))
+    with open_raster(item) as raster:
+        assert (raster.header.width, raster.header.height) == (10, 10)
 
 
 def test_gather_takes_a_stack_of_arrays_image_by_image() -> None:
     stack = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
     gathered = gather(stack, "folder")
     assert gathered.ids == ("0", "1", "2")
-    for item, array in zip(gathered.items, stack, strict=True):
+    for item, array in zip(paths(gathered), stack, strict=True):
         np.testing.assert_array_equal(item, array)
 
 
@@ -311,6 +331,6 @@ def test_gather_refuses_nothing(nothing: Any) -> None:
         gather(nothing, "folder")
 
 
-def test_gathered_is_frozen() -> None:
+def test_an_image_list_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        Gathered([], (), None).ids = ("a",)  # type: ignore[misc]
+        gather(png(), "none").ids = ("a",)  # type: ignore[misc]

@@ -148,7 +148,7 @@ BAD_REQUESTS = [
     ("float arrays", "application/x-npy", npy(np.zeros((1, 40, 40, 3))), 400, "invalid_npy"),
     ("pickled arrays", "application/x-npy", npy(np.array([print], dtype=object)), 400, "invalid_npy"),
     ("a cut array", "application/x-npy", npy(np.zeros((1, 40, 40, 3), np.uint8))[:-9], 400, "invalid_npy"),
-    ("four bands", "application/x-npy", npy(np.zeros((1, 40, 40, 4), np.uint8)), 422, "wrong_shape"),
+    ("four bands", "application/x-npy", npy(np.zeros((1, 40, 40, 4), np.uint8)), 422, "unsupported_mode"),
     ("too large a body", "image/png", b"\0" * (9 << 20), 413, "body_too_large"),
 ]  # fmt: skip
 

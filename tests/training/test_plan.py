@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jepakit.backbone import build
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
-from jepakit.sources import ImageList
+from jepakit.sources import list_images
 from jepakit_training.plan import Plan, make_plan
 
 
 def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:
-    paths = tuple(Path(f"{number}.png") for number in range(images))
-    listed = ImageList(paths, tuple(map(str, paths)), None, "no labels")
+    listed = list_images([np.zeros((8, 8), np.uint8)] * images, "none")
     return make_plan(AdaptConfig(images="x", backbone=backbone, **settings), listed, build(backbone, {}), world)
 
 

@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from jepakit.bundle import Preprocess
 from jepakit.config import ViewsConfig
 from jepakit.errors import DataError
-from jepakit_training.data import Batch, Key, StepBatches, ViewDataset, make_loader, normalise, split
-from jepakit_training.views import ViewMaker
+from jepakit.sources import list_images
+from jepakit_training.cache import ImageCache
+from jepakit_training.data import Key, StepBatches, ViewDataset, make_loader, normalise, split, views_on
+from jepakit_training.views import ViewMaker, Views, finish
+
+SPEC = Preprocess(
+    size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)  # fmt: skip
 
 
 def test_split_holds_each_class_out_in_proportion_and_never_overlaps() -> None:
@@ -77,23 +85,27 @@ def test_its_length_is_the_number_of_steps() -> None:
     assert len(StepBatches(10, 4, 0, range(3, 10))) == 7
 
 
-def make_dataset(folder: Path, seed: int = 0) -> ViewDataset:
-    maker = ViewMaker(ViewsConfig(n_local=1), 64, 32)
-    return ViewDataset(sorted(folder.rglob("*.png")), maker, seed)
+def make_dataset(folder: Path, seed: int = 0, cache: ImageCache | None = None) -> ViewDataset:
+    maker, images = ViewMaker(ViewsConfig(n_local=1), 64, 32), list_images(folder, "none")
+    return ViewDataset(images, np.arange(len(images)), SPEC, maker, seed, cache)
+
+
+def views_of(dataset: ViewDataset, key: Key) -> Views:
+    return finish(dataset[key].crops)
 
 
 def test_an_unreadable_file_is_replaced_by_its_neighbour_and_reported(image_folder: Callable[..., Path]) -> None:
     folder = image_folder(classes=0, per_class=6)
     whole = make_dataset(folder)
-    untouched = whole[Key(0, 0)]
+    untouched = views_of(whole, Key(0, 0))
     (folder / "003.png").write_bytes(b"this is no image")
     broken = make_dataset(folder)
 
     item = broken[Key(0, 3)]
     assert [index for index, _ in item.skipped] == [3]
     assert "003.png" in item.skipped[0][1]
-    assert all(torch.equal(a, b) for a, b in zip(item.views, broken[Key(0, 3)].views, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(untouched.views, broken[Key(0, 0)].views, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(finish(item.crops), views_of(broken, Key(0, 3)), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(untouched, views_of(broken, Key(0, 0)), strict=True))
     assert broken[Key(0, 4)].skipped == []
 
 
@@ -112,28 +124,62 @@ def test_a_folder_of_rubbish_stops_with_the_first_files_name(tmp_path: Path) -> 
 
 def test_views_depend_on_the_runs_seed_and_on_the_pass_over_the_data(image_folder: Callable[..., Path]) -> None:
     folder = image_folder(classes=0, per_class=2)
-    views = [make_dataset(folder, seed)[Key(epoch, 0)].views.global_ for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    views = [views_of(make_dataset(folder, seed), Key(epoch, 0)).global_ for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2])
 
 
-def test_the_number_of_workers_changes_nothing(image_folder: Callable[..., Path]) -> None:
+def test_neither_the_number_of_workers_nor_where_colours_are_changed_changes_anything(
+    image_folder: Callable[..., Path],
+) -> None:
     folder = image_folder(classes=0, per_class=6)
     (folder / "002.png").write_bytes(b"broken")
 
-    def batches(workers: int) -> list[Batch]:
-        dataset = make_dataset(folder)
-        return list(make_loader(dataset, StepBatches(6, 4, 0, range(4)), workers, pin=False))
+    def batches(workers: int, finished: bool) -> list[tuple[Views, list[tuple[int, str]]]]:
+        loader = make_loader(
+            make_dataset(folder), StepBatches(6, 4, 0, range(4)), workers, pin=False, finished=finished
+        )
+        return [(views_on(torch.device("cpu"), batch.views), batch.skipped) for batch in loader]
 
-    alone, helped = batches(0), batches(2)
-    assert len(alone) == len(helped) == 4
-    for one, other in zip(alone, helped, strict=True):
-        assert torch.equal(one.views.global_, other.views.global_)
-        assert torch.equal(one.views.local, other.views.local)
-        assert one.skipped == other.skipped
-    assert {index for batch in alone for index, _ in batch.skipped} == {2}
-    assert alone[0].views.global_.shape == (2, 4, 3, 64, 64)
-    assert alone[0].views.local.shape == (1, 4, 3, 32, 32)
+    alone = batches(0, finished=True)
+    for others in (batches(2, finished=True), batches(2, finished=False)):
+        assert len(alone) == len(others) == 4
+        for (views, skipped), (other_views, other_skipped) in zip(alone, others, strict=True):
+            assert torch.equal(views.global_, other_views.global_)
+            assert torch.equal(views.local, other_views.local)
+            assert skipped == other_skipped
+    assert {index for _, skipped in alone for index, _ in skipped} == {2}
+    assert alone[0][0].global_.shape == (2, 4, 3, 64, 64)
+    assert alone[0][0].local.shape == (1, 4, 3, 32, 32)
+
+
+def test_from_the_cache_the_views_are_the_same_and_a_changed_file_is_read_anew(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = image_folder(classes=0, per_class=3, height=300, width=340)
+    dataset = make_dataset(folder, cache=ImageCache(tmp_path / "cache", 1 << 30, 80))
+    first, again = views_of(dataset, Key(0, 1)), views_of(dataset, Key(0, 1))
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    (folder / "001.png").write_bytes((folder / "002.png").read_bytes())
+    assert not torch.equal(views_of(dataset, Key(0, 1)).global_, first.global_)
+
+
+def test_groups_are_held_out_whole_and_each_stratum_in_proportion() -> None:
+    random = np.random.default_rng(0)
+    patients = [f"p{number}" for number in random.integers(0, 60, 600)]
+    labels = ["ill" if int(name[1:]) < 20 else "well" for name in patients]
+    parts = split(600, labels, groups=patients, share=0.25, most=1000, seed=0)
+    assert not {patients[index] for index in parts.held_out} & {patients[index] for index in parts.train}
+    held_out = Counter(labels[index] for index in parts.held_out)
+    for label, count in Counter(labels).items():
+        assert held_out[label] == pytest.approx(0.25 * count, abs=12)
+
+
+def test_classes_of_one_group_each_are_not_held_out_as_a_whole_class_by_class() -> None:
+    scenes = [f"scene{number // 10}" for number in range(100)]
+    parts = split(100, scenes, groups=scenes, share=0.2, most=1000, seed=0)
+    assert len(parts.held_out) == 20
 
 
 def test_normalise() -> None:

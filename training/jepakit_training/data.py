@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from jepakit.bundle import Preprocess
 from jepakit.errors import DataError, ImageError
-from jepakit.images import read_image
+from jepakit.images import Pixels, read_image
+from jepakit.sources import ImageList
+from jepakit_training.cache import ImageCache, downscale
 from jepakit_training.randomness import derive_seed
-from jepakit_training.views import ViewMaker, Views
+from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
 _MOST_SUBSTITUTES = 20
 
@@ -27,15 +29,36 @@ class Split(NamedTuple):
     held_out: NDArray[np.intp]
 
 
-def split(count: int, labels: Sequence[str] | None, *, share: float, most: int, seed: int) -> Split:
-    """Hold `share` of the images out, at most `most`, each class in proportion and by at least one image."""
+def split(
+    count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None
+) -> Split:
+    """Hold `share` of the images out, at most `most`, each stratum in proportion and by at least one group.
+
+    strata  a name for each image, e.g. its class; None: all are one stratum
+    groups  a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
+            the stratum of most of its images; None: every image is a group of its own
+    """
     random = np.random.default_rng(derive_seed(seed, "split"))
     share = min(share, most / count)
-    groups = np.asarray(labels) if labels is not None else np.zeros(count, np.intp)
-    held_out = np.zeros(count, bool)
-    for group in np.unique(groups):
-        members = random.permutation(np.flatnonzero(groups == group))
-        held_out[members[: max(1, round(share * len(members)))]] = True
+    group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    stratum_of = np.zeros(count, np.intp) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
+    sizes = np.bincount(group_of)
+    votes = np.zeros((len(sizes), int(stratum_of.max()) + 1), np.intp)
+    np.add.at(votes, (group_of, stratum_of), 1)
+    stratum_of_group = votes.argmax(axis=1)
+    if groups is not None:
+        # A stratum of one group would be held out as a whole or not at all: such ones are one stratum together.
+        lone = np.bincount(stratum_of_group, minlength=votes.shape[1]) == 1
+        stratum_of_group = np.where(lone[stratum_of_group], -1, stratum_of_group)
+    chosen = np.zeros(len(sizes), bool)
+    for stratum in np.unique(stratum_of_group):
+        members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
+        wanted = max(1, round(share * sizes[members].sum()))
+        # As many groups as come nearest to the share, one at the least.
+        count_up_to = np.cumsum(sizes[members])
+        n_groups = 1 + int(np.abs(count_up_to - wanted).argmin())
+        chosen[members[:n_groups]] = True
+    held_out = chosen[group_of]
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
@@ -73,47 +96,72 @@ class StepBatches(Sampler[list[Key]]):
 
 
 class Item(NamedTuple):
-    views: Views
+    crops: Crops
     skipped: list[tuple[int, str]]
     """(index, reason) of files that could not be read and whose place a neighbour took."""
 
 
 class Batch(NamedTuple):
-    """Views of N images: uint8 [V, N, C, H, W] at each size; `skipped` as in `Item`."""
+    """Views of N images, [V, N, C, H, W] at each size, still to be finished or finished; `skipped` as in `Item`."""
 
-    views: Views
+    views: Crops | Views
     skipped: list[tuple[int, str]]
 
 
 class ViewDataset(Dataset[Item]):
     """Decodes the image of a key and cuts its views.
 
+    images  the source; `indices` are those of it that are trained on
+    spec    the model's preprocess: what kind of pixels is wanted
+    cache   decoded and downscaled images, or None
+
     An unreadable file is replaced by the next readable one, the same on every rank and at every resume.
     """
 
-    def __init__(self, paths: Sequence[Path], make_views: ViewMaker, seed: int) -> None:
-        self._paths, self._make_views, self._seed = paths, make_views, seed
+    def __init__(
+        self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, make_views: ViewMaker, seed: int,
+        cache: ImageCache | None = None,
+    ) -> None:  # fmt: skip
+        self._images, self._indices, self._spec = images, indices, spec
+        self._make_views, self._seed, self._cache = make_views, seed, cache
 
     def __getitem__(self, key: Key) -> Item:
         skipped = []
         for offset in range(_MOST_SUBSTITUTES):
-            index = (key.place + offset) % len(self._paths)
+            index = int(self._indices[(key.place + offset) % len(self._indices)])
             try:
-                image = read_image(self._paths[index])
+                pixels = self._read(index)
             except ImageError as error:
                 skipped.append((index, str(error)))
                 continue
-            return Item(self._make_views(image, derive_seed(self._seed, "views", key.epoch, key.place)), skipped)
+            return Item(self._make_views(pixels, derive_seed(self._seed, "views", key.epoch, key.place)), skipped)
         raise DataError(f"{_MOST_SUBSTITUTES} images in a row cannot be read; the first: {skipped[0][1]}")
 
+    def _read(self, index: int) -> Pixels:
+        ref = self._images[index]
+        least_side = self._make_views.least_side
+        key = None if self._cache is None else self._cache.key_of(ref)
+        if self._cache is None or key is None:
+            return read_image(ref, self._spec, at_least=least_side)
+        pixels = self._cache.get(key)
+        if pixels is None:
+            pixels = downscale(read_image(ref, self._spec, at_least=least_side), least_side)
+            self._cache.put(key, pixels)
+        return pixels
 
-def make_loader(dataset: ViewDataset, batches: StepBatches, workers: int, *, pin: bool) -> DataLoader[Batch]:
-    """A loader of `batches`; the number of workers changes nothing but speed."""
+
+def make_loader(
+    dataset: ViewDataset, batches: StepBatches, workers: int, *, pin: bool, finished: bool
+) -> DataLoader[Batch]:
+    """A loader of `batches`; the number of workers changes nothing but speed.
+
+    finished  whether colours are changed here, in the loader's processes (else on the training device)
+    """
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_collate_finished if finished else _collate,
         pin_memory=pin,
         worker_init_fn=_one_thread if workers else None,
         timeout=600 if workers else 0,
@@ -121,8 +169,18 @@ def make_loader(dataset: ViewDataset, batches: StepBatches, workers: int, *, pin
 
 
 def _collate(items: list[Item]) -> Batch:
-    views = Views(*(torch.stack(sizes, dim=1) for sizes in zip(*(item.views for item in items), strict=True)))
-    return Batch(views, [skip for item in items for skip in item.skipped])
+    return Batch(collate([item.crops for item in items]), [skip for item in items for skip in item.skipped])
+
+
+def _collate_finished(items: list[Item]) -> Batch:
+    return Batch(finish(collate([item.crops for item in items])), [skip for item in items for skip in item.skipped])
+
+
+def views_on(device: torch.device, views: Crops | Views) -> Views:
+    """A batch's views on `device`, their colours changed there where the loader left that to it."""
+    if isinstance(views, Crops):
+        return finish(views.to(device))
+    return Views(*(group.to(device, non_blocking=True) for group in views))
 
 
 def _one_thread(_: int) -> None:
@@ -130,5 +188,5 @@ def _one_thread(_: int) -> None:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [..., C, H, W] to float32, by 0-255 `mean` and `std` of shape [C, 1, 1]."""
+    """Views [..., C, H, W] to what the backbone takes, by `mean` and `std` [C, 1, 1] in the views' own units."""
     return (images.float() - mean) / std

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from jepakit.bundle import EmbeddingSpec, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ImageError
 from jepakit.evaluate import Comparison, Measurement, compare, measure, no_labels
-from jepakit.images import preprocess
+from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
 from jepakit_training.data import Split
 from jepakit_training.records import SkippedFiles
@@ -31,7 +30,8 @@ _BATCH = 16
 class Features:
     """Pooled outputs before centring of the images to measure on, float32 [N, D] for each pooling.
 
-    `readable` and `skipped` speak of the paths that were asked for; rows are the readable ones.
+    `readable` speaks of the images that were asked for, `skipped` of their indices in the source; rows are the
+    readable ones.
     """
 
     by_pooling: dict[Pooling, NDArray[np.float32]]
@@ -43,49 +43,53 @@ class Features:
 class MeasuringSet:
     """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge."""
 
-    paths: list[Path]
+    indices: NDArray[np.intp]
     is_fit: NDArray[np.bool_]
     labels: NDArray[np.str_] | None
 
     @classmethod
-    def choose(cls, paths: Sequence[Path], labels: Sequence[str] | None, split: Split, most: int) -> MeasuringSet:
-        """All held-out images, and at most `most` evenly spread training images."""
-        fit = split.train[np.unique(np.linspace(0, len(split.train) - 1, min(most, len(split.train))).astype(np.intp))]
-        chosen = np.concatenate([fit, split.held_out])
+    def choose(cls, labels: Sequence[str] | None, split: Split, most: int) -> MeasuringSet:
+        """At most `most` evenly spread images of each part."""
+        fit, held_out = _spread(split.train, most), _spread(split.held_out, most)
+        chosen = np.concatenate([fit, held_out])
         return cls(
-            [paths[index] for index in chosen],
+            chosen,
             np.arange(len(chosen)) < len(fit),
             None if labels is None else np.asarray(labels)[chosen],
         )
 
     def only(self, readable: NDArray[np.bool_]) -> MeasuringSet:
         """Without the images that could not be read."""
-        paths = [path for path, keep in zip(self.paths, readable, strict=True) if keep]
-        return MeasuringSet(paths, self.is_fit[readable], None if self.labels is None else self.labels[readable])
+        labels = None if self.labels is None else self.labels[readable]
+        return MeasuringSet(self.indices[readable], self.is_fit[readable], labels)
+
+
+def _spread(indices: NDArray[np.intp], most: int) -> NDArray[np.intp]:
+    return indices[np.unique(np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(np.intp))]
 
 
 def extract(
-    backbone: Any, paths: Sequence[Path], spec: Preprocess, poolings: Sequence[Pooling], *,
+    backbone: Any, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, poolings: Sequence[Pooling], *,
     device: torch.device, workers: int, what: str, show: bool,
 ) -> Features:  # fmt: skip
-    """Pool the backbone's features of `paths`, read by the one preprocess, in float32."""
+    """Pool the backbone's features of some images, read by the one preprocess, in float32."""
     plain = Embedder(backbone, spec, _bare_spec("head")).to(device).eval()
     loader = DataLoader(
-        _Preprocessed(paths, spec), batch_size=_BATCH, num_workers=workers, collate_fn=list,
+        _Preprocessed(images, indices, spec), batch_size=_BATCH, num_workers=workers, collate_fn=list,
     )  # fmt: skip
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
-    readable, skipped = np.ones(len(paths), bool), []
-    starts = range(0, len(paths), _BATCH)
+    readable, skipped = np.ones(len(indices), bool), []
+    starts = range(0, len(indices), _BATCH)
     for start, items in zip(track(starts, what, enabled=show), loader, strict=True):
         for place, item in enumerate(items, start):
             if isinstance(item, str):
                 readable[place] = False
-                skipped.append((place, item))
-        images = [item for item in items if not isinstance(item, str)]
-        if not images:
+                skipped.append((int(indices[place]), item))
+        pixels = [item for item in items if not isinstance(item, str)]
+        if not pixels:
             continue
         with torch.inference_mode():
-            x = plain.normalised(torch.from_numpy(np.stack(images)).to(device))
+            x = plain.normalised(torch.from_numpy(np.stack(pixels)).to(device))
             for pooling in poolings:
                 rows[pooling].append(pool(backbone, x, pooling).float().cpu().numpy())
     nothing = np.empty((0, 0), np.float32)
@@ -169,16 +173,16 @@ class Measuring:
         self, config: AdaptConfig, images: ImageList, parts: Split, spec: Preprocess, *,
         device: torch.device, workers: int, skipped: SkippedFiles, show: bool,
     ) -> None:  # fmt: skip
-        self.images = MeasuringSet.choose(images.paths, images.labels, parts, config.measure_on)
-        self._config, self._spec, self._device, self._workers = config, spec, device, workers
+        self.images = MeasuringSet.choose(images.labels, parts, config.measure_on)
+        self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
         self._skipped, self._show = skipped, show
 
     def start(self, backbone: Any) -> Measured:
         """Before: the better of the untrained poolings, chosen without looking at held-out images."""
         poolings = choose_poolings(self._config, backbone, has_labels=self.images.labels is not None)
         features = self._extract(backbone, poolings, "measure the start")
-        for place, reason in features.skipped:
-            self._skipped.add(self.images.paths[place], reason)
+        for index, reason in features.skipped:
+            self._skipped.add(self._source.ids[index], reason)
         self.images = self.images.only(features.readable)
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
@@ -195,7 +199,7 @@ class Measuring:
 
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
         return extract(
-            backbone, self.images.paths, self._spec, poolings,
+            backbone, self._source, self.images.indices, self._spec, poolings,
             device=self._device, workers=self._workers, what=what, show=self._show,
         )  # fmt: skip
 
@@ -208,17 +212,17 @@ class Measuring:
 
 
 class _Preprocessed(Dataset[Any]):
-    """uint8 [H, W, C] a readable path, the reason in words for another."""
+    """What the graph takes, [H, W, C], of a readable image; the reason in words for another."""
 
-    def __init__(self, paths: Sequence[Path], spec: Preprocess) -> None:
-        self._paths, self._spec = paths, spec
+    def __init__(self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess) -> None:
+        self._images, self._indices, self._spec = images, indices, spec
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._indices)
 
-    def __getitem__(self, index: int) -> NDArray[np.uint8] | str:
+    def __getitem__(self, place: int) -> Pixels | str:
         try:
-            return preprocess(self._paths[index], self._spec)
+            return preprocess(self._images[int(self._indices[place])], self._spec)
         except ImageError as error:
             return str(error)
 

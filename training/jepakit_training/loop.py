@@ -17,20 +17,22 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from jepakit._progress import Steps
-from jepakit.backbone import is_hierarchical, start_backbone, stock_preprocess
+from jepakit.backbone import is_hierarchical, start_backbone, start_preprocess
 from jepakit.bundle import Preprocess, Provenance, name_for
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training import checkpoint
-from jepakit_training.data import StepBatches, ViewDataset, make_loader
+from jepakit_training.cache import open_cache
+from jepakit_training.data import StepBatches, ViewDataset, make_loader, views_on
 from jepakit_training.evaluation import Measuring
 from jepakit_training.model import LejepaModel, freeze, freeze_norm_statistics, parameter_groups
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.randomness import derive_seed
-from jepakit_training.records import SkippedFiles, StepLog, open_folder, versions, write_run_bundle
+from jepakit_training.records import FREE_SETTINGS, SkippedFiles, StepLog, open_folder, versions, write_run_bundle
 from jepakit_training.sigreg import directions, lejepa_loss
+from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
 
 _LOG_EVERY = 10
@@ -67,13 +69,16 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     )
     main = accelerator.is_main_process
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    backbone, described = start_backbone(config.backbone, config.weights, config.image_size)
+    found = look_at(images, config, show=main)
+    backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
     plan = make_plan(config, images, backbone, accelerator.num_processes)
-    spec = stock_preprocess(backbone, plan.image_size)
-    for note in (images.note, *plan.notes) if main else ():
+    spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
+    for note in (images.note, *describe_values(found, spec), *plan.notes) if main else ():
         print(note, file=sys.stderr)
 
-    skipped = SkippedFiles(run.path / SKIPPED, len(images), enabled=main)
+    skipped = SkippedFiles(run.path / SKIPPED, len(images), most=config.most_skipped, enabled=main)
+    for index, reason in found.unreadable:
+        skipped.add(images.ids[index], reason)
     backbone = backbone.to(accelerator.device)
     if is_hierarchical(backbone):
         # 1.8 times the images/s of a MobileNetV2 step on a CPU; a ViT has no convolutions worth it.
@@ -118,7 +123,7 @@ def _train(
     run: Run, accelerator: Accelerator, skipped: SkippedFiles,
 ) -> None:  # fmt: skip
     """Train the backbone in place, from the newest checkpoint where there is one."""
-    views = config.resolved_views()
+    recipe = config.resolved_views()
     from_random = config.weights == "random"
     trainable = freeze(backbone, config.unfreeze, from_random=from_random)
     start_state = {
@@ -135,13 +140,17 @@ def _train(
     first = _restore(run.path / CHECKPOINTS, model, optimizer)
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
-    paths = [images.paths[index] for index in plan.split.train]
+    trained_on = plan.split.train
     batches = StepBatches(
-        len(paths), plan.batch_size, config.seed, range(first, plan.steps),
+        len(trained_on), plan.batch_size, config.seed, range(first, plan.steps),
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
-    dataset = ViewDataset(paths, ViewMaker(views, plan.image_size, plan.local_size), config.seed)
-    loader = make_loader(dataset, batches, plan.workers, pin=accelerator.device.type == "cuda")
+    make_views = ViewMaker(recipe, plan.image_size, plan.local_size, spec.scaling)
+    cache = open_cache(config, make_views.least_side, spec)
+    dataset = ViewDataset(images, trained_on, spec, make_views, config.seed, cache)
+    on_gpu = accelerator.device.type == "cuda"
+    on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
+    loader = make_loader(dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
     main = accelerator.is_main_process
     clock = _Clock()
     bad_steps = 0
@@ -153,7 +162,7 @@ def _train(
     ):
         for step, batch in zip(range(first, plan.steps), clock.waiting(loader), strict=True):
             for index, reason in batch.skipped:
-                skipped.add(paths[index], reason)
+                skipped.add(images.ids[index], reason)
             torch.manual_seed(derive_seed(config.seed, "step", step, accelerator.process_index))
             model.backbone_frozen = step < plan.warmup_steps or not trainable
             model.train()
@@ -161,12 +170,13 @@ def _train(
                 freeze_norm_statistics(backbone)
             _set_learning_rates(optimizer, plan, step)
 
+            views = views_on(accelerator.device, batch.views)
             with accelerator.autocast():
-                proj_VNK = prepared(_to(batch.views, accelerator.device))
+                proj_VNK = prepared(views)
             slices_KS = directions(
                 config.projector[-1], config.n_slices, seed=config.seed, step=step, device=accelerator.device
             )
-            loss, prediction, regulariser = lejepa_loss(proj_VNK, views.n_global, plan.lamb, slices_KS)
+            loss, prediction, regulariser = lejepa_loss(proj_VNK, recipe.n_global, plan.lamb, slices_KS)
             accelerator.backward(loss)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             # One step on a NaN would poison AdamW for ever. The norm is the same on every rank.
@@ -252,14 +262,10 @@ def _has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
-def _to(views: Any, device: torch.device) -> Any:
-    return type(views)(*(group.to(device, non_blocking=True) for group in views))
-
-
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:
-    told = config.model_dump(mode="json", exclude_none=True, exclude={"images", "out", "workers", "save_every_s"})
-    if config.weights not in ("pretrained", "random"):
-        told["weights"] = Path(config.weights).name  # a bundle is for sharing: no path of this machine
+    told = config.model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
+    for setting in ("weights", "labels", "group"):  # a bundle is for sharing: no path of this machine
+        told[setting] = Path(told[setting]).name
     return Provenance(
         config=told,
         steps=steps,

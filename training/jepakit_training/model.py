@@ -34,11 +34,12 @@ class LejepaModel(nn.Module):
         self.backbone = backbone
         self.projector = Projector(n_features, widths)
         self.backbone_frozen = False
-        self.register_buffer("_mean", 255 * torch.tensor(preprocess.mean)[:, None, None], persistent=False)
-        self.register_buffer("_std", 255 * torch.tensor(preprocess.std)[:, None, None], persistent=False)
+        unit = 255 if preprocess.dtype == "uint8" else 1
+        self.register_buffer("_mean", unit * torch.tensor(preprocess.mean)[:, None, None], persistent=False)
+        self.register_buffer("_std", unit * torch.tensor(preprocess.std)[:, None, None], persistent=False)
 
     def forward(self, views: Views) -> Tensor:
-        """uint8 views [V, N, C, H, W] at each size → float32 projections [V, N, K], the global views first."""
+        """Views [V, N, C, H, W] at each size, uint8 or scaled float32 → float32 projections [V, N, K], the global views first."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             features = [
                 self.backbone(normalise(group.flatten(0, 1), self._mean, self._std)) for group in views if len(group)

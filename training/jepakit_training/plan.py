@@ -7,14 +7,17 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jepakit.backbone import is_hierarchical, round_size, size_multiple
-from jepakit.config import AdaptConfig
+from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
-from jepakit.sources import MAX_CLASSES, ImageList
+from jepakit.sources import ImageList
 from jepakit_training.data import Split, split
 
 FEWEST_IMAGES = 16
 _FEW_IMAGES = 64
+_FEWEST_GROUPS = 5
 _DEFAULT_STEPS = 300
 _RAMP_STEPS = 10
 _LAMBDA_PER_VIEW = 0.005
@@ -53,8 +56,8 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
         raise DataError(
             f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
         )
-    parts = split(len(images), _strata(images), share=config.held_out, most=config.measure_on, seed=config.seed)
-    trained_on, notes = len(parts.train), []
+    parts, notes = _split(config, images)
+    trained_on = len(parts.train)
 
     batch_size = min(config.batch_size, trained_on) // world * world
     if batch_size == 0:
@@ -74,9 +77,7 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
     multiple = size_multiple(backbone)
     views = config.resolved_views()
     image_size = round_size(config.image_size, multiple)
-    local_size = round_size(
-        round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size, multiple
-    )
+    local_size = round_size(local_size_of(image_size, views), multiple)
     if views.n_local and local_size >= image_size:
         raise ConfigError(
             f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
@@ -99,10 +100,26 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
     )
 
 
-def _strata(images: ImageList) -> list[str] | None:
-    """First-level folders, to hold out of each in proportion: whether they count as labels changes nothing trained."""
-    tops = [name.rpartition("/")[0].partition("/")[0] for name in images.ids]
-    return tops if len(set(tops)) <= MAX_CLASSES else None
+def local_size_of(image_size: int, views: ViewsConfig) -> int:
+    """Pixels a side of local views, before they are rounded to the backbone's patch or stride."""
+    return round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size
+
+
+def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
+    """Held-out images: the manifest's own where it names some, else a share of whole groups, each stratum in proportion."""
+    if images.held_out is not None:
+        return Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out)), []
+    groups, notes = images.groups, []
+    if groups is not None and len(set(groups)) < _FEWEST_GROUPS:
+        notes.append(
+            f"warning: there are only {len(set(groups))} groups, too few to hold some out whole: held-out images have "
+            "siblings in training, and the verdict is optimistic"
+        )
+        groups = None
+    parts = split(
+        len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed
+    )
+    return parts, notes
 
 
 def _cosine(share: float) -> float:

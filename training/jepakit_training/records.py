@@ -32,8 +32,7 @@ from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metric
 from jepakit.sources import ImageList
 
 # These may differ between a run and its resumption: they change nothing in the result.
-_FREE_SETTINGS = frozenset({"out", "workers", "save_every_s"})
-_SKIPPED_SHARE = 0.01
+FREE_SETTINGS = frozenset({"out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped"})
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -70,7 +69,7 @@ def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
     before = tomllib.loads((out / CONFIG).read_text(encoding="utf-8"))
     changed = [
         f"{key} was {before.get(key)!r}, now {settings.get(key)!r}"
-        for key in sorted({*before, *settings} - _FREE_SETTINGS)
+        for key in sorted({*before, *settings} - FREE_SETTINGS)
         if before.get(key) != settings.get(key)
     ]
     go_on = f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
@@ -109,20 +108,20 @@ class StepLog:
 
 
 class SkippedFiles:
-    """skipped.csv: files that could not be read, each once, with the reason; stops above 1 % of the images."""
+    """skipped.csv: images that could not be read, each once, with the reason; stops above a share `most` of them."""
 
-    def __init__(self, path: Path, n_images: int, *, enabled: bool) -> None:
-        self._path, self._most, self._enabled = path, int(_SKIPPED_SHARE * n_images), enabled
+    def __init__(self, path: Path, n_images: int, *, most: float, enabled: bool) -> None:
+        self._path, self._share, self._most, self._enabled = path, most, int(most * n_images), enabled
         self._seen: dict[str, str] = {}
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "path"}
 
-    def add(self, path: Path, reason: str) -> None:
-        """Note one file; DataError when there are too many."""
-        if str(path) in self._seen:
+    def add(self, name: str, reason: str) -> None:
+        """Note one image by its id; DataError when there are too many."""
+        if name in self._seen:
             return
-        self._seen[str(path)] = reason
+        self._seen[name] = reason
         if self._enabled:
             with self._path.open("w", newline="", encoding="utf-8") as file:
                 file.write("# holds paths of your images: keep it to yourself\n")
@@ -130,7 +129,8 @@ class SkippedFiles:
         if len(self._seen) > self._most:
             more = f", and {len(self._seen) - 1} more listed in {self._path}" if len(self._seen) > 1 else ""
             raise DataError(
-                f"{reason}{more}; over 1 % of the images cannot be read: mend or remove them, then run the same command again"
+                f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read: mend or remove them, then run the "
+                "same command again (or allow more: --set most_skipped=0.05)"
             )
 
 

@@ -1,85 +1,171 @@
-"""Views: the crops and changes that LeJEPA pulls together.
+"""Views: the crops of one image that LeJEPA pulls together.
 
-An image is decoded once; every view is cut from it in uint8. All randomness of an image's views comes from
-one seed, so they are the same bytes with any number of workers, before and after a resume.
+An image is decoded once; every view is cut and resized from it, and that is all that a loader worker must
+do: `finish` changes the views' values (`photometric`), in the worker or, batched, on the training device.
+All randomness of an image's views comes from one seed, so they are the same bytes with any number of workers,
+before and after a resume.
 
-Shapes: V views, C bands, H × W pixels; uint8, RGB, 0-255.
+Shapes: V views, N images, C bands, H × W pixels. uint8, 0-255; other data float32, 0-1 after its scaling.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import v2 as transforms
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch.nn.functional import interpolate
 
+from jepakit.bundle import Scaling
 from jepakit.config import ViewsConfig
+from jepakit_training import photometric
+from jepakit_training.photometric import Changes
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-_JITTER_SHARE = 0.8
+_ASPECTS = 3 / 4, 4 / 3
+_LOG_ASPECTS = math.log(3 / 4), math.log(4 / 3)
+_TRIES = 10
+_LEAST_CROP = 16
+"""Pixels a side: of a small image, a local crop by area alone would be a few pixels blown up."""
+_FAST_BANDS = 4
+"""Where torch's fast resize of uint8 ends; four bands at a time, 13 take a quarter of the time."""
 
 
 class Views(NamedTuple):
-    """Views of one image (or, with N behind V, of a batch): uint8 [V, C, H, W] at each of the two sizes."""
+    """Views of one image [V, C, H, W] or of a batch [V, N, C, H, W], at each of the two sizes."""
 
     global_: Tensor
     local: Tensor
 
 
+class Crops(NamedTuple):
+    """Views still to be finished: cut and resized, with the changes to be made to them."""
+
+    views: Views
+    global_changes: Changes
+    local_changes: Changes
+
+    def to(self, device: torch.device) -> Crops:
+        """The crops on `device`; their changes stay where they are wanted."""
+        return self._replace(views=Views(*(group.to(device, non_blocking=True) for group in self.views)))
+
+
 class ViewMaker:
     """Cuts the views of one image by `config`'s recipe, at `global_size` and `local_size` pixels a side."""
 
-    def __init__(self, config: ViewsConfig, global_size: int, local_size: int) -> None:
-        self._global = _recipe(config, global_size, config.global_area)
-        self._local = _recipe(config, local_size, config.local_area)
-        self._counts = config.n_global, config.n_local
-        self._local_size = local_size
+    def __init__(self, config: ViewsConfig, global_size: int, local_size: int, scaling: Scaling | None = None) -> None:
+        self._config, self._scaling = config, scaling
+        self._groups = (
+            (config.n_global, global_size, config.global_area),
+            (config.n_local, local_size, config.local_area),
+        )
 
-    def __call__(self, image: Image, seed: int) -> Views:
-        """The views of an RGB image, a function of the image and `seed` alone."""
-        pixels = pil_to_tensor(image)
-        n_global, n_local = self._counts
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            global_ = torch.stack([self._global(pixels) for _ in range(n_global)])
-            local = [self._local(pixels) for _ in range(n_local)]
-        empty = pixels.new_empty(0, pixels.shape[0], self._local_size, self._local_size)
-        return Views(global_, torch.stack(local) if local else empty)
+    @property
+    def least_side(self) -> int:
+        """Pixels of an image's shorter side above which no crop is enlarged: decoding to more gains nothing."""
+        return max(math.ceil(size / math.sqrt(area[0] * _ASPECTS[0])) for count, size, area in self._groups if count)
+
+    def __call__(self, pixels_HWC: NDArray[Any], seed: int) -> Crops:
+        """The crops of an image, a function of the image and `seed` alone.
+
+        pixels  uint8 [H, W, C], or float32 with raw values if the maker has a scaling
+
+        Raises ConfigError when the recipe does not fit the number of bands.
+        """
+        assert pixels_HWC.dtype == (np.uint8 if self._scaling is None else np.float32)
+        random = np.random.Generator(np.random.PCG64(seed))
+        views, changes = [], []
+        for count, size, area in self._groups:
+            views.append(self._crops(pixels_HWC, random, count, size, area))
+            changes.append(photometric.draw(self._config, random, count, pixels_HWC.shape[2], size))
+        return Crops(Views(*views), *changes)
+
+    def _crops(
+        self, pixels_HWC: NDArray[Any], random: np.random.Generator, count: int, size: int, area: tuple[float, float]
+    ) -> Tensor:
+        height, width, bands = pixels_HWC.shape
+        boxes = draw_boxes(random, count, height, width, area).tolist()
+        mirrored = random.random(count) < self._config.horizontal_flip
+        upended = random.random(count) < self._config.vertical_flip
+        turns = (random.integers(4, size=count) * self._config.quarter_turns).tolist()
+        dtype = torch.uint8 if self._scaling is None else torch.float32
+        # Bands last in memory: so the resize gives them, and bringing them to the front takes it a fifth more time.
+        crops = torch.empty(count, size, size, bands, dtype=dtype).permute(0, 3, 1, 2)
+        for view in range(count):
+            top, left, bottom, right = boxes[view]
+            crop = resize(pixels_HWC[top:bottom, left:right], size, size)
+            if upended[view]:
+                crop = crop.flip(1)
+            if mirrored[view]:
+                crop = crop.flip(2)
+            crops[view] = torch.rot90(crop, turns[view], dims=(1, 2)) if turns[view] else crop
+        return crops if self._scaling is None else _scaled(crops, self._scaling)
 
 
-def _recipe(config: ViewsConfig, size: int, area: tuple[float, float]) -> transforms.Compose:
-    steps: list[transforms.Transform] = []
-    if config.rotation_degrees:
-        steps.append(transforms.RandomRotation(config.rotation_degrees, InterpolationMode.BILINEAR))
-    steps.append(
-        transforms.RandomResizedCrop(size, scale=area, interpolation=InterpolationMode.BICUBIC, antialias=True)
+def draw_boxes(
+    random: np.random.Generator, count: int, height: int, width: int, area: tuple[float, float]
+) -> NDArray[np.intp]:
+    """[count, 4], top, left, bottom and right of random crops, torchvision's RandomResizedCrop in distribution.
+
+    An image too long and thin for the area is cut to the largest box of a legal aspect, anywhere along it.
+    """
+    areas = random.uniform(*area, (count, _TRIES)) * height * width
+    aspects = np.exp(random.uniform(*_LOG_ASPECTS, (count, _TRIES)))
+    places = random.random((count, 2))
+    limits = np.array([height, width])
+    sides = np.rint(np.sqrt(np.stack([areas / aspects, areas * aspects], axis=-1))).astype(np.intp)
+    fits = np.all((sides > 0) & (sides <= limits), axis=-1)
+    first = sides[np.arange(count), np.argmax(fits, axis=1)]
+    largest = np.minimum(limits, (limits[::-1] * _ASPECTS[1]).astype(np.intp))
+    chosen = np.where(np.any(fits, axis=1)[:, None], first, largest)
+    chosen = np.maximum(chosen, np.minimum(limits, _LEAST_CROP))
+    corners = (places * (limits - chosen + 1)).astype(np.intp)
+    return np.concatenate([corners, corners + chosen], axis=1)
+
+
+def resize(pixels_HWC: NDArray[Any], height: int, width: int) -> Tensor:
+    """[C, height, width] of the same dtype, uint8 or float32: bicubic, antialiased, Pillow's within one level."""
+    # A copy, because torch warns of arrays that it may not write to, and a cached image is one.
+    image_1CHW = torch.from_numpy(pixels_HWC.copy())[None].permute(0, 3, 1, 2)
+    if image_1CHW.shape[1] > _FAST_BANDS:
+        parts = torch.split(image_1CHW, _FAST_BANDS, dim=1)
+        return torch.cat([_bicubic(part, height, width) for part in parts], dim=1)[0]
+    return _bicubic(image_1CHW, height, width)[0]
+
+
+def _bicubic(image_1CHW: Tensor, height: int, width: int) -> Tensor:
+    return interpolate(image_1CHW, (height, width), mode="bicubic", antialias=True)
+
+
+def _scaled(crops_VCHW: Tensor, scaling: Scaling) -> Tensor:
+    # Resized first and scaled after, as the exported graph's input is.
+    low, high = (torch.tensor(ends)[:, None, None] for ends in (scaling.low, scaling.high))
+    return crops_VCHW.sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def collate(crops: Sequence[Crops]) -> Crops:
+    """The crops of N images as one: every [V, ...] becomes [V, N, ...]."""
+    views, *changes = zip(*crops, strict=True)
+    stacked = [Changes(*(np.stack(field, axis=1) for field in zip(*group, strict=True))) for group in changes]
+    return Crops(Views(*(_stacked(group) for group in zip(*views, strict=True))), *stacked)
+
+
+def _stacked(views: Sequence[Tensor]) -> Tensor:
+    return torch.stack([group.permute(0, 2, 3, 1) for group in views], dim=1).permute(0, 1, 4, 2, 3)
+
+
+def finish(crops: Crops) -> Views:
+    """The views of one image or of a batch, with their changes made, on the device that the crops are on."""
+    return Views(
+        _finished(crops.views.global_, crops.global_changes), _finished(crops.views.local, crops.local_changes)
     )
-    if config.horizontal_flip:
-        steps.append(transforms.RandomHorizontalFlip(config.horizontal_flip))
-    if config.vertical_flip:
-        steps.append(transforms.RandomVerticalFlip(config.vertical_flip))
-    if config.quarter_turns:
-        steps.append(QuarterTurns())
-    if config.brightness or config.contrast or config.saturation or config.hue:
-        jitter = transforms.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
-        steps.append(transforms.RandomApply([jitter], _JITTER_SHARE))
-    if config.gray:
-        steps.append(transforms.RandomGrayscale(config.gray))
-    if config.blur:
-        kernel = max(3, size // 20 * 2 + 1)
-        steps.append(transforms.RandomApply([transforms.GaussianBlur(kernel, (0.1, 2.0 * size / 224))], config.blur))
-    if config.solarize:
-        steps.append(transforms.RandomSolarize(threshold=128, p=config.solarize))
-    return transforms.Compose(steps)
 
 
-class QuarterTurns(torch.nn.Module):
-    """Rotates a square [C, S, S] by a random multiple of 90°, exactly."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return torch.rot90(pixels, int(torch.randint(4, ())), dims=(-2, -1))
+def _finished(views: Tensor, changes: Changes) -> Tensor:
+    """`photometric.apply` for any number of leading dimensions."""
+    lead = views.dim() - 3
+    flat = changes.map(lambda field: field.reshape(-1, *field.shape[lead:]))
+    return photometric.apply(views.flatten(0, lead - 1), flat).view(views.shape)

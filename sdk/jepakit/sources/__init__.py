@@ -1,0 +1,21 @@
+"""Which images, under which names, labels and groups: every kind of source becomes one `ImageList`.
+
+A source is a folder, a glob, a file, a list of paths, a manifest (.csv, .tsv, .parquet), WebDataset shards
+(.tar), a ZIP, or a sequence or map-style dataset of images in memory. Listing decodes nothing; only `tile`,
+`frame="each"` and patients' groups look into the files' headers.
+"""
+
+from jepakit.sources.files import SUFFIXES
+from jepakit.sources.imagelist import ImageList
+from jepakit.sources.labels import MAX_CLASSES, MIN_CLASSES, MIN_IMAGES_PER_CLASS
+from jepakit.sources.listing import gather, list_images
+
+__all__ = [
+    "MAX_CLASSES",
+    "MIN_CLASSES",
+    "MIN_IMAGES_PER_CLASS",
+    "SUFFIXES",
+    "ImageList",
+    "gather",
+    "list_images",
+]

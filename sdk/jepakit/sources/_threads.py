@@ -1,0 +1,30 @@
+"""Small reads of many files at once, with progress: waiting for a disk or a network is what takes the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from jepakit._progress import Steps
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+_THREADS = 8
+# A future a file at once would take more memory than the answers.
+_AT_ONCE = 64
+
+
+def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str) -> list[_Out]:
+    """`[work(item) for item in items]`, the first error raised."""
+    done: list[_Out] = []
+    steps = Steps(len(items), 0, what=what)
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            while len(done) < len(items):
+                done += pool.map(work, items[len(done) : len(done) + _AT_ONCE])
+                steps.update(len(done))
+    finally:
+        steps.close()
+    return done

@@ -1,0 +1,122 @@
+"""Images inside archives: where each member lies, and the store that reads one without unpacking the others."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.errors import ImageError
+from jepakit.readers import DEFAULT_LIMITS, ImageSource
+from jepakit.sources.store import SAMPLE_BYTES
+
+TAR, STORED, DEFLATED = range(3)
+_ZIP_HEADER = struct.Struct("<4s22xHH")
+_HARMLESS_BYTES = 16_000_000
+
+
+class Member(NamedTuple):
+    """One image in an archive, as the archive's directory tells it."""
+
+    name: str
+    offset: int
+    """Of the data in a tar, of the local header in a ZIP."""
+    stored: int
+    """Bytes in the archive."""
+    size: int
+    """Bytes as declared, once inflated."""
+    kind: int
+    """TAR, STORED or DEFLATED."""
+    crc: int
+    """A ZIP's; 0 in a tar, which has none."""
+
+
+@dataclass(frozen=True)
+class Archives:
+    """Members of archives. Every read opens its archive anew: it costs microseconds, and leaves nothing to be
+    shared by threads, lost in pickling, or mixed up by forked workers."""
+
+    paths: Sequence[str]
+    names: Sequence[str]
+    archive: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    stored: NDArray[np.int64]
+    size: NDArray[np.int64]
+    kind: NDArray[np.int8]
+    crc: NDArray[np.uint32]
+    in_memory: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, paths: Sequence[str], names: Sequence[str], members: Sequence[Sequence[Member]]) -> Archives:
+        """One list of members for each path; `names` are the members' in that order."""
+        flat = [member for each in members for member in each]
+        return cls(
+            tuple(paths),
+            tuple(names),
+            np.repeat(np.arange(len(paths), dtype=np.int32), [len(each) for each in members]),
+            np.array([member.offset for member in flat], np.int64),
+            np.array([member.stored for member in flat], np.int64),
+            np.array([member.size for member in flat], np.int64),
+            np.array([member.kind for member in flat], np.int8),
+            np.array([member.crc for member in flat], np.uint32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, index: int) -> ImageSource:
+        name, stored, size = self.names[index], int(self.stored[index]), int(self.size[index])
+        limits = DEFAULT_LIMITS
+        if size > limits.max_encoded_bytes:
+            raise ImageError(f"{name}: {size:,} bytes, the limit is {limits.max_encoded_bytes:,}", code="too_large")
+        if size > _HARMLESS_BYTES and size > limits.max_ratio * stored:
+            raise ImageError(
+                f"{name}: {stored:,} bytes that claim to unpack to {size:,}, the limit is {limits.max_ratio} times",
+                code="too_large",
+            )
+        try:
+            data = self._read(index, stored)
+            if self.kind[index] == DEFLATED:
+                # zlib takes 0 for "no limit".
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(1, size))
+        except (OSError, zlib.error) as error:
+            raise ImageError(f"{name}: cannot be read ({error})", code="unreadable") from None
+        if len(data) != size or (self.kind[index] != TAR and zlib.crc32(data) != self.crc[index]):
+            raise ImageError(
+                f"{name}: damaged, or its archive changed after it was listed (its bytes are not those declared)",
+                code="unreadable",
+            )
+        return data
+
+    def fingerprint(self, index: int) -> bytes:
+        try:
+            return b"%d\0" % self.size[index] + self._read(index, min(SAMPLE_BYTES, int(self.stored[index])))
+        except OSError:
+            return b"unreadable"
+
+    def _read(self, index: int, count: int) -> bytes:
+        """The first bytes of a member, as stored."""
+        offset = int(self.offset[index])
+        with Path(self.paths[self.archive[index]]).open("rb") as file:
+            file.seek(offset)
+            if self.kind[index] != TAR:
+                # The local header repeats the name, and may have other extra fields than the directory.
+                header = file.read(_ZIP_HEADER.size)
+                if len(header) < _ZIP_HEADER.size or not header.startswith(b"PK\3\4"):
+                    raise OSError("the ZIP's directory points elsewhere")
+                _, name_bytes, extra_bytes = _ZIP_HEADER.unpack(header)
+                file.seek(offset + _ZIP_HEADER.size + name_bytes + extra_bytes)
+            return file.read(count)
+
+
+def names_in_shards(paths: Sequence[str], members: Sequence[Sequence[Member]]) -> tuple[str, ...]:
+    """`shard.tar/name`, or the whole path of the shard where two shards have the same name."""
+    bases = [Path(path).name for path in paths]
+    shards = bases if len(set(bases)) == len(bases) else [Path(path).as_posix() for path in paths]
+    return tuple(f"{shard}/{member.name}" for shard, each in zip(shards, members, strict=True) for member in each)

@@ -1,0 +1,150 @@
+"""From the one `images` argument to what it names: every kind of source is told apart here."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepakit.errors import DataError
+from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
+from jepakit.sources.manifest import find_in_manifest
+from jepakit.sources.memory import find_in_memory, is_one_image
+from jepakit.sources.store import Found
+from jepakit.sources.table import TABLES
+from jepakit.sources.tars import find_in_tars
+from jepakit.sources.zips import find_in_zips
+
+_ARCHIVES = (".tar", ".zip")
+_COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an archive (.tar, .zip) or an image file"
+
+
+def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
+    """The images that `images` means. Labels and groups that cost reading are looked for only if asked for.
+
+    Raises DataError when it is of no kind that is known, is not there, or holds no images.
+    """
+    if isinstance(images, str | Path):
+        return _find_at(os.fspath(images), with_labels=with_labels, with_groups=with_groups)
+    if isinstance(images, Iterator):
+        images = list(images)
+    if not _is_sequence(images):
+        raise DataError(
+            f"images of type {type(images).__name__}: give {_KINDS}, a list of them, "
+            "or anything with a length and images by number"
+        )
+    if len(images) == 0:
+        raise DataError("no images were given")
+    if isinstance(images, list | tuple) and all(isinstance(item, str | Path) for item in images):
+        return _find_listed([os.fspath(item) for item in images], with_labels=with_labels)
+    return find_in_memory(list(images) if isinstance(images, tuple) else images, with_labels=with_labels)
+
+
+def _is_sequence(images: Any) -> bool:
+    if is_one_image(images) or isinstance(images, Mapping):
+        return False
+    if isinstance(images, np.ndarray):
+        return images.ndim == 4
+    return hasattr(images, "__len__") and hasattr(images, "__getitem__")
+
+
+def _find_at(source: str, *, with_labels: bool, with_groups: bool) -> Found:
+    path = Path(source)
+    if path.is_dir():
+        return _find_in_folder(source, with_labels=with_labels)
+    if path.is_file():
+        if suffix(source) in TABLES:
+            return find_in_manifest(source, with_labels=with_labels, with_groups=with_groups)
+        if _is_archive(source):
+            return _find_in_archives([source], with_labels=with_labels)
+        return Found(Files(str(path.parent), (path.name,)), (path.name,), folders=(path.name,))
+    if glob.has_magic(source):
+        return _find_matching(source, with_labels=with_labels)
+    raise DataError(f"{source} does not exist: give {_KINDS}")
+
+
+def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
+    names, archives, bare = [], [], 0
+    try:
+        for name in walk(folder):
+            if suffix(name) in SUFFIXES:
+                names.append(name)
+            elif _is_archive(name):
+                archives.append(name)
+            else:
+                bare += not suffix(name)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be listed ({error.strerror})") from None
+    if names:
+        ids = tuple(names)
+        return Found(Files(folder, ids), ids, folders=ids, note=_passed_over(archives))
+    if archives:
+        paths = [os.path.join(folder, name) for name in archives]  # noqa: PTH118
+        return _find_in_archives(paths, with_labels=with_labels, folder=folder)
+    raise _nothing(folder, bare)
+
+
+def _find_matching(pattern: str, *, with_labels: bool) -> Found:
+    matches = sorted(
+        (Path(name).as_posix() for name in glob.glob(pattern, recursive=True)), key=lambda name: name.split("/")
+    )
+    # What lies in hidden folders that the pattern itself names is wanted.
+    names = [name for name in matches if suffix(name) in SUFFIXES and is_image(name.rpartition("/")[2])]
+    strangers = set(not_files("", names))
+    ids = tuple(name for name in names if name not in strangers)
+    archives = [name for name in matches if _is_archive(name) and Path(name).is_file()]
+    if ids:
+        return Found(
+            Files("", ids), ids, label_note="no labels: a glob has no class folders", note=_passed_over(archives)
+        )
+    if archives:
+        return _find_in_archives(archives, with_labels=with_labels)
+    raise _nothing(pattern, 0)
+
+
+def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
+    missing = not_files("", paths)
+    if missing:
+        what = "is a folder: give its images, or it alone" if Path(missing[0]).is_dir() else "does not exist"
+        raise DataError(f"{missing[0]} {what} ({len(missing)} of {len(paths)} files are missing)")
+    archives = [path for path in paths if _is_archive(path)]
+    if archives and len(archives) == len(paths):
+        return _find_in_archives(paths, with_labels=with_labels)
+    strange = archives or [path for path in paths if suffix(path) in TABLES]
+    if strange:
+        raise DataError(f"{strange[0]} stands in a list of image files: give it alone, or in a list of its own kind")
+    ids = tuple(Path(path).as_posix() for path in paths)
+    return Found(Files("", ids), ids, label_note="no labels: a list of files has no class folders")
+
+
+def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | None = None) -> Found:
+    zips = [path for path in paths if suffix(path) == ".zip"]
+    if zips and len(zips) < len(paths):
+        raise DataError(f"{zips[0]} and {len(paths) - 1} others are .zip and .tar mixed: give one kind")
+    if zips:
+        found = find_in_zips(zips, whole=folder is None and len(zips) == 1)
+    else:
+        found = find_in_tars(paths, with_labels=with_labels)
+    if not found.ids:
+        raise _nothing(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", 0)
+    return found if folder is None else replace(found, note=f"the {len(paths)} archives in {folder} are the source")
+
+
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith((*_ARCHIVES, *_COMPRESSED_TARS))
+
+
+def _passed_over(archives: Sequence[str]) -> str:
+    return f"{len(archives)} archives beside the images were passed over" if archives else ""
+
+
+def _nothing(source: str, bare: int) -> DataError:
+    looked_for = ", ".join(sorted({*SUFFIXES, *_ARCHIVES}))
+    hint = f"; it holds {bare} files without a suffix: if they are DICOM, give them the suffix .dcm" if bare else ""
+    return DataError(f"{source} holds no images (looked for {looked_for}, in subfolders too){hint}")

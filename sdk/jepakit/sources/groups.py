@@ -1,0 +1,56 @@
+"""Groups: images that must not be split between training and held-out, such as those of one patient."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal, get_args
+
+from jepakit.errors import DataError
+from jepakit.sources.patients import patients
+from jepakit.sources.store import Found
+from jepakit.sources.table import check_rule, look_up
+
+GroupRule = Literal["auto", "folder", "none"]
+GROUP_RULES: tuple[str, ...] = get_args(GroupRule)
+
+Groups = tuple[str, ...] | None
+
+
+def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
+    """The groups by the rule, or None, and in words what was assumed.
+
+    Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
+    """
+    rule = check_rule("group", rule, GROUP_RULES)
+    if rule == "none":
+        return None, ""
+    if rule == "folder":
+        return _deepest_folders(found)
+    if rule not in GROUP_RULES:
+        groups = look_up(rule, "group", found)
+        return groups, f"groups: {len(set(groups))} from {rule}"
+    if found.groups is not None:
+        return found.groups, found.group_note
+    return _patients(found)
+
+
+def _deepest_folders(found: Found) -> tuple[Groups, str]:
+    if found.store.in_memory:
+        raise DataError("images in memory lie in no folders: use group auto, none, or a file of paths and groups")
+    groups = tuple(sys.intern(name.rpartition("/")[0] or ".") for name in found.ids)
+    return groups, f"groups: {len(set(groups))} folders"
+
+
+def _patients(found: Found) -> tuple[Groups, str]:
+    places = [place for place, name in enumerate(found.ids) if name.lower().endswith(".dcm")]
+    if not places or found.store.in_memory:
+        return None, ""
+    named = dict(zip(places, patients(found, places), strict=True))
+    known = {patient for patient in named.values() if patient is not None}
+    if not known:
+        return None, f"no groups: none of {len(places)} DICOM files names its patient"
+    groups = tuple(named.get(place) or name for place, name in enumerate(found.ids))
+    alone = sum(named.get(place) is None for place in range(len(groups)))
+    rest = f", {alone} images without one each on their own" if alone else ""
+    return groups, f"groups: {len(known)} patients by DICOM PatientID{rest}"

@@ -1,0 +1,96 @@
+"""`ImageList`: images in a stable order, with their names, labels and groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.readers import ImageRef, Window
+from jepakit.sources.labels import MAX_CLASSES
+from jepakit.sources.store import Store
+
+_SAMPLED = 256
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which part of which image each item is. Arrays, since scenes have tiles by the million."""
+
+    image: NDArray[np.int64]
+    """[N], places in the store."""
+    frame: NDArray[np.int32]
+    """[N], -1 where no frame was chosen."""
+    window: NDArray[np.int32] | None
+    """[N, 4]: x, y, width, height; None: whole images."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """Images in a stable order. `ids` name them; `labels` and `groups` are None where there are none.
+
+    held_out  bool [N] from a manifest's split column: rows that are not "train"
+    note      in words, what was assumed about labels, groups and tiles
+
+    Picklable, and usable in threads and forked workers. `images[i]` is an `ImageRef` that nothing has decoded;
+    members of archives are read into bytes there, which raises ImageError when that fails.
+    """
+
+    ids: Sequence[str]
+    labels: tuple[str, ...] | None
+    groups: tuple[str, ...] | None
+    held_out: NDArray[np.bool_] | None
+    note: str
+    store: Store = field(repr=False)
+    pieces: Pieces | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> ImageRef:
+        name, pieces = self.ids[index], self.pieces
+        if pieces is None:
+            return ImageRef(self.store.image(index), name)
+        frame = int(pieces.frame[index])
+        return ImageRef(
+            self.store.image(int(pieces.image[index])),
+            name,
+            window=None if pieces.window is None else Window(*map(int, pieces.window[index])),
+            frame=None if frame < 0 else frame,
+        )
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are objects in memory, which another process cannot find by name."""
+        return self.store.in_memory
+
+    def digest(self) -> str:
+        """A fingerprint, 16 hex digits, to notice that a resumed run meets other data.
+
+        It covers every name, label and group, and the size and first 4 KB of at most 256 files spread evenly:
+        files added, removed or renamed always change it, changed contents do for those files.
+        """
+        digest = hashlib.sha256()
+        for words in (self.ids, self.labels, self.groups):
+            for word in words or ():
+                digest.update(word.encode("utf-8", "surrogatepass") + b"\0")
+            digest.update(b"\n")
+        if self.held_out is not None:
+            digest.update(self.held_out.tobytes())
+        count = len(self.store)
+        for place in np.unique(np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)):
+            digest.update(hashlib.sha256(self.store.fingerprint(int(place))).digest())
+        return digest.hexdigest()[:16]
+
+    def strata(self) -> tuple[str, ...] | None:
+        """What to hold out of in proportion: the labels, else the first-level folders if they are at most 50."""
+        if self.labels is not None:
+            return self.labels
+        tops = tuple(name.rpartition("/")[0].partition("/")[0] for name in self.ids)
+        return tops if len(set(tops)) <= MAX_CLASSES else None

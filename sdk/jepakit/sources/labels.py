@@ -1,0 +1,70 @@
+"""Labels: what the source brings, its first-level folders, or a table of paths and labels."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from jepakit.errors import DataError
+from jepakit.sources.patients import folders_are_patients
+from jepakit.sources.store import Found
+from jepakit.sources.table import check_rule, look_up
+
+LabelRule = Literal["auto", "folder", "none"]
+LABEL_RULES: tuple[str, ...] = get_args(LabelRule)
+
+MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
+_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+
+Labels = tuple[str, ...] | None
+
+
+def choose_labels(found: Found, rule: str | Path, *, lenient: bool) -> tuple[Labels, str]:
+    """The labels by the rule, or None, and in words what was assumed.
+
+    lenient  with "folder", images outside class folders mean no labels instead of an error
+
+    Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
+    """
+    rule = check_rule("labels", rule, LABEL_RULES)
+    if rule == "none":
+        return None, "no labels, as asked"
+    if rule not in LABEL_RULES:
+        listed = look_up(rule, "label", found)
+        return listed, f"labels: {len(set(listed))} classes from {rule}"
+    if rule == "auto" and found.label_note:
+        return found.labels, found.label_note
+    if found.folders is None:
+        return None, "no labels: this source has no class folders"
+    if lenient and rule == "folder" and not all("/" in name for name in found.folders):
+        return None, "no labels: images lie outside class folders"
+    labels, note = _folder_labels(found.folders, rule)
+    if rule == "auto" and labels is not None and folders_are_patients(found, labels):
+        return None, "no labels: each first-level folder holds one patient, so folders are no classes"
+    return labels, note
+
+
+def _folder_labels(names: Sequence[str], rule: str) -> tuple[Labels, str]:
+    # One string a class, not one an image.
+    tops = [sys.intern(name.partition("/")[0]) if "/" in name else None for name in names]
+    counts = Counter(tops)
+    if None in counts:
+        if rule == "folder":
+            raise DataError(f"{names[tops.index(None)]} lies in no class folder: move it into one, or use labels none")
+        return None, "no labels: images lie outside class folders"
+    classes = sorted(str(name) for name in counts)
+    if {name.lower() for name in classes} <= _SPLIT_NAMES and len(classes) > 1:
+        raise DataError(
+            f"the folders {', '.join(classes)} look like splits, not classes: name one of them, or use labels none"
+        )
+    if rule == "auto":
+        fewest = min(counts.values())
+        if not MIN_CLASSES <= len(classes) <= MAX_CLASSES:
+            return None, f"no labels: {len(classes)} first-level folders (classes are {MIN_CLASSES} to {MAX_CLASSES})"
+        if fewest < MIN_IMAGES_PER_CLASS:
+            return None, f"no labels: a folder holds {fewest} images (classes have {MIN_IMAGES_PER_CLASS} or more)"
+    shown = ", ".join(classes[:6]) + (", …" if len(classes) > 6 else "")
+    return tuple(str(top) for top in tops), f"labels: {len(classes)} folders are classes ({shown})"

@@ -1,0 +1,59 @@
+"""The two front doors: `list_images` for training, `gather` for embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from jepakit.sources.find import find
+from jepakit.sources.groups import choose_groups
+from jepakit.sources.imagelist import ImageList
+from jepakit.sources.labels import choose_labels
+from jepakit.sources.memory import is_one_image
+from jepakit.sources.tiles import Cut, cut
+
+
+def list_images(
+    images: Any, labels: str | Path = "auto", *,
+    group: str | Path = "auto", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
+    frame: int | Literal["each"] | None = None,
+) -> ImageList:  # fmt: skip
+    """List the images of a source, in a stable order.
+
+    images     a folder (recursive) or a glob (sorted by name), a file, a list of paths (in its own order), a
+               manifest (.csv, .tsv, .parquet), one or many .tar shards, a ZIP, or a sequence or map-style dataset
+               of arrays, Pillow images, bytes or (image, label)
+    labels     "auto": what the source brings (manifest, shards, dataset), else the first-level folders if all images
+               lie in 2 to 50 of them with at least 10 images each; "folder": the first-level folders, whatever
+               their number; "none"; or a table's file with the columns path and label
+    group      images that stay together when some are held out. "auto": the manifest's, else the patient of DICOM
+               files; "folder": the folder an image lies in; "none"; or a table's file with path and group
+    tile       pixels a side of the tiles to cut scenes into; neighbours share `overlap` pixels
+    min_valid  tiles with a smaller share of pixels that have data are left out
+    frame      which frame of multi-frame files, from 0; "each": every frame is an image
+
+    Hidden files are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
+    contradicts itself, ConfigError for settings that are wrong by themselves.
+    """
+    return _list(images, labels, group, Cut(tile, overlap, min_valid, frame), lenient=False)
+
+
+def gather(
+    images: Any, labels: str | Path = "auto", *,
+    group: str | Path = "none", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
+    frame: int | Literal["each"] | None = None,
+) -> ImageList:  # fmt: skip
+    """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
+
+    With labels "folder", images outside class folders mean no labels here, since embedding needs none.
+    """
+    one = is_one_image(images) and not isinstance(images, str | Path)
+    return _list([images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), lenient=True)
+
+
+def _list(images: Any, labels: str | Path, group: str | Path, how: Cut, *, lenient: bool) -> ImageList:
+    found = find(images, with_labels=labels == "auto", with_groups=group == "auto")
+    chosen, label_note = choose_labels(found, labels, lenient=lenient)
+    groups, group_note = choose_groups(found, group)
+    note = "; ".join(filter(None, (label_note, group_note, found.note)))
+    return cut(ImageList(found.ids, chosen, groups, found.held_out, note, found.store), how)

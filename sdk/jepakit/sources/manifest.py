@@ -1,0 +1,77 @@
+"""A manifest: a table that names images, and may give each a label, a group and a split."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.errors import DataError
+from jepakit.sources.files import Files, not_files
+from jepakit.sources.store import Found
+from jepakit.sources.table import Table, read_table
+
+
+def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool) -> Found:
+    """The images of a manifest, in its order; paths are relative to the manifest's folder.
+
+    Columns of labels and groups are read only if asked for. Raises DataError for rows that cannot be used.
+    """
+    asked = [role for role, wanted in (("label", with_labels), ("group", with_groups), ("split", True)) if wanted]
+    table = read_table(file, ("path",), asked)
+    ids = tuple(posixpath.normpath(path) for path in table.columns["path"])
+    root = os.path.dirname(file)  # noqa: PTH120 (stays text)
+    _check_paths(file, root, ids)
+    held_out, note = _held_out(file, table)
+    return Found(
+        Files(root, ids),
+        ids,
+        folders=ids,
+        labels=_column(table, "label"),
+        label_note=_describe(table, "label", "classes") or "no labels: the manifest has no column label",
+        groups=_column(table, "group"),
+        group_note=_describe(table, "group", "groups"),
+        held_out=held_out,
+        note=note,
+    )
+
+
+def _check_paths(file: str, root: str, ids: tuple[str, ...]) -> None:
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise DataError(f"{file} lists {twice} more than once: an image is one row")
+    missing = not_files(root, ids)
+    if missing:
+        raise DataError(
+            f"{file} lists {missing[0]}, which is no file in {root or 'this folder'} "
+            f"({len(missing)} of {len(ids)} are missing): paths are relative to the manifest's folder"
+        )
+
+
+def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
+    splits = table.columns.get("split")
+    if splits is None:
+        return None, ""
+    held_out = np.array([split.casefold() not in ("train", "training") for split in splits])
+    if held_out.all():
+        raise DataError(
+            f"{file}: no row's {table.names['split']} is train (found {', '.join(sorted(set(splits))[:6])}): "
+            "name the rows to train on train, or drop the column"
+        )
+    if not held_out.any():
+        return None, "the manifest's split holds out nothing"
+    return held_out, f"{int(held_out.sum())} of {len(splits)} images held out by the manifest's split"
+
+
+def _column(table: Table, role: str) -> tuple[str, ...] | None:
+    values = table.columns.get(role)
+    return None if values is None else tuple(values)
+
+
+def _describe(table: Table, role: str, what: str) -> str:
+    if role not in table.columns:
+        return ""
+    return f"{role}s: {len(set(table.columns[role]))} {what} from the manifest's column {table.names[role]}"

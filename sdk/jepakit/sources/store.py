@@ -1,0 +1,51 @@
+"""What every kind of source comes down to: a store that hands out images by place, and what was found around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.readers import ImageSource
+
+SAMPLE_BYTES = 4096
+"""How much of an image's file goes into its fingerprint."""
+
+
+class Store(Protocol):
+    """Images by place. Picklable, and safe in threads and after a fork, since nothing is kept open."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are the caller's objects, not files."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> ImageSource:
+        """What a reader takes: a path, a file's bytes, an array or a Pillow image. Raises ImageError."""
+        ...
+
+    def fingerprint(self, index: int) -> bytes:
+        """Bytes that change when the image does, cheap to have; never raises for a file that is gone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source before the rules for labels and groups are applied."""
+
+    store: Store
+    ids: tuple[str, ...]
+    folders: Sequence[str] | None = None
+    """Names whose first-level folders may be classes; None where a source has no such folders."""
+    labels: tuple[str, ...] | None = None
+    label_note: str = ""
+    """Of the labels that the source brings, or why it brings none; empty: the folders decide."""
+    groups: tuple[str, ...] | None = None
+    group_note: str = ""
+    held_out: NDArray[np.bool_] | None = None
+    note: str = ""

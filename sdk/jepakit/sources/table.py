@@ -1,0 +1,185 @@
+"""Tables that name images: CSV by the csv module, Parquet by pyarrow, columns found by their usual names."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jepakit._messages import did_you_mean
+from jepakit.errors import ConfigError, DataError, MissingExtraError
+from jepakit.sources.files import Files, suffix
+from jepakit.sources.store import Found
+
+TABLES = (".csv", ".tsv", ".parquet")
+COLUMNS = {
+    "path": ("path", "file", "filename", "filepath", "image", "image_path"),
+    "label": ("label", "class", "target", "category"),
+    "group": ("group", "patient", "patient_id", "scene", "slide"),
+    "split": ("split",),
+}
+"""What a column is for, and the names it may have; the first that is there is taken."""
+
+Rows = Iterator[tuple[int, list[str]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by what they are for, all of one length; `names` are the file's own names of them."""
+
+    columns: dict[str, list[str]]
+    names: dict[str, str]
+
+
+def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """The columns of a .csv, .tsv or .parquet file that serve the roles asked for (keys of `COLUMNS`).
+
+    Raises DataError with the line for what is not a table or has an empty cell, MissingExtraError without pyarrow.
+    """
+    unit, header, rows = _open_parquet(file) if suffix(file) == ".parquet" else _open_csv(file)
+    places = {role: place for role in (*needed, *optional) if (place := _find_column(header, role)) is not None}
+    for role in needed:
+        if role not in places:
+            hint = next(filter(None, (did_you_mean(name, header) for name in COLUMNS[role])), "")
+            raise DataError(
+                f"{file} has no column {role!r} (nor {', '.join(COLUMNS[role][1:])}); "
+                f"its columns are {', '.join(header)}{hint}"
+            )
+    twice = [header[place] for place in places.values() if header.count(header[place]) > 1]
+    if twice:
+        raise DataError(f"{file} has two columns named {twice[0]!r}: rename or drop one")
+    columns: dict[str, list[str]] = {role: [] for role in places}
+    for number, values in rows(list(places.values())):
+        for role, value in zip(places, values, strict=True):
+            if not value:
+                raise DataError(f"{file}, {unit} {number}: the column {header[places[role]]!r} is empty")
+            columns[role].append(value)
+    if not columns[needed[0]]:
+        raise DataError(f"{file} has a header but no rows")
+    return Table(columns, {role: header[place] for role, place in places.items()})
+
+
+def check_rule(setting: str, rule: str | Path, rules: Sequence[str]) -> str:
+    """`rule` as text: one of the rules, or the name of a table that is there; ConfigError otherwise."""
+    text = os.fspath(rule)
+    if text in rules or (suffix(text) in TABLES and Path(text).is_file()):
+        return text
+    missing = " (there is no such file)" if suffix(text) in TABLES else ""
+    raise ConfigError(
+        f"{setting} = {text!r}{missing}: wanted {', '.join(rules)}, or a file {', '.join(TABLES)} "
+        f"with a column path and a column {setting.removesuffix('s')}{did_you_mean(text, rules)}"
+    )
+
+
+def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
+    """What a table says of each image. Its paths are ids, or paths as a manifest beside it would give them.
+
+    Raises DataError when an image is not in the table, or is in it twice with different values.
+    """
+    table = read_table(file, ("path", role))
+    values: dict[str, str] = {}
+    for path, value in zip(table.columns["path"], table.columns[role], strict=True):
+        if values.setdefault(posixpath.normpath(path), value) != value:
+            raise DataError(f"{file} gives {path} two values ({values[posixpath.normpath(path)]}, {value}): keep one")
+    found_values = [_value(values, place, found, file) for place in range(len(found.ids))]
+    missing = [name for name, value in zip(found.ids, found_values, strict=True) if value is None]
+    if missing:
+        raise DataError(
+            f"{missing[0]} is not in {file} ({len(missing)} of {len(found.ids)} images are not): add them there"
+            + did_you_mean(missing[0], list(values)[:1000])
+        )
+    return tuple(value for value in found_values if value is not None)
+
+
+def _value(values: dict[str, str], place: int, found: Found, file: str) -> str | None:
+    value = values.get(posixpath.normpath(found.ids[place]))
+    if value is None and isinstance(found.store, Files):
+        path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
+        beside = os.path.relpath(path, os.path.dirname(os.path.abspath(file)))  # noqa: PTH100, PTH120
+        value = values.get(beside, values.get(path))
+    return value
+
+
+def _find_column(header: Sequence[str], role: str) -> int | None:
+    names = [name.casefold() for name in header]
+    return next((names.index(name) for name in COLUMNS[role] if name in names), None)
+
+
+def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
+    try:
+        # utf-8-sig: Excel begins its CSV files with a byte order mark.
+        with Path(file).open(encoding="utf-8-sig", newline="") as stream:
+            first = stream.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(file, error) from None
+    delimiter = max(",;\t", key=first.count)
+    header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    if not any(header):
+        raise DataError(f"{file} is empty or begins with an empty line: its first line must name the columns")
+
+    def rows(places: list[int]) -> Rows:
+        try:
+            with Path(file).open(encoding="utf-8-sig", newline="") as stream:
+                reader = csv.reader(stream, delimiter=delimiter, strict=True)
+                next(reader)
+                for row in reader:
+                    if not row:
+                        continue
+                    if len(row) != len(header):
+                        raise DataError(
+                            f"{file}, line {reader.line_num}: {len(row)} fields, its first line has {len(header)}; "
+                            f"put fields that contain {delimiter!r} in quotes"
+                        )
+                    yield reader.line_num, [row[place].strip() for place in places]
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unreadable(file, error) from None
+        except csv.Error as error:
+            raise DataError(f"{file}, line {reader.line_num}: {error}") from None
+
+    return "line", header, rows
+
+
+def _open_parquet(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise MissingExtraError(f"reading {file} needs pyarrow: pip install 'jepakit[parquet]'") from None
+    try:
+        header = list(parquet.read_schema(file).names)
+    except (OSError, UnicodeDecodeError, ArrowException) as error:
+        raise DataError(f"{file} is not a Parquet file, or is damaged ({_first_line(error)})") from None
+
+    def rows(places: list[int]) -> Rows:
+        names = [header[place] for place in places]
+        try:
+            table = parquet.read_table(file, columns=names)
+            values = [table.column(name).to_pylist() for name in names]
+        except (OSError, UnicodeDecodeError, ArrowException) as error:
+            raise DataError(f"{file} cannot be read ({_first_line(error)})") from None
+        columns = [_texts(file, name, each) for name, each in zip(names, values, strict=True)]
+        for number, row in enumerate(zip(*columns, strict=True), 1):
+            yield number, list(row)
+
+    return "row", header, rows
+
+
+def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
+    strange = next((value for value in values if value is not None and not isinstance(value, str | int | float)), None)
+    if strange is not None:
+        raise DataError(f"{file}: the column {name!r} holds {type(strange).__name__}: wanted text or numbers")
+    # NaN is what pandas makes of an empty cell.
+    return ["" if value is None or value != value else str(value).strip() for value in values]
+
+
+def _unreadable(file: str, error: OSError | UnicodeDecodeError) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"{file} is not UTF-8 text: save it as CSV UTF-8")
+    return DataError(f"{file} cannot be read ({error.strerror})")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]

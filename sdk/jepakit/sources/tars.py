@@ -1,0 +1,126 @@
+"""The images of a WebDataset shard, by one pass over a tar's headers; nothing is ever extracted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from jepakit._progress import track
+from jepakit.errors import DataError
+from jepakit.sources.archives import TAR, Archives, Member, names_in_shards
+from jepakit.sources.files import is_image
+from jepakit.sources.store import Found
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_MAX_SIDECAR_BYTES = 1_000_000
+
+
+def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
+    """The images of one or many shards, with the labels that stand beside them if all have one."""
+    indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", enabled=len(paths) > 1)]
+    members = [each for each, _ in indexes]
+    labels = [label for _, of_shard in indexes for label in of_shard]
+    known = tuple(label for label in labels if label is not None)
+    ids = names_in_shards(paths, members)
+    if len(known) == len(labels):
+        note = f"labels: {len(set(known))} classes from .cls and .json"
+    else:
+        note = f"no labels: {labels.count(None)} of {len(ids)} images have no .cls and no label in .json"
+    return Found(
+        Archives.of(paths, ids, members),
+        ids,
+        folders=[member.name for each in members for member in each],
+        labels=known if len(known) == len(labels) else None,
+        label_note=note,
+    )
+
+
+def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None]]:
+    """The image members of an uncompressed tar in its order, and the label of each.
+
+    A label is what `KEY.cls` holds, or "label" in `KEY.json`, where KEY is the image's name up to the first dot;
+    None where there is neither, or labels are not asked for. Raises DataError for compressed or damaged tars.
+    """
+    members: list[Member] = []
+    labels: dict[str, str] = {}
+    try:
+        with Path(path).open("rb") as file:
+            for entry in _entries(path, file):
+                name = entry.name.removeprefix("./")
+                if is_image(name):
+                    if entry.issparse():
+                        raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
+                    members.append(Member(name, entry.offset_data, entry.size, entry.size, TAR, 0))
+                elif with_labels and name.endswith((".cls", ".json")):
+                    label = _label(path, name, entry, file)
+                    if label is not None:
+                        labels.setdefault(_key(name), sys.intern(label))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    return members, [labels.get(_key(member.name)) for member in members]
+
+
+def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Files of a tar. `tarfile` itself takes a damaged header for the end of the archive, and keeps every member."""
+    start = file.read(6)
+    for magic, method in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{path} is compressed with {method}, so its members cannot be reached one by one: "
+                "decompress it to a plain .tar"
+            )
+    file.seek(0, 2)
+    end = file.tell()
+    file.seek(0)
+    try:
+        tar = tarfile.TarFile(fileobj=file)
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is not a tar, or is damaged ({error})") from None
+    tar.offset = here = 0
+    while True:
+        file.seek(here)
+        if not file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            return
+        file.seek(here)
+        try:
+            entry = tarfile.TarInfo.fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            raise DataError(f"{path} is damaged at byte {here:,} ({error}): copy or make it again") from None
+        if entry.size < 0 or tar.offset <= here:
+            raise DataError(f"{path} is damaged at byte {here:,} (a size below 0): copy or make it again")
+        if entry.offset_data + (entry.size if entry.isreg() else 0) > end:
+            raise DataError(f"{path} is cut short in the middle of {entry.name}: copy or make it again")
+        if entry.isreg():
+            yield entry
+        here = tar.offset
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _label(path: str, name: str, entry: tarfile.TarInfo, file: BinaryIO) -> str | None:
+    if entry.size > _MAX_SIDECAR_BYTES:
+        raise DataError(f"{path}: {name} is {entry.size:,} bytes, the limit of a label is {_MAX_SIDECAR_BYTES:,}")
+    file.seek(entry.offset_data)
+    data = file.read(entry.size)
+    try:
+        if name.endswith(".cls"):
+            return data.decode("utf-8").strip() or None
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {name} cannot be read ({error}): mend it, or use labels none") from None
+    label = values.get("label") if isinstance(values, dict) else None
+    if label is not None and not isinstance(label, str | int):
+        raise DataError(f"{path}: the label in {name} is {label!r:.80}: wanted text or a whole number")
+    return None if label is None else str(label)

@@ -1,0 +1,51 @@
+"""The images of a ZIP, from its central directory."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+
+from jepakit._progress import track
+from jepakit.errors import DataError
+from jepakit.sources.archives import DEFLATED, STORED, Archives, Member, names_in_shards
+from jepakit.sources.files import is_image
+from jepakit.sources.store import Found
+
+_KINDS = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
+_ENCRYPTED = 0x1
+
+
+def find_in_zips(paths: Sequence[str], *, whole: bool) -> Found:
+    """The images of one or many ZIPs; `whole`: it is one, and its folders are the source's, as if unpacked."""
+    members = [_index(path) for path in track(paths, "ZIPs", enabled=len(paths) > 1)]
+    inner = tuple(member.name for each in members for member in each)
+    ids = inner if whole else names_in_shards(paths, members)
+    return Found(Archives.of(paths, ids, members), ids, folders=inner)
+
+
+def _index(path: str) -> list[Member]:
+    """The image members of a ZIP, in the order that the same files in a folder would have.
+
+    Raises DataError for what is no ZIP, or holds encrypted or unusually compressed images.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        # Over a damaged directory zipfile stumbles in many ways, decoding errors among them.
+        raise DataError(f"{path} is not a ZIP, or is cut short ({error}): copy it again") from None
+    members = [_member(path, entry) for entry in entries if is_image(entry.filename)]
+    return sorted(members, key=lambda member: member.name.split("/"))
+
+
+def _member(path: str, entry: zipfile.ZipInfo) -> Member:
+    if entry.flag_bits & _ENCRYPTED:
+        raise DataError(f"{path}: {entry.filename} is encrypted: make a ZIP without a password")
+    if entry.compress_type not in _KINDS:
+        raise DataError(
+            f"{path}: {entry.filename} is compressed by method {entry.compress_type}: make a ZIP with deflate or store"
+        )
+    kind = _KINDS[entry.compress_type]
+    return Member(
+        entry.filename.removeprefix("./"), entry.header_offset, entry.compress_size, entry.file_size, kind, entry.CRC
+    )

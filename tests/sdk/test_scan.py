@@ -1,0 +1,161 @@
+"""The scan: of what kind the images are, and what their values are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from jepakit.bundle import Preprocess
+from jepakit.errors import ConfigError, DataError
+from jepakit.images import read_image
+from jepakit.inspection import near_duplicates, report
+from jepakit.scan import Kind, Scan, refuse_mixed, scan
+from jepakit.sources import list_images
+
+STOCK = Preprocess(
+    size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)  # fmt: skip
+
+
+def write(folder: Path, images: list[NDArray[Any]], **options: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(images):
+        tifffile.imwrite(folder / f"{number:03d}.tif", pixels, **{"photometric": "minisblack", **options})
+    return folder
+
+
+def noise(count: int, shape: tuple[int, ...], low: int, high: int, dtype: str, seed: int = 0) -> list[NDArray[Any]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(low, high, shape).astype(dtype) for _ in range(count)]
+
+
+def look(folder: Path, **options: Any) -> Scan:
+    return scan(list_images(folder, "none"), progress=False, **options)
+
+
+def test_8_bit_rgb_keeps_the_start_weights_own_statistics(tmp_path: Path) -> None:
+    found = look(write(tmp_path / "a", noise(5, (40, 40, 3), 0, 256, "uint8"), photometric="rgb"))
+    assert found.kind == Kind(3, "uint8")
+    assert found.preprocess(STOCK) == STOCK
+
+
+def test_16_bit_values_are_scaled_by_the_widest_percentiles_of_any_image(tmp_path: Path) -> None:
+    images = noise(4, (64, 64), 500, 1500, "uint16") + noise(1, (64, 64), 2000, 4000, "uint16")
+    images[0][0, 0] = 65535  # a hot pixel: 1 of 4096, less than 0.1 %
+    found = look(write(tmp_path / "a", images))
+    spec = found.preprocess(STOCK)
+    assert (spec.bands, spec.dtype, spec.stored_as) == (1, "float32", "uint16")
+    assert spec.scaling is not None
+    assert spec.scaling.measured
+    assert 500 <= spec.scaling.low[0] < 510
+    assert 3980 < spec.scaling.high[0] <= 4000
+    scaled = np.concatenate(
+        [(image.ravel() - spec.scaling.low[0]) / (spec.scaling.high[0] - spec.scaling.low[0]) for image in images]
+    )
+    assert spec.mean[0] == pytest.approx(scaled.clip(0, 1).mean(), abs=1e-3)
+    assert spec.std[0] == pytest.approx(scaled.clip(0, 1).std(), abs=1e-3)
+
+
+def test_every_sampled_image_can_be_read_with_what_was_measured(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(6, (50, 50, 4), 0, 10000, "int16"), planarconfig="contig")
+    spec = look(folder).preprocess(STOCK)
+    for path in folder.iterdir():
+        assert read_image(path, spec).shape == (50, 50, 4)
+
+
+def test_each_band_has_numbers_of_its_own(tmp_path: Path) -> None:
+    images = [np.stack([image, 10 * image], axis=2) for image in noise(4, (40, 40), 10, 100, "uint16")]
+    spec = look(write(tmp_path / "a", images, planarconfig="contig")).preprocess(STOCK)
+    assert spec.scaling is not None
+    assert spec.scaling.high[1] == pytest.approx(10 * spec.scaling.high[0], rel=0.02)
+
+
+def test_8_bit_multispectral_has_measured_statistics_and_no_scaling(tmp_path: Path) -> None:
+    spec = look(write(tmp_path / "a", noise(4, (40, 40, 6), 50, 150, "uint8"), planarconfig="contig")).preprocess(STOCK)
+    assert (spec.bands, spec.dtype, spec.scaling) == (6, "uint8", None)
+    assert spec.mean == pytest.approx([99.5 / 255] * 6, abs=0.01)
+
+
+def test_a_chosen_window_is_used_as_it_is(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(4, (40, 40), -1000, 1000, "int16"))
+    scaling = look(folder).scaling((-160, 240))
+    assert scaling is not None
+    assert (scaling.low, scaling.high, scaling.measured) == ((-160,), (240,), False)
+    named = look(folder).scaling("ct-lung")
+    assert named is not None
+    assert (named.low, named.high) == ((-1350,), (150,))
+
+
+def test_a_window_for_8_bit_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="value_range"):
+        look(write(tmp_path / "a", noise(3, (40, 40), 0, 255, "uint8"))).scaling((0, 100))
+
+
+def test_no_data_stays_out_of_the_numbers(tmp_path: Path) -> None:
+    images = noise(4, (40, 40), 100, 200, "float32")
+    for image in images:
+        image[:10] = -9999
+    folder = write(tmp_path / "a", images, extratags=[(42113, "s", 0, "-9999", True)])
+    scaling = look(folder).scaling("auto")
+    assert scaling is not None
+    assert scaling.low[0] >= 100
+
+
+def test_a_band_that_is_the_same_everywhere_is_named(tmp_path: Path) -> None:
+    images = [np.stack([image, np.full_like(image, 7)], axis=2) for image in noise(4, (40, 40), 10, 100, "uint16")]
+    with pytest.raises(DataError, match="band 2 is 7 in every sampled image"):
+        look(write(tmp_path / "a", images, planarconfig="contig")).scaling("auto")
+
+
+def test_mixed_kinds_are_refused_with_the_first_odd_one(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(9, (40, 40), 0, 1000, "uint16"))
+    tifffile.imwrite(folder / "zzz.tif", noise(1, (40, 40), 0, 1000, "float32")[0])
+    images = list_images(folder, "none")
+    found = scan(images, progress=False)
+    assert found.kind == Kind(1, "uint16")
+    with pytest.raises(DataError, match=r"zzz\.tif holds float32"):
+        refuse_mixed(found, images.ids, 0.01)
+    refuse_mixed(found, images.ids, 0.1)
+
+
+def test_unreadable_images_are_told_and_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(3, (40, 40), 0, 1000, "uint16"))
+    (folder / "bad.tif").write_bytes(b"II*\0rubbish")
+    found = look(folder)
+    assert [reason for _, reason in found.unreadable if "bad.tif" in reason]
+    for path in folder.glob("0*.tif"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"none of 1 sampled images can be read.*bad\.tif"):
+        look(folder)
+
+
+def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    smooth = [
+        np.asarray(Image.fromarray(random.uniform(40, 200, (9, 9)).astype(np.float32)).resize((80, 80)))
+        for _ in range(6)
+    ]
+    images = [
+        (image + random.normal(0, 2, image.shape)).clip(0, 255).astype(np.uint8) for image in [*smooth, smooth[2]]
+    ]
+    found = look(write(tmp_path / "a", images))
+    assert near_duplicates(found) == [(2, 6)]
+
+
+def test_the_report_says_what_a_person_would_ask(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(5, (1000, 1200), 0, 4000, "uint16"))
+    images = list_images(folder, "none")
+    seen = report(images, scan(images, progress=False), image_size=224, tile=None, value_range="auto")
+    text = str(seen)
+    assert "uint16 pixels of 1 band" in text
+    assert "1200 × 1000" in text
+    assert "--tile 448" in text
+    assert seen.domain == "microscopy"
+    assert type(seen).model_validate_json(seen.model_dump_json()) == seen

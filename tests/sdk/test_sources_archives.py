@@ -1,0 +1,315 @@
+"""WebDataset shards and ZIPs: which members are images, and that each is read alone and within bounds."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepakit.errors import DataError, ImageError
+from jepakit.sources import ImageList, gather, list_images
+
+
+def tar(path: Path, members: dict[str, bytes], mode: str = "w", format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, mode, format=format) as archive:  # type: ignore[call-overload]
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def zip_of(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def contents(images: ImageList) -> dict[str, Any]:
+    return {ref.name: ref.data for ref in images}
+
+
+def noise(count: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(count)
+
+
+# Tars
+
+
+def test_a_shards_images_are_named_by_shard_and_member_in_its_order(tmp_path: Path) -> None:
+    members = {
+        "b.jpg": noise(700),
+        "b.txt": b"a caption",
+        "a.png": noise(512, 1),
+        "deep/c.left.tif": b"",
+        ".d.png": b"x",
+    }
+    listed = list_images(tar(tmp_path / "shard-0.tar", members))
+    assert listed.ids == ("shard-0.tar/b.jpg", "shard-0.tar/a.png", "shard-0.tar/deep/c.left.tif")
+    assert contents(listed) == {f"shard-0.tar/{name}": members[name] for name in ("b.jpg", "a.png", "deep/c.left.tif")}
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+def test_names_of_any_length_and_alphabet_are_read(tmp_path: Path, format: int) -> None:
+    name = f"{'long' * 60}/Ärzte.png"
+    listed = list_images(tar(tmp_path / "a.tar", {name: b"1", "b.png": b"2"}, format=format))
+    assert contents(listed) == {f"a.tar/{name}": b"1", "a.tar/b.png": b"2"}
+
+
+@pytest.mark.parametrize("how", ["glob", "list", "folder"])
+def test_many_shards_are_one_source(tmp_path: Path, how: str) -> None:
+    files = [tar(tmp_path / f"{i}.tar", {f"{i}.jpg": bytes([i])}) for i in range(3)]
+    listed = list_images({"glob": f"{tmp_path}/*.tar", "list": files, "folder": tmp_path}[how])
+    assert contents(listed) == {f"{i}.tar/{i}.jpg": bytes([i]) for i in range(3)}
+    assert ("the 3 archives in" in listed.note) == (how == "folder")
+
+
+def test_shards_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        tar(tmp_path / folder / "0.tar", {"a.jpg": folder.encode()})
+    listed = list_images(tmp_path)
+    assert contents(listed) == {f"{tmp_path}/{folder}/0.tar/a.jpg": folder.encode() for folder in ("x", "y")}
+
+
+def test_archives_beside_images_are_passed_over_and_counted(tmp_path: Path) -> None:
+    tar(tmp_path / "backup.tar", {"a.jpg": b"x"})
+    (tmp_path / "b.png").write_bytes(b"y")
+    listed = list_images(tmp_path)
+    assert listed.ids == ("b.png",)
+    assert "1 archives beside the images were passed over" in listed.note
+
+
+def test_a_shards_labels_come_from_cls_or_json_of_the_same_key(tmp_path: Path) -> None:
+    members = {
+        "x/1.jpg": b"", "x/1.cls": b"7\n", "2.json": json.dumps({"label": "cat", "other": 1}).encode(), "2.jpg": b"",
+        "3.png": b"", "3.json": b'{"label": 4}',
+    }  # fmt: skip
+    listed = list_images(tar(tmp_path / "a.tar", members))
+    assert listed.labels == ("7", "cat", "4")
+    assert "3 classes from .cls and .json" in listed.note
+    assert list_images(tmp_path / "a.tar", "none").labels is None
+
+
+def test_a_shard_without_all_labels_has_none_and_says_how_many_lack(tmp_path: Path) -> None:
+    listed = list_images(tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.json": b"[]"}))
+    assert listed.labels is None
+    assert "1 of 2 images have no .cls" in listed.note
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("1.json", b"{"), ("1.cls", b"\xff"), ("1.json", b'{"label": [1]}'), ("1.cls", b"x" * 1_000_001)]
+)
+def test_a_label_that_cannot_be_read_is_named_unless_no_labels_are_wanted(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    tar(tmp_path / "a.tar", {"1.jpg": b"", name: data})
+    with pytest.raises(DataError, match=rf"a\.tar: .*{name}"):
+        list_images(tmp_path / "a.tar")
+    assert len(list_images(tmp_path / "a.tar", "none")) == 1
+
+
+def test_folders_in_shards_are_classes_only_when_asked_for(tmp_path: Path) -> None:
+    members = {f"{kind}/{i}.jpg": b"" for kind in ("cat", "dog") for i in range(10)}
+    assert list_images(tar(tmp_path / "a.tar", members)).labels is None
+    assert set(list_images(tmp_path / "a.tar", "folder").labels or ()) == {"cat", "dog"}
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
+def test_compressed_tars_are_refused_with_a_remedy(tmp_path: Path, name: str, mode: str) -> None:
+    tar(tmp_path / name, {"1.jpg": b""}, mode)
+    with pytest.raises(DataError, match=rf"{name} is compressed with .*: decompress it to a plain \.tar"):
+        list_images(tmp_path / name)
+
+
+def damaged_header(data: bytes) -> bytes:
+    return data[:1024] + b"\xff" * 512 + data[1536:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged_header, "damaged at byte 1,024"),
+        (lambda data: data[:1300], "damaged at byte 1,024"),
+        (lambda data: data[:1700], "cut short in the middle of 1.jpg"),
+        (lambda data: b"no tar" * 200, "not a tar"),
+        (lambda data: b"", "not a tar"),
+    ],
+    ids=["header", "cut in a header", "cut in an image", "text", "empty"],
+)
+def test_damaged_tars_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    file = tar(tmp_path / "a.tar", {f"{i}.jpg": noise(400) for i in range(3)})
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        list_images(file)
+
+
+def test_links_and_dangerous_names_in_a_tar_harm_nobody(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, link in (("../../etc/x.jpg", ""), ("/abs/y.jpg", ""), ("z.jpg", "/etc/passwd")):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
+            archive.addfile(entry)
+    assert contents(list_images(tmp_path / "a.tar")) == {"a.tar/../../etc/x.jpg": b"", "a.tar//abs/y.jpg": b""}
+
+
+# ZIPs
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_a_zip_is_read_as_the_folder_that_was_zipped(tmp_path: Path, compression: int) -> None:
+    members = {f"{kind}/{i}.png": noise(3000, i) for kind in ("dog", "cat") for i in (*range(10), 10)}
+    members |= {"__MACOSX/cat/._1.png": b"", "notes.txt": b"x"}
+    zip_of(tmp_path / "a.zip", members, compression)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        archive.extractall(tmp_path / "folder")
+    listed, unpacked = list_images(tmp_path / "a.zip"), list_images(tmp_path / "folder")
+    assert (listed.ids, listed.labels, listed.note) == (unpacked.ids, unpacked.labels, unpacked.note)
+    assert contents(listed) == {ref.name: Path(str(ref.data)).read_bytes() for ref in unpacked}
+
+
+def test_several_zips_are_named_before_their_members(tmp_path: Path) -> None:
+    files = [zip_of(tmp_path / f"{i}.zip", {"cat/1.png": bytes([i])}) for i in range(2)]
+    assert contents(list_images(files)) == {"0.zip/cat/1.png": b"\0", "1.zip/cat/1.png": b"\1"}
+    assert list_images(files, "folder").labels == ("cat", "cat")
+
+
+def test_a_zip_behind_other_bytes_is_read(tmp_path: Path) -> None:
+    file = zip_of(tmp_path / "a.zip", {"1.png": b"pixels"})
+    file.write_bytes(b"self-extracting stub" + file.read_bytes())
+    assert contents(list_images(file)) == {"1.png": b"pixels"}
+
+
+def test_an_encrypted_member_is_refused_by_name(tmp_path: Path) -> None:
+    data = bytearray(zip_of(tmp_path / "a.zip", {"1.png": b"x"}).read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"1\.png is encrypted: make a ZIP without a password"):
+        list_images(tmp_path / "a.zip")
+
+
+def test_a_rare_compression_is_refused_by_name(tmp_path: Path) -> None:
+    zip_of(tmp_path / "a.zip", {"1.png": b"x"}, zipfile.ZIP_LZMA)
+    with pytest.raises(DataError, match=r"1\.png is compressed by method 14"):
+        list_images(tmp_path / "a.zip")
+
+
+def refused(images: ImageList, code: str) -> str:
+    with pytest.raises(ImageError) as caught:
+        images[0]
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    listed = list_images(zip_of(tmp_path / "a.zip", {"bomb.png": bytes(20_000_000)}))
+    assert "claim to unpack to 20,000,000" in refused(listed, "too_large")
+
+
+def test_a_member_that_is_declared_too_large_is_refused(tmp_path: Path) -> None:
+    data = bytearray(zip_of(tmp_path / "a.zip", {"1.png": b"x" * 1000}).read_bytes())
+    place = data.index(b"PK\1\2") + 24
+    data[place : place + 4] = (3 << 30).to_bytes(4, "little")
+    (tmp_path / "a.zip").write_bytes(data)
+    assert "3,221,225,472 bytes, the limit is 2,147,483,648" in refused(list_images(tmp_path / "a.zip"), "too_large")
+
+
+def test_a_member_that_inflates_to_more_than_declared_is_cut_off_and_refused(tmp_path: Path) -> None:
+    data = bytearray(zip_of(tmp_path / "a.zip", {"1.png": b"x" * 1000}).read_bytes())
+    place = data.index(b"PK\1\2") + 24
+    data[place : place + 4] = (10).to_bytes(4, "little")
+    (tmp_path / "a.zip").write_bytes(data)
+    assert "1.png: damaged" in refused(list_images(tmp_path / "a.zip"), "unreadable")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path: Path, compression: int) -> None:
+    data = bytearray(zip_of(tmp_path / "a.zip", {"1.png": noise(500)}, compression).read_bytes())
+    data[200] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    assert "1.png" in refused(list_images(tmp_path / "a.zip"), "unreadable")
+
+
+@pytest.mark.parametrize("data", [b"", b"no zip", b"PK\3\4 cut"])
+def test_a_file_that_is_no_zip_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.zip is not a ZIP"):
+        list_images(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("make", [tar, zip_of])
+def test_an_archive_without_images_says_what_was_looked_for(tmp_path: Path, make: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"holds no images \(looked for"):
+        list_images(make(tmp_path / f"a.{make.__name__[:3]}", {"a.txt": b"x"}))
+
+
+def test_kinds_of_archives_are_not_mixed_with_each_other_or_with_images(tmp_path: Path) -> None:
+    files = [tar(tmp_path / "a.tar", {"1.png": b""}), zip_of(tmp_path / "a.zip", {"1.png": b""})]
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.zip and 1 others are \.zip and \.tar mixed"):
+        list_images(files)
+    with pytest.raises(DataError, match=r"a\.tar stands in a list of image files"):
+        list_images([tmp_path / "1.png", files[0]])
+
+
+# In workers
+
+
+def both(tmp_path: Path) -> list[ImageList]:
+    members = {f"{i}.png": noise(5000, i) for i in range(30)}
+    return [list_images(tar(tmp_path / "a.tar", members)), list_images(zip_of(tmp_path / "a.zip", members))]
+
+
+def test_an_archive_gone_or_changed_after_listing_is_an_image_error(tmp_path: Path) -> None:
+    for listed, file in zip(both(tmp_path), (tmp_path / "a.tar", tmp_path / "a.zip"), strict=True):
+        file.write_bytes(file.read_bytes()[:600])
+        with pytest.raises(ImageError, match=r"9\.png: "):
+            listed[29]
+        file.unlink()
+        assert "0.png: cannot be read" in refused(listed, "unreadable")
+        assert listed.digest()
+
+
+def test_members_are_read_rightly_after_pickling_and_from_many_threads(tmp_path: Path) -> None:
+    for listed in both(tmp_path):
+        expected = [ref.data for ref in listed]
+        again: ImageList = pickle.loads(pickle.dumps(listed))
+        assert (again.ids, again.digest()) == (listed.ids, listed.digest())
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(again.__getitem__, [*range(30)] * 10))
+        assert [ref.data for ref in got] == expected * 10
+
+
+def read_all(images: ImageList, send: Any) -> None:
+    send.send([images[place % 30].data for place in range(300)])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_members_are_read_rightly_in_forked_workers_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for listed in both(tmp_path):
+        expected = [ref.data for ref in listed]
+        pipes = [context.Pipe(duplex=False) for _ in range(3)]
+        workers = [context.Process(target=read_all, args=(listed, send)) for _, send in pipes]
+        for worker in workers:
+            worker.start()
+        for receive, _ in pipes:
+            assert receive.recv() == expected * 10
+        for worker in workers:
+            worker.join()
+
+
+def test_gather_takes_archives_too(tmp_path: Path) -> None:
+    assert gather(zip_of(tmp_path / "a.zip", {"x/1.png": b"", "y/2.png": b""}), "folder").labels == ("x", "y")

@@ -1,0 +1,174 @@
+"""Images in memory: sequences and datasets are indexed late, labels come with them, and the digest knows them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import FakeData
+
+from jepakit.errors import DataError, ImageError
+from jepakit.sources import gather, list_images
+
+
+def array(seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (9, 10, 3), dtype=np.uint8)
+
+
+def png(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array(seed)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Dataset:
+    """(image, label) by number, as torchvision's datasets give them; `asked` remembers which were decoded."""
+
+    def __init__(self, labels: list[Any], *, broken: int | None = None) -> None:
+        self.labels_by_place, self.broken = labels, broken
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.labels_by_place)
+
+    def __getitem__(self, place: int) -> tuple[Any, Any]:
+        self.asked.append(place)
+        if place == self.broken:
+            raise OSError("image file is truncated")
+        return Image.fromarray(array(place)), self.labels_by_place[place]
+
+
+class Described(Dataset):
+    def __init__(self, targets: Any, classes: list[str]) -> None:
+        super().__init__(list(range(len(targets))))
+        self.targets, self.classes = targets, classes
+
+
+def test_a_sequence_of_every_kind_of_image_is_listed_without_decoding() -> None:
+    images = [array(), Image.fromarray(array()), png(), bytearray(png()), memoryview(png())]
+    listed = list_images(images)
+    assert listed.ids == ("0", "1", "2", "3", "4")
+    assert listed.in_memory
+    assert (listed.labels, listed.groups, listed.held_out, listed.strata()) == (None, None, None, ("",) * 5)
+    assert listed[0].data is images[0]
+    assert listed[1].data is images[1]
+    assert [ref.data for ref in listed][2:] == [png()] * 3
+
+
+def test_files_are_not_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png())
+    assert not list_images(tmp_path).in_memory
+    assert not list_images([tmp_path / "1.png"]).in_memory
+
+
+def test_a_stack_and_a_generator_are_listed() -> None:
+    stack = np.stack([array(0), array(1)])
+    listed = list_images(stack)
+    np.testing.assert_array_equal(listed[1].data, array(1))
+    assert len(list_images(array(place) for place in range(3))) == 3
+
+
+def test_a_dataset_is_indexed_only_when_an_image_is_asked_for() -> None:
+    dataset = Dataset([0, 1] * 5)
+    listed = list_images(dataset, "none")
+    assert dataset.asked == [0], "the first item tells what kind of dataset it is"
+    assert listed.labels is None
+    np.testing.assert_array_equal(np.asarray(listed[7].data), array(7))
+    assert dataset.asked == [0, 7]
+
+
+def test_targets_and_classes_label_a_dataset_without_decoding_it() -> None:
+    for targets in ([1, 0, 1], np.array([1, 0, 1]), torch.tensor([1, 0, 1])):
+        dataset = Described(targets, ["cat", "dog"])
+        listed = list_images(dataset)
+        assert listed.labels == ("dog", "cat", "dog")
+        assert dataset.asked == [0]
+        assert listed.note == "labels: 2 classes from the Described"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [([3, 4, 3], ("3", "4", "3")), (["a", np.str_("b"), "a"], ("a", "b", "a")), ([np.int64(1), torch.tensor(2), 3], ("1", "2", "3"))],
+)  # fmt: skip
+def test_labels_without_targets_are_read_by_going_through_once(labels: list[Any], expected: tuple[str, ...]) -> None:
+    assert list_images(Dataset(labels)).labels == expected
+    assert list_images([(array(), label) for label in labels]).labels == expected
+    assert gather(Dataset(labels)).labels == expected
+
+
+def test_targets_that_are_no_classes_give_no_labels_and_decode_nothing() -> None:
+    dataset = Dataset([{"boxes": []}, {"boxes": []}])
+    listed = list_images(dataset)
+    assert listed.labels is None
+    assert "targets of type dict are no classes" in listed.note
+    assert dataset.asked == [0]
+
+
+def test_a_torchvision_dataset_is_taken_as_it_is() -> None:
+    listed = list_images(FakeData(size=6, image_size=(3, 16, 16), num_classes=3))
+    assert len(listed) == len(listed.labels or ()) == 6
+    assert isinstance(listed[5].data, Image.Image)
+
+
+def test_tensors_are_refused_with_the_way_out() -> None:
+    with pytest.raises(DataError, match="of type Tensor: leave ToTensor out of its transform"):
+        list_images([torch.zeros(3, 9, 9)])
+
+
+def test_an_item_that_fails_or_is_no_image_is_an_image_error_with_its_place() -> None:
+    listed = list_images(Dataset([0, 1, 2], broken=1), "none")
+    with pytest.raises(ImageError, match=r"image 1 cannot be had from the Dataset \(image file is truncated\)"):
+        listed[1]
+    with pytest.raises(ImageError, match="image 1 is of type int: wanted an array"):
+        list_images([array(), 7])[1]
+    assert listed.digest()
+
+
+def test_paths_among_images_keep_their_names(tmp_path: Path) -> None:
+    listed = gather([array(), f"{tmp_path}/x.png"])
+    assert listed.ids == ("0", f"{tmp_path}/x.png")
+    assert listed[1].data == tmp_path / "x.png"
+
+
+@pytest.mark.parametrize("wrong", [7, None, {"a.png": array()}, {"a.png"}, np.zeros(5)], ids=repr)
+def test_what_is_no_source_is_refused_with_what_would_be(wrong: Any) -> None:
+    for take in (list_images, gather):
+        with pytest.raises(DataError, match=rf"images of type {type(wrong).__name__}: give a folder of images"):
+            take(wrong)
+
+
+def test_one_image_is_no_list_but_can_be_gathered() -> None:
+    for image in (array(), Image.fromarray(array()), png()):
+        with pytest.raises(DataError, match="images of type"):
+            list_images(image)
+        assert gather(image)[0].data is image
+
+
+def test_groups_by_folder_make_no_sense_in_memory() -> None:
+    with pytest.raises(DataError, match="lie in no folders"):
+        list_images([array()], group="folder")
+
+
+def test_the_digest_knows_count_and_content() -> None:
+    same = [list_images(images).digest() for images in ([array(0), array(1)], np.stack([array(0), array(1)]))]
+    assert same[0] == same[1]
+    others = [[array(0)], [array(0), array(2)], [png(0), png(1)], [array(1), array(0)], [array(0), array(1)[:, ::-1]]]
+    assert len({same[0], *(list_images(images).digest() for images in others)}) == 1 + len(others)
+
+
+def test_the_digest_samples_a_long_dataset() -> None:
+    dataset = Dataset(list(range(3000)))
+    list_images(dataset, "none").digest()
+    assert len(dataset.asked) == 257
+
+
+def test_a_list_in_memory_can_be_pickled() -> None:
+    listed = list_images([array(0), png(1)])
+    again = pickle.loads(pickle.dumps(listed))
+    assert again.digest() == listed.digest()

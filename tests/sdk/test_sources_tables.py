@@ -1,0 +1,246 @@
+"""Manifests, and tables of labels and groups: CSV and Parquet, their columns, and every way they can be wrong."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jepakit.errors import ConfigError, DataError, MissingExtraError
+from jepakit.sources import gather, list_images
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def csv(file: Path, *lines: str, encoding: str = "utf-8") -> Path:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding=encoding)
+    return file
+
+
+def parquet(file: Path, columns: dict[str, Sequence[Any]]) -> Path:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table(columns), file)
+    return file
+
+
+# Manifests
+
+
+def test_a_manifest_gives_images_labels_groups_and_what_is_held_out(tmp_path: Path) -> None:
+    touch(tmp_path, "x/1.png", "x/2.png", "y/3.png")
+    manifest = csv(tmp_path / "m.csv", "path,label,group,split,age", "y/3.png,cat,p1,train,9", "x/1.png,dog,p2,test,8", "x/2.png,cat,p1,Train,7")  # fmt: skip
+    listed = list_images(manifest)
+    assert listed.ids == ("y/3.png", "x/1.png", "x/2.png")
+    assert [ref.data for ref in listed] == [tmp_path / name for name in listed.ids]
+    assert listed.labels == ("cat", "dog", "cat")
+    assert listed.groups == ("p1", "p2", "p1")
+    assert listed.held_out is not None
+    assert listed.held_out.tolist() == [False, True, False]
+    assert listed.note == (
+        "labels: 2 classes from the manifest's column label; groups: 2 groups from the manifest's column group; "
+        "1 of 3 images held out by the manifest's split"
+    )
+
+
+def test_a_manifest_of_paths_alone_has_neither_labels_nor_groups(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{kind}/{i}.png" for kind in "ab" for i in range(10)))
+    names = [f"{kind}/{i}.png" for kind in "ab" for i in range(10)]
+    listed = list_images(csv(tmp_path / "m.csv", "path", *names))
+    assert (listed.labels, listed.groups, listed.held_out) == (None, None, None)
+    assert "no column label" in listed.note
+    assert list_images(tmp_path / "m.csv", "folder").labels == ("a",) * 10 + ("b",) * 10
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_delimiters_and_byte_order_marks_of_any_spreadsheet_are_read(
+    tmp_path: Path, delimiter: str, encoding: str
+) -> None:
+    touch(tmp_path, "Köln, 1.png", "2.png")
+    rows = ['"Köln, 1.png"', "Dom"], ["2.png", " Rhein "]
+    manifest = csv(
+        tmp_path / "m.csv", *(delimiter.join(row) for row in (["Filename", "Class"], *rows)), "", encoding=encoding
+    )
+    listed = list_images(manifest)
+    assert listed.ids == ("Köln, 1.png", "2.png")
+    assert listed.labels == ("Dom", "Rhein")
+
+
+@pytest.mark.parametrize(
+    ("path", "label", "group"),
+    [("file", "class", "patient"), ("filepath", "target", "patient_id"), ("image", "category", "scene"), ("IMAGE_PATH", "Label", "Slide")],
+)  # fmt: skip
+def test_columns_are_known_by_their_usual_names(tmp_path: Path, path: str, label: str, group: str) -> None:
+    touch(tmp_path, "1.png")
+    listed = list_images(csv(tmp_path / "m.csv", f"{group},{label},{path}", "g,c,1.png"))
+    assert (listed.ids, listed.labels, listed.groups) == (("1.png",), ("c",), ("g",))
+    assert f"column {label}" in listed.note
+
+
+def test_absolute_paths_and_a_manifest_named_from_elsewhere_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "in/1.png", "2.png")
+    csv(tmp_path / "in/m.csv", "path", "./1.png", "../2.png", f"{tmp_path}/in/../2.jpg")
+    touch(tmp_path, "2.jpg")
+    monkeypatch.chdir(tmp_path)
+    listed = list_images("in/m.csv")
+    assert listed.ids == ("1.png", "../2.png", f"{tmp_path}/2.jpg")
+    assert [Path(str(ref.data)).read_bytes() for ref in listed] == [b"in/1.png", b"2.png", b"2.jpg"]
+
+
+def test_parquet_says_the_same_as_csv(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    same: dict[str, Sequence[Any]] = {
+        "path": ["2.png", "1.png"],
+        "label": [3, 4],
+        "patient": ["a", "b"],
+        "split": ["train", "val"],
+    }
+    rows = [",".join(map(str, row)) for row in zip(*same.values(), strict=True)]
+    from_csv = list_images(csv(tmp_path / "m.csv", ",".join(same), *rows))
+    from_parquet = list_images(parquet(tmp_path / "m.parquet", {**same, "pixels": [b"", b""]}))
+    assert from_parquet.ids == from_csv.ids
+    assert from_parquet.labels == from_csv.labels == ("3", "4")
+    assert from_parquet.groups == from_csv.groups
+    assert from_parquet.note == from_csv.note
+    assert from_parquet.digest() == from_csv.digest()
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "m.parquet")
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=r"pip install 'jepakit\[parquet\]'"):
+        list_images(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["paht,label", "1.png,a"], r"no column 'path' \(nor file, .*\); its columns are paht, label; did you mean paht\?"),
+        (["path,label", "1.png,a,b"], r"m\.csv, line 2: 3 fields, its first line has 2"),
+        (["path,label", "1.png,a", "", "2.png"], r"m\.csv, line 4: 1 fields"),
+        (["path,label", "1.png,"], r"m\.csv, line 2: the column 'label' is empty"),
+        (["path,label", "1.png,a", ",b"], r"m\.csv, line 3: the column 'path' is empty"),
+        (["path,label"], "a header but no rows"),
+        ([], "is empty or begins with an empty line"),
+        (["", "path,label"], "is empty or begins with an empty line"),
+        (["path,label", '"1.png,a'], r"m\.csv, line 2: unexpected end of data"),
+        (["path", "1.png", "x.png", "y.png"], r"lists x\.png, which is no file in .* \(2 of 3 are missing\)"),
+        (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),
+        (["path,label,Label,label", "1.png,a,b,c"], r"has two columns named 'label'"),
+        (["path", "1.png", "a\0/b.png"], r"lists a\0/b\.png, which is no file"),
+        (["path,split", "1.png,test", "2.png,val"], r"no row's split is train \(found test, val\)"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_used_says_where_and_why(tmp_path: Path, lines: list[str], message: str) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    with pytest.raises(DataError, match=message):
+        list_images(csv(tmp_path / "m.csv", *lines))
+
+
+def test_a_manifest_that_is_not_utf_8_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"m\.csv is not UTF-8 text: save it as CSV UTF-8"):
+        list_images(csv(tmp_path / "m.csv", "path", "ärzte.png", encoding="latin-1"))
+
+
+def test_columns_that_are_not_asked_for_may_be_empty(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png")
+    manifest = csv(tmp_path / "m.csv", "path,label,group", "1.png,,")
+    listed = list_images(manifest, "none", group="none")
+    assert (listed.labels, listed.groups) == (None, None)
+
+
+@pytest.mark.parametrize("path", [[b"\x89PNG"], [None], [float("nan")]])
+def test_a_parquet_whose_path_is_no_text_is_refused(tmp_path: Path, path: Any) -> None:
+    with pytest.raises(DataError, match=r"m\.parquet.*'image'"):
+        list_images(parquet(tmp_path / "m.parquet", {"image": path}))
+
+
+def test_a_damaged_parquet_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a Parquet file, or is damaged"):
+        list_images(touch(tmp_path, "m.parquet") / "m.parquet")
+
+
+def test_a_split_that_holds_out_nothing_is_as_good_as_none(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png")
+    assert list_images(csv(tmp_path / "m.csv", "path,split", "1.png,train")).held_out is None
+
+
+def test_a_file_is_found_whatever_links_lead_to_it(tmp_path: Path) -> None:
+    touch(tmp_path, "store/1.png")
+    (tmp_path / "set").symlink_to(tmp_path / "store")
+    (tmp_path / "2.png").symlink_to(tmp_path / "store" / "1.png")
+    assert len(list_images(csv(tmp_path / "m.csv", "path", "set/1.png", "2.png"))) == 2
+
+
+# Tables of labels and groups
+
+
+def test_labels_and_groups_can_come_from_tables(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a/1.png", "images/2.png")
+    labels = csv(tmp_path / "labels.csv", "path,label", "2.png,dog", "a/1.png,cat", "gone.png,cow")
+    groups = parquet(tmp_path / "groups.parquet", {"file": ["./2.png", "a/1.png"], "patient": [1, 2]})
+    listed = list_images(tmp_path / "images", labels, group=str(groups))
+    assert listed.ids == ("2.png", "a/1.png")
+    assert listed.labels == ("dog", "cat")
+    assert listed.groups == ("1", "2")
+    assert "labels: 2 classes from" in listed.note
+    assert gather(tmp_path / "images", str(labels)).labels == ("dog", "cat")
+
+
+def test_a_table_may_name_images_as_seen_from_its_own_folder_or_absolutely(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png")
+    labels = csv(tmp_path / "labels.csv", "path,label", "images/1.png,cat", f"{tmp_path}/images/2.png,dog")
+    assert list_images(tmp_path / "images", labels).labels == ("cat", "dog")
+    assert list_images(f"{tmp_path}/images/*", labels).labels == ("cat", "dog")
+
+
+def test_images_that_a_table_lacks_are_named_and_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png", "images/3.png")
+    labels = csv(tmp_path / "labels.csv", "path,label", "1.png,cat", "2.pgn,cat")
+    with pytest.raises(
+        DataError, match=r"2\.png is not in .*labels\.csv \(2 of 3 images are not\).*; did you mean 2\.pgn"
+    ):
+        list_images(tmp_path / "images", labels)
+
+
+def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png")
+    with pytest.raises(DataError, match=r"gives \./1\.png two values \(cat, dog\)"):
+        list_images(tmp_path / "images", csv(tmp_path / "l.csv", "path,label", "1.png,cat", "./1.png,dog"))
+    agreeing = csv(tmp_path / "l.csv", "path,label", "1.png,cat", "1.png,cat")
+    assert list_images(tmp_path / "images", agreeing).labels == ("cat",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": "fodler"}, r"labels = 'fodler': wanted auto, folder, none, or a file .*; did you mean folder\?"),
+        ({"labels": "gone.csv"}, r"labels = 'gone.csv' \(there is no such file\)"),
+        ({"group": "patients"}, r"group = 'patients': wanted auto, folder, none"),
+    ],
+)
+def test_a_rule_that_is_neither_a_rule_nor_a_file_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    touch(tmp_path, "1.png")
+    with pytest.raises(ConfigError, match=message):
+        list_images(tmp_path, **settings)

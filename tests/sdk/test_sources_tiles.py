@@ -1,0 +1,258 @@
+"""Tiles and frames: windows cover each scene, empty ones are left out, names, labels and groups follow the file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+import jepakit.readers
+from jepakit.errors import ConfigError, DataError, ImageError
+from jepakit.readers import Header, ImageRef, Window
+from jepakit.sources import ImageList, list_images
+
+
+@dataclass
+class Scene:
+    """A raster in memory that stands for a file; `reads` are the windows it was asked for."""
+
+    pixels: Any
+    header: Header
+    reads: list[tuple[Window | None, int]] = field(default_factory=list)
+
+    def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> Any:
+        self.reads.append((window, frame))
+        x, y, width, height = window or (0, 0, self.header.width, self.header.height)
+        return self.pixels[frame, y : y + height, x : x + width]
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def scene(height: int, width: int, frames: int = 1, **header: Any) -> Scene:
+    """All ones, [frames, height, width, 2]."""
+    pixels = np.ones((frames, height, width, 2), header.pop("dtype", "int16"))
+    return Scene(pixels, Header("TIFF", height, width, 2, str(pixels.dtype), frames, **header))
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """`make(**{"a": scene(…)})`: a folder of files a.tif, … that open as those scenes; others are damaged."""
+    scenes: dict[str, Scene] = {}
+
+    def open_raster(source: Any, *, name: str) -> Scene:
+        if Path(source).name not in scenes:
+            raise ImageError(f"{name}: damaged", code="unreadable")
+        return scenes[Path(source).name]
+
+    monkeypatch.setattr(jepakit.readers, "open_raster", open_raster, raising=False)
+
+    def folder(**named: Scene | None) -> Path:
+        for name, each in named.items():
+            file = tmp_path / f"{name.replace('__', '/')}.tif"
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+            if each is not None:
+                scenes[file.name] = each
+        return tmp_path
+
+    return folder
+
+
+def windows(images: ImageList) -> list[Window]:
+    return [ref.window for ref in images if ref.window is not None]
+
+
+def test_tiles_cover_a_scene_and_the_last_ones_are_shifted_inwards(make: Make) -> None:
+    listed = list_images(make(a=scene(20, 30)), tile=12)
+    assert windows(listed) == [(x, y, 12, 12) for y in (0, 8) for x in (0, 12, 18)]
+    assert listed.ids == tuple(f"a.tif#{x},{y},12,12" for y in (0, 8) for x in (0, 12, 18))
+    assert "6 tiles of 12 × 12 of 1 images" in listed.note
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (16, 24), (17, 23), (100, 31), (40, 9)])
+@pytest.mark.parametrize("overlap", [0, 1, 3, 7])
+def test_every_pixel_is_in_a_tile_every_tile_is_full_and_none_comes_twice(
+    make: Make, height: int, width: int, overlap: int
+) -> None:
+    cut = windows(list_images(make(a=scene(height, width)), tile=8, overlap=overlap))
+    seen = np.zeros((height, width), int)
+    for x, y, wide, high in cut:
+        assert (wide, high) == (8, 8)
+        assert 0 <= x <= width - 8
+        assert 0 <= y <= height - 8
+        seen[y : y + high, x : x + wide] += 1
+    assert seen.min() >= 1
+    assert len(set(cut)) == len(cut)
+    steps = np.diff(sorted({x for x, *_ in cut}))
+    assert steps.max(initial=0) <= 8 - overlap, "neighbours share at least the overlap"
+
+
+def test_tiles_of_a_size_that_fits_do_not_repeat_the_last(make: Make) -> None:
+    assert len(list_images(make(a=scene(32, 64)), tile=16)) == 8
+
+
+def test_an_image_smaller_than_the_tile_is_taken_as_it_is_if_large_enough(make: Make) -> None:
+    folder = make(narrow=scene(40, 12), small=scene(12, 12), tiny=scene(8, 9))
+    listed = list_images(folder, tile=16, min_valid=0.5)
+    assert listed.ids == (
+        "narrow.tif#0,0,12,16", "narrow.tif#0,16,12,16", "narrow.tif#0,24,12,16", "small.tif#0,0,12,12",
+    )  # fmt: skip
+    assert "1 tiles with under 50% valid pixels left out" in listed.note
+    assert len(list_images(folder, tile=16, min_valid=0)) == 5
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+@pytest.mark.parametrize(("nodata", "dtype"), [(-9999.0, "int16"), (float("nan"), "float32"), (0.0, "uint8")])
+def test_tiles_without_enough_data_are_left_out(make: Make, nodata: float, dtype: str, windowed: bool) -> None:
+    each = scene(16, 32, nodata=nodata, windowed=windowed, dtype=dtype)
+    each.pixels[0, :, 3:16] = nodata
+    each.pixels[0, :8, 16:24, 0] = nodata
+    listed = list_images(make(a=each), tile=8, min_valid=0.3)
+    kept = [(0, 0), (16, 0), (24, 0), (0, 8), (16, 8), (24, 8)]
+    assert windows(listed) == [(x, y, 8, 8) for x, y in kept], "a pixel with a value in one band is valid"
+    assert "2 tiles with under 30% valid pixels left out" in listed.note
+    assert len(list_images(make(a=each), tile=8, min_valid=0.4)) == 4
+    assert len(list_images(make(a=each), tile=8, min_valid=0)) == 8
+
+
+def test_a_file_is_read_by_windows_where_it_can_be_and_once_where_it_cannot(make: Make) -> None:
+    by_windows, whole = scene(32, 32, nodata=0, windowed=True), scene(32, 32, nodata=0)
+    list_images(make(a=by_windows, b=whole), tile=8)
+    assert sorted(window for window, _ in by_windows.reads if window) == sorted(
+        Window(x, y, 8, 8) for x in range(0, 32, 8) for y in range(0, 32, 8)
+    )
+    assert whole.reads == [(None, 0)]
+
+
+def test_pixels_are_read_only_where_no_data_has_a_value(make: Make) -> None:
+    each = scene(32, 32, windowed=True)
+    list_images(make(a=each), tile=8)
+    assert each.reads == []
+
+
+def test_large_files_that_must_be_decoded_whole_for_each_tile_are_pointed_out(make: Make) -> None:
+    folder = make(a=scene(80, 80), b=scene(80, 80, windowed=True))
+    assert "a.tif is decoded whole for each of its tiles (1 such files)" in list_images(folder, tile=8).note
+    assert "decoded whole" not in list_images(folder, tile=40).note
+
+
+def test_labels_follow_the_file_and_its_tiles_are_one_group(make: Make) -> None:
+    folder = make(cat__a=scene(16, 8), dog__b=scene(16, 8))
+    listed = list_images(folder, "folder", tile=8)
+    assert listed.labels == ("cat", "cat", "dog", "dog")
+    assert listed.groups == ("cat/a.tif", "cat/a.tif", "dog/b.tif", "dog/b.tif")
+    assert listed.strata() == listed.labels
+    assert "the pieces of an image are one group" in listed.note
+
+
+def test_groups_and_split_that_were_given_are_kept(make: Make) -> None:
+    folder = make(a=scene(16, 8), b=scene(16, 8), c=scene(8, 8))
+    (folder / "m.csv").write_text("path,scene,split\na.tif,s,train\nb.tif,s,train\nc.tif,t,test\n")
+    listed = list_images(folder / "m.csv", tile=8)
+    assert listed.groups == ("s", "s", "s", "s", "t")
+    assert listed.held_out is not None
+    assert listed.held_out.tolist() == [False, False, False, False, True]
+
+
+def test_an_item_is_a_window_of_its_file(make: Make) -> None:
+    folder = make(a=scene(8, 8), b=scene(8, 16))
+    listed = list_images(folder, tile=8)
+    assert listed[2] == ImageRef(folder / "b.tif", "b.tif#8,0,8,8", Window(8, 0, 8, 8), None)
+    again = pickle.loads(pickle.dumps(listed))
+    assert [again[place] for place in range(3)] == [listed[place] for place in range(3)]
+
+
+def test_the_digest_knows_how_scenes_are_cut(make: Make) -> None:
+    folder = make(a=scene(32, 32, frames=2))
+    settings: list[dict[str, Any]] = [{}, {"tile": 8}, {"tile": 16}, {"tile": 16, "overlap": 8}, {"frame": "each"}]
+    assert len({list_images(folder, **each).digest() for each in settings}) == 5
+
+
+# Frames
+
+
+def test_each_frame_becomes_an_image_of_its_files_group(make: Make) -> None:
+    listed = list_images(make(a=scene(8, 8, frames=3), b=scene(8, 8)), frame="each")
+    assert listed.ids == ("a.tif#frame=0", "a.tif#frame=1", "a.tif#frame=2", "b.tif")
+    assert [ref.frame for ref in listed] == [0, 1, 2, None]
+    assert windows(listed) == []
+    assert listed.groups == ("a.tif", "a.tif", "a.tif", "b.tif")
+    assert "4 frames of 2 images" in listed.note
+
+
+def test_files_of_one_frame_each_are_not_grouped(make: Make) -> None:
+    assert list_images(make(a=scene(8, 8), b=scene(8, 8)), frame="each").groups is None
+
+
+def test_a_frame_that_is_named_is_meant_in_every_file_and_no_header_is_read(make: Make) -> None:
+    listed = list_images(make(a=None, b=None), frame=3)
+    assert listed.ids == ("a.tif", "b.tif")
+    assert [ref.frame for ref in listed] == [3, 3]
+    assert listed.groups is None
+
+
+def test_frames_are_cut_into_tiles_and_judged_one_by_one(make: Make) -> None:
+    each = scene(8, 16, frames=2, nodata=0)
+    each.pixels[1, :, 8:] = 0
+    listed = list_images(make(a=each), frame="each", tile=8)
+    assert listed.ids == ("a.tif#frame=0#0,0,8,8", "a.tif#frame=0#8,0,8,8", "a.tif#frame=1#0,0,8,8")
+    assert [ref.frame for ref in listed] == [0, 0, 1]
+    chosen = list_images(make(a=each), frame=1, tile=8)
+    assert [(ref.name, ref.frame) for ref in chosen] == [("a.tif#0,0,8,8", 1)]
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tile": 7}, "tile = 7: the least is 8"),
+        ({"tile": 16, "overlap": 16}, "overlap = 16: wanted 0 or more, and less than tile = 16"),
+        ({"tile": 16, "overlap": -1}, "overlap = -1"),
+        ({"overlap": 4}, "overlap = 4 without tile"),
+        ({"tile": 16, "min_valid": 1.5}, r"min_valid = 1\.5: wanted a share from 0 to 1"),
+        ({"frame": -1}, "frame = -1: frames are counted from 0"),
+        ({"frame": "eech"}, r"frame = 'eech': wanted a number or each; did you mean each\?"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(make: Make, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        list_images(make(a=scene(32, 32)), **settings)
+
+
+def test_nothing_left_is_an_error_with_the_numbers(make: Make) -> None:
+    empty = scene(16, 16, nodata=1)
+    with pytest.raises(DataError, match=r"none of the 4 tiles of 8 × 8 in 1 images has 50% valid pixels: lower"):
+        list_images(make(a=empty), tile=8)
+
+
+def test_files_that_cannot_be_opened_are_counted_and_few_are_left_out(make: Make) -> None:
+    good = {f"good{place:03}": scene(8, 8) for place in range(99)}
+    listed = list_images(make(**good, bad=None), tile=8)
+    assert len(listed) == 99
+    assert "1 files that cannot be opened left out (bad.tif: damaged)" in listed.note
+    with pytest.raises(DataError, match=r"2 of 101 files cannot be opened; the first: bad\.tif: damaged"):
+        list_images(make(worse=None), tile=8)
+
+
+def test_a_file_that_opens_but_cannot_be_read_keeps_its_tiles_for_the_reader_to_judge(make: Make) -> None:
+    class Torn(Scene):
+        def read(self, *_: Any, **__: Any) -> Any:
+            raise ImageError("torn", code="unreadable")
+
+    torn = Torn(**vars(replace(scene(16, 8, nodata=0))))
+    assert len(list_images(make(a=torn), tile=8)) == 2

@@ -1,0 +1,160 @@
+"""Decoded images on disk, already shrunk to what the views need: a second pass over the data decodes nothing.
+
+One .npy file an image, read through a memory map, so that a crop reads only its own pages. Any number of
+worker processes share a folder. A full cache stores nothing more: in passes over all the data, making room
+for one image would always throw out one that is needed sooner.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit._files import replacing
+from jepakit.bundle import Preprocess
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError
+from jepakit.readers.raster import ImageRef
+from jepakit_training.views import resize
+
+_FORMAT = 1
+"""Raise it when the same file would give other pixels."""
+_SUFFIX = ".jepakit.npy"
+"""The cache removes files of this name alone: the folder may hold other arrays."""
+_HEADER_BYTES = 128
+_LEDGER = "used_bytes"
+_STALE_S = 30 * 24 * 3600
+_NEARLY_FULL = 0.9
+
+
+class ImageCache:
+    """Pixels by key, in `folder`, of `limit_bytes` together at most.
+
+    least_side  images are stored with their shorter side no longer than this, in pixels
+    decoding    whatever else decides which pixels a file gives, e.g. a DICOM window; part of every key
+
+    Opening a folder that is nearly full removes what was not used for 30 days; one that is over the limit loses
+    its longest unused images. Raises ConfigError when the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, least_side: int, decoding: str = "") -> None:
+        self._folder, self._limit, self._least_side, self._decoding = folder, limit_bytes, least_side, decoding
+        self._full = False
+        try:
+            # The pixels may be a patient's. A folder that exists keeps its mode.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._ledger() as ledger:
+                _write(ledger, self._tidied())
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot hold the image cache ({error.strerror}): name another folder") from None
+
+    def key_of(self, image: ImageRef) -> str | None:
+        """The name of an image's pixels, which changes with the file; None for an image in memory."""
+        if not isinstance(image.data, str | Path):
+            return None
+        path = Path(image.data).absolute()
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        made_of = [
+            _FORMAT, os.fsdecode(path), stat.st_size, stat.st_mtime_ns, image.name, image.window, image.frame,
+            self._least_side, self._decoding,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    def get(self, key: str) -> NDArray[Any] | None:
+        """Read-only pixels [H, W, C], or None when they are not stored or not whole."""
+        try:
+            pixels = np.load(self._file(key), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        whole = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.dtype in (np.uint8, np.float32)
+        return np.asarray(pixels) if whole else None
+
+    def put(self, key: str, pixels_HWC: NDArray[Any]) -> None:
+        """Store pixels, uint8 or float32, unless the limit is reached or the disk is full."""
+        if self._full:
+            return
+        try:
+            if not self._reserve(pixels_HWC.nbytes + _HEADER_BYTES):
+                self._full = True
+                return
+            with replacing(self._file(key)) as file:
+                np.save(file, pixels_HWC, allow_pickle=False)
+        except OSError:
+            self._full = True
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{key}{_SUFFIX}"
+
+    @contextmanager
+    def _ledger(self) -> Iterator[BinaryIO]:
+        """The file that holds how many bytes are taken, locked against all other processes."""
+        with (self._folder / _LEDGER).open("a+b") as ledger:
+            fcntl.flock(ledger, fcntl.LOCK_EX)
+            yield ledger
+
+    def _reserve(self, size: int) -> bool:
+        """Whether there was room for `size` bytes more, which are now taken."""
+        with self._ledger() as ledger:
+            ledger.seek(0)
+            text = ledger.read()
+            used = int(text) if text.isdigit() else sum(size for _, size, _ in self._stored())
+            if used + size > self._limit:
+                return False
+            _write(ledger, used + size)
+            return True
+
+    def _stored(self) -> list[tuple[float, int, Path]]:
+        """When last used, bytes and path of every file, those that a crash left half written included."""
+        found = []
+        for path in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # another process has just renamed its temporary file
+                stat = path.stat()
+                found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+        return [file for file in found if file[2].name.endswith(_SUFFIX)]
+
+    def _tidied(self) -> int:
+        """The bytes that are taken, after removing what must go."""
+        files = sorted(self._stored())
+        used, stale_before = sum(size for _, size, _ in files), time.time() - _STALE_S
+        for last_used, size, path in files:
+            if used <= self._limit and (used <= _NEARLY_FULL * self._limit or last_used >= stale_before):
+                break
+            path.unlink(missing_ok=True)
+            used -= size
+        return used
+
+
+def open_cache(config: AdaptConfig, least_side: int, spec: Preprocess) -> ImageCache | None:
+    """The cache that the settings ask for; None where they ask for none."""
+    if config.cache is None:
+        return None
+    # Two specs can make other pixels of one file: by its window, or by what fills "no data".
+    return ImageCache(Path(config.cache), int(config.cache_gb * 2**30), least_side, spec.model_dump_json())
+
+
+def downscale(pixels_HWC: NDArray[Any], least_side: int) -> NDArray[Any]:
+    """The pixels, uint8 or float32, shrunk (antialiased) so that the shorter side is `least_side` if it is longer."""
+    height, width, _ = pixels_HWC.shape
+    short = min(height, width)
+    if short <= least_side:
+        return pixels_HWC
+    shrunk = resize(pixels_HWC, round(height * least_side / short), round(width * least_side / short))
+    return shrunk.permute(1, 2, 0).contiguous().numpy()
+
+
+def _write(ledger: BinaryIO, used: int) -> None:
+    ledger.truncate(0)
+    ledger.write(b"%d" % used)

@@ -1,0 +1,38 @@
+"""What the images' values are worth to this run: a sample is scanned, and what was found is told in words."""
+
+from __future__ import annotations
+
+from jepakit.bundle import Preprocess
+from jepakit.config import AdaptConfig
+from jepakit.scan import Scan, refuse_mixed, scan
+from jepakit.sources import ImageList
+
+
+def look_at(images: ImageList, config: AdaptConfig, *, show: bool) -> Scan:
+    """Scan a sample; DataError when none can be read or they are of several kinds, ConfigError when views cannot fit."""
+    found = scan(images, value_range=config.value_range, frame=chosen_frame(config), progress=show)
+    refuse_mixed(found, images.ids, config.most_skipped)
+    config.resolved_views().check_bands(found.kind.bands)
+    return found
+
+
+def choose_preprocess(found: Scan, config: AdaptConfig, stock: Preprocess) -> Preprocess:
+    """`stock` made for these images: bands, value scaling, statistics, tile."""
+    return found.preprocess(stock, value_range=config.value_range, frame=chosen_frame(config), tile=config.tile)
+
+
+def describe_values(found: Scan, spec: Preprocess) -> list[str]:
+    """What the images hold and what will be made of it."""
+    sizes = sorted({(one.header.width, one.header.height) for one in found.seen}, key=lambda size: size[0] * size[1])
+    (w0, h0), (w1, h1) = sizes[0], sizes[-1]
+    between = f"{w0} × {h0}" if len(sizes) == 1 else f"{w0} × {h0} to {w1} × {h1}"
+    told = [f"{found.kind}, {between} pixels ({len(found.seen)} of {found.n_images} images looked at)"]
+    if spec.scaling is not None:
+        bands = ", ".join(f"{low:g} … {high:g}" for low, high in zip(spec.scaling.low, spec.scaling.high, strict=True))
+        told.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as asked'})")
+    return told
+
+
+def chosen_frame(config: AdaptConfig) -> int | None:
+    """The one frame that is meant; None where there is no choice, or every frame is an image of its own."""
+    return config.frame if isinstance(config.frame, int) else None
