@@ -1,0 +1,61 @@
+"""Compare pieces of code by the CPU time of short blocks, taken in turns in random order.
+
+On a shared machine the clock says little and a single run less. Here each round runs every case once, in a
+random order, on the same work; cases are compared within rounds, and a case measured twice under two names
+(A/A) tells how far a ratio of 1 strays by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+Block = Callable[[], float]
+"""Does one block of work and returns the CPU seconds it took."""
+_RESAMPLES = 4000
+
+
+def timed(work: Callable[[], object]) -> Block:
+    """`work` as a block, by the CPU time of this process, all threads and the kernel's share included."""
+
+    def block() -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    return block
+
+
+def measure(cases: Mapping[str, Block], *, rounds: int, seed: int = 0) -> dict[str, list[float]]:
+    """CPU seconds of each case's block in each round, after one round that is not counted."""
+    random = np.random.default_rng(seed)
+    names = list(cases)
+    for name in names:
+        cases[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for place in random.permutation(len(names)):
+            seconds[names[place]].append(cases[names[place]]())
+    return seconds
+
+
+class Ratio(NamedTuple):
+    """How many times as long one case takes as another: the median over rounds and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(slow: list[float], fast: list[float], *, seed: int = 0) -> Ratio:
+    """`slow` over `fast`, paired by round; the interval is bootstrapped over rounds."""
+    logs = np.log(slow) - np.log(fast)
+    drawn = np.random.default_rng(seed).integers(len(logs), size=(_RESAMPLES, len(logs)))
+    low, high = np.quantile(np.median(logs[drawn], axis=1), [0.025, 0.975])
+    return Ratio(*(float(np.exp(value)) for value in (np.median(logs), low, high)))
