@@ -50,6 +50,10 @@ def test_the_four_things_you_do(images: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jpg").symlink_to(next(images.rglob("*.jpg")))
     programs = str(Path(sys.executable).parent)
 
+    (look,) = blocks("sh", under="0. Look")
+    assert "8-bit RGB" in run([f"{programs}/{shlex.split(look)[0]}", *shlex.split(look)[1:]], tmp_path)
+    assert (tmp_path / "contact-sheet.png").exists()
+
     (adapt,) = blocks("python", under="1. Adapt")
     fewer = adapt.replace("steps=300", "steps=2, image_size=64, batch_size=16")
     assert fewer != adapt
@@ -79,3 +83,12 @@ def test_every_option_the_readme_names_exists(option: str) -> None:
     source = (ROOT / "sdk/jepakit/cli.py").read_text()
     name = option.removeprefix("--")
     assert f'"{option}"' in source or f"{name.replace('-', '_')}:" in source
+
+
+def test_every_option_of_the_images_page_exists() -> None:
+    page = (ROOT / "docs/images.md").read_text()
+    source = (ROOT / "sdk/jepakit/cli.py").read_text() + (ROOT / "sdk/jepakit/config.py").read_text()
+    options = {name for option in re.findall(r"--([a-z][a-z-]+)", page) for name in [option.replace("-", "_")]}
+    settings = set(re.findall(r"--set ([a-z_]+)[=.]", page))
+    assert len(options) > 8
+    assert not [name for name in options | settings if f"{name}:" not in source and f"--{name}" not in source]
