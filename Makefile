@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: setup demo test test-slow check format timm-names lock clean
+.PHONY: setup demo test test-slow check bench format timm-names lock clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow or gpu" --timeout 3000
+
+# Ratios measured in one run; without --quick each script takes some minutes.
+bench: setup
+	for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick || exit 1; done
 
 check: setup
 	$(BIN)/ruff format --check .
