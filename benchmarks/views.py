@@ -100,7 +100,8 @@ class Ours:
 
     def _crops(self, dataset: ViewDataset) -> Crops:
         self._epoch += 1
-        return collate([dataset[Key(self._epoch, place)].crops for place in range(len(self._images))])
+        items = [dataset[Key(self._epoch, place)] for place in range(len(self._images))]
+        return collate([item.crops for item in items if item.crops is not None])
 
 
 def without_blur(crops: Crops) -> Crops:

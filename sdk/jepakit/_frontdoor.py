@@ -146,5 +146,6 @@ def _told(images: Any) -> str | tuple[str, ...]:
 
 
 def _stem(images: str | tuple[str, ...]) -> str:
-    name = Path(images if isinstance(images, str) else os.path.commonpath(images)).resolve().name
+    first = images if isinstance(images, str) else os.path.commonpath([os.path.abspath(path) for path in images])  # noqa: PTH100
+    name = Path(first).resolve().name
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name).strip("-") or "images"

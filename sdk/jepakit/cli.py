@@ -300,7 +300,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _number_or_word(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdigit() else text
+    return int(text) if text is not None and text.isascii() and text.isdigit() else text
 
 
 def _range_or_word(text: str | None) -> list[float] | str | None:

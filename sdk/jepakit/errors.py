@@ -52,7 +52,7 @@ class ImageError(InputError):
     """One image cannot be read rightly.
 
     `code` is a stable word for programs: `unreadable`, `unsupported_format`, `unsupported_mode`,
-    `too_large`, `too_small`, `wrong_shape`.
+    `too_large`, `too_small`, `wrong_shape`, `wrong_scale`, `constant`, `saturated`, `not_finite`.
     """
 
     def __init__(self, message: str, *, code: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from jepakit.bundle import Scaling
 from jepakit.config import Domain, ValueRange
-from jepakit.scan import Scan
+from jepakit.scan import Scan, outlier_notes, window_notes
 from jepakit.sources import ImageList
 
 SAMPLE = 1024
@@ -69,7 +69,7 @@ class Inspection(_Frozen):
 
 def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None, value_range: ValueRange) -> Inspection:
     """Put a scan's findings, near-duplicates and advice together."""
-    sizes = sorted(((one.header.width, one.header.height) for one in found.seen), key=lambda size: size[0] * size[1])
+    sizes = sorted((one.size for one in found.seen), key=lambda size: size[0] * size[1])
     scaling = found.scaling(value_range)
     mean, std = found.statistics(scaling)
     domain, because = _suggest_domain(found, mean)
@@ -90,7 +90,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
         n_odd=len(odd), odd=tuple(odd[:_LISTED]),
         n_duplicates=len(pairs), duplicates=tuple((images.ids[a], images.ids[b]) for a, b in pairs[:_LISTED]),
         domain=domain, domain_because=because,
-        advice=(*_advice(images, found, sizes[len(sizes) // 2], sizes[-1], len(pairs), image_size, tile), *_faint(images, found, scaling)),
+        advice=(*_advice(images, found, sizes[len(sizes) // 2], sizes[-1], len(pairs), image_size, tile), *_faint(images, found, scaling), *outlier_notes(found, images.ids), *window_notes(found, scaling)),
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def _lines(seen: Inspection) -> list[str]:
 def _value_lines(seen: Inspection) -> list[str]:
     if seen.scaling is None:
         return [f"values      mean {_told(seen.mean)}, std {_told(seen.std)} (of 0 … 1)"]
-    how = "measured: 0.1 to 99.9 percentile of any image" if seen.scaling.measured else "as asked"
+    how = "measured" if seen.scaling.measured else "as asked"
     return [
         f"values      band {band + 1}: {low:g} … {high:g} → 0 … 1 ({how}), mean {mean:.3f}, std {std:.3f}"
         for band, (low, high, mean, std) in enumerate(

@@ -29,6 +29,7 @@ LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9
 _PIXELS_KEPT = 4096
 _PIXELS_JUDGED = 1 << 20
 _THREADS = 4
+_MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE = 0.25, 10, 0.2, 0.99
 
 
 class Kind(NamedTuple):
@@ -43,7 +44,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """One image of the sample.
+    """One image of the sample. `size` is its width and height, a tile's own where it is one.
 
     `values` [n, C] are some of its valid pixels, `low` and `high` [C] their percentiles, `fingerprint` bool [256]
     whether it gets brighter from each of 16 × 17 patches to the next (the perceptual "difference hash").
@@ -51,6 +52,7 @@ class Seen:
 
     index: int
     header: Header
+    size: tuple[int, int]
     values: NDArray[Any]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -80,25 +82,49 @@ class Scan:
     def scaling(self, value_range: ValueRange) -> Scaling | None:
         """Low and high per band: measured, or the user's window for all bands; None for 8-bit data.
 
-        Measured is the widest range between the 0.1 and the 99.9 percentile of any sampled image: hot pixels
-        do not stretch it, and no sampled image is clipped by more than 0.2 %.
+        Measured is the widest range between the 0.1 and the 99.9 percentile of any sampled image, outliers left
+        out (`outliers`), and a quarter more on either side, for images that were not sampled: mean and std make up
+        for a range that is too wide, nothing for one that clips. Raises ConfigError for a window that does not fit.
         """
         window = CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
+        if value_range == "file" and not any(one.header.format == "DICOM" for one in self.seen):
+            raise ConfigError("value_range = 'file' applies each DICOM file's own window, and these are not DICOM")
         if self.is_8_bit:
             if value_range not in ("auto", "file"):
                 raise ConfigError(f"value_range = {value_range!r}: 8-bit images are used as they are, leave it out")
             return None
         if window is not None:
             low, high = window
+            if (outside := self.outside(low, high)) > _MOST_OUTSIDE:
+                raise ConfigError(
+                    f"value_range = [{low:g}, {high:g}]: {outside:.1%} of the values lie outside it (they are "
+                    f"{min(one.low.min() for one in self.seen):g} … {max(one.high.max() for one in self.seen):g}): nothing would be seen"
+                )
             return Scaling(low=(low,) * self.kind.bands, high=(high,) * self.kind.bands, measured=False)
-        low_C = np.min([one.low for one in self.seen], axis=0)
-        high_C = np.max([one.high for one in self.seen], axis=0)
+        lows_NC, highs_NC = (np.array([getattr(one, end) for one in self.seen]) for end in ("low", "high"))
+        usual_NC = ~_far_out(lows_NC, highs_NC)
+        low_C = np.min(lows_NC, axis=0, where=usual_NC, initial=np.inf)
+        high_C = np.max(highs_NC, axis=0, where=usual_NC, initial=-np.inf)
         flat = np.flatnonzero(low_C >= high_C)
         if len(flat):
             raise DataError(
                 f"band {flat[0] + 1} is {low_C[flat[0]]:g} in every sampled image: remove it, or give value_range"
             )
-        return Scaling(low=_floats(low_C), high=_floats(high_C), measured=True)
+        margin_C = _MARGIN * (high_C - low_C)
+        # Nothing can lie below an unsigned zero.
+        least = 0.0 if self.kind.stored_as.startswith("uint") else -np.inf
+        return Scaling(low=_floats((low_C - margin_C).clip(least)), high=_floats(high_C + margin_C), measured=True)
+
+    def outliers(self) -> tuple[int, ...]:
+        """Indices of sampled images whose values lie far beyond the others': they would squeeze all others into a corner."""
+        lows_NC, highs_NC = (np.array([getattr(one, end) for one in self.seen]) for end in ("low", "high"))
+        far = np.flatnonzero(_far_out(lows_NC, highs_NC).any(axis=1))
+        return tuple(self.seen[place].index for place in far)
+
+    def outside(self, low: float, high: float) -> float:
+        """The share of the sampled values that a window would clip."""
+        values = np.concatenate([one.values for one in self.seen])
+        return float(((values < low) | (values > high)).mean())
 
     def statistics(self, scaling: Scaling | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std per band of the sampled pixels, once scaled to 0..1."""
@@ -184,7 +210,8 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
     except ImageError as error:
         return index, str(error)
     low, high = np.percentile(_thinned(valid, _PIXELS_JUDGED), [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
-    return Seen(index, header, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored))
+    size = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
+    return Seen(index, header, size, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored))
 
 
 def _fingerprint(stored: NDArray[Any]) -> NDArray[np.bool_]:
@@ -197,9 +224,48 @@ def _fingerprint(stored: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _thinned(values: NDArray[Any], most: int) -> NDArray[Any]:
-    """At most about `most` rows, evenly spread."""
-    return values[:: max(1, len(values) // most)]
+    """At most `most` rows, drawn at random: evenly spread ones would be a few columns of a square image."""
+    if len(values) <= most:
+        return values
+    return values[np.random.default_rng(0).integers(0, len(values), most)]
+
+
+def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which images' percentiles lie far outside the middle half of all images', bool [N, C].
+
+    Ten times the spread of that half, or of a fifth of the usual range where all images are alike: heavy tails are
+    let through, a file in other units is not.
+    """
+    spread_C = _LEAST_SPREAD * np.median(highs_NC - lows_NC, axis=0)
+    far = np.zeros(lows_NC.shape, bool)
+    for ends_NC in (lows_NC, highs_NC):
+        first_C, third_C = np.percentile(ends_NC, [25, 75], axis=0)
+        fence_C = _FENCE * np.maximum(third_C - first_C, spread_C)
+        far |= (ends_NC < first_C - fence_C) | (ends_NC > third_C + fence_C)
+    return far
 
 
 def _floats(values: NDArray[Any]) -> tuple[float, ...]:
     return tuple(map(float, np.asarray(values).astype(np.float32)))
+
+
+def outlier_notes(found: Scan, ids: Sequence[str]) -> list[str]:
+    """A warning that names an image far out of the others' range, if there is one."""
+    if found.is_8_bit or not (far := found.outliers()):
+        return []
+    return [
+        f"warning: {len(far)} of {len(found.seen)} images have values far beyond the others', e.g. {ids[far[0]]}: they do not "
+        "set the range, and are refused where it clips them"
+    ]
+
+
+def window_notes(found: Scan, scaling: Scaling | None) -> list[str]:
+    """What a window that the user chose clips, if it is much."""
+    if scaling is None or scaling.measured:
+        return []
+    outside = found.outside(scaling.low[0], scaling.high[0])
+    return (
+        [f"{outside:.0%} of the values lie outside the chosen range and become black or white"]
+        if outside > 0.01
+        else []
+    )

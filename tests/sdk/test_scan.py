@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepakit.bundle import Preprocess
-from jepakit.errors import ConfigError, DataError
+from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import read_image
 from jepakit.inspection import near_duplicates, report
-from jepakit.scan import Kind, Scan, refuse_mixed, scan
+from jepakit.scan import Kind, Scan, outlier_notes, refuse_mixed, scan, window_notes
 from jepakit.sources import list_images
 
 STOCK = Preprocess(
@@ -46,21 +46,59 @@ def test_8_bit_rgb_keeps_the_start_weights_own_statistics(tmp_path: Path) -> Non
     assert found.preprocess(STOCK) == STOCK
 
 
-def test_16_bit_values_are_scaled_by_the_widest_percentiles_of_any_image(tmp_path: Path) -> None:
-    images = noise(4, (64, 64), 500, 1500, "uint16") + noise(1, (64, 64), 2000, 4000, "uint16")
+def test_16_bit_values_are_scaled_by_the_widest_percentiles_of_any_image_and_a_quarter_more(tmp_path: Path) -> None:
+    images = noise(3, (64, 64), 500, 1500, "uint16") + noise(2, (64, 64), 2000, 4000, "uint16")
     images[0][0, 0] = 65535  # a hot pixel: 1 of 4096, less than 0.1 %
     found = look(write(tmp_path / "a", images))
     spec = found.preprocess(STOCK)
     assert (spec.bands, spec.dtype, spec.stored_as) == (1, "float32", "uint16")
     assert spec.scaling is not None
     assert spec.scaling.measured
-    assert 500 <= spec.scaling.low[0] < 510
-    assert 3980 < spec.scaling.high[0] <= 4000
-    scaled = np.concatenate(
-        [(image.ravel() - spec.scaling.low[0]) / (spec.scaling.high[0] - spec.scaling.low[0]) for image in images]
-    )
-    assert spec.mean[0] == pytest.approx(scaled.clip(0, 1).mean(), abs=1e-3)
-    assert spec.std[0] == pytest.approx(scaled.clip(0, 1).std(), abs=1e-3)
+    assert spec.scaling.low[0] == 0, "500 less a quarter of 3500, but nothing lies below an unsigned zero"
+    assert spec.scaling.high[0] == pytest.approx(4000 + 0.25 * 3500, abs=40)
+    low, high = spec.scaling.low[0], spec.scaling.high[0]
+    scaled = np.concatenate([(image.ravel() - low) / (high - low) for image in images]).clip(0, 1)
+    assert spec.mean[0] == pytest.approx(scaled.mean(), abs=0.01)
+    assert spec.std[0] == pytest.approx(scaled.std(), abs=0.01)
+
+
+def test_the_numbers_speak_of_the_whole_image_not_of_a_few_columns(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(700, 800, (512, 512)).astype(np.float32)
+    image[:, :64] = 0  # a dark border; 512 × 512 pixels thinned evenly would be a few columns
+    spec = look(write(tmp_path / "a", [image] * 3)).preprocess(STOCK)
+    assert spec.scaling is not None
+    low, high = spec.scaling.low[0], spec.scaling.high[0]
+    assert spec.mean[0] == pytest.approx((image.mean() - low) / (high - low), abs=0.02)
+
+
+def test_one_file_in_other_units_does_not_set_the_range_and_is_named(tmp_path: Path) -> None:
+    images = noise(20, (40, 40), 100, 3000, "uint16") + noise(1, (40, 40), 100, 65000, "uint16")
+    folder = write(tmp_path / "a", images)
+    found = look(folder)
+    spec = found.preprocess(STOCK)
+    assert spec.scaling is not None
+    assert spec.scaling.high[0] < 3800
+    assert found.outliers() == (20,)
+    assert "020.tif" in outlier_notes(found, list_images(folder, "none").ids)[0]
+    with pytest.raises(ImageError, match=r"outside 0 …"):
+        read_image(folder / "020.tif", spec)
+
+
+def test_images_that_were_not_sampled_have_room(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+
+    def image(seed: int) -> NDArray[np.float32]:
+        levels = 1000 * np.exp(0.3 * np.random.default_rng(seed).standard_normal(13))
+        return (levels * random.uniform(0.5, 1.5, (32, 32, 13))).astype(np.float32)
+
+    spec = look(write(tmp_path / "a", [image(seed) for seed in range(120)], planarconfig="contig")).preprocess(STOCK)
+    refused = 0
+    for seed in range(1000, 1200):
+        try:
+            read_image(image(seed), spec)
+        except ImageError:
+            refused += 1
+    assert refused <= 4
 
 
 def test_every_sampled_image_can_be_read_with_what_was_measured(tmp_path: Path) -> None:
@@ -74,7 +112,7 @@ def test_each_band_has_numbers_of_its_own(tmp_path: Path) -> None:
     images = [np.stack([image, 10 * image], axis=2) for image in noise(4, (40, 40), 10, 100, "uint16")]
     spec = look(write(tmp_path / "a", images, planarconfig="contig")).preprocess(STOCK)
     assert spec.scaling is not None
-    assert spec.scaling.high[1] == pytest.approx(10 * spec.scaling.high[0], rel=0.02)
+    assert spec.scaling.high[1] == pytest.approx(10 * spec.scaling.high[0], rel=0.05)
 
 
 def test_8_bit_multispectral_has_measured_statistics_and_no_scaling(tmp_path: Path) -> None:
@@ -98,6 +136,15 @@ def test_a_window_for_8_bit_images_is_refused(tmp_path: Path) -> None:
         look(write(tmp_path / "a", noise(3, (40, 40), 0, 255, "uint8"))).scaling((0, 100))
 
 
+def test_a_window_in_which_nothing_would_be_seen_is_refused(tmp_path: Path) -> None:
+    found = look(write(tmp_path / "a", noise(4, (40, 40), 500, 3500, "uint16")))
+    with pytest.raises(ConfigError, match=r"100\.0% of the values lie outside"):
+        found.scaling((10, 20))
+    assert "of the values lie outside" in window_notes(found, found.scaling((1000, 2000)))[0]
+    with pytest.raises(ConfigError, match="not DICOM"):
+        found.scaling("file")
+
+
 def test_no_data_stays_out_of_the_numbers(tmp_path: Path) -> None:
     images = noise(4, (40, 40), 100, 200, "float32")
     for image in images:
@@ -105,7 +152,7 @@ def test_no_data_stays_out_of_the_numbers(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", images, extratags=[(42113, "s", 0, "-9999", True)])
     scaling = look(folder).scaling("auto")
     assert scaling is not None
-    assert scaling.low[0] >= 100
+    assert scaling.low[0] >= 100 - 0.25 * 100
 
 
 def test_a_band_that_is_the_same_everywhere_is_named(tmp_path: Path) -> None:

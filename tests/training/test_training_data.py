@@ -91,7 +91,9 @@ def make_dataset(folder: Path, seed: int = 0, cache: ImageCache | None = None) -
 
 
 def views_of(dataset: ViewDataset, key: Key) -> Views:
-    return finish(dataset[key].crops)
+    crops = dataset[key].crops
+    assert crops is not None
+    return finish(crops)
 
 
 def test_an_unreadable_file_is_replaced_by_its_neighbour_and_reported(image_folder: Callable[..., Path]) -> None:
@@ -104,7 +106,10 @@ def test_an_unreadable_file_is_replaced_by_its_neighbour_and_reported(image_fold
     item = broken[Key(0, 3)]
     assert [index for index, _ in item.skipped] == [3]
     assert "003.png" in item.skipped[0][1]
-    assert all(torch.equal(a, b) for a, b in zip(finish(item.crops), views_of(broken, Key(0, 3)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(finish(item.crops or pytest.fail("no crops")), views_of(broken, Key(0, 3)), strict=True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(untouched, views_of(broken, Key(0, 0)), strict=True))
     assert broken[Key(0, 4)].skipped == []
 
@@ -118,8 +123,9 @@ def test_the_last_file_is_replaced_by_the_first(image_folder: Callable[..., Path
 def test_a_folder_of_rubbish_stops_with_the_first_files_name(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(b"rubbish")
-    with pytest.raises(DataError, match=r"0\.png"):
-        make_dataset(tmp_path)[Key(0, 0)]
+    loader = make_loader(make_dataset(tmp_path), StepBatches(4, 2, 0, range(1)), 1, pin=False, finished=True)
+    with pytest.raises(DataError, match=r"^20 images in a row cannot be read; the first: \d\.png"):
+        views_on(torch.device("cpu"), next(iter(loader)))
 
 
 def test_views_depend_on_the_runs_seed_and_on_the_pass_over_the_data(image_folder: Callable[..., Path]) -> None:
@@ -139,7 +145,7 @@ def test_neither_the_number_of_workers_nor_where_colours_are_changed_changes_any
         loader = make_loader(
             make_dataset(folder), StepBatches(6, 4, 0, range(4)), workers, pin=False, finished=finished
         )
-        return [(views_on(torch.device("cpu"), batch.views), batch.skipped) for batch in loader]
+        return [(views_on(torch.device("cpu"), batch), batch.skipped) for batch in loader]
 
     alone = batches(0, finished=True)
     for others in (batches(2, finished=True), batches(2, finished=False)):
@@ -180,6 +186,17 @@ def test_classes_of_one_group_each_are_not_held_out_as_a_whole_class_by_class() 
     scenes = [f"scene{number // 10}" for number in range(100)]
     parts = split(100, scenes, groups=scenes, share=0.2, most=1000, seed=0)
     assert len(parts.held_out) == 20
+
+
+def test_a_class_of_one_group_stays_in_training_and_so_does_a_giant() -> None:
+    labels = ["a"] * 50 + ["b"] * 50 + ["c"] * 10
+    groups = [f"p{number // 5}" for number in range(100)] + ["only"] * 10
+    giant = ["giant"] * 1000 + [f"p{number // 10}" for number in range(100)]
+    for seed in range(20):
+        assert not {100, 105} & set(
+            split(110, labels, groups=groups, share=0.2, most=1000, seed=seed).held_out.tolist()
+        )
+        assert 0 not in split(1100, None, groups=giant, share=0.2, most=1000, seed=seed).held_out
 
 
 def test_normalise() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from jepakit.bundle import Preprocess
-from jepakit.errors import DataError, ImageError
+from jepakit.errors import DataError, ImageError, InputError
 from jepakit.images import Pixels, read_image
 from jepakit.sources import ImageList
 from jepakit_training.cache import ImageCache, downscale
@@ -53,13 +53,21 @@ def split(
     chosen = np.zeros(len(sizes), bool)
     for stratum in np.unique(stratum_of_group):
         members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
-        wanted = max(1, round(share * sizes[members].sum()))
-        # As many groups as come nearest to the share, one at the least.
-        count_up_to = np.cumsum(sizes[members])
-        n_groups = 1 + int(np.abs(count_up_to - wanted).argmin())
-        chosen[members[:n_groups]] = True
+        chosen[_near_share(members, sizes, share)] = True
     held_out = chosen[group_of]
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
+
+
+def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float) -> list[int]:
+    """Of the groups in their order, those that bring their images nearer to `share` of all; a lone large one stays."""
+    wanted, taken, chosen = max(1, round(share * sizes[groups].sum())), 0, []
+    for group in groups.tolist():
+        if taken + sizes[group] / 2 <= wanted:
+            chosen.append(group)
+            taken += int(sizes[group])
+    if not chosen and len(groups) > 1:
+        chosen.append(int(groups[sizes[groups].argmin()]))
+    return chosen
 
 
 class Key(NamedTuple):
@@ -96,16 +104,19 @@ class StepBatches(Sampler[list[Key]]):
 
 
 class Item(NamedTuple):
-    crops: Crops
+    crops: Crops | None
     skipped: list[tuple[int, str]]
     """(index, reason) of files that could not be read and whose place a neighbour took."""
+    fault: InputError | None = None
+    """Why there are no crops: it is raised by whoever takes the batch, not in a worker, which would add a traceback."""
 
 
 class Batch(NamedTuple):
-    """Views of N images, [V, N, C, H, W] at each size, still to be finished or finished; `skipped` as in `Item`."""
+    """Views of N images, [V, N, C, H, W] at each size, still to be finished or finished; the rest as in `Item`."""
 
-    views: Crops | Views
+    views: Crops | Views | None
     skipped: list[tuple[int, str]]
+    fault: InputError | None = None
 
 
 class ViewDataset(Dataset[Item]):
@@ -122,7 +133,7 @@ class ViewDataset(Dataset[Item]):
         self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, make_views: ViewMaker, seed: int,
         cache: ImageCache | None = None,
     ) -> None:  # fmt: skip
-        self._images, self._indices, self._spec = images, indices, spec
+        self.images, self._indices, self._spec = images, indices, spec
         self._make_views, self._seed, self._cache = make_views, seed, cache
 
     def __getitem__(self, key: Key) -> Item:
@@ -134,11 +145,14 @@ class ViewDataset(Dataset[Item]):
             except ImageError as error:
                 skipped.append((index, str(error)))
                 continue
+            except InputError as error:
+                return Item(None, skipped, error)
             return Item(self._make_views(pixels, derive_seed(self._seed, "views", key.epoch, key.place)), skipped)
-        raise DataError(f"{_MOST_SUBSTITUTES} images in a row cannot be read; the first: {skipped[0][1]}")
+        fault = DataError(f"{_MOST_SUBSTITUTES} images in a row cannot be read; the first: {skipped[0][1]}")
+        return Item(None, skipped, fault)
 
     def _read(self, index: int) -> Pixels:
-        ref = self._images[index]
+        ref = self.images[index]
         least_side = self._make_views.least_side
         key = None if self._cache is None else self._cache.key_of(ref)
         if self._cache is None or key is None:
@@ -169,15 +183,24 @@ def make_loader(
 
 
 def _collate(items: list[Item]) -> Batch:
-    return Batch(collate([item.crops for item in items]), [skip for item in items for skip in item.skipped])
+    skipped = [skip for item in items for skip in item.skipped]
+    crops = [item.crops for item in items if item.crops is not None]
+    if len(crops) < len(items):
+        return Batch(None, skipped, next(item.fault for item in items if item.fault is not None))
+    return Batch(collate(crops), skipped)
 
 
 def _collate_finished(items: list[Item]) -> Batch:
-    return Batch(finish(collate([item.crops for item in items])), [skip for item in items for skip in item.skipped])
+    batch = _collate(items)
+    return batch._replace(views=finish(batch.views)) if isinstance(batch.views, Crops) else batch
 
 
-def views_on(device: torch.device, views: Crops | Views) -> Views:
-    """A batch's views on `device`, their colours changed there where the loader left that to it."""
+def views_on(device: torch.device, batch: Batch) -> Views:
+    """A batch's views on `device`, their colours changed there where the loader left that to it; raises its fault."""
+    views = batch.views
+    if views is None:
+        assert batch.fault is not None
+        raise batch.fault
     if isinstance(views, Crops):
         return finish(views.to(device))
     return Views(*(group.to(device, non_blocking=True) for group in views))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError
 from jepakit.inspection import SAMPLE, Inspection, report
 from jepakit.scan import scan
 from jepakit.sources import ImageList
@@ -23,14 +24,19 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     seen = report(images, found, image_size=config.image_size, tile=config.tile, value_range=config.value_range)
     if sheet is None:
         return seen
+    if Path(str(config.images)).is_dir() and sheet.resolve().is_relative_to(Path(str(config.images)).resolve()):
+        raise ConfigError(f"sheet = {sheet} would lie among the images it shows: name another place, --sheet FILE")
     domain = config.domain if "domain" in config.model_fields_set else seen.domain
     recipe = config.model_copy(update={"domain": domain}).resolved_views()
     recipe.check_bands(found.kind.bands)
     spec = choose_preprocess(found, config, _any_backbone(config.image_size))
     sizes = config.image_size, local_size_of(config.image_size, recipe)
     title = f"{found.kind}; views of domain {domain} at {sizes[0]} and {sizes[1]} px"
-    sheet.parent.mkdir(parents=True, exist_ok=True)
-    write_sheet(sheet, images, spec, recipe, sizes, title)
+    try:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        write_sheet(sheet, images, spec, recipe, sizes, title)
+    except OSError as error:
+        raise ConfigError(f"sheet = {sheet}: cannot be written ({error.strerror}): name another place") from None
     return seen.model_copy(update={"sheet": str(sheet)})
 
 

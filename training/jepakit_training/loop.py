@@ -73,9 +73,12 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
     plan = make_plan(config, images, backbone, accelerator.num_processes)
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
-    for note in (images.note, *describe_values(found, spec), *plan.notes) if main else ():
+    for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
         print(note, file=sys.stderr)
 
+    make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
+    cache = open_cache(config, make_views.least_side, spec)
+    dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
     skipped = SkippedFiles(run.path / SKIPPED, len(images), most=config.most_skipped, enabled=main)
     for index, reason in found.unreadable:
         skipped.add(images.ids[index], reason)
@@ -100,7 +103,9 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
             None,
             name=f"{name_for(run.path)}-start",
         )
-    _train(config, plan, images, backbone, spec, run, accelerator, skipped)
+    _train(config, plan, dataset, backbone, spec, run, accelerator, skipped)
+    if main and len(skipped):
+        print(f"{len(skipped)} images could not be read and were left out: see {run.path / SKIPPED}", file=sys.stderr)
     after = measuring.end(backbone, before.embedding.pooling)
     if main:
         done = _provenance(config, images, steps=plan.steps, batch_size=plan.batch_size)
@@ -119,7 +124,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
 
 
 def _train(
-    config: AdaptConfig, plan: Plan, images: ImageList, backbone: nn.Module, spec: Preprocess,
+    config: AdaptConfig, plan: Plan, dataset: ViewDataset, backbone: nn.Module, spec: Preprocess,
     run: Run, accelerator: Accelerator, skipped: SkippedFiles,
 ) -> None:  # fmt: skip
     """Train the backbone in place, from the newest checkpoint where there is one."""
@@ -140,14 +145,10 @@ def _train(
     first = _restore(run.path / CHECKPOINTS, model, optimizer)
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
-    trained_on = plan.split.train
     batches = StepBatches(
-        len(trained_on), plan.batch_size, config.seed, range(first, plan.steps),
+        len(plan.split.train), plan.batch_size, config.seed, range(first, plan.steps),
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
-    make_views = ViewMaker(recipe, plan.image_size, plan.local_size, spec.scaling)
-    cache = open_cache(config, make_views.least_side, spec)
-    dataset = ViewDataset(images, trained_on, spec, make_views, config.seed, cache)
     on_gpu = accelerator.device.type == "cuda"
     on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
     loader = make_loader(dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
@@ -162,7 +163,7 @@ def _train(
     ):
         for step, batch in zip(range(first, plan.steps), clock.waiting(loader), strict=True):
             for index, reason in batch.skipped:
-                skipped.add(images.ids[index], reason)
+                skipped.add(dataset.images.ids[index], reason)
             torch.manual_seed(derive_seed(config.seed, "step", step, accelerator.process_index))
             model.backbone_frozen = step < plan.warmup_steps or not trainable
             model.train()
@@ -170,7 +171,7 @@ def _train(
                 freeze_norm_statistics(backbone)
             _set_learning_rates(optimizer, plan, step)
 
-            views = views_on(accelerator.device, batch.views)
+            views = views_on(accelerator.device, batch)
             with accelerator.autocast():
                 proj_VNK = prepared(views)
             slices_KS = directions(

@@ -17,7 +17,6 @@ from jepakit_training.data import Split, split
 
 FEWEST_IMAGES = 16
 _FEW_IMAGES = 64
-_FEWEST_GROUPS = 5
 _DEFAULT_STEPS = 300
 _RAMP_STEPS = 10
 _LAMBDA_PER_VIEW = 0.005
@@ -58,6 +57,11 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
         )
     parts, notes = _split(config, images)
     trained_on = len(parts.train)
+    if trained_on < FEWEST_IMAGES // 2 or not len(parts.held_out):
+        raise DataError(
+            f"{trained_on} images would train and {len(parts.held_out)} are held out: {FEWEST_IMAGES // 2} and 1 are the least; "
+            "mind the split column, or the groups"
+        )
 
     batch_size = min(config.batch_size, trained_on) // world * world
     if batch_size == 0:
@@ -107,13 +111,18 @@ def local_size_of(image_size: int, views: ViewsConfig) -> int:
 
 def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
     """Held-out images: the manifest's own where it names some, else a share of whole groups, each stratum in proportion."""
-    if images.held_out is not None:
-        return Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out)), []
     groups, notes = images.groups, []
-    if groups is not None and len(set(groups)) < _FEWEST_GROUPS:
+    if images.held_out is not None:
+        parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
+        if groups is not None and (both := {groups[i] for i in parts.train} & {groups[i] for i in parts.held_out}):
+            notes.append(
+                f"warning: {len(both)} groups are on both sides of the manifest's split, e.g. {min(both)}: the verdict is optimistic"
+            )
+        return parts, notes
+    if groups is not None and len(set(groups)) == 1:
         notes.append(
-            f"warning: there are only {len(set(groups))} groups, too few to hold some out whole: held-out images have "
-            "siblings in training, and the verdict is optimistic"
+            "warning: all images are one group, which cannot be held out whole: held-out images have siblings in "
+            "training, and the verdict is optimistic"
         )
         groups = None
     parts = split(

@@ -67,6 +67,9 @@ def _is_ours(name: str) -> bool:
 
 def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
     before = tomllib.loads((out / CONFIG).read_text(encoding="utf-8"))
+    for told in (before, settings := dict(settings)):
+        # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
+        told["cache"] = "cache" in told
     changed = [
         f"{key} was {before.get(key)!r}, now {settings.get(key)!r}"
         for key in sorted({*before, *settings} - FREE_SETTINGS)
@@ -117,20 +120,25 @@ class SkippedFiles:
             with path.open(newline="", encoding="utf-8") as file:
                 self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "path"}
 
+    def __len__(self) -> int:
+        return len(self._seen)
+
     def add(self, name: str, reason: str) -> None:
         """Note one image by its id; DataError when there are too many."""
         if name in self._seen:
             return
         self._seen[name] = reason
         if self._enabled:
-            with self._path.open("w", newline="", encoding="utf-8") as file:
-                file.write("# holds paths of your images: keep it to yourself\n")
-                csv.writer(file).writerows([("path", "reason"), *self._seen.items()])
+            new = not self._path.exists()
+            with self._path.open("a", newline="", encoding="utf-8") as file:
+                if new:
+                    file.write("# holds paths of your images: keep it to yourself\n")
+                csv.writer(file).writerows([*([("path", "reason")] if new else []), (name, reason)])
         if len(self._seen) > self._most:
             more = f", and {len(self._seen) - 1} more listed in {self._path}" if len(self._seen) > 1 else ""
             raise DataError(
                 f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read: mend or remove them, then run the "
-                "same command again (or allow more: --set most_skipped=0.05)"
+                "same command again, with another --out if the run had begun to train (or allow more: --set most_skipped=0.05)"
             )
 
 

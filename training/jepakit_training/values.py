@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.scan import Scan, refuse_mixed, scan
+from jepakit.scan import Scan, outlier_notes, refuse_mixed, scan, window_notes
 from jepakit.sources import ImageList
 
 
@@ -21,16 +23,16 @@ def choose_preprocess(found: Scan, config: AdaptConfig, stock: Preprocess) -> Pr
     return found.preprocess(stock, value_range=config.value_range, frame=chosen_frame(config), tile=config.tile)
 
 
-def describe_values(found: Scan, spec: Preprocess) -> list[str]:
+def describe_values(found: Scan, spec: Preprocess, ids: Sequence[str]) -> list[str]:
     """What the images hold and what will be made of it."""
-    sizes = sorted({(one.header.width, one.header.height) for one in found.seen}, key=lambda size: size[0] * size[1])
+    sizes = sorted({one.size for one in found.seen}, key=lambda size: size[0] * size[1])
     (w0, h0), (w1, h1) = sizes[0], sizes[-1]
     between = f"{w0} × {h0}" if len(sizes) == 1 else f"{w0} × {h0} to {w1} × {h1}"
     told = [f"{found.kind}, {between} pixels ({len(found.seen)} of {found.n_images} images looked at)"]
     if spec.scaling is not None:
         bands = ", ".join(f"{low:g} … {high:g}" for low, high in zip(spec.scaling.low, spec.scaling.high, strict=True))
         told.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as asked'})")
-    return told
+    return [*told, *outlier_notes(found, ids), *window_notes(found, spec.scaling)]
 
 
 def chosen_frame(config: AdaptConfig) -> int | None:
