@@ -41,6 +41,8 @@ class PillowFile(BaseRaster):
             header = _header(image, encoded.name, len(pages) if pages else _frames(image))
             self._orientation = 1 if late or image.format == "TIFF" else _orientation(image)
         super().__init__(_turned(header, self._orientation), encoded.name, limits, encoded.file, encoded.size)
+        # The first read of a file's only frame takes it as it was opened: most files are read once.
+        self._opened: Image | None = image if header.frames == 1 and pages is None and not late else None
         if late:
             # An orientation may stand behind the pixels; they are within the limits, so decode them to see it.
             with reading(encoded.name):
@@ -49,8 +51,10 @@ class PillowFile(BaseRaster):
                 self.header = _turned(header, self._orientation)
 
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
-        image = _open(self._encoded, self._formats, self._limits)
-        image.seek(self._pages[frame] if self._pages else frame)
+        image, self._opened = self._opened, None
+        if image is None:
+            image = _open(self._encoded, self._formats, self._limits)
+            image.seek(self._pages[frame] if self._pages else frame)
         if _is_deep_colour(image):
             return upright(decode_deep(self._encoded), self._orientation)
         if at_least is not None and image.format in ("JPEG", "MPO"):
