@@ -167,7 +167,7 @@ def test_8_bit_data_and_the_same_values_as_floats_give_the_same_views() -> None:
 
 @pytest.mark.parametrize("area", [(0.05, 0.3), (0.3, 1.0)])
 def test_crops_have_the_areas_and_aspects_asked_for_and_stay_inside(area: tuple[float, float]) -> None:
-    boxes = draw_boxes(np.random.default_rng(0), 4000, 375, 500, area)
+    boxes = np.array(draw_boxes(np.random.default_rng(0), 4000, 375, 500, area))
     top, left, bottom, right = boxes.T
     height, width = bottom - top, right - left
     assert top.min() >= 0
@@ -184,15 +184,15 @@ def test_crops_have_the_areas_and_aspects_asked_for_and_stay_inside(area: tuple[
 
 
 def test_crops_of_small_images_are_no_less_than_16_pixels_a_side() -> None:
-    boxes = draw_boxes(np.random.default_rng(0), 500, 32, 32, (0.05, 0.3))
+    boxes = np.array(draw_boxes(np.random.default_rng(0), 500, 32, 32, (0.05, 0.3)))
     sides = boxes[:, 2:] - boxes[:, :2]
     assert sides.min() == 16
-    boxes = draw_boxes(np.random.default_rng(0), 500, 8, 9, (0.05, 0.3))
+    boxes = np.array(draw_boxes(np.random.default_rng(0), 500, 8, 9, (0.05, 0.3)))
     assert np.array_equal(boxes[:, 2:] - boxes[:, :2], np.full((500, 2), (8, 9)))
 
 
 def test_crops_of_a_long_thin_image_lie_anywhere_along_it_and_are_not_squashed() -> None:
-    top, left, bottom, right = draw_boxes(np.random.default_rng(0), 500, 30, 900, (0.3, 1.0)).T
+    top, left, bottom, right = np.array(draw_boxes(np.random.default_rng(0), 500, 30, 900, (0.3, 1.0))).T
     assert ((right - left) / (bottom - top)).max() <= 4 / 3 + 0.05
     assert left.min() < 50
     assert right.max() > 850
@@ -201,7 +201,7 @@ def test_crops_of_a_long_thin_image_lie_anywhere_along_it_and_are_not_squashed()
 def test_the_least_side_is_where_the_smallest_crop_is_not_enlarged() -> None:
     maker = ViewMaker(ViewsConfig(), 224, 96)
     assert maker.least_side == 496
-    boxes = draw_boxes(np.random.default_rng(0), 4000, 496, 496, ViewsConfig().local_area)
+    boxes = np.array(draw_boxes(np.random.default_rng(0), 4000, 496, 496, ViewsConfig().local_area))
     assert 95 <= (boxes[:, 2:] - boxes[:, :2]).min() <= 98
     assert ViewMaker(ViewsConfig(n_local=0), 224, 96).least_side == 473
 

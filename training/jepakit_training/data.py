@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from jepakit.bundle import Preprocess
 from jepakit.errors import DataError, ImageError, InputError
 from jepakit.images import Pixels, read_image
+from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
 from jepakit_training.cache import ImageCache, downscale
 from jepakit_training.randomness import derive_seed
@@ -177,7 +178,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=_collate_finished if finished else _collate,
         pin_memory=pin,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         timeout=600 if workers else 0,
     )
 
@@ -206,8 +207,9 @@ def views_on(device: torch.device, batch: Batch) -> Views:
     return Views(*(group.to(device, non_blocking=True) for group in views))
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    silence_loggers()
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

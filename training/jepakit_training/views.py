@@ -87,9 +87,9 @@ class ViewMaker:
         self, pixels_HWC: NDArray[Any], random: np.random.Generator, count: int, size: int, area: tuple[float, float]
     ) -> Tensor:
         height, width, bands = pixels_HWC.shape
-        boxes = draw_boxes(random, count, height, width, area).tolist()
-        mirrored = random.random(count) < self._config.horizontal_flip
-        upended = random.random(count) < self._config.vertical_flip
+        boxes = draw_boxes(random, count, height, width, area)
+        mirrored = (random.random(count) < self._config.horizontal_flip).tolist()
+        upended = (random.random(count) < self._config.vertical_flip).tolist()
         turns = (random.integers(4, size=count) * self._config.quarter_turns).tolist()
         dtype = torch.uint8 if self._scaling is None else torch.float32
         # Bands last in memory: so the resize gives them, and bringing them to the front takes it a fifth more time.
@@ -107,23 +107,36 @@ class ViewMaker:
 
 def draw_boxes(
     random: np.random.Generator, count: int, height: int, width: int, area: tuple[float, float]
-) -> NDArray[np.intp]:
-    """[count, 4], top, left, bottom and right of random crops, torchvision's RandomResizedCrop in distribution.
+) -> list[tuple[int, int, int, int]]:
+    """Top, left, bottom and right of `count` random crops, torchvision's RandomResizedCrop in distribution.
 
     An image too long and thin for the area is cut to the largest box of a legal aspect, anywhere along it.
     """
-    areas = random.uniform(*area, (count, _TRIES)) * height * width
-    aspects = np.exp(random.uniform(*_LOG_ASPECTS, (count, _TRIES)))
-    places = random.random((count, 2))
-    limits = np.array([height, width])
-    sides = np.rint(np.sqrt(np.stack([areas / aspects, areas * aspects], axis=-1))).astype(np.intp)
-    fits = np.all((sides > 0) & (sides <= limits), axis=-1)
-    first = sides[np.arange(count), np.argmax(fits, axis=1)]
-    largest = np.minimum(limits, (limits[::-1] * _ASPECTS[1]).astype(np.intp))
-    chosen = np.where(np.any(fits, axis=1)[:, None], first, largest)
-    chosen = np.maximum(chosen, np.minimum(limits, _LEAST_CROP))
-    corners = (places * (limits - chosen + 1)).astype(np.intp)
-    return np.concatenate([corners, corners + chosen], axis=1)
+    # Plain arithmetic on a few numbers: a dozen numpy calls on arrays of 8 would cost as much as a crop.
+    tries = random.random((count, _TRIES, 2)).tolist()
+    places = random.random((count, 2)).tolist()
+    boxes = []
+    for view_tries, (down, across) in zip(tries, places, strict=True):
+        high, wide = _box_size(view_tries, height, width, area)
+        top, left = int(down * (height - high + 1)), int(across * (width - wide + 1))
+        boxes.append((top, left, top + high, left + wide))
+    return boxes
+
+
+def _box_size(
+    tries: Sequence[tuple[float, float]], height: int, width: int, area: tuple[float, float]
+) -> tuple[int, int]:
+    """The first box of the tries that fits into the image, never of under 16 pixels a side."""
+    least_high, least_wide = min(height, _LEAST_CROP), min(width, _LEAST_CROP)
+    for share, place in tries:
+        pixels = (area[0] + share * (area[1] - area[0])) * height * width
+        aspect = math.exp(_LOG_ASPECTS[0] + place * (_LOG_ASPECTS[1] - _LOG_ASPECTS[0]))
+        high, wide = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < high <= height and 0 < wide <= width:
+            return max(high, least_high), max(wide, least_wide)
+    return max(min(height, int(width / _ASPECTS[0])), least_high), max(
+        min(width, int(height * _ASPECTS[1])), least_wide
+    )
 
 
 def resize(pixels_HWC: NDArray[Any], height: int, width: int) -> Tensor:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 _MODULES = r"(PIL|tifffile|imagecodecs|pydicom|numpy|jepakit\.readers)(\.|$)"
-_LOGGERS = ("PIL", "tifffile", "pydicom")
+# Pillow logs nothing above DEBUG while it reads.
+_LOGGERS = ("tifffile", "pydicom")
+_SILENT = logging.CRITICAL + 1
 
 _lock = threading.Lock()
 _inside = 0
@@ -39,15 +41,22 @@ def quiet() -> Iterator[None]:
                 _leave()
 
 
+def silence_loggers() -> None:
+    """Silence the libraries' loggers for good: for a process that does nothing but read images."""
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(_SILENT)
+
+
 def _enter() -> None:
     filters = warnings.catch_warnings()
     filters.__enter__()
     warnings.filterwarnings("ignore", module=_MODULES)
-    # Setting a level clears the caches of all loggers there are: only for libraries that may speak.
+    # Setting a level clears the caches of all loggers there are, which can cost more than the image: only where needed.
     loggers = [logging.getLogger(name) for name in _LOGGERS if name in sys.modules]
+    loggers = [logger for logger in loggers if logger.level != _SILENT]
     _restore.append((filters, [(logger, logger.level) for logger in loggers]))
     for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+        logger.setLevel(_SILENT)
 
 
 def _leave() -> None:
