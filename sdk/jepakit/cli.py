@@ -216,7 +216,7 @@ def embed(
     url: Annotated[str | None, typer.Option(help="a service")] = None,
     bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
     model: Annotated[str | None, typer.Option(help="of a service with several models")] = None,
-    labels: Annotated[str, typer.Option(help="folder, auto, none, or a CSV file")] = "folder",
+    labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV file")] = "auto",
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
     min_valid: Annotated[float, typer.Option(help="least valid share of a tile")] = 0.5,

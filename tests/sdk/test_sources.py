@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -270,20 +272,55 @@ def test_gather_takes_a_folder_with_its_classes(tmp_path: Path) -> None:
     assert gathered.labels == ("cat", "dog", "dog")
     assert paths(gathered) == [tmp_path / name for name in gathered.ids]
     assert gather(str(tmp_path), "none").labels is None
-    assert gather(tmp_path, "auto").labels is None
+    assert gather(tmp_path).labels == ("cat", "dog", "dog"), "for embedding, however few"
 
 
 def test_gather_does_without_labels_when_images_lie_outside_class_folders(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "stray.png")
-    assert gather(tmp_path, "folder").labels is None
-    assert gather(tmp_path / "cat" / "1.png", "folder").labels is None
-    assert gather(f"{tmp_path}/*/*.png", "folder").labels is None
+    for rule in ("auto", "folder"):
+        assert gather(tmp_path, rule).labels is None
+        assert gather(tmp_path / "cat" / "1.png", rule).labels is None
+        assert gather(f"{tmp_path}/*/*.png", rule).labels is None
 
 
-def test_gather_refuses_splits_taken_for_classes(tmp_path: Path) -> None:
+def test_gather_takes_a_manifests_own_labels_or_none_and_its_folders_only_if_asked(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png", "dog/2.png")
+    labelled, bare = tmp_path / "labelled.csv", tmp_path / "bare.csv"
+    labelled.write_text("path,label\ncat/1.png,sick\ndog/2.png,well\n")
+    bare.write_text("path\ncat/1.png\ndog/2.png\n")
+    assert gather(labelled).labels == ("sick", "well")
+    assert gather(bare).labels is None
+    assert gather(labelled, "none").labels is None
+    assert gather(labelled, "folder").labels == ("cat", "dog")
+
+
+def test_gather_takes_the_labels_of_a_dataset_and_invents_none_for_images_in_memory() -> None:
+    assert gather([(png(), "sick"), (png(), "well")]).labels == ("sick", "well")
+    assert gather([png(), png()]).labels is None
+
+
+def test_gather_takes_the_labels_of_shards(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, data in {"x/1.png": png(), "x/1.cls": b"7", "x/2.png": png(), "x/2.json": b'{"label": 8}'}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    assert gather(shard).labels == ("7", "8")
+
+
+def test_gather_takes_the_folders_of_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("cat/1.png", "dog/2.png"):
+            archive.writestr(name, png())
+    assert gather(tmp_path / "a.zip").labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize("rule", ["auto", "folder"])
+def test_gather_refuses_splits_taken_for_classes(tmp_path: Path, rule: str) -> None:
     classes(tmp_path, {"train": 1, "test": 1})
     with pytest.raises(DataError, match="splits"):
-        gather(tmp_path, "folder")
+        gather(tmp_path, rule)
 
 
 def test_gather_flattens_images_in_memory_and_names_them_by_their_place(tmp_path: Path) -> None:

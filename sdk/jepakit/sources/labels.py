@@ -25,7 +25,7 @@ Labels = tuple[str, ...] | None
 def choose_labels(found: Found, rule: str | Path, *, lenient: bool) -> tuple[Labels, str]:
     """The labels by the rule, or None, and in words what was assumed.
 
-    lenient  with "folder", images outside class folders mean no labels instead of an error
+    lenient  folders are classes whatever their number, and images outside class folders mean no labels
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
@@ -39,9 +39,9 @@ def choose_labels(found: Found, rule: str | Path, *, lenient: bool) -> tuple[Lab
         return found.labels, found.label_note
     if found.folders is None:
         return None, "no labels: this source has no class folders"
-    if lenient and rule == "folder" and not all("/" in name for name in found.folders):
+    if lenient and not all("/" in name for name in found.folders):
         return None, "no labels: images lie outside class folders"
-    labels, note = _folder_labels(found.folders, rule)
+    labels, note = _folder_labels(found.folders, "folder" if lenient else rule)
     if rule == "auto" and labels is not None and folders_are_patients(found, labels):
         return None, "no labels: each first-level folder holds one patient, so folders are no classes"
     return labels, note

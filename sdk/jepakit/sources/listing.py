@@ -45,7 +45,10 @@ def gather(
 ) -> ImageList:  # fmt: skip
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
 
-    With labels "folder", images outside class folders mean no labels here, since embedding needs none.
+    labels  "auto": what the source brings, else the first-level folders whatever their number; "folder": those
+            alone; "none"; or a table's file
+
+    Images outside class folders mean no labels here, since embedding needs none.
     """
     one = is_one_image(images) and not isinstance(images, str | Path)
     return _list([images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), lenient=True)
