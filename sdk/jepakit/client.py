@@ -28,7 +28,6 @@ from jepakit.errors import (
     BundleError,
     ConfigError,
     ConnectionFailedError,
-    DataError,
     ImageError,
     ModelChangedError,
     NotFoundError,
@@ -50,6 +49,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
 _BAD_IMAGE = re.compile(r"^input\[(\d+)\]$")
+_SERVICES_NAME = re.compile(r"^input\[\d+\]: (?:(?:image|array): )?")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Client:
         return _read_models(self._send(self._http.build_request("GET", "/v1/models")))
 
     def embed(
-        self, images: Any, *, model: str | None = None, labels: str = "folder", tile: int | None = None,
+        self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
     ) -> Embeddings:  # fmt: skip
         """Embed images; order kept.
@@ -128,19 +128,21 @@ class Client:
         images     a folder (recursive), glob or path, a CSV or Parquet manifest, WebDataset shards, a ZIP, the
                    bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image, or a list of any of these
         model      NAME or NAME@MODEL_ID; may be left out when the service has one model
-        labels     of a folder: `folder` takes first-level folders as labels, `none` takes none; or a CSV file
-        tile       pixels a side of the tiles that large images are cut into, here; ids are then `path#x,y,w,h`.
-                   Needs `jepakit[images]`, as `frame` does
+        labels     `auto` takes what the source brings (a manifest's column, shards' .cls or .json, a dataset's),
+                   for a folder or ZIP its first-level folders; `folder` takes those alone, `none` takes none; or a
+                   CSV file of paths and labels
+        tile       pixels a side of the tiles that large images are cut into, here; ids are then `path#x,y,w,h`. A
+                   model of tiles takes its own size alone. Needs `jepakit[images]`, as `frame` does
         overlap    pixels that neighbouring tiles share
         min_valid  tiles with less valid area are left out
         frame      of multi-frame files: which, or "each"
         progress   show how far it is on standard error
 
-        Raises ImageError naming the first image that cannot be read, ResponseError when the service refuses,
-        ConnectionFailedError after the deadline.
+        Raises ImageError naming the first image that cannot be read, ConfigError for tiles of another size than the
+        model's, ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
+        spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
-        spec = None if tile is None and frame is None else _spec_of(self.models(), model)
         job = _Job(listed, model, spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -207,20 +209,22 @@ class AsyncClient:
         return _read_models(await self._send(self._http.build_request("GET", "/v1/models")))
 
     async def embed(
-        self, images: Any, *, model: str | None = None, labels: str = "folder", tile: int | None = None,
+        self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
     ) -> Embeddings:  # fmt: skip
         """As `Client.embed`."""
         import asyncio
 
+        spec = None if tile is None and frame is None else _spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame
         )
-        spec = None if tile is None and frame is None else _spec_of(await self.models(), model)
         job = _Job(listed, model, spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
+        windows = _windows(job.parts(), _AT_ONCE)
         try:
-            for part in _windows(job.parts(), _AT_ONCE):
+            # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
+            while part := await asyncio.to_thread(lambda: next(windows, None)):
                 answers = [(chunk, asyncio.ensure_future(self._send(chunk.request(self._http)))) for chunk in part]
                 for chunk, answer in answers:
                     with job.naming(chunk):
@@ -370,7 +374,7 @@ class _Job:
             if place is None or error.status not in (413, 415, 422):
                 raise
             name = self._images.ids[chunk.first + int(place[1])]
-            reason = str(error).partition(": image: ")[2] or str(error)
+            reason = _SERVICES_NAME.sub("", str(error))
             raise ImageError(f"{name}: {reason}", code=error.code or "unreadable") from None
 
     def result(self) -> Embeddings:
@@ -380,7 +384,7 @@ class _Job:
 
 
 def _encode(ref: ImageRef, spec: Preprocess | None) -> bytes | NDArray[Any]:
-    """A file travels as it is; a part of one is read here, by the same reader as there."""
+    """A file travels as it is; a part of one, and what is in memory, is read here, by the same reader as there."""
     if ref.window is not None or ref.frame is not None:
         from jepakit.images import read_image
 
@@ -394,13 +398,17 @@ def _encode(ref: ImageRef, spec: Preprocess | None) -> bytes | NDArray[Any]:
             return Path(image).read_bytes()
         except OSError as error:
             raise ImageError(f"{image}: cannot be read ({error.strerror})", code="unreadable") from None
-    if isinstance(image, np.ndarray):
-        return image.astype(np.float32) if image.dtype == np.float64 else image
-    if callable(getattr(image, "save", None)):  # a Pillow image
-        buffer = io.BytesIO()
-        image.save(buffer, "TIFF" if image.mode in ("F", "I") else "PNG")
-        return buffer.getvalue()
-    raise DataError(f"cannot embed a {type(image).__name__}: give a path, bytes, an array or a Pillow image")
+    return _read_here(ref)
+
+
+def _read_here(ref: ImageRef) -> NDArray[Any]:
+    """An array or a Pillow image as [H, W, C]: upright, and several frames refused, as in process."""
+    from jepakit.images import choose_frame
+    from jepakit.readers import open_raster
+    from jepakit.readers.quiet import quiet
+
+    with quiet(), open_raster(ref.data, name=ref.name) as raster:
+        return raster.read(frame=choose_frame(raster.header, None, ref.name))
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -432,15 +440,18 @@ def _read_models(response: httpx.Response) -> list[ModelInfo]:
         raise ProtocolError("the answer to /v1/models is not a list of models: is this a jepakit service?") from None
 
 
-def _spec_of(models: list[ModelInfo], asked: str | None) -> Preprocess:
-    """How the model that is meant wants its images, from the service's own description."""
+def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:
+    """How the model that is meant wants its images, from the service's own description; `tile` must be its own."""
     from jepakit.bundle import Preprocess
+    from jepakit.session import check_tile
 
     named = [one for one in models if asked is None or one.name == asked.partition("@")[0]]
     if len(named) != 1:
         known = ", ".join(one.name for one in models)
         raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
-    return Preprocess.model_validate(named[0].raw["preprocess"])
+    spec = Preprocess.model_validate(named[0].raw["preprocess"])
+    check_tile(tile, spec)
+    return spec
 
 
 def _meaning(response: httpx.Response) -> ResponseError:

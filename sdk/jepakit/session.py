@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit import golden
-from jepakit.bundle import GOLDEN, GRAPH, Bundle, Manifest, open_bundle
+from jepakit.bundle import GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
-from jepakit.errors import BundleError, MissingExtraError, ServeError
+from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
 from jepakit.images import Pixels
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -81,17 +81,19 @@ class Model:
         return self.manifest.model_id
 
     def embed(
-        self, images: Any, *, labels: str = "folder", tile: int | None = None, overlap: int = 0,
+        self, images: Any, *, labels: str = "auto", tile: int | None = None, overlap: int = 0,
         min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
     ) -> Embeddings:  # fmt: skip
         """Embed what `Client.embed` takes; order kept. The arguments are the client's.
 
-        Raises ImageError for the first image that cannot be read rightly.
+        Raises ImageError for the first image that cannot be read rightly, ConfigError for tiles of another size
+        than the model's.
         """
         from jepakit._progress import track
         from jepakit.images import preprocess
         from jepakit.sources import gather
 
+        check_tile(tile, self.manifest.preprocess)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         batch = 4  # larger ones are slower on a CPU: activations leave the L2 cache
@@ -100,6 +102,14 @@ class Model:
             pixels = np.stack([preprocess(listed[place], self.manifest.preprocess) for place in places])
             vectors[start : start + len(places)] = self._session.run(pixels)
         return Embeddings(vectors, self.model_id, tuple(listed.ids), listed.labels)
+
+
+def check_tile(tile: int | None, spec: Preprocess) -> None:
+    """Refuse to cut tiles of another size than the model was made for: padded or squeezed, they would be another scale."""
+    if tile is not None and spec.tile is not None and tile != spec.tile:
+        raise ConfigError(
+            f"tile = {tile}: the model was made for tiles of {spec.tile} × {spec.tile} pixels: give tile={spec.tile}"
+        )
 
 
 def load(bundle: str | Path, *, provider: Provider = "auto", threads: int | None = None) -> Model:

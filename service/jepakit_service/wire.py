@@ -188,8 +188,10 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
 
 
 def _parse_npy(body: bytes, max_images: int) -> list[Encoded]:
-    """[N, H, W, C] or [H, W, C] as numpy saves it. The header is judged before any array is made."""
-    wanted = "send one little-endian array [N, H, W, C] of the model's own kind as numpy.save writes it"
+    """[N, H, W, C], [H, W, C] or [H, W] as numpy saves it. The header is judged before any array is made."""
+    wanted = (
+        "send one little-endian array [N, H, W, C], [H, W, C] or [H, W] of the model's own kind as numpy.save writes it"
+    )
     buffer = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(buffer)
@@ -201,7 +203,7 @@ def _parse_npy(body: bytes, max_images: int) -> list[Encoded]:
     if (
         dtype.str not in _NPY_TYPES
         or fortran
-        or len(shape) not in (3, 4)
+        or len(shape) not in (2, 3, 4)
         or 0 in shape
         or int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data)
     ):

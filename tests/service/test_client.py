@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 import jepakit
+from jepakit.bundle import Manifest
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
@@ -24,6 +28,7 @@ from jepakit.errors import (
     OverloadedError,
     ProtocolError,
 )
+from jepakit.session import Model, Session
 
 from .conftest import picture
 
@@ -75,6 +80,150 @@ def test_every_kind_of_image_gives_the_same_vector(service: str, tmp_path: Path)
         mixed = client.embed([data, pixels, path], progress=False)
     for vector in [*vectors, *mixed.vectors]:
         np.testing.assert_allclose(vector, vectors[0], rtol=0, atol=1e-5 * np.abs(vectors[0]).max())
+
+
+def in_memory(kind: str) -> Any:
+    """Images whose pixels are not plainly what the object holds."""
+    pixels = np.random.default_rng(7).integers(0, 256, (40, 48, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    if kind == "grey array":
+        return pixels[:, :, 0]
+    if kind == "Fortran's order":
+        return np.asfortranarray(pixels)
+    if kind != "turned":
+        return image.convert(kind)
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    image.save(buffer, "PNG", exif=exif)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize(
+    "kind", ["turned", "CMYK", "YCbCr", "P", "L", "1", "RGBA", "LA", "grey array", "Fortran's order"]
+)
+def test_an_image_in_memory_gives_the_same_vector_here_and_there(service: str, bundle: Path, kind: str) -> None:
+    image = in_memory(kind)
+    local = jepakit.load(bundle).embed(image, progress=False).vectors
+    with jepakit.Client(service) as client:
+        for given in (image, [image, image]):
+            for vector in client.embed(given, progress=False).vectors:
+                np.testing.assert_allclose(vector, local[0], rtol=0, atol=1e-5 * np.abs(local).max())
+
+
+def test_a_turned_pillow_image_is_embedded_upright(service: str) -> None:
+    turned = in_memory("turned")
+    upright = np.rot90(np.asarray(turned), -1)
+    with jepakit.Client(service) as client:
+        vectors = client.embed([turned, upright], progress=False).vectors
+    np.testing.assert_allclose(vectors[0], vectors[1], rtol=0, atol=1e-5 * np.abs(vectors).max())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_service_takes_one_grey_array_of_two_axes(service: str, bundle: Path, wrapped: bool) -> None:
+    grey, buffer = in_memory("grey array"), io.BytesIO()
+    np.save(buffer, grey[:, :, None] if wrapped else grey)
+    headers = {"Content-Type": "application/x-npy", "Accept": "application/octet-stream"}
+    answer = httpx.post(f"{service}/v1/embeddings", content=buffer.getvalue(), headers=headers, timeout=60)
+    local = jepakit.load(bundle).embed(grey, progress=False).vectors
+    assert answer.headers["x-embedding-shape"] == f"1,{local.shape[1]}"
+    vectors = np.frombuffer(answer.content, "<f4").reshape(1, -1)
+    np.testing.assert_allclose(vectors, local, rtol=0, atol=1e-5 * np.abs(local).max())
+
+
+def test_several_frames_in_memory_are_refused_here_and_there_and_one_may_be_chosen(service: str, bundle: Path) -> None:
+    pages = [Image.open(io.BytesIO(picture(seed))) for seed in range(3)]
+    buffer = io.BytesIO()
+    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
+    film, model = Image.open(buffer), jepakit.load(bundle)
+    with jepakit.Client(service) as client:
+        for embed in (client.embed, model.embed):
+            with pytest.raises(ImageError, match=r"^0: 3 frames: choose one"):
+                embed(film, progress=False)
+            one = embed(film, frame=2, progress=False)
+            np.testing.assert_allclose(one.vectors, embed(pages[2], progress=False).vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bad_array_is_named_once_and_by_the_callers_name(service: str, bundle: Path) -> None:
+    images = [np.zeros((40, 48, 3), np.uint8), np.zeros((40, 48), np.float32)]
+    with jepakit.Client(service) as client:
+        for image in images:
+            told = []
+            for embed in (client.embed, jepakit.load(bundle).embed):
+                with pytest.raises(ImageError) as error:
+                    embed([image], progress=False)
+                told.append(str(error.value))
+            assert told[0] == told[1]
+            assert told[0].startswith("0: ")
+            assert "array" not in told[0]
+            assert "input" not in told[0]
+
+
+def test_a_manifests_labels_come_along_by_default(service: str, bundle: Path, folder: Path) -> None:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:3]
+    manifest = folder / "manifest.csv"
+    manifest.write_text("path,label\n" + "".join(f"{name},kind {place}\n" for place, name in enumerate(names)))
+    with jepakit.Client(service) as client:
+        for embed in (client.embed, jepakit.load(bundle).embed):
+            assert embed(manifest, progress=False).labels == ("kind 0", "kind 1", "kind 2")
+            assert embed(manifest, labels="none", progress=False).labels is None
+    manifest.unlink()
+
+
+def with_tile(bundle: Path, tile: int) -> Manifest:
+    """The manifest of the tiny model as if it had been adapted on tiles."""
+    manifest = jepakit.open_bundle(bundle).manifest
+    return manifest.model_copy(update={"preprocess": manifest.preprocess.model_copy(update={"tile": tile})})
+
+
+def test_a_model_of_tiles_refuses_another_tile_in_process(bundle: Path) -> None:
+    session = Session.open(bundle)
+    session.manifest = with_tile(bundle, 40)
+    model = Model(session)
+    scene = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
+    with pytest.raises(ConfigError, match=r"tile = 20: the model was made for tiles of 40 × 40"):
+        model.embed(scene, tile=20, progress=False)
+    assert len(model.embed(scene, tile=40, progress=False)) == 4
+    assert len(model.embed(scene[:32, :36], tile=40, progress=False)) == 1, "a smaller scene is padded"
+    assert len(jepakit.load(bundle).embed(scene, tile=20, progress=False)) == 16, "a model of whole images takes any"
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_model_of_tiles_refuses_another_tile_from_afar(bundle: Path, kind: type[Any]) -> None:
+    described = {
+        "id": "tiny", "model_id": "a" * 16, "digest": "", "dim": 2, "precision": "fp32", "provider": "cpu",
+        "preprocess": with_tile(bundle, 40).preprocess.model_dump(mode="json"),
+    }  # fmt: skip
+
+    async def embed(client: Any) -> None:
+        answer = client.embed(np.zeros((80, 80, 3), np.uint8), tile=20, progress=False)
+        if kind is jepakit.AsyncClient:
+            await answer
+
+    with (
+        _answering([(200, {}, json.dumps({"data": [described]}).encode())]) as url,
+        pytest.raises(ConfigError, match=r"tile = 20: the model was made for tiles of 40 × 40"),
+    ):
+        asyncio.run(embed(kind(url)))
+    assert _Scripted.seen == 1, "no image was sent"
+
+
+def test_the_async_client_reads_images_outside_the_event_loops_thread(service: str) -> None:
+    threads = set()
+
+    class Images:
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, place: int) -> bytes:
+            threads.add(threading.get_ident())
+            return picture(place)
+
+    async def embed() -> int:
+        async with jepakit.AsyncClient(service) as client:
+            return len(await client.embed(Images(), progress=False))
+
+    assert asyncio.run(embed()) == 40
+    assert threading.get_ident() not in threads
 
 
 def test_a_bad_image_is_named_by_the_callers_own_name(service: str, folder: Path, tmp_path: Path) -> None:
