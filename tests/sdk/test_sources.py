@@ -72,6 +72,7 @@ def test_only_images_are_listed_whatever_the_case_of_their_suffix(tmp_path: Path
         "j.NPZ",
         "k.svs",
         "l.ndpi",
+        "m.scn",
     )
     touch(tmp_path, *images, "notes.txt", "png", "m.gif", "n.png.txt", "labels.csv")
     assert list_images(tmp_path, group="none").ids == images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,8 +40,9 @@ class Scene:
 
 
 def scene(height: int, width: int, frames: int = 1, **header: Any) -> Scene:
-    """All ones, [frames, height, width, 2]."""
+    """Of ones and twos in turn, [frames, height, width, 2]."""
     pixels = np.ones((frames, height, width, 2), header.pop("dtype", "int16"))
+    pixels[:, :, 1::2] = 2
     return Scene(pixels, Header("TIFF", height, width, 2, str(pixels.dtype), frames, **header))
 
 
@@ -79,7 +81,7 @@ def test_tiles_cover_a_scene_and_the_last_ones_are_shifted_inwards(make: Make) -
     listed = list_images(make(a=scene(20, 30)), tile=12)
     assert windows(listed) == [(x, y, 12, 12) for y in (0, 8) for x in (0, 12, 18)]
     assert listed.ids == tuple(f"a.tif#{x},{y},12,12" for y in (0, 8) for x in (0, 12, 18))
-    assert "6 tiles of 12 × 12 of 1 images" in listed.note
+    assert "6 tiles of 12 × 12 of 1 image" in listed.note
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 8), (16, 24), (17, 23), (100, 31), (40, 9)])
@@ -110,7 +112,7 @@ def test_an_image_smaller_than_the_tile_is_taken_as_it_is_if_large_enough(make: 
     assert listed.ids == (
         "narrow.tif#0,0,12,16", "narrow.tif#0,16,12,16", "narrow.tif#0,24,12,16", "small.tif#0,0,12,12",
     )  # fmt: skip
-    assert "1 tiles with under 50% valid pixels left out" in listed.note
+    assert "left out: 1 tile with under 50% valid pixels" in listed.note
     assert len(list_images(folder, tile=16, min_valid=0)) == 5
 
 
@@ -122,10 +124,53 @@ def test_tiles_without_enough_data_are_left_out(make: Make, nodata: float, dtype
     each.pixels[0, :8, 16:24, 0] = nodata
     listed = list_images(make(a=each), tile=8, min_valid=0.3)
     kept = [(0, 0), (16, 0), (24, 0), (0, 8), (16, 8), (24, 8)]
-    assert windows(listed) == [(x, y, 8, 8) for x, y in kept], "a pixel with a value in one band is valid"
-    assert "2 tiles with under 30% valid pixels left out" in listed.note
+    assert windows(listed) == [(x, y, 8, 8) for x, y in kept], "a band without any data in a tile is not asked"
+    assert "left out: 2 tiles with under 30% valid pixels" in listed.note
     assert len(list_images(make(a=each), tile=8, min_valid=0.4)) == 4
-    assert len(list_images(make(a=each), tile=8, min_valid=0)) == 8
+    assert len(list_images(make(a=each), tile=8, min_valid=0)) == 6, "tiles without any data are left out anyway"
+
+
+def test_a_pixel_without_data_in_one_band_is_not_valid(make: Make) -> None:
+    each = scene(8, 16, nodata=0, windowed=True)
+    each.pixels[0, :, :5, 0] = 0
+    assert windows(list_images(make(a=each), tile=8)) == [(8, 0, 8, 8)]
+    assert len(list_images(make(a=each), tile=8, min_valid=0.3)) == 2
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_blank_tiles_are_left_out_and_counted(make: Make, windowed: bool) -> None:
+    slide = scene(8, 40, windowed=windowed, dtype="uint8")
+    slide.pixels[0, :, :16] = 255
+    slide.pixels[0, :, 24:32] = (7, 9)
+    listed = list_images(make(a=slide), tile=8)
+    assert windows(listed) == [(16, 0, 8, 8), (32, 0, 8, 8)]
+    assert "left out: 3 blank tiles, of one value everywhere" in listed.note
+
+
+def test_a_tile_whose_valid_pixels_are_all_alike_is_blank(make: Make) -> None:
+    each = scene(8, 16, nodata=0, windowed=True)
+    each.pixels[0, :, 2:8] = 3
+    each.pixels[0, :, :2] = 0
+    listed = list_images(make(a=each), tile=8)
+    assert windows(listed) == [(8, 0, 8, 8)]
+    assert "left out: 1 blank tile, of" in listed.note
+
+
+def test_large_files_are_decoded_one_after_the_other(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jepakit.sources.tiles._LARGE_BYTES", 100)
+    reading, most = 0, 0
+
+    class Slow(Scene):
+        def read(self, *args: Any, **options: Any) -> Any:
+            nonlocal reading, most
+            reading += 1
+            most = max(most, reading)
+            time.sleep(0.01)
+            reading -= 1
+            return super().read(*args, **options)
+
+    list_images(make(**{f"s{place}": Slow(**vars(scene(8, 8))) for place in range(6)}), tile=8)
+    assert most == 1
 
 
 def test_a_file_is_read_by_windows_where_it_can_be_and_once_where_it_cannot(make: Make) -> None:
@@ -137,15 +182,15 @@ def test_a_file_is_read_by_windows_where_it_can_be_and_once_where_it_cannot(make
     assert whole.reads == [(None, 0)]
 
 
-def test_pixels_are_read_only_where_no_data_has_a_value(make: Make) -> None:
-    each = scene(32, 32, windowed=True)
-    list_images(make(a=each), tile=8)
-    assert each.reads == []
+def test_pixels_are_read_only_of_tiles_that_are_full_enough(make: Make) -> None:
+    small = scene(8, 8, windowed=True)
+    list_images(make(a=small, b=scene(16, 16)), tile=16)
+    assert small.reads == []
 
 
 def test_large_files_that_must_be_decoded_whole_for_each_tile_are_pointed_out(make: Make) -> None:
     folder = make(a=scene(80, 80), b=scene(80, 80, windowed=True))
-    assert "a.tif is decoded whole for each of its tiles (1 such files)" in list_images(folder, tile=8).note
+    assert "a.tif is decoded whole for each of its tiles (1 such file)" in list_images(folder, tile=8).note
     assert "decoded whole" not in list_images(folder, tile=40).note
 
 
@@ -236,15 +281,23 @@ def test_settings_that_do_not_fit_together_are_refused(make: Make, settings: dic
 
 def test_nothing_left_is_an_error_with_the_numbers(make: Make) -> None:
     empty = scene(16, 16, nodata=1)
-    with pytest.raises(DataError, match=r"none of the 4 tiles of 8 × 8 in 1 images has 50% valid pixels: lower"):
+    empty.pixels[:] = 1
+    with pytest.raises(
+        DataError, match=r"none of the 4 tiles of 8 × 8 in 1 image can be used \(4 tiles with under 50%"
+    ):
         list_images(make(a=empty), tile=8)
+
+
+def test_a_tile_larger_than_every_image_is_said_to_be_so(make: Make) -> None:
+    with pytest.raises(DataError, match=r"tile = 64 is larger than the images \(the largest of 2 is 20 × 16\)"):
+        list_images(make(a=scene(16, 20), b=scene(8, 8)), tile=64)
 
 
 def test_files_that_cannot_be_opened_are_counted_and_few_are_left_out(make: Make) -> None:
     good = {f"good{place:03}": scene(8, 8) for place in range(99)}
     listed = list_images(make(**good, bad=None), tile=8)
     assert len(listed) == 99
-    assert "1 files that cannot be opened left out (bad.tif: damaged)" in listed.note
+    assert "1 file that cannot be opened left out (bad.tif: damaged)" in listed.note
     with pytest.raises(DataError, match=r"2 of 101 files cannot be opened; the first: bad\.tif: damaged"):
         list_images(make(worse=None), tile=8)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from jepakit.config import ViewsConfig
 from jepakit.errors import ConfigError
 from jepakit.readers.raster import ImageRef, Window
+from jepakit.sources import ImageList, list_images
 from jepakit_training.cache import ImageCache, downscale
 from jepakit_training.views import ViewMaker
 
@@ -114,6 +116,47 @@ def test_images_in_memory_and_files_that_are_gone_have_no_key(tmp_path: Path) ->
     assert cache.key_of(ImageRef(b"bytes", "0")) is None
     assert cache.key_of(ImageRef(pixels_of(0), "0")) is None
     assert cache.key_of(ImageRef(tmp_path / "gone.png", "gone")) is None
+
+
+def zipped(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.png", data)
+    return path
+
+
+def keys_of(cache: ImageCache, images: ImageList) -> list[str | None]:
+    stamps = [images.stamp(place) for place in range(len(images))]
+    return [None if stamp is None else cache.key(stamp) for stamp in stamps]
+
+
+def test_members_of_an_archive_have_keys_that_change_with_the_archive(tmp_path: Path) -> None:
+    cache, archive = opened(tmp_path / "cache"), zipped(tmp_path / "a.zip", a=b"one", b=b"two")
+    listed = list_images(archive)
+    before = keys_of(cache, listed)
+    assert before == keys_of(cache, pickle.loads(pickle.dumps(listed)))
+    assert before == [cache.key_of(ref, listed.stamp(place)) for place, ref in enumerate(listed)]
+    os.utime(archive, ns=(0, 0))
+    keys = {*before, *keys_of(cache, listed), *keys_of(opened(tmp_path / "cache", least_side=65), listed)}
+    assert len(keys) == 6
+    assert None not in keys
+
+
+def test_a_stamp_tells_pieces_of_a_file_apart(tmp_path: Path) -> None:
+    np.save(tmp_path / "scene.npy", pixels_of(0, side=32))
+    cache = opened(tmp_path / "cache")
+    listings = [list_images(tmp_path / "scene.npy", tile=16), list_images(tmp_path / "scene.npy", frame=0)]
+    assert len({key for listed in listings for key in keys_of(cache, listed)}) == 5
+
+
+def test_a_stamp_reads_no_image(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", a=b"one")
+    listed = list_images(archive)
+    archive.write_bytes(b"no longer a ZIP")
+    assert listed.stamp(0) is not None
+    archive.unlink()
+    assert listed.stamp(0) is None
+    assert list_images([pixels_of(0)]).stamp(0) is None
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "rubbish", "archive", "object", "shape", "dtype"])

@@ -58,8 +58,15 @@ class ImageCache:
         except OSError as error:
             raise ConfigError(f"{folder} cannot hold the image cache ({error.strerror}): name another folder") from None
 
-    def key_of(self, image: ImageRef) -> str | None:
-        """The name of an image's pixels, which changes with the file; None for an image in memory."""
+    def key(self, stamp: str) -> str:
+        """The name of an item's pixels, by its `ImageList.stamp`: no byte of the item has to be read for it."""
+        made_of = [_FORMAT, stamp, self._least_side, self._decoding]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    def key_of(self, image: ImageRef, stamp: str | None = None) -> str | None:
+        """The name of an image's pixels, which changes with the file; None for an image in memory without a stamp."""
+        if stamp is not None:
+            return self.key(stamp)
         if not isinstance(image.data, str | Path):
             return None
         path = Path(image.data).absolute()

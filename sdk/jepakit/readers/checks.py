@@ -39,6 +39,11 @@ def reading(name: str) -> Iterator[None]:
             yield
     except InputError:
         raise
+    except MemoryError:
+        raise ImageError(
+            f"{name}: out of memory while it was read: {CUT}, or read fewer images at once (fewer workers)",
+            code="too_large",
+        ) from None
     except Exception as error:
         raise ImageError(f"{name}: damaged or cut short ({type(error).__name__})", code="unreadable") from None
 

@@ -17,6 +17,8 @@ from jepakit.readers.raster import Header, Limits, Window
 from jepakit.readers.sniff import not_an_image, unsupported
 
 _MAX_KEYS_SHOWN = 5
+# Where the last axis is longer than this and as long as another, it is a side of a square, not the bands.
+_MOST_BANDS_OF_AN_IMAGE = 32
 
 
 class ArrayRaster(BaseRaster):
@@ -101,6 +103,12 @@ def _header(format: str, dtype: np.dtype[Any], shape: tuple[int, ...], name: str
             f"{what}: it looks like [bands, H, W]: store it as [H, W, bands] (numpy.moveaxis(array, 0, -1))",
             code="wrong_shape",
         )
+    if len(shape) == 3 and _volume(shape):
+        raise ImageError(
+            f"{what}: it looks like a volume [slices, H, W], not like {shape[2]} bands: give each slice as an image of "
+            "its own, or keep the bands you need as [H, W, bands]",
+            code="wrong_shape",
+        )
     bands = shape[2] if len(shape) == 3 else 1
     if bands < 1:
         raise ImageError(f"{what}: it has no bands", code="wrong_shape")
@@ -113,6 +121,10 @@ def _header(format: str, dtype: np.dtype[Any], shape: tuple[int, ...], name: str
 def _bands_first(shape: tuple[int, ...], max_bands: int) -> bool:
     first, *sides = shape
     return 1 <= first <= max_bands and first < shape[2] and min(sides) >= MIN_SIDE
+
+
+def _volume(shape: tuple[int, ...]) -> bool:
+    return shape[2] > _MOST_BANDS_OF_AN_IMAGE and shape[2] in shape[:2]
 
 
 def _only_array(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
 from jepakit.readers import DEFAULT_LIMITS, ImageSource
-from jepakit.sources.store import SAMPLE_BYTES
+from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 TAR, STORED, DEFLATED = range(3)
 _ZIP_HEADER = struct.Struct("<4s22xHH")
@@ -93,6 +93,9 @@ class Archives:
                 code="unreadable",
             )
         return data
+
+    def stamp(self, index: int) -> str | None:
+        return stamp_of(self.paths[self.archive[index]], int(self.offset[index]), int(self.size[index]))
 
     def fingerprint(self, index: int) -> bytes:
         try:

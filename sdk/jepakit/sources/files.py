@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from jepakit.readers import ImageSource
-from jepakit.sources.store import SAMPLE_BYTES
+from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".npy", ".npz", ".svs", ".ndpi"}
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".npy", ".npz", ".svs", ".ndpi", ".scn"}
 )
 
 
@@ -29,6 +29,9 @@ class Files:
 
     def image(self, index: int) -> ImageSource:
         return Path(self.root, self.names[index])
+
+    def stamp(self, index: int) -> str | None:
+        return stamp_of(os.path.join(self.root, self.names[index]))  # noqa: PTH118 (root may be empty)
 
     def fingerprint(self, index: int) -> bytes:
         try:

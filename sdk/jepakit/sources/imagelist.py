@@ -65,6 +65,17 @@ class ImageList:
     def __iter__(self) -> Iterator[ImageRef]:
         return (self[index] for index in range(len(self)))
 
+    def stamp(self, index: int) -> str | None:
+        """Words that change when the item's pixels may: file, size, time, member, window, frame. Nothing is read.
+
+        None for images in memory and files that are gone.
+        """
+        where, pieces = self.store.stamp(index if self.pieces is None else int(self.pieces.image[index])), self.pieces
+        if where is None or pieces is None:
+            return where
+        window = "" if pieces.window is None else pieces.window[index].tolist()
+        return f"{where} frame {pieces.frame[index]} window {window}"
+
     @property
     def in_memory(self) -> bool:
         """Whether the images are objects in memory, which another process cannot find by name."""

@@ -14,7 +14,7 @@ import numpy as np
 from jepakit._progress import track
 from jepakit.errors import DataError, ImageError
 from jepakit.readers import ImageSource
-from jepakit.sources.store import Found
+from jepakit.sources.store import Found, stamp_of
 
 _WANTED = "an array [H, W] or [H, W, C], a Pillow image, a file's bytes or a path"
 
@@ -42,6 +42,11 @@ class Items:
         if isinstance(image, str):
             return Path(image)
         return bytes(image) if isinstance(image, bytearray | memoryview) else image
+
+    def stamp(self, index: int) -> str | None:
+        # Asking a dataset for an item would decode it; a list gives it for nothing.
+        item = _split(self.items[index])[0] if isinstance(self.items, list) else None
+        return stamp_of(item) if isinstance(item, str | Path) else None
 
     def fingerprint(self, index: int) -> bytes:
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +16,16 @@ from jepakit.readers import ImageSource
 
 SAMPLE_BYTES = 4096
 """How much of an image's file goes into its fingerprint."""
+
+
+def stamp_of(path: str | Path, *part: int) -> str | None:
+    """A file, its size and its time; `part` says which part of it. None when it is gone."""
+    path = Path(path).absolute()
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return json.dumps([os.fsdecode(path), stat.st_size, stat.st_mtime_ns, *part])
 
 
 class Store(Protocol):
@@ -27,6 +40,11 @@ class Store(Protocol):
 
     def image(self, index: int) -> ImageSource:
         """What a reader takes: a path, a file's bytes, an array or a Pillow image. Raises ImageError."""
+        ...
+
+    def stamp(self, index: int) -> str | None:
+        """Where the image's bytes lie, and when they were last changed: its file is not read. None in memory,
+        and for a file that is gone."""
         ...
 
     def fingerprint(self, index: int) -> bytes:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from math import prod
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._messages import did_you_mean
 from jepakit.errors import ConfigError, DataError, ImageError
+from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import Header, Raster, Window
 from jepakit.sources._threads import in_threads
+from jepakit.sources._words import counted
 from jepakit.sources.imagelist import ImageList, Pieces
 
 MIN_TILE = 8
@@ -21,6 +26,9 @@ WHOLE = -1
 _MAX_UNREADABLE = 0.01
 _WINDOWS_AT_ONCE = 64
 _SLOW = 16
+_LARGE_BYTES = 64 << 20
+# Each thread holding a decoded scene would be the machine's memory: large ones come one after the other.
+_one_large = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class Cut:
 def cut(images: ImageList, how: Cut) -> ImageList:
     """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
 
-    Headers are read only for tiles and "each"; pixels only where the header knows a value for "no data".
-    Raises DataError when nothing is left, or over 1 % of the files cannot be opened.
+    Headers are read only for tiles and "each"; the pixels of tiles are looked at once, and tiles that show nothing
+    are left out. Raises DataError when nothing is left, or over 1 % of the files cannot be opened.
     """
     if how.tile is None and how.frame is None:
         return images
@@ -60,15 +68,10 @@ def cut(images: ImageList, how: Cut) -> ImageList:
         return replace(images, pieces=Pieces(np.arange(count), np.full(count, how.frame, np.int32), None))
     headers, unreadable = _headers(images)
     pieces = _all_pieces(headers, how)
-    total = len(pieces.image)
-    if how.tile is not None:
-        pieces = _only(pieces, _valid_shares(images, headers, pieces, how.tile) >= how.min_valid)
-    if not len(pieces.image):
-        raise DataError(
-            f"none of the {total} tiles of {how.tile} × {how.tile} in {len(headers)} images has {how.min_valid:.0%} "
-            "valid pixels: lower tile or min_valid"
-        )
-    return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, total, how))
+    if how.tile is None:
+        return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, how))
+    left_out, pieces = _worthwhile(images, headers, pieces, how)
+    return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, how, left_out))
 
 
 def grid(height: int, width: int, tile: int, overlap: int) -> list[Window]:
@@ -132,51 +135,93 @@ def _frames(header: Header, how: Cut) -> Sequence[int]:
     return [WHOLE if how.frame is None else how.frame]
 
 
-def _valid_shares(images: ImageList, headers: dict[int, Header], pieces: Pieces, tile: int) -> NDArray[np.float64]:
-    """How much of a full tile each piece's valid pixels are; without a "no data" value all pixels are valid."""
+class _LeftOut(NamedTuple):
+    """How many tiles were not worth keeping, and why."""
+
+    invalid: int
+    blank: int
+
+
+def _worthwhile(images: ImageList, headers: dict[int, Header], pieces: Pieces, how: Cut) -> tuple[_LeftOut, Pieces]:
+    """The tiles that have enough valid pixels and show anything; DataError when none does."""
+    assert how.tile is not None
     assert pieces.window is not None
-    shares = pieces.window[:, 2].astype(float) * pieces.window[:, 3] / tile**2
+    total = len(pieces.image)
+    full = pieces.window[:, 2].astype(float) * pieces.window[:, 3] / how.tile**2
+    pieces = _only(pieces, full >= how.min_valid)
+    if total and not len(pieces.image):
+        wide, high = max(((header.width, header.height) for header in headers.values()), key=prod)
+        raise DataError(
+            f"tile = {how.tile} is larger than the images (the largest of {len(headers):,} is {wide} × {high}), which "
+            f"fill less than {how.min_valid:.0%} of a tile: lower tile or min_valid"
+        )
+    share, blank = _look(images, headers, pieces, how.tile)
+    enough = share >= how.min_valid
+    left_out = _LeftOut(total - int(enough.sum()), int((enough & blank).sum()))
+    pieces = _only(pieces, enough & ~blank)
+    if not len(pieces.image):
+        raise DataError(
+            f"none of the {counted(total, 'tile')} of {how.tile} × {how.tile} in {counted(len(headers), 'image')} can be "
+            f"used ({_told(left_out, how)}): lower min_valid if they hold what you look for, or choose other images"
+        )
+    return left_out, pieces
+
+
+def _look(
+    images: ImageList, headers: dict[int, Header], pieces: Pieces, tile: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """How much of a full tile each piece's valid pixels are, and whether the piece is blank.
+
+    A piece that cannot be read passes: that is for its reader to say.
+    """
+    share, blank = np.ones(len(pieces.image)), np.zeros(len(pieces.image), np.bool_)
     jobs: list[tuple[Header, range]] = []
     for place, header in headers.items():
-        if header.nodata is not None:
-            first, end = (int(np.searchsorted(pieces.image, place, side)) for side in ("left", "right"))
-            # A file that cannot be read by windows is decoded once for all of them.
-            step = _WINDOWS_AT_ONCE if header.windowed else end - first
-            jobs += [(header, range(start, min(start + step, end))) for start in range(first, end, step)]
-    measured = in_threads(lambda job: _measure(images, pieces, *job, tile), jobs, "tiles without data")
-    for (_, places), values in zip(jobs, measured, strict=True):
-        if values is not None:
-            shares[places.start : places.stop] = values
-    return shares
+        first, end = (int(np.searchsorted(pieces.image, place, side)) for side in ("left", "right"))
+        # A file that cannot be read by windows is decoded once for all of them.
+        step = _WINDOWS_AT_ONCE if header.windowed else max(1, end - first)
+        jobs += [(header, range(start, min(start + step, end))) for start in range(first, end, step)]
+    looked = in_threads(lambda job: _measure(images, pieces, *job), jobs, "look for empty tiles")
+    for (_, places), seen in zip(jobs, looked, strict=True):
+        if seen is not None:
+            share[places.start : places.stop] = np.array([valid for valid, _ in seen]) / tile**2
+            blank[places.start : places.stop] = [nothing for _, nothing in seen]
+    return share, blank
 
 
-def _measure(images: ImageList, pieces: Pieces, header: Header, places: range, tile: int) -> list[float] | None:
-    """The valid shares of one image's pieces; None when the image cannot be read, which is for its reader to say."""
-    assert pieces.window is not None
-    assert header.nodata is not None
-    shares = []
-    whole: tuple[int, NDArray[Any]] | None = None
+def _measure(images: ImageList, pieces: Pieces, header: Header, places: range) -> list[tuple[int, bool]] | None:
+    """Of each of one image's pieces the number of valid pixels and whether it is blank; None if one cannot be read."""
     try:
-        with _open(images, int(pieces.image[places.start])) as raster:
-            for place in places:
-                x, y, wide, high = map(int, pieces.window[place])
-                frame = max(0, int(pieces.frame[place]))
-                if header.windowed:
-                    pixels_HWC = raster.read(Window(x, y, wide, high), frame=frame)
-                else:
-                    if whole is None or whole[0] != frame:
-                        whole = frame, raster.read(frame=frame)
-                    pixels_HWC = whole[1][y : y + high, x : x + wide]
-                shares.append(_count_valid(pixels_HWC, header.nodata) / tile**2)
+        with _room_for(header), _open(images, int(pieces.image[places.start])) as raster:
+            return [_judge(pixels_HWC, header.nodata) for pixels_HWC in _pixels(raster, pieces, header, places)]
     except ImageError:
         return None
-    return shares
 
 
-def _count_valid(pixels_HWC: NDArray[Any], nodata: float) -> int:
-    """Pixels of which at least one band has a value."""
-    has_value = ~np.isnan(pixels_HWC) if np.isnan(nodata) else pixels_HWC != nodata
-    return int(has_value.any(axis=-1).sum())
+def _room_for(header: Header) -> AbstractContextManager[Any]:
+    size = header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
+    return _one_large if not header.windowed and size > _LARGE_BYTES else nullcontext()
+
+
+def _pixels(raster: Raster, pieces: Pieces, header: Header, places: range) -> Iterator[NDArray[Any]]:
+    """The pixels of each piece, [H, W, C]."""
+    assert pieces.window is not None
+    whole: tuple[int, NDArray[Any]] | None = None
+    for place in places:
+        x, y, wide, high = map(int, pieces.window[place])
+        frame = max(0, int(pieces.frame[place]))
+        if header.windowed:
+            yield raster.read(Window(x, y, wide, high), frame=frame)
+            continue
+        if whole is None or whole[0] != frame:
+            whole = frame, raster.read(frame=frame)
+        yield whole[1][y : y + high, x : x + wide]
+
+
+def _judge(pixels_HWC: NDArray[Any], nodata: float | None) -> tuple[int, bool]:
+    valid = valid_pixels(pixels_HWC, nodata)
+    count = pixels_HWC.shape[0] * pixels_HWC.shape[1] if valid is None else int(valid.sum())
+    return count, is_blank(pixels_HWC, valid)
 
 
 def _only(pieces: Pieces, keep: NDArray[np.bool_]) -> Pieces:
@@ -215,19 +260,28 @@ def _names(ids: Sequence[str], pieces: Pieces, how: Cut) -> tuple[str, ...]:
 
 
 def _notes(
-    images: ImageList, headers: dict[int, Header], unreadable: list[ImageError], pieces: Pieces, total: int, how: Cut
-) -> str:
-    count = len(pieces.image)
-    what = "frames" if how.tile is None else f"tiles of {how.tile} × {how.tile}"
-    notes = [images.note, f"{count} {what} of {len(headers)} images"]
-    if total > count:
-        notes.append(f"{total - count} tiles with under {how.min_valid:.0%} valid pixels left out")
+    images: ImageList, headers: dict[int, Header], unreadable: list[ImageError], pieces: Pieces, how: Cut,
+    left_out: _LeftOut | None = None,
+) -> str:  # fmt: skip
+    count, of_images = len(pieces.image), counted(len(headers), "image")
+    of_tiles = "" if how.tile is None else f" of {how.tile} × {how.tile}"
+    notes = [images.note, f"{counted(count, 'frame' if how.tile is None else 'tile')}{of_tiles} of {of_images}"]
+    if left_out is not None and any(left_out):
+        notes.append(f"left out: {_told(left_out, how)}")
     if images.groups is None and count > len(np.unique(pieces.image)):
         notes.append("the pieces of an image are one group")
     counts = np.bincount(pieces.image, minlength=len(images))
     slow = [images.ids[place] for place, header in headers.items() if not header.windowed and counts[place] > _SLOW]
     if how.tile is not None and slow:
-        notes.append(f"{slow[0]} is decoded whole for each of its tiles ({len(slow)} such files): tiled TIFF is faster")
+        notes.append(
+            f"{slow[0]} is decoded whole for each of its tiles ({counted(len(slow), 'such file')}): tiled TIFF is faster"
+        )
     if unreadable:
-        notes.append(f"{len(unreadable)} files that cannot be opened left out ({unreadable[0]})")
+        notes.append(f"{counted(len(unreadable), 'file')} that cannot be opened left out ({unreadable[0]})")
     return "; ".join(filter(None, notes))
+
+
+def _told(left_out: _LeftOut, how: Cut) -> str:
+    invalid = f"{counted(left_out.invalid, 'tile')} with under {how.min_valid:.0%} valid pixels"
+    blank = f"{counted(left_out.blank, 'blank tile')}, of one value everywhere"
+    return " and ".join(words for words, number in ((invalid, left_out.invalid), (blank, left_out.blank)) if number)

@@ -108,6 +108,26 @@ def test_bands_first_are_refused_with_the_remedy(shape: tuple[int, ...], refused
         assert "[H, W, bands]" in refused(source, "wrong_shape")
 
 
+@pytest.mark.parametrize("shape", [(100, 64, 64), (64, 64, 64), (64, 100, 64), (100, 512, 512)], ids=str)
+def test_a_volume_is_not_taken_for_bands(shape: tuple[int, ...], refused: Refused) -> None:
+    for source in (make(*shape), npy(make(*shape))):
+        assert "give each slice as an image" in refused(source, "wrong_shape")
+
+
+@pytest.mark.parametrize("shape", [(64, 100, 40), (32, 40, 32), (100, 100, 64)], ids=str)
+def test_many_bands_are_bands_where_no_side_is_as_long(shape: tuple[int, ...]) -> None:
+    with open_raster(make(*shape)) as raster:
+        assert raster.header.bands == shape[2]
+
+
+def test_no_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("jepakit.readers.npy._described", no_memory)
+    assert "out of memory" in refused(npy(make(20, 30)), "too_large")
+
+
 def test_sizes_are_judged_on_the_header(refused: Refused) -> None:
     assert "100 bands" in refused(make(200, 200, 100), "too_large")
     refused(make(7, 20), "too_small")

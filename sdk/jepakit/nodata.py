@@ -1,0 +1,34 @@
+"""Which pixels of an image count: the one rule for "no data", shared by whoever cuts, measures or reads images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
+    """Where an image, or a window of one, has data: bool [H, W]; None where it has data everywhere.
+
+    A pixel is valid if it has data in every band; a band without any data in the whole image is not asked.
+    """
+    if nodata is None:
+        return None
+    holes_HWC = np.isnan(stored_HWC) if np.isnan(nodata) else stored_HWC == nodata
+    if not holes_HWC.any():
+        return None
+    asked_C = ~holes_HWC.all(axis=(0, 1))
+    if not asked_C.any():
+        return np.zeros(stored_HWC.shape[:2], np.bool_)
+    valid: NDArray[np.bool_] = ~holes_HWC[:, :, asked_C].any(axis=2)
+    return valid
+
+
+def is_blank(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> bool:
+    """Whether the valid pixels are all alike, or there are none: such an image shows nothing."""
+    valid_NC = stored_HWC.reshape(-1, stored_HWC.shape[2]) if valid_HW is None else stored_HWC[valid_HW]
+    if not len(valid_NC):
+        return True
+    # Most images differ within their first pixels.
+    return bool((valid_NC[:256] == valid_NC[0]).all() and (valid_NC == valid_NC[0]).all())
