@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
+from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, open_raster
 from jepakit.readers.quiet import quiet
 
@@ -111,7 +112,7 @@ def name_of(source: ImageSource) -> str:
 def check_kind(header: Header, spec: Preprocess, name: str) -> None:
     """Refuse an image of another depth or number of bands than the model was made for."""
     # float32 arrays are how a program hands over values that files hold as integers.
-    same_depth = header.dtype == spec.stored_as or (header.format == "array" and header.dtype == spec.dtype)
+    same_depth = header.dtype == spec.stored_as or (header.format in ("array", "image") and header.dtype == spec.dtype)
     if same_depth and header.bands == spec.bands:
         return
     seen, wanted = describe_kind(header.bands, header.dtype), describe_kind(spec.bands, spec.stored_as)
@@ -143,15 +144,19 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
 
 
 def missing(stored: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
-    """Where an image holds "no data", bool [H, W, C]; None where it nowhere does."""
+    """Which values of an image are "no data", bool [H, W, C]; None where none are."""
     if nodata is None:
         return None
     holes: NDArray[np.bool_] = np.isnan(stored) if np.isnan(nodata) else stored == nodata
     return holes if holes.any() else None
 
 
-def refuse_unusable(stored: NDArray[Any], holes: NDArray[np.bool_] | None, name: str) -> NDArray[Any]:
-    """The pixels valid in every band, [N, C]; ImageError for none, NaN or infinite values, or all of one value."""
+def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any]:
+    """The valid pixels [N, C], NaN (as float32) where a band has no data in the whole image.
+
+    Raises ImageError when there are none, for NaN or infinite values, and when all are alike.
+    """
+    holes = missing(stored, nodata)
     if stored.dtype == np.float32:
         bad = ~np.isfinite(stored) if holes is None else ~np.isfinite(stored) & ~holes
         if bad.any():
@@ -160,13 +165,15 @@ def refuse_unusable(stored: NDArray[Any], holes: NDArray[np.bool_] | None, name:
                 "no data in the file",
                 code="not_finite",
             )
-    valid = stored.reshape(-1, stored.shape[2]) if holes is None else stored[~holes.any(axis=2)]
+    valid_HW = valid_pixels(stored, nodata)
+    valid = stored.reshape(-1, stored.shape[2]) if valid_HW is None else stored[valid_HW]
     if not len(valid):
         raise ImageError(f"{name}: holds no valid pixel, only the file's no-data value", code="constant")
-    first = valid[0]
-    if (valid[:256] == first).all() and (valid == first).all():
-        raise ImageError(f"{name}: every pixel has the value {_told(first)}: it shows nothing", code="constant")
-    return valid
+    if is_blank(stored, valid_HW):
+        raise ImageError(f"{name}: every pixel has the value {_told(valid[0])}: it shows nothing", code="constant")
+    if holes is None or valid_HW is None:
+        return valid
+    return np.where(holes[valid_HW], np.float32(np.nan), valid)
 
 
 def neutral(spec: Preprocess) -> NDArray[Any]:
@@ -181,11 +188,11 @@ def neutral(spec: Preprocess) -> NDArray[Any]:
 
 def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) -> Pixels:
     """Stored values to the graph's dtype, refused where they would be wrong, filled where they are missing."""
-    holes = missing(stored, header.nodata)
-    valid = refuse_unusable(stored, holes, name)
+    valid = usable(stored, header.nodata, name)
     if spec.scaling is not None and spec.scaling.measured:
         _refuse_saturated(valid, spec, name)
     pixels: Pixels = stored.astype(spec.dtype, copy=False)
+    holes = missing(stored, header.nodata)
     return pixels if holes is None else np.where(holes, neutral(spec), pixels)
 
 

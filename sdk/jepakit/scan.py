@@ -7,6 +7,7 @@ bundle: training, evaluation, export and service all use the same numbers.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from jepakit._progress import Steps
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import CT_WINDOWS, ValueRange
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.images import choose_frame, describe_kind, missing, refuse_unusable
+from jepakit.images import choose_frame, describe_kind, usable
 from jepakit.readers import DEFAULT_LIMITS, Header, open_raster
 from jepakit.sources import ImageList
 
@@ -103,6 +104,7 @@ class Scan:
             return Scaling(low=(low,) * self.kind.bands, high=(high,) * self.kind.bands, measured=False)
         lows_NC, highs_NC = (np.array([getattr(one, end) for one in self.seen]) for end in ("low", "high"))
         usual_NC = ~_far_out(lows_NC, highs_NC)
+        usual_NC &= ~np.isnan(lows_NC)
         low_C = np.min(lows_NC, axis=0, where=usual_NC, initial=np.inf)
         high_C = np.max(highs_NC, axis=0, where=usual_NC, initial=-np.inf)
         flat = np.flatnonzero(low_C >= high_C)
@@ -135,7 +137,7 @@ class Scan:
             low, high = np.asarray(scaling.low), np.asarray(scaling.high)
             scaled = ((values - low) / (high - low)).clip(0, 1)
         # A band of one value must not be divided by 0; it then carries nothing, as it should.
-        return _floats(scaled.mean(axis=0)), _floats(scaled.std(axis=0).clip(1e-3))
+        return _floats(np.nanmean(scaled, axis=0)), _floats(np.nanstd(scaled, axis=0).clip(1e-3))
 
     def preprocess(
         self, stock: Preprocess, *, value_range: ValueRange = "auto", frame: int | None = None, tile: int | None = None
@@ -206,10 +208,14 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
             stored = raster.read(
                 ref.window, frame=choose_frame(header, ref.frame if ref.frame is not None else frame, ref.name)
             )
-        valid = refuse_unusable(stored, missing(stored, header.nodata), ref.name)
+        valid = usable(stored, header.nodata, ref.name)
     except ImageError as error:
         return index, str(error)
-    low, high = np.percentile(_thinned(valid, _PIXELS_JUDGED), [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
+    # A band without any data in this image is NaN, and stays out of every number.
+    percentile = np.percentile if header.nodata is None else np.nanpercentile
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN")
+        low, high = percentile(_thinned(valid, _PIXELS_JUDGED), [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
     size = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
     return Seen(index, header, size, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored))
 
@@ -236,10 +242,10 @@ def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDA
     Ten times the spread of that half, or of a fifth of the usual range where all images are alike: heavy tails are
     let through, a file in other units is not.
     """
-    spread_C = _LEAST_SPREAD * np.median(highs_NC - lows_NC, axis=0)
+    spread_C = _LEAST_SPREAD * np.nanmedian(highs_NC - lows_NC, axis=0)
     far = np.zeros(lows_NC.shape, bool)
     for ends_NC in (lows_NC, highs_NC):
-        first_C, third_C = np.percentile(ends_NC, [25, 75], axis=0)
+        first_C, third_C = np.nanpercentile(ends_NC, [25, 75], axis=0)
         fence_C = _FENCE * np.maximum(third_C - first_C, spread_C)
         far |= (ends_NC < first_C - fence_C) | (ends_NC > third_C + fence_C)
     return far

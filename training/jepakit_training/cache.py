@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,6 @@ from jepakit._files import replacing
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
-from jepakit.readers.raster import ImageRef
 from jepakit_training.views import resize
 
 _FORMAT = 1
@@ -61,23 +59,6 @@ class ImageCache:
     def key(self, stamp: str) -> str:
         """The name of an item's pixels, by its `ImageList.stamp`: no byte of the item has to be read for it."""
         made_of = [_FORMAT, stamp, self._least_side, self._decoding]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-
-    def key_of(self, image: ImageRef, stamp: str | None = None) -> str | None:
-        """The name of an image's pixels, which changes with the file; None for an image in memory without a stamp."""
-        if stamp is not None:
-            return self.key(stamp)
-        if not isinstance(image.data, str | Path):
-            return None
-        path = Path(image.data).absolute()
-        try:
-            stat = path.stat()
-        except OSError:
-            return None
-        made_of = [
-            _FORMAT, os.fsdecode(path), stat.st_size, stat.st_mtime_ns, image.name, image.window, image.frame,
-            self._least_side, self._decoding,
-        ]  # fmt: skip
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def get(self, key: str) -> NDArray[Any] | None:

@@ -153,14 +153,14 @@ class ViewDataset(Dataset[Item]):
         return Item(None, skipped, fault)
 
     def _read(self, index: int) -> Pixels:
-        ref = self.images[index]
         least_side = self._make_views.least_side
-        key = None if self._cache is None else self._cache.key_of(ref)
-        if self._cache is None or key is None:
-            return read_image(ref, self._spec, at_least=least_side)
+        stamp = None if self._cache is None else self.images.stamp(index)
+        if self._cache is None or stamp is None:
+            return read_image(self.images[index], self._spec, at_least=least_side)
+        key = self._cache.key(stamp)
         pixels = self._cache.get(key)
         if pixels is None:
-            pixels = downscale(read_image(ref, self._spec, at_least=least_side), least_side)
+            pixels = downscale(read_image(self.images[index], self._spec, at_least=least_side), least_side)
             self._cache.put(key, pixels)
         return pixels
 
