@@ -72,7 +72,7 @@ def test_many_shards_are_one_source(tmp_path: Path, how: str) -> None:
     files = [tar(tmp_path / f"{i}.tar", {f"{i}.jpg": bytes([i])}) for i in range(3)]
     listed = list_images({"glob": f"{tmp_path}/*.tar", "list": files, "folder": tmp_path}[how])
     assert contents(listed) == {f"{i}.tar/{i}.jpg": bytes([i]) for i in range(3)}
-    assert ("the 3 archives in" in listed.note) == (how == "folder")
+    assert ("the source: 3 archives in" in listed.note) == (how == "folder")
 
 
 def test_shards_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_archives_beside_images_are_passed_over_and_counted(tmp_path: Path) -> N
     (tmp_path / "b.png").write_bytes(b"y")
     listed = list_images(tmp_path)
     assert listed.ids == ("b.png",)
-    assert "1 archives beside the images were passed over" in listed.note
+    assert "1 archive beside the images passed over" in listed.note
 
 
 def test_a_shards_labels_come_from_cls_or_json_of_the_same_key(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_an_archive_without_images_says_what_was_looked_for(tmp_path: Path, make
 def test_kinds_of_archives_are_not_mixed_with_each_other_or_with_images(tmp_path: Path) -> None:
     files = [tar(tmp_path / "a.tar", {"1.png": b""}), zip_of(tmp_path / "a.zip", {"1.png": b""})]
     (tmp_path / "1.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.zip and 1 others are \.zip and \.tar mixed"):
+    with pytest.raises(DataError, match=r"a\.zip and 1 other are \.zip and \.tar mixed"):
         list_images(files)
     with pytest.raises(DataError, match=r"a\.tar stands in a list of image files"):
         list_images([tmp_path / "1.png", files[0]])

@@ -125,6 +125,22 @@ def test_strata_are_labels_or_first_level_folders_if_few(tmp_path: Path) -> None
 # Many files, strange files
 
 
+def test_other_kinds_of_images_are_passed_over_and_told(tmp_path: Path) -> None:
+    strange = [f"{i}.HEIC" for i in range(2)] + ["brain.nii.gz", "IM01", "series/1.2.840.17", "notes.txt", "m.csv.gz"]
+    folder = touch(tmp_path, *strange)
+    told = (
+        "2 .heic files passed over: HEIC and AVIF are not read, save them as JPEG or PNG; "
+        "1 .nii.gz file passed over: NIfTI is not read, save its slices as TIFF or .npy; "
+        "2 files without a suffix passed over: DICOM files need .dcm"
+    )
+    with pytest.raises(DataError) as caught:
+        list_images(folder)
+    assert str(caught.value).endswith(f"in subfolders too); {told}")
+    touch(tmp_path, "a.png")
+    assert list_images(folder).note.endswith(told)
+    assert list_images(f"{folder}/**").note.endswith(told), "the folder series is no file without a suffix"
+
+
 def test_no_file_is_statted_in_a_folder_of_thousands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{folder}/{i:04}.png" for folder in ("a", "b", "c") for i in range(1000)]
     for folder in ("a", "b", "c"):
@@ -190,9 +206,7 @@ def test_the_digest_knows_labels_groups_and_what_is_held_out(tmp_path: Path) -> 
 
 
 def test_a_folder_of_files_without_suffix_hints_at_dicom(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"it holds 2 files without a suffix: if they are DICOM, give them the suffix \.dcm"
-    ):
+    with pytest.raises(DataError, match=r"2 files without a suffix passed over: DICOM files need \.dcm"):
         list_images(touch(tmp_path, "IM001", "x/IM002", "notes.txt"))
 
 

@@ -143,6 +143,11 @@ def test_what_is_no_source_is_refused_with_what_would_be(wrong: Any) -> None:
             take(wrong)
 
 
+def test_a_stack_of_grey_images_is_told_which_shape_is_wanted() -> None:
+    with pytest.raises(DataError, match=r"ndarray, \[5, 9, 9\]: give \[N, H, W, C\] .*or a list of arrays"):
+        list_images(np.zeros((5, 9, 9), np.uint8))
+
+
 def test_one_image_is_no_list_but_can_be_gathered() -> None:
     for image in (array(), Image.fromarray(array()), png()):
         with pytest.raises(DataError, match="images of type"):

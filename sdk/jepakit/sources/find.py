@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from jepakit.errors import DataError
+from jepakit.sources._words import counted
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import find_in_memory, is_one_image
+from jepakit.sources.passed import passed_over
 from jepakit.sources.store import Found
 from jepakit.sources.table import TABLES
 from jepakit.sources.tars import find_in_tars
@@ -34,6 +36,11 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
         return _find_at(os.fspath(images), with_labels=with_labels, with_groups=with_groups)
     if isinstance(images, Iterator):
         images = list(images)
+    if isinstance(images, np.ndarray) and images.ndim in (2, 3):
+        raise DataError(
+            f"images of type ndarray, {list(images.shape)}: give [N, H, W, C] (of grey images: array[..., None]), or a "
+            "list of arrays"
+        )
     if not _is_sequence(images):
         raise DataError(
             f"images of type {type(images).__name__}: give {_KINDS}, a list of them, "
@@ -70,7 +77,7 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool) -> Found:
 
 
 def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
-    names, archives, bare = [], [], 0
+    names, archives, others = [], [], []
     try:
         for name in walk(folder):
             if suffix(name) in SUFFIXES:
@@ -78,16 +85,17 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
             elif _is_archive(name):
                 archives.append(name)
             else:
-                bare += not suffix(name)
+                others.append(name)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be listed ({error.strerror})") from None
     if names:
         ids = tuple(names)
-        return Found(Files(folder, ids), ids, folders=ids, note=_passed_over(archives))
+        return Found(Files(folder, ids), ids, folders=ids, note=_passed_over(archives, others))
     if archives:
         paths = [os.path.join(folder, name) for name in archives]  # noqa: PTH118
-        return _find_in_archives(paths, with_labels=with_labels, folder=folder)
-    raise _nothing(folder, bare)
+        found = _find_in_archives(paths, with_labels=with_labels, folder=folder)
+        return replace(found, note="; ".join(filter(None, (found.note, passed_over(others)))))
+    raise _nothing(folder, others)
 
 
 def _find_matching(pattern: str, *, with_labels: bool) -> Found:
@@ -95,17 +103,21 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
         (Path(name).as_posix() for name in glob.glob(pattern, recursive=True)), key=lambda name: name.split("/")
     )
     # What lies in hidden folders that the pattern itself names is wanted.
-    names = [name for name in matches if suffix(name) in SUFFIXES and is_image(name.rpartition("/")[2])]
-    strangers = set(not_files("", names))
-    ids = tuple(name for name in names if name not in strangers)
-    archives = [name for name in matches if _is_archive(name) and Path(name).is_file()]
+    strangers = set(not_files("", matches))
+    files = [name for name in matches if name not in strangers]
+    ids = tuple(name for name in files if is_image(name.rpartition("/")[2]))
+    archives = [name for name in files if _is_archive(name)]
+    others = [name for name in files if suffix(name) not in SUFFIXES and not _is_archive(name)]
     if ids:
         return Found(
-            Files("", ids), ids, label_note="no labels: a glob has no class folders", note=_passed_over(archives)
+            Files("", ids),
+            ids,
+            label_note="no labels: a glob has no class folders",
+            note=_passed_over(archives, others),
         )
     if archives:
         return _find_in_archives(archives, with_labels=with_labels)
-    raise _nothing(pattern, 0)
+    raise _nothing(pattern, others)
 
 
 def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
@@ -126,25 +138,27 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
 def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | None = None) -> Found:
     zips = [path for path in paths if suffix(path) == ".zip"]
     if zips and len(zips) < len(paths):
-        raise DataError(f"{zips[0]} and {len(paths) - 1} others are .zip and .tar mixed: give one kind")
+        raise DataError(f"{zips[0]} and {counted(len(paths) - 1, 'other')} are .zip and .tar mixed: give one kind")
     if zips:
         found = find_in_zips(zips, whole=folder is None and len(zips) == 1)
     else:
         found = find_in_tars(paths, with_labels=with_labels)
     if not found.ids:
-        raise _nothing(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", 0)
-    return found if folder is None else replace(found, note=f"the {len(paths)} archives in {folder} are the source")
+        raise _nothing(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
+    return found if folder is None else replace(found, note=f"the source: {counted(len(paths), 'archive')} in {folder}")
 
 
 def _is_archive(name: str) -> bool:
     return name.lower().endswith((*_ARCHIVES, *_COMPRESSED_TARS))
 
 
-def _passed_over(archives: Sequence[str]) -> str:
-    return f"{len(archives)} archives beside the images were passed over" if archives else ""
+def _passed_over(archives: Sequence[str], others: Sequence[str]) -> str:
+    beside = f"{counted(len(archives), 'archive')} beside the images passed over" if archives else ""
+    return "; ".join(filter(None, (beside, passed_over(others))))
 
 
-def _nothing(source: str, bare: int) -> DataError:
+def _nothing(source: str, others: Sequence[str] = ()) -> DataError:
     looked_for = ", ".join(sorted({*SUFFIXES, *_ARCHIVES}))
-    hint = f"; it holds {bare} files without a suffix: if they are DICOM, give them the suffix .dcm" if bare else ""
+    known = passed_over(others)
+    hint = f"; {known}" if known else ""
     return DataError(f"{source} holds no images (looked for {looked_for}, in subfolders too){hint}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jepakit.errors import DataError
+from jepakit.sources._words import counted
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import check_rule, look_up
@@ -39,7 +40,7 @@ def _deepest_folders(found: Found) -> tuple[Groups, str]:
     if found.store.in_memory:
         raise DataError("images in memory lie in no folders: use group auto, none, or a file of paths and groups")
     groups = tuple(sys.intern(name.rpartition("/")[0] or ".") for name in found.ids)
-    return groups, f"groups: {len(set(groups))} folders"
+    return groups, f"groups: {counted(len(set(groups)), 'folder')}"
 
 
 def _patients(found: Found) -> tuple[Groups, str]:
@@ -52,5 +53,5 @@ def _patients(found: Found) -> tuple[Groups, str]:
         return None, f"no groups: none of {len(places)} DICOM files names its patient"
     groups = tuple(named.get(place) or name for place, name in enumerate(found.ids))
     alone = sum(named.get(place) is None for place in range(len(groups)))
-    rest = f", {alone} images without one each on their own" if alone else ""
-    return groups, f"groups: {len(known)} patients by DICOM PatientID{rest}"
+    rest = f", {counted(alone, 'image')} without one each on their own" if alone else ""
+    return groups, f"groups: {counted(len(known), 'patient')} by DICOM PatientID{rest}"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit.errors import DataError
+from jepakit.sources._words import counted
 from jepakit.sources.files import Files, not_files
 from jepakit.sources.store import Found
 from jepakit.sources.table import Table, read_table
@@ -30,9 +31,9 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool) -> Foun
         ids,
         folders=ids,
         labels=_column(table, "label"),
-        label_note=_describe(table, "label", "classes") or "no labels: the manifest has no column label",
+        label_note=_describe(table, "label", "class") or "no labels: the manifest has no column label",
         groups=_column(table, "group"),
-        group_note=_describe(table, "group", "groups"),
+        group_note=_describe(table, "group", "group"),
         held_out=held_out,
         note=note,
     )
@@ -74,4 +75,4 @@ def _column(table: Table, role: str) -> tuple[str, ...] | None:
 def _describe(table: Table, role: str, what: str) -> str:
     if role not in table.columns:
         return ""
-    return f"{role}s: {len(set(table.columns[role]))} {what} from the manifest's column {table.names[role]}"
+    return f"{role}s: {counted(len(set(table.columns[role])), what)} from the manifest's column {table.names[role]}"

@@ -14,6 +14,7 @@ import numpy as np
 from jepakit._progress import track
 from jepakit.errors import DataError, ImageError
 from jepakit.readers import ImageSource
+from jepakit.sources._words import counted
 from jepakit.sources.store import Found, stamp_of
 
 _WANTED = "an array [H, W] or [H, W, C], a Pillow image, a file's bytes or a path"
@@ -83,7 +84,9 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     labels = None if _label(label, None) is None else _labels(items)
     if labels is None:
         return Found(store, ids, label_note=f"no labels: targets of type {_kind(label)} are no classes")
-    return Found(store, ids, labels=labels, label_note=f"labels: {len(set(labels))} classes from the {_kind(items)}")
+    return Found(
+        store, ids, labels=labels, label_note=f"labels: {counted(len(set(labels)), 'class')} from the {_kind(items)}"
+    )
 
 
 def is_one_image(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from jepakit._progress import track
 from jepakit.errors import DataError
+from jepakit.sources._words import counted
 from jepakit.sources.archives import TAR, Archives, Member, names_in_shards
 from jepakit.sources.files import is_image
 from jepakit.sources.store import Found
@@ -32,7 +33,7 @@ def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
     known = tuple(label for label in labels if label is not None)
     ids = names_in_shards(paths, members)
     if len(known) == len(labels):
-        note = f"labels: {len(set(known))} classes from .cls and .json"
+        note = f"labels: {counted(len(set(known)), 'class')} from .cls and .json"
     else:
         note = f"no labels: {labels.count(None)} of {len(ids)} images have no .cls and no label in .json"
     return Found(

@@ -1,0 +1,38 @@
+"""Files that are passed over although they may be images: told, with what would make them readable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from jepakit.sources._words import counted
+from jepakit.sources.files import suffix
+
+_AS_JPEG = "HEIC and AVIF are not read, save them as JPEG or PNG"
+_AS_TIFF = "JPEG 2000 and JPEG XL are not read, save them as TIFF or PNG"
+_NIFTI = "NIfTI is not read, save its slices as TIFF or .npy"
+_REMEDIES = {
+    ".heic": _AS_JPEG, ".heif": _AS_JPEG, ".avif": _AS_JPEG,
+    ".jp2": _AS_TIFF, ".j2k": _AS_TIFF, ".jpx": _AS_TIFF, ".jxl": _AS_TIFF,
+    ".gif": "GIF is not read, save the frame you mean as PNG",
+    ".nii": _NIFTI, ".nii.gz": _NIFTI,
+    "": "DICOM files need .dcm",
+}  # fmt: skip
+
+
+def passed_over(names: Iterable[str]) -> str:
+    """What is to be said of files that are not listed, by their names; empty where none of them looks like an image."""
+    counts = Counter(_kind(name) for name in names)
+    return "; ".join(
+        f"{counted(counts[kind], f'{kind} file'.strip())}{'' if kind else ' without a suffix'} passed over: {remedy}"
+        for kind, remedy in _REMEDIES.items()
+        if counts[kind]
+    )
+
+
+def _kind(name: str) -> str:
+    if name.lower().endswith(".nii.gz"):
+        return ".nii.gz"
+    last = suffix(name)
+    # The files of a DICOM series are often named by their UID, 1.2.840.….17: the last number is no suffix.
+    return "" if last[1:].isdigit() else last
