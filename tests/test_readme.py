@@ -54,10 +54,11 @@ def test_the_four_things_you_do(images: Path, tmp_path: Path) -> None:
     assert "8-bit RGB" in run([f"{programs}/{shlex.split(look)[0]}", *shlex.split(look)[1:]], tmp_path)
     assert (tmp_path / "contact-sheet.png").exists()
 
-    (adapt,) = blocks("python", under="1. Adapt")
+    adapt, plain = blocks("python", under="1. Adapt")
     fewer = adapt.replace("steps=300", "steps=2, image_size=64, batch_size=16")
     assert fewer != adapt
     assert "points" in run([sys.executable, "-c", fewer], tmp_path)
+    assert re.search(r"\(1, \d+\)", run([sys.executable, "-c", plain], tmp_path))
     (shell,) = blocks("sh", under="1. Adapt")
     for line in shell.replace("--steps 300", "--steps 2 --image-size 64 --batch-size 16").splitlines():
         run([f"{programs}/{shlex.split(line)[0]}", *shlex.split(line)[1:]], tmp_path)
@@ -85,8 +86,9 @@ def test_every_option_the_readme_names_exists(option: str) -> None:
     assert f'"{option}"' in source or f"{name.replace('-', '_')}:" in source
 
 
-def test_every_option_of_the_images_page_exists() -> None:
-    page = (ROOT / "docs/images.md").read_text()
+@pytest.mark.parametrize("name", ["images.md", "export.md"])
+def test_every_option_of_a_page_exists(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text()
     source = (ROOT / "sdk/jepakit/cli.py").read_text() + (ROOT / "sdk/jepakit/config.py").read_text()
     options = {name for option in re.findall(r"--([a-z][a-z-]+)", page) for name in [option.replace("-", "_")]}
     settings = set(re.findall(r"--set ([a-z_]+)[=.]", page))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from safetensors.torch import load, save_file
 from jepakit import golden
 from jepakit.backbone import (
     Embedder,
+    check_pooling,
     pool,
     restore,
     round_size,
     size_multiple,
     start_backbone,
     stock_preprocess,
+    tensors_of,
 )
 from jepakit.bundle import (
     GOLDEN,
@@ -39,10 +42,11 @@ from jepakit.bundle import (
 from jepakit.config import ExportConfig
 from jepakit.errors import BundleError, ConfigError, DataError, ExportError
 from jepakit.evaluate import Comparison
-from jepakit.images import centre_crop
+from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, CONFIG, START
-from jepakit_export.convert import to_onnx
-from jepakit_export.verify import BATCH_SIZES, check, torch_vectors
+from jepakit_export.convert import sealed, to_onnx
+from jepakit_export.quantize import to_int8
+from jepakit_export.verify import BATCH_SIZES, Expected, check, expect, read_users_images
 
 _PACKAGES = ("jepakit", "torch", "timm", "onnx", "onnxscript")
 
@@ -61,52 +65,89 @@ class Source(NamedTuple):
 def export(config: ExportConfig) -> Bundle:
     """Write the bundle that `config` asks for and return it.
 
-    Raises BackboneError, BundleError or ConfigError for an unusable source, ExportError when ONNX Runtime
-    does not reproduce torch; then nothing is written.
+    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when ONNX
+    Runtime does not reproduce torch; then nothing is written.
     """
     out = Path(config.out)
     if out.exists():
         raise BundleError(f"{out} already exists, and a bundle is never overwritten: remove it or name another --out")
     source = _source(config)
-    embedder = Embedder(source.backbone, source.preprocess, source.embedding).eval()
+    users = None if config.verify_images is None else read_users_images(config.verify_images, source.preprocess)
+    source = source._replace(embedding=_standardized(source, config, users))
+    embedder = Embedder(source.backbone, source.preprocess, source.embedding, tokens=config.tokens).eval()
     images = golden.make_images(source.preprocess)
     inputs = centre_crop(images, source.preprocess.size)
-    expected = golden.Golden(images, torch_vectors(embedder, inputs))
-    tensors = {name: value.detach().cpu().contiguous() for name, value in source.backbone.state_dict().items()}
-    manifest = Manifest(
-        name=config.name or name_for(out),
+    expected = expect(embedder, inputs)
+    tensors = tensors_of(source.backbone)
+    manifest = _manifest(config, source, tensors, expected)
+    graph = sealed(_graph(config, source, embedder, inputs, users), _stamp(manifest))
+    agreement = check(graph, manifest, expected)
+    if users is not None:
+        agreement = check(graph, manifest, expect(embedder, users))
+    assert manifest.graph is not None
+    measured = manifest.graph.model_copy(update=agreement._asdict())
+    manifest = manifest.model_copy(update={"graph": measured})
+
+    def write_files(folder: Path) -> None:
+        save_file(tensors, folder / WEIGHTS)
+        (folder / GRAPH).write_bytes(graph)
+        (folder / GOLDEN).write_bytes(golden.pack(golden.Golden(images, expected.vectors)))
+
+    write_bundle(out, manifest, write_files)
+    return open_bundle(out)
+
+
+def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Tensor], expected: Expected) -> Manifest:
+    """The manifest, the graph's agreement with torch not yet measured."""
+    tokens = None if expected.tokens is None else (expected.tokens.shape[1], expected.tokens.shape[2])
+    return Manifest(
+        name=config.name or name_for(Path(config.out)),
         model_id=compute_model_id(
-            source.described,
-            source.preprocess,
-            source.embedding,
+            source.described, source.preprocess, source.embedding,
             {name: value.numpy() for name, value in tensors.items()},
+            "int8" if config.precision == "int8" else "float",
         ),
-        backbone=source.described,
-        preprocess=source.preprocess,
-        embedding=source.embedding,
-        provenance=source.provenance,
-        comparison=source.comparison,
-    )
+        backbone=source.described, preprocess=source.preprocess, embedding=source.embedding,
+        provenance=source.provenance, comparison=source.comparison,
+        graph=Graph(
+            precision=config.precision, opset=config.opset, relative_error=0, centred_cosine=1, same_neighbour=1,
+            batch_sizes=BATCH_SIZES, tokens=tokens, dynamic_size=config.dynamic_size,
+            verified_on="golden inputs" if config.verify_images is None else "the user's images",
+        ),
+    )  # fmt: skip
+
+
+def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> bytes:
+    """The graph's bytes at the precision asked for."""
+    example = torch.from_numpy(inputs[:2])
+    if config.precision == "fp16":
+        embedder = copy.deepcopy(embedder)
+        embedder.backbone.half()
     try:
-        graph = to_onnx(embedder, torch.from_numpy(inputs[:2]), opset=config.opset, metadata=_stamp(manifest))
+        graph = to_onnx(embedder, example, opset=config.opset, dynamic_size=config.dynamic_size)
+        return to_int8(graph, inputs if users is None else users) if config.precision == "int8" else graph
     except ExportError:
         raise
     except Exception as error:  # the exporter wraps whatever went wrong in classes of its own
         raise ExportError(
             f"torch cannot export {source.described.name}: {str(error).strip().splitlines()[0]}"
         ) from error
-    worst = check(graph, manifest, expected)
-    manifest = manifest.model_copy(
-        update={"graph": Graph(precision="fp32", opset=config.opset, relative_error=worst, batch_sizes=BATCH_SIZES)}
-    )
 
-    def write_files(folder: Path) -> None:
-        save_file(tensors, folder / WEIGHTS)
-        (folder / GRAPH).write_bytes(graph)
-        (folder / GOLDEN).write_bytes(golden.pack(expected))
 
-    write_bundle(out, manifest, write_files)
-    return open_bundle(out)
+def _standardized(source: Source, config: ExportConfig, users: Pixels | None) -> EmbeddingSpec:
+    """The embedding's spec with centre and scale measured on the user's images, where that was asked for."""
+    if config.standardize is None or config.standardize == source.embedding.standardize:
+        return source.embedding
+    plain = source.embedding.model_copy(update={"standardize": "none", "center": None, "scale": None})
+    if config.standardize == "none":
+        return plain
+    if users is None:
+        raise ConfigError(
+            f"standardize = {config.standardize!r} measures the domain's images: give some with --verify-images DIR"
+        )
+    unnormalised = plain.model_copy(update={"normalize": False})
+    vectors = expect(Embedder(source.backbone, source.preprocess, unnormalised).eval(), users).vectors
+    return plain.standardized_by(vectors, config.standardize)
 
 
 def _source(config: ExportConfig) -> Source:
@@ -123,7 +164,15 @@ def _source(config: ExportConfig) -> Source:
 def _of_run(path: Path, config: ExportConfig) -> Source:
     if not (path / BUNDLE).is_dir():
         raise BundleError(f"{path} has not finished: run its `jepakit adapt` command again to go on")
-    return _of_bundle(open_bundle(path / (START if config.which == "start" else BUNDLE)), config)
+    return _of_bundle(open_bundle(path / _which(path, config)), config)
+
+
+def _which(path: Path, config: ExportConfig) -> str:
+    """`best` follows the verdict: the start where adaptation made it worse, else what was trained."""
+    if config.which == "best":
+        comparison = open_bundle(path / BUNDLE).manifest.comparison
+        return START if comparison is not None and comparison.verdict.word == "worse" else BUNDLE
+    return START if config.which == "start" else BUNDLE
 
 
 def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
@@ -149,6 +198,7 @@ def _of_timm(config: ExportConfig) -> Source:
     size = None if config.image_size is None else round_size(config.image_size, size_multiple(backbone))
     preprocess = stock_preprocess(backbone, size)
     pooling = config.pooling or "head"
+    check_pooling(backbone, name, pooling)
     with torch.inference_mode():
         dim = pool(backbone, torch.zeros(1, preprocess.bands, preprocess.size, preprocess.size), pooling).shape[1]
     embedding = EmbeddingSpec(dim=dim, pooling=pooling, standardize="none", normalize=bool(config.normalize))
@@ -163,9 +213,12 @@ def _of_timm(config: ExportConfig) -> Source:
 
 
 def _stamp(manifest: Manifest) -> dict[str, str]:
+    assert manifest.graph is not None
     return {
         "jepakit.name": manifest.name,
         "jepakit.model_id": manifest.model_id,
         "jepakit.preprocess": manifest.preprocess.model_dump_json(),
+        "jepakit.embedding": manifest.embedding.model_dump_json(exclude={"center", "scale"}),
+        "jepakit.precision": manifest.graph.precision,
         "jepakit.license": manifest.backbone.start.license,
     }

@@ -1,46 +1,99 @@
-"""The exporter's promise, checked: ONNX Runtime gives torch's vectors, whatever the batch."""
+"""The exporter's promise, checked: the runtime gives torch's vectors, whatever the batch, file to vector."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from jepakit import golden
 from jepakit.backbone import Embedder
-from jepakit.bundle import Manifest
-from jepakit.errors import ExportError
-from jepakit.images import Pixels
+from jepakit.bundle import Manifest, Preprocess
+from jepakit.errors import DataError, ExportError, ImageError
+from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
+from jepakit.sources import list_images
 
 BATCH_SIZES = (1, 2, 7, 33)
+MOST_IMAGES, FEWEST_IMAGES = 256, 16
+_BATCH = 16
 
 
-def torch_vectors(embedder: Embedder, images: Pixels) -> golden.Vectors:
-    """What torch computes, float32 [N, D]."""
-    with torch.inference_mode():
-        vectors: golden.Vectors = embedder(torch.from_numpy(images)).numpy()
-    if not np.isfinite(vectors).all():
-        raise ExportError("the backbone's own vectors are not finite: its weights are damaged")
-    return vectors
+class Expected(NamedTuple):
+    """Preprocessed images [N, H, W, C] and what torch makes of them: embeddings [N, D], patch tokens [N, T, E] or None."""
+
+    images: Pixels
+    vectors: golden.Vectors
+    tokens: NDArray[np.float32] | None
 
 
-def check(graph: bytes, manifest: Manifest, expected: golden.Golden) -> float:
-    """The worst relative error to torch over the golden inputs at several batch sizes (1, 2, 7 and 33).
-
-    Raises ExportError above the tolerance table's limit, or when the graph has fixed the batch size.
-    """
-    session = Session(graph, manifest, provider="cpu")
-    limit = golden.RELATIVE_TOLERANCE["fp32", "cpu"]
-    images, worst = expected.inputs(manifest.preprocess), 0.0
-    for size in BATCH_SIZES:
-        rows = np.arange(size) % len(images)
+def read_users_images(source: str, spec: Preprocess) -> Pixels:
+    """Up to 256 images spread over the user's folder, as the graph takes them. Raises DataError for fewer than 16."""
+    listed = list_images(source, "none", group="none", tile=spec.tile)
+    chosen = np.unique(np.linspace(0, len(listed) - 1, min(MOST_IMAGES, len(listed))).astype(np.intp))
+    pixels, last = [], ""
+    for index in chosen.tolist():
         try:
-            got = session.run(images[rows])
+            pixels.append(preprocess(listed[index], spec))
+        except ImageError as error:
+            last = f"; one that cannot be read: {error}"
+    if len(pixels) < FEWEST_IMAGES:
+        raise DataError(f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the least to verify on{last}")
+    return np.stack(pixels)
+
+
+def expect(embedder: Embedder, images: Pixels) -> Expected:
+    """What torch computes, a few images at a time; ExportError when it is not finite."""
+    vectors, tokens = [], []
+    with torch.inference_mode():
+        for start in range(0, len(images), _BATCH):
+            answer = embedder(torch.from_numpy(images[start : start + _BATCH]))
+            vectors.append((answer[0] if embedder.tokens else answer).numpy())
+            if embedder.tokens:
+                tokens.append(answer[1].numpy())
+    stacked: golden.Vectors = np.concatenate(vectors)
+    if not np.isfinite(stacked).all():
+        raise ExportError("the backbone's own vectors are not finite: its weights are damaged")
+    return Expected(images, stacked, np.concatenate(tokens) if tokens else None)
+
+
+def check(graph: bytes, manifest: Manifest, expected: Expected) -> golden.Agreement:
+    """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), at the optimisation level that serves.
+
+    Raises ExportError below the tolerance table's limit, or when the graph has fixed the batch size.
+    """
+    assert manifest.graph is not None
+    session = Session(graph, manifest, provider="cpu")
+    limit = golden.TOLERANCES[manifest.graph.precision, "cpu"]
+    found = [_compare(session, expected, size, limit) for size in BATCH_SIZES]
+    return golden.Agreement(
+        max(one.relative_error for one in found),
+        min(one.centred_cosine for one in found),
+        min(one.same_neighbour for one in found),
+    )
+
+
+def _compare(session: Session, expected: Expected, size: int, limit: golden.Tolerance) -> golden.Agreement:
+    """Every image once, in batches of `size` exactly: the last one is filled up from the front."""
+    n_images = len(expected.images)
+    rows = np.arange(-(-n_images // size) * size) % n_images
+    outputs = []
+    for start in range(0, len(rows), size):
+        try:
+            outputs.append(session.run_all(expected.images[rows[start : start + size]]))
         except Exception as error:  # ONNX Runtime's exceptions have no common base worth naming
             raise ExportError(f"the exported graph fails at batch size {size}: {str(error).splitlines()[0]}") from None
-        worst = max(worst, golden.relative_error(got, expected.vectors[rows]))
-    if worst > limit:
-        raise ExportError(
-            f"the exported graph does not reproduce torch: relative error {worst:.2g}, at most {limit:g} is allowed"
+    found = golden.agreement(np.concatenate([output[0] for output in outputs])[:n_images], expected.vectors)
+    missed = found.misses(limit)
+    if missed is None and expected.tokens is not None:
+        tokens = np.concatenate([output[1] for output in outputs])[:n_images]
+        flat = tokens.shape[0] * tokens.shape[1], tokens.shape[2]
+        missed = golden.agreement(tokens.reshape(flat), expected.tokens.reshape(flat)).misses(
+            limit._replace(neighbour=None)
         )
-    return worst
+        missed = missed and f"patch tokens: {missed}"
+    if missed is not None:
+        raise ExportError(f"the exported graph does not reproduce torch at batch size {size}: {missed}")
+    return found

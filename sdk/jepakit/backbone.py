@@ -15,15 +15,15 @@ import os
 import socket
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_origin
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from jepakit._timm_names import check_name
-from jepakit.bundle import MANIFEST, WEIGHTS, Backbone, EmbeddingSpec, Preprocess, StartWeights, open_bundle
-from jepakit.errors import BackboneError
+from jepakit.bundle import MANIFEST, WEIGHTS, Backbone, EmbeddingSpec, Pooling, Preprocess, StartWeights, open_bundle
+from jepakit.errors import BackboneError, ConfigError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's and timm's deprecation chatter at import is not the user's business
@@ -80,6 +80,17 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
     module = build(backbone.name, backbone.arguments)
     _load(module, state, Path(WEIGHTS))
     return module.eval()  # type: ignore[no-any-return]
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: on the CPU, contiguous, one layer under two names (CoaT) written twice."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in module.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
@@ -144,7 +155,9 @@ class Embedder(nn.Module):
 
     forward(images [B, H, W, C], uint8 or raw float32) → float32 [B, D]: value scaling, mean, std, backbone,
     pooling, centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
-    each of the last four feature levels (a ViT's last four blocks), concatenated.
+    each of the last four feature levels (a ViT's last four blocks), concatenated; `cls` the class token and
+    `mean` the mean patch token of the last layer; `last2` the class tokens of the last two layers, normed (as in
+    LeJEPA's own probe). With `tokens` the answer is (embeddings, patch tokens float32 [B, N, E]).
     """
 
     pixel_mean: Tensor
@@ -154,8 +167,11 @@ class Embedder(nn.Module):
     center: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, backbone: nn.Module, preprocess: Preprocess, embedding: EmbeddingSpec) -> None:
+    def __init__(
+        self, backbone: nn.Module, preprocess: Preprocess, embedding: EmbeddingSpec, *, tokens: bool = False
+    ) -> None:
         super().__init__()
+        self.tokens = tokens
         self.backbone: Any = backbone
         self.pooling = embedding.pooling
         self.normalize = embedding.normalize
@@ -167,13 +183,18 @@ class Embedder(nn.Module):
         self.register_buffer("center", _as_tensor(embedding.center), persistent=False)
         self.register_buffer("scale", _as_tensor(embedding.scale), persistent=False)
 
-    def forward(self, images_BHWC: Tensor) -> Tensor:
-        vectors = pool(self.backbone, self.normalised(images_BHWC), self.pooling).float()
+    def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        # Half-precision weights take half-precision pixels; everything before and after them stays float32.
+        x = self.normalised(images_BHWC).to(next(self.backbone.parameters()).dtype)
+        features, pooled = features_and_pooled(self.backbone, x, self.pooling)
+        vectors = pooled.float()
         if self.center is not None:
             vectors = vectors - self.center
         if self.scale is not None:
             vectors = vectors / self.scale
-        return nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+        if self.normalize:
+            vectors = nn.functional.normalize(vectors, dim=1)
+        return (vectors, patch_tokens(self.backbone, features).float()) if self.tokens else vectors
 
     def normalised(self, images_BHWC: Tensor) -> Tensor:
         """uint8 or raw float32 [B, H, W, C] to what the backbone takes, float32 [B, C, H, W]."""
@@ -183,22 +204,69 @@ class Embedder(nn.Module):
         return ((values - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2)
 
 
-def pool(backbone: Any, x_BCHW: Tensor, pooling: Literal["head", "stages"]) -> Tensor:
+def pool(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> Tensor:
     """The backbone's pooled output [B, D], before centring."""
+    return features_and_pooled(backbone, x_BCHW, pooling)[1]
+
+
+def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """The backbone's last features in timm's own layout, and what `pooling` makes of one pass, [B, D]."""
+    if pooling == "stages":
+        count = min(_STAGES_LAST, len(backbone.feature_info))
+        features, levels = backbone.forward_intermediates(x_BCHW, indices=count, output_fmt="NCHW")
+        return features, torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
+    if pooling == "last2":
+        features, levels = backbone.forward_intermediates(
+            x_BCHW, indices=2, norm=True, output_fmt="NLC", return_prefix_tokens=True
+        )
+        return features, torch.cat([prefix[:, 0] for _, prefix in levels], dim=1)
+    features = backbone.forward_features(x_BCHW)
     if pooling == "head":
-        return backbone(x_BCHW)  # type: ignore[no-any-return]
-    levels = backbone.forward_intermediates(
-        x_BCHW,
-        indices=min(_STAGES_LAST, len(backbone.feature_info)),
-        output_fmt="NCHW",
-        intermediates_only=True,
-    )
-    return torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
+        return features, backbone.forward_head(features)
+    parts = [
+        features[:, 0] if name == "cls" else patch_tokens(backbone, features).mean(dim=1) for name in pooling.split("+")
+    ]
+    return features, torch.cat(parts, dim=1)
 
 
-def supports_stages(backbone: Any) -> bool:
-    """Whether timm can hand out the backbone's intermediate features."""
-    return hasattr(backbone, "forward_intermediates")
+def patch_tokens(backbone: Any, features: Tensor) -> Tensor:
+    """Last features in timm's own layout to [B, N, D], without class and register tokens.
+
+    Raises BackboneError where there is no one map of last features.
+    """
+    if not isinstance(features, Tensor):
+        raise BackboneError(
+            f"{type(backbone).__name__} ends in {len(features)} maps of several scales: it has no patch tokens"
+        )
+    if features.ndim == 3:
+        return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+    # Swin keeps its channels last: flattened as NCHW its tokens would come out wrong without a word.
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        return features.flatten(1, 2)
+    return features.flatten(2).transpose(1, 2)
+
+
+def poolings_of(backbone: Any) -> tuple[Pooling, ...]:
+    """The poolings that this backbone has: stages where timm hands out its features, mean where the last of them are
+    one map (CrossViT and EfficientViM end in several), cls where it has the token.
+    """
+    found: list[Pooling] = ["head"]
+    intermediates = getattr(backbone, "forward_intermediates", None)
+    if intermediates is not None:
+        found.append("stages")
+    if get_origin(inspect.signature(backbone.forward_features).return_annotation) is not list:
+        found.append("mean")
+    if getattr(backbone, "cls_token", None) is not None and getattr(backbone, "num_prefix_tokens", 0) > 0:
+        found += ["cls", "cls+mean"]
+        if intermediates is not None and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
+            found.append("last2")
+    return tuple(found)
+
+
+def check_pooling(backbone: Any, name: str, pooling: Pooling) -> None:
+    """ConfigError when the backbone has no such pooling."""
+    if pooling not in (known := poolings_of(backbone)):
+        raise ConfigError(f"pooling = {pooling!r}: {name} has {', '.join(known)}")
 
 
 def _is_bundle(weights: str) -> bool:
@@ -213,13 +281,24 @@ def _size_arguments(name: str, image_size: int | None) -> dict[str, Any]:
     """What timm needs to build `name` for a size: nothing for ConvNets, image and dynamic size for ViTs."""
     with torch.device("meta"):
         blank = build(name, {})
-    accepted = inspect.signature(type(blank).__init__).parameters
+    accepted = _constructor_arguments(type(blank))
     arguments: dict[str, Any] = {}
     if image_size is not None and "img_size" in accepted:
         arguments["img_size"] = round_size(image_size, size_multiple(blank))
     if "dynamic_img_size" in accepted:
         arguments["dynamic_img_size"] = True
     return arguments
+
+
+def _constructor_arguments(kind: type) -> set[str]:
+    """Names of the arguments that a class takes, those included that it hands on to the class it is made from."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base).parameters
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:

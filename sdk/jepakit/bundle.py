@@ -114,6 +114,10 @@ class Preprocess(_Frozen):
         return self
 
 
+Pooling = Literal["head", "stages", "cls", "mean", "cls+mean", "last2"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
 class EmbeddingSpec(_Frozen):
     """What the vector is: pooled how, shifted and divided by what, of length 1 or not.
 
@@ -121,21 +125,45 @@ class EmbeddingSpec(_Frozen):
     """
 
     dim: Annotated[int, Field(ge=1)]
-    pooling: Literal["head", "stages"]
+    pooling: Pooling
     standardize: Literal["none", "center", "scale"]
     center: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
     normalize: bool = False
 
+    def standardized_by(self, vectors: np.ndarray[Any, Any], how: Literal["none", "center", "scale"]) -> EmbeddingSpec:
+        """The same spec with centre, and scale, measured on `vectors` [N, dim], pooled outputs before any of it."""
+        center = vectors.mean(axis=0, dtype=np.float64) if how != "none" else None
+        scale = vectors.std(axis=0, dtype=np.float64) if how == "scale" else None
+        return self.model_copy(update={
+            "standardize": how,
+            "center": None if center is None else _float32_tuple(center),
+            # A dead number (always the same) stays what it is rather than being blown up to noise.
+            "scale": None if scale is None else _float32_tuple(np.where(scale > 1e-6, scale, 1.0)),
+        })  # fmt: skip
+
+
+def _float32_tuple(values: np.ndarray[Any, Any]) -> tuple[float, ...]:
+    return tuple(map(float, values.astype(np.float32)))
+
 
 class Graph(_Frozen):
-    """Facts of `model.onnx`."""
+    """Facts of `model.onnx`, and how it was found to agree with torch over all images and batch sizes checked."""
 
-    precision: Literal["fp32"]
+    precision: Precision
     opset: int
     relative_error: float
-    """Largest difference to torch over the largest value, over all golden inputs and batch sizes checked."""
+    """Largest difference to torch over the largest value."""
     batch_sizes: tuple[int, ...]
+    centred_cosine: float = 1.0
+    """Smallest cosine to torch's vector once the mean vector is taken off both: what precision costs."""
+    same_neighbour: float = 1.0
+    """Share of the images whose nearest other image is the same as by torch's vectors."""
+    verified_on: Literal["golden inputs", "the user's images"] = "golden inputs"
+    tokens: tuple[int, int] | None = None
+    """[N, D] of the second output `tokens`, where there is one; N is that of the model's own size."""
+    dynamic_size: bool = False
+    """Whether the graph takes other image sizes than the preprocess's."""
 
 
 class Provenance(_Frozen):
@@ -271,13 +299,24 @@ class Bundle:
 
     def verify(self) -> None:
         """Check every file; BundleError names the first one that is damaged, missing or extra."""
+        self.read_all()
+
+    def read_all(self) -> dict[str, bytes]:
+        """The verified bytes of every file but the weights', which are checked all the same (a graph holds them again).
+
+        BundleError names the first file that is damaged, missing or extra.
+        """
+        files = {}
         for name in self.manifest.files:
-            self.read(name)
+            data = self.read(name)
+            if name != WEIGHTS:
+                files[name] = data
         strangers = {file.name for file in self.path.iterdir()} - set(self.manifest.files) - {MANIFEST}
         if strangers:
             raise BundleError(
                 f"{self.path / min(strangers)} does not belong to the bundle: its manifest does not list it"
             )
+        return files
 
 
 def open_bundle(path: str | Path) -> Bundle:

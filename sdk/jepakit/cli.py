@@ -146,9 +146,20 @@ def inspect(
 def export(
     source: Annotated[str, typer.Argument(help="a run, a bundle, or NAME[:pretrained|:random|:FILE] of timm")],
     out: Annotated[str, typer.Option(help="the bundle to write")],
-    which: Annotated[str | None, typer.Option(help="of a run: last or start")] = None,
+    which: Annotated[str | None, typer.Option(help="of a run: best, last or start [last]")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in the service [the folder's]")] = None,
-    pooling: Annotated[str | None, typer.Option(help="of a timm name: head or stages")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or int8 [fp32]")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="of a timm name: head, stages, cls, mean, cls+mean, last2 [head]")
+    ] = None,
+    standardize: Annotated[
+        str | None, typer.Option(help="none, center, scale: measured on --verify-images, inside the graph")
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="patch tokens as a second output")] = False,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph that takes other sizes too")] = False,
+    verify_images: Annotated[
+        str | None, typer.Option(help="your own images to verify on, and to calibrate int8 [golden inputs]")
+    ] = None,
     normalize: Annotated[bool | None, typer.Option("--normalize/--no-normalize", help="vectors of length 1")] = None,
     image_size: Annotated[int | None, typer.Option(help="of a timm name: pixels a side")] = None,
     opset: Annotated[int | None, typer.Option()] = None,
@@ -159,7 +170,12 @@ def export(
     given = {
         "which": which,
         "name": name,
+        "precision": precision,
         "pooling": pooling,
+        "standardize": standardize,
+        "tokens": tokens or None,
+        "dynamic_size": dynamic_size or None,
+        "verify_images": verify_images,
         "normalize": normalize,
         "image_size": image_size,
         "opset": opset,
@@ -169,7 +185,8 @@ def export(
     assert manifest.graph is not None
     print(
         f"{bundle.path}: {manifest.backbone.name}, {manifest.preprocess.size} px → {manifest.embedding.dim} numbers "
-        f"({manifest.embedding.pooling}), relative error to torch {manifest.graph.relative_error:.1e}"
+        f"({manifest.embedding.pooling}), {manifest.graph.precision}: relative error to torch "
+        f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
     )
     print(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
 
@@ -181,7 +198,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="[8000]")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="lines name:sha256")] = None,
     new_key: Annotated[str | None, typer.Option(help="make a key of this name, print it, and stop")] = None,
-    provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda")] = None,
+    provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda, tensorrt, openvino")] = None,
+    arithmetic: Annotated[str | None, typer.Option(help="model, or bf16 with openvino [model]")] = None,
     expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="one process, without Ray Serve")] = False,
     replicas: Annotated[int | None, typer.Option(help="[1]")] = None,
@@ -197,7 +215,7 @@ def serve(
     if not bundles:
         raise ConfigError("name a bundle to serve: jepakit serve bundles/NAME")
     given = {
-        "host": host, "port": port, "api_key_file": api_key_file, "provider": provider,
+        "host": host, "port": port, "api_key_file": api_key_file, "provider": provider, "arithmetic": arithmetic,
         "expect": tuple(expect) if expect else None, "replicas": replicas, "ray": False if no_ray else None,
     }  # fmt: skip
     settings: dict[str, Any] = {

@@ -165,7 +165,7 @@ class Client:
         job, expected = _golden_job(bundle, model)
         for chunk in job.parts():
             job.accept(chunk, self._send(chunk.request(self._http)))
-        return _judge_golden(job.result(), expected)
+        return _judge_golden(job, expected)
 
     def _send(self, request: httpx.Request) -> httpx.Response:
         """One request, tried again against the deadline."""
@@ -239,7 +239,7 @@ class AsyncClient:
         job, expected = _golden_job(bundle, model)
         for chunk in job.parts():
             job.accept(chunk, await self._send(chunk.request(self._http)))
-        return _judge_golden(job.result(), expected)
+        return _judge_golden(job, expected)
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio
@@ -320,6 +320,8 @@ class _Job:
         self._images, self._model, self._spec = images, model, spec
         self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
+        self.computed = ("fp32", "cpu")
+        """Precision and provider of the last answer."""
         self.done = 0
 
     def __len__(self) -> int:
@@ -361,6 +363,7 @@ class _Job:
                 "are never mixed; run it again, or pin one with model='NAME@MODEL_ID'"
             )
         self._model_id = model_id
+        self.computed = (response.headers.get("x-precision", "fp32"), response.headers.get("x-provider", "cpu"))
         self._vectors.append(np.frombuffer(response.content, "<f4").reshape(len(chunk.items), int(dim)))
         self.done += len(chunk.items)
 
@@ -493,13 +496,10 @@ def _golden_job(bundle: str | Path, model: str | None) -> tuple[_Job, NDArray[np
     return _Job(gather(images, "none"), pinned), vectors
 
 
-def _judge_golden(got: Embeddings, expected: NDArray[np.float32]) -> float:
+def _judge_golden(job: _Job, expected: NDArray[np.float32]) -> float:
     from jepakit import golden
 
-    error = golden.relative_error(got.vectors, expected)
-    limit = max(golden.RELATIVE_TOLERANCE.values())
-    if error > limit:
-        raise BundleError(
-            f"the service computes other vectors than the bundle promises: relative error {error:.2g}, at most {limit:g}"
-        )
-    return error
+    found = golden.agreement(job.result().vectors, expected)
+    if missed := found.misses(golden.TOLERANCES.get(job.computed, golden.Tolerance(relative=1e-4))):
+        raise BundleError(f"the service computes other vectors than the bundle promises: {missed}")
+    return found.relative_error

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
-from jepakit.bundle import NAME_PATTERN
+from jepakit.bundle import NAME_PATTERN, Pooling, Precision
 from jepakit.errors import ConfigError
 
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
@@ -145,7 +145,7 @@ class AdaptConfig(_Settings):
     views: ViewsConfig = ViewsConfig()
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Pixels a side of global views and of the exported model; rounded to the patch or stride."""
-    pooling: Literal["auto", "head", "stages"] = "auto"
+    pooling: Literal["auto"] | Pooling = "auto"
     """What the embedding pools; `auto` takes what serves the untrained backbone better on labels, else `head`."""
     standardize: Literal["auto", "none", "center", "scale"] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
@@ -268,12 +268,22 @@ class ExportConfig(_Settings):
     """A run, a bundle, or a timm name: NAME, NAME:pretrained, NAME:random or NAME:FILE."""
     out: str
     """The bundle to write."""
-    which: Literal["last", "start"] = "last"
-    """Of a run: the adapted weights, or the ones it started from."""
+    which: Literal["best", "last", "start"] = "last"
+    """Of a run: the adapted weights, the ones it started from, or whichever the verdict says to keep."""
     name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     """The bundle's name, by which clients ask for it; None: the name of its folder."""
-    pooling: Literal["head", "stages"] | None = None
+    precision: Precision = "fp32"
+    """Of the graph: `fp16` halves the file, for GPUs; `int8` is for CPUs, a vector space of its own."""
+    pooling: Pooling | None = None
     """What the embedding pools; None: `head`, or what the run chose."""
+    standardize: Literal["none", "center", "scale"] | None = None
+    """Centre, or centre and scale, each number by statistics of `verify_images`; None: no, or what the run chose."""
+    tokens: bool = False
+    """Patch tokens as a second output, `tokens`."""
+    dynamic_size: bool = False
+    """A graph that takes other image sizes too, where the backbone allows it."""
+    verify_images: str | None = None
+    """The user's own images to verify on (and to calibrate int8 with); None: the golden inputs."""
     normalize: bool | None = None
     """Scale vectors to length 1 inside the graph; None: no, or what the bundle says."""
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None

@@ -22,9 +22,47 @@ Vectors = NDArray[np.float32]
 
 N_GOLDEN = 8
 
-# (precision, provider) → largest allowed |difference| / largest |value|. fp32 means fp32: TF32 on CUDA and
-# bf16 in OpenVINO are switched off for it. CUDA's tolerance is untested on hardware.
-RELATIVE_TOLERANCE = {("fp32", "cpu"): 1e-4, ("fp32", "cuda"): 1e-3}
+
+class Tolerance(NamedTuple):
+    """The worst agreement with torch that is still let through; None where the measure does not judge."""
+
+    relative: float | None = None
+    cosine: float | None = None
+    neighbour: float | None = None
+
+
+# By what is really computed, and by which provider. fp32 means fp32: TF32 on CUDA and bf16 in OpenVINO are switched
+# off for it. Raw cosine would hide errors, since embeddings share a large mean: the cosine here is the centred one.
+# What concerns CUDA and TensorRT is untested on hardware.
+_HALF, _QUANTISED = Tolerance(cosine=0.999), Tolerance(cosine=0.99, neighbour=0.95)
+TOLERANCES: dict[tuple[str, str], Tolerance] = {
+    ("fp32", "cpu"): Tolerance(relative=1e-4),
+    ("fp32", "openvino"): Tolerance(relative=1e-4),
+    ("fp32", "cuda"): Tolerance(relative=1e-3),
+    ("fp32", "tensorrt"): Tolerance(relative=1e-3),
+    **{("fp16", provider): _HALF for provider in ("cpu", "openvino", "cuda", "tensorrt")},
+    ("bf16", "openvino"): Tolerance(cosine=0.99),
+    **{("int8", provider): _QUANTISED for provider in ("cpu", "openvino", "cuda", "tensorrt")},
+}
+
+
+class Agreement(NamedTuple):
+    """How near vectors are to torch's: largest difference over largest value, smallest centred cosine, and the
+    share of images whose nearest other image is the same."""
+
+    relative_error: float
+    centred_cosine: float
+    same_neighbour: float
+
+    def misses(self, limit: Tolerance) -> str | None:
+        """What falls short of `limit`, in words; None when nothing does."""
+        if limit.relative is not None and not self.relative_error <= limit.relative:
+            return f"relative error {self.relative_error:.2g}, at most {limit.relative:g} is allowed"
+        if limit.cosine is not None and not self.centred_cosine >= limit.cosine:
+            return f"centred cosine {self.centred_cosine:.4f}, at least {limit.cosine:g} is wanted"
+        if limit.neighbour is not None and not self.same_neighbour >= limit.neighbour:
+            return f"the same nearest neighbour for {self.same_neighbour:.1%} of the images, at least {limit.neighbour:.0%} is wanted"
+        return None
 
 
 class Golden(NamedTuple):
@@ -85,6 +123,28 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     if got.shape != expected.shape or not np.isfinite(got).all():
         return float("inf")
     return float(np.abs(got.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+def agreement(got: NDArray[Any], expected: NDArray[Any]) -> Agreement:
+    """Compare vectors [N, D] with torch's own; the worst of everything for a wrong shape or non-finite numbers."""
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return Agreement(float("inf"), -1.0, 0.0)
+    mean = expected.mean(axis=0, dtype=np.float64)
+    a, b = _unit(got - mean), _unit(expected - mean)
+    cosine = float((a * b).sum(axis=1).min()) if len(got) > 1 else 1.0
+    return Agreement(relative_error(got, expected), cosine, float((_nearest(a) == _nearest(b)).mean()))
+
+
+def _unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1.0)
+
+
+def _nearest(unit: NDArray[np.float64]) -> NDArray[np.intp]:
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    nearest: NDArray[np.intp] = similarity.argmax(axis=1)
+    return nearest
 
 
 def pack(golden: Golden) -> bytes:

@@ -6,8 +6,11 @@ service, with the client's `embed`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,57 +18,118 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit import golden
+from jepakit._cpus import usable_cpus
+from jepakit._progress import Steps
 from jepakit.bundle import GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
-from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
-from jepakit.images import Pixels
+from jepakit.errors import BundleError, ConfigError, ImageError
+from jepakit.images import Pixels, preprocess
+from jepakit.runtime import Arithmetic, Provider, open_runtime
+from jepakit.sources import ImageList, gather
 
-Provider = Literal["auto", "cpu", "cuda"]
-
-_ORT_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# A decoder may hold a whole scene: not one for each of 64 cores.
+_MOST_DECODERS = 8
+_BATCHES_AHEAD = 3
 
 
 class Session:
-    """One model in ONNX Runtime. Raises ServeError when CUDA was asked for and does not work: never a silent CPU.
+    """One model, open on a provider. Raises ServeError when what was asked for does not work: never a silent CPU.
 
-    graph     the bytes of model.onnx (bytes, not a path: ONNX Runtime then refuses any external file)
-    manifest  of the bundle the bytes came from
-    provider  `auto` takes CUDA where it works, else the CPU
-    threads   of one inference; None: one a core this process may use
+    graph       the bytes of model.onnx
+    manifest    of the bundle the bytes came from
+    provider    `auto` takes CUDA where it works, else the CPU
+    threads     of one inference; None: one a core this process may use, by its container's quota too
+    arithmetic  `bf16` with OpenVINO; else what the graph says
     """
 
     def __init__(
-        self, graph: bytes, manifest: Manifest, *, provider: Provider = "auto", threads: int | None = None
-    ) -> None:
+        self, graph: bytes, manifest: Manifest, *, provider: Provider = "auto", threads: int | None = None,
+        arithmetic: Arithmetic = "model",
+    ) -> None:  # fmt: skip
+        assert manifest.graph is not None or arithmetic == "model"
         self.manifest = manifest
-        self.provider, self._session = _open(graph, provider, threads or len(os.sched_getaffinity(0)))
+        self._runtime = open_runtime(graph, provider, threads or usable_cpus(), arithmetic)
+        self.provider = self._runtime.provider
+        self._arithmetic = arithmetic
 
     @classmethod
-    def open(cls, bundle: Bundle | str | Path, *, provider: Provider = "auto", threads: int | None = None) -> Session:
+    def open(
+        cls, bundle: Bundle | str | Path, *, provider: Provider = "auto", threads: int | None = None,
+        arithmetic: Arithmetic = "model",
+    ) -> Session:  # fmt: skip
         """Verify the whole bundle, open its graph, and check that it reproduces the golden inputs."""
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        graph = bundle.read(GRAPH)
-        bundle.verify()
-        session = cls(graph, bundle.manifest, provider=provider, threads=threads)
-        session.check_golden(golden.unpack(bundle.read(GOLDEN)))
+        files = bundle.read_all()
+        if GRAPH not in files:
+            bundle.read(GRAPH)  # says that it has to be exported first
+        session = cls(files[GRAPH], bundle.manifest, provider=provider, threads=threads, arithmetic=arithmetic)
+        session.check_golden(golden.unpack(files[GOLDEN]))
         return session
 
-    def run(self, images: Pixels) -> NDArray[np.float32]:
-        """Embed preprocessed images: [B, size, size, C], uint8 or raw float32 → float32 [B, D]."""
-        (vectors,) = self._session.run(["embeddings"], {"images": images})
-        return vectors  # type: ignore[no-any-return]
-
-    def check_golden(self, expected: golden.Golden) -> float:
-        """The relative error on the golden inputs; BundleError when it is above the tolerance table's."""
+    @property
+    def precision(self) -> str:
+        """What is really computed: fp32, fp16, int8 or bf16."""
         assert self.manifest.graph is not None
-        limit = golden.RELATIVE_TOLERANCE[self.manifest.graph.precision, self.provider]
-        error = golden.relative_error(self.run(expected.inputs(self.manifest.preprocess)), expected.vectors)
-        if error > limit:
-            raise BundleError(
-                f"{self.manifest.name} computes other vectors here than torch did at export: relative error "
-                f"{error:.2g}, at most {limit:g} is allowed on {self.provider}; export the bundle again on this machine"
+        return self.manifest.graph.precision if self._arithmetic == "model" else self._arithmetic
+
+    def run(self, images: Pixels) -> NDArray[np.float32]:
+        """Embed preprocessed images: [B, size, size, C], uint8 or raw float32 → float32 [B, D].
+
+        Raises ImageError for another shape or dtype than the graph's. Safe to call from several threads.
+        """
+        return self.run_all(images)[0]
+
+    def run_all(self, images: Pixels) -> list[NDArray[np.float32]]:
+        """Embeddings [B, D] and, where the graph has them, patch tokens [B, N, E]."""
+        self._check_kind(images)
+        buckets = self._runtime.buckets
+        if buckets is None:
+            return self._runtime.run(images)
+        return _by_buckets(self._runtime.run, images, buckets)
+
+    @property
+    def batch(self) -> int:
+        """How many images to run at once when many are there: on a CPU large batches leave the caches."""
+        return 4 if self.provider in ("cpu", "openvino") else 32
+
+    def _check_kind(self, images: Pixels) -> None:
+        """OpenVINO computes something for any shape and dtype, and says nothing."""
+        spec, graph = self.manifest.preprocess, self.manifest.graph
+        side = spec.size
+        fits = images.ndim == 4 and images.shape[3] == spec.bands and images.dtype == spec.dtype
+        any_size = graph is not None and graph.dynamic_size
+        if not fits or not (any_size or images.shape[1:3] == (side, side)):
+            raise ImageError(
+                f"{self.manifest.name} takes {spec.dtype} [B, {side}, {side}, {spec.bands}], not {images.dtype} "
+                f"{list(images.shape)}: preprocess the images first",
+                code="wrong_shape",
             )
-        return error
+
+    def check_golden(self, expected: golden.Golden) -> golden.Agreement:
+        """How well the golden inputs agree with torch; BundleError when worse than the tolerance table allows."""
+        found = golden.agreement(self.run(expected.inputs(self.manifest.preprocess)), expected.vectors)
+        if missed := found.misses(golden.TOLERANCES[self.precision, self.provider]):
+            raise BundleError(
+                f"{self.manifest.name} computes other vectors here than torch did at export: {missed} on {self.provider}; "
+                "export the bundle again on this machine"
+            )
+        return found
+
+
+def _by_buckets(
+    run: Callable[[Pixels], list[NDArray[np.float32]]], images: Pixels, buckets: tuple[int, ...]
+) -> list[NDArray[np.float32]]:
+    """Run batches of the sizes in `buckets` alone, the last one filled up with zeros."""
+    parts = []
+    for first in range(
+        0, max(1, len(images)), buckets[-1]
+    ):  # no images are one empty part: the outputs keep their shapes
+        part = images[first : first + buckets[-1]]
+        size = next(bucket for bucket in buckets if bucket >= len(part))
+        filled = np.zeros((size, *images.shape[1:]), images.dtype)
+        filled[: len(part)] = part
+        parts.append([output[: len(part)] for output in run(filled)])
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
 class Model:
@@ -89,18 +153,15 @@ class Model:
         Raises ImageError for the first image that cannot be read rightly, ConfigError for tiles of another size
         than the model's.
         """
-        from jepakit._progress import track
-        from jepakit.images import preprocess
-        from jepakit.sources import gather
-
         check_tile(tile, self.manifest.preprocess)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
-        batch = 4  # larger ones are slower on a CPU: activations leave the L2 cache
-        for start in track(range(0, len(listed), batch), "embed", enabled=progress):
-            places = range(start, min(start + batch, len(listed)))
-            pixels = np.stack([preprocess(listed[place], self.manifest.preprocess) for place in places])
-            vectors[start : start + len(places)] = self._session.run(pixels)
+        done, show = 0, Steps(len(listed), 0, what="embed", enabled=progress)
+        with closing(show), closing(_batches(listed, self.manifest.preprocess, self._session.batch)) as batches:
+            for pixels in batches:
+                vectors[done : done + len(pixels)] = self._session.run(pixels)
+                done += len(pixels)
+                show.update(done)
         return Embeddings(vectors, self.model_id, tuple(listed.ids), listed.labels)
 
 
@@ -112,40 +173,31 @@ def check_tile(tile: int | None, spec: Preprocess) -> None:
         )
 
 
-def load(bundle: str | Path, *, provider: Provider = "auto", threads: int | None = None) -> Model:
-    """Open an exported bundle in this process; `.embed(images)` gives `Embeddings` as the client does."""
-    return Model(Session.open(bundle, provider=provider, threads=threads))
+def _batches(listed: ImageList, spec: Preprocess, size: int) -> Generator[Pixels, None, None]:
+    """Preprocessed images [B, S, S, C], `size` at a time and in order, decoded ahead by threads while others run.
 
-
-def _open(graph: bytes, provider: Provider, threads: int) -> tuple[Literal["cpu", "cuda"], Any]:
+    Raises ImageError for the first image, by its place, that cannot be read rightly.
+    """
+    # A caller's own dataset need not bear two threads at once.
+    pool = ThreadPoolExecutor(1 if listed.in_memory else min(usable_cpus(), _MOST_DECODERS), "decode")
+    places, waiting = iter(range(len(listed))), deque[Future[Pixels]]()
     try:
-        import onnxruntime as ort
-    except ImportError:
-        raise MissingExtraError("running a model needs ONNX Runtime: pip install 'jepakit[serve]'") from None
-    wanted: Sequence[Literal["cpu", "cuda"]] = ("cuda", "cpu") if provider == "auto" else (provider,)
-    for choice in wanted:
-        if choice == "cuda" and not _has_cuda(ort):
-            continue
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # fp32 means fp32: CUDA would round products to TF32 unless told not to.
-        configured = [(_ORT_PROVIDERS[choice], {"use_tf32": 0} if choice == "cuda" else {})]
-        try:
-            session = ort.InferenceSession(graph, options, providers=configured)
-        except Exception as error:  # pybind exceptions have no common base worth naming
-            raise BundleError(f"ONNX Runtime cannot open the graph: {str(error).splitlines()[0]}") from None
-        # ONNX Runtime falls back to the CPU with a log line only.
-        if session.get_providers()[0] == _ORT_PROVIDERS[choice]:
-            return choice, session
-    raise ServeError(
-        "provider cuda was asked for, but ONNX Runtime cannot use a GPU here: check nvidia-smi and "
-        "pip install 'jepakit[gpu]', or ask for --provider cpu"
-    )
+        while True:
+            for place in islice(places, _BATCHES_AHEAD * size - len(waiting)):
+                waiting.append(pool.submit(_read, listed, place, spec))
+            if not waiting:
+                return
+            yield np.stack([waiting.popleft().result() for _ in range(min(size, len(waiting)))])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _has_cuda(ort: Any) -> bool:
-    if _ORT_PROVIDERS["cuda"] not in ort.get_available_providers() or not Path("/dev/nvidiactl").exists():
-        return False
-    ort.preload_dlls()
-    return True
+def _read(listed: ImageList, place: int, spec: Preprocess) -> Pixels:
+    return preprocess(listed[place], spec)
+
+
+def load(
+    bundle: str | Path, *, provider: Provider = "auto", threads: int | None = None, arithmetic: Arithmetic = "model"
+) -> Model:
+    """Open an exported bundle in this process; `.embed(images)` gives `Embeddings` as the client does."""
+    return Model(Session.open(bundle, provider=provider, threads=threads, arithmetic=arithmetic))

@@ -142,11 +142,12 @@ def _answer(
     partial: bool,
 ) -> Response:
     manifest = model.manifest
-    assert manifest.graph is not None
     headers = {
         "X-Model-Id": manifest.model_id,
         "X-Embedding-Shape": f"{len(results)},{manifest.embedding.dim}",
         "X-Embedding-Dtype": "float32",
+        "X-Precision": model.precision,
+        "X-Provider": model.provider,
     }
     if not partial:
         for index, result in enumerate(results):
@@ -165,7 +166,7 @@ def _answer(
         "data": data,
         "model": manifest.name,
         "model_id": manifest.model_id,
-        "precision": manifest.graph.precision,
+        "precision": model.precision,
         "provider": model.provider,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
     }

@@ -35,7 +35,9 @@ class LoadedModel:
 
     def __init__(self, bundle: Bundle, settings: ServeSettings) -> None:
         self.manifest = bundle.manifest
-        self.session = Session.open(bundle, provider=settings.provider, threads=settings.threads)
+        self.session = Session.open(
+            bundle, provider=settings.provider, threads=settings.threads, arithmetic=settings.arithmetic
+        )
         self.max_batch = settings.max_batch or _best_batch(
             self.session, golden.unpack(bundle.read(GOLDEN)).inputs(self.manifest.preprocess)
         )
@@ -43,8 +45,13 @@ class LoadedModel:
 
     @property
     def provider(self) -> str:
-        """cpu or cuda: what really runs."""
+        """What really runs: cpu, cuda, tensorrt or openvino."""
         return self.session.provider
+
+    @property
+    def precision(self) -> str:
+        """What is really computed: fp32, fp16, int8 or bf16."""
+        return self.session.precision
 
 
 class Engine:
@@ -139,7 +146,6 @@ def _best_batch(session: Session, images: Pixels) -> int:
 def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:
     """What a client needs to know of a model: `/v1/models/{name}`."""
     manifest = model.manifest
-    assert manifest.graph is not None
     return {
         "id": manifest.name,
         "object": "model",
@@ -147,7 +153,7 @@ def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:
         "model_id": manifest.model_id,
         "digest": manifest.digest,
         "dim": manifest.embedding.dim,
-        "precision": manifest.graph.precision,
+        "precision": model.precision,
         "provider": model.provider,
         "backbone": manifest.backbone.name,
         "license": manifest.backbone.start.license,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jepakit._cpus import usable_cpus
 from jepakit.readers import DEFAULT_LIMITS
-from jepakit.session import Provider
+from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -28,13 +28,15 @@ class ServeSettings(BaseModel):
     api_key_file: str | None = None
     """Lines `name:sha256`, made by `jepakit serve --new-key NAME`; reread when it changes."""
     provider: Provider = "auto"
+    arithmetic: Arithmetic = "model"
+    """`bf16`: OpenVINO computes in bfloat16, much faster on CPUs with AMX, at a stated error."""
     expect: tuple[str, ...] = ()
     """Digests of bundles; a bundle of another digest is refused."""
     ray: bool = True
     """Ray Serve; false serves the same application in this one process."""
     replicas: Positive = 1
     """Processes that each hold all models (Ray Serve only)."""
-    threads: Positive = len(os.sched_getaffinity(0))
+    threads: Positive = Field(default_factory=usable_cpus)
     """Threads of one inference, and of decoding, in each replica."""
     max_batch: Positive | None = None
     """Largest batch of one inference; None: measured at start."""

@@ -22,7 +22,9 @@ import jepakit_export.verify
 from jepakit import golden
 from jepakit.backbone import Embedder, restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
+from jepakit.config import ExportConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError
+from jepakit.evaluate import Verdict
 from jepakit.images import preprocess
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, START, Run
 from jepakit.session import Session
@@ -106,7 +108,9 @@ def test_the_bundle_is_whole_and_says_what_it_is(exported: Callable[[str], Bundl
     graph = bundle.manifest.graph
     assert graph is not None
     assert (graph.precision, graph.opset) == ("fp32", 20)
-    assert graph.relative_error < golden.RELATIVE_TOLERANCE["fp32", "cpu"]
+    assert graph.relative_error < 1e-4
+    assert graph.centred_cosine > 0.9999
+    assert graph.same_neighbour == 1
     assert bundle.manifest.name == ("my-vit" if which == "file" else which)
 
 
@@ -203,11 +207,24 @@ def test_one_flipped_byte_in_any_file_is_refused(exported: Callable[[str], Bundl
         jepakit.load(tmp_path / "bundle")
 
 
+@pytest.mark.parametrize(("word", "which"), [("worse", "start"), ("cannot tell", "last"), ("better", "last")])
+def test_best_follows_the_verdict(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, which: str
+) -> None:
+    bundle = run.bundle
+    verdict = Verdict.model_validate({"word": word, "reason": ""})
+    comparison = run.comparison.model_copy(update={"verdict": verdict})
+    told = Bundle(bundle.path, bundle.manifest.model_copy(update={"comparison": comparison}))
+    monkeypatch.setattr(jepakit_export.exporter, "open_bundle", lambda path: told)
+    best = jepakit_export.exporter._which(run.path, ExportConfig(source=str(run.path), out="b", which="best"))
+    assert best == {"start": START, "last": BUNDLE}[which]
+
+
 def test_golden_vectors_of_another_model_are_noticed(exported: Callable[[str], Bundle], tmp_path: Path) -> None:
     bundle = exported("file")
     right = golden.unpack(bundle.read(GOLDEN))
     session = Session.open(bundle, provider="cpu")
-    assert session.check_golden(right) < 1e-5
+    assert session.check_golden(right).relative_error < 1e-5
     with pytest.raises(BundleError, match=r"computes other vectors here .* relative error"):
         session.check_golden(golden.Golden(right.images, right.vectors * 1.01))
 

@@ -20,11 +20,11 @@ from jepakit import backbone as backbone_module
 from jepakit.backbone import (
     Embedder,
     build,
+    poolings_of,
     round_size,
     size_multiple,
     start_backbone,
     stock_preprocess,
-    supports_stages,
 )
 from jepakit.bundle import EmbeddingSpec
 from jepakit.errors import BackboneError
@@ -215,7 +215,7 @@ def test_pooling_head_is_timms_own_output_on_timms_own_normalisation(
 
 def test_pooling_stages_is_the_mean_of_each_of_the_last_four_levels(weights_file: Callable[[str], Path]) -> None:
     module: Any = start_backbone("test_resnet", str(weights_file("test_resnet")), 64)[0]
-    assert supports_stages(module)
+    assert "stages" in poolings_of(module)
     seen: list[Tensor] = []
     for level in module.feature_info[-4:]:
         module.get_submodule(level["module"]).register_forward_hook(

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from jepakit._progress import track
-from jepakit.backbone import Embedder, pool, supports_stages
-from jepakit.bundle import EmbeddingSpec, Preprocess
+from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
+from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ImageError
 from jepakit.evaluate import Comparison, Measurement, compare, measure, no_labels
@@ -22,7 +22,6 @@ from jepakit.sources import ImageList
 from jepakit_training.data import Split
 from jepakit_training.records import SkippedFiles
 
-Pooling = Literal["head", "stages"]
 _BATCH = 16
 
 
@@ -100,8 +99,9 @@ def extract(
 def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
     """The poolings to compare before training; one, where the user chose or nothing can be compared."""
     if config.pooling != "auto":
+        check_pooling(backbone, config.backbone, config.pooling)
         return (config.pooling,)
-    return ("head", "stages") if has_labels and supports_stages(backbone) else ("head",)
+    return ("head", "stages") if has_labels and "stages" in poolings_of(backbone) else ("head",)
 
 
 def specify(
@@ -110,16 +110,7 @@ def specify(
     """The embedding's spec, its centre and scale measured on `fit` [N, D]."""
     if standardize == "auto":
         standardize = "scale" if pooling == "stages" else "center"
-    center = fit.mean(axis=0, dtype=np.float64) if standardize != "none" else None
-    scale = fit.std(axis=0, dtype=np.float64) if standardize == "scale" else None
-    return EmbeddingSpec(
-        dim=fit.shape[1],
-        pooling=pooling,
-        standardize=standardize,
-        center=None if center is None else _float32_tuple(center),
-        # A dead number (always the same) stays what it is rather than being blown up to noise.
-        scale=None if scale is None else _float32_tuple(np.where(scale > 1e-6, scale, 1.0)),
-    )
+    return EmbeddingSpec(dim=fit.shape[1], pooling=pooling, standardize="none").standardized_by(fit, standardize)
 
 
 def apply(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -229,7 +220,3 @@ class _Preprocessed(Dataset[Any]):
 
 def _bare_spec(pooling: Pooling) -> EmbeddingSpec:
     return EmbeddingSpec(dim=1, pooling=pooling, standardize="none")
-
-
-def _float32_tuple(values: NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(map(float, values.astype(np.float32)))

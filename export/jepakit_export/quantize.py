@@ -1,0 +1,93 @@
+"""fp32 graph → int8 graph for CPUs, by the rule that costs a kind of network least.
+
+Where the weights are matrices (ViTs, ConvNeXt) each product's input is quantised by its own range as it comes:
+no calibration, and better than fixed ranges on every transformer tried. Where they are convolutions, ranges
+are measured on images. Attention's own products, whose two factors are both computed, stay in float: quantising
+them lets ONNX Runtime fuse an 8-bit softmax that gave cosine 0.76 on a ViT without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from jepakit.images import Pixels
+
+MOST_CALIBRATED = 128
+_MATRICES = ("MatMul", "Gemm")
+
+
+def to_int8(graph: bytes, images: Pixels) -> bytes:
+    """The graph with 8-bit weights and products; `images` [N, H, W, C] in the graph's own dtype calibrate convolutions."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet_root():
+        warnings.simplefilter("ignore")
+        given, prepared, written = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
+        given.write_bytes(graph)
+        quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+        model = onnx.load(str(prepared))
+        if _mostly_matrices(model):
+            quantize_dynamic(prepared, written, list(_MATRICES), per_channel=True, weight_type=QuantType.QInt8)
+        else:
+            quantize_static(
+                prepared, written, _reader(images[:MOST_CALIBRATED]), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", *_MATRICES], nodes_to_exclude=_computed_on_both_sides(model),
+            )  # fmt: skip
+        return written.read_bytes()
+
+
+def _reader(images: Pixels) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = _batches(images)
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return next(self._batches, None)
+
+    return Reader()
+
+
+def _batches(images: Pixels) -> Iterator[dict[str, NDArray[Any]]]:
+    for start in range(0, len(images), 8):
+        yield {"images": np.ascontiguousarray(images[start : start + 8])}
+
+
+def _mostly_matrices(model: onnx.ModelProto) -> bool:
+    """Whether more weights lie in matrix products than in convolutions."""
+    size = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+
+    def weights(*kinds: str) -> int:
+        return sum(size.get(node.input[1], 0) for node in model.graph.node if node.op_type in kinds)
+
+    return weights(*_MATRICES) > weights("Conv")
+
+
+def _computed_on_both_sides(model: onnx.ModelProto) -> list[str]:
+    """Names of the matrix products whose second factor is no weight."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+
+
+class _quiet_root:  # noqa: N801 (a context manager, used like a function)
+    """The quantiser gives its advice on the root logger."""
+
+    def __enter__(self) -> None:
+        self._level = logging.getLogger().level
+        logging.getLogger().setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().setLevel(self._level)

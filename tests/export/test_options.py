@@ -1,0 +1,200 @@
+"""What `export` can be asked for: poolings, precisions, tokens, standardising, other sizes, the user's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load
+
+import jepakit
+from jepakit.backbone import restore
+from jepakit.bundle import GRAPH, WEIGHTS, Bundle
+from jepakit.errors import ConfigError, DataError, ExportError
+from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
+from jepakit.session import Session
+
+VIT = "test_vit:random"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Callable[..., Bundle]:
+    def run(source: str = VIT, **settings: Any) -> Bundle:
+        return jepakit.export(
+            source, tmp_path / f"bundle{len(list(tmp_path.glob('bundle*')))}", image_size=64, **settings
+        )
+
+    return run
+
+
+def run_graph(bundle: Bundle, images: NDArray[Any]) -> list[NDArray[np.float32]]:
+    session = onnxruntime.InferenceSession(bundle.read(GRAPH), providers=["CPUExecutionProvider"])
+    outputs: list[NDArray[np.float32]] = session.run(None, {"images": images})
+    return outputs
+
+
+def backbone_and_input(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[Any, torch.Tensor]:
+    """timm's own module with the bundle's weights, and what it takes."""
+    spec = bundle.manifest.preprocess
+    x = (torch.from_numpy(images).float() / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+    return restore(bundle.manifest.backbone, load(bundle.read(WEIGHTS))), x.permute(0, 3, 1, 2)
+
+
+IMAGES = synthetic_images(5, 64, 3, seed=3)
+
+
+@pytest.mark.parametrize("pooling", ["head", "stages", "cls", "mean", "cls+mean", "last2"])
+@torch.inference_mode()
+def test_each_pooling_is_what_timm_gives(export: Callable[..., Bundle], pooling: str) -> None:
+    bundle = export(pooling=pooling)
+    module, x = backbone_and_input(bundle, IMAGES)
+    features = module.forward_features(x)
+    cls, mean = features[:, 0], features[:, 1:].mean(dim=1)
+    norms = {"return_prefix_tokens": True, "norm": True, "intermediates_only": True, "output_fmt": "NLC"}
+    levels = module.forward_intermediates(x, indices=4, intermediates_only=True, output_fmt="NCHW")
+    last2 = [prefix[:, 0] for _, prefix in module.forward_intermediates(x, indices=2, **norms)]
+    expected = {
+        "head": module(x), "stages": torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1), "cls": cls,
+        "mean": mean, "cls+mean": torch.cat([cls, mean], dim=1), "last2": torch.cat(last2, dim=1),
+    }[pooling].numpy()  # fmt: skip
+    assert agreement(run_graph(bundle, IMAGES)[0], expected).relative_error < 1e-5
+    assert bundle.manifest.embedding.dim == expected.shape[1]
+
+
+def test_a_pooling_that_the_backbone_lacks_is_refused_with_those_it_has(export: Callable[..., Bundle]) -> None:
+    with pytest.raises(ConfigError, match="test_resnet has head, stages, mean"):
+        export("test_resnet:random", pooling="cls")
+
+
+@pytest.mark.parametrize("source", [VIT, "test_resnet:random"])
+@torch.inference_mode()
+def test_patch_tokens_are_a_second_output(export: Callable[..., Bundle], source: str) -> None:
+    bundle = export(source, tokens=True)
+    module, x = backbone_and_input(bundle, IMAGES)
+    features = module.forward_features(x)
+    expected = features[:, 1:] if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+    vectors, tokens = run_graph(bundle, IMAGES)
+    np.testing.assert_allclose(tokens, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+    assert bundle.manifest.graph is not None
+    assert bundle.manifest.graph.tokens == tokens.shape[1:]
+    np.testing.assert_array_equal(Session.open(bundle).run(IMAGES), vectors)
+    assert [output.name for output in onnx.load_model_from_string(bundle.read(GRAPH)).graph.output] == [
+        "embeddings", "tokens",
+    ]  # fmt: skip
+
+
+def test_fp16_halves_the_file_and_keeps_the_space(
+    export: Callable[..., Bundle], weights_file: Callable[[str], Path]
+) -> None:
+    source = f"test_vit:{weights_file('test_vit')}"
+    whole, half = export(source), export(source, precision="fp16")
+    assert len(half.read(GRAPH)) < 0.6 * len(whole.read(GRAPH))
+    assert half.manifest.model_id == whole.manifest.model_id
+    graph = half.manifest.graph
+    assert graph is not None
+    assert graph.precision == "fp16"
+    assert 1e-5 < graph.relative_error < 1e-2
+    assert graph.centred_cosine >= 0.999
+
+
+def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file: Callable[[str], Path]) -> None:
+    source = f"test_vit:{weights_file('test_vit')}"
+    whole, small = export(source), export(source, precision="int8")
+    assert len(small.read(GRAPH)) < 0.5 * len(whole.read(GRAPH))
+    assert small.manifest.model_id != whole.manifest.model_id
+    assert small.manifest.graph is not None
+    assert small.manifest.graph.centred_cosine >= 0.99
+    session = Session.open(small)
+    assert session.precision == "int8"
+
+
+def test_int8_that_would_give_other_vectors_is_refused_with_the_numbers(
+    tmp_path: Path, mobilenet_weights: Path
+) -> None:
+    with pytest.raises(ExportError, match=r"centred cosine 0\.\d+, at least 0\.99 is wanted"):
+        jepakit.export(f"mobilenetv2_100:{mobilenet_weights}", tmp_path / "b", image_size=64, precision="int8")
+    assert not (tmp_path / "b").exists()
+
+
+def test_two_exports_of_each_precision_are_the_same_bytes(
+    export: Callable[..., Bundle], weights_file: Callable[[str], Path]
+) -> None:
+    source = f"test_vit:{weights_file('test_vit')}"
+    for precision in ("fp16", "int8"):
+        first, second = (export(source, precision=precision, name="same").read(GRAPH) for _ in range(2))
+        assert first == second
+
+
+@pytest.mark.parametrize("how", ["center", "scale"])
+def test_standardising_is_measured_on_the_users_images_and_done_inside(
+    export: Callable[..., Bundle], image_folder: Callable[..., Path], weights_file: Callable[[str], Path], how: str
+) -> None:
+    folder = image_folder()
+    bundle = export(f"test_vit:{weights_file('test_vit')}", standardize=how, verify_images=str(folder))
+    vectors = jepakit.load(bundle.path).embed(folder, progress=False).vectors
+    np.testing.assert_allclose(vectors.mean(axis=0), 0, atol=1e-4 * np.abs(vectors).max())
+    if how == "scale":
+        np.testing.assert_allclose(vectors.std(axis=0), 1, atol=1e-3)
+    assert bundle.manifest.graph is not None
+    assert bundle.manifest.graph.verified_on == "the user's images"
+
+
+def test_standardising_without_images_and_verifying_on_too_few_are_refused(
+    export: Callable[..., Bundle], image_folder: Callable[..., Path]
+) -> None:
+    with pytest.raises(ConfigError, match="--verify-images"):
+        export(standardize="center")
+    with pytest.raises(DataError, match="4 images can be read, 16 are the least"):
+        export(verify_images=str(image_folder(classes=0, per_class=4)))
+
+
+@pytest.mark.parametrize("source", [VIT, "test_resnet:random"])
+@torch.inference_mode()
+def test_a_graph_of_dynamic_size_takes_other_sizes(export: Callable[..., Bundle], source: str) -> None:
+    bundle = export(source, dynamic_size=True)
+    for height, width in ((64, 64), (96, 64), (128, 160)):
+        images = synthetic_images(2, 160, 3)[:, :height, :width]
+        module, x = backbone_and_input(bundle, images)
+        assert agreement(run_graph(bundle, images)[0], module(x).numpy()).relative_error < 1e-4
+
+
+def test_a_fixed_size_is_fixed(export: Callable[..., Bundle]) -> None:
+    with pytest.raises(Exception, match=r"(?i)dimension|shape"):
+        run_graph(export(), synthetic_images(1, 96, 3))
+
+
+def test_the_file_itself_says_what_it_is(export: Callable[..., Bundle]) -> None:
+    bundle = export(normalize=True)
+    properties = {entry.key: entry.value for entry in onnx.load_model_from_string(bundle.read(GRAPH)).metadata_props}
+    assert properties["jepakit.model_id"] == bundle.manifest.model_id
+    assert '"normalize":true' in properties["jepakit.embedding"]
+    np.testing.assert_allclose(np.linalg.norm(run_graph(bundle, IMAGES)[0], axis=1), 1, atol=1e-5)
+
+
+def test_a_graph_that_fixes_its_batch_is_caught(export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    import jepakit_export.convert as convert
+
+    def fixed(embedder: Any, example: Any, opset: int, dynamic_size: bool) -> Any:
+        return torch.onnx.export(
+            embedder, (example,), dynamo=True, opset_version=opset, verbose=False, input_names=["images"],
+            output_names=["embeddings"],
+        )  # fmt: skip
+
+    monkeypatch.setattr(convert, "_export", fixed)
+    with pytest.raises(ExportError, match="fails at batch size 1"):
+        export()
+
+
+def test_agreement_tells_what_falls_short() -> None:
+    assert Agreement(0.1, 0.9, 0.5).misses(Tolerance(relative=1e-4)) is not None
+    assert Agreement(1e-6, 0.9, 0.5).misses(Tolerance(relative=1e-4)) is None
+    assert "nearest" in str(Agreement(0, 1, 0.5).misses(Tolerance(cosine=0.9, neighbour=0.95)))
+    wrong = agreement(np.full((3, 2), np.nan), np.ones((3, 2)))
+    assert wrong == Agreement(float("inf"), -1.0, 0.0)

@@ -1,0 +1,146 @@
+"""Which provider a graph runs on: what was asked for, or an error; never a silent CPU, never a file outside the graph."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import jepakit
+import jepakit.runtime
+from jepakit import golden
+from jepakit.bundle import GOLDEN, GRAPH, Bundle
+from jepakit.errors import BundleError, MissingExtraError, ServeError
+from jepakit.runtime import Provider, open_runtime
+from jepakit.session import Session
+
+SIZE = 64
+HERE: tuple[Provider, ...] = ("cpu", "openvino")
+needs_no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return jepakit.export("test_vit:random", tmp_path_factory.mktemp("bundles") / "vit", image_size=SIZE)
+
+
+@pytest.fixture(params=HERE)
+def provider(request: pytest.FixtureRequest) -> Provider:
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    asked: Provider = request.param
+    return asked
+
+
+def agreement_of(session: Session, bundle: Bundle) -> golden.Agreement:
+    return session.check_golden(golden.unpack(bundle.read(GOLDEN)))
+
+
+@needs_no_gpu
+def test_auto_is_the_cpu_where_there_is_no_gpu(bundle: Bundle) -> None:
+    assert Session.open(bundle).provider == "cpu"
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("asked", ["cuda", "tensorrt"])
+def test_a_gpu_that_is_not_there_is_an_error_and_never_a_cpu(bundle: Bundle, asked: Provider) -> None:
+    with pytest.raises(ServeError, match=rf"provider {asked} .* cannot be used here: .*nvidia-smi.*--provider cpu"):
+        Session.open(bundle, provider=asked)
+
+
+def test_a_runtime_that_was_built_without_the_provider_is_named(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ServeError, match=r"this ONNX Runtime was built without it.*jepakit\[gpu\]"):
+        Session.open(bundle, provider="cuda")
+    assert Session.open(bundle, provider="auto").provider == "cpu"
+
+
+def test_a_provider_that_quietly_became_the_cpu_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that is there but does not work: ONNX Runtime then opens the CPU and only logs it."""
+    monkeypatch.setattr(jepakit.runtime, "_missing", lambda _choice: None)
+    opened = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda graph, options, providers: opened(graph, options, ["CPUExecutionProvider"]),
+    )
+    with pytest.raises(ServeError, match="lists it but cannot load it"):
+        Session.open(bundle, provider="cuda")
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "openvino"])
+def test_a_runtime_that_is_not_installed_names_its_extra(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    asked, extra = {"onnxruntime": ("cpu", "serve"), "openvino": ("openvino", "openvino")}[missing]
+    with pytest.raises(MissingExtraError, match=rf"pip install 'jepakit\[{extra}\]'"):
+        open_runtime(bundle.read(GRAPH), asked, 1)  # type: ignore[arg-type]
+
+
+def test_fp32_is_fp32_on_every_provider(bundle: Bundle, provider: Provider) -> None:
+    session = Session.open(bundle, provider=provider)
+    assert (session.provider, session.precision) == (provider, "fp32")
+    assert agreement_of(session, bundle).relative_error < 1e-5
+
+
+def test_bf16_says_so_and_keeps_to_its_own_tolerance(bundle: Bundle) -> None:
+    pytest.importorskip("openvino")
+    session = Session.open(bundle, provider="openvino", arithmetic="bf16")
+    assert session.precision == "bf16"
+    assert agreement_of(session, bundle).centred_cosine > 0.99
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu", "cuda", "tensorrt"])
+def test_bf16_on_another_provider_is_refused(bundle: Bundle, asked: Provider) -> None:
+    with pytest.raises(ServeError, match=f"ask for --provider openvino .now {asked}"):
+        Session.open(bundle, provider=asked, arithmetic="bf16")
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])
+def test_bytes_that_are_no_graph_are_refused(bundle: Bundle, provider: Provider, damage: str) -> None:
+    graph = {"empty": b"", "garbage": b"garbage" * 100, "cut short": bundle.read(GRAPH)[:5000]}[damage]
+    with pytest.raises(BundleError, match=r"cannot open the graph: .*[a-z]{4}") as caught:
+        open_runtime(graph, provider, 1)
+    assert "\n" not in str(caught.value)
+    assert ".cpp" not in str(caught.value)
+
+
+def test_a_graph_with_tensors_in_another_file_is_refused_even_where_that_file_lies(
+    bundle: Bundle, provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.onnx"
+    onnx.save_model(
+        onnx.load(bundle.path / GRAPH), file, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    monkeypatch.chdir(tmp_path)
+    assert Path("weights.bin").is_file()
+    with pytest.raises(BundleError, match="tensors in another file"):
+        open_runtime(file.read_bytes(), provider, 1)
+
+
+def test_a_model_named_location_is_no_external_tensor(
+    tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, provider: Provider
+) -> None:
+    graph = onnx.load(bundle.path / GRAPH)
+    entry: Any = graph.metadata_props.add()
+    entry.key, entry.value = "jepakit.name", "location"
+    graph.doc_string = "the location of things"
+    runtime = open_runtime(graph.SerializeToString(), provider, 1)
+    assert runtime.run(np.zeros((1, SIZE, SIZE, 3), np.uint8))[0].shape == (1, bundle.manifest.embedding.dim)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_is_the_one_asked_for(bundle: Bundle, provider: Provider, threads: int) -> None:
+    runtime: Any = open_runtime(bundle.read(GRAPH), provider, threads)
+    if provider == "openvino":
+        assert runtime._model.get_property("INFERENCE_NUM_THREADS") == threads
+    else:
+        assert runtime._session.get_session_options().intra_op_num_threads == threads

@@ -1,0 +1,253 @@
+"""`Session` and `load`: the right vector for each image, whatever it rides with, on however many threads."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import jepakit
+import jepakit.session
+from jepakit import golden
+from jepakit._cpus import usable_cpus
+from jepakit.bundle import Bundle
+from jepakit.errors import BundleError, DataError, ImageError
+from jepakit.images import Pixels, preprocess
+from jepakit.runtime import Arithmetic, Provider
+from jepakit.session import Model, Session, _by_buckets
+
+SIZE = 64
+KINDS: dict[str, tuple[Provider, Arithmetic]] = {
+    "cpu": ("cpu", "model"),
+    "openvino": ("openvino", "model"),
+    "openvino bf16": ("openvino", "bf16"),
+}
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return jepakit.export("test_vit:random", tmp_path_factory.mktemp("bundles") / "vit", image_size=SIZE, tokens=True)
+
+
+@pytest.fixture(scope="session")
+def images() -> NDArray[np.uint8]:
+    return golden.synthetic_images(40, SIZE, 3, seed=3)
+
+
+def session_of(bundle: Bundle, kind: str) -> Session:
+    if kind != "cpu":
+        pytest.importorskip("openvino")
+    provider, arithmetic = KINDS[kind]
+    return Session.open(bundle, provider=provider, arithmetic=arithmetic, threads=2)
+
+
+@pytest.fixture(scope="module", params=["cpu", "openvino"])
+def session(request: pytest.FixtureRequest, bundle: Bundle) -> Session:
+    return session_of(bundle, request.param)
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Bundle) -> Model:
+    return jepakit.load(bundle.path, provider="cpu")
+
+
+def one_by_one(session: Session, images: Pixels) -> NDArray[np.float32]:
+    return np.concatenate([session.run(images[place : place + 1]) for place in range(len(images))])
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8, 40])
+def test_an_image_has_the_same_vector_in_any_batch_and_any_order(
+    session: Session, images: NDArray[np.uint8], batch: int
+) -> None:
+    alone = one_by_one(session, images)
+    assert np.abs(alone[1:] - alone[:-1]).max() > 0.01 * np.abs(alone).max()
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(len(images))
+        together = np.concatenate([session.run(images[order[start : start + batch]]) for start in range(0, 40, batch)])
+        assert golden.relative_error(together, alone[order]) <= 1e-5
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 23])
+def test_buckets_give_the_same_vectors_and_the_runtime_only_sizes_it_knows(
+    session: Session, images: NDArray[np.uint8], count: int
+) -> None:
+    seen = []
+
+    def run(batch: Pixels) -> list[NDArray[np.float32]]:
+        seen.append(len(batch))
+        return session.run_all(batch)
+
+    vectors, tokens = _by_buckets(run, images[:count], (1, 2, 4, 8))
+    assert set(seen) <= {1, 2, 4, 8}
+    assert seen[:-1] == [8] * (len(seen) - 1)
+    assert len(vectors) == len(tokens) == count
+    if count:
+        assert golden.relative_error(vectors, session.run(images[:count])) <= 1e-5
+
+
+def test_no_images_give_no_vectors(session: Session, bundle: Bundle) -> None:
+    assert session.run(np.empty((0, SIZE, SIZE, 3), np.uint8)).shape == (0, bundle.manifest.embedding.dim)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_at_once_get_their_own_rows(bundle: Bundle, images: NDArray[np.uint8], kind: str) -> None:
+    session = session_of(bundle, kind)
+    expected = one_by_one(session, images)
+    start = threading.Barrier(8)
+
+    def work(seed: int) -> float:
+        random = np.random.default_rng(seed)
+        start.wait()
+        worst = 0.0
+        for _ in range(12):
+            rows = random.integers(len(images), size=random.integers(1, 5))
+            worst = max(worst, float(np.abs(session.run(images[rows]) - expected[rows]).max()))
+        return worst
+
+    with ThreadPoolExecutor(8) as pool:
+        worst = max(pool.map(work, range(8)))
+    # Rows of different images are some 1 apart; bfloat16 may round differently in another batch.
+    assert worst <= (0.05 if "bf16" in kind else 1e-5) * np.abs(expected).max()
+
+
+def test_a_result_is_the_callers_to_keep(session: Session, images: NDArray[np.uint8]) -> None:
+    first = session.run(images[:2])
+    kept = first.copy()
+    session.run(images[2:4])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_tokens_are_the_second_output(session: Session, bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    assert bundle.manifest.graph is not None
+    vectors, tokens = session.run_all(images[:5])
+    np.testing.assert_allclose(vectors, session.run(images[:5]), atol=1e-5)
+    assert tokens.shape == (5, *(bundle.manifest.graph.tokens or ()))
+    _, alone = session.run_all(images[3:4])
+    assert golden.relative_error(alone[0], tokens[3]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((1, 32, SIZE, 3), np.uint8), np.zeros((1, SIZE, SIZE, 4), np.uint8), np.zeros((SIZE, SIZE, 3), np.uint8),
+        np.zeros((1, SIZE, SIZE, 3), np.float32), np.zeros((1, 3, SIZE, SIZE), np.uint8),
+    ],
+    ids=lambda wrong: f"{wrong.dtype} {wrong.shape}",
+)  # fmt: skip
+def test_what_the_graph_does_not_take_is_refused_by_name(session: Session, wrong: Pixels) -> None:
+    with pytest.raises(ImageError, match=r"vit takes uint8 \[B, 64, 64, 3\], not (uint8|float32) \[") as caught:
+        session.run(wrong)
+    assert caught.value.code == "wrong_shape"
+
+
+def test_a_runtime_that_computes_other_vectors_is_refused(session: Session, images: NDArray[np.uint8]) -> None:
+    expected = golden.Golden(images[:8], session.run(images[:8]) + np.float32(0.01))
+    with pytest.raises(BundleError, match="computes other vectors here than torch did at export: relative error"):
+        session.check_golden(expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 12, 13, 31])
+def test_embedding_keeps_the_order_of_the_images(model: Model, image_folder: Callable[..., Path], count: int) -> None:
+    files = sorted(image_folder(classes=0, per_class=count).glob("*.png"))[::-1]
+    embedded = model.embed(files, progress=False)
+    assert [Path(name).name for name in embedded.ids] == [file.name for file in files]
+    pixels = np.stack([preprocess(file, model.manifest.preprocess) for file in files])
+    assert golden.relative_error(embedded.vectors, one_by_one(model._session, pixels)) <= 1e-5
+
+
+def test_nothing_to_embed_is_said(model: Model) -> None:
+    with pytest.raises(DataError):
+        model.embed([], progress=False)
+
+
+class Watched:
+    """A session that notes how many images had been asked for when each batch came, and waits for some more."""
+
+    def __init__(self, session: Session, wait_for: int) -> None:
+        self.manifest, self.batch = session.manifest, session.batch
+        self._session, self._wait_for = session, wait_for
+        self._asked = threading.Condition()
+        self.asked = 0
+        self.seen: list[int] = []
+
+    def preprocess(self, *arguments: Any) -> Pixels:
+        with self._asked:
+            self.asked += 1
+            self._asked.notify_all()
+        return preprocess(*arguments)
+
+    def run(self, images: Pixels) -> NDArray[np.float32]:
+        with self._asked:
+            self._asked.wait_for(lambda: self.asked >= self._wait_for, timeout=5)
+            self.seen.append(self.asked)
+        return self._session.run(images)
+
+
+def test_images_are_decoded_while_others_are_embedded_and_never_far_ahead(
+    model: Model, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(model._session, wait_for=8)
+    monkeypatch.setattr(jepakit.session, "preprocess", watched.preprocess)
+    Model(watched).embed(list(images), progress=False)  # type: ignore[arg-type]
+    assert watched.asked == len(images)
+    assert watched.seen[0] >= 8  # the second batch was read while the first was embedded
+    assert all(asked <= 4 * (number + 3) for number, asked in enumerate(watched.seen))
+
+
+def test_the_first_bad_image_is_named_though_a_later_one_fails_sooner(
+    model: Model, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(image_folder(classes=0, per_class=12).glob("*.png"))
+    for place in (5, 6):
+        files[place].write_bytes(b"no image")
+    later_failed = threading.Event()
+
+    def slow_at_5(ref: Any, *rest: Any) -> Pixels:
+        if str(ref.name).endswith("005.png"):
+            later_failed.wait(5 if usable_cpus() > 1 else 0)
+        try:
+            return preprocess(ref, *rest)
+        except ImageError:
+            later_failed.set()
+            raise
+
+    monkeypatch.setattr(jepakit.session, "preprocess", slow_at_5)
+    with pytest.raises(ImageError, match=r"005\.png"):
+        model.embed(files, progress=False)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_a_dataset_is_never_asked_by_two_threads_at_once(model: Model, images: NDArray[np.uint8]) -> None:
+    class Dataset:
+        """Not safe in threads."""
+
+        def __init__(self) -> None:
+            self._busy = threading.Lock()
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, place: int) -> tuple[NDArray[np.uint8], int]:
+            assert self._busy.acquire(blocking=False), "two threads at once"
+            threading.Event().wait(0.001)
+            self._busy.release()
+            return images[place], place % 2
+
+    assert len(model.embed(Dataset(), progress=False)) == len(images)
+
+
+def test_bytes_files_and_arrays_embed_alike(model: Model, images: NDArray[np.uint8], tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(images[0]).save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    vectors = [model.embed(one, progress=False).vectors for one in (tmp_path / "a.png", buffer.getvalue(), images[0])]
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+    np.testing.assert_array_equal(vectors[0], vectors[2])
