@@ -238,7 +238,9 @@ def test_a_graph_that_does_not_reproduce_torch_is_refused_and_nothing_is_written
 ) -> None:
     other = exported("start").read(GRAPH)
     monkeypatch.setattr(jepakit_export.exporter, "to_onnx", lambda *_, **__: other)
-    with pytest.raises(ExportError, match=r"does not reproduce torch: relative error .* at most 0.0001"):
+    with pytest.raises(
+        ExportError, match=r"does not reproduce torch at batch size 1: relative error .* at most 0.0001"
+    ):
         jepakit.export(run.path, tmp_path / "bundle")
     assert left_nothing(tmp_path)
 
