@@ -503,3 +503,12 @@ def test_kill_9_at_any_moment_of_a_run_is_survived(
         assert newest() > before
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, stderr=subprocess.DEVNULL)
     assert equal(weights_of(jepakit.open_run(tmp_path / "run")), weights_of(finished("test_vit")))
+
+
+def test_layers_under_two_names_are_written_and_exported(images: Path, tmp_path: Path) -> None:
+    """CoaT shares position encodings between blocks, which safetensors refuses to write as they are."""
+    run = jepakit.adapt(
+        images, out=tmp_path / "run", backbone="coat_lite_tiny", weights="random",
+        **{**TINY, "image_size": 64, "steps": 1},
+    )  # fmt: skip
+    assert run.export(tmp_path / "bundle").manifest.graph is not None

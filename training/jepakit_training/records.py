@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from jepakit._files import replacing
+from jepakit.backbone import tensors_of
 from jepakit.bundle import (
     WEIGHTS,
     Backbone,
@@ -147,7 +148,7 @@ def write_run_bundle(
     provenance: Provenance, comparison: Comparison | None, *, name: str,
 ) -> None:  # fmt: skip
     """Write a bundle without a graph: the backbone's weights and everything needed to export them."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    tensors = tensors_of(backbone)
     manifest = Manifest(
         name=name,
         model_id=compute_model_id(described, spec, embedding, {key: value.numpy() for key, value in tensors.items()}),
