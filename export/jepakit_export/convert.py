@@ -2,49 +2,90 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import mmap
+import tempfile
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
+from safetensors.numpy import save_file
 
+from jepakit._external import as_inputs, placed_tensors
 from jepakit.backbone import Embedder
+from jepakit.bundle import DATA
 from jepakit.errors import ExportError
 
 INPUT, OUTPUT, TOKENS = "images", "embeddings", "tokens"
-# Above it a protobuf cannot hold the weights.
-_MOST_BYTES = (2 << 30) - (64 << 20)
+INLINE_LIMIT = (2 << 30) - (64 << 20)
+"""Bytes of weights that a graph holds itself: a protobuf ends at 2 GB. Above it they lie in model.safetensors."""
+# Smaller tensors stay in the graph: shapes and axes that a runtime wants to know as it reads.
+_LEAST_OUTSIDE = 1024
 
 
-def to_onnx(embedder: Embedder, example_BHWC: torch.Tensor, *, opset: int, dynamic_size: bool = False) -> bytes:
-    """The graph `images` [batch, H, W, C] → `embeddings` float32 [batch, D] (and `tokens` [batch, N, E]), as one
-    ONNX file's bytes. Raises ExportError for a model of 2 GB or more, whose weights one file cannot hold.
-    """
-    size = sum(value.numel() * value.element_size() for value in embedder.state_dict().values())
-    if size > _MOST_BYTES:
-        raise ExportError(
-            f"the weights take {size / 2**30:.1f} GB, and an ONNX file holds 2 at most: export with --precision fp16, or choose a smaller backbone"
-        )
-    program = _program(embedder, example_BHWC, opset, dynamic_size)
-    buffer = io.BytesIO()
-    program.save(buffer, external_data=False)
-    return buffer.getvalue()
+class Sealed(NamedTuple):
+    """The bytes of model.onnx, and of model.safetensors where a large model's tensors lie outside the graph."""
+
+    graph: bytes
+    data: bytes | None
 
 
-def sealed(data: bytes, metadata: dict[str, str]) -> bytes:
-    """The same graph checked, without paths of this machine, the same bytes at every export.
+def to_onnx(embedder: Embedder, example_BHWC: torch.Tensor, *, opset: int, dynamic_size: bool = False) -> ir.Model:
+    """The graph `images` [batch, H, W, C] → `embeddings` float32 [batch, D] (and `tokens` [batch, N, E])."""
+    model: ir.Model = _program(embedder, example_BHWC, opset, dynamic_size).model
+    return model
+
+
+def is_large(model: ir.Model) -> bool:
+    """Whether the weights are more than a graph can hold."""
+    held = [value.const_value for value in model.graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in held if tensor is not None) > INLINE_LIMIT
+
+
+def sealed(model: ir.Model, metadata: dict[str, str]) -> Sealed:
+    """The graph's bytes, checked, without paths of this machine, the same at every export; of a large model `model`
+    is used up: its tensors now lie in the second file's bytes alone.
 
     metadata  written into the file, so that a stray model.onnx still says what it is
     """
-    graph = onnx.load_model_from_string(data)
-    _strip(graph)
-    onnx.helper.set_model_props(graph, metadata)
-    onnx.checker.check_model(graph)
+    data = _moved_out(model) if is_large(model) else None
+    proto = ir.serde.serialize_model(model)
+    _strip(proto)
+    onnx.helper.set_model_props(proto, metadata)
     # Deterministic serialisation: protobuf maps are otherwise written in hash order.
-    written: bytes = graph.SerializeToString(deterministic=True)
-    return written
+    graph: bytes = proto.SerializeToString(deterministic=True)
+    # The checker would look for tensors outside the graph on the disk, where nothing lies yet.
+    onnx.checker.check_model(proto if data is None else as_inputs(graph, data)[0])
+    return Sealed(graph, data)
+
+
+def _moved_out(model: ir.Model) -> bytes:
+    """The safetensors file of the model's big tensors, each of which the model now names by its place in that file.
+
+    Not weights.safetensors: the exporter has turned matrices round, and fp16 and int8 are other numbers altogether.
+    Through the disk, so that memory never holds the tensors twice: what is written is let go of, then read.
+    """
+    values = model.graph.initializers
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, DATA)
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in _big(model).items()}, file)
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            table = placed_tensors(mapped)
+        types = {name: tensor.dtype for name, tensor in _big(model).items()}
+        for name, (_, shape, offset, length) in table.items():
+            values[name].const_value = ir.ExternalTensor(
+                DATA, offset, length, types[name], shape=ir.Shape(shape), name=name
+            )
+        return file.read_bytes()
+
+
+def _big(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {name: tensor for name, tensor in held.items() if tensor is not None and tensor.nbytes >= _LEAST_OUTSIDE}
 
 
 def _program(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size: bool) -> Any:

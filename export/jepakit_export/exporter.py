@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import onnx_ir as ir
 import torch
 from safetensors.torch import load, save_file
 
@@ -23,6 +24,7 @@ from jepakit.backbone import (
     tensors_of,
 )
 from jepakit.bundle import (
+    DATA,
     GOLDEN,
     GRAPH,
     MANIFEST,
@@ -80,17 +82,19 @@ def export(config: ExportConfig) -> Bundle:
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     manifest = _manifest(config, source, tensors, expected)
-    graph = sealed(_graph(config, source, embedder, inputs, users), _stamp(manifest))
-    agreement = check(graph, manifest, expected)
+    made = sealed(_graph(config, source, embedder, inputs, users), _stamp(manifest))
+    agreement = check(made, manifest, expected)
     if users is not None:
-        agreement = check(graph, manifest, expect(embedder, users))
+        agreement = check(made, manifest, expect(embedder, users))
     assert manifest.graph is not None
     measured = manifest.graph.model_copy(update=agreement._asdict())
     manifest = manifest.model_copy(update={"graph": measured})
 
     def write_files(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS)
-        (folder / GRAPH).write_bytes(graph)
+        (folder / GRAPH).write_bytes(made.graph)
+        if made.data is not None:
+            (folder / DATA).write_bytes(made.data)
         (folder / GOLDEN).write_bytes(golden.pack(golden.Golden(images, expected.vectors)))
 
     write_bundle(out, manifest, write_files)
@@ -117,8 +121,8 @@ def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Ten
     )  # fmt: skip
 
 
-def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> bytes:
-    """The graph's bytes at the precision asked for."""
+def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> ir.Model:
+    """The graph at the precision asked for."""
     example = torch.from_numpy(inputs[:2])
     if config.precision == "fp16":
         embedder = copy.deepcopy(embedder)

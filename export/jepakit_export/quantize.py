@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from jepakit.images import Pixels
+from jepakit_export.convert import is_large
 
 MOST_CALIBRATED = 128
 _MATRICES = ("MatMul", "Gemm")
 
 
-def to_int8(graph: bytes, images: Pixels) -> bytes:
+def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
     """The graph with 8-bit weights and products; `images` [N, H, W, C] in the graph's own dtype calibrate convolutions."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -34,18 +36,26 @@ def to_int8(graph: bytes, images: Pixels) -> bytes:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet_root():
         warnings.simplefilter("ignore")
         given, prepared, written = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
-        given.write_bytes(graph)
-        quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
-        model = onnx.load(str(prepared))
-        if _mostly_matrices(model):
-            quantize_dynamic(prepared, written, list(_MATRICES), per_channel=True, weight_type=QuantType.QInt8)
+        # Beside the graph where it cannot hold them; the quantiser's own answer to a large model is the same.
+        outside = is_large(model)
+        ir.save(model, given, external_data="fp32.data" if outside else None)
+        quant_pre_process(
+            str(given), str(prepared), skip_symbolic_shape=True, save_as_external_data=outside,
+            all_tensors_to_one_file=True, external_data_location="prepared.data" if outside else None,
+        )  # fmt: skip
+        graph = onnx.load(str(prepared), load_external_data=False).graph
+        if _mostly_matrices(graph):
+            quantize_dynamic(
+                prepared, written, list(_MATRICES), per_channel=True, weight_type=QuantType.QInt8,
+                use_external_data_format=outside,
+            )  # fmt: skip
         else:
             quantize_static(
                 prepared, written, _reader(images[:MOST_CALIBRATED]), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                op_types_to_quantize=["Conv", *_MATRICES], nodes_to_exclude=_computed_on_both_sides(model),
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=outside,
+                op_types_to_quantize=["Conv", *_MATRICES], nodes_to_exclude=_computed_on_both_sides(graph),
             )  # fmt: skip
-        return written.read_bytes()
+        return ir.external_data.load_to_model(ir.load(written))
 
 
 def _reader(images: Pixels) -> Any:
@@ -66,20 +76,20 @@ def _batches(images: Pixels) -> Iterator[dict[str, NDArray[Any]]]:
         yield {"images": np.ascontiguousarray(images[start : start + 8])}
 
 
-def _mostly_matrices(model: onnx.ModelProto) -> bool:
+def _mostly_matrices(graph: onnx.GraphProto) -> bool:
     """Whether more weights lie in matrix products than in convolutions."""
-    size = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    size = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
 
     def weights(*kinds: str) -> int:
-        return sum(size.get(node.input[1], 0) for node in model.graph.node if node.op_type in kinds)
+        return sum(size.get(node.input[1], 0) for node in graph.node if node.op_type in kinds)
 
     return weights(*_MATRICES) > weights("Conv")
 
 
-def _computed_on_both_sides(model: onnx.ModelProto) -> list[str]:
+def _computed_on_both_sides(graph: onnx.GraphProto) -> list[str]:
     """Names of the matrix products whose second factor is no weight."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
 
 
 class _quiet_root:  # noqa: N801 (a context manager, used like a function)

@@ -15,6 +15,7 @@ from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
 from jepakit.sources import list_images
+from jepakit_export.convert import Sealed
 
 BATCH_SIZES = (1, 2, 7, 33)
 MOST_IMAGES, FEWEST_IMAGES = 256, 16
@@ -59,13 +60,13 @@ def expect(embedder: Embedder, images: Pixels) -> Expected:
     return Expected(images, stacked, np.concatenate(tokens) if tokens else None)
 
 
-def check(graph: bytes, manifest: Manifest, expected: Expected) -> golden.Agreement:
+def check(made: Sealed, manifest: Manifest, expected: Expected) -> golden.Agreement:
     """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), at the optimisation level that serves.
 
     Raises ExportError below the tolerance table's limit, or when the graph has fixed the batch size.
     """
     assert manifest.graph is not None
-    session = Session(graph, manifest, provider="cpu")
+    session = Session(made.graph, manifest, provider="cpu", data=made.data)
     limit = golden.TOLERANCES[manifest.graph.precision, "cpu"]
     found = [_compare(session, expected, size, limit) for size in BATCH_SIZES]
     return golden.Agreement(

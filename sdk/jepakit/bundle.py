@@ -5,6 +5,7 @@
       weights.safetensors   a plain timm state dict of the backbone
       golden.npz            synthetic inputs and torch's vectors for them
       model.onnx            after export
+      model.safetensors     the graph's tensors, where they take more than the 2 GB that model.onnx can hold
 
 Digests catch damage: any changed byte in any file, the manifest included, is an error naming the file.
 They do not catch replacement by someone who also rewrites the manifest: for that, note the bundle's
@@ -20,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,9 +35,13 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
 GRAPH = "model.onnx"
+DATA = "model.safetensors"
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+_Taken = TypeVar("_Taken")
 
 
 class _Frozen(BaseModel):
@@ -246,7 +251,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:
         write_files(folder)
-        files = {file.name: sha256(file.read_bytes()) for file in sorted(folder.iterdir())}
+        files = {file.name: _file_sha256(file) for file in sorted(folder.iterdir())}
         manifest = manifest.model_copy(update={"files": files})
         manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
         (folder / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
@@ -280,43 +285,56 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The verified bytes of one file of the bundle; BundleError names the file when they are not right."""
+        return self._verified(name, Path.read_bytes, sha256)
+
+    def check(self, name: str) -> None:
+        """Verify one file as `read` does, without holding it in memory."""
+        self._verified(name, _file_sha256, str)
+
+    def _verified(self, name: str, take: Callable[[Path], _Taken], digest: Callable[[_Taken], str]) -> _Taken:
         if name not in self.manifest.files:
             hint = "; run `jepakit export` on it first" if name == GRAPH else ""
             raise BundleError(f"bundle {self.path} has no {name}{hint}")
         file = self.path / name
         try:
-            data = file.read_bytes()
+            taken = take(file)
         except OSError as error:
             raise BundleError(
                 f"{file} cannot be read ({error.strerror}): the bundle is incomplete, copy it again"
             ) from None
-        if sha256(data) != self.manifest.files[name]:
+        if digest(taken) != self.manifest.files[name]:
             raise BundleError(
                 f"{file} is damaged: its SHA-256 is not the manifest's {self.manifest.files[name][:12]}…; "
                 "copy the bundle again or export it anew"
             )
-        return data
+        return taken
 
     def verify(self) -> None:
         """Check every file; BundleError names the first one that is damaged, missing or extra."""
-        self.read_all()
+        for name in self.manifest.files:
+            self.check(name)
+        self._check_strangers()
 
     def read_all(self) -> dict[str, bytes]:
-        """The verified bytes of every file but the weights', which are checked all the same (a graph holds them again).
+        """The verified bytes of every file but the weights', which are checked all the same (a graph has them again).
 
         BundleError names the first file that is damaged, missing or extra.
         """
         files = {}
         for name in self.manifest.files:
-            data = self.read(name)
-            if name != WEIGHTS:
-                files[name] = data
+            if name == WEIGHTS:
+                self.check(name)
+            else:
+                files[name] = self.read(name)
+        self._check_strangers()
+        return files
+
+    def _check_strangers(self) -> None:
         strangers = {file.name for file in self.path.iterdir()} - set(self.manifest.files) - {MANIFEST}
         if strangers:
             raise BundleError(
                 f"{self.path / min(strangers)} does not belong to the bundle: its manifest does not list it"
             )
-        return files
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -368,3 +386,8 @@ def _render_manifest(manifest: Manifest) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

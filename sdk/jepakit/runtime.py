@@ -1,13 +1,13 @@
 """Opens a graph's bytes on a provider: ONNX Runtime's CPU, CUDA and TensorRT, or OpenVINO.
 
 What was asked for is what runs, or an error: ONNX Runtime falls back to the CPU with no more than a log line.
-The graph is opened from bytes and may name no external file: OpenVINO would read it from the working directory.
+The graph is opened from bytes. Tensors outside it may lie in the bundle's model.safetensors alone, whose bytes come
+along; any other external file is refused: OpenVINO would read it from the working directory.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import threading
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._external import as_inputs, check_external, names_other_files
+from jepakit.bundle import DATA
 from jepakit.errors import BundleError, MissingExtraError, ServeError
 from jepakit.images import Pixels
 
@@ -29,8 +31,6 @@ _ORT_PROVIDERS = {
 }
 # TensorRT builds an engine for each shape it meets: batches are filled up to one of these.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
-# How a protobuf spells the key "location" of an external tensor: tag, length, word; both numbers may be padded.
-_EXTERNAL_KEY = re.compile(rb"(\x0a|\x8a\x80*\x00)(\x08|\x88\x80*\x00)\Z", re.DOTALL)
 
 
 class Runtime(Protocol):
@@ -45,24 +45,28 @@ class Runtime(Protocol):
         ...
 
 
-def open_runtime(graph: bytes, provider: Provider, threads: int, arithmetic: Arithmetic = "model") -> Runtime:
+def open_runtime(
+    graph: bytes, provider: Provider, threads: int, arithmetic: Arithmetic = "model", data: bytes | None = None
+) -> Runtime:
     """Open `graph` on `provider`; `auto` takes CUDA where it works, else the CPU.
 
+    data        the bytes of model.safetensors, where a large model's graph keeps its tensors; not needed once it is open
     arithmetic  `bf16`: OpenVINO computes in bfloat16, faster where the CPU has instructions for it
 
-    Raises ServeError when the provider cannot be used here, BundleError when the graph cannot be opened.
+    Raises ServeError when the provider cannot be used here, BundleError when the graph cannot be opened, or keeps
+    tensors anywhere but in itself and `data`.
     """
     if arithmetic == "bf16" and provider != "openvino":
         raise ServeError(f"arithmetic bf16 is OpenVINO's: ask for --provider openvino (now {provider})")
-    _refuse_external(graph)
+    check_external(graph, data)
     if provider == "openvino":
-        return _OpenVino(graph, threads, arithmetic)
+        return _OpenVino(graph, threads, arithmetic, data)
     wanted: tuple[Chosen, ...] = ("cuda", "cpu") if provider == "auto" else (provider,)
     reasons = []
     for choice in wanted:
         reason = _missing(choice)
         if reason is None:
-            session = _ort_session(graph, choice, threads)
+            session = _ort_session(graph, choice, threads, data)
             if session.get_providers()[0] == _ORT_PROVIDERS[choice]:
                 return _OnnxRuntime(session, choice)
             reason = "ONNX Runtime lists it but cannot load it"
@@ -87,7 +91,7 @@ class _OpenVino:
     provider: Chosen = "openvino"
     buckets: tuple[int, ...] | None = None
 
-    def __init__(self, graph: bytes, threads: int, arithmetic: Arithmetic) -> None:
+    def __init__(self, graph: bytes, threads: int, arithmetic: Arithmetic, data: bytes | None) -> None:
         if importlib.util.find_spec("openvino") is None:
             raise MissingExtraError("provider openvino needs OpenVINO: pip install 'jepakit[openvino]'")
         import openvino
@@ -97,7 +101,7 @@ class _OpenVino:
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         core = openvino.Core()
         try:
-            self._model = core.compile_model(core.read_model(graph, b""), "CPU", settings)
+            self._model = core.compile_model(_openvino_model(core, graph, data), "CPU", settings)
         except Exception as error:  # pybind exceptions have no common base worth naming
             raise BundleError(f"OpenVINO cannot open the graph: {str(error).strip().splitlines()[-1]}") from None
         self._local = threading.local()
@@ -110,7 +114,24 @@ class _OpenVino:
         return [np.array(results[output]) for output in self._model.outputs]
 
 
-def _ort_session(graph: bytes, choice: Chosen, threads: int) -> Any:
+def _openvino_model(core: Any, graph: bytes, data: bytes | None) -> Any:
+    """The graph as OpenVINO's model. Its reader takes no tensors from memory: they come in as inputs, and are then fixed."""
+    if data is None or not names_other_files(graph):
+        return core.read_model(graph, b"")
+    from openvino import op
+
+    bare, arrays = as_inputs(graph, data)
+    model = core.read_model(bare, b"")
+    for parameter in model.get_parameters():
+        if parameter.get_friendly_name() in arrays:
+            array = arrays[parameter.get_friendly_name()]
+            parameter.output(0).replace(op.Constant(array).output(0))
+            model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -118,6 +139,9 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int) -> Any:
     options.log_severity_level = 3
     # A thread that waits by spinning takes the core from decoders, other sessions and neighbours (docs/engine.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if data is not None:
+        # Copied as the session is made. With this table no name is looked up on the disk, not even one that is missing here.
+        options.add_external_initializers_from_files_in_memory([DATA], [data], [len(data)])
     # fp32 means fp32: CUDA would round products to TF32 unless told not to.
     configured = [(_ORT_PROVIDERS[choice], {"use_tf32": 0} if choice == "cuda" else {})]
     if choice == "tensorrt":
@@ -126,15 +150,6 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int) -> Any:
         return ort.InferenceSession(graph, options, providers=configured)
     except Exception as error:  # pybind exceptions have no common base worth naming
         raise BundleError(f"ONNX Runtime cannot open the graph: {str(error).splitlines()[0]}") from None
-
-
-def _refuse_external(graph: bytes) -> None:
-    """BundleError for a graph whose tensors lie in other files, which nothing has verified."""
-    for word in re.finditer(b"location", graph):
-        if _EXTERNAL_KEY.search(graph[max(0, word.start() - 32) : word.start()]):
-            raise BundleError(
-                "the graph keeps tensors in another file: a bundle's graph holds all of them, export it anew"
-            )
 
 
 def _missing(choice: Chosen) -> str | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._cpus import usable_cpus
 from jepakit._progress import Steps
-from jepakit.bundle import GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
+from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError
 from jepakit.images import Pixels, preprocess
@@ -40,15 +40,16 @@ class Session:
     provider    `auto` takes CUDA where it works, else the CPU
     threads     of one inference; None: one a core this process may use, by its container's quota too
     arithmetic  `bf16` with OpenVINO; else what the graph says
+    data        the bytes of model.safetensors, where a large model's graph keeps its tensors
     """
 
     def __init__(
         self, graph: bytes, manifest: Manifest, *, provider: Provider = "auto", threads: int | None = None,
-        arithmetic: Arithmetic = "model",
+        arithmetic: Arithmetic = "model", data: bytes | None = None,
     ) -> None:  # fmt: skip
         assert manifest.graph is not None or arithmetic == "model"
         self.manifest = manifest
-        self._runtime = open_runtime(graph, provider, threads or usable_cpus(), arithmetic)
+        self._runtime = open_runtime(graph, provider, threads or usable_cpus(), arithmetic, data)
         self.provider = self._runtime.provider
         self._arithmetic = arithmetic
 
@@ -62,7 +63,10 @@ class Session:
         files = bundle.read_all()
         if GRAPH not in files:
             bundle.read(GRAPH)  # says that it has to be exported first
-        session = cls(files[GRAPH], bundle.manifest, provider=provider, threads=threads, arithmetic=arithmetic)
+        session = cls(
+            files.pop(GRAPH), bundle.manifest, provider=provider, threads=threads, arithmetic=arithmetic,
+            data=files.pop(DATA, None),
+        )  # fmt: skip
         session.check_golden(golden.unpack(files[GOLDEN]))
         return session
 

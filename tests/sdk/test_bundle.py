@@ -169,6 +169,8 @@ def test_a_changed_byte_in_a_file_is_an_error_that_names_it(bundle: Bundle, name
             open_bundle(bundle.path).verify()
         with pytest.raises(BundleError, match=rf"{name} is damaged"):
             bundle.read(name)
+        with pytest.raises(BundleError, match=rf"{name} is damaged"):
+            bundle.check(name)
     file.write_bytes(whole + b"\0")
     with pytest.raises(BundleError, match=rf"{name} is damaged"):
         bundle.verify()

@@ -1,0 +1,187 @@
+"""Tensors of a graph that lie outside it, in the bundle's `model.safetensors`: found, checked, lent to a runtime.
+
+A protobuf ends at 2 GB, so a larger model's graph names a file, an offset and a length for each big tensor. Nothing here
+follows such a name to the disk: there is one name that may stand there, and its bytes come with the graph, verified.
+The file is safetensors, whose own table says again what lies where: graph and table must agree in every number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from mmap import mmap
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit.bundle import DATA
+from jepakit.errors import BundleError
+
+# How a protobuf spells the key "location" of an external tensor: tag, length, word; both numbers may be padded.
+_EXTERNAL_KEY = re.compile(rb"(\x0a|\x8a\x80*\x00)(\x08|\x88\x80*\x00)\Z", re.DOTALL)
+_EXTERNAL = 1
+# ONNX's number of a type: safetensors' name of it, numpy's.
+_TYPES = {
+    1: ("F32", "<f4"), 2: ("U8", "u1"), 3: ("I8", "i1"), 6: ("I32", "<i4"), 7: ("I64", "<i8"), 9: ("BOOL", "?"),
+    10: ("F16", "<f2"), 11: ("F64", "<f8"),
+}  # fmt: skip
+# What is looked at of ONNX's messages; a parser keeps the other fields as they are.
+_MESSAGES = {
+    "Model": {"graph": (7, "Graph")},
+    "Graph": {"initializer": (5, "[Tensor]"), "input": (11, "[Value]")},
+    "Tensor": {
+        "dims": (1, "[int64]"), "data_type": (2, "int32"), "name": (8, "string"), "external_data": (13, "[Entry]"),
+        "data_location": (14, "int32"),
+    },
+    "Entry": {"key": (1, "string"), "value": (2, "string")},
+    "Value": {"name": (1, "string"), "type": (2, "Type")},
+    "Type": {"tensor_type": (1, "TensorType")},
+    "TensorType": {"elem_type": (1, "int32"), "shape": (2, "Shape")},
+    "Shape": {"dim": (1, "[Dim]")},
+    "Dim": {"dim_value": (1, "int64")},
+}  # fmt: skip
+
+
+class Placed(NamedTuple):
+    """Where a tensor lies in a safetensors file's bytes: its type by safetensors' name, its shape, offset and length."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def names_other_files(graph: bytes) -> bool:
+    """Whether any tensor of the graph, wherever it hides, lies outside it."""
+    return _count_locations(graph) > 0
+
+
+def check_external(graph: bytes, data: bytes | None) -> None:
+    """BundleError unless every tensor outside the graph is one that `data`, model.safetensors' bytes, really holds."""
+    if names_other_files(graph):
+        _external_tensors(_parse(graph), _count_locations(graph), data)
+
+
+def as_inputs(graph: bytes, data: bytes) -> tuple[bytes, dict[str, NDArray[Any]]]:
+    """The graph with each tensor of `data` as one more input, and these tensors, views of `data`.
+
+    For a runtime that would look for external tensors on the disk. Raises BundleError as `check_external` does.
+    """
+    model = _parse(graph)
+    tensors = {tensor.name: tensor for tensor in _external_tensors(model, _count_locations(graph), data)}
+    arrays = {}
+    for name, placed in placed_tensors(data).items():
+        if name in tensors:
+            kind = dict(_TYPES.values())[placed.dtype]
+            count = int(np.prod(placed.shape, dtype=np.int64))
+            arrays[name] = np.frombuffer(data, kind, count, placed.offset).reshape(placed.shape)
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in tensors]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for name, tensor in tensors.items():
+        value = model.graph.input.add(name=name)
+        value.type.tensor_type.elem_type = tensor.data_type
+        for size in tensor.dims:
+            value.type.tensor_type.shape.dim.add(dim_value=size)
+    return model.SerializeToString(), arrays
+
+
+def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
+    """The table of a safetensors file, by tensor name. Raises BundleError for bytes that are none."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        table = json.loads(data[8:start])
+        placed = {
+            name: Placed(entry["dtype"], tuple(entry["shape"]), start + first, last - first)
+            for name, entry in table.items() if name != "__metadata__"
+            for first, last in [entry["data_offsets"]]
+        }  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BundleError(f"{DATA} is no safetensors file: export the bundle anew") from None
+    return placed
+
+
+def _external_tensors(model: Any, locations: int, data: bytes | None) -> list[Any]:
+    """The graph's external initializers, each of them checked; BundleError where one is wrong or hides elsewhere."""
+    external = [tensor for tensor in model.graph.initializer if tensor.external_data or tensor.data_location]
+    if len(external) != locations:
+        raise BundleError(
+            f"the graph keeps tensors in another file in {locations} places, of which {len(external)} are weights: "
+            "jepakit did not make it, refuse it"
+        )
+    table = None if data is None else placed_tensors(data)
+    for tensor in external:
+        _check(tensor, table, 0 if data is None else len(data))
+    return external
+
+
+def _check(tensor: Any, table: dict[str, Placed] | None, size: int) -> None:
+    entries = [(entry.key, entry.value) for entry in tensor.external_data]
+    told = dict(entries)
+    location = told.get("location")
+    if location != DATA:
+        raise BundleError(
+            f"the graph keeps tensor {tensor.name[:80]!r} in another file, {str(location)[:80]!r}: a bundle's graph holds "
+            f"its tensors itself or in {DATA}; export it anew"
+        )
+    if table is None:
+        raise BundleError(f"the graph keeps its tensors in {DATA}, which the bundle lacks: export it anew")
+    placed = table.get(tensor.name)
+    if placed is None:
+        raise BundleError(
+            f"{DATA} has no tensor {tensor.name[:80]!r}, which the graph asks for: export the bundle anew"
+        )
+    dtype, numpys = _TYPES.get(tensor.data_type, ("", "V0"))
+    needed = int(np.prod(tensor.dims, dtype=np.float64)) * np.dtype(numpys).itemsize
+    agree = (
+        tensor.data_location == _EXTERNAL
+        and sorted(entries) == [("length", str(placed.length)), ("location", DATA), ("offset", str(placed.offset))]
+        and (dtype, tuple(tensor.dims)) == (placed.dtype, placed.shape)
+        and min(tensor.dims, default=0) >= 0
+        and placed.length == needed
+        and placed.offset + placed.length <= size
+    )
+    if not agree:
+        raise BundleError(
+            f"the graph and {DATA} disagree about tensor {tensor.name[:80]!r} (type, shape, offset or length): export the "
+            "bundle anew"
+        )
+
+
+def _count_locations(graph: bytes) -> int:
+    words = re.finditer(b"location", graph)
+    return sum(bool(_EXTERNAL_KEY.search(graph[max(0, word.start() - 32) : word.start()])) for word in words)
+
+
+def _parse(graph: bytes) -> Any:
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        return _model_class().FromString(graph)
+    except DecodeError:
+        raise BundleError("the graph cannot be read: export the bundle anew") from None
+
+
+@cache
+def _model_class() -> Any:
+    """A class for the few fields of ONNX that matter here: ONNX Runtime brings protobuf, and no service needs onnx."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped]
+
+    described = descriptor_pb2.FileDescriptorProto(name="jepakit/onnx.proto", package="jepakit", syntax="proto2")
+    field_types = descriptor_pb2.FieldDescriptorProto
+    scalars = {"int32": field_types.TYPE_INT32, "int64": field_types.TYPE_INT64, "string": field_types.TYPE_STRING}
+    for name, fields in _MESSAGES.items():
+        message = described.message_type.add(name=name)
+        for field, (number, kind) in fields.items():
+            plain = kind.strip("[]")
+            added = message.field.add(name=field, number=number)
+            added.label = field_types.LABEL_REPEATED if kind != plain else field_types.LABEL_OPTIONAL
+            if plain in scalars:
+                added.type = scalars[plain]
+            else:
+                added.type, added.type_name = field_types.TYPE_MESSAGE, f".jepakit.{plain}"
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(described)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("jepakit.Model"))
