@@ -71,7 +71,7 @@ def adapt(
     epochs: Annotated[int | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images in one SIGReg test [128]")] = None,
-    unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, or the last N blocks")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks")] = None,
     pooling: Annotated[str | None, typer.Option(help="auto, head, stages")] = None,
     lamb: Annotated[float | None, typer.Option(help="weight of SIGReg")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of the backbone")] = None,

@@ -176,27 +176,61 @@ class AdaptConfig(_Settings):
     """Most that `cache` may hold."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more."""
+    """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more. At 300 SIGReg is still on its way
+    down: longer runs gain more."""
     epochs: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=2)] = 128
-    """Images in one SIGReg test, over all processes; λ's meaning depends on it."""
-    unfreeze: Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)] = "auto"
+    """Images in one SIGReg test, over all processes: the statistic is that of the whole batch and is multiplied by its
+    size, so that λ's meaning depends on it. 128 is the least that published runs use."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Images that a process puts through the backbone at once; None: its whole share of the batch. The gradient
+    is exactly that of the whole batch, for one more forward of the backbone: what to set when memory runs out."""
+    unfreeze: Literal["auto", "none", "all", "lora"] | Annotated[int, Field(ge=1)] = "auto"
     """What trains beside the projector: N last blocks; `auto`: all from random weights, else the last 2
-    transformer blocks, or a ConvNet's layers at its last resolution; `none`: nothing, the start is exported."""
+    transformer blocks, or a ConvNet's layers at its last resolution; `lora`: low-rank additions to every layer,
+    merged at the end; `none`: nothing, the start is exported. More layers at few steps do more, good and bad."""
+    lora_rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the additions under `unfreeze = lora`."""
+    norm_statistics: Literal["auto", "frozen", "trained"] = "auto"
+    """Whether the backbone's BatchNorms keep their stored statistics or learn those of the images; `auto`: kept, but
+    for random weights. Measured: 7 to 9 points are lost by learning them from a small set."""
     lamb: Annotated[float, Field(gt=0, lt=1)] | None = None
     """λ, the weight of SIGReg; None: 0.005 times the number of views, at which published runs agree."""
     lr: Rate | None = None
-    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet, 1e-4 for a ViT."""
+    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet, 1e-4 for a ViT. 1e-3
+    gained more on one set and damaged another. Up over 10 steps, then a cosine to 0."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on `lr` from each layer to the one before it; None: 0.75 where all of pretrained weights train, else 1."""
     projector_lr: Rate = 1e-3
+    """Learning rate of the projector, which starts from nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """None on norms, biases and position embeddings."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps that trains the projector alone, the backbone frozen (none from random weights)."""
+    """Share of the steps that trains the projector alone, the backbone frozen (none from random weights): the
+    gradient of a random projector would only shake the backbone."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Most that the gradient's norm may be."""
     n_slices: Annotated[int, Field(ge=1)] = 256
     """Random directions of SIGReg, drawn afresh every step."""
     projector: tuple[Width, Width, Width] = (1024, 1024, 64)
-    """Widths of the projector's layers; the last is K."""
+    """Widths of the projector's layers; the last is K. Three layers matter: two cost a point or more."""
+    anchor: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    """Weight of 1 - cosine between the features of global views and those that the start gives: holds the backbone
+    near its start, for one more forward of it."""
+    mix: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the way from the start to the trained weights at which the run ends: 0.5 halves the change. It
+    turned runs that had done too much into good ones."""
+    average: Literal["none", "ema", "swa"] = "none"
+    """End with an average of the weights over the last steps, exponential or equal; for long runs."""
+    average_over: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps that is averaged over."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the backbone computes in; the loss is always float32. `auto`: bfloat16 on a GPU that has it; on a CPU
+    that has it, in the frozen layers alone. `bf16` asks for it throughout."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, a third more work."""
+    compile: bool = False
+    """torch.compile of the backbone: some minutes at first, for long runs on a GPU."""
 
     most_skipped: Fraction = 0.01
     """Share of the images that may be unreadable or refused: each is listed and replaced; above it the run stops."""

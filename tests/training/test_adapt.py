@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import jepakit
-import jepakit_training.loop
+import jepakit_training.learner
 import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS
@@ -90,7 +90,7 @@ def stopping_in_step(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jepakit_training.loop, "lejepa_loss", interrupted)
+        patch.setattr(jepakit_training.learner, "lejepa_loss", interrupted)
         yield
 
 
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(
         total, prediction, regulariser = real(*args)
         return total * float("nan"), prediction, regulariser
 
-    monkeypatch.setattr(jepakit_training.loop, "lejepa_loss", poisoned)
+    monkeypatch.setattr(jepakit_training.learner, "lejepa_loss", poisoned)
     with pytest.raises(TrainingError, match="not finite 3 times in a row, up to step 2"):
         adapt(tmp_path / "run", save_every_s=0)
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
@@ -375,7 +375,7 @@ def test_one_bad_step_is_passed_over(adapt: Adapt, tmp_path: Path, monkeypatch: 
         return total * (float("nan") if next(calls) == 4 else 1), prediction, regulariser
 
     with monkeypatch.context() as patch:
-        patch.setattr(jepakit_training.loop, "lejepa_loss", poisoned_once)
+        patch.setattr(jepakit_training.learner, "lejepa_loss", poisoned_once)
         run = adapt(tmp_path / "run", steps=8)
     assert all(value.isfinite().all() for value in weights_of(run).values())
 

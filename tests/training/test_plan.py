@@ -16,7 +16,8 @@ from jepakit_training.plan import Plan, make_plan
 
 def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:
     listed = list_images([np.zeros((8, 8), np.uint8)] * images, "none")
-    return make_plan(AdaptConfig(images="x", backbone=backbone, **settings), listed, build(backbone, {}), world)
+    arguments: dict[str, Any] = {"dynamic_img_size": True} if "vit" in backbone else {}
+    return make_plan(AdaptConfig(images="x", backbone=backbone, **settings), listed, build(backbone, arguments), world)
 
 
 def test_defaults_follow_the_backbone_and_the_views() -> None:
@@ -72,3 +73,28 @@ def test_a_batch_shrunk_to_fit_the_processes_is_not_blamed_on_the_number_of_imag
 def test_more_processes_than_images_in_a_batch_are_refused() -> None:
     with pytest.raises(ConfigError, match="batch"):
         plan(batch_size=2, world=3)
+
+
+def test_all_of_pretrained_weights_train_with_layer_wise_decay() -> None:
+    assert plan(unfreeze="all").layer_decay == 0.75
+    assert plan(unfreeze="all", weights="random").layer_decay == plan().layer_decay == 1
+    assert plan(layer_decay=0.5).layer_decay == 0.5
+
+
+def test_statistics_are_trained_only_where_there_are_some_to_learn() -> None:
+    assert plan("test_resnet").norm_statistics == "frozen"
+    assert plan("test_resnet", weights="random").norm_statistics == "trained"
+    assert plan("test_vit", weights="random", norm_statistics="trained").norm_statistics == "frozen"
+    assert plan("test_resnet", norm_statistics="trained").norm_statistics == "trained"
+
+
+def test_micro_batches_are_of_a_process_and_none_where_they_save_nothing() -> None:
+    assert plan(batch_size=64, micro_batch=16).micro_batch == 16
+    assert plan(batch_size=64, micro_batch=32, world=2).micro_batch is None
+    assert plan(batch_size=64).micro_batch is None
+
+
+def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:
+    fixed = plan("coat_lite_tiny", image_size=64)
+    assert fixed.local_size == fixed.image_size == 64
+    assert any("takes images of one size only" in note for note in fixed.notes)

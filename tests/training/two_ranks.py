@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 two_ranks.py OUT IMAGES CONVNET_WEIGHTS VIT_WEIGHTS
 
-Rank 0 writes OUT/loss.pt and OUT/model.pt; the adapted runs lie in OUT/convnet and OUT/vit.
+Rank 0 writes OUT/loss.pt and a file for each of STEPS; the adapted runs lie in OUT/convnet and OUT/vit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 import jepakit
-from jepakit.backbone import build, stock_preprocess
-from jepakit_training.model import LejepaModel, freeze, freeze_norm_statistics
+from jepakit.backbone import start_backbone, stock_preprocess
+from jepakit.config import AdaptConfig
+from jepakit.sources import list_images
+from jepakit_training.learner import Learner
+from jepakit_training.plan import make_plan
 from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.views import Views
 
@@ -60,30 +64,47 @@ def loss() -> dict[str, Tensor]:
     }
 
 
-def model() -> dict[str, Any]:
-    """One step of a ConvNet and its projector through accelerate: the loss, and the gradients DDP leaves behind."""
+def steps(name: str, weights: Path, **settings: Any) -> dict[str, Any]:
+    """Five steps of the learner by plain gradient descent: the losses, and what moved after one step and after five.
+
+    Gradient descent, because AdamW's first steps are signs of gradients: one that is 0 but for rounding may take
+    either sign.
+    """
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     assert accelerator.num_processes == world()
-    torch.manual_seed(11)
-    backbone = build("test_resnet", {})
-    freeze(backbone, "auto", from_random=False)
-    bare = LejepaModel(backbone, stock_preprocess(backbone, 64), (32, 32, 8), backbone.num_features)
-    optimizer = torch.optim.SGD([p for p in bare.parameters() if p.requires_grad], lr=0.1)
-    prepared, optimizer = accelerator.prepare(bare, optimizer)
-    bare.train()
-    freeze_norm_statistics(backbone)
-    global_ = torch.randint(0, 256, (2, 12, 3, 64, 64), dtype=torch.uint8)
-    local = torch.randint(0, 256, (1, 12, 3, 32, 32), dtype=torch.uint8)
-    proj_VNK = prepared(Views(mine(global_, 1), mine(local, 1)))
-    total, _, _ = lejepa_loss(proj_VNK, 2, 0.05, directions(8, 16, seed=0, step=0, device=torch.device("cpu")))
-    accelerator.backward(total)
-    gradients = {name: p.grad.clone() for name, p in bare.named_parameters() if p.grad is not None}
-    optimizer.step()
-    return {
-        "loss": mean_over_ranks(total.detach()),
-        "gradients": gradients,
-        "weights": {name: p.detach().clone() for name, p in bare.named_parameters()},
-    }
+    config = AdaptConfig(
+        images="x", backbone=name, weights=str(weights), lr=0.05, projector_lr=0.05, **{**ADAPT, **settings, "steps": 5}
+    )
+    backbone, _ = start_backbone(name, str(weights), 64)
+    listed = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
+    plan = make_plan(config, listed, backbone, world())
+    learner = Learner(config, plan, backbone, stock_preprocess(backbone, 64), accelerator)
+    learner.optimizer = accelerator.prepare(torch.optim.SGD(learner._optimizer.param_groups, lr=0.05))
+
+    def state() -> dict[str, Tensor]:
+        parts = {**backbone.state_dict(), **{f"projector.{k}": v for k, v in learner._projector.state_dict().items()}}
+        return {key: value.detach().clone() for key, value in parts.items() if value.is_floating_point()}
+
+    start, losses, moved = state(), [], []
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        views = Views(*(
+            mine(torch.randint(0, 256, (count, 8, 3, size, size), dtype=torch.uint8, generator=generator), 1)
+            for count, size in ((2, 64), (1, 32))
+        ))  # fmt: skip
+        step_losses = learner.step(step, views)
+        losses.append(torch.stack([mean_over_ranks(step_losses.loss), step_losses.sigreg, step_losses.grad_norm]))
+        moved.append({key: value - start[key] for key, value in state().items()})
+    return {"losses": torch.stack(losses), "first": moved[0], "last": moved[-1]}
+
+
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a ViT": ("test_vit", {"unfreeze": "all"}),
+    "a ViT in micro-batches": ("test_vit", {"micro_batch": 3, "warmup": 0.0}),
+    "a ConvNet with frozen BatchNorm": ("test_resnet", {"warmup": 0.0}),
+    "a ConvNet with trained BatchNorm": ("test_resnet", {"norm_statistics": "trained", "unfreeze": "all"}),
+}
+"""What is trained for five steps, by name: the backbone, and the settings beside ADAPT's."""
 
 
 def adapt(out: Path, images: Path, convnet_weights: Path, vit_weights: Path) -> None:
@@ -96,7 +117,8 @@ def main() -> None:
     out, images, convnet_weights, vit_weights = map(Path, sys.argv[1:])
     adapt(out, images, convnet_weights, vit_weights)
     assert world() == 2, f"{world()} processes instead of 2"
-    results = {"loss": loss(), "model": model()}
+    weights = {"test_resnet": convnet_weights, "test_vit": vit_weights}
+    results = {"loss": loss(), **{what: steps(name, weights[name], **more) for what, (name, more) in STEPS.items()}}
     if dist.get_rank() == 0:
         for name, result in results.items():
             torch.save(result, out / f"{name}.pt")

@@ -1,4 +1,4 @@
-"""`adapt`: measure, train, measure again, and say which embeddings to keep. The training loop is `_train`."""
+"""`adapt`: measure, train, measure again, and say which embeddings to keep. A step is `Learner.step`, in learner.py."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
+from torch.utils.data import DataLoader
 
 from jepakit._progress import Steps
 from jepakit.backbone import is_hierarchical, start_backbone, start_preprocess
-from jepakit.bundle import Preprocess, Provenance, name_for
+from jepakit.bundle import Backbone, EmbeddingSpec, Preprocess, Provenance, name_for
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError, TrainingError
+from jepakit.errors import ConfigError
+from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training import checkpoint
 from jepakit_training.cache import open_cache
-from jepakit_training.data import StepBatches, ViewDataset, make_loader, views_on
+from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
 from jepakit_training.evaluation import Measuring
-from jepakit_training.model import LejepaModel, freeze, freeze_norm_statistics, parameter_groups
+from jepakit_training.frozen import cpu_has_bf16
+from jepakit_training.learner import Learner, Losses
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.randomness import derive_seed
 from jepakit_training.records import FREE_SETTINGS, SkippedFiles, StepLog, open_folder, versions, write_run_bundle
-from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
 
 _LOG_EVERY = 10
-_MOST_BAD_STEPS = 3
 
 
 def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
@@ -61,17 +63,58 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
 
 
 def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    setup = prepare(config, images, run)
+    main, plan = setup.accelerator.is_main_process, setup.plan
+    before = setup.measuring.start(setup.backbone)
+
+    def write(path: Path, embedding: EmbeddingSpec, steps: int, comparison: Comparison | None, name: str) -> None:
+        provenance = _provenance(config, images, steps=steps, batch_size=plan.batch_size)
+        write_run_bundle(
+            path, setup.backbone, setup.described, setup.spec, embedding, provenance, comparison, name=name
+        )
+
+    if main and not (run.path / START).exists():
+        write(run.path / START, before.embedding, 0, None, f"{name_for(run.path)}-start")
+    _train(config, setup, run)
+    if main and len(setup.skipped):
+        print(
+            f"{len(setup.skipped)} images could not be read and were left out: see {run.path / SKIPPED}",
+            file=sys.stderr,
+        )
+    after = setup.measuring.end(setup.backbone, before.embedding.pooling)
+    if main:
+        comparison = setup.measuring.conclude(before, after)
+        write(run.path / BUNDLE, after.embedding, plan.steps, comparison, name_for(run.path))
+    setup.accelerator.wait_for_everyone()
+
+
+@dataclass
+class Setup:
+    """What a run is made of, before its first step."""
+
+    accelerator: Accelerator
+    backbone: nn.Module
+    described: Backbone
+    spec: Preprocess
+    plan: Plan
+    dataset: ViewDataset
+    skipped: SkippedFiles
+    measuring: Measuring
+
+
+def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
+    """Look at the images, build the backbone, make the plan and tell it; raises InputError where they do not go together."""
     accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
-        # The backbone's parameters are unused while the projector warms up.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        mixed_precision=mixed_precision(config.precision),
+        # A backbone may hold parameters that its pooled output does not depend on. Its buffers are the same on every
+        # rank: frozen, or of statistics that are reduced over the ranks.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     main = accelerator.is_main_process
     torch.manual_seed(derive_seed(config.seed, "weights"))
     found = look_at(images, config, show=main)
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
-    plan = make_plan(config, images, backbone, accelerator.num_processes)
+    plan = make_plan(config, images, backbone, accelerator.num_processes, found.kind.bands)
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
     for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
         print(note, file=sys.stderr)
@@ -90,146 +133,83 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
         config, images, plan.split, spec,
         device=accelerator.device, workers=plan.workers, skipped=skipped, show=main,
     )  # fmt: skip
-    before = measuring.start(backbone)
-    nothing_yet = _provenance(config, images, steps=0, batch_size=plan.batch_size)
-    if main and not (run.path / START).exists():
-        write_run_bundle(
-            run.path / START,
-            backbone,
-            described,
-            spec,
-            before.embedding,
-            nothing_yet,
-            None,
-            name=f"{name_for(run.path)}-start",
-        )
-    _train(config, plan, dataset, backbone, spec, run, accelerator, skipped)
-    if main and len(skipped):
-        print(f"{len(skipped)} images could not be read and were left out: see {run.path / SKIPPED}", file=sys.stderr)
-    after = measuring.end(backbone, before.embedding.pooling)
-    if main:
-        done = _provenance(config, images, steps=plan.steps, batch_size=plan.batch_size)
-        comparison = measuring.conclude(before, after)
-        write_run_bundle(
-            run.path / BUNDLE,
-            backbone,
-            described,
-            spec,
-            after.embedding,
-            done,
-            comparison,
-            name=name_for(run.path),
-        )
-    accelerator.wait_for_everyone()
+    return Setup(accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
 
 
-def _train(
-    config: AdaptConfig, plan: Plan, dataset: ViewDataset, backbone: nn.Module, spec: Preprocess,
-    run: Run, accelerator: Accelerator, skipped: SkippedFiles,
-) -> None:  # fmt: skip
+def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "no"]:
+    """What accelerate's autocast computes in; ConfigError for bfloat16 on a machine without it."""
+    on_gpu = torch.cuda.is_available()
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()
+    if asked == "bf16" and not has_bf16:
+        raise ConfigError("precision = bf16: this machine has no bfloat16 instructions; use auto or fp32")
+    return "bf16" if asked == "bf16" or (asked == "auto" and on_gpu and has_bf16) else "no"
+
+
+def _train(config: AdaptConfig, setup: Setup, run: Run) -> None:
     """Train the backbone in place, from the newest checkpoint where there is one."""
-    recipe = config.resolved_views()
-    from_random = config.weights == "random"
-    trainable = freeze(backbone, config.unfreeze, from_random=from_random)
-    start_state = {
-        name: value.detach().clone() for name, value in backbone.named_parameters() if name in set(trainable)
-    }
-    model = LejepaModel(backbone, spec, config.projector, backbone.num_features)  # type: ignore[arg-type]
-    _seed_projector(model, config.seed)
-    if from_random and accelerator.num_processes > 1 and _has_batch_norm(backbone):
-        raise ConfigError(
-            "training a ConvNet's BatchNorm from random weights over several processes is not supported yet: use one"
-        )
-    groups = parameter_groups(model, lr=plan.lr, projector_lr=config.projector_lr, weight_decay=config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    first = _restore(run.path / CHECKPOINTS, model, optimizer)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-
-    batches = StepBatches(
-        len(plan.split.train), plan.batch_size, config.seed, range(first, plan.steps),
-        rank=accelerator.process_index, world=accelerator.num_processes,
-    )  # fmt: skip
-    on_gpu = accelerator.device.type == "cuda"
-    on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
-    loader = make_loader(dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
-    main = accelerator.is_main_process
-    clock = _Clock()
-    bad_steps = 0
-
+    accelerator, plan, dataset = setup.accelerator, setup.plan, setup.dataset
+    learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
+    first = _restore(run.path / CHECKPOINTS, learner)
+    main, clock = accelerator.is_main_process, Clock()
     with (
         _stop_signal() as stop,
         closing(Steps(plan.steps, first, enabled=main)) as show,
         closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
     ):
+        loader = step_loader(config, setup, range(first, plan.steps))
         for step, batch in zip(range(first, plan.steps), clock.waiting(loader), strict=True):
             for index, reason in batch.skipped:
-                skipped.add(dataset.images.ids[index], reason)
-            torch.manual_seed(derive_seed(config.seed, "step", step, accelerator.process_index))
-            model.backbone_frozen = step < plan.warmup_steps or not trainable
-            model.train()
-            if not from_random:
-                freeze_norm_statistics(backbone)
-            _set_learning_rates(optimizer, plan, step)
-
-            views = views_on(accelerator.device, batch)
-            with accelerator.autocast():
-                proj_VNK = prepared(views)
-            slices_KS = directions(
-                config.projector[-1], config.n_slices, seed=config.seed, step=step, device=accelerator.device
-            )
-            loss, prediction, regulariser = lejepa_loss(proj_VNK, recipe.n_global, plan.lamb, slices_KS)
-            accelerator.backward(loss)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            # One step on a NaN would poison AdamW for ever. The norm is the same on every rank.
-            if torch.isfinite(grad_norm):
-                optimizer.step()
-                bad_steps = 0
-            else:
-                bad_steps += 1
-            optimizer.zero_grad(set_to_none=True)
-            if bad_steps == _MOST_BAD_STEPS:
-                raise TrainingError(
-                    f"the gradient was not finite {bad_steps} times in a row, up to step {step}: lower --lr "
-                    f"(now {plan.lr:g}), then start a new run; the last checkpoint is sound"
-                )
+                setup.skipped.add(dataset.images.ids[index], reason)
+            losses = learner.step(step, views_on(accelerator.device, batch))
 
             clock.step(plan.batch_size)
             last = step + 1 == plan.steps
             stopping = _any_rank(stop.requested, accelerator)
             if (step + 1) % _LOG_EVERY == 0 or last:
-                # SIGReg and the norm are global already; the prediction is this rank's share.
-                loss, prediction = accelerator.reduce(torch.stack([loss.detach(), prediction.detach()]), "mean")
-                values = {
-                    "loss": loss.item(), "prediction": prediction.item(), "sigreg": regulariser.item(),
-                    "grad_norm": float(grad_norm), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates(),
-                }  # fmt: skip
+                values = {**_reduced(losses, accelerator), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates()}
                 log.write({"step": step, **values})
                 show.update(step + 1, values)
             if last or stopping or clock.since_save() > config.save_every_s:
                 if main:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    checkpoint.save(run.path / CHECKPOINTS, step + 1, state)
+                    checkpoint.save(run.path / CHECKPOINTS, step + 1, learner.state_dict())
                 clock.saved()
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; run the same command again to go on")
-    _assert_moved(backbone, start_state)
-    backbone.eval()
+    learner.finish()
 
 
-def _set_learning_rates(optimizer: Any, plan: Plan, step: int) -> None:
-    for group in optimizer.param_groups:
-        ramp = plan.ramp(step) if group["role"] == "projector" else plan.backbone_ramp(step)
-        group["lr"] = group["base_lr"] * ramp
+def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[Batch]:
+    """This rank's batches for `steps`."""
+    accelerator, plan = setup.accelerator, setup.plan
+    batches = StepBatches(
+        len(plan.split.train), plan.batch_size, config.seed, steps,
+        rank=accelerator.process_index, world=accelerator.num_processes,
+    )  # fmt: skip
+    on_gpu = accelerator.device.type == "cuda"
+    on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
+    return make_loader(setup.dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
 
 
-def _restore(folder: Path, model: LejepaModel, optimizer: torch.optim.Optimizer) -> int:
+def _reduced(losses: Losses, accelerator: Accelerator) -> dict[str, float]:
+    """The numbers of the whole batch, by name; SIGReg and the norm are global already."""
+    shares = {"loss": losses.loss, "prediction": losses.prediction}
+    if losses.anchor is not None:
+        shares["anchor"] = losses.anchor
+    means = accelerator.reduce(torch.stack(list(shares.values())), "mean").tolist()
+    return {
+        **dict(zip(shares, means, strict=True)),
+        "sigreg": losses.sigreg.item(),
+        "grad_norm": float(losses.grad_norm),
+    }
+
+
+def _restore(folder: Path, learner: Learner) -> int:
     """Load the newest whole checkpoint; returns the step to go on from."""
     found = checkpoint.load_newest(folder)
     if found is None:
         return 0
     step, state = found
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    learner.load_state_dict(state)
     print(f"going on from step {step}", file=sys.stderr)
     return step
 
@@ -239,28 +219,6 @@ def _any_rank(flag: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
-
-
-def _seed_projector(model: LejepaModel, seed: int) -> None:
-    """Give the projector weights that depend on the seed alone, whatever was drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "projector"))
-        for module in model.projector.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-
-
-def _assert_moved(backbone: nn.Module, start_state: dict[str, torch.Tensor]) -> None:
-    """Published runs have saved the untouched start; this one must not."""
-    now = dict(backbone.named_parameters())
-    if start_state and all(torch.equal(now[name], value) for name, value in start_state.items()):
-        raise TrainingError(
-            "training left every trained weight as it was: no step was taken; raise --steps above the warm-up"
-        )
-
-
-def _has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:
@@ -276,7 +234,7 @@ def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_siz
     )
 
 
-class _Clock:
+class Clock:
     """Images a second and the share of time spent waiting for data, since the last report."""
 
     def __init__(self) -> None:

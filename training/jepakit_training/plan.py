@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from jepakit.backbone import is_hierarchical, round_size, size_multiple
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
+from jepakit.sources._words import counted
+from jepakit_training.batchnorm import batch_norms
 from jepakit_training.data import Split, split
 
 FEWEST_IMAGES = 16
@@ -20,6 +23,7 @@ _FEW_IMAGES = 64
 _DEFAULT_STEPS = 300
 _RAMP_STEPS = 10
 _LAMBDA_PER_VIEW = 0.005
+_LAYER_DECAY = 0.75
 _LR_SCRATCH, _LR_CONVNET, _LR_VIT = 5e-4, 3e-4, 1e-4
 _LOCAL_SHARE = 96 / 224
 
@@ -33,6 +37,10 @@ class Plan:
     warmup_steps: int
     lr: float
     lamb: float
+    layer_decay: float
+    norm_statistics: Literal["frozen", "trained"]
+    micro_batch: int | None
+    bands: int
     image_size: int
     local_size: int
     workers: int
@@ -49,8 +57,9 @@ class Plan:
         return 0.0 if since < 0 else min(1.0, (since + 1) / _RAMP_STEPS) * _cosine(step / self.steps)
 
 
-def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int) -> Plan:
-    """Resolve `config` for these images and this backbone; raises InputError where they cannot go together."""
+def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int, bands: int = 3) -> Plan:
+    """Resolve `config` for these images of so many bands and this backbone, over `world` processes; raises
+    InputError where they cannot go together."""
     if len(images) < FEWEST_IMAGES:
         raise DataError(
             f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
@@ -86,8 +95,20 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
         raise ConfigError(
             f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
         )
+    if views.n_local and not _takes(backbone, bands, local_size):
+        notes.append(f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px")
+        local_size = image_size
+    norm_statistics = config.norm_statistics
+    if norm_statistics == "auto" or not batch_norms(backbone):
+        norm_statistics = "trained" if from_random and batch_norms(backbone) else "frozen"
+    micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
+    if micro_batch and norm_statistics == "trained":
+        raise ConfigError(
+            f"micro_batch = {micro_batch}: the BatchNorms of {config.backbone} train, and their statistics are of the whole "
+            "batch: leave micro_batch out, set norm_statistics = frozen, or take a backbone without BatchNorm"
+        )
     notes.append(
-        f"{trained_on} images train, {len(parts.held_out)} are held out; {steps} steps of {batch_size} images, "
+        f"{counted(trained_on, 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
         f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views"
     )
     return Plan(
@@ -95,6 +116,10 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
         batch_size=batch_size,
         warmup_steps=0 if from_random or config.unfreeze == "none" else round(config.warmup * steps),
         lr=config.lr or (_LR_SCRATCH if from_random else _LR_CONVNET if hierarchical else _LR_VIT),
+        layer_decay=config.layer_decay or (_LAYER_DECAY if config.unfreeze == "all" and not from_random else 1.0),
+        norm_statistics=norm_statistics,
+        micro_batch=micro_batch,
+        bands=bands,
         lamb=config.lamb or _LAMBDA_PER_VIEW * (views.n_global + views.n_local),
         image_size=image_size,
         local_size=local_size,
@@ -107,6 +132,17 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int)
 def local_size_of(image_size: int, views: ViewsConfig) -> int:
     """Pixels a side of local views, before they are rounded to the backbone's patch or stride."""
     return round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size
+
+
+def _takes(backbone: Any, bands: int, size: int) -> bool:
+    """Whether the backbone takes images of `size` pixels a side."""
+    device = next(backbone.parameters()).device
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, bands, size, size, device=device))
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:

@@ -1,0 +1,179 @@
+"""One step and what it changes, with every setting of the method, on real tiny backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from jepakit.backbone import start_backbone, stock_preprocess
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, TrainingError
+from jepakit.sources import ImageList, list_images
+from jepakit_training.learner import Learner, Losses
+from jepakit_training.plan import make_plan
+from jepakit_training.views import Views
+
+TINY: dict[str, Any] = {
+    "image_size": 64, "steps": 8, "warmup": 0.25, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16, "lr": 1e-3,
+    "views": {"n_local": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(image_folder: Callable[..., Path]) -> ImageList:
+    return list_images(str(image_folder()), "none")
+
+
+@pytest.fixture(scope="module")
+def make(images: ImageList, weights_file: Callable[[str], Path]) -> Callable[..., tuple[Learner, nn.Module]]:
+    """`make("test_vit", **settings)`: a learner, and the backbone it trains."""
+
+    def call(name: str = "test_vit", **settings: Any) -> tuple[Learner, nn.Module]:
+        weights = settings.pop("weights", None) or str(weights_file(name))
+        config = AdaptConfig(images="x", backbone=name, weights=weights, **{**TINY, **settings})
+        torch.manual_seed(0)
+        backbone, _ = start_backbone(name, weights, 64)
+        plan = make_plan(config, images, backbone, 1)
+        return Learner(config, plan, backbone, stock_preprocess(backbone, 64), Accelerator()), backbone
+
+    return call
+
+
+def views(step: int = 0) -> Views:
+    generator = torch.Generator().manual_seed(step)
+    return Views(*(
+        torch.randint(0, 256, (2, 8, 3, size, size), dtype=torch.uint8, generator=generator) for size in (64, 32)
+    ))  # fmt: skip
+
+
+def train(learner: Learner, steps: range = range(8)) -> list[Losses]:
+    return [learner.step(step, views(step)) for step in steps]
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([value.flatten().float() for value in module.state_dict().values()])
+
+
+def change(backbone: nn.Module, before: Tensor) -> float:
+    return float((weights(backbone) - before).norm())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_micro_batches_and_checkpointed_activations_change_nothing_but_memory(
+    make: Callable[..., Any], name: str
+) -> None:
+    ends = []
+    for settings in ({}, {"micro_batch": 3}, {"activation_checkpointing": True}):
+        learner, backbone = make(name, **settings)
+        before = weights(backbone)
+        losses = train(learner, range(5))
+        ends.append((torch.stack([one.loss for one in losses]), weights(backbone) - before))
+    (losses, moved), *others = ends
+    assert float(moved.norm()) > 0
+    for other_losses, other_moved in others:
+        torch.testing.assert_close(other_losses, losses, rtol=1e-4, atol=1e-5)
+        # AdamW's first steps are signs of gradients: one that is 0 but for rounding may take either sign.
+        assert float((other_moved - moved).norm() / moved.norm()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["test_vit", "mobilenetv2_050"])
+def test_low_rank_additions_train_and_are_merged(make: Callable[..., Any], name: str) -> None:
+    learner, backbone = make(name, unfreeze="lora", lora_rank=4)
+    start, _ = start_backbone(name, learner._config.weights, 64)
+    train(learner)
+    learner.finish()
+    assert list(backbone.state_dict()) == list(start.state_dict())
+    moved = [key for key, value in backbone.state_dict().items() if not torch.equal(value, start.state_dict()[key])]
+    assert moved
+    assert not [key for key in moved if "norm" in key or "bn" in key or key.endswith("bias")]
+
+
+def test_a_checkpoint_of_everything_goes_on_exactly(make: Callable[..., Any]) -> None:
+    settings = {"unfreeze": "lora", "average": "ema", "anchor": 1.0}
+    whole, whole_backbone = make(**settings)
+    train(whole)
+    whole.finish()
+    first, _ = make(**settings)
+    train(first, range(5))
+    second, backbone = make(**settings)
+    second.load_state_dict(first.state_dict())
+    train(second, range(5, 8))
+    second.finish()
+    assert torch.equal(weights(backbone), weights(whole_backbone))
+
+
+def test_a_mix_ends_so_far_from_the_start(make: Callable[..., Any]) -> None:
+    moves = []
+    for mix in (1.0, 0.25):
+        learner, backbone = make("test_resnet", mix=mix)
+        before = weights(backbone)
+        train(learner)
+        learner.finish()
+        moves.append(change(backbone, before))
+    assert moves[1] == pytest.approx(0.25 * moves[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_an_average_lags_behind(make: Callable[..., Any], kind: str) -> None:
+    moves = []
+    for average in ("none", kind):
+        learner, backbone = make("test_resnet", average=average, average_over=0.5)
+        before = weights(backbone)
+        train(learner)
+        learner.finish()
+        moves.append(change(backbone, before))
+    assert 0 < moves[1] < moves[0]
+
+
+def test_an_anchor_holds_the_features_near_the_start(make: Callable[..., Any]) -> None:
+    ends = {}
+    for weight in (0.001, 100.0):
+        losses = train(make("test_vit", anchor=weight)[0])
+        assert [float(one.anchor) for one in losses[:2]] == [0, 0]  # the projector warms up
+        assert float(losses[2].anchor) == pytest.approx(0, abs=1e-5)  # before the first change
+        ends[weight] = float(losses[-1].anchor)
+    assert 0 < ends[100.0] < 0.5 * ends[0.001]
+
+
+def test_without_an_anchor_there_is_none(make: Callable[..., Any]) -> None:
+    assert train(make()[0], range(1))[0].anchor is None
+
+
+def test_trained_statistics_move_and_frozen_ones_do_not(make: Callable[..., Any]) -> None:
+    for setting, moves in (("frozen", False), ("trained", True)):
+        learner, backbone = make("test_resnet", norm_statistics=setting)
+        before = [value.clone() for value in backbone.buffers()]
+        train(learner, range(3))
+        assert any(not torch.equal(a, b) for a, b in zip(before, backbone.buffers(), strict=True)) == moves
+
+
+def test_trained_statistics_and_micro_batches_are_refused_together(make: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"micro_batch = 2: the BatchNorms of test_resnet train"):
+        make("test_resnet", norm_statistics="trained", micro_batch=2)
+    with pytest.raises(ConfigError, match="micro_batch = 2"):
+        make("test_resnet", weights="random", micro_batch=2)
+    make("test_vit", norm_statistics="trained", micro_batch=2)  # there is none
+
+
+def test_a_backbone_without_checkpointing_says_so(make: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="timm has none for crossvit_tiny_240; micro_batch"):
+        make("crossvit_tiny_240", activation_checkpointing=True)
+
+
+def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> None:
+    learner, _ = make()
+    train(learner, range(2))  # the warm-up
+    with pytest.raises(TrainingError, match="no step was taken; raise --steps"):
+        learner.finish()
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_takes_the_same_steps(make: Callable[..., Any]) -> None:
+    plain, compiled = (torch.stack([one.loss for one in train(make(compile=on)[0], range(4))]) for on in (False, True))
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)

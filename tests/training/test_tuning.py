@@ -1,0 +1,197 @@
+"""Which parameters train, how fast, and what low-rank additions leave behind."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from jepakit.backbone import build
+from jepakit.errors import ConfigError
+from jepakit_training.model import Projector
+from jepakit_training.tuning import add_lora, freeze, parameter_groups
+
+Unfreeze = Literal["auto", "none", "all"] | int
+
+
+def trained(name: str, unfreeze: Unfreeze, *, from_random: bool = False) -> tuple[set[str], set[str]]:
+    """(parameters that train, all parameters)."""
+    backbone = build(name, {})
+    returned = freeze(backbone, unfreeze, from_random=from_random)
+    training = {key for key, parameter in backbone.named_parameters() if parameter.requires_grad}
+    assert set(returned) == training
+    assert len(returned) == len(set(returned))
+    return training, {key for key, _ in backbone.named_parameters()}
+
+
+def starting_with(names: set[str], *prefixes: str) -> set[str]:
+    found = {name for name in names if name.startswith(prefixes)}
+    assert all(any(name.startswith(prefix) for name in found) for prefix in prefixes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("resnet10t", ("layer4.",)),
+        ("test_convnext", ("stages.3.", "head.norm.")),
+        ("mobilenetv2_100", ("blocks.5.", "blocks.6.", "conv_head.", "bn2.")),
+        ("test_efficientnet", ("blocks.4.", "conv_head.", "bn2.")),
+        ("test_vit", ("blocks.4.", "blocks.5.", "norm.")),
+        ("vit_tiny_patch16_224", ("blocks.10.", "blocks.11.", "norm.")),
+    ],
+)
+def test_auto_trains_the_last_stage_of_a_convnet_and_the_last_two_blocks_of_a_vit(
+    name: str, prefixes: tuple[str, ...]
+) -> None:
+    training, everything = trained(name, "auto")
+    assert training == starting_with(everything, *prefixes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit3_small_patch16_224",
+        "vit_small_patch16_dinov3",
+        "beit_base_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_base_patch16_siglip_224",
+        "naflexvit_base_patch16_gap",
+    ],
+)
+def test_auto_trains_two_blocks_of_every_kind_of_vit_whatever_norms_or_pooling_follow(name: str) -> None:
+    with torch.device("meta"):
+        backbone: Any = build(name, {})
+    training = freeze(backbone, "auto", from_random=False)
+    last = len(backbone.blocks) - 1
+    blocks = {key.split(".")[1] for key in training if key.startswith("blocks.")}
+    assert blocks == {str(last - 1), str(last)}
+
+
+@pytest.mark.parametrize(
+    "name", ["densenet121", "repvgg_a0", "regnety_002", "swin_tiny_patch4_window7_224", "edgenext_xx_small"]
+)
+def test_auto_trains_the_layers_at_the_last_resolution_of_other_families(name: str) -> None:
+    """A share of the weights that makes sense: neither a lone norm nor nearly everything."""
+    with torch.device("meta"):
+        backbone: Any = build(name, {})
+    freeze(backbone, "auto", from_random=False)
+    sizes = [(p.numel(), p.requires_grad) for p in backbone.parameters()]
+    share = sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
+    assert 0.1 < share < 0.95
+    last = [name for name, p in backbone.named_parameters() if p.requires_grad]
+    names = [name for name, _ in backbone.named_parameters()]
+    assert last == names[-len(last) :]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_auto_trains_everything_from_random_weights(name: str) -> None:
+    training, everything = trained(name, "auto", from_random=True)
+    assert training == everything
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("from_random", [False, True])
+def test_none_and_all(name: str, from_random: bool) -> None:
+    assert trained(name, "none", from_random=from_random)[0] == set()
+    training, everything = trained(name, "all", from_random=from_random)
+    assert training == everything
+
+
+def test_a_number_counts_blocks_from_the_end() -> None:
+    training, everything = trained("test_vit", 3)
+    assert training == starting_with(everything, "blocks.3.", "blocks.4.", "blocks.5.", "norm.")
+    training, everything = trained("resnet10t", 1)
+    assert training == starting_with(everything, "layer4.")
+    sizes = [len(trained("mobilenetv2_100", count)[0]) for count in (1, 2, 3)]
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_more_blocks_than_there_are_is_refused_with_the_number(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unfreeze = 50: this backbone has \d+ blocks; use `all`"):
+        trained(name, 50)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("test_vit", 6), ("test_resnet", 4)])
+def test_the_number_of_blocks_that_the_refusal_names_is_the_most_that_is_taken(name: str, blocks: int) -> None:
+    trained(name, blocks)
+    with pytest.raises(ConfigError, match=f"has {blocks} blocks"):
+        trained(name, blocks + 1)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("unfreeze", ["auto", "all", "none"])
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_the_optimizer_holds_every_trainable_parameter_once_and_decays_no_norm_or_bias(
+    name: str, unfreeze: Unfreeze, layer_decay: float
+) -> None:
+    backbone, projector = build(name, {}), Projector(4, (8, 8, 8))
+    freeze(backbone, unfreeze, from_random=False)
+    groups = parameter_groups(
+        backbone, projector, lr=1e-4, projector_lr=1e-3, weight_decay=0.05, layer_decay=layer_decay
+    )
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    trained = {key: p for key, p in backbone.named_parameters() if p.requires_grad}
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in (*trained.values(), *projector.parameters())}
+
+    settings = {id(parameter): group for group in groups for parameter in group["params"]}
+    for key, parameter in (*backbone.named_parameters(), *projector.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        group = settings[id(parameter)]
+        assert group["role"] == ("backbone" if key in trained else "projector")
+        plain = parameter.ndim <= 1 or any(word in key for word in ("pos_embed", "cls_token", "reg_token"))
+        assert group["weight_decay"] == (0 if plain else 0.05), key
+    assert torch.optim.AdamW(groups)
+
+
+def test_layer_decay_halves_the_rate_from_each_layer_to_the_one_before() -> None:
+    backbone, projector = build("test_vit", {}), Projector(4, (8, 8, 8))
+    freeze(backbone, "all", from_random=False)
+    groups = parameter_groups(backbone, projector, lr=1e-3, projector_lr=1e-2, weight_decay=0.05, layer_decay=0.5)
+    rate = {id(parameter): group["base_lr"] for group in groups for parameter in group["params"]}
+    named = dict(backbone.named_parameters())
+    depths = [rate[id(named[f"blocks.{block}.attn.qkv.weight"])] for block in range(6)]
+    assert [later / earlier for earlier, later in pairwise(depths)] == pytest.approx([2] * 5)
+    assert rate[id(named["norm.weight"])] == pytest.approx(1e-3)
+    assert rate[id(named["patch_embed.proj.weight"])] < depths[0]
+    assert {rate[id(parameter)] for parameter in projector.parameters()} == {1e-2}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "mobilenetv2_050"])
+def test_low_rank_additions_are_nothing_at_first_and_merge_into_the_weights(name: str) -> None:
+    torch.manual_seed(0)
+    backbone: Any = build(name, {"img_size": 64} if "vit" in name else {}).eval()
+    names = set(backbone.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = backbone(images)
+        lora = add_lora(backbone, rank=4, seed=0)
+        assert torch.equal(backbone(images), before)
+        trained = {key: p for key, p in backbone.named_parameters() if p.requires_grad}
+        assert trained
+        assert all("lora_" in key for key in trained)
+        assert sum(p.numel() for p in trained.values()) < 0.5 * sum(p.numel() for p in backbone.parameters())
+        for parameter in trained.values():
+            nn.init.normal_(parameter, std=0.05)
+        changed = backbone(images)
+        merged = lora.merge_and_unload()
+        assert merged is backbone
+        assert set(backbone.state_dict()) == names
+        assert not torch.allclose(changed, before, rtol=1e-2)
+        torch.testing.assert_close(backbone(images), changed, rtol=1e-3, atol=1e-4)
+
+
+def test_low_rank_additions_depend_on_the_seed_alone() -> None:
+    def first(seed: int) -> torch.Tensor:
+        backbone = build("test_vit", {})
+        add_lora(backbone, rank=4, seed=seed)
+        return next(p.detach() for key, p in backbone.named_parameters() if "lora_A" in key)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))

