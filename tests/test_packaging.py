@@ -36,7 +36,7 @@ def resolve(extra: str, machine: dict[str, str]) -> set[str]:
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
-@pytest.mark.parametrize("extra", ["runtime", "export", "train", "serve", "gpu", "all", "demo", "dev"])
+@pytest.mark.parametrize("extra", ["runtime", "export", "train", "cluster", "serve", "gpu", "all", "demo", "dev"])
 def test_every_extra_that_runs_models_brings_exactly_one_onnx_runtime(extra: str, machine: dict[str, str]) -> None:
     runtimes = {name for name in resolve(extra, machine) if name.startswith("onnxruntime")}
     assert len(runtimes) == 1

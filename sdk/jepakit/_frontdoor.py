@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # What each extra brings that the others do not: the first missing one names the extra to install.
 _NEEDS = {
     "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
+    "cluster": ("ray", "pandas", "pyarrow", "fsspec", "requests"),
     "export": ("torch", "timm", "PIL", "onnx", "onnxscript", "onnxruntime"),
     "serve": ("PIL", "onnxruntime", "ray", "starlette", "fastapi", "python_multipart", "psutil"),
 }
@@ -47,6 +48,8 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
         Path(config.out) if config.out else Path("runs") / f"{_stem(config.images)}-{datetime.date.today():%Y-%m-%d}"
     )
     require("train")
+    if config.launcher == "ray":
+        require("cluster")
     from jepakit_training import adapt as run_training
 
     return run_training(config, listed, folder)

@@ -81,6 +81,8 @@ def adapt(
     group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     workers: Annotated[int | None, typer.Option(help="loader processes")] = None,
+    processes: Annotated[int | None, typer.Option(help="training processes [one a GPU, else 1]")] = None,
+    launcher: Annotated[str | None, typer.Option(help="local, or ray for a cluster [local]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. views.n_local=6")] = None,
 ) -> None:
@@ -92,13 +94,18 @@ def adapt(
         "epochs": epochs, "steps": steps, "batch_size": batch_size, "unfreeze": _number_or_word(unfreeze),
         "pooling": pooling, "lamb": lamb, "lr": lr, "labels": labels, "group": group, "seed": seed, "workers": workers,
         "tile": tile, "overlap": overlap, "frame": _number_or_word(frame), "value_range": _range_or_word(value_range),
+        "processes": processes, "launcher": launcher,
     }  # fmt: skip
     settings = _read_toml(config) if config else {}
     settings.update({key: value for key, value in given.items() if value is not None})
     for assignment in set_ or []:
         _assign(settings, assignment)
     settings.pop("images", None)
-    run = run_adapt(images, **settings)
+    try:
+        run = run_adapt(images, **settings)
+    except KeyboardInterrupt as stop:  # typer would end without the words that say where training stopped
+        print(str(stop) or "stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
     comparison = run.comparison
     if comparison.before and comparison.after:
         print("                 before   after   (held-out images)")

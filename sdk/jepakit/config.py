@@ -242,6 +242,10 @@ class AdaptConfig(_Settings):
     """Seconds between checkpoints."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Loader processes; None: one a core but one, 8 at most. They change nothing but speed."""
+    processes: Annotated[int, Field(ge=1)] | None = None
+    """Training processes, which share the batch; None: one a GPU (of this machine, or of the Ray cluster), else one."""
+    launcher: Literal["local", "ray"] = "local"
+    """What starts them: this machine, or Ray Train on the cluster at RAY_ADDRESS."""
     seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("backbone")

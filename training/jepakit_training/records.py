@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import tomllib
 from importlib import metadata
@@ -33,7 +34,9 @@ from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metric
 from jepakit.sources import ImageList
 
 # These may differ between a run and its resumption: they change nothing in the result.
-FREE_SETTINGS = frozenset({"out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped"})
+FREE_SETTINGS = frozenset(
+    {"out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher"}
+)
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -57,6 +60,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         "platform": platform.platform(),
         "data": images.digest(),
         "images": len(images),
+        "processes": _processes(),
     }
     _write_atomically(out / CONFIG, tomli_w.dumps(settings))
     _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
@@ -79,10 +83,20 @@ def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
     go_on = f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
     if changed:
         raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {go_on}")
-    if json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["data"] != images.digest():
+    environment = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
+    if (processes := environment.get("processes", _processes())) != _processes():
+        raise ConfigError(
+            f"{out} was started by {processes} processes, now there are {_processes()}: say --processes {processes}, or {go_on}"
+        )
+    if environment["data"] != images.digest():
         raise DataError(
             f"the images are not those {out} was started with (files were added, removed or changed); {go_on}"
         )
+
+
+def _processes() -> int:
+    """How many processes train, as torch's launchers, accelerate and Ray Train say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,64 @@
+"""How a training process tells the one that started it why it ended: a file each, FOLDER/rank-N.json."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jepakit import errors
+from jepakit._files import replacing
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why the process `rank` ended early: an exception's class and words, what else it holds, where it came from."""
+
+    rank: int
+    kind: str
+    message: str
+    extra: dict[str, Any]
+    traceback: str
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether it stopped because it was told to."""
+        return self.kind == "KeyboardInterrupt"
+
+    def error(self) -> errors.JepakitError | None:
+        """The same error in this process; None for one that jepakit did not raise on purpose."""
+        kind = getattr(errors, self.kind, None)
+        if not isinstance(kind, type) or not issubclass(kind, errors.JepakitError):
+            return None
+        error = kind.__new__(kind, self.message)  # some classes want more than a message
+        error.__dict__.update(self.extra)
+        return error
+
+
+@contextmanager
+def told(folder: Path, rank: int) -> Iterator[None]:
+    """Leave the ending of whatever raises inside in `folder`; the exception goes on."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        ours = isinstance(error, errors.JepakitError | KeyboardInterrupt)
+        ending = {
+            "rank": rank,
+            "kind": type(error).__name__,
+            "message": str(error),
+            "extra": vars(error) if ours else {},
+            "traceback": "" if ours else "".join(traceback.format_exception(error)),
+        }
+        with replacing(folder / f"rank-{rank}.json") as file:
+            file.write(json.dumps(ending, default=str).encode())
+        raise
+
+
+def read_endings(folder: Path) -> list[Ending]:
+    """The endings told so far, the earliest first: those after it are mostly of processes that lost their peer."""
+    files = sorted(folder.glob("rank-*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [Ending(**json.loads(file.read_text(encoding="utf-8"))) for file in files]

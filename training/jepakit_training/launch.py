@@ -1,0 +1,260 @@
+"""`adapt`: in this process, in several of this machine, or on a Ray cluster. The training itself is `loop.adapt`.
+
+The processes are new interpreters that are handed the settings and the list of images, so a notebook, or a script
+without a main guard, starts them as well as the command line. torchrun's agent does not serve here: it sends its
+signals to whole process groups, and a SIGTERM kills the loader's processes before the step that would end in a
+checkpoint; nor does it say in which class an error was raised.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jepakit._cpus import usable_cpus
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, TrainingError
+from jepakit.run import Run
+from jepakit.sources import ImageList
+from jepakit_training.endings import read_endings
+
+_GRACE_S = 10.0  # for the others to say why, or to end, after one process has failed
+_STOPPED = 130  # the exit code of a process that was told to stop, and did
+
+
+def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
+    """Continue LeJEPA pretraining of a backbone on `images`; returns the finished run in `out`.
+
+    Running it again with the same settings resumes an interrupted run, or returns a finished one; other
+    settings or data are refused. Raises InputError for what the user can mend, TrainingError otherwise, the same
+    whether one process trains or many.
+    """
+    if "RANK" in os.environ:  # torchrun or accelerate has started this process as one of several
+        _check_launched(config, images)
+        return run_rank(config, images, out)
+    if images.in_memory and (config.launcher == "ray" or (config.processes or 1) > 1):
+        raise ConfigError(
+            "images in memory cannot be shared between processes: adapt with processes = 1 and the local launcher, or "
+            "save them to a folder"
+        )
+    if config.launcher == "ray":
+        from jepakit_training.ray_launch import adapt_on_ray
+
+        return adapt_on_ray(config, images, out)
+    processes = _processes(config, images)
+    if processes == 1:
+        from jepakit_training.loop import adapt as adapt_here
+
+        return adapt_here(config, images, out)
+    return _adapt_in(processes, config, images, out)
+
+
+def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
+    """Train as the process RANK of WORLD_SIZE, as the environment says."""
+    import torch
+    from accelerate import PartialState
+
+    from jepakit_training.loop import adapt as adapt_here
+
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # without it accelerate takes every process on a CPU for the only one
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(torch|accelerate)\b")  # not the user's to act on
+        met = PartialState(cpu=on_cpu).num_processes  # loop.adapt's Accelerator shares it
+    if met != _world():
+        raise TrainingError(
+            f"{met} processes train instead of {_world()}: start them with torchrun, or use --processes"
+        )
+    return adapt_here(config, images, out)
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_launched(config: AdaptConfig, images: ImageList) -> None:
+    if config.launcher == "ray":
+        raise ConfigError("launcher = 'ray' starts its own processes: run it without torchrun or accelerate launch")
+    if config.processes not in (None, _world()):
+        raise ConfigError(
+            f"processes = {config.processes}, but the launcher has started {_world()}: leave processes out, or run it "
+            "without a launcher"
+        )
+    if images.in_memory and _world() > 1:
+        raise ConfigError(f"images in memory cannot be shared between {_world()} processes: save them to a folder")
+
+
+def _processes(config: AdaptConfig, images: ImageList) -> int:
+    """How many processes are to train on this machine."""
+    if config.processes == 1 or images.in_memory:
+        return 1
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if config.processes is None:
+        return max(1, gpus)
+    if gpus and config.processes > gpus:
+        raise ConfigError(
+            f"processes = {config.processes}, but this machine has {gpus} GPUs: one process a GPU is most"
+        )
+    return config.processes
+
+
+def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path) -> Run:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+
+    # The store where they meet lies in this process: a port that one of them had to bind might be taken by then.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="jepakit-") as folder:
+        group = _Group(processes, store.port, Path(folder), str(out))
+        try:
+            with _forwarding_signals(group):
+                group.hand_out(pickle.dumps((config, images, out, Path(folder))))
+                group.wait()
+        finally:
+            group.kill()
+        if not group.done:
+            _raise_ending(group)
+    return Run(out)
+
+
+class _Group:
+    """The training processes. They live no longer than this one: their standard input tells them when it is gone.
+
+    Rank 0 talks on our standard error; what the others and libraries print is kept in FOLDER/rank-N.log.
+    """
+
+    def __init__(self, count: int, port: int, folder: Path, name: str) -> None:
+        self.folder, self.stopping = folder, False
+        self.ended: dict[int, int] = {}
+        """{rank: exit code} in the order of their ends, up to when the rest was killed."""
+        self.processes = [self._start(rank, count, port, name) for rank in range(count)]
+
+    def _start(self, rank: int, count: int, port: int, name: str) -> subprocess.Popen[bytes]:
+        set_ = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0,  # rank 0 opens no store of its own
+        }  # fmt: skip
+        defaults = {
+            "OMP_NUM_THREADS": max(1, usable_cpus() // count), "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"
+        }  # fmt: skip
+        environment = {
+            **{key: str(value) for key, value in defaults.items()},
+            **os.environ,
+            **{key: str(value) for key, value in set_.items()},
+        }
+        with self.log(rank).open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "jepakit_training.worker", name],
+                env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log if rank else None,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+            )  # fmt: skip
+
+    def log(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.log"
+
+    def hand_out(self, job: bytes) -> None:
+        for process in self.processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(job)
+                process.stdin.flush()
+            except BrokenPipeError:  # it has ended already: `wait` finds out
+                continue
+
+    @property
+    def done(self) -> bool:
+        """Whether all have ended well."""
+        return len(self.ended) == len(self.processes) and not any(self.ended.values())
+
+    def wait(self) -> None:
+        """Return when all have ended, or when one has failed and the others have had their time.
+
+        What it has told counts before its end: with NCCL a process may wait for its peers even to end.
+        """
+        deadline = float("inf")
+        while len(self.ended) < len(self.processes) and time.monotonic() < deadline:
+            for rank, process in enumerate(self.processes):
+                if rank not in self.ended and process.poll() is not None:
+                    self.ended[rank] = process.returncode
+                    if process.returncode < 0:  # its loader processes, which would go on for seconds, and complain
+                        with suppress(ProcessLookupError):
+                            os.killpg(process.pid, signal.SIGKILL)
+            endings = read_endings(self.folder)
+            if any(ending.error() for ending in endings):
+                return  # whatever the others would say is a consequence
+            failed = any(code not in (0, _STOPPED) for code in self.ended.values())
+            if failed or any(not ending.asked_for for ending in endings):
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            time.sleep(0.05)
+
+    def stop(self, number: int) -> None:
+        """Pass a signal on; a second Ctrl-C ends all at once."""
+        if self.stopping and number == signal.SIGINT:
+            self.kill()
+        self.stopping = True
+        for process in self.processes:
+            process.send_signal(number)  # does nothing to one that has ended
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            assert process.stdin is not None
+            try:
+                process.stdin.close()
+            except BrokenPipeError:
+                continue
+
+
+@contextmanager
+def _forwarding_signals(group: _Group) -> Iterator[None]:
+    """SIGINT and SIGTERM go to the training processes, which stop after the step they are in, with a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+
+    def forward(number: int, _: Any) -> None:
+        group.stop(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise_ending(group: _Group) -> NoReturn:
+    """Raise here what one process would have raised by itself: the cause, not what followed from it."""
+    endings = read_endings(group.folder)
+    for error in filter(None, (ending.error() for ending in endings)):
+        raise error
+    if group.stopping:
+        raise KeyboardInterrupt(next((ending.message for ending in endings if ending.asked_for), ""))
+    many, go_on = len(group.processes), "the same command goes on from the last checkpoint"
+    for rank, code in group.ended.items():
+        if code < 0:
+            why = ", by the system for want of memory perhaps" if -code == signal.SIGKILL else ""
+            raise TrainingError(f"process {rank} of {many} was ended by {signal.Signals(-code).name}{why}; {go_on}")
+    if endings:
+        first = endings[0]
+        print(first.traceback, file=sys.stderr)
+        raise TrainingError(f"process {first.rank} of {many} failed: {first.kind}: {first.message}; {go_on}")
+    rank, code = next((rank, code) for rank, code in group.ended.items() if code)
+    words = group.log(rank).read_text(encoding="utf-8", errors="replace").strip()
+    raise TrainingError(f"process {rank} of {many} ended with exit code {code}: {words[-500:] or 'it said nothing'}")

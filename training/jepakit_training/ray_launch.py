@@ -1,0 +1,224 @@
+"""Training on a Ray cluster through Ray Train: the only module of training that knows Ray.
+
+The workers run what `launch.run_rank` runs anywhere. Ray starts them, connects them, and starts them again when one is
+lost; each start goes on from RUN's newest checkpoint. RUN, the images and the current folder must therefore lie where
+every node finds them under the same name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jepakit._cpus import usable_cpus
+from jepakit.config import AdaptConfig
+from jepakit.errors import TrainingError
+from jepakit.run import Run
+from jepakit.sources import ImageList
+from jepakit_training.endings import read_endings, told
+
+_MOST_LOSSES = 3
+_OBJECT_STORE_BYTES = 100 << 20
+# Ray reads them at import. Training's own files say all that a run has to say, in the folders that we name.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 53 s were measured on a busy machine, of Ray's own 60
+}
+
+
+class _Job(NamedTuple):
+    config: AdaptConfig
+    images: ImageList
+    out: Path
+    folder: Path
+    """In RUN, for as long as it trains: what rank 0 says, and why a process ended."""
+    start_in: Path
+
+
+def adapt_on_ray(config: AdaptConfig, images: ImageList, out: Path) -> Run:
+    """Adapt on the cluster at RAY_ADDRESS, or on one of our own on this machine; see `launch.adapt`."""
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".tmp-ray-", dir=out))
+    try:
+        with _cluster(config), _repeating(folder / "said"):
+            _fit(_Job(config, images, out, folder, Path.cwd()))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Run(out)
+
+
+@contextmanager
+def _cluster(config: AdaptConfig) -> Iterator[None]:
+    """A connection to Ray: the caller's, that of RAY_ADDRESS, or to a cluster of our own, which ends with it."""
+    os.environ.update(_SETTINGS)
+    if (loaded := sys.modules.get("ray")) is not None and loaded.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        _check_reachable(address)
+    else:  # Ray's ports listen on all interfaces: guarded by a token, as the service's are
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once a process
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="jepakit-ray-", ignore_cleanup_errors=True) as folder:
+        local: dict[str, Any] = {
+            "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": folder,
+            "num_cpus": max(usable_cpus(), config.processes or 1),
+        }  # fmt: skip
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **(local if address is None else {}))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = "on this machine" if address is None else f"at RAY_ADDRESS = {address}"
+            raise TrainingError(f"no Ray cluster {where}: {str(error).strip().splitlines()[0]}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise TrainingError(
+            f"no Ray cluster at RAY_ADDRESS = {address} ({error.strerror or error}): start one there, or unset RAY_ADDRESS "
+            "for one of this machine alone"
+        ) from None
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt; Ray's own handlers of them would end this process."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt("stopped; the same command goes on from the last checkpoint")
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fit(job: _Job) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    for name in ("ray", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    workers = job.config.processes or max(1, gpus)
+    kind, have = ("GPU", gpus) if gpus else ("CPU", int(there.get("CPU", 0)))
+    if have < workers:
+        print(f"waiting for {workers} {kind}s: the cluster has {have} now", file=sys.stderr)
+    trainer = TorchTrainer(
+        _train,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
+        run_config=RunConfig(
+            name="train", storage_path=str(job.folder), failure_config=FailureConfig(max_failures=_MOST_LOSSES)
+        ),
+    )
+    failure = _waited_for(trainer)
+    endings = read_endings(job.folder)
+    for error in filter(None, (ending.error() for ending in endings)):
+        raise error
+    if failure is None:
+        return
+    if endings and endings[0].traceback:
+        print(endings[0].traceback, file=sys.stderr)
+    why = f"{endings[0].kind}: {endings[0].message}" if endings else str(failure).strip().splitlines()[-1]
+    raise TrainingError(
+        f"training on Ray failed {_MOST_LOSSES + 1} times, the last time by {why}; the same command goes on from the "
+        "last checkpoint"
+    ) from failure
+
+
+def _waited_for(trainer: Any) -> Exception | None:
+    """What `fit` raised, if anything. It runs in a thread: in the main one Ray would take SIGINT for itself."""
+    raised: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    with _stopping_on_signals():
+        thread.start()
+        thread.join()
+    return raised[0] if raised else None
+
+
+def _train(settings: dict[str, Any]) -> None:
+    """What every worker runs, RANK and its like having been set by Ray Train."""
+    job: _Job = settings["job"]
+    rank = int(os.environ["RANK"])
+    if any(ending.error() for ending in read_endings(job.folder)):
+        return  # an error of the user's or of training itself: to start again would not help
+    (job.folder / f"rank-{rank}.json").unlink(missing_ok=True)
+    os.chdir(job.start_in)
+    import torch
+
+    from jepakit_training.launch import run_rank
+
+    torch.set_num_threads(max(1, usable_cpus() // int(os.environ["LOCAL_WORLD_SIZE"])))  # Ray allows one
+    with (
+        (job.folder / "said" if rank == 0 else Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as said,
+        contextlib.redirect_stderr(said),
+        told(job.folder, rank),
+    ):
+        run_rank(job.config, job.images, job.out)
+
+
+@contextmanager
+def _repeating(file: Path) -> Iterator[None]:
+    """Say on our standard error what is written to the file, as it comes."""
+    file.touch()
+    done = threading.Event()
+
+    def repeat() -> None:
+        with file.open(encoding="utf-8") as lines:
+            last = False
+            while not last:
+                last = done.wait(0.5)
+                sys.stderr.write(lines.read())
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
