@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # What each extra brings that the others do not: the first missing one names the extra to install.
 _NEEDS = {
     "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
+    "lora": ("peft",),
+    "tensorboard": ("tensorboard",),
     "cluster": ("ray", "pandas", "pyarrow", "fsspec", "requests"),
     "export": ("torch", "timm", "PIL", "onnx", "onnxscript", "onnxruntime"),
     "serve": ("PIL", "onnxruntime", "ray", "starlette", "fastapi", "python_multipart", "psutil"),
@@ -50,6 +52,10 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     require("train")
     if config.launcher == "ray":
         require("cluster")
+    if config.unfreeze == "lora":
+        require("lora")
+    for tracker in config.trackers:
+        _require_tracker(tracker)
     from jepakit_training import adapt as run_training
 
     return run_training(config, listed, folder)
@@ -128,6 +134,13 @@ def require(extra: str) -> None:
     for module in _NEEDS[extra]:
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(f"this needs {module}, which is not installed: pip install 'jepakit[{extra}]'")
+
+
+def _require_tracker(name: str) -> None:
+    if name in _NEEDS:
+        require(name)
+    elif importlib.util.find_spec(name) is None:
+        raise MissingExtraError(f"trackers = {name} needs {name}, which is not installed: pip install {name}")
 
 
 def _listed(images: Any, config: AdaptConfig) -> ImageList:

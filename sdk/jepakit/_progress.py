@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
 _PLAIN_EVERY_S = 15.0
+# The time left follows the pace of the last half minute or more: training is slower once the backbone trains too.
+_PACE_EVERY_S, _PACE_POINTS = 1.0, 30
 
 
 def track(items: Sequence[_Item], what: str, *, enabled: bool = True) -> Iterator[_Item]:
@@ -23,52 +26,104 @@ def track(items: Sequence[_Item], what: str, *, enabled: bool = True) -> Iterato
 
 
 class Steps:
-    """Shows `step of total`, chosen values beside it, and the time that is left."""
+    """Shows `step of total`, chosen values beside it, and the time that is left.
 
-    def __init__(self, total: int, first: int, *, what: str = "step", enabled: bool = True) -> None:
+    total, first  how many steps there are, and how many of them were done before
+    what          what a step is called
+    epochs        passes over the data that all the steps make; None: they are not spoken of
+    extra_s       seconds of work expected after the last step, which are left too
+    """
+
+    def __init__(
+        self, total: int, first: int, *, what: str = "step", enabled: bool = True,
+        epochs: float | None = None, extra_s: float = 0.0,
+    ) -> None:  # fmt: skip
         self._total, self._first, self._what, self._enabled = total, first, what, enabled
+        self._epochs, self._extra_s = epochs, extra_s
         self._start = self._last_line = time.monotonic()
-        self._bar: Any = None
-        if enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
-            )  # fmt: skip
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task(what, total=total, completed=first, values="")
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_POINTS)
+        self._values, self._spoke = "", False
+        self._bar = _bar(what, total, first) if enabled and sys.stderr.isatty() else None
 
     def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Say that `done` steps are done."""
-        shown = describe(values or {})
+        """Say that `done` steps are done; the values (see `describe`) are shown until there are newer ones."""
+        now = time.monotonic()
+        # The first step is not counted: it waits for the loader's processes to start.
+        if not self._pace or now - self._pace[-1][0] >= _PACE_EVERY_S or done == self._total:
+            self._pace.append((now, done))
+        self._values = describe(values) if values else self._values
+        shown = "  ".join(part for part in (self._epoch(done), self._values) if part)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, values=shown)
+            self._bar.update(0, completed=done, left=self._left(done, now), values=shown)
         elif self._enabled and (
-            time.monotonic() - self._last_line > _PLAIN_EVERY_S or (done == self._total and values)
+            now - self._last_line > _PLAIN_EVERY_S or (done == self._total and (values or self._spoke))
         ):
-            self._last_line = time.monotonic()
-            spent = self._last_line - self._start
-            left = spent / max(1, done - self._first) * (self._total - done)
-            print(
-                f"{self._what} {done}/{self._total}  {left:.0f} s left  {shown}".rstrip(),
-                file=sys.stderr,
-                flush=True,
+            self._last_line, self._spoke = now, True
+            line = "  ".join(
+                part for part in (f"{self._what} {done}/{self._total}", self._left(done, now), shown) if part
             )
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar down."""
         if self._bar is not None:
             self._bar.stop()
 
+    def _epoch(self, done: int) -> str:
+        return (
+            f"epoch {self._epochs * done / self._total:.1f}/{round(self._epochs, 1):g}"
+            if self._epochs is not None
+            else ""
+        )
+
+    def _left(self, done: int, now: float) -> str:
+        (then, before), first = self._pace[0], self._first
+        if done == self._total and not self._extra_s:
+            return f"in {human_time(now - self._start)}" if first == 0 else ""
+        if done == before:
+            return ""
+        return f"{human_time((now - then) / (done - before) * (self._total - done) + self._extra_s)} left"
+
 
 def describe(values: Mapping[str, float]) -> str:
-    """Training's numbers in the words of the docs; SIGReg beside its floor."""
-    if not values:
-        return ""
+    """Training's numbers in the words of the docs; SIGReg beside its floor, peak memory where it is known."""
+    memory = f"  peak memory {values['memory_gb']:.1f} GB" if "memory_gb" in values else ""
     return (
         f"loss {values['loss']:.4f}  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.2f} (floor 1.05)  "
-        f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}"
+        f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}{memory}"
     )
+
+
+def human_time(seconds: float) -> str:
+    """A duration in its two largest units: 45 s, 2 min 30 s, 1 h 12 min, 3 d 4 h."""
+    left = (
+        round(seconds)
+        if seconds < 600
+        else 60 * round(seconds / 60)
+        if seconds < 86_400
+        else 3600 * round(seconds / 3600)
+    )
+    parts = []
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def _bar(what: str, total: int, first: int) -> Any:
+    """A started bar, which writes to standard error and lets other lines there pass above it; None on a dumb terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if console.is_dumb_terminal:
+        return None
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"), TextColumn("{task.fields[values]}"),
+    )  # fmt: skip
+    bar = Progress(*columns, console=console)
+    bar.start()
+    bar.add_task(what, total=total, completed=first, left="", values="")
+    return bar

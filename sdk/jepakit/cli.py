@@ -34,8 +34,8 @@ def main() -> None:
     except JepakitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -103,8 +103,9 @@ def adapt(
     settings.pop("images", None)
     try:
         run = run_adapt(images, **settings)
-    except KeyboardInterrupt as stop:  # typer would end without the words that say where training stopped
-        print(str(stop) or "stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # what has words has said them: where training stopped
+        if not str(stop):
+            print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
     comparison = run.comparison
     if comparison.before and comparison.after:

@@ -246,6 +246,9 @@ class AdaptConfig(_Settings):
     """Training processes, which share the batch; None: one a GPU (of this machine, or of the Ray cluster), else one."""
     launcher: Literal["local", "ray"] = "local"
     """What starts them: this machine, or Ray Train on the cluster at RAY_ADDRESS."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where to log beside metrics.jsonl, in files of the run's folder; W&B and MLflow send nothing unless WANDB_MODE
+    or MLFLOW_TRACKING_URI says so."""
     seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("backbone")

@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,9 +102,10 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     assert environment["images"] == 28
     assert {"torch", "timm", "jepakit"} <= environment["versions"].keys()
     assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
-    assert {"step", "loss", "prediction", "sigreg", "grad_norm", "lr", "images_per_s", "data_wait"} == set(
-        run.metrics()[0]
-    )
+    assert set(run.metrics()[0]) == {
+        "step", "loss", "prediction", "sigreg", "grad_norm", "lr", "images_per_s", "data_wait", "proj_std", "proj_rank",
+        "memory_gb",
+    }  # fmt: skip
     for part in (START, BUNDLE):
         bundle = jepakit.open_bundle(run.path / part)
         bundle.verify()
@@ -165,9 +163,10 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_did(
     for step, wanted in ((3, 4), (8, 13)):  # once in the warm-up, once behind it
         with (
             stopping_in_step(step, monkeypatch, number),
-            pytest.raises(KeyboardInterrupt, match=f"after step {wanted}"),
+            pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit),
         ):
             adapt(out, backbone)
+        assert f"stopped after step {wanted}; run the same command again" in capsys.readouterr().err
         assert not jepakit.open_run(out).finished
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     run = adapt(out, backbone)
@@ -183,7 +182,7 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
     adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    with stopping_in_step(15, monkeypatch), pytest.raises(KeyboardInterrupt):
+    with stopping_in_step(15, monkeypatch), pytest.raises(SystemExit):
         adapt(out)
     shutil.rmtree(next((out / CHECKPOINTS).glob("step-*")))  # as if killed before it was written
     run = adapt(out)
@@ -195,7 +194,7 @@ def test_a_half_written_line_of_metrics_does_not_stop_a_resume(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    with stopping_in_step(11, monkeypatch), pytest.raises(KeyboardInterrupt):
+    with stopping_in_step(11, monkeypatch), pytest.raises(SystemExit):
         adapt(out)
     with (out / METRICS).open("a") as file:
         file.write('{"step": 19, "lo')  # a full disk, a power cut
@@ -207,7 +206,7 @@ def test_a_kill_between_the_first_two_files_does_not_block_the_folder(
 ) -> None:
     """Two ranks that start together see this state too: one has written environment.json, not yet config.toml."""
     out = tmp_path / "run"
-    with stopping_in_step(0, monkeypatch), pytest.raises(KeyboardInterrupt):
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
         adapt(out, steps=2)
     only_first = tmp_path / "killed"
     only_first.mkdir()
@@ -233,17 +232,12 @@ def test_warm_up_leaves_the_backbone_untouched_bit_for_bit(
 ) -> None:
     start, _ = start_backbone("test_resnet", str(weights_file("test_resnet")), 64)
     for step, same in ((WARMUP_STEPS - 1, True), (0, False)):
-        with stopping_in_step(step, monkeypatch), pytest.raises(KeyboardInterrupt):
+        with stopping_in_step(step, monkeypatch), pytest.raises(SystemExit):
             adapt(tmp_path / "run", "test_resnet")
         found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
         assert found is not None
         assert found[0] == WARMUP_STEPS + (not same)
-        backbone = {
-            key.removeprefix("backbone."): value
-            for key, value in found[1]["model"].items()
-            if key.startswith("backbone.")
-        }
-        assert equal(backbone, start.state_dict()) == same
+        assert equal(found[1]["backbone"], start.state_dict()) == same
 
 
 @pytest.mark.parametrize(
@@ -270,7 +264,7 @@ def test_changed_data_is_refused(
 ) -> None:
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
-    with stopping_in_step(0, monkeypatch), pytest.raises(KeyboardInterrupt):
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
         adapt(tmp_path / "run", folder=folder)
     first = min(folder.rglob("*.png"))
     if what == "added":
@@ -364,7 +358,9 @@ def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(
     with pytest.raises(TrainingError, match="not finite 3 times in a row, up to step 2"):
         adapt(tmp_path / "run", save_every_s=0)
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
-    assert found is None or all(value.isfinite().all() for value in found[1]["model"].values())
+    assert found is None or all(
+        value.isfinite().all() for part in ("backbone", "projector") for value in found[1][part].values()
+    )
 
 
 def test_one_bad_step_is_passed_over(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,37 +468,6 @@ def test_one_folder_asked_for_as_labels_is_no_crash(adapt: Adapt, images: Path, 
 def test_a_local_view_as_large_as_the_image_is_refused(adapt: Adapt, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="local views of 64 px are not smaller"):
         adapt(tmp_path / "run", views={"n_local": 1, "local_size": 64})
-
-
-@pytest.mark.slow
-def test_kill_9_at_any_moment_of_a_run_is_survived(
-    images: Path, weights_file: Callable[[str], Path], finished: Callable[[str], Run], tmp_path: Path
-) -> None:
-    settings = {
-        **TINY,
-        "out": str(tmp_path / "run"),
-        "backbone": "test_vit",
-        "weights": str(weights_file("test_vit")),
-        "save_every_s": 0,
-    }
-    code = f"import jepakit; jepakit.adapt({str(images)!r}, **{settings!r})"
-    environment = dict(os.environ)  # the same threads as the run it is held against: sums depend on them
-    checkpoints = tmp_path / "run" / CHECKPOINTS
-
-    def newest() -> str:
-        return max((path.name for path in checkpoints.glob("step-*")), default="")
-
-    for delay in (0.0, 0.03, 0.3):
-        before, deadline = newest(), time.monotonic() + 120
-        child = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
-        while newest() == before and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(delay)
-        child.kill()
-        child.wait()
-        assert newest() > before
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, stderr=subprocess.DEVNULL)
-    assert equal(weights_of(jepakit.open_run(tmp_path / "run")), weights_of(finished("test_vit")))
 
 
 def test_layers_under_two_names_are_written_and_exported(images: Path, tmp_path: Path) -> None:

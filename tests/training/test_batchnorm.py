@@ -46,8 +46,8 @@ def test_a_backbone_with_global_statistics_is_the_same_backbone(name: str) -> No
     results: list[tuple[Tensor, dict[str, Tensor], list[Tensor]]] = []
     for module in (theirs, ours):
         features = module(images)
-        gradients = torch.autograd.grad(features.square().mean(), tuple(module.parameters()))
-        results.append((features, dict(module.named_buffers()), list(gradients)))
+        parameter_gradients = torch.autograd.grad(features.square().mean(), tuple(module.parameters()))
+        results.append((features, dict(module.named_buffers()), list(parameter_gradients)))
     (features, buffers, gradients), (our_features, our_buffers, our_gradients) = results
     torch.testing.assert_close(our_features, features, rtol=1e-3, atol=1e-4)
     assert buffers.keys() == our_buffers.keys()

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.training.forked import start
 from torch import Tensor
 
+from jepakit.errors import TrainingError
 from jepakit_training import checkpoint
+from jepakit_training.checkpoint import CheckpointError, Saver
 
 
 def state_of(step: int) -> dict[str, Tensor | int | str]:
@@ -124,3 +131,136 @@ def test_kill_9_during_saving_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
     assert reached > 1
     checkpoint.save(tmp_path, reached + 1, state_of(reached + 1))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("where", ["model", "optimizer"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, where: str, number: float) -> None:
+    checkpoint.save(tmp_path, 1, state_of(1))
+    state = {"model": {"w": torch.ones(7), "n": torch.tensor(3)}, "optimizer": {"state": [{"m": torch.ones(2, 2)}]}}
+    checkpoint.save(tmp_path, 2, state)
+    (state["model"]["w"] if where == "model" else state["optimizer"]["state"][0]["m"])[-1] = number  # type: ignore[index]
+    with pytest.raises(TrainingError, match="not finite after step 3"):
+        checkpoint.save(tmp_path, 3, state)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
+
+
+def test_empty_whole_and_half_precision_tensors_are_saved(tmp_path: Path) -> None:
+    state = {"empty": torch.empty(0), "whole": torch.arange(3), "half": torch.ones(3, dtype=torch.bfloat16)}
+    checkpoint.save(tmp_path, 1, state)
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert all(torch.equal(found[1][key], value) for key, value in state.items())
+
+
+def state_larger_than_the_disk(tmp_path: Path) -> dict[str, Tensor]:
+    """A tensor over a sparse file that would not fit on the disk: it takes no memory and no room."""
+    count = shutil.disk_usage(tmp_path).total // 4 + (1 << 20)
+    return {"weights": torch.from_file(str(tmp_path / "sparse"), shared=True, size=count, dtype=torch.float32)}
+
+
+def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 1, state_of(1))
+    monkeypatch.setattr(checkpoint, "_check_finite", lambda *_: None)  # it would read all of the file
+    state = state_larger_than_the_disk(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"step 2 .*No space left.* needs [\d,.]+ MB .* [\d,.]+ MB are free"
+    ) as raised:
+        checkpoint.save(folder, 2, state)
+    assert str(folder) in str(raised.value)
+    assert f"{state['weights'].nbytes / 1e6:,.1f} MB" in str(raised.value)
+    assert loaded_step(folder) == 1
+    assert len(list(folder.iterdir())) == 1
+
+
+def fill(folder: Path, most_bytes: int, *, must_at: int) -> None:
+    """Save step after step under a limit on the size of files, which the third state is larger than."""
+    saver = Saver(folder, 0.0, 0, enabled=True)
+    for step in range(1, 7):
+        size = 1000 if step in (3, 4, 6) else 64
+        state: dict[str, Any] = {"weights": torch.full((size, size), float(step)), "step": step}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+        saver.after_step(step, partial(dict, state), must=step == must_at)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(
+            f"step {step}: newest {saver.newest}, on disk {sorted(path.name for path in folder.iterdir())}", flush=True
+        )
+
+
+def test_a_full_disk_is_outlived_in_the_middle_and_an_error_at_the_end(tmp_path: Path) -> None:
+    folder, log = tmp_path / "checkpoints", tmp_path / "log"
+    process = start(fill, folder, 1_000_000, must_at=6, log=log)
+    process.join()
+    assert process.exitcode == 1
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if line.startswith("step")] == [
+        "step 1: newest 1, on disk ['step-000000001']",
+        "step 2: newest 2, on disk ['step-000000001', 'step-000000002']",
+        "step 3: newest 2, on disk ['step-000000001', 'step-000000002']",
+        "step 4: newest 2, on disk ['step-000000001', 'step-000000002']",
+        "step 5: newest 5, on disk ['step-000000002', 'step-000000005']",
+    ]
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert f"checkpoint of step 3 could not be written to {folder}" in warning
+    assert "(File too large): it needs 4.0 MB" in warning
+    assert "would go on from step 2 after a stop" in warning
+    assert lines[-1].startswith("jepakit_training.checkpoint.CheckpointError: the checkpoint of step 6")
+    assert lines[-1].endswith("then the same command will go on from step 5")
+    assert loaded_step(folder) == 5
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_outlived_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    saver = Saver(tmp_path / "file" / "checkpoints", 0.0, 0, enabled=True)
+    saver.after_step(1, lambda: state_of(1))
+    assert "(Not a directory)" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="will begin anew"):
+        saver.after_step(2, lambda: state_of(2), must=True)
+
+
+class Clock:
+    """`time`, of which the tests turn the hands; a save takes `save_s`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("every_s", "step_s", "save_s", "saved"),
+    [
+        (300, 1, 0, []),
+        (25, 5, 0, [5, 10, 15, 20]),
+        (0, 1, 0, list(range(1, 21))),
+        (300, 11, 0, list(range(1, 21))),
+        (300, 11, 12, [1]),  # saving takes longer than the step: not after every one
+        (300, 9, 0, []),
+    ],
+)  # fmt: skip
+def test_when_it_is_time_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, step_s: float, save_s: float, saved: list[int]
+) -> None:
+    clock, asked = Clock(), []
+    monkeypatch.setattr(checkpoint, "time", clock)
+    saver = Saver(tmp_path, every_s, 0, enabled=True)
+
+    def state(step: int) -> dict[str, Any]:
+        asked.append(step)
+        clock.now += save_s
+        return state_of(step)
+
+    for step in range(1, 21):
+        clock.now += step_s
+        saver.after_step(step, partial(state, step))
+    assert asked == saved
+    assert saver.newest == (asked[-1] if asked else 0)
+
+
+def test_other_ranks_save_nothing(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "checkpoints", 0.0, 0, enabled=False)
+    saver.after_step(1, lambda: pytest.fail("asked for its state"), must=True)
+    assert not (tmp_path / "checkpoints").exists()

@@ -271,7 +271,7 @@ def test_a_stop_ends_both_after_their_step_and_the_same_command_goes_on(
     found = checkpoint.load_newest(training.out / CHECKPOINTS)
     assert found is not None
     assert last == f"stopped after step {found[0]}; run the same command again to go on"
-    assert training.process.returncode == 130
+    assert training.process.returncode == 128 + number
     again = subprocess.Popen(
         command(source, training.out, "--processes", "2"),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

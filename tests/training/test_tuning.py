@@ -188,10 +188,11 @@ def test_low_rank_additions_are_nothing_at_first_and_merge_into_the_weights(name
 
 
 def test_low_rank_additions_depend_on_the_seed_alone() -> None:
-    def first(seed: int) -> torch.Tensor:
+    def factor(seed: int) -> torch.Tensor:
         backbone = build("test_vit", {})
         add_lora(backbone, rank=4, seed=seed)
-        return next(p.detach() for key, p in backbone.named_parameters() if "lora_A" in key)
+        first: torch.Tensor = next(p.detach() for key, p in backbone.named_parameters() if "lora_A" in key)
+        return first
 
-    assert torch.equal(first(1), first(1))
-    assert not torch.equal(first(1), first(2))
+    assert torch.equal(factor(1), factor(1))
+    assert not torch.equal(factor(1), factor(2))

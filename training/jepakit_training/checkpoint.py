@@ -9,29 +9,100 @@ load; see the reliability notes in docs/design.md.)
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jepakit._files import fsync
+from jepakit.errors import TrainingError
 
 _KEEP = 2
+_SLOW_STEP_S = 10.0
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written, most often for want of room; older ones are as they were."""
+
+
+class Saver:
+    """Decides after each step whether to save, and outlives a full disk in the middle of a run.
+
+    folder   where the checkpoints lie
+    every_s  seconds between checkpoints. A step that itself took longer than 10 s is saved at once: a SIGTERM's
+             grace ends before the next one does (see `stopping`)
+    first    the step the run goes on from; 0 at its start
+    enabled  whether this process is the one that saves
+    """
+
+    def __init__(self, folder: Path, every_s: float, first: int, *, enabled: bool) -> None:
+        self._folder, self._every_s, self._enabled = folder, every_s, enabled
+        self.newest = first
+        self._saved_at = self._step_began = time.monotonic()
+        self._save_took, self._warned = 0.0, False
+
+    def after_step(self, done: int, state: Callable[[], dict[str, Any]], *, must: bool = False) -> None:
+        """Save if it is time to, or if it `must` be: at the last step and at a stop. `state` is called only then.
+
+        Where it cannot be written: a warning, once, and a next try when it is time again; CheckpointError if it `must`.
+        """
+        now = time.monotonic()
+        # A save that takes longer than the step is not worth it after every single one.
+        slow = now - self._step_began > max(_SLOW_STEP_S, self._save_took)
+        if self._enabled and (must or slow or now - self._saved_at >= self._every_s):
+            self._save(done, state(), must=must)
+            self._saved_at = time.monotonic()
+            self._save_took = self._saved_at - now
+        self._step_began = time.monotonic()
+
+    def _save(self, done: int, state: dict[str, Any], *, must: bool) -> None:
+        try:
+            save(self._folder, done, state)
+        except CheckpointError as error:
+            go_on = f"go on from step {self.newest}" if self.newest else "begin anew"
+            if must:
+                raise CheckpointError(f"{error}; then the same command will {go_on}") from error
+            if not self._warned:
+                print(f"warning: {error}; training goes on, and would {go_on} after a stop", file=sys.stderr)
+            self._warned = True
+        else:
+            self.newest, self._warned = done, False
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = folder / f".tmp-{step}-{os.getpid()}"
-    temporary.mkdir()
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`.
+
+    Raises CheckpointError when it cannot be written, TrainingError when a number is not finite; what was there stays.
+    """
+    _check_finite(step, state)
+    storages = [tensor.untyped_storage() for tensor in _tensors(state)]
+    needed = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     try:
-        torch.save(state, temporary / "state.pt")
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write(folder, step, state)
+    except OSError as error:
+        raise _unwritten(folder, step, needed, error.strerror or str(error)) from error
+
+
+def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
+    temporary = folder / f".tmp-{step}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        _save_state(state, temporary / "state.pt")
         manifest = {"step": step, "sha256": _sha256(temporary / "state.pt")}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         for path in (temporary / "state.pt", temporary / "manifest.json", temporary):
@@ -48,6 +119,15 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(other, ignore_errors=True)
 
 
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        # Of a failed write torch says "unexpected pos 768 vs 662"; behind it lies the system's own reason.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, state) of the newest whole checkpoint, or None."""
     for candidate in _newest_first(folder):
@@ -58,6 +138,35 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
         except (OSError, ValueError, KeyError):
             continue
     return None
+
+
+def _unwritten(folder: Path, step: int, needed: int, why: str) -> CheckpointError:
+    try:
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+    except OSError:
+        free = "the folder cannot be reached"
+    return CheckpointError(
+        f"the checkpoint of step {step} could not be written to {folder} ({why}): it needs {needed / 1e6:,.1f} MB "
+        f"beside the older ones, and {free}; make room there"
+    )
+
+
+def _check_finite(step: int, state: dict[str, Any]) -> None:
+    """One reduction over all tensors, and one wait for the device."""
+    numbers = [tensor for tensor in _tensors(state) if tensor.is_floating_point() and tensor.numel()]
+    if not torch.nn.utils.get_total_norm(numbers, norm_type=math.inf).isfinite():
+        raise TrainingError(
+            f"weights are not finite after step {step}, so they are not saved; the last checkpoint is sound: start a new "
+            "run with a lower --lr"
+        )
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state.detach()
+    elif isinstance(state, dict | list | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -208,6 +209,8 @@ def views_on(device: torch.device, batch: Batch) -> Views:
 
 
 def _start_worker(_: int) -> None:
+    # Whoever sends SIGTERM to a whole job means the trainer, which still wants the batches of its last step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     silence_loggers()
 

@@ -27,7 +27,7 @@ class Ending:
     @property
     def asked_for(self) -> bool:
         """Whether it stopped because it was told to."""
-        return self.kind == "KeyboardInterrupt"
+        return self.kind in ("KeyboardInterrupt", "SystemExit")
 
     def error(self) -> errors.JepakitError | None:
         """The same error in this process; None for one that jepakit did not raise on purpose."""
@@ -44,8 +44,8 @@ def told(folder: Path, rank: int) -> Iterator[None]:
     """Leave the ending of whatever raises inside in `folder`; the exception goes on."""
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
-        ours = isinstance(error, errors.JepakitError | KeyboardInterrupt)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        ours = isinstance(error, errors.JepakitError | KeyboardInterrupt | SystemExit)
         ending = {
             "rank": rank,
             "kind": type(error).__name__,

@@ -30,7 +30,7 @@ from jepakit.sources import ImageList
 from jepakit_training.endings import read_endings
 
 _GRACE_S = 10.0  # for the others to say why, or to end, after one process has failed
-_STOPPED = 130  # the exit code of a process that was told to stop, and did
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a process that was told to stop, and did
 
 
 def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
@@ -137,7 +137,9 @@ class _Group:
     """
 
     def __init__(self, count: int, port: int, folder: Path, name: str) -> None:
-        self.folder, self.stopping = folder, False
+        self.folder = folder
+        self.told: int | None = None
+        """The signal by which this process was told to stop."""
         self.ended: dict[int, int] = {}
         """{rank: exit code} in the order of their ends, up to when the rest was killed."""
         self.processes = [self._start(rank, count, port, name) for rank in range(count)]
@@ -196,16 +198,16 @@ class _Group:
             endings = read_endings(self.folder)
             if any(ending.error() for ending in endings):
                 return  # whatever the others would say is a consequence
-            failed = any(code not in (0, _STOPPED) for code in self.ended.values())
+            failed = any(code not in (0, *_STOPPED) for code in self.ended.values())
             if failed or any(not ending.asked_for for ending in endings):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
             time.sleep(0.05)
 
     def stop(self, number: int) -> None:
         """Pass a signal on; a second Ctrl-C ends all at once."""
-        if self.stopping and number == signal.SIGINT:
+        if self.told is not None and number == signal.SIGINT:
             self.kill()
-        self.stopping = True
+        self.told = number
         for process in self.processes:
             process.send_signal(number)  # does nothing to one that has ended
 
@@ -244,7 +246,9 @@ def _raise_ending(group: _Group) -> NoReturn:
     endings = read_endings(group.folder)
     for error in filter(None, (ending.error() for ending in endings)):
         raise error
-    if group.stopping:
+    if group.told == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    if group.told is not None:
         raise KeyboardInterrupt(next((ending.message for ending in endings if ending.asked_for), ""))
     many, go_on = len(group.processes), "the same command goes on from the last checkpoint"
     for rank, code in group.ended.items():

@@ -27,8 +27,9 @@ from jepakit_training.views import Views
 _MOST_BAD_STEPS = 3
 
 
-class Losses(NamedTuple):
-    """Of one step, float32 scalars on the training device. SIGReg is of the global batch, the others of this rank's share."""
+class Outcome(NamedTuple):
+    """Of one step, float32 scalars on the training device. SIGReg and the norm are of the global batch, the other losses
+    of this rank's share."""
 
     loss: Tensor
     prediction: Tensor
@@ -36,6 +37,8 @@ class Losses(NamedTuple):
     grad_norm: Tensor
     anchor: Tensor | None
     """1 - cosine to the start's features; None where no anchor was asked for."""
+    projections: Tensor
+    """[V, N, K] of this rank."""
 
 
 class Learner:
@@ -93,7 +96,7 @@ class Learner:
             else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
         )  # fmt: skip
 
-    def step(self, step: int, views: Views) -> Losses:
+    def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
 
         Raises TrainingError when the gradient was not finite for several steps in a row.
@@ -130,13 +133,10 @@ class Learner:
                 f"the gradient was not finite {self._bad_steps} times in a row, up to step {step}: lower --lr "
                 f"(now {plan.lr:g}), then start a new run; the last checkpoint is sound"
             )
-        return Losses(
-            loss.detach(),
-            prediction.detach(),
-            regulariser.detach(),
-            grad_norm,
-            None if anchor is None else anchor.detach(),
-        )
+        return Outcome(
+            loss.detach(), prediction.detach(), regulariser.detach(), grad_norm,
+            None if anchor is None else anchor.detach(), proj_VNK.detach(),
+        )  # fmt: skip
 
     def finish(self) -> None:
         """Leave in the backbone the weights that are kept: averaged, merged, mixed; TrainingError if none moved."""

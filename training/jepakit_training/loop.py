@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +23,29 @@ from jepakit.bundle import Backbone, EmbeddingSpec, Preprocess, Provenance, name
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit.evaluate import Comparison
-from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
+from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run, read_metrics
 from jepakit.sources import ImageList
-from jepakit_training import checkpoint
+from jepakit_training.alarms import Alarms, projection_stats
 from jepakit_training.cache import open_cache
+from jepakit_training.checkpoint import Saver, load_newest
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
 from jepakit_training.evaluation import Measuring
 from jepakit_training.frozen import cpu_has_bf16
-from jepakit_training.learner import Learner, Losses
+from jepakit_training.learner import Learner, Outcome
+from jepakit_training.memory import memory_errors, peak_gb
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.randomness import derive_seed
-from jepakit_training.records import FREE_SETTINGS, SkippedFiles, StepLog, open_folder, versions, write_run_bundle
+from jepakit_training.records import (
+    FREE_SETTINGS,
+    SkippedFiles,
+    StepLog,
+    locked,
+    open_folder,
+    versions,
+    write_run_bundle,
+)
+from jepakit_training.stopping import stopping
+from jepakit_training.trackers import Trackers
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
 
@@ -47,17 +58,15 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     Running it again with the same settings resumes an interrupted run, or returns a finished one; other
     settings or data are refused. Raises InputError for what the user can mend, TrainingError otherwise.
     """
-    if int(os.environ.get("RANK", "0")) == 0:  # the launcher's; accelerate has not started yet
-        open_folder(out, config, images)
+    first_rank = int(os.environ.get("RANK", "0")) == 0  # the launcher's; accelerate has not started yet
     run = Run(out)
-    if run.finished:
-        print(
-            f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW",
-            file=sys.stderr,
-        )
-        return run
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm)\b")  # not the user's to act on
+    with locked(out, enabled=first_rank), warnings.catch_warnings():
+        if first_rank:
+            open_folder(out, config, images)
+        if run.finished:
+            print(f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW", file=sys.stderr)
+            return run
+        warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not the user's to act on
         _adapt(config, images, run)
     return run
 
@@ -65,7 +74,9 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
 def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     setup = prepare(config, images, run)
     main, plan = setup.accelerator.is_main_process, setup.plan
+    began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
+    measuring_s = time.monotonic() - began
 
     def write(path: Path, embedding: EmbeddingSpec, steps: int, comparison: Comparison | None, name: str) -> None:
         provenance = _provenance(config, images, steps=steps, batch_size=plan.batch_size)
@@ -75,7 +86,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
 
     if main and not (run.path / START).exists():
         write(run.path / START, before.embedding, 0, None, f"{name_for(run.path)}-start")
-    _train(config, setup, run)
+    _train(config, setup, run, measuring_s)
     if main and len(setup.skipped):
         print(
             f"{len(setup.skipped)} images could not be read and were left out: see {run.path / SKIPPED}",
@@ -145,37 +156,67 @@ def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "
     return "bf16" if asked == "bf16" or (asked == "auto" and on_gpu and has_bf16) else "no"
 
 
-def _train(config: AdaptConfig, setup: Setup, run: Run) -> None:
+def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> None:
     """Train the backbone in place, from the newest checkpoint where there is one."""
     accelerator, plan, dataset = setup.accelerator, setup.plan, setup.dataset
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
-    first = _restore(run.path / CHECKPOINTS, learner)
     main, clock = accelerator.is_main_process, Clock()
+    first = _restore(run.path / CHECKPOINTS, learner, tell=main)
+    saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=main)
+    epochs = plan.steps * plan.batch_size / len(plan.split.train)
     with (
-        _stop_signal() as stop,
-        closing(Steps(plan.steps, first, enabled=main)) as show,
+        stopping(lambda: saver.newest) as stop,
+        out_of_memory_told(config, plan, accelerator),
+        closing(Steps(plan.steps, first, enabled=main, epochs=epochs, extra_s=measuring_s)) as show,
         closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
+        closing(Trackers(config.trackers, run.path, config.model_dump(mode="json"), first, enabled=main)) as trackers,
     ):
+        alarms = _alarms(config, setup, run)
         loader = step_loader(config, setup, range(first, plan.steps))
         for step, batch in zip(range(first, plan.steps), clock.waiting(loader), strict=True):
             for index, reason in batch.skipped:
                 setup.skipped.add(dataset.images.ids[index], reason)
-            losses = learner.step(step, views_on(accelerator.device, batch))
+            outcome = learner.step(step, views_on(accelerator.device, batch))
 
             clock.step(plan.batch_size)
             last = step + 1 == plan.steps
-            stopping = _any_rank(stop.requested, accelerator)
+            told_to_stop = _any_rank(stop.requested, accelerator)
+            values = None
             if (step + 1) % _LOG_EVERY == 0 or last:
-                values = {**_reduced(losses, accelerator), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates()}
+                values = {
+                    **_numbers(outcome, accelerator), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates(),
+                    "memory_gb": round(peak_gb(accelerator.device), 3),
+                }  # fmt: skip
                 log.write({"step": step, **values})
-                show.update(step + 1, values)
-            if last or stopping or clock.since_save() > config.save_every_s:
-                if main:
-                    checkpoint.save(run.path / CHECKPOINTS, step + 1, learner.state_dict())
-                clock.saved()
-            if stopping:
-                raise KeyboardInterrupt(f"stopped after step {step + 1}; run the same command again to go on")
+                trackers.log(step, values)
+                for line in alarms.check(step, values) if main else ():
+                    print(line, file=sys.stderr)
+            show.update(step + 1, values)
+            saver.after_step(step + 1, learner.state_dict, must=last or told_to_stop)
+            if told_to_stop:
+                raise stop.leaving(step + 1)
     learner.finish()
+
+
+def out_of_memory_told(config: AdaptConfig, plan: Plan, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Turns "out of memory" into an error that names what to change in this run."""
+    return memory_errors(
+        micro_batch=plan.micro_batch or plan.batch_size // accelerator.num_processes,
+        activation_checkpointing=config.activation_checkpointing, image_size=plan.image_size, workers=plan.workers,
+    )  # fmt: skip
+
+
+def _alarms(config: AdaptConfig, setup: Setup, run: Run) -> Alarms:
+    """What watches this run; it has seen what was logged before a resume, and does not repeat itself."""
+    plan, world = setup.plan, setup.accelerator.num_processes
+    alarms = Alarms(
+        steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, images=plan.batch_size // world,
+        n_outputs=config.projector[-1], lamb=plan.lamb, lr=plan.lr, workers=plan.workers,
+        cached=config.cache is not None, on_gpu=setup.accelerator.device.type == "cuda",
+    )  # fmt: skip
+    for row in read_metrics(run.path / METRICS) if setup.accelerator.is_main_process else ():
+        alarms.check(int(row["step"]), row)
+    return alarms
 
 
 def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[Batch]:
@@ -190,27 +231,25 @@ def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[B
     return make_loader(setup.dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
 
 
-def _reduced(losses: Losses, accelerator: Accelerator) -> dict[str, float]:
-    """The numbers of the whole batch, by name; SIGReg and the norm are global already."""
-    shares = {"loss": losses.loss, "prediction": losses.prediction}
-    if losses.anchor is not None:
-        shares["anchor"] = losses.anchor
+def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
+    """The losses of the whole batch by name, and the width and rank of this rank's projections."""
+    shares = {"loss": outcome.loss, "prediction": outcome.prediction}
+    if outcome.anchor is not None:
+        shares["anchor"] = outcome.anchor
     means = accelerator.reduce(torch.stack(list(shares.values())), "mean").tolist()
-    return {
-        **dict(zip(shares, means, strict=True)),
-        "sigreg": losses.sigreg.item(),
-        "grad_norm": float(losses.grad_norm),
-    }
+    own = {"sigreg": outcome.sigreg, "grad_norm": outcome.grad_norm, **projection_stats(outcome.projections)}
+    return {**dict(zip(shares, means, strict=True)), **{name: float(value) for name, value in own.items()}}
 
 
-def _restore(folder: Path, learner: Learner) -> int:
+def _restore(folder: Path, learner: Learner, *, tell: bool) -> int:
     """Load the newest whole checkpoint; returns the step to go on from."""
-    found = checkpoint.load_newest(folder)
+    found = load_newest(folder)
     if found is None:
         return 0
     step, state = found
     learner.load_state_dict(state)
-    print(f"going on from step {step}", file=sys.stderr)
+    if tell:
+        print(f"going on from step {step}", file=sys.stderr)
     return step
 
 
@@ -239,7 +278,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._images, self._waited = 0, 0.0
-        self._start = self._save = time.perf_counter()
+        self._start = time.perf_counter()
 
     def waiting(self, loader: Any) -> Iterator[Any]:
         """Yield the loader's batches, timing the wait for each."""
@@ -261,34 +300,3 @@ class Clock:
         rates = {"images_per_s": round(self._images / spent, 2), "data_wait": round(self._waited / spent, 4)}
         self._images, self._waited, self._start = 0, 0.0, time.perf_counter()
         return rates
-
-    def since_save(self) -> float:
-        return time.perf_counter() - self._save
-
-    def saved(self) -> None:
-        self._save = time.perf_counter()
-
-
-class _Stop:
-    requested = False
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask for a stop at the end of the step; a second SIGINT stops at once."""
-    stop = _Stop()
-
-    def request(*_: object) -> None:
-        stop.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread (a notebook's worker): signals stay as they are
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from jepakit._cpus import usable_cpus
 from jepakit.backbone import is_hierarchical, round_size, size_multiple
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
@@ -123,7 +124,7 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
         lamb=config.lamb or _LAMBDA_PER_VIEW * (views.n_global + views.n_local),
         image_size=image_size,
         local_size=local_size,
-        workers=min(8, len(os.sched_getaffinity(0)) - 1) if config.workers is None else config.workers,
+        workers=_loader_processes() if config.workers is None else config.workers,
         split=parts,
         notes=tuple(notes),
     )
@@ -132,6 +133,11 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
 def local_size_of(image_size: int, views: ViewsConfig) -> int:
     """Pixels a side of local views, before they are rounded to the backbone's patch or stride."""
     return round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size
+
+
+def _loader_processes() -> int:
+    """One a core of this process's share, but one for the model; 8 at most."""
+    return max(0, min(8, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _takes(backbone: Any, bands: int, size: int) -> bool:

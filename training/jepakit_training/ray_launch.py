@@ -114,7 +114,9 @@ def _stopping_on_signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt; Ray's own handlers of them would end this process."""
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt("stopped; the same command goes on from the last checkpoint")
+        line = "stopped; the same command goes on from the last checkpoint"
+        print(line, file=sys.stderr)
+        raise KeyboardInterrupt(line)
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
         yield

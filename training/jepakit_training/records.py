@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import os
 import platform
+import shutil
+import socket
+import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,11 +40,77 @@ from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metrics
 from jepakit.sources import ImageList
 
-# These may differ between a run and its resumption: they change nothing in the result.
-FREE_SETTINGS = frozenset(
-    {"out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher"}
-)
+# These may differ between a run and its resumption: they change nothing in the result, or its rounding alone.
+FREE_SETTINGS = frozenset({
+    "out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher", "trackers",
+    "micro_batch", "activation_checkpointing", "compile",
+})  # fmt: skip
+LOCK = ".lock"
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+
+
+# Some network file systems (Lustre without `-o flock`, old NFS) have none.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_held: set[int] = set()
+
+
+@contextmanager
+def locked(out: Path, *, enabled: bool = True) -> Iterator[None]:
+    """Hold the run's folder, made where it is missing, so that no other trainer can write to it.
+
+    The system lets go of it when the process ends, however it ends. Raises ConfigError when another process holds
+    it, or when nothing can be written there.
+    """
+    if not enabled:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(out / LOCK)
+    except BlockingIOError:
+        holder = (out / LOCK).read_text(encoding="utf-8").strip() or "another process"
+        raise ConfigError(
+            f"{out} is being trained on by {holder}: wait for it or stop it, or name another --out"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written to ({error.strerror}): name another --out") from error
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """An open, locked descriptor of the file at `path`, which says who holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            print(
+                f"warning: {path.parent} lies where files cannot be locked: start no second run on it", file=sys.stderr
+            )
+        # The last holder may have removed the file between our two calls: then this lock is on no name at all.
+        if os.fstat(descriptor).st_nlink:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return descriptor
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    """In a forked child: loader processes outlive a killed trainer by seconds, and would hold the folder for it."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
@@ -67,7 +140,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (CONFIG, ENVIRONMENT, SKIPPED) or name.startswith(".tmp-")
+    return name in (CONFIG, ENVIRONMENT, SKIPPED, LOCK) or name.startswith(".tmp-")
 
 
 def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
@@ -161,7 +234,12 @@ def write_run_bundle(
     path: Path, backbone: torch.nn.Module, described: Backbone, spec: Preprocess, embedding: EmbeddingSpec,
     provenance: Provenance, comparison: Comparison | None, *, name: str,
 ) -> None:  # fmt: skip
-    """Write a bundle without a graph: the backbone's weights and everything needed to export them."""
+    """Write a bundle without a graph: the backbone's weights and everything needed to export them.
+
+    What a process killed in the middle of a file left in the run's folder goes: the folder is locked, so it is no one's.
+    """
+    for stale in path.parent.glob(".tmp-*"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     tensors = tensors_of(backbone)
     manifest = Manifest(
         name=name,

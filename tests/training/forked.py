@@ -1,0 +1,34 @@
+"""Processes for tests that kill them: forked, within milliseconds, from one that has imported everything and run nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+_PRELOAD = ["jepakit", "jepakit.cli", "jepakit_training", "jepakit_training.stopping", "accelerate", "timm", "tomli_w"]
+
+
+def start(function: Callable[..., Any], *args: Any, log: Path, **kwargs: Any) -> ForkServerProcess:
+    """`function(*args, **kwargs)` in a new process, with one torch thread; what it prints goes to `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    process: ForkServerProcess = context.Process(target=_run, args=(function, args, kwargs, log))
+    process.start()
+    return process
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], log: Path) -> None:
+    import torch
+
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts: for the loader
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    torch.set_num_threads(1)
+    function(*args, **kwargs)

@@ -1,0 +1,164 @@
+"""Alarms on values really computed from made-up projections: each wrong distribution gets its own, a right one none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jepakit_training.alarms import Alarms, projection_stats
+from jepakit_training.sigreg import directions, lejepa_loss
+
+N, K, VIEWS, LAMB = 128, 64, 4, 0.03
+SETTINGS: dict[str, Any] = {
+    "steps": 300, "warmup_steps": 30, "batch_size": N, "images": N, "n_outputs": K, "lamb": LAMB, "lr": 1e-4,
+    "workers": 1, "cached": False, "on_gpu": True,
+}  # fmt: skip
+
+
+def gaussian(step: int, *, std: float = 1.0, rank: int = K, shift: float = 0.0) -> Tensor:
+    """Projections [V, N, K] of the given width and rank; views of one image differ a little."""
+    random = torch.Generator().manual_seed(step)
+    basis_KK = torch.linalg.qr(torch.randn(K, K, generator=torch.Generator().manual_seed(7)))[0]
+    images_NR, views_VNR = torch.randn(N, rank, generator=random), torch.randn(VIEWS, N, rank, generator=random)
+    proj_VNK: Tensor = std * (0.9 * images_NR + 0.19**0.5 * views_VNR) @ basis_KK[:rank] * (K / rank) ** 0.5 + shift
+    return proj_VNK
+
+
+def values_of(proj_VNK: Tensor, step: int) -> dict[str, float]:
+    """What the loop logs, from the real loss, its real gradient, and the real statistics."""
+    proj_VNK = proj_VNK.clone().requires_grad_()
+    slices_KS = directions(proj_VNK.shape[-1], 64, seed=0, step=step, device=torch.device("cpu"))
+    loss, prediction, sigreg = lejepa_loss(proj_VNK, 2, LAMB, slices_KS)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert proj_VNK.grad is not None
+    return {
+        "loss": loss.item(), "prediction": prediction.item(), "sigreg": sigreg.item(), "data_wait": 0.1,
+        "grad_norm": proj_VNK.grad.norm().item(), **{k: v.item() for k, v in projection_stats(proj_VNK.detach()).items()},
+    }  # fmt: skip
+
+
+def run(
+    projections: Callable[[int], Tensor], changed: dict[str, float] | None = None, **settings: Any
+) -> dict[int, list[str]]:
+    """The warnings of a whole run, by step. Its loss falls, whatever the projections are."""
+    alarms = Alarms(**{**SETTINGS, **settings})
+    said = {}
+    for step in range(9, alarms.steps, 10):
+        lines = alarms.check(step, {**values_of(projections(step), step), "loss": 0.5 - step / 1000, **(changed or {})})
+        if lines:
+            said[step] = lines
+    return said
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"std": 0.0}, "the projections collapsed: SIGReg is 51.5"),
+        ({"std": 0.01}, "total collapse is 52.5 with 128 images"),
+        ({"std": 0.2}, "too narrow: .* a larger --lamb .now 0.03."),
+        ({"std": 3.0}, "too wide: .* lower --lr .now 0.0001."),
+        ({"std": 20.0}, "no gradient left"),
+        ({"rank": 1}, "vary along 1 of 64 directions"),
+    ],
+)  # fmt: skip
+def test_each_wrong_distribution_has_its_own_warning_given_once(shape: dict[str, Any], words: str) -> None:
+    said = run(lambda step: gaussian(step, **shape))
+    ((step, (line,)),) = said.items()
+    assert step == (209 if "rank" in shape else 79)
+    assert line.startswith("warning: ")
+    assert re.search(words, line), line
+
+
+@pytest.mark.parametrize("shape", [{}, {"std": 0.8}, {"std": 1.2}, {"rank": 32}, {"rank": 4}, {"shift": 0.1}])
+def test_healthy_projections_give_no_warning(shape: dict[str, Any]) -> None:
+    said = run(lambda step: gaussian(step, **shape))
+    assert all(line.startswith("note: SIGReg ends at") for lines in said.values() for line in lines)
+    assert said == {} or said.keys() == {299}
+
+
+def test_four_directions_are_few_for_a_wide_projector_only() -> None:
+    """The anchor: 256 images, 128 outputs, rank 4."""
+    random = torch.Generator().manual_seed(0)
+    proj_VNK = torch.randn(1, 256, 4, generator=random) @ torch.eye(4, 128) * 32**0.5
+    values = values_of(proj_VNK, 0)
+    assert values["sigreg"] == pytest.approx(14.5, rel=0.25)
+    alarms = Alarms(**{**SETTINGS, "batch_size": 256, "images": 256, "n_outputs": 128})
+    said = [line for step in range(209, 290, 10) for line in alarms.check(step, values)]
+    assert len(said) == 1
+    assert "vary along 4 of 128 directions" in said[0]
+
+
+def test_a_short_run_that_ends_far_from_the_floor_is_told_to_take_more_steps() -> None:
+    said = run(lambda step: gaussian(step, std=0.7), steps=40, warmup_steps=4)
+    assert said.keys() == {39}
+    assert "SIGReg ends at" in said[39][0]
+    assert "--steps 80" in said[39][0]
+
+
+def test_the_first_steps_are_left_alone() -> None:
+    assert run(lambda step: gaussian(step, std=0.1 if step < 50 else 1.0)) == {}
+
+
+def test_one_odd_batch_is_no_reason_to_warn() -> None:
+    assert run(lambda step: gaussian(step, std=0.1 if step % 50 == 9 else 1.0)) == {}
+
+
+def losses(shape: Callable[[float], float], noise: float = 0.02, **settings: Any) -> list[str]:
+    """Warnings where the loss goes as told, from 0 to 1 of the run."""
+    random = torch.Generator().manual_seed(0)
+    alarms = Alarms(**{**SETTINGS, **settings})
+    values = values_of(gaussian(0), 0)
+    said = []
+    for step in range(9, alarms.steps, 10):
+        loss = shape(step / alarms.steps) + noise * torch.randn((), generator=random).item()
+        said += alarms.check(step, {**values, "loss": loss})
+    return said
+
+
+def test_a_loss_that_falls_or_has_settled_is_no_reason_to_warn() -> None:
+    assert losses(lambda part: 0.8 - 0.4 * part) == []
+    assert losses(lambda part: 0.4 + 0.4 * (1 - part) ** 4) == []
+    assert losses(lambda part: 0.4 + 0.4 * (1 - part) ** 4, noise=0.1) == []
+
+
+def test_a_rising_loss_is_warned_of_once() -> None:
+    (line,) = losses(lambda part: 0.8 - 0.8 * part if part < 0.5 else 0.4 + 2 * (part - 0.5))
+    assert line.startswith("warning: the loss rises")
+    assert "lower --lr (now 0.0001)" in line
+
+
+def test_a_loss_that_did_not_fall_is_told_at_the_end() -> None:
+    (line,) = losses(lambda part: 0.5 + 0.02 * part)
+    assert "did not fall" in line
+
+
+def test_a_dead_gradient() -> None:
+    said = run(gaussian, {"grad_norm": 1e-9})
+    assert [len(lines) for lines in said.values()] == [1]
+    assert "the gradient is 1e-09" in said[79][0]
+
+
+@pytest.mark.parametrize(
+    ("wait", "on_gpu", "warned"), [(0.25, True, 0), (0.4, True, 1), (0.4, False, 0), (0.8, False, 1)]
+)
+def test_waiting_for_images(wait: float, on_gpu: bool, warned: int) -> None:
+    said = run(gaussian, {"data_wait": wait}, on_gpu=on_gpu)
+    assert sum(map(len, said.values())) == warned
+    assert all("--workers (now 1)" in line and "cache=FOLDER" in line for lines in said.values() for line in lines)
+    assert all(
+        "cache" not in line for lines in run(gaussian, {"data_wait": wait}, cached=True).values() for line in lines
+    )
+
+
+def test_statistics_of_projections() -> None:
+    stats = projection_stats(gaussian(0, std=0.5, shift=3))
+    assert stats["proj_std"].item() == pytest.approx(0.5, rel=0.03)
+    assert K * N / (K + N) < stats["proj_rank"].item() < K * VIEWS * N / (K + VIEWS * N)
+    assert projection_stats(gaussian(0, rank=4))["proj_rank"].item() == pytest.approx(4, rel=0.1)
+    assert projection_stats(torch.ones(2, 8, 4)) == {"proj_std": torch.tensor(0.0), "proj_rank": torch.tensor(0.0)}
+    assert projection_stats(torch.randn(2, 8, 4).bfloat16())["proj_std"].dtype == torch.float32

@@ -1,0 +1,94 @@
+"""Out of memory, really: under a limit on the address space, on a CPU."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.forked import start
+
+from jepakit.errors import TrainingError
+from jepakit_training import checkpoint
+from jepakit_training.memory import memory_errors, peak_gb
+
+
+def train(folder: Path, *, micro_batch: int = 64, activation_checkpointing: bool = False) -> None:
+    """Steps of a small network on ever larger batches, in an address space that ends 400 MB from here."""
+    layers = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(20)))
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 400_000_000, resource.RLIM_INFINITY))
+    with memory_errors(
+        micro_batch=micro_batch, activation_checkpointing=activation_checkpointing, image_size=224, workers=1
+    ):
+        for step in range(1, 10):
+            layers(torch.randn(4**step, 3, 224, 224)).mean().backward()
+            checkpoint.save(folder, step, layers.state_dict())
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_out_of_memory_names_what_to_change_and_keeps_the_checkpoint(tmp_path: Path, tuned: bool) -> None:
+    log = tmp_path / "log"
+    settings = {"micro_batch": 1, "activation_checkpointing": True} if tuned else {}
+    process = start(train, tmp_path / "checkpoints", log=log, **settings)
+    process.join()
+    assert process.exitcode == 1
+    last = log.read_text().splitlines()[-1]
+    assert re.match(r"jepakit.errors.TrainingError: out of memory \(asked for \d+ MB more\); ", last)
+    assert "the last checkpoint is sound" in last
+    ways = ("--set micro_batch=32 (now 64", "--set activation_checkpointing=true", "--image-size below 224")
+    places = [last.find(way) for way in ways]
+    assert places == sorted(places) if not tuned else places[:2] == [-1, -1]
+    assert places[2] > 0
+    assert checkpoint.load_newest(tmp_path / "checkpoints") is not None
+
+
+def words(error: BaseException) -> str:
+    with (
+        pytest.raises(TrainingError) as raised,
+        memory_errors(micro_batch=8, activation_checkpointing=False, image_size=224, workers=4),
+    ):
+        raise error
+    return str(raised.value)
+
+
+def test_what_torch_says_on_a_gpu() -> None:
+    """Texts as torch 2.15 words them."""
+    text = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB is free. "
+        "Process 1 has 77 GiB memory in use."
+    )
+    told = words(torch.OutOfMemoryError(text))
+    assert told.startswith("out of the GPU's memory (asked for 2.00 GiB more); ")
+    assert "micro_batch=4" in told
+    assert "the GPU's memory" in words(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+    )
+
+
+def test_a_killed_loader_process_is_told_from_a_full_dev_shm() -> None:
+    killed = words(RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "))
+    assert "fewer --workers (now 4)" in killed
+    shm = words(
+        RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's ")
+    )
+    assert "--shm-size" in shm
+
+
+def test_other_errors_pass() -> None:
+    for error in (RuntimeError("shapes differ"), ValueError("no")):
+        with (
+            pytest.raises(type(error), match=str(error)) as raised,
+            memory_errors(micro_batch=8, activation_checkpointing=False, image_size=224, workers=4),
+        ):
+            raise error
+        assert raised.value is error
+
+
+def test_peak_memory_grows_by_what_is_held() -> None:
+    before = peak_gb(torch.device("cpu"))
+    held = torch.ones(int(before * 1e9) // 4 + 50_000_000)
+    assert peak_gb(torch.device("cpu")) >= before + 0.2
+    assert held.sum() > 0

@@ -1,0 +1,176 @@
+"""Signals in real processes: at the end of a short step, in the middle of a long one, twice, in a thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.forked import start
+from torch.utils.data import DataLoader, Dataset
+
+from jepakit_training.stopping import stopping
+
+GRACE_S = 1.0
+
+
+def train(
+    folder: Path, step_s: float, *, in_one_call: bool = False, stubborn: bool = False, loader: bool = False
+) -> None:
+    """A loop like the trainer's; `in_one_call`: the step is one call into C++, in which Python handles no signal."""
+    with stopping(lambda: 7, grace_s=GRACE_S) as stop:
+        if loader and os.fork() == 0:
+            (folder / "loader").write_text(str(os.getpid()))
+            while True:
+                time.sleep(0.1)
+        for step in range(10_000):
+            (folder / "began").touch()
+            if in_one_call:
+                one_long_call()
+            else:
+                time.sleep(step_s)
+            if stop.requested:
+                time.sleep(2 * GRACE_S if stubborn else 0)  # saving to a slow disk
+                raise stop.leaving(step + 1)
+
+
+def one_long_call() -> None:
+    torch.linalg.matrix_power(torch.full((1800, 1800), 1 / 1800), 2**40 - 1)
+
+
+def begun(folder: Path, step_s: float = 0.05, **kwargs: bool) -> ForkServerProcess:
+    """A process in the midst of its first steps."""
+    folder.mkdir(exist_ok=True)
+    process = start(train, folder, step_s, log=folder / "log", **kwargs)
+    deadline = time.monotonic() + 60
+    while not (folder / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    return process
+
+
+def ended(process: ForkServerProcess, within_s: float) -> int | None:
+    process.join(within_s)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_short_step_is_finished_first(tmp_path: Path, number: int, code: int) -> None:
+    process = begun(tmp_path)
+    os.kill(process.pid or 0, number)
+    assert ended(process, 20) == code  # multiprocessing makes 1 of any exception but SystemExit
+    log = (tmp_path / "log").read_text()
+    assert "stopped after step" in log
+    assert ("KeyboardInterrupt: stopped after step" in log) == (number == signal.SIGINT)
+
+
+def test_a_long_step_is_left_when_the_grace_is_over(tmp_path: Path) -> None:
+    process = begun(tmp_path, in_one_call=True)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    start_s = time.monotonic()
+    assert ended(process, 60) == 143
+    assert GRACE_S * 0.9 < time.monotonic() - start_s < GRACE_S + 10
+    assert "stopped in the middle of a step: the same command will go on from step 7" in (tmp_path / "log").read_text()
+
+
+def test_a_second_ctrl_c_ends_even_a_long_step(tmp_path: Path) -> None:
+    process = begun(tmp_path, in_one_call=True)
+    for _ in range(2):
+        os.kill(process.pid or 0, signal.SIGINT)
+        time.sleep(0.3)
+    assert ended(process, 20) == 130
+
+
+def test_one_ctrl_c_lets_a_long_step_go_on(tmp_path: Path) -> None:
+    process = begun(tmp_path, in_one_call=True)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(GRACE_S + 2)
+    assert process.exitcode is None
+    assert ended(process, 0) is None
+
+
+def test_saving_after_the_step_may_take_longer_than_the_grace(tmp_path: Path) -> None:
+    process = begun(tmp_path, stubborn=True)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    assert ended(process, 20) == 143
+    assert "stopped after step" in (tmp_path / "log").read_text()
+
+
+def test_ctrl_c_in_the_loaders_processes_counts_once(tmp_path: Path) -> None:
+    process = begun(tmp_path, step_s=4.0, loader=True)
+    worker = int((tmp_path / "loader").read_text())
+    try:
+        for pid in (process.pid or 0, worker):  # what a terminal does: both are in its foreground group
+            os.kill(pid, signal.SIGINT)
+        assert ended(process, 30) == 1
+        assert "stopped after step 1" in (tmp_path / "log").read_text()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def load(folder: Path) -> None:
+    """A step that waits for a real loader, whose process is ended by the same SIGTERM."""
+    with stopping(lambda: 7) as stop:
+        for _ in DataLoader(Slow(folder), num_workers=1):
+            assert not stop.requested
+
+
+class Slow(Dataset[int]):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        (self.folder / "began").write_text(str(os.getpid()))
+        time.sleep(60)
+        return index
+
+
+def test_a_sigterm_to_the_whole_job_is_a_stop_too(tmp_path: Path) -> None:
+    process = start(load, tmp_path, log=tmp_path / "log")
+    while not (tmp_path / "began").exists() or not (tmp_path / "began").read_text():
+        time.sleep(0.01)
+    for pid in (process.pid or 0, int((tmp_path / "began").read_text())):
+        os.kill(pid, signal.SIGTERM)
+    assert ended(process, 15) == 143
+    assert "stopped in the middle of a step: the same command will go on from step 7" in (tmp_path / "log").read_text()
+
+
+def open_files() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+def test_everything_is_as_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads, files = threading.active_count(), open_files()
+    with stopping(lambda: 0) as stop:
+        assert not stop.requested
+        assert threading.active_count() == threads + 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert threading.active_count() == threads
+    assert signal.set_wakeup_fd(-1) == -1
+    assert open_files() == files
+
+
+def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with stopping(lambda: 0) as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]

@@ -1,0 +1,68 @@
+"""TensorBoard's own reader finds what was logged: once, also after a resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jepakit_training.trackers import Trackers, _flat
+
+SETTINGS = {"lr": 1e-4, "views": {"n_local": 4, "global_area": (0.3, 1.0)}, "labels": None}
+
+
+def log(run: Path, steps: range, scale: float = 1.0, *, enabled: bool = True, names: Any = ("tensorboard",)) -> None:
+    trackers = Trackers(names, run, SETTINGS, steps.start, enabled=enabled)
+    for step in steps:
+        trackers.log(step, {"loss": scale / (step + 1), "sigreg": scale * step})
+    trackers.close()
+
+
+def read(run: Path) -> Any:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return events
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_resumed_run_shows_each_step_once(tmp_path: Path) -> None:
+    log(tmp_path, range(10), scale=2.0)
+    log(tmp_path, range(6, 12))  # killed, and gone on with from a checkpoint of step 6
+    log(tmp_path, range(12, 15))
+    scalars = read(tmp_path).Scalars("loss")
+    assert [event.step for event in scalars] == list(range(15))
+    for event in scalars:
+        assert math.isclose(event.value, (2.0 if event.step < 6 else 1.0) / (event.step + 1), rel_tol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_settings_are_shown_as_text(tmp_path: Path) -> None:
+    log(tmp_path, range(1))
+    events = read(tmp_path)
+    assert set(events.Tags()["scalars"]) == {"loss", "sigreg"}
+    (text,) = events.Tensors("settings/text_summary")
+    assert b"views.n_local = 4" in text.tensor_proto.string_val[0]
+
+
+def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
+    log(tmp_path, range(3), names=())
+    log(tmp_path, range(3), enabled=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_tracker_is_imported_unless_asked_for() -> None:
+    code = "import sys, jepakit_training.trackers; print([m for m in ('tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert out.stdout == "[]\n"
+
+
+def test_nested_settings_become_one_table() -> None:
+    assert _flat(SETTINGS) == {
+        "lr": 1e-4, "views.n_local": 4, "views.global_area": "(0.3, 1.0)", "labels": "None"
+    }  # fmt: skip

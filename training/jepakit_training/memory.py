@@ -1,0 +1,79 @@
+"""Memory: how much a run took at most, and what to change when it runs out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from jepakit.errors import TrainingError
+
+# What torch says where it raises no OutOfMemoryError: its allocator of main memory, and CUDA's libraries.
+_NO_MEMORY = (
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
+@contextmanager
+def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_size: int, workers: int) -> Iterator[None]:
+    """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order.
+
+    micro_batch               images that one backbone pass works through at once, as it is now
+    activation_checkpointing  whether that is on
+    image_size, workers       the run's
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in _NO_MEMORY):
+            where = "the GPU's memory" if "CUDA" in str(error) or "CUBLAS" in str(error) else "memory"
+            raise TrainingError(
+                f"out of {where} ({_asked_for(error)}); the last checkpoint is sound. "
+                f"{_advice(micro_batch, activation_checkpointing, image_size)}"
+            ) from error
+        if "DataLoader worker" in str(error) and "Terminated" not in str(error):
+            raise TrainingError(_of_a_worker(str(error), workers)) from error
+        raise
+
+
+def peak_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GB: of the GPU it trains on, or main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -> str:
+    """The exact ways first: they cost time alone. Smaller images make another model."""
+    ways = []
+    if micro_batch > 1:
+        ways.append(f"--set micro_batch={max(1, micro_batch // 2)} (now {micro_batch}; the result is the same)")
+    if not activation_checkpointing:
+        ways.append("--set activation_checkpointing=true (the same result, slower)")
+    ways.append(f"--image-size below {image_size}, in a new run")
+    return "In this order: " + ", then ".join(ways)
+
+
+def _asked_for(error: BaseException) -> str:
+    """How much was asked for, where torch says so."""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", str(error))
+    if found is None:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    amount, unit = found.groups()
+    return f"asked for {float(amount) / 1e6:.0f} MB more" if unit == "bytes" else f"asked for {amount} {unit} more"
+
+
+def _of_a_worker(text: str, workers: int) -> str:
+    if "Bus error" in text or "shared memory" in text:
+        return (
+            f"a loader's process found no room in /dev/shm; the last checkpoint is sound. Give the container more "
+            f"(--shm-size), or take fewer --workers (now {workers})"
+        )
+    return (
+        f"a loader's process was ended from outside, most likely because memory ran out ({text.splitlines()[0]}); the "
+        f"last checkpoint is sound. Take fewer --workers (now {workers}), then run the same command again"
+    )

@@ -1,0 +1,132 @@
+"""Stopping a run from outside: at the end of the step where that is soon, else in the middle of it.
+
+SIGINT and SIGTERM ask for a stop at the end of the step. Python handles signals between two of its own
+instructions, and one backward of a large model on a CPU is one instruction that can take minutes; what sends
+SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kills after 30 s or so. So a thread waits on a pipe into
+which the C handler writes at once, and ends the process itself when the step does not end in time. That loses
+that step alone: slow steps are each saved (`checkpoint.Saver`).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_GRACE_S = 20.0
+_SECOND_GRACE_S = 2.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_pipes: set[int] = set()
+
+
+class Stop:
+    """Whether a stop was asked for, and how to leave then."""
+
+    def __init__(self, newest: Callable[[], int], grace_s: float = _GRACE_S) -> None:
+        self._newest, self._grace_s = newest, grace_s
+        self._number: int | None = None
+        self._at_boundary = False
+
+    @property
+    def requested(self) -> bool:
+        """To be read at the end of every step. Once it was read as True, saving may take the time it takes."""
+        self._at_boundary = self._number is not None
+        return self._at_boundary
+
+    def leaving(self, done: int) -> BaseException:
+        """Say where the run was stopped; returns what to raise.
+
+        KeyboardInterrupt after SIGINT, SystemExit(143) after SIGTERM, or when another process was told to stop.
+        """
+        line = f"stopped after step {done}; run the same command again to go on"
+        print(line, file=sys.stderr, flush=True)
+        return KeyboardInterrupt(line) if self._number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self._number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _watch(self, pipe: int) -> None:
+        """End the process when a step outlasts the grace; returns when the pipe's other end is closed."""
+        deadline, code, interrupts = None, 0, 0
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([pipe], [], [], left)[0]:
+                if not self._at_boundary:
+                    self._leave_now(code)
+                deadline = None
+                continue
+            numbers = os.read(pipe, 64)
+            if not numbers:
+                return
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts >= 2:
+                deadline, code = time.monotonic() + _SECOND_GRACE_S, 128 + signal.SIGINT
+            elif signal.SIGTERM in numbers and deadline is None:
+                deadline, code = time.monotonic() + self._grace_s, 128 + signal.SIGTERM
+
+    def _leave_now(self, code: int) -> None:
+        # A bar on a terminal has hidden the cursor; `print` could wait for a lock that the main thread holds.
+        show_cursor = "\033[?25h" if os.isatty(2) else ""
+        os.write(2, f"{show_cursor}\n{self._in_a_step()}\n".encode())
+        os._exit(code)
+
+    def _in_a_step(self) -> str:
+        newest = self._newest()
+        return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'begin anew'}"
+
+
+@contextmanager
+def stopping(newest: Callable[[], int], *, grace_s: float = _GRACE_S) -> Iterator[Stop]:
+    """While the block runs, SIGINT and SIGTERM ask for a stop at the end of the step (`Stop.requested`).
+
+    newest   the step of the newest checkpoint, for the message; 0 where there is none
+    grace_s  seconds that a step may go on after SIGTERM; then the process ends with exit code 143
+
+    A second SIGINT interrupts the step, and ends the process with exit code 130 if even that takes over 2 s.
+    Outside the main thread (a notebook's worker) nothing happens: signals stay as they are.
+    """
+    stop = Stop(newest, grace_s)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    thread = threading.Thread(target=stop._watch, args=(reading,), name="jepakit-stopping", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, stop._ask) for number in _SIGNALS}
+    pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _pipes.add(writing)
+    try:
+        yield stop
+    except RuntimeError as error:
+        # Whoever sends SIGTERM to all processes of a job ends the loader's too, unless they ignore it.
+        if stop._number is None or "DataLoader worker" not in str(error):
+            raise
+        print(stop._in_a_step(), file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop._number) from error
+    finally:
+        signal.set_wakeup_fd(pipe_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _pipes.discard(writing)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
+
+
+def _let_go() -> None:
+    """In a forked child: Ctrl-C reaches the loader's processes too, and must not count there as a second one."""
+    if _pipes:
+        signal.set_wakeup_fd(-1)
+    while _pipes:
+        os.close(_pipes.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
