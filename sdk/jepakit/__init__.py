@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jepakit._frontdoor import adapt as adapt
+    from jepakit._frontdoor import dry_run as dry_run
     from jepakit._frontdoor import export as export
     from jepakit._frontdoor import inspect as inspect
     from jepakit.bundle import Bundle as Bundle
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from jepakit.probes import KNNProbe as KNNProbe
     from jepakit.probes import LinearProbe as LinearProbe
     from jepakit.probes import load_probe as load_probe
+    from jepakit.run import DryRun as DryRun
     from jepakit.run import Run as Run
     from jepakit.run import open_run as open_run
     from jepakit.session import Model as Model
@@ -32,6 +34,7 @@ _HOME = {
     "AsyncClient": "client",
     "Bundle": "bundle",
     "Client": "client",
+    "DryRun": "run",
     "Embeddings": "embeddings",
     "JepakitError": "errors",
     "KNNProbe": "probes",
@@ -39,6 +42,7 @@ _HOME = {
     "Model": "session",
     "Run": "run",
     "adapt": "_frontdoor",
+    "dry_run": "_frontdoor",
     "export": "_frontdoor",
     "inspect": "_frontdoor",
     "load": "session",
@@ -48,8 +52,8 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 (sorted as _HOME is)
-    "AsyncClient", "Bundle", "Client", "Embeddings", "JepakitError", "KNNProbe", "LinearProbe", "Model", "Run",
-    "adapt", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
+    "AsyncClient", "Bundle", "Client", "DryRun", "Embeddings", "JepakitError", "KNNProbe", "LinearProbe", "Model", "Run",
+    "adapt", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
 ]  # fmt: skip
 
 

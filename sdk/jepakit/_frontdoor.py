@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jepakit.bundle import Bundle
     from jepakit.config import AdaptConfig
     from jepakit.inspection import Inspection
-    from jepakit.run import Run
+    from jepakit.run import DryRun, Run
     from jepakit.sources import ImageList
 
 # What each extra brings that the others do not: the first missing one names the extra to install.
@@ -42,13 +42,32 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
     BackboneError for weights that cannot be had; TrainingError when training cannot go on.
     """
+    config, listed = _to_adapt(images, out, settings)
+    folder = (
+        Path(config.out) if config.out else Path("runs") / f"{_stem(config.images)}-{datetime.date.today():%Y-%m-%d}"
+    )
+    from jepakit_training import adapt as run_training
+
+    return run_training(config, listed, folder)
+
+
+def dry_run(images: Any, **settings: Any) -> DryRun:
+    """Say what `adapt` with the same arguments would take, from a few steps of it in one process; nothing is kept.
+
+    Raises what `adapt` raises for a wrong setting, unusable images, weights that cannot be had, or memory that runs out.
+    """
+    config, listed = _to_adapt(images, None, settings)
+    from jepakit_training.dryrun import dry_run as run_dry
+
+    return run_dry(config, listed)
+
+
+def _to_adapt(images: Any, out: str | Path | None, settings: dict[str, Any]) -> tuple[AdaptConfig, ImageList]:
+    """The checked settings and the images; what is missing is told before torch is imported."""
     from jepakit.config import AdaptConfig
 
     config = parse(AdaptConfig, {"images": _told(images), "out": None if out is None else str(out), **settings})
     listed = _listed(images, config)
-    folder = (
-        Path(config.out) if config.out else Path("runs") / f"{_stem(config.images)}-{datetime.date.today():%Y-%m-%d}"
-    )
     require("train")
     if config.launcher == "ray":
         require("cluster")
@@ -56,9 +75,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
         require("lora")
     for tracker in config.trackers:
         _require_tracker(tracker)
-    from jepakit_training import adapt as run_training
-
-    return run_training(config, listed, folder)
+    return config, listed
 
 
 def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) -> Inspection:

@@ -85,9 +85,12 @@ def adapt(
     launcher: Annotated[str | None, typer.Option(help="local, or ray for a cluster [local]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. views.n_local=6")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="a few steps, to say how long it would take")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the result for machines")] = False,
 ) -> None:
     """Adapt a backbone to your own images, and measure whether it helped."""
     from jepakit._frontdoor import adapt as run_adapt
+    from jepakit._frontdoor import dry_run as run_dry
 
     given = {
         "out": out, "backbone": backbone, "weights": weights, "domain": domain, "image_size": image_size,
@@ -101,6 +104,10 @@ def adapt(
     for assignment in set_ or []:
         _assign(settings, assignment)
     settings.pop("images", None)
+    if dry_run:
+        told = run_dry(images, **{key: value for key, value in settings.items() if key != "out"})
+        print(json.dumps({**told.model_dump(), "total_s": told.total_s}) if as_json else told)
+        return
     try:
         run = run_adapt(images, **settings)
     except KeyboardInterrupt as stop:  # what has words has said them: where training stopped
@@ -108,6 +115,9 @@ def adapt(
             print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
     comparison = run.comparison
+    if as_json:
+        print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
+        return
     if comparison.before and comparison.after:
         print("                 before   after   (held-out images)")
         for field, words in (

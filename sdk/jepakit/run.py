@@ -18,6 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from jepakit._progress import human_time
 from jepakit.bundle import Bundle, open_bundle
 from jepakit.errors import DataError
 from jepakit.evaluate import Comparison, Verdict
@@ -76,6 +79,42 @@ class Run:
         from jepakit._frontdoor import export
 
         return export(self.path, out=out, **settings)
+
+
+class DryRun(BaseModel):
+    """What a run would take, from a few of its steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    steps: int
+    warmup_steps: int
+    """Of them, with the backbone frozen."""
+    batch_size: int
+    warmup_step_s: float
+    """Seconds a step with the backbone frozen, loading included."""
+    step_s: float
+    """Seconds a step with the backbone training."""
+    measuring_s: float
+    """Seconds to measure the start and the result, on labels where there are some."""
+    peak_memory_gb: float
+    memory_gb: float
+    """What there is of it: on the GPU, else main memory."""
+    device: str
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the whole run."""
+        return (
+            self.warmup_steps * self.warmup_step_s + (self.steps - self.warmup_steps) * self.step_s + self.measuring_s
+        )
+
+    def __str__(self) -> str:
+        warmup = f", {self.warmup_step_s:.2f} s while the projector warms up" if self.warmup_steps else ""
+        return (
+            f"{self.step_s:.2f} s a step ({self.batch_size / self.step_s:.1f} images/s){warmup}\n"
+            f"{self.peak_memory_gb:.1f} GB of memory at most, of {self.memory_gb:.0f} GB ({self.device})\n"
+            f"{self.steps} steps and measuring twice: about {human_time(self.total_s)}; nothing was kept"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -32,9 +32,14 @@ def test_importing_loads_nothing_heavy(program: str) -> None:
     assert [name for name in HEAVY if name in loaded] == []
 
 
-def test_importing_and_touching_the_client_takes_under_half_a_second_of_cpu() -> None:
-    program = f"import json, time; {TOUCH}; print(json.dumps(time.process_time()))"
-    assert min(in_a_fresh_process(program) for _ in range(3)) < 0.5
+def test_importing_and_touching_the_client_costs_less_than_what_it_is_built_on() -> None:
+    """0.3 to 0.5 s of CPU, by the machine: held against its own dependencies in the same minute, not against a clock."""
+
+    def cpu_s(program: str) -> float:
+        timed = f"import json, time; {program}; print(json.dumps(time.process_time()))"
+        return float(min(in_a_fresh_process(timed) for _ in range(3)))
+
+    assert cpu_s(TOUCH) < cpu_s("import numpy, httpx, pydantic")
 
 
 def test_all_is_what_is_visible() -> None:

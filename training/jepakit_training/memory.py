@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from jepakit.errors import TrainingError
 _NO_MEMORY = (
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 @contextmanager
@@ -45,6 +48,15 @@ def peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+def memory_gb(device: torch.device) -> float:
+    """What there is of it, in GB: on the GPU, or of main memory what the machine or this container has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CONTAINER.read_text(encoding="ascii").strip() if _CONTAINER.is_file() else "max"
+    return (machine if limit == "max" else min(machine, int(limit))) / 1e9
 
 
 def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -> str:

@@ -1,0 +1,67 @@
+"""A few steps of the real run, to say what the whole would take. Nothing is kept."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from jepakit.config import AdaptConfig
+from jepakit.run import DryRun, Run
+from jepakit.sources import ImageList
+from jepakit_training.data import views_on
+from jepakit_training.evaluation import Measuring
+from jepakit_training.learner import Learner
+from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
+from jepakit_training.memory import memory_gb, peak_gb
+
+_STEPS = 4
+_MEASURED_IMAGES = 20
+
+
+def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
+    """Four steps with the backbone frozen, four with it training, and some images measured, in one process.
+
+    Raises what `adapt` would raise before and in its first steps: InputError, and TrainingError when memory runs out.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        setup = prepare(config, images, Run(Path(folder)))
+        plan = setup.plan
+        with out_of_memory_told(config, plan, setup.accelerator):
+            learner = Learner(config, plan, setup.backbone, setup.spec, setup.accelerator)
+            frozen = range(min(_STEPS, plan.warmup_steps))
+            training = range(plan.warmup_steps, min(plan.warmup_steps + _STEPS, plan.steps))
+            warmup_s, step_s = (_seconds_a_step(config, setup, learner, steps) for steps in (frozen, training))
+            measuring_s = _seconds_to_measure(config, images, setup)
+    device = setup.accelerator.device
+    return DryRun(
+        steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, warmup_step_s=warmup_s, step_s=step_s,
+        measuring_s=2 * measuring_s, peak_memory_gb=peak_gb(device), memory_gb=memory_gb(device), device=device.type,
+    )  # fmt: skip
+
+
+def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: range) -> float:
+    """Seconds from one step's end to the next one's; the first waits for the loader's processes to start."""
+    ends = []
+    for step, batch in zip(steps, step_loader(config, setup, steps), strict=True):
+        learner.step(step, views_on(setup.accelerator.device, batch))
+        if setup.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+    return median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else 0.0
+
+
+def _seconds_to_measure(config: AdaptConfig, images: ImageList, setup: Setup) -> float:
+    """To embed and probe all images that a run measures on, from a few of them."""
+    few = Measuring(
+        config.model_copy(update={"measure_on": _MEASURED_IMAGES}), images, setup.plan.split, setup.spec,
+        device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, show=False,
+    )  # fmt: skip
+    count = len(few.images.indices)
+    began = time.perf_counter()
+    few.start(setup.backbone)
+    return (time.perf_counter() - began) * len(setup.measuring.images.indices) / count
