@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jepakit.backbone import build
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import list_images
+from jepakit_training.frozen import cpu_has_bf16
+from jepakit_training.loop import mixed_precision
 from jepakit_training.plan import Plan, make_plan
 
 
@@ -98,3 +101,13 @@ def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:
     fixed = plan("coat_lite_tiny", image_size=64)
     assert fixed.local_size == fixed.image_size == 64
     assert any("takes images of one size only" in note for note in fixed.notes)
+
+
+def test_bfloat16_is_refused_where_it_would_crawl() -> None:
+    assert mixed_precision("fp32") == "no"
+    if cpu_has_bf16() or torch.cuda.is_available():
+        assert mixed_precision("bf16") == "bf16"
+        return
+    assert mixed_precision("auto") == "no"
+    with pytest.raises(ConfigError, match="this machine has no bfloat16 instructions; use auto or fp32"):
+        mixed_precision("bf16")

@@ -6,7 +6,7 @@ Shapes: V views, N images on this rank, E features, K projector outputs; views c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class TwoPass:
         return features
 
     def _until_last(self, last: bool) -> AbstractContextManager[Any]:
-        return torch.enable_grad() if last else self._no_sync()
+        return nullcontext() if last else self._no_sync()
 
 
 def _split(views: Views, size: int) -> Sequence[Views]:
