@@ -7,9 +7,9 @@ empirical characteristic function with exp(-t²/2) by the Epps-Pulley statistic
 
     EP = N · Σ_k W_k · [ (C_k - φ_k)² + S_k² ],    C_k = mean cos(t_k p),  S_k = mean sin(t_k p)
 
-and averages over directions and views. This is the lean form: cos and sin of the multiples of t_1 follow
-from one cos and one sin by angle addition, the backward pass is written in closed form, and slices are
-worked through in chunks, so that the [V, N, S, T] tensor of the plain autograd form never exists.
+and averages over directions and views. This is the lean form: with t_k = k·dt and θ = dt·p, cos kθ and sin kθ
+follow from one cos and one sin by angle addition, the backward pass is written in closed form, and views and
+slices are worked through in blocks, so that the [V, N, S, T] tensor of the plain autograd form never exists.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ from torch import Tensor
 
 from jepakit_training.randomness import derive_seed
 
-# Numbers per chunk: the work set of a chunk (about six such arrays) stays in a core's L2 cache.
-_CHUNK_NUMBERS = 1 << 16
+# Numbers in each of the about nine arrays of a block, which is about 100 operations over the two passes. On a CPU half a
+# megabyte an array: an operation costs some µs of its own (2^16 was 1.2 times as slow), larger blocks gained nothing.
+# On a GPU (arithmetic, never run): a launch takes about 5 µs, an operation on 2^23 numbers moves 100 MB or more, 33 µs
+# at 3 TB/s, so launches hide behind the memory's work; nine arrays are 300 MB. At V = 8, N = 512, S = 1024 that is one
+# block of 100 launches, where 2^17 would make 32 blocks and 3,200 launches, 16 ms.
+_CPU_NUMBERS, _GPU_NUMBERS = 1 << 17, 1 << 23
+# Of each chain of waves, over and over.
+_SIGNS = (1, -1, -1, 1)
 
 
 def directions(n_outputs: int, n_slices: int, *, seed: int, step: int, device: torch.device) -> Tensor:
@@ -71,92 +77,122 @@ def lejepa_loss(proj_VNK: Tensor, n_global: int, lamb: float, directions_KS: Ten
 
 
 def _quadrature(t_max: float, n_nodes: int, like: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Step dt, φ(t_k) and W_k of the nodes k = 1 … n_nodes - 1; at t = 0 the integrand is always 0."""
+    """Step dt, ±φ(t_k) and W_k of the nodes k = 1 … n_nodes - 1; at t = 0 the integrand is always 0.
+
+    In the order of `_waves`, and φ with their signs, so that it can be taken from their means.
+    """
     dt = t_max / (n_nodes - 1)
-    nodes = dt * torch.arange(1, n_nodes, device=like.device, dtype=torch.float64)
+    nodes = dt * torch.tensor(_order(n_nodes), device=like.device, dtype=torch.float64)
     phi = torch.exp(-nodes.square() / 2)
     weights = 2 * dt * phi
-    weights[-1] /= 2
-    return dt, phi.to(like.dtype), weights.to(like.dtype)
+    weights[nodes.argmax()] /= 2
+    signs = phi.new_tensor([_SIGNS[(k - 1) // 2 % 4] for k in _order(n_nodes)])
+    return dt, (signs * phi).to(like.dtype), weights.to(like.dtype)
+
+
+def _order(n_nodes: int) -> list[int]:
+    return [*range(1, n_nodes, 2), *range(2, n_nodes, 2)]
 
 
 class _Sigreg(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, proj_VNK: Tensor, directions_KS: Tensor, t_max: float, n_nodes: int) -> Tensor:
         views, images, _ = proj_VNK.shape
-        slices = directions_KS.shape[1]
         dt, phi_T, weights_T = _quadrature(t_max, n_nodes, proj_VNK)
+        steps_SK = _steps(directions_KS, dt)
 
-        # stats[0] holds the means of cos, stats[1] those of sin, over the global batch.
-        stats = proj_VNK.new_empty(2, n_nodes - 1, views, slices)
-        for chunk in _chunks(slices, views * images):
-            cos_1, sin_1 = _first_node(proj_VNK, directions_KS[:, chunk], dt)
-            for k, (cos_k, sin_k) in enumerate(_multiples(cos_1, sin_1, n_nodes - 1)):
-                torch.mean(cos_k, dim=1, out=stats[0, k, :, chunk])
-                torch.mean(sin_k, dim=1, out=stats[1, k, :, chunk])
+        # ±C_k and ±S_k over the global batch.
+        stats_T2VS = proj_VNK.new_empty(len(phi_T), 2, views, len(steps_SK))
+        for block in _blocks(proj_VNK, len(steps_SK)):
+            for stats, wave in zip(stats_T2VS, _waves(_angles(proj_VNK, steps_SK, block), n_nodes), strict=True):
+                torch.mean(wave, dim=-1, out=stats[:, *block])
         world = _world_size()
         if world > 1:
-            dist.all_reduce(stats)
-            stats /= world
+            dist.all_reduce(stats_T2VS)
+            stats_T2VS /= world
 
-        stats[0] -= phi_T[:, None, None]
-        ctx.save_for_backward(proj_VNK, directions_KS, stats)
+        stats_T2VS[:, 0] -= phi_T[:, None, None]
+        ctx.save_for_backward(proj_VNK, directions_KS, stats_T2VS)
         ctx.quadrature = (t_max, n_nodes, world)
-        per_slice = torch.einsum("k,ckvs->vs", weights_T, stats.square())
+        per_slice = torch.einsum("k,kcvs->vs", weights_T, stats_T2VS.square())
         return images * world * per_slice.mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """dL/dp_n = 2/(V·S) · Σ_k W_k t_k [ S_k cos(t_k p_n) - (C_k - φ_k) sin(t_k p_n) ].
+        """dL/dθ_n = 2/(V·S) · Σ_k W_k k [ S_k cos kθ_n - (C_k - φ_k) sin kθ_n ], and dθ_n/dz_n = dt·a.
 
         With N_global in front of EP and 1/N_global in the means this is world_size times the gradient of
-        the mean over ranks, so the factor is applied here once.
+        the mean over ranks, so the factor is applied here once. The signs of waves and statistics cancel.
         """
-        proj_VNK, directions_KS, stats = ctx.saved_tensors
+        proj_VNK, directions_KS, stats_T2VS = ctx.saved_tensors
         t_max, n_nodes, world = ctx.quadrature
-        views, images, _ = proj_VNK.shape
-        slices = directions_KS.shape[1]
         dt, _, weights_T = _quadrature(t_max, n_nodes, proj_VNK)
-        nodes_T = dt * torch.arange(1, n_nodes, device=proj_VNK.device, dtype=proj_VNK.dtype)
-        slopes = stats * (weights_T * nodes_T)[:, None, None]
+        steps_SK = _steps(directions_KS, dt)
+        (grad,) = grads
+        factor_T = weights_T * weights_T.new_tensor(_order(n_nodes)) * grad * 2 * world
+        factor_T /= stats_T2VS[0, 0].numel()
+        slopes_T2VS1 = (factor_T[:, None, None, None] * stats_T2VS.flip(1))[..., None]
+        slopes_T2VS1[:, 1].neg_()
 
         grad_VNK = torch.zeros_like(proj_VNK)
-        for chunk in _chunks(slices, views * images):
-            part_KS = directions_KS[:, chunk]
-            cos_1, sin_1 = _first_node(proj_VNK, part_KS, dt)
-            grad_p = torch.zeros_like(cos_1)
-            for k, (cos_k, sin_k) in enumerate(_multiples(cos_1, sin_1, n_nodes - 1)):
-                grad_p.addcmul_(slopes[1, k, :, None, chunk], cos_k)
-                grad_p.addcmul_(slopes[0, k, :, None, chunk], sin_k, value=-1)
-            grad_VNK += grad_p @ part_KS.T
-        (grad,) = grads
-        return grad_VNK * (grad * 2 * world / (views * slices)), None, None, None
+        for views, slices in _blocks(proj_VNK, len(steps_SK)):
+            angles = _angles(proj_VNK, steps_SK, (views, slices))
+            grad_angles = torch.zeros_like(angles)
+            for slopes, wave in zip(slopes_T2VS1[:, :, views, slices], _waves(angles, n_nodes), strict=True):
+                for slope, part in zip(slopes, wave, strict=True):
+                    grad_angles.addcmul_(slope, part)
+            grad_VNK[views].baddbmm_(grad_angles.mT, steps_SK[slices].expand(len(angles), -1, -1))
+        return grad_VNK, None, None, None
 
 
-def _chunks(slices: int, rows: int) -> list[slice]:
-    size = max(1, _CHUNK_NUMBERS // rows)
-    return [slice(start, min(start + size, slices)) for start in range(0, slices, size)]
+def _steps(directions_KS: Tensor, dt: float) -> Tensor:
+    """What turns projector outputs into angles θ: dt times the directions, a row each."""
+    return (dt * directions_KS).T.contiguous()
 
 
-def _first_node(proj_VNK: Tensor, directions_KS: Tensor, dt: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of dt · p, each [V, N, S']."""
-    angles = (proj_VNK @ directions_KS).mul_(dt)
-    return angles.cos(), angles.sin()
+def _blocks(proj_VNK: Tensor, slices: int) -> list[tuple[slice, slice]]:
+    """Views and slices of each block: the slices of one view that fit, and more views where all slices do."""
+    views, images, _ = proj_VNK.shape
+    numbers = _CPU_NUMBERS if proj_VNK.device.type == "cpu" else _GPU_NUMBERS
+    width = min(slices, max(1, numbers // images))
+    height = max(1, numbers // (images * width))
+    return [
+        (slice(view, view + height), slice(start, start + width))
+        for view in range(0, views, height)
+        for start in range(0, slices, width)
+    ]
 
 
-def _multiples(cos_1: Tensor, sin_1: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (cos kθ, sin kθ) for k = 1 … count by c_{k+1} = 2 c_1 c_k - c_{k-1}, in two buffers each.
+def _angles(proj_VNK: Tensor, steps_SK: Tensor, block: tuple[slice, slice]) -> Tensor:
+    """θ of a block, [V', S', N]: images last, where their means are sums of neighbours in memory."""
+    views, slices = block
+    return steps_SK[slices] @ proj_VNK[views].mT
 
-    A yielded pair is overwritten two steps later: use it at once. `cos_1` and `sin_1` are used up.
+
+def _waves(angles: Tensor, n_nodes: int) -> Iterator[Tensor]:
+    """Yield ±(cos kθ, sin kθ), [2, *θ], for the odd k, then for the even ones.
+
+    A yielded wave is overwritten two steps later: use it at once.
     """
-    two_cos = 2 * cos_1
-    previous, current = (torch.ones_like(cos_1), torch.zeros_like(sin_1)), (cos_1, sin_1)
-    yield current
-    for _ in range(count - 1):
-        for old, now in zip(previous, current, strict=True):
-            old.neg_().addcmul_(two_cos, now)
-        previous, current = current, previous
-        yield current
+    cos, sin = angles.cos(), angles.sin()
+    cos_2 = 1 - 2 * sin.square()
+    yield from _chain(torch.stack([cos, -sin]), torch.stack([cos, sin]), cos_2, n_nodes // 2)
+    sin_2 = cos.mul_(sin).mul_(2)
+    one, zero = torch.ones_like(cos), torch.zeros_like(cos)
+    yield from _chain(torch.stack([one, zero]), torch.stack([cos_2, sin_2]), cos_2, (n_nodes - 1) // 2)
+
+
+def _chain(previous: Tensor, wave: Tensor, cos_2: Tensor, count: int) -> Iterator[Tensor]:
+    """Waves k, k + 2, … by c_{k+2} = 2 cos 2θ · c_k - c_{k-2}, and likewise for sin; signs + - - + + - - + …
+
+    Steps of 2θ cost what steps of θ would, and leave an eighth of the rounding error in the gradient. With
+    these signs a step is one multiply-add in place; without them it would be a negation too.
+    """
+    for place in range(count):
+        if place:
+            previous.addcmul_(cos_2, wave, value=-2 if place % 2 else 2)
+            previous, wave = wave, previous
+        yield wave
 
 
 def _world_size() -> int:
