@@ -1,4 +1,4 @@
-"""Which timm architectures work: each exported by the product's own road and held against torch, at 3 and 5 bands.
+"""Which timm architectures work: each exported and held against torch, at 3 and 5 bands, and trained for two steps.
 
     python benchmarks/architectures.py [--quick | --only NAME ...] [--timeout SECONDS] [--rows FILE] [--out docs/architectures.md]
 
@@ -7,7 +7,9 @@ hide every block behind it) and BatchNorm statistics measured on images (at 0 an
 layer by layer, and a constant is easy to reproduce), at the smallest of 64, 96, 128 pixels that it takes, or at its own
 size. At 3 bands the weights are a file given to `jepakit.export`, at 5 bands a bundle, as a run leaves
 one. Export itself refuses a graph that misses torch by over 1e-4 at batch sizes 1, 2, 7 or 33. Each goes through it
-in a process of its own, so that a crash or 90 s without an answer is a row of the table. About 20 minutes on one core.
+in a process of its own, so that a crash or 90 s without an answer is a row of the table. In one more, `jepakit.adapt`
+trains it from random weights for two steps, all of it, on a few made-up images of that size, 3 bands. About 50 minutes
+on one core.
 Prints a line for each, and one JSON object as the last line; --out writes the page, --rows keeps the rows in a file and
 adds to those it holds: after a change, `--only` measures a few again.
 """
@@ -15,22 +17,27 @@ adds to those it holds: after a change, `--only` measures a few again.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import multiprocessing
 import platform
 import shlex
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,6 +66,7 @@ from jepakit.bundle import (
     write_bundle,
 )
 from jepakit.errors import JepakitError
+from jepakit.run import BUNDLE, START
 from jepakit_export.verify import BATCH_SIZES
 
 FAMILIES = {
@@ -145,6 +153,7 @@ BANDS = (3, 5)
 SIZES = (64, 96, 128, None)
 """Pixels a side, tried in turn; None: the size of the architecture's own weights."""
 TIMEOUT_S = 90
+TRAIN_IMAGES, TRAIN_BATCH, TRAIN_STEPS = 20, 8, 2
 LEAST_SPREAD = 1e-3
 """How far vectors of different images must lie apart, as a share of their largest value, for agreement to say anything."""
 PACKAGES = ("jepakit", "timm", "torch", "onnx", "onnxscript")
@@ -165,6 +174,12 @@ class Row(NamedTuple):
     cpu_s: float | None = None
     """Of the whole export: building, converting, and comparing at every batch size."""
     problem: str | None = None
+    training: str | None = None
+    """Whether it trains: `yes`, with what stayed where it was, or why it does not; None: not tried."""
+
+    @property
+    def trains(self) -> bool:
+        return self.training is not None and self.training.startswith("yes")
 
 
 class Case(NamedTuple):
@@ -294,6 +309,42 @@ def write_start(path: Path, case: Case) -> None:
     write_bundle(path, manifest, lambda folder: save_file(tensors, folder / WEIGHTS))
 
 
+def train(name: str, bands: int) -> Row:
+    """Two optimizer steps by `jepakit.adapt`, which measures before and after as well, and what they moved."""
+    row = Row(name, bands)
+    try:
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+            return row._replace(training=_trained(name, bands, Path(folder)))
+    except Exception as error:  # whatever happened is this row's answer
+        return row._replace(problem=told(error))
+
+
+def _trained(name: str, bands: int, folder: Path) -> str:
+    torch.manual_seed(0)
+    case = smallest(name, bands)
+    size = case.spec.size
+    (folder / "images").mkdir()
+    for number, pixels in enumerate(golden.synthetic_images(TRAIN_IMAGES, size, bands, seed=2)):
+        Image.fromarray(pixels).save(folder / "images" / f"{number:02}.png")
+    run = jepakit.adapt(
+        folder / "images", out=folder / "run", backbone=name, weights="random", image_size=size, labels="none",
+        steps=TRAIN_STEPS, batch_size=TRAIN_BATCH, views={"n_global": 2, "n_local": 1}, projector=(32, 32, 8),
+        n_slices=16, workers=0,
+    )  # fmt: skip
+    last = run.metrics()[-1]
+    if not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"])):
+        raise RuntimeError(f"loss {last['loss']}, gradient norm {last['grad_norm']}")
+    start, end = (load_file(run.path / part / WEIGHTS) for part in (START, BUNDLE))
+    still = {key for key, value in start.items() if torch.equal(value, end[key])}
+    means = {key for key in start if key.endswith("running_mean")}
+    if means & still:
+        raise RuntimeError(f"{len(means & still)} of {len(means)} BatchNorms kept their statistics")
+    weights = {key for key, _ in case.backbone.named_parameters()}
+    if 2 * len(weights & still) > len(weights):
+        raise RuntimeError(f"{len(weights & still)} of {len(weights)} weights did not move")
+    return f"yes, all but {len(weights & still)} of {len(weights)} weights moved" if weights & still else "yes"
+
+
 def told(error: Exception) -> str:
     """One line of the error; the class is named where the message isn't the product's own."""
     line = (str(error).strip().splitlines() or [""])[0][:300]
@@ -307,7 +358,7 @@ def isolated(name: str, bands: int, *, measure: Measure = measure, timeout_s: fl
     """`measure` in a process of its own; a crash or no answer in time is a row as well."""
     # Forked from a server that has imported everything and computed nothing: spares 10 s of imports each.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jepakit_export"])
+    context.set_forkserver_preload(["jepakit_export", "jepakit_training.loop"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, measure, name, bands))
     process.start()
@@ -373,6 +424,12 @@ def _error(row: Row) -> str:
     return "**no**" if row.problem is not None else f"{row.relative_error:.1e}"
 
 
+def _trains(row: Row) -> str:
+    if row.training is None or row.trains:
+        return row.training or ""
+    return f"**no**: {shorten(row.training, 80, placeholder=' …')}"
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -385,6 +442,7 @@ COLUMNS: tuple[tuple[str, Callable[[Both], str]], ...] = (
     ("error, 5 bands", lambda both: _error(both.rows[1])),
     ("file, MB", lambda both: _number(both.rows[0].file_mb, 1)),
     ("export, CPU s", lambda both: _number(both.rows[0].cpu_s, 1)),
+    ("trains", lambda both: _trains(both.rows[0])),
     ("poolings", lambda both: ", ".join(both.rows[0].poolings)),
 )
 """Heading and cell of each column of the page."""
@@ -403,6 +461,7 @@ def page(results: Results, command: str) -> str:
 
 def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list[str]:
     fine = [both for both in listed if both.works]
+    tried = [both.rows[0] for both in listed if both.rows[0].training is not None]
     worst = max((row.relative_error or 0 for both in fine for row in both.rows), default=0)
     batches = f"{', '.join(map(str, BATCH_SIZES[:-1]))} and {BATCH_SIZES[-1]}"
     return [
@@ -410,13 +469,16 @@ def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list
         f"**{len(fine)} of {len(listed)} timm architectures export, and ONNX Runtime gives torch's vectors, with 3 and "
         f"with 5 bands**: at batch sizes {batches} by a relative error of at most {worst:.1e} (1e-4 is the most that "
         "`jepakit export` lets through).", "",
+        *([f"**{sum(row.trains for row in tried)} of {len(tried)} train.**", ""] if tried else []),
         f"Measured with {', '.join(f'{name} {version}' for name, version in versions.items())}, on a CPU, by", "",
         f"    {command}", "",
         "Weights are random, with norms, biases and layer scales moved off their starting values and BatchNorm statistics "
         "measured on images, so that agreement is not met trivially; pretrained weights change none of the graph. The smallest variant stands for "
         "its family, at a small image size; larger ones are built of the same layers. The error is the largest difference "
         "to torch over the largest value, of the pooling `head`; every pooling listed was computed by torch and has "
-        "the right shape. File, CPU seconds (building, converting, comparing at all batch sizes; one thread) and poolings "
+        "the right shape. Training is two optimizer steps of `jepakit adapt` from random weights at 3 bands, everything "
+        f"trained, BatchNorm on its batches, batches of {TRAIN_BATCH} images with 2 global views and 1 local one, at this "
+        "size: the loss is finite and the weights move. File, CPU seconds (building, converting, comparing at all batch sizes; one thread) and poolings "
         "are those at 3 bands.", "",
     ]  # fmt: skip
 
@@ -424,6 +486,11 @@ def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list
 def _problems(listed: list[Both]) -> list[str]:
     found = [row for both in listed for row in both.rows if row.problem is not None]
     lines = [f"- `{row.name}`, {row.bands} bands: {row.problem}" for row in found]
+    lines += [
+        f"- `{both.rows[0].name}`, training: {both.rows[0].training}"
+        for both in listed
+        if both.rows[0].training is not None and not both.rows[0].trains
+    ]
     return ["## What does not, and why", "", *lines, ""] if lines else []
 
 
@@ -449,7 +516,12 @@ def main() -> None:
     results = load_results(options.rows)
     for number, name in enumerate(names, start=1):
         for bands in BANDS:
-            row = results.rows[name, bands] = isolated(name, bands, timeout_s=options.timeout)
+            row = isolated(name, bands, timeout_s=options.timeout)
+            if bands == BANDS[0]:
+                trained = isolated(name, bands, measure=train, timeout_s=options.timeout)
+                row = row._replace(training=trained.training or trained.problem)
+                print(f"{number}/{len(names)} {name}, trains: {row.training}", flush=True)
+            results.rows[name, bands] = row
             outcome = row.problem or f"error {row.relative_error:.1e}, spread {row.spread:.1e}, {row.cpu_s:.0f} CPU s"
             print(f"{number}/{len(names)} {name}, {bands} bands, {row.size} px: {outcome}", flush=True)
             if options.rows is not None:

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import architectures
-from architectures import BANDS, FAMILIES, Results, Row, as_json, isolated, load_results, measure, page, versions
+from architectures import BANDS, FAMILIES, Results, Row, as_json, isolated, load_results, measure, page, train, versions
 from jepakit._timm_names import check_name
 from jepakit.backbone import patch_tokens, poolings_of, start_backbone, tensors_of
 from jepakit.errors import BackboneError
@@ -91,9 +91,38 @@ def test_the_page_counts_what_works_and_says_why_the_rest_does_not() -> None:
     text = page(Results(versions(), rows), "python here.py")
     assert "**1 of 2 timm architectures export" in text
     assert "- `vgg11`, 5 bands: it is too old" in text
-    assert "| VGG | `vgg11` | 64 | 1.0e-07 | **no** | 1.5 | 3.0 | head |" in text
+    assert "| VGG | `vgg11` | 64 | 1.0e-07 | **no** | 1.5 | 3.0 |  | head |" in text
     assert "    python here.py\n" in text
     assert "resnet18" not in text
+
+
+def test_the_page_says_what_trains() -> None:
+    told = {
+        "test_vit": "yes",
+        "resnet18": "yes, all but 1 of 60 weights moved",
+        "vgg11": "RuntimeError: " + 30 * "long ",
+    }
+    rows = {(name, bands): answer(name, bands) for name in (*told, "vgg11_bn") for bands in BANDS}
+    for name, training in told.items():
+        rows[name, 3] = rows[name, 3]._replace(training=training)
+    text = page(Results(versions(), rows), "python here.py")
+    assert "**2 of 3 train.**" in text
+    assert "| 3.0 | yes | head |" in text
+    assert "| 3.0 | yes, all but 1 of 60 weights moved | head |" in text
+    assert "| 3.0 | **no**: RuntimeError: long long" in text
+    assert f"- `vgg11`, training: {told['vgg11']}\n" in text
+    assert "| `vgg11_bn` | 64 | 1.0e-07 | 1.0e-07 | 1.5 | 3.0 |  | head |" in text
+
+
+def test_two_steps_move_every_weight_and_batch_norm() -> None:
+    assert isolated("test_resnet", 3, measure=train, timeout_s=240) == Row("test_resnet", 3, training="yes")
+
+
+def test_what_training_refuses_is_told_in_the_product_s_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "TRAIN_IMAGES", 4)
+    problem = train("test_resnet", 3).problem
+    assert problem is not None
+    assert problem.startswith("4 images are too few")
 
 
 def test_stored_rows_are_added_to_unless_other_versions_measured_them(tmp_path: Path) -> None:
