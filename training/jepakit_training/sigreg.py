@@ -23,11 +23,11 @@ from torch import Tensor
 
 from jepakit_training.randomness import derive_seed
 
-# Numbers in each of the about nine arrays of a block, which is about 100 operations over the two passes. On a CPU half a
-# megabyte an array: an operation costs some µs of its own (2^16 was 1.2 times as slow), larger blocks gained nothing.
-# On a GPU (arithmetic, never run): a launch takes about 5 µs, an operation on 2^23 numbers moves 100 MB or more, 33 µs
-# at 3 TB/s, so launches hide behind the memory's work; nine arrays are 300 MB. At V = 8, N = 512, S = 1024 that is one
-# block of 100 launches, where 2^17 would make 32 blocks and 3,200 launches, 16 ms.
+# Numbers in each of the about nine arrays of a block, which is 108 operations over the two passes. On a CPU, half a
+# megabyte an array: an operation costs some µs of its own (2^16 took 1.1 to 1.2 times as long, larger blocks gained
+# nothing). On a GPU (arithmetic, never run): a launch takes about 5 µs and an operation on 2^23 numbers moves 100 MB or
+# more, 33 µs at 3 TB/s, so launches hide behind memory; nine arrays are 300 MB. At V = 8, N = 512, S = 1024 that is one
+# block of 108 launches, where 2^17 would make 32 blocks and 3,500 launches, 17 ms.
 _CPU_NUMBERS, _GPU_NUMBERS = 1 << 17, 1 << 23
 # Of each chain of waves, over and over.
 _SIGNS = (1, -1, -1, 1)
