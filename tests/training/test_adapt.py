@@ -477,3 +477,13 @@ def test_layers_under_two_names_are_written_and_exported(images: Path, tmp_path:
         **{**TINY, "image_size": 64, "steps": 1},
     )  # fmt: skip
     assert run.export(tmp_path / "bundle").manifest.graph is not None
+
+
+@pytest.mark.parametrize("backbone", ["mobileone_s0", "ghostnet_050"])
+def test_backbones_with_an_odd_stem_or_head_train(images: Path, tmp_path: Path, backbone: str) -> None:
+    """MobileOne's stem crashes torch where convolutions run channels-last; GhostNet has a layer behind its pooling."""
+    run = jepakit.adapt(
+        images, out=tmp_path / "run", backbone=backbone, weights="random",
+        **{**TINY, "image_size": 64, "steps": 1},
+    )  # fmt: skip
+    assert run.finished

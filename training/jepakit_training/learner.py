@@ -10,14 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from jepakit.backbone import is_hierarchical
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit_training.averaging import Average, mix_with_start
 from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
 from jepakit_training.frozen import cpu_has_bf16, twin_of
-from jepakit_training.model import Encoder, Projector, TwoPass
+from jepakit_training.model import Encoder, Projector, TwoPass, layout_of
 from jepakit_training.plan import Plan
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
@@ -57,6 +56,8 @@ class Learner:
             for name, value in backbone.state_dict().items()
             if value.is_floating_point()
         }
+        with torch.no_grad():  # where timm puts a layer behind the pooling it is not its `num_features`
+            n_features = int(backbone.eval()(self._noise()).shape[1])
         self._anchor = self._frozen_start(spec) if config.anchor else None
 
         from_random = config.weights == "random"
@@ -80,7 +81,7 @@ class Learner:
             make_norm_statistics_global(encoder)
         if config.compile:
             encoder.compile(dynamic=False)
-        self._projector = _seeded_projector(backbone.num_features, config)  # type: ignore[arg-type]
+        self._projector = _seeded_projector(n_features, config)
         self._optimizer = torch.optim.AdamW(
             parameter_groups(
                 backbone, self._projector, lr=plan.lr, projector_lr=config.projector_lr,
@@ -210,8 +211,7 @@ class Learner:
     def _noise(self) -> Tensor:
         size = self._plan.image_size
         noise = torch.randn(2, self._plan.bands, size, size, generator=torch.Generator().manual_seed(0))
-        layout = torch.channels_last if is_hierarchical(self._backbone) else torch.contiguous_format
-        return noise.to(self._accelerator.device, memory_format=layout)
+        return noise.to(self._accelerator.device, memory_format=layout_of(self._backbone))
 
     def _moved(self) -> bool:
         """Published runs have saved the untouched start; this one must not."""
