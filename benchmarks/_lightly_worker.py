@@ -1,14 +1,20 @@
-"""Runs lightly-train's DINO transform in its own process and environment, block by block.
+"""Runs lightly-train in its own process and environment, block by block.
 
-Reads lines "run" from its input; answers each with the CPU seconds of decoding, changing and collating the
-images of the folder it is given.
+    _lightly_worker.py FOLDER                                    its DINO transform
+    _lightly_worker.py FOLDER STEPS_A_BLOCK '{"method": …}'      its training, with these settings of `pretrain`
+
+Each line of the input asks for one block. The answer of the first is the CPU seconds of decoding, changing and
+collating the images of the folder; of the second a line of JSON, as of `_trainer_worker.py`.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +22,67 @@ from lightly_train._methods.dino.dino_transform import DINOTransform, DINOTransf
 from PIL import Image
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    paths = sorted(Path(sys.argv[1]).glob("*.jpg"))
+def transform(folder: Path) -> None:
+    paths = sorted(folder.glob("*.jpg"))
     # Its defaults are 2 views of 224 pixels and 6 of 96; only the number of channels has none.
-    transform = DINOTransform(DINOTransformArgs(num_channels=3))
+    views_of = DINOTransform(DINOTransformArgs(num_channels=3))
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.process_time()
-        images = [transform({"image": np.asarray(Image.open(path).convert("RGB"))}) for path in paths]
+        images = [views_of({"image": np.asarray(Image.open(path).convert("RGB"))}) for path in paths]
         for views in zip(*images, strict=True):
             torch.stack([view["image"] for view in views])
         print(time.process_time() - start, flush=True)
+
+
+def train(folder: Path, steps: int, settings: dict[str, Any]) -> None:
+    """`lightly_train.pretrain` as it comes, with one callback more: it holds the training up between blocks."""
+    import lightly_train
+    from lightly_train._callbacks import callback_helpers
+    from lightly_train._models.dinov2_vit.dinov2_vit_package import DINOV2_VIT_PACKAGE
+    from pytorch_lightning import Callback  # type: ignore[import-not-found]
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)  # what the training prints goes where errors go
+    os.dup2(2, 1)
+
+    class Turns(Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._done, self._start = 0, 0.0
+
+        def on_train_start(self, *_: Any) -> None:
+            self._wait({"ready": True})
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self._done += 1
+            if self._done % steps == 0:
+                seconds = time.process_time() - self._start
+                self._wait({"seconds": seconds, "loss": 0.0, "peak_gb": _peak_gb(), "flops": 0})
+
+        def _wait(self, answer: dict[str, Any]) -> None:
+            answers.write(json.dumps(answer) + "\n")
+            if not sys.stdin.readline():
+                os._exit(0)
+            self._start = time.process_time()
+
+    its_own = callback_helpers.get_callbacks
+    callback_helpers.get_callbacks = lambda **asked: [*its_own(**asked), Turns()]
+    family, _, name = settings["model"].partition("/")
+    if family == "dinov2":  # by its name it comes with weights, from the network
+        settings["model"] = DINOV2_VIT_PACKAGE.get_model(name, load_weights=False)
+    lightly_train.pretrain(data=folder, **settings)
+
+
+def _peak_gb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if len(sys.argv) == 2:
+        transform(Path(sys.argv[1]))
+    else:
+        train(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
 
 
 if __name__ == "__main__":
