@@ -41,7 +41,7 @@ from jepakit_training.evaluation import Measuring
 from jepakit_training.learner import Learner
 from views import LightlyMissingError, lightly_python, make_images
 
-STEPS, BATCH, DISTINCT = 10, 32, 32
+STEPS, BATCH, QUICK_BATCH, DISTINCT = 10, 32, 8, 32
 FILES, MEMORY = "files", "memory"
 AGAIN = " (again)"
 PRODUCT, BARE, PRODUCT_MEMORY, BARE_MEMORY = (
@@ -157,7 +157,7 @@ def lightly(method: str, images: Path, env: Path, folder: Path) -> contextlib.Ab
 def settings_of(backbone: str, images: Path, folder: Path, rounds: int, **more: Any) -> dict[str, Any]:
     """Settings of `adapt`: the defaults but for what makes the loops comparable, and no step without the backbone."""
     settings: dict[str, Any] = {
-        "images": str(images), "labels": "none", "backbone": backbone, "batch_size": BATCH, "warmup": 0.0,
+        "images": str(images), "labels": "none", "backbone": backbone, "warmup": 0.0,
         "steps": STEPS * (rounds + 2), "workers": 0, "save_every_s": 1e9,
         "precision": "auto" if ON_GPU else "fp32", **more,
     }  # fmt: skip
@@ -195,17 +195,17 @@ def measured(loops: dict[str, Loop], batch: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def overhead(name: str, images: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def overhead(name: str, images: Path, folder: Path, rounds: int, batch: int) -> dict[str, Any]:
     """One model: the product's loop and the one by hand."""
     backbone, more = MODELS[name]
     cases = [PRODUCT, BARE, BARE + AGAIN]
     cases += [PRODUCT_AUTO] if name == FOLDED else [PRODUCT_MEMORY, BARE_MEMORY]
     with ExitStack() as stack:
-        settings = settings_of(backbone, images, folder.parent, rounds, **more)
+        settings = settings_of(backbone, images, folder.parent, rounds, batch_size=batch, **more)
         loops = {
             case: stack.enter_context(ours(case, settings, folder / str(place))) for place, case in enumerate(cases)
         }
-        found = measured(loops, BATCH, rounds)
+        found = measured(loops, batch, rounds) | {"batch": batch}
     seconds = found.pop("seconds")
     pairs = [(BARE + AGAIN, BARE), (PRODUCT, BARE)]
     pairs += [(PRODUCT_AUTO, BARE)] if name == FOLDED else [(PRODUCT_MEMORY, BARE_MEMORY)]
@@ -213,7 +213,7 @@ def overhead(name: str, images: Path, folder: Path, rounds: int) -> dict[str, An
     if name != FOLDED:
         ms = found["ms_per_image"]
         found["loader_share"] = 1 - ms[BARE_MEMORY] / ms[BARE]
-        found["share_of_peak"] = found["gflop_per_step"] / (ms[PRODUCT_MEMORY] * BATCH / 1000) / peak_gflops()
+        found["share_of_peak"] = found["gflop_per_step"] / (ms[PRODUCT_MEMORY] * batch / 1000) / peak_gflops()
     return found
 
 
@@ -330,7 +330,7 @@ def show(title: str, found: dict[str, Any]) -> None:
 
 def show_overhead(name: str, found: dict[str, Any]) -> None:
     """Print one model's table, and whether its goal is met."""
-    show(f"{name}, batches of {BATCH}", found)
+    show(f"{name}, batches of {found['batch']}", found)
     if name == FOLDED:
         return
     print(
@@ -378,14 +378,18 @@ def lightly_ready(env: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds; lightly-train only with --lightly-env")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one model, small batches, few rounds; lightly-train only with --lightly-env",
+    )
     parser.add_argument("--rounds", type=int, help="rounds of each case (12; 2 with --quick)")
     parser.add_argument("--only", action="append", choices=[*MODELS, *PEERS, "run"], help="a part alone; repeatable")
     parser.add_argument("--lightly-env", type=Path, metavar="DIR", help="environment of lightly-train, made if missing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounds = options.rounds or (2 if options.quick else 12)
-    wanted = options.only or [*MODELS, "run", *PEERS]
+    wanted = options.only or [*([VIT] if options.quick else MODELS), "run", *PEERS]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -393,7 +397,9 @@ def main() -> None:
         paths = make_images(folder / "source", DISTINCT)
         images = many(paths, folder / "images", 640, classes=4)
         for part in [part for part in MODELS if part in wanted]:
-            results[part] = overhead(part, images, folder / part[:6], rounds)
+            results[part] = overhead(
+                part, images, folder / MODELS[part][0], rounds, QUICK_BATCH if options.quick else BATCH
+            )
             show_overhead(part, results[part])
         if "run" in wanted:
             (folder / "whole").mkdir()
