@@ -45,10 +45,9 @@ import jepakit
 from jepakit import golden
 from jepakit.backbone import (
     Embedder,
+    fitting_size,
     pool,
     poolings_of,
-    round_size,
-    size_multiple,
     start_backbone,
     stock_preprocess,
     tensors_of,
@@ -210,7 +209,7 @@ def smallest(name: str, bands: int) -> Case:
     for size in SIZES:
         try:
             backbone, described = start_backbone(name, "random", size, bands)
-            side = None if size is None else round_size(size, size_multiple(backbone))
+            side = None if size is None else fitting_size(backbone, size)
             spec = with_bands(stock_preprocess(backbone, side), bands)
             with torch.inference_mode():
                 backbone(torch.zeros(1, bands, spec.size, spec.size))

@@ -15,10 +15,9 @@ from jepakit import golden
 from jepakit.backbone import (
     Embedder,
     check_pooling,
+    fitting_size,
     pool,
     restore,
-    round_size,
-    size_multiple,
     start_backbone,
     stock_preprocess,
     tensors_of,
@@ -199,7 +198,7 @@ def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
 def _of_timm(config: ExportConfig) -> Source:
     name, _, weights = config.source.partition(":")
     backbone, described = start_backbone(name, weights or "pretrained", config.image_size)
-    size = None if config.image_size is None else round_size(config.image_size, size_multiple(backbone))
+    size = None if config.image_size is None else fitting_size(backbone, config.image_size)
     preprocess = stock_preprocess(backbone, size)
     pooling = config.pooling or "head"
     check_pooling(backbone, name, pooling)

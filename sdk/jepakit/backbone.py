@@ -150,6 +150,12 @@ def is_hierarchical(module: Any) -> bool:
     return len({level["reduction"] for level in levels}) > 1
 
 
+def fitting_size(module: Any, size: int) -> int:
+    """`size` as the backbone takes it: its own size as it is, others rounded to its patch or stride."""
+    own = (module.pretrained_cfg.get("input_size") or (None,))[-1]
+    return size if size == own else round_size(size, size_multiple(module))
+
+
 class Embedder(nn.Module):
     """Images to embeddings: the definition of the vector, run by training's evaluation and by export.
 
@@ -284,7 +290,7 @@ def _size_arguments(name: str, image_size: int | None) -> dict[str, Any]:
     accepted = _constructor_arguments(type(blank))
     arguments: dict[str, Any] = {}
     if image_size is not None and "img_size" in accepted:
-        arguments["img_size"] = round_size(image_size, size_multiple(blank))
+        arguments["img_size"] = fitting_size(blank, image_size)
     if "dynamic_img_size" in accepted:
         arguments["dynamic_img_size"] = True
     return arguments

@@ -38,9 +38,11 @@ def make(images: ImageList, weights_file: Callable[[str], Path]) -> Callable[...
         weights = settings.pop("weights", None) or str(weights_file(name))
         config = AdaptConfig(images="x", backbone=name, weights=weights, **{**TINY, **settings})
         torch.manual_seed(0)
-        backbone, _ = start_backbone(name, weights, 64)
+        backbone, _ = start_backbone(name, weights, config.image_size)
         plan = make_plan(config, images, backbone, 1)
-        return Learner(config, plan, backbone, stock_preprocess(backbone, 64), Accelerator(cpu=True)), backbone
+        return Learner(
+            config, plan, backbone, stock_preprocess(backbone, config.image_size), Accelerator(cpu=True)
+        ), backbone
 
     return call
 
@@ -163,7 +165,7 @@ def test_trained_statistics_and_micro_batches_are_refused_together(make: Callabl
 
 def test_a_backbone_without_checkpointing_says_so(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="timm has none for crossvit_tiny_240; micro_batch"):
-        make("crossvit_tiny_240", weights="random", activation_checkpointing=True)
+        make("crossvit_tiny_240", weights="random", image_size=240, activation_checkpointing=True)
 
 
 def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ from jepakit_training.plan import Plan, make_plan
 
 def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:
     listed = list_images([np.zeros((8, 8), np.uint8)] * images, "none")
-    arguments: dict[str, Any] = {"dynamic_img_size": True} if "vit" in backbone else {}
+    arguments: dict[str, Any] = {"dynamic_img_size": True} if backbone == "test_vit" else {}
     return make_plan(AdaptConfig(images="x", backbone=backbone, **settings), listed, build(backbone, arguments), world)
 
 
@@ -98,9 +98,15 @@ def test_micro_batches_are_of_a_process_and_none_where_they_save_nothing() -> No
 
 
 def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:
-    fixed = plan("coat_lite_tiny", image_size=64)
-    assert fixed.local_size == fixed.image_size == 64
+    fixed = plan("coat_lite_tiny")
+    assert fixed.local_size == fixed.image_size == 224
     assert any("takes images of one size only" in note for note in fixed.notes)
+
+
+def test_a_size_that_the_backbone_does_not_take_is_refused_with_its_own() -> None:
+    assert plan("crossvit_tiny_240", image_size=240).image_size == 240
+    with pytest.raises(ConfigError, match="image_size = 64: crossvit_tiny_240 does not take it; its own is 240"):
+        plan("crossvit_tiny_240", image_size=64)
 
 
 def test_bfloat16_is_refused_where_it_would_crawl() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -26,6 +27,8 @@ class GlobalBatchNorm1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, features] → the same, each feature normalised over the rows of all ranks."""
         x = x.float()
+        if _world_size() == 1:  # a quarter of the time
+            return batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         mean, variance = _moments(x, dims=(0,))
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 

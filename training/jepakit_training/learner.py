@@ -87,7 +87,7 @@ class Learner:
                 backbone, self._projector, lr=plan.lr, projector_lr=config.projector_lr,
                 weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
             ),
-            betas=(0.9, 0.98),
+            betas=(0.9, 0.98), fused=True,
         )  # fmt: skip
         # DistributedDataParallel refuses a module that has nothing to train.
         self.encoder = accelerator.prepare(encoder) if self._trained else encoder

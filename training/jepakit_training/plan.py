@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from jepakit._cpus import usable_cpus
-from jepakit.backbone import is_hierarchical, round_size, size_multiple
+from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
@@ -88,10 +88,12 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
     per_epoch = max(1, trained_on // batch_size)
     steps = config.steps or (config.epochs * per_epoch if config.epochs else max(_DEFAULT_STEPS, per_epoch))
     from_random, hierarchical = config.weights == "random", is_hierarchical(backbone)
-    multiple = size_multiple(backbone)
     views = config.resolved_views()
-    image_size = round_size(config.image_size, multiple)
-    local_size = round_size(local_size_of(image_size, views), multiple)
+    image_size = fitting_size(backbone, config.image_size)
+    if not _takes(backbone, bands, image_size):
+        own = backbone.pretrained_cfg["input_size"][-1]
+        raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take it; its own is {own}")
+    local_size = round_size(local_size_of(image_size, views), size_multiple(backbone))
     if views.n_local and local_size >= image_size:
         raise ConfigError(
             f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
