@@ -344,3 +344,33 @@ def test_torchrun_needs_nothing_else(source: Source, tmp_path: Path) -> None:
     assert json.loads((run.path / ENVIRONMENT).read_text())["processes"] == 2
     one = jepakit.adapt(source.images, out=tmp_path / "one", weights=str(source.weights), **SETTINGS)
     assert_same(run, one)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_end_as_two_that_were_not_bit_for_bit(source: Source, tmp_path: Path) -> None:
+    options = ["--processes", "2", "--workers", "0", "--set", "save_every_s=0"]
+    whole = command(source, tmp_path / "whole", *options, steps=40)
+    subprocess.run(whole, check=True, capture_output=True)
+    killed, checkpoints = tmp_path / "killed", tmp_path / "killed" / CHECKPOINTS
+    again = command(source, killed, *options, steps=40)
+
+    def newest() -> str:
+        return max((path.name for path in checkpoints.glob("step-*")), default="")
+
+    for wait_s in (0.0, 0.4):
+        before, deadline = newest(), time.monotonic() + 200
+        process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while newest() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(wait_s)
+        for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+            one.kill()
+        process.wait()
+        assert newest() > before
+    assert not Run(killed).finished
+    subprocess.run(again, check=True, capture_output=True)
+    one, other = (load_file(path / BUNDLE / WEIGHTS) for path in (killed, tmp_path / "whole"))
+    assert one.keys() == other.keys()
+    assert all((one[key] == other[key]).all() for key in one)
+    steps = [row["step"] for row in Run(killed).metrics()]
+    assert steps == [row["step"] for row in Run(tmp_path / "whole").metrics()] == [9, 19, 29, 39]
