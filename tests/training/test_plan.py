@@ -105,8 +105,8 @@ def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:
 
 def test_a_size_that_the_backbone_does_not_take_is_refused_with_its_own() -> None:
     assert plan("crossvit_tiny_240", image_size=240).image_size == 240
-    with pytest.raises(ConfigError, match="image_size = 64: crossvit_tiny_240 does not take it; its own is 240"):
-        plan("crossvit_tiny_240", image_size=64)
+    with pytest.raises(ConfigError, match="image_size = 64: coat_lite_tiny does not take it; its own is 224"):
+        plan("coat_lite_tiny", image_size=64)
 
 
 def test_bfloat16_is_refused_where_it_would_crawl() -> None:
