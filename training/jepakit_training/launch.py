@@ -14,13 +14,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jepakit._cpus import usable_cpus
 from jepakit.config import AdaptConfig
@@ -28,6 +26,7 @@ from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.endings import read_endings
+from jepakit_training.stopping import answering
 
 _GRACE_S = 10.0  # for the others to say why, or to end, after one process has failed
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a process that was told to stop, and did
@@ -120,7 +119,8 @@ def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path)
     with tempfile.TemporaryDirectory(prefix="jepakit-") as folder:
         group = _Group(processes, store.port, Path(folder), str(out))
         try:
-            with _forwarding_signals(group):
+            # They go on to the training processes, which stop after the step they are in, with a checkpoint.
+            with answering(group.stop):
                 group.hand_out(pickle.dumps((config, images, out, Path(folder))))
                 group.wait()
         finally:
@@ -221,24 +221,6 @@ class _Group:
                 process.stdin.close()
             except BrokenPipeError:
                 continue
-
-
-@contextmanager
-def _forwarding_signals(group: _Group) -> Iterator[None]:
-    """SIGINT and SIGTERM go to the training processes, which stop after the step they are in, with a checkpoint."""
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-
-    def forward(number: int, _: Any) -> None:
-        group.stop(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _raise_ending(group: _Group) -> NoReturn:

@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from jepakit.errors import TrainingError
 from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.endings import read_endings, told
+from jepakit_training.stopping import answering
 
 _MOST_LOSSES = 3
 _OBJECT_STORE_BYTES = 100 << 20
@@ -109,24 +109,11 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-@contextmanager
-def _stopping_on_signals() -> Iterator[None]:
+def _stop(_: int) -> None:
     """SIGINT and SIGTERM raise KeyboardInterrupt; Ray's own handlers of them would end this process."""
-
-    def stop(*_: object) -> None:
-        line = "stopped; the same command goes on from the last checkpoint"
-        print(line, file=sys.stderr)
-        raise KeyboardInterrupt(line)
-
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    line = "stopped; the same command goes on from the last checkpoint"
+    print(line, file=sys.stderr)
+    raise KeyboardInterrupt(line)
 
 
 def _fit(job: _Job) -> None:
@@ -176,7 +163,7 @@ def _waited_for(trainer: Any) -> Exception | None:
             raised.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    with _stopping_on_signals():
+    with answering(_stop):
         thread.start()
         thread.join()
     return raised[0] if raised else None

@@ -106,7 +106,7 @@ class _Sigreg(torch.autograd.Function):
         for block in _blocks(proj_VNK, len(steps_SK)):
             for stats, wave in zip(stats_T2VS, _waves(_angles(proj_VNK, steps_SK, block), n_nodes), strict=True):
                 torch.mean(wave, dim=-1, out=stats[:, *block])
-        world = _world_size()
+        world = world_size()
         if world > 1:
             dist.all_reduce(stats_T2VS)
             stats_T2VS /= world
@@ -195,5 +195,6 @@ def _chain(previous: Tensor, wave: Tensor, cos_2: Tensor, count: int) -> Iterato
         yield wave
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """How many ranks share the batch; 1 where there is no process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

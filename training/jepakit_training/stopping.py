@@ -25,6 +25,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pipes: set[int] = set()
 
 
+@contextmanager
+def answering(handler: Callable[[int], None]) -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM are answered by `handler`; signals can be handled in the main thread alone,
+    so elsewhere nothing happens."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda number, _: handler(number)) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
 class Stop:
     """Whether a stop was asked for, and how to leave then."""
 
