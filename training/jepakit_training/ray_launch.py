@@ -27,6 +27,7 @@ from jepakit.errors import TrainingError
 from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.endings import read_endings, told
+from jepakit_training.records import RAY_FOLDER
 from jepakit_training.stopping import answering
 
 _MOST_LOSSES = 3
@@ -55,7 +56,7 @@ def adapt_on_ray(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """Adapt on the cluster at RAY_ADDRESS, or on one of our own on this machine; see `launch.adapt`."""
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".tmp-ray-", dir=out))
+    folder = Path(tempfile.mkdtemp(prefix=RAY_FOLDER, dir=out))
     try:
         with _cluster(config), _repeating(folder / "said"):
             _fit(_Job(config, images, out, folder, Path.cwd()))

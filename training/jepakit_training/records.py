@@ -46,6 +46,8 @@ FREE_SETTINGS = frozenset({
     "micro_batch", "activation_checkpointing", "compile",
 })  # fmt: skip
 LOCK = ".lock"
+# What Ray's processes say while they train: no leftover, as the .tmp-* are that a kill leaves.
+RAY_FOLDER = ".ray-"
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -140,7 +142,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (CONFIG, ENVIRONMENT, SKIPPED, LOCK) or name.startswith(".tmp-")
+    return name in (CONFIG, ENVIRONMENT, SKIPPED, LOCK) or name.startswith((".tmp-", RAY_FOLDER))
 
 
 def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
