@@ -14,6 +14,7 @@ from jepakit.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from jepakit.bundle import Bundle
+    from jepakit.client import ModelInfo
     from jepakit.config import AdaptConfig
     from jepakit.inspection import Inspection
     from jepakit.run import DryRun, Run
@@ -26,7 +27,18 @@ _NEEDS = {
     "tensorboard": ("tensorboard",),
     "cluster": ("ray", "pandas", "pyarrow", "fsspec", "requests"),
     "export": ("torch", "timm", "PIL", "onnx", "onnxscript", "onnxruntime"),
-    "serve": ("PIL", "onnxruntime", "ray", "starlette", "fastapi", "python_multipart", "psutil"),
+    "serve": (
+        "PIL",
+        "onnxruntime",
+        "ray",
+        "starlette",
+        "fastapi",
+        "python_multipart",
+        "psutil",
+        "prometheus_client",
+        "pydantic_settings",
+        "swagger_ui_bundle",
+    ),
 }
 
 
@@ -120,15 +132,32 @@ def export(source: str | Path, out: str | Path, **settings: Any) -> Bundle:
     return run_export(config)
 
 
-def serve(settings: dict[str, Any]) -> None:
-    """Run the service until it is told to stop; `settings` are the fields of `ServeSettings`."""
-    require("serve")
-    from jepakit_service.settings import ServeSettings
+def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: bool = False) -> None:
+    """Run the service until it is told to stop, or only print its settings.
 
-    parsed = parse(ServeSettings, settings)
+    settings  fields of `ServeSettings`; JEPAKIT_SERVE_* variables, then the YAML `file`, fill in the others
+    """
+    require("serve")
+    from jepakit_service.settings import as_yaml, load
+
+    parsed = load(settings, file)
+    if print_config:
+        print(as_yaml(parsed), end="")
+        return
     from jepakit_service.app import run
 
     run(parsed)
+
+
+def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
+    """Put a bundle into the folder that a service watches, wait until it has switched, or put the old one back.
+
+    Raises BundleError for a bundle that is not whole, ServeError when the service refuses it or takes too long.
+    """
+    require("serve")
+    from jepakit_service.deploy import deploy as run_deploy
+
+    return run_deploy(bundle, folder, url, timeout_s=timeout_s)
 
 
 def new_api_key(name: str, key_file: str | None) -> None:

@@ -212,6 +212,8 @@ def export(
 @app.command()
 def serve(
     bundles: Annotated[list[str] | None, typer.Argument(help="bundles, or folders of bundles")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings, as --print-config prints it")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="print all settings, and stop")] = False,
     host: Annotated[str | None, typer.Option(help="[127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="[8000]")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="lines name:sha256")] = None,
@@ -220,29 +222,44 @@ def serve(
     arithmetic: Annotated[str | None, typer.Option(help="model, or bf16 with openvino [model]")] = None,
     expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="one process, without Ray Serve")] = False,
+    proxy: Annotated[str | None, typer.Option(help="in front of Ray's replicas: python, haproxy [python]")] = None,
     replicas: Annotated[int | None, typer.Option(help="[1]")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text, json [text]")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. max_images=64")] = None,
 ) -> None:
-    """Serve exported bundles over HTTP."""
+    """Serve exported bundles over HTTP. JEPAKIT_SERVE_<SETTING> variables count for what is not given here."""
     from jepakit._frontdoor import new_api_key
     from jepakit._frontdoor import serve as run_serve
 
     if new_key is not None:
         new_api_key(new_key, api_key_file)
         return
-    if not bundles:
-        raise ConfigError("name a bundle to serve: jepakit serve bundles/NAME")
     given = {
-        "host": host, "port": port, "api_key_file": api_key_file, "provider": provider, "arithmetic": arithmetic,
-        "expect": tuple(expect) if expect else None, "replicas": replicas, "ray": False if no_ray else None,
+        "bundles": tuple(bundles) if bundles else None, "host": host, "port": port, "api_key_file": api_key_file,
+        "provider": provider, "arithmetic": arithmetic, "expect": tuple(expect) if expect else None,
+        "ray": False if no_ray else None, "proxy": proxy, "replicas": replicas, "log_format": log_format,
     }  # fmt: skip
-    settings: dict[str, Any] = {
-        "bundles": tuple(bundles),
-        **{key: value for key, value in given.items() if value is not None},
-    }
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for assignment in set_ or []:
         _assign(settings, assignment)
-    run_serve(settings)
+    run_serve(settings, config, print_config=print_config)
+
+
+@app.command()
+def deploy(
+    bundle: Annotated[Path, typer.Argument(help="the exported bundle to put into service")],
+    folder: Annotated[Path, typer.Argument(help="the folder of bundles that the service watches")],
+    url: Annotated[str, typer.Option(help="the service that is to switch")] = "http://127.0.0.1:8000",
+    timeout: Annotated[float, typer.Option(help="seconds to wait for every replica")] = 300.0,
+) -> None:
+    """Replace a served model by a new version without a failed request; the old one stays if the new one fails.
+
+    JEPAKIT_API_KEY holds the key where the service asks for one.
+    """
+    from jepakit._frontdoor import deploy as run_deploy
+
+    model = run_deploy(bundle, folder, url, timeout_s=timeout)
+    print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
 
 
 @app.command()

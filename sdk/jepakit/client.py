@@ -119,6 +119,10 @@ class Client:
         """The models that the service has loaded."""
         return _read_models(self._send(self._http.build_request("GET", "/v1/models")))
 
+    def model(self, name: str) -> ModelInfo:
+        """One model that the service has loaded; NotFoundError when it has not."""
+        return _read_model(self._send(self._http.build_request("GET", f"/v1/models/{name}")))
+
     def embed(
         self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
@@ -207,6 +211,10 @@ class AsyncClient:
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""
         return _read_models(await self._send(self._http.build_request("GET", "/v1/models")))
+
+    async def model(self, name: str) -> ModelInfo:
+        """As `Client.model`."""
+        return _read_model(await self._send(self._http.build_request("GET", f"/v1/models/{name}")))
 
     async def embed(
         self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
@@ -435,12 +443,20 @@ def _windows(chunks: Iterator[_Chunk], size: int) -> Iterator[list[_Chunk]]:
 
 def _read_models(response: httpx.Response) -> list[ModelInfo]:
     try:
-        return [
-            ModelInfo(row["id"], row["model_id"], row["digest"], row["dim"], row["precision"], row["provider"], row)
-            for row in response.json()["data"]
-        ]
+        return [_model_info(row) for row in response.json()["data"]]
     except (ValueError, KeyError, TypeError):
         raise ProtocolError("the answer to /v1/models is not a list of models: is this a jepakit service?") from None
+
+
+def _read_model(response: httpx.Response) -> ModelInfo:
+    try:
+        return _model_info(response.json())
+    except (ValueError, KeyError, TypeError):
+        raise ProtocolError("the answer to /v1/models/… is not a model: is this a jepakit service?") from None
+
+
+def _model_info(row: dict[str, Any]) -> ModelInfo:
+    return ModelInfo(row["id"], row["model_id"], row["digest"], row["dim"], row["precision"], row["provider"], row)
 
 
 def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:

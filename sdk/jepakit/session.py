@@ -49,7 +49,8 @@ class Session:
     ) -> None:  # fmt: skip
         assert manifest.graph is not None or arithmetic == "model"
         self.manifest = manifest
-        self._runtime = open_runtime(graph, provider, threads or usable_cpus(), arithmetic, data)
+        self.threads = threads or usable_cpus()
+        self._runtime = open_runtime(graph, provider, self.threads, arithmetic, data)
         self.provider = self._runtime.provider
         self._arithmetic = arithmetic
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -12,9 +10,10 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from jepakit.errors import ImageError
-from jepakit_service import wire
-from jepakit_service.engine import Engine, LoadedModel, OverloadedError, describe
+from jepakit_service import operations, wire
 from jepakit_service.gate import Gate
+from jepakit_service.models import LoadedModel
+from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError, Ask, EmbeddingRequest
 
@@ -39,54 +38,22 @@ _BODY = {
 }
 
 
-def build_app(settings: ServeSettings) -> Gate:
-    """Load every model, check it, and return the application that serves them. Raises BundleError otherwise."""
-    engine = Engine(settings)
+def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
+    """Load every model, check it, and return the application that serves them. Raises BundleError otherwise.
+
+    ask_all  the reports of all replicas of the deployment; None: this is the only one
+    """
+    replica = Replica(settings, ask_all)
     # The pages of /docs load scripts from elsewhere; the description itself is served.
     app = FastAPI(title="jepakit", version="1", docs_url=None, redoc_url=None)
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.get("/readyz")
-    async def readyz() -> dict[str, Any]:
-        # The application exists only once every model has reproduced its golden vectors.
-        if gate.draining:
-            raise ApiError(503, "draining", "the service is stopping", headers={"Retry-After": "1"})
-        return {"status": "ready", "models": sorted(engine.models)}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(model, settings) for model in engine.models.values()]}
-
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
-        return describe(_find(engine, name), settings)
+    app.include_router(operations.router(replica))
 
     @app.post("/v1/embeddings", openapi_extra=_BODY)
     async def embeddings(request: Request) -> Response:
         ask = wire.parse(request.headers.get("content-type", ""), await request.body(), max_images=settings.max_images)
-        model = _find(engine, ask.model or request.query_params.get("model"))
-        try:
-            async with asyncio.timeout(settings.request_timeout_s):
-                results = await engine.embed(model, ask.images)
-        except OverloadedError:
-            raise ApiError(
-                429,
-                "overloaded",
-                "too many images are waiting: try again shortly",
-                headers={"Retry-After": "1"},
-            ) from None
-        except TimeoutError:
-            raise ApiError(
-                503,
-                "timeout",
-                f"no answer within {settings.request_timeout_s:g} s: try again",
-                headers={"Retry-After": "1"},
-            ) from None
+        answer = await replica.engine.answer(ask.model or request.query_params.get("model"), ask.images)
         partial = request.query_params.get("partial", "").lower() in ("1", "true")
-        return _answer(model, ask, results, accept=request.headers.get("accept", ""), partial=partial)
+        return _answer(answer.model, ask, answer.results, accept=request.headers.get("accept", ""), partial=partial)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
@@ -106,31 +73,7 @@ def build_app(settings: ServeSettings) -> Gate:
         fault = ApiError(500, "internal_error", f"the service failed ({type(error).__name__}); the fault is ours")
         return await on_api_error(request, fault)
 
-    gate = Gate(app, settings)
-    return gate
-
-
-def _find(engine: Engine, asked: str | None) -> LoadedModel:
-    """NAME, NAME@MODEL_ID, or nothing where one model is loaded."""
-    known = ", ".join(sorted(engine.models))
-    if not asked:
-        if len(engine.models) > 1:
-            raise ApiError(400, "model_missing", f"several models are loaded, name one of them: {known}", param="model")
-        return next(iter(engine.models.values()))
-    name, _, pinned = asked.partition("@")
-    model = engine.models.get(name)
-    if model is None:
-        raise ApiError(
-            404, "model_not_found", f"no model {name[:100]!r} is loaded here (loaded: {known})", param="model"
-        )
-    if pinned and pinned != model.manifest.model_id:
-        raise ApiError(
-            404,
-            "model_not_found",
-            f"{name} is {model.manifest.model_id} here, not {pinned[:32]!r}",
-            param="model",
-        )
-    return model
+    return Gate(app, replica)
 
 
 def _answer(

@@ -1,73 +1,218 @@
-"""A work-conserving micro-batcher: starts at once when idle, and lets what piles up meanwhile fill the next batch."""
+"""A work-conserving batcher: many requests' images, decoded and packed together into full batches, each request fairly.
+
+Threads of one kind do whatever is most useful next: run a batch if one is ready and a lane is free, else decode one more
+image. There is no timer. A lone image is decoded and run at once by the same thread; a backlog fills the batches.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit.errors import ImageError
 from jepakit.images import Pixels
+from jepakit_service.wire import Encoded
 
-_Run = Callable[[Pixels], NDArray[np.float32]]
+Result = NDArray[np.float32] | ImageError
 
 
-class MicroBatcher:
-    """Packs single images of any requests into batches of at most `max_batch` for `run`.
+class Decoded(NamedTuple):
+    """One image, preprocessed: what the graph takes, and how many pixels it had before."""
 
-    run        [B, H, W, C] → [B, D]; called on a thread of its own, one batch at a time
+    pixels: Pixels
+    area: int
+
+
+class Observer(Protocol):
+    """Told how long each stage took; called from the batcher's threads."""
+
+    def decoded(self, seconds: float, *, ok: bool) -> None: ...
+
+    def ran(self, size: int, queued: Sequence[float], seconds: float) -> None: ...
+
+
+class _Request:
+    """The images of one request: what is still to be decoded, and what has come out. Guarded by the batcher's lock."""
+
+    def __init__(self, images: Sequence[Encoded]) -> None:
+        self.todo = deque(enumerate(images))
+        self.results: list[Result | None] = [None] * len(images)
+        self.left = len(images)
+        self.area = 0
+        self.gone = False
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+        self.since = time.perf_counter()
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """Wake whoever waits; from any thread."""
+        self.loop.call_soon_threadsafe(self._settle, error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error)
+
+
+_Ready = tuple[_Request, int, Pixels]
+
+
+class Batcher:
+    """Turns encoded images into vectors.
+
+    decode     one encoded image → `Decoded`; ImageError for one that cannot be read
+    run        [B, H, W, C] → [B, D]; called by at most `lanes` threads at a time
     max_batch  the largest batch
+    lanes      batches that run at the same time
+    threads    threads of decoding and running together
 
-    Used from one event loop. No timer: with one client a batch starts the moment its image arrives.
+    Images are taken from the requests in turn, one of each: a request of hundreds does not hold up one of one.
     """
 
-    def __init__(self, run: _Run, max_batch: int) -> None:
-        self._run, self._max_batch = run, max_batch
-        self._waiting: deque[tuple[Pixels, asyncio.Future[NDArray[np.float32]]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        self._busy = False
+    def __init__(
+        self, decode: Callable[[Encoded], Decoded], run: Callable[[Pixels], NDArray[np.float32]], *,
+        max_batch: int, lanes: int, threads: int, observer: Observer,
+    ) -> None:  # fmt: skip
+        self._decode, self._run, self._observer = decode, run, observer
+        self._max_batch, self._lanes = max_batch, lanes
+        self._requests: deque[_Request] = deque()
+        self._ready: deque[_Ready] = deque()
+        self._running = 0
+        self._decoding = 0
+        self._closed = False
+        self._lock = threading.Condition()
+        # A lane and its decoders: while all lanes run, there is someone to prepare the next batch.
+        count = max(threads, lanes + (lanes < threads or lanes == 1))
+        self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
 
-    async def embed(self, image: Pixels) -> NDArray[np.float32]:
-        """The vector [D] of one preprocessed image [H, W, C]."""
-        future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((image, future))
-        self._start_if_idle()
-        return await future
+    async def embed(self, images: Sequence[Encoded]) -> tuple[list[Result], int]:
+        """A vector [D] for each image, or why it cannot be read, in order; and the pixels of those decoded, together.
+
+        Cancelled, it drops what has not been decoded or run yet. Raises what `run` raised.
+        """
+        request = _Request(images)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            self._requests.append(request)
+            self._lock.notify(len(images))
+        try:
+            await request.future
+        finally:
+            request.gone = True
+        return [result for result in request.results if result is not None], request.area
 
     def close(self) -> None:
-        """Stop the thread; what runs finishes, what waits is cancelled."""
-        for _, future in self._waiting:
-            future.cancel()
-        self._waiting.clear()
-        self._thread.shutdown(wait=False)
+        """Answer what has been taken in, then stop the threads."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
 
-    def _start_if_idle(self) -> None:
-        if self._busy:
-            return
-        batch: list[tuple[Pixels, asyncio.Future[NDArray[np.float32]]]] = []
-        while self._waiting and len(batch) < self._max_batch:
-            image, future = self._waiting.popleft()
-            if not future.done():  # its client has left
-                batch.append((image, future))
-        if not batch:
-            return
-        self._busy = True
-        images = [image for image, _ in batch]
-        running = asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._run(np.stack(images)))
-        running.add_done_callback(lambda done: self._finish(done, [future for _, future in batch]))
+    def _work(self) -> None:
+        while (task := self._next()) is not None:
+            task()
 
-    def _finish(self, done: asyncio.Future[Any], futures: list[asyncio.Future[NDArray[np.float32]]]) -> None:
-        self._busy = False
-        error = done.exception()
-        for row, future in enumerate(futures):
-            if future.done():
+    def _next(self) -> Callable[[], None] | None:
+        """The most useful thing to do, waited for; None once closed and empty."""
+        with self._lock:
+            while True:
+                if self._may_run():
+                    batch = self._take_batch()
+                    if batch:
+                        self._running += 1
+                        return lambda: self._run_batch(batch)
+                elif image := self._take_image():
+                    self._decoding += 1
+                    return lambda: self._decode_one(*image)
+                elif self._closed and not self._requests and not self._decoding and not self._ready:
+                    return None
+                else:
+                    self._lock.wait()
+
+    def _may_run(self) -> bool:
+        """A lane is free, and the batch is full or cannot grow by waiting for this thread."""
+        return (
+            bool(self._ready)
+            and self._running < self._lanes
+            and (len(self._ready) >= self._max_batch or not self._requests)
+        )
+
+    def _take_batch(self) -> list[_Ready]:
+        batch: list[_Ready] = []
+        while self._ready and len(batch) < self._max_batch:
+            image = self._ready.popleft()
+            if not image[0].gone:
+                batch.append(image)
+        return batch
+
+    def _take_image(self) -> tuple[_Request, int, Encoded] | None:
+        """One image of the request whose turn it is; None when there is none, or enough is decoded already."""
+        if len(self._ready) + self._decoding >= 2 * self._lanes * self._max_batch:
+            return None
+        while self._requests:
+            request = self._requests.popleft()
+            if request.gone:
                 continue
-            if error is not None:
-                future.set_exception(error)
+            place, image = request.todo.popleft()
+            if request.todo:
+                self._requests.append(request)
+            return request, place, image
+        return None
+
+    def _decode_one(self, request: _Request, place: int, image: Encoded) -> None:
+        start = time.perf_counter()
+        outcome: Decoded | BaseException
+        try:
+            outcome = self._decode(image)
+        except BaseException as error:  # whatever it is, the request must be answered and the thread live on
+            outcome = error
+        self._observer.decoded(time.perf_counter() - start, ok=isinstance(outcome, Decoded))
+        with self._lock:
+            self._decoding -= 1
+            if isinstance(outcome, Decoded):
+                request.area += outcome.area
+                self._ready.append((request, place, outcome.pixels))
+            elif isinstance(outcome, ImageError):
+                self._finish(request, place, outcome)
             else:
-                future.set_result(done.result()[row])
-        self._start_if_idle()
+                request.gone = True
+                request.settle(outcome)
+            self._lock.notify()
+
+    def _run_batch(self, batch: list[_Ready]) -> None:
+        start = time.perf_counter()
+        error: BaseException | None = None
+        vectors: Any = None
+        try:
+            vectors = self._run(np.stack([pixels for _, _, pixels in batch]))
+        except BaseException as caught:  # as above
+            error = caught
+        seconds = time.perf_counter() - start
+        self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
+        with self._lock:
+            self._running -= 1
+            for row, (request, place, _) in enumerate(batch):
+                if error is None:
+                    self._finish(request, place, vectors[row])
+                elif not request.gone:
+                    request.gone = True
+                    request.settle(error)
+            self._lock.notify()
+
+    def _finish(self, request: _Request, place: int, result: Result) -> None:
+        request.results[place] = result
+        request.left -= 1
+        if request.left == 0:
+            request.settle()

@@ -1,4 +1,4 @@
-"""What every request passes first, as plain ASGI: request id, API key, size and pace of the body, drain.
+"""What every request passes first, as plain ASGI: request id, API key, size and pace of the body, drain; and its record.
 
 The key is judged before a byte of the body is read. The body is read here, counted and timed, so that the
 application behind it only ever sees whole, small enough ones.
@@ -7,9 +7,11 @@ application behind it only ever sees whole, small enough ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -17,87 +19,142 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jepakit_service import logs, tracing
 from jepakit_service.keys import KeyFile
-from jepakit_service.settings import ServeSettings
+from jepakit_service.replica import Replica
 from jepakit_service.wire import ApiError
 
 _log = logging.getLogger("jepakit.service")
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+OPEN_PREFIX = "/docs/"
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+_STEADY_ROUTE = re.compile(r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/[a-z]+|v2(?:/(?:embed|health|models))?)")
 
 
 class Gate:
     """Wraps the application; `drain()` makes it refuse new requests, `in_flight` counts those inside."""
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
-        self._app, self._settings = app, settings
-        self._keys = KeyFile(Path(settings.api_key_file)) if settings.api_key_file else None
+    def __init__(self, app: ASGIApp, replica: Replica) -> None:
+        self._app, self.replica = app, replica
+        self._settings, self._metrics = replica.settings, replica.metrics
+        self._keys = KeyFile(Path(self._settings.api_key_file)) if self._settings.api_key_file else None
+        self._tracer = tracing.Tracer() if tracing.wanted() else None
+        self._held = 0
         self.in_flight = 0
-        self.draining = False
 
     def drain(self) -> None:
         """Answer 503 to new requests from now on."""
-        self.draining = True
+        self.replica.draining = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._record(scope, receive, send)
+
+    async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count, time, log and trace one request; `_answer` does the work."""
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
-        _state(scope)["request_id"] = request_id
-        is_open = scope["path"] in OPEN_PATHS
+        state = _state(scope)
+        state["request_id"] = request_id
+        route = _route(scope["path"])
+        status = 500
+        start = time.perf_counter()
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        trace = self._tracer.request(scope["method"], route, headers) if self._tracer else contextlib.nullcontext()
+        with trace as span:
+            await self._answer(scope, headers, receive, counted_send)
+            if span is not None:
+                span.set_attribute("http.response.status_code", status)
+                span.set_attribute("jepakit.request_id", request_id)
+        seconds = time.perf_counter() - start
+        self._metrics.requests.labels(route, status).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        if not _is_open(scope["path"]) or status >= 500:
+            fields = {
+                "request_id": request_id, "method": scope["method"], "route": route, "status": status,
+                "ms": round(1000 * seconds, 1), "bytes": state.get("bytes", 0), "key": state.get("key"),
+                "code": state.get("code"),
+            }  # fmt: skip
+            logs.access(self._settings.access_log, status=status, fields=fields)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        is_open, state = _is_open(scope["path"]), _state(scope)
         self.in_flight += not is_open
+        self._metrics.in_flight.set(self.in_flight)
+        held = 0
         try:
             if not is_open:
-                self._check_key(headers)
-                if self.draining:
+                state["key"] = self._check_key(headers)
+                if self.replica.draining:
                     raise ApiError(
-                        503,
-                        "draining",
-                        "the service is stopping: try again shortly",
-                        headers={"Retry-After": "1"},
+                        503, "draining", "the service is stopping: try again shortly", headers={"Retry-After": "1"}
                     )
-            body = await self._read_body(headers, receive)
-            await self._app(scope, _replay(body, receive), _with_header(send, request_id))
+            held = self._reserve(headers)
+            body = await self._read_body(receive)
+            state["bytes"] = len(body)
+            await self._app(scope, _replay(body, receive), send)
         except ApiError as error:
-            # The body may be unread: the connection cannot be used again.
-            await send_error(send, error, request_id, close=True)
+            state["code"] = error.code
+            self._metrics.refused.labels(error.code).inc()
+            # While its body is unread, a connection cannot be used again.
+            await send_error(send, error, state["request_id"], close="bytes" not in state)
         except Exception as error:  # answered 500 by the application; its text may hold what was sent
-            _log.error("request %s failed: %s", request_id, type(error).__name__)
+            _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
         finally:
             self.in_flight -= not is_open
+            self._held -= held
+            self._metrics.in_flight.set(self.in_flight)
 
-    def _check_key(self, headers: Headers) -> None:
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self.replica.watch()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _check_key(self, headers: Headers) -> str | None:
+        """The name of the key that was sent, where keys are asked for."""
         if self._keys is None:
-            return
+            return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        challenge = {"WWW-Authenticate": "Bearer"}
         if scheme.lower() != "bearer" or not key:
-            raise ApiError(
-                401,
-                "missing_api_key",
-                "send an API key: Authorization: Bearer KEY",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        if not self._keys.accepts(key.strip()):
-            raise ApiError(
-                401,
-                "invalid_api_key",
-                "this API key is not known here",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            raise ApiError(401, "missing_api_key", "send an API key: Authorization: Bearer KEY", headers=challenge)
+        name = self._keys.name_of(key.strip())
+        if name is None:
+            raise ApiError(401, "invalid_api_key", "this API key is not known here", headers=challenge)
+        return name
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
+    def _reserve(self, headers: Headers) -> int:
+        """Take room for a body before it is read: as much as it declares, or the most there may be."""
+        most = self._settings.max_body_mb << 20
+        declared = headers.get("content-length", "")
+        chunked = "transfer-encoding" in headers
+        size = int(declared) if declared.isdigit() else most if chunked else 0
+        if size > most:
+            raise self._too_large()
+        if self._held and self._held + size > self._settings.max_bodies_mb << 20:
+            raise ApiError(
+                429, "overloaded", "too many bodies are being read or answered: try again shortly",
+                headers={"Retry-After": "1"},
+            )  # fmt: skip
+        self._held += size
+        return size
+
+    async def _read_body(self, receive: Receive) -> bytes:
         limit = self._settings.max_body_mb << 20
-        too_large = ApiError(
-            413,
-            "body_too_large",
-            f"the body is larger than {self._settings.max_body_mb} MB: send fewer images a request",
-        )
-        declared = headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
         chunks, size = [], 0
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
@@ -108,31 +165,43 @@ class Gate:
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
                     if size > limit:
-                        raise too_large
+                        raise self._too_large()
                     if not message.get("more_body", False):
-                        return b"".join(chunks)
+                        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except TimeoutError:
             raise ApiError(
-                408,
-                "body_timeout",
-                f"the body took longer than {self._settings.body_timeout_s:g} s to arrive",
+                408, "body_timeout", f"the body took longer than {self._settings.body_timeout_s:g} s to arrive"
             ) from None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, "body_too_large",
+            f"the body is larger than {self._settings.max_body_mb} MB: send fewer images a request",
+        )  # fmt: skip
 
 
 async def send_error(send: Send, error: ApiError, request_id: str, *, close: bool = False) -> None:
     """Answer with an error in the one shape."""
     body = error.body(request_id)
     headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "x-request-id": request_id,
+        "content-type": "application/json", "content-length": str(len(body)), "x-request-id": request_id,
         **error.headers,
-    }
+    }  # fmt: skip
     if close:
         headers["connection"] = "close"
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+
+
+def _route(path: str) -> str:
+    """A path as metrics and logs know it: names of models, and whatever strangers ask for, stay out."""
+    known = _STEADY_ROUTE.match(path)
+    return known[0] if known else "other"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -146,15 +215,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _with_header(send: Send, request_id: str) -> Send:
-    async def send_with_header(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["X-Request-Id"] = request_id
-        await send(message)
-
-    return send_with_header
 
 
 def _state(scope: Scope) -> MutableMapping[str, Any]:

@@ -27,20 +27,20 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp, self._digests = self._read()
+        self._stamp, self._keys = self._read()
 
-    def accepts(self, key: str) -> bool:
-        """Whether `key` is one of the file's, in a time that does not depend on which or how nearly."""
+    def name_of(self, key: str) -> str | None:
+        """The name of a key of the file, None for any other; in a time that does not depend on which or how nearly."""
         self._reread_if_changed()
         digest = hashlib.sha256(key.encode()).hexdigest()
         # Every line is compared, so that time tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches)
+        names = [name for name, known in self._keys if hmac.compare_digest(digest, known)]
+        return names[0] if names else None
 
     def _reread_if_changed(self) -> None:
         try:
             if self._now() != self._stamp:
-                self._stamp, self._digests = self._read()
+                self._stamp, self._keys = self._read()
         except (OSError, ConfigError):
             return  # a file half-written or gone: the keys last read stay in force
 
@@ -48,9 +48,9 @@ class KeyFile:
         status = self._path.stat()
         return status.st_mtime_ns, status.st_size
 
-    def _read(self) -> tuple[tuple[int, int], list[str]]:
+    def _read(self) -> tuple[tuple[int, int], list[tuple[str, str]]]:
         stamp = self._now()
-        digests = []
+        keys = []
         for number, line in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -59,7 +59,7 @@ class KeyFile:
                 raise ConfigError(
                     f"{self._path} line {number} is not `name:sha256`: make lines with `jepakit serve --new-key NAME`"
                 )
-            digests.append(match[2])
-        if not digests:
+            keys.append((match[1], match[2]))
+        if not keys:
             raise ConfigError(f"{self._path} holds no key: add a line made with `jepakit serve --new-key NAME`")
-        return stamp, digests
+        return stamp, keys

@@ -1,27 +1,40 @@
-"""Settings of the service: the command line, the Dockerfile and tests all end here."""
+"""Settings of the service: the command line, the environment and a YAML file all end here, in this order of weight."""
 
 from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from jepakit._cpus import usable_cpus
+from jepakit._messages import parse
+from jepakit.errors import ConfigError
 from jepakit.readers import DEFAULT_LIMITS
 from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
-class ServeSettings(BaseModel):
+class ServeSettings(BaseSettings):
     """Settings of `jepakit serve`. Only `bundles` is needed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, env_prefix="JEPAKIT_SERVE_", env_ignore_empty=True
+    )
 
-    bundles: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folders of exported bundles, or folders that hold such folders."""
+    bundles: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)]
+    """Folders of exported bundles, or folders that hold such folders, which are watched for new ones."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback needs an API key file."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -30,29 +43,59 @@ class ServeSettings(BaseModel):
     provider: Provider = "auto"
     arithmetic: Arithmetic = "model"
     """`bf16`: OpenVINO computes in bfloat16, twice as fast on CPUs with bfloat16 instructions, at a stated error."""
-    expect: tuple[str, ...] = ()
+    expect: Annotated[tuple[str, ...], NoDecode] = ()
     """Digests of bundles; a bundle of another digest is refused."""
     ray: bool = True
     """Ray Serve; false serves the same application in this one process."""
+    proxy: Literal["python", "haproxy"] = "python"
+    """What takes the connections in front of Ray's replicas; HAProxy is faster and listens on more ports."""
     replicas: Positive = 1
     """Processes that each hold all models (Ray Serve only)."""
+    max_replicas: Positive | None = None
+    """With a number, Ray scales between `replicas` and it."""
+    target_ongoing_requests: Positive = 16
+    """Requests a replica that scaling aims at."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each replica, for Ray's placement; 0.49 leaves room for a second one on the same GPU."""
     threads: Positive = Field(default_factory=usable_cpus)
-    """Threads of one inference, and of decoding, in each replica."""
+    """Threads of decoding and inference in each replica."""
     max_batch: Positive | None = None
     """Largest batch of one inference; None: measured at start."""
     max_body_mb: Positive = 64
+    max_bodies_mb: Positive = 512
+    """Bodies held in a replica at a time, MB together; more are answered 429."""
     max_images: Positive = 256
     """Images in one request."""
     max_pixels: Positive = DEFAULT_LIMITS.max_pixels
     """Pixels in one image, judged by its header."""
     max_waiting: Positive = 1024
     """Images waiting or running in a replica; more are answered 429."""
-    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    max_memory_mb: Positive | None = None
+    """Resident memory above which a replica counts as ill: Ray replaces it, /readyz says so. None: no limit."""
+    body_timeout_s: Seconds = 30.0
     """Seconds for a request's body to arrive."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    request_timeout_s: Seconds = 60.0
     """Seconds from a complete body to the answer."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that requests in flight are given to finish when the service is told to stop."""
+    watch_s: Seconds = 1.0
+    """Seconds between two looks for new bundles."""
+    log_format: Literal["text", "json"] = "text"
+    access_log: Literal["all", "errors", "none"] = "errors"
+    """Requests to log: their id, route, status, size and time, never a name or content of what was sent."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Made from Python, settings are what was given; `load` adds the rest."""
+        return (init_settings,)
+
+    @field_validator("bundles", "expect", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        """In the environment several words are separated by commas."""
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> Self:
@@ -65,7 +108,42 @@ class ServeSettings(BaseModel):
             raise ValueError(
                 f"the API key file {self.api_key_file} does not exist: make one with `jepakit serve --new-key NAME`"
             )
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas = {self.max_replicas} is less than replicas = {self.replicas}")
         return self
+
+
+def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
+    """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong."""
+    values = {} if file is None else _read_yaml(file)
+    merged = {**values, **EnvSettingsSource(ServeSettings)(), **given}
+    if not merged.get("bundles"):
+        raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
+    return parse(ServeSettings, merged)
+
+
+def as_yaml(settings: ServeSettings) -> str:
+    """All settings as a YAML file that `load` reads, each with what it means."""
+    lines = []
+    for name, field in ServeSettings.model_fields.items():
+        if field.description:
+            lines.append(f"# {field.description}")
+        lines.append(yaml.safe_dump({name: settings.model_dump(mode="json")[name]}, default_flow_style=None).strip())
+    return "\n".join(lines) + "\n"
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{file} holds no settings: write lines `name: value`, as `jepakit serve --print-config` prints"
+        )
+    return values
 
 
 def is_loopback(host: str) -> bool:

@@ -105,9 +105,11 @@ def test_models_and_health(http: httpx.Client, bundle: Path) -> None:
     assert model["digest"] == manifest.digest
     assert model["model_id"] == manifest.model_id
     assert model["dim"] == manifest.embedding.dim
+    assert (model["serving"], model["update"]) == ([manifest.digest], None)
     assert http.get("/v1/models/tiny").json() == model
     assert http.get("/healthz").status_code == 200
-    assert http.get("/readyz").json() == {"status": "ready", "models": ["tiny"]}
+    ready = {"status": "ready", "replicas": 1, "replicas_ready": 1, "models": ["tiny"], "faults": {}}
+    assert http.get("/readyz").json() == ready
     assert "/v1/embeddings" in http.get("/openapi.json").json()["paths"]
 
 

@@ -1,0 +1,33 @@
+"""How much memory this process uses and may still use: the machine's, or its container's limit where that is nearer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from jepakit.bundle import DATA, GRAPH, Bundle
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def used_mb() -> float:
+    """Resident memory of this process, MiB."""
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def available_mb() -> float:
+    """Memory that could still be taken, MiB."""
+    available = float(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        current = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2 here, or "max": no limit
+        return available / 2**20
+    return min(available, limit - current) / 2**20
+
+
+def needed_mb(bundle: Bundle) -> float:
+    """What opening a bundle takes at its peak: its bytes and the runtime's copy of them (docs/export.md), and room to run."""
+    size = sum((bundle.path / name).stat().st_size for name in (GRAPH, DATA) if name in bundle.manifest.files)
+    return 2.2 * size / 2**20 + 100

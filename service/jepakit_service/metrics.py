@@ -1,0 +1,98 @@
+"""What the service counts, for Prometheus: one registry a replica, put together for the deployment by `merged`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The counters of one replica. Times are seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter("jepakit_requests", "Answered requests", ("route", "status"), registry=self.registry)
+        self.request_seconds = Histogram(
+            "jepakit_request_seconds", "Body complete to answer", ("route",), buckets=_SECONDS, registry=self.registry
+        )
+        self.refused = Counter("jepakit_refused", "Refused requests, by reason", ("reason",), registry=self.registry)
+        self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
+        self.ready = Gauge("jepakit_ready", "1 when every model answers", registry=self.registry)
+        self.images = Counter(
+            "jepakit_images", "Images decoded, or refused as images", ("model", "result"), registry=self.registry
+        )
+        self.waiting = Gauge("jepakit_waiting_images", "Images waiting or running", ("model",), registry=self.registry)
+        self.batch_size = Histogram(
+            "jepakit_batch_size", "Images in one inference", ("model",), buckets=_SIZES, registry=self.registry
+        )
+        self.stage_seconds = Histogram(
+            "jepakit_stage_seconds", "Decoding of an image, its wait until its batch runs, one inference",
+            ("model", "stage"), buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.model_info = Gauge(
+            "jepakit_model_info", "1 for each model in service",
+            ("model", "model_id", "digest", "precision", "provider"), registry=self.registry,
+        )  # fmt: skip
+
+    def of_model(self, model: str) -> ModelMetrics:
+        """The counters of one model, for its batcher."""
+        return ModelMetrics(self, model)
+
+    def forget(self, model: str) -> None:
+        """Drop the gauges of a model that is no longer served."""
+        self.waiting.remove(model)
+
+    def families(self) -> list[Metric]:
+        """All that is counted, as it stands; can be pickled."""
+        return list(self.registry.collect())
+
+
+class ModelMetrics:
+    """The batcher's observer: its stages, as they end."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._ok = metrics.images.labels(model, "ok")
+        self._bad = metrics.images.labels(model, "error")
+        self._size = metrics.batch_size.labels(model)
+        stages = metrics.stage_seconds
+        self._decode, self._queue = stages.labels(model, "decode"), stages.labels(model, "queue")
+        self._inference = stages.labels(model, "inference")
+        self.waiting = metrics.waiting.labels(model)
+
+    def decoded(self, seconds: float, *, ok: bool) -> None:
+        (self._ok if ok else self._bad).inc()
+        self._decode.observe(seconds)
+
+    def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
+        self._size.observe(size)
+        for wait in queued:
+            self._queue.observe(wait)
+        self._inference.observe(seconds)
+
+
+class _Collected(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def merged(by_replica: Mapping[str, Sequence[Metric]]) -> bytes:
+    """Prometheus' text of several replicas: every sample once, with the label `replica`."""
+    families: dict[str, Metric] = {}
+    for replica, own in by_replica.items():
+        for family in own:
+            joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            joined.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica}) for sample in family.samples
+            ]
+    registry = CollectorRegistry()
+    registry.register(_Collected(families.values()))
+    return generate_latest(registry)

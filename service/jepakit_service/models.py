@@ -1,0 +1,145 @@
+"""Bundles that the settings name, and models loaded from them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jepakit import golden
+from jepakit.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
+from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
+from jepakit.images import fit, read_image
+from jepakit.readers import Limits
+from jepakit_service.batcher import Batcher, Decoded, Result
+from jepakit_service.metrics import Metrics
+from jepakit_service.settings import ServeSettings
+from jepakit_service.tuning import open_tuned
+from jepakit_service.wire import Encoded
+
+_FRESH_S = 5.0
+_HEARTBEAT_S = 10.0
+
+
+class LoadedModel:
+    """One bundle, verified, its golden vectors reproduced, ready to embed. Raises BundleError when it is not right."""
+
+    def __init__(self, bundle: Bundle, settings: ServeSettings, metrics: Metrics) -> None:
+        self.manifest = bundle.manifest
+        self.session, self.plan = open_tuned(bundle, settings)
+        self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
+        self._golden = golden.unpack(bundle.read(GOLDEN))
+        self._beaten = time.monotonic()
+        self.counted = metrics.of_model(self.manifest.name)
+        self._batcher = Batcher(
+            self._decode, self.session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
+            threads=settings.threads, observer=self,
+        )  # fmt: skip
+
+    @property
+    def provider(self) -> str:
+        """What really runs: cpu, cuda, tensorrt or openvino."""
+        return self.session.provider
+
+    @property
+    def precision(self) -> str:
+        """What is really computed: fp32, fp16, int8 or bf16."""
+        return self.session.precision
+
+    @property
+    def digest(self) -> str:
+        """The bundle's."""
+        return self.manifest.digest
+
+    async def embed(self, images: Sequence[Encoded]) -> tuple[list[Result], int]:
+        """A vector [D] for each image or why it cannot be read, in order, and the pixels of those decoded."""
+        self.counted.waiting.inc(len(images))
+        try:
+            return await self._batcher.embed(images)
+        finally:
+            self.counted.waiting.dec(len(images))
+
+    async def heartbeat(self) -> str | None:
+        """Why this model does not answer rightly; None when it does.
+
+        A batch that ran within 5 s is proof enough, else a golden image goes through the same queue as everybody's.
+        """
+        if time.monotonic() - self._beaten < _FRESH_S:
+            return None
+        try:
+            async with asyncio.timeout(_HEARTBEAT_S):
+                (vector,), _ = await self.embed([self._golden.images[0]])
+        except TimeoutError:
+            return f"{self.manifest.name} has run no batch for {time.monotonic() - self._beaten:.0f} s"
+        except Exception as error:
+            return f"{self.manifest.name} fails ({type(error).__name__})"
+        if isinstance(vector, ImageError):
+            return f"{self.manifest.name} cannot read its own golden image"
+        limit = golden.TOLERANCES[self.precision, self.provider].relative
+        wrong = golden.relative_error(vector, self._golden.vectors[0])
+        # Where the table judges by cosines, one vector tells no more than that its numbers are numbers.
+        if not wrong <= (limit or 1.0):
+            return f"{self.manifest.name} no longer gives its golden vectors (relative error {wrong:.2g})"
+        return None
+
+    def close(self) -> None:
+        """Answer what waits, then let go of the threads."""
+        self._batcher.close()
+
+    def decoded(self, seconds: float, *, ok: bool) -> None:
+        """For the batcher."""
+        self.counted.decoded(seconds, ok=ok)
+
+    def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
+        """For the batcher."""
+        self._beaten = time.monotonic()
+        self.counted.ran(size, queued, seconds)
+
+    def _decode(self, image: Encoded) -> Decoded:
+        spec = self.manifest.preprocess
+        try:
+            pixels = read_image(image, spec, limits=self._limits)
+        except MissingExtraError as error:  # what is not installed here is the sender's to know
+            raise ImageError(str(error), code="unsupported_format") from None
+        return Decoded(np.ascontiguousarray(fit(pixels, spec)), pixels.shape[0] * pixels.shape[1])
+
+
+def find_bundles(settings: ServeSettings) -> list[Bundle]:
+    """The bundles that the settings name, manifests checked, pinned digests honoured, names unique."""
+    by_name: dict[str, Bundle] = {}
+    for path in bundle_folders(settings):
+        bundle = open_bundle(path)
+        check_expected(bundle, settings)
+        other = by_name.setdefault(bundle.manifest.name, bundle)
+        if other is not bundle:
+            raise BundleError(
+                f"{other.path} and {bundle.path} are both named {bundle.manifest.name!r}: export one with another --name"
+            )
+    return list(by_name.values())
+
+
+def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
+    """Raise BundleError for a bundle whose digest is none of those that were pinned."""
+    if settings.expect and bundle.digest not in settings.expect:
+        raise BundleError(
+            f"{bundle.path} has digest {bundle.digest}, which is not the expected one: "
+            "it is another bundle than the one you pinned"
+        )
+
+
+def bundle_folders(settings: ServeSettings) -> list[Path]:
+    """The folders of bundles that the settings name, themselves or through a folder of bundles. DataError for none."""
+    folders = []
+    for given in map(Path, settings.bundles):
+        if (given / MANIFEST).exists() or not given.is_dir():
+            folders.append(given)
+            continue
+        # Hidden folders are bundles on their way in or out.
+        inside = sorted(f for f in given.iterdir() if (f / MANIFEST).is_file() and not f.name.startswith("."))
+        if not inside:
+            raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
+        folders += inside
+    return folders

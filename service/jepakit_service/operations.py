@@ -1,0 +1,88 @@
+"""What operators and probes ask: liveness, readiness, metrics, and which models there are. All speak for the deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from jepakit_service.metrics import merged
+from jepakit_service.registry import Update
+from jepakit_service.replica import Replica, Report, describe
+from jepakit_service.wire import ApiError
+
+
+def router(replica: Replica) -> APIRouter:
+    """/healthz, /readyz, /metrics, /v1/models and /v1/models/{name}."""
+    routes = APIRouter()
+
+    @routes.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process that answers is alive."""
+        return {"status": "alive"}
+
+    @routes.get("/readyz")
+    async def readyz() -> dict[str, Any]:
+        """Whether models answer rightly: `ready`, `degraded` when some replica does not, 503 when none does."""
+        if replica.draining:
+            raise ApiError(503, "draining", "the service is stopping", headers={"Retry-After": "1"})
+        return _readiness(await replica.reports(), replica.settings.replicas)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text of all replicas, each sample with the label `replica`."""
+        reports = await replica.reports()
+        text = merged({report.replica: report.families for report in reports})
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The models in service."""
+        reports = await replica.reports()
+        return {
+            "object": "list",
+            "data": [_described(replica, model.manifest.name, reports) for model in replica.registry],
+        }
+
+    @routes.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        """One model in service; `update` tells of a newer version that is not in service yet, or was refused."""
+        replica.registry.find(name)
+        return _described(replica, name.partition("@")[0], await replica.reports())
+
+    return routes
+
+
+def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
+    faults = {report.replica: list(report.faults) for report in reports if report.faults}
+    ready = len(reports) - len(faults)
+    if ready == 0:
+        reason = "; ".join(fault for some in faults.values() for fault in some) or "no replica answered"
+        raise ApiError(503, "not_ready", reason, headers={"Retry-After": "1"})
+    return {
+        "status": "ready" if ready >= wanted and not faults else "degraded",
+        "replicas": wanted,
+        "replicas_ready": ready,
+        "models": sorted({name for report in reports for name, state in report.models.items() if state.current}),
+        "faults": faults,
+    }
+
+
+def _described(replica: Replica, name: str, reports: Sequence[Report]) -> dict[str, Any]:
+    states = [report.models[name] for report in reports if name in report.models]
+    return {
+        **describe(replica.registry.find(name), replica.settings),
+        "serving": sorted({state.current for state in states if state.current}),
+        "update": _worst([state.update for state in states if state.update]),
+    }
+
+
+def _worst(updates: Sequence[Update]) -> dict[str, Any] | None:
+    """A failure on one replica is what the operator must know first."""
+    for state in ("failed", "incomplete", "loading", "waiting"):
+        for update in updates:
+            if update.state == state:
+                return {"digest": update.digest, "state": update.state, "reason": update.reason}
+    return None

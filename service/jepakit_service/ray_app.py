@@ -1,0 +1,200 @@
+"""The application on Ray Serve: the only module of the service that knows Ray.
+
+Our own process is the entry point, never `ray start`: Ray's internal ports listen on all interfaces, so they are
+guarded by a token of our making, without a dashboard and without usage statistics. `build` is the same application
+for a Serve config file, on clusters that others run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jepakit._messages import parse
+from jepakit.errors import ServeError
+from jepakit_service import logs
+from jepakit_service.app import announce_when_ready
+from jepakit_service.listeners import print_listeners
+from jepakit_service.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from jepakit_service.gate import Gate
+    from jepakit_service.replica import Report
+
+_APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
+_OBJECT_STORE_BYTES = 100 << 20
+_REPORT_TIMEOUT_S = 15.0
+# Refusing is the gate's, which tells why and keeps probes answered; Ray's own limit only has to lie beyond it.
+_ONGOING = 100_000
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start."""
+    os.environ.update(_environment(settings))  # Ray reads it at import
+    import psutil
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    stop = threading.Event()
+    _on_stop_signals(stop)
+    print("starting Ray Serve …", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-"))
+    collector = logs.Collector(folder / "logs.sock")
+    try:
+        ray.init(
+            include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
+            logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
+            num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
+        )  # fmt: skip
+        _on_stop_signals(stop)  # ray.init put its own in place
+        options = HTTPOptions(host=settings.host, port=settings.port)
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        serve.start(http_options=options, logging_config={"enable_access_log": False, "log_level": "ERROR"})
+        handle = serve.run(_application(settings, collector.path), name=_APPLICATION, route_prefix="/")
+        if announce_when_ready(settings, stop):
+            print_listeners(settings)
+        while not stop.wait(1.0):
+            pass
+        print("stopping: answering the requests in flight …", flush=True)
+        handle.broadcast("drain").results(timeout_s=settings.drain_s + 5)
+    except Exception as error:  # Ray wraps what a replica raised in classes of its own
+        if stop.is_set():
+            return
+        raise ServeError(f"the service did not start: {_innermost(error)}") from error
+    finally:
+        children = psutil.Process().children(recursive=True)
+        serve.shutdown()
+        ray.shutdown()
+        _end(children)
+        collector.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The application for a Serve config file: `import_path: jepakit_service.ray_app:build`.
+
+    args  fields of `ServeSettings`; `host` and `port` are the config file's own `http_options`. Raises ConfigError.
+    """
+    return _application(parse(ServeSettings, {"host": "127.0.0.1", **args}), None)
+
+
+def _environment(settings: ServeSettings) -> dict[str, str]:
+    haproxy = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    }
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+        "RAY_COLOR_PREFIX": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        **(haproxy if settings.proxy == "haproxy" else {}),
+    }
+
+
+def _application(settings: ServeSettings, log_socket: str | None) -> Any:
+    """The one deployment: every replica is one process that holds all models."""
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+    scaling: dict[str, Any] = {"num_replicas": settings.replicas}
+    if settings.max_replicas is not None:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=settings.replicas, max_replicas=settings.max_replicas,
+                target_ongoing_requests=settings.target_ongoing_requests,
+            )
+        }  # fmt: skip
+
+    @serve.deployment(
+        name=_DEPLOYMENT,
+        max_ongoing_requests=_ONGOING,
+        max_queued_requests=_ONGOING,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        health_check_period_s=2,
+        health_check_timeout_s=20,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        max_constructor_retry_count=1,
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
+        **scaling,
+    )
+    @serve.ingress()
+    class Embeddings:
+        def __init__(self) -> None:
+            from jepakit_service.api import build_app
+
+            logs.configure(settings, log_socket)
+            self._gate = build_app(settings, _ask_all)
+
+        def __serve_build_asgi_app__(self) -> Gate:
+            return self._gate
+
+        async def report(self) -> Report:
+            return await self._gate.replica.report()
+
+        async def check_health(self) -> None:
+            self._gate.replica.watch()
+            await self._gate.replica.check()
+
+        async def drain(self) -> None:
+            self._gate.drain()
+            deadline = time.monotonic() + settings.drain_s
+            while self._gate.in_flight and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+
+    return Embeddings.bind()  # type: ignore[attr-defined]  # serve.deployment's decorator is untyped here
+
+
+async def _ask_all() -> Sequence[Report]:
+    """The reports of the deployment's replicas, from within one of them; one that does not answer is left out."""
+    from ray import serve
+
+    context = serve.get_replica_context()
+    handle = serve.get_deployment_handle(context.deployment, context.app_name)
+    answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def _on_stop_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _gpus(settings: ServeSettings) -> int | None:
+    """Ray counts the GPUs itself where replicas ask for one."""
+    return None if settings.num_gpus else 0
+
+
+def _end(processes: list[Any]) -> None:
+    """End what Ray left running: some of its agents outlive it by half a minute."""
+    import psutil
+
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, processes = psutil.wait_procs(processes, timeout=3)
+
+
+def _innermost(error: BaseException) -> str:
+    """The last line that says something: our own message inside Ray's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

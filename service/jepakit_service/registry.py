@@ -1,0 +1,111 @@
+"""The models of one replica by name, in up to three versions: the one in service, the next, and the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jepakit_service.models import LoadedModel
+from jepakit_service.wire import ApiError
+
+
+@dataclass
+class Versions:
+    """What a replica has under one name. `failed` tells, by digest, why a version was refused."""
+
+    current: LoadedModel | None = None
+    next: LoadedModel | None = None
+    previous: LoadedModel | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    update: Update | None = None
+
+    def loaded(self) -> list[LoadedModel]:
+        """All versions that can answer."""
+        return [model for model in (self.current, self.next, self.previous) if model is not None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Another version than the one in service, and how far it is."""
+
+    digest: str
+    state: str
+    """`incomplete` on disk, `loading`, `waiting` for the other replicas, or `failed`."""
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class VersionsState:
+    """What replicas tell each other of one name: digests alone."""
+
+    current: str | None
+    loaded: tuple[str, ...]
+    failed: dict[str, str]
+    update: Update | None
+
+    def plain(self) -> dict[str, object]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+class Registry:
+    """Names are looked up here and never become paths."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Versions] = {}
+
+    def __iter__(self) -> Iterator[LoadedModel]:
+        """The models in service, by name."""
+        for _, versions in sorted(self._by_name.items()):
+            if versions.current is not None:
+                yield versions.current
+
+    def versions(self, name: str) -> Versions:
+        """What there is under a name; made when it is new."""
+        return self._by_name.setdefault(name, Versions())
+
+    def names(self) -> list[str]:
+        """All names, in service or not yet."""
+        return sorted(self._by_name)
+
+    def forget(self, name: str) -> Versions:
+        """Take a name out of service; returns what it had, for closing."""
+        return self._by_name.pop(name)
+
+    def find(self, asked: str | None) -> LoadedModel:
+        """NAME, NAME@MODEL_ID, or nothing where one model is in service; ApiError 400 or 404 otherwise."""
+        serving = list(self)
+        known = ", ".join(model.manifest.name for model in serving) or "none"
+        if not asked:
+            if len(serving) == 1:
+                return serving[0]
+            raise ApiError(400, "model_missing", f"several models are loaded, name one of them: {known}", param="model")
+        name, _, pinned = asked.partition("@")
+        versions = self._by_name.get(name, Versions())
+        if pinned:
+            for model in versions.loaded():
+                if model.manifest.model_id == pinned:
+                    return model
+        elif versions.current is not None:
+            return versions.current
+        if versions.current is not None:
+            raise ApiError(
+                404, "model_not_found", f"{name} is {versions.current.manifest.model_id} here, not {pinned[:32]!r}",
+                param="model",
+            )  # fmt: skip
+        raise ApiError(
+            404, "model_not_found", f"no model {name[:100]!r} is loaded here (loaded: {known})", param="model"
+        )
+
+    def state(self) -> dict[str, VersionsState]:
+        """What the other replicas need to know."""
+        return {
+            name: VersionsState(
+                versions.current.digest if versions.current else None,
+                tuple(model.digest for model in versions.loaded()),
+                dict(versions.failed),
+                versions.update,
+            )
+            for name, versions in self._by_name.items()
+        }

@@ -1,0 +1,113 @@
+"""One process of the service, all that it holds: models, engine, counters; and what it tells of itself and the others."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Metric
+
+from jepakit.errors import ServeError
+from jepakit_service import memory
+from jepakit_service.engine import Engine
+from jepakit_service.metrics import Metrics
+from jepakit_service.models import LoadedModel, find_bundles
+from jepakit_service.registry import Registry, VersionsState
+from jepakit_service.settings import ServeSettings
+from jepakit_service.updates import Updates
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one replica says of itself; can be pickled. `faults` is empty when it answers rightly."""
+
+    replica: str
+    faults: tuple[str, ...]
+    models: dict[str, VersionsState]
+    families: list[Metric]
+
+
+AskAll = Callable[[], Awaitable[Sequence[Report]]]
+
+
+class Replica:
+    """Loads every model at construction, and raises BundleError unless every one of them is right.
+
+    ask_all  the reports of all replicas of the deployment; None: this is the only one
+    """
+
+    def __init__(self, settings: ServeSettings, ask_all: AskAll | None = None) -> None:
+        self.settings = settings
+        self.id = secrets.token_hex(4)
+        self.draining = False
+        self.metrics = Metrics()
+        self.registry = Registry()
+        for bundle in find_bundles(settings):
+            self.registry.versions(bundle.manifest.name).current = LoadedModel(bundle, settings, self.metrics)
+        self.engine = Engine(settings, self.registry)
+        self._ask_all = ask_all
+        self._updates = Updates(settings, self.registry, self.metrics, self._states)
+        self._watching: asyncio.Task[None] | None = None
+
+    def watch(self) -> None:
+        """Look for new bundles from now on, on the running event loop. More calls change nothing."""
+        if self._watching is None:
+            self._watching = asyncio.get_running_loop().create_task(self._updates.run())
+
+    async def report(self) -> Report:
+        """This replica's own state, its heartbeat taken."""
+        beats = await asyncio.gather(*(model.heartbeat() for model in self.registry))
+        faults = [fault for fault in beats if fault is not None]
+        limit, used = self.settings.max_memory_mb, memory.used_mb()
+        if limit is not None and used > limit:
+            faults.append(f"uses {used:.0f} MB of memory, more than max_memory_mb = {limit}")
+        self.metrics.ready.set(not faults and not self.draining)
+        self.metrics.model_info.clear()
+        for model in self.registry:
+            manifest = model.manifest
+            self.metrics.model_info.labels(
+                manifest.name, manifest.model_id, manifest.digest, model.precision, model.provider
+            ).set(1)
+        return Report(self.id, tuple(faults), self.registry.state(), self.metrics.families())
+
+    async def reports(self) -> Sequence[Report]:
+        """The reports of all replicas, this one's among them."""
+        return [await self.report()] if self._ask_all is None else await self._ask_all()
+
+    async def check(self) -> None:
+        """Raise ServeError when this replica should be replaced."""
+        if faults := (await self.report()).faults:
+            raise ServeError("; ".join(faults))
+
+    async def _states(self) -> list[dict[str, VersionsState]]:
+        return [report.models for report in await self.reports()]
+
+
+def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:
+    """What a client needs to know of a model: `/v1/models/{name}`."""
+    manifest = model.manifest
+    return {
+        "id": manifest.name,
+        "object": "model",
+        "owned_by": "jepakit",
+        "model_id": manifest.model_id,
+        "digest": manifest.digest,
+        "dim": manifest.embedding.dim,
+        "precision": model.precision,
+        "provider": model.provider,
+        "backbone": manifest.backbone.name,
+        "license": manifest.backbone.start.license,
+        "preprocess": manifest.preprocess.model_dump(mode="json"),
+        "embedding": manifest.embedding.model_dump(mode="json", exclude={"center", "scale"}),
+        "verdict": None if manifest.comparison is None else manifest.comparison.verdict.word,
+        "max_batch": model.plan.max_batch,
+        "lanes": model.plan.lanes,
+        "limits": {
+            "max_body_mb": settings.max_body_mb,
+            "max_images": settings.max_images,
+            "max_pixels": settings.max_pixels,
+        },
+    }

@@ -1,0 +1,47 @@
+"""The application in this one process, on uvicorn: `jepakit serve --no-ray`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from typing import Any
+
+import uvicorn
+
+from jepakit_service.api import build_app
+from jepakit_service.app import announce_when_ready
+from jepakit_service.listeners import print_listeners
+from jepakit_service.settings import ServeSettings
+
+
+class _Server(uvicorn.Server):
+    def capture_signals(self) -> Any:
+        """Leave the signals to us: uvicorn raises them again after its shutdown, so a clean stop would look like a kill."""
+        return contextlib.nullcontext()
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what is in flight."""
+    gate = build_app(settings)
+    server = _Server(
+        uvicorn.Config(
+            gate, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
+            timeout_graceful_shutdown=int(settings.drain_s), server_header=False,
+        )
+    )  # fmt: skip
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        gate.drain()
+        server.should_exit = True  # uvicorn then waits for the requests in flight
+
+    def announce() -> None:
+        if announce_when_ready(settings, stopping):
+            print_listeners(settings)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    threading.Thread(target=announce, daemon=True).start()
+    server.run()

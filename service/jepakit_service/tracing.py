@@ -1,0 +1,60 @@
+"""OpenTelemetry traces, switched on by the usual variables (OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_TRACES_EXPORTER=otlp).
+
+Everything else (headers, sampling, service name, resource) is OpenTelemetry's own to read. Spans hold no content.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from jepakit.errors import MissingExtraError
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+def wanted() -> bool:
+    """Whether the environment asks for traces; MissingExtraError when it does and the exporter is not installed."""
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
+    if exporter != "otlp" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    if (
+        importlib.util.find_spec("opentelemetry.exporter") is None
+        or importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None
+    ):
+        raise MissingExtraError("OTEL_* variables ask for traces, which need: pip install 'jepakit[tracing]'")
+    return True
+
+
+class Tracer:
+    """A span a request, as a child of the caller's where it sent `traceparent`."""
+
+    def __init__(self) -> None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        name = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "jepakit"}
+        self._provider = TracerProvider(resource=Resource.create(name))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("jepakit")
+
+    @contextmanager
+    def request(self, method: str, route: str, headers: Mapping[str, str]) -> Iterator[Any]:
+        """The span of one request; `set_attribute` adds to it."""
+        from opentelemetry.propagate import extract
+        from opentelemetry.trace import SpanKind
+
+        with self._tracer.start_as_current_span(
+            f"{method} {route}", context=extract(headers), kind=SpanKind.SERVER,
+            attributes={"http.request.method": method, "http.route": route}, record_exception=False,
+        ) as span:  # fmt: skip
+            yield span
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()

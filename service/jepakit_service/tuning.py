@@ -1,0 +1,98 @@
+"""How a model runs best on this machine, measured at its start: threads of an inference, inferences at a time, batch size."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jepakit import golden
+from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle
+from jepakit.images import Pixels
+from jepakit.session import Session
+from jepakit_service.settings import ServeSettings
+
+_BATCHES = (1, 2, 4, 8, 16, 32)
+_LONGEST_BATCH_S = 0.25
+"""Longer batches make everybody wait, and are no faster on a CPU."""
+_WORTHWHILE, _WORTH_A_SPLIT, _SLOWER_ALONE = 1.05, 1.15, 2.0
+_LEAST_S = 0.03
+
+
+class Plan(NamedTuple):
+    """Threads of one inference, inferences at a time, images of one inference."""
+
+    threads: int
+    lanes: int
+    max_batch: int
+
+
+def open_tuned(bundle: Bundle, settings: ServeSettings) -> tuple[Session, Plan]:
+    """Verify and open the bundle, and choose how to run it.
+
+    On a CPU small models answer more when each core runs a batch of its own, large ones sooner when all cores share
+    one. The split with the highest throughput is taken whose lone image takes at most twice the shortest time.
+    """
+    session = Session.open(bundle, provider=settings.provider, threads=settings.threads, arithmetic=settings.arithmetic)
+    images = golden.unpack(bundle.read(GOLDEN)).inputs(bundle.manifest.preprocess)
+    best, rate, alone = _measured(session, images, settings.threads, 1, settings.max_batch)
+    if session.provider != "cpu":
+        return session, best
+    fastest_alone = alone
+    for other in _splits(bundle, settings):
+        plan, other_rate, other_alone = _measured(
+            other, images, threads := other.threads, settings.threads // threads, settings.max_batch
+        )
+        if other_rate > _WORTH_A_SPLIT * rate and other_alone < _SLOWER_ALONE * fastest_alone:
+            session, best, rate = other, plan, other_rate
+    return session, best
+
+
+def _splits(bundle: Bundle, settings: ServeSettings) -> Iterator[Session]:
+    """The model again, with fewer threads an inference; the bytes have been verified."""
+    data = bundle.read(DATA) if DATA in bundle.manifest.files else None
+    graph = bundle.read(GRAPH)
+    for threads in (4, 1):
+        if threads < settings.threads:
+            yield Session(graph, bundle.manifest, provider="cpu", threads=threads, data=data)
+
+
+def _measured(
+    session: Session, images: Pixels, threads: int, lanes: int, max_batch: int | None
+) -> tuple[Plan, float, float]:
+    """The best batch for so many lanes, its images a second, and the seconds of a lone image."""
+    session.run(images[:1])
+    alone = min(_seconds(session, images[:1], 1) for _ in range(3))
+    best, best_rate = max_batch or 1, 0.0
+    for size in (max_batch,) if max_batch else _BATCHES:
+        batch = images[np.arange(size) % len(images)]
+        seconds = _seconds(session, batch, lanes)
+        rate = size * lanes / seconds
+        if rate > _WORTHWHILE * best_rate:
+            best, best_rate = size, rate
+        if seconds > _LONGEST_BATCH_S:
+            break
+    return Plan(threads, lanes, best), best_rate, alone
+
+
+def _seconds(session: Session, batch: Pixels, lanes: int) -> float:
+    """Seconds of one batch while every lane runs."""
+    session.run(batch)
+    rounds = [0] * lanes
+    start = time.perf_counter()
+
+    def repeat(lane: int) -> None:
+        while rounds[lane] == 0 or time.perf_counter() - start < _LEAST_S:
+            session.run(batch)
+            rounds[lane] += 1
+
+    others = [threading.Thread(target=repeat, args=(lane,)) for lane in range(1, lanes)]
+    for thread in others:
+        thread.start()
+    repeat(0)
+    for thread in others:
+        thread.join()
+    return (time.perf_counter() - start) * lanes / sum(rounds)

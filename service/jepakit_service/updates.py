@@ -1,0 +1,176 @@
+"""New versions of models, while the old ones serve: load beside, check, switch together, drain; or roll back.
+
+A replica looks at the bundles' folders every second. A new version is loaded beside the one in service; once every
+replica has it, each switches; once every replica has switched, each lets the old one go. Until then both can be asked
+for by NAME@MODEL_ID of any replica. A version that fails on one replica is given up by all, and the old one stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from jepakit.bundle import Bundle, open_bundle
+from jepakit.errors import DataError, InputError, JepakitError
+from jepakit_service import memory
+from jepakit_service.metrics import Metrics
+from jepakit_service.models import LoadedModel, bundle_folders, check_expected
+from jepakit_service.registry import Registry, Update, Versions, VersionsState
+from jepakit_service.settings import ServeSettings
+
+_log = logging.getLogger("jepakit.service")
+_ABSENT_ROUNDS = 5
+
+Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState]]]]
+"""The states of all replicas, this one's among them."""
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+class Updates:
+    """Keeps the registry as the folders are. `step` is one look; `run` looks for ever."""
+
+    def __init__(self, settings: ServeSettings, registry: Registry, metrics: Metrics, peers: Peers) -> None:
+        self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
+        self._incomplete: dict[Path, tuple[Stamp, str]] = {}
+        self._absent: dict[str, int] = {}
+        self._retired: list[LoadedModel] = []
+
+    async def run(self) -> None:
+        """Look every second until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.watch_s)
+            try:
+                await self.step()
+            except Exception as error:  # a look that failed must not be the last one
+                _log.error("looking for new bundles failed: %s: %s", type(error).__name__, error)
+
+    async def step(self) -> None:
+        """Look once: load what is new, switch and retire what all replicas agree on."""
+        for model in self._retired:  # a round ago nobody could find them any more
+            model.close()
+        self._retired = []
+        wanted = await asyncio.to_thread(self._wanted)
+        if not wanted:  # a lost mount, rather than the wish to serve nothing
+            return
+        for name, bundle in wanted.items():
+            await self._prepare(name, bundle)
+        self._withdraw(wanted)
+        if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
+            self._agree(await self._peers())
+
+    def _wanted(self) -> dict[str, Bundle]:
+        """The bundles on disk by name, their manifests checked."""
+        try:
+            folders = bundle_folders(self._settings)
+        except (OSError, DataError):
+            return {}
+        wanted: dict[str, Bundle] = {}
+        for folder in folders:
+            try:
+                bundle = open_bundle(folder)
+            except InputError:  # on its way in, or gone since
+                continue
+            if bundle.manifest.name in wanted:
+                _log.error("%s has the name of another bundle, %s: it is passed over", folder, bundle.manifest.name)
+                continue
+            wanted[bundle.manifest.name] = bundle
+        return wanted
+
+    async def _prepare(self, name: str, bundle: Bundle) -> None:
+        """Load a version that is not there yet, unless it was refused before or its files do not pass yet."""
+        versions = self._registry.versions(name)
+        if versions.next is not None and versions.next.digest != bundle.digest:
+            self._give_up(versions)
+        if bundle.digest in {model.digest for model in versions.loaded()}:
+            if versions.current is not None and versions.current.digest == bundle.digest:
+                versions.update, versions.failed = None, {}
+            return
+        if bundle.digest in versions.failed or not await self._is_whole(bundle, versions):
+            return
+        versions.update = Update(bundle.digest, "loading")
+        try:
+            check_expected(bundle, self._settings)
+            _check_memory(bundle)
+            versions.next = await asyncio.to_thread(LoadedModel, bundle, self._settings, self._metrics)
+        except (JepakitError, OSError) as error:
+            self._refuse(versions, bundle.digest, str(error))
+            return
+        versions.update = Update(bundle.digest, "waiting")
+
+    async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
+        """Whether every file passes; asked again only when a file has changed."""
+        stamp = await asyncio.to_thread(_stamp, bundle.path)
+        seen = self._incomplete.get(bundle.path)
+        if seen is not None and seen[0] == stamp:
+            return False
+        try:
+            await asyncio.to_thread(bundle.verify)
+        except JepakitError as error:
+            self._incomplete[bundle.path] = (stamp, str(error))
+            versions.update = Update(bundle.digest, "incomplete", str(error))
+            return False
+        self._incomplete.pop(bundle.path, None)
+        return True
+
+    def _agree(self, states: Sequence[dict[str, VersionsState]]) -> None:
+        for name in self._registry.names():
+            versions = self._registry.versions(name)
+            of_all = [state.get(name) for state in states]
+            if versions.next is not None:
+                digest = versions.next.digest
+                reasons = [state.failed[digest] for state in of_all if state is not None and digest in state.failed]
+                if reasons:
+                    self._refuse(versions, digest, reasons[0])
+                elif all(state is not None and digest in state.loaded for state in of_all):
+                    self._switch(name, versions)
+            elif versions.previous is not None and {state and state.current for state in of_all} == {
+                versions.current and versions.current.digest
+            }:
+                self._retired.append(versions.previous)
+                versions.previous = None
+
+    def _switch(self, name: str, versions: Versions) -> None:
+        assert versions.next is not None
+        versions.current, versions.previous, versions.next = versions.next, versions.current, None
+        versions.update, versions.failed = None, {}
+        _log.info("%s is now %s (digest %s)", name, versions.current.manifest.model_id, versions.current.digest)
+
+    def _refuse(self, versions: Versions, digest: str, reason: str) -> None:
+        self._give_up(versions)
+        versions.failed[digest] = reason
+        versions.update = Update(digest, "failed", reason)
+        _log.error("a new version was refused, the old one stays: %s", reason)
+
+    def _give_up(self, versions: Versions) -> None:
+        if versions.next is not None:
+            self._retired.append(versions.next)
+            versions.next = None
+
+    def _withdraw(self, wanted: dict[str, Bundle]) -> None:
+        """Take names out of service whose folder has been gone for some rounds: a swap of folders takes less."""
+        for name in self._registry.names():
+            absent = self._absent[name] = 0 if name in wanted else self._absent.get(name, 0) + 1
+            if absent >= _ABSENT_ROUNDS:
+                self._retired += self._registry.forget(name).loaded()
+                del self._absent[name]
+                _log.info("%s is no longer served: its bundle is gone", name)
+
+
+def _check_memory(bundle: Bundle) -> None:
+    needed, available = memory.needed_mb(bundle), memory.available_mb()
+    if needed > available:
+        raise DataError(
+            f"{bundle.path} needs about {needed:.0f} MB beside the version in service, and {available:.0f} MB are free: "
+            "give the service more memory, or stop it and start it with the new version"
+        )
+
+
+def _stamp(folder: Path) -> Stamp:
+    """The folder's files as they are now."""
+    try:
+        found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    except OSError:
+        return ()
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found)
