@@ -14,7 +14,7 @@ from jepakit.bundle import GRAPH, MANIFEST, Bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
 
-_POLL_S = 0.5
+_POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
 
 def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
@@ -29,7 +29,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
     bundle.verify()
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: name the one that `jepakit serve` watches")
-    with Client(url, deadline_s=30) as client:
+    with Client(url, deadline_s=_LONGEST_SILENCE_S) as client:
         client.models()
         target = _place(bundle, folder)
         aside = Path(tempfile.mkdtemp(prefix=".deploy-", dir=folder))

@@ -75,8 +75,8 @@ def run(settings: ServeSettings) -> None:
             return
         raise ServeError(f"the service did not start: {_innermost(error)}") from error
     finally:
+        # All of Ray is ours: ending it ends Serve, which has nothing left to do.
         children = psutil.Process().children(recursive=True)
-        serve.shutdown()
         ray.shutdown()
         _end(children)
         collector.close()

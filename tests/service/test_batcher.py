@@ -1,0 +1,172 @@
+"""The batcher: full batches, fair turns, one bad image spoils no other, and nothing is lost when it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepakit.errors import ImageError
+from jepakit_service.batcher import Batcher, Decoded
+
+SHAPE = (2, 2, 1)
+
+
+class Recorder:
+    """A model whose vector is the image's first byte, and an observer; `gate` holds its batches back."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.sizes: list[int] = []
+        self.decodes = 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def decode(self, image: Any) -> Decoded:
+        if image == b"bad":
+            raise ImageError("bad", code="unreadable")
+        if image == b"fault":
+            raise OSError("disk on fire")
+        return Decoded(np.full(SHAPE, image[0], np.uint8), 4)
+
+    def run(self, images: Any) -> Any:
+        assert self.gate.wait(10)
+        values = images[:, 0, 0, 0]
+        if 255 in values:
+            raise RuntimeError("the runtime failed")
+        self.batches.append(values.tolist())
+        return values[:, None].astype(np.float32)
+
+    def decoded(self, seconds: float, *, ok: bool) -> None:
+        assert seconds >= 0
+        self.decodes += ok
+
+    def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
+        assert len(queued) == size
+        self.sizes.append(size)
+
+
+def batcher(model: Recorder, *, max_batch: int = 4, lanes: int = 1, threads: int = 1) -> Batcher:
+    return Batcher(model.decode, model.run, max_batch=max_batch, lanes=lanes, threads=threads, observer=model)
+
+
+def test_many_requests_get_their_own_vectors_in_order() -> None:
+    model = Recorder()
+    packed = batcher(model, lanes=2, threads=3)
+
+    async def ask_all() -> list[tuple[list[Any], int]]:
+        return await asyncio.gather(*(packed.embed([bytes([n]), bytes([n + 100])]) for n in range(50)))
+
+    for n, (results, area) in enumerate(asyncio.run(ask_all())):
+        assert [vector[0] for vector in results] == [n, n + 100]
+        assert area == 8
+    assert model.decodes == 100 == sum(model.sizes)
+
+
+def test_a_backlog_fills_the_batches_and_a_lone_image_waits_for_nobody() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=4)
+
+    async def ask() -> None:
+        await packed.embed([b"\1"])
+        model.gate.clear()
+        first = asyncio.create_task(packed.embed([b"\2"]))
+        while model.decodes < 2:
+            await asyncio.sleep(0.01)
+        others = [asyncio.create_task(packed.embed([bytes([n])])) for n in range(10, 18)]
+        await asyncio.sleep(0.1)
+        model.gate.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(ask())
+    assert model.batches[:2] == [[1], [2]]
+    assert [len(batch) for batch in model.batches[2:]] == [4, 4]
+
+
+def test_a_request_of_hundreds_does_not_hold_up_one_of_one() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=2)
+
+    async def ask() -> None:
+        model.gate.clear()
+        big = asyncio.create_task(packed.embed([b"\7"] * 400))
+        await asyncio.sleep(0.05)
+        small = asyncio.create_task(packed.embed([b"\1"]))
+        await asyncio.sleep(0.05)
+        model.gate.set()
+        await asyncio.gather(big, small)
+
+    asyncio.run(ask())
+    turn = next(turn for turn, batch in enumerate(model.batches) if 1 in batch)
+    assert turn < 10, "of 200 batches"
+
+
+def test_one_bad_image_spoils_no_other() -> None:
+    packed = batcher(Recorder())
+    results, area = asyncio.run(packed.embed([b"\1", b"bad", b"\3"]))
+    assert isinstance(results[1], ImageError)
+    assert [float(vector[0]) for vector in (results[0], results[2])] == [1.0, 3.0]  # type: ignore[index]
+    assert area == 8
+
+
+@pytest.mark.parametrize(("image", "error"), [(b"fault", OSError), (b"\xff", RuntimeError)])
+def test_a_fault_reaches_its_request_and_the_next_one_is_answered(image: bytes, error: type[Exception]) -> None:
+    packed = batcher(Recorder())
+
+    async def ask() -> None:
+        with pytest.raises(error):
+            await packed.embed([image])
+        results, _ = await packed.embed([b"\5"])
+        assert float(results[0][0]) == 5.0  # type: ignore[index]
+
+    asyncio.run(ask())
+
+
+def test_what_a_client_that_left_had_asked_for_is_not_computed() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=1)
+
+    async def ask() -> None:
+        model.gate.clear()
+        running = asyncio.create_task(packed.embed([b"\1"]))
+        while model.decodes < 1:
+            await asyncio.sleep(0.01)
+        left = asyncio.create_task(packed.embed([b"\2"] * 20))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        await asyncio.sleep(0)
+        stays = asyncio.create_task(packed.embed([b"\3"]))
+        model.gate.set()
+        await asyncio.gather(running, stays)
+
+    asyncio.run(ask())
+    assert model.batches == [[1], [3]]
+
+
+def test_closing_answers_what_was_taken_in_and_ends_the_threads() -> None:
+    model = Recorder()
+    before = set(threading.enumerate())
+    packed = batcher(model, lanes=2, threads=4)
+    own = set(threading.enumerate()) - before
+
+    async def ask() -> None:
+        model.gate.clear()
+        waiting = asyncio.create_task(packed.embed([b"\1"] * 9))
+        await asyncio.sleep(0.05)
+        packed.close()
+        model.gate.set()
+        results, _ = await waiting
+        assert len(results) == 9
+        with pytest.raises(RuntimeError):
+            await packed.embed([b"\1"])
+
+    asyncio.run(ask())
+    deadline = time.monotonic() + 10
+    while any(thread.is_alive() for thread in own):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

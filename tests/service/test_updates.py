@@ -1,0 +1,227 @@
+"""New versions beside the old: loaded, checked, switched together, drained; refused or rolled back without a failed request."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import jepakit
+from jepakit.errors import BundleError, ConnectionFailedError, ServeError
+from jepakit_service import memory
+from jepakit_service.deploy import deploy
+from jepakit_service.replica import Replica, Report
+from jepakit_service.settings import ServeSettings
+
+from .conftest import picture, running
+
+PNG = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def other(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another version of the same name, with another space."""
+    out = tmp_path_factory.mktemp("other") / "tiny"
+    jepakit.export("test_vit:random", out, image_size=48)
+    return out
+
+
+@pytest.fixture
+def folder(bundle: Path, tmp_path: Path) -> Path:
+    """A folder of bundles that holds the first version."""
+    shutil.copytree(bundle, tmp_path / "bundles" / "tiny")
+    return tmp_path / "bundles"
+
+
+def settings(folder: Path, **more: Any) -> ServeSettings:
+    return ServeSettings(bundles=(str(folder),), port=1, watch_s=0.05, **more)
+
+
+def digest(path: Path) -> str:
+    return jepakit.open_bundle(path).digest
+
+
+class Deployment:
+    """Replicas in one process that ask each other, as Ray's do."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.replicas = [Replica(settings(folder), self.ask_all) for _ in range(count)]
+
+    async def ask_all(self) -> list[Report]:
+        return [await replica.report() for replica in self.replicas]
+
+    def serving(self) -> list[str]:
+        return [next(iter(replica.registry)).digest for replica in self.replicas]
+
+
+async def step(replica: Replica) -> None:
+    await replica._updates.step()
+
+
+def replace(folder: Path, bundle: Path, name: str = "tiny") -> None:
+    shutil.rmtree(folder / name)
+    shutil.copytree(bundle, folder / name)
+
+
+def test_replicas_switch_only_when_all_have_the_new_version_and_answer_for_both_until_then(
+    bundle: Path, other: Path, folder: Path
+) -> None:
+    deployment = Deployment(folder, 2)
+    first, second = deployment.replicas
+    old, new = (jepakit.open_bundle(path).manifest for path in (bundle, other))
+
+    async def go() -> None:
+        replace(folder, other)
+        await step(first)
+        assert deployment.serving() == [old.digest, old.digest]
+        answer = await first.engine.answer(f"tiny@{new.model_id}", [picture(0)])
+        assert answer.model.digest == new.digest, "what is loaded can be pinned before it is switched to"
+
+        await step(second)
+        assert deployment.serving() == [old.digest, new.digest]
+        for replica in deployment.replicas:
+            for manifest in (old, new):
+                answer = await replica.engine.answer(f"tiny@{manifest.model_id}", [picture(0)])
+                assert answer.model.digest == manifest.digest
+        await step(first)
+        assert deployment.serving() == [new.digest, new.digest]
+        for replica in (*deployment.replicas, *deployment.replicas):
+            await step(replica)
+        with pytest.raises(Exception, match="not"):
+            await first.engine.answer(f"tiny@{old.model_id}", [picture(0)])
+
+    asyncio.run(go())
+
+
+def test_a_version_that_fails_on_one_replica_is_given_up_by_all(
+    other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = Deployment(folder, 2)
+    first, second = deployment.replicas
+    before = deployment.serving()
+
+    async def go() -> None:
+        replace(folder, other)
+        await step(first)
+        monkeypatch.setattr(memory, "available_mb", lambda: 1.0)
+        await step(second)
+        monkeypatch.undo()
+        for replica in (first, second, first):
+            await step(replica)
+        assert deployment.serving() == before
+        for report in await deployment.ask_all():
+            update = report.models["tiny"].update
+            assert update is not None
+            assert update.state == "failed"
+            assert "MB are free" in (update.reason or "")
+            assert report.models["tiny"].loaded == (before[0],)
+
+    asyncio.run(go())
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[str]:
+    with running(settings(folder)) as url:
+        yield url
+
+
+def test_deploy_switches_a_running_service_without_a_failed_request(served: str, other: Path, folder: Path) -> None:
+    async def load(stop: asyncio.Event) -> list[tuple[int, str]]:
+        seen = []
+        async with httpx.AsyncClient(base_url=served, timeout=60) as http:
+            while not stop.is_set():
+                answer = await http.post("/v1/embeddings", content=picture(0), headers=PNG)
+                seen.append((answer.status_code, answer.headers["x-model-id"]))
+        return seen
+
+    async def go() -> list[tuple[int, str]]:
+        stop = asyncio.Event()
+        clients = [asyncio.create_task(load(stop)) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        model = await asyncio.to_thread(deploy, other, folder, served, timeout_s=60)
+        assert model.digest == digest(other)
+        await asyncio.sleep(0.2)
+        stop.set()
+        return [seen for client in clients for seen in await client]
+
+    seen = asyncio.run(go())
+    assert {status for status, _ in seen} == {200}
+    assert len({model_id for _, model_id in seen}) == 2
+    assert [path.name for path in folder.iterdir()] == ["tiny"], "nothing is left beside the bundle"
+
+
+def test_a_bundle_that_the_service_refuses_is_taken_out_again(bundle: Path, other: Path, folder: Path) -> None:
+    with running(settings(folder, expect=(digest(bundle),))) as url:
+        with pytest.raises(ServeError, match="not the expected one"):
+            deploy(other, folder, url, timeout_s=60)
+        assert digest(folder / "tiny") == digest(bundle)
+        with jepakit.Client(url) as client:
+            assert client.model("tiny").digest == digest(bundle)
+    assert [path.name for path in folder.iterdir()] == ["tiny"]
+
+
+def test_a_damaged_bundle_never_reaches_the_folder(served: str, other: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(other, tmp_path / "damaged")
+    graph = tmp_path / "damaged" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
+    before = digest(folder / "tiny")
+    with pytest.raises(BundleError, match="damaged"):
+        deploy(tmp_path / "damaged", folder, served, timeout_s=60)
+    assert digest(folder / "tiny") == before
+
+
+def test_deploying_without_a_service_changes_nothing(bundle: Path, other: Path, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("jepakit_service.deploy._LONGEST_SILENCE_S", 1.0)
+    with pytest.raises(ConnectionFailedError):
+        deploy(other, folder, "http://127.0.0.1:1", timeout_s=5)
+    assert digest(folder / "tiny") == digest(bundle)
+
+
+def test_a_service_that_watches_another_folder_is_noticed(served: str, bundle: Path, other: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(bundle, elsewhere / "tiny")
+    with pytest.raises(ServeError, match="does this service watch this folder"):
+        deploy(other, elsewhere, served, timeout_s=1)
+    assert digest(elsewhere / "tiny") == digest(bundle)
+
+
+def until(http: httpx.Client, wanted: Any) -> dict[str, Any]:
+    """Poll the model until `wanted(model)`; the last answer."""
+    for _ in range(400):
+        answer = http.get("/v1/models/tiny")
+        if wanted(answer):
+            return dict(answer.json())
+        asyncio.run(asyncio.sleep(0.05))
+    raise AssertionError(answer.text)
+
+
+def test_a_half_copied_bundle_is_passed_over_until_its_digests_pass(served: str, other: Path, folder: Path) -> None:
+    with httpx.Client(base_url=served) as http:
+        whole = (other / "model.onnx").read_bytes()
+        replace(folder, other)
+        (folder / "tiny" / "model.onnx").write_bytes(whole[:1000])
+        model = until(http, lambda answer: (answer.json().get("update") or {}).get("state") == "incomplete")
+        assert model["digest"] != digest(other)
+        assert http.post("/v1/embeddings", content=picture(0), headers=PNG).status_code == 200
+        (folder / "tiny" / "model.onnx").write_bytes(whole)
+        model = until(http, lambda answer: answer.json()["digest"] == digest(other))
+        assert model["update"] is None
+
+
+def test_new_names_appear_and_removed_ones_go(served: str, other: Path, folder: Path, tmp_path: Path) -> None:
+    jepakit.export("test_vit:random", tmp_path / "second", image_size=32, name="second")
+    with httpx.Client(base_url=served) as http:
+        deploy(tmp_path / "second", folder, served, timeout_s=60)
+        assert http.get("/readyz").json()["models"] == ["second", "tiny"]
+        assert http.post("/v1/embeddings", content=picture(0), headers=PNG).status_code == 400
+        shutil.rmtree(folder / "tiny")
+        until(http, lambda answer: answer.status_code == 404)
+        assert http.get("/readyz").json()["models"] == ["second"]
+        shutil.rmtree(folder / "second")
+        asyncio.run(asyncio.sleep(1))
+        assert http.get("/readyz").json()["models"] == ["second"], "an empty folder is a lost mount"
