@@ -27,9 +27,18 @@ def configure(settings: ServeSettings, send_to: str | None = None) -> None:
     handler: logging.Handler = logging.StreamHandler(sys.stderr) if send_to is None else _ToDriver(send_to)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())
     logger = logging.getLogger(LOGGER)
-    logger.handlers = [handler]
+    silence()
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def silence() -> None:
+    """Log nowhere any more."""
+    logger = logging.getLogger(LOGGER)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
 
 
 class _Text(logging.Formatter):

@@ -128,7 +128,7 @@ def as_yaml(settings: ServeSettings) -> str:
     for name, field in ServeSettings.model_fields.items():
         if field.description:
             lines.append(f"# {field.description}")
-        lines.append(yaml.safe_dump({name: settings.model_dump(mode="json")[name]}, default_flow_style=None).strip())
+        lines.append(yaml.safe_dump({name: settings.model_dump(mode="json")[name]}, default_flow_style=False).strip())
     return "\n".join(lines) + "\n"
 
 

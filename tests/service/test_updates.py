@@ -182,7 +182,9 @@ def test_deploying_without_a_service_changes_nothing(bundle: Path, other: Path, 
     assert digest(folder / "tiny") == digest(bundle)
 
 
-def test_a_service_that_watches_another_folder_is_noticed(served: str, bundle: Path, other: Path, tmp_path: Path) -> None:
+def test_a_service_that_watches_another_folder_is_noticed(
+    served: str, bundle: Path, other: Path, tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(bundle, elsewhere / "tiny")
     with pytest.raises(ServeError, match="does this service watch this folder"):

@@ -1,0 +1,233 @@
+"""What operators see: readiness that cannot lie, metrics of the whole deployment, logs and traces that hold no content."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+import jepakit
+from jepakit_service import logs, memory, models, operations
+from jepakit_service.listeners import open_listeners
+from jepakit_service.replica import Replica, Report
+from jepakit_service.settings import ServeSettings
+from jepakit_service.wire import ApiError
+
+from .conftest import picture, running
+
+PNG = {"Content-Type": "image/png"}
+
+
+def settings(bundle: Path, **more: Any) -> ServeSettings:
+    return ServeSettings(bundles=(str(bundle),), port=1, **more)
+
+
+class Deployment:
+    """Two replicas in one process; `silent` ones do not answer when asked."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.silent: set[str] = set()
+        self.replicas = [Replica(settings(bundle, replicas=2), self.ask_all) for _ in range(2)]
+
+    async def ask_all(self) -> list[Report]:
+        return [await replica.report() for replica in self.replicas if replica.id not in self.silent]
+
+    async def get(self, path: str) -> httpx.Response:
+        """Ask the first replica."""
+        app = FastAPI()
+        app.include_router(operations.router(self.replicas[0]))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            return await http.get(path)
+
+
+@pytest.fixture(scope="module")
+def deployment(bundle: Path) -> Deployment:
+    return Deployment(bundle)
+
+
+def test_readiness_and_metrics_speak_for_the_deployment(deployment: Deployment) -> None:
+    async def go() -> None:
+        first, second = deployment.replicas
+        assert (await deployment.get("/readyz")).json()["status"] == "ready"
+        await second.engine.answer("tiny", [picture(0), b"no image"])
+        text = (await deployment.get("/metrics")).text
+        assert f'jepakit_images_total{{model="tiny",replica="{second.id}",result="ok"}} 1.0' in text
+        assert f'jepakit_images_total{{model="tiny",replica="{second.id}",result="error"}} 1.0' in text
+        assert f'jepakit_ready{{replica="{first.id}"}} 1.0' in text
+        assert len(re.findall(r"^# TYPE jepakit_images_total counter", text, re.MULTILINE)) == 1
+
+        deployment.silent.add(second.id)
+        degraded = (await deployment.get("/readyz")).json()
+        assert (degraded["status"], degraded["replicas_ready"]) == ("degraded", 1)
+        deployment.silent.clear()
+
+    asyncio.run(go())
+
+
+def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_FRESH_S", 0.0)
+    monkeypatch.setattr(models, "_HEARTBEAT_S", 0.3)
+    replica = Replica(settings(bundle))
+    released = threading.Event()
+    (model,) = replica.registry
+
+    async def go() -> None:
+        assert (await replica.report()).faults == ()
+        run = model._batcher._run
+        monkeypatch.setattr(model._batcher, "_run", lambda images: (released.wait(10), run(images))[1])
+        (fault,) = (await replica.report()).faults
+        assert "has run no batch" in fault
+        with pytest.raises(ApiError) as caught:
+            operations._readiness([await replica.report()], wanted=1)
+        assert caught.value.status == 503
+        released.set()
+        await asyncio.sleep(0.2)
+        assert (await replica.report()).faults == ()
+
+    asyncio.run(go())
+
+
+def test_a_model_that_computes_something_else_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_FRESH_S", 0.0)
+    replica = Replica(settings(bundle))
+    (model,) = replica.registry
+    run = model._batcher._run
+    monkeypatch.setattr(model._batcher, "_run", lambda images: run(images) + np.float32(1))
+    (fault,) = asyncio.run(replica.report()).faults
+    assert "no longer gives its golden vectors" in fault
+
+
+def test_too_much_memory_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(settings(bundle, max_memory_mb=10_000))
+    assert asyncio.run(replica.report()).faults == ()
+    monkeypatch.setattr(memory, "used_mb", lambda: 10_001.0)
+    with pytest.raises(jepakit.errors.ServeError, match="10001 MB"):
+        asyncio.run(replica.check())
+
+
+def test_the_memory_that_is_left_is_no_more_than_the_machines() -> None:
+    assert 0 < memory.available_mb() < 1 << 24
+    assert memory.used_mb() > 10
+
+
+def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) -> None:
+    async def go(url: str) -> list[int]:
+        async def slowly() -> Any:
+            yield b"\x89PNG"
+            await asyncio.sleep(0.7)
+
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            length = {"Content-Length": str(600 << 10), **PNG}
+            held = asyncio.create_task(http.post("/v1/embeddings", content=slowly(), headers={**PNG}))
+            await asyncio.sleep(0.3)
+            refused = await http.post("/v1/embeddings", content=b"\0" * (600 << 10), headers=length)
+            assert (await http.get("/readyz")).status_code == 200, "probes are answered while bodies are refused"
+            return [refused.status_code, (await held).status_code]
+
+    with running(settings(bundle, max_body_mb=1, max_bodies_mb=1)) as url:
+        assert asyncio.run(go(url)) == [429, 415]
+
+
+def test_log_lines_are_json_and_hold_no_content(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wanted = settings(bundle, log_format="json", access_log="all")
+    logs.configure(wanted)
+    try:
+        with running(wanted) as url, httpx.Client(base_url=url) as http:
+            http.post("/v1/embeddings?model=tiny", content=picture(0), headers={"X-Request-Id": "abc", **PNG})
+            http.post("/v1/embeddings", files={"files": ("patient42.png", b"broken")})
+            http.get("/secret-path-of-a-stranger")
+    finally:
+        logs.silence()
+    text = capfd.readouterr().err
+    first, second, third = map(json.loads, text.splitlines())
+    assert (first["request_id"], first["route"], first["status"], first["bytes"]) == (
+        "abc", "/v1/embeddings", 200, len(picture(0)),
+    )  # fmt: skip
+    assert second["status"] == 415
+    assert third["route"] == "other"
+    for word in ("patient42", "broken", "tiny", "stranger"):
+        assert word not in text
+
+
+def test_replicas_lines_reach_the_drivers_standard_error(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    collector = logs.Collector(tmp_path / "logs.sock")
+    logs.configure(settings(bundle), collector.path)
+    try:
+        logging.getLogger("jepakit.service").info("hello from a replica")
+        deadline = time.monotonic() + 5
+        while "hello" not in (told := capfd.readouterr().err):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert re.match(r"^20\S+\+00:00 info hello from a replica$", told.strip())
+    finally:
+        collector.close()
+        logs.silence()
+
+
+class Traces(BaseHTTPRequestHandler):
+    """A collector of traces: keeps the bodies it is sent."""
+
+    bodies: list[bytes] = []  # noqa: RUF012 (one collector a test)
+
+    def do_POST(self) -> None:
+        self.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_traces_follow_the_usual_variables(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zlib
+
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    server = HTTPServer(("127.0.0.1", 0), Traces)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with running(settings(bundle)) as url:
+        headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", **PNG}
+        assert httpx.post(f"{url}/v1/embeddings", content=picture(0), headers=headers).status_code == 200
+    server.shutdown()
+    server.server_close()
+    request = ExportTraceServiceRequest()
+    (body,) = Traces.bodies
+    request.ParseFromString(body if body[:2] != b"\x1f\x8b" else zlib.decompress(body, 31))
+    (span,) = request.resource_spans[0].scope_spans[0].spans
+    assert span.name == "POST /v1/embeddings"
+    assert span.trace_id.hex() == trace_id
+    attributes = {item.key: item.value.int_value or item.value.string_value for item in span.attributes}
+    assert attributes["http.response.status_code"] == 200
+
+
+def test_one_process_listens_on_its_one_port_alone(bundle: Path) -> None:
+    """On all interfaces, so that its listener shows; loopback ones are not listed."""
+    script = (
+        "import socket, psutil, jepakit_service.listeners as l\n"
+        "quiet = socket.create_server(('127.0.0.1', 0))\n"
+        "open_ = socket.create_server(('0.0.0.0', 0))\n"
+        "found = l.open_listeners()\n"
+        "assert [x.port for x in found] == [open_.getsockname()[1]], found\n"
+        "print(found[0].address)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.0.0.0"
+    with running(settings(bundle)):
+        assert open_listeners() == []
