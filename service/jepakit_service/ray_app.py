@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -41,7 +42,8 @@ _ONGOING = 100_000
 
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start."""
-    os.environ.update(_environment(settings))  # Ray reads it at import
+    folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-"))
+    os.environ.update(_environment(settings, folder))  # Ray reads it at import
     import psutil
     import ray
     from ray import serve
@@ -50,7 +52,6 @@ def run(settings: ServeSettings) -> None:
     stop = threading.Event()
     _on_stop_signals(stop)
     print("starting Ray Serve …", flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-"))
     collector = logs.Collector(folder / "logs.sock")
     try:
         ray.init(
@@ -91,12 +92,7 @@ def build(args: dict[str, Any]) -> Any:
     return _application(parse(ServeSettings, {"host": "127.0.0.1", **args}), None)
 
 
-def _environment(settings: ServeSettings) -> dict[str, str]:
-    haproxy = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
-        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-    }
+def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -104,10 +100,33 @@ def _environment(settings: ServeSettings) -> dict[str, str]:
         "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+        "RAY_raylet_start_wait_time_s": "120",  # on a busy machine 30 s are not enough
         "RAY_COLOR_PREFIX": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        **(haproxy if settings.proxy == "haproxy" else {}),
+        **(_haproxy(folder) if settings.proxy == "haproxy" else {}),
     }
+
+
+def _haproxy(folder: Path) -> dict[str, str]:
+    """HAProxy's files in our folder rather than in /tmp for all to read, and ports of its own for each service."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "haproxy-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+    }
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _application(settings: ServeSettings, log_socket: str | None) -> Any:
