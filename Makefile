@@ -17,8 +17,9 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# A process a core, at most four: the tests run with one torch thread each. Files stay whole, for their fixtures.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow or gpu" --timeout 3000
