@@ -1,41 +1,37 @@
-"""The HTTP surface, as an ASGI application behind the gate. Knows nothing of Ray."""
+"""The HTTP surface behind the gate. Knows nothing of Ray.
+
+POSTs that carry images go straight to their handlers: FastAPI's routing would cost each as much as a small
+model does. Everything else, and the OpenAPI document of it all, is FastAPI's.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
-import numpy as np
-from fastapi import FastAPI, Request, Response
-from numpy.typing import NDArray
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+import jepakit
 from jepakit.errors import ImageError
-from jepakit_service import operations, wire
+from jepakit_service import dialects, oip, openapi, operations, wire
+from jepakit_service.dialects import Computed
 from jepakit_service.gate import Gate
-from jepakit_service.models import LoadedModel
+from jepakit_service.openapi import BINARY, Parameter, Post
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError, Ask, EmbeddingRequest
+from jepakit_service.wire import ApiError, Ask
 
-_STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415}
-
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": EmbeddingRequest.model_json_schema()},
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-            "application/dicom": {"schema": {"type": "string", "format": "binary"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                }
-            },
-            "application/x-npy": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
+_log = logging.getLogger("jepakit.service")
+_JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
+_OIP = "Open Inference Protocol v2"
+_INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 
 
 def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
@@ -44,79 +40,358 @@ def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
     ask_all  the reports of all replicas of the deployment; None: this is the only one
     """
     replica = Replica(settings, ask_all)
-    # The pages of /docs load scripts from elsewhere; the description itself is served.
-    app = FastAPI(title="jepakit", version="1", docs_url=None, redoc_url=None)
+    return Gate(Api(replica), replica)
+
+
+class Call(NamedTuple):
+    """One POST: what its handler needs of it. Header names are in lower case."""
+
+    path: str
+    query: Mapping[str, list[str]]
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    request_id: str
+
+    def header(self, name: str) -> str:
+        """A header's value, or an empty string."""
+        return self.headers.get(name.encode("ascii"), b"").decode("latin-1")
+
+    def wants(self, name: str) -> bool:
+        """Whether the query switches `name` on."""
+        return self.query.get(name, [""])[-1].lower() in ("1", "true")
+
+
+class Reply(NamedTuple):
+    """A good answer, but for its status, length and request id."""
+
+    body: bytes
+    content_type: str
+    headers: Mapping[str, str]
+
+
+_Handler = Callable[[Call], Awaitable[Reply]]
+
+
+class Api:
+    """The ASGI application behind the gate: `POST` of images by `_Posts`, everything else by FastAPI."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._posts = _Posts(replica)
+        self._rest = _rest(replica)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = self._posts.handler(scope["path"]) if scope["type"] == "http" else None
+        if handler is None:
+            await self._rest(scope, receive, send)
+            return
+        try:
+            status, reply = 200, await handler(await _read_call(scope, receive))
+        except ApiError as error:
+            status, reply = error.status, _failure(error, scope)
+        except Exception as error:  # its text may hold what was sent
+            _log.error("request %s failed: %s", scope["state"]["request_id"], type(error).__name__)
+            status, reply = 500, _failure(_fault(error), scope)
+        await _send(send, status, reply)
+
+
+class _Posts:
+    """Handlers of the routes that take images."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._registry, self._engine = replica.registry, replica.engine
+        self._max_images = replica.settings.max_images
+        self._by_path: dict[str, _Handler] = {
+            "/v1/embeddings": self._embeddings,
+            "/v1/multimodalembeddings": self._voyage,
+            "/v2/embed": self._cohere,
+        }
+
+    def handler(self, path: str) -> _Handler | None:
+        """What answers a POST to `path`; None where FastAPI does."""
+        return self._by_path.get(path) or (self._infer if _INFER.match(path) else None)
+
+    async def _embeddings(self, call: Call) -> Reply:
+        content_type = call.header("content-type")
+        if wire.media_type(content_type)[0] == _JSON:
+            ask = dialects.read_openai(call.body, self._max_images)
+        else:
+            ask = wire.read_binary(content_type, call.body, self._max_images)
+        computed = await self._compute(ask, call)
+        vectors = [result for result in computed.results if not isinstance(result, ImageError)]
+        if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):
+            return Reply(raw.body, raw.content_type, _facts(computed))
+        return Reply(to_json(dialects.write_openai(ask, computed)), _JSON, _facts(computed))
+
+    async def _voyage(self, call: Call) -> Reply:
+        _only_json(call)
+        ask = dialects.read_voyage(call.body, self._max_images)
+        computed = await self._compute(ask, call)
+        return Reply(to_json(dialects.write_voyage(ask, computed)), _JSON, _facts(computed))
+
+    async def _cohere(self, call: Call) -> Reply:
+        _only_json(call)
+        ask = dialects.read_cohere(call.body, self._max_images)
+        computed = await self._compute(ask, call, all_or_nothing=True)
+        return Reply(to_json(dialects.write_cohere(ask, computed)), _JSON, _facts(computed))
+
+    async def _infer(self, call: Call) -> Reply:
+        match = _INFER.match(call.path)
+        assert match is not None
+        asked = match[1] if match[2] is None else f"{match[1]}@{match[2]}"
+        length = call.header(oip.JSON_LENGTH) or None
+        inference = oip.read(call.body, length, asked, self._max_images)
+        computed = await self._compute(inference.ask, call, all_or_nothing=True)
+        written = oip.write(inference, computed)
+        if written.json_length is None:
+            return Reply(written.body, _JSON, _facts(computed))
+        headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
+        return Reply(written.body, _OCTETS, headers)
+
+    async def _compute(self, ask: Ask, call: Call, *, all_or_nothing: bool = False) -> Computed:
+        """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
+        asked = ask.model or call.query.get("model", [""])[-1] or None
+        dialects.check_space(ask, self._registry.find(asked).manifest)
+        answer = await self._engine.answer(asked, ask.images)
+        if all_or_nothing or not call.wants("partial"):
+            for index, result in enumerate(answer.results):
+                if isinstance(result, ImageError):
+                    raise wire.bad_image(result, f"{ask.field}[{index}]")
+        model = answer.model
+        return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
+
+
+def _facts(computed: Computed) -> dict[str, str]:
+    """What every good answer says in its headers."""
+    manifest = computed.manifest
+    return {
+        "x-model-id": manifest.model_id,
+        "x-embedding-shape": f"{len(computed.results)},{manifest.embedding.dim}",
+        "x-embedding-dtype": "float32",
+        "x-precision": computed.precision,
+        "x-provider": computed.provider,
+    }
+
+
+def _only_json(call: Call) -> None:
+    media = wire.media_type(call.header("content-type"))[0]
+    if media != _JSON:
+        raise ApiError(
+            415,
+            "unsupported_media_type",
+            f"content type {media[:100] or 'none'} is not read at {call.path}: send application/json",
+        )
+
+
+async def _read_call(scope: Scope, receive: Receive) -> Call:
+    """The request behind the gate, which hands its whole body over in one message."""
+    if scope["method"] != "POST":
+        raise ApiError(
+            405, "method_not_allowed", f"{scope['method']} {scope['path']}: send POST", headers={"Allow": "POST"}
+        )
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError(
+            415, "unsupported_content_encoding", "compressed bodies are not read: image files are compressed already"
+        )
+    query = parse_qs(scope["query_string"].decode("latin-1")) if scope["query_string"] else {}
+    body = (await receive())["body"]
+    return Call(scope["path"], query, headers, body, scope["state"]["request_id"])
+
+
+async def _send(send: Send, status: int, reply: Reply) -> None:
+    headers = {"content-type": reply.content_type, "content-length": str(len(reply.body)), **reply.headers}
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": reply.body})
+
+
+def _failure(error: ApiError, scope: Scope) -> Reply:
+    """An error in the shape of the route's family."""
+    scope["state"]["code"] = error.code  # for the gate's record
+    is_oip = openapi.is_oip(scope["path"])
+    body = oip.write_error(error) if is_oip else error.body(scope["state"]["request_id"])
+    return Reply(body, _JSON, error.headers)
+
+
+def _fault(error: Exception) -> ApiError:
+    return ApiError(500, "internal_error", f"the service failed ({type(error).__name__}); the fault is ours")
+
+
+def _rest(replica: Replica) -> ASGIApp:
+    """Everything but the POSTs, as FastAPI has it."""
+    app = FastAPI(
+        title="jepakit",
+        version=jepakit.__version__,
+        description="Image embeddings from your own machine.",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.include_router(operations.router(replica))
+    app.include_router(_oip_router(replica))
+    app.include_router(openapi.docs_router())
+    _answer_errors_in_one_shape(app)
+    described = to_json(openapi.document(app, POSTS, keyed=replica.settings.api_key_file is not None))
 
-    @app.post("/v1/embeddings", openapi_extra=_BODY)
-    async def embeddings(request: Request) -> Response:
-        ask = wire.parse(request.headers.get("content-type", ""), await request.body(), max_images=settings.max_images)
-        answer = await replica.engine.answer(ask.model or request.query_params.get("model"), ask.images)
-        partial = request.query_params.get("partial", "").lower() in ("1", "true")
-        return _answer(answer.model, ask, answer.results, accept=request.headers.get("accept", ""), partial=partial)
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> Response:
+        return Response(described, media_type=_JSON)
 
+    return app
+
+
+def _answer_errors_in_one_shape(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
-        body = error.body(request.state.request_id)
-        return Response(body, error.status, error.headers, media_type="application/json")
+        reply = _failure(error, request.scope)
+        return Response(reply.body, error.status, reply.headers, media_type=_JSON)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return await on_api_error(
-            request, ApiError(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
-        )
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return await on_api_error(request, ApiError(error.status_code, code, message, headers=error.headers))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return await on_api_error(request, ApiError(400, "invalid_request", first["msg"], param=str(first["loc"][-1])))
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:
-        # The exception's text stays inside: it could hold what was sent.
-        fault = ApiError(500, "internal_error", f"the service failed ({type(error).__name__}); the fault is ours")
-        return await on_api_error(request, fault)
-
-    return Gate(app, replica)
+        return await on_api_error(request, _fault(error))
 
 
-def _answer(
-    model: LoadedModel,
-    ask: Ask,
-    results: list[NDArray[np.float32] | ImageError],
-    *,
-    accept: str,
-    partial: bool,
-) -> Response:
-    manifest = model.manifest
-    headers = {
-        "X-Model-Id": manifest.model_id,
-        "X-Embedding-Shape": f"{len(results)},{manifest.embedding.dim}",
-        "X-Embedding-Dtype": "float32",
-        "X-Precision": model.precision,
-        "X-Provider": model.provider,
-    }
-    if not partial:
-        for index, result in enumerate(results):
-            if isinstance(result, ImageError):
-                raise _image_error(result, index)
-        if raw := wire.write_raw([result for result in results if not isinstance(result, ImageError)], accept):
-            return Response(raw.body, 200, headers, media_type=raw.content_type)
-    data = [
-        {"object": "embedding", "index": index, "error": {"code": result.code, "message": str(result)}}
-        if isinstance(result, ImageError)
-        else {"object": "embedding", "index": index, "embedding": wire.write_vector(result, ask.encoding)}
-        for index, result in enumerate(results)
-    ]
-    answer = {
-        "object": "list",
-        "data": data,
-        "model": manifest.name,
-        "model_id": manifest.model_id,
-        "precision": model.precision,
-        "provider": model.provider,
-        "usage": {"prompt_tokens": 0, "total_tokens": 0},
-    }
-    return Response(json.dumps(answer, separators=(",", ":")), 200, headers, media_type="application/json")
+def _oip_router(replica: Replica) -> APIRouter:
+    """What the Open Inference Protocol asks besides inference."""
+    router = APIRouter(prefix="/v2", tags=[_OIP])
+
+    @router.get("")
+    async def server() -> oip.ServerMetadata:
+        """What this server is."""
+        return {"name": "jepakit", "version": jepakit.__version__, "extensions": ["binary_tensor_data"]}
+
+    @router.get("/health/live")
+    async def server_live() -> oip.Live:
+        """Whether the process that answers is alive."""
+        return {"live": True}
+
+    @router.get("/health/ready")
+    async def server_ready() -> oip.Ready:
+        """Whether some replica answers rightly; 503 otherwise."""
+        if replica.draining or all(report.faults for report in await replica.reports()):
+            raise ApiError(503, "not_ready", "no replica takes requests", headers={"Retry-After": "1"})
+        return {"ready": True}
+
+    @router.get("/models/{name}")
+    async def model(name: str) -> oip.ModelMetadata:
+        """What a model takes and gives."""
+        return oip.describe(replica.registry.find(name).manifest)
+
+    @router.get("/models/{name}/versions/{version}")
+    async def model_version(name: str, version: str) -> oip.ModelMetadata:
+        """What a version of a model takes and gives."""
+        return oip.describe(replica.registry.find(f"{name}@{version}").manifest)
+
+    @router.get("/models/{name}/ready")
+    async def model_ready(name: str) -> oip.ModelReady:
+        """Whether a model answers rightly; 503 otherwise."""
+        return await _ready(replica, name)
+
+    @router.get("/models/{name}/versions/{version}/ready")
+    async def model_version_ready(name: str, version: str) -> oip.ModelReady:
+        """Whether a version of a model answers rightly; 503 otherwise."""
+        return await _ready(replica, f"{name}@{version}")
+
+    return router
 
 
-def _image_error(error: ImageError, index: int) -> ApiError:
-    """Every image that cannot be read rightly is named by its index."""
-    status = _STATUS_OF_IMAGE_ERROR.get(error.code, 422)
-    return ApiError(status, error.code, f"input[{index}]: {error}", param=f"input[{index}]")
+async def _ready(replica: Replica, asked: str) -> oip.ModelReady:
+    model = replica.registry.find(asked)
+    if fault := await model.heartbeat():
+        raise ApiError(503, "not_ready", fault, headers={"Retry-After": "1"})
+    return {"name": model.manifest.name, "ready": True}
+
+
+_WORD: Mapping[str, Any] = {"type": "string"}
+_FACTS = {
+    "X-Model-Id": "the vector space",
+    "X-Embedding-Shape": "images,length",
+    "X-Embedding-Dtype": "float32",
+    "X-Precision": "fp32, fp16, int8 or bf16: what was computed",
+    "X-Provider": "cpu, cuda, tensorrt or openvino: what computed it",
+    "X-Request-Id": "the request's own, or a new one",
+}
+_MODEL = Parameter("model", "query", dialects.MODEL, _WORD)
+_PARTIAL = Parameter(
+    "partial", "query", "true: an image that cannot be read is a row with `error`, and the others are answered",
+    {"type": "boolean", "default": False},
+)  # fmt: skip
+_NAME = Parameter("name", "path", "the model", _WORD)
+_VERSION = Parameter("version", "path", "its `model_id`", _WORD)
+_LENGTH = Parameter(
+    "Inference-Header-Content-Length", "header", "bytes of JSON, where tensors follow", {"type": "integer"}
+)
+_ARRAY = {"type": "string", "format": "binary", "description": "numpy.save of [N, H, W, C], [H, W, C] or [H, W]"}
+_FORM = {
+    "type": "object",
+    "required": ["files"],
+    "properties": {"files": {"type": "array", "items": dict(BINARY)}, "model": dict(_WORD)},
+}
+
+
+def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post:
+    return Post(
+        path,
+        name,
+        "Embed images, as the Open Inference Protocol v2 has it.",
+        _OIP,
+        takes={_JSON: oip.InferRequest, _OCTETS: BINARY},
+        gives={_JSON: oip.InferAnswer, _OCTETS: BINARY},
+        parameters=(*parameters, _LENGTH),
+        answer_headers={**_FACTS, "Inference-Header-Content-Length": "bytes of JSON, where the tensor follows"},
+    )
+
+
+POSTS = (
+    Post(
+        "/v1/embeddings",
+        "embed",
+        "Embed images: OpenAI's or Jina's JSON, one file's bytes, many files in a form, or an array.",
+        "embeddings",
+        takes={
+            _JSON: dialects.EmbeddingRequest,
+            "image/*": BINARY,
+            "application/dicom": BINARY,
+            _OCTETS: BINARY,
+            "multipart/form-data": _FORM,
+            _NPY: _ARRAY,
+        },
+        gives={_JSON: dialects.EmbeddingAnswer, _OCTETS: BINARY, _NPY: BINARY},
+        parameters=(_MODEL, _PARTIAL),
+        answer_headers=_FACTS,
+    ),
+    Post(
+        "/v1/multimodalembeddings",
+        "embed_voyage",
+        "Embed images, as Voyage has it.",
+        "embeddings",
+        takes={_JSON: dialects.VoyageRequest},
+        gives={_JSON: dialects.VoyageAnswer},
+        parameters=(_MODEL, _PARTIAL),
+        answer_headers=_FACTS,
+    ),
+    Post(
+        "/v2/embed",
+        "embed_cohere",
+        "Embed images, as Cohere has it. All or nothing.",
+        "embeddings",
+        takes={_JSON: dialects.CohereRequest},
+        gives={_JSON: dialects.CohereAnswer},
+        parameters=(_MODEL,),
+        answer_headers=_FACTS,
+    ),
+    _infer_post("/v2/models/{name}/infer", "infer", (_NAME,)),
+    _infer_post("/v2/models/{name}/versions/{version}/infer", "infer_version", (_NAME, _VERSION)),
+)

@@ -1,4 +1,4 @@
-"""Bytes on the wire to images, and vectors to bytes: everything about request and answer formats.
+"""What every dialect shares: errors, what a request asks, bytes to images, vectors to bytes.
 
 Nothing here decodes an image, touches a disk, or fetches a URL.
 """
@@ -9,20 +9,26 @@ import base64
 import binascii
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from jepakit._messages import explain
+from jepakit.errors import ImageError
 
 Encoded = bytes | NDArray[Any]
+Encoding = Literal["float", "base64"]
+
+VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
+_MAX_NPY_HEADER = 1024
+_FIELDS_BESIDE_FILES = 8
+_STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415}
 
 
 class ApiError(Exception):
@@ -54,91 +60,110 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
 
+class Dimensions(NamedTuple):
+    """The length of vector asked for, and the field that asked."""
+
+    field: str
+    value: int
+
+
 class Ask(NamedTuple):
     """One request's images, the model asked for, and how the answer's vectors are to be written."""
 
     images: list[Encoded]
     model: str | None = None
-    encoding: str = "float"
+    field: str = "input"
+    """What the list of images is called in the request: errors name `field[index]`."""
+    encodings: tuple[Encoding, ...] = ("float",)
+    dimensions: Dimensions | None = None
+    normalized: bool | None = None
 
 
-class EmbeddingRequest(BaseModel):
-    """OpenAI's request, with images for text. Fields of other services are passed over."""
+def check_number(count: int, max_images: int, field: str) -> None:
+    """Refuse a request without images (400), or with more than are taken at once (413)."""
+    if count == 0:
+        raise ApiError(400, "no_images", "the request holds no image", param=field)
+    if count > max_images:
+        raise ApiError(
+            413,
+            "too_many_images",
+            f"{count} images in one request, the limit is {max_images}: send several requests",
+            param=field,
+        )
 
-    model_config = ConfigDict(extra="ignore")
 
-    model: str | None = None
-    input: str | list[Any] = Field(description="data URIs or base64 of image files, one or many")
-    encoding_format: str = Field("float", pattern="^(float|base64)$")
-    dimensions: int | None = None
+def check_json_size(body: bytes, most: int) -> None:
+    """Refuse JSON of more than `most` values, or of as many lists and objects, before it is parsed.
+
+    A megabyte of `[],[],…` becomes sixty of parsed values. Base64 holds neither comma nor bracket, so that
+    honest requests count a handful for each image.
+    """
+    if (count := body.count(b",")) > most:
+        raise ApiError(
+            413,
+            "too_many_values",
+            f"the JSON holds about {count} values, at most {most} are read: send fewer, or send images as files or arrays",
+        )
+    if (count := body.count(b"[") + body.count(b"{")) > most:
+        raise ApiError(400, "invalid_request", f"the JSON holds {count} lists and objects, at most {most} are read")
 
 
-def parse(content_type: str, body: bytes, *, max_images: int) -> Ask:
-    """Read a request's body by its content type; ApiError 400, 413 or 415 names what is wrong."""
+def bad_image(error: ImageError, where: str) -> ApiError:
+    """The refusal of a whole request for one image that cannot be read rightly."""
+    status = _STATUS_OF_IMAGE_ERROR.get(error.code, 422)
+    return ApiError(status, error.code, f"{where}: {error}", param=where)
+
+
+def media_type(content_type: str) -> tuple[str, dict[bytes, bytes]]:
+    """`type/subtype` in lower case, and the options behind it."""
     kind, options = parse_options_header(content_type)
-    media = kind.decode("latin-1").lower()
-    if media == "application/json":
-        ask = _parse_json(body)
-    elif media == "multipart/form-data":
-        ask = _parse_multipart(body, options.get(b"boundary", b""), max_images)
+    return kind.decode("latin-1").lower(), options
+
+
+def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
+    """A body that is not JSON: one image file, several in a form, or an array. Raises ApiError 400, 413, 415."""
+    media, options = media_type(content_type)
+    if media == "multipart/form-data":
+        ask = _read_multipart(body, options.get(b"boundary", b""), max_images)
     elif media == "application/x-npy":
-        ask = Ask(_parse_npy(body, max_images))
+        ask = Ask(_read_npy(body, max_images))
     elif media.startswith("image/") or media in ("application/octet-stream", "application/dicom"):
         ask = Ask([body])
     else:
         raise ApiError(
             415, "unsupported_media_type",
-            f"content type {media or 'none'} is not read here: send application/json, image/*, application/dicom, multipart/form-data or application/x-npy",
+            f"content type {media[:100] or 'none'} is not read here: send application/json, image/*, application/dicom, multipart/form-data or application/x-npy",
         )  # fmt: skip
-    if not ask.images:
-        raise ApiError(400, "no_images", "the request holds no image", param="input")
-    if len(ask.images) > max_images:
-        raise ApiError(
-            413,
-            "too_many_images",
-            f"{len(ask.images)} images in one request, the limit is {max_images}: send several requests",
-        )
+    check_number(len(ask.images), max_images, ask.field)
     return ask
 
 
-def _parse_json(body: bytes) -> Ask:
-    try:
-        request = EmbeddingRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or None
-        message = "the body is not JSON" if first["type"] == "json_invalid" else explain(error, EmbeddingRequest)[:500]
-        raise ApiError(400, "invalid_request", message, param=where) from None
-    if request.dimensions is not None:
-        raise ApiError(
-            400,
-            "dimensions_not_supported",
-            "cutting vectors short would change the space: leave `dimensions` out",
-            param="dimensions",
-        )
-    inputs = request.input if isinstance(request.input, list) else [request.input]
-    images: list[Encoded] = [_from_text(item, f"input[{index}]") for index, item in enumerate(inputs)]
-    return Ask(images, request.model, request.encoding_format)
-
-
-def _from_text(item: object, where: str) -> bytes:
-    if not isinstance(item, str):
-        raise ApiError(
-            400,
-            "invalid_input",
-            f"{where} is not a string: send a data URI or base64 of an image file",
-            param=where,
-        )
-    if item[:8].lower().startswith(("http://", "https://")):
+def read_text(text: str, where: str) -> bytes:
+    """The bytes of an image file in a data URI or plain base64; white space between is passed over."""
+    start = text[:8].lower()
+    if start.startswith(("http://", "https://")):
         raise ApiError(
             400,
             "url_not_supported",
             f"{where} is a URL, and this service fetches none: send the image itself",
             param=where,
         )
-    text = item.partition(",")[2] if item.startswith("data:") else item
+    if start.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ApiError(
+                400, "invalid_base64", f"{where} is a data URI without base64: send data:…;base64,…", param=where
+            )
     try:
         return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return _read_broken_lines(text, where)
+
+
+def _read_broken_lines(text: str, where: str) -> bytes:
+    """Base64 in lines, as `base64 FILE` prints it."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(
             400,
@@ -148,13 +173,13 @@ def _from_text(item: object, where: str) -> bytes:
         ) from None
 
 
-def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
+def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
     """Parts with a file name are images; the field `model` names the model. Parsed in memory: no disk is touched."""
     parts: list[tuple[dict[bytes, bytes], bytearray]] = []
     header: list[bytearray] = [bytearray(), bytearray()]
 
     def begin() -> None:
-        if len(parts) > max_images + 8:
+        if len(parts) == max_images + _FIELDS_BESIDE_FILES:
             raise ApiError(
                 413, "too_many_images", f"more than {max_images} images in one request: send several requests"
             )
@@ -187,54 +212,94 @@ def _parse_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
     return Ask(images, model)
 
 
-def _parse_npy(body: bytes, max_images: int) -> list[Encoded]:
+class _NpyHeader(NamedTuple):
+    descr: str
+    fortran: bool
+    shape: tuple[int, ...]
+    data_at: int
+
+
+_NPY_FIELDS = {
+    "descr": re.compile(rb"'descr': *'([^']{1,8})'"),
+    "fortran": re.compile(rb"'fortran_order': *(True|False)"),
+    "shape": re.compile(rb"'shape': *\(([\d, ]{1,100})\)"),
+}
+
+
+def _read_npy(body: bytes, max_images: int) -> list[Encoded]:
     """[N, H, W, C], [H, W, C] or [H, W] as numpy saves it. The header is judged before any array is made."""
     wanted = (
         "send one little-endian array [N, H, W, C], [H, W, C] or [H, W] of the model's own kind as numpy.save writes it"
     )
-    buffer = io.BytesIO(body)
-    try:
-        version = np.lib.format.read_magic(buffer)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(buffer)
-    except (ValueError, SyntaxError, TypeError, KeyError):
-        raise ApiError(400, "invalid_npy", f"the body is not an .npy file: {wanted}") from None
-    data = body[buffer.tell() :]
+    header = _read_npy_header(body)
+    if header is None:
+        raise ApiError(400, "invalid_npy", f"the body is not an .npy file: {wanted}")
+    size = len(body) - header.data_at
     if (
-        dtype.str not in _NPY_TYPES
-        or fortran
-        or len(shape) not in (2, 3, 4)
-        or 0 in shape
-        or int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data)
+        header.descr not in _NPY_TYPES
+        or header.fortran
+        or len(header.shape) not in (2, 3, 4)
+        or 0 in header.shape
+        or number_of(header.shape) * np.dtype(header.descr).itemsize != size
     ):
-        raise ApiError(400, "invalid_npy", f"the array is {dtype} {list(shape)} with {len(data)} bytes: {wanted}")
-    if len(shape) == 4 and shape[0] > max_images:
         raise ApiError(
-            413,
-            "too_many_images",
-            f"{shape[0]} images in one request, the limit is {max_images}: send several requests",
+            400, "invalid_npy", f"the array is {header.descr} {list(header.shape)} with {size} bytes: {wanted}"
         )
-    pixels = np.frombuffer(data, dtype).reshape(shape)
+    if len(header.shape) == 4:
+        check_number(header.shape[0], max_images, "input")
+    pixels = np.frombuffer(body, header.descr, offset=header.data_at).reshape(header.shape)
     return list(pixels) if pixels.ndim == 4 else [pixels]
 
 
-class Answer(NamedTuple):
+def _read_npy_header(body: bytes) -> _NpyHeader | None:
+    """What an .npy file says of itself, or None. Its Python literal is matched, never evaluated."""
+    if len(body) < 12 or body[:6] != b"\x93NUMPY" or body[6] not in (1, 2, 3):
+        return None
+    starts_at = 10 if body[6] == 1 else 12
+    length = int.from_bytes(body[8:starts_at], "little")
+    text = body[starts_at : starts_at + length]
+    if length > _MAX_NPY_HEADER or len(text) != length:
+        return None
+    found = {name: pattern.search(text) for name, pattern in _NPY_FIELDS.items()}
+    descr, fortran, shape = found["descr"], found["fortran"], found["shape"]
+    if descr is None or fortran is None or shape is None:
+        return None
+    axes = tuple(int(axis) for axis in re.findall(rb"\d+", shape[1]))
+    return _NpyHeader(descr[1].decode("latin-1"), fortran[1] == b"True", axes, starts_at + length)
+
+
+def number_of(shape: Sequence[int]) -> int:
+    """How many values a shape holds, whatever its size (numpy's own product wraps round at 2^63)."""
+    count = 1
+    for axis in shape:
+        count *= axis
+    return count
+
+
+class Raw(NamedTuple):
+    """Vectors as they are, and what kind of body that is."""
+
     body: bytes
     content_type: str
 
 
-def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Answer | None:
+def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Raw | None:
     """The answer as raw little-endian float32 [N, D] or `.npy`, where `Accept` asks for one of them."""
     if "application/octet-stream" in accept:
-        return Answer(np.stack(vectors).astype("<f4", copy=False).tobytes(), "application/octet-stream")
+        return Raw(write_tensor(vectors), "application/octet-stream")
     if "application/x-npy" in accept:
         buffer = io.BytesIO()
         np.save(buffer, np.stack(vectors).astype("<f4", copy=False), allow_pickle=False)
-        return Answer(buffer.getvalue(), "application/x-npy")
+        return Raw(buffer.getvalue(), "application/x-npy")
     return None
 
 
-def write_vector(vector: NDArray[np.float32], encoding: str) -> str | list[float]:
+def write_tensor(vectors: Sequence[NDArray[np.float32]]) -> bytes:
+    """Little-endian float32 [N, D], row by row."""
+    return np.stack(vectors).astype("<f4", copy=False).tobytes()
+
+
+def write_vector(vector: NDArray[np.float32], encoding: Encoding) -> str | list[float]:
     """One vector for JSON: a list of floats, or base64 of little-endian float32 (what the openai client asks for)."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")

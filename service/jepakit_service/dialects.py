@@ -1,0 +1,414 @@
+"""Requests and answers of the embedding services whose clients people have: OpenAI, Jina, Voyage and Cohere.
+
+The models here are the one definition of each: they check requests, and the OpenAPI document is made from
+them. Fields of those services that change no vector are passed over; fields that would are honoured or
+refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from typing_extensions import TypedDict
+
+from jepakit.bundle import Manifest
+from jepakit.errors import ImageError
+from jepakit_service import wire
+from jepakit_service.wire import ApiError, Ask, Dimensions, Encoding
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Results = Sequence[NDArray[np.float32] | ImageError]
+
+MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out where one model is loaded"
+DIMENSIONS = "only the model's own length is taken: cutting vectors short would change the space"
+EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCLCNKAACUmgEbS4ZzXgAAAABJRU5ErkJggg=="
+"""A grey PNG of 16 × 16 pixels in base64, for the document's examples."""
+_EXAMPLE_URI = f"data:image/png;base64,{EXAMPLE}"
+_IMAGE_FIELDS = ("image", "image_url", "image_base64")
+# Unions are told apart by tags in parentheses, which pydantic adds to the place of an error.
+
+
+def _form_of_url(value: object) -> str:
+    return "(plain)" if isinstance(value, str) else "(object)"
+
+
+def _form_of_input(value: object) -> str:
+    return "(text)" if isinstance(value, str) else "(item)"
+
+
+def _form_of_inputs(value: object) -> str:
+    return "(many)" if isinstance(value, list) else "(one)"
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+_Asked = TypeVar("_Asked", bound=BaseModel)
+
+
+class ImageUrl(_Request):
+    """OpenAI's wrapper of a URL."""
+
+    url: str = Field(description="a data URI; http(s) is never fetched")
+
+
+class ImagePart(_Request):
+    """One image, in exactly one of the fields. `text` is refused: there is no text model here."""
+
+    type: str | None = None
+    image: str | None = Field(None, description="Jina: base64 or a data URI")
+    image_url: (
+        Annotated[Annotated[str, Tag("(plain)")] | Annotated[ImageUrl, Tag("(object)")], Discriminator(_form_of_url)]
+        | None
+    ) = Field(None, description="OpenAI, Cohere, Voyage: a data URI, or an object that holds one")
+    image_base64: str | None = Field(None, description="Voyage: a data URI or base64")
+    text: str | None = None
+
+
+class ImageInput(ImagePart):
+    """An image, or (Cohere, Voyage) `content` with one image."""
+
+    content: list[ImagePart] | None = None
+
+
+Input = Annotated[Annotated[str, Tag("(text)")] | Annotated[ImageInput, Tag("(item)")], Discriminator(_form_of_input)]
+
+
+class EmbeddingRequest(_Request):
+    """OpenAI's and Jina's request, with images for text."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"input": [_EXAMPLE_URI], "encoding_format": "float"}})
+
+    model: str | None = Field(None, description=MODEL)
+    input: Annotated[
+        Annotated[Input, Tag("(one)")] | Annotated[list[Input], Tag("(many)")], Discriminator(_form_of_inputs)
+    ] = Field(description="images as data URIs or base64, one or many")
+    encoding_format: Encoding | None = Field(None, description="`base64` is little-endian float32; default `float`")
+    embedding_type: Encoding | None = Field(None, description="Jina's name of `encoding_format`")
+    dimensions: int | None = Field(None, description=DIMENSIONS)
+    normalized: bool | None = Field(None, description="only what the model does is taken")
+
+
+class VoyageRequest(_Request):
+    """Voyage's multimodal request."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"inputs": [{"content": [{"type": "image_base64", "image_base64": _EXAMPLE_URI}]}]}
+        }
+    )
+
+    model: str | None = Field(None, description=MODEL)
+    inputs: list[ImageInput]
+    encoding_format: Literal["base64"] | None = None
+    output_dtype: Literal["float"] | None = Field(None, description="float32 is all that is had")
+    output_dimension: int | None = Field(None, description=DIMENSIONS)
+
+
+class CohereRequest(_Request):
+    """Cohere's v2 embed request: `images` or `inputs`."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"images": [_EXAMPLE_URI], "embedding_types": ["float"]}})
+
+    model: str | None = Field(None, description=MODEL)
+    images: list[str] | None = Field(None, description="data URIs")
+    inputs: list[ImageInput] | None = None
+    texts: list[Any] | None = None
+    embedding_types: list[Encoding] | None = Field(
+        None, description="`float`, `base64` or both; other types are not had"
+    )
+    output_dimension: int | None = Field(None, description=DIMENSIONS)
+
+
+class Row(TypedDict):
+    """A vector."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: str | list[float]
+
+
+class ItemError(TypedDict):
+    """Why an image gave no vector."""
+
+    code: str
+    message: str
+
+
+class BadRow(TypedDict):
+    """An image that gave no vector; with `?partial=true` alone."""
+
+    object: Literal["embedding"]
+    index: int
+    error: ItemError
+
+
+class Usage(TypedDict):
+    """`image_pixels` is the sum over the decoded images; there are no tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+    image_pixels: int
+
+
+class EmbeddingAnswer(TypedDict):
+    """OpenAI's answer, and what computed it."""
+
+    object: Literal["list"]
+    data: list[Row | BadRow]
+    model: str
+    model_id: str
+    precision: str
+    provider: str
+    usage: Usage
+
+
+class VoyageUsage(TypedDict):
+    """`image_pixels` is the sum over the decoded images; there are no tokens."""
+
+    text_tokens: int
+    image_pixels: int
+    total_tokens: int
+
+
+class VoyageAnswer(TypedDict):
+    """Voyage's answer, and the vector space."""
+
+    object: Literal["list"]
+    data: list[Row | BadRow]
+    model: str
+    model_id: str
+    usage: VoyageUsage
+
+
+class CohereVersion(TypedDict):
+    """Which of Cohere's interfaces this is."""
+
+    version: Literal["2"]
+
+
+class CohereMeta(TypedDict):
+    """Which of Cohere's interfaces this is."""
+
+    api_version: CohereVersion
+
+
+class CohereAnswer(TypedDict):
+    """Cohere's answer, and the vector space. `embeddings` maps each type asked for to the vectors."""
+
+    id: str
+    response_type: Literal["embeddings_by_type"]
+    embeddings: dict[Encoding, list[str | list[float]]]
+    texts: list[str]
+    model: str
+    model_id: str
+    meta: CohereMeta
+
+
+class Computed(NamedTuple):
+    """Vectors, and what computed them: all that an answer is written from."""
+
+    manifest: Manifest
+    precision: str
+    provider: str
+    results: Results
+    pixels: int
+    request_id: str
+
+
+def read_openai(body: bytes, max_images: int) -> Ask:
+    """`POST /v1/embeddings` in JSON: OpenAI's request, or Jina's."""
+    request = _parse(EmbeddingRequest, body, max_images)
+    items = request.input if isinstance(request.input, list) else [request.input]
+    return Ask(
+        _images(items, "input", max_images),
+        request.model,
+        encodings=(request.encoding_format or request.embedding_type or "float",),
+        dimensions=_dimensions("dimensions", request.dimensions),
+        normalized=request.normalized,
+    )
+
+
+def read_voyage(body: bytes, max_images: int) -> Ask:
+    """`POST /v1/multimodalembeddings`."""
+    request = _parse(VoyageRequest, body, max_images)
+    return Ask(
+        _images(request.inputs, "inputs", max_images),
+        request.model,
+        "inputs",
+        (request.encoding_format or "float",),
+        _dimensions("output_dimension", request.output_dimension),
+    )
+
+
+def read_cohere(body: bytes, max_images: int) -> Ask:
+    """`POST /v2/embed`."""
+    request = _parse(CohereRequest, body, max_images)
+    if request.texts:
+        raise _no_text("texts")
+    if request.images and request.inputs:
+        raise ApiError(400, "invalid_input", "both `images` and `inputs` are given: send one of them", param="inputs")
+    field, items = ("inputs", request.inputs) if request.inputs else ("images", request.images or [])
+    return Ask(
+        _images(items, field, max_images),
+        request.model,
+        field,
+        tuple(dict.fromkeys(request.embedding_types or ("float",))),
+        _dimensions("output_dimension", request.output_dimension),
+    )
+
+
+def write_openai(ask: Ask, computed: Computed) -> EmbeddingAnswer:
+    """The answer to `read_openai`, and to bodies that are no JSON."""
+    return {
+        "object": "list",
+        "data": _rows(ask, computed.results),
+        "model": computed.manifest.name,
+        "model_id": computed.manifest.model_id,
+        "precision": computed.precision,
+        "provider": computed.provider,
+        "usage": {"prompt_tokens": 0, "total_tokens": 0, "image_pixels": computed.pixels},
+    }
+
+
+def write_voyage(ask: Ask, computed: Computed) -> VoyageAnswer:
+    """The answer to `read_voyage`."""
+    return {
+        "object": "list",
+        "data": _rows(ask, computed.results),
+        "model": computed.manifest.name,
+        "model_id": computed.manifest.model_id,
+        "usage": {"text_tokens": 0, "image_pixels": computed.pixels, "total_tokens": 0},
+    }
+
+
+def write_cohere(ask: Ask, computed: Computed) -> CohereAnswer:
+    """The answer to `read_cohere`. It has no place for an image that could not be read: all or nothing."""
+    vectors = [result for result in computed.results if not isinstance(result, ImageError)]
+    return {
+        "id": computed.request_id,
+        "response_type": "embeddings_by_type",
+        "embeddings": {
+            encoding: [wire.write_vector(vector, encoding) for vector in vectors] for encoding in ask.encodings
+        },
+        "texts": [],
+        "model": computed.manifest.name,
+        "model_id": computed.manifest.model_id,
+        "meta": {"api_version": {"version": "2"}},
+    }
+
+
+def check_space(ask: Ask, manifest: Manifest) -> None:
+    """Refuse a request for another vector than the model gives: `model_id` names one space, and no other."""
+    spec = manifest.embedding
+    if ask.dimensions is not None and ask.dimensions.value != spec.dim:
+        raise ApiError(
+            400,
+            "dimensions_not_supported",
+            f"{ask.dimensions.field} = {ask.dimensions.value}, and {manifest.name} gives {spec.dim}: cutting vectors "
+            f"short would change the space; leave `{ask.dimensions.field}` out",
+            param=ask.dimensions.field,
+        )
+    if ask.normalized is not None and ask.normalized != spec.normalize:
+        gives = "vectors of length 1" if spec.normalize else "vectors that are not of length 1"
+        raise ApiError(
+            400,
+            "normalized_not_supported",
+            f"normalized = {str(ask.normalized).lower()}, and {manifest.name} gives {gives}: other vectors would be "
+            "another space; leave `normalized` out",
+            param="normalized",
+        )
+
+
+def _rows(ask: Ask, results: Results) -> list[Row | BadRow]:
+    return [_row(index, result, ask.encodings[0]) for index, result in enumerate(results)]
+
+
+def _row(index: int, result: NDArray[np.float32] | ImageError, encoding: Encoding) -> Row | BadRow:
+    if isinstance(result, ImageError):
+        return {"object": "embedding", "index": index, "error": {"code": result.code, "message": str(result)}}
+    return {"object": "embedding", "index": index, "embedding": wire.write_vector(result, encoding)}
+
+
+def _dimensions(field: str, value: int | None) -> Dimensions | None:
+    return None if value is None else Dimensions(field, value)
+
+
+def _parse(model: type[_Asked], body: bytes, max_images: int) -> _Asked:
+    wire.check_json_size(body, max_images * wire.VALUES_AN_IMAGE + wire.VALUES_BESIDE)
+    return validated(model, body)
+
+
+def validated(model: type[_Asked], body: bytes) -> _Asked:
+    """JSON as `model`. Raises ApiError 400 for the first thing that is wrong."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False)[0]) from None
+
+
+def _refusal(detail: ErrorDetails) -> ApiError:
+    if detail["type"] == "json_invalid":
+        return ApiError(400, "invalid_request", "the body is not JSON")
+    where = _place(detail["loc"])
+    if detail["type"] == "missing":
+        return ApiError(400, "invalid_request", f"`{where}` is missing", param=where)
+    seen = repr(detail["input"])
+    message = f"{where or 'the body'}: {detail['msg'][0].lower() + detail['msg'][1:]} (seen: {seen[:60]}{'…' * (len(seen) > 60)})"
+    code = "invalid_input" if where.partition("[")[0] in ("input", "inputs", "images") else "invalid_request"
+    return ApiError(400, code, message, param=where or None)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """pydantic's place of an error as `inputs[0].content[1].image`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not str(part).startswith("(")]
+    return "".join(parts).removeprefix(".")
+
+
+def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[wire.Encoded]:
+    wire.check_number(len(items), max_images, field)
+    return [_image(item, f"{field}[{index}]") for index, item in enumerate(items)]
+
+
+def _image(item: str | ImageInput, where: str) -> bytes:
+    if isinstance(item, str):
+        return wire.read_text(item, where)
+    if item.content is None:
+        return wire.read_text(_only_image(item, where), where)
+    if item.text is not None or any(part.text is not None for part in item.content):
+        raise _no_text(where)
+    if len(item.content) != 1:
+        raise ApiError(
+            400,
+            "invalid_input",
+            f"{where}.content holds {len(item.content)} parts: send exactly one image in each",
+            param=where,
+        )
+    return wire.read_text(_only_image(item.content[0], where), where)
+
+
+def _only_image(part: ImagePart, where: str) -> str:
+    if part.text is not None:
+        raise _no_text(where)
+    given = [value for name in _IMAGE_FIELDS if (value := getattr(part, name)) is not None]
+    if len(given) != 1:
+        raise ApiError(
+            400,
+            "invalid_input",
+            f"{where} holds {len(given)} images: send exactly one, as `image`, `image_url` or `image_base64`",
+            param=where,
+        )
+    return given[0].url if isinstance(given[0], ImageUrl) else str(given[0])
+
+
+def _no_text(where: str) -> ApiError:
+    return ApiError(
+        400, "text_not_supported", f"{where} is text, and only images can be embedded here: leave it out", param=where
+    )

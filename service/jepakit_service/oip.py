@@ -1,0 +1,354 @@
+"""KServe's Open Inference Protocol v2 over HTTP, with the binary tensor extension: what Triton's clients speak.
+
+A model takes one of two inputs: `image`, the files' bytes, or `images`, pixels of the model's own kind and any
+size. It gives one output, `embeddings`. A model's version is its `model_id`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, NotRequired
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+from typing_extensions import TypedDict
+
+from jepakit.bundle import Manifest
+from jepakit.errors import ImageError
+from jepakit_service import wire
+from jepakit_service.dialects import EXAMPLE, Computed, validated
+from jepakit_service.wire import ApiError, Ask, Encoded
+
+FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
+MAX_JSON_VALUES = 1_000_000
+JSON_LENGTH = "inference-header-content-length"
+_DTYPES = {"UINT8": "|u1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4", "INT32": "<i4", "FP32": "<f4"}
+_DATATYPE_OF = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "uint32": "UINT32", "int32": "INT32", "float32": "FP32"}  # fmt: skip
+Datatype = Literal["BYTES", "UINT8", "UINT16", "INT16", "UINT32", "INT32", "FP32"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class InputParameters(_Part):
+    """Of one input."""
+
+    binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor behind the JSON")
+
+
+class InferInput(_Part):
+    """`image`: BYTES [N], files (base64 in JSON); `images`: [N, H, W, C] pixels."""
+
+    name: str
+    shape: list[int] = Field(min_length=1, max_length=4)
+    datatype: Datatype
+    parameters: InputParameters | None = None
+    data: list[Any] | None = None
+
+
+class OutputParameters(_Part):
+    """Of one output."""
+
+    binary_data: bool | None = None
+
+
+class InferOutput(_Part):
+    """An output asked for; there is `embeddings` alone."""
+
+    name: str
+    parameters: OutputParameters | None = None
+
+
+class InferParameters(_Part):
+    """Of the request."""
+
+    binary_data_output: bool | None = None
+
+
+class InferRequest(_Part):
+    """The protocol's request; with the binary extension, tensors follow it in the body."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"inputs": [{"name": FILES, "shape": [1], "datatype": "BYTES", "data": [EXAMPLE]}]}
+        }
+    )
+
+    id: str | None = None
+    parameters: InferParameters | None = None
+    inputs: list[InferInput] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] | None = None
+
+
+class TensorMetadata(TypedDict):
+    """A tensor that a model takes or gives; -1 stands for any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(TypedDict):
+    """`GET /v2/models/{name}`. Of the inputs a request gives one."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(TypedDict):
+    """`GET /v2`."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(TypedDict):
+    """The service runs."""
+
+    live: bool
+
+
+class Ready(TypedDict):
+    """The service takes requests."""
+
+    ready: bool
+
+
+class ModelReady(TypedDict):
+    """The model takes requests."""
+
+    name: str
+    ready: bool
+
+
+class OutputSize(TypedDict):
+    """Bytes of the tensor behind the JSON."""
+
+    binary_data_size: int
+
+
+class InferTensor(TypedDict):
+    """The vectors, FP32 [N, D], in `data` or behind the JSON."""
+
+    name: str
+    datatype: Literal["FP32"]
+    shape: list[int]
+    data: NotRequired[list[float]]
+    parameters: NotRequired[OutputSize]
+
+
+class InferAnswer(TypedDict):
+    """The protocol's answer."""
+
+    id: NotRequired[str]
+    model_name: str
+    model_version: str
+    outputs: list[InferTensor]
+
+
+class OipError(TypedDict):
+    """The protocol's error; the request id is in the header."""
+
+    error: str
+
+
+class Inference(NamedTuple):
+    """What a request asks, and the form in which its answer is wanted."""
+
+    ask: Ask
+    id: str | None
+    binary: bool
+
+
+class Written(NamedTuple):
+    """A body, and how many of its bytes are JSON where a tensor follows."""
+
+    body: bytes
+    json_length: int | None
+
+
+def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> Inference:
+    """A request to infer. `json_length` is the header of the binary extension. Raises ApiError 400 or 413."""
+    head, tensors = _split(body, json_length)
+    wire.check_json_size(head, MAX_JSON_VALUES)
+    request = validated(InferRequest, head)
+    given = request.inputs[0]
+    size = given.parameters.binary_data_size if given.parameters else None
+    if size is None and given.data is None:
+        raise _wrong(f"input {given.name[:100]!r} has neither `data` nor `binary_data_size`", "inputs[0]")
+    if (size or 0) != len(tensors):
+        raise _wrong(
+            f"the JSON announces {size or 0} bytes of tensors, and {len(tensors)} follow it: set the header "
+            "Inference-Header-Content-Length to the JSON's length",
+            "inputs[0].parameters.binary_data_size",
+        )
+    images = _images(given, tensors if size is not None else None, max_images)
+    return Inference(Ask(images, asked, "inputs[0]"), request.id, _wants_binary(request))
+
+
+def write(inference: Inference, computed: Computed) -> Written:
+    """The answer, JSON or JSON followed by the tensor."""
+    vectors = [result for result in computed.results if not isinstance(result, ImageError)]
+    output: InferTensor = {
+        "name": OUTPUT,
+        "datatype": "FP32",
+        "shape": [len(vectors), computed.manifest.embedding.dim],
+    }
+    answer: InferAnswer = {
+        "model_name": computed.manifest.name,
+        "model_version": computed.manifest.model_id,
+        "outputs": [output],
+    }
+    if inference.id is not None:
+        answer["id"] = inference.id
+    if not inference.binary:
+        output["data"] = np.concatenate(vectors).tolist()
+        return Written(to_json(answer), None)
+    tensor = wire.write_tensor(vectors)
+    output["parameters"] = {"binary_data_size": len(tensor)}
+    head = to_json(answer)
+    return Written(head + tensor, len(head))
+
+
+def write_error(error: ApiError) -> bytes:
+    """An error in the protocol's shape."""
+    return json.dumps({"error": error.message}).encode()
+
+
+def describe(manifest: Manifest) -> ModelMetadata:
+    """What the model takes and gives."""
+    spec = manifest.preprocess
+    return {
+        "name": manifest.name,
+        "versions": [manifest.model_id],
+        "platform": "onnxruntime_onnx",
+        "inputs": [
+            {"name": FILES, "datatype": "BYTES", "shape": [-1]},
+            {"name": PIXELS, "datatype": _DATATYPE_OF[spec.stored_as], "shape": [-1, -1, -1, spec.bands]},
+        ],
+        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, manifest.embedding.dim]}],
+    }
+
+
+def _split(body: bytes, json_length: str | None) -> tuple[bytes, memoryview]:
+    if json_length is None:
+        return body, memoryview(b"")
+    if not json_length.isascii() or not json_length.isdigit() or not 0 < int(json_length[:12]) <= len(body):
+        raise _wrong(
+            f"Inference-Header-Content-Length is {json_length[:20]!r}, and the body has {len(body)} bytes: give the "
+            "length of the JSON at its start",
+            "Inference-Header-Content-Length",
+        )
+    length = int(json_length[:12])
+    return body[:length], memoryview(body)[length:]
+
+
+def _wants_binary(request: InferRequest) -> bool:
+    """An output's own wish goes before the request's."""
+    outputs = request.outputs or []
+    for output in outputs:
+        if output.name != OUTPUT:
+            raise _wrong(f"there is no output {output.name[:100]!r}: there is {OUTPUT!r} alone", "outputs")
+    of_request = bool(request.parameters and request.parameters.binary_data_output)
+    wishes = [output.parameters.binary_data for output in outputs if output.parameters]
+    return of_request if not wishes or wishes[0] is None else wishes[0]
+
+
+def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> list[Encoded]:
+    if given.name not in (FILES, PIXELS) or (given.name == FILES) != (given.datatype == "BYTES"):
+        raise _wrong(
+            f"input {given.name[:100]!r} of {given.datatype} is not taken: send {FILES!r} as BYTES, or {PIXELS!r} as numbers",
+            "inputs[0]",
+        )
+    if min(given.shape) < 1:
+        raise _wrong(f"shape {given.shape} holds no image", "inputs[0].shape")
+    wire.check_number(given.shape[0], max_images, "inputs[0]")
+    if given.name == FILES:
+        return _files(given, tensor)
+    pixels = _pixels(given, tensor)
+    return list(pixels)
+
+
+def _files(given: InferInput, tensor: memoryview | None) -> list[Encoded]:
+    count = given.shape[0]
+    if wire.number_of(given.shape) != count:
+        raise _wrong(f"shape {given.shape} of {FILES!r}: send [N] or [N, 1]", "inputs[0].shape")
+    if tensor is None:
+        texts = list(_flat(given.data or []))
+        if len(texts) != count or not all(isinstance(text, str) for text in texts):
+            raise _wrong(f"{FILES!r} of shape {given.shape} needs {count} strings of base64", "inputs[0].data")
+        return [wire.read_text(text, f"inputs[0][{index}]") for index, text in enumerate(texts)]
+    files = list(_elements(tensor))
+    if len(files) != count:
+        raise _wrong(f"{len(files)} elements follow the JSON, and the shape says {count}", "inputs[0].shape")
+    return [bytes(file) for file in files]
+
+
+def _elements(tensor: memoryview) -> Iterator[memoryview]:
+    """A BYTES tensor: each element behind its length, 4 bytes little-endian."""
+    at = 0
+    while at < len(tensor):
+        end = at + 4 + int.from_bytes(tensor[at : at + 4], "little")
+        if end > len(tensor) or at + 4 > len(tensor):
+            raise _wrong(
+                f"an element of the BYTES tensor ends behind its {len(tensor)} bytes: each begins with its "
+                "length in 4 bytes, little-endian",
+                "inputs[0]",
+            )
+        yield tensor[at + 4 : end]
+        at = end
+
+
+def _pixels(given: InferInput, tensor: memoryview | None) -> np.ndarray[Any, Any]:
+    """[N, H, W, C], a view of the body or from JSON's numbers."""
+    if len(given.shape) != 4:
+        raise _wrong(f"shape {given.shape} of {PIXELS!r}: send [N, H, W, C]", "inputs[0].shape")
+    dtype, count = np.dtype(_DTYPES[given.datatype]), wire.number_of(given.shape)
+    if tensor is not None:
+        if count * dtype.itemsize != len(tensor):
+            raise _wrong(
+                f"shape {given.shape} of {given.datatype} takes {count * dtype.itemsize} bytes, and "
+                f"{len(tensor)} follow the JSON",
+                "inputs[0].shape",
+            )
+        return np.frombuffer(tensor, dtype).reshape(given.shape)
+    numbers = list(_flat(given.data or []))
+    if len(numbers) != count:
+        raise _wrong(f"shape {given.shape} takes {count} numbers, `data` holds {len(numbers)}", "inputs[0].data")
+    return _cast(numbers, dtype, given.datatype).reshape(given.shape)
+
+
+def _cast(numbers: list[Any], dtype: np.dtype[Any], datatype: str) -> np.ndarray[Any, Any]:
+    """JSON's numbers as `dtype`, refused where one would become another."""
+    kinds = (int,) if dtype.kind in "iu" else (int, float)
+    if not all(type(number) in kinds for number in numbers):
+        raise _wrong(f"`data` of {datatype} holds something else than such numbers", "inputs[0].data")
+    try:
+        with np.errstate(over="ignore"):  # what is infinite as float32 is refused as such by the preprocess
+            return np.array(numbers, dtype)
+    except OverflowError:
+        raise _wrong(f"`data` holds a number outside {datatype}", "inputs[0].data") from None
+
+
+def _flat(data: Sequence[Any]) -> Iterator[Any]:
+    """The values of nested lists in row-major order; as deep as JSON's parser lets lists nest, so without recursion."""
+    levels = [iter(data)]
+    while levels:
+        for value in levels[-1]:
+            if isinstance(value, list):
+                levels.append(iter(value))
+                break
+            yield value
+        else:
+            levels.pop()
+
+
+def _wrong(message: str, param: str) -> ApiError:
+    return ApiError(400, "invalid_tensor", message, param=param)

@@ -1,0 +1,226 @@
+"""The OpenAPI document, made from the models that check requests, and its page, served from this machine alone.
+
+The document is OpenAPI 3.0: Swagger's page, as PyPI has it, shows no later one.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
+from starlette.exceptions import HTTPException
+from swagger_ui_bundle import swagger_ui_path
+from typing_extensions import TypedDict
+
+from jepakit_service.oip import OipError
+
+_ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "index.css", "favicon-32x32.png")
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>jepakit</title>
+<link rel="stylesheet" href="docs/swagger-ui.css">
+<link rel="stylesheet" href="docs/index.css">
+<link rel="icon" type="image/png" href="docs/favicon-32x32.png">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
+# Without `validatorUrl: null` the page sends the document's address to a host of Swagger's.
+_START = """window.ui = SwaggerUIBundle({
+  url: "openapi.json", dom_id: "#swagger-ui", validatorUrl: null, deepLinking: true,
+  presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout"
+});
+"""
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_REASONS = {
+    400: "the request is wrong, and `code` says how",
+    401: "an API key is missing or unknown",
+    404: "no such model or route",
+    405: "the route takes another method",
+    408: "the body took too long to arrive",
+    413: "too large a body, an image, or too many of them",
+    415: "not a format that is read here",
+    422: "an image cannot be read rightly",
+    429: "too much is waiting: try again after Retry-After seconds",
+    500: "a fault of the service",
+    503: "stopping or too slow: try again after Retry-After seconds",
+}
+_OF_GET = (400, 401, 404, 405, 500, 503)
+
+
+class ErrorDetail(TypedDict):
+    """What went wrong: `code` is stable, `message` is for people, `request_id` is for the operator."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+    request_id: str
+
+
+class ErrorAnswer(TypedDict):
+    """Every answer other than 200, in OpenAI's shape."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter in the path, the query or a header."""
+
+    name: str
+    place: str
+    about: str
+    schema: Mapping[str, Any]
+
+    def described(self) -> dict[str, Any]:
+        """As OpenAPI has it."""
+        required = {"required": True} if self.place == "path" else {}
+        return {"name": self.name, "in": self.place, "description": self.about, "schema": dict(self.schema), **required}
+
+
+BINARY: Mapping[str, Any] = {"type": "string", "format": "binary"}
+
+
+@dataclass(frozen=True)
+class Post:
+    """A route that takes images. `takes` and `gives` map media types to a model, or to a schema as it is."""
+
+    path: str
+    name: str
+    about: str
+    tag: str
+    takes: Mapping[str, Any]
+    gives: Mapping[str, Any]
+    parameters: Sequence[Parameter] = ()
+    answer_headers: Mapping[str, str] | None = None
+
+
+def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, Any]:
+    """The OpenAPI document of FastAPI's own routes and of `posts`. `keyed`: an API key is wanted."""
+    made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = made.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for path, operations in made["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            _add_errors(operation, path, _OF_GET, schemas)
+    # FastAPI takes every answer for JSON whose kind is not declared.
+    made["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    for post in posts:
+        made["paths"][post.path] = {"post": _operation(post, schemas)}
+    if keyed:
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        made["security"] = [{"key": []}]
+    lowered: dict[str, Any] = _lowered(made)
+    return {**lowered, "openapi": "3.0.3"}
+
+
+def is_oip(path: str) -> bool:
+    """Whether errors on `path` have the inference protocol's shape."""
+    return path == "/v2" or path.startswith(("/v2/models/", "/v2/health/"))
+
+
+def docs_router() -> APIRouter:
+    """`/docs` and what it loads, kept in memory."""
+    router = APIRouter(include_in_schema=False)
+    folder = swagger_ui_path
+    assets = {name: (folder / name).read_bytes() for name in _ASSETS}
+    assets["start.js"] = _START.encode()
+
+    @router.get("/docs")
+    async def page() -> Response:
+        return Response(_PAGE, media_type="text/html", headers=_guarded())
+
+    @router.get("/docs/{name}")
+    async def asset(name: str) -> Response:
+        if name not in assets:
+            raise HTTPException(404, "no such file")
+        return Response(assets[name], media_type=mimetypes.guess_type(name)[0], headers=_guarded())
+
+    return router
+
+
+def _guarded() -> dict[str, str]:
+    return {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+def _operation(post: Post, schemas: dict[str, Any]) -> dict[str, Any]:
+    headers = {
+        name: {"description": about, "schema": {"type": "string"}}
+        for name, about in (post.answer_headers or {}).items()
+    }
+    operation: dict[str, Any] = {
+        "operationId": post.name,
+        "summary": post.about,
+        "tags": [post.tag],
+        "parameters": [parameter.described() for parameter in post.parameters],
+        "requestBody": {"required": True, "content": _content(post.takes, schemas, "validation")},
+        "responses": {
+            "200": {
+                "description": "the vectors",
+                "content": _content(post.gives, schemas, "serialization"),
+                "headers": headers,
+            }
+        },
+    }
+    _add_errors(operation, post.path, tuple(_REASONS), schemas)
+    return operation
+
+
+def _add_errors(operation: dict[str, Any], path: str, statuses: Sequence[int], schemas: dict[str, Any]) -> None:
+    shape: Any = OipError if is_oip(path) else ErrorAnswer
+    for status in statuses:
+        if str(status) not in operation["responses"]:
+            content = _content({"application/json": shape}, schemas, "serialization")
+            operation["responses"][str(status)] = {"description": _REASONS[status], "content": content}
+
+
+def _content(kinds: Mapping[str, Any], schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
+    return {media: {"schema": _schema(kind, schemas, mode)} for media, kind in kinds.items()}
+
+
+def _schema(kind: Any, schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
+    """A schema as it is, or a reference to a model's, which goes to `schemas` with all that it refers to."""
+    if isinstance(kind, Mapping):
+        return dict(kind)
+    made = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}", mode=mode)
+    schemas.update(made.pop("$defs", {}))
+    schemas[kind.__name__] = made
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _lowered(node: Any) -> Any:
+    """JSON Schema as pydantic writes it, in the words of OpenAPI 3.0."""
+    if isinstance(node, list):
+        return [_lowered(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    node = {
+        key: {name: _lowered(one) for name, one in value.items()} if key == "properties" else _lowered(value)
+        for key, value in node.items()
+        if key != "propertyNames"
+    }
+    if "const" in node:
+        node["enum"] = [node.pop("const")]
+    if {"type": "null"} in node.get("anyOf", []):
+        forms = [form for form in node.pop("anyOf") if form != {"type": "null"}]
+        node = {**(forms[0] if len(forms) == 1 else {"anyOf": forms}), **node, "nullable": True}
+    if "$ref" in node and len(node) > 1:  # what stands beside a reference is not read
+        node["allOf"] = [{"$ref": node.pop("$ref")}]
+    return node

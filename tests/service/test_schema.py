@@ -1,0 +1,99 @@
+"""The OpenAPI document against the running service: what it promises is what is answered, whatever is sent."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+POSTS = {
+    "/v1/embeddings",
+    "/v1/multimodalembeddings",
+    "/v2/embed",
+    "/v2/models/{name}/infer",
+    "/v2/models/{name}/versions/{version}/infer",
+}
+
+
+@pytest.fixture(scope="module")
+def document(service: str) -> dict[str, Any]:
+    answer = httpx.get(f"{service}/openapi.json")
+    assert answer.headers["content-type"] == "application/json"
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+def test_every_operation_answers_as_the_document_says(service: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{service}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
+    assert {operation.path for operation in operations} > POSTS
+    with requests.Session() as session:
+        for operation in operations:
+            assert statuses_of(operation, session, examples=25 if operation.path in POSTS else 3)
+
+
+def statuses_of(operation: Any, session: requests.Session, *, examples: int) -> set[int]:
+    """Statuses of generated requests; each answer is held against the document."""
+    seen: set[int] = set()
+
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=operation.as_strategy())
+    def check(case: schemathesis.Case[Any]) -> None:
+        seen.add(case.call_and_validate(session=session, checks=CHECKS).status_code)
+
+    check()
+    return seen
+
+
+def test_the_document_is_complete(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.0.")  # Swagger's page shows no later one
+    assert set(document["paths"]) > POSTS
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert operation["operationId"], (method, path)
+            assert {"200", "401", "500"} <= set(operation["responses"]), (method, path)
+            for answer in operation["responses"].values():
+                assert answer["description"]
+    used = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
+    assert used == set(document["components"]["schemas"])
+
+
+def test_the_document_says_that_a_key_is_wanted_where_one_is(document: dict[str, Any]) -> None:
+    assert "security" not in document
+
+
+def test_the_page_loads_nothing_from_elsewhere(service: str, document: dict[str, Any]) -> None:
+    page = httpx.get(f"{service}/docs")
+    assert page.status_code == 200
+    assert "//" not in page.text.replace("<!doctype html>", "")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(loaded) == 5
+    for name in loaded:
+        asset = httpx.get(urljoin(f"{service}/docs", name))
+        assert asset.status_code == 200, name
+        assert asset.headers["content-type"].split(";")[0] in ("text/javascript", "text/css", "image/png")
+        assert asset.content
+    start = httpx.get(urljoin(f"{service}/docs", "docs/start.js")).text
+    assert "validatorUrl: null" in start
+    (url,) = re.findall(r'url: "([^"]+)"', start)
+    assert httpx.get(urljoin(f"{service}/docs", url)).json() == document
+    assert httpx.get(f"{service}/docs/../../etc/passwd").status_code == 404
+    assert httpx.get(f"{service}/docs/nothing.js").json()["error"]["code"] == "no_such_route"
