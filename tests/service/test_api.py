@@ -6,7 +6,11 @@ import asyncio
 import base64
 import io
 import json
+import re
+import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import pytest
 
 import jepakit
 from jepakit.errors import ConfigError
+from jepakit_service import wire
 from jepakit_service.keys import new_key
 from jepakit_service.settings import ServeSettings
 
@@ -273,3 +278,51 @@ def test_wrong_settings_are_told_in_one_line(settings: dict[str, Any], words: st
 def test_the_answer_to_json_is_valid_json_with_finite_numbers(http: httpx.Client) -> None:
     answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
     json.loads(answer.text, parse_constant=lambda text: pytest.fail(text))
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+
+
+def test_the_examples_of_the_page_run(service: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one.jpg", "two.jpg")):
+        (tmp_path / name).write_bytes(picture(seed, kind="JPEG"))
+    page = PAGE.replace("127.0.0.1:8000", service.removeprefix("http://")).replace('"scans"', '"tiny"')
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    commands = [line for code in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in code.splitlines()]
+    assert len(commands) == 5
+    if shutil.which("curl"):
+        for command in commands:
+            done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+            assert "error" not in json.loads(done.stdout), done.stdout
+
+
+def test_the_page_names_every_error_and_every_route(http: httpx.Client) -> None:
+    table = set(re.findall(r"`([a-z0-9_]+)`", PAGE.split("| status | code | when |")[1]))
+    folder = Path(wire.__file__).parent
+    raised = {
+        code for file in folder.glob("*.py") for code in re.findall(r'ApiError\(\s*\d+,\s*"(\w+)"', file.read_text())
+    }
+    assert len(raised) > 15
+    assert not raised - table
+    for path in http.get("/openapi.json").json()["paths"]:
+        plain = path if path.endswith("/infer") else path.replace("/versions/{version}", "")  # told in words
+        assert f"`{plain.replace('{version}', '{model_id}')}`" in PAGE.replace("`POST ", "`").replace("`GET ", "`"), (
+            path
+        )
+
+
+def test_an_open_path_of_the_page_needs_no_key(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{new_key('alice')[1]}\n")
+    with (
+        running(ServeSettings(bundles=(str(bundle),), port=1, api_key_file=str(file))) as url,
+        httpx.Client(base_url=url) as http,
+    ):
+        for path in ("/healthz", "/readyz", "/docs", "/docs/swagger-ui.css", "/openapi.json"):
+            assert http.get(path).status_code == 200
+        document = http.get("/openapi.json").json()
+        assert document["security"] == [{"key": []}]
+        assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+        assert http.post("/v1/embeddings", content=picture(0)).status_code == 401
