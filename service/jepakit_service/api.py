@@ -6,14 +6,14 @@ model does. Everything else, and the OpenAPI document of it all, is FastAPI's.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -58,7 +58,10 @@ class Call(NamedTuple):
 
     def wants(self, name: str) -> bool:
         """Whether the query switches `name` on."""
-        return self.query.get(name, [""])[-1].lower() in ("1", "true")
+        value = self.query.get(name, ["false"])[-1].lower()
+        if value not in ("true", "1", "false", "0"):
+            raise ApiError(400, "invalid_request", f"{name} = {value[:20]!r}: give true or false", param=name)
+        return value in ("true", "1")
 
 
 class Reply(NamedTuple):
@@ -69,7 +72,7 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
 
 
-_Handler = Callable[[Call], Awaitable[Reply]]
+_Handler = Callable[[Call], Coroutine[Any, Any, Reply]]
 
 
 class Api:
@@ -85,7 +88,8 @@ class Api:
             await self._rest(scope, receive, send)
             return
         try:
-            status, reply = 200, await handler(await _read_call(scope, receive))
+            call = await _read_call(scope, receive)
+            status, reply = 200, await _while_wanted(handler(call), receive)
         except ApiError as error:
             status, reply = error.status, _failure(error, scope)
         except Exception as error:  # its text may hold what was sent
@@ -149,10 +153,11 @@ class _Posts:
 
     async def _compute(self, ask: Ask, call: Call, *, all_or_nothing: bool = False) -> Computed:
         """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
+        partial = not all_or_nothing and call.wants("partial")
         asked = ask.model or call.query.get("model", [""])[-1] or None
         dialects.check_space(ask, self._registry.find(asked).manifest)
         answer = await self._engine.answer(asked, ask.images)
-        if all_or_nothing or not call.wants("partial"):
+        if not partial:
             for index, result in enumerate(answer.results):
                 if isinstance(result, ImageError):
                     raise wire.bad_image(result, f"{ask.field}[{index}]")
@@ -196,6 +201,21 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
     query = parse_qs(scope["query_string"].decode("latin-1")) if scope["query_string"] else {}
     body = (await receive())["body"]
     return Call(scope["path"], query, headers, body, scope["state"]["request_id"])
+
+
+async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:
+    """The answer, given up as soon as the client leaves: what it still had to decode and embed is dropped."""
+    answer = asyncio.create_task(answering)
+    leaving = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        raise ApiError(499, "disconnected", "the client left before its answer")
+    finally:
+        for task in (answer, leaving):
+            task.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
 
 
 async def _send(send: Send, status: int, reply: Reply) -> None:
@@ -252,11 +272,6 @@ def _answer_errors_in_one_shape(app: FastAPI) -> None:
         code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return await on_api_error(request, ApiError(error.status_code, code, message, headers=error.headers))
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return await on_api_error(request, ApiError(400, "invalid_request", first["msg"], param=str(first["loc"][-1])))
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:

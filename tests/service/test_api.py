@@ -11,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,13 @@ def test_one_bad_image_is_named_by_its_index_and_partial_keeps_the_others(http: 
     rows = http.post("/v1/embeddings?partial=true", files=files).json()["data"]
     assert ["embedding" in row for row in rows] == [True, False, True]
     assert rows[1]["error"]["code"] == "unsupported_format"
+    for value in ("false", "0", ""):
+        assert http.post(f"/v1/embeddings?partial={value}", files=files).status_code == 415
+    unclear = http.post("/v1/embeddings?partial=yes", files=files)
+    assert (unclear.status_code, unclear.json()["error"]["param"]) == (400, "partial")
+    # Raw vectors have no place for a reason.
+    answer = http.post("/v1/embeddings?partial=1", files=files, headers=RAW)
+    assert answer.headers["content-type"] == "application/json"
 
 
 def test_unknown_routes_and_methods_answer_in_the_one_shape(http: httpx.Client) -> None:
@@ -278,6 +287,31 @@ def test_wrong_settings_are_told_in_one_line(settings: dict[str, Any], words: st
 def test_the_answer_to_json_is_valid_json_with_finite_numbers(http: httpx.Client) -> None:
     answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
     json.loads(answer.text, parse_constant=lambda text: pytest.fail(text))
+
+
+def test_what_a_client_that_left_still_wanted_is_dropped(bundle: Path) -> None:
+    server = running(ServeSettings(bundles=(str(bundle),), port=1, threads=1))
+    images = 100
+    files = [("files", (str(place), picture(place % 3, (400, 400), "JPEG"))) for place in range(images)]
+    request = httpx.Request("POST", "http://x/v1/embeddings", files=files)
+    with server as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            lines = [b"POST /v1/embeddings HTTP/1.1", *(name + b": " + value for name, value in request.headers.raw)]
+            connection.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + request.read())
+            wait_for(lambda: server.gate.in_flight == 1)
+        wait_for(lambda: server.gate.in_flight == 0)
+        found = httpx.get(f"{url}/metrics").text
+        decoded = re.search(r'^jepakit_images_total{[^}]*result="ok"[^}]*} (\S+)', found, re.MULTILINE)
+        assert decoded is None or float(decoded[1]) < images
+        assert httpx.post(f"{url}/v1/embeddings", files=files[:2]).status_code == 200
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text()

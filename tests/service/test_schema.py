@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
@@ -11,6 +13,7 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
@@ -18,6 +21,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+
+import jepakit
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 POSTS = {
@@ -43,23 +48,43 @@ def test_every_operation_answers_as_the_document_says(service: str) -> None:
     assert {operation.path for operation in operations} > POSTS
     with requests.Session() as session:
         for operation in operations:
-            assert statuses_of(operation, session, examples=25 if operation.path in POSTS else 3)
+            assert statuses_of(operation, session, GenerationMode.POSITIVE, 25 if operation.path in POSTS else 3)
+            if operation.path in POSTS:
+                assert 400 in statuses_of(operation, session, GenerationMode.NEGATIVE, 10)
 
 
-def statuses_of(operation: Any, session: requests.Session, *, examples: int) -> set[int]:
-    """Statuses of generated requests; each answer is held against the document."""
+def statuses_of(operation: Any, session: requests.Session, mode: GenerationMode, examples: int) -> set[int]:
+    """Statuses of generated requests that fit the document, or do not; each answer is held against it."""
     seen: set[int] = set()
 
     @settings(
         max_examples=examples, derandomize=True, database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(case=operation.as_strategy())
+    @given(case=operation.as_strategy(mode))
     def check(case: schemathesis.Case[Any]) -> None:
         seen.add(case.call_and_validate(session=session, checks=CHECKS).status_code)
 
     check()
     return seen
+
+
+@pytest.mark.parametrize("path", sorted(POSTS))
+def test_the_documents_examples_are_answered_and_fit_the_document(
+    service: str, bundle: Path, document: dict[str, Any], path: str
+) -> None:
+    operation = schemathesis.openapi.from_url(f"{service}/openapi.json")[path]["POST"]
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    example = document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]["example"]
+    place = path.format(name="tiny", version=jepakit.open_bundle(bundle).manifest.model_id)
+    answer = requests.post(service + place, json=example, timeout=60)
+    assert answer.status_code == 200, answer.text
+    operation.validate_response(answer)
+    answer = requests.post(
+        f"{service}{place}?partial=true", json=json.loads(json.dumps(example).replace("iVBOR", "aGVsb")), timeout=60
+    )
+    assert answer.status_code == (200 if path.startswith("/v1") else 415), answer.text
+    operation.validate_response(answer)
 
 
 def test_the_document_is_complete(document: dict[str, Any]) -> None:
