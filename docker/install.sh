@@ -8,7 +8,9 @@ target=$1 extras=$2
 here=$(cd "$(dirname "$0")/.." && pwd)
 python3 -m venv "$target"
 "$target/bin/python" -m pip install --quiet uv
-# Versions from the lock, so that an image is the one that was tested; hashes are checked by `make setup`.
-sed -n 's/^\([A-Za-z0-9._-]*==[^ \\]*\)\( ;[^\\]*\)\{0,1\}.*/\1\2/p' "$here/requirements.lock" > "$target/constraints.txt"
-"$target/bin/uv" pip install --quiet --python "$target/bin/python" --constraint "$target/constraints.txt" "$here[$extras]"
+# Versions and hashes come from the lock, so that an image holds what was tested: uv checks the hashes of constraints.
+# Bytecode is compiled now, because a read-only image cannot keep it later.
+"$target/bin/uv" pip install --quiet --compile-bytecode --python "$target/bin/python" \
+  --build-constraint "$here/requirements.lock" --constraint "$here/requirements.lock" "$here[$extras]"
+"$target/bin/uv" pip uninstall --quiet --python "$target/bin/python" uv pip
 "$target/bin/jepakit" --help > /dev/null

@@ -1,0 +1,445 @@
+"""The shipped proxy and monitoring configurations, run for real: Debian's nginx, prometheus and promtool.
+
+apt-get install --no-install-recommends nginx prometheus openssl
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+import jepakit
+from tests.service.conftest import picture
+from tests.test_pipeline import free_port, serving
+
+pytestmark = pytest.mark.slow
+DOCKER = Path(__file__).parents[1] / "docker"
+STRIPPED = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id", "x-session-id")
+CONNECTIONS = 32  # `limit_conn per_address` of the shipped file
+
+
+def program(name: str) -> str:
+    """The path of a Debian program; its absence is a failure, not a skip."""
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    assert found, f"{name} is not installed: apt-get install --no-install-recommends nginx prometheus openssl"
+    return found
+
+
+def replaced(text: str, changes: Mapping[str, str]) -> str:
+    """`text` with every old put in as new, in one pass; an old that is not there is an error."""
+    for old in changes:
+        assert old in text, f"the shipped file no longer holds {old!r}"
+    return re.sub("|".join(map(re.escape, changes)), lambda found: changes[found[0]], text)
+
+
+class Proxy:
+    """nginx with the shipped configuration, but for its paths, its port and the upstream's address."""
+
+    def __init__(self, folder: Path, upstream: int, changes: Mapping[str, str] | None = None) -> None:
+        self.folder, self.port = folder, free_port()
+        self.certificate = folder / "tls" / "fullchain.pem"
+        for name in ("tls", "tmp"):
+            (folder / name).mkdir()
+        subprocess.run(
+            [program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+             "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+             "-keyout", folder / "tls" / "key.pem", "-out", self.certificate],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        put_in = {
+            " /tls/": f" {folder}/tls/",
+            " /tmp/": f" {folder}/tmp/",
+            "/dev/stdout": f"{folder}/access.log",
+            "listen 8443 ssl": f"listen 127.0.0.1:{self.port} ssl",
+            "server jepakit:8000": f"server 127.0.0.1:{upstream}",
+        }
+        text = replaced((DOCKER / "proxy" / "nginx.conf").read_text(), put_in | dict(changes or {}))
+        (folder / "nginx.conf").write_text(text)
+        with (folder / "errors.log").open("w") as errors:
+            self._process = subprocess.Popen(
+                [program("nginx"), "-c", folder / "nginx.conf", "-e", "stderr", "-g", "daemon off; user root;"],
+                stderr=errors,
+            )
+
+    def __enter__(self) -> Proxy:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return self
+            except OSError:
+                assert self._process.poll() is None, (self.folder / "errors.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        assert self._process.wait(timeout=10) == 0
+
+    @property
+    def trust(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.certificate)
+
+    def raw(self) -> ssl.SSLSocket:
+        """A TLS connection, to send what no client library would."""
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return self.trust.wrap_socket(plain, server_hostname="localhost")
+
+    def get(self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, bytes]:
+        """Status and body of a request whose path is sent as it is."""
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=self.trust)
+        try:
+            connection.request("GET" if body is None else "POST", path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "access.log").read_text().splitlines()]
+
+    def files(self) -> list[str]:
+        """What the workers hold open below /tmp, deleted files too, and what lies there."""
+        found = [str(path) for path in (self.folder / "tmp").rglob("*") if path.is_file() and path.name != "nginx.pid"]
+        for worker in psutil.Process(self._process.pid).children():
+            for handle in Path(f"/proc/{worker.pid}/fd").iterdir():
+                target = str(handle.readlink())
+                if target.startswith(f"{self.folder}/tmp/") and not target.endswith("nginx.pid"):
+                    found.append(target)
+        return found
+
+
+class Echo:
+    """An upstream that answers with the headers it got, and keeps what it saw; `while_answering` runs meanwhile."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.while_answering: Callable[[], None] = lambda: None
+        echo = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", "0")))
+                echo.seen.append((self.path, len(body)))
+                echo.while_answering()
+                answer = json.dumps([[name.lower(), value] for name, value in self.headers.items()]).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+
+    def __enter__(self) -> Echo:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    with Echo() as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, echo: Echo) -> Iterator[Proxy]:
+    with Proxy(tmp_path, echo.port) as server:
+        yield server
+
+
+def test_an_embedding_over_tls_is_the_direct_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jepakit.export("test_vit:random", tmp_path / "tiny", image_size=32)
+    images = [picture(seed) for seed in range(3)]
+    (tmp_path / "proxy").mkdir()
+    with serving(tmp_path / "tiny", "--no-ray") as url:
+        with jepakit.Client(url) as client:
+            direct = client.embed(images, progress=False)
+        with Proxy(tmp_path / "proxy", int(url.rpartition(":")[2])) as proxy:
+            monkeypatch.setenv("SSL_CERT_FILE", str(proxy.certificate))
+            with jepakit.Client(f"https://localhost:{proxy.port}", deadline_s=20) as client:
+                through = client.embed(images, progress=False)
+                assert client.verify(tmp_path / "tiny") < 1e-5
+            assert proxy.get("/readyz")[0] == 200
+    np.testing.assert_array_equal(through.vectors, direct.vectors)
+    assert through.model_id == direct.model_id
+
+
+def test_headers_that_lift_the_services_limits_do_not_arrive_and_the_key_does(proxy: Proxy) -> None:
+    sent = dict.fromkeys(STRIPPED, "1") | {"Authorization": "Bearer jk_x", "X-Request-Id": "mine-1"}
+    status, body = proxy.get("/v1/models?model=a", sent)
+    assert status == 200
+    arrived = dict(json.loads(body))
+    assert not arrived.keys() & {*STRIPPED, *(name.replace("_", "-") for name in STRIPPED)}
+    assert arrived["authorization"] == "Bearer jk_x"
+    assert arrived["x-request-id"] == "mine-1"
+    assert arrived["x-forwarded-for"] == "127.0.0.1"
+
+
+def test_a_request_id_that_is_none_is_replaced(proxy: Proxy) -> None:
+    for bad in ("a" * 65, "a b", "<script>"):
+        _, body = proxy.get("/v1/models", {"X-Request-Id": bad})
+        assert re.fullmatch("[0-9a-f]{32}", dict(json.loads(body))["x-request-id"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/-/routes", "/-/healthz", "//-/routes", "/%2d/routes", "/v1/../-/routes", "/metrics", "//metrics"]
+)
+def test_rays_own_routes_and_the_metrics_are_not_there(proxy: Proxy, echo: Echo, path: str) -> None:
+    status, body = proxy.get(path)
+    assert status == 404
+    assert json.loads(body)["error"]["code"] == "no_such_route"
+    assert echo.seen == []
+
+
+def test_headers_are_bounded_in_one_line_and_in_all(proxy: Proxy, echo: Echo) -> None:
+    assert proxy.get("/v1/models", {f"X-{n}": "a" * 4000 for n in range(3)})[0] == 200
+    assert proxy.get("/v1/models", {f"X-{n}": "a" * 1000 for n in range(20)})[0] == 400
+    assert proxy.get("/v1/models", {"X-Big": "a" * (64 << 10)})[0] == 400
+    assert len(echo.seen) == 1
+
+
+def test_a_header_of_50_mb_is_refused_while_it_is_being_sent(proxy: Proxy, echo: Echo) -> None:
+    with proxy.raw() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Big: ")
+        connection.settimeout(5)
+        sent, answer = 0, b""
+        try:
+            while sent < 50 << 20:
+                sent += connection.send(b"a" * 65536)
+                connection.settimeout(0.001)
+                try:
+                    answer += connection.recv(4096)
+                except TimeoutError:
+                    connection.settimeout(5)
+                    continue
+                break
+        except OSError:
+            pass  # it has closed the connection
+    assert answer.startswith(b"HTTP/1.1 400") or answer == b""
+    assert sent < 50 << 20
+    assert echo.seen == []
+
+
+def test_a_header_that_does_not_come_is_given_up_after_10_s(proxy: Proxy) -> None:
+    started = time.monotonic()
+    with proxy.raw() as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n")
+        try:
+            while connection.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    assert 8 < time.monotonic() - started < 15
+
+
+def test_more_requests_at_once_than_one_address_may_have_are_told_to_come_back(proxy: Proxy, echo: Echo) -> None:
+    with ExitStack() as open_requests:
+        for _ in range(CONNECTIONS):
+            connection = open_requests.enter_context(proxy.raw())
+            connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        answer = wait_for(lambda: proxy.get("/v1/models"), lambda got: got[0] == 429)
+        assert json.loads(answer[1])["error"]["code"] == "too_many_connections"
+        assert proxy.get("/readyz")[0] == 200
+    wait_for(lambda: proxy.get("/v1/models"), lambda got: got[0] == 200)
+    # Not one of the slow bodies has kept the service busy.
+    assert {size for _, size in echo.seen} == {0}
+
+
+def wait_for(ask: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 10) -> Any:
+    """The first answer that is good; an AssertionError with the last one otherwise."""
+    deadline = time.monotonic() + seconds
+    while not good(answer := ask()):
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.1)
+    return answer
+
+
+def test_a_body_above_the_limit_is_refused_by_its_declared_length(proxy: Proxy, echo: Echo) -> None:
+    with proxy.raw() as connection:
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 67108865\r\n\r\n")
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b'"body_too_large"' in answer
+    assert echo.seen == []
+
+
+@pytest.mark.parametrize("megabytes", [8, 64])
+def test_a_body_stays_in_memory(proxy: Proxy, echo: Echo, megabytes: int) -> None:
+    files: list[str] = []
+    echo.while_answering = lambda: files.extend(proxy.files())
+    assert proxy.get("/v1/embeddings", {}, b"\0" * (megabytes << 20))[0] == 200
+    assert echo.seen == [("/v1/embeddings", megabytes << 20)]
+    assert files == []
+    assert proxy.files() == []
+
+
+def test_the_test_above_would_see_a_body_on_the_disk(tmp_path: Path, echo: Echo) -> None:
+    small = {"client_body_buffer_size 64m": "client_body_buffer_size 8k"}
+    with Proxy(tmp_path, echo.port, small) as proxy:
+        files: list[str] = []
+        echo.while_answering = lambda: files.extend(proxy.files())
+        assert proxy.get("/v1/embeddings", {}, b"\0" * (8 << 20))[0] == 200
+    assert files
+
+
+def test_the_log_holds_no_query_and_no_header(proxy: Proxy) -> None:
+    secret = "patient-42"
+    proxy.get(f"/v1/models?model={secret}", {"Authorization": f"Bearer {secret}", "User-Agent": secret})
+    (line,) = wait_for(proxy.log, lambda lines: len(lines) == 1)
+    assert line["path"] == "/v1/models"
+    assert line["status"] == 200
+    assert secret not in (proxy.folder / "access.log").read_text()
+
+
+def test_a_service_that_is_away_is_told_as_such_and_the_query_is_not_logged(tmp_path: Path) -> None:
+    with Proxy(tmp_path, free_port()) as proxy:
+        answer = httpx.get(f"https://localhost:{proxy.port}/v1/models?model=patient-42", verify=proxy.trust)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "unreachable"
+        (line,) = wait_for(proxy.log, lambda lines: len(lines) == 1)
+    assert line["upstream_status"] == "502"
+    assert "patient-42" not in (tmp_path / "errors.log").read_text()
+
+
+KEY = "jk_prometheus"
+
+
+@contextmanager
+def exporting() -> Iterator[int]:
+    """A server of /metrics, behind KEY, with every metric of the service and those of NVIDIA's exporter; the port."""
+    registry = CollectorRegistry()
+    replica = {"replica": "r1"}
+    one = {"model": "scans", **replica}
+
+    def make(kind: Any, name: str, labels: dict[str, str]) -> Any:
+        return kind(name, name, list(labels), registry=registry).labels(**labels)
+
+    requests = make(Counter, "jepakit_requests_total", {"route": "/v1/embeddings", "status": "200", **replica})
+    refused = make(Counter, "jepakit_refused_total", {"reason": "overloaded", **replica})
+    images = make(Counter, "jepakit_images_total", {"result": "ok", **one})
+    seconds = make(Histogram, "jepakit_request_seconds", {"route": "/v1/embeddings", **replica})
+    batch = make(Histogram, "jepakit_batch_size", one)
+    stage = make(Histogram, "jepakit_stage_seconds", {"stage": "decode", **one})
+    information = {"model_id": "0123", "digest": "4567", "precision": "fp32", "provider": "cpu", **one}
+    make(Gauge, "jepakit_model_info", information).set(1)
+    make(Gauge, "jepakit_waiting_images", one).set(3)
+    make(Gauge, "jepakit_in_flight_requests", replica).set(2)
+    make(Gauge, "jepakit_ready", replica).set(1)
+    make(Gauge, "process_resident_memory_bytes", replica).set(1e9)
+    make(Gauge, "DCGM_FI_DEV_GPU_UTIL", {"gpu": "0"}).set(50)
+    make(Gauge, "DCGM_FI_DEV_FB_USED", {"gpu": "0"}).set(1000)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = self.headers["authorization"] == f"Bearer {KEY}"
+            for counter in (requests, refused, images):
+                counter.inc(5)
+            for histogram in (seconds, batch, stage):
+                histogram.observe(0.5)
+            self.send_response(200 if allowed else 401)
+            self.send_header("content-type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(generate_latest(registry) if allowed else b"")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def dashboard_queries() -> dict[str, str]:
+    """`{panel and letter: PromQL}` of the shipped dashboard, with Grafana's variables put in."""
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "jepakit.json").read_text())
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"].replace("$__rate_interval", "10s").replace("$model", ".*")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+
+
+def test_prometheus_scrapes_with_its_key_and_every_panel_of_the_dashboard_has_data(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    with exporting() as port:
+        put_in = {
+            "/run/secrets/jepakit.key": str(tmp_path / "key"),
+            "jepakit:8000": f"127.0.0.1:{port}",
+            "scrape_interval: 15s": "scrape_interval: 1s\n  scrape_timeout: 1s",
+        }
+        text = replaced((DOCKER / "prometheus" / "prometheus.yml").read_text(), put_in)
+        (tmp_path / "prometheus.yml").write_text(text)
+        checked = subprocess.run(
+            [program("promtool"), "check", "config", tmp_path / "prometheus.yml"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert checked.returncode == 0, checked.stderr
+        listen = free_port()
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(
+                [program("prometheus"), f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/db",
+                 f"--web.listen-address=127.0.0.1:{listen}"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listen}", timeout=10) as api:
+                wait_for(lambda: asked(api, "jepakit_ready"), bool, seconds=60)
+                for name, query in dashboard_queries().items():
+                    values = wait_for(partial(asked, api, query), bool, seconds=20)
+                    assert all(np.isfinite(values)), f"{name}: {query} gave {values}"
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+
+
+def asked(api: httpx.Client, query: str) -> list[float]:
+    """The values that Prometheus gives for a query; none while it is not up."""
+    try:
+        answer = api.get("/api/v1/query", params={"query": query})
+    except httpx.TransportError:
+        return []
+    if answer.status_code == 503:
+        return []
+    assert answer.status_code == 200, answer.text
+    return [float(row["value"][1]) for row in answer.json()["data"]["result"]]
