@@ -1,26 +1,186 @@
-"""The image's steps, run without Docker: the installer builds an environment that serves, and holds no torch."""
+"""The image and what runs it, without Docker: the installer's environment serves; the files hold against schemas.
+
+`docker/prove.py` builds and runs the image itself; tests/test_selfhost.py runs the proxy and Prometheus.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import subprocess
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
+import yaml  # type: ignore[import-untyped]
+
+import jepakit
+from jepakit_service.settings import ServeSettings
 
 ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "docs" / "deploy"
 
 
-def test_the_dockerfile_runs_the_installer_as_another_user_than_root() -> None:
-    text = (ROOT / "Dockerfile").read_text()
-    assert "sh docker/install.sh /opt/jepakit" in text
-    assert re.search(r"^USER (?!0\b|root\b)", text, re.MULTILINE)
-    assert "--api-key-file" in text
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    return yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def ray_service() -> Any:
+    first, _ = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+    assert (first["apiVersion"], first["kind"]) == ("ray.io/v1", "RayService")
+    return first
+
+
+def default(setting: str) -> Any:
+    return ServeSettings.model_fields[setting].default
+
+
+def test_every_stage_that_is_run_is_not_roots_and_wants_keys() -> None:
+    stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")
+    final = {stage.split("\n")[0].split(" AS ")[1]: stage for stage in stages[1:]}
+    assert list(final)[-1] == "serve", "a build without --target makes the last stage"
+    for name in ("serve", "train"):
+        assert re.search(r"^USER 10001:10001$", final[name], re.MULTILINE)
+    assert "JEPAKIT_API_KEY_FILE=/keys/keys" in final["serve"]
+
+
+def test_the_build_is_given_what_the_package_is_made_of_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "*"
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    assert all((ROOT / path).exists() for path in allowed)
+    project = (ROOT / "pyproject.toml").read_text()
+    packages = re.search(r"^dev-mode-dirs = (\[.*\])$", project, re.MULTILINE)
+    assert packages is not None
+    needed = {*json.loads(packages[1]), "pyproject.toml", "README.md", "LICENSE", "NOTICE", "requirements.lock"}
+    assert allowed == needed | {"docker/install.sh", "docker/healthcheck.py"}
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "docker/compose.gpu.yaml"])
+def test_compose_files_are_of_the_published_schema(name: str) -> None:
+    schema = json.loads((DEPLOY / "schemas" / "compose-spec.json").read_text())
+    jsonschema.Draft7Validator(schema).validate(yaml.safe_load((ROOT / name).read_text()))
+
+
+def test_every_container_is_hardened_and_only_loopback_is_published(compose: Any) -> None:
+    for name, service in compose["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["restart"] == "unless-stopped", name
+        assert int(service["user"].split(":")[0]) > 0, name
+        assert service["mem_limit"], name
+        assert service["pids_limit"], name
+        for port in service.get("ports", []):
+            assert ":-127.0.0.1:" in port, name
+    assert "ports" not in compose["services"]["jepakit"]
+    assert list(compose["services"]["jepakit"]["networks"]) == ["inner"]
+    assert compose["networks"]["inner"]["internal"]
+
+
+def test_limits_of_the_container_and_the_proxy_fit_the_services_own(compose: Any) -> None:
+    from jepakit_service.app import _OBJECT_STORE_BYTES
+
+    service = compose["services"]["jepakit"]
+    assert int(service["shm_size"].removesuffix("g")) << 30 > _OBJECT_STORE_BYTES
+    assert int(service["stop_grace_period"].removesuffix("s")) > 2 * default("drain_s")
+    proxy = (ROOT / "docker" / "proxy" / "nginx.conf").read_text()
+    for directive in ("client_max_body_size", "client_body_buffer_size"):
+        assert f"{directive} {default('max_body_mb')}m;" in proxy
+    read = re.search(r"proxy_read_timeout (\d+)s;", proxy)
+    assert read is not None
+    assert int(read[1]) > default("request_timeout_s")
+
+
+def strict(schema: Any) -> Any:
+    """The schema as the API server applies it to `kubectl apply`: a field that is not described is an error."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {name: strict(part) for name, part in schema.items()}
+    described = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if described and "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        result["additionalProperties"] = False
+    return result
+
+
+def test_the_kuberay_manifest_is_of_the_published_schema_and_a_typo_would_be_seen(ray_service: Any) -> None:
+    schema = strict(json.loads((DEPLOY / "schemas" / "rayservice-v1.json").read_text()))
+    jsonschema.validate(ray_service["spec"], schema)
+    for path in (
+        ("rayClusterConfig", "headGroupSpec"),
+        ("rayClusterConfig", "workerGroupSpecs", 0, "template", "spec"),
+    ):
+        wrong = copy.deepcopy(ray_service["spec"])
+        place = wrong
+        for step in path:
+            place = place[step]
+        place["replicaz"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="replicaz"):
+            jsonschema.validate(wrong, schema)
+
+
+def test_the_serve_config_is_one_and_its_arguments_are_settings(ray_service: Any) -> None:
+    with warnings.catch_warnings(action="ignore"):  # Ray's own, of pydantic
+        from ray.serve.schema import ServeDeploySchema
+    config = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+    assert yaml.safe_load(ray_service["spec"]["serveConfigV2"]) == config
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    assert set(application.args) <= set(ServeSettings.model_fields)
+    # Ray passes over what it does not know.
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    assert set(config["applications"][0]) <= set(type(application).model_fields)
+
+
+def pods(ray_service: Any) -> Iterator[Any]:
+    cluster = ray_service["spec"]["rayClusterConfig"]
+    yield cluster["headGroupSpec"]["template"]
+    for group in cluster["workerGroupSpecs"]:
+        yield group["template"]
+
+
+def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_network_policy(ray_service: Any) -> None:
+    assert ray_service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    _, policy = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+    for pod in pods(ray_service):
+        assert pod["metadata"]["labels"].items() >= policy["spec"]["podSelector"]["matchLabels"].items()
+        assert pod["spec"]["securityContext"]["runAsUser"] == 10001
+        (container,) = pod["spec"]["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_dashboard_asks_for_metrics_that_the_operators_page_lists_and_no_panel_lies_on_another() -> None:
+    dashboard = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "jepakit.json").read_text())
+    page = (ROOT / "docs" / "operate.md").read_text()
+    cells: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        mine = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not mine & cells, panel["title"]
+        assert max(x for x, _ in mine) < 24
+        cells |= mine
+        for target in panel["targets"]:
+            names = re.findall(r"\b(?:jepakit|process)_\w+", target["expr"])
+            assert names or "DCGM_" in target["expr"]
+            for name in names:
+                assert f"`{name.removesuffix('_bucket')}`" in page, name
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 @pytest.mark.slow
 def test_the_installer_builds_an_environment_that_serves_without_torch(tmp_path: Path) -> None:
-    import jepakit
     from tests.test_pipeline import serving
 
     jepakit.export("test_vit:random", tmp_path / "tiny", image_size=32)
