@@ -42,7 +42,7 @@ COPY --from=serve-build /opt/jepakit /opt/jepakit
 COPY docker/healthcheck.py /opt/jepakit/healthcheck.py
 USER 10001:10001
 # Settings of the service. Other machines can reach it, so it does not start without a key file.
-ENV JEPAKIT_HOST=0.0.0.0 JEPAKIT_PORT=8000 JEPAKIT_API_KEY_FILE=/keys/keys
+ENV JEPAKIT_SERVE_HOST=0.0.0.0 JEPAKIT_SERVE_PORT=8000 JEPAKIT_SERVE_API_KEY_FILE=/keys/keys
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=6s --start-period=120s CMD ["python", "/opt/jepakit/healthcheck.py"]
 CMD ["serve", "/bundles"]

@@ -5,7 +5,7 @@ import os
 import sys
 
 # Not urllib, which would send the question to a proxy that the environment names.
-connection = http.client.HTTPConnection("127.0.0.1", int(os.environ["JEPAKIT_PORT"]), timeout=5)
+connection = http.client.HTTPConnection("127.0.0.1", int(os.environ["JEPAKIT_SERVE_PORT"]), timeout=5)
 try:
     connection.request("GET", "/readyz")
     sys.exit(connection.getresponse().status != 200)

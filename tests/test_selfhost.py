@@ -26,9 +26,10 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import jepakit
+from jepakit_service.metrics import Metrics, merged
 from tests.service.conftest import picture
 from tests.test_pipeline import free_port, serving
 
@@ -341,40 +342,27 @@ KEY = "jk_prometheus"
 
 @contextmanager
 def exporting() -> Iterator[int]:
-    """A server of /metrics, behind KEY, with every metric of the service and those of NVIDIA's exporter; the port."""
-    registry = CollectorRegistry()
-    replica = {"replica": "r1"}
-    one = {"model": "scans", **replica}
-
-    def make(kind: Any, name: str, labels: dict[str, str]) -> Any:
-        return kind(name, name, list(labels), registry=registry).labels(**labels)
-
-    requests = make(Counter, "jepakit_requests_total", {"route": "/v1/embeddings", "status": "200", **replica})
-    refused = make(Counter, "jepakit_refused_total", {"reason": "overloaded", **replica})
-    images = make(Counter, "jepakit_images_total", {"result": "ok", **one})
-    seconds = make(Histogram, "jepakit_request_seconds", {"route": "/v1/embeddings", **replica})
-    batch = make(Histogram, "jepakit_batch_size", one)
-    stage = make(Histogram, "jepakit_stage_seconds", {"stage": "decode", **one})
-    information = {"model_id": "0123", "digest": "4567", "precision": "fp32", "provider": "cpu", **one}
-    make(Gauge, "jepakit_model_info", information).set(1)
-    make(Gauge, "jepakit_waiting_images", one).set(3)
-    make(Gauge, "jepakit_in_flight_requests", replica).set(2)
-    make(Gauge, "jepakit_ready", replica).set(1)
-    make(Gauge, "process_resident_memory_bytes", replica).set(1e9)
-    make(Gauge, "DCGM_FI_DEV_GPU_UTIL", {"gpu": "0"}).set(50)
-    make(Gauge, "DCGM_FI_DEV_FB_USED", {"gpu": "0"}).set(1000)
+    """A server of /metrics, behind KEY: the service's own registry at work, and NVIDIA's two; the port."""
+    metrics = Metrics()
+    model = metrics.of_model("scans")
+    metrics.model_info.labels("scans", "0123", "4567", "fp32", "cpu").set(1)
+    metrics.ready.set(1)
+    gpu = CollectorRegistry()
+    for name in ("DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED"):
+        Gauge(name, name, ["gpu"], registry=gpu).labels("0").set(50)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             allowed = self.headers["authorization"] == f"Bearer {KEY}"
-            for counter in (requests, refused, images):
-                counter.inc(5)
-            for histogram in (seconds, batch, stage):
-                histogram.observe(0.5)
+            metrics.requests.labels("/v1/embeddings", 200).inc()
+            metrics.request_seconds.labels("/v1/embeddings").observe(0.5)
+            metrics.refused.labels("overloaded").inc()
+            model.decoded(0.01, ok=True)
+            model.ran(1, [0.1], 0.2)
             self.send_response(200 if allowed else 401)
             self.send_header("content-type", "text/plain; version=0.0.4")
             self.end_headers()
-            self.wfile.write(generate_latest(registry) if allowed else b"")
+            self.wfile.write(merged({"r1": metrics.families()}) + generate_latest(gpu) if allowed else b"")
 
         def log_message(self, *_: Any) -> None:
             pass
