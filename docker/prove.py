@@ -1,6 +1,6 @@
 """Build the Dockerfile and run what it makes on a Debian machine that has no Docker engine: as root,
 
-    python docker/prove.py serve BUNDLE IMAGE [-- COMMAND…]
+    python docker/prove.py serve BUNDLE IMAGE
     python docker/prove.py train IMAGES
 
 It makes a base image with debootstrap, builds the target over it with buildah (chroot isolation, vfs storage) and runs
@@ -8,9 +8,9 @@ it with crun, under the user, capabilities, read-only root, tmpfs, /dev/shm and 
 `jepakit`, in a network of its own that has only loopback.
 
 `serve` makes a key, starts the service with one bundle, waits for the image's health check, embeds a PNG, sends it
-without a key, tries to write to the root, and ends the service with SIGTERM. COMMAND replaces the image's own. `train`
-adapts a tiny model for two steps and exports it. Every step that fails raises. Needs the Debian packages buildah, crun,
-debootstrap and curl; docs/operate.md says what a pass proves. All of it lies in a temporary folder that is removed.
+without a key, tries to write to the root, and ends the service with SIGTERM. `train` adapts a tiny model for two steps
+and exports it. Every step that fails raises. Needs the Debian packages buildah, crun, debootstrap and curl;
+docs/operate.md says what a pass proves. All of it lies in a temporary folder that is removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _CRUN = (
     "unshare", "--mount", "sh", "-c", 'umount --quiet /sys/fs/cgroup/unified; exec crun --cgroup-manager disabled "$@"',
     "sh",
 )  # fmt: skip
-KILO = {"k": 10, "m": 20, "g": 30}
+# As Docker mounts a tmpfs.
+_MOUNT = ("nosuid", "nodev", "noexec")
+_SHIFT = {"k": 10, "m": 20, "g": 30}
 
 
 def run(*command: str | Path) -> str:
@@ -81,9 +83,8 @@ class Image:
 
 
 def bytes_of(size: str) -> int:
-    """Compose's `8g`, or `${NAME:-8g}`, in bytes."""
-    text = size.rstrip("}").rpartition(":-")[2]
-    return int(text[:-1]) << KILO[text[-1].lower()]
+    """Compose's `1g` in bytes."""
+    return int(size[:-1]) << _SHIFT[size[-1]]
 
 
 def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str], mounts: dict[str, Path]) -> Any:
@@ -94,7 +95,7 @@ def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str]
     """
     user, group = map(int, service["user"].split(":"))
     tmpfs = [
-        {"destination": path, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", *options.split(",")]}
+        {"destination": path, "type": "tmpfs", "source": "tmpfs", "options": [*_MOUNT, *options.split(",")]}
         for path, _, options in (entry.partition(":") for entry in service["tmpfs"])
     ]
     shm = f"size={bytes_of(service['shm_size'])}"
@@ -120,7 +121,7 @@ def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str]
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "mode=1777", shm]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*_MOUNT, "mode=1777", shm]},
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "nodev", "ro"]},
             *tmpfs,
             *binds,
@@ -174,9 +175,7 @@ class Container:
             raise SystemExit(f"ended with exit code {status}, not 0")
 
 
-def prove_serve(
-    image: Image, service: dict[str, Any], work: Path, bundle: Path, picture: Path, command: Sequence[str]
-) -> None:
+def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path, picture: Path) -> None:
     """A key, health, an embedding, a refusal, a root that cannot be written, a clean end."""
     keys = work / "keys"
     keys.mkdir()
@@ -190,7 +189,7 @@ def prove_serve(
     key = next(word for word in (keys / "shown").read_text().split() if word.startswith("jk_"))
 
     mounts = {"/bundles": bundle.resolve().parent, "/keys": keys}
-    with Container(work, runtime_config(image, service, command or image.config["Cmd"], mounts)) as container:
+    with Container(work, runtime_config(image, service, image.config["Cmd"], mounts)) as container:
         started = time.monotonic()
         while container.inside("python", "/opt/jepakit/healthcheck.py") != 0:
             if container.process.poll() is not None or time.monotonic() - started > 180:
@@ -234,7 +233,6 @@ def main() -> None:
     serve = targets.add_parser("serve")
     serve.add_argument("bundle", type=Path)
     serve.add_argument("picture", type=Path)
-    serve.add_argument("command", nargs="*")
     targets.add_parser("train").add_argument("images", type=Path)
     asked = parser.parse_args()
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["jepakit"]
@@ -243,7 +241,7 @@ def main() -> None:
         work.chmod(0o755)  # the image's user reads its mounts below
         image = Image(work, asked.target)
         if asked.target == "serve":
-            prove_serve(image, service, work, asked.bundle, asked.picture, asked.command)
+            prove_serve(image, service, work, asked.bundle, asked.picture)
         else:
             prove_train(image, service, work, asked.images)
 
