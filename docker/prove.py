@@ -1,6 +1,6 @@
 """Build the Dockerfile and run what it makes on a Debian machine that has no Docker engine: as root,
 
-    python docker/prove.py serve BUNDLE IMAGE
+    python docker/prove.py serve BUNDLE PNG
     python docker/prove.py train IMAGES
 
 It makes a base image with debootstrap, builds the target over it with buildah (chroot isolation, vfs storage) and runs
@@ -188,7 +188,7 @@ def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path,
         container.end(60)
     key = next(word for word in (keys / "shown").read_text().split() if word.startswith("jk_"))
 
-    mounts = {"/bundles": bundle.resolve().parent, "/keys": keys}
+    mounts = {f"/bundles/{bundle.name}": bundle.resolve(), "/keys": keys}
     with Container(work, runtime_config(image, service, image.config["Cmd"], mounts)) as container:
         started = time.monotonic()
         while container.inside("python", "/opt/jepakit/healthcheck.py") != 0:
@@ -197,13 +197,15 @@ def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path,
             time.sleep(1)
         print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
         curl = ("curl", "--silent", "--noproxy", "*", "--data-binary", f"@{picture}", "--header",
-                "Content-Type: image/png", f"http://127.0.0.1:8000/v1/embeddings?model={bundle.name}")  # fmt: skip
+                "Content-Type: image/png", "http://127.0.0.1:8000/v1/embeddings")  # fmt: skip
         answer = json.loads(container.on_its_network(*curl, "--header", f"Authorization: Bearer {key}"))
         print(f"embedded: {len(answer['data'][0]['embedding'])} numbers of {answer['model']} on {answer['provider']}")
         refused = json.loads(container.on_its_network(*curl))["error"]["code"]
         if refused != "missing_api_key":
             raise SystemExit(f"a request without a key was answered {refused}")
-        if container.inside("touch", "/opt/jepakit/written") == 0:
+        if (
+            container.inside("touch", "/var/tmp/written") == 0
+        ):  # which is everybody's to write, were the root not read-only
             raise SystemExit("the root can be written to")
         container.kill(signal.SIGTERM)
         container.end(90)
@@ -232,7 +234,7 @@ def main() -> None:
     targets = parser.add_subparsers(dest="target", required=True)
     serve = targets.add_parser("serve")
     serve.add_argument("bundle", type=Path)
-    serve.add_argument("picture", type=Path)
+    serve.add_argument("picture", type=Path, metavar="png")
     targets.add_parser("train").add_argument("images", type=Path)
     asked = parser.parse_args()
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["jepakit"]
