@@ -1,0 +1,29 @@
+"""BentoML with its adaptive batching. It batches lists alone, so one image, too, comes as a JSON list.
+One worker whose inference takes all cores: faster here than a worker a core, between which requests are split.
+
+bentoml serve _service_bentoml:Embeddings, with MODEL and CORES in the environment
+"""
+
+# mypy: disable-error-code="import-not-found,untyped-decorator"
+from __future__ import annotations
+
+import os
+
+import bentoml
+
+from _service_peer import Model, from_data_uri
+
+
+@bentoml.service(workers=1, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
+class Embeddings:
+    """Data URIs in, vectors out."""
+
+    def __init__(self) -> None:
+        self._model = Model(os.environ["MODEL"], threads=int(os.environ["CORES"]))
+
+    @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=60_000, route="/json")
+    def embed(self, input: list[str]) -> list[list[float]]:
+        vectors: list[list[float]] = self._model.run(
+            [self._model.decode(from_data_uri(text)) for text in input]
+        ).tolist()
+        return vectors

@@ -1,0 +1,52 @@
+"""What the peers of benchmarks/service.py share: the graph in ONNX Runtime, fed as the graph's own metadata says.
+
+Runs in an environment of the peer's own: Pillow, numpy, ONNX Runtime, and nothing of jepakit.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+class Model:
+    """The graph at `path`; an inference takes `threads` threads."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # As in jepakit: on a few cores threads that wait by spinning take them from decoding.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        wants = json.loads(self._session.get_modelmeta().custom_metadata_map["jepakit.preprocess"])
+        self._size, self._resize_to = wants["size"], wants["resize_to"]
+
+    def decode(self, data: bytes) -> Any:
+        """A file's pixels as the graph takes them, uint8 [size, size, 3]: shorter side resized, middle cut out."""
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        scale = self._resize_to / min(image.size)
+        width, height = (round(scale * side) for side in image.size)
+        left, top = round((width - self._size) / 2), round((height - self._size) / 2)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + self._size, top + self._size)))
+
+    def run(self, images: list[Any]) -> Any:
+        """Vectors, float32 [B, D]."""
+        return self._session.run(["embeddings"], {"images": np.stack(images)})[0]
+
+
+def from_data_uri(text: str) -> bytes:
+    """The bytes of a file in OpenAI's JSON."""
+    return base64.b64decode(text.partition(",")[2])
+
+
+def openai_answer(vectors: Any) -> dict[str, Any]:
+    """OpenAI's JSON for vectors [B, D]."""
+    rows = enumerate(vectors.tolist())
+    return {"object": "list", "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in rows]}

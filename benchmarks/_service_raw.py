@@ -1,0 +1,106 @@
+"""The limit that benchmarks/service.py holds servers against: decode, preprocess and ONNX Runtime, no HTTP.
+
+Reads orders from stdin, one JSON object a line, and answers each with one.
+
+    python _service_raw.py BUNDLE IMAGE
+
+    {"do": "choose", "seconds": 0.5}   tries ways to spread the work over the cores and keeps the fastest
+    {"do": "loop", "seconds": 2.0}     images, seconds and CPU seconds of the fastest way
+    {"do": "call", "seconds": 1.0}     milliseconds of single images, one after the other, with all threads
+    {"do": "vector"}                   the image's vector
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jepakit._cpus import usable_cpus
+from jepakit.bundle import open_bundle
+from jepakit.images import preprocess
+from jepakit.session import Session
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+class Way(NamedTuple):
+    """So many workers, each of which decodes a batch and runs it on so many threads; one decodes while another runs."""
+
+    workers: int
+    threads: int
+    batch: int
+
+
+class RawEngine:
+    """One bundle and one image's bytes. A session for each number of threads."""
+
+    def __init__(self, bundle: str, image: bytes) -> None:
+        cores = usable_cpus()
+        opened = open_bundle(bundle)
+        self._image, self._spec = image, opened.manifest.preprocess
+        self._sessions = {threads: Session.open(opened, provider="cpu", threads=threads) for threads in {1, cores}}
+        self._cores, self._way = cores, Way(1, cores, 1)
+        self._pool = ThreadPoolExecutor(2 * cores)
+
+    def choose(self, seconds: float) -> dict[str, Any]:
+        """Images/s of every way, and the fastest, which `loop` uses from now on."""
+        cores = self._cores
+        spread = {(cores, 1), (2 * cores, 1), (1, cores), (2, cores)}
+        ways = [Way(workers, threads, batch) for workers, threads in sorted(spread) for batch in BATCHES]
+        rates = {way: self._rate(way, seconds) for way in ways}
+        self._way = max(rates, key=lambda way: rates[way])
+        return {"way": self._way, "rates": [(*way, rate) for way, rate in rates.items()]}
+
+    def loop(self, seconds: float) -> dict[str, Any]:
+        """The fastest way for so long."""
+        start, cpu, deadline = time.perf_counter(), time.process_time(), time.perf_counter() + seconds
+        workers = [self._pool.submit(self._work, self._way, deadline) for _ in range(self._way.workers)]
+        images = sum(worker.result() for worker in workers)
+        return {"images": images, "seconds": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
+
+    def call(self, seconds: float) -> dict[str, Any]:
+        """What one caller waits for one image."""
+        deadline, latencies_ms = time.perf_counter() + seconds, []
+        while (start := time.perf_counter()) < deadline:
+            self._embed(1, self._cores)
+            latencies_ms.append(1000 * (time.perf_counter() - start))
+        return {"latencies_ms": latencies_ms}
+
+    def vector(self) -> list[float]:
+        """The image's vector."""
+        found: list[float] = self._embed(1, self._cores)[0].tolist()
+        return found
+
+    def _embed(self, batch: int, threads: int) -> Any:
+        pixels = [preprocess(self._image, self._spec) for _ in range(batch)]
+        return self._sessions[threads].run(np.stack(pixels))
+
+    def _work(self, way: Way, deadline: float) -> int:
+        done = 0
+        while time.perf_counter() < deadline:
+            self._embed(way.batch, way.threads)
+            done += way.batch
+        return done
+
+    def _rate(self, way: Way, seconds: float) -> float:
+        before, self._way = self._way, way
+        found = self.loop(seconds)
+        self._way = before
+        return float(found["images"] / found["seconds"])
+
+
+def main() -> None:
+    engine = RawEngine(sys.argv[1], Path(sys.argv[2]).read_bytes())
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(json.dumps(getattr(engine, order.pop("do"))(**order)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
