@@ -102,13 +102,31 @@ class Server:
                 total += times.user + times.system
         return total
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let it run for the body; otherwise it is stopped: LitServe takes most of a core while nobody asks, Ray some of one."""
+        self._signal(signal.SIGCONT)
+        try:
+            self._wait_for_answer()  # Ray's processes take a moment to find each other again
+            yield
+        finally:
+            self.pause()
+
+    def pause(self) -> None:
+        """Stop all its processes where they are."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        for process in _family(self._process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
     def wait_until_right(self, expected: NDArray[np.float32], log: Path) -> None:
         """Wait until it answers, and hold every kind of answer against the vector [D]. Raises ServerError."""
-        deadline = time.monotonic() + _START_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise ServerError(f"{self.name} did not start:\n{log.read_text()[-2000:]}")
-            time.sleep(0.2)
+        try:
+            self._wait_for_answer()
+        except ServerError as reason:
+            raise ServerError(f"{reason}:\n{log.read_text()[-2000:]}") from None
         for kind, request in self._requests.items():
             answer = self._post(request)
             if answer.status_code != 200:
@@ -121,11 +139,15 @@ class Server:
                     f"{self.name} gives other vectors for {kind}: relative error {error:.1e}, shape {found.shape}"
                 )
 
-    def _answers(self) -> bool:
-        try:
-            return self._post(self._requests[RAW]).status_code == 200
-        except httpx.TransportError:
-            return False
+    def _wait_for_answer(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if self._post(self._requests[RAW]).status_code == 200:
+                    return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise ServerError(f"{self.name} does not answer")
+            time.sleep(0.2)
 
     def _post(self, request: Request) -> httpx.Response:
         url = f"http://127.0.0.1:{self.port}{request.path}"
@@ -262,8 +284,11 @@ def _started(
 def _stop(process: psutil.Popen) -> None:
     """SIGTERM, patience, SIGKILL; also for children that outlive their parent (LitServe's and BentoML's do)."""
     family = _family(process)
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.resume()
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
     psutil.wait_procs(family[:1], timeout=_STOP_S)
     _, alive = psutil.wait_procs(family, timeout=2)
     for one in alive:

@@ -6,8 +6,8 @@ The same image, graph and clients for all: the raw loop (decode, preprocess, ONN
 with and without Ray, and with --peers FastAPI + ONNX Runtime, LitServe and BentoML, each in an environment in DIR that
 is made where it is missing. Every server gives the raw loop's vector before it is timed.
 
-All servers stay up while blocks of a few seconds go round in random order, the raw loop beside every one of them; a
-block's images/s are compared with those of the raw loop next to it. Prints Markdown tables, the goals and whether they
+Blocks of a few seconds go round in random order, the raw loop beside every one of them; a block's images/s are compared
+with those of the raw loop next to it. Servers stay up, stopped outside their own blocks. Prints Markdown tables, the goals and whether they
 are met, and one JSON object as the last line.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import platform
 import signal
 import sys
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
+import psutil
 import skimage.data
 from PIL import Image
 
@@ -128,6 +128,8 @@ class Bench:
     def __init__(self, case: ModelCase, servers: list[Server], raw: Worker, load: Worker, *, quick: bool) -> None:
         self._servers, self._raw, self._load = {server.name: server for server in servers}, raw, load
         self._seconds = 1.0 if quick else case.seconds
+        self.raw_cpu_ms: list[float] = []
+        """Of the raw loop, an image."""
         self.cells: dict[Cell, Measured] = {}
         for server in servers:
             kinds = case.kinds if server.name in VARIANTS else case.peer_kinds
@@ -143,9 +145,10 @@ class Bench:
         return {name: (server.cpu_s() - before[name]) / seconds for name, server in self._servers.items()}
 
     def warm_up(self) -> None:
-        """Every server under load once, not counted."""
+        """Every server under load once, not counted; then all are paused, and run in their own blocks alone."""
         for server in self._servers.values():
             self._ask(server, RAW, MOST, self._seconds)
+            server.pause()
 
     def round(self, random: np.random.Generator) -> None:
         """Every cell once, in random order; each lies beside a block of the raw loop."""
@@ -164,6 +167,7 @@ class Bench:
 
     def _raw_rate(self) -> float:
         found = self._raw.ask(do="loop", seconds=self._seconds)
+        self.raw_cpu_ms.append(1000 * found["cpu_s"] / found["images"])
         return float(found["images"] / found["seconds"])
 
     def _block(self, cell: Cell) -> None:
@@ -172,9 +176,10 @@ class Bench:
             measured.call_ms.append(
                 float(np.median(self._raw.ask(do="call", seconds=self._seconds / 3)["latencies_ms"]))
             )
-        cpu = server.cpu_s()
-        found = self._ask(server, cell.kind, cell.clients, self._seconds)
-        cpu = server.cpu_s() - cpu
+        with server.awake():
+            cpu = server.cpu_s()
+            found = self._ask(server, cell.kind, cell.clients, self._seconds)
+            cpu = server.cpu_s() - cpu
         good, asked = found["statuses"].pop("200", 0), len(found["latencies_ms"])
         if not good:
             raise ServerError(
@@ -266,8 +271,8 @@ def show(name: str, found: dict[str, Any]) -> None:
     """Print one model's tables."""
     raw = found["raw"]
     print(
-        f"\n### {name}\n\nRaw loop: {raw['images_per_s']:.0f} images/s, {raw['workers_told']}; one image alone {raw['call_p50_ms']:.1f} ms. "
-        f"Cores that idle servers take: {', '.join(f'{server} {cores:.1%}' for server, cores in found['idle_cores'].items())}.\n"
+        f"\n### {name}\n\nRaw loop: {raw['images_per_s']:.0f} images/s and {raw['cpu_ms_per_image']:.2f} CPU ms an image ({raw['workers_told']}); one image alone {raw['call_p50_ms']:.1f} ms. "
+        f"CPU that idle servers take, of a core: {', '.join(f'{server} {cores:.1%}' for server, cores in found['idle_cores'].items())}.\n"
     )
     print("| server | request | clients | images/s | of the raw loop | p50 ms | p99 ms | CPU ms a request | failed |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -322,7 +327,8 @@ def model_figures(
     calls = [call for measured in cells.values() for call in measured.call_ms]
     return {
         "raw": {
-            "images_per_s": float(np.median(rates)), "call_p50_ms": float(np.median(calls)), **chosen,
+            "images_per_s": float(np.median(rates)), "cpu_ms_per_image": float(np.median(bench.raw_cpu_ms)),
+            "call_p50_ms": float(np.median(calls)), **chosen,
             "workers_told": f"{workers} workers × {threads} threads, batches of {batch}",
         },
         "idle_cores": idle,
@@ -342,6 +348,11 @@ def clients_cost(load: Worker, image: bytes, folder: Path) -> dict[str, float]:
         found = load.ask(port=port, request=str(wire), clients=MOST, seconds=1.0)
     requests = len(found["latencies_ms"])
     return {"cpu_ms_per_request": 1000 * found["cpu_s"] / requests, "requests_per_s": requests / found["seconds"]}
+
+
+def busy_cores() -> float:
+    """Cores in use just now, while this program only waits: on a quiet machine 0."""
+    return float(psutil.cpu_percent(2.0)) / 100 * (psutil.cpu_count() or 1)
 
 
 def tell(what: str) -> None:
@@ -385,12 +396,12 @@ def main() -> None:
     image, peers = one_image(), ready_peers(options.peers)
     results: dict[str, Any] = {
         "image": f"{IMAGE}, {len(image)} bytes", "peers": peers, "cores": usable_cpus(), "rounds": options.rounds,
-        "python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "load_before": os.getloadavg(),
+        "python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "others_before": busy_cores(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name, Worker("_service_load.py") as load:
         results["clients"] = cost = clients_cost(load, image, Path(name))
         print(
-            f"{results['image']}; {usable_cpus()} cores, load {os.getloadavg()[0]:.1f} before the run; the clients take "
+            f"{results['image']}; {usable_cpus()} cores; the clients take "
             f"{cost['cpu_ms_per_request']:.3f} CPU ms a request by themselves ({cost['requests_per_s']:.0f}/s from a server that does nothing)"
         )
         results["models"] = {}
@@ -400,7 +411,10 @@ def main() -> None:
             found = model_figures(MODELS[model], image, peers, options.peers, load, folder, options)
             results["models"][model] = found
             show(model, found)
-    results["load_after"] = os.getloadavg()
+    results["others_after"] = busy_cores()
+    print(
+        f"\nOther work took {results['others_before']:.2f} cores before the run and {results['others_after']:.2f} after it."
+    )
     print(json.dumps(results))
 
 

@@ -1,0 +1,332 @@
+"""What happens under load when a process is killed, the service is stopped, asked too much, kept busy, or given a new model.
+
+Every test starts `jepakit serve` from the command line and asks it with the client that users have.
+JEPAKIT_SOAK_S sets the seconds of the soak (30).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+import jepakit
+from jepakit.errors import JepakitError
+from tests.test_pipeline import jepakit_cli, serving
+
+from .conftest import picture
+
+pytestmark = pytest.mark.slow
+
+SOAK_S = float(os.environ.get("JEPAKIT_SOAK_S", "30"))
+IMAGES = [picture(seed) for seed in range(40)]
+"""More than one request of the client's."""
+RAY, NO_RAY = ("--replicas", "2"), ("--no-ray",)
+MODES = pytest.mark.parametrize("options", [RAY, NO_RAY], ids=["ray", "no-ray"])
+RECOVERY_S = 120.0
+
+
+class Load:
+    """Clients that embed the same images over and over, each answer checked: a missing or wrong vector is a failure.
+
+    right  the vectors [N, D] of each model_id that may answer
+    """
+
+    def __init__(
+        self, url: str, images: list[bytes], right: Mapping[str, NDArray[np.float32]], clients: int = 4
+    ) -> None:
+        self._url, self._images, self._right = url, images, right
+        self._stop = threading.Event()
+        self._answers: list[list[str]] = [[] for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._run, args=(mine,), daemon=True) for mine in self._answers]
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=RECOVERY_S + 60)
+
+    def wait_for(self, more: int) -> None:
+        """Until every client has had `more` further answers."""
+        wanted = [len(mine) + more for mine in self._answers]
+        wait_until(
+            lambda: bool(self.failures) or all(len(mine) >= n for mine, n in zip(self._answers, wanted, strict=True)),
+            "the clients get no more answers",
+        )
+
+    def newest(self) -> set[str]:
+        """The model_id of every client's newest answer."""
+        return {mine[-1] for mine in self._answers if mine}
+
+    def _run(self, mine: list[str]) -> None:
+        with jepakit.Client(self._url, deadline_s=RECOVERY_S) as client:
+            while not self._stop.is_set():
+                try:
+                    found = client.embed(self._images, progress=False)
+                except JepakitError as error:
+                    self.failures.append(f"{type(error).__name__}: {error}")
+                else:
+                    right = self._right.get(found.model_id)
+                    if right is None or not alike(found.vectors, right):
+                        self.failures.append(f"wrong vectors of {found.model_id}")
+                    mine.append(found.model_id)
+
+
+def alike(found: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
+    """Equal but for the order of float sums, which depends on the batch."""
+    return found.shape == right.shape and bool(np.abs(found - right).max() < 1e-5 * np.abs(right).max())
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + RECOVERY_S
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Processes that this one has started, directly or not, by the beginning of their command line."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if command and command[0].startswith(title):
+            found.append(process)
+    return found
+
+
+def service_process() -> psutil.Process:
+    """`jepakit serve` itself."""
+    (found,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def right(bundle: Path) -> dict[str, NDArray[np.float32]]:
+    """What the bundle computes in this process; rows far enough apart that a change of order is noticed."""
+    found = jepakit.load(bundle).embed(IMAGES, progress=False)
+    assert not any(alike(found.vectors[[place]], found.vectors[[place + 1]]) for place in range(len(IMAGES) - 1))
+    return {found.model_id: found.vectors}
+
+
+@pytest.mark.parametrize("victim", ["ray::ServeReplica", "ray::ProxyActor", "ray::ServeController"])
+def test_a_killed_process_is_replaced_and_no_image_is_lost(
+    victim: str, bundle: Path, right: dict[str, NDArray[np.float32]]
+) -> None:
+    with serving(bundle, *RAY) as url, Load(url, IMAGES, right) as load:
+        load.wait_for(2)
+        before = processes(victim)
+        before[0].kill()
+        load.wait_for(5)
+        known = {process.pid for process in before}
+        wait_until(lambda: any(one.pid not in known for one in processes(victim)), f"{victim} was not replaced")
+        load.wait_for(2)
+    assert load.failures == []
+
+
+class Answer(NamedTuple):
+    """One request and what came of it; `status` 0: no answer."""
+
+    asked: float
+    answered: float
+    status: int
+    retry_after: str | None
+    body: bytes
+
+
+async def post(http: httpx.AsyncClient, images: list[bytes]) -> Answer:
+    """One request, not tried again."""
+    asked = time.monotonic()
+    try:
+        response = await http.post(
+            "/v1/embeddings",
+            files=[("files", (str(place), image)) for place, image in enumerate(images)],
+            headers={"Accept": "application/octet-stream"},
+        )
+    except httpx.TransportError:
+        return Answer(asked, time.monotonic(), 0, None, b"")
+    return Answer(asked, time.monotonic(), response.status_code, response.headers.get("retry-after"), response.content)
+
+
+def patient(url: str) -> httpx.AsyncClient:
+    """A client without a limit of its own on connections, which would hold requests back."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, timeout=RECOVERY_S, limits=limits)
+
+
+async def closed_loop(ask: Callable[[], Awaitable[Answer]], clients: int, seconds: float) -> list[Answer]:
+    """`clients` ask one request after the other for so long; what is under way then is awaited."""
+    end = time.monotonic() + seconds
+
+    async def one() -> list[Answer]:
+        answers = []
+        while time.monotonic() < end:
+            answers.append(await ask())
+        return answers
+
+    return [answer for answers in await asyncio.gather(*(one() for _ in range(clients))) for answer in answers]
+
+
+async def open_loop(ask: Callable[[], Awaitable[Answer]], per_s: float, seconds: float) -> list[Answer]:
+    """A request every 1 / per_s seconds, whatever becomes of those before."""
+    start, asked = time.monotonic(), []
+    for number in range(int(per_s * seconds)):
+        await asyncio.sleep(max(0.0, start + number / per_s - time.monotonic()))
+        asked.append(asyncio.ensure_future(ask()))
+    return list(await asyncio.gather(*asked))
+
+
+def good_per_s(answers: list[Answer]) -> float:
+    """Answers of 200 a second, from the first request to the last such answer."""
+    good = [answer for answer in answers if answer.status == 200]
+    return len(good) / (max(answer.answered for answer in good) - min(answer.asked for answer in answers))
+
+
+@MODES
+def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
+    options: tuple[str, ...], bundle: Path, right: dict[str, NDArray[np.float32]]
+) -> None:
+    margin_s = 1.0  # a request may be on its way for so long, on a busy machine, before the service has it
+    images = 5 * IMAGES
+    expected = np.tile(next(iter(right.values())), (5, 1))
+    with serving(bundle, *options) as url:
+        process = service_process()
+
+        async def run() -> tuple[list[Answer], float]:
+            async with patient(url) as http:
+                asking = asyncio.ensure_future(closed_loop(lambda: post(http, images), 8, 4.0))
+                await asyncio.sleep(3.0)
+                stopped = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                return await asking, stopped
+
+        answers, stopped = asyncio.run(run())
+    accepted = [answer for answer in answers if answer.asked < stopped - margin_s]
+    assert any(answer.answered > stopped for answer in accepted), "nothing was in flight: the requests are too short"
+    assert {answer.status for answer in accepted} == {200}
+    assert all(alike(np.frombuffer(one.body, "<f4").reshape(expected.shape), expected) for one in accepted)
+    assert {answer.status for answer in answers} <= {200, 503, 0}
+    assert all(answer.retry_after for answer in answers if answer.status == 503)
+
+
+@pytest.fixture(scope="module")
+def heavy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model beside which refusing costs little: on two cores the refusals share them with the work."""
+    out = tmp_path_factory.mktemp("heavy") / "small"
+    jepakit.export("vit_small_patch16_224:random", out, image_size=224)
+    return out
+
+
+@pytest.mark.parametrize("options", [(), NO_RAY], ids=["ray", "no-ray"])
+def test_ten_times_too_much_is_refused_with_429_and_the_rest_served_as_fast_as_before(
+    options: tuple[str, ...], heavy_bundle: Path
+) -> None:
+    images = [picture(seed, kind="JPEG") for seed in range(64)]
+
+    async def run(url: str) -> tuple[list[float], list[Answer]]:
+        async with patient(url) as http:
+
+            async def ask() -> Answer:
+                return await post(http, images)
+
+            await ask()
+            before = good_per_s(await closed_loop(ask, 3, 15))
+            flood = await open_loop(ask, 10 * before, 30)
+            # The peak again: a machine that others slow down in between would make a wrong comparison.
+            return [before, good_per_s(await closed_loop(ask, 3, 15))], flood
+
+    with serving(heavy_bundle, *options, "--set", "max_waiting=256") as url:
+        peaks, flood = asyncio.run(run(url))
+    refused = [answer for answer in flood if answer.status == 429]
+    assert {answer.status for answer in flood} == {200, 429}
+    assert all(float(answer.retry_after or "nan") > 0 for answer in refused)
+    assert good_per_s(flood) >= 0.9 * float(np.mean(peaks)), (good_per_s(flood), peaks)
+
+
+@MODES
+def test_a_soak_at_80_percent_gives_no_error_and_takes_no_more_memory(
+    options: tuple[str, ...], bundle: Path, right: dict[str, NDArray[np.float32]]
+) -> None:
+    images, expected = IMAGES[:8], next(iter(right.values()))[:8]
+
+    async def run(url: str, resident: list[float]) -> list[Answer]:
+        async with jepakit.AsyncClient(url, deadline_s=RECOVERY_S) as client:
+
+            async def ask() -> Answer:
+                asked = time.monotonic()
+                found = await client.embed(images, progress=False)
+                status = 200 if alike(found.vectors, expected) else 0
+                return Answer(asked, time.monotonic(), status, None, b"")
+
+            await closed_loop(ask, 8, 3)
+            peak = good_per_s(await closed_loop(ask, 8, 5))
+            watching = asyncio.ensure_future(watch(resident))
+            answers = await open_loop(ask, 0.8 * peak, SOAK_S)
+            watching.cancel()
+            return answers
+
+    resident: list[float] = []
+    with serving(bundle, *options) as url:
+        answers = asyncio.run(run(url, resident))
+    assert {answer.status for answer in answers} == {200}
+    third = len(resident) // 3
+    middle, last = np.median(resident[third : 2 * third]), np.median(resident[2 * third :])
+    assert last <= max(1.05 * middle, middle + 30), f"{middle:.0f} MB, then {last:.0f} MB"
+
+
+async def watch(resident_mb: list[float]) -> None:
+    """Resident memory of all processes of the service, twice a second."""
+    service = service_process()
+    while True:
+        resident_mb.append(sum(memory_mb([service, *service.children(recursive=True)])))
+        await asyncio.sleep(0.5)
+
+
+def memory_mb(family: list[psutil.Process]) -> Iterator[float]:
+    for process in family:
+        try:
+            yield process.memory_info().rss / 2**20
+        except psutil.NoSuchProcess:
+            continue
+
+
+@MODES
+def test_a_new_model_is_deployed_under_load_without_a_failed_request(options: tuple[str, ...], tmp_path: Path) -> None:
+    images = IMAGES[:32]  # one request a call: no call can meet both models
+
+    def exported(out: Path, pooling: str) -> tuple[str, NDArray[np.float32]]:
+        jepakit.export("test_vit:random", out, image_size=32, pooling=pooling, name="tiny")
+        found = jepakit.load(out).embed(images, progress=False)
+        return found.model_id, found.vectors
+
+    watched, bundle = tmp_path / "watched", tmp_path / "new"
+    old, old_vectors = exported(watched / "tiny", "cls")
+    new, new_vectors = exported(bundle, "mean")
+    assert old != new
+    with serving(watched, *options) as url, Load(url, images, {old: old_vectors, new: new_vectors}) as load:
+        load.wait_for(2)
+        assert load.newest() == {old}
+        deployed = jepakit_cli("deploy", bundle, watched, "--url", url)
+        assert deployed.returncode == 0, deployed.stderr
+        wait_until(lambda: load.newest() == {new}, "the new model does not answer")
+        load.wait_for(3)
+        assert load.newest() == {new}
+    assert load.failures == []
