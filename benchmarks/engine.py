@@ -261,7 +261,7 @@ class Bench:
 class _Nobody:
     """An observer that looks away: counting is the service's, not the batcher's."""
 
-    def decoded(self, seconds: float, *, ok: bool) -> None:
+    def decoded(self, seconds: float) -> None:
         """Nothing."""
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:

@@ -34,7 +34,7 @@ def preprocess(source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limi
 
     The same file gives the same bytes wherever this runs. Raises ImageError (see `read_image`).
     """
-    return fit(read_image(source, spec, limits=limits), spec)
+    return fit(read_image(source, spec, limits=limits), spec, limits=limits)
 
 
 def read_image(
@@ -60,8 +60,11 @@ def read_image(
     return _padded(_checked(stored, header, spec, ref.name), ref, spec)
 
 
-def fit(pixels: Pixels, spec: Preprocess) -> Pixels:
-    """Resize and centre-crop [H, W, C] to [size, size, C], with Pillow's antialiased filters."""
+def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+    """Resize and centre-crop [H, W, C] to [size, size, C], with Pillow's antialiased filters.
+
+    Raises ImageError for an image so long and thin that it would be resized to more pixels than `limits` allows.
+    """
     height, width = pixels.shape[:2]
     if spec.resize == "squash":
         new_size = (spec.resize_to, spec.resize_to)
@@ -69,7 +72,7 @@ def fit(pixels: Pixels, spec: Preprocess) -> Pixels:
         # Multiply before dividing, as torchvision does: the other order falls one pixel short at whole results.
         short = min(width, height)
         new_size = (spec.resize_to * width // short, spec.resize_to * height // short)
-    if new_size[0] * new_size[1] > DEFAULT_LIMITS.max_pixels:
+    if new_size[0] * new_size[1] > limits.max_pixels:
         raise ImageError(
             f"{width} × {height} pixels is so long and thin that resizing makes {new_size[0]} × {new_size[1]}: cut it into tiles",
             code="too_large",

@@ -33,7 +33,7 @@ class Decoded(NamedTuple):
 class Observer(Protocol):
     """Told how long each stage took; called from the batcher's threads."""
 
-    def decoded(self, seconds: float, *, ok: bool) -> None: ...
+    def decoded(self, seconds: float) -> None: ...
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None: ...
 
@@ -178,7 +178,7 @@ class Batcher:
             outcome = self._decode(image)
         except BaseException as error:  # whatever it is, the request must be answered and the thread live on
             outcome = error
-        self._observer.decoded(time.perf_counter() - start, ok=isinstance(outcome, Decoded))
+        self._observer.decoded(time.perf_counter() - start)
         with self._lock:
             self._decoding -= 1
             if isinstance(outcome, Decoded):

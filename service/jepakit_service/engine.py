@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from jepakit.errors import ImageError
 from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Registry
@@ -42,7 +45,7 @@ class Engine:
         self._inside += len(images)
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                return Answer(model, *await model.embed(images))
+                results, pixels = await model.embed(images)
         except TimeoutError:
             raise ApiError(
                 503, "timeout", f"no answer within {self._settings.request_timeout_s:g} s: try again",
@@ -50,3 +53,14 @@ class Engine:
             ) from None  # fmt: skip
         finally:
             self._inside -= len(images)
+        results = [_finite(result) for result in results]
+        bad = sum(isinstance(result, ImageError) for result in results)
+        model.counted.answered(len(results) - bad, bad)
+        return Answer(model, results, pixels)
+
+
+def _finite(result: Result) -> Result:
+    """A vector, or the reason why there is none: half precision can overflow."""
+    if isinstance(result, ImageError) or np.isfinite(result).all():
+        return result
+    return ImageError("the model's numbers for this image are not finite: export it in fp32", code="not_finite")

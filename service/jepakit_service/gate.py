@@ -19,16 +19,18 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jepakit_service import logs, tracing
+from jepakit_service import logs, oip, openapi, tracing
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
 from jepakit_service.wire import ApiError
 
 _log = logging.getLogger("jepakit.service")
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
 OPEN_PREFIX = "/docs/"
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
-_STEADY_ROUTE = re.compile(r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/[a-z]+|v2(?:/(?:embed|health|models))?)")
+_STEADY_ROUTE = re.compile(
+    r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/(?:embeddings|multimodalembeddings|models)|v2(?:/(?:embed|health|models))?)"
+)
 
 
 class Gate:
@@ -77,6 +79,8 @@ class Gate:
                 span.set_attribute("http.response.status_code", status)
                 span.set_attribute("jepakit.request_id", request_id)
         seconds = time.perf_counter() - start
+        if "code" in state:
+            self._metrics.refused.labels(state["code"]).inc()
         self._metrics.requests.labels(route, status).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
         if not _is_open(scope["path"]) or status >= 500:
@@ -105,9 +109,8 @@ class Gate:
             await self._app(scope, _replay(body, receive), send)
         except ApiError as error:
             state["code"] = error.code
-            self._metrics.refused.labels(error.code).inc()
             # While its body is unread, a connection cannot be used again.
-            await send_error(send, error, state["request_id"], close="bytes" not in state)
+            await send_error(send, error, scope, close="bytes" not in state)
         except Exception as error:  # answered 500 by the application; its text may hold what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
         finally:
@@ -180,9 +183,10 @@ class Gate:
         )  # fmt: skip
 
 
-async def send_error(send: Send, error: ApiError, request_id: str, *, close: bool = False) -> None:
-    """Answer with an error in the one shape."""
-    body = error.body(request_id)
+async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False) -> None:
+    """Answer with an error in the shape of the route's family."""
+    request_id = _state(scope)["request_id"]
+    body = oip.write_error(error) if openapi.is_oip(scope["path"]) else error.body(request_id)
     headers = {
         "content-type": "application/json", "content-length": str(len(body)), "x-request-id": request_id,
         **error.headers,

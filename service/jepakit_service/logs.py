@@ -31,6 +31,8 @@ def configure(settings: ServeSettings, send_to: str | None = None) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # It warns of every damaged form, which any client can send as often as it likes.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def silence() -> None:

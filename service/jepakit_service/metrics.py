@@ -35,7 +35,7 @@ class Metrics:
         self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
         self.ready = Gauge("jepakit_ready", "1 when every model answers", registry=self.registry)
         self.images = Counter(
-            "jepakit_images", "Images decoded, or refused as images", ("model", "result"), registry=self.registry
+            "jepakit_images", "Images embedded, or refused as images", ("model", "result"), registry=self.registry
         )
         self.waiting = Gauge("jepakit_waiting_images", "Images waiting or running", ("model",), registry=self.registry)
         self.batch_size = Histogram(
@@ -75,8 +75,12 @@ class ModelMetrics:
         self._inference = stages.labels(model, "inference")
         self.waiting = metrics.waiting.labels(model)
 
-    def decoded(self, seconds: float, *, ok: bool) -> None:
-        (self._ok if ok else self._bad).inc()
+    def answered(self, good: int, bad: int) -> None:
+        """Images of a request that were embedded, and that could not be read."""
+        self._ok.inc(good)
+        self._bad.inc(bad)
+
+    def decoded(self, seconds: float) -> None:
         self._decode.observe(seconds)
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:

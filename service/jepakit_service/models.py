@@ -89,9 +89,9 @@ class LoadedModel:
         """Answer what waits, then let go of the threads."""
         self._batcher.close()
 
-    def decoded(self, seconds: float, *, ok: bool) -> None:
+    def decoded(self, seconds: float) -> None:
         """For the batcher."""
-        self.counted.decoded(seconds, ok=ok)
+        self.counted.decoded(seconds)
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
         """For the batcher."""
@@ -104,7 +104,7 @@ class LoadedModel:
             pixels = read_image(image, spec, limits=self._limits)
         except MissingExtraError as error:  # what is not installed here is the sender's to know
             raise ImageError(str(error), code="unsupported_format") from None
-        return Decoded(np.ascontiguousarray(fit(pixels, spec)), pixels.shape[0] * pixels.shape[1])
+        return Decoded(np.ascontiguousarray(fit(pixels, spec, limits=self._limits)), pixels.shape[0] * pixels.shape[1])
 
 
 def find_bundles(settings: ServeSettings) -> list[Bundle]:

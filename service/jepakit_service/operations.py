@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from jepakit_service.metrics import merged
@@ -30,7 +31,7 @@ def router(replica: Replica) -> APIRouter:
             raise ApiError(503, "draining", "the service is stopping", headers={"Retry-After": "1"})
         return _readiness(await replica.reports(), replica.settings.replicas)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text of all replicas, each sample with the label `replica`."""
         reports = await replica.reports()
