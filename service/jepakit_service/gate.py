@@ -26,6 +26,7 @@ from jepakit_service.wire import ApiError
 
 _log = logging.getLogger("jepakit.service")
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
+_COME_BACK, _PATIENCE_S = (429, 503), 5.0
 OPEN_PREFIX = "/docs/"
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _STEADY_ROUTE = re.compile(
@@ -110,7 +111,8 @@ class Gate:
         except ApiError as error:
             state["code"] = error.code
             # While its body is unread, a connection cannot be used again.
-            await send_error(send, error, scope, close="bytes" not in state)
+            read = "bytes" in state or (error.status in _COME_BACK and await _discard(receive))
+            await send_error(send, error, scope, close=not read)
         except Exception as error:  # answered 500 by the application; its text may hold what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
         finally:
@@ -181,6 +183,18 @@ class Gate:
             413, "body_too_large",
             f"the body is larger than {self._settings.max_body_mb} MB: send fewer images a request",
         )  # fmt: skip
+
+
+async def _discard(receive: Receive) -> bool:
+    """Let a body pass by, so that a client in the midst of sending gets to read why; False when it takes too long."""
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return message["type"] == "http.request"
+    except TimeoutError:
+        return False
 
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False) -> None:
