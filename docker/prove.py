@@ -90,7 +90,7 @@ def bytes_of(size: str) -> int:
 def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str], mounts: dict[str, Path]) -> Any:
     """The OCI runtime's config.json: the image's own settings under what compose.yaml adds to them.
 
-    `mounts` are `{path in the container: folder}`, read-only but for /work. Limits of memory and processes are left
+    `mounts` are `{path in the container: folder}`, read-only but for /out. Limits of memory and processes are left
     out: they need a cgroup manager.
     """
     user, group = map(int, service["user"].split(":"))
@@ -101,7 +101,7 @@ def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str]
     shm = f"size={bytes_of(service['shm_size'])}"
     binds = [
         {"destination": path, "type": "bind", "source": str(folder),
-         "options": ["bind", "rw" if path == "/work" else "ro"]}
+         "options": ["bind", "rw" if path == "/out" else "ro"]}
         for path, folder in mounts.items()
     ]  # fmt: skip
     nofile = min(service["ulimits"]["nofile"], resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -181,9 +181,9 @@ def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path,
     keys.mkdir()
     os.chown(keys, *map(int, service["user"].split(":")))
     config = runtime_config(
-        image, service, ["serve", "--new-key", "proof", "--api-key-file", "/work/keys"], {"/work": keys}
+        image, service, ["serve", "--new-key", "proof", "--api-key-file", "/out/keys"], {"/out": keys}
     )
-    config["process"]["args"] = ["sh", "-c", 'exec "$0" "$@" > /work/shown', *config["process"]["args"]]
+    config["process"]["args"] = ["sh", "-c", 'exec "$0" "$@" > /out/shown', *config["process"]["args"]]
     with Container(work, config) as container:
         container.end(60)
     key = next(word for word in (keys / "shown").read_text().split() if word.startswith("jk_"))
@@ -217,11 +217,11 @@ def prove_train(image: Image, service: dict[str, Any], work: Path, images: Path)
     out = work / "out"
     out.mkdir()
     os.chown(out, *map(int, service["user"].split(":")))
-    mounts = {"/images": images.resolve(), "/work": out}
+    mounts = {"/images": images.resolve(), "/out": out}
     for command in (
-        ("adapt", "/images", "--out", "/work/run", "--backbone", "test_vit", "--weights", "random",
+        ("adapt", "/images", "--out", "/out/run", "--backbone", "test_vit", "--weights", "random",
          "--image-size", "32", "--steps", "2", "--batch-size", "8", "--workers", "0"),
-        ("export", "/work/run", "--out", "/work/bundle"),
+        ("export", "/out/run", "--out", "/out/bundle"),
     ):  # fmt: skip
         with Container(work, runtime_config(image, service, command, mounts)) as container:
             container.end(600)
