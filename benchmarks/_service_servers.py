@@ -107,7 +107,8 @@ class Server:
         """Let it run for the body; otherwise it is stopped: LitServe takes most of a core while nobody asks, Ray some of one."""
         self._signal(signal.SIGCONT)
         try:
-            self._wait_for_answer()  # Ray's processes take a moment to find each other again
+            for _ in range(3):  # Ray's first answers are slow while it makes up for what it missed
+                self._wait_for_answer()
             yield
         finally:
             self.pause()
