@@ -112,7 +112,7 @@ class Measured:
     client_cpu_ms: list[float] = field(default_factory=list)
     p50_ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
-    """Median of the raw call, measured before each block of one client."""
+    """Median of the raw call, measured before each block of one client with raw bytes."""
     latencies_ms: list[float] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
     """Answers other than 200, by status; 0 is none at all."""
@@ -172,7 +172,7 @@ class Bench:
 
     def _block(self, cell: Cell) -> None:
         measured, server = self.cells[cell], self._servers[cell.server]
-        if cell.clients == 1:
+        if cell.clients == 1 and cell.kind == RAW:
             measured.call_ms.append(
                 float(np.median(self._raw.ask(do="call", seconds=self._seconds / 3)["latencies_ms"]))
             )
