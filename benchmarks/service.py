@@ -303,7 +303,7 @@ def model_figures(
     with ExitStack() as stack:
         raw = stack.enter_context(Worker("_service_raw.py", bundle.path, folder / "image.jpg"))
         tell("starting the servers")
-        chosen = raw.ask(do="choose", seconds=0.15 if options.quick else 0.5)
+        chosen = raw.ask(do="choose", seconds=0.1 if options.quick else 0.3)
         expected = np.array(raw.ask(do="vector"), np.float32)
         servers = [
             stack.enter_context(jepakit_server(name, arguments, bundle.path, image, expected, folder))
