@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: setup demo test test-slow check bench format timm-names lock clean
+.PHONY: setup demo test test-slow prove-image check bench format timm-names lock clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,10 @@ test-slow: setup
 # Ratios measured in one run; without --quick each script takes some minutes.
 bench: setup
 	for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick || exit 1; done
+
+# As root on Debian with buildah, crun, debootstrap and curl: build the image without Docker, and run it.
+prove-image: setup
+	$(BIN)/python docker/prove.py serve $(BUNDLE) $(PNG)
 
 check: setup
 	$(BIN)/ruff format --check .
