@@ -192,7 +192,7 @@ async def _discard(receive: Receive) -> bool:
             while True:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):
-                    return message["type"] == "http.request"
+                    return bool(message["type"] == "http.request")
     except TimeoutError:
         return False
 
