@@ -269,7 +269,7 @@ class _Nobody:
 
 
 async def _through(batcher: Batcher, images: NDArray[np.uint8]) -> None:
-    await asyncio.gather(*(batcher.embed([image]) for image in images))
+    await asyncio.gather(*(batcher.embed([image], 600.0) for image in images))
 
 
 def show(name: str, numbers: dict[str, Any]) -> None:

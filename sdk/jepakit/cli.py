@@ -222,7 +222,9 @@ def serve(
     arithmetic: Annotated[str | None, typer.Option(help="model, or bf16 with openvino [model]")] = None,
     expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="one process, without Ray Serve")] = False,
-    proxy: Annotated[str | None, typer.Option(help="in front of Ray's replicas: python, haproxy [python]")] = None,
+    proxy: Annotated[
+        str | None, typer.Option(help="in front of Ray's replicas: haproxy, python [haproxy on Linux]")
+    ] = None,
     replicas: Annotated[int | None, typer.Option(help="[1]")] = None,
     log_format: Annotated[str | None, typer.Option(help="text, json [text]")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. max_images=64")] = None,

@@ -278,7 +278,7 @@ class _Attempts:
         """Seconds to wait before the next attempt, None for a good answer; raises what the answer means otherwise."""
         if response.status_code == 200:
             return None
-        if response.status_code not in _RETRYABLE or (pause := self._next(response.headers.get("retry-after"))) is None:
+        if not _may_pass(response) or (pause := self._next(response.headers.get("retry-after"))) is None:
             raise _meaning(response)
         return pause
 
@@ -298,6 +298,11 @@ class _Attempts:
             pause = random.uniform(0.5, 1.0) * self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
         return pause if time.monotonic() + pause < self._deadline else None
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether the same request may be answered in a moment. Ray's proxy knows no routes while it starts anew."""
+    return response.status_code in _RETRYABLE or (response.status_code == 404 and b"/-/routes" in response.content)
 
 
 @dataclass(frozen=True)

@@ -205,17 +205,20 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
 
 async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:
     """The answer, given up as soon as the client leaves: what it still had to decode and embed is dropped."""
-    answer = asyncio.create_task(answering)
+    task = asyncio.current_task()
+    assert task is not None
     leaving = asyncio.ensure_future(receive())
+    give_up = lambda _: task.cancel()  # noqa: E731 (taken off again below)
+    leaving.add_done_callback(give_up)
     try:
-        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        raise ApiError(499, "disconnected", "the client left before its answer")
+        return await answering
+    except asyncio.CancelledError:
+        if not leaving.done() or leaving.cancelled():
+            raise
+        raise ApiError(499, "disconnected", "the client left before its answer") from None
     finally:
-        for task in (answer, leaving):
-            task.cancel()
-        await asyncio.gather(answer, leaving, return_exceptions=True)
+        leaving.remove_done_callback(give_up)
+        leaving.cancel()
 
 
 async def _send(send: Send, status: int, reply: Reply) -> None:

@@ -51,6 +51,10 @@ class _Request:
         self.future: asyncio.Future[None] = self.loop.create_future()
         self.since = time.perf_counter()
 
+    def expire(self) -> None:
+        """Too late; on the loop."""
+        self._settle(TimeoutError())
+
     def settle(self, error: BaseException | None = None) -> None:
         """Wake whoever waits; from any thread."""
         self.loop.call_soon_threadsafe(self._settle, error)
@@ -92,15 +96,15 @@ class Batcher:
         self._closed = False
         self._lock = threading.Condition()
         # A lane and its decoders: while all lanes run, there is someone to prepare the next batch.
-        count = max(threads, lanes + (lanes < threads or lanes == 1))
+        count = max(threads, lanes + 1)
         self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()
 
-    async def embed(self, images: Sequence[Encoded]) -> tuple[list[Result], int]:
+    async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Result], int]:
         """A vector [D] for each image, or why it cannot be read, in order; and the pixels of those decoded, together.
 
-        Cancelled, it drops what has not been decoded or run yet. Raises what `run` raised.
+        Cancelled or too late, it drops what has not been decoded or run yet. Raises what `run` raised, or TimeoutError.
         """
         request = _Request(images)
         with self._lock:
@@ -108,9 +112,12 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             self._requests.append(request)
             self._lock.notify(len(images))
+        # Cheaper than asyncio.timeout, and many requests are answered within a few milliseconds.
+        timer = request.loop.call_later(timeout_s, request.expire)
         try:
             await request.future
         finally:
+            timer.cancel()
             request.gone = True
         return [result for result in request.results if result is not None], request.area
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,8 +43,7 @@ class Engine:
             )
         self._inside += len(images)
         try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
-                results, pixels = await model.embed(images)
+            results, pixels = await model.embed(images, self._settings.request_timeout_s)
         except TimeoutError:
             raise ApiError(
                 503, "timeout", f"no answer within {self._settings.request_timeout_s:g} s: try again",

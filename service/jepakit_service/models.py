@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,11 +53,14 @@ class LoadedModel:
         """The bundle's."""
         return self.manifest.digest
 
-    async def embed(self, images: Sequence[Encoded]) -> tuple[list[Result], int]:
-        """A vector [D] for each image or why it cannot be read, in order, and the pixels of those decoded."""
+    async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Result], int]:
+        """A vector [D] for each image or why it cannot be read, in order, and the pixels of those decoded.
+
+        Raises TimeoutError.
+        """
         self.counted.waiting.inc(len(images))
         try:
-            return await self._batcher.embed(images)
+            return await self._batcher.embed(images, timeout_s)
         finally:
             self.counted.waiting.dec(len(images))
 
@@ -70,8 +72,7 @@ class LoadedModel:
         if time.monotonic() - self._beaten < _FRESH_S:
             return None
         try:
-            async with asyncio.timeout(_HEARTBEAT_S):
-                (vector,), _ = await self.embed([self._golden.images[0]])
+            (vector,), _ = await self.embed([self._golden.images[0]], _HEARTBEAT_S)
         except TimeoutError:
             return f"{self.manifest.name} has run no batch for {time.monotonic() - self._beaten:.0f} s"
         except Exception as error:

@@ -27,7 +27,7 @@ def run(settings: ServeSettings) -> None:
     server = _Server(
         uvicorn.Config(
             gate, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
-            timeout_graceful_shutdown=int(settings.drain_s), server_header=False,
+            timeout_graceful_shutdown=int(settings.drain_s), server_header=False, proxy_headers=False,
         )
     )  # fmt: skip
     stopping = threading.Event()

@@ -51,6 +51,10 @@ class Recorder:
         self.sizes.append(size)
 
 
+async def embed(packed: Batcher, images: list[bytes]) -> tuple[list[Any], int]:
+    return await packed.embed(images, 10.0)
+
+
 def batcher(model: Recorder, *, max_batch: int = 4, lanes: int = 1, threads: int = 1) -> Batcher:
     return Batcher(model.decode, model.run, max_batch=max_batch, lanes=lanes, threads=threads, observer=model)
 
@@ -60,7 +64,7 @@ def test_many_requests_get_their_own_vectors_in_order() -> None:
     packed = batcher(model, lanes=2, threads=3)
 
     async def ask_all() -> list[tuple[list[Any], int]]:
-        return await asyncio.gather(*(packed.embed([bytes([n]), bytes([n + 100])]) for n in range(50)))
+        return await asyncio.gather(*(embed(packed, [bytes([n]), bytes([n + 100])]) for n in range(50)))
 
     for n, (results, area) in enumerate(asyncio.run(ask_all())):
         assert [vector[0] for vector in results] == [n, n + 100]
@@ -73,12 +77,12 @@ def test_a_backlog_fills_the_batches_and_a_lone_image_waits_for_nobody() -> None
     packed = batcher(model, max_batch=4)
 
     async def ask() -> None:
-        await packed.embed([b"\1"])
+        await embed(packed, [b"\1"])
         model.gate.clear()
-        first = asyncio.create_task(packed.embed([b"\2"]))
+        first = asyncio.create_task(embed(packed, [b"\2"]))
         while model.decodes < 2:
             await asyncio.sleep(0.01)
-        others = [asyncio.create_task(packed.embed([bytes([n])])) for n in range(10, 18)]
+        others = [asyncio.create_task(embed(packed, [bytes([n])])) for n in range(10, 18)]
         await asyncio.sleep(0.1)
         model.gate.set()
         await asyncio.gather(first, *others)
@@ -94,9 +98,9 @@ def test_a_request_of_hundreds_does_not_hold_up_one_of_one() -> None:
 
     async def ask() -> None:
         model.gate.clear()
-        big = asyncio.create_task(packed.embed([b"\7"] * 400))
+        big = asyncio.create_task(embed(packed, [b"\7"] * 400))
         await asyncio.sleep(0.05)
-        small = asyncio.create_task(packed.embed([b"\1"]))
+        small = asyncio.create_task(embed(packed, [b"\1"]))
         await asyncio.sleep(0.05)
         model.gate.set()
         await asyncio.gather(big, small)
@@ -108,9 +112,9 @@ def test_a_request_of_hundreds_does_not_hold_up_one_of_one() -> None:
 
 def test_one_bad_image_spoils_no_other() -> None:
     packed = batcher(Recorder())
-    results, area = asyncio.run(packed.embed([b"\1", b"bad", b"\3"]))
+    results, area = asyncio.run(embed(packed, [b"\1", b"bad", b"\3"]))
     assert isinstance(results[1], ImageError)
-    assert [float(vector[0]) for vector in (results[0], results[2])] == [1.0, 3.0]  # type: ignore[index]
+    assert [float(vector[0]) for vector in (results[0], results[2])] == [1.0, 3.0]
     assert area == 8
 
 
@@ -120,9 +124,9 @@ def test_a_fault_reaches_its_request_and_the_next_one_is_answered(image: bytes, 
 
     async def ask() -> None:
         with pytest.raises(error):
-            await packed.embed([image])
-        results, _ = await packed.embed([b"\5"])
-        assert float(results[0][0]) == 5.0  # type: ignore[index]
+            await embed(packed, [image])
+        results, _ = await embed(packed, [b"\5"])
+        assert float(results[0][0]) == 5.0
 
     asyncio.run(ask())
 
@@ -133,14 +137,14 @@ def test_what_a_client_that_left_had_asked_for_is_not_computed() -> None:
 
     async def ask() -> None:
         model.gate.clear()
-        running = asyncio.create_task(packed.embed([b"\1"]))
+        running = asyncio.create_task(embed(packed, [b"\1"]))
         while model.decodes < 1:
             await asyncio.sleep(0.01)
-        left = asyncio.create_task(packed.embed([b"\2"] * 20))
+        left = asyncio.create_task(embed(packed, [b"\2"] * 20))
         await asyncio.sleep(0.05)
         left.cancel()
         await asyncio.sleep(0)
-        stays = asyncio.create_task(packed.embed([b"\3"]))
+        stays = asyncio.create_task(embed(packed, [b"\3"]))
         model.gate.set()
         await asyncio.gather(running, stays)
 
@@ -156,17 +160,32 @@ def test_closing_answers_what_was_taken_in_and_ends_the_threads() -> None:
 
     async def ask() -> None:
         model.gate.clear()
-        waiting = asyncio.create_task(packed.embed([b"\1"] * 9))
+        waiting = asyncio.create_task(embed(packed, [b"\1"] * 9))
         await asyncio.sleep(0.05)
         packed.close()
         model.gate.set()
         results, _ = await waiting
         assert len(results) == 9
         with pytest.raises(RuntimeError):
-            await packed.embed([b"\1"])
+            await embed(packed, [b"\1"])
 
     asyncio.run(ask())
     deadline = time.monotonic() + 10
     while any(thread.is_alive() for thread in own):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_too_late_is_told_and_drops_what_waits() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=1)
+
+    async def ask() -> None:
+        model.gate.clear()
+        with pytest.raises(TimeoutError):
+            await packed.embed([b"\1"] * 9, 0.1)
+        model.gate.set()
+        await embed(packed, [b"\5"])
+
+    asyncio.run(ask())
+    assert model.batches == [[1], [5]]

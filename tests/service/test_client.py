@@ -278,11 +278,12 @@ def test_overload_outage_and_foreign_errors_are_tried_again() -> None:
         (429, {"Retry-After": "0"}, b'{"error": {"message": "later", "code": "overloaded"}}'),
         (503, {"Retry-After": "0"}, b"<html>nginx</html>"),
         (500, {"Retry-After": "0"}, b"Internal Server Error"),
+        (404, {"Retry-After": "0"}, b"Path '/v1/embeddings' not found. Ping http://.../-/routes for available routes."),
         (200, GOOD, VECTOR),
     ]
     with _answering(answers) as url, jepakit.Client(url) as client:
         assert client.embed(picture(0)).vectors.tolist() == [[1, 2]]
-    assert _Scripted.seen == 4
+    assert _Scripted.seen == 5
 
 
 def test_overload_until_the_deadline_is_an_error_of_its_own() -> None:

@@ -101,14 +101,14 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """Processes that this one has started, directly or not, by the beginning of their command line."""
+    """Processes that this one has started, directly or not, by the beginning of their program's name or title."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             command = process.cmdline()
         except psutil.NoSuchProcess:
             continue
-        if command and command[0].startswith(title):
+        if command and Path(command[0]).name.startswith(title):
             found.append(process)
     return found
 
@@ -127,11 +127,22 @@ def right(bundle: Path) -> dict[str, NDArray[np.float32]]:
     return {found.model_id: found.vectors}
 
 
-@pytest.mark.parametrize("victim", ["ray::ServeReplica", "ray::ProxyActor", "ray::ServeController"])
+@pytest.mark.parametrize(
+    ("proxy", "victim"),
+    [
+        ("python", "ray::ServeReplica"),
+        ("python", "ray::ProxyActor"),
+        ("python", "ray::ServeController"),
+        ("haproxy", "ray::ServeReplica"),
+        ("haproxy", "ray::HAProxyManager"),
+        ("haproxy", "ray::ServeController"),
+        ("haproxy", "haproxy"),
+    ],
+)
 def test_a_killed_process_is_replaced_and_no_image_is_lost(
-    victim: str, bundle: Path, right: dict[str, NDArray[np.float32]]
+    proxy: str, victim: str, bundle: Path, right: dict[str, NDArray[np.float32]]
 ) -> None:
-    with serving(bundle, *RAY) as url, Load(url, IMAGES, right) as load:
+    with serving(bundle, *RAY, "--proxy", proxy) as url, Load(url, IMAGES, right) as load:
         load.wait_for(2)
         before = processes(victim)
         before[0].kill()
