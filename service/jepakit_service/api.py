@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial as with_first
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -31,6 +32,7 @@ from jepakit_service.wire import ApiError, Ask
 _log = logging.getLogger("jepakit.service")
 _JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
 _OIP = "Open Inference Protocol v2"
+_LONG_BODY = 1 << 20
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 
 
@@ -117,9 +119,9 @@ class _Posts:
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
         if wire.media_type(content_type)[0] == _JSON:
-            ask = dialects.read_openai(call.body, self._max_images)
+            ask = await _read(call, dialects.read_openai, self._max_images)
         else:
-            ask = wire.read_binary(content_type, call.body, self._max_images)
+            ask = await _read(call, with_first(wire.read_binary, content_type), self._max_images)
         computed = await self._compute(ask, call)
         vectors = [result for result in computed.results if not isinstance(result, ImageError)]
         if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):
@@ -128,13 +130,13 @@ class _Posts:
 
     async def _voyage(self, call: Call) -> Reply:
         _only_json(call)
-        ask = dialects.read_voyage(call.body, self._max_images)
+        ask = await _read(call, dialects.read_voyage, self._max_images)
         computed = await self._compute(ask, call)
         return Reply(to_json(dialects.write_voyage(ask, computed)), _JSON, _facts(computed))
 
     async def _cohere(self, call: Call) -> Reply:
         _only_json(call)
-        ask = dialects.read_cohere(call.body, self._max_images)
+        ask = await _read(call, dialects.read_cohere, self._max_images)
         computed = await self._compute(ask, call, all_or_nothing=True)
         return Reply(to_json(dialects.write_cohere(ask, computed)), _JSON, _facts(computed))
 
@@ -163,6 +165,13 @@ class _Posts:
                     raise wire.bad_image(result, f"{ask.field}[{index}]")
         model = answer.model
         return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
+
+
+async def _read(call: Call, read: Callable[[bytes, int], Ask], max_images: int) -> Ask:
+    """Parse a body; a long one on a thread, since everybody else waits for the event loop."""
+    if len(call.body) < _LONG_BODY:
+        return read(call.body, max_images)
+    return await asyncio.to_thread(read, call.body, max_images)
 
 
 def _facts(computed: Computed) -> dict[str, str]:

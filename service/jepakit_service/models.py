@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from jepakit import golden
 from jepakit.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
@@ -31,6 +34,7 @@ class LoadedModel:
         self.session, self.plan = open_tuned(bundle, settings)
         self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._golden = golden.unpack(bundle.read(GOLDEN))
+        self._warm_up()
         self._beaten = time.monotonic()
         self.counted = metrics.of_model(self.manifest.name)
         self._batcher = Batcher(
@@ -98,6 +102,13 @@ class LoadedModel:
         """For the batcher."""
         self._beaten = time.monotonic()
         self.counted.ran(size, queued, seconds)
+
+    def _warm_up(self) -> None:
+        """Decode once, so that no client pays for the imports; the image itself need not suit the model."""
+        jpeg = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(jpeg, "JPEG")
+        with contextlib.suppress(ImageError):
+            self._decode(jpeg.getvalue())
 
     def _decode(self, image: Encoded) -> Decoded:
         spec = self.manifest.preprocess
