@@ -101,7 +101,7 @@ def test_the_name_is_what_messages_call_it(refused: Refused) -> None:
     assert refused(np.zeros(3), "wrong_shape").startswith("array of float64 [3]: ")
 
 
-@pytest.mark.parametrize("source", [42, None, [[1, 2]], object()], ids=str, ids=lambda source: type(source).__name__)
+@pytest.mark.parametrize("source", [42, None, [[1, 2]], object()], ids=lambda source: type(source).__name__)
 def test_what_cannot_be_an_image_at_all_is_a_type_error(source: Any) -> None:
     with pytest.raises(TypeError, match="not "):
         open_raster(source)
