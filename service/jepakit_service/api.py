@@ -23,7 +23,7 @@ import jepakit
 from jepakit.errors import ImageError
 from jepakit_service import dialects, oip, openapi, operations, wire
 from jepakit_service.dialects import Computed
-from jepakit_service.gate import Gate
+from jepakit_service.gate import Gate, error_body
 from jepakit_service.openapi import BINARY, Parameter, Post
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
@@ -157,13 +157,13 @@ class _Posts:
         """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
         partial = not all_or_nothing and call.wants("partial")
         asked = ask.model or call.query.get("model", [""])[-1] or None
-        dialects.check_space(ask, self._registry.find(asked).manifest)
-        answer = await self._engine.answer(asked, ask.images)
+        model = self._registry.find(asked)
+        dialects.check_space(ask, model.manifest)
+        answer = await self._engine.answer(model, ask.images)
         if not partial:
             for index, result in enumerate(answer.results):
                 if isinstance(result, ImageError):
                     raise wire.bad_image(result, f"{ask.field}[{index}]")
-        model = answer.model
         return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
 
 
@@ -240,9 +240,7 @@ async def _send(send: Send, status: int, reply: Reply) -> None:
 def _failure(error: ApiError, scope: Scope) -> Reply:
     """An error in the shape of the route's family."""
     scope["state"]["code"] = error.code  # for the gate's record
-    is_oip = openapi.is_oip(scope["path"])
-    body = oip.write_error(error) if is_oip else error.body(scope["state"]["request_id"])
-    return Reply(body, _JSON, error.headers)
+    return Reply(error_body(error, scope), _JSON, error.headers)
 
 
 def _fault(error: Exception) -> ApiError:

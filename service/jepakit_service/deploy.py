@@ -5,14 +5,16 @@ Nothing is told to the service over HTTP: it sees the folder, checks what is in 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from jepakit.bundle import GRAPH, MANIFEST, Bundle, open_bundle
+from jepakit.bundle import GRAPH, Bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
+from jepakit_service.models import bundles_inside
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
@@ -48,13 +50,10 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
 
 def _place(bundle: Bundle, folder: Path) -> Path:
     """The folder that holds this name now, else a new one of the name."""
-    for inside in folder.iterdir():
-        if (inside / MANIFEST).is_file() and not inside.name.startswith("."):
-            try:
-                if open_bundle(inside).manifest.name == bundle.manifest.name:
-                    return inside
-            except InputError:
-                continue
+    for inside in bundles_inside(folder):
+        with contextlib.suppress(InputError):
+            if open_bundle(inside).manifest.name == bundle.manifest.name:
+                return inside
     target = folder / bundle.manifest.name
     if target.exists():
         raise BundleError(f"{target} exists and is not {bundle.manifest.name}'s bundle: remove it first")

@@ -1,4 +1,4 @@
-"""Answers requests with the models of this replica: found by name, bounded in number and time."""
+"""Answers requests with the models of this replica: bounded in number and time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import numpy as np
 from jepakit.errors import ImageError
 from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
-from jepakit_service.registry import Registry
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError, Encoded
 
 
 class Answer(NamedTuple):
-    """The model that answered, a vector [D] or ImageError for each image in order, and the pixels decoded."""
+    """A vector [D] or ImageError for each image in order, and the pixels decoded."""
 
-    model: LoadedModel
     results: list[Result]
     pixels: int
 
@@ -26,17 +24,16 @@ class Answer(NamedTuple):
 class Engine:
     """Arrays and encoded images in, vectors out."""
 
-    def __init__(self, settings: ServeSettings, registry: Registry) -> None:
-        self._settings, self._registry = settings, registry
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
         self._inside = 0
 
-    async def answer(self, asked: str | None, images: Sequence[Encoded]) -> Answer:
-        """Embed a request's images with the model asked for; one bad image spoils no other.
+    async def answer(self, model: LoadedModel, images: Sequence[Encoded]) -> Answer:
+        """Embed a request's images; one bad image spoils no other.
 
-        Raises ApiError: 400 and 404 for the model's name, 429 before anything is decoded when too many images wait,
+        Raises ApiError: 429 before anything is decoded when too many images wait,
         503 when there is no answer in time.
         """
-        model = self._registry.find(asked)
         if self._inside and self._inside + len(images) > self._settings.max_waiting:
             raise ApiError(
                 429, "overloaded", "too many images are waiting: try again shortly", headers={"Retry-After": "1"}
@@ -54,7 +51,7 @@ class Engine:
         results = [_finite(result) for result in results]
         bad = sum(isinstance(result, ImageError) for result in results)
         model.counted.answered(len(results) - bad, bad)
-        return Answer(model, results, pixels)
+        return Answer(results, pixels)
 
 
 def _finite(result: Result) -> Result:

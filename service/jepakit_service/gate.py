@@ -197,12 +197,16 @@ async def _discard(receive: Receive) -> bool:
         return False
 
 
+def error_body(error: ApiError, scope: Scope) -> bytes:
+    """An error in the shape of the route's family."""
+    return oip.write_error(error) if openapi.is_oip(scope["path"]) else error.body(scope["state"]["request_id"])
+
+
 async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False) -> None:
     """Answer with an error in the shape of the route's family."""
-    request_id = _state(scope)["request_id"]
-    body = oip.write_error(error) if openapi.is_oip(scope["path"]) else error.body(request_id)
+    body = error_body(error, scope)
     headers = {
-        "content-type": "application/json", "content-length": str(len(body)), "x-request-id": request_id,
+        "content-type": "application/json", "content-length": str(len(body)),
         **error.headers,
     }  # fmt: skip
     if close:

@@ -54,10 +54,6 @@ class Metrics:
         """The counters of one model, for its batcher."""
         return ModelMetrics(self, model)
 
-    def forget(self, model: str) -> None:
-        """Drop the gauges of a model that is no longer served."""
-        self.waiting.remove(model)
-
     def families(self) -> list[Metric]:
         """All that is counted, as it stands; can be pickled."""
         return list(self.registry.collect())

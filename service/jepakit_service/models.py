@@ -16,10 +16,11 @@ from jepakit.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
 from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.readers import Limits
+from jepakit.session import Session
 from jepakit_service.batcher import Batcher, Decoded, Result
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import open_tuned
+from jepakit_service.tuning import tuned
 from jepakit_service.wire import Encoded
 
 _FRESH_S = 5.0
@@ -31,9 +32,13 @@ class LoadedModel:
 
     def __init__(self, bundle: Bundle, settings: ServeSettings, metrics: Metrics) -> None:
         self.manifest = bundle.manifest
-        self.session, self.plan = open_tuned(bundle, settings)
-        self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
+        session = Session.open(
+            bundle, provider=settings.provider, threads=settings.threads, arithmetic=settings.arithmetic
+        )
         self._golden = golden.unpack(bundle.read(GOLDEN))
+        inputs = self._golden.inputs(self.manifest.preprocess)
+        self.session, self.plan = tuned(session, bundle, inputs, settings)
+        self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._warm_up()
         self._beaten = time.monotonic()
         self.counted = metrics.of_model(self.manifest.name)
@@ -149,9 +154,13 @@ def bundle_folders(settings: ServeSettings) -> list[Path]:
         if (given / MANIFEST).exists() or not given.is_dir():
             folders.append(given)
             continue
-        # Hidden folders are bundles on their way in or out.
-        inside = sorted(f for f in given.iterdir() if (f / MANIFEST).is_file() and not f.name.startswith("."))
+        inside = bundles_inside(given)
         if not inside:
             raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
         folders += inside
     return folders
+
+
+def bundles_inside(folder: Path) -> list[Path]:
+    """The bundles in a folder of bundles, by name. Hidden folders are bundles on their way in or out."""
+    return sorted(f for f in folder.iterdir() if (f / MANIFEST).is_file() and not f.name.startswith("."))

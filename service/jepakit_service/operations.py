@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,5 +86,5 @@ def _worst(updates: Sequence[Update]) -> dict[str, Any] | None:
     for state in ("failed", "incomplete", "loading", "waiting"):
         for update in updates:
             if update.state == state:
-                return {"digest": update.digest, "state": update.state, "reason": update.reason}
+                return dataclasses.asdict(update)
     return None

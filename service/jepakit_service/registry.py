@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -44,10 +43,6 @@ class VersionsState:
     failed: dict[str, str]
     update: Update | None
 
-    def plain(self) -> dict[str, object]:
-        """For JSON."""
-        return dataclasses.asdict(self)
-
 
 class Registry:
     """Names are looked up here and never become paths."""
@@ -75,12 +70,13 @@ class Registry:
 
     def find(self, asked: str | None) -> LoadedModel:
         """NAME, NAME@MODEL_ID, or nothing where one model is in service; ApiError 400 or 404 otherwise."""
-        serving = list(self)
-        known = ", ".join(model.manifest.name for model in serving) or "none"
         if not asked:
+            serving = list(self)
             if len(serving) == 1:
                 return serving[0]
-            raise ApiError(400, "model_missing", f"several models are loaded, name one of them: {known}", param="model")
+            raise ApiError(
+                400, "model_missing", f"several models are loaded, name one of them: {self._known()}", param="model"
+            )
         name, _, pinned = asked.partition("@")
         versions = self._by_name.get(name, Versions())
         if pinned:
@@ -95,8 +91,11 @@ class Registry:
                 param="model",
             )  # fmt: skip
         raise ApiError(
-            404, "model_not_found", f"no model {name[:100]!r} is loaded here (loaded: {known})", param="model"
+            404, "model_not_found", f"no model {name[:100]!r} is loaded here (loaded: {self._known()})", param="model"
         )
+
+    def _known(self) -> str:
+        return ", ".join(model.manifest.name for model in self) or "none"
 
     def state(self) -> dict[str, VersionsState]:
         """What the other replicas need to know."""

@@ -47,7 +47,7 @@ class Replica:
         self.registry = Registry()
         for bundle in find_bundles(settings):
             self.registry.versions(bundle.manifest.name).current = LoadedModel(bundle, settings, self.metrics)
-        self.engine = Engine(settings, self.registry)
+        self.engine = Engine(settings)
         self._ask_all = ask_all
         self._updates = Updates(settings, self.registry, self.metrics, self._states)
         self._watching: asyncio.Task[None] | None = None
@@ -57,21 +57,26 @@ class Replica:
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._updates.run())
 
-    async def report(self) -> Report:
-        """This replica's own state, its heartbeat taken."""
+    async def faults(self) -> tuple[str, ...]:
+        """What this replica does not do rightly, its heartbeat taken; nothing when it should go on."""
         beats = await asyncio.gather(*(model.heartbeat() for model in self.registry))
         faults = [fault for fault in beats if fault is not None]
         limit, used = self.settings.max_memory_mb, memory.used_mb()
         if limit is not None and used > limit:
             faults.append(f"uses {used:.0f} MB of memory, more than max_memory_mb = {limit}")
         self.metrics.ready.set(not faults and not self.draining)
+        return tuple(faults)
+
+    async def report(self) -> Report:
+        """This replica's own state."""
+        faults = await self.faults()
         self.metrics.model_info.clear()
         for model in self.registry:
             manifest = model.manifest
             self.metrics.model_info.labels(
                 manifest.name, manifest.model_id, manifest.digest, model.precision, model.provider
             ).set(1)
-        return Report(self.id, tuple(faults), self.registry.state(), self.metrics.families())
+        return Report(self.id, faults, self.registry.state(), self.metrics.families())
 
     async def reports(self) -> Sequence[Report]:
         """The reports of all replicas, this one's among them."""
@@ -79,7 +84,7 @@ class Replica:
 
     async def check(self) -> None:
         """Raise ServeError when this replica should be replaced."""
-        if faults := (await self.report()).faults:
+        if faults := await self.faults():
             raise ServeError("; ".join(faults))
 
     async def _states(self) -> list[dict[str, VersionsState]]:

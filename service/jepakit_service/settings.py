@@ -126,11 +126,11 @@ def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
 
 def as_yaml(settings: ServeSettings) -> str:
     """All settings as a YAML file that `load` reads, each with what it means."""
-    lines = []
+    lines, values = [], settings.model_dump(mode="json")
     for name, field in ServeSettings.model_fields.items():
         if field.description:
             lines += [f"# {line}" for line in field.description.splitlines()]
-        lines.append(yaml.safe_dump({name: settings.model_dump(mode="json")[name]}, default_flow_style=False).strip())
+        lines.append(yaml.safe_dump({name: values[name]}, default_flow_style=False).strip())
     return "\n".join(lines) + "\n"
 
 

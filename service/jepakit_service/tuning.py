@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepakit import golden
-from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle
+from jepakit.bundle import DATA, GRAPH, Bundle
 from jepakit.images import Pixels
 from jepakit.session import Session
 from jepakit_service.settings import ServeSettings
@@ -33,14 +32,12 @@ class Plan(NamedTuple):
     max_batch: int
 
 
-def open_tuned(bundle: Bundle, settings: ServeSettings) -> tuple[Session, Plan]:
-    """Verify and open the bundle, and choose how to run it.
+def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> tuple[Session, Plan]:
+    """How to run a bundle that `session` has open with all threads; perhaps by another session. images: what it takes.
 
     On a CPU small models answer more when each core runs a batch of its own, large ones sooner when all cores share
     one. A split is taken whose throughput outweighs what a lone image waits longer.
     """
-    session = Session.open(bundle, provider=settings.provider, threads=settings.threads, arithmetic=settings.arithmetic)
-    images = golden.unpack(bundle.read(GOLDEN)).inputs(bundle.manifest.preprocess)
     best, rate, alone = _measured(session, images, settings.threads, 1, settings.max_batch)
     if session.provider != "cpu":
         return session, best

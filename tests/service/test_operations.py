@@ -62,7 +62,7 @@ def test_readiness_and_metrics_speak_for_the_deployment(deployment: Deployment) 
     async def go() -> None:
         first, second = deployment.replicas
         assert (await deployment.get("/readyz")).json()["status"] == "ready"
-        await second.engine.answer("tiny", [picture(0), b"no image"])
+        await second.engine.answer(second.registry.find("tiny"), [picture(0), b"no image"])
         text = (await deployment.get("/metrics")).text
         assert f'jepakit_images_total{{model="tiny",replica="{second.id}",result="ok"}} 1.0' in text
         assert f'jepakit_images_total{{model="tiny",replica="{second.id}",result="error"}} 1.0' in text

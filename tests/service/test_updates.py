@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 import jepakit
 from jepakit.errors import BundleError, ConnectionFailedError, ServeError
 from jepakit_service import memory
 from jepakit_service.deploy import deploy
+from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 
@@ -59,6 +61,14 @@ class Deployment:
         return [next(iter(replica.registry)).digest for replica in self.replicas]
 
 
+async def answering(replica: Replica, asked: str) -> LoadedModel:
+    """The model that is found and embeds an image."""
+    model = replica.registry.find(asked)
+    answer = await replica.engine.answer(model, [picture(0)])
+    assert isinstance(answer.results[0], np.ndarray)
+    return model
+
+
 async def step(replica: Replica) -> None:
     await replica._updates.step()
 
@@ -79,21 +89,21 @@ def test_replicas_switch_only_when_all_have_the_new_version_and_answer_for_both_
         replace(folder, other)
         await step(first)
         assert deployment.serving() == [old.digest, old.digest]
-        answer = await first.engine.answer(f"tiny@{new.model_id}", [picture(0)])
-        assert answer.model.digest == new.digest, "what is loaded can be pinned before it is switched to"
+        found = await answering(first, f"tiny@{new.model_id}")
+        assert found.digest == new.digest, "what is loaded can be pinned before it is switched to"
 
         await step(second)
         assert deployment.serving() == [old.digest, new.digest]
         for replica in deployment.replicas:
             for manifest in (old, new):
-                answer = await replica.engine.answer(f"tiny@{manifest.model_id}", [picture(0)])
-                assert answer.model.digest == manifest.digest
+                found = await answering(replica, f"tiny@{manifest.model_id}")
+                assert found.digest == manifest.digest
         await step(first)
         assert deployment.serving() == [new.digest, new.digest]
         for replica in (*deployment.replicas, *deployment.replicas):
             await step(replica)
         with pytest.raises(Exception, match="not"):
-            await first.engine.answer(f"tiny@{old.model_id}", [picture(0)])
+            await answering(first, f"tiny@{old.model_id}")
 
     asyncio.run(go())
 
