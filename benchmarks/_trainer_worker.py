@@ -1,8 +1,9 @@
 """One training loop in a process of its own, block by block: the product's, or the same written by hand.
 
-    _trainer_worker.py {product|bare} {files|memory} STEPS_A_BLOCK FOLDER '{"backbone": …}'
+    _trainer_worker.py {product|bare|returning} {files|memory} STEPS_A_BLOCK FOLDER '{"backbone": …}'
 
-The last argument holds settings of `jepakit.adapt`. Each line of the input asks for one block of steps; the answer
+`returning` is `bare` with the C library's own ways: it hands freed memory back to the system at once, which the product
+does not let it do. The last argument holds settings of `jepakit.adapt`. Each line of the input asks for one block of steps; the answer
 is a line of JSON: seconds (CPU time of the process, by the clock on a GPU), loss of the block's last step (0 where
 it is not told), peak_gb of memory, and flops, torch's count of one step (0 but for views in memory).
 """
@@ -32,7 +33,7 @@ from jepakit.sources import list_images
 from jepakit_training import checkpoint, loop
 from jepakit_training.batchnorm import freeze_norm_statistics
 from jepakit_training.data import Batch, views_on
-from jepakit_training.memory import peak_gb
+from jepakit_training.memory import freed_memory_kept, peak_gb
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.tuning import freeze, parameter_groups
@@ -168,7 +169,8 @@ def main() -> None:
     run.path.mkdir()
     turns = Turns(int(steps), count_flops=source == "memory")
     setup = loop.prepare(config, images, run)
-    with contextlib.suppress(OverError):
+    kept = contextlib.nullcontext() if kind == "returning" else freed_memory_kept()
+    with contextlib.suppress(OverError), kept:
         (product if kind == "product" else bare)(config, setup, run, turns, source == "memory")
 
 

@@ -17,7 +17,7 @@ from jepakit_training.data import views_on
 from jepakit_training.evaluation import Measuring
 from jepakit_training.learner import Learner
 from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
-from jepakit_training.memory import memory_gb, peak_gb
+from jepakit_training.memory import freed_memory_kept, memory_gb, peak_gb
 
 _STEPS = 4
 _MEASURED_IMAGES = 20
@@ -28,7 +28,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
     Raises what `adapt` would raise before and in its first steps: InputError, and TrainingError when memory runs out.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
         setup = prepare(config, images, Run(Path(folder)))
         plan = setup.plan
         with out_of_memory_told(config, plan, setup.accelerator):

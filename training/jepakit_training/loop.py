@@ -32,7 +32,7 @@ from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, 
 from jepakit_training.evaluation import Measuring
 from jepakit_training.frozen import cpu_has_bf16
 from jepakit_training.learner import Learner, Outcome
-from jepakit_training.memory import memory_errors, peak_gb
+from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
 from jepakit_training.model import layout_of
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.randomness import derive_seed
@@ -61,7 +61,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0  # the launcher's; accelerate has not started yet
     run = Run(out)
-    with locked(out, enabled=first_rank), warnings.catch_warnings():
+    with locked(out, enabled=first_rank), warnings.catch_warnings(), freed_memory_kept():
         if first_rank:
             open_folder(out, config, images)
         if run.finished:
