@@ -100,7 +100,9 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-        "RAY_raylet_start_wait_time_s": "120",  # on a busy machine 30 s are not enough
+        # On a busy machine 30 s are not enough for the one, and the proxy is killed while it starts for the other's 5 s.
+        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         **(_haproxy(folder) if settings.proxy == "haproxy" else {}),
