@@ -95,7 +95,7 @@ class DryRun(BaseModel):
     step_s: float
     """Seconds a step with the backbone training."""
     measuring_s: float
-    """Seconds to measure the start and the result, on labels where there are some."""
+    """Seconds to embed what the start and the result are measured on."""
     peak_memory_gb: float
     memory_gb: float
     """What there is of it: on the GPU, else main memory."""

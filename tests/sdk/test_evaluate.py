@@ -118,6 +118,27 @@ def test_a_handful_of_images_cannot_carry_a_verdict(per_class: int) -> None:
     assert judged(right, right, truth).word == "cannot tell"
 
 
+def test_what_a_few_images_agree_on_is_no_certainty() -> None:
+    truth = np.repeat(["a", "b"], 3)
+    before, after = np.array([False] * 3 + [True] * 3), np.ones(6, bool)
+    verdict = judged(before, after, truth)
+    assert verdict.word == "cannot tell"
+    assert [verdict.low, verdict.high] == pytest.approx([0.0, 1.0])
+    assert [judged(r := np.ones(2 * n, bool), r, np.repeat(["a", "b"], n)).word for n in (100, 160)] == [
+        "cannot tell", "same",
+    ]  # fmt: skip
+
+
+def test_pairs_that_are_alike_are_seldom_called_better_or_worse() -> None:
+    random, called = np.random.default_rng(5), 0
+    truth = np.repeat(list("abcdefghij"), 3)
+    for _ in range(200):
+        changed = random.random(30) < 0.15
+        before = random.random(30) < 0.5
+        called += judged(before, before ^ changed, truth).word in ("better", "worse")
+    assert called <= 20
+
+
 def test_a_gain_on_the_common_class_does_not_hide_a_loss_on_the_rare_one() -> None:
     truth = np.repeat(["common", "rare"], [900, 100])
     before, after = np.ones(1000, bool), np.ones(1000, bool)

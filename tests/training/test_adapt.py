@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import jepakit
@@ -340,9 +340,54 @@ def test_too_few_images(adapt: Adapt, image_folder: Callable[..., Path], tmp_pat
         adapt(tmp_path / "run", folder=folder)
 
 
-def test_more_steps_of_warm_up_than_steps_is_an_error_not_an_untouched_start(adapt: Adapt, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="warm-up"):
-        adapt(tmp_path / "run", steps=2, warmup=0.9)
+def test_a_warm_up_leaves_the_backbone_a_step(adapt: Adapt, tmp_path: Path) -> None:
+    run = adapt(tmp_path / "run", steps=2, warmup=0.9)
+    assert not equal(weights_of(run), weights_of(run, START))
+
+
+def test_other_weights_under_the_same_name_are_refused_in_the_middle_of_a_run(
+    adapt: Adapt, weights_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(weights_file("test_vit"), weights)
+    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", weights=str(weights))
+    tensors = load_file(weights)
+    save_file({**tensors, "norm.weight": tensors["norm.weight"] + 1}, weights)
+    with pytest.raises(ConfigError, match="was started with other weights"):
+        adapt(tmp_path / "run", weights=str(weights))
+    save_file(tensors, weights)
+    assert adapt(tmp_path / "run", weights=str(weights)).finished
+
+
+def test_labels_that_cannot_be_probed_do_not_stop_a_run(
+    adapt: Adapt, image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One image of a second class to train on, then none."""
+    folder, manifest = image_folder(), tmp_path / "manifest.csv"
+    files = sorted(folder.rglob("*.png"))
+    for rare in (1, 0):
+        rows = [
+            f"{file},{'b' if place < rare else 'a'},{'test' if place % 4 == 3 else 'train'}"
+            for place, file in enumerate(files)
+        ]
+        manifest.write_text("\n".join(["path,label,split", *rows]))
+        run = adapt(tmp_path / f"run{rare}", folder=manifest, labels="auto", steps=2)
+        assert run.verdict.word == "cannot tell"
+        assert (run.comparison.before is None) == (rare == 0)
+    assert "are labelled 'a', and a probe tells two classes apart" in run.verdict.reason
+
+
+def test_held_out_images_that_cannot_be_read_at_all_are_told_before_training(
+    adapt: Adapt, image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, manifest = image_folder(), tmp_path / "manifest.csv"
+    (tmp_path / "bad.png").write_bytes(b"rubbish")
+    rows = [f"{file},{file.parent.name},train" for file in sorted(folder.rglob("*.png"))]
+    manifest.write_text("\n".join(["path,label,split", *rows, f"{tmp_path / 'bad.png'},texture0,test"]))
+    with pytest.raises(DataError, match="none of the images held out that were to be measured can be read"):
+        adapt(tmp_path / "run", folder=manifest, most_skipped=1.0, labels="auto", steps=2)
+    assert not (tmp_path / "run" / CHECKPOINTS).exists()
 
 
 def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(

@@ -16,7 +16,7 @@ from jepakit_training.sigreg import directions, lejepa_loss
 N, K, VIEWS, LAMB = 128, 64, 4, 0.03
 SETTINGS: dict[str, Any] = {
     "steps": 300, "warmup_steps": 30, "batch_size": N, "images": N, "n_outputs": K, "lamb": LAMB, "lr": 1e-4,
-    "workers": 1, "cached": False, "on_gpu": True,
+    "workers": 1, "cached": False, "on_gpu": True, "trains": True,
 }  # fmt: skip
 
 
@@ -53,6 +53,12 @@ def run(
         if lines:
             said[step] = lines
     return said
+
+
+def test_more_steps_are_advised_only_where_the_backbone_trains() -> None:
+    wide = lambda step: gaussian(step, shift=0.35)  # noqa: E731
+    assert any("more steps will likely help" in line for lines in run(wide).values() for line in lines)
+    assert not any("more steps" in line for lines in run(wide, trains=False).values() for line in lines)
 
 
 @pytest.mark.parametrize(

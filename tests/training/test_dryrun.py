@@ -47,6 +47,21 @@ def test_a_dry_run_says_what_the_run_would_take_and_keeps_nothing(
     assert "nothing was kept" in str(estimate)
 
 
+def test_a_single_step_and_rare_labels_can_be_tried_too(
+    image_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(classes=1, per_class=28)
+    (folder / "rare").mkdir()
+    for number in range(2):
+        (folder / "texture0" / f"{number:03d}.png").rename(folder / "rare" / f"{number}.png")
+    estimate = jepakit.dry_run(
+        folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0, processes=2
+    )
+    assert estimate.step_s > 0
+    assert "images/s" in str(estimate)
+    assert "one process does the dry run" in capsys.readouterr().err
+
+
 def test_a_dry_run_refuses_what_the_run_would_refuse(image_folder: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="needs tile"):
         jepakit.dry_run(image_folder(), overlap=8)

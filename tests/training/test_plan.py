@@ -52,6 +52,15 @@ def test_the_projector_warms_up_alone_unless_everything_is_new_or_nothing_else_t
     assert plan(steps=100, weights="random").warmup_steps == plan(steps=100, unfreeze="none").warmup_steps == 0
 
 
+def test_what_leaves_the_backbone_as_it_is_says_so_and_moves_no_statistics() -> None:
+    still = plan("test_resnet", unfreeze="none", weights="random")
+    assert still.norm_statistics == "frozen"
+    assert any("what is exported is the start" in note for note in still.notes)
+    with pytest.raises(ConfigError, match="norm_statistics = trained moves a backbone that unfreeze = none leaves"):
+        plan("test_resnet", unfreeze="none", norm_statistics="trained")
+    assert [plan(steps=steps, warmup=0.99).warmup_steps for steps in (1, 2, 6)] == [0, 1, 5]
+
+
 def test_a_small_folder_shrinks_the_batch_and_says_so() -> None:
     small = plan(images=40)
     assert small.batch_size == 32

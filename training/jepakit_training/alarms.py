@@ -64,6 +64,7 @@ class Alarms:
     workers: int
     cached: bool
     on_gpu: bool
+    trains: bool
     _recent: dict[str, deque[float]] = field(default_factory=dict)
     _losses: list[float] = field(default_factory=list)
     _settled: int = 0
@@ -85,7 +86,7 @@ class Alarms:
         if self._settled >= _SMOOTH:
             found = self._projections(step, now) or self._gradient(now)
             found |= self._loss(last) | self._waiting(now)
-        if last and not found and now["sigreg"] > _HEALTHY:
+        if last and not found and self.trains and now["sigreg"] > _HEALTHY:
             found = self._unfinished(now["sigreg"])
         new = [text for name, text in found.items() if name not in self._given]
         self._given |= found.keys()

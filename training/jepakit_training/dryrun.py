@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -28,6 +29,10 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
     Raises what `adapt` would raise before and in its first steps: InputError, and TrainingError when memory runs out.
     """
+    if config.processes is not None and config.processes > 1:
+        print(
+            f"one process does the dry run, on the whole batch; the run would have {config.processes}", file=sys.stderr
+        )
     with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
         setup = prepare(config, images, Run(Path(folder)))
         plan = setup.plan
@@ -45,22 +50,24 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
 
 def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: range) -> float:
-    """Seconds from one step's end to the next one's; the first waits for the loader's processes to start."""
-    ends = []
+    """Seconds from one step's end to the next one's; the first, which waits for the loader's processes, counts alone."""
+    ends = [time.perf_counter()]
     for step, batch in zip(steps, step_loader(config, setup, steps), strict=True):
         learner.step(step, views_on(setup.accelerator.device, batch))
         if setup.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-    return median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else 0.0
+    seconds = [after - before for before, after in pairwise(ends)]
+    return median(seconds[1:] or seconds or [0.0])
 
 
 def _seconds_to_measure(config: AdaptConfig, images: ImageList, setup: Setup) -> float:
-    """To embed and probe all images that a run measures on, from a few of them."""
+    """To embed all images that a run measures on, from a few of them; probes take little beside it."""
     few = Measuring(
         config.model_copy(update={"measure_on": _MEASURED_IMAGES}), images, setup.plan.split, setup.spec,
         device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, show=False,
     )  # fmt: skip
+    few.images.labels = None  # a few need not hold what probes need
     count = len(few.images.indices)
     began = time.perf_counter()
     few.start(setup.backbone)

@@ -15,7 +15,7 @@ from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import ImageError
+from jepakit.errors import DataError, ImageError
 from jepakit.evaluate import Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
@@ -130,13 +130,20 @@ def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measu
 def pick_pooling(
     features: Features, images: MeasuringSet, standardize: Literal["auto", "none", "center", "scale"]
 ) -> Pooling:
-    """The pooling whose probes do better on the `fit` images alone, cross-validated: held-out ones stay unseen."""
+    """The pooling whose probes do better on the `fit` images alone, cross-validated: held-out ones stay unseen.
+
+    The first one where there are too few labels to tell.
+    """
     poolings = list(features.by_pooling)
-    if len(poolings) == 1:
+    if len(poolings) == 1 or images.labels is None:
         return poolings[0]
-    assert images.labels is not None
     labels = images.labels[images.is_fit]
-    third = np.arange(len(labels)) % 3
+    names, counts = np.unique(labels, return_counts=True)
+    if (counts > 1).sum() < 2:  # each third must leave two classes to the others
+        return poolings[0]
+    third = np.empty(len(labels), np.intp)
+    for name in names:
+        third[labels == name] = np.arange((labels == name).sum()) % 3
 
     def score(pooling: Pooling) -> float:
         raw = features.by_pooling[pooling][images.is_fit]
@@ -167,6 +174,7 @@ class Measuring:
         self.images = MeasuringSet.choose(images.labels, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
         self._skipped, self._show = skipped, show
+        self._why_no_labels: tuple[str, ...] = ()
 
     def start(self, backbone: Any) -> Measured:
         """Before: the better of the untrained poolings, chosen without looking at held-out images."""
@@ -175,6 +183,7 @@ class Measuring:
         for index, reason in features.skipped:
             self._skipped.add(self._source.ids[index], reason)
         self.images = self.images.only(features.readable)
+        self._check_images()
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
     def end(self, backbone: Any, pooling: Pooling) -> Measured:
@@ -185,8 +194,24 @@ class Measuring:
         """The verdict on held-out images; "cannot tell" without labels."""
         n_fit, n_held_out = int(self.images.is_fit.sum()), int((~self.images.is_fit).sum())
         if before.measurement is None or after.measurement is None or self.images.labels is None:
-            return no_labels(n_fit, n_held_out)
+            return no_labels(n_fit, n_held_out, *self._why_no_labels)
         return compare(before.measurement, after.measurement, self.images.labels[~self.images.is_fit], n_train=n_fit)
+
+    def _check_images(self) -> None:
+        """DataError where one part could not be read at all. Labels of one class cannot be probed: they are left out."""
+        for name, part in (("to train on", self.images.is_fit), ("held out", ~self.images.is_fit)):
+            if not part.any():
+                raise DataError(
+                    f"none of the images {name} that were to be measured can be read ({len(self._skipped)} in skipped.csv): "
+                    "mend them or their rows in the manifest"
+                )
+        labels = self.images.labels
+        if labels is not None and len(names := np.unique(labels[self.images.is_fit])) < 2:
+            self.images.labels = None
+            self._why_no_labels = (
+                f"all {self.images.is_fit.sum()} images to fit probes on are labelled {str(names[0])!r}, and a probe tells two "
+                "classes apart: label some of another class, or leave labels out (--labels none)",
+            )
 
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
         return extract(

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from jepakit._progress import Steps
-from jepakit.backbone import start_backbone, start_preprocess
-from jepakit.bundle import Backbone, EmbeddingSpec, Preprocess, Provenance, name_for
+from jepakit.backbone import start_backbone, start_preprocess, tensors_of
+from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit.evaluate import Comparison
@@ -75,6 +76,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
 def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     setup = prepare(config, images, run)
     main, plan = setup.accelerator.is_main_process, setup.plan
+    _check_start(config, setup, run)
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began
@@ -98,6 +100,18 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
         comparison = setup.measuring.conclude(before, after)
         write(run.path / BUNDLE, after.embedding, plan.steps, comparison, name_for(run.path))
     setup.accelerator.wait_for_everyone()
+
+
+def _check_start(config: AdaptConfig, setup: Setup, run: Run) -> None:
+    """A resumed run goes on from the weights it began with: the verdict and `mix` compare with them."""
+    if not (run.path / START).exists():
+        return
+    before, now = load_file(run.path / START / WEIGHTS), tensors_of(setup.backbone)
+    if before.keys() != now.keys() or not all(torch.equal(now[name], value) for name, value in before.items()):
+        raise ConfigError(
+            f"{run.path} was started with other weights: weights = {config.weights} has changed since. Put it back, or name "
+            "another --out"
+        )
 
 
 @dataclass
@@ -210,7 +224,7 @@ def _alarms(config: AdaptConfig, setup: Setup, run: Run) -> Alarms:
     alarms = Alarms(
         steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, images=plan.batch_size // world,
         n_outputs=config.projector[-1], lamb=plan.lamb, lr=plan.lr, workers=plan.workers,
-        cached=config.cache is not None, on_gpu=setup.accelerator.device.type == "cuda",
+        cached=config.cache is not None, on_gpu=setup.accelerator.device.type == "cuda", trains=config.unfreeze != "none",
     )  # fmt: skip
     for row in read_metrics(run.path / METRICS) if setup.accelerator.is_main_process else ():
         alarms.check(int(row["step"]), row)

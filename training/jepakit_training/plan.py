@@ -101,9 +101,13 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
     if views.n_local and not _takes(backbone, bands, local_size):
         notes.append(f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px")
         local_size = image_size
-    norm_statistics = config.norm_statistics
+    norm_statistics, trains = config.norm_statistics, config.unfreeze != "none"
+    if norm_statistics == "trained" and not trains:
+        raise ConfigError(
+            "norm_statistics = trained moves a backbone that unfreeze = none leaves as it is: leave one of them out"
+        )
     if norm_statistics == "auto" or not batch_norms(backbone):
-        norm_statistics = "trained" if from_random and batch_norms(backbone) else "frozen"
+        norm_statistics = "trained" if from_random and trains and batch_norms(backbone) else "frozen"
     micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
     if micro_batch and norm_statistics == "trained":
         raise ConfigError(
@@ -114,10 +118,12 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
         f"{counted(trained_on, 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
         f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views"
     )
+    if not trains:
+        notes.append("unfreeze = none: the projector alone trains, and what is exported is the start")
     return Plan(
         steps=steps,
         batch_size=batch_size,
-        warmup_steps=0 if from_random or config.unfreeze == "none" else round(config.warmup * steps),
+        warmup_steps=0 if from_random or not trains else min(round(config.warmup * steps), steps - 1),
         lr=config.lr or (_LR_SCRATCH if from_random else _LR_CONVNET if hierarchical else _LR_VIT),
         layer_decay=config.layer_decay or (_LAYER_DECAY if config.unfreeze == "all" and not from_random else 1.0),
         norm_statistics=norm_statistics,
