@@ -123,6 +123,14 @@ def test_the_memory_that_is_left_is_no_more_than_the_machines() -> None:
     assert memory.used_mb() > 10
 
 
+def test_cached_files_of_a_container_are_no_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{90 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {30 << 20}\ninactive_file {60 << 20}\nactive_file 0\n")
+    assert memory.available_mb() == 70
+
+
 def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) -> None:
     async def go(url: str) -> list[int]:
         async def slowly() -> Any:
