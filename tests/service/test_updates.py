@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 
 import jepakit
 from jepakit.errors import BundleError, ConnectionFailedError, ServeError
-from jepakit_service import memory
+from jepakit_service import memory, updates
 from jepakit_service.deploy import deploy
-from jepakit_service.models import LoadedModel
+from jepakit_service.models import LoadedModel, find_bundles
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
+from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
 
@@ -40,8 +43,16 @@ def folder(bundle: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundles"
 
 
-def settings(folder: Path, **more: Any) -> ServeSettings:
-    return ServeSettings(bundles=(str(folder),), port=1, watch_s=0.05, **more)
+@pytest.fixture(scope="module")
+def second(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of another name."""
+    out = tmp_path_factory.mktemp("another") / "second"
+    jepakit.export("test_vit:random", out, image_size=32)
+    return out
+
+
+def settings(*folders: Path, **more: Any) -> ServeSettings:
+    return ServeSettings(bundles=tuple(map(str, folders)), port=1, watch_s=0.05, **more)
 
 
 def digest(path: Path) -> str:
@@ -165,7 +176,9 @@ def test_deploy_switches_a_running_service_without_a_failed_request(served: str,
     assert [path.name for path in folder.iterdir()] == ["tiny"], "nothing is left beside the bundle"
 
 
-def test_a_bundle_that_the_service_refuses_is_taken_out_again(bundle: Path, other: Path, folder: Path) -> None:
+def test_a_bundle_that_the_service_refuses_is_taken_out_again(
+    bundle: Path, other: Path, second: Path, folder: Path
+) -> None:
     with running(settings(folder, expect=(digest(bundle),))) as url:
         with pytest.raises(ServeError, match="not the expected one"):
             deploy(other, folder, url, timeout_s=60)
@@ -225,10 +238,9 @@ def test_a_half_copied_bundle_is_passed_over_until_its_digests_pass(served: str,
         assert model["update"] is None
 
 
-def test_new_names_appear_and_removed_ones_go(served: str, other: Path, folder: Path, tmp_path: Path) -> None:
-    jepakit.export("test_vit:random", tmp_path / "second", image_size=32, name="second")
+def test_new_names_appear_and_removed_ones_go(served: str, second: Path, folder: Path) -> None:
     with httpx.Client(base_url=served) as http:
-        deploy(tmp_path / "second", folder, served, timeout_s=60)
+        deploy(second, folder, served, timeout_s=60)
         assert http.get("/readyz").json()["models"] == ["second", "tiny"]
         assert http.post("/v1/embeddings", content=picture(0), headers=PNG).status_code == 400
         shutil.rmtree(folder / "tiny")
@@ -237,3 +249,88 @@ def test_new_names_appear_and_removed_ones_go(served: str, other: Path, folder: 
         shutil.rmtree(folder / "second")
         asyncio.run(asyncio.sleep(1))
         assert http.get("/readyz").json()["models"] == ["second"], "an empty folder is a lost mount"
+
+
+def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(
+    other: Path, second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = Replica(settings(folder))
+    tries = []
+
+    def load(bundle: Any, *rest: Any) -> LoadedModel:
+        if bundle.manifest.name != "tiny":
+            return LoadedModel(bundle, *rest)
+        tries.append(bundle)
+        raise MemoryError
+
+    async def go() -> None:
+        replace(folder, other)
+        shutil.copytree(second, folder / "second")
+        monkeypatch.setattr(updates, "LoadedModel", load)
+        with caplog.at_level(logging.ERROR, "jepakit.service"):
+            for _ in range(3):
+                await step(replica)
+        assert [model.manifest.name for model in replica.registry] == ["second", "tiny"]
+        update = replica.registry.state()["tiny"].update
+        assert update is not None
+        assert update.state == "failed"
+        assert "cannot be loaded (MemoryError" in (update.reason or "")
+
+    asyncio.run(go())
+    assert len(tries) == len(caplog.records) == 1
+
+
+def test_an_empty_folder_takes_nothing_out_and_keeps_no_update_of_another_back(
+    other: Path, second: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(second, tmp_path / "more" / "second")
+    replica = Replica(settings(tmp_path / "more", folder))
+
+    async def go() -> None:
+        shutil.rmtree(tmp_path / "more" / "second")
+        replace(folder, other)
+        for _ in range(8):
+            await step(replica)
+
+    asyncio.run(go())
+    assert {model.digest for model in replica.registry} == {digest(other), digest(second)}
+
+
+def test_a_bundle_that_may_not_be_read_keeps_no_other_back(
+    other: Path, second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(settings(folder))
+    is_file, read_text = Path.is_file, Path.read_text
+
+    def closed(of: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *args: Any, **named: Any) -> Any:
+            if path.parent.name == "second":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return of(path, *args, **named)
+
+        return call
+
+    replace(folder, other)
+    shutil.copytree(second, folder / "second")
+    monkeypatch.setattr(Path, "is_file", closed(is_file))
+    monkeypatch.setattr(Path, "read_text", closed(read_text))
+    asyncio.run(step(replica))
+    assert [model.digest for model in replica.registry] == [digest(other)]
+    with pytest.raises(BundleError, match="Permission denied"):
+        find_bundles(settings(folder))
+
+
+def test_a_new_name_that_is_incomplete_is_told_once(
+    second: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = Replica(settings(folder))
+    shutil.copytree(second, folder / "second")
+    with caplog.at_level(logging.WARNING, "jepakit.service"):
+        for size in (10, 20, 20):
+            (folder / "second" / "model.onnx").write_bytes(b"\0" * size)
+            asyncio.run(step(replica))
+    (record,) = caplog.records
+    assert "model.onnx is damaged" in record.message
+    with pytest.raises(ApiError, match=r"second is not in service, version .* is incomplete: .*model.onnx") as caught:
+        replica.registry.find("second")
+    assert caught.value.status == 404
