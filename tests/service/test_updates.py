@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import numpy as np
 import pytest
 
 import jepakit
-from jepakit.errors import BundleError, ConnectionFailedError, ServeError
+from jepakit import cli
+from jepakit.client import ModelInfo
+from jepakit.errors import BundleError, ConnectionFailedError, DataError, NotFoundError, ServeError
 from jepakit_service import memory, updates
 from jepakit_service.deploy import deploy
 from jepakit_service.models import LoadedModel, find_bundles
@@ -180,6 +184,8 @@ def test_a_bundle_that_the_service_refuses_is_taken_out_again(
     bundle: Path, other: Path, second: Path, folder: Path
 ) -> None:
     with running(settings(folder, expect=(digest(bundle),))) as url:
+        with pytest.raises(ServeError, match=r"second is not in service.*not the expected one"):
+            deploy(second, folder, url, timeout_s=60)
         with pytest.raises(ServeError, match="not the expected one"):
             deploy(other, folder, url, timeout_s=60)
         assert digest(folder / "tiny") == digest(bundle)
@@ -249,6 +255,153 @@ def test_new_names_appear_and_removed_ones_go(served: str, second: Path, folder:
         shutil.rmtree(folder / "second")
         asyncio.run(asyncio.sleep(1))
         assert http.get("/readyz").json()["models"] == ["second"], "an empty folder is a lost mount"
+
+
+class Stub:
+    """A client of a service that does at each question after a model what a test wants."""
+
+    def __init__(self, ask: Callable[[], ModelInfo], models: tuple[ModelInfo, ...] = ()) -> None:
+        self._ask, self._models = ask, models
+
+    def __call__(self, *_: Any, **__: Any) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def models(self) -> list[ModelInfo]:
+        return list(self._models)
+
+    def model(self, name: str) -> ModelInfo:
+        return self._ask()
+
+
+def told(bundle: Path, update: dict[str, Any] | None = None) -> ModelInfo:
+    """What a service says that serves the bundle."""
+    raw = {"serving": [digest(bundle)], "update": update}
+    return ModelInfo("tiny", "", digest(bundle), 1, "fp32", "cpu", raw)
+
+
+def absent() -> ModelInfo:
+    raise NotFoundError("no model", status=404, code="model_not_found", param=None, request_id=None)
+
+
+@pytest.fixture
+def to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Deploy to a stub: `to(source, folder, ask, models…)`."""
+
+    def run(source: Path, folder: Path, ask: Callable[[], ModelInfo] = absent, *models: ModelInfo) -> None:
+        monkeypatch.setattr("jepakit_service.deploy.Client", Stub(ask, models))
+        monkeypatch.setattr("jepakit_service.deploy._POLL_S", 0.01)
+        deploy(source, folder, "http://x", timeout_s=0.05)
+
+    return run
+
+
+def is_as_before(folder: Path, bundle: Path) -> bool:
+    return [path.name for path in folder.iterdir()] == ["tiny"] and digest(folder / "tiny") == digest(bundle)
+
+
+def test_a_second_deploy_into_a_folder_is_refused_at_once(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        with pytest.raises(ServeError, match="another deploy is at work"):
+            deploy(other, folder, "http://x", timeout_s=5)
+        return absent()
+
+    with pytest.raises(ServeError, match="the folder was made as it was"):
+        to(other, folder, ask)
+    assert is_as_before(folder, bundle)
+    to(other, folder, lambda: told(other))
+    assert is_as_before(folder, other)
+
+
+def test_ctrl_c_while_waiting_puts_the_old_version_back(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to(other, folder, ask)
+    assert is_as_before(folder, bundle)
+
+
+def test_the_old_version_survives_that_the_new_one_is_removed_meanwhile(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        shutil.rmtree(folder / "tiny", ignore_errors=True)
+        return absent()
+
+    with pytest.raises(ServeError, match="the folder was made as it was"):
+        to(other, folder, ask)
+    assert is_as_before(folder, bundle)
+
+
+def test_an_old_version_that_cannot_be_put_back_is_kept_and_named(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        (folder / "tiny" / "manifest.json").write_text("somebody else's")
+        return absent()
+
+    with pytest.raises(ServeError, match=r"put the old version back yourself, it is in .*\.old$") as caught:
+        to(other, folder, ask)
+    assert digest(Path(str(caught.value).rpartition(" ")[2])) == digest(bundle)
+
+
+@pytest.mark.parametrize("when", ["copying", "swapping"])
+def test_a_full_disk_changes_nothing(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rename = Path.rename
+    if when == "copying":
+        monkeypatch.setattr(shutil, "copy", full)
+    else:
+        monkeypatch.setattr(
+            Path, "rename", lambda path, to: (rename if path.name == "tiny" or path.suffix else full)(path, to)
+        )
+    with pytest.raises(DataError, match=r"nothing was changed.*No space left on device"):
+        to(other, folder)
+    assert is_as_before(folder, bundle)
+
+
+def test_a_bundle_is_no_folder_of_bundles(to: Callable[..., None], bundle: Path, other: Path, folder: Path) -> None:
+    with pytest.raises(DataError, match="not a folder of bundles"):
+        to(other, folder / "tiny", lambda: told(other))
+    assert is_as_before(folder, bundle)
+
+
+def test_a_folder_that_lacks_what_is_in_service_already_is_another_one(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for wrong in (folder, tmp_path / "elsewhere"):
+        with pytest.raises(DataError, match="serves this very bundle already"):
+            to(other, wrong, lambda: told(other), told(other))
+    assert is_as_before(folder, bundle)
+    refused = {"digest": digest(bundle), "state": "failed", "reason": "…"}
+    to(other, folder, lambda: told(other), told(other, refused))
+    assert is_as_before(folder, other)
+
+
+def test_sigterm_ends_a_deploy_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.deploy(tmp_path, tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
 
 
 def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(
