@@ -258,8 +258,11 @@ def deploy(
 
     JEPAKIT_API_KEY holds the key where the service asks for one.
     """
+    import signal
+
     from jepakit._frontdoor import deploy as run_deploy
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was begun is undone, as by Ctrl-C
     model = run_deploy(bundle, folder, url, timeout_s=timeout)
     print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
 

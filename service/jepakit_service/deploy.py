@@ -6,15 +6,18 @@ Nothing is told to the service over HTTP: it sees the folder, checks what is in 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from jepakit.bundle import GRAPH, Bundle, open_bundle
+from jepakit.bundle import GRAPH, MANIFEST, Bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
-from jepakit_service.models import bundles_inside
+from jepakit_service.models import bundles_inside, is_bundle
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
@@ -22,30 +25,44 @@ _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
     """Copy, swap, wait, and keep or undo; returns what the service then says of the model.
 
-    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is none,
-    ConnectionFailedError when there is no service, ServeError when it refuses the version or takes too long: the folder is
-    then as it was.
+    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is none, cannot be
+    written to or is not the one that is watched, ConnectionFailedError when there is no service, ServeError when another
+    deploy is at work, or the service refuses the version or takes too long: the folder is then as it was.
     """
     bundle = open_bundle(source)
     bundle.check(GRAPH)
     bundle.verify()
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: name the one that `jepakit serve` watches")
+    if not folder.is_dir() or is_bundle(folder):
+        raise DataError(f"{folder} is not a folder of bundles: name the one that `jepakit serve` watches")
     with Client(url, deadline_s=_LONGEST_SILENCE_S) as client:
-        client.models()
-        target = _place(bundle, folder)
-        aside = Path(tempfile.mkdtemp(prefix=".deploy-", dir=folder))
+        before = client.models()
         try:
-            shutil.copytree(source, aside / "new")
-            open_bundle(aside / "new").verify()
-            _swap(aside / "new", target, aside / "old")
-            try:
-                return _switched(client, bundle, timeout_s)
-            except BaseException:  # Ctrl-C too: what is not in service must not be what the next start finds
-                _undo(target, aside / "old", aside / "refused")
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            with _alone(folder):
+                target = _place(bundle, folder)
+                _check_watched(before, bundle, target)
+                with _swapped(bundle, target):
+                    return _switched(client, bundle, timeout_s)
+        except OSError as error:
+            raise DataError(
+                f"nothing was changed, {folder} cannot be written to ({error.strerror or error}): "
+                "make room there, or deploy as a user who may write there"
+            ) from None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder against other deploys: two would undo each other's work. ServeError when one is at work."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServeError(f"another deploy is at work in {folder}: wait for it, or stop it") from None
+        except OSError:  # some network file systems lock no folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _place(bundle: Bundle, folder: Path) -> Path:
@@ -60,35 +77,88 @@ def _place(bundle: Bundle, folder: Path) -> Path:
     return target
 
 
-def _swap(new: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> None:
+    """Raise DataError where the service serves the bundle already, but not from here: no wait would tell."""
+    served = next((model.raw for model in models if model.name == bundle.manifest.name), {})
+    if served.get("serving") != [bundle.digest]:
+        return
+    refused = (served.get("update") or {}).get("digest")  # put there by hand, and not taken: may be replaced
+    if not target.exists() or open_bundle(target).digest not in (bundle.digest, refused):
+        raise DataError(
+            f"the service serves this very bundle already, and {target.parent} does not hold it: name the folder that "
+            "`jepakit serve` watches, or copy the bundle there yourself"
+        )
 
 
-def _undo(target: Path, old: Path, refused: Path) -> None:
-    target.rename(refused)
-    if old.exists():
-        old.rename(target)
+@contextlib.contextmanager
+def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
+    """A copy of the bundle in the target's place; taken out again when the block fails, by Ctrl-C too."""
+    new = Path(tempfile.mkdtemp(prefix=".deploy-", dir=target.parent))
+    old = new.with_suffix(".old")
+    try:
+        _copy(bundle, new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        yield
+    except BaseException:  # what is not in service must not be what the next start finds
+        _undo(bundle, target, new, old)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy(bundle: Bundle, new: Path) -> None:
+    for name in (*bundle.manifest.files, MANIFEST):
+        shutil.copy(bundle.path / name, new / name)
+    shutil.copymode(bundle.path, new)
+    open_bundle(new).verify()
+
+
+def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
+    """Make the target as it was, wherever the swap stopped. ServeError when that cannot be done: `old` then stays."""
+    try:
+        with contextlib.suppress(BundleError):  # gone since, or somebody else's
+            if not new.exists() and open_bundle(target).digest == bundle.digest:
+                target.rename(new)
+        if old.exists():
+            old.rename(target)
+    except OSError as error:
+        raise ServeError(
+            f"{target} could not be made as it was ({error.strerror}): put the old version back yourself, it is in {old}"
+        ) from None
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def _switched(client: Client, bundle: Bundle, timeout_s: float) -> ModelInfo:
     """Wait until every replica serves the bundle; ServeError when one refuses it."""
-    name, digest = bundle.manifest.name, bundle.digest
+    last = "does this service watch this folder? (`jepakit serve FOLDER`)"
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        try:
-            found = client.model(name)
-        except NotFoundError:  # a new name is not there before every replica has it
-            time.sleep(_POLL_S)
-            continue
-        update = found.raw.get("update") or {}
-        if update.get("digest") == digest and update.get("state") == "failed":
-            raise ServeError(f"{name}: the service refused the new version, and the old one stays: {update['reason']}")
-        if found.raw.get("serving") == [digest]:
+        found, told = _ask(client, bundle)
+        if found is not None:
             return found
+        last = told or last
         time.sleep(_POLL_S)
     raise ServeError(
-        f"{name}: not every replica had switched within {timeout_s:g} s, and the old version was put back: "
-        "does this service watch this folder? (`jepakit serve FOLDER`)"
+        f"{bundle.manifest.name}: not every replica had switched within {timeout_s:g} s, and the folder was made as it was: "
+        f"{last}"
     )
+
+
+def _ask(client: Client, bundle: Bundle) -> tuple[ModelInfo | None, str]:
+    """The model once every replica serves the bundle, and what the service says of the bundle before."""
+    name, digest = bundle.manifest.name, bundle.digest
+    try:
+        found = client.model(name)
+    except NotFoundError as error:  # a new name is not there before every replica has it
+        if digest not in str(error):
+            return None, ""
+        if error.code == "model_refused":
+            raise ServeError(f"the service refused the new version, and it was taken out again: {error}") from None
+        return None, str(error)
+    update = found.raw.get("update") or {}
+    if update.get("digest") != digest:
+        return (found if found.raw.get("serving") == [digest] else None), ""
+    if update["state"] == "failed":
+        raise ServeError(f"{name}: the service refused the new version, and the old one stays: {update['reason']}")
+    return None, f"it is {update['state']}" + (f": {update['reason']}" if update["reason"] else "")

@@ -17,14 +17,15 @@ def used_mb() -> float:
 
 
 def available_mb() -> float:
-    """Memory that could still be taken, MiB."""
+    """Memory that could still be taken, MiB. Cached files that nobody reads count as free: they make room."""
     available = float(psutil.virtual_memory().available)
     try:
         limit = int((_CGROUP / "memory.max").read_text())
-        current = int((_CGROUP / "memory.current").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        kinds = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no cgroup v2 here, or "max": no limit
         return available / 2**20
-    return min(available, limit - current) / 2**20
+    return min(available, limit - used + int(kinds["inactive_file"])) / 2**20
 
 
 def needed_mb(bundle: Bundle) -> float:

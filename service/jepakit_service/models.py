@@ -127,7 +127,7 @@ class LoadedModel:
 def find_bundles(settings: ServeSettings) -> list[Bundle]:
     """The bundles that the settings name, manifests checked, pinned digests honoured, names unique."""
     by_name: dict[str, Bundle] = {}
-    for path in bundle_folders(settings):
+    for path in (path for given in settings.bundles for path in bundle_folders(Path(given))):
         bundle = open_bundle(path)
         check_expected(bundle, settings)
         other = by_name.setdefault(bundle.manifest.name, bundle)
@@ -147,20 +147,24 @@ def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
         )
 
 
-def bundle_folders(settings: ServeSettings) -> list[Path]:
-    """The folders of bundles that the settings name, themselves or through a folder of bundles. DataError for none."""
-    folders = []
-    for given in map(Path, settings.bundles):
-        if (given / MANIFEST).exists() or not given.is_dir():
-            folders.append(given)
-            continue
-        inside = bundles_inside(given)
-        if not inside:
-            raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
-        folders += inside
-    return folders
+def bundle_folders(given: Path) -> list[Path]:
+    """The bundles that one path of the settings names: itself, or those in it. DataError for a folder without any."""
+    if is_bundle(given) or not given.is_dir():
+        return [given]
+    inside = bundles_inside(given)
+    if not inside:
+        raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
+    return inside
 
 
 def bundles_inside(folder: Path) -> list[Path]:
     """The bundles in a folder of bundles, by name. Hidden folders are bundles on their way in or out."""
-    return sorted(f for f in folder.iterdir() if (f / MANIFEST).is_file() and not f.name.startswith("."))
+    return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and is_bundle(f))
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder has a manifest, or is closed to us: `open_bundle` then says so."""
+    try:
+        return (folder / MANIFEST).is_file()
+    except PermissionError:
+        return True

@@ -11,8 +11,10 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from jepakit_service.metrics import merged
+from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report, describe
+from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError
 
 
@@ -45,14 +47,13 @@ def router(replica: Replica) -> APIRouter:
         reports = await replica.reports()
         return {
             "object": "list",
-            "data": [_described(replica, model.manifest.name, reports) for model in replica.registry],
+            "data": [_described(model, replica.settings, reports) for model in replica.registry],
         }
 
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         """One model in service; `update` tells of a newer version that is not in service yet, or was refused."""
-        replica.registry.find(name)
-        return _described(replica, name.partition("@")[0], await replica.reports())
+        return _described(replica.registry.find(name), replica.settings, await replica.reports())
 
     return routes
 
@@ -72,10 +73,11 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
     }
 
 
-def _described(replica: Replica, name: str, reports: Sequence[Report]) -> dict[str, Any]:
+def _described(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> dict[str, Any]:
+    name = model.manifest.name
     states = [report.models[name] for report in reports if name in report.models]
     return {
-        **describe(replica.registry.find(name), replica.settings),
+        **describe(model, settings),
         "serving": sorted({state.current for state in states if state.current}),
         "update": _worst([state.update for state in states if state.update]),
     }

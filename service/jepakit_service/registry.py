@@ -44,6 +44,9 @@ class VersionsState:
     update: Update | None
 
 
+NO_MODEL = "no model is in service: the service's log says what became of the bundles"
+
+
 class Registry:
     """Names are looked up here and never become paths."""
 
@@ -69,11 +72,13 @@ class Registry:
         return self._by_name.pop(name)
 
     def find(self, asked: str | None) -> LoadedModel:
-        """NAME, NAME@MODEL_ID, or nothing where one model is in service; ApiError 400 or 404 otherwise."""
+        """NAME, NAME@MODEL_ID, or nothing where one model is in service; ApiError 400, 404 or 503 otherwise."""
         if not asked:
             serving = list(self)
             if len(serving) == 1:
                 return serving[0]
+            if not serving:
+                raise ApiError(503, "not_ready", NO_MODEL, headers={"Retry-After": "1"})
             raise ApiError(
                 400, "model_missing", f"several models are loaded, name one of them: {self._known()}", param="model"
             )
@@ -90,6 +95,8 @@ class Registry:
                 404, "model_not_found", f"{name} is {versions.current.manifest.model_id} here, not {pinned[:32]!r}",
                 param="model",
             )  # fmt: skip
+        if versions.update is not None:
+            raise _not_in_service(name, versions.update)
         raise ApiError(
             404, "model_not_found", f"no model {name[:100]!r} is loaded here (loaded: {self._known()})", param="model"
         )
@@ -108,3 +115,12 @@ class Registry:
             )
             for name, versions in self._by_name.items()
         }
+
+
+def _not_in_service(name: str, update: Update) -> ApiError:
+    """404 for a name whose first version is not there yet, or was refused: code `model_refused`."""
+    code = "model_refused" if update.state == "failed" else "model_not_found"
+    reason = "" if update.reason is None else f": {update.reason}"
+    return ApiError(
+        404, code, f"{name} is not in service, version {update.digest} is {update.state}{reason}", param="model"
+    )

@@ -15,7 +15,7 @@ from jepakit_service import memory
 from jepakit_service.engine import Engine
 from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel, find_bundles
-from jepakit_service.registry import Registry, VersionsState
+from jepakit_service.registry import NO_MODEL, Registry, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.updates import Updates
 
@@ -58,9 +58,9 @@ class Replica:
             self._watching = asyncio.get_running_loop().create_task(self._updates.run())
 
     async def faults(self) -> tuple[str, ...]:
-        """What this replica does not do rightly, its heartbeat taken; nothing when it should go on."""
+        """What this replica does not do rightly, its heartbeat taken; nothing when it is ready."""
         beats = await asyncio.gather(*(model.heartbeat() for model in self.registry))
-        faults = [fault for fault in beats if fault is not None]
+        faults = [fault for fault in beats if fault is not None] if beats else [NO_MODEL]
         limit, used = self.settings.max_memory_mb, memory.used_mb()
         if limit is not None and used > limit:
             faults.append(f"uses {used:.0f} MB of memory, more than max_memory_mb = {limit}")
@@ -83,8 +83,8 @@ class Replica:
         return [await self.report()] if self._ask_all is None else await self._ask_all()
 
     async def check(self) -> None:
-        """Raise ServeError when this replica should be replaced."""
-        if faults := await self.faults():
+        """Raise ServeError when this replica should be replaced. One without models is not: no other could start."""
+        if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 
     async def _states(self) -> list[dict[str, VersionsState]]:

@@ -8,6 +8,7 @@ for by NAME@MODEL_ID of any replica. A version that fails on one replica is give
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class Updates:
 
     def __init__(self, settings: ServeSettings, registry: Registry, metrics: Metrics, peers: Peers) -> None:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
-        self._incomplete: dict[Path, tuple[Stamp, str]] = {}
+        self._incomplete: dict[str, Stamp] = {}
         self._absent: dict[str, int] = {}
         self._retired: list[LoadedModel] = []
 
@@ -51,32 +52,23 @@ class Updates:
         for model in self._retired:  # a round ago nobody could find them any more
             model.close()
         self._retired = []
-        wanted = await asyncio.to_thread(self._wanted)
-        if not wanted:  # a lost mount, rather than the wish to serve nothing
-            return
+        wanted, all_there = await asyncio.to_thread(self._wanted)
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
-        self._withdraw(wanted)
+        if all_there:  # else a mount is lost, and nobody knows what it held
+            self._withdraw(wanted)
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
             self._agree(await self._peers())
 
-    def _wanted(self) -> dict[str, Bundle]:
-        """The bundles on disk by name, their manifests checked."""
-        try:
-            folders = bundle_folders(self._settings)
-        except (OSError, DataError):
-            return {}
+    def _wanted(self) -> tuple[dict[str, Bundle], bool]:
+        """The bundles on disk by name, their manifests checked, and whether every path of the settings holds one."""
+        found = [_readable(Path(given)) for given in self._settings.bundles]
         wanted: dict[str, Bundle] = {}
-        for folder in folders:
-            try:
-                bundle = open_bundle(folder)
-            except InputError:  # on its way in, or gone since
-                continue
-            if bundle.manifest.name in wanted:
-                _log.error("%s has the name of another bundle, %s: it is passed over", folder, bundle.manifest.name)
-                continue
-            wanted[bundle.manifest.name] = bundle
-        return wanted
+        for bundle in (bundle for bundles in found for bundle in bundles):
+            name = bundle.manifest.name
+            if wanted.setdefault(name, bundle) is not bundle:
+                _log.error("%s has the name of another bundle, %s: it is passed over", bundle.path, name)
+        return wanted, all(found)
 
     async def _prepare(self, name: str, bundle: Bundle) -> None:
         """Load a version that is not there yet, unless it was refused before or its files do not pass yet."""
@@ -94,24 +86,30 @@ class Updates:
             check_expected(bundle, self._settings)
             _check_memory(bundle)
             versions.next = await asyncio.to_thread(LoadedModel, bundle, self._settings, self._metrics)
-        except (JepakitError, OSError) as error:
+        except JepakitError as error:
             self._refuse(versions, bundle.digest, str(error))
+            return
+        except Exception as error:  # the runtime's own, or no memory: as wrong a second later
+            reason = f"{bundle.path} cannot be loaded ({type(error).__name__}: {error})"
+            self._refuse(versions, bundle.digest, reason)
             return
         versions.update = Update(bundle.digest, "waiting")
 
     async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
         """Whether every file passes; asked again only when a file has changed."""
         stamp = await asyncio.to_thread(_stamp, bundle.path)
-        seen = self._incomplete.get(bundle.path)
-        if seen is not None and seen[0] == stamp:
+        seen = self._incomplete.get(bundle.digest)
+        if seen == stamp:
             return False
         try:
             await asyncio.to_thread(bundle.verify)
-        except JepakitError as error:
-            self._incomplete[bundle.path] = (stamp, str(error))
+        except (JepakitError, OSError) as error:
+            if seen is None:
+                _log.warning("a new version is incomplete, and waited for: %s", error)
+            self._incomplete[bundle.digest] = stamp
             versions.update = Update(bundle.digest, "incomplete", str(error))
             return False
-        self._incomplete.pop(bundle.path, None)
+        self._incomplete.pop(bundle.digest, None)
         return True
 
     def _agree(self, states: Sequence[dict[str, VersionsState]]) -> None:
@@ -156,6 +154,16 @@ class Updates:
                 self._retired += self._registry.forget(name).loaded()
                 del self._absent[name]
                 _log.info("%s is no longer served: its bundle is gone", name)
+
+
+def _readable(given: Path) -> list[Bundle]:
+    """The bundles at one path of the settings whose manifests pass; none where it is empty or lost."""
+    bundles = []
+    with contextlib.suppress(OSError, DataError):
+        for folder in bundle_folders(given):
+            with contextlib.suppress(InputError):  # on its way in, or gone since
+                bundles.append(open_bundle(folder))
+    return bundles
 
 
 def _check_memory(bundle: Bundle) -> None:

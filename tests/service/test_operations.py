@@ -123,6 +123,47 @@ def test_the_memory_that_is_left_is_no_more_than_the_machines() -> None:
     assert memory.used_mb() > 10
 
 
+def test_cached_files_of_a_container_are_no_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{90 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {30 << 20}\ninactive_file {60 << 20}\nactive_file 0\n")
+    assert memory.available_mb() == 70
+
+
+def test_without_a_model_the_service_is_not_ready_and_says_so(bundle: Path) -> None:
+    deployment = Deployment(bundle)
+    for replica in deployment.replicas:
+        replica.registry.forget("tiny").current.close()  # type: ignore[union-attr]
+
+    async def go() -> None:
+        with pytest.raises(ApiError, match="no model is in service") as caught:
+            await deployment.get("/readyz")
+        assert (caught.value.status, caught.value.code) == (503, "not_ready")
+        assert (await deployment.get("/v1/models")).json()["data"] == []
+        await deployment.replicas[0].check()  # another replica would not start at all
+
+    asyncio.run(go())
+    with pytest.raises(ApiError, match="no model is in service") as caught:
+        deployment.replicas[0].registry.find(None)
+    assert caught.value.status == 503
+
+
+def test_a_pinned_version_is_described_itself_during_a_switch(bundle: Path) -> None:
+    deployment = Deployment(bundle)
+    old, new = (replica.registry.find("tiny") for replica in deployment.replicas)
+    new.manifest = new.manifest.model_copy(update={"model_id": "0" * 16})
+    versions = deployment.replicas[0].registry.versions("tiny")
+    versions.current, versions.previous = new, old
+
+    async def go() -> None:
+        for model in (old, new):
+            model_id = model.manifest.model_id
+            assert (await deployment.get(f"/v1/models/tiny@{model_id}")).json()["model_id"] == model_id
+
+    asyncio.run(go())
+
+
 def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) -> None:
     async def go(url: str) -> list[int]:
         async def slowly() -> Any:

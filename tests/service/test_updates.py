@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import numpy as np
 import pytest
 
 import jepakit
-from jepakit.errors import BundleError, ConnectionFailedError, ServeError
-from jepakit_service import memory
+from jepakit import cli
+from jepakit.client import ModelInfo
+from jepakit.errors import BundleError, ConnectionFailedError, DataError, NotFoundError, ServeError
+from jepakit_service import memory, updates
 from jepakit_service.deploy import deploy
-from jepakit_service.models import LoadedModel
+from jepakit_service.models import LoadedModel, find_bundles
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
+from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
 
@@ -40,8 +47,16 @@ def folder(bundle: Path, tmp_path: Path) -> Path:
     return tmp_path / "bundles"
 
 
-def settings(folder: Path, **more: Any) -> ServeSettings:
-    return ServeSettings(bundles=(str(folder),), port=1, watch_s=0.05, **more)
+@pytest.fixture(scope="module")
+def second(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of another name."""
+    out = tmp_path_factory.mktemp("another") / "second"
+    jepakit.export("test_vit:random", out, image_size=32)
+    return out
+
+
+def settings(*folders: Path, **more: Any) -> ServeSettings:
+    return ServeSettings(bundles=tuple(map(str, folders)), port=1, watch_s=0.05, **more)
 
 
 def digest(path: Path) -> str:
@@ -165,8 +180,12 @@ def test_deploy_switches_a_running_service_without_a_failed_request(served: str,
     assert [path.name for path in folder.iterdir()] == ["tiny"], "nothing is left beside the bundle"
 
 
-def test_a_bundle_that_the_service_refuses_is_taken_out_again(bundle: Path, other: Path, folder: Path) -> None:
+def test_a_bundle_that_the_service_refuses_is_taken_out_again(
+    bundle: Path, other: Path, second: Path, folder: Path
+) -> None:
     with running(settings(folder, expect=(digest(bundle),))) as url:
+        with pytest.raises(ServeError, match=r"second is not in service.*not the expected one"):
+            deploy(second, folder, url, timeout_s=60)
         with pytest.raises(ServeError, match="not the expected one"):
             deploy(other, folder, url, timeout_s=60)
         assert digest(folder / "tiny") == digest(bundle)
@@ -225,10 +244,9 @@ def test_a_half_copied_bundle_is_passed_over_until_its_digests_pass(served: str,
         assert model["update"] is None
 
 
-def test_new_names_appear_and_removed_ones_go(served: str, other: Path, folder: Path, tmp_path: Path) -> None:
-    jepakit.export("test_vit:random", tmp_path / "second", image_size=32, name="second")
+def test_new_names_appear_and_removed_ones_go(served: str, second: Path, folder: Path) -> None:
     with httpx.Client(base_url=served) as http:
-        deploy(tmp_path / "second", folder, served, timeout_s=60)
+        deploy(second, folder, served, timeout_s=60)
         assert http.get("/readyz").json()["models"] == ["second", "tiny"]
         assert http.post("/v1/embeddings", content=picture(0), headers=PNG).status_code == 400
         shutil.rmtree(folder / "tiny")
@@ -237,3 +255,235 @@ def test_new_names_appear_and_removed_ones_go(served: str, other: Path, folder: 
         shutil.rmtree(folder / "second")
         asyncio.run(asyncio.sleep(1))
         assert http.get("/readyz").json()["models"] == ["second"], "an empty folder is a lost mount"
+
+
+class Stub:
+    """A client of a service that does at each question after a model what a test wants."""
+
+    def __init__(self, ask: Callable[[], ModelInfo], models: tuple[ModelInfo, ...] = ()) -> None:
+        self._ask, self._models = ask, models
+
+    def __call__(self, *_: Any, **__: Any) -> Self:
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def models(self) -> list[ModelInfo]:
+        return list(self._models)
+
+    def model(self, name: str) -> ModelInfo:
+        return self._ask()
+
+
+def told(bundle: Path, update: dict[str, Any] | None = None) -> ModelInfo:
+    """What a service says that serves the bundle."""
+    raw = {"serving": [digest(bundle)], "update": update}
+    return ModelInfo("tiny", "", digest(bundle), 1, "fp32", "cpu", raw)
+
+
+def absent() -> ModelInfo:
+    raise NotFoundError("no model", status=404, code="model_not_found", param=None, request_id=None)
+
+
+@pytest.fixture
+def to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Deploy to a stub: `to(source, folder, ask, models…)`."""
+
+    def run(source: Path, folder: Path, ask: Callable[[], ModelInfo] = absent, *models: ModelInfo) -> None:
+        monkeypatch.setattr("jepakit_service.deploy.Client", Stub(ask, models))
+        monkeypatch.setattr("jepakit_service.deploy._POLL_S", 0.01)
+        deploy(source, folder, "http://x", timeout_s=0.05)
+
+    return run
+
+
+def is_as_before(folder: Path, bundle: Path) -> bool:
+    return [path.name for path in folder.iterdir()] == ["tiny"] and digest(folder / "tiny") == digest(bundle)
+
+
+def test_a_second_deploy_into_a_folder_is_refused_at_once(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        with pytest.raises(ServeError, match="another deploy is at work"):
+            deploy(other, folder, "http://x", timeout_s=5)
+        return absent()
+
+    with pytest.raises(ServeError, match="the folder was made as it was"):
+        to(other, folder, ask)
+    assert is_as_before(folder, bundle)
+    to(other, folder, lambda: told(other))
+    assert is_as_before(folder, other)
+
+
+def test_ctrl_c_while_waiting_puts_the_old_version_back(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to(other, folder, ask)
+    assert is_as_before(folder, bundle)
+
+
+def test_the_old_version_survives_that_the_new_one_is_removed_meanwhile(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        shutil.rmtree(folder / "tiny", ignore_errors=True)
+        return absent()
+
+    with pytest.raises(ServeError, match="the folder was made as it was"):
+        to(other, folder, ask)
+    assert is_as_before(folder, bundle)
+
+
+def test_an_old_version_that_cannot_be_put_back_is_kept_and_named(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    def ask() -> ModelInfo:
+        (folder / "tiny" / "manifest.json").write_text("somebody else's")
+        return absent()
+
+    with pytest.raises(ServeError, match=r"put the old version back yourself, it is in .*\.old$") as caught:
+        to(other, folder, ask)
+    assert digest(Path(str(caught.value).rpartition(" ")[2])) == digest(bundle)
+
+
+@pytest.mark.parametrize("when", ["copying", "swapping"])
+def test_a_full_disk_changes_nothing(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rename = Path.rename
+    if when == "copying":
+        monkeypatch.setattr(shutil, "copy", full)
+    else:
+        monkeypatch.setattr(
+            Path, "rename", lambda path, to: (rename if path.name == "tiny" or path.suffix else full)(path, to)
+        )
+    with pytest.raises(DataError, match=r"nothing was changed.*No space left on device"):
+        to(other, folder)
+    assert is_as_before(folder, bundle)
+
+
+def test_a_bundle_is_no_folder_of_bundles(to: Callable[..., None], bundle: Path, other: Path, folder: Path) -> None:
+    with pytest.raises(DataError, match="not a folder of bundles"):
+        to(other, folder / "tiny", lambda: told(other))
+    assert is_as_before(folder, bundle)
+
+
+def test_a_folder_that_lacks_what_is_in_service_already_is_another_one(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for wrong in (folder, tmp_path / "elsewhere"):
+        with pytest.raises(DataError, match="serves this very bundle already"):
+            to(other, wrong, lambda: told(other), told(other))
+    assert is_as_before(folder, bundle)
+    refused = {"digest": digest(bundle), "state": "failed", "reason": "…"}
+    to(other, folder, lambda: told(other), told(other, refused))
+    assert is_as_before(folder, other)
+
+
+def test_sigterm_ends_a_deploy_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.deploy(tmp_path, tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
+
+
+def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(
+    other: Path, second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = Replica(settings(folder))
+    tries = []
+
+    def load(bundle: Any, *rest: Any) -> LoadedModel:
+        if bundle.manifest.name != "tiny":
+            return LoadedModel(bundle, *rest)
+        tries.append(bundle)
+        raise MemoryError
+
+    async def go() -> None:
+        replace(folder, other)
+        shutil.copytree(second, folder / "second")
+        monkeypatch.setattr(updates, "LoadedModel", load)
+        with caplog.at_level(logging.ERROR, "jepakit.service"):
+            for _ in range(3):
+                await step(replica)
+        assert [model.manifest.name for model in replica.registry] == ["second", "tiny"]
+        update = replica.registry.state()["tiny"].update
+        assert update is not None
+        assert update.state == "failed"
+        assert "cannot be loaded (MemoryError" in (update.reason or "")
+
+    asyncio.run(go())
+    assert len(tries) == len(caplog.records) == 1
+
+
+def test_an_empty_folder_takes_nothing_out_and_keeps_no_update_of_another_back(
+    other: Path, second: Path, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(second, tmp_path / "more" / "second")
+    replica = Replica(settings(tmp_path / "more", folder))
+
+    async def go() -> None:
+        shutil.rmtree(tmp_path / "more" / "second")
+        replace(folder, other)
+        for _ in range(8):
+            await step(replica)
+
+    asyncio.run(go())
+    assert {model.digest for model in replica.registry} == {digest(other), digest(second)}
+
+
+def test_a_bundle_that_may_not_be_read_keeps_no_other_back(
+    other: Path, second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(settings(folder))
+    is_file, read_text = Path.is_file, Path.read_text
+
+    def closed(of: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *args: Any, **named: Any) -> Any:
+            if path.parent.name == "second":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return of(path, *args, **named)
+
+        return call
+
+    replace(folder, other)
+    shutil.copytree(second, folder / "second")
+    monkeypatch.setattr(Path, "is_file", closed(is_file))
+    monkeypatch.setattr(Path, "read_text", closed(read_text))
+    asyncio.run(step(replica))
+    assert [model.digest for model in replica.registry] == [digest(other)]
+    with pytest.raises(BundleError, match="Permission denied"):
+        find_bundles(settings(folder))
+
+
+def test_a_new_name_that_is_incomplete_is_told_once(
+    second: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = Replica(settings(folder))
+    shutil.copytree(second, folder / "second")
+    with caplog.at_level(logging.WARNING, "jepakit.service"):
+        for size in (10, 20, 20):
+            (folder / "second" / "model.onnx").write_bytes(b"\0" * size)
+            asyncio.run(step(replica))
+    (record,) = caplog.records
+    assert "model.onnx is damaged" in record.message
+    with pytest.raises(ApiError, match=r"second is not in service, version .* is incomplete: .*model.onnx") as caught:
+        replica.registry.find("second")
+    assert caught.value.status == 404
