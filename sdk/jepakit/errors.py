@@ -3,7 +3,7 @@
     JepakitError                      catch this to catch them all
     ├── InputError (ValueError)       the caller's input is wrong; command-line exit code 2
     │   ├── ConfigError               a setting has a wrong name or value
-    │   ├── DataError                 a folder, glob or list of images cannot be used
+    │   ├── DataError                 images, vectors or labels cannot be used
     │   ├── ImageError                one image cannot be read rightly
     │   ├── BackboneError             unknown timm name, weights that do not fit, hub out of reach
     │   ├── BundleError               not a bundle, damaged, or replaced
@@ -45,7 +45,7 @@ class ConfigError(InputError):
 
 
 class DataError(InputError):
-    """A folder, glob or list of images cannot be used."""
+    """A folder, glob or list of images, vectors or labels cannot be used."""
 
 
 class ImageError(InputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import pickle
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ def test_parts_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=r"do not fit together: vectors \["):
         Embeddings(vectors, MODEL_ID, ids, labels)
+
+
+@pytest.mark.parametrize("label", [None, b"cat", datetime.date(2026, 1, 1), 1], ids=repr)
+def test_labels_that_are_not_text_are_refused(label: Any) -> None:
+    with pytest.raises(DataError, match=r"labels\[1\] = .*: a label is the name of a class"):
+        make(("cat", label, "dog"))
 
 
 def test_embeddings_are_frozen() -> None:
