@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -48,7 +48,8 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
-_BAD_IMAGE = re.compile(r"^input\[(\d+)\]$")
+_KEY = re.compile(r"[!-~]+")
+_BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
 _SERVICES_NAME = re.compile(r"^input\[\d+\]: (?:(?:image|array): )?")
 
 
@@ -71,10 +72,14 @@ class _Settings:
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
         import httpx
 
-        parsed = httpx.URL(url) if "://" in url else None
-        if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
+        if not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
+        if key and not _KEY.fullmatch(key):
+            raise ConfigError(
+                "the API key (api_key, or JEPAKIT_API_KEY) holds a space, a line break or a letter that is not ASCII: "
+                "give it as it was made, without the end of the line it was read from"
+            )
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
         self.http: dict[str, Any] = {
             "base_url": self.url,
@@ -85,6 +90,16 @@ class _Settings:
         }
 
 
+def _is_address(url: str) -> bool:
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 1 << 16
+
+
 class Client:
     """Talks to one service.
 
@@ -92,7 +107,8 @@ class Client:
     api_key     or the environment's JEPAKIT_API_KEY
     timeout_s   of one attempt
     deadline_s  of one request with all its attempts: connection errors, 408, 429 and 5xx are tried again
-                with growing, jittered pauses (or the service's own Retry-After) until then
+                with growing, jittered pauses (or the service's own Retry-After) until then; what no second
+                attempt can mend, such as a certificate that is not trusted, fails at once
 
     with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
     """
@@ -166,7 +182,8 @@ class Client:
 
         Raises BundleError when the service computes other vectors than the bundle promises.
         """
-        job, expected = _golden_job(bundle, model)
+        images, model, expected = _golden(bundle, model)
+        job = _Job(images, model)
         for chunk in job.parts():
             job.accept(chunk, self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
@@ -180,7 +197,7 @@ class Client:
             try:
                 response = self._http.send(request)
                 pause = attempts.pause_after(response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 pause = attempts.pause_after_failure(error)
             if pause is None:
                 return response
@@ -244,7 +261,8 @@ class AsyncClient:
 
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
-        job, expected = _golden_job(bundle, model)
+        images, model, expected = _golden(bundle, model)
+        job = _Job(images, model)
         for chunk in job.parts():
             job.accept(chunk, await self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
@@ -259,7 +277,7 @@ class AsyncClient:
             try:
                 response = await self._http.send(request)
                 pause = attempts.pause_after(response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 pause = attempts.pause_after_failure(error)
             if pause is None:
                 return response
@@ -282,18 +300,21 @@ class _Attempts:
             raise _meaning(response)
         return pause
 
-    def pause_after_failure(self, error: httpx.TransportError) -> float:
+    def pause_after_failure(self, error: httpx.RequestError) -> float:
+        """Seconds to wait before the next attempt; raises what the failure means when none is left, or none can help."""
+        _raise_if_lasting(error, self._url)
         pause = self._next(None)
         if pause is None:
+            cause = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise ConnectionFailedError(
-                f"{self._url} gave no answer within {self._deadline_s:g} s ({type(error).__name__}): is the service "
-                "running, and is this its address?"
+                f"{self._url} gave no answer within {self._deadline_s:g} s ({cause}): is the service running, and is "
+                "this its address, http or https?"
             ) from error
         return pause
 
     def _next(self, retry_after: str | None) -> float | None:
         try:
-            pause = min(float(retry_after or ""), 60.0)
+            pause = max(_FIRST_PAUSE_S, min(float(retry_after or ""), 60.0))
         except ValueError:
             pause = random.uniform(0.5, 1.0) * self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
@@ -303,6 +324,31 @@ class _Attempts:
 def _may_pass(response: httpx.Response) -> bool:
     """Whether the same request may be answered in a moment. Ray's proxy knows no routes while it starts anew."""
     return response.status_code in _RETRYABLE or (response.status_code == 404 and b"/-/routes" in response.content)
+
+
+def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
+    """Raise what a failure means that every further attempt would meet again."""
+    import ssl
+
+    import httpx
+
+    if isinstance(error, httpx.LocalProtocolError):
+        raise ConnectionFailedError(f"the request to {url} cannot be sent: {error}") from error
+    if not isinstance(error, httpx.TransportError):
+        raise ProtocolError(
+            f"{url} sent an answer that cannot be read ({error}): is this a jepakit service?"
+        ) from error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        raise ConnectionFailedError(
+            f"the certificate of {url} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to the file of the "
+            "certificate, or of the authority that signed it"
+        ) from error
+    # Its subclasses tell of connections that broke, as they do while a service starts anew.
+    if type(cause) is ssl.SSLError:
+        raise ConnectionFailedError(f"{url} does not speak https ({cause.reason}): is it http://…?") from error
 
 
 @dataclass(frozen=True)
@@ -346,9 +392,8 @@ class _Job:
         for place in range(len(self._images)):
             item = _encode(self._images[place], self._spec)
             weight = item.nbytes if isinstance(item, np.ndarray) else len(item)
-            if items and (
-                len(items) == _IMAGES_PER_REQUEST or size + weight > _BYTES_PER_REQUEST or not _alike(items[0], item)
-            ):
+            full = len(items) == _IMAGES_PER_REQUEST or size + weight > _BYTES_PER_REQUEST
+            if items and (full or not _alike(items[0], item)):
                 yield _Chunk(first, items, self._model)
                 first, items, size = place, [], 0
             items.append(item)
@@ -363,7 +408,7 @@ class _Job:
         if (
             not model_id
             or rows != str(len(chunk.items))
-            or not dim.isdigit()
+            or not dim.isdecimal()
             or len(response.content) != 4 * len(chunk.items) * int(dim)
         ):
             raise ProtocolError(
@@ -386,8 +431,8 @@ class _Job:
         try:
             yield
         except ResponseError as error:
-            place = _BAD_IMAGE.match(error.param or "")
-            if place is None or error.status not in (413, 415, 422):
+            place = _BAD_IMAGE.fullmatch(error.param or "")
+            if place is None or int(place[1]) >= len(chunk.items) or error.status not in (413, 415, 422):
                 raise
             name = self._images.ids[chunk.first + int(place[1])]
             reason = _SERVICES_NAME.sub("", str(error))
@@ -480,21 +525,13 @@ def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pr
 
 def _meaning(response: httpx.Response) -> ResponseError:
     """The service's own words where it sent them; a bare 5xx comes from something in front of it."""
-    try:
+    message, told = f"the service answered {response.status_code} without a reason", dict[str, Any]()
+    with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]
-        message, code, param, request_id = (
-            error["message"],
-            error["code"],
-            error.get("param"),
-            error.get("request_id"),
-        )
-    except (ValueError, KeyError, TypeError):
-        message, code, param, request_id = (
-            f"the service answered {response.status_code} without a reason",
-            None,
-            None,
-            None,
-        )
+        message, told = str(error["message"]), error
+    code, param, request_id = (
+        told[name] if isinstance(told.get(name), str) else None for name in ("code", "param", "request_id")
+    )
     kind = {
         401: AuthenticationError,
         403: AuthenticationError,
@@ -507,14 +544,16 @@ def _meaning(response: httpx.Response) -> ResponseError:
     )
 
 
-def _golden_job(bundle: str | Path, model: str | None) -> tuple[_Job, NDArray[np.float32]]:
+def _golden(bundle: str | Path, model: str | None) -> tuple[ImageList, str, NDArray[np.float32]]:
+    """The bundle's golden inputs, the model to ask for (the bundle's own, unless `model` pins one), torch's vectors."""
     from jepakit import golden
     from jepakit.bundle import GOLDEN, open_bundle
 
     opened = open_bundle(bundle)
     images, vectors = golden.unpack(opened.read(GOLDEN))
-    pinned = f"{model or opened.manifest.name}@{opened.manifest.model_id}"
-    return _Job(gather(images, "none"), pinned), vectors
+    name = model or opened.manifest.name
+    pinned = name if "@" in name else f"{name}@{opened.manifest.model_id}"
+    return gather(images, "none"), pinned, vectors
 
 
 def _judge_golden(job: _Job, expected: NDArray[np.float32]) -> float:

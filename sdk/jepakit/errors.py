@@ -14,7 +14,7 @@
     │   ├── ExportError               the exported graph does not reproduce torch
     │   └── ServeError                the service cannot start or stay up
     └── ClientError (RuntimeError)    what a client meets on the wire; exit code 1
-        ├── ConnectionFailedError     no answer from the service within the deadline
+        ├── ConnectionFailedError     no answer from the service within the deadline, or no way to one
         ├── ProtocolError             an answer that is not the protocol's
         ├── ModelChangedError         another model answered in the middle of a job
         └── ResponseError             the service refused: `.status`, `.code`, `.param`, `.request_id`
@@ -97,7 +97,7 @@ class ClientError(JepakitError, RuntimeError):
 
 
 class ConnectionFailedError(ClientError):
-    """No answer from the service within the deadline."""
+    """No answer from the service within the deadline, or no way to one: its certificate is not trusted, say."""
 
 
 class ProtocolError(ClientError):
