@@ -10,9 +10,10 @@ import io
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
+_NEVER = threading.Event()
 _KEY = re.compile(r"[!-~]+")
 _BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
 _SERVICES_NAME = re.compile(r"^input\[\d+\]: (?:(?:image|array): )?")
@@ -165,16 +167,17 @@ class Client:
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
         job = _Job(listed, model, spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            try:
-                for part in _windows(job.parts(), _AT_ONCE):
-                    answers = [(chunk, pool.submit(self._send, chunk.request(self._http))) for chunk in part]
-                    for chunk, answer in answers:
-                        with job.naming(chunk):
-                            job.accept(chunk, answer.result())
-                        show.update(job.done)
-            finally:
-                show.close()
+        stop = threading.Event()
+        try:
+            for part in _windows(job.parts(), _AT_ONCE):
+                answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
+                for chunk, answer in answers:
+                    with job.naming(chunk):
+                        job.accept(chunk, answer.result())
+                    show.update(job.done)
+        finally:
+            stop.set()
+            show.close()
         return job.result()
 
     def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
@@ -188,12 +191,26 @@ class Client:
             job.accept(chunk, self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
 
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        """One request, tried again against the deadline."""
+    def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
+        """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
+        answer: Future[httpx.Response] = Future()
+
+        def send() -> None:
+            try:
+                answer.set_result(self._send(request, stop))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=send, name="jepakit-send", daemon=True).start()
+        return answer
+
+    def _send(self, request: httpx.Request, stop: threading.Event = _NEVER) -> httpx.Response:
+        """One request, tried again against the deadline; CancelledError after `stop`."""
         import httpx
 
         attempts = _Attempts(self._settings)
-        while True:
+        pause: float | None = 0.0
+        while not stop.wait(pause):
             try:
                 response = self._http.send(request)
                 pause = attempts.pause_after(response)
@@ -201,7 +218,7 @@ class Client:
                 pause = attempts.pause_after_failure(error)
             if pause is None:
                 return response
-            time.sleep(pause)
+        raise CancelledError
 
 
 class AsyncClient:
@@ -247,16 +264,21 @@ class AsyncClient:
         job = _Job(listed, model, spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         windows = _windows(job.parts(), _AT_ONCE)
+        answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
         try:
             # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
             while part := await asyncio.to_thread(lambda: next(windows, None)):
-                answers = [(chunk, asyncio.ensure_future(self._send(chunk.request(self._http)))) for chunk in part]
+                answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
                 for chunk, answer in answers:
                     with job.naming(chunk):
                         job.accept(chunk, await answer)
                     show.update(job.done)
         finally:
             show.close()
+            # What is still on its way when one request fails, or this call is cancelled, ends with it.
+            for _, answer in answers:
+                answer.cancel()
+            await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
         return job.result()
 
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import shutil
+import signal
 import ssl
 import subprocess
 import threading
@@ -392,6 +393,51 @@ def test_a_refusal_that_names_no_image_of_the_request_is_told_as_it_is(param: An
     ):
         client.embed(picture(0), progress=False)
     assert error.value.code is None
+
+
+def test_ctrl_c_waits_for_no_answer_and_nothing_is_sent_after_it() -> None:
+    released = threading.Event()
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        released.wait(5)
+
+    with _answering([(503, {}, b"")], interrupt) as url, jepakit.Client(url, deadline_s=2) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.embed(picture(0), progress=False)
+        sending = [thread for thread in threading.enumerate() if thread.name == "jepakit-send"]
+        assert [thread.daemon for thread in sending] == [True], "the program's end does not wait either"
+        released.set()
+        sending[0].join(5)
+    assert _Scripted.seen == 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["failing", "cancelled"])
+def test_no_request_of_the_async_client_outlives_the_call(cancelled: bool) -> None:
+    class Stuck(jepakit.AsyncClient):
+        sent = 0
+
+        async def _send(self, request: httpx.Request) -> httpx.Response:
+            if request.method == "GET":
+                return httpx.Response(200, content=MODELS[2])
+            self.sent += 1
+            if self.sent == 1 and not cancelled:
+                raise ProtocolError("broken")
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    async def embed() -> None:
+        async with Stuck("http://127.0.0.1:9") as client:
+            call = asyncio.create_task(client.embed([picture(0)] * 64, progress=False))
+            while client.sent < 2:
+                await asyncio.sleep(0.01)
+            if cancelled:
+                call.cancel()
+            with pytest.raises(asyncio.CancelledError if cancelled else ProtocolError):
+                await call
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(embed())
 
 
 def test_vectors_of_two_spaces_are_never_mixed() -> None:
