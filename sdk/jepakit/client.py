@@ -49,6 +49,8 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
+# What a part of multipart adds to its file, at most; also more than the header of `.npy`.
+_BYTES_BESIDE = 256
 _NEVER = threading.Event()
 _KEY = re.compile(r"[!-~]+")
 _BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
@@ -102,6 +104,23 @@ def _is_address(url: str) -> bool:
     return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 1 << 16
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What one request holds at most."""
+
+    images: int = _IMAGES_PER_REQUEST
+    bytes: int = _BYTES_PER_REQUEST
+
+    @classmethod
+    def of(cls, models: list[ModelInfo]) -> _Limits:
+        """No more than the service takes; its limits are the same for all its models."""
+        try:
+            told = models[0].raw["limits"]
+            return cls(min(cls.images, told["max_images"]), min(cls.bytes, told["max_body_mb"] << 20))
+        except (IndexError, KeyError, TypeError):
+            return cls()
+
+
 class Client:
     """Talks to one service.
 
@@ -122,6 +141,7 @@ class Client:
 
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.Client(**self._settings.http)
+        self._limits: _Limits | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -165,7 +185,7 @@ class Client:
         """
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
-        job = _Job(listed, model, spec)
+        job = _Job(listed, model, self._limits_for(len(listed)), spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         stop = threading.Event()
         try:
@@ -186,10 +206,16 @@ class Client:
         Raises BundleError when the service computes other vectors than the bundle promises.
         """
         images, model, expected = _golden(bundle, model)
-        job = _Job(images, model)
+        job = _Job(images, model, self._limits_for(len(images)))
         for chunk in job.parts():
             job.accept(chunk, self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
+
+    def _limits_for(self, count: int) -> _Limits:
+        """Asked of the service once, and not for a single image, which no limit can cut."""
+        if self._limits is None and count > 1:
+            self._limits = _Limits.of(self.models())
+        return self._limits or _Limits()
 
     def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
         """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
@@ -231,6 +257,7 @@ class AsyncClient:
 
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.AsyncClient(**self._settings.http)
+        self._limits: _Limits | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -261,7 +288,7 @@ class AsyncClient:
         listed = await asyncio.to_thread(
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame
         )
-        job = _Job(listed, model, spec)
+        job = _Job(listed, model, await self._limits_for(len(listed)), spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         windows = _windows(job.parts(), _AT_ONCE)
         answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
@@ -284,10 +311,15 @@ class AsyncClient:
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
         images, model, expected = _golden(bundle, model)
-        job = _Job(images, model)
+        job = _Job(images, model, await self._limits_for(len(images)))
         for chunk in job.parts():
             job.accept(chunk, await self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
+
+    async def _limits_for(self, count: int) -> _Limits:
+        if self._limits is None and count > 1:
+            self._limits = _Limits.of(await self.models())
+        return self._limits or _Limits()
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio
@@ -397,8 +429,8 @@ class _Chunk:
 class _Job:
     """One call of `embed`: cuts the images into requests, puts the answers together in order."""
 
-    def __init__(self, images: ImageList, model: str | None, spec: Preprocess | None = None) -> None:
-        self._images, self._model, self._spec = images, model, spec
+    def __init__(self, images: ImageList, model: str | None, limits: _Limits, spec: Preprocess | None = None) -> None:
+        self._images, self._model, self._limits, self._spec = images, model, limits, spec
         self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
         self.computed = ("fp32", "cpu")
@@ -409,12 +441,12 @@ class _Job:
         return len(self._images)
 
     def parts(self) -> Iterator[_Chunk]:
-        """Requests of up to 32 images or 16 MB; files are read only when their turn comes."""
+        """Requests of up to 32 images or 16 MB, or what the service takes; files are read when their turn comes."""
         first, items, size = 0, list[Any](), 0
         for place in range(len(self._images)):
             item = _encode(self._images[place], self._spec)
-            weight = item.nbytes if isinstance(item, np.ndarray) else len(item)
-            full = len(items) == _IMAGES_PER_REQUEST or size + weight > _BYTES_PER_REQUEST
+            weight = _BYTES_BESIDE + (item.nbytes if isinstance(item, np.ndarray) else len(item))
+            full = len(items) >= self._limits.images or size + weight > self._limits.bytes
             if items and (full or not _alike(items[0], item)):
                 yield _Chunk(first, items, self._model)
                 first, items, size = place, [], 0

@@ -22,6 +22,7 @@ from PIL import Image
 
 import jepakit
 from jepakit.bundle import Manifest
+from jepakit.client import ModelInfo, _Limits
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
@@ -35,8 +36,9 @@ from jepakit.errors import (
     ResponseError,
 )
 from jepakit.session import Model, Session
+from jepakit_service.settings import ServeSettings
 
-from .conftest import picture
+from .conftest import picture, running
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +251,7 @@ def test_a_service_that_computes_something_else_is_caught(bundle: Path) -> None:
     shape = f"8,{manifest.embedding.dim}"
     headers = {"X-Model-Id": manifest.model_id, "X-Embedding-Shape": shape}
     body = np.ones((8, manifest.embedding.dim), "<f4").tobytes()
-    with _answering([(200, headers, body)]) as url, jepakit.Client(url) as client, pytest.raises(BundleError):
+    with _answering([MODELS, (200, headers, body)]) as url, jepakit.Client(url) as client, pytest.raises(BundleError):
         client.verify(bundle)
 
 
@@ -395,6 +397,29 @@ def test_a_refusal_that_names_no_image_of_the_request_is_told_as_it_is(param: An
     assert error.value.code is None
 
 
+def test_requests_are_cut_by_the_services_own_limits(bundle: Path) -> None:
+    many, large = [picture(0)] * 20, [picture(0, (360, 360))] * 3
+    with running(ServeSettings(bundles=(str(bundle),), port=1, max_images=4, max_body_mb=1)) as url:
+        for kind in (jepakit.Client, jepakit.AsyncClient):
+            assert len(asked(kind, url, lambda client: client.embed(many, progress=False))) == 20
+            assert len(asked(kind, url, lambda client: client.embed(large, progress=False))) == 3
+            assert asked(kind, url, lambda client: client.verify(bundle)) < 1e-5
+
+
+def test_limits_are_asked_for_once_and_not_for_a_single_image() -> None:
+    two = (200, {**GOOD, "X-Embedding-Shape": "2,1"}, VECTOR)
+    with _answering([(200, GOOD, VECTOR), MODELS, two, two]) as url, jepakit.Client(url) as client:
+        for images in (1, 2, 2):
+            client.embed([picture(0)] * images, progress=False)
+    assert _Scripted.seen == 4
+
+
+@pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
+def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
+    info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
+    assert _Limits.of([info]) == _Limits.of([]) == _Limits(32, 16 << 20)
+
+
 def test_ctrl_c_waits_for_no_answer_and_nothing_is_sent_after_it() -> None:
     released = threading.Event()
 
@@ -445,7 +470,7 @@ def test_vectors_of_two_spaces_are_never_mixed() -> None:
     changed = {"X-Embedding-Shape": "32,1", "X-Model-Id": "b" * 16}
     body = np.zeros(32, "<f4").tobytes()
     with (
-        _answering([(200, rows, body), (200, changed, body)]) as url,
+        _answering([MODELS, (200, rows, body), (200, changed, body)]) as url,
         jepakit.Client(url) as client,
         pytest.raises(ModelChangedError, match="b" * 16),
     ):
