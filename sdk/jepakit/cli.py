@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -283,6 +284,7 @@ def embed(
     """Embed images through a service or a bundle, into one file."""
     if (url is None) == (bundle is None):
         raise ConfigError("say where to embed: --url http://127.0.0.1:8000 or --bundle bundles/NAME")
+    _check_out(out)
     options: dict[str, Any] = {
         "labels": labels, "tile": tile, "overlap": overlap, "min_valid": min_valid, "frame": _number_or_word(frame),
     }  # fmt: skip
@@ -315,6 +317,7 @@ def probe_fit(
     kinds = {"linear": LinearProbe, "knn": KNNProbe}
     if kind not in kinds:
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
+    _check_out(out)
     probe = kinds[kind]().fit(Embeddings.load(embeddings))
     probe.save(out)
     print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
@@ -346,6 +349,17 @@ def probe_predict(
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
     for name, row in zip(vectors.ids, fitted.predict_proba(vectors), strict=True):
         print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
+
+
+def _check_out(file: Path) -> None:
+    """Raise ConfigError, before any work, for a file that could not be written after it; makes its folder."""
+    if file.is_dir():
+        raise ConfigError(f"--out {file} is a folder: name a file in it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ConfigError(f"--out {file}: no file can be written there ({error.strerror})") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import io
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -48,7 +49,11 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
-_BAD_IMAGE = re.compile(r"^input\[(\d+)\]$")
+# What a part of multipart adds to its file, at most; also more than the header of `.npy`.
+_BYTES_BESIDE = 256
+_NEVER = threading.Event()
+_KEY = re.compile(r"[!-~]+")
+_BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
 _SERVICES_NAME = re.compile(r"^input\[\d+\]: (?:(?:image|array): )?")
 
 
@@ -71,10 +76,14 @@ class _Settings:
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
         import httpx
 
-        parsed = httpx.URL(url) if "://" in url else None
-        if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
+        if not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
+        if key and not _KEY.fullmatch(key):
+            raise ConfigError(
+                "the API key (api_key, or JEPAKIT_API_KEY) holds a space, a line break or a letter that is not ASCII: "
+                "give it as it was made, without the end of the line it was read from"
+            )
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
         self.http: dict[str, Any] = {
             "base_url": self.url,
@@ -85,6 +94,33 @@ class _Settings:
         }
 
 
+def _is_address(url: str) -> bool:
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 1 << 16
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What one request holds at most."""
+
+    images: int = _IMAGES_PER_REQUEST
+    bytes: int = _BYTES_PER_REQUEST
+
+    @classmethod
+    def of(cls, models: list[ModelInfo]) -> _Limits:
+        """No more than the service takes; its limits are the same for all its models."""
+        try:
+            told = models[0].raw["limits"]
+            return cls(min(cls.images, told["max_images"]), min(cls.bytes, told["max_body_mb"] << 20))
+        except (IndexError, KeyError, TypeError):
+            return cls()
+
+
 class Client:
     """Talks to one service.
 
@@ -92,7 +128,8 @@ class Client:
     api_key     or the environment's JEPAKIT_API_KEY
     timeout_s   of one attempt
     deadline_s  of one request with all its attempts: connection errors, 408, 429 and 5xx are tried again
-                with growing, jittered pauses (or the service's own Retry-After) until then
+                with growing, jittered pauses (or the service's own Retry-After) until then; what no second
+                attempt can mend, such as a certificate that is not trusted, fails at once
 
     with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
     """
@@ -104,6 +141,7 @@ class Client:
 
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.Client(**self._settings.http)
+        self._limits: _Limits | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -147,18 +185,19 @@ class Client:
         """
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
-        job = _Job(listed, model, spec)
+        job = _Job(listed, model, self._limits_for(len(listed)), spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            try:
-                for part in _windows(job.parts(), _AT_ONCE):
-                    answers = [(chunk, pool.submit(self._send, chunk.request(self._http))) for chunk in part]
-                    for chunk, answer in answers:
-                        with job.naming(chunk):
-                            job.accept(chunk, answer.result())
-                        show.update(job.done)
-            finally:
-                show.close()
+        stop = threading.Event()
+        try:
+            for part in _windows(job.parts(), _AT_ONCE):
+                answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
+                for chunk, answer in answers:
+                    with job.naming(chunk):
+                        job.accept(chunk, answer.result())
+                    show.update(job.done)
+        finally:
+            stop.set()
+            show.close()
         return job.result()
 
     def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
@@ -166,25 +205,46 @@ class Client:
 
         Raises BundleError when the service computes other vectors than the bundle promises.
         """
-        job, expected = _golden_job(bundle, model)
+        images, model, expected = _golden(bundle, model)
+        job = _Job(images, model, self._limits_for(len(images)))
         for chunk in job.parts():
             job.accept(chunk, self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
 
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        """One request, tried again against the deadline."""
+    def _limits_for(self, count: int) -> _Limits:
+        """Asked of the service once, and not for a single image, which no limit can cut."""
+        if self._limits is None and count > 1:
+            self._limits = _Limits.of(self.models())
+        return self._limits or _Limits()
+
+    def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
+        """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
+        answer: Future[httpx.Response] = Future()
+
+        def send() -> None:
+            try:
+                answer.set_result(self._send(request, stop))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=send, name="jepakit-send", daemon=True).start()
+        return answer
+
+    def _send(self, request: httpx.Request, stop: threading.Event = _NEVER) -> httpx.Response:
+        """One request, tried again against the deadline; CancelledError after `stop`."""
         import httpx
 
         attempts = _Attempts(self._settings)
-        while True:
+        pause: float | None = 0.0
+        while not stop.wait(pause):
             try:
                 response = self._http.send(request)
                 pause = attempts.pause_after(response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 pause = attempts.pause_after_failure(error)
             if pause is None:
                 return response
-            time.sleep(pause)
+        raise CancelledError
 
 
 class AsyncClient:
@@ -197,6 +257,7 @@ class AsyncClient:
 
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.AsyncClient(**self._settings.http)
+        self._limits: _Limits | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -227,27 +288,38 @@ class AsyncClient:
         listed = await asyncio.to_thread(
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame
         )
-        job = _Job(listed, model, spec)
+        job = _Job(listed, model, await self._limits_for(len(listed)), spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         windows = _windows(job.parts(), _AT_ONCE)
+        answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
         try:
             # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
             while part := await asyncio.to_thread(lambda: next(windows, None)):
-                answers = [(chunk, asyncio.ensure_future(self._send(chunk.request(self._http)))) for chunk in part]
+                answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
                 for chunk, answer in answers:
                     with job.naming(chunk):
                         job.accept(chunk, await answer)
                     show.update(job.done)
         finally:
             show.close()
+            # What is still on its way when one request fails, or this call is cancelled, ends with it.
+            for _, answer in answers:
+                answer.cancel()
+            await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
         return job.result()
 
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
-        job, expected = _golden_job(bundle, model)
+        images, model, expected = _golden(bundle, model)
+        job = _Job(images, model, await self._limits_for(len(images)))
         for chunk in job.parts():
             job.accept(chunk, await self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
+
+    async def _limits_for(self, count: int) -> _Limits:
+        if self._limits is None and count > 1:
+            self._limits = _Limits.of(await self.models())
+        return self._limits or _Limits()
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio
@@ -259,7 +331,7 @@ class AsyncClient:
             try:
                 response = await self._http.send(request)
                 pause = attempts.pause_after(response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 pause = attempts.pause_after_failure(error)
             if pause is None:
                 return response
@@ -282,18 +354,21 @@ class _Attempts:
             raise _meaning(response)
         return pause
 
-    def pause_after_failure(self, error: httpx.TransportError) -> float:
+    def pause_after_failure(self, error: httpx.RequestError) -> float:
+        """Seconds to wait before the next attempt; raises what the failure means when none is left, or none can help."""
+        _raise_if_lasting(error, self._url)
         pause = self._next(None)
         if pause is None:
+            cause = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise ConnectionFailedError(
-                f"{self._url} gave no answer within {self._deadline_s:g} s ({type(error).__name__}): is the service "
-                "running, and is this its address?"
+                f"{self._url} gave no answer within {self._deadline_s:g} s ({cause}): is the service running, and is "
+                "this its address, http or https?"
             ) from error
         return pause
 
     def _next(self, retry_after: str | None) -> float | None:
         try:
-            pause = min(float(retry_after or ""), 60.0)
+            pause = max(_FIRST_PAUSE_S, min(float(retry_after or ""), 60.0))
         except ValueError:
             pause = random.uniform(0.5, 1.0) * self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
@@ -303,6 +378,31 @@ class _Attempts:
 def _may_pass(response: httpx.Response) -> bool:
     """Whether the same request may be answered in a moment. Ray's proxy knows no routes while it starts anew."""
     return response.status_code in _RETRYABLE or (response.status_code == 404 and b"/-/routes" in response.content)
+
+
+def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
+    """Raise what a failure means that every further attempt would meet again."""
+    import ssl
+
+    import httpx
+
+    if isinstance(error, httpx.LocalProtocolError):
+        raise ConnectionFailedError(f"the request to {url} cannot be sent: {error}") from error
+    if not isinstance(error, httpx.TransportError):
+        raise ProtocolError(
+            f"{url} sent an answer that cannot be read ({error}): is this a jepakit service?"
+        ) from error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        raise ConnectionFailedError(
+            f"the certificate of {url} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to the file of the "
+            "certificate, or of the authority that signed it"
+        ) from error
+    # Its subclasses tell of connections that broke, as they do while a service starts anew.
+    if type(cause) is ssl.SSLError:
+        raise ConnectionFailedError(f"{url} does not speak https ({cause.reason}): is it http://…?") from error
 
 
 @dataclass(frozen=True)
@@ -329,8 +429,8 @@ class _Chunk:
 class _Job:
     """One call of `embed`: cuts the images into requests, puts the answers together in order."""
 
-    def __init__(self, images: ImageList, model: str | None, spec: Preprocess | None = None) -> None:
-        self._images, self._model, self._spec = images, model, spec
+    def __init__(self, images: ImageList, model: str | None, limits: _Limits, spec: Preprocess | None = None) -> None:
+        self._images, self._model, self._limits, self._spec = images, model, limits, spec
         self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
         self.computed = ("fp32", "cpu")
@@ -341,14 +441,13 @@ class _Job:
         return len(self._images)
 
     def parts(self) -> Iterator[_Chunk]:
-        """Requests of up to 32 images or 16 MB; files are read only when their turn comes."""
+        """Requests of up to 32 images or 16 MB, or what the service takes; files are read when their turn comes."""
         first, items, size = 0, list[Any](), 0
         for place in range(len(self._images)):
             item = _encode(self._images[place], self._spec)
-            weight = item.nbytes if isinstance(item, np.ndarray) else len(item)
-            if items and (
-                len(items) == _IMAGES_PER_REQUEST or size + weight > _BYTES_PER_REQUEST or not _alike(items[0], item)
-            ):
+            weight = _BYTES_BESIDE + (item.nbytes if isinstance(item, np.ndarray) else len(item))
+            full = len(items) >= self._limits.images or size + weight > self._limits.bytes
+            if items and (full or not _alike(items[0], item)):
                 yield _Chunk(first, items, self._model)
                 first, items, size = place, [], 0
             items.append(item)
@@ -363,7 +462,7 @@ class _Job:
         if (
             not model_id
             or rows != str(len(chunk.items))
-            or not dim.isdigit()
+            or not dim.isdecimal()
             or len(response.content) != 4 * len(chunk.items) * int(dim)
         ):
             raise ProtocolError(
@@ -386,8 +485,8 @@ class _Job:
         try:
             yield
         except ResponseError as error:
-            place = _BAD_IMAGE.match(error.param or "")
-            if place is None or error.status not in (413, 415, 422):
+            place = _BAD_IMAGE.fullmatch(error.param or "")
+            if place is None or int(place[1]) >= len(chunk.items) or error.status not in (413, 415, 422):
                 raise
             name = self._images.ids[chunk.first + int(place[1])]
             reason = _SERVICES_NAME.sub("", str(error))
@@ -480,21 +579,13 @@ def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pr
 
 def _meaning(response: httpx.Response) -> ResponseError:
     """The service's own words where it sent them; a bare 5xx comes from something in front of it."""
-    try:
+    message, told = f"the service answered {response.status_code} without a reason", dict[str, Any]()
+    with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]
-        message, code, param, request_id = (
-            error["message"],
-            error["code"],
-            error.get("param"),
-            error.get("request_id"),
-        )
-    except (ValueError, KeyError, TypeError):
-        message, code, param, request_id = (
-            f"the service answered {response.status_code} without a reason",
-            None,
-            None,
-            None,
-        )
+        message, told = str(error["message"]), error
+    code, param, request_id = (
+        told[name] if isinstance(told.get(name), str) else None for name in ("code", "param", "request_id")
+    )
     kind = {
         401: AuthenticationError,
         403: AuthenticationError,
@@ -507,14 +598,16 @@ def _meaning(response: httpx.Response) -> ResponseError:
     )
 
 
-def _golden_job(bundle: str | Path, model: str | None) -> tuple[_Job, NDArray[np.float32]]:
+def _golden(bundle: str | Path, model: str | None) -> tuple[ImageList, str, NDArray[np.float32]]:
+    """The bundle's golden inputs, the model to ask for (the bundle's own, unless `model` pins one), torch's vectors."""
     from jepakit import golden
     from jepakit.bundle import GOLDEN, open_bundle
 
     opened = open_bundle(bundle)
     images, vectors = golden.unpack(opened.read(GOLDEN))
-    pinned = f"{model or opened.manifest.name}@{opened.manifest.model_id}"
-    return _Job(gather(images, "none"), pinned), vectors
+    name = model or opened.manifest.name
+    pinned = name if "@" in name else f"{name}@{opened.manifest.model_id}"
+    return gather(images, "none"), pinned, vectors
 
 
 def _judge_golden(job: _Job, expected: NDArray[np.float32]) -> float:

@@ -36,6 +36,11 @@ class Embeddings:
                 f"embeddings do not fit together: vectors {list(self.vectors.shape)} of {self.vectors.dtype}, {len(self.ids)} ids, "
                 f"{'no' if self.labels is None else len(self.labels)} labels"
             )
+        for place, label in enumerate(self.labels or ()):
+            if not isinstance(label, str):
+                raise DataError(
+                    f"labels[{place}] = {label!r}: a label is the name of a class: give text, or no labels at all"
+                )
 
     def __len__(self) -> int:
         return len(self.vectors)

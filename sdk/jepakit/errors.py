@@ -3,7 +3,7 @@
     JepakitError                      catch this to catch them all
     ├── InputError (ValueError)       the caller's input is wrong; command-line exit code 2
     │   ├── ConfigError               a setting has a wrong name or value
-    │   ├── DataError                 a folder, glob or list of images cannot be used
+    │   ├── DataError                 images, vectors or labels cannot be used
     │   ├── ImageError                one image cannot be read rightly
     │   ├── BackboneError             unknown timm name, weights that do not fit, hub out of reach
     │   ├── BundleError               not a bundle, damaged, or replaced
@@ -14,7 +14,7 @@
     │   ├── ExportError               the exported graph does not reproduce torch
     │   └── ServeError                the service cannot start or stay up
     └── ClientError (RuntimeError)    what a client meets on the wire; exit code 1
-        ├── ConnectionFailedError     no answer from the service within the deadline
+        ├── ConnectionFailedError     no answer from the service within the deadline, or no way to one
         ├── ProtocolError             an answer that is not the protocol's
         ├── ModelChangedError         another model answered in the middle of a job
         └── ResponseError             the service refused: `.status`, `.code`, `.param`, `.request_id`
@@ -45,7 +45,7 @@ class ConfigError(InputError):
 
 
 class DataError(InputError):
-    """A folder, glob or list of images cannot be used."""
+    """A folder, glob or list of images, vectors or labels cannot be used."""
 
 
 class ImageError(InputError):
@@ -97,7 +97,7 @@ class ClientError(JepakitError, RuntimeError):
 
 
 class ConnectionFailedError(ClientError):
-    """No answer from the service within the deadline."""
+    """No answer from the service within the deadline, or no way to one: its certificate is not trusted, say."""
 
 
 class ProtocolError(ClientError):

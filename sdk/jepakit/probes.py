@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -93,11 +94,18 @@ class _Probe:
         return self.evaluate(X, y).accuracy
 
     def evaluate(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> ProbeReport:
-        """Accuracy, balanced accuracy and each class's accuracy on labelled vectors."""
+        """Accuracy, balanced accuracy and each class's accuracy on labelled vectors.
+
+        Raises DataError when not one label is a class of this probe: "1" is not 1, nor "Cat" cat.
+        """
         truth = _labels_of(X, y)
         if not len(truth):
             raise DataError("no vectors to evaluate on")
         right = self.predict(X) == truth
+        if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
+            raise DataError(
+                f"not one label is a class of this probe: the labels are {_some(truth)}, its classes {_some(self.classes_)}"
+            )
         per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
         return ProbeReport(float(right.mean()), float(np.mean(list(per_class.values()))), per_class, len(truth))
 
@@ -206,7 +214,7 @@ class LinearProbe(_Probe):
         return C_GRID[int(right.argmax())]
 
     def _check_params(self) -> None:
-        if self.C is not None and not 0 < self.C < np.inf:
+        if self.C is not None and not (isinstance(self.C, Real) and 0 < self.C < np.inf):
             raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -263,8 +271,8 @@ class KNNProbe(_Probe):
         return shares
 
     def _check_params(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"k = {self.k!r}: give at least 1 neighbour")
+        if not isinstance(self.k, Integral) or self.k < 1:
+            raise ConfigError(f"k = {self.k!r}: give a whole number of neighbours, 1 or more")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {"vectors": self.vectors_, "targets": self.targets_}
@@ -339,7 +347,18 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None) -
     count = len(X) if isinstance(X, Embeddings) else len(np.asarray(X))
     if labels.shape != (count,):
         raise DataError(f"{count} vectors, but labels of shape {list(labels.shape)}")
-    return labels
+    for place, label in enumerate(labels):
+        if not isinstance(label, str | Real | np.bool_) or label != label:
+            raise DataError(
+                f"label {label!r} of vector {place} is neither text nor a number: name its class, or leave the vector out"
+            )
+    return np.array(labels.tolist()) if labels.dtype == object else labels
+
+
+def _some(labels: Labels) -> str:
+    """The first few different ones, as Python writes them."""
+    different = np.unique(labels).tolist()
+    return ", ".join(map(repr, different[:3])) + (", …" if len(different) > 3 else "")
 
 
 def _safe_std(vectors: Floats) -> Floats:

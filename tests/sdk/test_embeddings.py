@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from jepakit import Embeddings
-from jepakit.errors import DataError
+from jepakit.cli import app
+from jepakit.errors import ConfigError, DataError, InputError
 
 VECTORS = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
 IDS = ("cat/1.png", "café/ü 2.png", "dog/3.png")
@@ -73,6 +76,27 @@ def test_parts_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=r"do not fit together: vectors \["):
         Embeddings(vectors, MODEL_ID, ids, labels)
+
+
+@pytest.mark.parametrize("label", [None, b"cat", datetime.date(2026, 1, 1), 1], ids=repr)
+def test_labels_that_are_not_text_are_refused(label: Any) -> None:
+    with pytest.raises(DataError, match=r"labels\[1\] = .*: a label is the name of a class"):
+        make(("cat", label, "dog"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["embed", "images", "--bundle", "no-bundle"], ["probe", "fit", "no-embeddings.npz"]],
+    ids=["embed", "probe fit"],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "out"):
+        with pytest.raises(ConfigError, match="--out"):
+            CliRunner().invoke(app, [*command, "--out", str(out)], catch_exceptions=False)
+    with pytest.raises(InputError, match="no-"):
+        CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new" / "out")], catch_exceptions=False)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_embeddings_are_frozen() -> None:

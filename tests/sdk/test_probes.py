@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -313,12 +314,53 @@ def test_arrays_of_another_shape_are_refused(X: Any, y: Any, message: str) -> No
 
 @pytest.mark.parametrize(
     "probe",
-    [LinearProbe(C=0.0), LinearProbe(C=-1.0), LinearProbe(C=float("nan")), KNNProbe(k=0), KNNProbe(k=-1)],
+    [
+        LinearProbe(C=0.0),
+        LinearProbe(C=-1.0),
+        LinearProbe(C=float("nan")),
+        LinearProbe(C="1"),  # type: ignore[arg-type]
+        KNNProbe(k=0),
+        KNNProbe(k=-1),
+        KNNProbe(k=2.5),  # type: ignore[arg-type]
+        KNNProbe(k="5"),  # type: ignore[arg-type]
+    ],
     ids=repr,
 )
 def test_parameters_without_meaning_are_refused_by_fit(probe: LinearProbe | KNNProbe) -> None:
     with pytest.raises(InputError):
         probe.fit(*blobs())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [None, float("nan"), b"cat", datetime.date(2026, 1, 1), np.datetime64("2026-01-01", "ns"), 1j],
+    ids=lambda bad: type(bad).__name__,
+)
+def test_labels_that_are_neither_text_nor_numbers_are_refused_by_name(bad: Any) -> None:
+    for labels in (np.array([bad, "dog"], object), [bad, bad]):
+        with pytest.raises(DataError, match=r"label .* of vector 0 is neither text nor a number"):
+            KNNProbe().fit([[1.0], [2.0]], labels)
+
+
+def test_texts_in_an_array_of_objects_are_classes_like_any(tmp_path: Path) -> None:
+    probe = KNNProbe(k=1).fit([[1.0], [-1.0]], np.array(["cat", "dog"], object))
+    probe.save(tmp_path / "p.safetensors")
+    assert load_probe(tmp_path / "p.safetensors").predict([[1.0]]).tolist() == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("fitted", "given", "told"),
+    [
+        ([0, 1], ["0", "1"], "'0', '1', its classes 0, 1"),
+        (["cat", "dog"], ["Cat", "Cat"], "'Cat', its classes 'cat', 'dog'"),
+    ],
+)
+def test_labels_of_which_the_probe_knows_none_are_refused(fitted: list[Any], given: list[Any], told: str) -> None:
+    probe = KNNProbe(k=1).fit([[1.0], [-1.0]], fitted)
+    for judge in (probe.evaluate, probe.score):
+        with pytest.raises(DataError, match=f"not one label is a class of this probe: the labels are {told}"):
+            judge([[1.0], [-1.0]], given)
+    assert probe.score([[1.0], [-1.0]], [fitted[0], type(fitted[0])(7)]) == 0.5, "one that it knows is enough"
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=repr)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
+import signal
+import ssl
+import subprocess
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +22,7 @@ from PIL import Image
 
 import jepakit
 from jepakit.bundle import Manifest
+from jepakit.client import ModelInfo, _Limits
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
@@ -27,10 +33,12 @@ from jepakit.errors import (
     NotFoundError,
     OverloadedError,
     ProtocolError,
+    ResponseError,
 )
 from jepakit.session import Model, Session
+from jepakit_service.settings import ServeSettings
 
-from .conftest import picture
+from .conftest import picture, running
 
 
 @pytest.fixture(scope="module")
@@ -194,16 +202,12 @@ def test_a_model_of_tiles_refuses_another_tile_from_afar(bundle: Path, kind: typ
         "preprocess": with_tile(bundle, 40).preprocess.model_dump(mode="json"),
     }  # fmt: skip
 
-    async def embed(client: Any) -> None:
-        answer = client.embed(np.zeros((80, 80, 3), np.uint8), tile=20, progress=False)
-        if kind is jepakit.AsyncClient:
-            await answer
-
+    scene = np.zeros((80, 80, 3), np.uint8)
     with (
         _answering([(200, {}, json.dumps({"data": [described]}).encode())]) as url,
         pytest.raises(ConfigError, match=r"tile = 20: the model was made for tiles of 40 × 40"),
     ):
-        asyncio.run(embed(kind(url)))
+        asked(kind, url, lambda client: client.embed(scene, tile=20, progress=False))
     assert _Scripted.seen == 1, "no image was sent"
 
 
@@ -236,6 +240,7 @@ def test_a_bad_image_is_named_by_the_callers_own_name(service: str, folder: Path
 def test_verify_from_afar(service: str, bundle: Path, tmp_path: Path) -> None:
     with jepakit.Client(service) as client:
         assert client.verify(bundle) < 1e-5
+        assert client.verify(bundle, model=f"tiny@{jepakit.open_bundle(bundle).manifest.model_id}") < 1e-5
         jepakit.export("test_vit:random", tmp_path / "tiny", image_size=48)
         with pytest.raises(NotFoundError, match="not"):
             client.verify(tmp_path / "tiny")
@@ -246,7 +251,7 @@ def test_a_service_that_computes_something_else_is_caught(bundle: Path) -> None:
     shape = f"8,{manifest.embedding.dim}"
     headers = {"X-Model-Id": manifest.model_id, "X-Embedding-Shape": shape}
     body = np.ones((8, manifest.embedding.dim), "<f4").tobytes()
-    with _answering([(200, headers, body)]) as url, jepakit.Client(url) as client, pytest.raises(BundleError):
+    with _answering([MODELS, (200, headers, body)]) as url, jepakit.Client(url) as client, pytest.raises(BundleError):
         client.verify(bundle)
 
 
@@ -263,17 +268,54 @@ def test_no_service_is_told_after_the_deadline() -> None:
         client.models()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://", "http://::1:8000", "http://host:99999"])
 def test_a_wrong_address_is_told_at_once(url: str) -> None:
     with pytest.raises(ConfigError, match="address"):
         jepakit.Client(url)
 
 
+@pytest.mark.parametrize("key", ["jk_café", "jk_abc\n", "jk_abc def"])
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_key_that_no_header_can_hold_is_told_at_once_and_not_shown(kind: type[Any], key: str) -> None:
+    with pytest.raises(ConfigError, match="the API key") as error:
+        kind("http://127.0.0.1:8000", api_key=key)
+    assert "jk_" not in str(error.value)
+
+
+def test_https_asked_of_a_service_without_is_told_at_once() -> None:
+    with (
+        _answering([MODELS]) as url,
+        jepakit.Client(url.replace("http:", "https:"), deadline_s=2) as client,
+        pytest.raises(ConnectionFailedError, match="does not speak https"),
+    ):
+        client.models()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_certificate_that_is_not_trusted_is_told_at_once(kind: type[Any], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with (
+        _answering([MODELS], context=context) as url,
+        pytest.raises(ConnectionFailedError, match=r"not trusted \(self-signed certificate\): set SSL_CERT_FILE"),
+    ):
+        asked(kind, url, lambda client: client.models(), deadline_s=2)
+
+
+MODELS: tuple[int, dict[str, str], bytes] = (200, {}, b'{"data": []}')
 GOOD = {"X-Model-Id": "0123456789abcdef", "X-Embedding-Shape": "1,2"}
 VECTOR = np.array([1, 2], "<f4").tobytes()
 
 
-def test_overload_outage_and_foreign_errors_are_tried_again() -> None:
+def test_overload_outage_and_foreign_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jepakit.client._FIRST_PAUSE_S", 0.01)
     answers = [
         (429, {"Retry-After": "0"}, b'{"error": {"message": "later", "code": "overloaded"}}'),
         (503, {"Retry-After": "0"}, b"<html>nginx</html>"),
@@ -294,6 +336,18 @@ def test_overload_until_the_deadline_is_an_error_of_its_own() -> None:
         pytest.raises(OverloadedError, match="later"),
     ):
         client.embed(picture(0))
+
+
+@pytest.mark.parametrize("retry_after", ["0", "-5", "nan"])
+def test_there_is_a_least_pause_whatever_the_service_says(retry_after: str) -> None:
+    busy = (429, {"Retry-After": retry_after}, b'{"error": {"message": "later", "code": "overloaded"}}')
+    with (
+        _answering([busy]) as url,
+        jepakit.Client(url, deadline_s=0.4) as client,
+        pytest.raises(OverloadedError, match="later"),
+    ):
+        client.models()
+    assert _Scripted.seen <= 2
 
 
 def test_a_refusal_is_not_tried_again() -> None:
@@ -318,6 +372,8 @@ def test_a_refusal_is_not_tried_again() -> None:
         ({**GOOD, "X-Embedding-Shape": "2,2"}, VECTOR),
         (GOOD, VECTOR[:-1]),
         ({**GOOD, "X-Embedding-Shape": "1"}, b""),
+        ({**GOOD, "X-Embedding-Shape": "1,²"}, VECTOR),
+        ({**GOOD, "Content-Encoding": "gzip"}, VECTOR),
     ],
 )
 def test_an_answer_that_is_not_the_protocols_is_a_typed_error(headers: dict[str, str], body: bytes) -> None:
@@ -325,12 +381,96 @@ def test_an_answer_that_is_not_the_protocols_is_a_typed_error(headers: dict[str,
         client.embed(picture(0))
 
 
+@pytest.mark.parametrize(
+    "param",
+    [7, None, ["input[0]"], "input[99]", "input[0]" * 2, f"input[{'9' * 5000}]"],
+    ids=lambda param: str(param)[:20],
+)
+def test_a_refusal_that_names_no_image_of_the_request_is_told_as_it_is(param: Any) -> None:
+    body = json.dumps({"error": {"message": "no good", "code": 1, "param": param}}).encode()
+    with (
+        _answering([(422, {}, body)]) as url,
+        jepakit.Client(url) as client,
+        pytest.raises(ResponseError, match=r"^no good$") as error,
+    ):
+        client.embed(picture(0), progress=False)
+    assert error.value.code is None
+
+
+def test_requests_are_cut_by_the_services_own_limits(bundle: Path) -> None:
+    many, large = [picture(0)] * 20, [picture(0, (360, 360))] * 3
+    with running(ServeSettings(bundles=(str(bundle),), port=1, max_images=4, max_body_mb=1)) as url:
+        for kind in (jepakit.Client, jepakit.AsyncClient):
+            assert len(asked(kind, url, lambda client: client.embed(many, progress=False))) == 20
+            assert len(asked(kind, url, lambda client: client.embed(large, progress=False))) == 3
+            assert asked(kind, url, lambda client: client.verify(bundle)) < 1e-5
+
+
+def test_limits_are_asked_for_once_and_not_for_a_single_image() -> None:
+    two = (200, {**GOOD, "X-Embedding-Shape": "2,1"}, VECTOR)
+    with _answering([(200, GOOD, VECTOR), MODELS, two, two]) as url, jepakit.Client(url) as client:
+        for images in (1, 2, 2):
+            client.embed([picture(0)] * images, progress=False)
+    assert _Scripted.seen == 4
+
+
+@pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
+def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
+    info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
+    assert _Limits.of([info]) == _Limits.of([]) == _Limits(32, 16 << 20)
+
+
+def test_ctrl_c_waits_for_no_answer_and_nothing_is_sent_after_it() -> None:
+    released = threading.Event()
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        released.wait(5)
+
+    with _answering([(503, {}, b"")], interrupt) as url, jepakit.Client(url, deadline_s=2) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.embed(picture(0), progress=False)
+        sending = [thread for thread in threading.enumerate() if thread.name == "jepakit-send"]
+        assert [thread.daemon for thread in sending] == [True], "the program's end does not wait either"
+        released.set()
+        sending[0].join(5)
+    assert _Scripted.seen == 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["failing", "cancelled"])
+def test_no_request_of_the_async_client_outlives_the_call(cancelled: bool) -> None:
+    class Stuck(jepakit.AsyncClient):
+        sent = 0
+
+        async def _send(self, request: httpx.Request) -> httpx.Response:
+            if request.method == "GET":
+                return httpx.Response(200, content=MODELS[2])
+            self.sent += 1
+            if self.sent == 1 and not cancelled:
+                raise ProtocolError("broken")
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    async def embed() -> None:
+        async with Stuck("http://127.0.0.1:9") as client:
+            call = asyncio.create_task(client.embed([picture(0)] * 64, progress=False))
+            while client.sent < 2:
+                await asyncio.sleep(0.01)
+            if cancelled:
+                call.cancel()
+            with pytest.raises(asyncio.CancelledError if cancelled else ProtocolError):
+                await call
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(embed())
+
+
 def test_vectors_of_two_spaces_are_never_mixed() -> None:
     rows = {"X-Embedding-Shape": "32,1", "X-Model-Id": "a" * 16}
     changed = {"X-Embedding-Shape": "32,1", "X-Model-Id": "b" * 16}
     body = np.zeros(32, "<f4").tobytes()
     with (
-        _answering([(200, rows, body), (200, changed, body)]) as url,
+        _answering([MODELS, (200, rows, body), (200, changed, body)]) as url,
         jepakit.Client(url) as client,
         pytest.raises(ModelChangedError, match="b" * 16),
     ):
@@ -346,14 +486,30 @@ def test_redirects_are_not_followed() -> None:
         client.models()
 
 
+def asked(kind: type[Any], url: str, call: Callable[[Any], Any], **options: Any) -> Any:
+    """What `call` gives of a client of either kind."""
+
+    async def ask() -> Any:
+        if kind is jepakit.Client:
+            with kind(url, **options) as client:
+                return call(client)
+        async with kind(url, **options) as client:
+            return await call(client)
+
+    return asyncio.run(ask())
+
+
 class _Scripted(BaseHTTPRequestHandler):
     answers: ClassVar[list[tuple[int, dict[str, str], bytes]]] = []
     seen: ClassVar[int] = 0
+    before: ClassVar[Callable[[], object] | None] = None
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         place = _Scripted.seen
         _Scripted.seen += 1
+        if _Scripted.before is not None:
+            _Scripted.before()
         status, headers, body = self.answers[min(place, len(self.answers) - 1)]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -368,15 +524,25 @@ class _Scripted(BaseHTTPRequestHandler):
 
 
 class _answering:  # noqa: N801 (used like a function)
-    """A server that gives these answers, one a request."""
+    """A server that gives these answers, one a request, and does `before` before each; with `context`, by https."""
 
-    def __init__(self, answers: list[tuple[int, dict[str, str], bytes]]) -> None:
-        _Scripted.answers, _Scripted.seen = answers, 0
+    def __init__(
+        self, answers: list[tuple[int, dict[str, str], bytes]], before: Callable[[], object] | None = None,
+        context: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
+        _Scripted.answers, _Scripted.seen, _Scripted.before = answers, 0, before
+        self._scheme = "https" if context else "http"
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Scripted)
+        # What a client does that leaves in the middle of a handshake is no concern of these tests.
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        if context is not None:
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
 
     def __enter__(self) -> str:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
