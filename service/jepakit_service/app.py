@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jepakit.bundle import GRAPH
 from jepakit.errors import ConfigError
-from jepakit_service import logs, tracing
-from jepakit_service.keys import KeyFile
+from jepakit_service import keys, logs, tracing
 from jepakit_service.models import find_bundles
 from jepakit_service.settings import ServeSettings, is_loopback
 
@@ -24,7 +23,7 @@ def run(settings: ServeSettings) -> None:
     for bundle in bundles:
         bundle.read(GRAPH)
     if settings.api_key_file is not None:
-        KeyFile(Path(settings.api_key_file))
+        keys.check(Path(settings.api_key_file))
     tracing.wanted()
     _check_port_is_free(settings)
     logs.configure(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -106,9 +107,11 @@ class ServeSettings(BaseSettings):
                 f"host {self.host} is reachable from other machines, which needs --api-key-file FILE "
                 "(make a key with `jepakit serve --new-key NAME`)"
             )
-        if self.api_key_file is not None and not Path(self.api_key_file).is_file():
+        # Unlike Path.is_file, this raises nothing where a folder may not be entered.
+        if self.api_key_file is not None and not os.path.isfile(self.api_key_file):  # noqa: PTH113
             raise ValueError(
-                f"the API key file {self.api_key_file} does not exist: make one with `jepakit serve --new-key NAME`"
+                f"the API key file {self.api_key_file} does not exist, or this user may not enter its folder: "
+                "make one with `jepakit serve --new-key NAME`"
             )
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas = {self.max_replicas} is less than replicas = {self.replicas}")

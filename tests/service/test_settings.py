@@ -9,6 +9,8 @@ import yaml
 
 from jepakit._frontdoor import serve
 from jepakit.errors import ConfigError
+from jepakit_service import keys
+from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.settings import ServeSettings, as_yaml, load
 
 
@@ -70,3 +72,88 @@ def test_every_setting_says_what_it_is_or_is_plain() -> None:
     for name, field in ServeSettings.model_fields.items():
         assert field.description or name in plain | {"log_format"}, name
     assert as_yaml(ServeSettings(bundles=("a",)))
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return tmp_path / "keys"
+
+
+def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    caplog.clear()
+    return found
+
+
+def test_a_key_that_is_no_longer_in_its_file_opens_nothing(key_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alice, line_of_alice = new_key("alice")
+    bob, line_of_bob = new_key("bob")
+    key_file.write_text(f"{line_of_alice}\n")
+    known = KeyFile(key_file)
+
+    def names() -> list[str | None]:
+        return [known.name_of(key) for key in (alice, bob)]
+
+    assert names() == ["alice", None]
+    key_file.write_text(f"# people\n\n{line_of_bob}\nalice {line_of_alice}\n\xe9\n", encoding="latin-1")
+    assert names() == [None, "bob"]
+    (error,) = errors_of(caplog)  # once, whatever the number of requests
+    assert "(4, 5)" in error
+    assert line_of_alice not in error
+    key_file.write_text("")
+    assert names() == [None, None]
+    assert "holds no key" in errors_of(caplog)[0]
+    key_file.write_text(f"{line_of_alice}\n{line_of_bob}\n")
+    assert names() == ["alice", "bob"]
+    key_file.unlink()
+    assert names() == [None, None]
+    (error,) = errors_of(caplog)
+    assert "cannot be read (No such file" in error
+    key_file.write_text(f"{line_of_bob}\n")
+    assert names() == [None, "bob"]
+
+
+def test_a_key_file_that_cannot_be_read_for_a_moment_is_tried_again(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, line = new_key("alice")
+    key_file.write_text(line)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", denied)
+        known = KeyFile(key_file)
+        assert known.name_of(key) is None
+    assert known.name_of(key) == "alice"
+
+
+def denied(*_: object, **__: object) -> str:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_key_file_with_a_fault_is_told_at_start(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, words in ((b"", "holds no key"), (b"\xff\xfea\0", r"\(1\)"), (b"alice:0\n" * 12, r"9, 10, …\)")):
+        key_file.write_bytes(text)
+        with pytest.raises(ConfigError, match=words):
+            keys.check(key_file)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
+        keys.check(key_file)
+
+
+def test_a_folder_of_keys_that_may_not_be_entered_is_told(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.stat", denied)
+    with pytest.raises(ConfigError, match=r"keys does not exist, or this user may not enter its folder"):
+        load({"bundles": ("a",), "api_key_file": str(key_file)})
+
+
+def test_a_new_key_is_a_line_of_its_own(key_file: Path, tmp_path: Path) -> None:
+    made = [new_key(name) for name in ("alice", "bob", "carol")]
+    key_file.write_text(made[0][1])  # as an editor leaves it that ends no line
+    for _, line in made[1:]:
+        keys.append(line, key_file)
+    known = KeyFile(key_file)
+    assert [known.name_of(key) for key, _ in made] == ["alice", "bob", "carol"]
+    keys.append(made[0][1], tmp_path / "new")
+    assert (tmp_path / "new").read_text() == f"{made[0][1]}\n"
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match=r"none/keys cannot be written"):
+        keys.append(made[0][1], tmp_path / "none" / "keys")
