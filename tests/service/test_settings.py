@@ -67,6 +67,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         load({}, tmp_path / "none.yaml")
 
 
+def test_a_serve_config_without_keys_is_for_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's `http_options` are not the application's to see: whoever leaves keys out must say where it listens."""
+    from jepakit_service import ray_app
+
+    monkeypatch.setattr(ray_app, "_application", lambda settings, _: settings)
+    with pytest.raises(ConfigError, match="api-key-file"):
+        ray_app.build({"bundles": ["a"]})
+    assert ray_app.build({"bundles": ["a"], "host": "127.0.0.1"}).api_key_file is None
+
+
 def test_every_setting_says_what_it_is_or_is_plain() -> None:
     plain = {"host", "port", "provider", "replicas", "max_body_mb"}
     for name, field in ServeSettings.model_fields.items():
