@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ import yaml
 
 from jepakit._frontdoor import serve
 from jepakit.errors import ConfigError
-from jepakit_service import keys
+from jepakit_service import app, keys
+from jepakit_service.app import announce_when_ready, check_port_is_free, own_url
 from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.settings import ServeSettings, as_yaml, load
 
@@ -53,6 +57,11 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capsys: pytest.Captur
         ("port: 1\n", "name a bundle"),
         ("bundles: [a]\nhost: 0.0.0.0\n", "--api-key-file"),
         ("bundles: [a]\nreplicas: 3\nmax_replicas: 2\n", "less than replicas"),
+        ("bundles: [a]\n1: a\n", "unknown setting '1'"),
+        ("bundles: [a]\n? [b]\n: c\n", "is not YAML"),
+        ("port: 1\nbundles: [a]\nport: 2\n", "sets 'port' 2 times"),
+        ("bundles: [a]\ndrain_s: .inf\n", "drain_s = inf: input should be a finite number"),
+        ("bundles: [a]\nrequest_timeout_s: .nan\n", "request_timeout_s = nan"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -60,6 +69,71 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load({}, file)
+
+
+@pytest.mark.parametrize("name", ["JEPAKIT_SERVE_REPLICA", "jepakit_serve_replica"])
+def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match=f"{name}: unknown setting 'replica'; did you mean replicas"):
+        load({"bundles": ("a",)})
+    monkeypatch.setenv(name, "")
+    assert load({"bundles": ("a",)})
+
+
+def test_what_kubernetes_tells_of_its_services_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR", "SERVICE_PORT_HTTP"):
+        monkeypatch.setenv(f"JEPAKIT_SERVE_SVC_{name}", "x")
+    monkeypatch.setenv("JEPAKIT_SERVE_SERVICE_HOST", "x")
+    assert load({"bundles": ("a",)})
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_the_service_is_asked_where_it_listens(host: str, url: str) -> None:
+    assert own_url(ServeSettings(bundles=("a",), host=host, api_key_file=__file__)) == url
+
+
+def test_readiness_is_asked_for_past_any_proxy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(app, "_START_TIMEOUT_S", 5.0)
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        settings = ServeSettings(bundles=("a",), port=server.server_port)
+        assert announce_when_ready(settings, threading.Event())
+        server.shutdown()
+    assert f"ready: http://127.0.0.1:{settings.port}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("203.0.113.1", "this machine has no such address"), ("a..b", "it is no address, nor a name")],
+)
+def test_where_it_cannot_listen_is_told_with_the_reason(host: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen on .*{words}"):
+        check_port_is_free(ServeSettings(bundles=("a",), host=host, api_key_file=__file__))
+
+
+def test_a_port_in_use_is_told_as_such() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="another program has it"):
+        check_port_is_free(ServeSettings(bundles=("a",), port=taken.getsockname()[1]))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
