@@ -6,11 +6,14 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import os
+import re
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +24,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from jepakit_service import oip, wire
+from jepakit_service import logs, oip, single, wire
+from jepakit_service.api import build_app
 from jepakit_service.dialects import read_openai
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError, Ask
@@ -399,6 +404,45 @@ def test_a_websocket_is_refused(service: str) -> None:
     key = ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
     answer = talk(service, ("\r\n".join([*lines, *key]) + "\r\n\r\n").encode())
     assert answer.startswith(b"HTTP/1.1 403")
+
+
+@contextlib.contextmanager
+def alone(bundle: Path) -> Iterator[str]:
+    """The URL of a service as `--no-ray` runs it, with its log as JSON."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    options = ServeSettings(bundles=(str(bundle),), port=port, log_format="json")
+    logs.configure(options)
+    server = uvicorn.Server(single.config(build_app(options), options))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        logs.silence()
+
+
+def test_strangers_write_nothing_into_the_log_and_uvicorn_writes_json(
+    bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    upgrade = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with alone(bundle) as url:
+        assert talk(url, b"rubbish\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert talk(url, upgrade).startswith(b"HTTP/1.1 404")
+        text = httpx.get(f"{url}/metrics").text
+        try:
+            raise ValueError("what was sent")
+        except ValueError:
+            logging.getLogger("uvicorn.error").exception("Exception in ASGI application\n")
+    assert re.search(r'jepakit_requests_total\{[^}]*route="other",status="404"\} 1.0', text)
+    request, failure = map(json.loads, capfd.readouterr().err.splitlines())
+    assert request["status"] == 404
+    assert (failure["level"], failure["exception"]) == ("error", "ValueError")
+    assert "what was sent" not in str(failure)
 
 
 def test_length_and_chunks_together_smuggle_nothing(victim: Victim) -> None:
