@@ -200,14 +200,14 @@ def _stopping() -> ApiError:
 
 
 async def _discard(receive: Receive) -> bool:
-    """Let a body pass by, so that a client in the midst of sending gets to read why; False when it takes too long."""
+    """Let a body pass by, so that a client in the midst of sending gets to read why; False when there is no time."""
     try:
         async with asyncio.timeout(_PATIENCE_S):
             while True:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     return bool(message["type"] == "http.request")
-    except TimeoutError:
+    except (TimeoutError, asyncio.CancelledError):  # the latter from a server that ends: the answer goes out at once
         return False
 
 

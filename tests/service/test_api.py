@@ -270,10 +270,9 @@ def test_draining_refuses_new_requests_and_readiness_says_so(bundle: Path) -> No
         assert http.get("/healthz").status_code == 200
 
 
-def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(
-    bundle: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As uvicorn does it: a request that outlasts `drain_s` is cancelled."""
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(bundle: Path, draining: bool) -> None:
+    """As uvicorn does it: a request that outlasts `drain_s` is cancelled. It came before the drain, or after."""
     gate = build_app(ServeSettings(bundles=(str(bundle),), port=1))
     sent: list[dict[str, Any]] = []
 
@@ -286,6 +285,7 @@ def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(
 
     async def stop_in_the_middle() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [(b"content-length", b"9")]}
+        gate.replica.draining = draining
         request = asyncio.create_task(gate(scope, never, send))
         await asyncio.sleep(0)
         assert gate.in_flight == 1
