@@ -95,6 +95,13 @@ def test_limits_of_the_container_and_the_proxy_fit_the_services_own(compose: Any
     proxy = (ROOT / "docker" / "proxy" / "nginx.conf").read_text()
     for directive in ("client_max_body_size", "client_body_buffer_size"):
         assert f"{directive} {default('max_body_mb')}m;" in proxy
+    uncounted = [
+        block for block in re.findall(r"location [^{]*\{[^}]*proxy_pass[^}]*\}", proxy) if "limit_conn" not in block
+    ]
+    assert uncounted
+    for block in uncounted:
+        assert "client_max_body_size 1k;" in block
+        assert "client_body_buffer_size 1k;" in block
     read = re.search(r"proxy_read_timeout (\d+)s;", proxy)
     assert read is not None
     assert int(read[1]) > default("request_timeout_s")

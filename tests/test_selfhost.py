@@ -298,6 +298,14 @@ def test_a_body_above_the_limit_is_refused_by_its_declared_length(proxy: Proxy, 
     assert echo.seen == []
 
 
+def test_a_body_where_requests_are_not_counted_is_refused_unread(proxy: Proxy, echo: Echo) -> None:
+    for path in (b"/healthz", b"/readyz"):
+        with proxy.raw() as connection:
+            connection.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 67108864\r\n\r\na")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+    assert echo.seen == []
+
+
 @pytest.mark.parametrize("megabytes", [8, 64])
 def test_a_body_stays_in_memory(proxy: Proxy, echo: Echo, megabytes: int) -> None:
     files: list[str] = []

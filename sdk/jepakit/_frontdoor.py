@@ -163,16 +163,13 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
 def new_api_key(name: str, key_file: str | None) -> None:
     """Make an API key; print it once, and its line for the key file (appended to `key_file` where given)."""
     require("serve")
-    from jepakit_service.keys import new_key
+    from jepakit_service.keys import append, new_key
 
     key, line = new_key(name)
+    if key_file is not None:
+        append(line, Path(key_file))
     print(f"key for clients (shown once): {key}")
-    if key_file is None:
-        print(f"line for the key file:        {line}")
-        return
-    with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
-    print(f"added to {key_file}")
+    print(f"line for the key file:        {line}" if key_file is None else f"added to {key_file}")
 
 
 def require(extra: str) -> None:

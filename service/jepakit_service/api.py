@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial as with_first
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -74,6 +74,7 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
 
 
+_Asked = TypeVar("_Asked", Ask, oip.Inference)
 _Handler = Callable[[Call], Coroutine[Any, Any, Reply]]
 
 
@@ -145,7 +146,7 @@ class _Posts:
         assert match is not None
         asked = match[1] if match[2] is None else f"{match[1]}@{match[2]}"
         length = call.header(oip.JSON_LENGTH) or None
-        inference = oip.read(call.body, length, asked, self._max_images)
+        inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
         computed = await self._compute(inference.ask, call, all_or_nothing=True)
         written = oip.write(inference, computed)
         if written.json_length is None:
@@ -167,7 +168,7 @@ class _Posts:
         return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
 
 
-async def _read(call: Call, read: Callable[[bytes, int], Ask], max_images: int) -> Ask:
+async def _read(call: Call, read: Callable[[bytes, int], _Asked], max_images: int) -> _Asked:
     """Parse a body; a long one on a thread, since everybody else waits for the event loop."""
     if len(call.body) < _LONG_BODY:
         return read(call.body, max_images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 import threading
@@ -10,12 +11,16 @@ from pathlib import Path
 
 from jepakit.bundle import GRAPH
 from jepakit.errors import ConfigError
-from jepakit_service import logs, tracing
-from jepakit_service.keys import KeyFile
+from jepakit_service import keys, logs, tracing
 from jepakit_service.models import find_bundles
-from jepakit_service.settings import ServeSettings, is_loopback
+from jepakit_service.settings import ServeSettings
 
 _START_TIMEOUT_S = 300.0
+_WHY_NOT = {
+    errno.EADDRINUSE: "another program has it; choose another --port",
+    errno.EADDRNOTAVAIL: "this machine has no such address; --host 0.0.0.0 means all of its own",
+    errno.EACCES: "it takes a privilege; choose a --port of 1024 or more",
+}
 
 
 def run(settings: ServeSettings) -> None:
@@ -24,9 +29,9 @@ def run(settings: ServeSettings) -> None:
     for bundle in bundles:
         bundle.read(GRAPH)
     if settings.api_key_file is not None:
-        KeyFile(Path(settings.api_key_file))
+        keys.check(Path(settings.api_key_file))
     tracing.wanted()
-    _check_port_is_free(settings)
+    check_port_is_free(settings)
     logs.configure(settings)
     for bundle in bundles:
         print(f"{bundle.manifest.name}  model_id {bundle.manifest.model_id}  digest {bundle.digest}", flush=True)
@@ -46,12 +51,11 @@ def announce_when_ready(settings: ServeSettings, stopping: threading.Event) -> b
     """Wait for our own readiness, which is true only after the golden check, then say where the service is."""
     import httpx
 
-    host = settings.host if is_loopback(settings.host) else "127.0.0.1"
-    url = f"http://{host}:{settings.port}"
+    url = own_url(settings)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and not stopping.is_set():
         try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
                 print(f"ready: {url}", flush=True)
                 return True
         except httpx.TransportError:
@@ -62,13 +66,23 @@ def announce_when_ready(settings: ServeSettings, stopping: threading.Event) -> b
     return False
 
 
-def _check_port_is_free(settings: ServeSettings) -> None:
+def own_url(settings: ServeSettings) -> str:
+    """Where this machine itself reaches the service."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def check_port_is_free(settings: ServeSettings) -> None:
+    """Raise ConfigError, which says why, where the service could not listen."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}): another program has it; choose another --port"
-            ) from None
+    except (socket.gaierror, UnicodeError):
+        raise ConfigError(
+            f"cannot listen on {settings.host!r}: it is no address, nor a name that this machine knows"
+        ) from None
+    except OSError as error:
+        why = _WHY_NOT.get(error.errno or 0, error.strerror)
+        raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {why}") from None

@@ -54,6 +54,8 @@ class Gate:
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             await self._record(scope, receive, send)
+        else:
+            await send({"type": "websocket.close"})
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count, time, log and trace one request; `_answer` does the work."""
@@ -101,10 +103,8 @@ class Gate:
             if not is_open:
                 state["key"] = self._check_key(headers)
                 if self.replica.draining:
-                    raise ApiError(
-                        503, "draining", "the service is stopping: try again shortly", headers={"Retry-After": "1"}
-                    )
-            held = self._reserve(headers)
+                    raise _stopping()
+            held = self._reserve(headers, is_open=is_open)
             body = await self._read_body(receive)
             state["bytes"] = len(body)
             await self._app(scope, _replay(body, receive), send)
@@ -113,6 +113,11 @@ class Gate:
             # While its body is unread, a connection cannot be used again.
             read = "bytes" in state or (error.status in _COME_BACK and await _discard(receive))
             await send_error(send, error, scope, close=not read)
+        except asyncio.CancelledError:  # by the server, once it has waited for `drain_s`
+            if not self.replica.draining:
+                raise
+            state["code"] = "draining"
+            await send_error(send, _stopping(), scope, close=True)
         except Exception as error:  # answered 500 by the application; its text may hold what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
         finally:
@@ -142,12 +147,17 @@ class Gate:
             raise ApiError(401, "invalid_api_key", "this API key is not known here", headers=challenge)
         return name
 
-    def _reserve(self, headers: Headers) -> int:
-        """Take room for a body before it is read: as much as it declares, or the most there may be."""
+    def _reserve(self, headers: Headers, *, is_open: bool) -> int:
+        """Take room for a body before it is read: as much as it declares, or the most there may be.
+
+        Whoever has no key gets none: an open path takes no body.
+        """
         most = self._settings.max_body_mb << 20
         declared = headers.get("content-length", "")
         chunked = "transfer-encoding" in headers
         size = int(declared) if declared.isdigit() else most if chunked else 0
+        if size and is_open:
+            raise ApiError(413, "body_too_large", "no body is read here: send GET without one")
         if size > most:
             raise self._too_large()
         if self._held and self._held + size > self._settings.max_bodies_mb << 20:
@@ -185,15 +195,19 @@ class Gate:
         )  # fmt: skip
 
 
+def _stopping() -> ApiError:
+    return ApiError(503, "draining", "the service is stopping: try again shortly", headers={"Retry-After": "1"})
+
+
 async def _discard(receive: Receive) -> bool:
-    """Let a body pass by, so that a client in the midst of sending gets to read why; False when it takes too long."""
+    """Let a body pass by, so that a client in the midst of sending gets to read why; False when there is no time."""
     try:
         async with asyncio.timeout(_PATIENCE_S):
             while True:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     return bool(message["type"] == "http.request")
-    except TimeoutError:
+    except (TimeoutError, asyncio.CancelledError):  # the latter from a server that ends: the answer goes out at once
         return False
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
+import os
 import re
 import secrets
 from pathlib import Path
+from typing import NamedTuple
 
 from jepakit.errors import ConfigError
 
+_log = logging.getLogger("jepakit.service")
+_MAKE = "make lines with `jepakit serve --new-key NAME`"
+_NUMBERS_TOLD = 10
 _LINE = re.compile(r"^([A-Za-z0-9._-]+):([0-9a-f]{64})$")
 
 
@@ -22,44 +28,95 @@ def new_key(name: str) -> tuple[str, str]:
     return key, line
 
 
+def append(line: str, path: Path) -> None:
+    """Add a line to the key file, which is made where there is none. Raises ConfigError where it cannot be written."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
+            written = file.read()
+            between = "" if not written or written.endswith(b"\n") else "\n"
+            file.write(f"{between}{line}\n".encode())
+    except OSError as error:
+        raise ConfigError(
+            f"the API key file {path} cannot be written ({error.strerror}): name a file in a folder that is there and yours"
+        ) from None
+
+
+def check(path: Path) -> None:
+    """Raise ConfigError for a key file that cannot be read, holds no key, or has a line that is none."""
+    try:
+        fault = _read(path).fault
+    except OSError as error:
+        fault = _unreadable(path, error)
+    if fault:
+        raise ConfigError(fault)
+
+
 class KeyFile:
-    """The keys of one file. Raises ConfigError for a file that is not one."""
+    """The keys of one file, reread when it changes. What is not in it, or can no longer be read, opens nothing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp, self._keys = self._read()
+        self._state: object = None
+        self._keys: list[_Key] = []
+        self._reread_if_changed()
 
     def name_of(self, key: str) -> str | None:
         """The name of a key of the file, None for any other; in a time that does not depend on which or how nearly."""
         self._reread_if_changed()
         digest = hashlib.sha256(key.encode()).hexdigest()
         # Every line is compared, so that time tells nothing.
-        names = [name for name, known in self._keys if hmac.compare_digest(digest, known)]
+        names = [known.name for known in self._keys if hmac.compare_digest(digest, known.digest)]
         return names[0] if names else None
 
     def _reread_if_changed(self) -> None:
+        """Log what is wrong with the file, once for each change; a file that cannot be read is tried again each time."""
+        state: object
         try:
-            if self._now() != self._stamp:
-                self._stamp, self._keys = self._read()
-        except (OSError, ConfigError):
-            return  # a file half-written or gone: the keys last read stay in force
+            state = _stamp(self._path)
+            if state == self._state:
+                return
+            self._keys, fault = _read(self._path)
+        except OSError as error:
+            self._keys, fault = [], _unreadable(self._path, error)
+            state = fault
+        if fault and state != self._state:
+            _log.error("%s", fault)
+        self._state = state
 
-    def _now(self) -> tuple[int, int]:
-        status = self._path.stat()
-        return status.st_mtime_ns, status.st_size
 
-    def _read(self) -> tuple[tuple[int, int], list[tuple[str, str]]]:
-        stamp = self._now()
-        keys = []
-        for number, line in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            match = _LINE.match(line.strip())
-            if match is None:
-                raise ConfigError(
-                    f"{self._path} line {number} is not `name:sha256`: make lines with `jepakit serve --new-key NAME`"
-                )
-            keys.append((match[1], match[2]))
-        if not keys:
-            raise ConfigError(f"{self._path} holds no key: add a line made with `jepakit serve --new-key NAME`")
-        return stamp, keys
+class _Key(NamedTuple):
+    name: str
+    digest: str
+
+
+class _Found(NamedTuple):
+    """The keys of a file's good lines, and what is wrong with it."""
+
+    keys: list[_Key]
+    fault: str | None
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes with the file's bytes, and with who may read them."""
+    status = path.stat()
+    return status.st_ino, status.st_ctime_ns, status.st_size
+
+
+def _read(path: Path) -> _Found:
+    keys, bad = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        if match := _LINE.match(text):
+            keys.append(_Key(match[1], match[2]))
+        else:
+            bad.append(str(number))
+    if bad:
+        numbers = ", ".join(bad[:_NUMBERS_TOLD]) + ", …" * (len(bad) > _NUMBERS_TOLD)
+        return _Found(keys, f"the API key file {path} has lines that are not `name:sha256` ({numbers}): {_MAKE}")
+    return _Found(keys, None if keys else f"the API key file {path} holds no key: {_MAKE}")
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"the API key file {path} cannot be read ({error.strerror}): no key counts until this user can read it"

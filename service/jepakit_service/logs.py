@@ -19,6 +19,7 @@ from typing import Literal
 from jepakit_service.settings import ServeSettings
 
 LOGGER = "jepakit"
+_LOGGERS = (LOGGER, "uvicorn")
 _LONGEST_LINE = 1 << 16
 
 
@@ -26,21 +27,21 @@ def configure(settings: ServeSettings, send_to: str | None = None) -> None:
     """Log to standard error, or to the driver's socket `send_to`."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr) if send_to is None else _ToDriver(send_to)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())
-    logger = logging.getLogger(LOGGER)
     silence()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    for logger in map(logging.getLogger, _LOGGERS):
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     # It warns of every damaged form, which any client can send as often as it likes.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def silence() -> None:
     """Log nowhere any more."""
-    logger = logging.getLogger(LOGGER)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    for logger in map(logging.getLogger, _LOGGERS):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
 
 
 class _Text(logging.Formatter):
@@ -60,8 +61,10 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """What was logged beside the message; of an exception its kind alone, since its text may hold what was sent."""
     fields: dict[str, object] = getattr(record, "fields", {})
-    return fields
+    kind = record.exc_info[0] if record.exc_info else None
+    return fields if kind is None else {**fields, "exception": kind.__name__}
 
 
 class _ToDriver(logging.handlers.DatagramHandler):

@@ -29,7 +29,11 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.requests = Counter("jepakit_requests", "Answered requests", ("route", "status"), registry=self.registry)
         self.request_seconds = Histogram(
-            "jepakit_request_seconds", "Body complete to answer", ("route",), buckets=_SECONDS, registry=self.registry
+            "jepakit_request_seconds",
+            "Headers to answer, the body's arrival included",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.refused = Counter("jepakit_refused", "Refused requests, by reason", ("reason",), registry=self.registry)
         self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
@@ -42,7 +46,7 @@ class Metrics:
             "jepakit_batch_size", "Images in one inference", ("model",), buckets=_SIZES, registry=self.registry
         )
         self.stage_seconds = Histogram(
-            "jepakit_stage_seconds", "Decoding of an image, its wait until its batch runs, one inference",
+            "jepakit_stage_seconds", "Decoding of an image; from its arrival until its batch runs, decoding included; one inference",
             ("model", "stage"), buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.model_info = Gauge(

@@ -87,9 +87,10 @@ def run(settings: ServeSettings) -> None:
 def build(args: dict[str, Any]) -> Any:
     """The application for a Serve config file: `import_path: jepakit_service.ray_app:build`.
 
-    args  fields of `ServeSettings`; `host` and `port` are the config file's own `http_options`. Raises ConfigError.
+    args  fields of `ServeSettings`. Where the cluster listens is its own `http_options`, unknown here: keys are needed
+          unless `host` in `args` says that it is loopback. Raises ConfigError.
     """
-    return _application(parse(ServeSettings, {"host": "127.0.0.1", **args}), None)
+    return _application(parse(ServeSettings, {"host": "0.0.0.0", **args}), None)
 
 
 def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:

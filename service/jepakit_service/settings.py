@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,20 +20,23 @@ from pydantic_settings import (
 )
 
 from jepakit._cpus import usable_cpus
-from jepakit._messages import parse
+from jepakit._messages import did_you_mean, parse
 from jepakit.errors import ConfigError
 from jepakit.readers import DEFAULT_LIMITS
 from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_PREFIX = "JEPAKIT_SERVE_"
+# What Kubernetes tells of a service whose name begins like our variables, such as KubeRay's `jepakit-serve-svc`.
+_OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port(_\d+_.*)?$")
 
 
 class ServeSettings(BaseSettings):
     """Settings of `jepakit serve`. Only `bundles` is needed."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, env_prefix="JEPAKIT_SERVE_", env_ignore_empty=True
+        extra="forbid", frozen=True, use_attribute_docstrings=True, env_prefix=_PREFIX, env_ignore_empty=True
     )
 
     bundles: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)]
@@ -57,7 +62,7 @@ class ServeSettings(BaseSettings):
     """With a number, Ray scales between `replicas` and it."""
     target_ongoing_requests: Positive = 16
     """Requests a replica that scaling aims at."""
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
     """GPUs of each replica, for Ray's placement; 0.49 leaves room for a second one on the same GPU."""
     threads: Positive = Field(default_factory=usable_cpus)
     """Threads of decoding and inference in each replica."""
@@ -78,7 +83,7 @@ class ServeSettings(BaseSettings):
     """Seconds for a request's body to arrive."""
     request_timeout_s: Seconds = 60.0
     """Seconds from a complete body to the answer."""
-    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     """Seconds that requests in flight are given to finish when the service is told to stop."""
     watch_s: Seconds = 1.0
     """Seconds between two looks for new bundles."""
@@ -106,9 +111,11 @@ class ServeSettings(BaseSettings):
                 f"host {self.host} is reachable from other machines, which needs --api-key-file FILE "
                 "(make a key with `jepakit serve --new-key NAME`)"
             )
-        if self.api_key_file is not None and not Path(self.api_key_file).is_file():
+        # Unlike Path.is_file, this raises nothing where a folder may not be entered.
+        if self.api_key_file is not None and not os.path.isfile(self.api_key_file):  # noqa: PTH113
             raise ValueError(
-                f"the API key file {self.api_key_file} does not exist: make one with `jepakit serve --new-key NAME`"
+                f"the API key file {self.api_key_file} does not exist, or this user may not enter its folder: "
+                "make one with `jepakit serve --new-key NAME`"
             )
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas = {self.max_replicas} is less than replicas = {self.replicas}")
@@ -118,10 +125,20 @@ class ServeSettings(BaseSettings):
 def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
     """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong."""
     values = {} if file is None else _read_yaml(file)
+    _check_variables()
     merged = {**values, **EnvSettingsSource(ServeSettings)(), **given}
     if not merged.get("bundles"):
         raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
     return parse(ServeSettings, merged)
+
+
+def _check_variables() -> None:
+    """Refuse a variable that sets nothing, which would be passed over without a word."""
+    for variable, value in os.environ.items():
+        prefix, name = variable[: len(_PREFIX)].upper(), variable[len(_PREFIX) :].lower()
+        if not value or prefix != _PREFIX or name in ServeSettings.model_fields or _OF_KUBERNETES.search(f"_{name}"):
+            continue
+        raise ConfigError(f"{variable}: unknown setting {name!r}{did_you_mean(name, ServeSettings.model_fields)}")
 
 
 def as_yaml(settings: ServeSettings) -> str:
@@ -136,7 +153,8 @@ def as_yaml(settings: ServeSettings) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -145,7 +163,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} holds no settings: write lines `name: value`, as `jepakit serve --print-config` prints"
         )
-    return values
+    names = [name.value for name, _ in root.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{file} sets {name!r} {names.count(name)} times: keep one line")
+    return {str(name): value for name, value in values.items()}
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ import uvicorn
 
 from jepakit_service.api import build_app
 from jepakit_service.app import announce_when_ready
+from jepakit_service.gate import Gate
 from jepakit_service.listeners import print_listeners
 from jepakit_service.settings import ServeSettings
 
@@ -21,15 +22,18 @@ class _Server(uvicorn.Server):
         return contextlib.nullcontext()
 
 
+def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves. Its lines go where `logs` has them go; its warnings, which any stranger can cause, nowhere."""
+    return uvicorn.Config(
+        gate, host=settings.host, port=settings.port, ws="none", log_config=None, log_level="error", access_log=False,
+        lifespan="on", timeout_graceful_shutdown=int(settings.drain_s), server_header=False, proxy_headers=False,
+    )  # fmt: skip
+
+
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight."""
     gate = build_app(settings)
-    server = _Server(
-        uvicorn.Config(
-            gate, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
-            timeout_graceful_shutdown=int(settings.drain_s), server_header=False, proxy_headers=False,
-        )
-    )  # fmt: skip
+    server = _Server(config(gate, settings))
     stopping = threading.Event()
 
     def stop(*_: object) -> None:

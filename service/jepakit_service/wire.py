@@ -177,6 +177,7 @@ def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
     """Parts with a file name are images; the field `model` names the model. Parsed in memory: no disk is touched."""
     parts: list[tuple[dict[bytes, bytes], bytearray]] = []
     header: list[bytearray] = [bytearray(), bytearray()]
+    ended: list[bool] = []
 
     def begin() -> None:
         if len(parts) == max_images + _FIELDS_BESIDE_FILES:
@@ -196,11 +197,13 @@ def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
             "on_header_field": lambda data, start, end: header[0].extend(data[start:end]),
             "on_header_value": lambda data, start, end: header[1].extend(data[start:end]),
             "on_header_end": end_header,
+            "on_end": lambda: ended.append(True),
         })  # fmt: skip
         parser.write(body)
-        parser.finalize()
     except FormParserError:
         raise ApiError(400, "invalid_multipart", "the multipart body is damaged or its boundary is missing") from None
+    if not ended:
+        raise ApiError(400, "invalid_multipart", "the multipart body ends before its last boundary: send all of it")
     images: list[Encoded] = []
     model = None
     for headers, data in parts:
@@ -285,13 +288,28 @@ class Raw(NamedTuple):
 
 def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Raw | None:
     """The answer as raw little-endian float32 [N, D] or `.npy`, where `Accept` asks for one of them."""
-    if "application/octet-stream" in accept:
-        return Raw(write_tensor(vectors), "application/octet-stream")
-    if "application/x-npy" in accept:
+    wanted = _most_wanted(accept)
+    if wanted == "application/octet-stream":
+        return Raw(write_tensor(vectors), wanted)
+    if wanted == "application/x-npy":
         buffer = io.BytesIO()
         np.save(buffer, np.stack(vectors).astype("<f4", copy=False), allow_pickle=False)
-        return Raw(buffer.getvalue(), "application/x-npy")
+        return Raw(buffer.getvalue(), wanted)
     return None
+
+
+def _most_wanted(accept: str) -> str:
+    """The media type of the highest `q` in `Accept`, the first of equals; empty where none is above zero."""
+    wanted, most = "", 0.0
+    for entry in accept.split(","):
+        media, options = media_type(entry)
+        try:
+            quality = float(options.get(b"q", b"1"))
+        except ValueError:
+            continue
+        if quality > most:
+            wanted, most = media, quality
+    return wanted
 
 
 def write_tensor(vectors: Sequence[NDArray[np.float32]]) -> bytes:

@@ -24,6 +24,7 @@ import pytest
 import jepakit
 from jepakit.errors import ConfigError
 from jepakit_service import wire
+from jepakit_service.api import build_app
 from jepakit_service.keys import new_key
 from jepakit_service.settings import ServeSettings
 
@@ -198,6 +199,22 @@ def test_one_bad_image_is_named_by_its_index_and_partial_keeps_the_others(http: 
     assert answer.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize(
+    ("accept", "due"),
+    [
+        ("application/x-npy;q=0", "application/json"),
+        ("application/json, application/x-npy;q=0.5", "application/json"),
+        ("application/json;q=0.5, application/x-npy", "application/x-npy"),
+        ("application/octet-stream;q=0.1, APPLICATION/x-npy; Q=0.9", "application/x-npy"),
+        ("*/*, application/x-npy;q=x", "application/json"),
+        ("application/octet-stream, application/x-npy", "application/octet-stream"),
+    ],
+)
+def test_the_answer_is_of_the_kind_that_is_wanted_most(http: httpx.Client, accept: str, due: str) -> None:
+    headers = {"Content-Type": "image/png", "Accept": accept}
+    assert http.post("/v1/embeddings", content=picture(0), headers=headers).headers["content-type"] == due
+
+
 def test_unknown_routes_and_methods_answer_in_the_one_shape(http: httpx.Client) -> None:
     assert http.get("/v2/nothing").json()["error"]["code"] == "no_such_route"
     assert http.get("/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
@@ -251,6 +268,36 @@ def test_draining_refuses_new_requests_and_readiness_says_so(bundle: Path) -> No
         answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(bundle: Path, draining: bool) -> None:
+    """As uvicorn does it: a request that outlasts `drain_s` is cancelled. It came before the drain, or after."""
+    gate = build_app(ServeSettings(bundles=(str(bundle),), port=1))
+    sent: list[dict[str, Any]] = []
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def stop_in_the_middle() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [(b"content-length", b"9")]}
+        gate.replica.draining = draining
+        request = asyncio.create_task(gate(scope, never, send))
+        await asyncio.sleep(0)
+        assert gate.in_flight == 1
+        gate.drain()
+        request.cancel()
+        await request
+
+    asyncio.run(stop_in_the_middle())
+    assert sent[0]["status"] == 503
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
+    assert gate.in_flight == 0
 
 
 def test_overload_is_answered_429(bundle: Path) -> None:

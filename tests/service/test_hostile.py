@@ -6,11 +6,14 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import os
+import re
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +24,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from jepakit_service import oip, wire
+from jepakit_service import logs, oip, single, wire
+from jepakit_service.api import build_app
 from jepakit_service.dialects import read_openai
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError, Ask
@@ -266,7 +271,10 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], set[int]]] = {
     "100 000 parts": (FORM, lambda: form(*[FILE + b"x"] * 100_000), {413}),
     "100 000 fields": (FORM, lambda: form(*[b'Content-Disposition: form-data; name="a"\r\n\r\nx'] * 100_000), {413}),
     "parts without headers": (FORM, lambda: form(b"\r\nx"), {400}),
-    "no end": (FORM, lambda: b"--x\r\n" + FILE + picture(0), {200, 400}),
+    "no end": (FORM, lambda: b"--x\r\n" + FILE + picture(0), {400}),
+    "a third file cut off": (FORM, lambda: form(*[FILE + picture(0)] * 3)[: -len(picture(0)) // 2], {400}),
+    "the last boundary cut off": (FORM, lambda: form(FILE + picture(0))[:-3], {400}),
+    "the last line end cut off": (FORM, lambda: form(FILE + picture(0))[:-2], {200}),
     "no beginning": (FORM, lambda: FILE + picture(0), {400}),
     "zero bytes as a form": (FORM, lambda: b"\0" * 1000, {400}),
     "a path as a file's name": (FORM, lambda: form(FILE.replace(b'"a"', b'"../../etc/passwd"') + picture(0)), {200}),
@@ -368,6 +376,73 @@ def test_a_body_in_drops_times_out(victim: Victim) -> None:
     drops = [data[at : at + 1] for at in range(10)]
     answer = talk(victim.url, head(f"Content-Length: {len(data)}"), *drops, pause_s=0.4)
     assert answer.split(b" ")[1] == b"408"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/docs/swagger-ui.css", "/v2/health/ready"])
+@pytest.mark.parametrize("declared", ["Content-Length: 16000000", "Transfer-Encoding: chunked"])
+def test_no_body_is_read_where_no_key_is_asked_for(victim: Victim, path: str, declared: str) -> None:
+    lines = head(declared).replace(b"/v1/embeddings", path.encode())
+    answer = talk(victim.url, lines, b"a")
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in answer.lower()
+
+
+def test_strangers_take_no_room_from_those_with_a_key(bundle: Path) -> None:
+    settings = ServeSettings(bundles=(str(bundle),), port=1, max_body_mb=8, max_bodies_mb=8)
+    with running(settings) as url, contextlib.ExitStack() as held:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(4):
+            connection = held.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            connection.sendall(head(f"Content-Length: {8 * MEGABYTE}").replace(b"/v1/embeddings", b"/healthz") + b"a")
+            assert connection.recv(12) == b"HTTP/1.1 413"
+        answer = httpx.post(f"{url}/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
+        assert answer.status_code == 200
+
+
+def test_a_websocket_is_refused(service: str) -> None:
+    lines = ["GET /v1/embeddings HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket"]
+    key = ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
+    answer = talk(service, ("\r\n".join([*lines, *key]) + "\r\n\r\n").encode())
+    assert answer.startswith(b"HTTP/1.1 403")
+
+
+@contextlib.contextmanager
+def alone(bundle: Path) -> Iterator[str]:
+    """The URL of a service as `--no-ray` runs it, with its log as JSON."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    options = ServeSettings(bundles=(str(bundle),), port=port, log_format="json")
+    logs.configure(options)
+    server = uvicorn.Server(single.config(build_app(options), options))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        logs.silence()
+
+
+def test_strangers_write_nothing_into_the_log_and_uvicorn_writes_json(
+    bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    upgrade = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with alone(bundle) as url:
+        assert talk(url, b"rubbish\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert talk(url, upgrade).startswith(b"HTTP/1.1 404")
+        text = httpx.get(f"{url}/metrics").text
+        try:
+            raise ValueError("what was sent")
+        except ValueError:
+            logging.getLogger("uvicorn.error").exception("Exception in ASGI application\n")
+    assert re.search(r'jepakit_requests_total\{[^}]*route="other",status="404"\} 1.0', text)
+    request, failure = map(json.loads, capfd.readouterr().err.splitlines())
+    assert request["status"] == 404
+    assert (failure["level"], failure["exception"]) == ("error", "ValueError")
+    assert "what was sent" not in str(failure)
 
 
 def test_length_and_chunks_together_smuggle_nothing(victim: Victim) -> None:

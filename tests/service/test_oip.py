@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 import jepakit
+from jepakit_service import oip
 
 from .conftest import picture
 
@@ -242,3 +244,20 @@ def test_too_many_images_and_other_methods(http: httpx.Client) -> None:
     assert (answer.status_code, list(answer.json())) == (405, ["error"])
     assert list(http.get("/v2/models/other").json()) == ["error"]
     assert list(http.get("/v2/models/tiny/config").json()) == ["error"]
+
+
+def test_a_long_body_is_read_beside_the_event_loop(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    read = oip.read
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return read(*arguments)
+
+    monkeypatch.setattr(oip, "read", watched)
+    for side in (40, 41, 700):  # 5 kB twice, and 1.5 MB
+        pixels = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
+        given = triton.InferInput("images", list(pixels.shape), "UINT8")
+        given.set_data_from_numpy(pixels)
+        client.infer("tiny", [given])
+    assert [thread == threads[0] for thread in threads] == [True, True, False]

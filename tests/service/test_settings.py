@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,9 @@ import yaml
 
 from jepakit._frontdoor import serve
 from jepakit.errors import ConfigError
+from jepakit_service import app, keys
+from jepakit_service.app import announce_when_ready, check_port_is_free, own_url
+from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.settings import ServeSettings, as_yaml, load
 
 
@@ -51,6 +57,11 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capsys: pytest.Captur
         ("port: 1\n", "name a bundle"),
         ("bundles: [a]\nhost: 0.0.0.0\n", "--api-key-file"),
         ("bundles: [a]\nreplicas: 3\nmax_replicas: 2\n", "less than replicas"),
+        ("bundles: [a]\n1: a\n", "unknown setting '1'"),
+        ("bundles: [a]\n? [b]\n: c\n", "is not YAML"),
+        ("port: 1\nbundles: [a]\nport: 2\n", "sets 'port' 2 times"),
+        ("bundles: [a]\ndrain_s: .inf\n", "drain_s = inf: input should be a finite number"),
+        ("bundles: [a]\nrequest_timeout_s: .nan\n", "request_timeout_s = nan"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -60,9 +71,84 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
         load({}, file)
 
 
+@pytest.mark.parametrize("name", ["JEPAKIT_SERVE_REPLICA", "jepakit_serve_replica"])
+def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ConfigError, match=f"{name}: unknown setting 'replica'; did you mean replicas"):
+        load({"bundles": ("a",)})
+    monkeypatch.setenv(name, "")
+    assert load({"bundles": ("a",)})
+
+
+def test_what_kubernetes_tells_of_its_services_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR", "SERVICE_PORT_HTTP"):
+        monkeypatch.setenv(f"JEPAKIT_SERVE_SVC_{name}", "x")
+    monkeypatch.setenv("JEPAKIT_SERVE_SERVICE_HOST", "x")
+    assert load({"bundles": ("a",)})
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_the_service_is_asked_where_it_listens(host: str, url: str) -> None:
+    assert own_url(ServeSettings(bundles=("a",), host=host, api_key_file=__file__)) == url
+
+
+def test_readiness_is_asked_for_past_any_proxy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(app, "_START_TIMEOUT_S", 5.0)
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        settings = ServeSettings(bundles=("a",), port=server.server_port)
+        assert announce_when_ready(settings, threading.Event())
+        server.shutdown()
+    assert f"ready: http://127.0.0.1:{settings.port}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("203.0.113.1", "this machine has no such address"), ("a..b", "it is no address, nor a name")],
+)
+def test_where_it_cannot_listen_is_told_with_the_reason(host: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen on .*{words}"):
+        check_port_is_free(ServeSettings(bundles=("a",), host=host, api_key_file=__file__))
+
+
+def test_a_port_in_use_is_told_as_such() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="another program has it"):
+        check_port_is_free(ServeSettings(bundles=("a",), port=taken.getsockname()[1]))
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
         load({}, tmp_path / "none.yaml")
+
+
+def test_a_serve_config_without_keys_is_for_loopback_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's `http_options` are not the application's to see: whoever leaves keys out must say where it listens."""
+    from jepakit_service import ray_app
+
+    monkeypatch.setattr(ray_app, "_application", lambda settings, _: settings)
+    with pytest.raises(ConfigError, match="api-key-file"):
+        ray_app.build({"bundles": ["a"]})
+    assert ray_app.build({"bundles": ["a"], "host": "127.0.0.1"}).api_key_file is None
 
 
 def test_every_setting_says_what_it_is_or_is_plain() -> None:
@@ -70,3 +156,88 @@ def test_every_setting_says_what_it_is_or_is_plain() -> None:
     for name, field in ServeSettings.model_fields.items():
         assert field.description or name in plain | {"log_format"}, name
     assert as_yaml(ServeSettings(bundles=("a",)))
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return tmp_path / "keys"
+
+
+def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    caplog.clear()
+    return found
+
+
+def test_a_key_that_is_no_longer_in_its_file_opens_nothing(key_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alice, line_of_alice = new_key("alice")
+    bob, line_of_bob = new_key("bob")
+    key_file.write_text(f"{line_of_alice}\n")
+    known = KeyFile(key_file)
+
+    def names() -> list[str | None]:
+        return [known.name_of(key) for key in (alice, bob)]
+
+    assert names() == ["alice", None]
+    key_file.write_text(f"# people\n\n{line_of_bob}\nalice {line_of_alice}\n\xe9\n", encoding="latin-1")
+    assert names() == [None, "bob"]
+    (error,) = errors_of(caplog)  # once, whatever the number of requests
+    assert "(4, 5)" in error
+    assert line_of_alice not in error
+    key_file.write_text("")
+    assert names() == [None, None]
+    assert "holds no key" in errors_of(caplog)[0]
+    key_file.write_text(f"{line_of_alice}\n{line_of_bob}\n")
+    assert names() == ["alice", "bob"]
+    key_file.unlink()
+    assert names() == [None, None]
+    (error,) = errors_of(caplog)
+    assert "cannot be read (No such file" in error
+    key_file.write_text(f"{line_of_bob}\n")
+    assert names() == [None, "bob"]
+
+
+def test_a_key_file_that_cannot_be_read_for_a_moment_is_tried_again(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, line = new_key("alice")
+    key_file.write_text(line)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", denied)
+        known = KeyFile(key_file)
+        assert known.name_of(key) is None
+    assert known.name_of(key) == "alice"
+
+
+def denied(*_: object, **__: object) -> str:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_key_file_with_a_fault_is_told_at_start(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, words in ((b"", "holds no key"), (b"\xff\xfea\0", r"\(1\)"), (b"alice:0\n" * 12, r"9, 10, …\)")):
+        key_file.write_bytes(text)
+        with pytest.raises(ConfigError, match=words):
+            keys.check(key_file)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
+        keys.check(key_file)
+
+
+def test_a_folder_of_keys_that_may_not_be_entered_is_told(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.stat", denied)
+    with pytest.raises(ConfigError, match=r"keys does not exist, or this user may not enter its folder"):
+        load({"bundles": ("a",), "api_key_file": str(key_file)})
+
+
+def test_a_new_key_is_a_line_of_its_own(key_file: Path, tmp_path: Path) -> None:
+    made = [new_key(name) for name in ("alice", "bob", "carol")]
+    key_file.write_text(made[0][1])  # as an editor leaves it that ends no line
+    for _, line in made[1:]:
+        keys.append(line, key_file)
+    known = KeyFile(key_file)
+    assert [known.name_of(key) for key, _ in made] == ["alice", "bob", "carol"]
+    keys.append(made[0][1], tmp_path / "new")
+    assert (tmp_path / "new").read_text() == f"{made[0][1]}\n"
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match=r"none/keys cannot be written"):
+        keys.append(made[0][1], tmp_path / "none" / "keys")
