@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load, save_file
 
 from jepakit import golden
+from jepakit._timm_names import known_names
 from jepakit.backbone import (
     Embedder,
     check_pooling,
     fitting_size,
+    is_bundle,
     pool,
     restore,
     start_backbone,
@@ -157,10 +159,15 @@ def _source(config: ExportConfig) -> Source:
     path = Path(config.source)
     if (path / CONFIG).is_file():
         return _of_run(path, config)
+    if "which" in config.model_fields_set:
+        raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
     if (path / MANIFEST).is_file():
         return _of_bundle(open_bundle(path), config)
     if path.is_dir():
-        raise DataError(f"{path} is neither a run nor a bundle: it has no {CONFIG} and no {MANIFEST}")
+        timm = (
+            f"; for timm's backbone say {path}:pretrained" if config.source.partition(".")[0] in known_names() else ""
+        )
+        raise DataError(f"{path} is neither a run nor a bundle: it has no {CONFIG} and no {MANIFEST}{timm}")
     return _of_timm(config)
 
 
@@ -171,10 +178,10 @@ def _of_run(path: Path, config: ExportConfig) -> Source:
 
 
 def _which(path: Path, config: ExportConfig) -> str:
-    """`best` follows the verdict: the start where adaptation made it worse, else what was trained."""
+    """`best` follows the verdict: what was trained where that is better, else the start."""
     if config.which == "best":
         comparison = open_bundle(path / BUNDLE).manifest.comparison
-        return START if comparison is not None and comparison.verdict.word == "worse" else BUNDLE
+        return BUNDLE if comparison is not None and comparison.verdict.word == "better" else START
     return START if config.which == "start" else BUNDLE
 
 
@@ -197,7 +204,12 @@ def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
 
 def _of_timm(config: ExportConfig) -> Source:
     name, _, weights = config.source.partition(":")
-    backbone, described = start_backbone(name, weights or "pretrained", config.image_size)
+    weights = weights or "pretrained"
+    if is_bundle(weights):
+        raise ConfigError(
+            f"{weights} is a bundle, which says itself how its images are fed and pooled: jepakit export {weights}"
+        )
+    backbone, described = start_backbone(name, weights, config.image_size)
     size = None if config.image_size is None else fitting_size(backbone, config.image_size)
     preprocess = stock_preprocess(backbone, size)
     pooling = config.pooling or "head"
@@ -205,11 +217,7 @@ def _of_timm(config: ExportConfig) -> Source:
     with torch.inference_mode():
         dim = pool(backbone, torch.zeros(1, preprocess.bands, preprocess.size, preprocess.size), pooling).shape[1]
     embedding = EmbeddingSpec(dim=dim, pooling=pooling, standardize="none", normalize=bool(config.normalize))
-    told = {
-        "source": f"{name}:{weights or 'pretrained'}"
-        if weights in ("", "pretrained", "random")
-        else f"{name}:{Path(weights).name}"
-    }
+    told = {"source": f"{name}:{Path(weights).name}"}
     versions = {package: metadata.version(package) for package in _PACKAGES}
     provenance = Provenance(config=told, steps=0, images_seen=0, data_digest=None, versions=versions)
     return Source(backbone, described, preprocess, embedding, provenance, None)

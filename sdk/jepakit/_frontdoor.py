@@ -48,19 +48,28 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     images    a folder (read recursively), a glob, a list of paths, a CSV or Parquet manifest, WebDataset shards,
               a ZIP, or images in memory: a map-style dataset or a sequence of arrays or Pillow images. Classes
               (first-level folders, a column) are used to measure, never to train
-    out       the run's folder; runs/<folder>-<date> when left out. The same call again resumes the run.
+    out       the run's folder; runs/<folder>-<date> when left out. The same call again resumes the run, on a later
+              day too.
     settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
     BackboneError for weights that cannot be had; TrainingError when training cannot go on.
     """
     config, listed = _to_adapt(images, out, settings)
-    folder = (
-        Path(config.out) if config.out else Path("runs") / f"{_stem(config.images)}-{datetime.date.today():%Y-%m-%d}"
-    )
     from jepakit_training import adapt as run_training
 
-    return run_training(config, listed, folder)
+    return run_training(config, listed, _folder(config, listed))
+
+
+def _folder(config: AdaptConfig, images: ImageList) -> Path:
+    """Where the run is to lie: as told, else where the same run was begun and not finished, else in a folder of today."""
+    if config.out:
+        return Path(config.out)
+    from jepakit_training.records import find_unfinished
+
+    name, runs = _stem(config.images), Path("runs")
+    begun = sorted(runs.glob(f"{name}-????-??-??"), reverse=True)
+    return find_unfinished(begun, config, images) or runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
 
 
 def dry_run(images: Any, **settings: Any) -> DryRun:

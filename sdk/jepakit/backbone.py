@@ -45,7 +45,7 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     Weights are never random unless asked for.
     """
     check_name(name)
-    if _is_bundle(weights):
+    if is_bundle(weights):
         bundle = open_bundle(weights)
         bundle.read(WEIGHTS)
         license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
@@ -95,7 +95,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
     """How the start weights want their images: as the bundle they came from says, else as timm says."""
-    if not _is_bundle(weights):
+    if not is_bundle(weights):
         return stock_preprocess(module, image_size)
     spec = open_bundle(weights).manifest.preprocess
     resize_to = math.floor(image_size * spec.resize_to / spec.size)
@@ -275,7 +275,8 @@ def check_pooling(backbone: Any, name: str, pooling: Pooling) -> None:
         raise ConfigError(f"pooling = {pooling!r}: {name} has {', '.join(known)}")
 
 
-def _is_bundle(weights: str) -> bool:
+def is_bundle(weights: str) -> bool:
+    """Whether start weights are named by a bundle's folder."""
     return weights not in ("pretrained", "random") and (Path(weights) / MANIFEST).is_file()
 
 
@@ -349,7 +350,8 @@ def _hub_in_reach(repository: str | None) -> bool:
 def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a .safetensors file, or of a .pth file without unpickling anything but tensors."""
     if not file.is_file():
-        raise BackboneError(f"{file} does not exist: give a .safetensors or .pth file, `pretrained` or `random`")
+        wrong = f"is a folder, and no bundle: it has no {MANIFEST}" if file.is_dir() else "does not exist"
+        raise BackboneError(f"{file} {wrong}; give a .safetensors or .pth file, a bundle, `pretrained` or `random`")
     try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open

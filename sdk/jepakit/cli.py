@@ -73,7 +73,7 @@ def adapt(
     steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images in one SIGReg test [128]")] = None,
     unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks")] = None,
-    pooling: Annotated[str | None, typer.Option(help="auto, head, stages")] = None,
+    pooling: Annotated[str | None, typer.Option(help="auto, head, stages, cls, mean, cls+mean, last2")] = None,
     lamb: Annotated[float | None, typer.Option(help="weight of SIGReg")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of the backbone")] = None,
     labels: Annotated[
@@ -158,7 +158,7 @@ def inspect(
     for assignment in set_ or []:
         _assign(settings, assignment)
     seen = run_inspection(images, sheet=sheet, **settings)
-    print(seen.model_dump_json(indent=1) if as_json else seen)
+    _show(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
 
 @app.command()
@@ -202,12 +202,12 @@ def export(
     bundle = run_export(source, out, **{key: value for key, value in given.items() if value is not None})
     manifest = bundle.manifest
     assert manifest.graph is not None
-    print(
+    _show(
         f"{bundle.path}: {manifest.backbone.name}, {manifest.preprocess.size} px → {manifest.embedding.dim} numbers "
         f"({manifest.embedding.pooling}), {manifest.graph.precision}: relative error to torch "
         f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
     )
-    print(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
+    _show(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
 
 
 @app.command()
@@ -360,6 +360,12 @@ def _check_out(file: Path) -> None:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise ConfigError(f"--out {file}: no file can be written there ({error.strerror})") from None
+
+
+def _show(what: object) -> None:
+    """Print, with escapes for what standard output's encoding lacks: `→` in Latin-1, names that are not UTF-8."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(str(what).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

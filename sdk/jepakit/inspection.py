@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from jepakit.bundle import Scaling
 from jepakit.config import Domain, ValueRange
@@ -21,6 +22,14 @@ _SMALL_SIDE = 96
 _FAINT = 0.02
 
 
+def printable(text: str) -> str:
+    """`text` with those bytes of a file's name written out that are not UTF-8, which JSON cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(printable)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,8 +37,8 @@ class _Frozen(BaseModel):
 class Named(_Frozen):
     """An image, and what is to be said of it."""
 
-    id: str
-    what: str
+    id: Text
+    what: Text
 
 
 class Inspection(_Frozen):
@@ -49,19 +58,19 @@ class Inspection(_Frozen):
     scaling: Scaling | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    labels: dict[str, int] | None
+    labels: dict[Text, int] | None
     n_groups: int | None
-    source: str
+    source: Text
     n_unreadable: int
     unreadable: tuple[Named, ...]
     n_odd: int
     odd: tuple[Named, ...]
     n_duplicates: int
-    duplicates: tuple[tuple[str, str], ...]
+    duplicates: tuple[tuple[Text, Text], ...]
     domain: Domain
     domain_because: str
-    advice: tuple[str, ...]
-    sheet: str | None = None
+    advice: tuple[Text, ...]
+    sheet: Text | None = None
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))

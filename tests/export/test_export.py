@@ -208,7 +208,10 @@ def test_one_flipped_byte_in_any_file_is_refused(exported: Callable[[str], Bundl
         jepakit.load(tmp_path / "bundle")
 
 
-@pytest.mark.parametrize(("word", "which"), [("worse", "start"), ("cannot tell", "last"), ("better", "last")])
+@pytest.mark.parametrize(
+    ("word", "which"),
+    [("worse", "start"), ("same", "start"), ("cannot tell", "start"), ("better", "last")],
+)
 def test_best_follows_the_verdict(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, which: str
 ) -> None:
@@ -323,6 +326,28 @@ def test_what_a_run_has_measured_is_not_changed_at_export(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         jepakit.export(run.path, tmp_path / "bundle", **settings)
+
+
+@pytest.mark.parametrize("which", ["best", "last", "start"])
+@pytest.mark.parametrize("source", [BUNDLE, "test_vit:random"])
+def test_what_is_asked_of_a_run_is_refused_of_anything_else(run: Run, tmp_path: Path, source: str, which: str) -> None:
+    with pytest.raises(ConfigError, match=f"which = '{which}' chooses weights of a run, and .* is none"):
+        jepakit.export(run.path / BUNDLE if source == BUNDLE else source, tmp_path / "bundle", which=which)
+
+
+def test_a_bundle_is_exported_as_it_is_fed_and_not_as_weights_of_a_name(run: Run, tmp_path: Path) -> None:
+    """Fed by timm's statistics it would give other vectors, without a word."""
+    source = run.path / BUNDLE
+    with pytest.raises(ConfigError, match=f"is a bundle, .*: jepakit export {source}"):
+        jepakit.export(f"test_resnet:{source}", tmp_path / "bundle")
+
+
+def test_a_folder_named_like_a_backbone_is_told_apart_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_vit").mkdir()
+    with pytest.raises(DataError, match=r"neither a run nor a bundle.*; for timm's backbone say test_vit:pretrained"):
+        jepakit.export("test_vit", "bundle")
+    assert jepakit.export("test_vit:random", "bundle", image_size=SIZE).manifest.backbone.name == "test_vit"
 
 
 def test_a_folder_that_is_neither_run_nor_bundle(tmp_path: Path) -> None:

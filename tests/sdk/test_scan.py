@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +208,14 @@ def test_the_report_says_what_a_person_would_ask(tmp_path: Path) -> None:
     assert "--tile 448" in text
     assert seen.domain == "microscopy"
     assert type(seen).model_validate_json(seen.model_dump_json()) == seen
+
+
+def test_a_report_holds_names_that_are_not_utf_8_as_json_can(tmp_path: Path) -> None:
+    name = os.fsdecode(b"bad\xfe.tif")
+    folder = write(tmp_path / os.fsdecode(b"a\xfe"), noise(3, (40, 40), 0, 4000, "uint16"))
+    (folder / name).write_bytes(b"rubbish")
+    listed = list_images(folder, "none")
+    seen = report(listed, scan(listed, progress=False), image_size=32, tile=None, value_range="auto")
+    (unreadable,) = json.loads(seen.model_dump_json())["unreadable"]
+    assert unreadable["id"] == r"bad\udcfe.tif"
+    assert r"bad\udcfe.tif" in str(seen)

@@ -85,6 +85,16 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
     assert [Path(name).name for name in list_images(f"{tmp_path}/**/*.png").ids] == ["a.png", "g.png"]
 
 
+def test_bundles_among_the_images_are_passed_over_and_other_manifests_are_not(tmp_path: Path) -> None:
+    classes(tmp_path, {"cat": 10, "dog": 10})
+    touch(tmp_path, "cat/manifest.json")
+    before = list_images(tmp_path)
+    touch(tmp_path, *(f"bundles/a/{name}" for name in ("manifest.json", "weights.safetensors", "golden.npz")))
+    after = list_images(tmp_path)
+    assert (after.ids, after.labels, after.digest()) == (before.ids, before.labels, before.digest())
+    assert len(set(after.labels or ())) == 2
+
+
 def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
     touch(tmp_path, ".data/a.png")
     assert list_images(tmp_path / ".data").ids == ("a.png",)

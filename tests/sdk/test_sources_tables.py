@@ -142,6 +142,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["path,label"], "a header but no rows"),
         ([], "is empty or begins with an empty line"),
         (["", "path,label"], "is empty or begins with an empty line"),
+        (["path," + "x" * 200_000, "1.png,a"], r"m\.csv, line 1: field larger than field limit"),
         (["path,label", '"1.png,a'], r"m\.csv, line 2: unexpected end of data"),
         (["path", "1.png", "x.png", "y.png"], r"lists x\.png, which is no file in .* \(2 of 3 are missing\)"),
         (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),

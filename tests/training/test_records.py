@@ -1,4 +1,4 @@
-"""The lock on a run's folder, held against real processes."""
+"""A run's folder: whose it is, what it was started with, and the lock on it, held against real processes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.training.forked import start
 
-from jepakit.errors import ConfigError
-from jepakit_training.records import LOCK, _is_ours, locked
+from jepakit import _frontdoor
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, DataError
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, Run
+from jepakit.sources import list_images
+from jepakit_training.records import LOCK, RAY_FOLDER, SkippedFiles, locked, open_folder
+
+Begin = Callable[..., Run]
 
 
 def hold(out: Path, *, with_a_loader: bool = False) -> None:
@@ -95,10 +103,6 @@ def test_only_the_first_rank_locks(tmp_path: Path) -> None:
         assert (tmp_path / LOCK).exists()
 
 
-def test_a_lock_is_no_stranger() -> None:
-    assert _is_ours(LOCK)
-
-
 def test_a_folder_that_cannot_be_made_is_a_wrong_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
@@ -115,3 +119,104 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, capsys: pytest
         with locked(tmp_path):
             pass
     assert "files cannot be locked" in capsys.readouterr().err
+
+
+@pytest.fixture
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
+    """`begin("runs/set", **settings)`: a run on the three images of the folder `set`, its start measured."""
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    for name in "abc":
+        Path(f"set/{name}.png").write_text(name)
+
+    def call(out: str | Path, images: str = "set", **settings: Any) -> Run:
+        config = AdaptConfig(images=images, backbone="test_vit", weights="random", **settings)
+        open_folder(Path(out), config, list_images(images))
+        (Path(out) / START).mkdir(exist_ok=True)
+        return Run(Path(out))
+
+    return call
+
+
+@pytest.mark.parametrize("name", [CONFIG, SKIPPED, ENVIRONMENT])
+def test_files_that_are_only_named_like_a_runs_are_left_alone(begin: Begin, name: str) -> None:
+    theirs = Path("exp") / name
+    theirs.parent.mkdir()
+    theirs.write_text('{"theirs": 1}')
+    with pytest.raises(
+        ConfigError, match=rf"exp is not empty and is not a run \(it holds {name}\): name another --out"
+    ):
+        begin("exp")
+    assert [path.read_text() for path in Path("exp").iterdir()] == ['{"theirs": 1}']
+
+
+def test_what_a_run_that_hardly_began_has_left_is_no_stranger(begin: Begin) -> None:
+    run = begin("run")
+    (run.path / START).rmdir()
+    for name in (LOCK, SKIPPED, ".tmp-1-config.toml", f"{RAY_FOLDER}1"):
+        (run.path / name).touch()
+    begin("run", seed=1)
+    assert run.config["seed"] == 1
+    assert not (run.path / SKIPPED).exists()
+
+
+def test_images_may_be_spelt_otherwise_or_have_moved(begin: Begin) -> None:
+    begin("run")
+    begin("run", "./set/")
+    Path("set").rename("moved")
+    begin("run", "moved")
+    Path("moved/d.png").write_text("d")
+    with pytest.raises(DataError, match="the images are not those run was started with"):
+        begin("run", "moved")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "of another kind"])
+@pytest.mark.parametrize("name", [CONFIG, ENVIRONMENT])
+def test_a_damaged_folder_is_told_with_its_file_and_what_to_do(begin: Begin, name: str, damage: str) -> None:
+    file = begin("run").path / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_text(file.read_text()[:-4] + "[" if damage == "cut short" else "7")
+    if (name, damage) == (CONFIG, "gone"):
+        with pytest.raises(ConfigError, match="name another --out"):
+            begin("run")
+        return
+    with pytest.raises(DataError, match=rf"run/{name} is gone or damaged \(.+\): put it back, or name another --out"):
+        begin("run")
+
+
+def test_names_that_are_not_utf_8_are_listed_and_known_again(begin: Begin) -> None:
+    name = os.fsdecode(b"bad\xfe.png")
+    for _ in range(2):
+        skipped = SkippedFiles(Path(SKIPPED), 9, most=0.5, enabled=True)
+        skipped.add(name, f"{name}: cannot be read")
+    assert Path(SKIPPED).read_bytes().count(b"\nbad\xfe.png,") == 1
+
+
+def test_a_setting_that_is_not_utf_8_stays_the_same_one(begin: Begin) -> None:
+    labels = os.fsdecode(b"labels\xfe.csv")
+    Path(labels).touch()
+    run = begin("run", labels=labels)
+    begin("run", labels=labels)
+    assert run.config["labels"] == "labels?.csv"
+
+
+def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begin) -> None:
+    def folder(images: str = "set", **settings: Any) -> Path:
+        config = AdaptConfig(images=images, backbone="test_vit", weights="random", **settings)
+        return _frontdoor._folder(config, list_images(images))
+
+    today = folder()
+    assert today.parent == Path("runs")
+    for day, settings in (("01", {}), ("02", {}), ("03", {"seed": 1}), ("04", {})):
+        begin(f"runs/set-2001-01-{day}", **settings)
+    Path("runs/set-2001-01-04", BUNDLE).mkdir()  # finished
+    Path("runs/set-2001-01-05").mkdir()  # no run
+    assert folder() == Path("runs/set-2001-01-02")
+    assert folder("./set") == Path("runs/set-2001-01-02")
+    assert folder(seed=1) == Path("runs/set-2001-01-03")
+    assert folder(seed=2) == today
+    assert folder(out="here") == Path("here")
+    Path("set/d.png").write_text("d")
+    assert folder() == today

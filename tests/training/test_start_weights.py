@@ -156,6 +156,11 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, state: Any) -> N
         start_backbone("test_vit", str(tmp_path / "odd.pth"), None)
 
 
+def test_a_folder_without_a_manifest_is_said_to_be_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"is a folder, and no bundle: it has no manifest\.json; give a"):
+        start_backbone("test_vit", str(tmp_path), None)
+
+
 def test_without_the_hub_the_error_names_the_way_out(
     monkeypatch: pytest.MonkeyPatch, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

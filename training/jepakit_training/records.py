@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -40,9 +40,10 @@ from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metrics
 from jepakit.sources import ImageList
 
-# These may differ between a run and its resumption: they change nothing in the result, or its rounding alone.
+# These may differ between a run and its resumption: they change nothing in the result, or its rounding alone. What the
+# images are, their digest says; where they lie changes nothing.
 FREE_SETTINGS = frozenset({
-    "out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher", "trackers",
+    "images", "out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher", "trackers",
     "micro_batch", "activation_checkpointing", "compile",
 })  # fmt: skip
 LOCK = ".lock"
@@ -120,14 +121,14 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
 
     Raises ConfigError or DataError naming what differs.
     """
-    settings = config.model_dump(mode="json", exclude_none=True)
+    settings = _as_toml(config)
     if (out / CONFIG).is_file() and (out / START).exists():
         _check_same(out, settings, images)
         return
     # Until the start was measured nothing is worth keeping: a corrected command may begin anew.
-    strangers = [path for path in (out.iterdir() if out.is_dir() else ()) if not _is_ours(path.name)]
+    strangers = _strangers(out) if out.is_dir() else []
     if strangers:
-        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0].name}): name another --out")
+        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0]}): name another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / SKIPPED).unlink(missing_ok=True)
     environment = {
@@ -137,36 +138,92 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         "images": len(images),
         "processes": _processes(),
     }
-    _write_atomically(out / CONFIG, tomli_w.dumps(settings))
+    # This order: settings alone are somebody's own.
     _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
+    _write_atomically(out / CONFIG, settings)
 
 
-def _is_ours(name: str) -> bool:
-    return name in (CONFIG, ENVIRONMENT, SKIPPED, LOCK) or name.startswith((".tmp-", RAY_FOLDER))
+def find_unfinished(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
+    """The first of `folders` that holds an unfinished run of the same settings and images."""
+    settings = _as_toml(config)
+    return next((out for out in folders if _can_go_on(out, settings, images)), None)
 
 
-def _check_same(out: Path, settings: dict[str, Any], images: ImageList) -> None:
-    before = tomllib.loads((out / CONFIG).read_text(encoding="utf-8"))
-    for told in (before, settings := dict(settings)):
-        # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
-        told["cache"] = "cache" in told
-    changed = [
-        f"{key} was {before.get(key)!r}, now {settings.get(key)!r}"
-        for key in sorted({*before, *settings} - FREE_SETTINGS)
-        if before.get(key) != settings.get(key)
-    ]
-    go_on = f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
-    if changed:
+def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
+    try:
+        return (
+            not (out / BUNDLE).exists()
+            and not _changed(out, settings)
+            and _environment(out).get("data") == images.digest()
+        )
+    except DataError:
+        return False
+
+
+def _strangers(out: Path) -> list[str]:
+    """Names in `out` that no trainer has left there. Without our environment.json settings are the user's own."""
+    try:
+        ours = {LOCK, ENVIRONMENT, CONFIG, SKIPPED} if "data" in _environment(out) else {LOCK}
+    except DataError:
+        ours = {LOCK}
+    names = (path.name for path in out.iterdir())
+    return [name for name in names if name not in ours and not name.startswith((".tmp-", RAY_FOLDER))]
+
+
+def _check_same(out: Path, settings: str, images: ImageList) -> None:
+    go_on = _go_on(out)
+    if changed := _changed(out, settings):
         raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {go_on}")
-    environment = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
+    environment = _environment(out)
     if (processes := environment.get("processes", _processes())) != _processes():
         raise ConfigError(
             f"{out} was started by {processes} processes, now there are {_processes()}: say --processes {processes}, or {go_on}"
         )
-    if environment["data"] != images.digest():
+    if environment.get("data") != images.digest():
         raise DataError(
             f"the images are not those {out} was started with (files were added, removed or changed); {go_on}"
         )
+
+
+def _go_on(out: Path) -> str:
+    """What to do where a run cannot be resumed."""
+    return f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
+
+
+def _as_toml(config: AdaptConfig) -> str:
+    """The settings as config.toml holds them; TOML is UTF-8, and a path need not be."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode("utf-8", "replace").decode()
+
+
+def _changed(out: Path, settings: str) -> list[str]:
+    """In words, what of `settings` differs from those the run in `out` was started with.
+
+    Raises DataError where its config.toml is gone or damaged.
+    """
+    before, now = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
+    for told in (before, now):
+        # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
+        told["cache"] = "cache" in told
+    return [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*before, *now} - FREE_SETTINGS)
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _environment(out: Path) -> dict[str, Any]:
+    return _read(out / ENVIRONMENT, json.loads)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What one of a run's files holds; DataError when it is gone or damaged."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {values!r:.40}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is gone or damaged ({error}): put it back, or {_go_on(path.parent)}") from None
+    return values
 
 
 def _processes() -> int:
@@ -207,7 +264,7 @@ class SkippedFiles:
         self._path, self._share, self._most, self._enabled = path, most, int(most * n_images), enabled
         self._seen: dict[str, str] = {}
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "path"}
 
     def __len__(self) -> int:
@@ -220,7 +277,7 @@ class SkippedFiles:
         self._seen[name] = reason
         if self._enabled:
             new = not self._path.exists()
-            with self._path.open("a", newline="", encoding="utf-8") as file:
+            with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 if new:
                     file.write("# holds paths of your images: keep it to yourself\n")
                 csv.writer(file).writerows([*([("path", "reason")] if new else []), (name, reason)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from jepakit.bundle import MANIFEST, WEIGHTS
 from jepakit.readers import ImageSource
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
@@ -54,7 +55,7 @@ def is_image(name: str) -> bool:
 
 
 def walk(folder: str, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Names of the visible files below `folder`, relative to it, sorted folder by folder.
+    """Names of the visible files below `folder`, relative to it, sorted folder by folder; bundles are left out.
 
     Links are followed, but never back into a folder they are in. One stat a folder and none a file: the
     listing itself says what is a folder, and over a network a million stats take an hour. Raises OSError.
@@ -70,6 +71,8 @@ def walk(folder: str, inside: str = "", above: frozenset[tuple[int, int]] = froz
             for entry in entries
             if entry.name[0] != "." and (entry.is_dir() or entry.is_file())
         )
+    if (MANIFEST, False) in found and (WEIGHTS, False) in found:
+        return  # its golden.npz is no image of the user's
     for name, is_folder in found:
         if is_folder:
             yield from walk(folder, f"{inside}{name}/", above | {place})

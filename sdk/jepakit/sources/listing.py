@@ -32,7 +32,7 @@ def list_images(
     min_valid  tiles with a smaller share of pixels that have data are left out
     frame      which frame of multi-frame files, from 0; "each": every frame is an image
 
-    Hidden files are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
+    Hidden files and bundles are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
     contradicts itself, ConfigError for settings that are wrong by themselves.
     """
     return _list(images, labels, group, Cut(tile, overlap, min_valid, frame), lenient=False)

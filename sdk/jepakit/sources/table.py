@@ -117,7 +117,10 @@ def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, error) from None
     delimiter = max(",;\t", key=first.count)
-    header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    try:
+        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    except csv.Error as error:
+        raise DataError(f"{file}, line 1: {error}") from None
     if not any(header):
         raise DataError(f"{file} is empty or begins with an empty line: its first line must name the columns")
 

@@ -1,0 +1,82 @@
+"""`jepakit inspect`: where the contact sheet may lie, and what any terminal can show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import jepakit
+from jepakit.cli import app
+from jepakit.errors import ConfigError
+from jepakit_training.inspecting import _is_among
+from jepakit_training.sheet import is_sheet
+
+
+@pytest.fixture
+def images(image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`set`, a folder of four images and a manifest of them, below the working directory."""
+    folder = tmp_path / "set"
+    shutil.copytree(image_folder(classes=0, per_class=4), folder)
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "man.csv").write_text("\n".join(["path", *names]))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def inspect(images: Any, sheet: str) -> Path:
+    jepakit.inspect(images, sheet=sheet, image_size=64)
+    return Path(sheet)
+
+
+def test_an_earlier_sheet_is_drawn_anew_and_no_other_file(images: Path) -> None:
+    sheet = inspect("set", "out/sheet.png")
+    assert is_sheet(sheet)
+    drawn = sheet.read_bytes()
+    sheet.write_bytes(drawn[:-20])
+    assert inspect("set", "out/sheet.png").read_bytes() == drawn
+    Image.new("RGB", (9, 9)).save("theirs.png")
+    for name, source in (("theirs.png", "set"), ("set/man.csv", "set/man.csv"), ("set/man.csv", "set/*.png")):
+        before = Path(name).read_bytes()
+        with pytest.raises(ConfigError, match=r"is there already, and no earlier|would lie among the images"):
+            inspect(source, name)
+        assert Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["set", "set/*.png", "**/*.png", "set/sheet.png", ["set/sheet.png"]], ids=str)
+def test_a_sheet_among_the_images_is_refused_even_if_it_is_an_earlier_one(images: Path, source: Any) -> None:
+    inspect("set", "elsewhere.png").rename("set/sheet.png")
+    with pytest.raises(ConfigError, match=r"sheet = set/sheet\.png would lie among the images it shows"):
+        inspect(source, "set/sheet.png")
+
+
+@pytest.mark.parametrize(
+    ("source", "among"),
+    [
+        ("*.png", True), ("c*.png", True), ("**/*.png", True), ("./*", True), ("*/*.png", False), ("b*.png", False),
+        ("set/*.png", False), ("set/**/*.png", False), ("4 images in memory", False),
+    ],
+)  # fmt: skip
+def test_what_a_glob_would_find_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, among: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _is_among(tmp_path.resolve() / "contact-sheet.png", source) == among
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+@pytest.mark.parametrize("charset", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding_shows_any_name(images: Path, charset: str, options: list[str]) -> None:
+    (images / os.fsdecode("größe→".encode() + b"\xfe.png")).write_bytes(b"rubbish")
+    done = CliRunner(charset=charset).invoke(app, ["inspect", "set", "--image-size", "64", *options])
+    assert done.exit_code == 0, done.exception
+    assert "udcfe.png" in done.stdout
+    if options:
+        assert json.loads(done.stdout)["unreadable"][0]["id"] == r"größe→\udcfe.png"
