@@ -22,16 +22,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 CT_WINDOWS = {
     "ct-brain": (0.0, 80.0), "ct-soft-tissue": (-160.0, 240.0), "ct-lung": (-1350.0, 150.0), "ct-bone": (-500.0, 1300.0),
 }  # fmt: skip
-ValueRange = (
-    Literal["auto", "file", "ct-brain", "ct-soft-tissue", "ct-lung", "ct-bone"]
-    | tuple[Annotated[float, Field(allow_inf_nan=False)], Annotated[float, Field(allow_inf_nan=False)]]
-)
+ValueRange = Literal["auto", "file", "ct-brain", "ct-soft-tissue", "ct-lung", "ct-bone"] | tuple[float, float]
 Width = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=10)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ViewsConfig(_Settings):
@@ -214,7 +211,7 @@ class AdaptConfig(_Settings):
     """Random directions of SIGReg, drawn afresh every step."""
     projector: tuple[Width, Width, Width] = (1024, 1024, 64)
     """Widths of the projector's layers; the last is K. Three layers matter: two cost a point or more."""
-    anchor: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    anchor: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of 1 - cosine between the features of global views and those that the start gives: holds the backbone
     near its start, for one more forward of it."""
     mix: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -283,6 +280,11 @@ class AdaptConfig(_Settings):
         if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
             raise ValueError(f"value_range = {list(self.value_range)}: give low, then high, e.g. [-160, 240]")
         return self
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, trackers: object) -> object:
+        return (trackers,) if isinstance(trackers, str) else trackers
 
     @field_validator("weights")
     @classmethod

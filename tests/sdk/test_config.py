@@ -130,7 +130,8 @@ def test_a_long_value_does_not_drown_the_message() -> None:
         {"views": {"local_area": [0.0, 0.0]}},
         {"projector": [0, -1, 64]},
         {"seed": -1},
-        {"lr": float("inf")},
+        *({name: float("inf")} for name in ("lr", "anchor", "weight_decay", "clip_norm", "cache_gb", "save_every_s")),
+        {"value_range": [0, float("nan")]},
         {"images": ""},
     ],
     ids=str,
@@ -182,6 +183,7 @@ def test_values_come_as_toml_gives_them(tmp_path: Path) -> None:
 def test_values_come_as_a_command_line_gives_them() -> None:
     config = adapt(steps="10", lr="1e-4", unfreeze="3", views={"quarter_turns": "true"})
     assert (config.steps, config.lr, config.unfreeze, config.views.quarter_turns) == (10, 1e-4, 3, True)
+    assert adapt(trackers="tensorboard").trackers == ("tensorboard",)
 
 
 def test_a_config_survives_its_own_dump() -> None:

@@ -420,6 +420,15 @@ def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> N
     assert _Limits.of([info]) == _Limits.of([]) == _Limits(32, 16 << 20)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell has started the tests in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_no_answer_and_nothing_is_sent_after_it() -> None:
     released = threading.Event()
 
