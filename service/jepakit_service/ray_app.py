@@ -104,6 +104,9 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         # On a busy machine 30 s are not enough for the one, and the proxy is killed while it starts for the other's 5 s.
         "RAY_raylet_start_wait_time_s": "120",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # Our code never blocks its loop: one loop for it and Ray's saves each request four hops between threads.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         **(_haproxy(folder) if settings.proxy == "haproxy" else {}),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,50 +39,68 @@ def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSetti
     On a CPU small models answer more when each core runs a batch of its own, large ones sooner when all cores share
     one. A split is taken whose throughput outweighs what a lone image waits longer.
     """
-    best, rate, alone = _measured(session, images, settings.threads, 1, settings.max_batch)
-    if session.provider != "cpu":
-        return session, best
-    for other in _splits(bundle, settings):
-        plan, other_rate, other_alone = _measured(
-            other, images, threads := other.threads, settings.threads // threads, settings.max_batch
-        )
-        slower = max(1.0, other_alone / alone)
-        if slower < _SLOWEST_ALONE and other_rate > rate * slower**_PRICE:
-            session, best, rate = other, plan, other_rate
-    return session, best
+    whole = _Way(session, settings.threads, 1)
+    ways = [whole, *(_splits(bundle, settings) if session.provider == "cpu" else ())]
+    # In turns, and the shortest of all: a slow moment of the machine must not decide between them.
+    for _ in range(_PASSES):
+        for way in ways:
+            way.measure(images, (settings.max_batch,) if settings.max_batch else _BATCHES)
+    best, rate = whole, whole.rate
+    for way in ways[1:]:
+        slower = max(1.0, way.alone / whole.alone)
+        if slower < _SLOWEST_ALONE and way.rate > rate * slower**_PRICE:
+            best, rate = way, way.rate
+    return best.session, best.plan
 
 
-def _splits(bundle: Bundle, settings: ServeSettings) -> Iterator[Session]:
+def _splits(bundle: Bundle, settings: ServeSettings) -> Iterator[_Way]:
     """The model again, with fewer threads an inference; the bytes have been verified."""
     data = bundle.read(DATA) if DATA in bundle.manifest.files else None
     graph = bundle.read(GRAPH)
     for threads in (4, 1):
         if threads < settings.threads:
-            yield Session(graph, bundle.manifest, provider="cpu", threads=threads, data=data)
+            session = Session(graph, bundle.manifest, provider="cpu", threads=threads, data=data)
+            yield _Way(session, threads, settings.threads // threads)
 
 
-def _measured(
-    session: Session, images: Pixels, threads: int, lanes: int, max_batch: int | None
-) -> tuple[Plan, float, float]:
-    """The best batch for so many lanes, its images a second, and the seconds of a lone image."""
-    alone = _seconds(session, images[:1], 1)
-    rates: dict[int, float] = {}
-    for size in (max_batch,) if max_batch else _BATCHES:
-        seconds = _seconds(session, images[np.arange(size) % len(images)], lanes)
-        rates[size] = size * lanes / seconds
-        if seconds > _LONGEST_BATCH_S:
-            break
-    size = next(size for size, rate in rates.items() if rate >= _NEARLY * max(rates.values()))
-    return Plan(threads, lanes, size), rates[size], alone
+class _Way:
+    """One way to run a model, and the shortest times so far."""
 
+    def __init__(self, session: Session, threads: int, lanes: int) -> None:
+        self.session, self._threads, self._lanes = session, threads, lanes
+        self.alone = math.inf
+        """Seconds of a lone image."""
+        self._seconds: dict[int, float] = {}
+        """Of one batch of each size while every lane runs."""
 
-def _seconds(session: Session, batch: Pixels, lanes: int) -> float:
-    """Seconds of one batch while every lane runs: the shortest of three passes, since others use the machine too."""
-    session.run(batch)
-    return min(_pass(session, batch, lanes) for _ in range(_PASSES))
+    def measure(self, images: Pixels, sizes: Sequence[int]) -> None:
+        """Once more: a lone image, and batches of every size up to the first that takes too long."""
+        self.alone = min(self.alone, _pass(self.session, images[:1], 1))
+        for size in sizes:
+            seconds = _pass(self.session, images[np.arange(size) % len(images)], self._lanes)
+            self._seconds[size] = min(seconds, self._seconds.get(size, math.inf))
+            if self._seconds[size] > _LONGEST_BATCH_S:
+                break
+
+    @property
+    def plan(self) -> Plan:
+        """With the smallest batch that is nearly the fastest."""
+        rates = self._rates()
+        size = next(size for size, rate in rates.items() if rate >= _NEARLY * max(rates.values()))
+        return Plan(self._threads, self._lanes, size)
+
+    @property
+    def rate(self) -> float:
+        """Images a second by that plan."""
+        return self._rates()[self.plan.max_batch]
+
+    def _rates(self) -> dict[int, float]:
+        return {size: size * self._lanes / seconds for size, seconds in self._seconds.items()}
 
 
 def _pass(session: Session, batch: Pixels, lanes: int) -> float:
+    """Seconds of one batch while every lane runs, over a moment."""
+    session.run(batch)
     rounds = [0] * lanes
     start = time.perf_counter()
 
