@@ -129,7 +129,8 @@ def adapt(
         ):
             print(f"{words:<16} {getattr(comparison.before, field):>6.1%}  {getattr(comparison.after, field):>6.1%}")
     print(run.verdict)
-    print(f"next: jepakit export {run.path} --out bundles/{run.path.name}")
+    which = " --which start" if run.verdict.word in ("worse", "same") else ""
+    print(f"next: jepakit export {run.path}{which} --out bundles/{run.path.name}")
 
 
 @app.command()

@@ -45,8 +45,11 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved settings."""
-        return tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        """The resolved settings; DataError where the file is damaged."""
+        try:
+            return tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except ValueError as error:  # damaged TOML or bytes
+            raise DataError(f"{self.path / CONFIG} is damaged ({error}): restore it, or start a new run") from None
 
     @property
     def finished(self) -> bool:

@@ -184,6 +184,9 @@ def test_a_damaged_folder_is_told_with_its_file_and_what_to_do(begin: Begin, nam
         return
     with pytest.raises(DataError, match=rf"run/{name} is gone or damaged \(.+\): put it back, or name another --out"):
         begin("run")
+    if (name, damage) == (CONFIG, "cut short"):
+        with pytest.raises(DataError, match=rf"run/{name} is damaged"):
+            _ = Run(file.parent).config
 
 
 def test_names_that_are_not_utf_8_are_listed_and_known_again(begin: Begin) -> None:
