@@ -16,14 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
-import torch
-from safetensors.torch import save_file
 
 from jepakit._files import replacing
-from jepakit.backbone import tensors_of
 from jepakit.bundle import (
     WEIGHTS,
     Backbone,
@@ -39,6 +36,9 @@ from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metrics
 from jepakit.sources import ImageList
+
+if TYPE_CHECKING:
+    import torch
 
 # These may differ between a run and its resumption: they change nothing in the result, or its rounding alone. What the
 # images are, their digest says; where they lie changes nothing.
@@ -297,6 +297,10 @@ def write_run_bundle(
 
     What a process killed in the middle of a file left in the run's folder goes: the folder is locked, so it is no one's.
     """
+    from safetensors.torch import save_file
+
+    from jepakit.backbone import tensors_of
+
     for stale in path.parent.glob(".tmp-*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     tensors = tensors_of(backbone)
