@@ -34,7 +34,7 @@ class Engine:
         Raises ApiError: 429 before anything is decoded when too many images wait,
         503 when there is no answer in time.
         """
-        if self._inside and self._inside + len(images) > self._settings.max_waiting:
+        if self._inside and self._inside + len(images) > self._most(model):
             raise ApiError(
                 429, "overloaded", "too many images are waiting: try again shortly", headers={"Retry-After": "1"}
             )
@@ -52,6 +52,14 @@ class Engine:
         bad = sum(isinstance(result, ImageError) for result in results)
         model.counted.answered(len(results) - bad, bad)
         return Answer(results, pixels)
+
+    def _most(self, model: LoadedModel) -> int:
+        """Images that may be inside: no more than are answered in half of the time that each of them has.
+
+        All wait together, so a queue too long for the timeout would see all of its requests fail, not the last ones.
+        """
+        in_time = int(model.plan.rate * self._settings.request_timeout_s / 2)
+        return min(self._settings.max_waiting, in_time)
 
 
 def _finite(result: Result) -> Result:

@@ -76,7 +76,8 @@ class ServeSettings(BaseSettings):
     max_pixels: Positive = DEFAULT_LIMITS.max_pixels
     """Pixels in one image, judged by its header."""
     max_waiting: Positive = 1024
-    """Images waiting or running in a replica; more are answered 429."""
+    """Images waiting or running in a replica; more are answered 429, as are those that, at the speed measured at start,
+    half of `request_timeout_s` would not do for."""
     max_memory_mb: Positive | None = None
     """Resident memory above which a replica counts as ill: Ray replaces it, /readyz says so. None: no limit."""
     body_timeout_s: Seconds = 30.0

@@ -26,11 +26,12 @@ _PASSES, _LEAST_S = 3, 0.05
 
 
 class Plan(NamedTuple):
-    """Threads of one inference, inferences at a time, images of one inference."""
+    """Threads of one inference, inferences at a time, images of one inference; images a second that this gave."""
 
     threads: int
     lanes: int
     max_batch: int
+    rate: float
 
 
 def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> tuple[Session, Plan]:
@@ -45,11 +46,11 @@ def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSetti
     for _ in range(_PASSES):
         for way in ways:
             way.measure(images, (settings.max_batch,) if settings.max_batch else _BATCHES)
-    best, rate = whole, whole.rate
+    best = whole
     for way in ways[1:]:
         slower = max(1.0, way.alone / whole.alone)
-        if slower < _SLOWEST_ALONE and way.rate > rate * slower**_PRICE:
-            best, rate = way, way.rate
+        if slower < _SLOWEST_ALONE and way.plan.rate > best.plan.rate * slower**_PRICE:
+            best = way
     return best.session, best.plan
 
 
@@ -85,17 +86,9 @@ class _Way:
     @property
     def plan(self) -> Plan:
         """With the smallest batch that is nearly the fastest."""
-        rates = self._rates()
+        rates = {size: size * self._lanes / seconds for size, seconds in self._seconds.items()}
         size = next(size for size, rate in rates.items() if rate >= _NEARLY * max(rates.values()))
-        return Plan(self._threads, self._lanes, size)
-
-    @property
-    def rate(self) -> float:
-        """Images a second by that plan."""
-        return self._rates()[self.plan.max_batch]
-
-    def _rates(self) -> dict[int, float]:
-        return {size: size * self._lanes / seconds for size, seconds in self._seconds.items()}
+        return Plan(self._threads, self._lanes, size, rates[size])
 
 
 def _pass(session: Session, batch: Pixels, lanes: int) -> float:

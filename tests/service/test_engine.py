@@ -1,0 +1,53 @@
+"""How much is let in: never more than can be answered in time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepakit_service.engine import Engine
+from jepakit_service.settings import ServeSettings
+from jepakit_service.tuning import Plan
+from jepakit_service.wire import ApiError, Encoded
+
+
+class Slow:
+    """A model of so many images a second; `go` lets it answer."""
+
+    def __init__(self, rate: float) -> None:
+        self.plan = Plan(threads=1, lanes=1, max_batch=1, rate=rate)
+        self.counted = SimpleNamespace(answered=lambda good, bad: None)
+        self.go = asyncio.Event()
+
+    async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Any], int]:
+        await self.go.wait()
+        return [np.zeros(2, np.float32)] * len(images), 0
+
+
+@pytest.mark.parametrize(("rate", "most"), [(10.0, 20), (1000.0, 50)], ids=["the model's speed", "max_waiting"])
+def test_no_more_is_let_in_than_is_answered_in_time(rate: float, most: int) -> None:
+    async def ask() -> None:
+        engine = Engine(ServeSettings(bundles=("x",), request_timeout_s=4, max_waiting=50))
+        model: Any = Slow(rate)
+        first = asyncio.create_task(engine.answer(model, [b""] * (most - 1)))
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="too many images") as refused:
+            await engine.answer(model, [b""] * 2)
+        assert refused.value.status == 429
+        second = asyncio.create_task(engine.answer(model, [b""]))
+        await asyncio.sleep(0)
+        model.go.set()
+        assert [len((await task).results) for task in (first, second)] == [most - 1, 1]
+
+        model.go.clear()
+        alone = asyncio.create_task(engine.answer(model, [b""] * 3 * most))  # nobody waits: it is tried
+        await asyncio.sleep(0)
+        model.go.set()
+        assert len((await alone).results) == 3 * most
+
+    asyncio.run(ask())
