@@ -13,7 +13,7 @@ from jepakit.probes import KNNProbe, LinearProbe
 _RESAMPLES = 2000
 _UNSEEN = 3.0
 """Rule of three: what happened to none of N images may still happen to 3 of N (95 %). No interval is narrower."""
-_NO_LABELS = (
+NO_LABELS = (
     "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders "
     "and compare start and adapted embeddings with a linear probe before you switch"
 )
@@ -97,7 +97,7 @@ def compare(before: Measurement, after: Measurement, held_out_labels: ArrayLike,
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
 
 
-def no_labels(n_train: int, n_held_out: int, reason: str = _NO_LABELS) -> Comparison:
+def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Comparison:
     """The honest comparison without labels that serve: label-free signals rise in harmful runs too."""
     return Comparison(
         before=None,

@@ -26,7 +26,7 @@ from jepakit.readers import DEFAULT_LIMITS
 from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0)]
 _PREFIX = "JEPAKIT_SERVE_"
 # What Kubernetes tells of a service whose name begins like our variables, such as KubeRay's `jepakit-serve-svc`.
 _OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port(_\d+_.*)?$")
@@ -36,7 +36,12 @@ class ServeSettings(BaseSettings):
     """Settings of `jepakit serve`. Only `bundles` is needed."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, env_prefix=_PREFIX, env_ignore_empty=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        env_prefix=_PREFIX,
+        env_ignore_empty=True,
     )
 
     bundles: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)]
@@ -62,7 +67,7 @@ class ServeSettings(BaseSettings):
     """With a number, Ray scales between `replicas` and it."""
     target_ongoing_requests: Positive = 16
     """Requests a replica that scaling aims at."""
-    num_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of each replica, for Ray's placement; 0.49 leaves room for a second one on the same GPU."""
     threads: Positive = Field(default_factory=usable_cpus)
     """Threads of decoding and inference in each replica."""
@@ -84,7 +89,7 @@ class ServeSettings(BaseSettings):
     """Seconds for a request's body to arrive."""
     request_timeout_s: Seconds = 60.0
     """Seconds from a complete body to the answer."""
-    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that requests in flight are given to finish when the service is told to stop."""
     watch_s: Seconds = 1.0
     """Seconds between two looks for new bundles."""

@@ -16,7 +16,7 @@ from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError
-from jepakit.evaluate import Comparison, Measurement, compare, measure, no_labels
+from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
 from jepakit_training.data import Split
@@ -174,7 +174,7 @@ class Measuring:
         self.images = MeasuringSet.choose(images.labels, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
         self._skipped, self._show = skipped, show
-        self._why_no_labels: tuple[str, ...] = ()
+        self._why_no_labels = NO_LABELS
 
     def start(self, backbone: Any) -> Measured:
         """Before: the better of the untrained poolings, chosen without looking at held-out images."""
@@ -194,7 +194,7 @@ class Measuring:
         """The verdict on held-out images; "cannot tell" without labels."""
         n_fit, n_held_out = int(self.images.is_fit.sum()), int((~self.images.is_fit).sum())
         if before.measurement is None or after.measurement is None or self.images.labels is None:
-            return no_labels(n_fit, n_held_out, *self._why_no_labels)
+            return no_labels(n_fit, n_held_out, self._why_no_labels)
         return compare(before.measurement, after.measurement, self.images.labels[~self.images.is_fit], n_train=n_fit)
 
     def _check_images(self) -> None:
@@ -210,7 +210,7 @@ class Measuring:
             self.images.labels = None
             self._why_no_labels = (
                 f"all {self.images.is_fit.sum()} images to fit probes on are labelled {str(names[0])!r}, and a probe tells two "
-                "classes apart: label some of another class, or leave labels out (--labels none)",
+                "classes apart: label some of another class, or leave labels out (--labels none)"
             )
 
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
