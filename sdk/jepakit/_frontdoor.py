@@ -119,10 +119,10 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) ->
     return run_inspection(config, listed, None if sheet is None else Path(sheet))
 
 
-def export(source: str | Path, out: str | Path, **settings: Any) -> Bundle:
+def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) -> Bundle:
     """Export a run, a bundle or a timm backbone to ONNX, verified against torch; returns the new `Bundle`.
 
-    source    a run's or bundle's folder, or NAME[:pretrained|:random|:FILE] for any timm backbone
+    source    a run or bundle, opened or its folder, or NAME[:pretrained|:random|:FILE] for any timm backbone
     out       the bundle's folder, which must not exist yet
     settings  the fields of `jepakit.config.ExportConfig`: which, name, pooling, normalize, image_size, opset
 
@@ -130,9 +130,12 @@ def export(source: str | Path, out: str | Path, **settings: Any) -> Bundle:
     not reproduce torch; nothing is written then.
     """
     from jepakit._timm_names import check_name
+    from jepakit.bundle import Bundle
     from jepakit.config import ExportConfig
+    from jepakit.run import Run
 
-    config = parse(ExportConfig, {"source": str(source), "out": str(out), **settings})
+    given = source.path if isinstance(source, Run | Bundle) else source
+    config = parse(ExportConfig, {"source": str(given), "out": str(out), **settings})
     if not Path(config.source).exists():
         check_name(config.source.partition(":")[0])
     require("export")

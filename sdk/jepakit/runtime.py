@@ -147,9 +147,13 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
     if choice == "tensorrt":
         configured.append((_ORT_PROVIDERS["cuda"], {"use_tf32": 0}))
     try:
-        return ort.InferenceSession(graph, options, providers=configured)
+        session = ort.InferenceSession(graph, options, providers=configured)
     except Exception as error:  # pybind exceptions have no common base worth naming
         raise BundleError(f"ONNX Runtime cannot open the graph: {str(error).splitlines()[0]}") from None
+    # Else a provider that fails while running is replaced by the CPU, and the graph's bytes are held for that.
+    session.disable_fallback()
+    session._model_bytes = None
+    return session
 
 
 def _missing(choice: Chosen) -> str | None:

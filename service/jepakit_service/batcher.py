@@ -7,6 +7,7 @@ image. There is no timer. A lone image is decoded and run at once by the same th
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -69,6 +70,7 @@ class _Request:
 
 
 _Ready = tuple[_Request, int, Pixels]
+_Run = Callable[[Pixels], NDArray[np.float32]]
 
 
 class Batcher:
@@ -78,17 +80,20 @@ class Batcher:
     run        [B, H, W, C] → [B, D]; called by at most `lanes` threads at a time
     max_batch  the largest batch
     lanes      batches that run at the same time
+    whole      as `run`, by all cores: takes all lanes
+    few        images that go to `whole` while nothing else is there
     threads    threads of decoding and running together
 
     Images are taken from the requests in turn, one of each: a request of hundreds does not hold up one of one.
     """
 
     def __init__(
-        self, decode: Callable[[Encoded], Decoded], run: Callable[[Pixels], NDArray[np.float32]], *,
-        max_batch: int, lanes: int, threads: int, observer: Observer,
+        self, decode: Callable[[Encoded], Decoded], run: _Run, *,
+        max_batch: int, lanes: int, whole: _Run, few: int, threads: int, observer: Observer,
     ) -> None:  # fmt: skip
-        self._decode, self._run, self._observer = decode, run, observer
-        self._max_batch, self._lanes = max_batch, lanes
+        self._decode, self._observer = decode, observer
+        self._run, self._max_batch, self._lanes = run, max_batch, lanes
+        self._whole, self._few = whole, few
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
         self._running = 0
@@ -136,10 +141,8 @@ class Batcher:
         with self._lock:
             while True:
                 if self._may_run():
-                    batch = self._take_batch()
-                    if batch:
-                        self._running += 1
-                        return lambda: self._run_batch(batch)
+                    if task := self._start_batch():
+                        return task
                 elif image := self._take_image():
                     self._decoding += 1
                     return lambda: self._decode_one(*image)
@@ -156,13 +159,24 @@ class Batcher:
             and (len(self._ready) >= self._max_batch or not self._requests)
         )
 
-    def _take_batch(self) -> list[_Ready]:
-        batch: list[_Ready] = []
-        while self._ready and len(batch) < self._max_batch:
-            image = self._ready.popleft()
-            if not image[0].gone:
-                batch.append(image)
-        return batch
+    def _start_batch(self) -> Callable[[], None] | None:
+        """By all cores when these few images are all there is, else some for one lane; None when all were given up."""
+        self._ready = deque(image for image in self._ready if not image[0].gone)
+        if not self._ready:
+            return None
+        nothing_else = not (self._running or self._decoding or self._requests)
+        if nothing_else and len(self._ready) <= self._few:
+            return self._batch(self._whole, self._lanes, self._few)
+        # In a backlog full batches; of the last images every free lane takes its part.
+        part = self._max_batch if self._requests else math.ceil(len(self._ready) / (self._lanes - self._running))
+        return self._batch(self._run, 1, min(part, self._max_batch))
+
+    def _batch(self, run: _Run, lanes: int, size: int) -> Callable[[], None]:
+        batch = [self._ready.popleft() for _ in range(min(size, len(self._ready)))]
+        self._running += lanes
+        if self._ready:
+            self._lock.notify()
+        return lambda: self._run_batch(batch, run, lanes)
 
     def _take_image(self) -> tuple[_Request, int, Encoded] | None:
         """One image of the request whose turn it is; None when there is none, or enough is decoded already."""
@@ -198,18 +212,18 @@ class Batcher:
                 request.settle(outcome)
             self._lock.notify()
 
-    def _run_batch(self, batch: list[_Ready]) -> None:
+    def _run_batch(self, batch: list[_Ready], run: _Run, lanes: int) -> None:
         start = time.perf_counter()
         error: BaseException | None = None
         vectors: Any = None
         try:
-            vectors = self._run(np.stack([pixels for _, _, pixels in batch]))
+            vectors = run(np.stack([pixels for _, _, pixels in batch]))
         except BaseException as caught:  # as above
             error = caught
         seconds = time.perf_counter() - start
         self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
         with self._lock:
-            self._running -= 1
+            self._running -= lanes
             for row, (request, place, _) in enumerate(batch):
                 if error is None:
                     self._finish(request, place, vectors[row])

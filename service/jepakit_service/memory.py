@@ -28,7 +28,7 @@ def available_mb() -> float:
     return min(available, limit - used + int(kinds["inactive_file"])) / 2**20
 
 
-def needed_mb(bundle: Bundle) -> float:
-    """What opening a bundle takes at its peak: its bytes and the runtime's copy of them (docs/export.md), and room to run."""
+def needed_mb(bundle: Bundle, sessions: int) -> float:
+    """What opening a bundle takes at its peak: its bytes, a copy of them in each session, and room to run."""
     size = sum((bundle.path / name).stat().st_size for name in (GRAPH, DATA) if name in bundle.manifest.files)
-    return 2.2 * size / 2**20 + 100
+    return (1 + 1.4 * sessions) * size / 2**20 + 100

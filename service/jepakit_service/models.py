@@ -16,6 +16,7 @@ from jepakit.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
 from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.readers import Limits
+from jepakit.runtime import Provider
 from jepakit.session import Session
 from jepakit_service.batcher import Batcher, Decoded, Result
 from jepakit_service.metrics import Metrics
@@ -37,25 +38,25 @@ class LoadedModel:
         )
         self._golden = golden.unpack(bundle.read(GOLDEN))
         inputs = self._golden.inputs(self.manifest.preprocess)
-        self.session, self.plan = tuned(session, bundle, inputs, settings)
+        self.plan, self._session, whole = tuned(session, bundle, inputs, settings)
         self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._warm_up()
         self._beaten = time.monotonic()
         self.counted = metrics.of_model(self.manifest.name)
         self._batcher = Batcher(
-            self._decode, self.session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
-            threads=settings.threads, observer=self,
+            self._decode, self._session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
+            whole=whole.run, few=self.plan.few, threads=settings.threads, observer=self,
         )  # fmt: skip
 
     @property
-    def provider(self) -> str:
+    def provider(self) -> Provider:
         """What really runs: cpu, cuda, tensorrt or openvino."""
-        return self.session.provider
+        return self._session.provider
 
     @property
     def precision(self) -> str:
         """What is really computed: fp32, fp16, int8 or bf16."""
-        return self.session.precision
+        return self._session.precision
 
     @property
     def digest(self) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from jepakit.bundle import DATA, GRAPH, Bundle
 from jepakit.images import Pixels
+from jepakit.runtime import Provider
 from jepakit.session import Session
 from jepakit_service.settings import ServeSettings
 
@@ -20,48 +21,71 @@ _LONGEST_BATCH_S = 0.25
 """Longer batches make everybody wait, and are no faster on a CPU."""
 _NEARLY = 0.9
 """The smallest batch is taken that is nearly the fastest: while a large one is gathered, cores wait."""
-_SLOWEST_ALONE, _PRICE = 2.0, 0.5
-"""A split may double a lone image's time, and must gain its square root in throughput: 41 % for that, 12 % for a quarter more."""
+_WORTH = 1.1
+"""Lanes must answer so much more than all cores together: they take the memory of a second session."""
 _PASSES, _LEAST_S = 3, 0.05
 
 
 class Plan(NamedTuple):
-    """Threads of one inference, inferences at a time, images of one inference; images a second that this gave."""
+    """How a backlog is answered, and how a few images are while nothing else is there."""
 
     threads: int
+    """Of one inference while others run beside it."""
     lanes: int
+    """Inferences at a time."""
     max_batch: int
+    """Images of one inference."""
     rate: float
+    """Images a second that this gave."""
+    few: int
+    """Images that all cores together answer sooner than lanes do; 0: lanes always, or there is only one."""
 
 
-def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> tuple[Session, Plan]:
-    """How to run a bundle that `session` has open with all threads; perhaps by another session. images: what it takes.
+class Tuned(NamedTuple):
+    """A model's plan, the session that its lanes share, and the one that takes all cores for `plan.few` images."""
 
-    On a CPU small models answer more when each core runs a batch of its own, large ones sooner when all cores share
-    one. A split is taken whose throughput outweighs what a lone image waits longer.
+    plan: Plan
+    session: Session
+    whole: Session
+
+
+def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> Tuned:
+    """How to run a bundle that `session` has open with all threads. images: what it takes.
+
+    On a CPU most models answer more when each core runs a batch of its own, and a lone image sooner when all cores share
+    it. Where both hold the model is open both ways; the numbers of its vectors are the same.
     """
     whole = _Way(session, settings.threads, 1)
     ways = [whole, *(_splits(bundle, settings) if session.provider == "cpu" else ())]
+    sizes = (1, settings.max_batch) if settings.max_batch else _BATCHES
     # In turns, and the shortest of all: a slow moment of the machine must not decide between them.
     for _ in range(_PASSES):
         for way in ways:
-            way.measure(images, (settings.max_batch,) if settings.max_batch else _BATCHES)
-    best = whole
-    for way in ways[1:]:
-        slower = max(1.0, way.alone / whole.alone)
-        if slower < _SLOWEST_ALONE and way.plan.rate > best.plan.rate * slower**_PRICE:
-            best = way
-    return best.session, best.plan
+            way.measure(images, sizes)
+    plans = {way: way.plan(settings.max_batch) for way in ways}
+    best = max(ways, key=lambda way: plans[way].rate)
+    if plans[best].rate < _WORTH * plans[whole].rate:
+        best = whole
+    few = whole.few_beside(best)
+    return Tuned(plans[best]._replace(few=few), best.session, whole.session if few else best.session)
+
+
+def most_sessions(provider: Provider, threads: int) -> int:
+    """Sessions that `tuned` has open at a time, the given one among them."""
+    return 1 + (len(_split_threads(threads)) if provider in ("auto", "cpu") else 0)
 
 
 def _splits(bundle: Bundle, settings: ServeSettings) -> Iterator[_Way]:
     """The model again, with fewer threads an inference; the bytes have been verified."""
     data = bundle.read(DATA) if DATA in bundle.manifest.files else None
     graph = bundle.read(GRAPH)
-    for threads in (4, 1):
-        if threads < settings.threads:
-            session = Session(graph, bundle.manifest, provider="cpu", threads=threads, data=data)
-            yield _Way(session, threads, settings.threads // threads)
+    for threads in _split_threads(settings.threads):
+        session = Session(graph, bundle.manifest, provider="cpu", threads=threads, data=data)
+        yield _Way(session, threads, settings.threads // threads)
+
+
+def _split_threads(threads: int) -> list[int]:
+    return [fewer for fewer in (4, 1) if fewer < threads]
 
 
 class _Way:
@@ -69,26 +93,31 @@ class _Way:
 
     def __init__(self, session: Session, threads: int, lanes: int) -> None:
         self.session, self._threads, self._lanes = session, threads, lanes
-        self.alone = math.inf
+        self._alone = math.inf
         """Seconds of a lone image."""
         self._seconds: dict[int, float] = {}
         """Of one batch of each size while every lane runs."""
 
-    def measure(self, images: Pixels, sizes: Sequence[int]) -> None:
+    def measure(self, images: Pixels, sizes: Iterable[int]) -> None:
         """Once more: a lone image, and batches of every size up to the first that takes too long."""
-        self.alone = min(self.alone, _pass(self.session, images[:1], 1))
+        self._alone = min(self._alone, _pass(self.session, images[:1], 1))
         for size in sizes:
             seconds = _pass(self.session, images[np.arange(size) % len(images)], self._lanes)
             self._seconds[size] = min(seconds, self._seconds.get(size, math.inf))
             if self._seconds[size] > _LONGEST_BATCH_S:
                 break
 
-    @property
-    def plan(self) -> Plan:
-        """With the smallest batch that is nearly the fastest."""
+    def plan(self, max_batch: int | None) -> Plan:
+        """With the smallest batch that is nearly the fastest, or the one that was asked for."""
         rates = {size: size * self._lanes / seconds for size, seconds in self._seconds.items()}
         size = next(size for size, rate in rates.items() if rate >= _NEARLY * max(rates.values()))
-        return Plan(self._threads, self._lanes, size, rates[size])
+        return Plan(self._threads, self._lanes, max_batch or size, rates[size], 0)
+
+    def few_beside(self, lanes: _Way) -> int:
+        """The most images that are answered sooner one batch by all cores than an image a lane."""
+        if lanes is self or lanes._alone <= self._alone:
+            return 0
+        return max([1, *(size for size, seconds in self._seconds.items() if seconds <= lanes._seconds[1])])
 
 
 def _pass(session: Session, batch: Pixels, lanes: int) -> float:

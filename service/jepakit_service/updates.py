@@ -20,6 +20,7 @@ from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel, bundle_folders, check_expected
 from jepakit_service.registry import Registry, Update, Versions, VersionsState
 from jepakit_service.settings import ServeSettings
+from jepakit_service.tuning import most_sessions
 
 _log = logging.getLogger("jepakit.service")
 _ABSENT_ROUNDS = 5
@@ -84,7 +85,8 @@ class Updates:
         versions.update = Update(bundle.digest, "loading")
         try:
             check_expected(bundle, self._settings)
-            _check_memory(bundle)
+            provider = self._settings.provider if versions.current is None else versions.current.provider
+            _check_memory(bundle, most_sessions(provider, self._settings.threads))
             versions.next = await asyncio.to_thread(LoadedModel, bundle, self._settings, self._metrics)
         except JepakitError as error:
             self._refuse(versions, bundle.digest, str(error))
@@ -166,8 +168,8 @@ def _readable(given: Path) -> list[Bundle]:
     return bundles
 
 
-def _check_memory(bundle: Bundle) -> None:
-    needed, available = memory.needed_mb(bundle), memory.available_mb()
+def _check_memory(bundle: Bundle, sessions: int) -> None:
+    needed, available = memory.needed_mb(bundle, sessions), memory.available_mb()
     if needed > available:
         raise DataError(
             f"{bundle.path} needs about {needed:.0f} MB beside the version in service, and {available:.0f} MB are free: "

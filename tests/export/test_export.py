@@ -284,6 +284,12 @@ def test_an_exporter_that_fails_is_told_in_our_words(run: Run, monkeypatch: pyte
     assert left_nothing(tmp_path)
 
 
+def test_what_is_open_already_is_exported_as_its_folder_is(run: Run, tmp_path: Path) -> None:
+    from_run = jepakit.export(run, tmp_path / "a")
+    from_bundle = jepakit.export(run.bundle, tmp_path / "b")
+    assert from_run.manifest.model_id == from_bundle.manifest.model_id == run.bundle.manifest.model_id
+
+
 def test_an_existing_folder_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     with pytest.raises(BundleError, match="already exists, and a bundle is never overwritten"):

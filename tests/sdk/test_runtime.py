@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -73,6 +74,21 @@ def test_a_provider_that_quietly_became_the_cpu_is_an_error(bundle: Bundle, monk
     )
     with pytest.raises(ServeError, match="lists it but cannot load it"):
         Session.open(bundle, provider="cuda")
+
+
+def test_a_provider_that_fails_while_running_is_not_replaced_by_the_cpu(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own way is to open the graph again on the CPU, print so, and go on."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
+
+    runtime: Any = open_runtime(bundle.read(GRAPH), "cpu", 1)
+    failing = MagicMock(wraps=runtime._session._sess)
+    failing.run.side_effect = EPFail("CUDA error 700")
+    monkeypatch.setattr(runtime._session, "_sess", failing)
+    with pytest.raises(EPFail, match="700"):
+        runtime.run(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("missing", ["onnxruntime", "openvino"])

@@ -55,8 +55,19 @@ async def embed(packed: Batcher, images: list[bytes]) -> tuple[list[Any], int]:
     return await packed.embed(images, 10.0)
 
 
-def batcher(model: Recorder, *, max_batch: int = 4, lanes: int = 1, threads: int = 1) -> Batcher:
-    return Batcher(model.decode, model.run, max_batch=max_batch, lanes=lanes, threads=threads, observer=model)
+def batcher(
+    model: Recorder,
+    *,
+    max_batch: int = 4,
+    lanes: int = 1,
+    whole: Recorder | None = None,
+    few: int = 0,
+    threads: int = 1,
+) -> Batcher:
+    return Batcher(
+        model.decode, model.run, max_batch=max_batch, lanes=lanes, whole=(whole or model).run, few=few,
+        threads=threads, observer=model,
+    )  # fmt: skip
 
 
 def test_many_requests_get_their_own_vectors_in_order() -> None:
@@ -108,6 +119,41 @@ def test_a_request_of_hundreds_does_not_hold_up_one_of_one() -> None:
     asyncio.run(ask())
     turn = next(turn for turn, batch in enumerate(model.batches) if 1 in batch)
     assert turn < 10, "of 200 batches"
+
+
+class Lanes(Recorder):
+    """A model whose batches run two at a time, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2)
+
+    def run(self, images: Any) -> Any:
+        self.both.wait(10)
+        return super().run(images)
+
+
+def test_a_few_images_go_to_all_cores_while_nothing_else_is_there() -> None:
+    lanes, whole = Lanes(), Recorder()
+    packed = batcher(lanes, max_batch=4, lanes=2, whole=whole, few=1)
+
+    async def ask() -> None:
+        await embed(packed, [b"\1"])
+        whole.gate.clear()
+        alone = asyncio.create_task(embed(packed, [b"\2"]))
+        while lanes.decodes < 2:
+            await asyncio.sleep(0.01)
+        backlog = asyncio.create_task(embed(packed, [bytes([n]) for n in range(10, 14)]))
+        while len(packed._ready) < 4:
+            await asyncio.sleep(0.01)
+        assert lanes.batches == [], "no lane beside all cores"
+        whole.gate.set()
+        await asyncio.gather(alone, backlog)
+        assert sorted(lanes.batches) == [[10, 11], [12, 13]], "each lane takes its part"
+        await embed(packed, [b"\3"])
+
+    asyncio.run(ask())
+    assert whole.batches == [[1], [2], [3]]
 
 
 def test_one_bad_image_spoils_no_other() -> None:

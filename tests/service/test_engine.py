@@ -20,7 +20,7 @@ class Slow:
     """A model of so many images a second; `go` lets it answer."""
 
     def __init__(self, rate: float) -> None:
-        self.plan = Plan(threads=1, lanes=1, max_batch=1, rate=rate)
+        self.plan = Plan(threads=1, lanes=1, max_batch=1, rate=rate, few=0)
         self.counted = SimpleNamespace(answered=lambda good, bad: None)
         self.go = asyncio.Event()
 

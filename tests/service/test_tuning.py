@@ -1,0 +1,82 @@
+"""How a model is run: lanes where they answer more, all cores for the few images that are alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jepakit import golden
+from jepakit.bundle import GOLDEN, open_bundle
+from jepakit.images import Pixels
+from jepakit.session import Session
+from jepakit_service import tuning
+from jepakit_service.settings import ServeSettings
+from jepakit_service.tuning import Plan, Tuned, most_sessions, tuned
+
+
+def tuned_by(
+    seconds: dict[tuple[int, int, int], float], bundle_dir: Path, monkeypatch: pytest.MonkeyPatch, *,
+    threads: int = 2, max_batch: int | None = None,
+) -> Tuned:  # fmt: skip
+    """Tuned on a machine where a batch takes `seconds[threads, lanes, size]`, and longer than allowed where none is given."""
+
+    def timed(session: Session, batch: Pixels, lanes: int) -> float:
+        return seconds.get((session.threads, lanes, len(batch)), 1.0)
+
+    monkeypatch.setattr(tuning, "_pass", timed)
+    bundle = open_bundle(bundle_dir)
+    session = Session.open(bundle, provider="cpu", threads=threads)
+    inputs = golden.unpack(bundle.read(GOLDEN)).inputs(bundle.manifest.preprocess)
+    return tuned(session, bundle, inputs, ServeSettings(bundles=("x",), threads=threads, max_batch=max_batch))
+
+
+SLOW_ALONE = {(2, 1, 1): 0.09, (2, 1, 2): 0.18, (1, 1, 1): 0.12, (1, 2, 1): 0.14, (1, 2, 2): 0.27}
+
+
+def test_both_ways_are_open_where_each_is_better_at_something(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, session, whole = tuned_by(SLOW_ALONE, bundle, monkeypatch)
+    assert plan == Plan(threads=1, lanes=2, max_batch=1, rate=2 / 0.14, few=1)
+    assert (session.threads, whole.threads) == (1, 2)
+
+
+def test_all_cores_take_as_many_images_as_they_answer_sooner(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = {(8, 1, 1): 0.02, (8, 1, 2): 0.04, (8, 1, 4): 0.08, (8, 1, 8): 0.16, (1, 1, 1): 0.1, (1, 8, 1): 0.1}
+    plan, _, _ = tuned_by(fast, bundle, monkeypatch, threads=8)
+    assert (plan.threads, plan.lanes, plan.few) == (1, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lanes"),
+    [
+        ({**SLOW_ALONE, (1, 2, 1): 0.17, (1, 2, 2): 0.35}, 1),
+        ({**SLOW_ALONE, (1, 1, 1): 0.08}, 2),
+    ],
+    ids=["lanes gain too little", "lanes are never slower"],
+)
+def test_one_session_is_kept_where_the_other_gains_nothing(
+    seconds: dict[tuple[int, int, int], float], lanes: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, session, whole = tuned_by(seconds, bundle, monkeypatch)
+    assert (plan.lanes, plan.few) == (lanes, 0)
+    assert whole is session
+
+
+def test_the_largest_batch_is_the_one_asked_for(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _, _ = tuned_by(SLOW_ALONE, bundle, monkeypatch, max_batch=2)
+    assert (plan.max_batch, plan.lanes, plan.few) == (2, 2, 1)
+
+
+def test_the_vectors_are_the_same_however_they_are_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, session, whole = tuned_by(SLOW_ALONE, bundle, monkeypatch)
+    images: Any = golden.unpack(open_bundle(bundle).read(GOLDEN)).inputs(session.manifest.preprocess)
+    together = whole.run(images)
+    for n in range(len(images)):
+        assert np.array_equal(session.run(images[n : n + 1])[0], together[n])
+
+
+def test_sessions_that_are_open_at_a_time() -> None:
+    assert [most_sessions("cpu", threads) for threads in (1, 2, 4, 8)] == [1, 2, 2, 3]
+    assert most_sessions("cuda", 8) == 1
