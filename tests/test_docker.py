@@ -21,6 +21,7 @@ import yaml
 
 import jepakit
 from jepakit_service.metrics import Metrics
+from jepakit_service.ray_app import NODE_ENVIRONMENT
 from jepakit_service.settings import ServeSettings
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,7 @@ def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_networ
         (container,) = pod["spec"]["containers"]
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {entry["name"]: entry["value"] for entry in container["env"]} == NODE_ENVIRONMENT
 
 
 def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_another() -> None:

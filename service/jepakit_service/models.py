@@ -18,6 +18,7 @@ from jepakit.images import fit, read_image
 from jepakit.readers import Limits
 from jepakit.runtime import Provider
 from jepakit.session import Session
+from jepakit_service import memory
 from jepakit_service.batcher import Batcher, Decoded, Result
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
@@ -39,6 +40,7 @@ class LoadedModel:
         self._golden = golden.unpack(bundle.read(GOLDEN))
         inputs = self._golden.inputs(self.manifest.preprocess)
         self.plan, self._session, whole = tuned(session, bundle, inputs, settings)
+        memory.give_back()
         self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._warm_up()
         self._beaten = time.monotonic()

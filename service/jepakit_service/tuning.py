@@ -21,8 +21,8 @@ _LONGEST_BATCH_S = 0.25
 """Longer batches make everybody wait, and are no faster on a CPU."""
 _NEARLY = 0.9
 """The smallest batch is taken that is nearly the fastest: while a large one is gathered, cores wait."""
-_WORTH = 1.1
-"""Lanes must answer so much more than all cores together: they take the memory of a second session."""
+_BETTER = 1.1
+"""All cores together must answer so much more than lanes to be chosen for a backlog too: what is measured on a busy machine strays."""
 _PASSES, _LEAST_S = 3, 0.05
 
 
@@ -63,9 +63,7 @@ def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSetti
         for way in ways:
             way.measure(images, sizes)
     plans = {way: way.plan(settings.max_batch) for way in ways}
-    best = max(ways, key=lambda way: plans[way].rate)
-    if plans[best].rate < _WORTH * plans[whole].rate:
-        best = whole
+    best = max(ways, key=lambda way: plans[way].rate * (_BETTER if way is not whole else 1))
     few = whole.few_beside(best)
     return Tuned(plans[best]._replace(few=few), best.session, whole.session if few else best.session)
 
