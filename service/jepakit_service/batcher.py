@@ -96,7 +96,8 @@ class Batcher:
         self._whole, self._few = whole, few
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
-        self._running = 0
+        self._running = 0  # lanes
+        self._at_work = 0  # images
         self._decoding = 0
         self._closed = False
         self._lock = threading.Condition()
@@ -167,13 +168,14 @@ class Batcher:
         nothing_else = not (self._running or self._decoding or self._requests)
         if nothing_else and len(self._ready) <= self._few:
             return self._batch(self._whole, self._lanes, self._few)
-        # In a backlog full batches; of the last images every free lane takes its part.
-        part = self._max_batch if self._requests else math.ceil(len(self._ready) / (self._lanes - self._running))
-        return self._batch(self._run, 1, min(part, self._max_batch))
+        # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
+        share = math.ceil((len(self._ready) + self._at_work) / self._lanes)
+        return self._batch(self._run, 1, self._max_batch if self._requests else min(share, self._max_batch))
 
     def _batch(self, run: _Run, lanes: int, size: int) -> Callable[[], None]:
         batch = [self._ready.popleft() for _ in range(min(size, len(self._ready)))]
         self._running += lanes
+        self._at_work += len(batch)
         if self._ready:
             self._lock.notify()
         return lambda: self._run_batch(batch, run, lanes)
@@ -224,6 +226,7 @@ class Batcher:
         self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
         with self._lock:
             self._running -= lanes
+            self._at_work -= len(batch)
             for row, (request, place, _) in enumerate(batch):
                 if error is None:
                     self._finish(request, place, vectors[row])

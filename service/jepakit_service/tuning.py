@@ -19,8 +19,8 @@ from jepakit_service.settings import ServeSettings
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _LONGEST_BATCH_S = 0.25
 """Longer batches make everybody wait, and are no faster on a CPU."""
-_NEARLY = 0.9
-"""The smallest batch is taken that is nearly the fastest: while a large one is gathered, cores wait."""
+_NEARLY = 0.97
+"""The smallest batch is taken that is as fast as any: the images of a larger one wait for each other."""
 _BETTER = 1.1
 """All cores together must answer so much more than lanes to be chosen for a backlog too: what is measured on a busy machine strays."""
 _PASSES, _LEAST_S = 3, 0.05

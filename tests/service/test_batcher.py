@@ -156,6 +156,25 @@ def test_a_few_images_go_to_all_cores_while_nothing_else_is_there() -> None:
     assert whole.batches == [[1], [2], [3]]
 
 
+def test_without_a_backlog_lanes_share_alike_with_those_that_run() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=8, lanes=2)
+
+    async def ask() -> None:
+        model.gate.clear()
+        first = asyncio.create_task(embed(packed, [b"\1", b"\2"]))
+        while packed._at_work < 2:  # each of them in a lane, or both in one
+            await asyncio.sleep(0.01)
+        others = asyncio.create_task(embed(packed, [bytes([n]) for n in range(10, 16)]))
+        while packed._at_work + len(packed._ready) < 8:
+            await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(first, others)
+
+    asyncio.run(ask())
+    assert max(map(len, model.batches)) <= 4, "of eight images that two lanes had to do"
+
+
 def test_one_bad_image_spoils_no_other() -> None:
     packed = batcher(Recorder())
     results, area = asyncio.run(embed(packed, [b"\1", b"bad", b"\3"]))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 import jepakit
 from tests.test_pipeline import jepakit_cli, serving
@@ -21,8 +27,8 @@ PNG = {"Content-Type": "image/png"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def eventually(wanted: Any) -> Any:
-    deadline = time.monotonic() + 60
+def eventually(wanted: Any, *, within_s: float = 60) -> Any:
+    deadline = time.monotonic() + within_s
     while not (found := wanted()):
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -64,6 +70,54 @@ def test_two_replicas_are_one_deployment(bundle: Path, tmp_path: Path, proxy: st
             jepakit.open_bundle(other).manifest.model_id
         )
     assert old != new
+
+
+@contextmanager
+def asking(url: str, images: list[bytes], *, at_a_time: int) -> Iterator[None]:
+    """Ask for the images over and over; what is answered with an error ends the test."""
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=url, timeout=120) as http:
+            while not stop.is_set():
+                files = [("files", image) for image in images]
+                http.post("/v1/embeddings", files=files).raise_for_status()
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        asked = [pool.submit(ask) for _ in range(at_a_time)]
+        try:
+            yield
+        finally:
+            stop.set()
+        for one in asked:
+            one.result()
+
+
+def replicas(http: httpx.Client) -> set[str]:
+    return set(re.findall(r'jepakit_waiting_images\{model="tiny",replica="(\w+)"', http.get("/metrics").text))
+
+
+def test_load_brings_a_second_replica(bundle: Path) -> None:
+    options = ("--set", "max_replicas=2", "--set", "target_ongoing_requests=1")
+    with serving(bundle, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
+        assert len(replicas(http)) == 1
+        with asking(url, [picture(seed) for seed in range(8)], at_a_time=6):
+            eventually(lambda: http.get("/readyz").json()["replicas_ready"] == 2, within_s=240)
+            assert len(replicas(http)) == 2
+
+
+def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
+    """Images of 64 megapixels decode to 192 MB each; a replica at rest takes a third of the limit."""
+    large = io.BytesIO()
+    Image.new("RGB", (8000, 8000)).save(large, "PNG")
+    options = ("--set", "max_memory_mb=600", "--set", "threads=4", "--set", "max_pixels=64000000")
+    with serving(bundle, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
+        (first,) = replicas(http)
+        with jepakit.Client(url) as client:
+            eventually(
+                lambda: len(client.embed([large.getvalue()] * 8, progress=False)) and first not in replicas(http)
+            )
+        assert eventually(lambda: http.get("/readyz").status_code == 200)
 
 
 def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bundle: Path, tmp_path: Path) -> None:
