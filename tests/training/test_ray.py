@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import pytest
 from tests.training.test_launch import SETTINGS, Source, assert_same, command
 
 import jepakit
-from jepakit.run import CHECKPOINTS, ENVIRONMENT
+from jepakit.run import CHECKPOINTS, ENVIRONMENT, METRICS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 RAY = ("--launcher", "ray", "--processes", "2", "--workers", "0")
@@ -69,6 +71,29 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(source
     steps = [row["step"] for row in run.metrics()]
     assert steps == [*range(9, 100, 10)]
     assert run.bundle.manifest.provenance.steps == 100
+
+
+def test_a_stop_saves_the_step_and_the_same_command_goes_on(source: Source, tmp_path: Path) -> None:
+    out = tmp_path / "ray"
+    process = subprocess.Popen(
+        command(source, out, *RAY, steps=5000), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (out / METRICS).exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, words = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, words[-3000:]
+    assert "Traceback" not in words
+    stopped = re.search(r"stopped after step (\d+); run the same command again", words)
+    assert stopped, words[-3000:]
+    assert [path.name for path in (out / CHECKPOINTS).iterdir()] == [f"step-{int(stopped[1]):09d}"]
+    assert not left_in(out)
 
 
 def test_an_error_in_a_worker_is_one_line_of_the_command(source: Source, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from tests.training.forked import start
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit_training.stopping import stopping
+from jepakit_training.stopping import asked_by, stopping
 
 GRACE_S = 1.0
 
@@ -174,3 +174,22 @@ def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_a_thread_is_asked_to_stop_by_what_its_caller_looks_at(tmp_path: Path) -> None:
+    asked = tmp_path / "stop"
+    seen: list[bool] = []
+
+    def train_in_a_thread() -> None:
+        with asked_by(asked.exists), stopping(lambda: 0) as stop:
+            seen.append(stop.requested)
+            asked.touch()
+            seen.append(stop.requested)
+            assert isinstance(stop.leaving(1), SystemExit)
+        with stopping(lambda: 0) as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=train_in_a_thread)
+    thread.start()
+    thread.join(10)
+    assert seen == [False, True, False]

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +31,10 @@ from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.endings import read_endings, told
 from jepakit_training.records import RAY_FOLDER
-from jepakit_training.stopping import answering
+from jepakit_training.stopping import answering, asked_by
 
 _MOST_LOSSES = 3
+_GRACE_S = 20.0
 _OBJECT_STORE_BYTES = 100 << 20
 # Ray reads them at import. Training's own files say all that a run has to say, in the folders that we name.
 _SETTINGS = {
@@ -50,6 +54,11 @@ class _Job(NamedTuple):
     folder: Path
     """In RUN, for as long as it trains: what rank 0 says, and why a process ended."""
     start_in: Path
+
+    @property
+    def stop(self) -> Path:
+        """A file that is there once the workers are to stop."""
+        return self.folder / "stop"
 
 
 def adapt_on_ray(config: AdaptConfig, images: ImageList, out: Path) -> Run:
@@ -110,13 +119,6 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _stop(_: int) -> None:
-    """SIGINT and SIGTERM raise KeyboardInterrupt; Ray's own handlers of them would end this process."""
-    line = "stopped; the same command goes on from the last checkpoint"
-    print(line, file=sys.stderr)
-    raise KeyboardInterrupt(line)
-
-
 def _fit(job: _Job) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -138,7 +140,7 @@ def _fit(job: _Job) -> None:
             name="train", storage_path=str(job.folder), failure_config=FailureConfig(max_failures=_MOST_LOSSES)
         ),
     )
-    failure = _waited_for(trainer)
+    failure = _waited_for(trainer, job.stop)
     endings = read_endings(job.folder)
     for error in filter(None, (ending.error() for ending in endings)):
         raise error
@@ -153,9 +155,15 @@ def _fit(job: _Job) -> None:
     ) from failure
 
 
-def _waited_for(trainer: Any) -> Exception | None:
-    """What `fit` raised, if anything. It runs in a thread: in the main one Ray would take SIGINT for itself."""
+def _waited_for(trainer: Any, stop: Path) -> Exception | None:
+    """What `fit` raised, if anything. It runs in a thread: in the main one Ray would take SIGINT for itself.
+
+    SIGINT and SIGTERM have the workers stop after their step. Then, or when that takes over 20 s or at a second signal,
+    raises KeyboardInterrupt or SystemExit(143).
+    """
     raised: list[Exception] = []
+    asked: list[int] = []
+    deadline = math.inf
 
     def fit() -> None:
         try:
@@ -163,11 +171,23 @@ def _waited_for(trainer: Any) -> Exception | None:
         except Exception as error:
             raised.append(error)
 
+    def ask(number: int) -> None:
+        nonlocal deadline
+        deadline = time.monotonic() + (0 if asked else _GRACE_S)
+        asked.append(number)
+        stop.touch()
+
     thread = threading.Thread(target=fit, daemon=True)
-    with answering(_stop):
+    with answering(ask):
         thread.start()
-        thread.join()
-    return raised[0] if raised else None
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(timeout=0.5)
+    if not asked:
+        return raised[0] if raised else None
+    line = "stopped; the same command goes on from the last checkpoint"
+    if thread.is_alive():
+        print(line, file=sys.stderr)
+    raise KeyboardInterrupt(line) if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -176,6 +196,8 @@ def _train(settings: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     if any(ending.error() for ending in read_endings(job.folder)):
         return  # an error of the user's or of training itself: to start again would not help
+    if job.stop.exists():
+        return
     (job.folder / f"rank-{rank}.json").unlink(missing_ok=True)
     os.chdir(job.start_in)
     import torch
@@ -184,6 +206,8 @@ def _train(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(max(1, usable_cpus() // int(os.environ["LOCAL_WORLD_SIZE"])))  # Ray allows one
     with (
+        contextlib.suppress(SystemExit),  # a stop that was asked for: no reason for Ray to start again
+        asked_by(job.stop.exists),
         (job.folder / "said" if rank == 0 else Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as said,
         contextlib.redirect_stderr(said),
         told(job.folder, rank),

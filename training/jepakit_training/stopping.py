@@ -17,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 
 _GRACE_S = 20.0
 _SECOND_GRACE_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pipes: set[int] = set()
+_also_asked: ContextVar[Callable[[], bool]] = ContextVar("_also_asked", default=lambda: False)
 
 
 @contextmanager
@@ -40,6 +42,16 @@ def answering(handler: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
+@contextmanager
+def asked_by(asked: Callable[[], bool]) -> Iterator[None]:
+    """In the block, `asked` is another way to ask for a stop, looked at after every step: for threads, which get no signals."""
+    before = _also_asked.set(asked)
+    try:
+        yield
+    finally:
+        _also_asked.reset(before)
+
+
 class Stop:
     """Whether a stop was asked for, and how to leave then."""
 
@@ -51,7 +63,7 @@ class Stop:
     @property
     def requested(self) -> bool:
         """To be read at the end of every step. Once it was read as True, saving may take the time it takes."""
-        self._at_boundary = self._number is not None
+        self._at_boundary = self._number is not None or _also_asked.get()()
         return self._at_boundary
 
     def leaving(self, done: int) -> BaseException:
@@ -105,7 +117,7 @@ def stopping(newest: Callable[[], int], *, grace_s: float = _GRACE_S) -> Iterato
     grace_s  seconds that a step may go on after SIGTERM; then the process ends with exit code 143
 
     A second SIGINT interrupts the step, and ends the process with exit code 130 if even that takes over 2 s.
-    Outside the main thread (a notebook's worker) nothing happens: signals stay as they are.
+    Outside the main thread (a notebook's worker) signals stay as they are; `asked_by` asks there.
     """
     stop = Stop(newest, grace_s)
     if threading.current_thread() is not threading.main_thread():
