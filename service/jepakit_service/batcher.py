@@ -1,7 +1,8 @@
 """A work-conserving batcher: many requests' images, decoded and packed together into full batches, each request fairly.
 
 Threads of one kind do whatever is most useful next: run a batch if one is ready and a lane is free, else decode one more
-image. There is no timer. A lone image is decoded and run at once by the same thread; a backlog fills the batches.
+image. There is no timer. A lone image is decoded and run at once by the same thread, with all cores; a backlog fills the
+batches of all lanes.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_load_brings_a_second_replica(bundle: Path) -> None:
 def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
     """Images of 64 megapixels decode to 192 MB each; a replica at rest takes a third of the limit."""
     large = io.BytesIO()
-    Image.new("RGB", (8000, 8000)).save(large, "PNG")
+    Image.effect_noise((1000, 1000), 50).convert("RGB").resize((8000, 8000)).save(large, "JPEG", quality=10)
     options = ("--set", "max_memory_mb=600", "--set", "threads=4", "--set", "max_pixels=64000000")
     with serving(bundle, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
         (first,) = replicas(http)
