@@ -38,6 +38,8 @@ _OBJECT_STORE_BYTES = 100 << 20
 _REPORT_TIMEOUT_S = 15.0
 # Refusing is the gate's, which tells why and keeps probes answered; Ray's own limit only has to lie beyond it.
 _ONGOING = 100_000
+_LINGER_S = 1.0
+"""The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
 
 
 def run(settings: ServeSettings) -> None:
@@ -193,6 +195,7 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
             deadline = time.monotonic() + settings.drain_s
             while self._gate.in_flight and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
+            await asyncio.sleep(_LINGER_S)
 
     return Embeddings.bind()  # type: ignore[attr-defined]  # serve.deployment's decorator is untyped here
 
