@@ -51,8 +51,11 @@ def run(settings: ServeSettings) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    # For the processes that Ray starts: this one has no loop that Ray could share.
+    os.environ.update(_REPLICAS)
     stop = threading.Event()
     _on_stop_signals(stop)
+    started = False
     print("starting Ray Serve …", flush=True)
     collector = logs.Collector(folder / "logs.sock")
     try:
@@ -67,6 +70,7 @@ def run(settings: ServeSettings) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
         serve.start(http_options=options, logging_config={"enable_access_log": False, "log_level": "ERROR"})
         handle = serve.run(_application(settings, collector.path), name=_APPLICATION, route_prefix="/")
+        started = True
         if announce_when_ready(settings, stop):
             print_listeners(settings)
         while not stop.wait(1.0):
@@ -74,9 +78,10 @@ def run(settings: ServeSettings) -> None:
         print("stopping: answering the requests in flight …", flush=True)
         handle.broadcast("drain").results(timeout_s=settings.drain_s + 5)
     except Exception as error:  # Ray wraps what a replica raised in classes of its own
-        if stop.is_set():
-            return
-        raise ServeError(f"the service did not start: {_innermost(error)}") from error
+        if started:
+            raise ServeError(f"requests in flight may be lost: {_innermost(error)}") from error
+        if not stop.is_set():
+            raise ServeError(f"the service did not start: {_innermost(error)}") from error
     finally:
         # All of Ray is ours: ending it ends Serve, which has nothing left to do.
         children = psutil.Process().children(recursive=True)
@@ -95,23 +100,26 @@ def build(args: dict[str, Any]) -> Any:
     return _application(parse(ServeSettings, {"host": "0.0.0.0", **args}), None)
 
 
-NODE_ENVIRONMENT = {
+_CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     # On a busy machine the proxy is killed while it starts for the usual 5 s.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+_REPLICAS = {
     # Our code never blocks its loop: one loop for it and Ray's saves each request four hops between threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+NODE_ENVIRONMENT = {**_CLUSTER, **_REPLICAS}
 """What every node of a cluster needs, ours or the user's own (docs/deploy/kuberay.yaml)."""
 
 
 def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
     return {
-        **NODE_ENVIRONMENT,
+        **_CLUSTER,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on a busy machine

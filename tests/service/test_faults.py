@@ -233,7 +233,7 @@ def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
         # Ended, and left for `serving` to read its exit code: a second SIGTERM would meet Python without its handlers.
         wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE, "the service does not end")
     accepted = [answer for answer in answers if answer.asked < stopped - margin_s]
-    assert any(answer.answered > stopped for answer in accepted), "nothing was in flight: the requests are too short"
+    assert any(answer.asked < stopped < answer.answered for answer in answers), "nothing was in flight"
     assert {answer.status for answer in accepted} == {200}
     assert all(alike(np.frombuffer(one.body, "<f4").reshape(expected.shape), expected) for one in accepted)
     assert {answer.status for answer in answers} <= {200, 503, 0}
