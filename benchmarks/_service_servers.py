@@ -162,18 +162,8 @@ def jepakit_server(
     """`jepakit serve`, as from the command line; patient, for 32 clients' 32 images of a ViT-S take two cores minutes."""
     port = free_port()
     program = Path(sys.executable).with_name("jepakit")
-    command = [
-        program,
-        "serve",
-        bundle,
-        "--port",
-        port,
-        "--provider",
-        "cpu",
-        "--set",
-        "request_timeout_s=600",
-        *options,
-    ]
+    patient = ("--set", "request_timeout_s=600")
+    command = [program, "serve", bundle, "--port", port, "--provider", "cpu", *patient, *options]
     with _started(name, command, port, jepakit_requests(image), expected, folder, dict(os.environ)) as server:
         yield server
 

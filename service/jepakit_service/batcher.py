@@ -143,8 +143,13 @@ class Batcher:
         with self._lock:
             while True:
                 if self._may_run():
-                    if task := self._start_batch():
-                        return task
+                    run, lanes, size = self._way()
+                    if batch := self._take_batch(size):
+                        self._running += lanes
+                        self._at_work += len(batch)
+                        if self._ready:
+                            self._lock.notify()
+                        return lambda: self._run_batch(batch, run, lanes)
                 elif image := self._take_image():
                     self._decoding += 1
                     return lambda: self._decode_one(*image)
@@ -161,25 +166,22 @@ class Batcher:
             and (len(self._ready) >= self._max_batch or not self._requests)
         )
 
-    def _start_batch(self) -> Callable[[], None] | None:
-        """By all cores when these few images are all there is, else some for one lane; None when all were given up."""
-        self._ready = deque(image for image in self._ready if not image[0].gone)
-        if not self._ready:
-            return None
+    def _way(self) -> tuple[_Run, int, int]:
+        """By what to run, how many lanes that takes, and at most how many images: all cores for a few that are all there is."""
         nothing_else = not (self._running or self._decoding or self._requests)
         if nothing_else and len(self._ready) <= self._few:
-            return self._batch(self._whole, self._lanes, self._few)
+            return self._whole, self._lanes, self._few
         # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
         share = math.ceil((len(self._ready) + self._at_work) / self._lanes)
-        return self._batch(self._run, 1, self._max_batch if self._requests else min(share, self._max_batch))
+        return self._run, 1, self._max_batch if self._requests else min(share, self._max_batch)
 
-    def _batch(self, run: _Run, lanes: int, size: int) -> Callable[[], None]:
-        batch = [self._ready.popleft() for _ in range(min(size, len(self._ready)))]
-        self._running += lanes
-        self._at_work += len(batch)
-        if self._ready:
-            self._lock.notify()
-        return lambda: self._run_batch(batch, run, lanes)
+    def _take_batch(self, size: int) -> list[_Ready]:
+        batch: list[_Ready] = []
+        while self._ready and len(batch) < size:
+            image = self._ready.popleft()
+            if not image[0].gone:
+                batch.append(image)
+        return batch
 
     def _take_image(self) -> tuple[_Request, int, Encoded] | None:
         """One image of the request whose turn it is; None when there is none, or enough is decoded already."""

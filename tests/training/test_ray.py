@@ -26,6 +26,15 @@ def source(image_folder: Callable[..., Path], weights_file: Callable[[str], Path
     return Source(image_folder(), weights_file("test_vit"))
 
 
+def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
+    """Until something is there of the running command."""
+    deadline = time.monotonic() + 300
+    while not there():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def left_in(out: Path) -> list[str]:
     return [path.name for path in out.iterdir() if path.name.startswith(".tmp")]
 
@@ -50,11 +59,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(source
     )  # fmt: skip
     started: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 300
-        while not list((out / CHECKPOINTS).glob("step-*")):
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(process, lambda: bool(list((out / CHECKPOINTS).glob("step-*"))))
         started = psutil.Process(process.pid).children(recursive=True)
         workers = [each for each in started if any("RayTrainWorker" in word for word in each.cmdline())]
         assert len(workers) == 2
@@ -73,17 +78,13 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(source
     assert run.bundle.manifest.provenance.steps == 100
 
 
-def test_a_stop_saves_the_step_and_the_same_command_goes_on(source: Source, tmp_path: Path) -> None:
+def test_a_stop_saves_the_step_it_is_in(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "ray"
     process = subprocess.Popen(
         command(source, out, *RAY, steps=5000), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 300
-        while not (out / METRICS).exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(process, (out / METRICS).exists)
         process.send_signal(signal.SIGTERM)
         _, words = process.communicate(timeout=60)
     finally:

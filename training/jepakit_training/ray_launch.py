@@ -31,10 +31,9 @@ from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.endings import read_endings, told
 from jepakit_training.records import RAY_FOLDER
-from jepakit_training.stopping import answering, asked_by
+from jepakit_training.stopping import GRACE_S, answering, asked_by
 
 _MOST_LOSSES = 3
-_GRACE_S = 20.0
 _OBJECT_STORE_BYTES = 100 << 20
 # Ray reads them at import. Training's own files say all that a run has to say, in the folders that we name.
 _SETTINGS = {
@@ -173,7 +172,7 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
 
     def ask(number: int) -> None:
         nonlocal deadline
-        deadline = time.monotonic() + (0 if asked else _GRACE_S)
+        deadline = time.monotonic() + (0 if asked else GRACE_S)
         asked.append(number)
         stop.touch()
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 
-_GRACE_S = 20.0
+GRACE_S = 20.0
 _SECOND_GRACE_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pipes: set[int] = set()
@@ -55,7 +55,7 @@ def asked_by(asked: Callable[[], bool]) -> Iterator[None]:
 class Stop:
     """Whether a stop was asked for, and how to leave then."""
 
-    def __init__(self, newest: Callable[[], int], grace_s: float = _GRACE_S) -> None:
+    def __init__(self, newest: Callable[[], int], grace_s: float = GRACE_S) -> None:
         self._newest, self._grace_s = newest, grace_s
         self._number: int | None = None
         self._at_boundary = False
@@ -110,7 +110,7 @@ class Stop:
 
 
 @contextmanager
-def stopping(newest: Callable[[], int], *, grace_s: float = _GRACE_S) -> Iterator[Stop]:
+def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator[Stop]:
     """While the block runs, SIGINT and SIGTERM ask for a stop at the end of the step (`Stop.requested`).
 
     newest   the step of the newest checkpoint, for the message; 0 where there is none

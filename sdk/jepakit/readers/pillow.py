@@ -103,7 +103,7 @@ def to_pixels(image: Image, name: str) -> Pixels:
 
     try:
         image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:  # an upright one it would copy
+        if _orientation(image) != 1:  # an upright one it would copy
             image = ImageOps.exif_transpose(image)
         if image.mode in _DEEP_MODES:
             return np.asarray(image)
