@@ -27,7 +27,7 @@ def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM; requests in flight are answered first. Raises what makes starting impossible."""
     bundles = find_bundles(settings)
     for bundle in bundles:
-        bundle.read(GRAPH)
+        bundle.check(GRAPH)
     if settings.api_key_file is not None:
         keys.check(Path(settings.api_key_file))
     tracing.wanted()

@@ -154,6 +154,7 @@ class Batcher:
                     self._decoding += 1
                     return lambda: self._decode_one(*image)
                 elif self._closed and not self._requests and not self._decoding and not self._ready:
+                    self._lock.notify_all()  # those that wait for what this thread found to be nothing
                     return None
                 else:
                     self._lock.wait()

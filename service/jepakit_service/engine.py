@@ -34,11 +34,12 @@ class Engine:
         Raises ApiError: 429 before anything is decoded when too many images wait,
         503 when there is no answer in time.
         """
-        if self._inside and self._inside + len(images) > self._most(model):
+        if self._is_full(model, len(images)):
             raise ApiError(
                 429, "overloaded", "too many images are waiting: try again shortly", headers={"Retry-After": "1"}
             )
         self._inside += len(images)
+        model.inside += len(images)
         try:
             results, pixels = await model.embed(images, self._settings.request_timeout_s)
         except TimeoutError:
@@ -48,18 +49,21 @@ class Engine:
             ) from None  # fmt: skip
         finally:
             self._inside -= len(images)
+            model.inside -= len(images)
         results = [_finite(result) for result in results]
         bad = sum(isinstance(result, ImageError) for result in results)
         model.counted.answered(len(results) - bad, bad)
         return Answer(results, pixels)
 
-    def _most(self, model: LoadedModel) -> int:
-        """Images that may be inside: no more than are answered in half of the time that each of them has.
+    def _is_full(self, model: LoadedModel, more: int) -> bool:
+        """Whether so many images are too many: for this replica, or for the model to answer in half of their time.
 
         All wait together, so a queue too long for the timeout would see all of its requests fail, not the last ones.
+        What is alone is let in.
         """
         in_time = int(model.plan.rate * self._settings.request_timeout_s / 2)
-        return min(self._settings.max_waiting, in_time)
+        limits = (self._inside, self._settings.max_waiting), (model.inside, in_time)
+        return any(inside and inside + more > most for inside, most in limits)
 
 
 def _finite(result: Result) -> Result:

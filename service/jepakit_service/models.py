@@ -22,6 +22,7 @@ from jepakit_service import memory
 from jepakit_service.batcher import Batcher, Decoded, Result
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
+from jepakit_service.sharing import Shared
 from jepakit_service.tuning import tuned
 from jepakit_service.wire import Encoded
 
@@ -45,6 +46,9 @@ class LoadedModel:
         self._warm_up()
         self._beaten = time.monotonic()
         self.counted = metrics.of_model(self.manifest.name)
+        self.inside = 0
+        """Images of requests that the engine has let in."""
+        self._beat = Shared(self._heartbeat)
         self._batcher = Batcher(
             self._decode, self._session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
             whole=whole.run, few=self.plan.few, threads=settings.threads, observer=self,
@@ -79,13 +83,20 @@ class LoadedModel:
     async def heartbeat(self) -> str | None:
         """Why this model does not answer rightly; None when it does.
 
-        A batch that ran within 5 s is proof enough, else a golden image goes through the same queue as everybody's.
+        A batch that ran within 5 s is proof enough, else a golden image goes through the same queue as everybody's: one
+        at a time, however many ask.
         """
-        if time.monotonic() - self._beaten < _FRESH_S:
-            return None
+        return None if self._is_fresh() else await self._beat()
+
+    def _is_fresh(self) -> bool:
+        return time.monotonic() - self._beaten < _FRESH_S
+
+    async def _heartbeat(self) -> str | None:
         try:
             (vector,), _ = await self.embed([self._golden.images[0]], _HEARTBEAT_S)
         except TimeoutError:
+            if self._is_fresh():  # busy: the image still waits behind others
+                return None
             return f"{self.manifest.name} has run no batch for {time.monotonic() - self._beaten:.0f} s"
         except Exception as error:
             return f"{self.manifest.name} fails ({type(error).__name__})"

@@ -6,6 +6,7 @@ size. It gives one output, `embeddings`. A model's version is its `model_id`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired
@@ -285,9 +286,11 @@ def _files(given: InferInput, tensor: memoryview | None) -> list[Encoded]:
         if len(texts) != count or not all(isinstance(text, str) for text in texts):
             raise _wrong(f"{FILES!r} of shape {given.shape} needs {count} strings of base64", "inputs[0].data")
         return [wire.read_text(text, f"inputs[0][{index}]") for index, text in enumerate(texts)]
-    files = list(_elements(tensor))
+    # No further than the shape says: a body of zeros is millions of empty elements.
+    files = list(itertools.islice(_elements(tensor), count + 1))
     if len(files) != count:
-        raise _wrong(f"{len(files)} elements follow the JSON, and the shape says {count}", "inputs[0].shape")
+        found = f"{len(files)}" if len(files) < count else "more"
+        raise _wrong(f"{found} elements follow the JSON, and the shape says {count}", "inputs[0].shape")
     return [bytes(file) for file in files]
 
 

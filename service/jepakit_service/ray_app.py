@@ -208,14 +208,14 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
     return Embeddings.bind()  # type: ignore[attr-defined]  # serve.deployment's decorator is untyped here
 
 
-async def _ask_all() -> Sequence[Report]:
-    """The reports of the deployment's replicas, from within one of them; one that does not answer is left out."""
+async def _ask_all() -> Sequence[Report | None]:
+    """The reports of the deployment's replicas, from within one of them; None for one that does not answer."""
     from ray import serve
 
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
+    return [None if isinstance(answer, BaseException) else answer for answer in answers]
 
 
 def _on_stop_signals(stop: threading.Event) -> None:

@@ -17,6 +17,7 @@ from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel, find_bundles
 from jepakit_service.registry import NO_MODEL, Registry, VersionsState
 from jepakit_service.settings import ServeSettings
+from jepakit_service.sharing import Shared
 from jepakit_service.updates import Updates
 
 
@@ -30,13 +31,14 @@ class Report:
     families: list[Metric]
 
 
-AskAll = Callable[[], Awaitable[Sequence[Report]]]
+AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
+"""The reports of all replicas, one's own among them; None for one that does not answer."""
 
 
 class Replica:
     """Loads every model at construction, and raises BundleError unless every one of them is right.
 
-    ask_all  the reports of all replicas of the deployment; None: this is the only one
+    ask_all  asks the deployment; None: this is the only replica
     """
 
     def __init__(self, settings: ServeSettings, ask_all: AskAll | None = None) -> None:
@@ -48,7 +50,8 @@ class Replica:
         for bundle in find_bundles(settings):
             self.registry.versions(bundle.manifest.name).current = LoadedModel(bundle, settings, self.metrics)
         self.engine = Engine(settings)
-        self._ask_all = ask_all
+        self._ask_all = ask_all or self._ask_alone
+        self._reports = Shared(self._answering)
         self._updates = Updates(settings, self.registry, self.metrics, self._states)
         self._watching: asyncio.Task[None] | None = None
 
@@ -79,16 +82,22 @@ class Replica:
         return Report(self.id, faults, self.registry.state(), self.metrics.families())
 
     async def reports(self) -> Sequence[Report]:
-        """The reports of all replicas, this one's among them."""
-        return [await self.report()] if self._ask_all is None else await self._ask_all()
+        """The reports of all replicas that answer, this one's among them. Strangers may ask: one round at a time."""
+        return await self._reports()
 
     async def check(self) -> None:
         """Raise ServeError when this replica should be replaced. One without models is not: no other could start."""
         if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 
-    async def _states(self) -> list[dict[str, VersionsState]]:
-        return [report.models for report in await self.reports()]
+    async def _answering(self) -> Sequence[Report]:
+        return [report for report in await self._ask_all() if report is not None]
+
+    async def _ask_alone(self) -> Sequence[Report]:
+        return [await self.report()]
+
+    async def _states(self) -> list[dict[str, VersionsState] | None]:
+        return [None if report is None else report.models for report in await self._ask_all()]
 
 
 def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:

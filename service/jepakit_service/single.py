@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from typing import Any
@@ -15,6 +16,9 @@ from jepakit_service.gate import Gate
 from jepakit_service.listeners import print_listeners
 from jepakit_service.settings import ServeSettings
 
+_KEEP_ALIVE_S = 90
+"""As Ray Serve's, and longer than nginx keeps a connection idle: one closed under its hands costs a request."""
+
 
 class _Server(uvicorn.Server):
     def capture_signals(self) -> Any:
@@ -26,7 +30,8 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
     """How uvicorn serves. Its lines go where `logs` has them go; its warnings, which any stranger can cause, nowhere."""
     return uvicorn.Config(
         gate, host=settings.host, port=settings.port, ws="none", log_config=None, log_level="error", access_log=False,
-        lifespan="on", timeout_graceful_shutdown=int(settings.drain_s), server_header=False, proxy_headers=False,
+        lifespan="on", timeout_graceful_shutdown=math.ceil(settings.drain_s), timeout_keep_alive=_KEEP_ALIVE_S,
+        server_header=False, proxy_headers=False,
     )  # fmt: skip
 
 

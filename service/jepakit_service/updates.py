@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jepakit.bundle import Bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit_service import memory
 from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel, bundle_folders, check_expected
+from jepakit_service.models import LoadedModel, bundle_folders, check_expected, is_bundle
 from jepakit_service.registry import Registry, Update, Versions, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import most_sessions
@@ -25,8 +26,8 @@ from jepakit_service.tuning import most_sessions
 _log = logging.getLogger("jepakit.service")
 _ABSENT_ROUNDS = 5
 
-Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState]]]]
-"""The states of all replicas, this one's among them."""
+Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState] | None]]]
+"""The states of all replicas, this one's among them; None for one that does not answer."""
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -37,6 +38,8 @@ class Updates:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
         self._incomplete: dict[str, Stamp] = {}
         self._absent: dict[str, int] = {}
+        self._folders: dict[str, Path] = {}
+        self._told: set[str] = set()
         self._retired: list[LoadedModel] = []
 
     async def run(self) -> None:
@@ -53,29 +56,41 @@ class Updates:
         for model in self._retired:  # a round ago nobody could find them any more
             model.close()
         self._retired = []
-        wanted, all_there = await asyncio.to_thread(self._wanted)
+        found = await asyncio.to_thread(lambda: [_look(Path(given)) for given in self._settings.bundles])
+        wanted = self._wanted(found)
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
-        if all_there:  # else a mount is lost, and nobody knows what it held
-            self._withdraw(wanted)
+        if all(bundles for bundles, _ in found):  # else a mount is lost, and nobody knows what it held
+            closed = {folder for _, rejected in found for folder in rejected}
+            self._withdraw({*wanted, *(name for name, folder in self._folders.items() if folder in closed)})
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
-            self._agree(await self._peers())
+            states = await self._peers()
+            answered = [state for state in states if state is not None]
+            if len(answered) == len(states):  # a replica that says nothing agrees to nothing
+                self._agree(answered)
 
-    def _wanted(self) -> tuple[dict[str, Bundle], bool]:
-        """The bundles on disk by name, their manifests checked, and whether every path of the settings holds one."""
-        found = [_readable(Path(given)) for given in self._settings.bundles]
+    def _wanted(self, found: Sequence[_Found]) -> dict[str, Bundle]:
+        """The bundles on disk by name. What is passed over is told once, for as long as it is so."""
         wanted: dict[str, Bundle] = {}
-        for bundle in (bundle for bundles in found for bundle in bundles):
-            name = bundle.manifest.name
-            if wanted.setdefault(name, bundle) is not bundle:
-                _log.error("%s has the name of another bundle, %s: it is passed over", bundle.path, name)
-        return wanted, all(found)
+        told = {f"{reason}: it is passed over" for _, rejected in found for reason in rejected.values()}
+        for bundle in (bundle for bundles, _ in found for bundle in bundles):
+            other = wanted.setdefault(bundle.manifest.name, bundle)
+            if other is not bundle:
+                told.add(f"{bundle.path} has the name of another bundle, {other.path}: it is passed over")
+        for message in told - self._told:
+            _log.error("%s", message)
+        self._told = told
+        self._folders |= {name: bundle.path for name, bundle in wanted.items()}
+        return wanted
 
     async def _prepare(self, name: str, bundle: Bundle) -> None:
         """Load a version that is not there yet, unless it was refused before or its files do not pass yet."""
         versions = self._registry.versions(name)
         if versions.next is not None and versions.next.digest != bundle.digest:
             self._give_up(versions)
+        if versions.next is None and versions.previous is not None and versions.previous.digest == bundle.digest:
+            # Taken back while some replicas had switched and others had not: back through the same agreement.
+            versions.next, versions.previous = versions.previous, None
         if bundle.digest in {model.digest for model in versions.loaded()}:
             if versions.current is not None and versions.current.digest == bundle.digest:
                 versions.update, versions.failed = None, {}
@@ -133,6 +148,8 @@ class Updates:
 
     def _switch(self, name: str, versions: Versions) -> None:
         assert versions.next is not None
+        if versions.previous is not None:
+            self._retired.append(versions.previous)
         versions.current, versions.previous, versions.next = versions.next, versions.current, None
         versions.update, versions.failed = None, {}
         _log.info("%s is now %s (digest %s)", name, versions.current.manifest.model_id, versions.current.digest)
@@ -148,24 +165,35 @@ class Updates:
             self._retired.append(versions.next)
             versions.next = None
 
-    def _withdraw(self, wanted: dict[str, Bundle]) -> None:
+    def _withdraw(self, there: Collection[str]) -> None:
         """Take names out of service whose folder has been gone for some rounds: a swap of folders takes less."""
         for name in self._registry.names():
-            absent = self._absent[name] = 0 if name in wanted else self._absent.get(name, 0) + 1
+            absent = self._absent[name] = 0 if name in there else self._absent.get(name, 0) + 1
             if absent >= _ABSENT_ROUNDS:
                 self._retired += self._registry.forget(name).loaded()
                 del self._absent[name]
+                self._folders.pop(name, None)
                 _log.info("%s is no longer served: its bundle is gone", name)
 
 
-def _readable(given: Path) -> list[Bundle]:
-    """The bundles at one path of the settings whose manifests pass; none where it is empty or lost."""
-    bundles = []
+class _Found(NamedTuple):
+    """What is at one path of the settings: nothing where it is empty or lost."""
+
+    bundles: list[Bundle]
+    rejected: dict[Path, str]
+    """Folders whose manifest does not pass, and why."""
+
+
+def _look(given: Path) -> _Found:
+    found = _Found([], {})
     with contextlib.suppress(OSError, DataError):
         for folder in bundle_folders(given):
-            with contextlib.suppress(InputError):  # on its way in, or gone since
-                bundles.append(open_bundle(folder))
-    return bundles
+            try:
+                found.bundles.append(open_bundle(folder))
+            except InputError as error:
+                if is_bundle(folder):  # else gone since
+                    found.rejected[folder] = str(error)
+    return found
 
 
 def _check_memory(bundle: Bundle, sessions: int) -> None:
@@ -183,4 +211,5 @@ def _stamp(folder: Path) -> Stamp:
         found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
     except OSError:
         return ()
-    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found)
+    # Of the last change of any kind: chmod is a remedy too.
+    return tuple((name, status.st_size, status.st_ctime_ns) for name, status in found)

@@ -217,20 +217,23 @@ def test_what_a_client_that_left_had_asked_for_is_not_computed() -> None:
     assert model.batches == [[1], [3]]
 
 
-def test_closing_answers_what_was_taken_in_and_ends_the_threads() -> None:
+@pytest.mark.parametrize(
+    ("lanes", "threads", "images"), [(2, 4, 9), (1, 16, 1)], ids=["a backlog", "more threads than images"]
+)
+def test_closing_answers_what_was_taken_in_and_ends_the_threads(lanes: int, threads: int, images: int) -> None:
     model = Recorder()
     before = set(threading.enumerate())
-    packed = batcher(model, lanes=2, threads=4)
+    packed = batcher(model, lanes=lanes, threads=threads)
     own = set(threading.enumerate()) - before
 
     async def ask() -> None:
         model.gate.clear()
-        waiting = asyncio.create_task(embed(packed, [b"\1"] * 9))
+        waiting = asyncio.create_task(embed(packed, [b"\1"] * images))
         await asyncio.sleep(0.05)
         packed.close()
         model.gate.set()
         results, _ = await waiting
-        assert len(results) == 9
+        assert len(results) == images
         with pytest.raises(RuntimeError):
             await embed(packed, [b"\1"])
 

@@ -22,6 +22,7 @@ class Slow:
     def __init__(self, rate: float) -> None:
         self.plan = Plan(threads=1, lanes=1, max_batch=1, rate=rate, few=0)
         self.counted = SimpleNamespace(answered=lambda good, bad: None)
+        self.inside = 0
         self.go = asyncio.Event()
 
     async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Any], int]:
@@ -49,5 +50,23 @@ def test_no_more_is_let_in_than_is_answered_in_time(rate: float, most: int) -> N
         await asyncio.sleep(0)
         model.go.set()
         assert len((await alone).results) == 3 * most
+
+    asyncio.run(ask())
+
+
+def test_a_busy_model_keeps_no_request_from_another() -> None:
+    async def ask() -> None:
+        engine = Engine(ServeSettings(bundles=("x",), request_timeout_s=4, max_waiting=50))
+        fast: Any = Slow(1000.0)
+        slow: Any = Slow(2.0)  # 4 images in time
+        busy = asyncio.create_task(engine.answer(fast, [b""] * 40))
+        await asyncio.sleep(0)
+        answered = asyncio.create_task(engine.answer(slow, [b""] * 4))
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="too many images"):
+            await engine.answer(slow, [b""])
+        fast.go.set()
+        slow.go.set()
+        assert [len((await task).results) for task in (busy, answered)] == [40, 4]
 
     asyncio.run(ask())

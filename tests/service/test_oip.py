@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 import jepakit
 from jepakit_service import oip
+from jepakit_service.wire import ApiError
 
 from .conftest import picture
 
@@ -208,6 +209,7 @@ def test_the_binary_form_by_hand(http: httpx.Client, expected: dict[str, np.ndar
         (struct.pack("<I", 2**32 - 1) + b"x", None, None),
         (b"\x01\x00", None, None),
         (files_tensor(FILES[0], FILES[1]), None, None),
+        (bytes(8_000_000), None, None),
         (files_tensor(FILES[0]), 10**18, None),
         (files_tensor(FILES[0]), -1, None),
         (files_tensor(FILES[0]), None, "0"),
@@ -229,6 +231,22 @@ def test_a_binary_tensor_that_lies_is_refused(
     answer = http.post(INFER, content=body, headers=encoded)
     assert answer.status_code == 400, answer.text
     assert list(answer.json()) == ["error"]
+
+
+def test_no_more_elements_are_taken_than_the_shape_says() -> None:
+    taken = []
+    elements = oip._elements
+
+    def counted(tensor: memoryview) -> Iterator[memoryview]:
+        for element in elements(tensor):
+            taken.append(element)
+            yield element
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(oip, "_elements", counted)
+        with pytest.raises(ApiError, match="more elements follow the JSON, and the shape says 2"):
+            oip._files(oip.InferInput(name="image", datatype="BYTES", shape=[2]), memoryview(bytes(4000)))
+    assert len(taken) == 3
 
 
 def test_numbers_that_are_too_many_for_json_are_sent_to_the_binary_form(http: httpx.Client) -> None:

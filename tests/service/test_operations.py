@@ -100,6 +100,37 @@ def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.Monke
     asyncio.run(go())
 
 
+def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_FRESH_S", 0.0)
+    replica = Replica(settings(bundle))
+    (model,) = replica.registry
+    run, ran = model._batcher._run, []
+    monkeypatch.setattr(model._batcher, "_run", lambda images: (ran.append(len(images)), run(images))[1])
+    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
+
+    async def go() -> None:
+        answers = await asyncio.gather(*(replica.reports() for _ in range(50)), *(model.heartbeat() for _ in range(50)))
+        assert all(answer is None or answer[0].faults == () for answer in answers)
+        assert ran == [1]
+        await replica.reports()
+        assert ran == [1, 1], "the next one is asked anew"
+
+    asyncio.run(go())
+
+
+def test_a_model_that_works_off_a_backlog_is_not_dead(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(settings(bundle))
+    (model,) = replica.registry
+    monkeypatch.setattr(model, "_beaten", 0.0)
+
+    async def behind_others(images: object, timeout_s: float) -> None:
+        model.ran(1, [0.0], 0.1)
+        raise TimeoutError
+
+    monkeypatch.setattr(model, "embed", behind_others)
+    assert asyncio.run(model.heartbeat()) is None
+
+
 def test_a_model_that_computes_something_else_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_FRESH_S", 0.0)
     replica = Replica(settings(bundle))

@@ -69,8 +69,13 @@ class Deployment:
     def __init__(self, folder: Path, count: int) -> None:
         self.replicas = [Replica(settings(folder), self.ask_all) for _ in range(count)]
 
-    async def ask_all(self) -> list[Report]:
-        return [await replica.report() for replica in self.replicas]
+    async def ask_all(self) -> list[Report | None]:
+        return [
+            None if number == self.silent else await replica.report() for number, replica in enumerate(self.replicas)
+        ]
+
+    silent: int | None = None
+    """A replica that does not answer."""
 
     def serving(self) -> list[str]:
         return [next(iter(replica.registry)).digest for replica in self.replicas]
@@ -119,6 +124,63 @@ def test_replicas_switch_only_when_all_have_the_new_version_and_answer_for_both_
             await step(replica)
         with pytest.raises(Exception, match="not"):
             await answering(first, f"tiny@{old.model_id}")
+
+    asyncio.run(go())
+
+
+def test_a_version_taken_back_while_some_replicas_had_switched_is_taken_back_by_all(
+    bundle: Path, other: Path, folder: Path
+) -> None:
+    deployment = Deployment(folder, 2)
+    first, second = deployment.replicas
+
+    async def go() -> None:
+        replace(folder, other)
+        await step(first)
+        await step(second)
+        assert deployment.serving() == [digest(bundle), digest(other)]
+        replace(folder, bundle)
+        for replica in (first, second, first, second):
+            await step(replica)
+        assert deployment.serving() == [digest(bundle), digest(bundle)]
+        assert not any(replica.registry.versions("tiny").previous for replica in deployment.replicas)
+
+    asyncio.run(go())
+
+
+def test_a_replica_that_does_not_answer_agrees_to_nothing(bundle: Path, other: Path, folder: Path) -> None:
+    deployment = Deployment(folder, 2)
+    first, second = deployment.replicas
+
+    async def go() -> None:
+        replace(folder, other)
+        await step(first)
+        deployment.silent = 1
+        await step(first)
+        assert deployment.serving() == [digest(bundle), digest(bundle)]
+        deployment.silent = None
+        await step(second)
+        await step(first)
+        assert deployment.serving() == [digest(other), digest(other)]
+
+    asyncio.run(go())
+
+
+def test_a_version_overtaken_by_the_next_but_one_is_closed(
+    bundle: Path, other: Path, folder: Path, tmp_path: Path
+) -> None:
+    jepakit.export("test_vit:random", tmp_path / "third", image_size=64, name="tiny")
+    (replica,) = Deployment(folder, 1).replicas
+    oldest = replica.registry.find("tiny")
+
+    async def go() -> None:
+        for version in (other, tmp_path / "third"):
+            replace(folder, version)
+            await step(replica)
+        assert replica.registry.find("tiny").digest == digest(tmp_path / "third")
+        await step(replica)
+        with pytest.raises(RuntimeError, match="closed"):
+            await oldest.embed([picture(0)], 5)
 
     asyncio.run(go())
 
@@ -487,3 +549,43 @@ def test_a_new_name_that_is_incomplete_is_told_once(
     with pytest.raises(ApiError, match=r"second is not in service, version .* is incomplete: .*model.onnx") as caught:
         replica.registry.find("second")
     assert caught.value.status == 404
+
+
+def test_a_manifest_that_is_refused_costs_no_model_in_service_and_is_told_once(
+    bundle: Path, second: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(second, folder / "second")
+    replica = Replica(settings(folder))
+
+    async def go() -> None:
+        await step(replica)
+        manifest = folder / "tiny" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"schema_version"', '"of_tomorrow": 1, "schema_version"', 1))
+        for _ in range(8):
+            await step(replica)
+        assert replica.registry.find("tiny").digest == digest_before
+
+    digest_before = digest(bundle)
+    with caplog.at_level(logging.ERROR, "jepakit.service"):
+        asyncio.run(go())
+    (record,) = caplog.records
+    assert "of_tomorrow" in record.message
+    assert record.message.endswith("it is passed over")
+
+
+def test_a_copy_of_a_bundle_beside_it_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    replica = Replica(settings(folder))
+    shutil.copytree(folder / "tiny", folder / "tiny-backup")
+    with caplog.at_level(logging.ERROR, "jepakit.service"):
+        for _ in range(3):
+            asyncio.run(step(replica))
+    (record,) = caplog.records
+    assert "tiny-backup has the name of another bundle" in record.message
+
+
+def test_a_file_that_may_be_read_again_is_looked_at_again(second: Path, folder: Path) -> None:
+    shutil.copytree(second, folder / "second")
+    before = updates._stamp(folder / "second")
+    assert updates._stamp(folder / "second") == before
+    (folder / "second" / "model.onnx").chmod(0o640)
+    assert updates._stamp(folder / "second") != before

@@ -1,0 +1,22 @@
+"""One run of a thing for all who ask for it at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Shared(Generic[_T]):
+    """Calls `work` when asked and it is not at work; who asks meanwhile gets what that run gives or raises."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> None:
+        self._work = work
+        self._run: asyncio.Task[_T] | None = None
+
+    async def __call__(self) -> _T:
+        if self._run is None or self._run.done():
+            self._run = asyncio.get_running_loop().create_task(self._work())
+        return await asyncio.shield(self._run)
