@@ -202,6 +202,7 @@ def test_a_version_that_fails_on_one_replica_is_given_up_by_all(
             await step(replica)
         assert deployment.serving() == before
         for report in await deployment.ask_all():
+            assert report is not None
             update = report.models["tiny"].update
             assert update is not None
             assert update.state == "failed"
