@@ -301,7 +301,7 @@ def test_a_rare_class_is_left_out_of_scores_and_verdict_and_named() -> None:
     held_out, truth = made_vectors(120, 0.3, seed=2)
     kept = np.flatnonzero(truth != "cat")
     few = np.concatenate([kept, np.flatnonzero(truth == "cat")[:2]])
-    noise = np.random.default_rng(0).standard_normal(held_out.shape)
+    noise = np.random.default_rng(0).standard_normal(held_out.shape, np.float32)
     noisy = measure(train, train_labels, held_out[few] + 3 * noise[few], truth[few])
     clear = measure(train, train_labels, held_out[few], truth[few])
     comparison = compare(noisy, clear, truth[few], n_train=120)

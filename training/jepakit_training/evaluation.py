@@ -66,7 +66,7 @@ class MeasuringSet:
             None if groups is None else np.asarray(groups)[chosen],
         )
 
-    def only(self, kept: NDArray[np.bool_]) -> MeasuringSet:
+    def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
         """Some of them, e.g. those that could be read."""
         labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
         return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
