@@ -120,7 +120,8 @@ def compare(
 
     Classes of fewer than FEWEST_PER_CLASS images (groups) are left out and named, where two others are left.
     """
-    truth, group_of = np.asarray(held_out_labels), numbered(groups, len(np.asarray(held_out_labels)))
+    truth = np.asarray(held_out_labels)
+    group_of = numbered(groups, len(truth))
     unit = "images" if groups is None else "groups"
     names, class_of = np.unique(truth, return_inverse=True)
     sizes = (in_cells(group_of, class_of, np.ones(len(truth))) > 0).sum(axis=0)
