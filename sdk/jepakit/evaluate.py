@@ -8,17 +8,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
+from jepakit._groups import in_cells, numbered
 from jepakit.probes import KNNProbe, LinearProbe
 
 _RESAMPLES = 2000
 _UNSEEN = 3.0
 """Rule of three: what happened to none of N images may still happen to 3 of N (95 %). No interval is narrower."""
+_NAMED = 3
 NO_LABELS = (
     "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders "
     "and compare start and adapted embeddings with a linear probe before you switch"
 )
 SAME_WITHIN = 0.01
 FEWEST_PER_CLASS = 3
+"""Held-out images of a class, or groups where there are some. A class of fewer is left out of the verdict."""
 
 
 class _Frozen(BaseModel):
@@ -38,7 +41,8 @@ class Verdict(_Frozen):
     """Which embeddings to keep.
 
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
-    low, high   its 95 % interval, by paired bootstrap over the held-out images; at least 3 / N to either side
+    low, high   its 95 % interval, by paired bootstrap over the N held-out images (where there are groups: over those, as
+                wholes); at least 3 / N to either side, more where classes or groups differ in size
     """
 
     word: Literal["better", "same", "worse", "cannot tell"]
@@ -52,7 +56,11 @@ class Verdict(_Frozen):
 
 
 class Comparison(_Frozen):
-    """Before and after adaptation, on images never trained on. Scores are None without labels."""
+    """Before and after adaptation, on images never trained on. Scores are None without labels.
+
+    n_train     images that the probes were fitted on
+    n_held_out  images that scores and verdict speak of: without those of classes that the verdict leaves out
+    """
 
     before: Scores | None
     after: Scores | None
@@ -73,27 +81,60 @@ def measure(
     train_labels: ArrayLike,
     held_out: NDArray[np.float32],
     held_out_labels: ArrayLike,
+    *,
+    train_groups: ArrayLike | None = None,
 ) -> Measurement:
-    """Fit a linear probe and a k-NN on `train` [N, D], judge them on `held_out` [M, D]."""
+    """Fit a linear probe and a k-NN on `train` [N, D], judge them on `held_out` [M, D].
+
+    train_groups  a name for each training image: the linear probe's folds keep a group on one side
+    """
     truth = np.asarray(held_out_labels)
-    linear = LinearProbe().fit(train, train_labels).predict(held_out) == truth
+    linear = LinearProbe().fit(train, train_labels, groups=train_groups).predict(held_out) == truth
     knn = KNNProbe().fit(train, train_labels).predict(held_out) == truth
+    return _measurement(np.stack([linear, knn]), truth)
+
+
+def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> Measurement:
+    linear, knn = right
     scores = Scores(
         linear=linear.mean(),
         linear_balanced=_balanced(linear, truth),
         knn=knn.mean(),
         knn_balanced=_balanced(knn, truth),
     )
-    return Measurement(scores, np.stack([linear, knn]))
+    return Measurement(scores, right)
 
 
-def compare(before: Measurement, after: Measurement, held_out_labels: ArrayLike, *, n_train: int) -> Comparison:
-    """Judge `after` against `before`, both measured on the same held-out images in the same order."""
+def compare(
+    before: Measurement,
+    after: Measurement,
+    held_out_labels: ArrayLike,
+    *,
+    n_train: int,
+    groups: ArrayLike | None = None,
+) -> Comparison:
+    """Judge `after` against `before`, both measured on the same held-out images in the same order.
+
+    groups  a name for each held-out image: images of one group (a patient, a scene) are no independent witnesses, and
+            are resampled together. None: every image is its own.
+
+    Classes of fewer than FEWEST_PER_CLASS images (groups) are left out and named, where two others are left.
+    """
     truth = np.asarray(held_out_labels)
+    group_of = numbered(groups, len(truth))
+    unit = "images" if groups is None else "groups"
+    names, class_of = np.unique(truth, return_inverse=True)
+    sizes = (in_cells(group_of, class_of, np.ones(len(truth))) > 0).sum(axis=0)
+    enough = sizes >= FEWEST_PER_CLASS
+    few = {str(name): int(size) for name, size in zip(names[~enough], sizes[~enough], strict=True)}
+    can_judge = enough.sum() >= min(2, len(names))
+    if few and can_judge:
+        judged = enough[class_of]
+        truth, group_of = truth[judged], group_of[judged]
+        before, after = (_measurement(measured.right[:, judged], truth) for measured in (before, after))
     gain = (after.right.astype(np.float64) - before.right).mean(axis=0)
-    difference, low, high = _bootstrap(gain, truth)
-    fewest = int(np.unique(truth, return_counts=True)[1].min())
-    verdict = _judge(difference, low, high) if fewest >= FEWEST_PER_CLASS else _too_few(fewest, difference)
+    difference, low, high = _bootstrap(gain, truth, group_of)
+    verdict = _judge(difference, low, high, few, unit) if can_judge else _too_few(difference, few, unit)
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
 
 
@@ -108,8 +149,9 @@ def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Compari
     )
 
 
-def _judge(difference: float, low: float, high: float) -> Verdict:
-    points = f"{100 * difference:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+def _judge(difference: float, low: float, high: float, few: dict[str, int], unit: str) -> Verdict:
+    over = " over groups" if unit == "groups" else ""
+    points = f"{100 * difference:+.1f} points (95 % interval{over} {100 * low:+.1f} to {100 * high:+.1f})"
     word: Literal["better", "same", "worse", "cannot tell"]
     if low > 0:
         word, advice = "better", "keep the adapted backbone"
@@ -118,40 +160,68 @@ def _judge(difference: float, low: float, high: float) -> Verdict:
     elif low >= -SAME_WITHIN and high <= SAME_WITHIN:
         word, advice = "same", "either will do; the original is the simpler choice"
     else:
-        word, advice = (
-            "cannot tell",
-            "the interval holds 0: label more images, or train longer, before you switch",
-        )
-    return Verdict(word=word, reason=f"{points}; {advice}", difference=difference, low=low, high=high)
+        more = "label more images" if unit == "images" else "label images of more groups"
+        word, advice = "cannot tell", f"the interval holds 0: {more}, or train longer, before you switch"
+    left_out = f"; classes of fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(few)}" if few else ""
+    return Verdict(word=word, reason=f"{points}; {advice}{left_out}", difference=difference, low=low, high=high)
 
 
-def _too_few(fewest: int, difference: float) -> Verdict:
+def _too_few(difference: float, few: dict[str, int], unit: str) -> Verdict:
     """Resampling one or two images a class says nothing of their spread."""
-    reason = f"a class has {fewest} held-out images, {FEWEST_PER_CLASS} is the least to judge by: label more images"
+    reason = (
+        f"two classes of {FEWEST_PER_CLASS} held-out {unit} are the least to judge by, and these have fewer: {_some(few)}: "
+        f"label {'more images' if unit == 'images' else 'images of more groups'}"
+    )
     return Verdict(word="cannot tell", reason=reason, difference=difference)
+
+
+def _some(few: dict[str, int]) -> str:
+    """The first names with their numbers."""
+    words = [f"{name!r} ({size})" for name, size in few.items()]
+    return ", ".join(words[:_NAMED]) + (f" and {len(words) - _NAMED} more" if len(words) > _NAMED else "")
 
 
 def _balanced(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> float:
     return float(np.mean([right[truth == name].mean() for name in np.unique(truth)]))
 
 
-def _bootstrap(gain: NDArray[np.float64], truth: NDArray[np.str_]) -> tuple[float, float, float]:
-    """Class-balanced mean of `gain` [N] and its 95 % interval, resampling images within each class.
+def _bootstrap(
+    gain: NDArray[np.float64], truth: NDArray[np.str_], group_of: NDArray[np.intp]
+) -> tuple[float, float, float]:
+    """Class-balanced mean of `gain` [N] and its 95 % interval, resampling whole groups (one-image ones: images).
 
-    Resampling alone says "better" of 15 in 100 pairs that are alike on 3 images a class. Each class's spread is taken
-    as of n - 1 images, and the rule of three is the least: at most 8 in 100 then, over 2 to 10 classes of 3 to 30.
+    Groups are drawn within each class; all together where one has images of several classes, whose gains then hang
+    together. Resampling alone says "better" of 15 in 100 pairs that are alike on 3 images a class. Each class's spread
+    is taken as of n - 1 groups, and the rule of three is the least: at most 8 in 100 then, over 2 to 10 classes of 3 to 30.
     """
     random = np.random.default_rng(0)
-    by_class = [gain[truth == name] for name in np.unique(truth)]
-    difference = float(np.mean([values.mean() for values in by_class]))
-    strays = np.mean([_strays(values, random) for values in by_class], axis=0)
-    low, high = difference + np.quantile(strays, [0.025, 0.975])
-    least = _UNSEEN * sum(1 / len(values) for values in by_class) / len(by_class) ** 2
+    class_of = np.unique(truth, return_inverse=True)[1]
+    counts, sums = in_cells(group_of, class_of, np.ones(len(gain))), in_cells(group_of, class_of, gain)
+    images, n_classes = counts.sum(axis=0), counts.shape[1]
+    difference = float((sums.sum(axis=0) / images).mean())
+    if (counts > 0).sum(axis=1).max() == 1:
+        parts = [[column] for column in range(n_classes)]
+    else:
+        parts = [list(range(n_classes))]
+    strays = [_strays(counts[:, columns], sums[:, columns], random) for columns in parts]
+    low, high = difference + np.quantile(np.concatenate(strays).mean(axis=0), [0.025, 0.975])
+    # 3 / N, N being 1 / Σ (a group's weight in the difference)²: the number of groups, where all weigh alike.
+    least = _UNSEEN * sum((counts.T @ counts / np.outer(images, images)).ravel().tolist()) / n_classes**2
     return difference, max(-1.0, min(low, difference - least)), min(1.0, max(high, difference + least))
 
 
-def _strays(values: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
-    """How far the mean of resampled `values` [n] strays from theirs, unbiased in variance, [resamples]."""
-    means = values[random.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
-    strays: NDArray[np.float64] = (means - values.mean()) * np.sqrt(len(values) / max(1, len(values) - 1))
+def _strays(counts: NDArray[np.float64], sums: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
+    """How far each class's mean over resampled groups strays from its own, unbiased in variance, [classes, resamples].
+
+    counts, sums  images and their gains, [groups, classes]; groups without images are not drawn, and a class that a
+                  resample misses does not stray in it
+    """
+    present = counts.any(axis=1)
+    counts, sums, n = counts[present], sums[present], int(present.sum())
+    drawn = random.integers(0, n, (_RESAMPLES, n)) + n * np.arange(_RESAMPLES)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=n * _RESAMPLES).reshape(_RESAMPLES, n).astype(np.float64)
+    images, mean = times @ counts, sums.sum(axis=0) / counts.sum(axis=0)
+    means = np.divide(times @ sums, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
+    groups = (counts > 0).sum(axis=0)
+    strays: NDArray[np.float64] = ((means - mean) * np.sqrt(groups / np.maximum(1, groups - 1))).T
     return strays

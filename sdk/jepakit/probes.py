@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import replacing
+from jepakit._groups import main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -183,10 +184,16 @@ class LinearProbe(_Probe):
         self.C = C
         self.seed = seed
 
-    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> LinearProbe:
-        """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N]."""
+    def fit(
+        self, X: Embeddings | ArrayLike, y: ArrayLike | None = None, *, groups: ArrayLike | None = None
+    ) -> LinearProbe:
+        """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N].
+
+        groups  a name for each vector, [N]: those of a group (a patient, a scene) fall into one fold
+        """
+        group_of = numbered(groups, len(_labels_of(X, y)))
         vectors, targets = self._start(X, y)
-        self.C_ = self.C if self.C is not None else self._choose_c(vectors, targets)
+        self.C_ = self.C if self.C is not None else self._choose_c(vectors, targets, group_of)
         self.mean_, self.std_ = vectors.mean(axis=0), _safe_std(vectors)
         weights = fit_logistic((vectors - self.mean_) / self.std_, targets, self.C_)
         self.coef_, self.intercept_ = weights[:-1], weights[-1]
@@ -198,8 +205,9 @@ class LinearProbe(_Probe):
         vectors = self._checked(X, len(self.mean_))
         return softmax(((vectors - self.mean_) / self.std_) @ self.coef_ + self.intercept_)
 
-    def _choose_c(self, vectors: Floats, targets: NDArray[np.intp]) -> float:
-        folds = stratified_folds(targets, n_folds=min(5, int(np.bincount(targets).min())), seed=self.seed)
+    def _choose_c(self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]) -> float:
+        fewest = int(np.unique(main_class(groups, targets), return_counts=True)[1].min())
+        folds = stratified_folds(targets, groups, n_folds=min(5, fewest), seed=self.seed)
         if folds is None:
             return 1.0
         right = np.zeros(len(C_GRID))
@@ -314,15 +322,23 @@ def _plain_number(value: Any) -> Any:
     return value.item()
 
 
-def stratified_folds(targets: NDArray[np.intp], *, n_folds: int, seed: int) -> list[NDArray[np.bool_]] | None:
-    """`n_folds` masks [N] of held-out vectors, each class spread evenly; None when n_folds < 2."""
+def stratified_folds(
+    targets: NDArray[np.intp], groups: NDArray[np.intp] | None = None, *, n_folds: int, seed: int
+) -> list[NDArray[np.bool_]] | None:
+    """`n_folds` masks [N] of held-out vectors, each class spread evenly; None when n_folds < 2.
+
+    groups  numbers from 0, [N]: each group is in one fold, and counts as of the class of most of its vectors
+    """
     if n_folds < 2:
         return None
     random = np.random.default_rng(seed)
-    fold_of = np.empty(len(targets), dtype=np.intp)
-    for target in np.unique(targets):
-        members = random.permutation(np.flatnonzero(targets == target))
-        fold_of[members] = np.arange(len(members)) % n_folds
+    group_of = numbered(groups, len(targets))
+    class_of_group = main_class(group_of, targets)
+    fold_of_group = np.empty(len(class_of_group), dtype=np.intp)
+    for target in np.unique(class_of_group):
+        members = random.permutation(np.flatnonzero(class_of_group == target))
+        fold_of_group[members] = np.arange(len(members)) % n_folds
+    fold_of = fold_of_group[group_of]
     return [fold_of == fold for fold in range(n_folds)]
 
 

@@ -98,7 +98,7 @@ class DryRun(BaseModel):
     step_s: float
     """Seconds a step with the backbone training."""
     measuring_s: float
-    """Seconds to embed what the start and the result are measured on."""
+    """Seconds to measure the start and the result: to embed the images, and to fit the probes."""
     peak_memory_gb: float
     memory_gb: float
     """What there is of it: on the GPU, else main memory."""

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from jepakit.errors import DataError
 from jepakit.evaluate import SAME_WITHIN, Comparison, Measurement, Scores, Verdict, compare, measure, no_labels
 
 NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
@@ -204,3 +205,127 @@ def test_a_comparison_survives_json_and_is_frozen() -> None:
     assert Comparison.model_validate_json(comparison.model_dump_json()) == comparison
     with pytest.raises(ValidationError):
         comparison.n_train = 3  # type: ignore[misc]
+
+
+# Groups
+
+
+def uneven_pair() -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.str_]]:
+    """Right before, right after, and the classes of 64 images in no order; four classes of 4 to 33."""
+    random = np.random.default_rng(11)
+    truth = random.permutation(np.repeat(["a", "b", "c", "d"], [33, 20, 7, 4]))
+    before = random.random(64) < 0.6
+    return before, before ^ (random.random(64) < 0.4), truth
+
+
+def by_groups(
+    before: NDArray[np.bool_], after: NDArray[np.bool_], truth: NDArray[np.str_], groups: NDArray[np.str_]
+) -> Verdict:
+    return compare(measurement(before), measurement(after), truth, n_train=10, groups=groups).verdict
+
+
+def test_without_groups_the_interval_is_that_of_images_to_the_last_bit() -> None:
+    verdict = judged(*uneven_pair())
+    assert (verdict.difference, verdict.low, verdict.high) == (
+        -0.16152597402597402,
+        -0.38280538985672263,
+        0.056937286320294156,
+    )
+
+
+def test_groups_of_one_image_each_change_nothing() -> None:
+    before, after, truth = uneven_pair()
+    names = np.random.default_rng(0).permutation(64).astype(str)
+    grouped, plain = by_groups(before, after, truth, names), judged(before, after, truth)
+    assert (grouped.difference, grouped.low, grouped.high) == (plain.difference, plain.low, plain.high)
+    assert "interval over groups" in grouped.reason
+
+
+@pytest.mark.parametrize("classes_share_groups", [True, False])
+def test_what_differs_from_slide_to_slide_is_not_called_better_or_worse(classes_share_groups: bool) -> None:
+    """Adaptation moves each of 8 slides up or down, by chance, and none on the whole."""
+    random = np.random.default_rng(6)
+    slide = np.repeat(np.arange(8), 100)
+    truth = np.array(["a", "b"])[random.integers(0, 2, 800) if classes_share_groups else slide % 2]
+    by_image, by_slide = 0, 0
+    for _ in range(40):
+        effect = random.normal(0, 0.08, 8)[slide]
+        before = random.random(800) < 0.5
+        after = before ^ ((random.random(800) < 2 * np.abs(effect)) & (before == (effect < 0)))
+        by_image += judged(before, after, truth).word in ("better", "worse")
+        by_slide += by_groups(before, after, truth, slide.astype(str)).word in ("better", "worse")
+    assert by_image >= 15
+    assert by_slide <= 3
+
+
+def test_the_interval_over_groups_is_as_wide_as_that_of_their_means() -> None:
+    """200 groups of two classes with 5 images of each, all right or wrong alike: as 200 images of one class."""
+    random = np.random.default_rng(8)
+    before, after = random.random((2, 200)) < 0.6
+    groups = np.repeat(np.arange(200), 10).astype(str)
+    truth = np.tile(np.repeat(["a", "b"], 5), 200)
+    grouped = by_groups(np.repeat(before, 10), np.repeat(after, 10), truth, groups)
+    alone = judged(before, after, np.repeat("a", 200))
+    assert grouped.difference == pytest.approx(alone.difference)
+    assert [grouped.low, grouped.high] == pytest.approx([alone.low, alone.high], abs=1e-12)
+
+
+def test_no_interval_over_groups_is_narrower_than_three_over_their_number() -> None:
+    right, truth = np.ones(400, bool), np.tile(["a", "b"], 200)
+    even = by_groups(right, right, truth, np.repeat(np.arange(20), 20).astype(str))
+    assert (even.low, even.high) == pytest.approx((-3 / 20, 3 / 20))
+    giant = by_groups(right, right, truth, np.repeat(np.arange(20), [210, *[10] * 19]).astype(str))
+    assert (giant.high or 0) > 2 * (even.high or 0)
+
+
+def test_a_class_of_many_images_of_two_groups_is_left_out_and_named() -> None:
+    truth = np.repeat(["a", "b", "c"], 100)
+    groups = np.concatenate([np.arange(200) // 5, 100 + np.arange(100) // 50]).astype(str)
+    right = np.ones(300, bool)
+    verdict = by_groups(right, right, truth, groups)
+    assert "classes of fewer than 3 held-out groups are left out: 'c' (2)" in verdict.reason
+    assert "label images of more groups" in verdict.reason
+
+
+def test_groups_that_are_not_one_a_held_out_image_are_refused() -> None:
+    right, truth = np.ones(6, bool), np.repeat(["a", "b"], 3)
+    with pytest.raises(DataError, match=r"6 images, but groups of shape \[5\]"):
+        by_groups(right, right, truth, np.arange(5).astype(str))
+
+
+# Rare classes
+
+
+def test_a_rare_class_is_left_out_of_scores_and_verdict_and_named() -> None:
+    train, train_labels = made_vectors(120, 0.3, seed=1)
+    held_out, truth = made_vectors(120, 0.3, seed=2)
+    kept = np.flatnonzero(truth != "cat")
+    few = np.concatenate([kept, np.flatnonzero(truth == "cat")[:2]])
+    noise = np.random.default_rng(0).standard_normal(held_out.shape, np.float32)
+    noisy = measure(train, train_labels, held_out[few] + 3 * noise[few], truth[few])
+    clear = measure(train, train_labels, held_out[few], truth[few])
+    comparison = compare(noisy, clear, truth[few], n_train=120)
+    alone = compare(
+        measure(train, train_labels, held_out[kept] + 3 * noise[kept], truth[kept]),
+        measure(train, train_labels, held_out[kept], truth[kept]),
+        truth[kept], n_train=120,
+    )  # fmt: skip
+    assert comparison.verdict.word == "better"
+    assert comparison.verdict.reason == (
+        f"{alone.verdict.reason}; classes of fewer than 3 held-out images are left out: 'cat' (2)"
+    )
+    assert comparison.model_copy(update={"verdict": alone.verdict}) == alone
+    assert comparison.n_held_out == 80
+
+
+def test_where_no_two_classes_can_be_judged_the_rare_ones_are_named() -> None:
+    truth = np.repeat(["a", "b", "c", "d", "e"], [50, 2, 1, 1, 2])
+    right = np.ones(56, bool)
+    comparison = compare(measurement(right), measurement(right), truth, n_train=10)
+    assert comparison.verdict.word == "cannot tell"
+    assert comparison.verdict.low is None
+    assert comparison.n_held_out == 56
+    assert comparison.verdict.reason == (
+        "two classes of 3 held-out images are the least to judge by, and these have fewer: 'b' (2), 'c' (1), 'd' (1) and "
+        "1 more: label more images"
+    )

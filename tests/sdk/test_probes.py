@@ -171,6 +171,49 @@ def test_folds_share_out_every_class_evenly_and_every_vector_once() -> None:
     assert stratified_folds(targets, n_folds=1, seed=0) is None
 
 
+def test_a_group_is_in_one_fold_and_every_fold_has_groups_of_every_class() -> None:
+    groups = np.random.default_rng(0).permutation(np.arange(120) % 24)
+    targets = (groups % 3 == 0).astype(np.intp)  # 8 and 16 groups
+    folds = stratified_folds(targets, groups, n_folds=5, seed=3)
+    assert folds is not None
+    assert (np.sum(folds, axis=0) == 1).all()
+    assert sorted(len(np.unique(groups[fold])) for fold in folds) == [4, 4, 5, 5, 6]
+    for fold in folds:
+        assert not set(groups[fold]) & set(groups[~fold])
+        assert set(targets[fold]) == {0, 1}
+
+
+def test_folds_of_groups_of_one_vector_each_are_those_without_groups() -> None:
+    targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 13, 7]))
+    plain, grouped = (stratified_folds(targets, groups, n_folds=5, seed=3) for groups in (None, np.arange(70)))
+    np.testing.assert_array_equal(plain, grouped)
+
+
+def test_c_is_chosen_by_groups_where_siblings_would_give_the_answer_away() -> None:
+    """Twins with a label by chance: known by heart with any C, but told by nothing in a group not seen."""
+    random = np.random.default_rng(2)
+    groups, labels = np.repeat(np.arange(60), 4), np.repeat(random.permutation(np.arange(60) % 2), 4)
+    vectors = np.repeat(random.standard_normal((60, 100)), 4, axis=0) + 0.01 * random.standard_normal((240, 100))
+    vectors[:, 0] += 0.7 * labels
+    alone, by_group = LinearProbe().fit(vectors, labels), LinearProbe().fit(vectors, labels, groups=groups.astype(str))
+    assert (alone.C_, by_group.C_) == (0.1, 0.001)
+
+
+def test_a_class_of_one_group_gives_the_middle_of_the_grid() -> None:
+    vectors, labels = blobs(n=90, dim=30, noise=6.0, classes=2)
+    groups = np.where(labels == 1, 0, 1 + np.arange(90) % 10)
+    assert LinearProbe().fit(vectors, labels, groups=groups).C_ == 1.0
+
+
+def test_groups_of_another_number_are_refused_and_leave_the_probe_as_it_was() -> None:
+    vectors, labels = blobs(classes=2)
+    probe = LinearProbe()
+    with pytest.raises(DataError, match=rf"{len(labels)} images, but groups of shape \[3\]"):
+        probe.fit(vectors, labels, groups=["a", "b", "c"])
+    with pytest.raises(DataError, match="is not fitted"):
+        probe.predict(vectors)
+
+
 # Inside scikit-learn
 
 

@@ -64,8 +64,8 @@ def test_more_steps_are_advised_only_where_the_backbone_trains() -> None:
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ({"std": 0.0}, "the projections collapsed: SIGReg is 51.5"),
-        ({"std": 0.01}, "total collapse is 52.5 with 128 images"),
+        ({"std": 0.0}, "the projections collapsed: SIGReg is 51.5 .* total collapse is 51.5 with 128 images"),
+        ({"std": 0.01}, "total collapse is 51.5 with 128 images"),
         ({"std": 0.2}, "too narrow: .* a larger --lamb .now 0.03."),
         ({"std": 3.0}, "too wide: .* lower --lr .now 0.0001."),
         ({"std": 20.0}, "no gradient left"),

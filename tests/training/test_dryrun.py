@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import jepakit
 from jepakit.cli import app
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, DataError
+from jepakit.evaluate import Measurement
 from jepakit.run import DryRun
+from jepakit_training import evaluation
+from jepakit_training.evaluation import Features, MeasuringSet
 
 SETTINGS = ["--backbone", "test_vit", "--image-size", "64", "--batch-size", "8", "--steps", "50", "--workers", "0"]
 
@@ -67,3 +74,44 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(image_folder: Callable[...,
         jepakit.dry_run(image_folder(), overlap=8)
     with pytest.raises(ConfigError, match="has 6 blocks"):
         jepakit.dry_run(image_folder(), backbone="test_vit", weights="random", image_size=64, unfreeze=50, workers=0)
+
+
+@pytest.mark.parametrize(("labels", "poolings"), [("folder", ("head", "stages")), ("none", ("head",))])
+def test_measuring_is_estimated_from_all_that_a_run_does(
+    labels: str, poolings: tuple[str, ...], image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding is made to take 20 ms an image and pooling; 40 of 120 images are embedded, probes see 120."""
+    embedded: list[tuple[int, tuple[str, ...]]] = []
+    probed: list[int] = []
+    extract, measure_vectors = evaluation.extract, evaluation.measure_vectors
+
+    def slow_extract(*args: Any, **settings: Any) -> Features:
+        embedded.append((len(args[2]), tuple(args[4])))
+        time.sleep(0.02 * len(args[2]) * len(args[4]))
+        return extract(*args, **settings)
+
+    def noted(vectors: NDArray[np.float32], images: MeasuringSet) -> Measurement:
+        probed.append(len(vectors))
+        return measure_vectors(vectors, images)
+
+    monkeypatch.setattr(evaluation, "extract", slow_extract)
+    monkeypatch.setattr(evaluation, "measure_vectors", noted)
+    estimate = jepakit.dry_run(
+        image_folder(per_class=60), backbone="test_resnet", weights="random", image_size=64, batch_size=8, steps=1,
+        workers=0, labels=labels,
+    )  # fmt: skip
+    assert [(count, len(pooled)) for count, pooled in embedded] == [(40, len(poolings)), (40, 1)]
+    assert embedded[0][1] == poolings
+    assert estimate.measuring_s > 120 * 0.02 * (len(poolings) + 1)
+    assert probed == ([96] * 6 + [120] * 2 if labels == "folder" else [])
+
+
+def test_a_broken_file_does_not_stop_a_dry_run(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder()
+    (folder / "texture0" / "003.png").write_bytes(b"rubbish")
+    estimate = jepakit.dry_run(
+        folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0, most_skipped=0.1
+    )
+    assert estimate.measuring_s > 0
+    with pytest.raises(DataError, match="over 1 % of the images cannot be read"):
+        jepakit.dry_run(folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0)

@@ -28,8 +28,26 @@ def test_split_holds_each_class_out_in_proportion_and_never_overlaps() -> None:
     labels = ["a"] * 100 + ["b"] * 50 + ["c"] * 10 + ["d"] * 2
     parts = split(len(labels), labels, share=0.2, most=1000, seed=0)
     held_out = Counter(labels[index] for index in parts.held_out)
-    assert held_out == {"a": 20, "b": 10, "c": 2, "d": 1}
+    assert held_out == {"a": 20, "b": 10, "c": 3, "d": 1}
     assert sorted([*parts.train, *parts.held_out]) == list(range(len(labels)))
+
+
+def test_a_rare_class_holds_out_what_the_verdict_needs_where_it_can_spare_it() -> None:
+    labels = ["common"] * 50_000 + ["nine"] * 9 + ["eight"] * 8 + ["two"] * 2 + ["one", "other"]
+    for seed in range(20):
+        parts = split(len(labels), labels, share=0.2, most=2000, seed=seed)
+        held_out = Counter(labels[index] for index in parts.held_out)
+        assert held_out == {"common": 1999, "nine": 3, "eight": 1, "two": 1}
+
+
+def test_classes_of_one_image_each_are_one_stratum_where_there_are_no_others() -> None:
+    assert len(split(40, [str(number) for number in range(40)], share=0.2, most=1000, seed=0).held_out) == 8
+
+
+def test_a_class_of_nine_groups_holds_three_of_them_out() -> None:
+    groups = [f"p{number // 20}" for number in range(180)]
+    held_out = split(180, None, groups=groups, share=0.1, most=1000, seed=0).held_out
+    assert len({groups[index] for index in held_out}) == 3
 
 
 def test_split_depends_on_the_seed_alone() -> None:

@@ -4,10 +4,11 @@ SIGReg alone cannot say what is wrong: with 64 images and 64 outputs it is 10 fo
 deviation 0.5, for ones that vary along one direction, and for a healthy run of a hundred steps. So the width and
 the rank of the projections are logged beside it, and SIGReg only says whether to look.
 
-N images of a batch, K projector outputs. SIGReg at the anchors (exact for N(0, s²) in each direction):
+N images of a batch, K projector outputs. SIGReg at the anchors (exact for N(0, s²) in each direction) is a N + b:
 
-    s               0       0.3     0.5     1       1.5     2       16
-    SIGReg - 1.05   0.40 N  0.29 N  0.15 N  0       0.08 N  0.24 N  1.3 N
+    s   0      0.3    0.5    1      1.5    2      16
+    a   0.40   0.28   0.15   0      0.08   0.24   1.3
+    b   0      0.2    0.5    1.05   1.4    1.7    2.3
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 FLOOR = 1.05
+_TOTAL_COLLAPSE = 0.40205
+"""SIGReg an image where all projections are 0: N images have N times that, and no floor beside it."""
 _HEALTHY = 2.5
 # Alarms look at the median of three logged values, and not before the projector has left its start behind.
 _SMOOTH, _FIRST_STEPS = 3, 50
@@ -100,7 +103,7 @@ class Alarms:
         seen = f"SIGReg is {sigreg:.1f} (floor {FLOOR})"
         if std < _COLLAPSED_STD:
             return {
-                "collapse": f"warning: the projections collapsed: {seen}, total collapse is {FLOOR + 0.402 * self.batch_size:.1f} with "
+                "collapse": f"warning: the projections collapsed: {seen}, total collapse is {_TOTAL_COLLAPSE * self.batch_size:.1f} with "
                 f"{self.batch_size} images, and their standard deviation is {std:.2g} instead of 1. All images look alike to "
                 f"the model, and it will not recover: start a new run with a larger --lamb (now {self.lamb:g})"
             }

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from jepakit.bundle import Preprocess
 from jepakit.errors import DataError, ImageError, InputError
+from jepakit.evaluate import FEWEST_PER_CLASS
 from jepakit.images import Pixels, read_image
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
@@ -34,7 +35,10 @@ class Split(NamedTuple):
 def split(
     count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None
 ) -> Split:
-    """Hold `share` of the images out, at most `most`, each stratum in proportion and by at least one group.
+    """Hold `share` of the images out, at most `most`, each stratum in proportion.
+
+    At least one group of a stratum, and as many as the verdict needs where those are at most a third of the stratum's,
+    even if that passes `most`. A stratum of a single group stays in training.
 
     strata  a name for each image, e.g. its class; None: all are one stratum
     groups  a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
@@ -48,27 +52,29 @@ def split(
     votes = np.zeros((len(sizes), int(stratum_of.max()) + 1), np.intp)
     np.add.at(votes, (group_of, stratum_of), 1)
     stratum_of_group = votes.argmax(axis=1)
-    if groups is not None:
-        # A stratum of one group would be held out as a whole or not at all: such ones are one stratum together.
-        lone = np.bincount(stratum_of_group, minlength=votes.shape[1]) == 1
-        stratum_of_group = np.where(lone[stratum_of_group], -1, stratum_of_group)
+    lone = np.bincount(stratum_of_group, minlength=votes.shape[1])[stratum_of_group] == 1
+    if 2 * sizes[lone].sum() > count:  # too many to stay: they are one stratum together
+        stratum_of_group[lone] = -1
     chosen = np.zeros(len(sizes), bool)
     for stratum in np.unique(stratum_of_group):
         members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
-        chosen[_near_share(members, sizes, share)] = True
+        can_judge = stratum >= 0 and len(members) >= 3 * FEWEST_PER_CLASS
+        if len(members) > 1:
+            chosen[_near_share(members, sizes, share, FEWEST_PER_CLASS if can_judge else 1)] = True
     held_out = chosen[group_of]
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
-def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float) -> list[int]:
-    """Of the groups in their order, those that bring their images nearer to `share` of all; a lone large one stays."""
-    wanted, taken, chosen = max(1, round(share * sizes[groups].sum())), 0, []
+def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float, fewest: int) -> list[int]:
+    """Of the groups in their order, those that bring their images nearer to `share` of all; then small ones up to `fewest`."""
+    wanted, taken, chosen = round(share * sizes[groups].sum()), 0, []
     for group in groups.tolist():
         if taken + sizes[group] / 2 <= wanted:
             chosen.append(group)
             taken += int(sizes[group])
-    if not chosen and len(groups) > 1:
-        chosen.append(int(groups[sizes[groups].argmin()]))
+    if len(chosen) < fewest:
+        others = groups[~np.isin(groups, chosen)]
+        chosen += others[np.argsort(sizes[others], kind="stable")][: fewest - len(chosen)].tolist()
     return chosen
 
 

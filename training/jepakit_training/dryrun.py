@@ -5,23 +5,27 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
 
+from jepakit.bundle import Pooling
 from jepakit.config import AdaptConfig
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList
 from jepakit_training.data import views_on
-from jepakit_training.evaluation import Measuring
+from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.learner import Learner
 from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
 from jepakit_training.memory import freed_memory_kept, memory_gb, peak_gb
 
 _STEPS = 4
-_MEASURED_IMAGES = 20
+_MEASURED_IMAGES = 40
 
 
 def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
@@ -45,7 +49,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     device = setup.accelerator.device
     return DryRun(
         steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, warmup_step_s=warmup_s, step_s=step_s,
-        measuring_s=2 * measuring_s, peak_memory_gb=peak_gb(device), memory_gb=memory_gb(device), device=device.type,
+        measuring_s=measuring_s, peak_memory_gb=peak_gb(device), memory_gb=memory_gb(device), device=device.type,
     )  # fmt: skip
 
 
@@ -62,13 +66,33 @@ def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: 
 
 
 def _seconds_to_measure(config: AdaptConfig, images: ImageList, setup: Setup) -> float:
-    """To embed all images that a run measures on, from a few of them; probes take little beside it."""
-    few = Measuring(
-        config.model_copy(update={"measure_on": _MEASURED_IMAGES}), images, setup.plan.split, setup.spec,
+    """To measure the start and the result: every pass over the images, from a few of them, and the probes in full."""
+    measuring = _Sampled(
+        config, images, setup.plan.split, setup.spec,
         device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, show=False,
     )  # fmt: skip
-    few.images.labels = None  # a few need not hold what probes need
-    count = len(few.images.indices)
     began = time.perf_counter()
-    few.start(setup.backbone)
-    return (time.perf_counter() - began) * len(setup.measuring.images.indices) / count
+    before = measuring.start(setup.backbone)
+    measuring.conclude(before, measuring.end(setup.backbone, before.embedding.pooling))
+    return time.perf_counter() - began + measuring.left_out_s
+
+
+class _Sampled(Measuring):
+    """Embeds a few of the images; probes are fitted on random vectors of all. `left_out_s` is what the others would take."""
+
+    left_out_s = 0.0
+
+    def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
+        every, began = self.images, time.perf_counter()
+        count = len(every.indices)
+        some = np.linspace(0, count - 1, min(count, _MEASURED_IMAGES)).astype(np.intp)
+        self.images = every.only(some)
+        few = super()._extract(backbone, poolings, what)
+        self.images = every
+        self.left_out_s += (time.perf_counter() - began) * (count / len(some) - 1)
+        random, rows = np.random.default_rng(0), count if few.readable.any() else 0
+        stand_ins = {
+            pooling: random.standard_normal((rows, vectors.shape[1]), np.float32)
+            for pooling, vectors in few.by_pooling.items()
+        }
+        return Features(stand_ins, np.full(count, few.readable.any()), few.skipped)

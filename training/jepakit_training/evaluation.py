@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from jepakit._groups import main_class, numbered
 from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
@@ -19,6 +20,7 @@ from jepakit.errors import DataError, ImageError
 from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
+from jepakit.sources._words import counted
 from jepakit_training.data import Split
 from jepakit_training.records import SkippedFiles
 
@@ -40,27 +42,34 @@ class Features:
 
 @dataclass
 class MeasuringSet:
-    """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge."""
+    """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge.
+
+    `labels` and `groups` are None where there are none.
+    """
 
     indices: NDArray[np.intp]
     is_fit: NDArray[np.bool_]
     labels: NDArray[np.str_] | None
+    groups: NDArray[np.str_] | None
 
     @classmethod
-    def choose(cls, labels: Sequence[str] | None, split: Split, most: int) -> MeasuringSet:
+    def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
         """At most `most` evenly spread images of each part."""
         fit, held_out = _spread(split.train, most), _spread(split.held_out, most)
         chosen = np.concatenate([fit, held_out])
+        # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
+        groups = None if images.groups is None or len(set(images.groups)) == 1 else images.groups
         return cls(
             chosen,
             np.arange(len(chosen)) < len(fit),
-            None if labels is None else np.asarray(labels)[chosen],
+            None if images.labels is None else np.asarray(images.labels)[chosen],
+            None if groups is None else np.asarray(groups)[chosen],
         )
 
-    def only(self, readable: NDArray[np.bool_]) -> MeasuringSet:
-        """Without the images that could not be read."""
-        labels = None if self.labels is None else self.labels[readable]
-        return MeasuringSet(self.indices[readable], self.is_fit[readable], labels)
+    def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
+        """Some of them, e.g. those that could be read."""
+        labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
+        return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
 
 
 def _spread(indices: NDArray[np.intp], most: int) -> NDArray[np.intp]:
@@ -122,9 +131,12 @@ def apply(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measurement:
     """Probes fitted on the `fit` rows, judged on the held-out rows."""
-    assert images.labels is not None
-    fit, labels = images.is_fit, images.labels
-    return measure(vectors[fit], labels[fit], vectors[~fit], labels[~fit])
+    fit, held_out = images.only(images.is_fit), images.only(~images.is_fit)
+    assert fit.labels is not None
+    assert held_out.labels is not None
+    return measure(
+        vectors[images.is_fit], fit.labels, vectors[~images.is_fit], held_out.labels, train_groups=fit.groups
+    )
 
 
 def pick_pooling(
@@ -132,28 +144,32 @@ def pick_pooling(
 ) -> Pooling:
     """The pooling whose probes do better on the `fit` images alone, cross-validated: held-out ones stay unseen.
 
-    The first one where there are too few labels to tell.
+    The first one where there are too few labels, or groups, to tell.
     """
-    poolings = list(features.by_pooling)
-    if len(poolings) == 1 or images.labels is None:
+    poolings, fit = list(features.by_pooling), images.only(images.is_fit)
+    if len(poolings) == 1 or fit.labels is None:
         return poolings[0]
-    labels = images.labels[images.is_fit]
-    names, counts = np.unique(labels, return_counts=True)
-    if (counts > 1).sum() < 2:  # each third must leave two classes to the others
+    third = _thirds(fit.labels, fit.groups)
+    parts = [replace(fit, is_fit=third != fold) for fold in range(3)]
+    if not all(len(np.unique(fit.labels[part.is_fit])) > 1 and not part.is_fit.all() for part in parts):
         return poolings[0]
-    third = np.empty(len(labels), np.intp)
-    for name in names:
-        third[labels == name] = np.arange((labels == name).sum()) % 3
 
     def score(pooling: Pooling) -> float:
         raw = features.by_pooling[pooling][images.is_fit]
         vectors = apply(specify(pooling, standardize, raw), raw)
-        return float(np.mean([
-            measure(vectors[third != fold], labels[third != fold], vectors[third == fold], labels[third == fold]).right.mean()
-            for fold in range(3)
-        ]))  # fmt: skip
+        return float(np.mean([measure_vectors(vectors, part).right.mean() for part in parts]))
 
     return max(poolings, key=score)
+
+
+def _thirds(labels: NDArray[np.str_], groups: NDArray[np.str_] | None) -> NDArray[np.intp]:
+    """Which third each image is in, [N]: groups as wholes, those of each class in turns."""
+    group_of = numbered(groups, len(labels))
+    class_of_group = main_class(group_of, np.unique(labels, return_inverse=True)[1])
+    third = np.empty(len(class_of_group), np.intp)
+    for name in np.unique(class_of_group):
+        third[class_of_group == name] = np.arange((class_of_group == name).sum()) % 3
+    return third[group_of]
 
 
 @dataclass
@@ -171,7 +187,7 @@ class Measuring:
         self, config: AdaptConfig, images: ImageList, parts: Split, spec: Preprocess, *,
         device: torch.device, workers: int, skipped: SkippedFiles, show: bool,
     ) -> None:  # fmt: skip
-        self.images = MeasuringSet.choose(images.labels, parts, config.measure_on)
+        self.images = MeasuringSet.choose(images, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
         self._skipped, self._show = skipped, show
         self._why_no_labels = NO_LABELS
@@ -187,15 +203,22 @@ class Measuring:
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
     def end(self, backbone: Any, pooling: Pooling) -> Measured:
-        """After: the same pooling, centre and scale measured anew."""
-        return self._measured(self._extract(backbone, (pooling,), "measure the result"), pooling)
+        """After: the same pooling, centre and scale measured anew. DataError where an image cannot be read any more."""
+        features = self._extract(backbone, (pooling,), "measure the result")
+        if not features.readable.all():
+            raise DataError(
+                f"{counted(len(features.skipped), 'image')} measured before training cannot be read any more, the first: "
+                f"{features.skipped[0][1]}. Put back what was there and run the same command again: it goes on from the "
+                "last checkpoint"
+            )
+        return self._measured(features, pooling)
 
     def conclude(self, before: Measured, after: Measured) -> Comparison:
         """The verdict on held-out images; "cannot tell" without labels."""
-        n_fit, n_held_out = int(self.images.is_fit.sum()), int((~self.images.is_fit).sum())
-        if before.measurement is None or after.measurement is None or self.images.labels is None:
-            return no_labels(n_fit, n_held_out, self._why_no_labels)
-        return compare(before.measurement, after.measurement, self.images.labels[~self.images.is_fit], n_train=n_fit)
+        n_fit, held_out = int(self.images.is_fit.sum()), self.images.only(~self.images.is_fit)
+        if before.measurement is None or after.measurement is None or held_out.labels is None:
+            return no_labels(n_fit, len(held_out.indices), self._why_no_labels)
+        return compare(before.measurement, after.measurement, held_out.labels, n_train=n_fit, groups=held_out.groups)
 
     def _check_images(self) -> None:
         """DataError where one part could not be read at all. Labels of one class cannot be probed: they are left out."""

@@ -1,0 +1,37 @@
+"""Groups: images that stand or fall together, such as the tiles of one slide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jepakit.errors import DataError
+
+
+def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
+    """Each image's group as a number, [count], in the order in which groups first appear. None: each its own.
+
+    Raises DataError when there is not one name for each image.
+    """
+    if groups is None:
+        return np.arange(count)
+    names = np.asarray(groups).tolist()
+    if np.shape(groups) != (count,):
+        raise DataError(f"{count} images, but groups of shape {list(np.shape(groups))}: give a name for each image")
+    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return np.array([number[name] for name in names], np.intp)
+
+
+def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: NDArray[Any]) -> NDArray[np.float64]:
+    """Sums of `values` [N] by group and class, [groups, classes]; ones give the number of images."""
+    sums = np.zeros((groups.max() + 1, classes.max() + 1))
+    np.add.at(sums, (groups, classes), values)
+    return sums
+
+
+def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The class of most of each group's images, [groups]."""
+    main: NDArray[np.intp] = in_cells(groups, classes, np.ones(len(groups))).argmax(axis=1)
+    return main

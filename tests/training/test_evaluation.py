@@ -1,0 +1,127 @@
+"""What is measured of a run, on made features: groups on one side, and files that are gone at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import jepakit
+from jepakit.errors import DataError
+from jepakit.evaluate import Measurement
+from jepakit.run import Run
+from jepakit_training import evaluation, loop
+from jepakit_training.evaluation import Features, MeasuringSet, measure_vectors, pick_pooling
+
+
+def siblings(n_groups: int, per_group: int) -> MeasuringSet:
+    """Groups of one class each, two classes, two of three groups to fit on."""
+    groups = np.repeat(np.arange(n_groups), per_group)
+    labels = np.array(["a", "b"])[groups // 3 % 2]
+    return MeasuringSet(np.arange(len(groups)), groups % 3 < 2, labels, groups.astype(str))
+
+
+def test_the_pooling_is_chosen_by_groups_that_the_probes_have_not_seen() -> None:
+    """One pooling knows each group by heart, the other tells the classes apart, less than always."""
+    images, random = siblings(36, 10), np.random.default_rng(0)
+    assert images.groups is not None
+    assert images.labels is not None
+    by_heart = random.standard_normal((36, 64))[images.groups.astype(int)]
+    telling = np.where(images.labels == "a", 1.0, -1.0)[:, None] + 1.5 * random.standard_normal((360, 1))
+    features = Features(
+        {"head": by_heart.astype(np.float32), "stages": telling.astype(np.float32)}, np.ones(360, bool), []
+    )
+    assert pick_pooling(features, images, "none") == "stages"
+    images.groups = None
+    assert pick_pooling(features, images, "none") == "head"
+
+
+@pytest.mark.parametrize("n_groups", [3, 6])
+def test_where_groups_are_too_few_to_tell_the_first_pooling_is_taken(n_groups: int) -> None:
+    images = siblings(n_groups, 10)
+    nothing = np.zeros((len(images.indices), 2), np.float32)
+    assert pick_pooling(Features({"head": nothing, "stages": nothing}, np.ones(1, bool), []), images, "none") == "head"
+
+
+def test_thirds_are_the_same_without_groups_and_with_groups_of_one_image_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = siblings(12, 6)
+    parts: list[NDArray[np.bool_]] = []
+
+    def noting(vectors: NDArray[np.float32], part: MeasuringSet) -> Measurement:
+        parts.append(part.is_fit)
+        return measure_vectors(vectors, part)
+
+    monkeypatch.setattr(evaluation, "measure_vectors", noting)
+    noise = np.random.default_rng(0).standard_normal((72, 4)).astype(np.float32)
+    features = Features({"head": noise, "stages": noise}, np.ones(72, bool), [])
+    images.groups = np.random.default_rng(1).permutation(72).astype(str)
+    pick_pooling(features, images, "none")
+    images.groups = None
+    pick_pooling(features, images, "none")
+    np.testing.assert_array_equal(parts[:6], parts[6:])
+    assert images.labels is not None
+    labels = images.labels[images.is_fit]
+    assert [np.unique(labels[~part], return_counts=True)[1].tolist() for part in parts[:3]] == [[8, 8]] * 3
+
+
+def test_the_verdict_is_over_the_groups_of_the_source(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, table = image_folder(), tmp_path / "groups.csv"
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    table.write_text(
+        "\n".join(["path,group", *(f"{name},{name[:8]} {number % 12 // 3}" for number, name in enumerate(names))])
+    )
+    settings: dict[str, Any] = {
+        "backbone": "test_vit", "weights": "random", "image_size": 64, "steps": 1, "batch_size": 8, "workers": 0,
+        "labels": "folder", "held_out": 0.4,
+    }  # fmt: skip
+    grouped = jepakit.adapt(folder, out=tmp_path / "grouped", group=str(table), **settings)
+    assert "have fewer: 'texture0' (" in grouped.verdict.reason
+    assert "images of more groups" in grouped.verdict.reason
+    table.write_text("\n".join(["path,group", *(f"{name},all" for name in names)]))
+    alone = jepakit.adapt(folder, out=tmp_path / "alone", group=str(table), **settings)
+    assert "group" not in alone.verdict.reason
+    assert alone.verdict.low is not None
+
+
+def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_it(
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = image_folder()
+    file = folder / "texture1" / "003.png"
+    content, train = file.read_bytes(), loop._train
+
+    def and_lose_it(*args: Any) -> None:
+        train(*args)
+        file.write_bytes(content[:60])
+
+    def adapt() -> Run:
+        return jepakit.adapt(
+            folder,
+            out=tmp_path / "run",
+            backbone="test_vit",
+            weights="random",
+            image_size=64,
+            steps=2,
+            batch_size=8,
+            workers=0,
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train", and_lose_it)
+        with pytest.raises(
+            DataError, match=r"^1 image measured before training .* the first: texture1/003.png.*same command"
+        ):
+            adapt()
+    file.write_bytes(content)
+    run = adapt()
+    assert "going on from step 2" in capsys.readouterr().err
+    assert run.comparison.n_train + run.comparison.n_held_out == 28
