@@ -259,7 +259,7 @@ def test_what_differs_from_slide_to_slide_is_not_called_better_or_worse(classes_
 
 
 def test_the_interval_over_groups_is_as_wide_as_that_of_their_means() -> None:
-    """200 groups of two classes with 5 images of each, all right or wrong alike: as 200 images of one class."""
+    """200 groups of two classes with 5 images of each, all right or wrong alike: as 200 images of one class, by Student."""
     random = np.random.default_rng(8)
     before, after = random.random((2, 200)) < 0.6
     groups = np.repeat(np.arange(200), 10).astype(str)
@@ -267,15 +267,32 @@ def test_the_interval_over_groups_is_as_wide_as_that_of_their_means() -> None:
     grouped = by_groups(np.repeat(before, 10), np.repeat(after, 10), truth, groups)
     alone = judged(before, after, np.repeat("a", 200))
     assert grouped.difference == pytest.approx(alone.difference)
-    assert [grouped.low, grouped.high] == pytest.approx([alone.low, alone.high], abs=1e-12)
+    assert alone.difference is not None
+    for over_groups, over_images in ((grouped.low, alone.low), (grouped.high, alone.high)):
+        assert over_groups is not None
+        assert over_images is not None
+        expected = alone.difference + (over_images - alone.difference) * (1 + 1.21 / 199)
+        assert over_groups == pytest.approx(expected, abs=1e-12)
 
 
-def test_no_interval_over_groups_is_narrower_than_three_over_their_number() -> None:
+def test_a_gain_that_every_one_of_eight_slides_shows_is_told() -> None:
+    random = np.random.default_rng(3)
+    slide = np.repeat(np.arange(8), 50)
+    before = random.random(400) < 0.7
+    after = before | (random.random(400) < 0.5)
+    verdict = by_groups(before, after, np.array(["a", "b"])[slide % 2], slide.astype(str))
+    assert verdict.word == "better"
+
+
+def test_one_giant_slide_makes_the_interval_wide() -> None:
     right, truth = np.ones(400, bool), np.tile(["a", "b"], 200)
-    even = by_groups(right, right, truth, np.repeat(np.arange(20), 20).astype(str))
-    assert (even.low, even.high) == pytest.approx((-3 / 20, 3 / 20))
-    giant = by_groups(right, right, truth, np.repeat(np.arange(20), [210, *[10] * 19]).astype(str))
-    assert (giant.high or 0) > 2 * (even.high or 0)
+    sizes = {"even": [20] * 20, "giant": [210, *[10] * 19]}
+    width = {}
+    for name, each in sizes.items():
+        slide = np.repeat(np.arange(20), each)
+        verdict = by_groups(right, slide % 2 == 0, truth, slide.astype(str))
+        width[name] = (verdict.high or 0) - (verdict.low or 0)
+    assert width["giant"] > 1.5 * width["even"]
 
 
 def test_a_class_of_many_images_of_two_groups_is_left_out_and_named() -> None:
