@@ -178,6 +178,30 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_did(
             assert row[key] == expected[key]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_last_checkpoint_is_written_is_one_too(
+    adapt: Adapt,
+    finished: Callable[[str], Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    def save_and_interrupt(*args: Any) -> None:
+        real(*args)
+        os.kill(os.getpid(), number)
+
+    real, out = checkpoint.save, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_interrupt)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            adapt(out)
+    found = checkpoint.load_newest(out / CHECKPOINTS)
+    assert found is not None
+    assert found[0] == STEPS
+    assert not jepakit.open_run(out).finished
+    assert equal(weights_of(adapt(out)), weights_of(finished("test_vit")))
+
+
 def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
     adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

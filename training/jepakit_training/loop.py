@@ -207,6 +207,9 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
             saver.after_step(step + 1, learner.state_dict, must=last or told_to_stop)
             if told_to_stop:
                 raise stop.leaving(step + 1)
+        # Told while the last checkpoint was written: measuring can take minutes.
+        if _any_rank(stop.requested, accelerator):
+            raise stop.leaving(plan.steps)
     learner.finish()
 
 
