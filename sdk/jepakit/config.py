@@ -303,6 +303,13 @@ class AdaptConfig(_Settings):
         """The domain's preset with the values the user set on top."""
         return ViewsConfig(**{**PRESETS[self.domain], **self.views.model_dump(exclude_unset=True)})
 
+    def resolved(self) -> Self:
+        """The same settings with every value of the views set to what is trained with: what is written down of a run.
+
+        Read back, they are the same views: what is set wins over the domain.
+        """
+        return self.model_copy(update={"views": self.resolved_views()})
+
 
 class ExportConfig(_Settings):
     """Settings of `jepakit.export`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,7 @@ import jepakit_training.learner
 import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS
+from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit_training import checkpoint
@@ -272,10 +274,54 @@ def test_changed_settings_are_refused_with_the_difference(
 ) -> None:
     run = finished("test_vit")
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    key = next(iter(changed))
+    key = "views.n_local" if "views" in changed else next(iter(changed))
     with pytest.raises(ConfigError, match=f"other settings .*{key} was .*, now .*--weights .*--out NEW"):
         adapt(run.path, **changed)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_a_domains_views_are_written_down_and_held_to(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, views = tmp_path / "run", {"n_local": 1, "blur": 0.25}
+    with stopping_in_step(2, monkeypatch), pytest.raises(SystemExit):
+        adapt(out, domain="histology", views=views)
+    recorded = jepakit.open_run(out).config
+    trained = AdaptConfig(images="x", domain="histology", views=ViewsConfig.model_validate(views)).resolved_views()
+    assert (trained.vertical_flip, trained.brightness, trained.blur) == (0.5, 0.2, 0.25)
+    assert AdaptConfig.model_validate(recorded).resolved_views() == trained
+    assert recorded["views"] == trained.model_dump(mode="json", exclude_none=True)
+    assert jepakit.open_bundle(out / START).manifest.provenance.config["views"] == recorded["views"]
+
+    for changed in ({**views, "brightness": 0.3}, {**views, "vertical_flip": 0.0}):  # what the classes' defaults are
+        name = list(changed)[-1]
+        with pytest.raises(ConfigError, match=rf"other settings \(views\.{name} was \S+, now {changed[name]}\); name"):
+            adapt(out, domain="histology", views=changed)
+    # Its own config.toml goes on with it.
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
+        adapt(out, domain="histology", views=recorded["views"])
+
+
+@pytest.mark.parametrize("domain", ["general", "histology"])
+def test_a_run_of_an_older_jepakit_goes_on_where_its_views_are_known(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domain: str
+) -> None:
+    """It wrote the views' defaults down, whatever the domain made of them."""
+    out = tmp_path / "run"
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
+        adapt(out, domain=domain, steps=2)
+    environment = json.loads((out / ENVIRONMENT).read_text())
+    del environment["views"]
+    (out / ENVIRONMENT).write_text(json.dumps(environment))
+    settings = jepakit.open_run(out).config
+    settings["views"] = ViewsConfig(n_local=1).model_dump(mode="json", exclude_none=True)
+    (out / CONFIG).write_text(tomli_w.dumps(settings))
+    if domain == "general":
+        assert adapt(out, domain=domain, steps=2).finished
+        return
+    with pytest.raises(ConfigError, match="older jepakit, which did not record the views that domain = 'histology'"):
+        adapt(out, domain=domain, steps=2)
+    assert not jepakit.open_run(out).finished
 
 
 def test_settings_that_change_nothing_may_differ(adapt: Adapt, finished: Callable[[str], Run]) -> None:

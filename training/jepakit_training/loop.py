@@ -182,7 +182,9 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
         out_of_memory_told(config, plan, accelerator),
         closing(Steps(plan.steps, first, enabled=main, epochs=epochs, extra_s=measuring_s)) as show,
         closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
-        closing(Trackers(config.trackers, run.path, config.model_dump(mode="json"), first, enabled=main)) as trackers,
+        closing(
+            Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, enabled=main)
+        ) as trackers,
     ):
         alarms = _alarms(config, setup, run)
         loader = step_loader(config, setup, range(first, plan.steps))
@@ -307,7 +309,7 @@ def _any_rank(flag: bool, accelerator: Accelerator) -> bool:
 
 
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:
-    told = config.model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
+    told = config.resolved().model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
     for setting in ("weights", "labels", "group"):  # a bundle is for sharing: no path of this machine
         told[setting] = Path(told[setting]).name
     return Provenance(

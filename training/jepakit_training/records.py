@@ -49,6 +49,9 @@ FREE_SETTINGS = frozenset({
 LOCK = ".lock"
 # What Ray's processes say while they train: no leftover, as the .tmp-* are that a kill leaves.
 RAY_FOLDER = ".ray-"
+# In environment.json: config.toml holds the views that are trained with. Runs of before held the views' defaults there,
+# whatever the domain made of them.
+_RESOLVED = "resolved"
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
@@ -137,6 +140,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         "data": images.digest(),
         "images": len(images),
         "processes": _processes(),
+        "views": _RESOLVED,
     }
     # This order: settings alone are somebody's own.
     _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
@@ -153,6 +157,7 @@ def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
     try:
         return (
             not (out / BUNDLE).exists()
+            and _unrecorded_views(out) is None
             and not _changed(out, settings)
             and _environment(out).get("data") == images.digest()
         )
@@ -172,6 +177,11 @@ def _strangers(out: Path) -> list[str]:
 
 def _check_same(out: Path, settings: str, images: ImageList) -> None:
     go_on = _go_on(out)
+    if (domain := _unrecorded_views(out)) is not None:
+        raise ConfigError(
+            f"{out} was started by an older jepakit, which did not record the views that domain = {domain!r} trains with: "
+            f"whether these are the same cannot be told; {go_on}"
+        )
     if changed := _changed(out, settings):
         raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {go_on}")
     environment = _environment(out)
@@ -192,23 +202,39 @@ def _go_on(out: Path) -> str:
 
 def _as_toml(config: AdaptConfig) -> str:
     """The settings as config.toml holds them; TOML is UTF-8, and a path need not be."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode("utf-8", "replace").decode()
+    settings = config.resolved().model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps(settings).encode("utf-8", "replace").decode()
 
 
 def _changed(out: Path, settings: str) -> list[str]:
     """In words, what of `settings` differs from those the run in `out` was started with.
 
-    Raises DataError where its config.toml is gone or damaged.
+    Raises DataError where a file of the run's is gone or damaged.
     """
-    before, now = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
-    for told in (before, now):
-        # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
-        told["cache"] = "cache" in told
+    before, now = (_compared(told) for told in (_read(out / CONFIG, tomllib.loads), tomllib.loads(settings)))
     return [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted({*before, *now} - FREE_SETTINGS)
+        for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
+
+
+def _unrecorded_views(out: Path) -> str | None:
+    """The domain of a run that does not say which views it trains with; None where it does. Raises as `_changed`.
+
+    Without a domain's preset the views' defaults, which an older config.toml holds, are what was trained with.
+    """
+    domain = str(_read(out / CONFIG, tomllib.loads).get("domain", "general"))
+    return None if domain == "general" or _environment(out).get("views") == _RESOLVED else domain
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.toml, what a resumed run must have in common with its beginning; views each by its own name."""
+    views = settings.get("views", {})
+    told = {**settings, **{f"views.{name}": value for name, value in views.items()}}
+    # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
+    told["cache"] = "cache" in settings
+    return {key: value for key, value in told.items() if key != "views" and key not in FREE_SETTINGS}
 
 
 def _environment(out: Path) -> dict[str, Any]:
