@@ -302,6 +302,14 @@ def test_a_domains_views_are_written_down_and_held_to(
         adapt(out, domain="histology", views=recorded["views"])
 
 
+def test_trackers_are_told_the_views_that_train(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", domain="histology", trackers="tensorboard")
+    (file,) = (tmp_path / "run" / "tensorboard").rglob("*tfevents*")
+    assert b"views.vertical_flip = 0.5" in file.read_bytes()
+
+
 @pytest.mark.parametrize("domain", ["general", "histology"])
 def test_a_run_of_an_older_jepakit_goes_on_where_its_views_are_known(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domain: str
