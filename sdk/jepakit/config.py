@@ -222,8 +222,8 @@ class AdaptConfig(_Settings):
     average_over: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the steps that is averaged over."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What the backbone computes in; the loss is always float32. `auto`: bfloat16 on a GPU that has it; on a CPU
-    that has it, in the frozen layers alone. `bf16` asks for it throughout."""
+    """What the backbone and the projector compute in; what they give and the loss are always float32. `auto`: bfloat16 on
+    a GPU that has it; on a CPU that has it, in the frozen layers alone. `bf16` asks for it throughout."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, a third more work."""
     compile: bool = False
@@ -302,6 +302,13 @@ class AdaptConfig(_Settings):
     def resolved_views(self) -> ViewsConfig:
         """The domain's preset with the values the user set on top."""
         return ViewsConfig(**{**PRESETS[self.domain], **self.views.model_dump(exclude_unset=True)})
+
+    def resolved(self) -> Self:
+        """The same settings with every value of the views set to what is trained with: what is written down of a run.
+
+        Read back, they are the same views: what is set wins over the domain.
+        """
+        return self.model_copy(update={"views": self.resolved_views()})
 
 
 class ExportConfig(_Settings):

@@ -10,7 +10,8 @@
     │   ├── SpaceError                vectors of another space than the probe was fitted on
     │   └── MissingExtraError         an optional part of jepakit is not installed
     ├── WorkError (RuntimeError)      the input was right, the work failed; exit code 1
-    │   ├── TrainingError
+    │   ├── TrainingError             training cannot go on
+    │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room
     │   ├── ExportError               the exported graph does not reproduce torch
     │   └── ServeError                the service cannot start or stay up
     └── ClientError (RuntimeError)    what a client meets on the wire; exit code 1
@@ -82,6 +83,10 @@ class WorkError(JepakitError, RuntimeError):
 
 class TrainingError(WorkError):
     """Training cannot go on."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written, most often for want of room; older ones are as they were."""
 
 
 class ExportError(WorkError):

@@ -220,6 +220,15 @@ def test_what_the_user_sets_wins_over_the_domain_even_at_the_default_value() -> 
     assert (resolved.brightness, resolved.contrast, resolved.n_local) == (0.3, 0.4, 2)
 
 
+@pytest.mark.parametrize("views", [{}, {"brightness": 0.3, "vertical_flip": 0.0, "local_size": 48}], ids=str)
+@pytest.mark.parametrize("domain", get_args(Domain))
+def test_resolved_settings_read_back_are_the_same_views(domain: Domain, views: dict[str, Any]) -> None:
+    config = adapt(domain=domain, views=views)
+    again = parse(AdaptConfig, config.resolved().model_dump(exclude_none=True))
+    assert again.resolved_views() == config.resolved_views() == config.resolved().views
+    assert again == config.resolved() == config.resolved().resolved()
+
+
 def test_presets_keep_what_a_domains_signal_is() -> None:
     assert adapt(domain="radiology").resolved_views().horizontal_flip == 0, "the heart lies on the left"
     for domain in set(get_args(Domain)) - {"natural"}:

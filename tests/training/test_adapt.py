@@ -22,6 +22,7 @@ import jepakit_training.learner
 import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS
+from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit_training import checkpoint
@@ -178,6 +179,30 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_did(
             assert row[key] == expected[key]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_last_checkpoint_is_written_is_one_too(
+    adapt: Adapt,
+    finished: Callable[[str], Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    def save_and_interrupt(*args: Any) -> None:
+        real(*args)
+        os.kill(os.getpid(), number)
+
+    real, out = checkpoint.save, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_interrupt)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            adapt(out)
+    found = checkpoint.load_newest(out / CHECKPOINTS)
+    assert found is not None
+    assert found[0] == STEPS
+    assert not jepakit.open_run(out).finished
+    assert equal(weights_of(adapt(out)), weights_of(finished("test_vit")))
+
+
 def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
     adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,10 +273,40 @@ def test_changed_settings_are_refused_with_the_difference(
 ) -> None:
     run = finished("test_vit")
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    key = next(iter(changed))
+    key = "views.n_local" if "views" in changed else next(iter(changed))
     with pytest.raises(ConfigError, match=f"other settings .*{key} was .*, now .*--weights .*--out NEW"):
         adapt(run.path, **changed)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_a_domains_views_are_written_down_and_held_to(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, views = tmp_path / "run", {"n_local": 1, "blur": 0.25}
+    with stopping_in_step(2, monkeypatch), pytest.raises(SystemExit):
+        adapt(out, domain="histology", views=views)
+    recorded = jepakit.open_run(out).config
+    trained = AdaptConfig(images="x", domain="histology", views=ViewsConfig.model_validate(views)).resolved_views()
+    assert (trained.vertical_flip, trained.brightness, trained.blur) == (0.5, 0.2, 0.25)
+    assert AdaptConfig.model_validate(recorded).resolved_views() == trained
+    assert recorded["views"] == trained.model_dump(mode="json", exclude_none=True)
+    assert jepakit.open_bundle(out / START).manifest.provenance.config["views"] == recorded["views"]
+
+    for changed in ({**views, "brightness": 0.3}, {**views, "vertical_flip": 0.0}):  # what the classes' defaults are
+        name = list(changed)[-1]
+        with pytest.raises(ConfigError, match=rf"other settings \(views\.{name} was \S+, now {changed[name]}\); name"):
+            adapt(out, domain="histology", views=changed)
+    # Its own config.toml goes on with it.
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
+        adapt(out, domain="histology", views=recorded["views"])
+
+
+def test_trackers_are_told_the_views_that_train(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", domain="histology", trackers="tensorboard")
+    (file,) = (tmp_path / "run" / "tensorboard").rglob("*tfevents*")
+    assert b"views.vertical_flip = 0.5" in file.read_bytes()
 
 
 def test_settings_that_change_nothing_may_differ(adapt: Adapt, finished: Callable[[str], Run]) -> None:

@@ -16,9 +16,9 @@ import torch
 from tests.training.forked import start
 from torch import Tensor
 
-from jepakit.errors import TrainingError
+from jepakit.errors import CheckpointError, TrainingError
 from jepakit_training import checkpoint
-from jepakit_training.checkpoint import CheckpointError, Saver
+from jepakit_training.checkpoint import Saver
 
 
 def state_of(step: int) -> dict[str, Tensor | int | str]:
@@ -205,7 +205,7 @@ def test_a_full_disk_is_outlived_in_the_middle_and_an_error_at_the_end(tmp_path:
     assert f"checkpoint of step 3 could not be written to {folder}" in warning
     assert "(File too large): it needs 4.0 MB" in warning
     assert "would go on from step 2 after a stop" in warning
-    assert lines[-1].startswith("jepakit_training.checkpoint.CheckpointError: the checkpoint of step 6")
+    assert lines[-1].startswith("jepakit.errors.CheckpointError: the checkpoint of step 6")
     assert lines[-1].endswith("then the same command will go on from step 5")
     assert loaded_step(folder) == 5
     assert len(list(folder.iterdir())) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import runpy
 import subprocess
@@ -18,7 +20,7 @@ from torch import Tensor
 
 import jepakit
 from jepakit.bundle import WEIGHTS
-from jepakit.run import BUNDLE, START
+from jepakit.run import BUNDLE, SKIPPED, START
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 
@@ -79,6 +81,32 @@ def test_five_steps_through_accelerate_are_those_of_the_whole_batch(two_ranks: T
     statistics = [key for key, value in one["last"].items() if "running" in key and value.abs().max() > 0]
     assert bool(statistics) == ("trained" in what)
     assert any(value.abs().max() > 0 for key, value in one["last"].items() if not key.startswith("projector"))
+
+
+def told(two_ranks: TwoRanks, what: str) -> list[Any]:
+    return [json.loads((two_ranks.out / f"told-{rank}.json").read_text())[what] for rank in range(2)]
+
+
+def test_what_any_rank_cannot_read_is_listed_and_counts(two_ranks: TwoRanks) -> None:
+    """That many are allowed in the first run, and one fewer in the second: more than either rank meets."""
+    unreadable, ranks = two_ranks.script["UNREADABLE"], told(two_ranks, "skip")
+    with (two_ranks.out / "skipped" / SKIPPED).open(newline="", encoding="utf-8") as file:
+        listed = [row[0] for row in csv.reader(file)][2:]
+    assert sorted(listed) == sorted(unreadable)
+    for rank in ranks:
+        assert 0 < len(rank["met"]) < len(unreadable)
+        assert list(rank["refusals"]) == ["refused"]
+        assert "over 16.0714 % of the images cannot be read" in rank["refusals"]["refused"]
+    assert jepakit.open_run(two_ranks.out / "skipped").finished
+    assert not jepakit.open_run(two_ranks.out / "refused").finished
+
+
+def test_ranks_that_find_different_checkpoints_do_not_go_on(two_ranks: TwoRanks) -> None:
+    for rank, words in enumerate(told(two_ranks, "resume")):
+        assert words.startswith(
+            f"{two_ranks.out / f'disk-of-{rank}'} is not the same folder on all nodes: by its checkpoints process 0 at step 3, "
+            "process 1 at step 0 would go on."
+        )
 
 
 @pytest.mark.parametrize(("name", "backbone"), [("convnet", "test_resnet"), ("vit", "test_vit")])

@@ -196,6 +196,18 @@ def test_every_error_comes_back_as_it_was(kind: type[JepakitError], tmp_path: Pa
     assert ending.rank == 3
 
 
+def test_a_full_disk_is_told_in_its_own_class(tmp_path: Path) -> None:
+    """One that does not come back is taken for a lost worker, and tried again."""
+    (tmp_path / "file").touch()
+    saver = checkpoint.Saver(tmp_path / "file" / "checkpoints", 0.0, 0, enabled=True)
+    with pytest.raises(errors.CheckpointError), told(tmp_path, 0):
+        saver.after_step(2, lambda: {"step": 2}, must=True)
+    (ending,) = read_endings(tmp_path)
+    back = ending.error()
+    assert type(back) is errors.CheckpointError
+    assert str(back).endswith("then the same command will begin anew")
+
+
 def test_the_first_ending_is_told_first_and_an_unforeseen_one_with_where_it_was(tmp_path: Path) -> None:
     for rank, error in ((1, ValueError("first")), (0, KeyboardInterrupt("stopped after step 4"))):
         with pytest.raises(type(error)), told(tmp_path, rank):

@@ -84,6 +84,16 @@ def test_micro_batches_and_checkpointed_activations_change_nothing_but_memory(
         assert float((other_moved - expected_moved).norm() / expected_moved.norm()) < 0.1
 
 
+def test_no_block_is_dropped_at_random(make: Callable[..., Any]) -> None:
+    """timm's Swin would, in its frozen blocks too: every micro-batch, and every second pass over it, would be embedded by another."""
+    learner, _ = make("swin_tiny_patch4_window7_224", weights="random")
+    globals_ = views().global_
+    assert learner.encoder.training
+    with torch.no_grad():
+        once, again = (learner.encoder(Views(globals_, globals_[:0])) for _ in range(2))
+    assert torch.equal(once, again)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "mobilenetv2_050"])
 def test_low_rank_additions_train_and_are_merged(make: Callable[..., Any], name: str) -> None:
     learner, backbone = make(name, unfreeze="lora", lora_rank=4)

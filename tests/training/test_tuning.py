@@ -12,7 +12,7 @@ from torch import nn
 from jepakit.backbone import build
 from jepakit.errors import ConfigError
 from jepakit_training.model import Projector
-from jepakit_training.tuning import add_lora, freeze, parameter_groups
+from jepakit_training.tuning import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
 
 Unfreeze = Literal["auto", "none", "all"] | int
 
@@ -185,6 +185,48 @@ def test_low_rank_additions_are_nothing_at_first_and_merge_into_the_weights(name
         assert set(backbone.state_dict()) == names
         assert not torch.allclose(changed, before, rtol=1e-2)
         torch.testing.assert_close(backbone(images), changed, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "vit_tiny_r_s16_p8_224", "tf_efficientnetv2_b0"])
+def test_low_rank_additions_merge_beside_convolutions_of_timms_own(name: str) -> None:
+    """Weight-standardised ones get none; those that pad as TensorFlow does are plain enough."""
+    torch.manual_seed(0)
+    backbone: Any = build(name, {"img_size": 64} if "vit" in name else {}).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for key, parameter in backbone.named_parameters():
+            if key.endswith(".gain"):  # of a block's last convolution it is 0 at first
+                parameter.fill_(1)
+        before = backbone(images)
+        lora = add_lora(backbone, rank=4, seed=0)
+        assert torch.equal(backbone(images), before)
+        for key, parameter in backbone.named_parameters():
+            if "lora_" in key:
+                nn.init.normal_(parameter, std=0.2)
+        changed = backbone(images)
+        lora.merge_and_unload()
+        assert (changed - before).norm() > 0.01 * before.norm()
+        assert (backbone(images) - changed).norm() < 1e-4 * changed.norm()
+
+
+def test_low_rank_additions_to_nothing_are_refused() -> None:
+    with torch.device("meta"):
+        backbone = build("resnetv2_50x1_bit", {})
+    with pytest.raises(ConfigError, match="unfreeze = lora: ResNetV2 has no linear layer and no ungrouped convolution"):
+        add_lora(backbone, rank=4, seed=0)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("swin_tiny_patch4_window7_224", {"img_size": 64}), ("nest_tiny", {})])
+def test_stochastic_depth_is_off_where_timm_turns_it_on(name: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    backbone = build(name, settings).train()
+    size = settings.get("img_size", 224)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert not torch.equal(backbone(images), backbone(images))
+        switch_off_stochastic_depth(backbone)
+        assert torch.equal(backbone(images), backbone(images))
+        assert torch.equal(backbone(images), backbone.eval()(images))
 
 
 def test_low_rank_additions_depend_on_the_seed_alone() -> None:

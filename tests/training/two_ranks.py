@@ -2,14 +2,18 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 two_ranks.py OUT IMAGES CONVNET_WEIGHTS VIT_WEIGHTS
 
-Rank 0 writes OUT/loss.pt and a file for each of STEPS; the adapted runs lie in OUT/convnet and OUT/vit.
+Rank 0 writes OUT/loss.pt and a file for each of STEPS; the adapted runs lie in OUT/convnet and OUT/vit. Every rank writes
+OUT/told-N.json: what it was told where runs were refused.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,7 +24,10 @@ from torch import Tensor
 import jepakit
 from jepakit.backbone import start_backbone, stock_preprocess
 from jepakit.config import AdaptConfig
+from jepakit.errors import DataError, ImageError, TrainingError
+from jepakit.run import BUNDLE
 from jepakit.sources import list_images
+from jepakit_training.data import ViewDataset
 from jepakit_training.learner import Learner
 from jepakit_training.plan import make_plan
 from jepakit_training.sigreg import directions, lejepa_loss
@@ -30,6 +37,9 @@ ADAPT = {
     "image_size": 64, "steps": 3, "warmup": 0.3, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16,
     "views": {"n_local": 1}, "workers": 0,
 }  # fmt: skip
+
+UNREADABLE = {"texture0/001.png", "texture0/004.png", "texture0/007.png", "texture0/010.png", "texture1/001.png"}
+"""Five of the 28 images, all of them trained on."""
 
 
 def world() -> int:
@@ -113,10 +123,51 @@ def adapt(out: Path, images: Path, convnet_weights: Path, vit_weights: Path) -> 
         jepakit.adapt(images, out=out / name, backbone=backbone, weights=str(weights), **ADAPT)
 
 
+def skip(out: Path, images: Path, weights: Path) -> dict[str, Any]:
+    """Images that cannot be read while training: listed in OUT/skipped; and refused, where one fewer may be skipped."""
+
+    def read(dataset: ViewDataset, index: int) -> Any:
+        if (name := dataset.images.ids[index]) in UNREADABLE:
+            met.add(name)
+            raise ImageError(f"{name}: cannot be read", code="unreadable")
+        return real(dataset, index)
+
+    real, met, refusals = ViewDataset._read, set[str](), {}
+    with mock.patch.object(ViewDataset, "_read", read):
+        for name, most in (("skipped", len(UNREADABLE)), ("refused", len(UNREADABLE) - 1)):
+            try:
+                jepakit.adapt(
+                    images,
+                    out=out / name,
+                    backbone="test_vit",
+                    weights=str(weights),
+                    **ADAPT,
+                    most_skipped=(most + 0.5) / 28,
+                )
+            except DataError as error:
+                refusals[name] = str(error)
+    return {"met": sorted(met), "refusals": refusals}
+
+
+def resume_apart(out: Path, weights: Path, images: Path) -> str:
+    """A run that is gone on with by two ranks of which one alone finds its folder."""
+    folder = out / f"disk-of-{dist.get_rank()}"
+    if dist.get_rank() == 0:
+        shutil.copytree(out / "vit", folder)
+        shutil.rmtree(folder / BUNDLE)
+    try:
+        jepakit.adapt(images, out=folder, backbone="test_vit", weights=str(weights), **ADAPT)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     out, images, convnet_weights, vit_weights = map(Path, sys.argv[1:])
     adapt(out, images, convnet_weights, vit_weights)
     assert world() == 2, f"{world()} processes instead of 2"
+    told = {"skip": skip(out, images, vit_weights), "resume": resume_apart(out, vit_weights, images)}
+    (out / f"told-{dist.get_rank()}.json").write_text(json.dumps(told))
     weights = {"test_resnet": convnet_weights, "test_vit": vit_weights}
     results = {"loss": loss(), **{what: steps(name, weights[name], **more) for what, (name, more) in STEPS.items()}}
     if dist.get_rank() == 0:

@@ -25,14 +25,10 @@ import torch
 from torch import Tensor
 
 from jepakit._files import fsync
-from jepakit.errors import TrainingError
+from jepakit.errors import CheckpointError, TrainingError
 
 _KEEP = 2
 _SLOW_STEP_S = 10.0
-
-
-class CheckpointError(TrainingError):
-    """A checkpoint could not be written, most often for want of room; older ones are as they were."""
 
 
 class Saver:

@@ -20,7 +20,7 @@ from jepakit_training.model import Encoder, Projector, TwoPass, layout_of
 from jepakit_training.plan import Plan
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.tuning import add_lora, freeze, parameter_groups
+from jepakit_training.tuning import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
 from jepakit_training.views import Views
 
 _MOST_BAD_STEPS = 3
@@ -51,6 +51,7 @@ class Learner:
     ) -> None:
         self._config, self._plan, self._accelerator = config, plan, accelerator
         self._backbone, self._bad_steps = backbone, 0
+        switch_off_stochastic_depth(backbone)
         self._start = {
             name: value.to("cpu", copy=True)
             for name, value in backbone.state_dict().items()

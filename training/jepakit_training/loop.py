@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ from jepakit._progress import Steps
 from jepakit.backbone import start_backbone, start_preprocess, tensors_of
 from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, TrainingError
 from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run, read_metrics
 from jepakit.sources import ImageList
@@ -173,7 +174,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     accelerator, plan, dataset = setup.accelerator, setup.plan, setup.dataset
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
     main, clock = accelerator.is_main_process, Clock()
-    first = _restore(run.path / CHECKPOINTS, learner, tell=main)
+    first = _restore(run.path / CHECKPOINTS, learner, accelerator)
     saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=main)
     epochs = plan.steps * plan.batch_size / len(plan.split.train)
     with (
@@ -181,20 +182,24 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
         out_of_memory_told(config, plan, accelerator),
         closing(Steps(plan.steps, first, enabled=main, epochs=epochs, extra_s=measuring_s)) as show,
         closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
-        closing(Trackers(config.trackers, run.path, config.model_dump(mode="json"), first, enabled=main)) as trackers,
+        closing(
+            Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, enabled=main)
+        ) as trackers,
     ):
         alarms = _alarms(config, setup, run)
         loader = step_loader(config, setup, range(first, plan.steps))
+        own_skips: list[tuple[str, str]] = []
         for step, batch in zip(range(first, plan.steps), clock.waiting(loader), strict=True):
             for index, reason in batch.skipped:
-                setup.skipped.add(dataset.images.ids[index], reason)
+                own_skips.append((dataset.images.ids[index], reason))
+                setup.skipped.add(*own_skips[-1])
             outcome = learner.step(step, views_on(accelerator.device, batch))
 
             clock.step(plan.batch_size)
             last = step + 1 == plan.steps
             told_to_stop = _any_rank(stop.requested, accelerator)
             values = None
-            if (step + 1) % _LOG_EVERY == 0 or last:
+            if logs := (step + 1) % _LOG_EVERY == 0 or last:
                 values = {
                     **_numbers(outcome, accelerator), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates(),
                     "memory_gb": round(peak_gb(accelerator.device), 3),
@@ -205,8 +210,13 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
                     print(line, file=sys.stderr)
             show.update(step + 1, values)
             saver.after_step(step + 1, learner.state_dict, must=last or told_to_stop)
+            if logs or told_to_stop:
+                _share_skips(own_skips, setup)
             if told_to_stop:
                 raise stop.leaving(step + 1)
+        # Told while the last checkpoint was written: measuring can take minutes.
+        if _any_rank(stop.requested, accelerator):
+            raise stop.leaving(plan.steps)
     learner.finish()
 
 
@@ -253,16 +263,42 @@ def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
     return {**dict(zip(shares, means, strict=True)), **{name: float(value) for name, value in own.items()}}
 
 
-def _restore(folder: Path, learner: Learner, *, tell: bool) -> int:
-    """Load the newest whole checkpoint; returns the step to go on from."""
+def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
+    """Load the newest whole checkpoint; returns the step to go on from, the same on every rank.
+
+    Raises TrainingError where ranks find checkpoints of different steps.
+    """
     found = load_newest(folder)
-    if found is None:
-        return 0
-    step, state = found
-    learner.load_state_dict(state)
-    if tell:
-        print(f"going on from step {step}", file=sys.stderr)
+    step = 0 if found is None else found[0]
+    _check_same_step(step, folder.parent, accelerator)
+    if found is not None:
+        learner.load_state_dict(found[1])
+        if accelerator.is_main_process:
+            print(f"going on from step {step}", file=sys.stderr)
     return step
+
+
+def _check_same_step(step: int, run: Path, accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1:
+        return
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        found = ", ".join(f"process {rank} at step {each}" for rank, each in enumerate(steps))
+        raise TrainingError(
+            f"{run} is not the same folder on all nodes: by its checkpoints {found} would go on. Put it where all nodes find "
+            "it under the same name, then run the same command again"
+        )
+
+
+def _share_skips(own: list[tuple[str, str]], setup: Setup) -> None:
+    """Note on every rank what each could not read since the last call, and empty `own`: skipped.csv and the limit are the run's.
+
+    Raises DataError on all ranks when there are too many together.
+    """
+    if setup.accelerator.num_processes > 1:
+        for name, reason in gather_object(own):
+            setup.skipped.add(name, reason)
+    own.clear()
 
 
 def _any_rank(flag: bool, accelerator: Accelerator) -> bool:
@@ -273,7 +309,7 @@ def _any_rank(flag: bool, accelerator: Accelerator) -> bool:
 
 
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:
-    told = config.model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
+    told = config.resolved().model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
     for setting in ("weights", "labels", "group"):  # a bundle is for sharing: no path of this machine
         told[setting] = Path(told[setting]).name
     return Provenance(

@@ -192,23 +192,30 @@ def _go_on(out: Path) -> str:
 
 def _as_toml(config: AdaptConfig) -> str:
     """The settings as config.toml holds them; TOML is UTF-8, and a path need not be."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode("utf-8", "replace").decode()
+    settings = config.resolved().model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps(settings).encode("utf-8", "replace").decode()
 
 
 def _changed(out: Path, settings: str) -> list[str]:
     """In words, what of `settings` differs from those the run in `out` was started with.
 
-    Raises DataError where its config.toml is gone or damaged.
+    Raises DataError where a file of the run's is gone or damaged.
     """
-    before, now = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
-    for told in (before, now):
-        # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
-        told["cache"] = "cache" in told
+    before, now = (_compared(told) for told in (_read(out / CONFIG, tomllib.loads), tomllib.loads(settings)))
     return [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted({*before, *now} - FREE_SETTINGS)
+        for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.toml, what a resumed run must have in common with its beginning; views each by its own name."""
+    views = settings.get("views", {})
+    told = {**settings, **{f"views.{name}": value for name, value in views.items()}}
+    # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
+    told["cache"] = "cache" in settings
+    return {key: value for key, value in told.items() if key != "views" and key not in FREE_SETTINGS}
 
 
 def _environment(out: Path) -> dict[str, Any]:

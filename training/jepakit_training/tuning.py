@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from timm.layers import Conv2dSame, DropPath
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _VIT_BLOCKS = 2
 _LORA = "lora"
+_PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
 
 def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, from_random: bool) -> list[str]:
@@ -43,10 +45,24 @@ def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, fro
     return [name for name in names if name in chosen]
 
 
+def switch_off_stochastic_depth(backbone: nn.Module) -> None:
+    """Have every block run in every forward of training, as it does when embedding.
+
+    Some timm classes drop blocks at random unless told otherwise (Swin one in ten of the last, NesT one in two): in frozen
+    blocks too, and for every micro-batch anew.
+    """
+    for part in backbone.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0
+
+
 def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
     """Give every linear layer and ungrouped convolution a trainable low-rank addition (arXiv 2106.09685), and
     freeze the rest. The additions are 0 at first and scaled by 2. They change `backbone` in place, until
     `merge_and_unload()` of what is returned adds them to its weights and leaves it as timm made it.
+
+    Weight-standardised convolutions get none: they standardise their weights in every forward, and the sum of two such is
+    not the one of the summed weights. Raises ConfigError where no layer is left, MissingExtraError without peft.
     """
     try:
         from peft import LoraConfig
@@ -57,8 +73,13 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
         ) from None
     layers = [
         name for name, part in backbone.named_modules()
-        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
+        if isinstance(part, nn.Linear) or (type(part) in _PLAIN_CONVOLUTIONS and part.groups == 1)
     ]  # fmt: skip
+    if not layers:
+        raise ConfigError(
+            f"unfreeze = lora: {type(backbone).__name__} has no linear layer and no ungrouped convolution that uses its weights "
+            "as they are; use `auto`, `all` or a number of blocks"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), _LORA)
