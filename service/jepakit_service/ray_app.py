@@ -103,6 +103,7 @@ def build(args: dict[str, Any]) -> Any:
 _CLUSTER = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
+    "RAY_worker_niceness": "0",  # by itself 15: whatever else runs on the machine goes before the service
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     # On a busy machine the proxy is killed while it starts for the usual 5 s.

@@ -285,11 +285,20 @@ def test_ten_times_too_much_is_refused_with_429_and_the_rest_served_as_fast_as_b
     assert good_per_s(flood) >= 0.9 * float(np.mean(peaks)), (good_per_s(flood), peaks)
 
 
+@pytest.fixture(scope="module")
+def busy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that keeps the service busy, not its client: asking for the smallest one's vectors costs more than they do."""
+    out = tmp_path_factory.mktemp("busy") / "tiny"
+    jepakit.export("vit_tiny_patch16_224:random", out, image_size=64)
+    return out
+
+
 @MODES
 def test_a_soak_at_80_percent_gives_no_error_and_takes_no_more_memory(
-    options: tuple[str, ...], bundle: Path, right: dict[str, NDArray[np.float32]]
+    options: tuple[str, ...], busy_bundle: Path
 ) -> None:
-    images, expected = IMAGES[:8], next(iter(right.values()))[:8]
+    images = IMAGES[:8]
+    expected = jepakit.load(busy_bundle).embed(images, progress=False).vectors
 
     async def run(url: str, resident: list[float]) -> list[Answer]:
         async with jepakit.AsyncClient(url, deadline_s=RECOVERY_S) as client:
@@ -308,7 +317,7 @@ def test_a_soak_at_80_percent_gives_no_error_and_takes_no_more_memory(
             return answers
 
     resident: list[float] = []
-    with serving(bundle, *options) as url:
+    with serving(busy_bundle, *options) as url:
         answers = asyncio.run(run(url, resident))
     assert {answer.status for answer in answers} == {200}
     third = len(resident) // 3

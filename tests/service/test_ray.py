@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
@@ -118,6 +119,17 @@ def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
                 lambda: len(client.embed([large.getvalue()] * 8, progress=False)) and first not in replicas(http)
             )
         assert eventually(lambda: http.get("/readyz").status_code == 200)
+
+
+def test_what_serves_has_the_priority_of_who_started_it(bundle: Path) -> None:
+    with serving(bundle):
+        mine = psutil.Process().nice()
+        serves = [
+            process for process in psutil.Process().children(recursive=True)
+            if process.name().startswith(("ray::ServeRepl", "ray::ProxyActo", "haproxy"))
+        ]  # fmt: skip
+        assert len(serves) >= 3
+        assert {process.nice() for process in serves} == {mine}
 
 
 def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bundle: Path, tmp_path: Path) -> None:
