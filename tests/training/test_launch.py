@@ -25,7 +25,7 @@ import jepakit
 from jepakit import errors
 from jepakit.bundle import WEIGHTS
 from jepakit.errors import ConfigError, ImageError, JepakitError
-from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, START, Run
+from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
 from jepakit_training import checkpoint
 from jepakit_training.endings import read_endings, told
 
@@ -317,20 +317,36 @@ def test_when_the_command_itself_is_killed_its_processes_save_and_end(training: 
     assert found is not None
 
 
+def begun_again(source: Source, out: Path) -> subprocess.CompletedProcess[str]:
+    """A finished run's command once more, without what it had come to."""
+    shutil.rmtree(out / BUNDLE)
+    again = command(source, out, "--processes", "2", steps=STEPS)
+    return subprocess.run(again, check=False, capture_output=True, text=True)
+
+
 @pytest.mark.slow
-def test_an_unforeseen_error_is_told_with_its_traceback_once(source: Source, tmp_path: Path) -> None:
-    """A file where checkpoints are to lie: rank 0 fails alone, in the middle of training."""
+def test_an_error_of_one_process_is_told_once_and_with_a_traceback_if_unforeseen(
+    source: Source, tmp_path: Path
+) -> None:
+    """A file where checkpoints are to lie, then a folder where metrics are: rank 0 fails alone, in the middle of training."""
     out = tmp_path / "run"
     subprocess.run(command(source, out, "--processes", "2", steps=STEPS), check=True, capture_output=True)
-    shutil.rmtree(out / BUNDLE)
     shutil.rmtree(out / CHECKPOINTS)
     (out / CHECKPOINTS).touch()
-    done = subprocess.run(
-        command(source, out, "--processes", "2", steps=STEPS), check=False, capture_output=True, text=True
-    )
+    done = begun_again(source, out)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the checkpoint of step 3 could not be written")
+
+    (out / CHECKPOINTS).unlink()
+    subprocess.run(command(source, out, "--processes", "2", steps=STEPS), check=True, capture_output=True)
+    shutil.rmtree(out / CHECKPOINTS)
+    (out / METRICS).unlink()
+    (out / METRICS).mkdir()
+    done = begun_again(source, out)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert done.stderr.splitlines()[-1].startswith("error: process 0 of 2 failed: FileExistsError")
+    assert done.stderr.splitlines()[-1].startswith("error: process 0 of 2 failed: IsADirectoryError")
 
 
 @pytest.mark.slow
