@@ -35,3 +35,17 @@ def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[n
     """The class of most of each group's images, [groups]."""
     main: NDArray[np.intp] = in_cells(groups, classes, np.ones(len(groups))).argmax(axis=1)
     return main
+
+
+def dealt(
+    groups: NDArray[np.intp], classes: NDArray[np.intp], n_folds: int, random: np.random.Generator | None = None
+) -> NDArray[np.intp]:
+    """Each image's fold, [N]: groups as wholes, those of each class dealt out in turns, shuffled where `random` is given."""
+    class_of_group = main_class(groups, classes)
+    fold_of_group = np.empty(len(class_of_group), np.intp)
+    for name in np.unique(class_of_group):
+        members = np.flatnonzero(class_of_group == name)
+        if random is not None:
+            members = random.permutation(members)
+        fold_of_group[members] = np.arange(len(members)) % n_folds
+    return fold_of_group[groups]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import replacing
-from jepakit._groups import main_class, numbered
+from jepakit._groups import dealt, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -331,14 +331,7 @@ def stratified_folds(
     """
     if n_folds < 2:
         return None
-    random = np.random.default_rng(seed)
-    group_of = numbered(groups, len(targets))
-    class_of_group = main_class(group_of, targets)
-    fold_of_group = np.empty(len(class_of_group), dtype=np.intp)
-    for target in np.unique(class_of_group):
-        members = random.permutation(np.flatnonzero(class_of_group == target))
-        fold_of_group[members] = np.arange(len(members)) % n_folds
-    fold_of = fold_of_group[group_of]
+    fold_of = dealt(numbered(groups, len(targets)), targets, n_folds, np.random.default_rng(seed))
     return [fold_of == fold for fold in range(n_folds)]
 
 

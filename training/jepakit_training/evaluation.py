@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit._groups import main_class, numbered
+from jepakit._groups import dealt, numbered
 from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
@@ -149,7 +149,8 @@ def pick_pooling(
     poolings, fit = list(features.by_pooling), images.only(images.is_fit)
     if len(poolings) == 1 or fit.labels is None:
         return poolings[0]
-    third = _thirds(fit.labels, fit.groups)
+    classes = np.unique(fit.labels, return_inverse=True)[1]
+    third = dealt(numbered(fit.groups, len(fit.labels)), classes, 3)
     parts = [replace(fit, is_fit=third != fold) for fold in range(3)]
     if not all(len(np.unique(fit.labels[part.is_fit])) > 1 and not part.is_fit.all() for part in parts):
         return poolings[0]
@@ -160,16 +161,6 @@ def pick_pooling(
         return float(np.mean([measure_vectors(vectors, part).right.mean() for part in parts]))
 
     return max(poolings, key=score)
-
-
-def _thirds(labels: NDArray[np.str_], groups: NDArray[np.str_] | None) -> NDArray[np.intp]:
-    """Which third each image is in, [N]: groups as wholes, those of each class in turns."""
-    group_of = numbered(groups, len(labels))
-    class_of_group = main_class(group_of, np.unique(labels, return_inverse=True)[1])
-    third = np.empty(len(class_of_group), np.intp)
-    for name in np.unique(class_of_group):
-        third[class_of_group == name] = np.arange((class_of_group == name).sum()) % 3
-    return third[group_of]
 
 
 @dataclass

@@ -199,7 +199,7 @@ def _as_toml(config: AdaptConfig) -> str:
 def _changed(out: Path, settings: str) -> list[str]:
     """In words, what of `settings` differs from those the run in `out` was started with.
 
-    Raises DataError where a file of the run's is gone or damaged.
+    Raises DataError where its config.toml is gone or damaged.
     """
     before, now = (_compared(told) for told in (_read(out / CONFIG, tomllib.loads), tomllib.loads(settings)))
     return [
