@@ -22,7 +22,8 @@ test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow or gpu" --timeout 3000
+	$(BIN)/python -m pytest -m slow --timeout 3000
+	$(BIN)/python -m pytest -m gpu --timeout 3000
 
 # Ratios measured in one run; without --quick each script takes some minutes.
 bench: setup

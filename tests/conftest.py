@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests without the mark `gpu` are the CPU's, also where there is a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def textured_image(kind: int, seed: int, height: int, width: int) -> NDArray[np.uint8]:
     """Stripes of a frequency and slope that belong to `kind`, at a random phase and tint, under noise."""
     random = np.random.default_rng([kind, seed])

@@ -526,7 +526,7 @@ class _Scripted(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST  # noqa: N815 (http.server's name)
+    do_GET = do_POST
 
     def log_message(self, *_: object) -> None:
         pass

@@ -12,9 +12,8 @@ from jepakit.backbone import build
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import list_images
-from jepakit_training.frozen import cpu_has_bf16
-from jepakit_training.loop import mixed_precision
 from jepakit_training.plan import Plan, make_plan
+from jepakit_training.precision import cpu_has_bf16, mixed_precision
 
 
 def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:

@@ -23,6 +23,7 @@ from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.learner import Learner
 from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
 from jepakit_training.memory import freed_memory_kept, memory_gb, peak_gb
+from jepakit_training.precision import own_precision
 
 _STEPS = 4
 _MEASURED_IMAGES = 40
@@ -37,7 +38,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
         print(
             f"one process does the dry run, on the whole batch; the run would have {config.processes}", file=sys.stderr
         )
-    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
+    with tempfile.TemporaryDirectory() as folder, freed_memory_kept(), own_precision():
         setup = prepare(config, images, Run(Path(folder)))
         plan = setup.plan
         with out_of_memory_told(config, plan, setup.accelerator):
@@ -46,11 +47,11 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
             training = range(plan.warmup_steps, min(plan.warmup_steps + _STEPS, plan.steps))
             warmup_s, step_s = (_seconds_a_step(config, setup, learner, steps) for steps in (frozen, training))
             measuring_s = _seconds_to_measure(config, images, setup)
-    device = setup.accelerator.device
-    return DryRun(
-        steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, warmup_step_s=warmup_s, step_s=step_s,
-        measuring_s=measuring_s, peak_memory_gb=peak_gb(device), memory_gb=memory_gb(device), device=device.type,
-    )  # fmt: skip
+        device = setup.accelerator.device
+        return DryRun(
+            steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, warmup_step_s=warmup_s, step_s=step_s,
+            measuring_s=measuring_s, peak_memory_gb=peak_gb(device), memory_gb=memory_gb(device), device=device.type,
+        )  # fmt: skip
 
 
 def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: range) -> float:

@@ -48,11 +48,6 @@ def twin_of(backbone: nn.Module, example_BCHW: Tensor, *, bf16: bool) -> nn.Modu
     return twin
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has bfloat16 instructions; without them it is 10 times slower than float32, measured."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def _copy(module: nn.Module) -> nn.Module:
     shared = {id(parameter): parameter for parameter in module.parameters() if parameter.requires_grad}
     return copy.deepcopy(module, shared)

@@ -15,9 +15,10 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit_training.averaging import Average, mix_with_start
 from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
-from jepakit_training.frozen import cpu_has_bf16, twin_of
+from jepakit_training.frozen import twin_of
 from jepakit_training.model import Encoder, Projector, TwoPass, layout_of
 from jepakit_training.plan import Plan
+from jepakit_training.precision import cpu_has_bf16
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.tuning import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
@@ -50,7 +51,9 @@ class Learner:
         self, config: AdaptConfig, plan: Plan, backbone: nn.Module, spec: Preprocess, accelerator: Accelerator
     ) -> None:
         self._config, self._plan, self._accelerator = config, plan, accelerator
-        self._backbone, self._bad_steps = backbone, 0
+        self._backbone = backbone
+        self._bad_steps = torch.zeros((), device=accelerator.device)
+        """How many steps in a row had no finite gradient, up to now."""
         switch_off_stochastic_depth(backbone)
         self._start = {
             name: value.to("cpu", copy=True)
@@ -101,7 +104,7 @@ class Learner:
     def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
 
-        Raises TrainingError when the gradient was not finite for several steps in a row.
+        Nothing in it waits for a GPU, which so always has the next step's work at hand.
         """
         config, plan, rank = self._config, self._plan, self._accelerator.process_index
         self._set_learning_rates(step)
@@ -121,24 +124,26 @@ class Learner:
             self._two_pass.backward()
 
         grad_norm = self._accelerator.clip_grad_norm_(self._trainable(), config.clip_norm)
-        # One step on a NaN would poison AdamW for ever. The norm is the same on every rank.
-        if torch.isfinite(grad_norm):
-            self.optimizer.step()
-            self._bad_steps = 0
-        else:
-            self._bad_steps += 1
+        # One step on a NaN would poison AdamW for ever: the optimizer leaves it out. The norm is the same on every rank.
+        bad = (~torch.isfinite(grad_norm)).float()
+        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
+        self.optimizer.step()
+        self._bad_steps = (self._bad_steps + 1) * bad
         self.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update(step)
-        if self._bad_steps == _MOST_BAD_STEPS:
-            raise TrainingError(
-                f"the gradient was not finite {self._bad_steps} times in a row, up to step {step}: lower --lr "
-                f"(now {plan.lr:g}), then start a new run; the last checkpoint is sound"
-            )
         return Outcome(
             loss.detach(), prediction.detach(), regulariser.detach(), grad_norm,
             None if anchor is None else anchor.detach(), proj_VNK.detach(),
         )  # fmt: skip
+
+    def check(self, step: int) -> None:
+        """Raise TrainingError when the gradient was not finite for several steps in a row, up to `step`; waits for the GPU."""
+        if (bad := int(self._bad_steps)) >= _MOST_BAD_STEPS:
+            raise TrainingError(
+                f"the gradient was not finite {bad} times in a row, up to step {step}: lower --lr (now {self._plan.lr:g}), "
+                "then start a new run; the last checkpoint is sound"
+            )
 
     def finish(self) -> None:
         """Leave in the backbone the weights that are kept: averaged, merged, mixed; TrainingError if none moved."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -32,11 +32,11 @@ from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
 from jepakit_training.evaluation import Measuring
-from jepakit_training.frozen import cpu_has_bf16
 from jepakit_training.learner import Learner, Outcome
 from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
 from jepakit_training.model import layout_of
 from jepakit_training.plan import Plan, make_plan
+from jepakit_training.precision import mixed_precision, own_precision
 from jepakit_training.randomness import derive_seed
 from jepakit_training.records import (
     FREE_SETTINGS,
@@ -63,7 +63,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0  # the launcher's; accelerate has not started yet
     run = Run(out)
-    with locked(out, enabled=first_rank), warnings.catch_warnings(), freed_memory_kept():
+    with locked(out, enabled=first_rank), warnings.catch_warnings(), freed_memory_kept(), own_precision():
         if first_rank:
             open_folder(out, config, images)
         if run.finished:
@@ -160,15 +160,6 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
     return Setup(accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
 
 
-def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "no"]:
-    """What accelerate's autocast computes in; ConfigError for bfloat16 on a machine without it."""
-    on_gpu = torch.cuda.is_available()
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()
-    if asked == "bf16" and not has_bf16:
-        raise ConfigError("precision = bf16: this machine has no bfloat16 instructions; use auto or fp32")
-    return "bf16" if asked == "bf16" or (asked == "auto" and on_gpu and has_bf16) else "no"
-
-
 def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> None:
     """Train the backbone in place, from the newest checkpoint where there is one."""
     accelerator, plan, dataset = setup.accelerator, setup.plan, setup.dataset
@@ -197,9 +188,12 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
 
             clock.step(plan.batch_size)
             last = step + 1 == plan.steps
+            logs = (step + 1) % _LOG_EVERY == 0 or last
+            if logs or accelerator.device.type == "cpu":  # a GPU would have to be waited for
+                learner.check(step)
             told_to_stop = _any_rank(stop.requested, accelerator)
             values = None
-            if logs := (step + 1) % _LOG_EVERY == 0 or last:
+            if logs:
                 values = {
                     **_numbers(outcome, accelerator), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates(),
                     "memory_gb": round(peak_gb(accelerator.device), 3),

@@ -144,8 +144,9 @@ def local_size_of(image_size: int, views: ViewsConfig) -> int:
 
 
 def _loader_processes() -> int:
-    """One a core of this process's share, but one for the model; 8 at most."""
-    return max(0, min(8, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    """One a core of this process's share, but one for the model; 8 at most, or 16 where a GPU has to be fed."""
+    most = 16 if torch.cuda.is_available() else 8
+    return max(0, min(most, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _takes(backbone: Any, bands: int, size: int) -> bool:

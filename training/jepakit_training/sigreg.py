@@ -15,13 +15,15 @@ slices are worked through in blocks, so that the [V, N, S, T] tensor of the plai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from jepakit_training.randomness import derive_seed
+from jepakit_training.transfer import sent
 
 # Numbers in each of the about nine arrays of a block, which is 108 operations over the two passes. On a CPU, half a
 # megabyte an array: an operation costs some µs of its own (2^16 took 1.1 to 1.2 times as long, larger blocks gained
@@ -41,8 +43,7 @@ def directions(n_outputs: int, n_slices: int, *, seed: int, step: int, device: t
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "directions", step))
     directions_KS = torch.randn(n_outputs, n_slices, generator=generator)
-    unit_KS: Tensor = directions_KS / directions_KS.norm(dim=0, keepdim=True)
-    return unit_KS.to(device)
+    return sent(directions_KS / directions_KS.norm(dim=0, keepdim=True), device)
 
 
 def sigreg(proj_VNK: Tensor, directions_KS: Tensor, *, t_max: float = 3.0, n_nodes: int = 17) -> Tensor:
@@ -76,33 +77,39 @@ def lejepa_loss(proj_VNK: Tensor, n_global: int, lamb: float, directions_KS: Ten
         return (1 - lamb) * prediction + lamb * regulariser, prediction, regulariser
 
 
-def _quadrature(t_max: float, n_nodes: int, like: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Step dt, ±φ(t_k) and W_k of the nodes k = 1 … n_nodes - 1; at t = 0 the integrand is always 0.
+class _Quadrature(NamedTuple):
+    """The nodes k = 1 … n_nodes - 1, in the order of `_waves`; at t = 0 the integrand is always 0."""
 
-    In the order of `_waves`, and φ with their signs, so that it can be taken from their means.
-    """
-    dt = t_max / (n_nodes - 1)
-    nodes = dt * torch.tensor(_order(n_nodes), device=like.device, dtype=torch.float64)
-    phi = torch.exp(-nodes.square() / 2)
+    dt: float
+    phi_T: Tensor
+    """±φ(t_k), with the signs of the waves, so that it can be taken from their means."""
+    weights_T: Tensor
+    """W_k."""
+    slopes_T: Tensor
+    """W_k · k."""
+
+
+@cache
+def _quadrature(t_max: float, n_nodes: int, device: torch.device, dtype: torch.dtype) -> _Quadrature:
+    # Made once: numbers that go to a GPU wait for it.
+    dt, order = t_max / (n_nodes - 1), [*range(1, n_nodes, 2), *range(2, n_nodes, 2)]
+    nodes = torch.tensor(order, dtype=torch.float64)
+    phi = torch.exp(-(dt * nodes).square() / 2)
     weights = 2 * dt * phi
     weights[nodes.argmax()] /= 2
-    signs = phi.new_tensor([_SIGNS[(k - 1) // 2 % 4] for k in _order(n_nodes)])
-    return dt, (signs * phi).to(like.dtype), weights.to(like.dtype)
-
-
-def _order(n_nodes: int) -> list[int]:
-    return [*range(1, n_nodes, 2), *range(2, n_nodes, 2)]
+    signs = torch.tensor([_SIGNS[(k - 1) // 2 % 4] for k in order])
+    return _Quadrature(dt, *(each.to(device, dtype) for each in (signs * phi, weights, weights * nodes)))
 
 
 class _Sigreg(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, proj_VNK: Tensor, directions_KS: Tensor, t_max: float, n_nodes: int) -> Tensor:
         views, images, _ = proj_VNK.shape
-        dt, phi_T, weights_T = _quadrature(t_max, n_nodes, proj_VNK)
-        steps_SK = _steps(directions_KS, dt)
+        rule = _quadrature(t_max, n_nodes, proj_VNK.device, proj_VNK.dtype)
+        steps_SK = _steps(directions_KS, rule.dt)
 
         # ±C_k and ±S_k over the global batch.
-        stats_T2VS = proj_VNK.new_empty(len(phi_T), 2, views, len(steps_SK))
+        stats_T2VS = proj_VNK.new_empty(len(rule.phi_T), 2, views, len(steps_SK))
         for block in _blocks(proj_VNK, len(steps_SK)):
             for stats, wave in zip(stats_T2VS, _waves(_angles(proj_VNK, steps_SK, block), n_nodes), strict=True):
                 torch.mean(wave, dim=-1, out=stats[:, *block])
@@ -111,10 +118,10 @@ class _Sigreg(torch.autograd.Function):
             dist.all_reduce(stats_T2VS)
             stats_T2VS /= world
 
-        stats_T2VS[:, 0] -= phi_T[:, None, None]
+        stats_T2VS[:, 0] -= rule.phi_T[:, None, None]
         ctx.save_for_backward(proj_VNK, directions_KS, stats_T2VS)
         ctx.quadrature = (t_max, n_nodes, world)
-        per_slice = torch.einsum("k,kcvs->vs", weights_T, stats_T2VS.square())
+        per_slice = torch.einsum("k,kcvs->vs", rule.weights_T, stats_T2VS.square())
         return images * world * per_slice.mean()
 
     @staticmethod
@@ -126,10 +133,10 @@ class _Sigreg(torch.autograd.Function):
         """
         proj_VNK, directions_KS, stats_T2VS = ctx.saved_tensors
         t_max, n_nodes, world = ctx.quadrature
-        dt, _, weights_T = _quadrature(t_max, n_nodes, proj_VNK)
-        steps_SK = _steps(directions_KS, dt)
+        rule = _quadrature(t_max, n_nodes, proj_VNK.device, proj_VNK.dtype)
+        steps_SK = _steps(directions_KS, rule.dt)
         (grad,) = grads
-        factor_T = weights_T * weights_T.new_tensor(_order(n_nodes)) * grad * 2 * world
+        factor_T = rule.slopes_T * grad * 2 * world
         factor_T /= stats_T2VS[0, 0].numel()
         slopes_T2VS1 = (factor_T[:, None, None, None] * stats_T2VS.flip(1))[..., None]
         slopes_T2VS1[:, 1].neg_()

@@ -1,0 +1,50 @@
+"""What is computed in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from accelerate.state import AcceleratorState
+
+from jepakit.errors import ConfigError
+
+
+def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "no"]:
+    """What accelerate's autocast computes in; ConfigError for bfloat16 on a machine without it."""
+    on_gpu = torch.cuda.is_available()
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()
+    if asked == "bf16" and not has_bf16:
+        raise ConfigError("precision = bf16: this machine has no bfloat16 instructions; use auto or fp32")
+    return "bf16" if asked == "bf16" or (asked == "auto" and on_gpu and has_bf16) else "no"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them it is 10 times slower than float32, measured."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """A block that computes in the precision it asks for, whatever this process did before; afterwards all is as it was.
+
+    Float32 is float32 in it, also on a GPU, where torch rounds what convolutions multiply to 10 bits (TF32) unless told
+    not to: what is measured is what is served. And accelerate, which keeps the precision of its first use for good, starts
+    anew.
+    """
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    allowed_before = [each.allow_tf32 for each in flags]
+    kept = AcceleratorState._shared_state
+    kept_before = dict(kept)
+    try:
+        kept.clear()
+        for each in flags:
+            each.allow_tf32 = False
+        yield
+    finally:
+        kept.clear()
+        kept.update(kept_before)
+        for each, allowed in zip(flags, allowed_before, strict=True):
+            each.allow_tf32 = allowed
