@@ -13,7 +13,7 @@
     │   ├── TrainingError             training cannot go on
     │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room
     │   ├── ExportError               the exported graph does not reproduce torch
-    │   └── ServeError                the service cannot start or stay up
+    │   └── ServeError                the service cannot start or stay up, or a model has no room to run
     └── ClientError (RuntimeError)    what a client meets on the wire; exit code 1
         ├── ConnectionFailedError     no answer from the service within the deadline, or no way to one
         ├── ProtocolError             an answer that is not the protocol's
@@ -94,7 +94,7 @@ class ExportError(WorkError):
 
 
 class ServeError(WorkError):
-    """The service cannot start or stay up."""
+    """The service cannot start or stay up, or a model has no room to run."""
 
 
 class ClientError(JepakitError, RuntimeError):

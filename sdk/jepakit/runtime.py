@@ -32,6 +32,9 @@ _ORT_PROVIDERS = {
 # TensorRT builds an engine for each shape it meets: batches are filled up to one of these.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
 
+# What ONNX Runtime and CUDA's libraries say when there is no room left.
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+
 
 class Runtime(Protocol):
     """A graph, ready to run."""
@@ -41,7 +44,10 @@ class Runtime(Protocol):
     """Batch sizes that a provider of fixed shapes should see; None: any."""
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """The graph's outputs, in their order, for images [B, H, W, C]. Safe to call from several threads."""
+        """The graph's outputs, in their order, for images [B, H, W, C]. Safe to call from several threads.
+
+        Raises ServeError where there is no room for so many.
+        """
         ...
 
 
@@ -83,7 +89,15 @@ class _OnnxRuntime:
         self.buckets: tuple[int, ...] | None = _BUCKETS if provider == "tensorrt" else None
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
-        outputs: list[NDArray[np.float32]] = self._session.run(None, {"images": images})
+        try:
+            outputs: list[NDArray[np.float32]] = self._session.run(None, {"images": images})
+        except Exception as error:  # pybind exceptions have no common base worth naming
+            if any(words in str(error) for words in _NO_MEMORY):
+                where = "on the GPU" if self.provider in ("cuda", "tensorrt") else "in main memory"
+                raise ServeError(
+                    f"no room {where} for a batch of {len(images)} images: embed fewer at a time (--set max_batch=N), or make room"
+                ) from None
+            raise
         return outputs
 
 

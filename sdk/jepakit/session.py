@@ -80,7 +80,8 @@ class Session:
     def run(self, images: Pixels) -> NDArray[np.float32]:
         """Embed preprocessed images: [B, size, size, C], uint8 or raw float32 → float32 [B, D].
 
-        Raises ImageError for another shape or dtype than the graph's. Safe to call from several threads.
+        Raises ImageError for another shape or dtype than the graph's, ServeError where there is no room for so many. Safe
+        to call from several threads.
         """
         return self.run_all(images)[0]
 
@@ -95,7 +96,7 @@ class Session:
     @property
     def batch(self) -> int:
         """How many images to run at once when many are there: on a CPU large batches leave the caches."""
-        return 4 if self.provider in ("cpu", "openvino") else 32
+        return 4 if self.provider in ("cpu", "openvino") else 64
 
     def _check_kind(self, images: Pixels) -> None:
         """OpenVINO computes something for any shape and dtype, and says nothing."""

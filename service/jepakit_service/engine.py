@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepakit.errors import ImageError
+from jepakit.errors import ImageError, ServeError
 from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
@@ -32,7 +32,7 @@ class Engine:
         """Embed a request's images; one bad image spoils no other.
 
         Raises ApiError: 429 before anything is decoded when too many images wait,
-        503 when there is no answer in time.
+        503 when there is no answer in time or no room to run.
         """
         if self._is_full(model, len(images)):
             raise ApiError(
@@ -47,6 +47,8 @@ class Engine:
                 503, "timeout", f"no answer within {self._settings.request_timeout_s:g} s: try again",
                 headers={"Retry-After": "1"},
             ) from None  # fmt: skip
+        except ServeError as error:
+            raise ApiError(503, "out_of_memory", str(error), headers={"Retry-After": "1"}) from None
         finally:
             self._inside -= len(images)
             model.inside -= len(images)

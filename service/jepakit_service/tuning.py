@@ -17,6 +17,7 @@ from jepakit.session import Session
 from jepakit_service.settings import ServeSettings
 
 _BATCHES = (1, 2, 4, 8, 16, 32)
+_GPU_BATCHES = (*_BATCHES, 64)
 _LONGEST_BATCH_S = 0.25
 """Longer batches make everybody wait, and are no faster on a CPU."""
 _NEARLY = 0.97
@@ -53,11 +54,14 @@ def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSetti
     """How to run a bundle that `session` has open with all threads. images: what it takes.
 
     On a CPU most models answer more when each core runs a batch of its own, and a lone image sooner when all cores share
-    it. Where both hold the model is open both ways; the numbers of its vectors are the same.
+    it. Where both hold the model is open both ways; the numbers of its vectors are the same. On a GPU one batch may travel
+    while another is computed: two lanes of the one session.
     """
-    whole = _Way(session, settings.threads, 1)
+    whole, on_gpu = _Way(session, settings.threads, 1), session.provider in ("cuda", "tensorrt")
     ways = [whole, *(_splits(bundle, settings) if session.provider == "cpu" else ())]
-    sizes = (1, settings.max_batch) if settings.max_batch else _BATCHES
+    if on_gpu:
+        ways.append(_Way(session, settings.threads, 2))
+    sizes = (1, settings.max_batch) if settings.max_batch else _GPU_BATCHES if on_gpu else _BATCHES
     # In turns, and the shortest of all: a slow moment of the machine must not decide between them.
     for _ in range(_PASSES):
         for way in ways:
@@ -113,7 +117,7 @@ class _Way:
 
     def few_beside(self, lanes: _Way) -> int:
         """The most images that are answered sooner one batch by all cores than an image a lane."""
-        if lanes is self or lanes._alone <= self._alone:
+        if lanes.session is self.session or lanes._alone <= self._alone:
             return 0
         return max([1, *(size for size, seconds in self._seconds.items() if seconds <= lanes._seconds[1])])
 

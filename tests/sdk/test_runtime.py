@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,26 @@ def test_the_number_of_threads_is_the_one_asked_for(bundle: Bundle, provider: Pr
         assert runtime._model.get_property("INFERENCE_NUM_THREADS") == threads
     else:
         assert runtime._session.get_session_options().intra_op_num_threads == threads
+
+
+def test_no_room_for_a_batch_is_an_error_that_passes(bundle: Bundle) -> None:
+    """In a process that may take little more than it has: many images are refused, and a few go on as before."""
+    work = f"""
+import resource, numpy as np
+from jepakit.errors import ServeError
+from jepakit.session import Session
+
+session = Session.open({str(bundle.path)!r}, provider="cpu", threads=1)
+few = np.zeros((2, {SIZE}, {SIZE}, 3), np.uint8)
+many, before = np.repeat(few, 2000, axis=0), session.run(few)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
+try:
+    session.run(many)
+except ServeError as error:
+    print(error)
+assert np.array_equal(session.run(few), before)
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no room in main memory for a batch of 4000 images" in done.stdout

@@ -11,6 +11,7 @@ import pytest
 from jepakit import golden
 from jepakit.bundle import GOLDEN, open_bundle
 from jepakit.images import Pixels
+from jepakit.runtime import Chosen
 from jepakit.session import Session
 from jepakit_service import tuning
 from jepakit_service.settings import ServeSettings
@@ -19,7 +20,7 @@ from jepakit_service.tuning import Plan, Tuned, most_sessions, tuned
 
 def tuned_by(
     seconds: dict[tuple[int, int, int], float], bundle_dir: Path, monkeypatch: pytest.MonkeyPatch, *,
-    threads: int = 2, max_batch: int | None = None,
+    threads: int = 2, max_batch: int | None = None, provider: Chosen = "cpu",
 ) -> Tuned:  # fmt: skip
     """Tuned on a machine where a batch takes `seconds[threads, lanes, size]`, and longer than allowed where none is given."""
 
@@ -29,6 +30,7 @@ def tuned_by(
     monkeypatch.setattr(tuning, "_pass", timed)
     bundle = open_bundle(bundle_dir)
     session = Session.open(bundle, provider="cpu", threads=threads)
+    session.provider = provider
     inputs = golden.unpack(bundle.read(GOLDEN)).inputs(bundle.manifest.preprocess)
     return tuned(session, bundle, inputs, ServeSettings(bundles=("x",), threads=threads, max_batch=max_batch))
 
@@ -67,6 +69,17 @@ def test_one_session_is_kept_where_the_other_gains_nothing(
 def test_the_largest_batch_is_the_one_asked_for(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _, _ = tuned_by(SLOW_ALONE, bundle, monkeypatch, max_batch=2)
     assert (plan.max_batch, plan.lanes, plan.few) == (2, 2, 1)
+
+
+@pytest.mark.parametrize(("two", "lanes", "size"), [(0.040, 2, 64), (0.060, 1, 32)])
+def test_on_a_gpu_two_lanes_share_the_session_unless_they_lose(
+    two: float, lanes: int, size: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {(2, number, each): 0.1 for number in (1, 2) for each in (1, 2, 4, 8, 16)}
+    seconds |= {(2, 1, 32): 0.0125, (2, 1, 64): 0.025, (2, 2, 32): 0.0300, (2, 2, 64): two}
+    plan, session, whole = tuned_by(seconds, bundle, monkeypatch, provider="cuda")
+    assert (plan.lanes, plan.max_batch, plan.few) == (lanes, size, 0)
+    assert session is whole
 
 
 def test_the_vectors_are_the_same_however_they_are_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
