@@ -55,14 +55,14 @@ def train(folder: Path, steps: int, settings: dict[str, Any]) -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             self._done += 1
             if self._done % steps == 0:
-                seconds = time.process_time() - self._start
+                seconds = _now() - self._start
                 self._wait({"seconds": seconds, "loss": 0.0, "peak_gb": _peak_gb(), "flops": 0})
 
         def _wait(self, answer: dict[str, Any]) -> None:
             answers.write(json.dumps(answer) + "\n")
             if not sys.stdin.readline():
                 os._exit(0)
-            self._start = time.process_time()
+            self._start = _now()
 
     its_own = callback_helpers.get_callbacks
     callback_helpers.get_callbacks = lambda **asked: [*its_own(**asked), Turns()]
@@ -72,7 +72,17 @@ def train(folder: Path, steps: int, settings: dict[str, Any]) -> None:
     lightly_train.pretrain(data=folder, **settings)
 
 
+def _now() -> float:
+    """CPU seconds of this process; by the clock where a GPU does the work."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _peak_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 

@@ -8,22 +8,30 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from PIL import Image
 
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
 
 class Model:
-    """The graph at `path`; an inference takes `threads` threads."""
+    """The graph at `path`, on the provider that PROVIDER names; on a CPU an inference takes `threads` threads."""
 
     def __init__(self, path: str, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # As in jepakit: on a few cores threads that wait by spinning take them from decoding.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        provider = os.environ["PROVIDER"]
+        if provider == "cuda":
+            onnxruntime.preload_dlls()
+        # TF32 off, as in jepakit: the vectors are compared.
+        chosen = (_PROVIDERS[provider], {"use_tf32": 0} if provider == "cuda" else {})
+        self._session = onnxruntime.InferenceSession(path, options, providers=[chosen])
         wants = json.loads(self._session.get_modelmeta().custom_metadata_map["jepakit.preprocess"])
         self._size, self._resize_to = wants["size"], wants["resize_to"]
 

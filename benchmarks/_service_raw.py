@@ -2,7 +2,7 @@
 
 Reads orders from stdin, one JSON object a line, and answers each with one.
 
-    python _service_raw.py BUNDLE IMAGE
+    python _service_raw.py BUNDLE IMAGE PROVIDER
 
     {"do": "choose", "seconds": 0.3}   tries ways to spread the work over the cores and keeps the fastest
     {"do": "loop", "seconds": 2.0}     images, seconds and CPU seconds of the fastest way
@@ -24,6 +24,7 @@ import numpy as np
 from jepakit._cpus import usable_cpus
 from jepakit.bundle import open_bundle
 from jepakit.images import preprocess
+from jepakit.runtime import Provider
 from jepakit.session import Session
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -41,11 +42,11 @@ class Way(NamedTuple):
 class RawEngine:
     """One bundle and one image's bytes. A session for each number of threads."""
 
-    def __init__(self, bundle: str, image: bytes) -> None:
+    def __init__(self, bundle: str, image: bytes, provider: Provider) -> None:
         cores = usable_cpus()
         opened = open_bundle(bundle)
         self._image, self._spec = image, opened.manifest.preprocess
-        self._sessions = {threads: Session.open(opened, provider="cpu", threads=threads) for threads in {1, cores}}
+        self._sessions = {threads: Session.open(opened, provider=provider, threads=threads) for threads in {1, cores}}
         self._cores, self._way = cores, Way(1, cores, 1)
         self._pool = ThreadPoolExecutor(2 * cores)
 
@@ -100,7 +101,8 @@ class RawEngine:
 
 
 def main() -> None:
-    engine = RawEngine(sys.argv[1], Path(sys.argv[2]).read_bytes())
+    bundle, image, provider = sys.argv[1:]
+    engine = RawEngine(bundle, Path(image).read_bytes(), provider)  # type: ignore[arg-type]
     for line in sys.stdin:
         order = json.loads(line)
         print(json.dumps(getattr(engine, order.pop("do"))(**order)), flush=True)

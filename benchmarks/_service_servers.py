@@ -163,16 +163,16 @@ def jepakit_server(
     port = free_port()
     program = Path(sys.executable).with_name("jepakit")
     patient = ("--set", "request_timeout_s=600")
-    command = [program, "serve", bundle, "--port", port, "--provider", "cpu", *patient, *options]
+    command = [program, "serve", bundle, "--port", port, *patient, *options]
     with _started(name, command, port, jepakit_requests(image), expected, folder, dict(os.environ)) as server:
         yield server
 
 
 @contextmanager
 def peer_server(
-    name: str, environments: Path, graph: Path, image: bytes, expected: NDArray[np.float32], folder: Path
+    name: str, environments: Path, graph: Path, provider: str, image: bytes, expected: NDArray[np.float32], folder: Path
 ) -> Iterator[Server]:
-    """A peer with the same graph, in an environment of its own."""
+    """A peer with the same graph on the same provider, in an environment of its own."""
     port, cores = free_port(), usable_cpus()
     bin_folder = _environment(environments, name) / "bin"
     script = {FASTAPI: "_service_fastapi.py", LITSERVE: "_service_litserve.py"}
@@ -182,7 +182,13 @@ def peer_server(
         else [bin_folder / "python", _HERE / script[name], port, graph, cores]
     )
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    own |= {"MODEL": str(graph), "CORES": str(cores), "BENTOML_DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    own |= {
+        "MODEL": str(graph),
+        "CORES": str(cores),
+        "PROVIDER": provider,
+        "BENTOML_DO_NOT_TRACK": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     with _started(name, command, port, peer_requests(name, image), expected, folder, own) as server:
         yield server
 

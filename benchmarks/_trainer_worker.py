@@ -5,7 +5,7 @@
 `returning` is `bare` with the C library's own ways: it hands freed memory back to the system at once, which the product
 does not let it do. The last argument holds settings of `jepakit.adapt`. Each line of the input asks for one block of steps; the answer
 is a line of JSON: seconds (CPU time of the process, by the clock on a GPU), loss of the block's last step (0 where
-it is not told), peak_gb of memory, and flops, torch's count of one step (0 but for views in memory).
+it is not told), peak_gb of memory, and flops, torch's count of one step (0 but for views in memory, uncompiled).
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def main() -> None:
     config = AdaptConfig(**json.loads(settings))
     images, run = list_images(config.images, config.labels), Run(Path(folder))
     run.path.mkdir()
-    turns = Turns(int(steps), count_flops=source == "memory")
+    # torch.compile gives up for good on what it first sees while operations are counted.
+    turns = Turns(int(steps), count_flops=source == "memory" and not config.compile)
     setup = loop.prepare(config, images, run)
     kept = contextlib.nullcontext() if kind == "returning" else freed_memory_kept()
     with contextlib.suppress(OverError), kept:

@@ -1,10 +1,10 @@
 """How much of the raw engine a service leaves, and how it stands beside other servers, in one run on one machine.
 
-    python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR]
+    python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR] [--provider cuda]
 
 The same image, graph and clients for all: the raw loop (decode, preprocess, ONNX Runtime, no HTTP), `jepakit serve`
 with and without Ray, and with --peers FastAPI + ONNX Runtime, LitServe and BentoML, each in an environment in DIR that
-is made where it is missing. Every server gives the raw loop's vector before it is timed.
+is made where it is missing; all of them on the CPU, or all on one GPU. Every server gives the raw loop's vector before it is timed.
 
 Blocks of a few seconds go round in random order, the raw loop beside every one of them; a block's images/s are compared
 with those of the raw loop next to it. Servers stay up, stopped outside their own blocks. Prints Markdown tables, the goals and whether they
@@ -310,18 +310,22 @@ def model_figures(
     bundle = jepakit.export(f"{case.backbone}:random", folder / "bundle", image_size=case.size)
     (folder / "image.jpg").write_bytes(image)
     with ExitStack() as stack:
-        raw = stack.enter_context(Worker("_service_raw.py", bundle.path, folder / "image.jpg"))
+        raw = stack.enter_context(Worker("_service_raw.py", bundle.path, folder / "image.jpg", options.provider))
         tell("starting the servers")
         chosen = raw.ask(do="choose", seconds=0.1 if options.quick else 0.3)
         expected = np.array(raw.ask(do="vector"), np.float32)
         servers = [
-            stack.enter_context(jepakit_server(name, arguments, bundle.path, image, expected, folder))
+            stack.enter_context(
+                jepakit_server(name, (*arguments, "--provider", options.provider), bundle.path, image, expected, folder)
+            )
             for name, arguments in VARIANTS.items()
         ]
         for name in peers:
             assert environments is not None
             graph = bundle.path / "model.onnx"
-            servers.append(stack.enter_context(peer_server(name, environments, graph, image, expected, folder)))
+            servers.append(
+                stack.enter_context(peer_server(name, environments, graph, options.provider, image, expected, folder))
+            )
         bench = Bench(case, servers, raw, load, quick=options.quick)
         idle = bench.idle(3.0)
         bench.warm_up()
@@ -399,12 +403,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds of each cell (5; 2 with --quick)")
     parser.add_argument("--only", action="append", choices=list(MODELS), help="one model alone; repeatable")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="environments of the peers, made where missing")
+    parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu", help="what all of them compute on [cpu]")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 5)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped too
     image, peers = one_image(), ready_peers(options.peers)
     results: dict[str, Any] = {
         "image": f"{IMAGE}, {len(image)} bytes", "peers": peers, "cores": usable_cpus(), "rounds": options.rounds,
+        "provider": options.provider,
         "python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "others_before": busy_cores(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name, Worker("_service_load.py") as load:

@@ -1,6 +1,6 @@
 """What SIGReg costs: the product's lean form against plain autograd of the same formula.
 
-    python benchmarks/sigreg.py [--quick | --only N K S] [--seconds SECONDS] [--rows FILE]
+    python benchmarks/sigreg.py [--quick | --only N K S] [--seconds SECONDS] [--rows FILE] [--device cuda]
 
 For 8 views of N images, K projector outputs and S directions, float32, forward and backward, one thread:
 
@@ -11,7 +11,8 @@ For 8 views of N images, K projector outputs and S directions, float32, forward 
 - error: of the gradient, ‖g − g64‖ / ‖g64‖, the worse of standard normal projections (converged, where the gradient is
   least) and of wider, shifted ones. g64 is autograd's in float64 where that takes little, else the lean form's.
 
-Every figure has a process of its own. The autograd form runs only where it is predicted to stay under 8 GB and half of
+Every figure has a process of its own. On a GPU time is by the clock, memory what torch's allocator hands out, and all
+is measured in one process. The autograd form runs only where it is predicted to stay under 8 GB and half of
 the memory that is free; beyond, the prediction is printed, in brackets. All of it takes about 40 minutes of a core;
 --rows keeps the rows in a file and measures those that it lacks. Prints a table, how each figure grows
 with N (exponent of a fitted power), the goals, and one JSON object as the last line.
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from _blocks import Ratio, measure, ratio, timed
+from _blocks import Block, Ratio, measure, ratio, timed
 from jepakit_training.sigreg import directions, sigreg
 
 VIEWS = 8
@@ -46,6 +47,8 @@ MOST_BYTES, MOST_SHARE = 8e9, 0.5
 REFERENCE_BYTES = 1e9
 """Of autograd in float64, as a reference for the gradient."""
 LEAN, AGAIN, PLAIN = "lean", "lean (again)", "autograd"
+DEVICE = torch.device("cpu")
+"""Set once, from the command line."""
 
 
 class Size(NamedTuple):
@@ -62,13 +65,13 @@ class Size(NamedTuple):
         """Projections [V, N, K] that ask for a gradient, and directions [K, S]."""
         random = torch.Generator().manual_seed(0)
         proj_VNK = scale * torch.randn(VIEWS, self.images, self.outputs, generator=random) + shift
-        slices_KS = directions(self.outputs, self.slices, seed=0, step=0, device=torch.device("cpu"))
-        return proj_VNK.requires_grad_(), slices_KS
+        slices_KS = directions(self.outputs, self.slices, seed=0, step=0, device=DEVICE)
+        return proj_VNK.to(DEVICE).requires_grad_(), slices_KS
 
 
 def autograd_sigreg(proj_VNK: Tensor, directions_KS: Tensor) -> Tensor:
     """The formula as it is written, differentiated by autograd."""
-    nodes_T = torch.linspace(0, T_MAX, N_NODES, dtype=proj_VNK.dtype)
+    nodes_T = torch.linspace(0, T_MAX, N_NODES, dtype=proj_VNK.dtype, device=proj_VNK.device)
     phi_T = torch.exp(-nodes_T.square() / 2)
     weights_T = 2 * (nodes_T[1] - nodes_T[0]) * phi_T
     weights_T[[0, -1]] /= 2
@@ -89,7 +92,8 @@ def gradient(form: str, proj_VNK: Tensor, directions_KS: Tensor) -> Tensor:
 def seconds_of(size: Size, forms: tuple[str, ...], budget_s: float) -> dict[str, list[float]]:
     """CPU seconds of each form in each round: 3 to 20 rounds, what fits into `budget_s`."""
     proj_VNK, slices_KS = size.inputs()
-    blocks = {form: timed(partial(gradient, form, proj_VNK, slices_KS)) for form in forms}
+    block_of = timed if DEVICE.type == "cpu" else on_gpu
+    blocks = {form: block_of(partial(gradient, form, proj_VNK, slices_KS)) for form in forms}
     start = time.perf_counter()
     for block in blocks.values():
         block()
@@ -97,10 +101,29 @@ def seconds_of(size: Size, forms: tuple[str, ...], budget_s: float) -> dict[str,
     return measure(blocks, rounds=int(np.clip(budget_s / round_s, 3, 20)))
 
 
+def on_gpu(work: Callable[[], object]) -> Block:
+    """`work` as a block, by the clock: ten times, for one alone is as long as its launch."""
+
+    def block() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            work()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / 10
+
+    return block
+
+
 def peak_bytes(size: Size, form: str) -> int:
-    """The most resident memory of one pass above what its inputs and the warm process take."""
+    """The most memory of one pass above what its inputs and the warm process take."""
     gradient(form, *Size(8, size.outputs, 8).inputs())
     inputs = size.inputs()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        gradient(form, *inputs)
+        return torch.cuda.max_memory_allocated() - allocated
     Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
     before = _proc_bytes("self/status", "VmRSS")
     gradient(form, *inputs)
@@ -109,7 +132,7 @@ def peak_bytes(size: Size, form: str) -> int:
 
 def fits(size: Size) -> bool:
     """Whether the autograd form may run."""
-    free = _proc_bytes("meminfo", "MemAvailable")
+    free = _proc_bytes("meminfo", "MemAvailable") if DEVICE.type == "cpu" else torch.cuda.mem_get_info()[0]
     return size.predicted_bytes <= min(MOST_BYTES, MOST_SHARE * free)
 
 
@@ -155,7 +178,9 @@ def _distance(got: Tensor, wanted: Tensor) -> float:
 
 
 def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a process of its own, one thread."""
+    """What `work` returns in a process of its own, one thread; on a GPU in this one."""
+    if DEVICE.type == "cuda":
+        return work(*arguments)
     # Forked from a server that has imported torch and computed nothing: spares some seconds of imports each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jepakit_training.sigreg"])
@@ -216,7 +241,7 @@ def load_rows(file: Path | None) -> dict[Size, Row]:
 
 
 HEADING = (
-    "| N | K | S | autograd, CPU ms | lean, CPU ms | times faster | autograd, peak MB | lean, peak MB | "
+    "| N | K | S | autograd, ms | lean, ms | times faster | autograd, peak MB | lean, peak MB | "
     "autograd, saved MB | lean, saved MB | autograd, error | lean, error |"
 )
 
@@ -284,7 +309,10 @@ def main() -> None:
         "--seconds", type=float, default=20, help="for the rounds of one size, 3 at least and 20 at most"
     )
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON file of rows to add to; made if missing")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    global DEVICE
+    DEVICE = torch.device(options.device)
     grid = product(OUTPUTS, QUICK_SLICES if options.quick else SLICES, QUICK_IMAGES if options.quick else IMAGES)
     sizes = (
         [Size(*options.only)] if options.only else [Size(images, outputs, slices) for outputs, slices, images in grid]
@@ -313,7 +341,8 @@ def main() -> None:
     figures = {
         "rows": [row._asdict() | {"size": row.size._asdict()} for row in rows],
         "exponents": exponents(rows), "goals": goals(rows),
-        "torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "machine": torch.backends.cpu.get_cpu_capability() if DEVICE.type == "cpu" else torch.cuda.get_device_name(),
     }  # fmt: skip
     print(json.dumps(figures))
 

@@ -6,8 +6,7 @@ The product's own loop, with all that is on by default in it, and a loop written
 optimizer and batches; each from JPEG files and with its views in memory. Both train the same weights: the table says
 how far their losses are apart. Both keep freed memory (`freed_memory_kept`); what that gains stands in a row of its own. Every loop is a process of its own on one thread and is held up between blocks of 5
 steps, which are taken in turns and in random order; short ones, so that a machine's slow minutes hit all alike. Seconds
-are CPU time, and an A/A control tells how far a ratio of 1 strays. On a GPU (which nobody has run yet) seconds are by
-the clock. `adapt` is also run once in full, to see what measuring, logging and checkpoints take of it. lightly-train
+are CPU time, and an A/A control tells how far a ratio of 1 strays. For a GPU: gpu_trainer.py. `adapt` is also run once in full, to see what measuring, logging and checkpoints take of it. lightly-train
 (AGPL) runs in an environment of its own, made in DIR or, without it, in a temporary folder. Prints tables, and one JSON
 object as the last line.
 """
@@ -84,16 +83,24 @@ class Loop:
 
     def __init__(self, name: str, worker: subprocess.Popen[str], log: Path) -> None:
         self._name, self._worker, self._log = name, worker, log
+        self._ready = False
         self.answers: list[dict[str, float]] = []
 
+    def wait(self) -> None:
+        """Until it has started. Loops start beside each other."""
+        if not self._ready:
+            self._answer()
+            self._ready = True
+
     def __call__(self) -> float:
+        self.wait()
         assert self._worker.stdin is not None
         self._worker.stdin.write("run\n")
         self._worker.stdin.flush()
-        self.answers.append(self.answer())
+        self.answers.append(self._answer())
         return self.answers[-1]["seconds"]
 
-    def answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, float]:
         assert self._worker.stdout is not None
         line = self._worker.stdout.readline()
         if not line:
@@ -116,9 +123,7 @@ def started(name: str, command: Sequence[str | Path], folder: Path, environment:
         )  # fmt: skip
         with worker:
             try:
-                loop = Loop(name, worker, log)
-                loop.answer()
-                yield loop
+                yield Loop(name, worker, log)
             finally:
                 worker.kill()
 
@@ -135,13 +140,17 @@ def ours(name: str, settings: dict[str, Any], folder: Path) -> contextlib.Abstra
     return started(name, command, folder, dict(os.environ))
 
 
-def lightly(method: str, images: Path, env: Path, folder: Path) -> contextlib.AbstractContextManager[Loop]:
+def lightly(
+    method: str, peer: dict[str, Any], images: Path, env: Path, folder: Path
+) -> contextlib.AbstractContextManager[Loop]:
     """lightly-train's `method`, without the checkpoints at the end of its epochs."""
     folder.mkdir(parents=True)
-    peer = PEERS[method]
+    where = (
+        {"accelerator": "gpu", "precision": "bf16-mixed"} if ON_GPU else {"accelerator": "cpu", "precision": "32-true"}
+    )
     settings = {
         "out": str(folder / "out"), "model": peer["model"], "method": method, "batch_size": peer["batch"],
-        "num_workers": 0, "epochs": 1000, "accelerator": "cpu", "devices": 1, "precision": "32-true",
+        "num_workers": peer.get("workers", 0), "epochs": 1000, "devices": 1, **where,
         "transform_args": {"image_size": [peer["size"]] * 2, **peer["transform_args"]},
         "callbacks": {"model_checkpoint": None, "model_export": None},
     }  # fmt: skip
@@ -184,6 +193,8 @@ def many(paths: list[Path], folder: Path, count: int, classes: int = 1) -> Path:
 
 def measured(loops: dict[str, Loop], batch: int, rounds: int) -> dict[str, Any]:
     """Milliseconds an image, peak memory and losses of each loop, and the seconds behind them."""
+    for each in loops.values():
+        each.wait()
     seconds = measure(loops, rounds=rounds)
     return {
         "seconds": seconds,
@@ -230,18 +241,19 @@ def peak_gflops(size: int = 2048, times: int = 8) -> float:
     return times * 2 * size**3 / best / 1e9
 
 
-def against_lightly(method: str, images: Path, env: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def against_lightly(
+    method: str, peer: dict[str, Any], images: Path, env: Path, folder: Path, rounds: int
+) -> dict[str, Any]:
     """The product, every weight trained, beside lightly-train's method on as many views of as many pixels."""
-    peer = PEERS[method]
     settings = settings_of(
-        peer["ours"], images, folder, rounds,
-        weights="random", batch_size=peer["batch"], image_size=peer["size"], views=peer["views"],
+        peer["ours"], images, folder, rounds, weights="random", batch_size=peer["batch"], image_size=peer["size"],
+        views=peer["views"], workers=peer.get("workers", 0),
     )  # fmt: skip
     theirs = f"lightly-train {method}"
     with (
         ours(PRODUCT, settings, folder / "ours") as product,
         ours(PRODUCT, settings, folder / "again") as again,
-        lightly(method, images, env, folder / "theirs") as other,
+        lightly(method, peer, images, env, folder / "theirs") as other,
     ):
         found = measured({PRODUCT: product, PRODUCT + AGAIN: again, theirs: other}, peer["batch"], rounds)
     seconds = found.pop("seconds")
@@ -319,10 +331,10 @@ def whole_run(images: Path, folder: Path, steps: int, batch: int) -> dict[str, A
 
 def show(title: str, found: dict[str, Any]) -> None:
     print(f"\n{title}")
-    print(f"{'':<28}{'CPU ms an image':>16}{'peak GB':>9}{'loss':>11}")
+    print(f"{'':<36}{'ms an image' if ON_GPU else 'CPU ms an image':>16}{'peak GB':>9}{'loss':>11}")
     for name, ms in found["ms_per_image"].items():
         loss = f"{found['loss'][name]:.5f}" if found["loss"][name] else "-"
-        print(f"{name:<28}{ms:>16.2f}{found['peak_gb'][name]:>9.2f}{loss:>11}")
+        print(f"{name:<36}{ms:>16.3f}{found['peak_gb'][name]:>9.2f}{loss:>11}")
     for name, times in found["ratios"].items():
         print(f"{name:<60}{times['median']:.3f} [{times['low']:.3f}, {times['high']:.3f}]")
 
@@ -344,8 +356,8 @@ def show_overhead(name: str, found: dict[str, Any]) -> None:
         print(f"{slow}: overhead at most 3 % in the middle, 5 % at the interval's end: {verdict}")
 
 
-def show_peer(method: str, found: dict[str, Any]) -> None:
-    peer, theirs = PEERS[method], f"lightly-train {method}"
+def show_peer(method: str, peer: dict[str, Any], found: dict[str, Any]) -> None:
+    theirs = f"lightly-train {method}"
     show(f"{peer['ours']}, {peer['size']} px, batches of {peer['batch']}, views {peer['views']}", found)
     times, peak = found["ratios"][f"{theirs} / {PRODUCT}"], found["peak_gb"]
     met = "met" if times["low"] >= peer["goal"] else "within the noise" if times["high"] >= peer["goal"] else "MISSED"
@@ -409,8 +421,8 @@ def main() -> None:
                 raise LightlyMissingError("--quick without --lightly-env")
             for method in [part for part in PEERS if part in wanted]:
                 env = lightly_ready(options.lightly_env or folder / "lightly")
-                results[method] = against_lightly(method, images, env, folder / method, rounds)
-                show_peer(method, results[method])
+                results[method] = against_lightly(method, PEERS[method], images, env, folder / method, rounds)
+                show_peer(method, PEERS[method], results[method])
         except LightlyMissingError as reason:
             print(f"lightly-train left out: {reason}")
     results |= {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability(), "rounds": rounds}
