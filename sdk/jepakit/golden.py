@@ -33,7 +33,7 @@ class Tolerance(NamedTuple):
 
 # By what is really computed, and by which provider. fp32 means fp32: TF32 on CUDA and bf16 in OpenVINO are switched
 # off for it. Raw cosine would hide errors, since embeddings share a large mean: the cosine here is the centred one.
-# What concerns CUDA and TensorRT is untested on hardware.
+# What concerns TensorRT is untested on hardware.
 _HALF, _QUANTISED = Tolerance(cosine=0.999), Tolerance(cosine=0.99, neighbour=0.95)
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("fp32", "cpu"): Tolerance(relative=1e-4),
