@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--lightly-env", type=Path, metavar="DIR", help="environment of lightly-train, made if missing")
     options = parser.parse_args()
     if not ON_GPU:
-        print("no NVIDIA GPU here: nothing to measure")
+        print(json.dumps({"left_out": "no NVIDIA GPU here"}))
         return
     rounds = options.rounds or (3 if options.quick else ROUNDS)
     wanted = options.only or (["ViT-S/16"] if options.quick else [*MODELS, *(PEERS if options.lightly_env else ())])
