@@ -202,10 +202,10 @@ class Bench:
         cases[EMBED] = self._block(lambda: model.embed(files, progress=False))
         batcher = Batcher(
             lambda image: Decoded(np.asarray(image), 0), session.run, max_batch=best[ENGINE], lanes=1,
-            whole=session.run, few=0, threads=self._threads, observer=_Nobody(),
+            whole=session.run, few=0, threads=self._threads, observer=Nobody(),
         )  # fmt: skip
         with asyncio.Runner() as loop:
-            cases[ENGINE] = self._block(lambda: loop.run(_through(batcher, self._images)))
+            cases[ENGINE] = self._block(lambda: loop.run(through(batcher, self._images)))
             seconds = measure(cases, rounds=self._rounds)
             batcher.close()
         return self._numbers(seconds, best)
@@ -264,7 +264,7 @@ class Bench:
         }
 
 
-class _Nobody:
+class Nobody:
     """An observer that looks away: counting is the service's, not the batcher's."""
 
     def decoded(self, seconds: float) -> None:
@@ -274,7 +274,7 @@ class _Nobody:
         """Nothing."""
 
 
-async def _through(batcher: Batcher, images: NDArray[np.uint8]) -> None:
+async def through(batcher: Batcher, images: NDArray[np.uint8]) -> None:
     await asyncio.gather(*(batcher.embed([image], 600.0) for image in images))
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import load as load_tensors
 
 import jepakit
 from _blocks import measure
-from engine import _Nobody, _through, clocked, flops_an_image
+from engine import Nobody, clocked, flops_an_image, through
 from jepakit import golden
 from jepakit._cpus import usable_cpus
 from jepakit.backbone import Embedder, restore
@@ -98,10 +98,10 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
             for lanes in (1, 2):
                 batcher = Batcher(
                     lambda image: Decoded(np.asarray(image), 0), runs[name], max_batch=32, lanes=lanes, whole=runs[name],
-                    few=0, threads=usable_cpus(), observer=_Nobody(),
+                    few=0, threads=usable_cpus(), observer=Nobody(),
                 )  # fmt: skip
                 cases[f"{name}, service's batcher, {lanes} lanes", 32] = clocked(
-                    lambda batcher=batcher: loop.run(_through(batcher, images))  # type: ignore[misc]
+                    lambda batcher=batcher: loop.run(through(batcher, images))  # type: ignore[misc]
                 )
         seconds = measure({json.dumps(case): block for case, block in cases.items()}, rounds=rounds)
     rates: dict[str, dict[int, float]] = {}

@@ -336,7 +336,7 @@ def show(title: str, found: dict[str, Any]) -> None:
         loss = f"{found['loss'][name]:.5f}" if found["loss"][name] else "-"
         print(f"{name:<36}{ms:>16.3f}{found['peak_gb'][name]:>9.2f}{loss:>11}")
     for name, times in found["ratios"].items():
-        print(f"{name:<60}{times['median']:.3f} [{times['low']:.3f}, {times['high']:.3f}]")
+        print(f"{name:<66}{times['median']:.3f} [{times['low']:.3f}, {times['high']:.3f}]")
 
 
 def show_overhead(name: str, found: dict[str, Any]) -> None:
