@@ -5,7 +5,7 @@
 ViT-S/16, ViT-B/16 and ResNet-50 at 224 pixels with random weights, images in and vectors out in main memory, as the
 service has them; images/s by the clock. Exports of fp32 (no TF32), of fp16, and of fp16 with attention as one operator
 (opset 23). Every case runs in each round, in random order. `two at a time` are two threads that share a session. Then
-the service's batcher round the fastest of them. Prints tables, and one JSON object as the last line. Without a GPU it
+the service's batcher round each export. Prints tables, and one JSON object as the last line. Without a GPU it
 says so and ends.
 """
 
@@ -18,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from safetensors.torch import load as load_tensors
 
 import jepakit
 from _blocks import measure
-from engine import Nobody, clocked, flops_an_image, through
+from engine import Nobody, Run, batched, clocked, flops_an_image, through
 from jepakit import golden
 from jepakit._cpus import usable_cpus
 from jepakit.backbone import Embedder, restore
@@ -45,8 +46,6 @@ EXPORTS: dict[str, dict[str, Any]] = {
 IMAGES, BATCHES = 256, (1, 8, 32, 64, 128)
 TWO, TORCH = "two at a time", "torch eager"
 
-Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-
 
 def torch_run(embedder: Embedder, dtype: torch.dtype) -> Run:
     def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -57,10 +56,9 @@ def torch_run(embedder: Embedder, dtype: torch.dtype) -> Run:
     return run
 
 
-def batched(run: Run, images: NDArray[np.uint8], batch: int) -> Callable[[], object]:
-    # A single image 32 times: one is over in a millisecond.
-    count = 32 if batch == 1 else len(images)
-    return lambda: [run(images[start : start + batch]) for start in range(0, count, batch)]
+def counted(batch: int) -> int:
+    """Images of a block: of single ones a few will do."""
+    return 32 if batch == 1 else IMAGES
 
 
 def two_at_a_time(pool: ThreadPoolExecutor, run: Run, images: NDArray[np.uint8], batch: int) -> Callable[[], object]:
@@ -88,8 +86,12 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
     runs[f"{TORCH} fp16"] = torch_run(embedder, torch.float16)
     expected = runs[f"{TORCH} fp32"](images[:8])
     agreement = {name: golden.agreement(run(images[:8]), expected)._asdict() for name, run in runs.items()}
-    with ThreadPoolExecutor(2) as pool, asyncio.Runner() as loop:
-        cases = {(name, batch): clocked(batched(run, images, batch)) for name, run in runs.items() for batch in BATCHES}
+    with ThreadPoolExecutor(2) as pool, asyncio.Runner() as loop, ExitStack() as batchers:
+        cases = {
+            (name, batch): clocked(batched(run, images[: counted(batch)], batch))
+            for name, run in runs.items()
+            for batch in BATCHES
+        }
         cases |= {
             (f"{name}, {TWO}", batch): clocked(two_at_a_time(pool, runs[name], images, batch))
             for name in EXPORTS for batch in BATCHES[1:]
@@ -100,6 +102,7 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
                     lambda image: Decoded(np.asarray(image), 0), runs[name], max_batch=32, lanes=lanes, whole=runs[name],
                     few=0, threads=usable_cpus(), observer=Nobody(),
                 )  # fmt: skip
+                batchers.callback(batcher.close)
                 cases[f"{name}, service's batcher, {lanes} lanes", 32] = clocked(
                     lambda batcher=batcher: loop.run(through(batcher, images))  # type: ignore[misc]
                 )
@@ -107,7 +110,7 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
     rates: dict[str, dict[int, float]] = {}
     for case, blocks in seconds.items():
         name, batch = json.loads(case)
-        rates.setdefault(name, {})[batch] = (32 if batch == 1 else IMAGES) / float(np.median(blocks))
+        rates.setdefault(name, {})[batch] = counted(batch) / float(np.median(blocks))
     return {"gflop_per_image": flops / 1e9, "images_per_s": rates, "agreement_with_torch": agreement}
 
 

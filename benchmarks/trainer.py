@@ -83,17 +83,13 @@ class Loop:
 
     def __init__(self, name: str, worker: subprocess.Popen[str], log: Path) -> None:
         self._name, self._worker, self._log = name, worker, log
-        self._ready = False
         self.answers: list[dict[str, float]] = []
 
     def wait(self) -> None:
-        """Until it has started. Loops start beside each other."""
-        if not self._ready:
-            self._answer()
-            self._ready = True
+        """Until it has started, once, before the first block: so that loops start beside each other."""
+        self._answer()
 
     def __call__(self) -> float:
-        self.wait()
         assert self._worker.stdin is not None
         self._worker.stdin.write("run\n")
         self._worker.stdin.flush()

@@ -29,6 +29,7 @@ _ORT_PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+ON_GPU: tuple[Chosen, ...] = ("cuda", "tensorrt")
 # TensorRT builds an engine for each shape it meets: batches are filled up to one of these.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
 
@@ -93,7 +94,7 @@ class _OnnxRuntime:
             outputs: list[NDArray[np.float32]] = self._session.run(None, {"images": images})
         except Exception as error:  # pybind exceptions have no common base worth naming
             if any(words in str(error) for words in _NO_MEMORY):
-                where = "on the GPU" if self.provider in ("cuda", "tensorrt") else "in main memory"
+                where = "on the GPU" if self.provider in ON_GPU else "in main memory"
                 raise ServeError(
                     f"no room {where} for a batch of {len(images)} images: embed fewer at a time (--set max_batch=N), or make room"
                 ) from None

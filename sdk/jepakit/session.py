@@ -24,7 +24,7 @@ from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, op
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError
 from jepakit.images import Pixels, preprocess
-from jepakit.runtime import Arithmetic, Provider, open_runtime
+from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
 
 # A decoder may hold a whole scene: not one for each of 64 cores.
@@ -96,7 +96,7 @@ class Session:
     @property
     def batch(self) -> int:
         """How many images to run at once when many are there: on a CPU large batches leave the caches."""
-        return 4 if self.provider in ("cpu", "openvino") else 64
+        return 64 if self.provider in ON_GPU else 4
 
     def _check_kind(self, images: Pixels) -> None:
         """OpenVINO computes something for any shape and dtype, and says nothing."""

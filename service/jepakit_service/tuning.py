@@ -12,7 +12,7 @@ import numpy as np
 
 from jepakit.bundle import DATA, GRAPH, Bundle
 from jepakit.images import Pixels
-from jepakit.runtime import Provider
+from jepakit.runtime import ON_GPU, Provider
 from jepakit.session import Session
 from jepakit_service.settings import ServeSettings
 
@@ -57,7 +57,7 @@ def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSetti
     it. Where both hold the model is open both ways; the numbers of its vectors are the same. On a GPU one batch may travel
     while another is computed: two lanes of the one session.
     """
-    whole, on_gpu = _Way(session, settings.threads, 1), session.provider in ("cuda", "tensorrt")
+    whole, on_gpu = _Way(session, settings.threads, 1), session.provider in ON_GPU
     ways = [whole, *(_splits(bundle, settings) if session.provider == "cpu" else ())]
     if on_gpu:
         ways.append(_Way(session, settings.threads, 2))

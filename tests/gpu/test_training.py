@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,17 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import jepakit
-import jepakit_training.learner
-import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
-from jepakit.bundle import WEIGHTS
 from jepakit.config import AdaptConfig, Domain
 from jepakit.errors import ConfigError, TrainingError
-from jepakit.run import BUNDLE, CHECKPOINTS, START, Run
+from jepakit.run import CHECKPOINTS, START, Run
 from jepakit_training import loop, photometric
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.data import Batch, views_on
@@ -33,15 +28,12 @@ from jepakit_training.learner import Learner
 from jepakit_training.precision import own_precision
 from jepakit_training.sigreg import directions, sigreg
 from jepakit_training.views import Views
+from tests.training.runs import TINY, Adapt, adapting, stopping_in_step, weights_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 STEPS = 12
-TINY: dict[str, Any] = {
-    "image_size": 64, "steps": STEPS, "warmup": 4 / STEPS, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16,
-    "views": {"n_local": 1}, "workers": 0,
-}  # fmt: skip
-Adapt = Callable[..., Run]
+SHORT: dict[str, Any] = {"steps": STEPS, "warmup": 4 / STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +43,7 @@ def images(image_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapt(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
-    """`adapt(out, backbone="test_vit", **changed settings)` on the GPU."""
-
-    def call(out: Path, backbone: str = "test_vit", **settings: Any) -> Run:
-        return jepakit.adapt(
-            images, out=out, backbone=backbone, weights=str(weights_file(backbone)), **{**TINY, **settings}
-        )
-
-    return call
+    return adapting(images, weights_file, **SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +51,7 @@ def adapt_on_cpu(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
     """The same in a process that sees no GPU."""
 
     def call(out: Path, backbone: str = "test_vit", **settings: Any) -> Run:
-        told = {**TINY, **settings, "images": str(images), "out": str(out), "backbone": backbone}
+        told = {**TINY, **SHORT, **settings, "images": str(images), "out": str(out), "backbone": backbone}
         told["weights"] = str(weights_file(backbone))
         work = "import json, sys, jepakit; jepakit.adapt(**json.loads(sys.argv[1]))"
         subprocess.run(
@@ -75,11 +60,6 @@ def adapt_on_cpu(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
         return jepakit.open_run(out)
 
     return call
-
-
-def weights_of(run: Run, part: str = BUNDLE) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = load_file(run.path / part / WEIGHTS)
-    return tensors
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -237,24 +217,15 @@ def test_sixteen_bits_of_six_bands_train(tmp_path: Path, weights_file: Callable[
     scenes = [random.integers(0, 4000, (80, 72, 6), np.uint16) for _ in range(28)]
     run = jepakit.adapt(
         scenes, out=tmp_path / "run", backbone="test_vit", weights=str(weights_file("test_vit")), domain="multispectral",
-        **TINY,
+        **TINY, **SHORT,
     )  # fmt: skip
     assert run.finished
     assert jepakit.export(run, tmp_path / "bundle").manifest.preprocess.dtype == "float32"
 
 
 def stopped_and_resumed(adapt: Adapt, out: Path, monkeypatch: pytest.MonkeyPatch, *told: Any, **settings: Any) -> Run:
-    real, steps = jepakit_training.sigreg.lejepa_loss, iter(range(1000))
-
-    def interrupted(*args: Any) -> Any:
-        if next(steps) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jepakit_training.learner, "lejepa_loss", interrupted)
-        with pytest.raises(SystemExit):
-            adapt(out, *told, **settings)
+    with stopping_in_step(7, monkeypatch), pytest.raises(SystemExit):
+        adapt(out, *told, **settings)
     assert list((out / CHECKPOINTS).iterdir())
     return adapt(out, *told, **settings)
 
@@ -316,7 +287,7 @@ def test_a_dry_run_tells_the_gpus_memory(
     images: Path, weights_file: Callable[[str], Path], adapt: Adapt, tmp_path: Path
 ) -> None:
     torch.cuda.reset_peak_memory_stats()
-    told = jepakit.dry_run(images, backbone="test_vit", weights=str(weights_file("test_vit")), **TINY)
+    told = jepakit.dry_run(images, backbone="test_vit", weights=str(weights_file("test_vit")), **TINY, **SHORT)
     assert told.device == "cuda"
     assert told.memory_gb == pytest.approx(torch.cuda.get_device_properties(0).total_memory / 1e9)
     torch.cuda.reset_peak_memory_stats()

@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.training.runs import TINY, Adapt, adapting, stopping_in_step, weights_of
 from torch import Tensor
 
 import jepakit
@@ -28,13 +28,7 @@ from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPP
 from jepakit_training import checkpoint
 
 STEPS, WARMUP_STEPS = 22, 6
-TINY: dict[str, Any] = {
-    "image_size": 64, "steps": STEPS, "warmup": WARMUP_STEPS / STEPS, "batch_size": 8, "projector": (32, 32, 8),
-    "n_slices": 16, "views": {"n_local": 1}, "workers": 0,
-}  # fmt: skip
 BACKBONES = ("test_resnet", "test_vit")
-
-Adapt = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +38,7 @@ def images(image_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapt(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
-    """`adapt(out, backbone="test_vit", **changed settings)`, from a file of weights."""
-
-    def call(out: Path, backbone: str = "test_vit", *, folder: Path | None = None, **settings: Any) -> Run:
-        weights = settings.pop("weights", None) or str(weights_file(backbone))
-        return jepakit.adapt(folder or images, out=out, backbone=backbone, weights=weights, **{**TINY, **settings})
-
-    return call
+    return adapting(images, weights_file, steps=STEPS, warmup=WARMUP_STEPS / STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -66,30 +54,8 @@ def finished(adapt: Adapt, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return get
 
 
-def weights_of(run: Run, part: str = BUNDLE) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = load_file(run.path / part / WEIGHTS)
-    return tensors
-
-
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-@contextmanager
-def stopping_in_step(
-    step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM
-) -> Iterator[None]:
-    """Send this process a signal in the midst of a step, counted from the first one that the call does."""
-    real, done = jepakit_training.sigreg.lejepa_loss, iter(range(10_000))
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if next(done) == step:
-            os.kill(os.getpid(), number)
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jepakit_training.learner, "lejepa_loss", interrupted)
-        yield
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
