@@ -10,14 +10,15 @@ from __future__ import annotations
 import importlib.util
 import threading
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._external import as_inputs, check_external, names_other_files
+from jepakit._messages import did_you_mean
 from jepakit.bundle import DATA
-from jepakit.errors import BundleError, MissingExtraError, ServeError
+from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
 from jepakit.images import Pixels
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
@@ -63,23 +64,42 @@ def open_runtime(
     Raises ServeError when the provider cannot be used here, BundleError when the graph cannot be opened, or keeps
     tensors anywhere but in itself and `data`.
     """
-    if arithmetic == "bf16" and provider != "openvino":
-        raise ServeError(f"arithmetic bf16 is OpenVINO's: ask for --provider openvino (now {provider})")
+    check_provider(provider, arithmetic)
     check_external(graph, data)
     if provider == "openvino":
         return _OpenVino(graph, threads, arithmetic, data)
     wanted: tuple[Chosen, ...] = ("cuda", "cpu") if provider == "auto" else (provider,)
-    reasons = []
     for choice in wanted:
-        reason = _missing(choice)
-        if reason is None:
+        if _missing(choice) is None:
             session = _ort_session(graph, choice, threads, data)
             if session.get_providers()[0] == _ORT_PROVIDERS[choice]:
                 return _OnnxRuntime(session, choice)
-            reason = "ONNX Runtime lists it but cannot load it"
-        reasons.append(reason)
-    raise ServeError(
-        f"provider {provider} was asked for and cannot be used here: {reasons[-1]}; check nvidia-smi and "
+    raise _unusable(provider, "ONNX Runtime lists it but cannot load it")
+
+
+def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None:
+    """What is known without a graph of whether `open_runtime` can use a provider here.
+
+    Raises ConfigError when there is no such provider, ServeError when this machine or arithmetic cannot have it,
+    MissingExtraError when its library is not installed.
+    """
+    if provider not in get_args(Provider):
+        raise ConfigError(
+            f"provider = {provider!r}: one of {', '.join(get_args(Provider))}"
+            f"{did_you_mean(str(provider), get_args(Provider))}"
+        )
+    if arithmetic == "bf16" and provider != "openvino":
+        raise ServeError(f"arithmetic bf16 is OpenVINO's: ask for --provider openvino (now {provider})")
+    if provider == "openvino":
+        if importlib.util.find_spec("openvino") is None:
+            raise MissingExtraError("provider openvino needs OpenVINO: pip install 'jepakit[openvino]'")
+    elif provider != "auto" and provider != "cpu" and (reason := _missing(provider)) is not None:
+        raise _unusable(provider, reason)
+
+
+def _unusable(provider: Provider, reason: str) -> ServeError:
+    return ServeError(
+        f"provider {provider} was asked for and cannot be used here: {reason}; check nvidia-smi and "
         "pip install 'jepakit[gpu]', or ask for --provider cpu"
     )
 
@@ -107,8 +127,6 @@ class _OpenVino:
     buckets: tuple[int, ...] | None = None
 
     def __init__(self, graph: bytes, threads: int, arithmetic: Arithmetic, data: bytes | None) -> None:
-        if importlib.util.find_spec("openvino") is None:
-            raise MissingExtraError("provider openvino needs OpenVINO: pip install 'jepakit[openvino]'")
         import openvino
 
         # Left to itself it computes in bfloat16 where the CPU can, with errors of half a percent.

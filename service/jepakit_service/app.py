@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from jepakit.bundle import GRAPH
 from jepakit.errors import ConfigError
+from jepakit.runtime import check_provider
 from jepakit_service import keys, logs, tracing
 from jepakit_service.models import find_bundles
 from jepakit_service.settings import ServeSettings
@@ -25,6 +26,7 @@ _WHY_NOT = {
 
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM; requests in flight are answered first. Raises what makes starting impossible."""
+    check_provider(settings.provider, settings.arithmetic)
     bundles = find_bundles(settings)
     for bundle in bundles:
         bundle.check(GRAPH)
@@ -47,13 +49,13 @@ def run(settings: ServeSettings) -> None:
         single.run(settings)
 
 
-def announce_when_ready(settings: ServeSettings, stopping: threading.Event) -> bool:
+def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool]) -> bool:
     """Wait for our own readiness, which is true only after the golden check, then say where the service is."""
     import httpx
 
     url = own_url(settings)
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline and not stopping.is_set():
+    while time.monotonic() < deadline and not stopping():
         try:
             if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
                 print(f"ready: {url}", flush=True)
@@ -61,7 +63,7 @@ def announce_when_ready(settings: ServeSettings, stopping: threading.Event) -> b
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    if not stopping.is_set():
+    if not stopping():
         print(f"not ready after {_START_TIMEOUT_S:.0f} s", file=sys.stderr, flush=True)
     return False
 

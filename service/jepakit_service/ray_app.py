@@ -16,7 +16,6 @@ import shutil
 import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +37,24 @@ _OBJECT_STORE_BYTES = 100 << 20
 _REPORT_TIMEOUT_S = 15.0
 # Refusing is the gate's, which tells why and keeps probes answered; Ray's own limit only has to lie beyond it.
 _ONGOING = 100_000
+_LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
+"""Of Ray's own, in its files. The gate logs requests; Ray's access log would write each twice, where it only grows."""
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
+
+
+class _Stop:
+    """Whether SIGINT or SIGTERM has come. A plain flag: the signal may interrupt whoever holds the lock of an Event."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def watch(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
 
 
 def run(settings: ServeSettings) -> None:
@@ -53,9 +68,8 @@ def run(settings: ServeSettings) -> None:
 
     # For the processes that Ray starts: this one has no loop that Ray could share.
     os.environ.update(_REPLICAS)
-    stop = threading.Event()
-    _on_stop_signals(stop)
-    started = False
+    stop = _Stop()
+    stop.watch()
     print("starting Ray Serve …", flush=True)
     collector = logs.Collector(folder / "logs.sock")
     try:
@@ -64,24 +78,23 @@ def run(settings: ServeSettings) -> None:
             logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
             num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
         )  # fmt: skip
-        _on_stop_signals(stop)  # ray.init put its own in place
+        stop.watch()  # ray.init put its own in place
         options = HTTPOptions(host=settings.host, port=settings.port)
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        serve.start(http_options=options, logging_config={"enable_access_log": False, "log_level": "ERROR"})
-        handle = serve.run(_application(settings, collector.path), name=_APPLICATION, route_prefix="/")
-        started = True
-        if announce_when_ready(settings, stop):
+        serve.start(http_options=options, logging_config=_LOGGING)
+        application = _application(settings, collector.path)
+        handle = serve.run(application, name=_APPLICATION, route_prefix="/", logging_config=_LOGGING)
+        if announce_when_ready(settings, lambda: stop.requested):
             print_listeners(settings)
-        while not stop.wait(1.0):
-            pass
-        print("stopping: answering the requests in flight …", flush=True)
-        handle.broadcast("drain").results(timeout_s=settings.drain_s + 5)
+        while not stop.requested:
+            time.sleep(0.2)
+        _drain(handle, settings)
+    except ServeError:
+        raise
     except Exception as error:  # Ray wraps what a replica raised in classes of its own
-        if started:
-            raise ServeError(f"requests in flight may be lost: {_innermost(error)}") from error
-        if not stop.is_set():
-            raise ServeError(f"the service did not start: {_innermost(error)}") from error
+        if not stop.requested:
+            raise ServeError(f"the service did not start: {_reason(error)}") from error
     finally:
         # All of Ray is ours: ending it ends Serve, which has nothing left to do.
         children = psutil.Process().children(recursive=True)
@@ -89,6 +102,16 @@ def run(settings: ServeSettings) -> None:
         _end(children)
         collector.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drain(handle: Any, settings: ServeSettings) -> None:
+    """Have what is in flight answered. Raises ServeError where a replica cannot say that it was."""
+    print("stopping: answering the requests in flight …", flush=True)
+    try:
+        handle.broadcast("drain").results(timeout_s=settings.drain_s + 5)
+    except Exception as error:  # as above
+        raise ServeError(f"requests in flight may be lost: {_innermost(error)}") from error
+    time.sleep(_LINGER_S)
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -127,6 +150,10 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         # Ray's own metrics, which nobody reads here, and ten looks a second took 6 % of a core from the inferences.
         "RAY_enable_metrics_collection": "0",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.4",
+        # Its processes write what they do to files in our folder, which may lie in memory: less of it, and two files each.
+        "RAY_event_stats_print_interval_ms": "0",
+        "RAY_ROTATION_MAX_BYTES": str(1 << 20),
+        "RAY_ROTATION_BACKUP_COUNT": "1",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         **(_haproxy(folder) if settings.proxy == "haproxy" else {}),
@@ -204,7 +231,6 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
             deadline = time.monotonic() + settings.drain_s
             while self._gate.in_flight and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
-            await asyncio.sleep(_LINGER_S)
 
     return Embeddings.bind()  # type: ignore[attr-defined]  # serve.deployment's decorator is untyped here
 
@@ -217,11 +243,6 @@ async def _ask_all() -> Sequence[Report | None]:
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
     return [None if isinstance(answer, BaseException) else answer for answer in answers]
-
-
-def _on_stop_signals(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
 
 
 def _gpus(settings: ServeSettings) -> int | None:
@@ -240,7 +261,18 @@ def _end(processes: list[Any]) -> None:
         _, processes = psutil.wait_procs(processes, timeout=3)
 
 
-def _innermost(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """Why the application did not start. What a replica raised is told by Ray's status alone."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        status = serve.status().applications[_APPLICATION].deployments[_DEPLOYMENT]
+        if status.message:
+            return _innermost(status.message)
+    return _innermost(error)
+
+
+def _innermost(error: object) -> str:
     """The last line that says something: our own message inside Ray's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].removeprefix("jepakit.errors.") if lines else type(error).__name__

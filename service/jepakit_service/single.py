@@ -39,15 +39,13 @@ def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight."""
     gate = build_app(settings)
     server = _Server(config(gate, settings))
-    stopping = threading.Event()
 
     def stop(*_: object) -> None:
-        stopping.set()
         gate.drain()
         server.should_exit = True  # uvicorn then waits for the requests in flight
 
     def announce() -> None:
-        if announce_when_ready(settings, stopping):
+        if announce_when_ready(settings, lambda: server.should_exit):
             print_listeners(settings)
 
     for number in (signal.SIGINT, signal.SIGTERM):

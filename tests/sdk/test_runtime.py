@@ -17,7 +17,7 @@ import jepakit
 import jepakit.runtime
 from jepakit import golden
 from jepakit.bundle import GOLDEN, GRAPH, Bundle
-from jepakit.errors import BundleError, MissingExtraError, ServeError
+from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
 from jepakit.runtime import Provider, open_runtime
 from jepakit.session import Session
 
@@ -119,6 +119,11 @@ def test_bf16_says_so_and_keeps_to_its_own_tolerance(bundle: Bundle) -> None:
 def test_bf16_on_another_provider_is_refused(bundle: Bundle, asked: Provider) -> None:
     with pytest.raises(ServeError, match=f"ask for --provider openvino .now {asked}"):
         Session.open(bundle, provider=asked, arithmetic="bf16")
+
+
+def test_an_unknown_provider_is_named_with_the_one_that_was_meant(bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"provider = .cud.: one of auto, cpu, .*did you mean cuda"):
+        jepakit.load(bundle.path, provider="cud")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])

@@ -6,13 +6,8 @@ import io
 import json
 import re
 import shutil
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -20,20 +15,15 @@ import pytest
 from PIL import Image
 
 import jepakit
-from tests.test_pipeline import jepakit_cli, serving
+from jepakit import golden
+from jepakit.bundle import GOLDEN, write_bundle
+from tests.test_pipeline import PROGRAM, free_port, jepakit_cli, serving
 
 from .conftest import picture
+from .load import Load, processes, wait_until
 
 PNG = {"Content-Type": "image/png"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def eventually(wanted: Any, *, within_s: float = 60) -> Any:
-    deadline = time.monotonic() + within_s
-    while not (found := wanted()):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    return found
 
 
 @pytest.mark.parametrize("proxy", ["python", "haproxy"])
@@ -44,7 +34,9 @@ def test_two_replicas_are_one_deployment(bundle: Path, tmp_path: Path, proxy: st
     old, new = (jepakit.open_bundle(path).digest for path in (bundle, other))
     options = ("--replicas", "2", "--proxy", proxy, "--log-format", "json", "--set", "access_log=all")
     with serving(folder, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
-        ready = eventually(lambda: (seen := http.get("/readyz").json())["replicas_ready"] == 2 and seen)
+        ready = wait_until(
+            lambda: (seen := http.get("/readyz").json())["replicas_ready"] == 2 and seen, "no second replica"
+        )
         assert ready["status"] == "ready"
         for seed in range(40):
             assert http.post("/v1/embeddings", content=picture(seed), headers=PNG).status_code == 200
@@ -73,38 +65,20 @@ def test_two_replicas_are_one_deployment(bundle: Path, tmp_path: Path, proxy: st
     assert old != new
 
 
-@contextmanager
-def asking(url: str, images: list[bytes], *, at_a_time: int) -> Iterator[None]:
-    """Ask for the images over and over; what is answered with an error ends the test."""
-    stop = threading.Event()
-
-    def ask() -> None:
-        with httpx.Client(base_url=url, timeout=120) as http:
-            while not stop.is_set():
-                files = [("files", image) for image in images]
-                http.post("/v1/embeddings", files=files).raise_for_status()
-
-    with ThreadPoolExecutor(at_a_time) as pool:
-        asked = [pool.submit(ask) for _ in range(at_a_time)]
-        try:
-            yield
-        finally:
-            stop.set()
-        for one in asked:
-            one.result()
-
-
 def replicas(http: httpx.Client) -> set[str]:
     return set(re.findall(r'jepakit_waiting_images\{model="tiny",replica="(\w+)"', http.get("/metrics").text))
 
 
 def test_load_brings_a_second_replica(bundle: Path) -> None:
     options = ("--set", "max_replicas=2", "--set", "target_ongoing_requests=1")
+    images = [picture(seed) for seed in range(8)]
+    found = jepakit.load(bundle).embed(images, progress=False)
     with serving(bundle, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
         assert len(replicas(http)) == 1
-        with asking(url, [picture(seed) for seed in range(8)], at_a_time=6):
-            eventually(lambda: http.get("/readyz").json()["replicas_ready"] == 2, within_s=240)
+        with Load(url, images, {found.model_id: found.vectors}, clients=6) as load:
+            wait_until(lambda: http.get("/readyz").json()["replicas_ready"] == 2, "no second replica", within_s=240)
             assert len(replicas(http)) == 2
+        assert load.failures == []
 
 
 def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
@@ -115,10 +89,11 @@ def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
     with serving(bundle, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
         (first,) = replicas(http)
         with jepakit.Client(url) as client:
-            eventually(
-                lambda: len(client.embed([large.getvalue()] * 8, progress=False)) and first not in replicas(http)
+            wait_until(
+                lambda: len(client.embed([large.getvalue()] * 8, progress=False)) and first not in replicas(http),
+                "the replica stays",
             )
-        assert eventually(lambda: http.get("/readyz").status_code == 200)
+        wait_until(lambda: http.get("/readyz").status_code == 200, "no other replica")
 
 
 def test_what_serves_has_the_priority_of_who_started_it(bundle: Path) -> None:
@@ -133,20 +108,22 @@ def test_what_serves_has_the_priority_of_who_started_it(bundle: Path) -> None:
 
 
 def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bundle: Path, tmp_path: Path) -> None:
-    import subprocess
-
-    from tests.test_pipeline import PROGRAM, free_port
-
     port = free_port()
     command = [PROGRAM, "serve", bundle, "--port", str(port), "--log-format", "json", "--set", "access_log=all"]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=err)
         try:
-            eventually(lambda: "ports that other machines could reach" in (tmp_path / "out").read_text())
+            wait_until(
+                lambda: "ports that other machines could reach" in (tmp_path / "out").read_text(), "no ports are told"
+            )
             url = f"http://127.0.0.1:{port}/v1/embeddings"
             headers = {"X-Request-Id": "from-a-test", **PNG}
             assert httpx.post(url, content=picture(0), headers=headers, timeout=60).status_code == 200
-            eventually(lambda: "from-a-test" in (tmp_path / "err").read_text())
+            wait_until(lambda: "from-a-test" in (tmp_path / "err").read_text(), "the request is not logged")
+            (proxy,) = {process.cmdline()[3] for process in processes("haproxy")}
+            files = [file for file in Path(proxy).parents[1].rglob("*") if file.is_file()]
+            assert any("replica_jepakit" in file.name for file in files)
+            assert not [file for file in files if b"- POST /" in file.read_bytes()], "Ray logs requests too"
         finally:
             process.terminate()
             assert process.wait(timeout=60) == 0
@@ -155,3 +132,18 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
     assert f":{port} " not in told.split("could reach:")[1], "the service's own port is on loopback"
     lines = [json.loads(line) for line in (tmp_path / "err").read_text().splitlines() if line.startswith("{")]
     assert any(line.get("request_id") == "from-a-test" and line["status"] == 200 for line in lines)
+
+
+def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:
+    source = jepakit.open_bundle(bundle)
+    expected = golden.unpack(source.read(GOLDEN))
+
+    def write(folder: Path) -> None:
+        for name in source.manifest.files:
+            (folder / name).write_bytes(source.read(name))
+        (folder / GOLDEN).write_bytes(golden.pack(expected._replace(vectors=expected.vectors[:, ::-1])))
+
+    write_bundle(tmp_path / "other", source.manifest, write)
+    refused = jepakit_cli("serve", tmp_path / "other", "--port", free_port())
+    assert refused.returncode == 1
+    assert "the service did not start: BundleError: tiny computes other vectors here" in refused.stderr

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jepakit._frontdoor import serve
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, ServeError
 from jepakit_service import app, keys
 from jepakit_service.app import announce_when_ready, check_port_is_free, own_url
 from jepakit_service.keys import KeyFile, new_key
@@ -117,7 +117,7 @@ def test_readiness_is_asked_for_past_any_proxy(
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         settings = ServeSettings(bundles=("a",), port=server.server_port)
-        assert announce_when_ready(settings, threading.Event())
+        assert announce_when_ready(settings, lambda: False)
         server.shutdown()
     assert f"ready: http://127.0.0.1:{settings.port}" in capsys.readouterr().out
 
@@ -241,3 +241,11 @@ def test_a_new_key_is_a_line_of_its_own(key_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match=r"none/keys cannot be written"):
         keys.append(made[0][1], tmp_path / "none" / "keys")
+
+
+def test_what_this_machine_cannot_have_is_refused_before_ray_starts(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ServeError, match="ask for --provider openvino"):
+        app.run(ServeSettings(bundles=(str(bundle),), arithmetic="bf16"))
+    assert capsys.readouterr().out == ""
