@@ -6,21 +6,22 @@ the driver through a Unix datagram socket, so that an operator sees one stream.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import logging.handlers
+import queue
 import socket
 import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
-from jepakit_service.settings import ServeSettings
+from jepakit_service.settings import AccessLog, ServeSettings
 
 LOGGER = "jepakit"
 _LOGGERS = (LOGGER, "uvicorn")
 _LONGEST_LINE = 1 << 16
+_MOST_WAITING, _LAST_LINES_S = 4096, 1.0
 
 
 def configure(settings: ServeSettings, send_to: str | None = None) -> None:
@@ -67,17 +68,37 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return fields if kind is None else {**fields, "exception": kind.__name__}
 
 
-class _ToDriver(logging.handlers.DatagramHandler):
-    """Lines, not pickles, to the driver's socket; a driver that has gone loses them."""
+class _ToDriver(logging.Handler):
+    """Lines to the driver's socket, sent by a thread of its own: whoever logs never waits for who reads.
+
+    A Unix datagram socket holds as few as ten lines. A burst waits here; what waits beyond `_MOST_WAITING` lines is
+    lost, and so is what a driver that has gone should have read.
+    """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, None)
+        super().__init__()
+        self._path = path
+        self._lines: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._send, name="logs", daemon=True)
+        self._thread.start()
 
-    def makePickle(self, record: logging.LogRecord) -> bytes:  # noqa: N802 (the base class's name)
-        return self.format(record).encode()[:_LONGEST_LINE]
+    def emit(self, record: logging.LogRecord) -> None:
+        # Of whatever kind the error is: logging's own way is a traceback on standard error, with the line's contents.
+        with contextlib.suppress(Exception):
+            self._lines.put_nowait(self.format(record).encode()[:_LONGEST_LINE])
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        pass
+    def close(self) -> None:
+        """Let the lines that wait be sent, for two seconds at most."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=_LAST_LINES_S)
+            self._thread.join(_LAST_LINES_S)
+        super().close()
+
+    def _send(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            while (line := self._lines.get()) is not None:
+                with contextlib.suppress(OSError):
+                    to.sendto(line, self._path)
 
 
 class Collector:
@@ -102,10 +123,7 @@ class Collector:
         self._socket.close()
 
 
-Level = Literal["all", "errors", "none"]
-
-
-def access(level: Level, *, status: int, fields: dict[str, object]) -> None:
+def access(level: AccessLog, *, status: int, fields: dict[str, object]) -> None:
     """One line for an answered request, where the setting wants it."""
     if level == "none" or (level == "errors" and status < 400):
         return

@@ -27,6 +27,7 @@ from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+AccessLog = Literal["all", "errors", "none"]
 _PREFIX = "JEPAKIT_SERVE_"
 # What Kubernetes tells of a service whose name begins like our variables, such as KubeRay's `jepakit-serve-svc`.
 _OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port(_\d+_.*)?$")
@@ -94,7 +95,7 @@ class ServeSettings(BaseSettings):
     watch_s: Seconds = 1.0
     """Seconds between two looks for new bundles."""
     log_format: Literal["text", "json"] = "text"
-    access_log: Literal["all", "errors", "none"] = "errors"
+    access_log: AccessLog = "errors"
     """Requests to log: their id, route, status, size and time, never a name or content of what was sent."""
 
     @classmethod

@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,43 @@ def test_replicas_lines_reach_the_drivers_standard_error(
     finally:
         collector.close()
         logs.silence()
+
+
+@pytest.fixture
+def stalled(tmp_path: Path) -> Iterator[socket.socket]:
+    """A driver that reads no line; a replica logs to it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as driver:
+        driver.bind(str(tmp_path / "logs.sock"))
+        logs.configure(settings(tmp_path), str(tmp_path / "logs.sock"))
+        try:
+            yield driver
+        finally:
+            driver.close()
+            logs.silence()
+
+
+def logs_at_once(count: int) -> bool:
+    """Whether so many lines are logged without waiting."""
+
+    def log() -> None:
+        for number in range(count):
+            logging.getLogger("jepakit.service").info("line %d", number)
+
+    thread = threading.Thread(target=log, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_a_driver_that_reads_no_lines_holds_up_no_replica_and_a_burst_is_kept_for_it(
+    stalled: socket.socket, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert logs_at_once(1000), "a replica waits for the driver"
+    stalled.settimeout(10)
+    lines = [stalled.recv(1 << 16).decode() for _ in range(1000)]
+    assert [line.split()[-1] for line in lines] == [str(number) for number in range(1000)]
+    assert logs_at_once(2 * logs._MOST_WAITING)
+    assert capfd.readouterr().err == ""
 
 
 class Traces(BaseHTTPRequestHandler):
