@@ -214,21 +214,27 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
 
 
 async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:
-    """The answer, given up as soon as the client leaves: what it still had to decode and embed is dropped."""
-    task = asyncio.current_task()
-    assert task is not None
-    leaving = asyncio.ensure_future(receive())
-    give_up = lambda _: task.cancel()  # noqa: E731 (taken off again below)
-    leaving.add_done_callback(give_up)
+    """The answer, given up as soon as the client leaves: what it still had to decode and embed is dropped.
+
+    Raises ApiError 499 where the client left first. An answer that is done is given, whoever left meanwhile.
+    """
+    # The answer has a task of its own: to cancel the request's could strike it later, while it sends.
+    answer, leaving = asyncio.ensure_future(answering), asyncio.ensure_future(receive())
+    leaving.add_done_callback(lambda _: answer.cancel())
     try:
-        return await answering
+        return await answer
     except asyncio.CancelledError:
-        if not leaving.done() or leaving.cancelled():
+        if not leaving.done() or _is_cancelled():
             raise
         raise ApiError(499, "disconnected", "the client left before its answer") from None
     finally:
-        leaving.remove_done_callback(give_up)
         leaving.cancel()
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody wants this request itself to end: the server, once it has waited for `drain_s`."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _send(send: Send, status: int, reply: Reply) -> None:

@@ -23,10 +23,11 @@ import pytest
 
 import jepakit
 from jepakit.errors import ConfigError
-from jepakit_service import wire
+from jepakit_service import api, wire
 from jepakit_service.api import build_app
 from jepakit_service.keys import new_key
 from jepakit_service.settings import ServeSettings
+from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
 
@@ -298,6 +299,48 @@ def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(bundle: 
     assert (b"connection", b"close") in sent[0]["headers"]
     assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
     assert gate.in_flight == 0
+
+
+@pytest.mark.parametrize("first", ["the answer", "the client", "the server"])
+def test_an_answer_and_its_client_may_go_at_the_same_moment(first: str) -> None:
+    """Within one turn of the loop; what comes second cancels nothing that is still to be sent."""
+    reply = api.Reply(b"", "", {})
+
+    async def request(answered: asyncio.Future[api.Reply], left: asyncio.Future[Any]) -> object:
+        async def answering() -> api.Reply:
+            return await answered
+
+        async def receive() -> Any:
+            return await left
+
+        try:
+            outcome: object = await api._while_wanted(answering(), receive)
+        except ApiError as error:
+            outcome = error.code
+        for _ in range(5):  # the sending
+            await asyncio.sleep(0)
+        return outcome
+
+    async def go() -> object:
+        loop = asyncio.get_running_loop()
+        answered, left = loop.create_future(), loop.create_future()
+        task = asyncio.create_task(request(answered, left))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        if first == "the server":
+            task.cancel()
+        if first == "the answer":
+            loop.call_soon(answered.set_result, reply)
+        left.set_result(None)  # its task ends a turn later, as the answer does
+        if first == "the client":
+            loop.call_soon(answered.set_result, reply)
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    outcome = asyncio.run(go())
+    if first == "the server":
+        assert isinstance(outcome, asyncio.CancelledError)
+    else:
+        assert outcome == (reply if first == "the answer" else "disconnected")
 
 
 def test_overload_is_answered_429(bundle: Path) -> None:
