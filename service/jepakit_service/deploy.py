@@ -17,7 +17,7 @@ from pathlib import Path
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
-from jepakit_service.models import bundles_inside, is_bundle
+from jepakit_service.models import bundles_inside, may_be_bundle
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
@@ -32,7 +32,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
     bundle = open_bundle(source)
     bundle.check(GRAPH)
     bundle.verify()
-    if not folder.is_dir() or is_bundle(folder):
+    if not folder.is_dir() or may_be_bundle(folder):
         raise DataError(f"{folder} is not a folder of bundles: name the one that `jepakit serve` watches")
     with Client(url, deadline_s=_LONGEST_SILENCE_S) as client:
         before = client.models()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from jepakit_service.wire import Encoded
 
 _FRESH_S = 5.0
 _HEARTBEAT_S = 10.0
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 
 
 class LoadedModel:
@@ -163,7 +166,7 @@ def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
 
 def bundle_folders(given: Path) -> list[Path]:
     """The bundles that one path of the settings names: itself, or those in it. DataError for a folder without any."""
-    if is_bundle(given) or not given.is_dir():
+    if may_be_bundle(given) or not given.is_dir():
         return [given]
     inside = bundles_inside(given)
     if not inside:
@@ -173,12 +176,19 @@ def bundle_folders(given: Path) -> list[Path]:
 
 def bundles_inside(folder: Path) -> list[Path]:
     """The bundles in a folder of bundles, by name. Hidden folders are bundles on their way in or out."""
-    return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and is_bundle(f))
+    return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and may_be_bundle(f))
 
 
-def is_bundle(folder: Path) -> bool:
+def may_be_bundle(folder: Path) -> bool:
     """Whether a folder has a manifest, or is closed to us: `open_bundle` then says so."""
     try:
-        return (folder / MANIFEST).is_file()
+        # Not `is_file`, which says False of a closed folder from Python 3.14 on.
+        return stat.S_ISREG((folder / MANIFEST).stat().st_mode)
     except PermissionError:
         return True
+    except ValueError:  # a path with a null byte
+        return False
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return False
+        raise

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jepakit_service.models import LoadedModel
 from jepakit_service.wire import ApiError
 
+Stamp = tuple[tuple[str, int, int], ...]
+"""A folder's files: names, sizes, times of their last change."""
+
 
 @dataclass
 class Versions:
-    """What a replica has under one name. `failed` tells, by digest, why a version was refused."""
+    """What a replica has and knows under one name. `failed` tells, by digest, why a version was refused."""
 
     current: LoadedModel | None = None
     next: LoadedModel | None = None
     previous: LoadedModel | None = None
     failed: dict[str, str] = field(default_factory=dict)
     update: Update | None = None
+    folder: Path | None = None
+    """Where a bundle of this name was seen last."""
+    absent: int = 0
+    """Looks in a row that found no such bundle."""
+    incomplete: Incomplete | None = None
 
     def loaded(self) -> list[LoadedModel]:
         """All versions that can answer."""
@@ -32,6 +41,14 @@ class Update:
     state: str
     """`incomplete` on disk, `loading`, `waiting` for the other replicas, or `failed`."""
     reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A version on disk whose files do not pass, as they are in `stamp`."""
+
+    update: Update
+    stamp: Stamp
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Replica:
         self.metrics = Metrics()
         self.registry = Registry()
         for bundle in find_bundles(settings):
-            self.registry.versions(bundle.manifest.name).current = LoadedModel(bundle, settings, self.metrics)
+            versions = self.registry.versions(bundle.manifest.name)
+            versions.current, versions.folder = LoadedModel(bundle, settings, self.metrics), bundle.path
         self.engine = Engine(settings)
         self._ask_all = ask_all or self._ask_alone
         self._reports = Shared(self._answering)

@@ -1,8 +1,8 @@
 """New versions of models, while the old ones serve: load beside, check, switch together, drain; or roll back.
 
-A replica looks at the bundles' folders every second. A new version is loaded beside the one in service; once every
-replica has it, each switches; once every replica has switched, each lets the old one go. Until then both can be asked
-for by NAME@MODEL_ID of any replica. A version that fails on one replica is given up by all, and the old one stays.
+A replica looks at the bundles' folders every `watch_s` seconds. A new version is loaded beside the one in service; once
+every replica has it, each switches; once every replica has switched, each lets the old one go. Until then both can be
+asked for by NAME@MODEL_ID of any replica. A version that fails on one replica is given up by all, and the old one stays.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from jepakit.bundle import Bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit_service import memory
 from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel, bundle_folders, check_expected, is_bundle
-from jepakit_service.registry import Registry, Update, Versions, VersionsState
+from jepakit_service.models import LoadedModel, bundle_folders, check_expected, may_be_bundle
+from jepakit_service.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import most_sessions
 
 _log = logging.getLogger("jepakit.service")
-_ABSENT_ROUNDS = 5
+_ABSENT_LOOKS = 5
 
 Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState] | None]]]
 """The states of all replicas, this one's among them; None for one that does not answer."""
-Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Updates:
@@ -36,14 +35,11 @@ class Updates:
 
     def __init__(self, settings: ServeSettings, registry: Registry, metrics: Metrics, peers: Peers) -> None:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
-        self._incomplete: dict[str, Stamp] = {}
-        self._absent: dict[str, int] = {}
-        self._folders: dict[str, Path] = {}
         self._told: set[str] = set()
         self._retired: list[LoadedModel] = []
 
     async def run(self) -> None:
-        """Look every second until cancelled."""
+        """Look every `watch_s` seconds until cancelled."""
         while True:
             await asyncio.sleep(self._settings.watch_s)
             try:
@@ -53,7 +49,7 @@ class Updates:
 
     async def step(self) -> None:
         """Look once: load what is new, switch and retire what all replicas agree on."""
-        for model in self._retired:  # a round ago nobody could find them any more
+        for model in self._retired:  # since the last look nobody could find them any more
             model.close()
         self._retired = []
         found = await asyncio.to_thread(lambda: [_look(Path(given)) for given in self._settings.bundles])
@@ -61,8 +57,7 @@ class Updates:
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
         if all(bundles for bundles, _ in found):  # else a mount is lost, and nobody knows what it held
-            closed = {folder for _, rejected in found for folder in rejected}
-            self._withdraw({*wanted, *(name for name, folder in self._folders.items() if folder in closed)})
+            self._withdraw(wanted, {folder for _, rejected in found for folder in rejected})
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
             states = await self._peers()
             answered = [state for state in states if state is not None]
@@ -80,12 +75,14 @@ class Updates:
         for message in told - self._told:
             _log.error("%s", message)
         self._told = told
-        self._folders |= {name: bundle.path for name, bundle in wanted.items()}
         return wanted
 
     async def _prepare(self, name: str, bundle: Bundle) -> None:
         """Load a version that is not there yet, unless it was refused before or its files do not pass yet."""
         versions = self._registry.versions(name)
+        versions.folder = bundle.path
+        if versions.incomplete is not None and versions.incomplete.update.digest != bundle.digest:
+            versions.incomplete = None
         if versions.next is not None and versions.next.digest != bundle.digest:
             self._give_up(versions)
         if versions.next is None and versions.previous is not None and versions.previous.digest == bundle.digest:
@@ -95,8 +92,11 @@ class Updates:
             if versions.current is not None and versions.current.digest == bundle.digest:
                 versions.update, versions.failed = None, {}
             return
-        if bundle.digest in versions.failed or not await self._is_whole(bundle, versions):
-            return
+        if bundle.digest not in versions.failed and await self._is_whole(bundle, versions):
+            await self._load(bundle, versions)
+
+    async def _load(self, bundle: Bundle, versions: Versions) -> None:
+        """Load the next version beside those in service, or refuse it."""
         versions.update = Update(bundle.digest, "loading")
         try:
             check_expected(bundle, self._settings)
@@ -106,7 +106,7 @@ class Updates:
         except JepakitError as error:
             self._refuse(versions, bundle.digest, str(error))
             return
-        except Exception as error:  # the runtime's own, or no memory: as wrong a second later
+        except Exception as error:  # the runtime's own, or no memory: as wrong a look later
             reason = f"{bundle.path} cannot be loaded ({type(error).__name__}: {error})"
             self._refuse(versions, bundle.digest, reason)
             return
@@ -115,19 +115,20 @@ class Updates:
     async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
         """Whether every file passes; asked again only when a file has changed."""
         stamp = await asyncio.to_thread(_stamp, bundle.path)
-        seen = self._incomplete.get(bundle.digest)
-        if seen == stamp:
-            return False
-        try:
-            await asyncio.to_thread(bundle.verify)
-        except (JepakitError, OSError) as error:
-            if seen is None:
-                _log.warning("a new version is incomplete, and waited for: %s", error)
-            self._incomplete[bundle.digest] = stamp
-            versions.update = Update(bundle.digest, "incomplete", str(error))
-            return False
-        self._incomplete.pop(bundle.digest, None)
-        return True
+        seen = versions.incomplete
+        if seen is None or seen.stamp != stamp:
+            try:
+                await asyncio.to_thread(bundle.verify)
+            except (JepakitError, OSError) as error:
+                if seen is None:
+                    _log.warning("a new version is incomplete, and waited for: %s", error)
+                versions.incomplete = Incomplete(Update(bundle.digest, "incomplete", str(error)), stamp)
+            else:
+                versions.incomplete = None
+        if versions.incomplete is None:
+            return True
+        versions.update = versions.incomplete.update
+        return False
 
     def _agree(self, states: Sequence[dict[str, VersionsState]]) -> None:
         for name in self._registry.names():
@@ -140,9 +141,11 @@ class Updates:
                     self._refuse(versions, digest, reasons[0])
                 elif all(state is not None and digest in state.loaded for state in of_all):
                     self._switch(name, versions)
-            elif versions.previous is not None and {state and state.current for state in of_all} == {
-                versions.current and versions.current.digest
-            }:
+            elif (
+                versions.previous is not None
+                and versions.current is not None
+                and all(state is not None and state.current == versions.current.digest for state in of_all)
+            ):
                 self._retired.append(versions.previous)
                 versions.previous = None
 
@@ -165,14 +168,16 @@ class Updates:
             self._retired.append(versions.next)
             versions.next = None
 
-    def _withdraw(self, there: Collection[str]) -> None:
-        """Take names out of service whose folder has been gone for some rounds: a swap of folders takes less."""
+    def _withdraw(self, there: Collection[str], closed: Collection[Path]) -> None:
+        """Take names out of service whose bundle has been gone for some looks: a swap of folders takes fewer.
+
+        One in a folder whose manifest does not pass is not gone.
+        """
         for name in self._registry.names():
-            absent = self._absent[name] = 0 if name in there else self._absent.get(name, 0) + 1
-            if absent >= _ABSENT_ROUNDS:
+            versions = self._registry.versions(name)
+            versions.absent = 0 if name in there or versions.folder in closed else versions.absent + 1
+            if versions.absent >= _ABSENT_LOOKS:
                 self._retired += self._registry.forget(name).loaded()
-                del self._absent[name]
-                self._folders.pop(name, None)
                 _log.info("%s is no longer served: its bundle is gone", name)
 
 
@@ -191,7 +196,7 @@ def _look(given: Path) -> _Found:
             try:
                 found.bundles.append(open_bundle(folder))
             except InputError as error:
-                if is_bundle(folder):  # else gone since
+                if may_be_bundle(folder):  # else gone since
                     found.rejected[folder] = str(error)
     return found
 

@@ -516,7 +516,7 @@ def test_a_bundle_that_may_not_be_read_keeps_no_other_back(
     other: Path, second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = Replica(settings(folder))
-    is_file, read_text = Path.is_file, Path.read_text
+    stat, read_text = Path.stat, Path.read_text
 
     def closed(of: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Path, *args: Any, **named: Any) -> Any:
@@ -528,7 +528,8 @@ def test_a_bundle_that_may_not_be_read_keeps_no_other_back(
 
     replace(folder, other)
     shutil.copytree(second, folder / "second")
-    monkeypatch.setattr(Path, "is_file", closed(is_file))
+    monkeypatch.setattr(Path, "stat", closed(stat))
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # as from Python 3.14 on
     monkeypatch.setattr(Path, "read_text", closed(read_text))
     asyncio.run(step(replica))
     assert [model.digest for model in replica.registry] == [digest(other)]
@@ -572,6 +573,66 @@ def test_a_manifest_that_is_refused_costs_no_model_in_service_and_is_told_once(
     (record,) = caplog.records
     assert "of_tomorrow" in record.message
     assert record.message.endswith("it is passed over")
+
+
+def test_a_manifest_that_is_refused_before_the_first_look_costs_no_model_in_service_either(
+    bundle: Path, second: Path, folder: Path
+) -> None:
+    shutil.copytree(second, folder / "second")
+    replica = Replica(settings(folder))
+    (folder / "tiny" / "manifest.json").write_text("{}")
+
+    async def go() -> None:
+        for _ in range(8):
+            await step(replica)
+
+    asyncio.run(go())
+    assert replica.registry.find("tiny").digest == digest(bundle)
+
+
+def test_an_incomplete_version_that_comes_back_is_told_of_again(bundle: Path, other: Path, folder: Path) -> None:
+    (replica,) = Deployment(folder, 1).replicas
+    aside = folder.parent / "aside"
+
+    def swap() -> None:
+        """By renaming: no file changes."""
+        (folder / "tiny").rename(folder.parent / "meanwhile")
+        aside.rename(folder / "tiny")
+        (folder.parent / "meanwhile").rename(aside)
+
+    async def told() -> tuple[str, str] | None:
+        await step(replica)
+        update = replica.registry.state()["tiny"].update
+        return None if update is None else (update.digest, update.state)
+
+    async def go() -> None:
+        shutil.copytree(other, aside)
+        (aside / "model.onnx").write_bytes(b"cut")
+        for _ in range(2):
+            swap()
+            assert await told() == (digest(other), "incomplete")
+            assert await told() == (digest(other), "incomplete")
+            swap()
+            assert await told() is None
+        assert replica.registry.find("tiny").digest == digest(bundle)
+
+    asyncio.run(go())
+
+
+def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path) -> None:
+    replica = Replica(settings(folder))
+
+    async def go() -> None:
+        shutil.copytree(second, folder / "second")
+        (folder / "second" / "model.onnx").write_bytes(b"cut")
+        await step(replica)
+        assert replica.registry.versions("second").incomplete is not None
+        shutil.rmtree(folder / "second")
+        for _ in range(updates._ABSENT_LOOKS):
+            await step(replica)
+
+    asyncio.run(go())
+    assert replica.registry.names() == ["tiny"]
 
 
 def test_a_copy_of_a_bundle_beside_it_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
