@@ -23,11 +23,11 @@ import jepakit
 from jepakit.errors import ImageError
 from jepakit_service import dialects, oip, openapi, operations, wire
 from jepakit_service.dialects import Computed
-from jepakit_service.gate import Gate, error_body
+from jepakit_service.gate import Gate, error_body, send_whole
 from jepakit_service.openapi import BINARY, Parameter, Post
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError, Ask
+from jepakit_service.wire import ApiError, Ask, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
@@ -98,7 +98,7 @@ class Api:
         except Exception as error:  # its text may hold what was sent
             _log.error("request %s failed: %s", scope["state"]["request_id"], type(error).__name__)
             status, reply = 500, _failure(_fault(error), scope)
-        await _send(send, status, reply)
+        await send_whole(send, status, *reply)
 
 
 class _Posts:
@@ -145,7 +145,7 @@ class _Posts:
         match = _INFER.match(call.path)
         assert match is not None
         asked = match[1] if match[2] is None else f"{match[1]}@{match[2]}"
-        length = call.header(oip.JSON_LENGTH) or None
+        length = call.header(oip.JSON_LENGTH.lower()) or None
         inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
         computed = await self._compute(inference.ask, call, all_or_nothing=True)
         written = oip.write(inference, computed)
@@ -237,13 +237,6 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def _send(send: Send, status: int, reply: Reply) -> None:
-    headers = {"content-type": reply.content_type, "content-length": str(len(reply.body)), **reply.headers}
-    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": reply.body})
-
-
 def _failure(error: ApiError, scope: Scope) -> Reply:
     """An error in the shape of the route's family."""
     scope["state"]["code"] = error.code  # for the gate's record
@@ -313,7 +306,7 @@ def _oip_router(replica: Replica) -> APIRouter:
     async def server_ready() -> oip.Ready:
         """Whether some replica answers rightly; 503 otherwise."""
         if replica.draining or all(report.faults for report in await replica.reports()):
-            raise ApiError(503, "not_ready", "no replica takes requests", headers={"Retry-After": "1"})
+            raise unavailable("not_ready", "no replica takes requests")
         return {"ready": True}
 
     @router.get("/models/{name}")
@@ -342,7 +335,7 @@ def _oip_router(replica: Replica) -> APIRouter:
 async def _ready(replica: Replica, asked: str) -> oip.ModelReady:
     model = replica.registry.find(asked)
     if fault := await model.heartbeat():
-        raise ApiError(503, "not_ready", fault, headers={"Retry-After": "1"})
+        raise unavailable("not_ready", fault)
     return {"name": model.manifest.name, "ready": True}
 
 
@@ -362,9 +355,7 @@ _PARTIAL = Parameter(
 )  # fmt: skip
 _NAME = Parameter("name", "path", "the model", _WORD)
 _VERSION = Parameter("version", "path", "its `model_id`", _WORD)
-_LENGTH = Parameter(
-    "Inference-Header-Content-Length", "header", "bytes of JSON, where tensors follow", {"type": "integer"}
-)
+_LENGTH = Parameter(oip.JSON_LENGTH, "header", "bytes of JSON, where tensors follow", {"type": "integer"})
 _ARRAY = {"type": "string", "format": "binary", "description": "numpy.save of [N, H, W, C], [H, W, C] or [H, W]"}
 _FORM = {
     "type": "object",
@@ -382,7 +373,7 @@ def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post
         takes={_JSON: oip.InferRequest, _OCTETS: BINARY},
         gives={_JSON: oip.InferAnswer, _OCTETS: BINARY},
         parameters=(*parameters, _LENGTH),
-        answer_headers={**_FACTS, "Inference-Header-Content-Length": "bytes of JSON, where the tensor follows"},
+        answer_headers={**_FACTS, oip.JSON_LENGTH: "bytes of JSON, where the tensor follows"},
     )
 
 

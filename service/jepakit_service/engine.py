@@ -11,7 +11,7 @@ from jepakit.errors import ImageError, ServeError
 from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError, Encoded
+from jepakit_service.wire import Encoded, unavailable
 
 
 class Answer(NamedTuple):
@@ -35,20 +35,16 @@ class Engine:
         503 when there is no answer in time or no room to run.
         """
         if self._is_full(model, len(images)):
-            raise ApiError(
-                429, "overloaded", "too many images are waiting: try again shortly", headers={"Retry-After": "1"}
-            )
+            raise unavailable("overloaded", "too many images are waiting: try again shortly", 429)
         self._inside += len(images)
         model.inside += len(images)
         try:
             results, pixels = await model.embed(images, self._settings.request_timeout_s)
         except TimeoutError:
-            raise ApiError(
-                503, "timeout", f"no answer within {self._settings.request_timeout_s:g} s: try again",
-                headers={"Retry-After": "1"},
-            ) from None  # fmt: skip
+            seconds = self._settings.request_timeout_s
+            raise unavailable("timeout", f"no answer within {seconds:g} s: try again") from None
         except ServeError as error:
-            raise ApiError(503, "out_of_memory", str(error), headers={"Retry-After": "1"}) from None
+            raise unavailable("out_of_memory", str(error)) from None
         finally:
             self._inside -= len(images)
             model.inside -= len(images)

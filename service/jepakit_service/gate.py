@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jepakit_service import logs, oip, openapi, tracing
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
-from jepakit_service.wire import ApiError
+from jepakit_service.wire import ApiError, unavailable
 
 _log = logging.getLogger("jepakit.service")
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
@@ -161,10 +161,7 @@ class Gate:
         if size > most:
             raise self._too_large()
         if self._held and self._held + size > self._settings.max_bodies_mb << 20:
-            raise ApiError(
-                429, "overloaded", "too many bodies are being read or answered: try again shortly",
-                headers={"Retry-After": "1"},
-            )  # fmt: skip
+            raise unavailable("overloaded", "too many bodies are being read or answered: try again shortly", 429)
         self._held += size
         return size
 
@@ -196,7 +193,7 @@ class Gate:
 
 
 def _stopping() -> ApiError:
-    return ApiError(503, "draining", "the service is stopping: try again shortly", headers={"Retry-After": "1"})
+    return unavailable("draining", "the service is stopping: try again shortly")
 
 
 async def _discard(receive: Receive) -> bool:
@@ -218,15 +215,15 @@ def error_body(error: ApiError, scope: Scope) -> bytes:
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False) -> None:
     """Answer with an error in the shape of the route's family."""
-    body = error_body(error, scope)
-    headers = {
-        "content-type": "application/json", "content-length": str(len(body)),
-        **error.headers,
-    }  # fmt: skip
-    if close:
-        headers["connection"] = "close"
+    headers = {**error.headers, "connection": "close"} if close else error.headers
+    await send_whole(send, error.status, error_body(error, scope), "application/json", headers)
+
+
+async def send_whole(send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str]) -> None:
+    """Answer with one body. The names of `headers` are put in lower case, as ASGI wants them."""
+    headers = {"content-type": content_type, "content-length": str(len(body)), **headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -24,7 +24,7 @@ from jepakit_service.wire import ApiError, Ask, Encoded
 
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
-JSON_LENGTH = "inference-header-content-length"
+JSON_LENGTH = "Inference-Header-Content-Length"
 _DTYPES = {"UINT8": "|u1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4", "INT32": "<i4", "FP32": "<f4"}
 _DATATYPE_OF = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "uint32": "UINT32", "int32": "INT32", "float32": "FP32"}  # fmt: skip
 Datatype = Literal["BYTES", "UINT8", "UINT16", "INT16", "UINT32", "INT32", "FP32"]
@@ -187,7 +187,7 @@ def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> I
     if (size or 0) != len(tensors):
         raise _wrong(
             f"the JSON announces {size or 0} bytes of tensors, and {len(tensors)} follow it: set the header "
-            "Inference-Header-Content-Length to the JSON's length",
+            f"{JSON_LENGTH} to the JSON's length",
             "inputs[0].parameters.binary_data_size",
         )
     images = _images(given, tensors if size is not None else None, max_images)
@@ -243,9 +243,9 @@ def _split(body: bytes, json_length: str | None) -> tuple[bytes, memoryview]:
         return body, memoryview(b"")
     if not json_length.isascii() or not json_length.isdigit() or not 0 < int(json_length[:12]) <= len(body):
         raise _wrong(
-            f"Inference-Header-Content-Length is {json_length[:20]!r}, and the body has {len(body)} bytes: give the "
+            f"{JSON_LENGTH} is {json_length[:20]!r}, and the body has {len(body)} bytes: give the "
             "length of the JSON at its start",
-            "Inference-Header-Content-Length",
+            JSON_LENGTH,
         )
     length = int(json_length[:12])
     return body[:length], memoryview(body)[length:]

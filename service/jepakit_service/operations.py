@@ -15,7 +15,7 @@ from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report, describe
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError
+from jepakit_service.wire import unavailable
 
 
 def router(replica: Replica) -> APIRouter:
@@ -31,7 +31,7 @@ def router(replica: Replica) -> APIRouter:
     async def readyz() -> dict[str, Any]:
         """Whether models answer rightly: `ready`, `degraded` when some replica does not, 503 when none does."""
         if replica.draining:
-            raise ApiError(503, "draining", "the service is stopping", headers={"Retry-After": "1"})
+            raise unavailable("draining", "the service is stopping")
         return _readiness(await replica.reports(), replica.settings.replicas)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
@@ -63,7 +63,7 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
     ready = len(reports) - len(faults)
     if ready == 0:
         reason = "; ".join(fault for some in faults.values() for fault in some) or "no replica answered"
-        raise ApiError(503, "not_ready", reason, headers={"Retry-After": "1"})
+        raise unavailable("not_ready", reason)
     return {
         "status": "ready" if ready >= wanted and not faults else "degraded",
         "replicas": wanted,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jepakit_service.models import LoadedModel
-from jepakit_service.wire import ApiError
+from jepakit_service.wire import ApiError, unavailable
 
 Stamp = tuple[tuple[str, int, int], ...]
 """A folder's files: names, sizes, times of their last change."""
@@ -95,7 +95,7 @@ class Registry:
             if len(serving) == 1:
                 return serving[0]
             if not serving:
-                raise ApiError(503, "not_ready", NO_MODEL, headers={"Retry-After": "1"})
+                raise unavailable("not_ready", NO_MODEL)
             raise ApiError(
                 400, "model_missing", f"several models are loaded, name one of them: {self._known()}", param="model"
             )

@@ -60,6 +60,11 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
 
+def unavailable(code: str, message: str, status: int = 503) -> ApiError:
+    """What passes by itself: the same request may succeed in a second."""
+    return ApiError(status, code, message, headers={"Retry-After": "1"})
+
+
 class Dimensions(NamedTuple):
     """The length of vector asked for, and the field that asked."""
 

@@ -426,9 +426,12 @@ def test_the_page_names_every_error_and_every_route(http: httpx.Client) -> None:
     table = set(re.findall(r"`([a-z0-9_]+)`", PAGE.split("| status | code | when |")[1]))
     folder = Path(wire.__file__).parent
     raised = {
-        code for file in folder.glob("*.py") for code in re.findall(r'ApiError\(\s*\d+,\s*"(\w+)"', file.read_text())
+        code
+        for file in folder.glob("*.py")
+        for code in re.findall(r'(?:ApiError\(\s*\d+,|unavailable\()\s*"(\w+)"', file.read_text())
     }
     assert len(raised) > 15
+    assert raised >= {"draining", "overloaded", "timeout", "not_ready"}
     assert not raised - table
     for path in http.get("/openapi.json").json()["paths"]:
         plain = path if path.endswith("/infer") else path.replace("/versions/{version}", "")  # told in words
