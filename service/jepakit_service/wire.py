@@ -179,45 +179,71 @@ def _read_broken_lines(text: str, where: str) -> bytes:
 
 
 def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
-    """Parts with a file name are images; the field `model` names the model. Parsed in memory: no disk is touched."""
-    parts: list[tuple[dict[bytes, bytes], bytearray]] = []
-    header: list[bytearray] = [bytearray(), bytearray()]
-    ended: list[bool] = []
-
-    def begin() -> None:
-        if len(parts) == max_images + _FIELDS_BESIDE_FILES:
-            raise ApiError(
-                413, "too_many_images", f"more than {max_images} images in one request: send several requests"
-            )
-        parts.append(({}, bytearray()))
-
-    def end_header() -> None:
-        parts[-1][0][bytes(header[0]).lower()] = bytes(header[1])
-        header[:] = [bytearray(), bytearray()]
-
+    """Parts with a file name are images; the field `model` names the model."""
+    form = _Form(max_images)
     try:
-        parser = MultipartParser(boundary, {
-            "on_part_begin": begin,
-            "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
-            "on_header_field": lambda data, start, end: header[0].extend(data[start:end]),
-            "on_header_value": lambda data, start, end: header[1].extend(data[start:end]),
-            "on_header_end": end_header,
-            "on_end": lambda: ended.append(True),
-        })  # fmt: skip
-        parser.write(body)
+        form.read(body, boundary)
     except FormParserError:
         raise ApiError(400, "invalid_multipart", "the multipart body is damaged or its boundary is missing") from None
-    if not ended:
+    if not form.is_whole:
         raise ApiError(400, "invalid_multipart", "the multipart body ends before its last boundary: send all of it")
     images: list[Encoded] = []
     model = None
-    for headers, data in parts:
+    for headers, data in form.parts:
         _, options = parse_options_header(headers.get(b"content-disposition", b""))
         if b"filename" in options:
             images.append(bytes(data))
         elif options.get(b"name") == b"model":
             model = data.decode("utf-8", "replace")
     return Ask(images, model)
+
+
+class _Form:
+    """The parts of a multipart body, each its headers (names in lower case) and its data. No disk is touched.
+
+    The methods named `on_…` are the parser's callbacks.
+    """
+
+    def __init__(self, max_images: int) -> None:
+        self.parts: list[tuple[dict[bytes, bytes], bytearray]] = []
+        self.is_whole = False
+        self._max_images = max_images
+        self._name, self._value = bytearray(), bytearray()
+
+    def read(self, body: bytes, boundary: bytes) -> None:
+        """Raises FormParserError for a damaged body, ApiError 413 for one of too many parts."""
+        parser = MultipartParser(boundary, {
+            "on_part_begin": self.on_part_begin,
+            "on_part_data": self.on_part_data,
+            "on_header_field": self.on_header_field,
+            "on_header_value": self.on_header_value,
+            "on_header_end": self.on_header_end,
+            "on_end": self.on_end,
+        })  # fmt: skip
+        parser.write(body)
+
+    def on_part_begin(self) -> None:
+        if len(self.parts) == self._max_images + _FIELDS_BESIDE_FILES:
+            raise ApiError(
+                413, "too_many_images", f"more than {self._max_images} images in one request: send several requests"
+            )
+        self.parts.append(({}, bytearray()))
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self.parts[-1][1].extend(data[start:end])
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name.extend(data[start:end])
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value.extend(data[start:end])
+
+    def on_header_end(self) -> None:
+        self.parts[-1][0][bytes(self._name).lower()] = bytes(self._value)
+        self._name, self._value = bytearray(), bytearray()
+
+    def on_end(self) -> None:
+        self.is_whole = True
 
 
 class _NpyHeader(NamedTuple):
