@@ -33,6 +33,13 @@ def open_listeners() -> list[Listener]:
     return sorted(found, key=lambda listener: (listener.port, listener.process))
 
 
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nothing listens on now; another program may take it before it is used."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def print_listeners(settings: ServeSettings) -> None:
     """Say at start what other machines could reach."""
     listeners = open_listeners()

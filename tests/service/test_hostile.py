@@ -32,6 +32,7 @@ from PIL import Image, PngImagePlugin
 from jepakit_service import logs, oip, single, wire
 from jepakit_service.api import build_app
 from jepakit_service.dialects import read_openai
+from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError, Ask
 
@@ -42,6 +43,7 @@ _SERVE = """
 import sys
 import uvicorn
 from jepakit_service.api import build_app
+from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
 
 gate = build_app(ServeSettings(bundles=(sys.argv[1],), port=1, max_images=64, max_body_mb=16, body_timeout_s=2, max_pixels=4_000_000, threads=1))
@@ -77,9 +79,7 @@ class Victim:
 
 @pytest.fixture(scope="module")
 def victim(bundle: Path) -> Iterator[Victim]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-c", _SERVE, str(bundle), str(port)])
     url = f"http://127.0.0.1:{port}"
     try:
@@ -409,8 +409,7 @@ def test_a_websocket_is_refused(service: str) -> None:
 @contextlib.contextmanager
 def alone(bundle: Path) -> Iterator[str]:
     """The URL of a service as `--no-ray` runs it, with its log as JSON."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ServeSettings(bundles=(str(bundle),), port=port, log_format="json")
     logs.configure(options)
     server = uvicorn.Server(single.config(build_app(options), options))
