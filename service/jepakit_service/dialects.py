@@ -108,7 +108,7 @@ class VoyageRequest(_Request):
     model: str | None = Field(None, description=MODEL)
     inputs: list[ImageInput]
     encoding_format: Literal["base64"] | None = None
-    output_dtype: Literal["float"] | None = Field(None, description="float32 is all that is had")
+    output_dtype: Literal["float"] | None = Field(None, description="only float32 is supported")
     output_dimension: int | None = Field(None, description=DIMENSIONS)
 
 
@@ -122,7 +122,7 @@ class CohereRequest(_Request):
     inputs: list[ImageInput] | None = None
     texts: list[Any] | None = None
     embedding_types: list[Encoding] | None = Field(
-        None, description="`float`, `base64` or both; other types are not had"
+        None, description="`float`, `base64` or both; other types are not supported"
     )
     output_dimension: int | None = Field(None, description=DIMENSIONS)
 
