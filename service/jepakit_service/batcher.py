@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,58 @@ class _Request:
 
 
 _Ready = tuple[_Request, int, Pixels]
-_Run = Callable[[Pixels], NDArray[np.float32]]
+_Model = Callable[[Pixels], NDArray[np.float32]]
+
+
+class State(NamedTuple):
+    """What there is to do, and what is being done."""
+
+    requests: int
+    """Those with images still to be decoded."""
+    decoding: int
+    """Images."""
+    ready: int
+    """Images decoded and not run yet."""
+    running: int
+    """Lanes."""
+    at_work: int
+    """Images in the lanes."""
+    closed: bool
+
+
+class Limits(NamedTuple):
+    """See `Batcher`."""
+
+    max_batch: int
+    lanes: int
+    few: int
+
+
+class Run(NamedTuple):
+    """Run a batch of at most `size` images, which takes so many lanes; `whole`: by all cores."""
+
+    size: int
+    lanes: int
+    whole: bool
+
+
+def decide(now: State, limits: Limits) -> Run | Literal["decode", "wait", "stop"]:
+    """What is most useful next, for a thread that has nothing to do.
+
+    A batch is run where a lane is free, and the batch is full or cannot grow by waiting for this thread.
+    """
+    max_batch, lanes, few = limits
+    if now.ready and now.running < lanes and (now.ready >= max_batch or not now.requests):
+        if now.ready <= few and not (now.running or now.decoding or now.requests):
+            return Run(few, lanes, whole=True)  # a few that are all there is
+        # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
+        share = math.ceil((now.ready + now.at_work) / lanes)
+        return Run(max_batch if now.requests else min(share, max_batch), 1, whole=False)
+    if now.requests and now.ready + now.decoding < 2 * lanes * max_batch:
+        return "decode"
+    if now.closed and not (now.requests or now.decoding or now.ready):
+        return "stop"
+    return "wait"
 
 
 class Batcher:
@@ -89,12 +140,12 @@ class Batcher:
     """
 
     def __init__(
-        self, decode: Callable[[Encoded], Decoded], run: _Run, *,
-        max_batch: int, lanes: int, whole: _Run, few: int, threads: int, observer: Observer,
+        self, decode: Callable[[Encoded], Decoded], run: _Model, *,
+        max_batch: int, lanes: int, whole: _Model, few: int, threads: int, observer: Observer,
     ) -> None:  # fmt: skip
         self._decode, self._observer = decode, observer
-        self._run, self._max_batch, self._lanes = run, max_batch, lanes
-        self._whole, self._few = whole, few
+        self._run, self._whole = run, whole
+        self._limits = Limits(max_batch, lanes, few)
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
         self._running = 0  # lanes
@@ -142,52 +193,37 @@ class Batcher:
         """The most useful thing to do, waited for; None once closed and empty."""
         with self._lock:
             while True:
-                if self._may_run():
-                    run, lanes, size = self._way()
-                    if batch := self._take_batch(size):
-                        self._running += lanes
-                        self._at_work += len(batch)
-                        if self._ready:
-                            self._lock.notify()
-                        return lambda: self._run_batch(batch, run, lanes)
-                elif image := self._take_image():
-                    self._decoding += 1
-                    return lambda: self._decode_one(*image)
-                elif self._closed and not self._requests and not self._decoding and not self._ready:
+                todo = decide(self._state(), self._limits)
+                if todo == "stop":
                     self._lock.notify_all()  # those that wait for what this thread found to be nothing
                     return None
-                else:
+                if todo == "wait":
                     self._lock.wait()
+                elif todo == "decode":
+                    if image := self._take_image():
+                        return lambda: self._decode_one(*image)
+                elif batch := self._take_batch(todo):
+                    return lambda: self._run_batch(batch, todo)
 
-    def _may_run(self) -> bool:
-        """A lane is free, and the batch is full or cannot grow by waiting for this thread."""
-        return (
-            bool(self._ready)
-            and self._running < self._lanes
-            and (len(self._ready) >= self._max_batch or not self._requests)
-        )
+    def _state(self) -> State:
+        return State(len(self._requests), self._decoding, len(self._ready), self._running, self._at_work, self._closed)
 
-    def _way(self) -> tuple[_Run, int, int]:
-        """By what to run, how many lanes that takes, and at most how many images: all cores for a few that are all there is."""
-        nothing_else = not (self._running or self._decoding or self._requests)
-        if nothing_else and len(self._ready) <= self._few:
-            return self._whole, self._lanes, self._few
-        # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
-        share = math.ceil((len(self._ready) + self._at_work) / self._lanes)
-        return self._run, 1, self._max_batch if self._requests else min(share, self._max_batch)
-
-    def _take_batch(self, size: int) -> list[_Ready]:
+    def _take_batch(self, way: Run) -> list[_Ready]:
+        """Images to run together; none where all of their requests are gone."""
         batch: list[_Ready] = []
-        while self._ready and len(batch) < size:
+        while self._ready and len(batch) < way.size:
             image = self._ready.popleft()
             if not image[0].gone:
                 batch.append(image)
+        if batch:
+            self._running += way.lanes
+            self._at_work += len(batch)
+            if self._ready:
+                self._lock.notify()
         return batch
 
     def _take_image(self) -> tuple[_Request, int, Encoded] | None:
-        """One image of the request whose turn it is; None when there is none, or enough is decoded already."""
-        if len(self._ready) + self._decoding >= 2 * self._lanes * self._max_batch:
-            return None
+        """One image of the request whose turn it is; None where all requests are gone."""
         while self._requests:
             request = self._requests.popleft()
             if request.gone:
@@ -195,6 +231,7 @@ class Batcher:
             place, image = request.todo.popleft()
             if request.todo:
                 self._requests.append(request)
+            self._decoding += 1
             return request, place, image
         return None
 
@@ -218,7 +255,8 @@ class Batcher:
                 request.settle(outcome)
             self._lock.notify()
 
-    def _run_batch(self, batch: list[_Ready], run: _Run, lanes: int) -> None:
+    def _run_batch(self, batch: list[_Ready], way: Run) -> None:
+        run = self._whole if way.whole else self._run
         start = time.perf_counter()
         error: BaseException | None = None
         vectors: Any = None
@@ -229,7 +267,7 @@ class Batcher:
         seconds = time.perf_counter() - start
         self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
         with self._lock:
-            self._running -= lanes
+            self._running -= way.lanes
             self._at_work -= len(batch)
             for row, (request, place, _) in enumerate(batch):
                 if error is None:

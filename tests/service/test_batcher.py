@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jepakit.errors import ImageError
-from jepakit_service.batcher import Batcher, Decoded
+from jepakit_service.batcher import Batcher, Decoded, Limits, Run, State, decide
 
 SHAPE = (2, 2, 1)
 
@@ -242,6 +242,70 @@ def test_closing_answers_what_was_taken_in_and_ends_the_threads(lanes: int, thre
     while any(thread.is_alive() for thread in own):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Held(Recorder):
+    """A model whose images are decoded when a test lets them be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: set[bytes] = set()
+        self.released = {image: threading.Event() for image in (b"\1", b"\2")}
+
+    def decode(self, image: Any) -> Decoded:
+        self.started.add(image)
+        assert self.released[image].wait(10)
+        return super().decode(image)
+
+
+def test_an_image_that_is_ready_does_not_wait_for_those_whose_client_left() -> None:
+    model = Held()
+    packed = batcher(model)
+
+    async def ask() -> None:
+        slow, image = (asyncio.create_task(embed(packed, [image])) for image in model.released)
+        while len(model.started) < 2:
+            await asyncio.sleep(0.01)
+        left = asyncio.create_task(embed(packed, [b"\3"]))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0)
+        model.released[b"\2"].set()
+        done, _ = await asyncio.wait({image}, timeout=5)
+        model.released[b"\1"].set()
+        assert done, "it waits for another's decoding"
+        await slow
+
+    asyncio.run(ask())
+    assert model.batches == [[2], [1]]
+
+
+IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, closed=False)
+
+
+@pytest.mark.parametrize(
+    ("now", "due"),
+    [
+        ({}, "wait"),
+        ({"closed": True}, "stop"),
+        ({"closed": True, "decoding": 1}, "wait"),
+        ({"closed": True, "ready": 1}, Run(1, 2, whole=True)),
+        ({"requests": 1}, "decode"),
+        ({"ready": 1}, Run(1, 2, whole=True)),
+        ({"ready": 1, "decoding": 1}, Run(1, 1, whole=False)),
+        ({"ready": 1, "running": 2, "at_work": 1}, "wait"),
+        ({"ready": 1, "running": 1, "at_work": 5}, Run(3, 1, whole=False)),
+        ({"ready": 3}, Run(2, 1, whole=False)),
+        ({"ready": 9}, Run(4, 1, whole=False)),
+        ({"ready": 3, "requests": 1}, "decode"),
+        ({"ready": 4, "requests": 1}, Run(4, 1, whole=False)),
+        ({"ready": 4, "requests": 1, "running": 2, "at_work": 8}, "decode"),
+        ({"ready": 12, "requests": 1, "running": 2, "at_work": 8, "decoding": 4}, "wait"),
+    ],
+    ids=str,
+)
+def test_what_is_most_useful_next(now: dict[str, Any], due: object) -> None:
+    assert decide(IDLE._replace(**now), Limits(max_batch=4, lanes=2, few=1)) == due
 
 
 def test_too_late_is_told_and_drops_what_waits() -> None:
