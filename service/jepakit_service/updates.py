@@ -106,7 +106,7 @@ class Updates:
         except JepakitError as error:
             self._refuse(versions, bundle.digest, str(error))
             return
-        except Exception as error:  # the runtime's own, or no memory: as wrong a look later
+        except Exception as error:  # the runtime's own, or no memory: as wrong at the next look
             reason = f"{bundle.path} cannot be loaded ({type(error).__name__}: {error})"
             self._refuse(versions, bundle.digest, reason)
             return
