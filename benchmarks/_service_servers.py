@@ -24,6 +24,7 @@ import psutil
 from numpy.typing import NDArray
 
 from jepakit._cpus import usable_cpus
+from jepakit_service.listeners import free_port
 
 RAW, JSON, MANY = "one image, raw bytes", "one image, JSON", "32 images"
 IMAGES = {RAW: 1, JSON: 1, MANY: 32}
@@ -261,14 +262,6 @@ def empty_server(answer_bytes: int) -> Iterator[int]:
         yield port
     finally:
         _stop(process)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody has just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

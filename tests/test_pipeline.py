@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import jepakit
+from jepakit_service.listeners import free_port
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "examples" / "weights" / "mobilenetv2_100.safetensors"
@@ -29,13 +30,6 @@ def jepakit_cli(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
     return subprocess.run(
         [PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=280, cwd=cwd
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

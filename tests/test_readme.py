@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand there; only step counts are lowered."""
+"""The snippets of the README, and the one of docs/export.md, run as they stand there; only step counts are lowered."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.test_pipeline import ROOT, images, serving
 __all__ = ["images"]
 
 README = (ROOT / "README.md").read_text()
+EXPORT = (ROOT / "docs/export.md").read_text()
 
 
 def blocks(language: str, *, under: str) -> list[str]:
@@ -41,7 +42,7 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_four_things_you_do(images: Path, tmp_path: Path) -> None:
+def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     (tmp_path / "scans").symlink_to(images)
     (tmp_path / "labelled").mkdir()
     for side in ("train", "test"):
@@ -50,28 +51,29 @@ def test_the_four_things_you_do(images: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jpg").symlink_to(next(images.rglob("*.jpg")))
     programs = str(Path(sys.executable).parent)
 
-    (look,) = blocks("sh", under="0. Look")
+    (look,) = blocks("sh", under="1. Inspect")
     assert "8-bit RGB" in run([f"{programs}/{shlex.split(look)[0]}", *shlex.split(look)[1:]], tmp_path)
     assert (tmp_path / "contact-sheet.png").exists()
 
-    adapt, plain = blocks("python", under="1. Adapt")
+    (adapt,) = blocks("python", under="2. Adapt")
+    (plain,) = re.findall(r"```python\n(.*?)```", EXPORT, re.DOTALL)
     fewer = adapt.replace("steps=300", "steps=2, image_size=64, batch_size=16")
     assert fewer != adapt
     assert "points" in run([sys.executable, "-c", fewer], tmp_path)
     own = 'import jepakit; print(abs(jepakit.load("bundles/scans").embed(["one.jpg"]).vectors - vectors).max() < 1e-5)'
     assert re.search(r"^\(1, \d+\)\nTrue$", run([sys.executable, "-c", plain + own], tmp_path), re.MULTILINE)
-    (shell,) = blocks("sh", under="1. Adapt")
+    (shell,) = blocks("sh", under="2. Adapt")
     for line in shell.replace("--steps 300", "--steps 2 --image-size 64 --batch-size 16").splitlines():
         run([f"{programs}/{shlex.split(line)[0]}", *shlex.split(line)[1:]], tmp_path)
 
-    (serve,) = blocks("sh", under="2. Serve")
+    (serve,) = blocks("sh", under="3. Serve")
     assert serve == "jepakit serve bundles\n"
     with serving(tmp_path / "bundles", "--no-ray") as url:
-        (embed,) = blocks("python", under="3. Embed")
-        (probe,) = blocks("python", under="4. Probe")
+        (embed,) = blocks("python", under="4. Embed")
+        (probe,) = blocks("python", under="5. Probe")
         out = run([sys.executable, "-c", embed.replace("http://127.0.0.1:8000", url) + probe], tmp_path)
         assert "accuracy" in out
-        (curl,) = blocks("sh", under="3. Embed")
+        (curl,) = blocks("sh", under="4. Embed")
         if shutil.which("curl"):  # a bare Debian has none; .ci/run installs it
             assert '"embedding":[' in run(shlex.split(curl.replace("http://127.0.0.1:8000", url)), tmp_path)
     assert (tmp_path / "train.npz").exists()

@@ -29,9 +29,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import jepakit
+from jepakit_service.listeners import free_port
 from jepakit_service.metrics import Metrics, merged
 from tests.service.conftest import picture
-from tests.test_pipeline import free_port, serving
+from tests.test_pipeline import serving
 
 pytestmark = pytest.mark.slow
 DOCKER = Path(__file__).parents[1] / "docker"

@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from jepakit._messages import parse
 from jepakit.errors import ServeError
 from jepakit_service import logs
 from jepakit_service.app import announce_when_ready
-from jepakit_service.listeners import print_listeners
+from jepakit_service.listeners import free_port, print_listeners
 from jepakit_service.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -171,15 +170,9 @@ def _haproxy(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "haproxy-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
     }
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _application(settings: ServeSettings, log_socket: str | None) -> Any:

@@ -17,7 +17,8 @@ from PIL import Image
 import jepakit
 from jepakit import golden
 from jepakit.bundle import GOLDEN, write_bundle
-from tests.test_pipeline import PROGRAM, free_port, jepakit_cli, serving
+from jepakit_service.listeners import free_port
+from tests.test_pipeline import PROGRAM, jepakit_cli, serving
 
 from .conftest import picture
 from .load import Load, processes, wait_until
