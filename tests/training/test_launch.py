@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from jepakit import errors
 from jepakit.bundle import WEIGHTS
 from jepakit.errors import ConfigError, ImageError, JepakitError
 from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
-from jepakit_training import checkpoint
+from jepakit_training import checkpoint, launch
 from jepakit_training.endings import read_endings, told
 
 JEPAKIT = Path(sys.executable).with_name("jepakit")
@@ -217,6 +218,52 @@ def test_the_first_ending_is_told_first_and_an_unforeseen_one_with_where_it_was(
     assert (first.kind, first.message, first.error(), first.asked_for) == ("ValueError", "first", None, False)
     assert "test_launch.py" in first.traceback
     assert (second.message, second.asked_for, second.traceback) == ("stopped after step 4", True, "")
+
+
+@pytest.fixture
+def sleeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[launch._Group]:
+    """A group of two processes that do nothing for long."""
+
+    def heed_ctrl_c() -> None:  # a shell starts what runs in the background with it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def start(*_: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+
+    monkeypatch.setattr(launch._Group, "_start", start)
+    group = launch._Group(2, 0, tmp_path, "run")
+    yield group
+    group.kill()
+
+
+def test_a_signal_waits_for_no_lock(sleeping: launch._Group) -> None:
+    """It can come in the midst of `poll`, which holds one: a handler that waited for it would wait for ever."""
+
+    def ask_twice() -> None:
+        for _ in range(2):
+            sleeping.stop(signal.SIGINT)
+
+    handler = threading.Thread(target=ask_twice, daemon=True)
+    with sleeping.processes[0]._waitpid_lock:  # type: ignore[attr-defined]
+        handler.start()
+        handler.join(5)
+        assert not handler.is_alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on(sleeping: launch._Group, number: int) -> None:
+    sleeping.stop(number)
+    sleeping.wait()
+    assert list(sleeping.ended.values()) == [-number] * 2
+
+
+def test_a_second_ctrl_c_waits_for_nobody(sleeping: launch._Group) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        sleeping.stop(number)
+    sleeping.wait()
+    assert not sleeping.ended
+    with pytest.raises(KeyboardInterrupt):
+        launch._raise_ending(sleeping)
 
 
 # What follows starts processes anew for every case.

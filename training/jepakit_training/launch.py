@@ -119,7 +119,7 @@ def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path)
     with tempfile.TemporaryDirectory(prefix="jepakit-") as folder:
         group = _Group(processes, store.port, Path(folder), str(out))
         try:
-            # They go on to the training processes, which stop after the step they are in, with a checkpoint.
+            # `wait` passes them on to the training processes, which stop after the step they are in, with a checkpoint.
             with answering(group.stop):
                 group.hand_out(pickle.dumps((config, images, out, Path(folder))))
                 group.wait()
@@ -138,8 +138,8 @@ class _Group:
 
     def __init__(self, count: int, port: int, folder: Path, name: str) -> None:
         self.folder = folder
-        self.told: int | None = None
-        """The signal by which this process was told to stop."""
+        self.told: list[int] = []
+        """The signals by which this process was told to stop, in their order."""
         self.ended: dict[int, int] = {}
         """{rank: exit code} in the order of their ends, up to when the rest was killed."""
         self.processes = [self._start(rank, count, port, name) for rank in range(count)]
@@ -183,12 +183,16 @@ class _Group:
         return len(self.ended) == len(self.processes) and not any(self.ended.values())
 
     def wait(self) -> None:
-        """Return when all have ended, or when one has failed and the others have had their time.
+        """Pass signals on; return when all have ended, at a second Ctrl-C, or when one has failed and the others have had
+        their time.
 
         What it has told counts before its end: with NCCL a process may wait for its peers even to end.
         """
-        deadline = float("inf")
+        deadline, passed_on = float("inf"), 0
         while len(self.ended) < len(self.processes) and time.monotonic() < deadline:
+            if signal.SIGINT in self.told[1:]:
+                return
+            passed_on = self._pass_on(passed_on)
             for rank, process in enumerate(self.processes):
                 if rank not in self.ended and process.poll() is not None:
                     self.ended[rank] = process.returncode
@@ -204,12 +208,16 @@ class _Group:
             time.sleep(0.05)
 
     def stop(self, number: int) -> None:
-        """Pass a signal on; a second Ctrl-C ends all at once."""
-        if self.told is not None and number == signal.SIGINT:
-            self.kill()
-        self.told = number
-        for process in self.processes:
-            process.send_signal(number)  # does nothing to one that has ended
+        """Note a signal, for `wait`: a handler may come in the middle of anything, `Popen.poll` with its lock among it."""
+        self.told.append(number)
+
+    def _pass_on(self, done: int) -> int:
+        """Send on the signals but the first `done`; returns how many there are."""
+        told = self.told[done:]
+        for number in told:
+            for process in self.processes:
+                process.send_signal(number)  # does nothing to one that has ended
+        return done + len(told)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -228,9 +236,9 @@ def _raise_ending(group: _Group) -> NoReturn:
     endings = read_endings(group.folder)
     for error in filter(None, (ending.error() for ending in endings)):
         raise error
-    if group.told == signal.SIGTERM:
+    if group.told and group.told[-1] == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM)
-    if group.told is not None:
+    if group.told:
         raise KeyboardInterrupt(next((ending.message for ending in endings if ending.asked_for), ""))
     many, go_on = len(group.processes), "the same command goes on from the last checkpoint"
     for rank, code in group.ended.items():
