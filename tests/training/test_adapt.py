@@ -23,7 +23,7 @@ import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS
 from jepakit.config import AdaptConfig, ViewsConfig
-from jepakit.errors import BackboneError, ConfigError, DataError, JepakitError, TrainingError
+from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit_training import checkpoint
 
@@ -379,6 +379,20 @@ def test_other_weights_under_the_same_name_are_refused_in_the_middle_of_a_run(
         adapt(tmp_path / "run", weights=str(weights))
     save_file(tensors, weights)
     assert adapt(tmp_path / "run", weights=str(weights)).finished
+
+
+def test_a_damaged_start_stops_the_run_that_goes_on_from_it_by_name(
+    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run")
+    file = tmp_path / "run" / START / WEIGHTS
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BundleError, match=f"cannot go on: {file} is damaged: .* Put .*start back as it was, or name"):
+        adapt(tmp_path / "run")
+    file.write_bytes(whole)
+    assert adapt(tmp_path / "run").finished
 
 
 def test_labels_that_cannot_be_probed_do_not_stop_a_run(

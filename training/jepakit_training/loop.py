@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 from jepakit._progress import Steps
 from jepakit.backbone import start_backbone, start_preprocess, tensors_of
-from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for
+from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for, open_bundle
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError, TrainingError
+from jepakit.errors import BundleError, ConfigError, TrainingError
 from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run, read_metrics
 from jepakit.sources import ImageList
@@ -107,12 +107,25 @@ def _check_start(config: AdaptConfig, setup: Setup, run: Run) -> None:
     """A resumed run goes on from the weights it began with: the verdict and `mix` compare with them."""
     if not (run.path / START).exists():
         return
-    before, now = load_file(run.path / START / WEIGHTS), tensors_of(setup.backbone)
+    before, now = _start_weights(run), tensors_of(setup.backbone)
     if before.keys() != now.keys() or not all(torch.equal(now[name], value) for name, value in before.items()):
         raise ConfigError(
             f"{run.path} was started with other weights: weights = {config.weights} has changed since. Put it back, or name "
             "another --out"
         )
+
+
+def _start_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The weights that a run began with; BundleError where they are damaged."""
+    start = run.path / START
+    try:
+        open_bundle(start).check(WEIGHTS)
+    except BundleError as error:
+        raise BundleError(
+            f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another --out"
+        ) from None
+    weights: dict[str, torch.Tensor] = load_file(start / WEIGHTS)
+    return weights
 
 
 @dataclass
