@@ -98,6 +98,21 @@ def test_a_lock_that_the_last_holder_removed_is_not_taken_for_one(tmp_path: Path
                 pass
 
 
+def test_a_holder_that_lets_go_while_it_is_looked_up_is_another_process(tmp_path: Path) -> None:
+    real = fcntl.flock
+
+    def let_go_after(descriptor: int, how: int) -> None:
+        try:
+            real(descriptor, how)
+        finally:
+            (tmp_path / LOCK).unlink()
+
+    with locked(tmp_path), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", let_go_after)
+        with pytest.raises(ConfigError, match="is being trained on by another process: wait for it"), locked(tmp_path):
+            pass
+
+
 def test_only_the_first_rank_locks(tmp_path: Path) -> None:
     with locked(tmp_path), locked(tmp_path, enabled=False):
         assert (tmp_path / LOCK).exists()

@@ -13,7 +13,7 @@ import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,9 +71,8 @@ def locked(out: Path, *, enabled: bool = True) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(out / LOCK)
     except BlockingIOError:
-        holder = (out / LOCK).read_text(encoding="utf-8").strip() or "another process"
         raise ConfigError(
-            f"{out} is being trained on by {holder}: wait for it or stop it, or name another --out"
+            f"{out} is being trained on by {_holder(out)}: wait for it or stop it, or name another --out"
         ) from None
     except OSError as error:
         raise ConfigError(f"{out} cannot be written to ({error.strerror}): name another --out") from error
@@ -84,6 +83,14 @@ def locked(out: Path, *, enabled: bool = True) -> Iterator[None]:
         (out / LOCK).unlink(missing_ok=True)
         _held.discard(descriptor)
         os.close(descriptor)
+
+
+def _holder(out: Path) -> str:
+    """Who holds the run's folder, in words."""
+    words = ""
+    with suppress(FileNotFoundError):  # it has let go since
+        words = (out / LOCK).read_text(encoding="utf-8").strip()
+    return words or "another process"
 
 
 def _lock(path: Path) -> int:
