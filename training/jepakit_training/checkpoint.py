@@ -4,7 +4,7 @@
 
 Written to a temporary folder, flushed, renamed; older ones are deleted only afterwards. Loading takes the
 newest one whose SHA-256 is right. (accelerate's own `save_state` leaves torn folders behind and then cannot
-load; see the reliability notes in docs/design.md.)
+load; see "Own checkpoints" in docs/design.md.)
 """
 
 from __future__ import annotations
