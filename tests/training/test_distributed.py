@@ -109,6 +109,18 @@ def test_ranks_that_find_different_checkpoints_do_not_go_on(two_ranks: TwoRanks)
         )
 
 
+def test_a_stop_of_one_rank_stops_both_after_the_same_step(two_ranks: TwoRanks) -> None:
+    """Asked over the CPU: no step waits for what the training device has to do."""
+    expected = {"flags": [[True, True, False]] * 2, "code": 143, "steps": 2, "on the device": 0}
+    assert told(two_ranks, "stop") == [expected] * 2
+
+
+def test_a_stopped_run_of_two_ranks_ends_as_one_that_was_not(two_ranks: TwoRanks) -> None:
+    whole, stopped = (load_file(two_ranks.out / name / BUNDLE / WEIGHTS) for name in ("vit", "stopped"))
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(stopped[name], value) for name, value in whole.items())
+
+
 @pytest.mark.parametrize(("name", "backbone"), [("convnet", "test_resnet"), ("vit", "test_vit")])
 def test_adapt_gives_the_same_weights_on_two_ranks_as_on_one(
     two_ranks: TwoRanks, tmp_path: Path, name: str, backbone: str

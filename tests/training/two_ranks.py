@@ -8,8 +8,11 @@ OUT/told-N.json: what it was told where runs were refused.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError, TrainingError
 from jepakit.run import BUNDLE
 from jepakit.sources import list_images
+from jepakit_training import learner as learner_module
 from jepakit_training.data import ViewDataset
+from jepakit_training.distributed import SharedFlag
 from jepakit_training.learner import Learner
 from jepakit_training.plan import make_plan
 from jepakit_training.sigreg import directions, lejepa_loss
@@ -149,6 +154,33 @@ def skip(out: Path, images: Path, weights: Path) -> dict[str, Any]:
     return {"met": sorted(met), "refusals": refusals}
 
 
+def stop(out: Path, images: Path, weights: Path) -> dict[str, Any]:
+    """Rank 1 alone is told to stop, in its second step, and the run is gone on with; before, what flags both ranks see."""
+
+    def interrupted(*args: Any) -> Any:
+        if next(steps_done) == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lejepa_loss(*args)
+
+    shared = SharedFlag()
+    with mock.patch.object(dist, "get_backend", return_value="nccl"):
+        of_its_own = SharedFlag()
+    rank, steps_done, code = dist.get_rank(), itertools.count(), None
+    flags = [[flag.any(rank == up) for up in range(3)] for flag in (shared, of_its_own)]
+    run: dict[str, Any] = {"out": out / "stopped", "backbone": "test_vit", "weights": str(weights), **ADAPT}
+    with (
+        mock.patch.object(learner_module, "lejepa_loss", interrupted),
+        mock.patch.object(Accelerator, "reduce", autospec=True, side_effect=Accelerator.reduce) as reduced,
+    ):
+        try:
+            jepakit.adapt(images, **run)
+        except SystemExit as stopped:
+            code = stopped.code
+    told = {"flags": flags, "code": code, "steps": next(steps_done), "on the device": reduced.call_count}
+    jepakit.adapt(images, **run)
+    return told
+
+
 def resume_apart(out: Path, weights: Path, images: Path) -> str:
     """A run that is gone on with by two ranks of which one alone finds its folder."""
     folder = out / f"disk-of-{dist.get_rank()}"
@@ -167,6 +199,7 @@ def main() -> None:
     adapt(out, images, convnet_weights, vit_weights)
     assert world() == 2, f"{world()} processes instead of 2"
     told = {"skip": skip(out, images, vit_weights), "resume": resume_apart(out, vit_weights, images)}
+    told["stop"] = stop(out, images, vit_weights)
     (out / f"told-{dist.get_rank()}.json").write_text(json.dumps(told))
     weights = {"test_resnet": convnet_weights, "test_vit": vit_weights}
     results = {"loss": loss(), **{what: steps(name, weights[name], **more) for what, (name, more) in STEPS.items()}}

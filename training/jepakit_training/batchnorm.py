@@ -6,33 +6,31 @@ all-reduced sums that autograd sees serve on every device.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jepakit_training.sigreg import world_size
+from jepakit_training.distributed import mean_over_ranks, world_size
+
+_EPS = 1e-5  # torch's own for BatchNorm
 
 
 class GlobalBatchNorm1d(nn.Module):
     """The projector's BatchNorm, for training only: it keeps no running statistics."""
 
-    def __init__(self, n_features: int, eps: float = 1e-5) -> None:
+    def __init__(self, n_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(n_features))
         self.bias = nn.Parameter(torch.zeros(n_features))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, features] → the same, each feature normalised over the rows of all ranks."""
         x = x.float()
         if world_size() == 1:  # a quarter of the time
-            return batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            return batch_norm(x, None, None, self.weight, self.bias, training=True, eps=_EPS)
         mean, variance = _moments(x, dims=(0,))
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return (x - mean) * (variance + _EPS).rsqrt() * self.weight + self.bias
 
 
 def freeze_norm_statistics(module: nn.Module) -> None:
@@ -85,29 +83,6 @@ class _GlobalStatistics(_BatchNorm):
 
 def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `dims` and all ranks, which hold equally many rows."""
-    mean = _mean_over_ranks(x.mean(dim=dims))
+    mean = mean_over_ranks(x.mean(dim=dims))
     centred = x - mean.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 2 else x - mean
-    return mean, _mean_over_ranks(centred.square().mean(dim=dims))
-
-
-def _mean_over_ranks(x: Tensor) -> Tensor:
-    if world_size() == 1:
-        return x
-    total: Tensor = _AllReduceSum.apply(x)
-    return total / world_size()
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks that autograd sees: every rank's loss depends on every rank's input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+    return mean, mean_over_ranks(centred.square().mean(dim=dims))

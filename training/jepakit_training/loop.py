@@ -31,6 +31,7 @@ from jepakit_training.alarms import Alarms, projection_stats
 from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
+from jepakit_training.distributed import SharedFlag
 from jepakit_training.evaluation import Measuring
 from jepakit_training.learner import Learner, Outcome
 from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
@@ -179,6 +180,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
     main, clock = accelerator.is_main_process, Clock()
     first = _restore(run.path / CHECKPOINTS, learner, accelerator)
+    stops = SharedFlag()  # all ranks must leave the loop at the same step
     saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=main)
     epochs = plan.steps * plan.batch_size / len(plan.split.train)
     with (
@@ -204,7 +206,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
             logs = (step + 1) % _LOG_EVERY == 0 or last
             if logs or accelerator.device.type == "cpu":  # a GPU would have to be waited for
                 learner.check(step)
-            told_to_stop = _any_rank(stop.requested, accelerator)
+            told_to_stop = stops.any(stop.requested)
             values = None
             if logs:
                 values = {
@@ -222,7 +224,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
             if told_to_stop:
                 raise stop.leaving(step + 1)
         # Told while the last checkpoint was written: measuring can take minutes.
-        if _any_rank(stop.requested, accelerator):
+        if stops.any(stop.requested):
             raise stop.leaving(plan.steps)
     learner.finish()
 
@@ -306,13 +308,6 @@ def _share_skips(own: list[tuple[str, str]], setup: Setup) -> None:
         for name, reason in gather_object(own):
             setup.skipped.add(name, reason)
     own.clear()
-
-
-def _any_rank(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is up on any rank: all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
 
 
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:

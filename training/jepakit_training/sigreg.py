@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jepakit_training.distributed import world_size
 from jepakit_training.randomness import derive_seed
 from jepakit_training.transfer import sent
 
@@ -200,8 +201,3 @@ def _chain(previous: Tensor, wave: Tensor, cos_2: Tensor, count: int) -> Iterato
             previous.addcmul_(cos_2, wave, value=-2 if place % 2 else 2)
             previous, wave = wave, previous
         yield wave
-
-
-def world_size() -> int:
-    """How many ranks share the batch; 1 where there is no process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,57 @@
+"""What ranks tell each other beside gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """How many ranks share the batch; 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of every rank's `x`, with the gradient that it has on all of them."""
+    if world_size() == 1:
+        return x
+    total: Tensor = _AllReduceSum.apply(x)
+    return total / world_size()
+
+
+class SharedFlag:
+    """Asks whether a flag is up on any rank, over the CPU: an answer that lies on a GPU comes after all of its steps.
+
+    Every rank makes one, and asks as often as the others.
+    """
+
+    def __init__(self) -> None:
+        alone = world_size() == 1 or dist.get_backend() == "gloo"
+        self._group = None if alone else dist.new_group(backend="gloo")
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank has called this with True; waits until all have called."""
+        if world_size() == 1:
+            return flag
+        flags_up = torch.tensor(int(flag))
+        dist.all_reduce(flags_up, group=self._group)  # type: ignore[arg-type]  # every rank is in it
+        return bool(flags_up)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks that autograd sees: every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
