@@ -15,7 +15,7 @@ from jepakit.config import ViewsConfig
 from jepakit.errors import DataError
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
-from jepakit_training.data import Key, StepBatches, ViewDataset, make_loader, normalise, split, views_on
+from jepakit_training.data import Key, StepBatches, ViewDataset, make_loader, split, views_on
 from jepakit_training.views import ViewMaker, Views, finish
 
 SPEC = Preprocess(
@@ -215,9 +215,3 @@ def test_a_class_of_one_group_stays_in_training_and_so_does_a_giant() -> None:
             split(110, labels, groups=groups, share=0.2, most=1000, seed=seed).held_out.tolist()
         )
         assert 0 not in split(1100, None, groups=giant, share=0.2, most=1000, seed=seed).held_out
-
-
-def test_normalise() -> None:
-    pixels = torch.tensor([[[0]], [[100]], [[255]]], dtype=torch.uint8)
-    mean, std = torch.tensor([0.0, 100.0, 5.0])[:, None, None], torch.tensor([1.0, 2.0, 10.0])[:, None, None]
-    assert normalise(pixels, mean, std).flatten().tolist() == [0, 0, 25]

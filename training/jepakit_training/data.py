@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from jepakit.bundle import Preprocess
@@ -219,8 +218,3 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     silence_loggers()
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Views [..., C, H, W] to what the backbone takes, by `mean` and `std` [C, 1, 1] in the views' own units."""
-    return (images.float() - mean) / std

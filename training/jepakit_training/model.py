@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from jepakit.backbone import is_hierarchical
 from jepakit.bundle import Preprocess
 from jepakit_training.batchnorm import GlobalBatchNorm1d
-from jepakit_training.data import normalise
 from jepakit_training.views import Views
 
 
@@ -51,6 +50,11 @@ class Encoder(nn.Module):
             self.backbone(normalise(group.flatten(0, 1), self._mean, self._std)).float().unflatten(0, group.shape[:2])
             for group in views if len(group)
         ])  # fmt: skip
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Views [..., C, H, W] to what the backbone takes, by `mean` and `std` [C, 1, 1] in the views' own units."""
+    return (images.float() - mean) / std
 
 
 class Projector(nn.Sequential):
