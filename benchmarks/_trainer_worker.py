@@ -36,7 +36,7 @@ from jepakit_training.data import Batch, views_on
 from jepakit_training.memory import freed_memory_kept, peak_gb
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.tuning import freeze, parameter_groups
+from jepakit_training.trainable import freeze, parameter_groups
 
 _IN_MEMORY = 4
 ON_GPU = torch.cuda.is_available()

@@ -21,7 +21,7 @@ from jepakit_training.plan import Plan
 from jepakit_training.precision import cpu_has_bf16
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.tuning import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
+from jepakit_training.trainable import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
 from jepakit_training.views import Views
 
 _MOST_BAD_STEPS = 3

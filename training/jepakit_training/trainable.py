@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from jepakit.backbone import is_hierarchical
-from jepakit.errors import ConfigError, MissingExtraError
+from jepakit.errors import ConfigError
 from jepakit_training.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ _LORA = "lora"
 _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
 
-def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, from_random: bool) -> list[str]:
-    """Set which of the backbone's parameters train; returns their names.
+def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, from_random: bool) -> None:
+    """Set which of the backbone's parameters train.
 
     `auto`: all from random weights, else the last two transformer blocks, or what follows a ConvNet's
     second-to-last feature level. An integer: the last N blocks of timm's own grouping. Norms that follow
@@ -42,7 +42,6 @@ def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, fro
         chosen = _last_blocks(backbone, _VIT_BLOCKS if unfreeze == "auto" else unfreeze)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name in chosen)
-    return [name for name in names if name in chosen]
 
 
 def switch_off_stochastic_depth(backbone: nn.Module) -> None:
@@ -62,15 +61,11 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
     `merge_and_unload()` of what is returned adds them to its weights and leaves it as timm made it.
 
     Weight-standardised convolutions get none: they standardise their weights in every forward, and the sum of two such is
-    not the one of the summed weights. Raises ConfigError where no layer is left, MissingExtraError without peft.
+    not the one of the summed weights. Raises ConfigError where no layer is left.
     """
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError:
-        raise MissingExtraError(
-            "unfreeze = lora needs peft, which is not installed: pip install 'jepakit[lora]'"
-        ) from None
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
     layers = [
         name for name, part in backbone.named_modules()
         if isinstance(part, nn.Linear) or (type(part) in _PLAIN_CONVOLUTIONS and part.groups == 1)
