@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 _Item = TypeVar("_Item")
@@ -45,13 +45,13 @@ class Steps:
         self._values, self._spoke = "", False
         self._bar = _bar(what, total, first) if enabled and sys.stderr.isatty() else None
 
-    def update(self, done: int, values: Mapping[str, float] | None = None) -> None:
-        """Say that `done` steps are done; the values (see `describe`) are shown until there are newer ones."""
+    def update(self, done: int, values: str = "") -> None:
+        """Say that `done` steps are done; the values, in words, are shown until there are newer ones."""
         now = time.monotonic()
         # The first step is not counted: it waits for the loader's processes to start.
         if not self._pace or now - self._pace[-1][0] >= _PACE_EVERY_S or done == self._total:
             self._pace.append((now, done))
-        self._values = describe(values) if values else self._values
+        self._values = values or self._values
         shown = "  ".join(part for part in (self._epoch(done), self._values) if part)
         if self._bar is not None:
             self._bar.update(0, completed=done, left=self._left(done, now), values=shown)
@@ -83,15 +83,6 @@ class Steps:
         if done == before:
             return ""
         return f"{human_time((now - then) / (done - before) * (self._total - done) + self._extra_s)} left"
-
-
-def describe(values: Mapping[str, float]) -> str:
-    """Training's numbers in the words of the docs; SIGReg beside its floor, peak memory where it is known."""
-    memory = f"  peak memory {values['memory_gb']:.1f} GB" if "memory_gb" in values else ""
-    return (
-        f"loss {values['loss']:.4f}  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.2f} (floor 1.05)  "
-        f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}{memory}"
-    )
 
 
 def human_time(seconds: float) -> str:

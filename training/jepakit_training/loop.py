@@ -6,11 +6,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -19,41 +17,36 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from jepakit._progress import Steps
 from jepakit.backbone import start_backbone, start_preprocess, tensors_of
 from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for, open_bundle
 from jepakit.config import AdaptConfig
 from jepakit.errors import BundleError, ConfigError, TrainingError
 from jepakit.evaluate import Comparison
-from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run, read_metrics
+from jepakit.run import BUNDLE, CHECKPOINTS, SKIPPED, START, Run
 from jepakit.sources import ImageList
-from jepakit_training.alarms import Alarms, projection_stats
 from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
 from jepakit_training.distributed import SharedFlag
 from jepakit_training.evaluation import Measuring
-from jepakit_training.learner import Learner, Outcome
-from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
+from jepakit_training.learner import Learner
+from jepakit_training.memory import freed_memory_kept, memory_errors
 from jepakit_training.model import layout_of
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import mixed_precision, own_precision
 from jepakit_training.randomness import derive_seed
+from jepakit_training.recording import recording
 from jepakit_training.records import (
     FREE_SETTINGS,
     SkippedFiles,
-    StepLog,
     locked,
     open_folder,
     versions,
     write_run_bundle,
 )
 from jepakit_training.stopping import stopping
-from jepakit_training.trackers import Trackers
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
-
-_LOG_EVERY = 10
 
 
 def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
@@ -176,55 +169,33 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
 
 def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> None:
     """Train the backbone in place, from the newest checkpoint where there is one."""
-    accelerator, plan, dataset = setup.accelerator, setup.plan, setup.dataset
+    accelerator, plan = setup.accelerator, setup.plan
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
-    main, clock = accelerator.is_main_process, Clock()
     first = _restore(run.path / CHECKPOINTS, learner, accelerator)
-    stops = SharedFlag()  # all ranks must leave the loop at the same step
-    saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=main)
-    epochs = plan.steps * plan.batch_size / len(plan.split.train)
+    saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=accelerator.is_main_process)
+    skips, told_to_stop = Skips(setup), SharedFlag()
     with (
         stopping(lambda: saver.newest) as stop,
         out_of_memory_told(config, plan, accelerator),
-        closing(Steps(plan.steps, first, enabled=main, epochs=epochs, extra_s=measuring_s)) as show,
-        closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
-        closing(
-            Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, enabled=main)
-        ) as trackers,
+        recording(config, plan, accelerator, run, first, extra_s=measuring_s) as recorder,
     ):
-        alarms = _alarms(config, setup, run)
-        loader = step_loader(config, setup, range(first, plan.steps))
-        own_skips: list[tuple[str, str]] = []
-        for step, batch in zip(range(first, plan.steps), clock.waiting(loader), strict=True):
-            for index, reason in batch.skipped:
-                own_skips.append((dataset.images.ids[index], reason))
-                setup.skipped.add(*own_skips[-1])
+        batches = recorder.clock.waiting(step_loader(config, setup, range(first, plan.steps)))
+        for step, batch in zip(range(first, plan.steps), batches, strict=True):
+            skips.note(batch)
             outcome = learner.step(step, views_on(accelerator.device, batch))
 
-            clock.step(plan.batch_size)
-            last = step + 1 == plan.steps
-            logs = (step + 1) % _LOG_EVERY == 0 or last
+            logs = recorder.logs(step)
             if logs or accelerator.device.type == "cpu":  # a GPU would have to be waited for
                 learner.check(step)
-            told_to_stop = stops.any(stop.requested)
-            values = None
-            if logs:
-                values = {
-                    **_numbers(outcome, accelerator), "lr": plan.lr * plan.backbone_ramp(step), **clock.rates(),
-                    "memory_gb": round(peak_gb(accelerator.device), 3),
-                }  # fmt: skip
-                log.write({"step": step, **values})
-                trackers.log(step, values)
-                for line in alarms.check(step, values) if main else ():
-                    print(line, file=sys.stderr)
-            show.update(step + 1, values)
-            saver.after_step(step + 1, learner.state_dict, must=last or told_to_stop)
-            if logs or told_to_stop:
-                _share_skips(own_skips, setup)
-            if told_to_stop:
+            leave = told_to_stop.any(stop.requested)  # on all ranks after the same step
+            recorder.record(step, outcome)
+            saver.after_step(step + 1, learner.state_dict, must=leave or step + 1 == plan.steps)
+            if logs or leave:
+                skips.share()
+            if leave:
                 raise stop.leaving(step + 1)
         # Told while the last checkpoint was written: measuring can take minutes.
-        if stops.any(stop.requested):
+        if told_to_stop.any(stop.requested):
             raise stop.leaving(plan.steps)
     learner.finish()
 
@@ -237,19 +208,6 @@ def out_of_memory_told(config: AdaptConfig, plan: Plan, accelerator: Accelerator
     )  # fmt: skip
 
 
-def _alarms(config: AdaptConfig, setup: Setup, run: Run) -> Alarms:
-    """What watches this run; it has seen what was logged before a resume, and does not repeat itself."""
-    plan, world = setup.plan, setup.accelerator.num_processes
-    alarms = Alarms(
-        steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, images=plan.batch_size // world,
-        n_outputs=config.projector[-1], lamb=plan.lamb, lr=plan.lr, workers=plan.workers,
-        cached=config.cache is not None, on_gpu=setup.accelerator.device.type == "cuda", trains=config.unfreeze != "none",
-    )  # fmt: skip
-    for row in read_metrics(run.path / METRICS) if setup.accelerator.is_main_process else ():
-        alarms.check(int(row["step"]), row)
-    return alarms
-
-
 def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[Batch]:
     """This rank's batches for `steps`."""
     accelerator, plan = setup.accelerator, setup.plan
@@ -260,16 +218,6 @@ def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[B
     on_gpu = accelerator.device.type == "cuda"
     on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
     return make_loader(setup.dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
-
-
-def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
-    """The losses of the whole batch by name, and the width and rank of this rank's projections."""
-    shares = {"loss": outcome.loss, "prediction": outcome.prediction}
-    if outcome.anchor is not None:
-        shares["anchor"] = outcome.anchor
-    means = accelerator.reduce(torch.stack(list(shares.values())), "mean").tolist()
-    own = {"sigreg": outcome.sigreg, "grad_norm": outcome.grad_norm, **projection_stats(outcome.projections)}
-    return {**dict(zip(shares, means, strict=True)), **{name: float(value) for name, value in own.items()}}
 
 
 def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
@@ -299,15 +247,25 @@ def _check_same_step(step: int, run: Path, accelerator: Accelerator) -> None:
         )
 
 
-def _share_skips(own: list[tuple[str, str]], setup: Setup) -> None:
-    """Note on every rank what each could not read since the last call, and empty `own`: skipped.csv and the limit are the run's.
+class Skips:
+    """What the ranks could not read while training: noted by each, and shared, since skipped.csv and its limit are the run's."""
 
-    Raises DataError on all ranks when there are too many together.
-    """
-    if setup.accelerator.num_processes > 1:
-        for name, reason in gather_object(own):
-            setup.skipped.add(name, reason)
-    own.clear()
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._own: list[tuple[str, str]] = []
+
+    def note(self, batch: Batch) -> None:
+        """Note what this rank could not read for a batch; DataError when there is too much of it."""
+        for index, reason in batch.skipped:
+            self._own.append((self._setup.dataset.images.ids[index], reason))
+            self._setup.skipped.add(*self._own[-1])
+
+    def share(self) -> None:
+        """Note on every rank what each could not read since the last call; DataError on all when that is too much."""
+        if self._setup.accelerator.num_processes > 1:
+            for name, reason in gather_object(self._own):
+                self._setup.skipped.add(name, reason)
+        self._own.clear()
 
 
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:
@@ -321,32 +279,3 @@ def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_siz
         data_digest=images.digest(),
         versions=versions(),
     )
-
-
-class Clock:
-    """Images a second and the share of time spent waiting for data, since the last report."""
-
-    def __init__(self) -> None:
-        self._images, self._waited = 0, 0.0
-        self._start = time.perf_counter()
-
-    def waiting(self, loader: Any) -> Iterator[Any]:
-        """Yield the loader's batches, timing the wait for each."""
-        batches = iter(loader)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - start
-            yield batch
-
-    def step(self, images: int) -> None:
-        self._images += images
-
-    def rates(self) -> dict[str, float]:
-        spent = time.perf_counter() - self._start
-        rates = {"images_per_s": round(self._images / spent, 2), "data_wait": round(self._waited / spent, 4)}
-        self._images, self._waited, self._start = 0, 0.0, time.perf_counter()
-        return rates

@@ -1,0 +1,143 @@
+"""What a run says while it trains: metrics.jsonl, trackers, warnings, progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from jepakit._progress import Steps
+from jepakit.config import AdaptConfig
+from jepakit.run import METRICS, Run, read_metrics
+from jepakit_training.alarms import FLOOR, Alarms, projection_stats
+from jepakit_training.learner import Outcome
+from jepakit_training.memory import peak_gb
+from jepakit_training.plan import Plan
+from jepakit_training.records import StepLog
+from jepakit_training.trackers import Trackers
+
+_LOG_EVERY = 10
+
+
+class Clock:
+    """Images a second and the share of time spent waiting for data, since the last report."""
+
+    def __init__(self) -> None:
+        self._images, self._waited = 0, 0.0
+        self._start = time.perf_counter()
+
+    def waiting(self, loader: Any) -> Iterator[Any]:
+        """Yield the loader's batches, timing the wait for each."""
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - start
+            yield batch
+
+    def step(self, images: int) -> None:
+        """Count the images of a step that is done."""
+        self._images += images
+
+    def rates(self) -> dict[str, float]:
+        """images_per_s and data_wait; begins anew."""
+        spent = time.perf_counter() - self._start
+        rates = {"images_per_s": round(self._images / spent, 2), "data_wait": round(self._waited / spent, 4)}
+        self._images, self._waited, self._start = 0, 0.0, time.perf_counter()
+        return rates
+
+
+@dataclass
+class Recorder:
+    """Records the steps of one run; made by `recording`. Every rank has one and records every step; the first one tells."""
+
+    plan: Plan
+    accelerator: Accelerator
+    show: Steps
+    log: StepLog
+    trackers: Trackers
+    alarms: Alarms
+    clock: Clock = field(default_factory=Clock)
+
+    def logs(self, step: int) -> bool:
+        """Whether the numbers of `step` are logged: every tenth's, and the last one's."""
+        return (step + 1) % _LOG_EVERY == 0 or step + 1 == self.plan.steps
+
+    def record(self, step: int, outcome: Outcome) -> None:
+        """Show that `step` is done, and log its numbers where they are; only then a GPU is waited for."""
+        self.clock.step(self.plan.batch_size)
+        told = ""
+        if self.logs(step):
+            values = self._values(step, outcome)
+            self.log.write({"step": step, **values})
+            self.trackers.log(step, values)
+            for line in self.alarms.check(step, values) if self.accelerator.is_main_process else ():
+                print(line, file=sys.stderr)
+            told = describe(values)
+        self.show.update(step + 1, told)
+
+    def _values(self, step: int, outcome: Outcome) -> dict[str, float]:
+        return {
+            **_numbers(outcome, self.accelerator), "lr": self.plan.lr * self.plan.backbone_ramp(step), **self.clock.rates(),
+            "memory_gb": round(peak_gb(self.accelerator.device), 3),
+        }  # fmt: skip
+
+
+@contextmanager
+def recording(
+    config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run, first: int, *, extra_s: float
+) -> Iterator[Recorder]:
+    """What records the steps from `first` on; closed at the block's end.
+
+    extra_s  seconds of work expected after the last step
+    """
+    main, epochs = accelerator.is_main_process, plan.steps * plan.batch_size / len(plan.split.train)
+    with (
+        closing(Steps(plan.steps, first, enabled=main, epochs=epochs, extra_s=extra_s)) as show,
+        closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
+        closing(
+            Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, enabled=main)
+        ) as trackers,
+    ):
+        yield Recorder(plan, accelerator, show, log, trackers, _alarms(config, plan, accelerator, run))
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """A step's numbers in the words of the docs; SIGReg beside its floor, peak memory where it is known."""
+    memory = f"  peak memory {values['memory_gb']:.1f} GB" if "memory_gb" in values else ""
+    return (
+        f"loss {values['loss']:.4f}  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.2f} (floor {FLOOR})  "
+        f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}{memory}"
+    )
+
+
+def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run) -> Alarms:
+    """What watches this run; it has seen what was logged before a resume, and does not repeat itself."""
+    alarms = Alarms(
+        steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size,
+        images=plan.batch_size // accelerator.num_processes, n_outputs=config.projector[-1], lamb=plan.lamb, lr=plan.lr,
+        workers=plan.workers, cached=config.cache is not None, on_gpu=accelerator.device.type == "cuda",
+        trains=config.unfreeze != "none",
+    )  # fmt: skip
+    for row in read_metrics(run.path / METRICS) if accelerator.is_main_process else ():
+        alarms.check(int(row["step"]), row)
+    return alarms
+
+
+def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
+    """The losses of the whole batch by name, and the width and rank of this rank's projections."""
+    shares = {"loss": outcome.loss, "prediction": outcome.prediction}
+    if outcome.anchor is not None:
+        shares["anchor"] = outcome.anchor
+    means = accelerator.reduce(torch.stack(list(shares.values())), "mean").tolist()
+    own = {"sigreg": outcome.sigreg, "grad_norm": outcome.grad_norm, **projection_stats(outcome.projections)}
+    return {**dict(zip(shares, means, strict=True)), **{name: float(value) for name, value in own.items()}}
