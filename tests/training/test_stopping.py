@@ -34,7 +34,7 @@ def train(
                 one_long_call()
             else:
                 time.sleep(step_s)
-            if stop.requested:
+            if stop.at_boundary():
                 time.sleep(2 * GRACE_S if stubborn else 0)  # saving to a slow disk
                 raise stop.leaving(step + 1)
 
@@ -121,7 +121,7 @@ def load(folder: Path) -> None:
     """A step that waits for a real loader, whose process is ended by the same SIGTERM."""
     with stopping(lambda: 7) as stop:
         for _ in DataLoader(Slow(folder), num_workers=1):
-            assert not stop.requested
+            assert not stop.at_boundary()
 
 
 class Slow(Dataset[int]):
@@ -155,7 +155,7 @@ def test_everything_is_as_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     threads, files = threading.active_count(), open_files()
     with stopping(lambda: 0) as stop:
-        assert not stop.requested
+        assert not stop.at_boundary()
         assert threading.active_count() == threads + 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert threading.active_count() == threads
@@ -168,7 +168,7 @@ def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
 
     def run() -> None:
         with stopping(lambda: 0) as stop:
-            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+            seen.append((stop.at_boundary(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -182,12 +182,12 @@ def test_a_thread_is_asked_to_stop_by_what_its_caller_looks_at(tmp_path: Path) -
 
     def train_in_a_thread() -> None:
         with asked_by(asked.exists), stopping(lambda: 0) as stop:
-            seen.append(stop.requested)
+            seen.append(stop.at_boundary())
             asked.touch()
-            seen.append(stop.requested)
+            seen.append(stop.at_boundary())
             assert isinstance(stop.leaving(1), SystemExit)
         with stopping(lambda: 0) as stop:
-            seen.append(stop.requested)
+            seen.append(stop.at_boundary())
 
     thread = threading.Thread(target=train_in_a_thread)
     thread.start()

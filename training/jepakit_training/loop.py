@@ -187,7 +187,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
             logs = recorder.logs(step)
             if logs or accelerator.device.type == "cpu":  # a GPU would have to be waited for
                 learner.check(step)
-            leave = told_to_stop.any(stop.requested)  # on all ranks after the same step
+            leave = told_to_stop.any(stop.at_boundary())  # on all ranks after the same step
             recorder.record(step, outcome)
             saver.after_step(step + 1, learner.state_dict, must=leave or step + 1 == plan.steps)
             if logs or leave:
@@ -195,7 +195,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
             if leave:
                 raise stop.leaving(step + 1)
         # Told while the last checkpoint was written: measuring can take minutes.
-        if told_to_stop.any(stop.requested):
+        if told_to_stop.any(stop.at_boundary()):
             raise stop.leaving(plan.steps)
     learner.finish()
 

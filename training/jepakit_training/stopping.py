@@ -16,9 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
-from types import FrameType
 
 GRACE_S = 20.0
 _SECOND_GRACE_S = 2.0
@@ -55,16 +54,22 @@ def asked_by(asked: Callable[[], bool]) -> Iterator[None]:
 class Stop:
     """Whether a stop was asked for, and how to leave then."""
 
-    def __init__(self, newest: Callable[[], int], grace_s: float = GRACE_S) -> None:
-        self._newest, self._grace_s = newest, grace_s
-        self._number: int | None = None
-        self._at_boundary = False
+    def __init__(self, newest: Callable[[], int]) -> None:
+        self._newest = newest
+        self.number: int | None = None
+        """The last signal that asked."""
+        self.seen = False
+        """Whether `at_boundary` has said so: saving may then take the time it takes."""
 
-    @property
-    def requested(self) -> bool:
-        """To be read at the end of every step. Once it was read as True, saving may take the time it takes."""
-        self._at_boundary = self._number is not None or _also_asked.get()()
-        return self._at_boundary
+    def at_boundary(self) -> bool:
+        """Whether to leave: to be asked at the end of every step."""
+        self.seen = self.number is not None or _also_asked.get()()
+        return self.seen
+
+    def ask(self, number: int) -> None:
+        """Note a signal; a SIGINT after it interrupts."""
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def leaving(self, done: int) -> BaseException:
         """Say where the run was stopped; returns what to raise.
@@ -73,23 +78,46 @@ class Stop:
         """
         line = f"stopped after step {done}; run the same command again to go on"
         print(line, file=sys.stderr, flush=True)
-        return KeyboardInterrupt(line) if self._number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        return KeyboardInterrupt(line) if self.number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self._number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def in_a_step(self) -> str:
+        """What a process says that leaves in the middle of a step."""
+        newest = self._newest()
+        return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'begin anew'}"
 
-    def _watch(self, pipe: int) -> None:
-        """End the process when a step outlasts the grace; returns when the pipe's other end is closed."""
+
+class _Watchdog:
+    """A thread that ends the process when a step outlasts the grace; it reads the signals' numbers as the C handler
+    writes them."""
+
+    def __init__(self, stop: Stop, grace_s: float) -> None:
+        self._stop, self._grace_s = stop, grace_s
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._thread = threading.Thread(target=self._watch, name="jepakit-stopping", daemon=True)
+        self._thread.start()
+        self._pipe_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        _pipes.add(self._writing)
+
+    def close(self) -> None:
+        """End the thread."""
+        signal.set_wakeup_fd(self._pipe_before)
+        _pipes.discard(self._writing)
+        os.close(self._writing)
+        self._thread.join()
+        os.close(self._reading)
+
+    def _watch(self) -> None:
+        """Returns when the pipe's other end is closed."""
         deadline, code, interrupts = None, 0, 0
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([pipe], [], [], left)[0]:
-                if not self._at_boundary:
+            if not select.select([self._reading], [], [], left)[0]:
+                if not self._stop.seen:
                     self._leave_now(code)
                 deadline = None
                 continue
-            numbers = os.read(pipe, 64)
+            numbers = os.read(self._reading, 64)
             if not numbers:
                 return
             interrupts += numbers.count(signal.SIGINT)
@@ -101,17 +129,13 @@ class Stop:
     def _leave_now(self, code: int) -> None:
         # A bar on a terminal has hidden the cursor; `print` could wait for a lock that the main thread holds.
         show_cursor = "\033[?25h" if os.isatty(2) else ""
-        os.write(2, f"{show_cursor}\n{self._in_a_step()}\n".encode())
+        os.write(2, f"{show_cursor}\n{self._stop.in_a_step()}\n".encode())
         os._exit(code)
-
-    def _in_a_step(self) -> str:
-        newest = self._newest()
-        return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'begin anew'}"
 
 
 @contextmanager
 def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator[Stop]:
-    """While the block runs, SIGINT and SIGTERM ask for a stop at the end of the step (`Stop.requested`).
+    """While the block runs, SIGINT and SIGTERM ask for a stop at the end of the step (`Stop.at_boundary`).
 
     newest   the step of the newest checkpoint, for the message; 0 where there is none
     grace_s  seconds that a step may go on after SIGTERM; then the process ends with exit code 143
@@ -119,33 +143,19 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
     A second SIGINT interrupts the step, and ends the process with exit code 130 if even that takes over 2 s.
     Outside the main thread (a notebook's worker) signals stay as they are; `asked_by` asks there.
     """
-    stop = Stop(newest, grace_s)
+    stop = Stop(newest)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    thread = threading.Thread(target=stop._watch, args=(reading,), name="jepakit-stopping", daemon=True)
-    thread.start()
-    before = {number: signal.signal(number, stop._ask) for number in _SIGNALS}
-    pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    _pipes.add(writing)
-    try:
-        yield stop
-    except RuntimeError as error:
-        # Whoever sends SIGTERM to all processes of a job ends the loader's too, unless they ignore it.
-        if stop._number is None or "DataLoader worker" not in str(error):
-            raise
-        print(stop._in_a_step(), file=sys.stderr, flush=True)
-        raise SystemExit(128 + stop._number) from error
-    finally:
-        signal.set_wakeup_fd(pipe_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _pipes.discard(writing)
-        os.close(writing)
-        thread.join()
-        os.close(reading)
+    with closing(_Watchdog(stop, grace_s)), answering(stop.ask):
+        try:
+            yield stop
+        except RuntimeError as error:
+            # Whoever sends SIGTERM to all processes of a job ends the loader's too, unless they ignore it.
+            if stop.number is None or "DataLoader worker" not in str(error):
+                raise
+            print(stop.in_a_step(), file=sys.stderr, flush=True)
+            raise SystemExit(128 + stop.number) from error
 
 
 def _let_go() -> None:
