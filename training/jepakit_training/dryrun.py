@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from jepakit.bundle import Pooling
+from jepakit.bundle import Pooling, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList
+from jepakit_training import evaluation
 from jepakit_training.data import views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.learner import Learner
@@ -68,28 +70,30 @@ def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: 
 
 def _seconds_to_measure(config: AdaptConfig, images: ImageList, setup: Setup) -> float:
     """To measure the start and the result: every pass over the images, from a few of them, and the probes in full."""
-    measuring = _Sampled(
+    sampling = _Sampling()
+    measuring = Measuring(
         config, images, setup.plan.split, setup.spec,
-        device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, show=False,
+        device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, show=False, extract=sampling,
     )  # fmt: skip
     began = time.perf_counter()
     before = measuring.start(setup.backbone)
     measuring.conclude(before, measuring.end(setup.backbone, before.embedding.pooling))
-    return time.perf_counter() - began + measuring.left_out_s
+    return time.perf_counter() - began + sampling.left_out_s
 
 
-class _Sampled(Measuring):
-    """Embeds a few of the images; probes are fitted on random vectors of all. `left_out_s` is what the others would take."""
+class _Sampling:
+    """`extract`, of a few of the images; probes are fitted on random vectors of all. `left_out_s` is what the others would
+    take."""
 
     left_out_s = 0.0
 
-    def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
-        every, began = self.images, time.perf_counter()
-        count = len(every.indices)
+    def __call__(
+        self, backbone: Any, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, poolings: Sequence[Pooling],
+        **how: Any,
+    ) -> Features:  # fmt: skip
+        began, count = time.perf_counter(), len(indices)
         some = np.linspace(0, count - 1, min(count, _MEASURED_IMAGES)).astype(np.intp)
-        self.images = every.only(some)
-        few = super()._extract(backbone, poolings, what)
-        self.images = every
+        few = evaluation.extract(backbone, images, indices[some], spec, poolings, **how)
         self.left_out_s += (time.perf_counter() - began) * (count / len(some) - 1)
         random, rows = np.random.default_rng(0), count if few.readable.any() else 0
         stand_ins = {

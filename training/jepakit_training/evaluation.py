@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -172,15 +172,18 @@ class Measured:
 
 
 class Measuring:
-    """Measures the start and the end of a run on the same images."""
+    """Measures the start and the end of a run on the same images.
+
+    extract  what takes their features, with the arguments of this module's `extract`
+    """
 
     def __init__(
         self, config: AdaptConfig, images: ImageList, parts: Split, spec: Preprocess, *,
-        device: torch.device, workers: int, skipped: SkippedFiles, show: bool,
+        device: torch.device, workers: int, skipped: SkippedFiles, show: bool, extract: Callable[..., Features] = extract,
     ) -> None:  # fmt: skip
         self.images = MeasuringSet.choose(images, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
-        self._skipped, self._show = skipped, show
+        self._skipped, self._show, self._take = skipped, show, extract
         self._why_no_labels = NO_LABELS
 
     def start(self, backbone: Any) -> Measured:
@@ -228,7 +231,7 @@ class Measuring:
             )
 
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
-        return extract(
+        return self._take(
             backbone, self._source, self.images.indices, self._spec, poolings,
             device=self._device, workers=self._workers, what=what, show=self._show,
         )  # fmt: skip
