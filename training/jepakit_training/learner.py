@@ -54,52 +54,10 @@ class Learner:
         self._backbone = backbone
         self._bad_steps = torch.zeros((), device=accelerator.device)
         """How many steps in a row had no finite gradient, up to now."""
-        switch_off_stochastic_depth(backbone)
-        self._start = {
-            name: value.to("cpu", copy=True)
-            for name, value in backbone.state_dict().items()
-            if value.is_floating_point()
-        }
-        with torch.no_grad():  # where timm puts a layer behind the pooling it is not its `num_features`
-            n_features = int(backbone.eval()(self._noise()).shape[1])
-        self._anchor = self._frozen_start(spec) if config.anchor else None
-
-        from_random = config.weights == "random"
-        self._lora = add_lora(backbone, config.lora_rank, config.seed) if config.unfreeze == "lora" else None
-        if self._lora is None:
-            freeze(backbone, config.unfreeze, from_random=from_random)  # type: ignore[arg-type]
-        if config.activation_checkpointing:
-            _checkpoint_activations(backbone, config.backbone)
-        self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
-        moving = backbone.named_buffers() if plan.norm_statistics == "trained" else ()
-        averaged = {**self._trained, **{name: value for name, value in moving if value.is_floating_point()}}
-        self._average = (
-            None if config.average == "none"
-            else Average(averaged, config.average, steps=plan.steps, share=config.average_over)
-        )  # fmt: skip
-
-        encoder = Encoder(self._twin(), spec).to(accelerator.device).train()
-        if plan.norm_statistics == "frozen":
-            freeze_norm_statistics(encoder)
-        elif accelerator.num_processes > 1:
-            make_norm_statistics_global(encoder)
-        if config.compile:
-            encoder.compile(dynamic=False)
-        self._projector = _seeded_projector(n_features, config)
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(
-                backbone, self._projector, lr=plan.lr, projector_lr=config.projector_lr,
-                weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
-            ),
-            betas=(0.9, 0.98), fused=True,
-        )  # fmt: skip
-        # DistributedDataParallel refuses a module that has nothing to train.
-        self.encoder = accelerator.prepare(encoder) if self._trained else encoder
-        self.projector, self.optimizer = accelerator.prepare(self._projector, self._optimizer)
-        self._two_pass = (
-            None if plan.micro_batch is None
-            else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
-        )  # fmt: skip
+        # Each looks at what the one before has left.
+        self._keep_start(spec)
+        self._choose_trained()
+        self._prepare(self._make_encoder(spec))
 
     def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
@@ -175,6 +133,65 @@ class Learner:
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+
+    def _keep_start(self, spec: Preprocess) -> None:
+        """Note what the start is, before anything of it is changed."""
+        backbone = self._backbone
+        switch_off_stochastic_depth(backbone)
+        self._start = {
+            name: value.to("cpu", copy=True)
+            for name, value in backbone.state_dict().items()
+            if value.is_floating_point()
+        }
+        with torch.no_grad():  # where timm puts a layer behind the pooling it is not its `num_features`
+            self._n_features = int(backbone.eval()(self._noise()).shape[1])
+        self._anchor = self._frozen_start(spec) if self._config.anchor else None
+
+    def _choose_trained(self) -> None:
+        """Freeze what does not train, and begin the average of what does."""
+        config, plan, backbone = self._config, self._plan, self._backbone
+        self._lora = add_lora(backbone, config.lora_rank, config.seed) if config.unfreeze == "lora" else None
+        if self._lora is None:
+            freeze(backbone, config.unfreeze, from_random=config.weights == "random")  # type: ignore[arg-type]
+        if config.activation_checkpointing:
+            _checkpoint_activations(backbone, config.backbone)
+        self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
+        moving = backbone.named_buffers() if plan.norm_statistics == "trained" else ()
+        averaged = {**self._trained, **{name: value for name, value in moving if value.is_floating_point()}}
+        self._average = (
+            None if config.average == "none"
+            else Average(averaged, config.average, steps=plan.steps, share=config.average_over)
+        )  # fmt: skip
+
+    def _make_encoder(self, spec: Preprocess) -> Encoder:
+        """The backbone as it is trained, behind its preprocess."""
+        encoder = Encoder(self._twin(), spec).to(self._accelerator.device).train()
+        if self._plan.norm_statistics == "frozen":
+            freeze_norm_statistics(encoder)
+        elif self._accelerator.num_processes > 1:
+            make_norm_statistics_global(encoder)
+        if self._config.compile:
+            encoder.compile(dynamic=False)
+        return encoder
+
+    def _prepare(self, encoder: Encoder) -> None:
+        """Make projector and optimizer, and hand all three to accelerate."""
+        config, plan, accelerator = self._config, self._plan, self._accelerator
+        self._projector = _seeded_projector(self._n_features, config)
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(
+                self._backbone, self._projector, lr=plan.lr, projector_lr=config.projector_lr,
+                weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
+            ),
+            betas=(0.9, 0.98), fused=True,
+        )  # fmt: skip
+        # DistributedDataParallel refuses a module that has nothing to train.
+        self.encoder = accelerator.prepare(encoder) if self._trained else encoder
+        self.projector, self.optimizer = accelerator.prepare(self._projector, self._optimizer)
+        self._two_pass = (
+            None if plan.micro_batch is None
+            else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
+        )  # fmt: skip
 
     def _embed(self, views: Views, seed: int) -> Tensor:
         if self._two_pass is not None:
