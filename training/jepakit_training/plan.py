@@ -61,73 +61,30 @@ class Plan:
 def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int, bands: int = 3) -> Plan:
     """Resolve `config` for these images of so many bands and this backbone, over `world` processes; raises
     InputError where they cannot go together."""
-    if len(images) < FEWEST_IMAGES:
-        raise DataError(
-            f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
-        )
-    parts, notes = _split(config, images)
-    trained_on = len(parts.train)
-    if trained_on < FEWEST_IMAGES // 2 or not len(parts.held_out):
-        raise DataError(
-            f"{trained_on} images would train and {len(parts.held_out)} are held out: {FEWEST_IMAGES // 2} and 1 are the least; "
-            "mind the split column, or the groups"
-        )
-
-    batch_size = min(config.batch_size, trained_on) // world * world
-    if batch_size == 0:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} over {world} processes leaves none an image: raise --batch-size"
-        )
-    if config.batch_size % world:
-        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: a multiple of {world} processes")
-    elif batch_size < config.batch_size:
-        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
-    if len(images) < _FEW_IMAGES:
-        notes.append(f"warning: {len(images)} images are very few; trust the verdict only if its interval is narrow")
-
-    per_epoch = max(1, trained_on // batch_size)
-    steps = config.steps or (config.epochs * per_epoch if config.epochs else max(_DEFAULT_STEPS, per_epoch))
-    from_random, hierarchical = config.weights == "random", is_hierarchical(backbone)
+    parts, split_notes = _parts(config, images)
+    batch_size, batch_notes = _batch(config, len(images), len(parts.train), world)
+    steps = _steps(config, len(parts.train), batch_size)
     views = config.resolved_views()
-    image_size = fitting_size(backbone, config.image_size)
-    if not _takes(backbone, bands, image_size):
-        own = backbone.pretrained_cfg["input_size"][-1]
-        raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take it; its own is {own}")
-    local_size = round_size(local_size_of(image_size, views), size_multiple(backbone))
-    if views.n_local and local_size >= image_size:
-        raise ConfigError(
-            f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
-        )
-    if views.n_local and not _takes(backbone, bands, local_size):
-        notes.append(f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px")
-        local_size = image_size
-    norm_statistics, trains = config.norm_statistics, config.unfreeze != "none"
-    if norm_statistics == "trained" and not trains:
-        raise ConfigError(
-            "norm_statistics = trained moves a backbone that unfreeze = none leaves as it is: leave one of them out"
-        )
-    if norm_statistics == "auto" or not batch_norms(backbone):
-        norm_statistics = "trained" if from_random and trains and batch_norms(backbone) else "frozen"
-    micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
-    if micro_batch and norm_statistics == "trained":
-        raise ConfigError(
-            f"micro_batch = {micro_batch}: the BatchNorms of {config.backbone} train, and their statistics are of the whole "
-            "batch: leave micro_batch out, set norm_statistics = frozen, or take a backbone without BatchNorm"
-        )
-    notes.append(
-        f"{counted(trained_on, 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
-        f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views"
-    )
+    image_size, local_size, size_notes = _sizes(config, views, backbone, bands)
+    norm_statistics = _norm_statistics(config, backbone)
+    from_random, trains = config.weights == "random", config.unfreeze != "none"
+    notes = [
+        *split_notes,
+        *batch_notes,
+        *size_notes,
+        f"{counted(len(parts.train), 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
+        f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views",
+    ]
     if not trains:
         notes.append("unfreeze = none: the projector alone trains, and what is exported is the start")
     return Plan(
         steps=steps,
         batch_size=batch_size,
         warmup_steps=0 if from_random or not trains else min(round(config.warmup * steps), steps - 1),
-        lr=config.lr or (_LR_SCRATCH if from_random else _LR_CONVNET if hierarchical else _LR_VIT),
+        lr=config.lr or (_LR_SCRATCH if from_random else _LR_CONVNET if is_hierarchical(backbone) else _LR_VIT),
         layer_decay=config.layer_decay or (_LAYER_DECAY if config.unfreeze == "all" and not from_random else 1.0),
         norm_statistics=norm_statistics,
-        micro_batch=micro_batch,
+        micro_batch=_micro_batch(config, batch_size, world, norm_statistics),
         bands=bands,
         lamb=config.lamb or _LAMBDA_PER_VIEW * (views.n_global + views.n_local),
         image_size=image_size,
@@ -143,21 +100,19 @@ def local_size_of(image_size: int, views: ViewsConfig) -> int:
     return round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size
 
 
-def _loader_processes() -> int:
-    """One a core of this process's share, but one for the model; 8 at most, or 16 where a GPU has to be fed."""
-    most = 16 if torch.cuda.is_available() else 8
-    return max(0, min(most, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-
-
-def _takes(backbone: Any, bands: int, size: int) -> bool:
-    """Whether the backbone takes images of `size` pixels a side."""
-    device = next(backbone.parameters()).device
-    try:
-        with torch.no_grad():
-            backbone.eval()(torch.zeros(1, bands, size, size, device=device))
-    except (AssertionError, RuntimeError):
-        return False
-    return True
+def _parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
+    """What trains and what is held out, with notes; DataError where either is too little."""
+    if len(images) < FEWEST_IMAGES:
+        raise DataError(
+            f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
+        )
+    parts, notes = _split(config, images)
+    if len(parts.train) < FEWEST_IMAGES // 2 or not len(parts.held_out):
+        raise DataError(
+            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {FEWEST_IMAGES // 2} and 1 are the least; "
+            "mind the split column, or the groups"
+        )
+    return parts, notes
 
 
 def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
@@ -180,6 +135,84 @@ def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
         len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed
     )
     return parts, notes
+
+
+def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tuple[int, list[str]]:
+    """Images a batch over all processes, with notes; ConfigError where a process would get none."""
+    batch_size, notes = min(config.batch_size, trained_on) // world * world, []
+    if batch_size == 0:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} over {world} processes leaves none an image: raise --batch-size"
+        )
+    if config.batch_size % world:
+        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: a multiple of {world} processes")
+    elif batch_size < config.batch_size:
+        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
+    if images < _FEW_IMAGES:
+        notes.append(f"warning: {images} images are very few; trust the verdict only if its interval is narrow")
+    return batch_size, notes
+
+
+def _steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
+    per_epoch = max(1, trained_on // batch_size)
+    return config.steps or (config.epochs * per_epoch if config.epochs else max(_DEFAULT_STEPS, per_epoch))
+
+
+def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
+    """Pixels a side of global and of local views, with notes; ConfigError where the backbone does not take them."""
+    image_size = fitting_size(backbone, config.image_size)
+    if not _takes(backbone, bands, image_size):
+        own = backbone.pretrained_cfg["input_size"][-1]
+        raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take it; its own is {own}")
+    local_size = round_size(local_size_of(image_size, views), size_multiple(backbone))
+    if views.n_local and local_size >= image_size:
+        raise ConfigError(
+            f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
+        )
+    if views.n_local and not _takes(backbone, bands, local_size):
+        note = f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px"
+        return image_size, image_size, [note]
+    return image_size, local_size, []
+
+
+def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "trained"]:
+    """Whether BatchNorm learns the images' statistics; frozen where there is none."""
+    chosen, trains, norms = config.norm_statistics, config.unfreeze != "none", batch_norms(backbone)
+    if chosen == "trained" and not trains:
+        raise ConfigError(
+            "norm_statistics = trained moves a backbone that unfreeze = none leaves as it is: leave one of them out"
+        )
+    if chosen == "auto" or not norms:
+        return "trained" if config.weights == "random" and trains and norms else "frozen"
+    return chosen
+
+
+def _micro_batch(config: AdaptConfig, batch_size: int, world: int, norm_statistics: str) -> int | None:
+    """Images that the backbone of a process works through at once; None where that is its whole batch."""
+    micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
+    if micro_batch and norm_statistics == "trained":
+        raise ConfigError(
+            f"micro_batch = {micro_batch}: the BatchNorms of {config.backbone} train, and their statistics are of the whole "
+            "batch: leave micro_batch out, set norm_statistics = frozen, or take a backbone without BatchNorm"
+        )
+    return micro_batch
+
+
+def _loader_processes() -> int:
+    """One a core of this process's share, but one for the model; 8 at most, or 16 where a GPU has to be fed."""
+    most = 16 if torch.cuda.is_available() else 8
+    return max(0, min(most, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def _takes(backbone: Any, bands: int, size: int) -> bool:
+    """Whether the backbone takes images of `size` pixels a side."""
+    device = next(backbone.parameters()).device
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, bands, size, size, device=device))
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def _cosine(share: float) -> float:
