@@ -17,7 +17,7 @@ import jepakit
 from jepakit.cli import app
 from jepakit.errors import ConfigError
 from jepakit_training.inspecting import _is_among
-from jepakit_training.sheet import is_sheet
+from jepakit_training.sheet import _caption, is_sheet
 
 
 @pytest.fixture
@@ -80,3 +80,9 @@ def test_any_encoding_shows_any_name(images: Path, charset: str, options: list[s
     assert "udcfe.png" in done.stdout
     if options:
         assert json.loads(done.stdout)["unreadable"][0]["id"] == r"größe→\udcfe.png"
+
+
+def test_a_caption_holds_what_the_sheet_s_font_can_draw() -> None:
+    assert _caption("a b/im 1.jpg") == "a b/im 1.jpg"
+    assert _caption("Köln/目.tif") == r"K\xf6ln/\u76ee.tif"
+    assert _caption("x" * 200 + ".tif") == "..." + "x" * 143 + ".tif"

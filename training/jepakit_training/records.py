@@ -275,7 +275,8 @@ class SkippedFiles:
     """skipped.csv: images that could not be read, each once, with the reason; stops above a share `most` of them."""
 
     def __init__(self, path: Path, n_images: int, *, most: float, enabled: bool) -> None:
-        self._path, self._share, self._most, self._enabled = path, most, int(most * n_images), enabled
+        self._path, self._of, self._share, self._enabled = path, n_images, most, enabled
+        self._most = int(most * n_images)
         self._seen: dict[str, str] = {}
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -298,8 +299,9 @@ class SkippedFiles:
         if len(self._seen) > self._most:
             more = f", and {len(self._seen) - 1} more listed in {self._path}" if len(self._seen) > 1 else ""
             raise DataError(
-                f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read: mend or remove them, then run the "
-                "same command again, with another --out if the run had begun to train (or allow more: --set most_skipped=0.05)"
+                f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} of {self._of} so far): "
+                "mend or remove them, then run the same command again, with another --out if the run had begun to train (or "
+                "allow a larger share: --set most_skipped=SHARE)"
             )
 
 

@@ -26,6 +26,7 @@ ROWS, N_GLOBAL, N_LOCAL = 8, 2, 4
 _MARK = "jepakit", "contact sheet"
 """Key and text in the file by which a sheet is known to be one."""
 _CELL, _GAP, _HEAD, _CAPTION = 160, 8, 34, 18
+_LONGEST_CAPTION = 150
 
 
 def write_sheet(
@@ -69,7 +70,7 @@ def _draw(path: Path, rows: list[tuple[str, list[NDArray[np.uint8]]]], title: st
         top = _HEAD + 22 + place * row_height
         for column, cell in enumerate(cells):
             sheet.paste(Image.fromarray(cell).resize((_CELL, _CELL), Image.Resampling.BICUBIC), (_left(column), top))
-        draw.text((_GAP, top + _CELL + 1), _shortened(printable(name)), "black", font)
+        draw.text((_GAP, top + _CELL + 1), _caption(name), "black", font)
     mark = PngInfo()
     mark.add_text(*_MARK)
     sheet.save(path, "PNG", pnginfo=mark)
@@ -80,8 +81,10 @@ def _left(column: int) -> int:
     return _GAP + column * (_CELL + _GAP) + (_GAP if column else 0)
 
 
-def _shortened(name: str, most: int = 150) -> str:
-    return name if len(name) <= most else f"…{name[-most + 1 :]}"
+def _caption(name: str) -> str:
+    """The end of an image's name. Pillow's own font knows no letters beyond ASCII: they are written as escapes."""
+    text = printable(name).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= _LONGEST_CAPTION else f"...{text[3 - _LONGEST_CAPTION :]}"
 
 
 def _of_tensor(view: Tensor) -> NDArray[np.uint8]:
