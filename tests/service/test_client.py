@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -561,3 +563,15 @@ class _answering:  # noqa: N801 (used like a function)
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JEPAKIT_API_KEY", raising=False)
+
+
+def test_the_examples_of_the_page_run(service: str, folder: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+    for name in ("labelled", "more"):
+        (tmp_path / name).symlink_to(folder)
+    (tmp_path / "notes.txt").write_text("not an image")
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)).replace("http://127.0.0.1:8000", service)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "notes.txt" in done.stdout
+    assert "accuracy" in done.stdout
