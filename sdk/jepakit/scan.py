@@ -7,7 +7,6 @@ bundle: training, evaluation, export and service all use the same numbers.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,13 +210,18 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
         valid = usable(stored, header.nodata, ref.name)
     except ImageError as error:
         return index, str(error)
-    # A band without any data in this image is NaN, and stays out of every number.
-    percentile = np.percentile if header.nodata is None else np.nanpercentile
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN")
-        low, high = percentile(_thinned(valid, _PIXELS_JUDGED), [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
+    low, high = _ends(_thinned(valid, _PIXELS_JUDGED))
     size = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
     return Seen(index, header, size, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored))
+
+
+def _ends(valid_NC: NDArray[Any]) -> NDArray[Any]:
+    """Low and high percentile of each band, [2, C]; NaN, which stays out of every number, for a band without any data."""
+    has_data_C = ~np.isnan(valid_NC).all(axis=0)
+    of_those = np.percentile(valid_NC[:, has_data_C], [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0, overwrite_input=True)
+    ends = np.full((2, len(has_data_C)), np.nan, of_those.dtype)
+    ends[:, has_data_C] = of_those
+    return ends
 
 
 def _fingerprint(stored: NDArray[Any]) -> NDArray[np.bool_]:

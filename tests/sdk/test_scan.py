@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,18 @@ def test_a_report_holds_names_that_are_not_utf_8_as_json_can(tmp_path: Path) -> 
     (unreadable,) = json.loads(seen.model_dump_json())["unreadable"]
     assert unreadable["id"] == r"bad\udcfe.tif"
     assert r"bad\udcfe.tif" in str(seen)
+
+
+def test_bands_without_data_stay_out_and_no_warning_filter_is_left_changed(tmp_path: Path) -> None:
+    """Several threads measure at once, and the filters belong to the process."""
+    images = noise(40, (300, 300, 2), 1, 1000, "uint16")
+    for image in images[::2]:
+        image[:, :, 1] = 0
+    folder = write(tmp_path / "a", images, planarconfig="contig", extratags=[(42113, "s", 2, "0", True)])
+    before = warnings.filters
+    kept = list(before)
+    found = look(folder)
+    assert warnings.filters is before
+    assert list(warnings.filters) == kept
+    assert [bool(np.isnan(one.low[1])) for one in found.seen] == [True, False] * 20
+    assert not any(np.isnan(one.high[0]) for one in found.seen)
