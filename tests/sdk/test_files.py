@@ -1,0 +1,39 @@
+"""Files that take another's place: two writers never meet, and whoever may read the old one may read the new one."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from jepakit._files import replacing
+
+
+def test_two_writers_of_one_process_id_do_not_write_into_each_others_file(tmp_path: Path) -> None:
+    path = tmp_path / "shared.npz"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"2nd")
+        assert path.read_bytes() == b"2nd"
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in tmp_path.iterdir()] == ["shared.npz"]
+
+
+def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "a") as file:
+        file.write(b"half")
+        raise OSError("full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "a") as file:
+            file.write(b"whole")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
