@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,11 @@ class _Settings:
         }
 
 
+def _path_of(name: str) -> str:
+    """Where the service tells of one model, whatever letters its name has."""
+    return f"/v1/models/{quote(name, safe='')}"
+
+
 def _is_address(url: str) -> bool:
     import httpx
 
@@ -159,7 +165,7 @@ class Client:
 
     def model(self, name: str) -> ModelInfo:
         """One model that the service has loaded; NotFoundError when it has not."""
-        return _read_model(self._send(self._http.build_request("GET", f"/v1/models/{name}")))
+        return _read_model(self._send(self._http.build_request("GET", _path_of(name))))
 
     def embed(
         self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
@@ -275,7 +281,7 @@ class AsyncClient:
 
     async def model(self, name: str) -> ModelInfo:
         """As `Client.model`."""
-        return _read_model(await self._send(self._http.build_request("GET", f"/v1/models/{name}")))
+        return _read_model(await self._send(self._http.build_request("GET", _path_of(name))))
 
     async def embed(
         self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
