@@ -47,7 +47,7 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     check_name(name)
     if is_bundle(weights):
         bundle = open_bundle(weights)
-        bundle.read(WEIGHTS)
+        bundle.check(WEIGHTS)
         license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
     else:
         license_, file = None, Path(weights)

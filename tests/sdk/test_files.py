@@ -23,9 +23,13 @@ def test_two_writers_of_one_process_id_do_not_write_into_each_others_file(tmp_pa
 
 
 def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="full"), replacing(tmp_path / "a") as file:
-        file.write(b"half")
-        raise OSError("full")
+    def fail() -> None:
+        with replacing(tmp_path / "a") as file:
+            file.write(b"half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
