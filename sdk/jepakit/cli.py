@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tempfile
@@ -53,6 +54,9 @@ def options(
     ] = False,
 ) -> None:
     """What comes before any command."""
+    # `猫` on a Latin-1 terminal, a file's name that is not UTF-8: shown with escapes, never the end of a finished work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -159,7 +163,7 @@ def inspect(
     for assignment in set_ or []:
         _assign(settings, assignment)
     seen = run_inspection(images, sheet=sheet, **settings)
-    _show(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
+    print(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
 
 @app.command()
@@ -203,12 +207,12 @@ def export(
     bundle = run_export(source, out, **{key: value for key, value in given.items() if value is not None})
     manifest = bundle.manifest
     assert manifest.graph is not None
-    _show(
+    print(
         f"{bundle.path}: {manifest.backbone.name}, {manifest.preprocess.size} px → {manifest.embedding.dim} numbers "
         f"({manifest.embedding.pooling}), {manifest.graph.precision}: relative error to torch "
         f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
     )
-    _show(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
+    print(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
 
 
 @app.command()
@@ -361,12 +365,6 @@ def _check_out(file: Path) -> None:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise ConfigError(f"--out {file}: no file can be written there ({error.strerror})") from None
-
-
-def _show(what: object) -> None:
-    """Print, with escapes for what standard output's encoding lacks: `→` in Latin-1, names that are not UTF-8."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(str(what).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""The command line: whatever a file or a class is called can be shown, and what needs no extra asks for none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepakit import Embeddings
+from jepakit._frontdoor import _NEEDS
+
+NOT_UTF_8 = os.fsdecode(b"gr\xf6\xdfe.png")
+# As where none of the service's packages is installed.
+WITHOUT_SERVE = f"""
+import sys
+sys.modules.update(dict.fromkeys({_NEEDS["serve"]}))
+from jepakit.cli import main
+sys.argv[0] = "jepakit"
+main()
+"""
+
+
+def run(*arguments: str | Path, program: str = "from jepakit.cli import main; main()", encoding: str = "utf-8") -> str:
+    """What `jepakit …` prints on a terminal of that encoding; its exit code is 0."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_any_encoding_shows_any_name_once_the_work_is_done(tmp_path: Path, encoding: str) -> None:
+    vectors = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)
+    ids = (NOT_UTF_8, *map(str, range(19)))
+    Embeddings(vectors, "0" * 16, ids, ("猫",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
+    probe = tmp_path / os.fsdecode(b"\xf6.safetensors")
+    assert r"\udcf6.safetensors: knn probe, 2 classes" in run(
+        "probe", "fit", tmp_path / "e.npz", "--kind", "knn", "--out", probe, encoding=encoding
+    )
+    told = run("probe", "predict", probe, tmp_path / "e.npz", encoding=encoding).splitlines()
+    assert len(told) == 20
+    cat = "猫" if encoding == "utf-8" else r"\u732b"
+    assert told[0] == rf"gr\udcf6\udcdfe.png	{cat}	1.0000"
+
+
+def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:
+    told = run("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
+    assert told.startswith("key for clients")
+    assert (tmp_path / "keys").read_text().startswith("lab:")
+
+
+def test_a_bundle_is_deployed_without_the_services_packages(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=rf"error: {tmp_path} is not a bundle"):
+        run("deploy", tmp_path, tmp_path, program=WITHOUT_SERVE)
