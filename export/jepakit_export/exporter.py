@@ -17,7 +17,7 @@ from jepakit.backbone import (
     Embedder,
     check_pooling,
     fitting_size,
-    is_bundle,
+    from_bundle,
     pool,
     restore,
     start_backbone,
@@ -37,7 +37,9 @@ from jepakit.bundle import (
     Manifest,
     Preprocess,
     Provenance,
+    check_new,
     compute_model_id,
+    is_bundle,
     name_for,
     open_bundle,
     write_bundle,
@@ -72,8 +74,7 @@ def export(config: ExportConfig) -> Bundle:
     Runtime does not reproduce torch; then nothing is written.
     """
     out = Path(config.out)
-    if out.exists():
-        raise BundleError(f"{out} already exists, and a bundle is never overwritten: remove it or name another --out")
+    check_new(out)
     source = _source(config)
     users = None if config.verify_images is None else read_users_images(config.verify_images, source.preprocess)
     source = source._replace(embedding=_standardized(source, config, users))
@@ -161,7 +162,7 @@ def _source(config: ExportConfig) -> Source:
         return _of_run(path, config)
     if "which" in config.model_fields_set:
         raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
-    if (path / MANIFEST).is_file():
+    if is_bundle(path):
         return _of_bundle(open_bundle(path), config)
     if path.is_dir():
         timm = (
@@ -205,7 +206,7 @@ def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
 def _of_timm(config: ExportConfig) -> Source:
     name, _, weights = config.source.partition(":")
     weights = weights or "pretrained"
-    if is_bundle(weights):
+    if from_bundle(weights):
         raise ConfigError(
             f"{weights} is a bundle, which says itself how its images are fed and pooled: jepakit export {weights}"
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jepakit.run import DryRun, Run
     from jepakit.sources import ImageList
 
-# What each extra brings that the others do not: the first missing one names the extra to install.
+# What each extra brings, several of them the same: the first missing one is named, with the extra to install.
 _NEEDS = {
     "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
     "lora": ("peft",),
@@ -124,7 +124,8 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) 
 
     source    a run or bundle, opened or its folder, or NAME[:pretrained|:random|:FILE] for any timm backbone
     out       the bundle's folder, which must not exist yet
-    settings  the fields of `jepakit.config.ExportConfig`: which, name, pooling, normalize, image_size, opset
+    settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
+              dynamic_size, verify_images, normalize, image_size, opset
 
     Raises ConfigError, BackboneError or BundleError for an unusable source, ExportError when the graph does
     not reproduce torch; nothing is written then.
@@ -166,7 +167,6 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
 
     Raises BundleError for a bundle that is not whole, ServeError when the service refuses it or takes too long.
     """
-    require("serve")
     from jepakit_service.deploy import deploy as run_deploy
 
     return run_deploy(bundle, folder, url, timeout_s=timeout_s)
@@ -174,7 +174,6 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
 
 def new_api_key(name: str, key_file: str | None) -> None:
     """Make an API key; print it once, and its line for the key file (appended to `key_file` where given)."""
-    require("serve")
     from jepakit_service.keys import append, new_key
 
     key, line = new_key(name)

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from jepakit._timm_names import check_name
-from jepakit.bundle import MANIFEST, WEIGHTS, Backbone, EmbeddingSpec, Pooling, Preprocess, StartWeights, open_bundle
+from jepakit.bundle import (
+    MANIFEST,
+    WEIGHTS,
+    Backbone,
+    EmbeddingSpec,
+    Pooling,
+    Preprocess,
+    StartWeights,
+    is_bundle,
+    open_bundle,
+)
 from jepakit.errors import BackboneError, ConfigError
 
 with warnings.catch_warnings():
@@ -45,7 +55,7 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     Weights are never random unless asked for.
     """
     check_name(name)
-    if is_bundle(weights):
+    if from_bundle(weights):
         bundle = open_bundle(weights)
         bundle.check(WEIGHTS)
         license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
@@ -95,7 +105,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
     """How the start weights want their images: as the bundle they came from says, else as timm says."""
-    if not is_bundle(weights):
+    if not from_bundle(weights):
         return stock_preprocess(module, image_size)
     spec = open_bundle(weights).manifest.preprocess
     resize_to = math.floor(image_size * spec.resize_to / spec.size)
@@ -275,9 +285,9 @@ def check_pooling(backbone: Any, name: str, pooling: Pooling) -> None:
         raise ConfigError(f"pooling = {pooling!r}: {name} has {', '.join(known)}")
 
 
-def is_bundle(weights: str) -> bool:
-    """Whether start weights are named by a bundle's folder."""
-    return weights not in ("pretrained", "random") and (Path(weights) / MANIFEST).is_file()
+def from_bundle(weights: str) -> bool:
+    """Whether start weights are those of a bundle, named by its folder."""
+    return weights not in ("pretrained", "random") and is_bundle(Path(weights))
 
 
 def _as_tensor(values: tuple[float, ...] | None) -> Tensor | None:

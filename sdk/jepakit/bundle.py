@@ -238,6 +238,12 @@ def name_for(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:128] or "model"
 
 
+def check_new(path: Path) -> None:
+    """Raise BundleError where there is something already in a new bundle's place."""
+    if path.exists():
+        raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
+
+
 def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> Manifest:
     """Write a bundle atomically; returns the manifest as written, with `files` and `digest` filled in.
 
@@ -245,8 +251,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
     are computed, everything is flushed to disk, then the folder is renamed into place. A crash leaves
     either no bundle or a whole one. Raises BundleError when `path` already exists.
     """
-    if path.exists():
-        raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:
@@ -337,6 +342,14 @@ class Bundle:
             )
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a path is a folder with a manifest, or one that is closed to us: `open_bundle` then says so."""
+    try:
+        return (path / MANIFEST).is_file()
+    except PermissionError:
+        return True
+
+
 def open_bundle(path: str | Path) -> Bundle:
     """Open a bundle, checking its manifest (not yet the other files; see `Bundle.verify`).
 
@@ -347,7 +360,7 @@ def open_bundle(path: str | Path) -> Bundle:
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        hint = f"; did you mean {path / 'bundle'}?" if (path / "bundle" / MANIFEST).is_file() else ""
+        hint = f"; did you mean {path / 'bundle'}?" if is_bundle(path / "bundle") else ""
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}") from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read: {error}") from None

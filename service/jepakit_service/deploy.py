@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jepakit.bundle import GRAPH, MANIFEST, Bundle, open_bundle
+from jepakit.bundle import GRAPH, MANIFEST, Bundle, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
-from jepakit_service.models import bundles_inside, may_be_bundle
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
@@ -32,7 +31,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
     bundle = open_bundle(source)
     bundle.check(GRAPH)
     bundle.verify()
-    if not folder.is_dir() or may_be_bundle(folder):
+    if not folder.is_dir() or is_bundle(folder):
         raise DataError(f"{folder} is not a folder of bundles: name the one that `jepakit serve` watches")
     with Client(url, deadline_s=_LONGEST_SILENCE_S) as client:
         before = client.models()
@@ -67,9 +66,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _place(bundle: Bundle, folder: Path) -> Path:
     """The folder that holds this name now, else a new one of the name."""
-    for inside in bundles_inside(folder):
-        with contextlib.suppress(InputError):
-            if open_bundle(inside).manifest.name == bundle.manifest.name:
+    for inside in sorted(folder.iterdir()):
+        with contextlib.suppress(InputError):  # no bundle, or a damaged one
+            if not inside.name.startswith(".") and open_bundle(inside).manifest.name == bundle.manifest.name:
                 return inside
     target = folder / bundle.manifest.name
     if target.exists():

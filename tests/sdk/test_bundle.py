@@ -30,6 +30,7 @@ from jepakit.bundle import (
     StartWeights,
     canonical_json,
     compute_model_id,
+    is_bundle,
     open_bundle,
     write_bundle,
 )
@@ -490,3 +491,14 @@ def test_damaged_golden_inputs_are_never_another_error() -> None:
         damaged[position] ^= 0x55
         with contextlib.suppress(BundleError):
             unpack(bytes(damaged))
+
+
+def test_a_bundle_is_a_folder_with_a_manifest(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_bundle(bundle.path)
+    assert not any(is_bundle(path) for path in (bundle.path.parent, bundle.path / MANIFEST, tmp_path / "none"))
+
+    def closed(_path: Path) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert is_bundle(bundle.path), "opening it says that it is closed"
