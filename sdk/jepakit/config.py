@@ -55,7 +55,7 @@ class ViewsConfig(_Settings):
     horizontal_flip: Fraction = 0.5
     """Probability of a mirror image."""
     vertical_flip: Fraction = 0.0
-    """Probability of standing on its head."""
+    """Probability of a vertical flip."""
     quarter_turns: bool = False
     """Rotate by a random multiple of 90°."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -92,7 +92,7 @@ class ViewsConfig(_Settings):
                 )
 
 
-# What a colour, a stain or a density means differs by domain: a preset never destroys it (lejepa.md 3).
+# What a colour, a stain or a density means differs by domain: a preset never destroys it.
 PRESETS: dict[Domain, dict[str, float | bool]] = {
     "general": {},
     "natural": {

@@ -74,7 +74,8 @@ class Run:
         return self.comparison.verdict
 
     def metrics(self) -> list[dict[str, float]]:
-        """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait."""
+        """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait (a share of the time),
+        proj_std, proj_rank, memory_gb (the most so far); and anchor, where it has a weight."""
         return read_metrics(self.path / METRICS)
 
     def export(self, out: str | Path, **settings: Any) -> Bundle:

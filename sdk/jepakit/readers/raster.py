@@ -64,7 +64,7 @@ class Header:
 
 
 class Raster(Protocol):
-    """One open image file. A context manager; raises ImageError alone."""
+    """One open image file. A context manager; raises ImageError, or MissingExtraError where a decoder is not installed."""
 
     header: Header
 
