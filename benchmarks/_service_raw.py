@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.bundle import open_bundle
 from jepakit.images import preprocess
 from jepakit.runtime import Provider

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit_service.listeners import free_port
 
 RAW, JSON, MANY = "one image, raw bytes", "one image, JSON", "32 images"

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepakit
 from _blocks import Block, measure, ratio, timed
 from jepakit import golden
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.backbone import Embedder, restore
 from jepakit.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.errors import MissingExtraError

@@ -32,7 +32,7 @@ import jepakit
 from _blocks import measure
 from engine import Nobody, Run, batched, clocked, flops_an_image, through
 from jepakit import golden
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.backbone import Embedder, restore
 from jepakit.bundle import WEIGHTS
 from jepakit.session import Session

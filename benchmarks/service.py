@@ -53,7 +53,7 @@ from _service_servers import (
     make_environment,
     peer_server,
 )
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 
 RAY, NO_RAY = "jepakit on Ray", "jepakit --no-ray"
 VARIANTS: dict[str, tuple[str, ...]] = {RAY: (), NO_RAY: ("--no-ray",)}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit import golden
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings

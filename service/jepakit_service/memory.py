@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
-
 import psutil
 
+from jepakit._machine import memory_room, trim_heap
 from jepakit.bundle import DATA, GRAPH, Bundle
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def used_mb() -> float:
@@ -19,21 +15,13 @@ def used_mb() -> float:
 
 def available_mb() -> float:
     """Memory that could still be taken, MiB. Cached files that nobody reads count as free: they make room."""
-    available = float(psutil.virtual_memory().available)
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        kinds = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no cgroup v2 here, or "max": no limit
-        return available / 2**20
-    return min(available, limit - used + int(kinds["inactive_file"])) / 2**20
+    available, room = psutil.virtual_memory().available, memory_room()
+    return float(available if room is None else min(available, room)) / 2**20
 
 
 def give_back() -> None:
     """Hand memory that is free to the system: opening a session leaves as much of it as its graph is large (glibc)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    trim_heap()
 
 
 def needed_mb(bundle: Bundle, sessions: int) -> float:

@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit._messages import did_you_mean, parse
 from jepakit.errors import ConfigError
 from jepakit.readers import DEFAULT_LIMITS

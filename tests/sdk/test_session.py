@@ -17,7 +17,7 @@ from PIL import Image
 import jepakit
 import jepakit.session
 from jepakit import golden
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.bundle import Bundle
 from jepakit.errors import BundleError, DataError, ImageError
 from jepakit.images import Pixels, preprocess

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import Run

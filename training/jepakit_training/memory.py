@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 
+from jepakit._machine import memory_limit, trim_heap
 from jepakit.errors import TrainingError
 
 # What torch says where it raises no OutOfMemoryError: its allocator of main memory, and CUDA's libraries.
 _NO_MEMORY = (
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
-
-_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 # Of glibc's <malloc.h>; what the last two are by default, the one at most.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -44,7 +43,7 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
         libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
-        libc.malloc_trim(0)
+        trim_heap()
 
 
 @contextmanager
@@ -82,8 +81,7 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e9
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CONTAINER.read_text(encoding="ascii").strip() if _CONTAINER.is_file() else "max"
-    return (machine if limit == "max" else min(machine, int(limit))) / 1e9
+    return min(machine, memory_limit() or machine) / 1e9
 
 
 def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError

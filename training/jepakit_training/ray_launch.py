@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jepakit._cpus import usable_cpus
+from jepakit._machine import usable_cpus
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run

@@ -1,0 +1,80 @@
+"""What this process may take of the machine: all of it, or its container's share where that is less."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class _Memory(NamedTuple):
+    """Where a version of control groups tells of memory: files, and the line that counts cached files nobody reads."""
+
+    limit: str
+    used: str
+    kinds: str
+    cached: str
+
+
+_V2 = _Memory("memory.max", "memory.current", "memory.stat", "inactive_file")
+_V1 = _Memory(
+    "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"
+)
+
+
+def usable_cpus() -> int:
+    """How many threads may be kept busy, at least 1: the affinity, or the container's quota where that is less.
+
+    A container given 1.5 cores of 64 gets 2 threads, not 64 that wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota = _cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def memory_limit() -> int | None:
+    """Bytes that the control group (version 2, else 1) grants; None for no limit, or more than any machine has."""
+    try:
+        return int((_CGROUP / _memory().limit).read_text())
+    except (OSError, ValueError):  # no control groups here, or "max"
+        return None
+
+
+def memory_room() -> int | None:
+    """Bytes that the control group still grants, as `memory_limit`. Cached files that nobody reads make room: they are free."""
+    limit, files = memory_limit(), _memory()
+    try:
+        used = int((_CGROUP / files.used).read_text())
+        kinds = dict(line.split() for line in (_CGROUP / files.kinds).read_text().splitlines())
+        return None if limit is None else limit - used + int(kinds[files.cached])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def trim_heap() -> None:
+    """Hand memory that is free to the system, where there is glibc, which else keeps it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _memory() -> _Memory:
+    return _V2 if (_CGROUP / _V2.limit).is_file() else _V1
+
+
+def _cpu_quota() -> float | None:
+    """Cores that the control group (version 2, else 1) grants; None for no limit."""
+    v2, v1 = _CGROUP / "cpu.max", _CGROUP / "cpu"
+    try:
+        if v2.is_file():
+            quota, period = v2.read_text().split()
+        else:
+            quota, period = ((v1 / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+        cores = int(quota) / int(period) if quota != "max" else 0
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+    return cores if cores > 0 else None  # version 1 writes -1 for no limit

@@ -1,0 +1,109 @@
+"""How many threads a process may keep busy and how much memory it may take: the machine's, or what its container grants."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jepakit import _machine
+from jepakit._machine import memory_limit, memory_room, usable_cpus
+
+CORES = 8
+
+
+@pytest.fixture(autouse=True)
+def _eight_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(CORES)))
+    monkeypatch.setattr(_machine, "_CGROUP", tmp_path)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def by_v2(folder: Path, text: str) -> int:
+    write(folder, {"cpu.max": text})
+    return usable_cpus()
+
+
+def by_v1(folder: Path, quota: str, period: str = "100000\n") -> int:
+    write(folder, {"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period})
+    return usable_cpus()
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [
+        ("max 100000\n", CORES),
+        ("150000 100000\n", 2),
+        ("100000 100000\n", 1),
+        ("30000 100000\n", 1),
+        ("400000 50000\n", CORES),
+        ("6400000 100000\n", CORES),
+    ],
+)
+def test_a_quota_of_control_groups_2_rounds_up_and_never_passes_the_affinity(
+    tmp_path: Path, text: str, cores: int
+) -> None:
+    assert by_v2(tmp_path, text) == cores
+
+
+@pytest.mark.parametrize(
+    "text", ["", "many 100000\n", "150000\n", "150000 0\n", "1 2 3\n", "-1 100000\n", "0 100000\n"]
+)
+def test_a_file_of_nonsense_is_no_quota(tmp_path: Path, text: str) -> None:
+    assert by_v2(tmp_path, text) == CORES
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1\n", CORES), ("150000\n", 2), ("20000\n", 1), ("many\n", CORES)])
+def test_control_groups_1_are_read_where_there_are_no_others(tmp_path: Path, quota: str, cores: int) -> None:
+    assert by_v1(tmp_path, quota) == cores
+
+
+def test_a_period_of_0_is_no_quota(tmp_path: Path) -> None:
+    assert by_v1(tmp_path, "150000\n", "0\n") == CORES
+
+
+def test_without_control_groups_the_affinity_decides() -> None:
+    assert usable_cpus() == CORES
+
+
+MEMORY_2 = {
+    "memory.max": "1000\n",
+    "memory.current": "900\n",
+    "memory.stat": "anon 300\ninactive_file 600\nactive_file 0\n",
+}
+MEMORY_1 = {
+    "memory/memory.limit_in_bytes": "1000\n",
+    "memory/memory.usage_in_bytes": "900\n",
+    "memory/memory.stat": "cache 600\ninactive_file 1\ntotal_inactive_file 600\n",
+}
+
+
+@pytest.mark.parametrize("files", [MEMORY_2, MEMORY_1, {**MEMORY_1, **MEMORY_2, "memory/memory.limit_in_bytes": "5"}])
+def test_memory_is_what_the_control_group_grants_and_cached_files_make_room(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
+    write(tmp_path, files)
+    assert (memory_limit(), memory_room()) == (1000, 700)
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, None),
+        ({**MEMORY_2, "memory.max": "max\n"}, None),
+        ({**MEMORY_2, "memory.max": ""}, None),
+        ({"memory.max": "1000\n"}, 1000),
+        ({**MEMORY_2, "memory.stat": "anon 300\n"}, 1000),
+    ],
+)
+def test_without_a_limit_or_what_is_used_of_it_there_is_no_room_to_tell(
+    tmp_path: Path, files: dict[str, str], limit: int | None
+) -> None:
+    write(tmp_path, files)
+    assert (memory_limit(), memory_room()) == (limit, None)
