@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
-from jepakit.nodata import is_blank, valid_pixels
+from jepakit.nodata import is_blank, missing, valid_pixels
 from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, open_raster
 from jepakit.readers.quiet import quiet
 
@@ -144,14 +144,6 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
     if frame >= header.frames:
         raise ImageError(f"{name}: has {header.frames} frames, there is no frame {frame}", code="unsupported_mode")
     return frame
-
-
-def missing(stored: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
-    """Which values of an image are "no data", bool [H, W, C]; None where none are."""
-    if nodata is None:
-        return None
-    holes: NDArray[np.bool_] = np.isnan(stored) if np.isnan(nodata) else stored == nodata
-    return holes if holes.any() else None
 
 
 def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any]:

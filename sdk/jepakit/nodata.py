@@ -8,20 +8,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def missing(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
+    """Which values of an image are "no data", bool [H, W, C]; None where none are."""
+    if nodata is None:
+        return None
+    holes_HWC: NDArray[np.bool_] = np.isnan(stored_HWC) if np.isnan(nodata) else stored_HWC == nodata
+    return holes_HWC if holes_HWC.any() else None
+
+
 def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
     """Where an image, or a window of one, has data: bool [H, W]; None where it has data everywhere.
 
     A pixel is valid if it has data in every band; a band without any data in the whole image is not asked.
     """
-    if nodata is None:
-        return None
-    holes_HWC = np.isnan(stored_HWC) if np.isnan(nodata) else stored_HWC == nodata
-    if not holes_HWC.any():
+    holes_HWC = missing(stored_HWC, nodata)
+    if holes_HWC is None:
         return None
     asked_C = ~holes_HWC.all(axis=(0, 1))
     if not asked_C.any():
         return np.zeros(stored_HWC.shape[:2], np.bool_)
-    valid: NDArray[np.bool_] = ~holes_HWC[:, :, asked_C].any(axis=2)
+    valid: NDArray[np.bool_] = np.logical_not(holes_HWC[:, :, asked_C].any(axis=2))
     return valid
 
 
