@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jepakit.errors import DataError, ImageError
+from jepakit.readers.checks import RATIO_MATTERS_ABOVE
 from jepakit.sources import ImageList, gather, list_images
 
 
@@ -216,6 +217,11 @@ def refused(images: ImageList, code: str) -> str:
 def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
     listed = list_images(zip_of(tmp_path / "a.zip", {"bomb.png": bytes(20_000_000)}))
     assert "claim to unpack to 20,000,000" in refused(listed, "too_large")
+
+
+def test_a_member_swells_as_much_as_any_file_before_it_is_called_a_bomb(tmp_path: Path) -> None:
+    data = bytes(RATIO_MATTERS_ABOVE)
+    assert list_images(zip_of(tmp_path / "a.zip", {"1.png": data}))[0].data == data
 
 
 def test_a_member_that_is_declared_too_large_is_refused(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
 from jepakit.readers import DEFAULT_LIMITS, ImageSource
+from jepakit.readers.checks import RATIO_MATTERS_ABOVE
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 TAR, STORED, DEFLATED = range(3)
 _ZIP_HEADER = struct.Struct("<4s22xHH")
-_HARMLESS_BYTES = 16_000_000
 
 
 class Member(NamedTuple):
@@ -75,7 +75,7 @@ class Archives:
         limits = DEFAULT_LIMITS
         if size > limits.max_encoded_bytes:
             raise ImageError(f"{name}: {size:,} bytes, the limit is {limits.max_encoded_bytes:,}", code="too_large")
-        if size > _HARMLESS_BYTES and size > limits.max_ratio * stored:
+        if size > RATIO_MATTERS_ABOVE and size > limits.max_ratio * stored:
             raise ImageError(
                 f"{name}: {stored:,} bytes that claim to unpack to {size:,}, the limit is {limits.max_ratio} times",
                 code="too_large",
