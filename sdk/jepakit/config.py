@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundle import NAME_PATTERN, Pooling, Precision
 from jepakit.errors import ConfigError
+from jepakit.sources.groups import GROUP_RULES
+from jepakit.sources.labels import LABEL_RULES
+from jepakit.sources.table import is_rule
+from jepakit.sources.tiles import Cut
 
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -263,20 +267,17 @@ class AdaptConfig(_Settings):
 
     @field_validator("labels", "group")
     @classmethod
-    def _rule_or_file(cls, rule: str) -> str:
-        rules = ("auto", "folder", "none")
-        if rule not in rules and not Path(rule).is_file():
+    def _rule_or_file(cls, rule: str, info: ValidationInfo) -> str:
+        rules = LABEL_RULES if info.field_name == "labels" else GROUP_RULES
+        if not is_rule(rule, rules):
             raise ValueError(
-                f"no such file; give a CSV or Parquet file, or one of {', '.join(rules)}{did_you_mean(rule, rules)}"
+                f"no such file, or no table; give a CSV or Parquet file, or one of {', '.join(rules)}{did_you_mean(rule, rules)}"
             )
         return rule
 
     @model_validator(mode="after")
     def _tiles_and_values(self) -> Self:
-        if self.tile is None and self.overlap:
-            raise ValueError(f"overlap = {self.overlap} needs tile")
-        if self.tile is not None and self.overlap >= self.tile:
-            raise ValueError(f"overlap = {self.overlap} must be less than tile = {self.tile}")
+        Cut(self.tile, self.overlap, self.min_valid, self.frame)
         if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
             raise ValueError(f"value_range = {list(self.value_range)}: give low, then high, e.g. [-160, 240]")
         return self

@@ -255,3 +255,11 @@ def test_a_bundle_name_that_no_manifest_takes_is_refused_before_the_export(name:
 def test_did_you_mean_is_silent_when_nothing_is_near() -> None:
     assert did_you_mean("zzz", ["steps", "epochs"]) == ""
     assert did_you_mean("epoch", ["steps", "epochs"]) == "; did you mean epochs?"
+
+
+@pytest.mark.parametrize("setting", ["labels", "group"])
+def test_a_file_that_is_no_table_is_refused_with_the_other_settings(tmp_path: Path, setting: str) -> None:
+    for name in ("labels.txt", "labels.csv"):
+        (tmp_path / name).write_text("path,label\n")
+    assert "no table; give a CSV" in complaint(**{setting: str(tmp_path / "labels.txt")})
+    assert getattr(adapt(**{setting: str(tmp_path / "labels.csv")}), setting) == str(tmp_path / "labels.csv")

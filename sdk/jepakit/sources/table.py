@@ -63,10 +63,15 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
     return Table(columns, {role: header[place] for role, place in places.items()})
 
 
+def is_rule(rule: str, rules: Sequence[str]) -> bool:
+    """Whether `rule` is one of the rules, or the name of a table that is there."""
+    return rule in rules or (suffix(rule) in TABLES and Path(rule).is_file())
+
+
 def check_rule(setting: str, rule: str | Path, rules: Sequence[str]) -> str:
     """`rule` as text: one of the rules, or the name of a table that is there; ConfigError otherwise."""
     text = os.fspath(rule)
-    if text in rules or (suffix(text) in TABLES and Path(text).is_file()):
+    if is_rule(text, rules):
         return text
     missing = " (there is no such file)" if suffix(text) in TABLES else ""
     raise ConfigError(
