@@ -15,7 +15,7 @@ from jepakit.bundle import Manifest, Preprocess
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
-from jepakit.sources import list_images
+from jepakit.sources import evenly_spread, list_images
 from jepakit_export.convert import Sealed
 
 BATCH_SIZES = (1, 2, 7, 33)
@@ -38,9 +38,8 @@ class Expected(NamedTuple):
 def read_users_images(source: str, spec: Preprocess) -> Pixels:
     """Up to 256 images spread over the user's folder, as the graph takes them. Raises DataError for fewer than 16."""
     listed = list_images(source, "none", group="none", tile=spec.tile)
-    chosen = np.unique(np.linspace(0, len(listed) - 1, min(MOST_IMAGES, len(listed))).astype(np.intp))
     pixels, last = [], ""
-    for index in chosen.tolist():
+    for index in evenly_spread(len(listed), MOST_IMAGES).tolist():
         try:
             pixels.append(preprocess(listed[index], spec))
         except ImageError as error:

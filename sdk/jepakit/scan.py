@@ -22,7 +22,7 @@ from jepakit.config import CT_WINDOWS, ValueRange
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import choose_frame, describe_kind, usable
 from jepakit.readers import DEFAULT_LIMITS, Header, open_raster
-from jepakit.sources import ImageList
+from jepakit.sources import ImageList, evenly_spread
 
 SAMPLE = 256
 LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9
@@ -82,26 +82,33 @@ class Scan:
     def scaling(self, value_range: ValueRange) -> Scaling | None:
         """Low and high per band: measured, or the user's window for all bands; None for 8-bit data.
 
-        Measured is the widest range between the 0.1 and the 99.9 percentile of any sampled image, outliers left
-        out (`outliers`), and a quarter more on either side, for images that were not sampled: mean and std make up
-        for a range that is too wide, nothing for one that clips. Raises ConfigError for a window that does not fit.
+        Raises ConfigError for a window that does not fit, DataError for a band of one value.
         """
-        window = CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
         if value_range == "file" and not any(one.header.format == "DICOM" for one in self.seen):
             raise ConfigError("value_range = 'file' applies each DICOM file's own window, and these are not DICOM")
         if self.is_8_bit:
             if value_range not in ("auto", "file"):
                 raise ConfigError(f"value_range = {value_range!r}: 8-bit images are used as they are, leave it out")
             return None
-        if window is not None:
-            low, high = window
-            if (outside := self.outside(low, high)) > _MOST_OUTSIDE:
-                raise ConfigError(
-                    f"value_range = [{low:g}, {high:g}]: {outside:.1%} of the values lie outside it (they are "
-                    f"{min(one.low.min() for one in self.seen):g} … {max(one.high.max() for one in self.seen):g}): nothing would be seen"
-                )
-            return Scaling(low=(low,) * self.kind.bands, high=(high,) * self.kind.bands, measured=False)
-        lows_NC, highs_NC = (np.array([getattr(one, end) for one in self.seen]) for end in ("low", "high"))
+        window = CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
+        return self._measured() if window is None else self._asked(*window)
+
+    def _asked(self, low: float, high: float) -> Scaling:
+        """The window for all bands; ConfigError where next to all values lie outside it."""
+        if (outside := self.outside(low, high)) > _MOST_OUTSIDE:
+            raise ConfigError(
+                f"value_range = [{low:g}, {high:g}]: {outside:.1%} of the values lie outside it (they are "
+                f"{min(one.low.min() for one in self.seen):g} … {max(one.high.max() for one in self.seen):g}): nothing would be seen"
+            )
+        return Scaling(low=(low,) * self.kind.bands, high=(high,) * self.kind.bands, measured=False)
+
+    def _measured(self) -> Scaling:
+        """The widest range between the 0.1 and the 99.9 percentile of any sampled image, and a quarter more on either side.
+
+        Outliers are left out (`outliers`). The margin is for images that were not sampled: mean and std make up for a
+        range that is too wide, nothing for one that clips. Raises DataError for a band of one value.
+        """
+        lows_NC, highs_NC = self._ends()
         usual_NC = ~_far_out(lows_NC, highs_NC)
         usual_NC &= ~np.isnan(lows_NC)
         low_C = np.min(lows_NC, axis=0, where=usual_NC, initial=np.inf)
@@ -116,9 +123,13 @@ class Scan:
         least = 0.0 if self.kind.stored_as.startswith("uint") else -np.inf
         return Scaling(low=_floats((low_C - margin_C).clip(least)), high=_floats(high_C + margin_C), measured=True)
 
+    def _ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Low and high percentiles of each image and band, [N, C] each."""
+        return np.array([one.low for one in self.seen]), np.array([one.high for one in self.seen])
+
     def outliers(self) -> tuple[int, ...]:
         """Indices of sampled images whose values lie far beyond the others': they would squeeze all others into a corner."""
-        lows_NC, highs_NC = (np.array([getattr(one, end) for one in self.seen]) for end in ("low", "high"))
+        lows_NC, highs_NC = self._ends()
         far = np.flatnonzero(_far_out(lows_NC, highs_NC).any(axis=1))
         return tuple(self.seen[place].index for place in far)
 
@@ -163,7 +174,7 @@ def scan(
     progress: bool = True,
 ) -> Scan:  # fmt: skip
     """Measure an evenly spread sample of `images`. Raises DataError when none of them can be read."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(np.intp)).tolist()
+    chosen = evenly_spread(len(images), sample).tolist()
     seen: list[Seen] = []
     unreadable: list[tuple[int, str]] = []
     show = Steps(len(chosen), 0, what="look at values", enabled=progress)
@@ -210,12 +221,12 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
         valid = usable(stored, header.nodata, ref.name)
     except ImageError as error:
         return index, str(error)
-    low, high = _ends(_thinned(valid, _PIXELS_JUDGED))
+    low, high = _percentiles(_thinned(valid, _PIXELS_JUDGED))
     size = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
     return Seen(index, header, size, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored))
 
 
-def _ends(valid_NC: NDArray[Any]) -> NDArray[Any]:
+def _percentiles(valid_NC: NDArray[Any]) -> NDArray[Any]:
     """Low and high percentile of each band, [2, C]; NaN, which stays out of every number, for a band without any data."""
     has_data_C = ~np.isnan(valid_NC).all(axis=0)
     of_those = np.percentile(valid_NC[:, has_data_C], [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0, overwrite_input=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from jepakit.bundle import Pooling, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.run import DryRun, Run
-from jepakit.sources import ImageList
+from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
 from jepakit_training.data import views_on
 from jepakit_training.evaluation import Features, Measuring
@@ -92,7 +92,7 @@ class _Sampling:
         **how: Any,
     ) -> Features:  # fmt: skip
         began, count = time.perf_counter(), len(indices)
-        some = np.linspace(0, count - 1, min(count, _MEASURED_IMAGES)).astype(np.intp)
+        some = evenly_spread(count, _MEASURED_IMAGES)
         few = evaluation.extract(backbone, images, indices[some], spec, poolings, **how)
         self.left_out_s += (time.perf_counter() - began) * (count / len(some) - 1)
         random, rows = np.random.default_rng(0), count if few.readable.any() else 0

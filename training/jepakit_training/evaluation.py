@@ -19,7 +19,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError
 from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
-from jepakit.sources import ImageList
+from jepakit.sources import ImageList, evenly_spread
 from jepakit.sources._words import counted
 from jepakit_training.data import Split
 from jepakit_training.records import SkippedFiles
@@ -55,7 +55,7 @@ class MeasuringSet:
     @classmethod
     def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
         """At most `most` evenly spread images of each part."""
-        fit, held_out = _spread(split.train, most), _spread(split.held_out, most)
+        fit, held_out = (part[evenly_spread(len(part), most)] for part in (split.train, split.held_out))
         chosen = np.concatenate([fit, held_out])
         # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
         groups = None if images.groups is None or len(set(images.groups)) == 1 else images.groups
@@ -70,10 +70,6 @@ class MeasuringSet:
         """Some of them, e.g. those that could be read."""
         labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
         return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
-
-
-def _spread(indices: NDArray[np.intp], most: int) -> NDArray[np.intp]:
-    return indices[np.unique(np.linspace(0, len(indices) - 1, min(most, len(indices))).astype(np.intp))]
 
 
 def extract(

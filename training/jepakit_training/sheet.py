@@ -15,7 +15,7 @@ from jepakit.config import ViewsConfig
 from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
 from jepakit.inspection import printable
-from jepakit.sources import ImageList
+from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.randomness import derive_seed
 from jepakit_training.views import ViewMaker, collate, finish
 
@@ -36,7 +36,7 @@ def write_sheet(
     recipe = recipe.model_copy(update={"n_global": N_GLOBAL, "n_local": N_LOCAL})
     make_views = ViewMaker(recipe, *sizes, spec.scaling)
     rows = []
-    for index in np.unique(np.linspace(0, len(images) - 1, min(ROWS, len(images))).astype(int)).tolist():
+    for index in evenly_spread(len(images), ROWS).tolist():
         try:
             pixels = read_image(images[index], spec)
         except ImageError:

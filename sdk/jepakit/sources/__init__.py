@@ -9,6 +9,7 @@ from jepakit.sources.files import SUFFIXES
 from jepakit.sources.imagelist import ImageList
 from jepakit.sources.labels import MAX_CLASSES, MIN_CLASSES, MIN_IMAGES_PER_CLASS
 from jepakit.sources.listing import gather, list_images
+from jepakit.sources.spread import evenly_spread
 
 __all__ = [
     "MAX_CLASSES",
@@ -16,6 +17,7 @@ __all__ = [
     "MIN_IMAGES_PER_CLASS",
     "SUFFIXES",
     "ImageList",
+    "evenly_spread",
     "gather",
     "list_images",
 ]

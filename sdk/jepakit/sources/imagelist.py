@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from jepakit.readers import ImageRef, Window
 from jepakit.sources.labels import MAX_CLASSES
+from jepakit.sources.spread import evenly_spread
 from jepakit.sources.store import Store
 
 _SAMPLED = 256
@@ -94,9 +95,8 @@ class ImageList:
             digest.update(b"\n")
         if self.held_out is not None:
             digest.update(self.held_out.tobytes())
-        count = len(self.store)
-        for place in np.unique(np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)):
-            digest.update(hashlib.sha256(self.store.fingerprint(int(place))).digest())
+        for place in evenly_spread(len(self.store), _SAMPLED).tolist():
+            digest.update(hashlib.sha256(self.store.fingerprint(place)).digest())
         return digest.hexdigest()[:16]
 
     def strata(self) -> tuple[str, ...] | None:
