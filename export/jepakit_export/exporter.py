@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +41,7 @@ from jepakit.bundle import (
     is_bundle,
     name_for,
     open_bundle,
+    versions_of,
     write_bundle,
 )
 from jepakit.config import ExportConfig
@@ -219,8 +219,7 @@ def _of_timm(config: ExportConfig) -> Source:
         dim = pool(backbone, torch.zeros(1, preprocess.bands, preprocess.size, preprocess.size), pooling).shape[1]
     embedding = EmbeddingSpec(dim=dim, pooling=pooling, standardize="none", normalize=bool(config.normalize))
     told = {"source": f"{name}:{Path(weights).name}"}
-    versions = {package: metadata.version(package) for package in _PACKAGES}
-    provenance = Provenance(config=told, steps=0, images_seen=0, data_digest=None, versions=versions)
+    provenance = Provenance(config=told, steps=0, images_seen=0, data_digest=None, versions=versions_of(_PACKAGES))
     return Source(backbone, described, preprocess, embedding, provenance, None)
 
 

@@ -191,7 +191,7 @@ class Embedder(nn.Module):
         self.backbone: Any = backbone
         self.pooling = embedding.pooling
         self.normalize = embedding.normalize
-        scaling, unit = preprocess.scaling, 255 if preprocess.dtype == "uint8" else 1
+        scaling, unit = preprocess.scaling, preprocess.unit
         self.register_buffer("pixel_mean", unit * torch.tensor(preprocess.mean), persistent=False)
         self.register_buffer("pixel_std", unit * torch.tensor(preprocess.std), persistent=False)
         self.register_buffer("pixel_low", _as_tensor(None if scaling is None else scaling.low), persistent=False)

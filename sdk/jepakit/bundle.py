@@ -19,14 +19,16 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from jepakit._files import fsync
+from jepakit._frozen import Frozen
 from jepakit._messages import explain
 from jepakit.errors import BundleError
 from jepakit.evaluate import Comparison
@@ -44,18 +46,14 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Taken = TypeVar("_Taken")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StartWeights(_Frozen):
+class StartWeights(Frozen):
     """Where the weights before adaptation came from, and under which licence."""
 
     source: str
     license: str
 
 
-class Backbone(_Frozen):
+class Backbone(Frozen):
     """A timm architecture: `timm.create_model(name, num_classes=0, **arguments)`."""
 
     name: str
@@ -63,7 +61,7 @@ class Backbone(_Frozen):
     start: StartWeights
 
 
-class Scaling(_Frozen):
+class Scaling(Frozen):
     """What the values of other than 8-bit data are worth: x → (x - low) / (high - low), clipped to 0..1, per band.
 
     `measured` scalings come from the domain's images and refuse an image of which they clip over 1 %; a
@@ -75,7 +73,7 @@ class Scaling(_Frozen):
     measured: bool
 
 
-class Preprocess(_Frozen):
+class Preprocess(Frozen):
     """How an image file becomes the graph's input, and the constants of the graph's first layers.
 
     Resize so that the shorter side is `resize_to` (rule "shorter") or both sides are (rule "squash"), crop
@@ -103,6 +101,11 @@ class Preprocess(_Frozen):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def unit(self) -> int:
+        """What 1.0 of `mean` and `std` is in the values that they are taken off and divided by."""
+        return 255 if self.dtype == "uint8" else 1
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.resize_to < self.size:
@@ -123,7 +126,7 @@ Pooling = Literal["head", "stages", "cls", "mean", "cls+mean", "last2"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
-class EmbeddingSpec(_Frozen):
+class EmbeddingSpec(Frozen):
     """What the vector is: pooled how, shifted and divided by what, of length 1 or not.
 
     `center` and `scale` are one number per dimension, measured on the domain's images; None where unused.
@@ -152,7 +155,7 @@ def _float32_tuple(values: np.ndarray[Any, Any]) -> tuple[float, ...]:
     return tuple(map(float, values.astype(np.float32)))
 
 
-class Graph(_Frozen):
+class Graph(Frozen):
     """Facts of `model.onnx`, and how it was found to agree with torch over all images and batch sizes checked."""
 
     precision: Precision
@@ -171,7 +174,7 @@ class Graph(_Frozen):
     """Whether the graph takes other image sizes than the preprocess's."""
 
 
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """How the weights came to be."""
 
     config: dict[str, Any]
@@ -181,7 +184,12 @@ class Provenance(_Frozen):
     versions: dict[str, str]
 
 
-class Manifest(_Frozen):
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package, as `Provenance` keeps them."""
+    return {name: metadata.version(name) for name in packages}
+
+
+class Manifest(Frozen):
     """Everything a reader of the bundle needs to know. `files` maps each file to its SHA-256."""
 
     schema_version: Literal[1] = 1
@@ -193,7 +201,7 @@ class Manifest(_Frozen):
     provenance: Provenance
     comparison: Comparison | None = None
     graph: Graph | None = None
-    files: dict[str, Digest] = {}
+    files: dict[str, Digest] = Field(default_factory=dict)
     digest: str = ""
 
     def computed_digest(self) -> str:

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
 
+from jepakit._frozen import Frozen
 from jepakit._groups import in_cells, numbered
 from jepakit.probes import KNNProbe, LinearProbe
 
@@ -26,11 +26,7 @@ FEWEST_PER_CLASS = 3
 """Held-out images of a class, or groups where there are some. A class of fewer is left out of the verdict."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Scores(_Frozen):
+class Scores(Frozen):
     """Accuracy, 0 to 1, of probes fitted on training images and judged on held-out ones."""
 
     linear: float
@@ -39,7 +35,7 @@ class Scores(_Frozen):
     knn_balanced: float
 
 
-class Verdict(_Frozen):
+class Verdict(Frozen):
     """Which embeddings to keep.
 
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
@@ -57,7 +53,7 @@ class Verdict(_Frozen):
         return f"{self.word}: {self.reason}"
 
 
-class Comparison(_Frozen):
+class Comparison(Frozen):
     """Before and after adaptation, on images never trained on. Scores are None without labels.
 
     n_train     images that the probes were fitted on

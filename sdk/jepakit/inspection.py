@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator
 
+from jepakit._frozen import Frozen
 from jepakit.bundle import Scaling
 from jepakit.config import Domain, ValueRange
 from jepakit.scan import Scan, outlier_notes, window_notes
@@ -30,18 +31,14 @@ def printable(text: str) -> str:
 Text = Annotated[str, AfterValidator(printable)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Named(_Frozen):
+class Named(Frozen):
     """An image, and what is to be said of it."""
 
     id: Text
     what: Text
 
 
-class Inspection(_Frozen):
+class Inspection(Frozen):
     """The report of `jepakit inspect`; lists hold the first 20, the counts beside them all."""
 
     n_images: int
@@ -79,17 +76,20 @@ class Inspection(_Frozen):
 def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None, value_range: ValueRange) -> Inspection:
     """Put a scan's findings, near-duplicates and advice together."""
     sizes = sorted((one.size for one in found.seen), key=lambda size: size[0] * size[1])
+    median = sizes[len(sizes) // 2]
     scaling = found.scaling(value_range)
     mean, std = found.statistics(scaling)
     domain, because = _suggest_domain(found, mean)
     pairs = near_duplicates(found)
     odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
+    advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
+    advice += [*_faint(images, found, scaling), *outlier_notes(found, images.ids), *window_notes(found, scaling)]
     return Inspection(
         n_images=len(images), n_looked_at=len(found.seen) + len(odd) + len(unreadable),
         formats=dict(Counter(one.header.format for one in found.seen).most_common()),
         holds=str(found.kind), bands=found.kind.bands, stored_as=found.kind.stored_as,
-        smallest=sizes[0], median=sizes[len(sizes) // 2], largest=sizes[-1],
+        smallest=sizes[0], median=median, largest=sizes[-1],
         low=_rounded(np.min([one.low for one in found.seen], axis=0)),
         high=_rounded(np.max([one.high for one in found.seen], axis=0)),
         scaling=scaling, mean=_rounded(mean), std=_rounded(std),
@@ -99,7 +99,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
         n_odd=len(odd), odd=tuple(odd[:_LISTED]),
         n_duplicates=len(pairs), duplicates=tuple((images.ids[a], images.ids[b]) for a, b in pairs[:_LISTED]),
         domain=domain, domain_because=because,
-        advice=(*_advice(images, found, sizes[len(sizes) // 2], sizes[-1], len(pairs), image_size, tile), *_faint(images, found, scaling), *outlier_notes(found, images.ids), *window_notes(found, scaling)),
+        advice=tuple(advice),
     )  # fmt: skip
 
 

@@ -18,8 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from jepakit._frozen import Frozen
 from jepakit._progress import human_time
 from jepakit.bundle import Bundle, open_bundle
 from jepakit.errors import DataError
@@ -85,10 +84,8 @@ class Run:
         return export(self.path, out=out, **settings)
 
 
-class DryRun(BaseModel):
+class DryRun(Frozen):
     """What a run would take, from a few of its steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     steps: int
     warmup_steps: int

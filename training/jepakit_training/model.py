@@ -40,9 +40,8 @@ class Encoder(nn.Module):
     def __init__(self, backbone: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
         self.backbone = backbone
-        unit = 255 if preprocess.dtype == "uint8" else 1
-        self.register_buffer("_mean", unit * torch.tensor(preprocess.mean)[:, None, None], persistent=False)
-        self.register_buffer("_std", unit * torch.tensor(preprocess.std)[:, None, None], persistent=False)
+        self.register_buffer("_mean", preprocess.unit * torch.tensor(preprocess.mean)[:, None, None], persistent=False)
+        self.register_buffer("_std", preprocess.unit * torch.tensor(preprocess.std)[:, None, None], persistent=False)
 
     def forward(self, views: Views) -> Tensor:
         """Views [V, N, C, H, W] at each size, uint8 or scaled float32 → float32 features [V, N, E]."""

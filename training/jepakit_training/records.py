@@ -14,7 +14,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from jepakit.bundle import (
     Preprocess,
     Provenance,
     compute_model_id,
+    versions_of,
     write_bundle,
 )
 from jepakit.config import AdaptConfig
@@ -247,7 +247,7 @@ def _processes() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that can change a result."""
-    return {name: metadata.version(name) for name in _PACKAGES}
+    return versions_of(_PACKAGES)
 
 
 class StepLog:
