@@ -6,6 +6,8 @@ import logging
 import mmap
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,21 @@ class Sealed(NamedTuple):
 
     graph: bytes
     data: bytes | None
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """No warnings while inside, and nothing below an error from these loggers; the empty name is the root's."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def to_onnx(embedder: Embedder, example_BHWC: torch.Tensor, *, opset: int, dynamic_size: bool = False) -> ir.Model:
@@ -105,8 +122,7 @@ def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size:
     shape = {0: torch.export.Dim("batch")}
     if dynamic_size:
         shape.update({1: torch.export.Dim("height", min=16), 2: torch.export.Dim("width", min=16)})
-    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "torch.export"):
-        warnings.simplefilter("ignore")
+    with quiet("torch.onnx", "onnxscript", "torch.export"):
         program = torch.onnx.export(
             embedder, (example,), dynamo=True, opset_version=opset, verbose=False,
             input_names=[INPUT], output_names=[OUTPUT, TOKENS] if embedder.tokens else [OUTPUT],
@@ -135,17 +151,3 @@ def _strip(graph: onnx.ModelProto) -> None:
                 del value.metadata_props[:]
         if hasattr(part, "metadata_props"):
             del part.metadata_props[:]
-
-
-class _quiet:  # noqa: N801 (a context manager, used like a function)
-    def __init__(self, *names: str) -> None:
-        self._loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)

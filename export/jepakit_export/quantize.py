@@ -8,10 +8,8 @@ them lets ONNX Runtime fuse an 8-bit softmax that gave cosine 0.76 on a ViT with
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from jepakit.images import Pixels
-from jepakit_export.convert import is_large
+from jepakit_export.convert import is_large, quiet
 
 MOST_CALIBRATED = 128
 _MATRICES = ("MatMul", "Gemm")
@@ -33,8 +31,7 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _quiet_root():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, quiet(""):  # the quantiser gives its advice on the root logger
         given, prepared, written = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
         # Beside the graph where it cannot hold them; the quantiser's own answer to a large model is the same.
         outside = is_large(model)
@@ -90,14 +87,3 @@ def _computed_on_both_sides(graph: onnx.GraphProto) -> list[str]:
     """Names of the matrix products whose second factor is no weight."""
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
-
-
-class _quiet_root:  # noqa: N801 (a context manager, used like a function)
-    """The quantiser gives its advice on the root logger."""
-
-    def __enter__(self) -> None:
-        self._level = logging.getLogger().level
-        logging.getLogger().setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger().setLevel(self._level)
