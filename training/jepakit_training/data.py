@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from jepakit._groups import main_class
 from jepakit.bundle import Preprocess
 from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import FEWEST_PER_CLASS
@@ -48,10 +49,8 @@ def split(
     group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     stratum_of = np.zeros(count, np.intp) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
     sizes = np.bincount(group_of)
-    votes = np.zeros((len(sizes), int(stratum_of.max()) + 1), np.intp)
-    np.add.at(votes, (group_of, stratum_of), 1)
-    stratum_of_group = votes.argmax(axis=1)
-    lone = np.bincount(stratum_of_group, minlength=votes.shape[1])[stratum_of_group] == 1
+    stratum_of_group = main_class(group_of, stratum_of)
+    lone = np.bincount(stratum_of_group)[stratum_of_group] == 1
     if 2 * sizes[lone].sum() > count:  # too many to stay: they are one stratum together
         stratum_of_group[lone] = -1
     chosen = np.zeros(len(sizes), bool)
