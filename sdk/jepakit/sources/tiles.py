@@ -42,7 +42,9 @@ class Cut:
 
     def __post_init__(self) -> None:
         if self.tile is None and self.overlap:
-            raise ConfigError(f"overlap = {self.overlap} without tile: overlap is of tiles, give tile too")
+            raise ConfigError(
+                f"overlap = {self.overlap} without tile: an overlap needs tile, the pixels a side of the tiles"
+            )
         if self.tile is not None and self.tile < MIN_TILE:
             raise ConfigError(f"tile = {self.tile}: the least is {MIN_TILE} pixels")
         if self.tile is not None and not 0 <= self.overlap < self.tile:
