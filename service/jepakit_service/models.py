@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
-import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jepakit import golden
-from jepakit.bundle import GOLDEN, MANIFEST, Bundle, open_bundle
+from jepakit.bundle import GOLDEN, Bundle, is_bundle, open_bundle
 from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.readers import Limits
@@ -30,7 +28,6 @@ from jepakit_service.wire import Encoded
 
 _FRESH_S = 5.0
 _HEARTBEAT_S = 10.0
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 
 
 class LoadedModel:
@@ -166,29 +163,10 @@ def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
 
 def bundle_folders(given: Path) -> list[Path]:
     """The bundles that one path of the settings names: itself, or those in it. DataError for a folder without any."""
-    if may_be_bundle(given) or not given.is_dir():
+    if is_bundle(given) or not given.is_dir():
         return [given]
-    inside = bundles_inside(given)
+    # Hidden folders are bundles on their way in or out.
+    inside = sorted(folder for folder in given.iterdir() if not folder.name.startswith(".") and is_bundle(folder))
     if not inside:
         raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
     return inside
-
-
-def bundles_inside(folder: Path) -> list[Path]:
-    """The bundles in a folder of bundles, by name. Hidden folders are bundles on their way in or out."""
-    return sorted(f for f in folder.iterdir() if not f.name.startswith(".") and may_be_bundle(f))
-
-
-def may_be_bundle(folder: Path) -> bool:
-    """Whether a folder has a manifest, or is closed to us: `open_bundle` then says so."""
-    try:
-        # Not `is_file`, which says False of a closed folder from Python 3.14 on.
-        return stat.S_ISREG((folder / MANIFEST).stat().st_mode)
-    except PermissionError:
-        return True
-    except ValueError:  # a path with a null byte
-        return False
-    except OSError as error:
-        if error.errno in _NOT_THERE:
-            return False
-        raise

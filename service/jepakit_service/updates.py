@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jepakit.bundle import Bundle, open_bundle
+from jepakit.bundle import Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit_service import memory
 from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel, bundle_folders, check_expected, may_be_bundle
+from jepakit_service.models import LoadedModel, bundle_folders, check_expected
 from jepakit_service.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import most_sessions
@@ -196,7 +196,7 @@ def _look(given: Path) -> _Found:
             try:
                 found.bundles.append(open_bundle(folder))
             except InputError as error:
-                if may_be_bundle(folder):  # else gone since
+                if is_bundle(folder):  # else gone since
                     found.rejected[folder] = str(error)
     return found
 

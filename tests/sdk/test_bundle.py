@@ -495,10 +495,14 @@ def test_damaged_golden_inputs_are_never_another_error() -> None:
 
 def test_a_bundle_is_a_folder_with_a_manifest(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_bundle(bundle.path)
-    assert not any(is_bundle(path) for path in (bundle.path.parent, bundle.path / MANIFEST, tmp_path / "none"))
+    assert not any(
+        is_bundle(path)
+        for path in (bundle.path.parent, bundle.path / MANIFEST, tmp_path / "none", Path("x" * 300), Path("\0"))
+    )
 
-    def closed(_path: Path) -> bool:
+    def closed(_path: Path, **_: Any) -> Any:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "is_file", closed)
+    monkeypatch.setattr(Path, "stat", closed)
+    monkeypatch.setattr(Path, "is_file", lambda path: False)  # as from Python 3.14 on
     assert is_bundle(bundle.path), "opening it says that it is closed"
