@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -78,15 +79,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_whole_road_with_real_weights_ray_serve_and_real_http(images: Path, tmp_path: Path) -> None:
     adapted = jepakit_cli(
-        "adapt", images, "--out", tmp_path / "run", "--backbone", "mobilenetv2_100", "--weights", WEIGHTS,
+        "adapt", images, "--out", tmp_path / "my run", "--backbone", "mobilenetv2_100", "--weights", WEIGHTS,
         "--domain", "microscopy", "--image-size", 64, "--steps", 3, "--batch-size", 16,
     )  # fmt: skip
     assert adapted.returncode == 0, adapted.stderr
     assert "linear probe" in adapted.stdout
-    run = jepakit.open_run(tmp_path / "run")
+    *_, advice = adapted.stdout.splitlines()
+    told = shlex.split(advice.removeprefix("next: jepakit "))
+    assert (told[:2], told[-2:]) == (["export", str(tmp_path / "my run")], ["--out", "bundles/my run"])
+    run = jepakit.open_run(tmp_path / "my run")
     assert str(run.verdict) in adapted.stdout
 
-    exported = jepakit_cli("export", tmp_path / "run", "--out", tmp_path / "bundles" / "scans")
+    exported = jepakit_cli("export", tmp_path / "my run", "--out", tmp_path / "bundles" / "scans")
     assert exported.returncode == 0, exported.stderr
     bundle = jepakit.open_bundle(tmp_path / "bundles" / "scans")
     assert bundle.digest in exported.stdout
@@ -171,16 +175,47 @@ def test_every_mistake_is_one_line_with_exit_code_2(images: Path, tmp_path: Path
             assert "Traceback" not in result.stderr, told
 
 
-def test_a_typo_fails_before_torch_is_imported() -> None:
+def test_a_mistake_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Whatever can be known of the images, the place of the result and the source of an export."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "image.png")
+    cases = [
+        ("adapt('.', backbone='resnet51')", "did you mean"),
+        ("adapt('.', weights='pretraind')", "did you mean pretrained?"),
+        ("adapt('.', value_range='ct-bones')", "did you mean ct-bone"),
+        ("adapt('image.png', out=5)", "out = 5: give a path"),
+        ("adapt('image.png', out='full')", "full is not empty and is not a run (it holds notes.txt)"),
+        ("adapt('image.png', out='image.png')", "image.png is a file, and a run is a folder"),
+        ("adapt([])", "images is empty"),
+        ("inspect('image.png', sheet='image.png')", "would lie among the images"),
+        ("inspect('image.png', sheet='sheet.jpg')", "ends in .png"),
+        ("export('full', 'new')", "full is neither a run nor a bundle"),
+        ("export('runs/none', 'new')", "runs/none does not exist"),
+        ("export('resnet18:randm', 'new')", "did you mean random?"),
+        ("export('resnet18:random', 'full')", "full already exists"),
+        ("export('resnet18:random', 'image.png/new')", "image.png/new cannot be written"),
+        ("export('resnet18:random', 'new', name='a b')", "letters, digits, dots"),
+        ("export(5, 'new')", "source = 5: give a path"),
+        ("load(3)", "path = 3: give a path"),
+        ("open_run(None)", "path = None: give a path"),
+    ]
     code = (
         "import sys, jepakit\n"
-        "try:\n    jepakit.adapt('.', backbone='resnet51')\n"
-        "except jepakit.JepakitError as error:\n    print(error)\n"
+        f"for call in {[call for call, _ in cases]!r}:\n"
+        "    try:\n        eval(f'jepakit.{call}')\n"
+        "    except jepakit.JepakitError as error:\n        print(error.exit_code, error)\n"
         "print(sorted({'torch', 'timm', 'ray', 'onnxruntime'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert "did you mean" in result.stdout
-    assert result.stdout.splitlines()[-1] == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path
+    )
+    *told, imported = result.stdout.splitlines()
+    for (call, words), line in zip(cases, told, strict=True):
+        assert line.startswith("2 "), (call, line)
+        assert words in line, (call, line)
+    assert imported == "[]"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "image.png"]
 
 
 def test_an_unreachable_service_is_told_with_exit_code_1(images: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load, save_file
 
 from jepakit import golden
-from jepakit._timm_names import known_names
 from jepakit.backbone import (
     Embedder,
     check_pooling,
@@ -27,7 +26,6 @@ from jepakit.bundle import (
     DATA,
     GOLDEN,
     GRAPH,
-    MANIFEST,
     WEIGHTS,
     Backbone,
     Bundle,
@@ -36,7 +34,6 @@ from jepakit.bundle import (
     Manifest,
     Preprocess,
     Provenance,
-    check_new,
     compute_model_id,
     is_bundle,
     name_for,
@@ -45,7 +42,7 @@ from jepakit.bundle import (
     write_bundle,
 )
 from jepakit.config import ExportConfig
-from jepakit.errors import BundleError, ConfigError, DataError, ExportError
+from jepakit.errors import BundleError, ConfigError, ExportError
 from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, CONFIG, START
@@ -68,13 +65,12 @@ class Source(NamedTuple):
 
 
 def export(config: ExportConfig) -> Bundle:
-    """Write the bundle that `config` asks for and return it.
+    """Write the bundle that `config` asks for, its source and place checked already, and return it.
 
     Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when ONNX
     Runtime does not reproduce torch; then nothing is written.
     """
     out = Path(config.out)
-    check_new(out)
     source = _source(config)
     users = None if config.verify_images is None else read_users_images(config.verify_images, source.preprocess)
     source = source._replace(embedding=_standardized(source, config, users))
@@ -160,16 +156,7 @@ def _source(config: ExportConfig) -> Source:
     path = Path(config.source)
     if (path / CONFIG).is_file():
         return _of_run(path, config)
-    if "which" in config.model_fields_set:
-        raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
-    if is_bundle(path):
-        return _of_bundle(open_bundle(path), config)
-    if path.is_dir():
-        timm = (
-            f"; for timm's backbone say {path}:pretrained" if config.source.partition(".")[0] in known_names() else ""
-        )
-        raise DataError(f"{path} is neither a run nor a bundle: it has no {CONFIG} and no {MANIFEST}{timm}")
-    return _of_timm(config)
+    return _of_bundle(open_bundle(path), config) if is_bundle(path) else _of_timm(config)
 
 
 def _of_run(path: Path, config: ExportConfig) -> Source:

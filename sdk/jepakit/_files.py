@@ -1,13 +1,40 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of it."""
+"""Paths that users name, and files written so that a crash leaves the old one or the new one, never half of it."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from jepakit.errors import ConfigError, DataError
+
+
+def as_path(value: object, name: str) -> Path:
+    """A user's path; ConfigError, which names the argument, for what is none."""
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return Path(value)
+    raise ConfigError(f"{name} = {value!r}: give a path")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and see that files can be written there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """`replacing` for a file that a user named, its folder made where it is missing; DataError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror or error}): name another place") from None
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jepakit._files import as_path
 from jepakit._messages import parse
-from jepakit.errors import MissingExtraError
+from jepakit.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
     from jepakit.bundle import Bundle
@@ -56,9 +57,13 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     BackboneError for weights that cannot be had; TrainingError when training cannot go on.
     """
     config, listed = _to_adapt(images, out, settings)
+    from jepakit_training.records import check_folder
+
+    folder = _folder(config, listed)
+    check_folder(folder, config)
     from jepakit_training import adapt as run_training
 
-    return run_training(config, listed, _folder(config, listed))
+    return run_training(config, listed, folder)
 
 
 def _folder(config: AdaptConfig, images: ImageList) -> Path:
@@ -87,7 +92,9 @@ def _to_adapt(images: Any, out: str | Path | None, settings: dict[str, Any]) -> 
     """The checked settings and the images; what is missing is told before torch is imported."""
     from jepakit.config import AdaptConfig
 
-    config = parse(AdaptConfig, {"images": _told(images), "out": None if out is None else str(out), **settings})
+    config = parse(
+        AdaptConfig, {"images": _told(images), "out": None if out is None else str(as_path(out, "out")), **settings}
+    )
     listed = _listed(images, config)
     require("train")
     if config.launcher == "ray":
@@ -104,19 +111,24 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) ->
 
     images    as in `adapt`
     sheet     a PNG to write: some images, and the views that training would make of them
-    settings  those of `adapt` that say how images are read: domain, views, image_size, tile, overlap, min_valid,
-              frame, value_range, labels, group
+    settings  as for `adapt`; those that say how images are read count: domain, views, image_size, tile, overlap,
+              min_valid, frame, value_range, labels, group
 
     Raises ConfigError for a wrong setting and DataError for unusable images.
     """
     from jepakit.config import AdaptConfig
 
     config = parse(AdaptConfig, {"images": _told(images), "weights": "random", **settings})
+    place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)
     require("train")
+    from jepakit_training.place import check_place
+
+    if place is not None:
+        check_place(place, config.images)
     from jepakit_training.inspecting import inspect as run_inspection
 
-    return run_inspection(config, listed, None if sheet is None else Path(sheet))
+    return run_inspection(config, listed, place)
 
 
 def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) -> Bundle:
@@ -130,15 +142,15 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) 
     Raises ConfigError, BackboneError or BundleError for an unusable source, ExportError when the graph does
     not reproduce torch; nothing is written then.
     """
-    from jepakit._timm_names import check_name
-    from jepakit.bundle import Bundle
+    from jepakit._export_source import check_source
+    from jepakit.bundle import Bundle, check_new
     from jepakit.config import ExportConfig
     from jepakit.run import Run
 
-    given = source.path if isinstance(source, Run | Bundle) else source
-    config = parse(ExportConfig, {"source": str(given), "out": str(out), **settings})
-    if not Path(config.source).exists():
-        check_name(config.source.partition(":")[0])
+    given = source.path if isinstance(source, Run | Bundle) else as_path(source, "source")
+    config = parse(ExportConfig, {"source": str(given), "out": str(as_path(out, "out")), **settings})
+    check_source(config)
+    check_new(Path(config.out))
     require("export")
     from jepakit_export import export as run_export
 
@@ -210,6 +222,8 @@ def _told(images: Any) -> str | tuple[str, ...]:
     """How the run's settings tell its images; those in memory have no name."""
     if isinstance(images, str | Path):
         return str(images)
+    if isinstance(images, Sized) and not len(images):
+        raise DataError("images is empty: give a folder, a glob, a list of paths, or images")
     if isinstance(images, Sequence) and all(isinstance(item, str | Path) for item in images):
         return tuple(map(str, images))
     return f"{len(images)} images in memory" if isinstance(images, Sized) else "images in memory"

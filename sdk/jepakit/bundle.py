@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from jepakit._files import fsync
+from jepakit._files import as_path, fsync, prepare_folder
 from jepakit._frozen import Frozen
 from jepakit._messages import explain
 from jepakit.errors import BundleError
@@ -251,9 +251,16 @@ def name_for(folder: Path) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Raise BundleError where there is something already in a new bundle's place."""
+    """Raise BundleError where there is something already in a new bundle's place, or nothing can be written there.
+
+    Makes the folder that it is to lie in.
+    """
     if path.exists():
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
+    try:
+        prepare_folder(path.parent)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written ({error.strerror}): name another --out") from None
 
 
 def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> Manifest:
@@ -261,10 +268,9 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
 
     `write_files(folder)` puts every file but the manifest into a temporary folder beside `path`; digests
     are computed, everything is flushed to disk, then the folder is renamed into place. A crash leaves
-    either no bundle or a whole one. Raises BundleError when `path` already exists.
+    either no bundle or a whole one. Raises what `check_new` raises.
     """
     check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:
         write_files(folder)
@@ -377,7 +383,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
     Raises BundleError when `path` is no bundle, or its manifest is damaged or of another schema version.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     file = path / MANIFEST
     try:
         text = file.read_text(encoding="utf-8")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
 from jepakit import __version__
+from jepakit._files import prepare_folder
 from jepakit.errors import ConfigError, JepakitError
 
 _IMAGES = "folder, glob or file of images; CSV or Parquet manifest; .tar shards; ZIP"
@@ -134,7 +135,8 @@ def adapt(
             print(f"{words:<16} {getattr(comparison.before, field):>6.1%}  {getattr(comparison.after, field):>6.1%}")
     print(run.verdict)
     which = " --which start" if run.verdict.word in ("worse", "same") else ""
-    print(f"next: jepakit export {run.path}{which} --out bundles/{run.path.name}")
+    source, target = quote(str(run.path)), quote(f"bundles/{run.path.name}")
+    print(f"next: jepakit export {source}{which} --out {target}")
 
 
 @app.command()
@@ -212,7 +214,8 @@ def export(
         f"({manifest.embedding.pooling}), {manifest.graph.precision}: relative error to torch "
         f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
     )
-    print(f"model_id {manifest.model_id}\ndigest   {bundle.digest}\nnext: jepakit serve {bundle.path}")
+    print(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
+    print(f"next: jepakit serve {quote(str(bundle.path))}")
 
 
 @app.command()
@@ -288,8 +291,10 @@ def embed(
 ) -> None:
     """Embed images through a service or a bundle, into one file."""
     if (url is None) == (bundle is None):
-        raise ConfigError("say where to embed: --url http://127.0.0.1:8000 or --bundle bundles/NAME")
-    _check_out(out)
+        raise ConfigError("say where to embed, by one of --url http://127.0.0.1:8000 and --bundle bundles/NAME")
+    if bundle is not None and model is not None:
+        raise ConfigError(f"--model {model} chooses among a service's models, and a bundle is one: leave it out")
+    _check_out(out, ".npz")
     options: dict[str, Any] = {
         "labels": labels, "tile": tile, "overlap": overlap, "min_valid": min_valid, "frame": _number_or_word(frame),
     }  # fmt: skip
@@ -322,7 +327,7 @@ def probe_fit(
     kinds = {"linear": LinearProbe, "knn": KNNProbe}
     if kind not in kinds:
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
-    _check_out(out)
+    _check_out(out, ".safetensors")
     probe = kinds[kind]().fit(Embeddings.load(embeddings))
     probe.save(out)
     print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
@@ -356,13 +361,14 @@ def probe_predict(
         print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
 
 
-def _check_out(file: Path) -> None:
+def _check_out(file: Path, suffix: str) -> None:
     """Raise ConfigError, before any work, for a file that could not be written after it; makes its folder."""
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder: name a file in it")
+    if file.suffix not in ("", suffix):
+        raise ConfigError(f"--out {file}: what is written is a {suffix} file, name one")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
+        prepare_folder(file.parent)
     except OSError as error:
         raise ConfigError(f"--out {file}: no file can be written there ({error.strerror})") from None
 

@@ -50,6 +50,7 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
+_LONGEST_S = 1e6
 # What a part of multipart adds to its file, at most; also more than the header of `.npy`.
 _BYTES_BESIDE = 256
 _NEVER = threading.Event()
@@ -77,8 +78,13 @@ class _Settings:
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
         import httpx
 
-        if not _is_address(url):
+        if not isinstance(url, str) or not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
+        if url.rstrip("/").endswith("/v1"):
+            raise ConfigError(f"url = {url!r}: give the service's address without /v1, which belongs to its routes")
+        for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
+            if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_S:
+                raise ConfigError(f"{name} = {seconds!r}: give seconds, more than 0 and at most {_LONGEST_S:g}")
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
         if key and not _KEY.fullmatch(key):
             raise ConfigError(

@@ -6,10 +6,20 @@ is imported, so that a typo fails in a blink. Rules for defaults are written onc
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
@@ -27,8 +37,15 @@ CT_WINDOWS = {
     "ct-brain": (0.0, 80.0), "ct-soft-tissue": (-160.0, 240.0), "ct-lung": (-1350.0, 150.0), "ct-bone": (-500.0, 1300.0),
 }  # fmt: skip
 ValueRange = Literal["auto", "file", "ct-brain", "ct-soft-tissue", "ct-lung", "ct-bone"] | tuple[float, float]
+_RANGES = ("auto", "file", *CT_WINDOWS)
 Width = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+
+
+def _check_value_range(value: object) -> object:
+    if isinstance(value, str) and value not in _RANGES:
+        raise ValueError(f"give {', '.join(_RANGES)}, or LOW:HIGH in the files' units{did_you_mean(value, _RANGES)}")
+    return value
 
 
 class _Settings(BaseModel):
@@ -165,7 +182,7 @@ class AdaptConfig(_Settings):
     """Tiles with less valid area (outside "no data") are left out."""
     frame: Annotated[int, Field(ge=0)] | Literal["each"] | None = None
     """Of multi-frame files: the frame that is meant, or `each`; None: such files are refused."""
-    value_range: ValueRange = "auto"
+    value_range: Annotated[ValueRange, BeforeValidator(_check_value_range)] = "auto"
     """What becomes black and white in other than 8-bit images: `auto` measures it, `file` applies each DICOM
     file's own window, a CT window by name, or [low, high] in the files' units."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
@@ -291,7 +308,10 @@ class AdaptConfig(_Settings):
     @classmethod
     def _known_weights(cls, weights: str) -> str:
         if weights not in ("pretrained", "random") and not Path(weights).exists():
-            raise ValueError("no such file; give `pretrained`, `random`, a .safetensors or .pth file, or a bundle")
+            raise ValueError(
+                "no such file; give `pretrained`, `random`, a .safetensors or .pth file, or a bundle"
+                + did_you_mean(weights, ("pretrained", "random"))
+            )
         return weights
 
     @model_validator(mode="after")
@@ -312,6 +332,14 @@ class AdaptConfig(_Settings):
         return self.model_copy(update={"views": self.resolved_views()})
 
 
+def _usable_name(name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(
+            "give at most 128 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+        )
+    return name
+
+
 class ExportConfig(_Settings):
     """Settings of `jepakit.export`."""
 
@@ -321,7 +349,7 @@ class ExportConfig(_Settings):
     """The bundle to write."""
     which: Literal["best", "last", "start"] = "last"
     """Of a run: the adapted weights, the ones it started from, or whichever the verdict says to keep."""
-    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    name: Annotated[str, AfterValidator(_usable_name)] | None = None
     """The bundle's name, by which clients ask for it; None: the name of its folder."""
     precision: Precision = "fp32"
     """Of the graph: `fp16` halves the file, for GPUs; `int8` is for CPUs, a vector space of its own."""

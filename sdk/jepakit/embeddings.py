@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._files import replacing
+from jepakit._files import as_path, written
 from jepakit.errors import DataError
 
 
@@ -47,7 +47,7 @@ class Embeddings:
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file, atomically; plain arrays, no pickle."""
-        path = Path(path)
+        path = as_path(path, "path")
         arrays: dict[str, NDArray[Any]] = {
             "vectors": self.vectors,
             "model_id": np.array(self.model_id),
@@ -55,15 +55,15 @@ class Embeddings:
         }
         if self.labels is not None:
             arrays["labels"] = np.array(self.labels, dtype=np.str_)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with written(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> Embeddings:
         """Read what `save` wrote; raises DataError for any other file."""
+        path = as_path(path, "path")
         try:
-            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(
                     vectors=arrays["vectors"],
                     model_id=str(arrays["model_id"]),
@@ -72,5 +72,13 @@ class Embeddings:
                 )
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: make it with `jepakit embed … --out {path}`") from None
-        except Exception as error:  # a damaged archive can raise anything
+        except DataError as error:
             raise DataError(f"{path} is not a file of embeddings: {error}") from None
+        except KeyError as error:
+            raise DataError(f"{path} is not a file of embeddings: {error.args[0]}") from None
+        except OSError as error:
+            raise DataError(f"{path} is not a file of embeddings ({error.strerror or error})") from None
+        except Exception:  # a damaged archive can raise anything, in words that are numpy's
+            raise DataError(
+                f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
+            ) from None

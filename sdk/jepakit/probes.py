@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._files import replacing
+from jepakit._files import as_path, written
 from jepakit._groups import dealt, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
@@ -121,10 +121,9 @@ class _Probe:
             "classes": json.dumps(self.classes_.tolist()),
             "model_id": self.model_id_ or "",
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = as_path(path, "path")
         arrays = {name: np.ascontiguousarray(value) for name, value in self._arrays().items()}
-        with replacing(path) as file:
+        with written(path) as file:
             file.write(save(arrays, metadata=header))
 
     @classmethod
@@ -301,6 +300,7 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
     """Read a saved probe of either kind."""
     from safetensors import SafetensorError, safe_open
 
+    path = as_path(path, "path")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -313,8 +313,12 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
         return probe
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except DataError as error:
         raise DataError(f"{path} is not a saved probe: {error}") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+        raise DataError(
+            f"{path} is not a saved probe: make one with probe.save or `jepakit probe fit … --out FILE.safetensors`"
+        ) from None
 
 
 def _plain_number(value: Any) -> Any:
@@ -348,6 +352,8 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
 
 
 def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None) -> Labels:
+    if isinstance(X, str | Path):
+        raise DataError(f"{str(X)!r} is a path: give Embeddings.load({str(X)!r})")
     if y is None and isinstance(X, Embeddings):
         y = X.labels
     if y is None:

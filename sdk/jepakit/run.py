@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jepakit._files import as_path
 from jepakit._frozen import Frozen
 from jepakit._progress import human_time
 from jepakit.bundle import Bundle, open_bundle
@@ -131,7 +132,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run; DataError when it is none."""
-    path = Path(path)
+    path = as_path(path, "path")
     if not (path / CONFIG).is_file():
         raise DataError(f"{path} is not a run: it has no {CONFIG}")
     return Run(path)

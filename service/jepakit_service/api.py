@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import jepakit
+from jepakit._messages import did_you_mean
 from jepakit.errors import ImageError
 from jepakit_service import dialects, oip, openapi, operations, wire
 from jepakit_service.dialects import Computed
@@ -33,6 +34,7 @@ _log = logging.getLogger("jepakit.service")
 _JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
 _OIP = "Open Inference Protocol v2"
 _LONG_BODY = 1 << 20
+_QUERY = ("model", "partial")
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 
 
@@ -209,6 +211,12 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
             415, "unsupported_content_encoding", "compressed bodies are not read: image files are compressed already"
         )
     query = parse_qs(scope["query_string"].decode("latin-1")) if scope["query_string"] else {}
+    for name in query:
+        if name not in _QUERY:
+            raise ApiError(
+                400, "invalid_request", f"unknown parameter {name[:40]!r} in the query{did_you_mean(name[:40], _QUERY)}",
+                param=name[:40],
+            )  # fmt: skip
     body = (await receive())["body"]
     return Call(scope["path"], query, headers, body, scope["state"]["request_id"])
 

@@ -193,8 +193,14 @@ def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
         _, options = parse_options_header(headers.get(b"content-disposition", b""))
         if b"filename" in options:
             images.append(bytes(data))
-        elif options.get(b"name") == b"model":
+        elif (name := options.get(b"name", b"")) == b"model":
             model = data.decode("utf-8", "replace")
+        else:
+            raise ApiError(
+                400, "invalid_request",
+                f"the form's field {name[:40].decode('utf-8', 'replace')!r} is no file: images are sent as files, and `model` "
+                "is the only other field",
+            )  # fmt: skip
     return Ask(images, model)
 
 

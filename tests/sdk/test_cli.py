@@ -58,3 +58,10 @@ def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:
 def test_a_bundle_is_deployed_without_the_services_packages(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=rf"error: {tmp_path} is not a bundle"):
         run("deploy", tmp_path, tmp_path, program=WITHOUT_SERVE)
+
+
+def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="--model x chooses among a service's models"):
+        run("embed", tmp_path, "--bundle", tmp_path, "--model", "x", "--out", tmp_path / "e.npz")
+    with pytest.raises(AssertionError, match=r"e.csv: what is written is a .npz file"):
+        run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "e.csv")

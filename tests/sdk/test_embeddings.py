@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import jepakit
 from jepakit import Embeddings
 from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError, InputError
@@ -182,3 +183,20 @@ def test_a_damaged_file_is_refused_and_never_another_error(tmp_path: Path) -> No
             continue
         np.testing.assert_array_equal(loaded.vectors, VECTORS)
         assert loaded.ids == IDS
+
+
+def test_a_place_that_cannot_be_written_is_named_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "e.npz", tmp_path):
+        with pytest.raises(DataError, match=rf"^{place} cannot be written \("):
+            make().save(place)
+        with pytest.raises(DataError, match=rf"^{place} cannot be written \("):
+            jepakit.KNNProbe().fit(VECTORS, ["a", "b", "b"]).save(place)
+    with pytest.raises(ConfigError, match="path = None: give a path"):
+        make().save(None)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_is_no_embeddings() -> None:
+    with pytest.raises(DataError, match=r"'train.npz' is a path: give Embeddings.load\('train.npz'\)"):
+        jepakit.LinearProbe().fit("train.npz")

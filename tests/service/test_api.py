@@ -453,3 +453,13 @@ def test_an_open_path_of_the_page_needs_no_key(bundle: Path, tmp_path: Path) -> 
         assert document["security"] == [{"key": []}]
         assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
         assert http.post("/v1/embeddings", content=picture(0)).status_code == 401
+
+
+def test_a_mistyped_parameter_or_field_is_refused_and_never_passed_over(http: httpx.Client) -> None:
+    headers = {"Content-Type": "image/png"}
+    refused = http.post("/v1/embeddings?modle=other", content=picture(0), headers=headers)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "modle")
+    assert "did you mean model?" in refused.json()["error"]["message"]
+    refused = http.post("/v1/embeddings", files={"files": ("a.png", picture(0))}, data={"modle": "other"})
+    assert refused.status_code == 400
+    assert "field 'modle' is no file" in refused.json()["error"]["message"]

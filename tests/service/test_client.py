@@ -575,3 +575,25 @@ def test_the_examples_of_the_page_run(service: str, folder: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "notes.txt" in done.stdout
     assert "accuracy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "how", "message"),
+    [
+        (None, {}, "url = None: give the service's address"),
+        (8000, {}, "url = 8000: give the service's address"),
+        ("http://127.0.0.1:8000/v1", {}, "without /v1"),
+        ("http://127.0.0.1:8000", {"timeout_s": "a"}, "timeout_s = 'a': give seconds"),
+        ("http://127.0.0.1:8000", {"timeout_s": -1}, "timeout_s = -1: give seconds"),
+        ("http://127.0.0.1:8000", {"deadline_s": float("nan")}, "deadline_s = nan: give seconds"),
+    ],
+)
+def test_what_a_client_cannot_be_made_of_is_said_when_it_is_made(url: Any, how: dict[str, Any], message: str) -> None:
+    for kind in (jepakit.Client, jepakit.AsyncClient):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            kind(url, **how)
+
+
+def test_tiles_of_no_number_are_refused(service: str, folder: Path) -> None:
+    with jepakit.Client(service) as client, pytest.raises(ConfigError, match="tile = 'a': wanted a number of pixels"):
+        client.embed(folder, tile="a")  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import jepakit
 from jepakit.cli import app
 from jepakit.errors import ConfigError
-from jepakit_training.inspecting import _is_among
-from jepakit_training.sheet import _caption, is_sheet
+from jepakit_training.place import _is_among, is_sheet
+from jepakit_training.sheet import _caption
 
 
 @pytest.fixture

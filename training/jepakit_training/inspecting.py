@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fnmatch import fnmatch
 from pathlib import Path
 
 from jepakit.bundle import Preprocess
@@ -13,7 +12,7 @@ from jepakit.inspection import SAMPLE, Inspection, printable, report
 from jepakit.scan import scan
 from jepakit.sources import ImageList
 from jepakit_training.plan import local_size_of
-from jepakit_training.sheet import is_sheet, write_sheet
+from jepakit_training.sheet import write_sheet
 from jepakit_training.values import choose_preprocess, chosen_frame
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,10 +21,8 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspection:
     """The report on `images`; the views drawn are those of the chosen domain, or of the suggested one.
 
-    Raises ConfigError for a `sheet` that would lie among the images, or take the place of another file.
+    sheet  where to draw it, checked by `check_place`; ConfigError where that cannot be written
     """
-    if sheet is not None:
-        _check_place(sheet, config.images)
     found = scan(images, value_range=config.value_range, frame=chosen_frame(config), sample=SAMPLE)
     seen = report(images, found, image_size=config.image_size, tile=config.tile, value_range=config.value_range)
     if sheet is None:
@@ -42,25 +39,6 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     except OSError as error:
         raise ConfigError(f"sheet = {sheet}: cannot be written ({error.strerror}): name another place") from None
     return seen.model_copy(update={"sheet": printable(str(sheet))})
-
-
-def _check_place(sheet: Path, images: str | tuple[str, ...]) -> None:
-    sources = (images,) if isinstance(images, str) else images
-    if any(_is_among(sheet.resolve(), source) for source in sources):
-        raise ConfigError(f"sheet = {sheet} would lie among the images it shows: name another place, --sheet FILE")
-    if sheet.is_file() and not is_sheet(sheet):
-        raise ConfigError(f"sheet = {sheet} is there already, and no earlier sheet: name another place, --sheet FILE")
-
-
-def _is_among(sheet: Path, source: str) -> bool:
-    """Whether `source` means the sheet too, where it lies or would lie."""
-    path = Path(source).resolve()
-    if path.exists():
-        return sheet.is_relative_to(path)
-    # A glob: `**/` is any number of folders or none, and `*` none.
-    return fnmatch(str(sheet), str(path).replace("**/", "*")) and (
-        "**" in source or len(sheet.parts) == len(path.parts)
-    )
 
 
 def _any_backbone(size: int) -> Preprocess:

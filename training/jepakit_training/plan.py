@@ -149,7 +149,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     elif batch_size < config.batch_size:
         notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
     if images < _FEW_IMAGES:
-        notes.append(f"warning: {images} images are very few; trust the verdict only if its interval is narrow")
+        notes.append(f"warning: {images} images are very few to learn from, and to judge by")
     return batch_size, notes
 
 

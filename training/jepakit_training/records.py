@@ -123,19 +123,32 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
+def check_folder(out: Path, config: AdaptConfig) -> None:
+    """Whether a run may lie in `out`: a new one, or one that was started with the same settings.
+
+    Raises ConfigError naming what is in the way or differs. Needs no torch, so that it is said at once.
+    """
+    if _has_begun(out):
+        if changed := _changed(out, _as_toml(config)):
+            raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {_go_on(out)}")
+        return
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, and a run is a folder: name another --out")
+    # Until the start was measured nothing is worth keeping: a corrected command may begin anew.
+    strangers = _strangers(out) if out.is_dir() else []
+    if strangers:
+        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0]}): name another --out")
+
+
 def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     """Start the run's folder, or check that an existing one was started with the same settings and data.
 
     Raises ConfigError or DataError naming what differs.
     """
-    settings = _as_toml(config)
-    if (out / CONFIG).is_file() and (out / START).exists():
-        _check_same(out, settings, images)
+    check_folder(out, config)
+    if _has_begun(out):
+        _check_same(out, images)
         return
-    # Until the start was measured nothing is worth keeping: a corrected command may begin anew.
-    strangers = _strangers(out) if out.is_dir() else []
-    if strangers:
-        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0]}): name another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / SKIPPED).unlink(missing_ok=True)
     environment = {
@@ -147,7 +160,12 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     }
     # This order: settings alone are somebody's own.
     _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
-    _write_atomically(out / CONFIG, settings)
+    _write_atomically(out / CONFIG, _as_toml(config))
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether there is a run whose start was measured."""
+    return (out / CONFIG).is_file() and (out / START).exists()
 
 
 def find_unfinished(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
@@ -177,11 +195,8 @@ def _strangers(out: Path) -> list[str]:
     return [name for name in names if name not in ours and not name.startswith((".tmp-", RAY_FOLDER))]
 
 
-def _check_same(out: Path, settings: str, images: ImageList) -> None:
-    go_on = _go_on(out)
-    if changed := _changed(out, settings):
-        raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {go_on}")
-    environment = _environment(out)
+def _check_same(out: Path, images: ImageList) -> None:
+    go_on, environment = _go_on(out), _environment(out)
     if (processes := environment.get("processes", _processes())) != _processes():
         raise ConfigError(
             f"{out} was started by {processes} processes, now there are {_processes()}: say --processes {processes}, or {go_on}"

@@ -16,6 +16,7 @@ from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
 from jepakit.inspection import printable
 from jepakit.sources import ImageList, evenly_spread
+from jepakit_training.place import MARK
 from jepakit_training.randomness import derive_seed
 from jepakit_training.views import ViewMaker, collate, finish
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS, N_GLOBAL, N_LOCAL = 8, 2, 4
-_MARK = "jepakit", "contact sheet"
-"""Key and text in the file by which a sheet is known to be one."""
 _CELL, _GAP, _HEAD, _CAPTION = 160, 8, 34, 18
 _LONGEST_CAPTION = 150
 
@@ -48,16 +47,6 @@ def write_sheet(
     _draw(path, rows, title)
 
 
-def is_sheet(path: Path) -> bool:
-    """Whether a file is a sheet of ours, which may be drawn anew."""
-    key, text = _MARK
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get(key) == text
-    except Exception:  # a hostile or damaged file can raise anything
-        return False
-
-
 def _draw(path: Path, rows: list[tuple[str, list[NDArray[np.uint8]]]], title: str) -> None:
     width = (1 + N_GLOBAL + N_LOCAL) * (_CELL + _GAP) + 2 * _GAP
     row_height = _CELL + _CAPTION + _GAP
@@ -72,7 +61,7 @@ def _draw(path: Path, rows: list[tuple[str, list[NDArray[np.uint8]]]], title: st
             sheet.paste(Image.fromarray(cell).resize((_CELL, _CELL), Image.Resampling.BICUBIC), (_left(column), top))
         draw.text((_GAP, top + _CELL + 1), _caption(name), "black", font)
     mark = PngInfo()
-    mark.add_text(*_MARK)
+    mark.add_text(*MARK)
     sheet.save(path, "PNG", pnginfo=mark)
 
 

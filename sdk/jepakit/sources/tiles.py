@@ -41,6 +41,9 @@ class Cut:
     frame: int | Literal["each"] | None
 
     def __post_init__(self) -> None:
+        for name, value in (("tile", self.tile), ("overlap", self.overlap)):
+            if value is not None and not isinstance(value, int):
+                raise ConfigError(f"{name} = {value!r}: wanted a number of pixels")
         if self.tile is None and self.overlap:
             raise ConfigError(
                 f"overlap = {self.overlap} without tile: an overlap needs tile, the pixels a side of the tiles"
@@ -49,7 +52,7 @@ class Cut:
             raise ConfigError(f"tile = {self.tile}: the least is {MIN_TILE} pixels")
         if self.tile is not None and not 0 <= self.overlap < self.tile:
             raise ConfigError(f"overlap = {self.overlap}: wanted 0 or more, and less than tile = {self.tile}")
-        if not 0 <= self.min_valid <= 1:
+        if not isinstance(self.min_valid, int | float) or not 0 <= self.min_valid <= 1:
             raise ConfigError(f"min_valid = {self.min_valid}: wanted a share from 0 to 1")
         if isinstance(self.frame, str) and self.frame != "each":
             raise ConfigError(f"frame = {self.frame!r}: wanted a number or each{did_you_mean(self.frame, ['each'])}")

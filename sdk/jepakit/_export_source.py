@@ -1,0 +1,37 @@
+"""What `export` was asked to export, as far as it can be judged without torch: a run, a bundle, or a timm name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jepakit._messages import did_you_mean
+from jepakit._timm_names import check_name, known_names
+from jepakit.bundle import MANIFEST, is_bundle
+from jepakit.config import ExportConfig
+from jepakit.errors import BackboneError, ConfigError, DataError
+from jepakit.run import CONFIG
+
+_WORDS = ("pretrained", "random")
+
+
+def check_source(config: ExportConfig) -> None:
+    """Raise DataError, BackboneError or ConfigError for a source that is none, or that the settings do not fit."""
+    path = Path(config.source)
+    if (path / CONFIG).is_file():
+        return
+    if "which" in config.model_fields_set:
+        raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
+    if is_bundle(path):
+        return
+    name, _, weights = config.source.partition(":")
+    if path.exists():
+        timm = f"; for timm's backbone say {path}:pretrained" if name.partition(".")[0] in known_names() else ""
+        raise DataError(f"{path} is neither a run nor a bundle: it has no {CONFIG} and no {MANIFEST}{timm}")
+    if os.sep in name:
+        raise DataError(f"{config.source} does not exist: name a run, a bundle, or one of timm's backbones")
+    check_name(name)
+    if weights and weights not in _WORDS and not Path(weights).exists():
+        raise BackboneError(
+            f"there are no weights {weights!r}{did_you_mean(weights, _WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
+        )

@@ -1,0 +1,45 @@
+"""Where a contact sheet may be drawn, known without torch."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from PIL import Image
+
+from jepakit.errors import ConfigError
+
+MARK = "jepakit", "contact sheet"
+"""Key and text in the file by which a sheet is known to be one."""
+
+
+def check_place(sheet: Path, images: str | tuple[str, ...]) -> None:
+    """Raise ConfigError for a sheet that would be no PNG, lie among the images, or take the place of another file."""
+    sources = (images,) if isinstance(images, str) else images
+    if any(_is_among(sheet.resolve(), source) for source in sources):
+        raise ConfigError(f"sheet = {sheet} would lie among the images it shows: name another place, --sheet FILE")
+    if sheet.is_file() and not is_sheet(sheet):
+        raise ConfigError(f"sheet = {sheet} is there already, and no earlier sheet: name another place, --sheet FILE")
+    if sheet.suffix.lower() != ".png":
+        raise ConfigError(f"sheet = {sheet}: it is drawn as PNG, name a file that ends in .png")
+
+
+def _is_among(sheet: Path, source: str) -> bool:
+    """Whether `source` means the sheet too, where it lies or would lie."""
+    path = Path(source).resolve()
+    if path.exists():
+        return sheet.is_relative_to(path)
+    # A glob: `**/` is any number of folders or none, and `*` none.
+    return fnmatch(str(sheet), str(path).replace("**/", "*")) and (
+        "**" in source or len(sheet.parts) == len(path.parts)
+    )
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet of ours, which may be drawn anew."""
+    key, text = MARK
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get(key) == text
+    except Exception:  # a hostile or damaged file can raise anything
+        return False
