@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from jepakit_service.gate import Gate
     from jepakit_service.replica import Report
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
 _OBJECT_STORE_BYTES = 100 << 20
 _REPORT_TIMEOUT_S = 15.0
@@ -57,7 +60,33 @@ class _Stop:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start."""
+    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start.
+
+    Ray and its driver are in a session of their own. A signal to our process group, as a terminal, `timeout` or a
+    supervisor sends it, would end Ray's processes at once, and with them the requests in flight: it is the driver's alone.
+    """
+    parent, driver = os.getpid(), os.fork()
+    if driver == 0:
+        os.setsid()
+        _end_with(parent)
+        _drive(settings)
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(driver, number))
+    _, status = os.waitpid(driver, 0)
+    code = os.waitstatus_to_exitcode(status)
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def _end_with(parent: int) -> None:
+    """SIGTERM for this process once its parent is gone, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _drive(settings: ServeSettings) -> None:
     folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-"))
     os.environ.update(_environment(settings, folder))  # Ray reads it at import
     import psutil

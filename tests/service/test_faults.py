@@ -134,9 +134,11 @@ def good_per_s(answers: list[Answer]) -> float:
     return len(good) / (max(answer.answered for answer in good) - min(answer.asked for answer in answers))
 
 
-@MODES
+@pytest.mark.parametrize(
+    ("options", "to_all"), [(RAY, False), (RAY, True), (NO_RAY, False)], ids=["ray", "ray, its group", "no-ray"]
+)
 def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
-    options: tuple[str, ...], bundle: Path, right: dict[str, NDArray[np.float32]]
+    options: tuple[str, ...], to_all: bool, bundle: Path, right: dict[str, NDArray[np.float32]]
 ) -> None:
     margin_s = 0.5  # a request may be on its way for so long, on a busy machine, before the service has it
     images = 5 * IMAGES
@@ -159,7 +161,7 @@ def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
                 while not asking.done() and min(under_way, default=math.inf) > time.monotonic() - margin_s:
                     await asyncio.sleep(0.01)
                 stopped = time.monotonic()
-                process.send_signal(signal.SIGTERM)
+                (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
                 return await asking, stopped
 
         answers, stopped = asyncio.run(run())

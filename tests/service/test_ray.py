@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -148,3 +149,16 @@ def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:
     refused = jepakit_cli("serve", tmp_path / "other", "--port", free_port())
     assert refused.returncode == 1
     assert "the service did not start: BundleError: tiny computes other vectors here" in refused.stderr
+
+
+def test_nothing_of_ray_outlives_a_killed_service(bundle: Path, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as out:
+        command = [str(PROGRAM), "serve", str(bundle), "--port", str(free_port())]
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    wait_until(lambda: "ready:" in (tmp_path / "out").read_text(), "the service does not start")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert any("gcs_server" in one.name() for one in family)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
