@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {RAY: (), NO_RAY: ("--no-ray",)}
 CLIENTS = (1, 8, 32)
 MOST = CLIENTS[-1]
 LONGER = 3
-"""Times as long a block of 32 images a request is: all its requests begin and end together, and cores idle meanwhile."""
+"""Times as long a block of 32 images a request or 32 clients is: at its end cores idle while the last batches run."""
 IMAGE = "scikit-image's astronaut at 256 × 256 pixels, JPEG of quality 86"
 
 
@@ -100,6 +100,11 @@ class Cell(NamedTuple):
     server: str
     kind: str
     clients: int
+
+    @property
+    def length(self) -> int:
+        """Of its block, in those of one that is soon answered."""
+        return LONGER if self.kind == MANY or self.clients == MOST else 1
 
 
 @dataclass
@@ -180,7 +185,7 @@ class Bench:
             )
         with server.awake():
             cpu = server.cpu_s()
-            found = self._ask(server, cell.kind, cell.clients, self._seconds * (LONGER if cell.kind == MANY else 1))
+            found = self._ask(server, cell.kind, cell.clients, self._seconds * cell.length)
             cpu = server.cpu_s() - cpu
         good, asked = found["statuses"].pop("200", 0), len(found["latencies_ms"])
         if not good:
