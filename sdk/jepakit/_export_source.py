@@ -33,5 +33,5 @@ def check_source(config: ExportConfig) -> None:
     check_name(name)
     if weights and weights not in _WORDS and not Path(weights).exists():
         raise BackboneError(
-            f"there are no weights {weights!r}{did_you_mean(weights, _WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
+            f"{weights} does not exist{did_you_mean(weights, _WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
         )

@@ -332,7 +332,7 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
     except Exception as error:  # hub clients raise whatever their HTTP library does
         raise BackboneError(
             f"the pretrained weights of {name} could not be fetched ({type(error).__name__}): without a network give "
-            "--weights FILE (.safetensors or .pth), fetched on another machine"
+            "--weights FILE (.safetensors or .pth; to export NAME:FILE), fetched on another machine"
         ) from None
 
 
