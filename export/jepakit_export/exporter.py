@@ -45,7 +45,7 @@ from jepakit.config import ExportConfig
 from jepakit.errors import BundleError, ConfigError, ExportError
 from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop
-from jepakit.run import BUNDLE, CONFIG, START
+from jepakit.run import BUNDLE, START, is_run
 from jepakit_export.convert import sealed, to_onnx
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import BATCH_SIZES, Expected, check, expect, read_users_images
@@ -154,7 +154,7 @@ def _standardized(source: Source, config: ExportConfig, users: Pixels | None) ->
 
 def _source(config: ExportConfig) -> Source:
     path = Path(config.source)
-    if (path / CONFIG).is_file():
+    if is_run(path):
         return _of_run(path, config)
     return _of_bundle(open_bundle(path), config) if is_bundle(path) else _of_timm(config)
 

@@ -7,18 +7,16 @@ from pathlib import Path
 
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name, known_names
-from jepakit.bundle import MANIFEST, is_bundle
+from jepakit.bundle import MANIFEST, START_WORDS, is_bundle
 from jepakit.config import ExportConfig
 from jepakit.errors import BackboneError, ConfigError, DataError
-from jepakit.run import CONFIG
-
-_WORDS = ("pretrained", "random")
+from jepakit.run import CONFIG, is_run
 
 
 def check_source(config: ExportConfig) -> None:
     """Raise DataError, BackboneError or ConfigError for a source that is none, or that the settings do not fit."""
     path = Path(config.source)
-    if (path / CONFIG).is_file():
+    if is_run(path):
         return
     if "which" in config.model_fields_set:
         raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
@@ -31,7 +29,7 @@ def check_source(config: ExportConfig) -> None:
     if os.sep in name:
         raise DataError(f"{config.source} does not exist: name a run, a bundle, or one of timm's backbones")
     check_name(name)
-    if weights and weights not in _WORDS and not Path(weights).exists():
+    if weights and weights not in START_WORDS and not Path(weights).exists():
         raise BackboneError(
-            f"{weights} does not exist{did_you_mean(weights, _WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
+            f"{weights} does not exist{did_you_mean(weights, START_WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
         )

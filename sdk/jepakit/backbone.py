@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from jepakit._timm_names import check_name
 from jepakit.bundle import (
     MANIFEST,
+    START_WORDS,
     WEIGHTS,
     Backbone,
     EmbeddingSpec,
@@ -287,7 +288,7 @@ def check_pooling(backbone: Any, name: str, pooling: Pooling) -> None:
 
 def from_bundle(weights: str) -> bool:
     """Whether start weights are those of a bundle, named by its folder."""
-    return weights not in ("pretrained", "random") and is_bundle(Path(weights))
+    return weights not in START_WORDS and is_bundle(Path(weights))
 
 
 def _as_tensor(values: tuple[float, ...] | None) -> Tensor | None:

@@ -50,6 +50,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Taken = TypeVar("_Taken")
 
 
+START_WORDS = ("pretrained", "random")
+"""Start weights that are no file: timm's own, and none."""
+
+
 class StartWeights(Frozen):
     """Where the weights before adaptation came from, and under which licence."""
 
@@ -376,6 +380,11 @@ def is_bundle(path: Path) -> bool:
         if error.errno in _NOT_THERE:
             return False
         raise
+
+
+def bundles_inside(folder: Path) -> list[Path]:
+    """The bundles in a folder of bundles, by name. Hidden folders are bundles on their way in or out. Raises OSError."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_bundle(path))
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -23,7 +23,7 @@ from pydantic import (
 
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
-from jepakit.bundle import NAME_PATTERN, Pooling, Precision
+from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision
 from jepakit.errors import ConfigError
 from jepakit.sources.groups import GROUP_RULES
 from jepakit.sources.labels import LABEL_RULES
@@ -307,10 +307,10 @@ class AdaptConfig(_Settings):
     @field_validator("weights")
     @classmethod
     def _known_weights(cls, weights: str) -> str:
-        if weights not in ("pretrained", "random") and not Path(weights).exists():
+        if weights not in START_WORDS and not Path(weights).exists():
             raise ValueError(
                 "no such file; give `pretrained`, `random`, a .safetensors or .pth file, or a bundle"
-                + did_you_mean(weights, ("pretrained", "random"))
+                + did_you_mean(weights, START_WORDS)
             )
         return weights
 

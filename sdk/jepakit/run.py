@@ -130,9 +130,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run, finished or not."""
+    return (path / CONFIG).is_file()
+
+
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run; DataError when it is none."""
     path = as_path(path, "path")
-    if not (path / CONFIG).is_file():
+    if not is_run(path):
         raise DataError(f"{path} is not a run: it has no {CONFIG}")
     return Run(path)

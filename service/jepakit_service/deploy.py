@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jepakit.bundle import GRAPH, MANIFEST, Bundle, is_bundle, open_bundle
+from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
 
@@ -66,9 +66,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _place(bundle: Bundle, folder: Path) -> Path:
     """The folder that holds this name now, else a new one of the name."""
-    for inside in sorted(folder.iterdir()):
-        with contextlib.suppress(InputError):  # no bundle, or a damaged one
-            if not inside.name.startswith(".") and open_bundle(inside).manifest.name == bundle.manifest.name:
+    for inside in bundles_inside(folder):
+        with contextlib.suppress(InputError):  # a damaged one
+            if open_bundle(inside).manifest.name == bundle.manifest.name:
                 return inside
     target = folder / bundle.manifest.name
     if target.exists():

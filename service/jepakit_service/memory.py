@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from jepakit._machine import memory_room, trim_heap
+from jepakit._machine import memory_room
 from jepakit.bundle import DATA, GRAPH, Bundle
 
 
@@ -17,11 +17,6 @@ def available_mb() -> float:
     """Memory that could still be taken, MiB. Cached files that nobody reads count as free: they make room."""
     available, room = psutil.virtual_memory().available, memory_room()
     return float(available if room is None else min(available, room)) / 2**20
-
-
-def give_back() -> None:
-    """Hand memory that is free to the system: opening a session leaves as much of it as its graph is large (glibc)."""
-    trim_heap()
 
 
 def needed_mb(bundle: Bundle, sessions: int) -> float:

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from jepakit import golden
-from jepakit.bundle import GOLDEN, Bundle, is_bundle, open_bundle
+from jepakit._machine import trim_heap
+from jepakit.bundle import GOLDEN, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.readers import Limits
 from jepakit.runtime import Provider
 from jepakit.session import Session
-from jepakit_service import memory
 from jepakit_service.batcher import Batcher, Decoded, Result
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
@@ -41,7 +41,7 @@ class LoadedModel:
         self._golden = golden.unpack(bundle.read(GOLDEN))
         inputs = self._golden.inputs(self.manifest.preprocess)
         self.plan, self._session, whole = tuned(session, bundle, inputs, settings)
-        memory.give_back()
+        trim_heap()  # opening a session leaves as much free memory behind as its graph is large
         self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._warm_up()
         self._beaten = time.monotonic()
@@ -165,8 +165,7 @@ def bundle_folders(given: Path) -> list[Path]:
     """The bundles that one path of the settings names: itself, or those in it. DataError for a folder without any."""
     if is_bundle(given) or not given.is_dir():
         return [given]
-    # Hidden folders are bundles on their way in or out.
-    inside = sorted(folder for folder in given.iterdir() if not folder.name.startswith(".") and is_bundle(folder))
+    inside = bundles_inside(given)
     if not inside:
         raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
     return inside

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -113,12 +113,12 @@ def _start_weights(run: Run) -> dict[str, torch.Tensor]:
     """The weights that a run began with; BundleError where they are damaged."""
     start = run.path / START
     try:
-        open_bundle(start).check(WEIGHTS)
+        data = open_bundle(start).read(WEIGHTS)
     except BundleError as error:
         raise BundleError(
             f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another --out"
         ) from None
-    weights: dict[str, torch.Tensor] = load_file(start / WEIGHTS)
+    weights: dict[str, torch.Tensor] = load(data)
     return weights
 
 

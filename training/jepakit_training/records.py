@@ -34,7 +34,7 @@ from jepakit.bundle import (
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import Comparison
-from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, read_metrics
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, is_run, read_metrics
 from jepakit.sources import ImageList
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
 
 def _has_begun(out: Path) -> bool:
     """Whether there is a run whose start was measured."""
-    return (out / CONFIG).is_file() and (out / START).exists()
+    return is_run(out) and (out / START).exists()
 
 
 def find_unfinished(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
