@@ -41,6 +41,7 @@ _REPORT_TIMEOUT_S = 15.0
 _ONGOING = 100_000
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
 """Of Ray's own, in its files. The gate logs requests; Ray's access log would write each twice, where it only grows."""
+_IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
 
@@ -107,6 +108,7 @@ def _drive(settings: ServeSettings) -> None:
             num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
         )  # fmt: skip
         stop.watch()  # ray.init put its own in place
+        _end_idle_helpers()
         options = HTTPOptions(host=settings.host, port=settings.port)
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -177,6 +179,8 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on a busy machine
         # Ray's own metrics, which nobody reads here, and ten looks a second took 6 % of a core from the inferences.
         "RAY_enable_metrics_collection": "0",
+        "RAY_event_stats": "0",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.4",
         # Its processes write what they do to files in our folder, which may lie in memory: less of it, and two files each.
         "RAY_event_stats_print_interval_ms": "0",
@@ -270,6 +274,23 @@ async def _ask_all() -> Sequence[Report | None]:
 def _gpus(settings: ServeSettings) -> int | None:
     """Ray counts the GPUs itself where replicas ask for one."""
     return None if settings.num_gpus else 0
+
+
+def _end_idle_helpers() -> None:
+    """End what Ray started for what is off here: logs sent to the driver, a dashboard, a cluster that grows.
+
+    The three have 200 MB and wake all the time, which a lone image waits for: all cores compute it together. Killed, for
+    the one that is asked to end reports that as a failure.
+    """
+    import psutil
+
+    ended = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(argument.endswith(_IDLE_HELPERS) for argument in process.cmdline()):
+                process.kill()
+                ended.append(process)
+    psutil.wait_procs(ended, timeout=3)
 
 
 def _end(processes: list[Any]) -> None:

@@ -98,7 +98,7 @@ def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
         wait_until(lambda: http.get("/readyz").status_code == 200, "no other replica")
 
 
-def test_what_serves_has_the_priority_of_who_started_it(bundle: Path) -> None:
+def test_what_serves_has_the_priority_of_who_started_it_and_idle_helpers_of_ray_are_gone(bundle: Path) -> None:
     with serving(bundle):
         mine = psutil.Process().nice()
         serves = [
@@ -107,6 +107,10 @@ def test_what_serves_has_the_priority_of_who_started_it(bundle: Path) -> None:
         ]  # fmt: skip
         assert len(serves) >= 3
         assert {process.nice() for process in serves} == {mine}
+        scripts = {
+            argument for process in processes("python") for argument in process.cmdline()[:4] if "/ray/" in argument
+        }
+        assert {Path(script).name for script in scripts} == set()
 
 
 def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bundle: Path, tmp_path: Path) -> None:
