@@ -189,10 +189,11 @@ def new_api_key(name: str, key_file: str | None) -> None:
     from jepakit_service.keys import append, new_key
 
     key, line = new_key(name)
-    if key_file is not None:
-        append(line, Path(key_file))
+    others = append(line, Path(key_file)) if key_file is not None else 0
     print(f"key for clients (shown once): {key}")
     print(f"line for the key file:        {line}" if key_file is None else f"added to {key_file}")
+    if others:
+        print(f"older keys named {name!r} in it that still open the service, until their lines are deleted: {others}")
 
 
 def require(extra: str) -> None:

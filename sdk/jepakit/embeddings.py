@@ -45,6 +45,11 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def __repr__(self) -> str:
+        count, width = self.vectors.shape
+        labels = "no labels" if self.labels is None else f"labels of {len(set(self.labels))} classes"
+        return f"<Embeddings: {count} vectors of {width} numbers, model_id={self.model_id!r}, {labels}>"
+
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file, atomically; plain arrays, no pickle."""
         path = as_path(path, "path")

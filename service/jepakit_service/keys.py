@@ -28,13 +28,17 @@ def new_key(name: str) -> tuple[str, str]:
     return key, line
 
 
-def append(line: str, path: Path) -> None:
-    """Add a line to the key file, which is made where there is none. Raises ConfigError where it cannot be written."""
+def append(line: str, path: Path) -> int:
+    """Add a line to the key file, which is made where there is none; how many other keys of its name are in there.
+
+    Raises ConfigError where it cannot be written.
+    """
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
             written = file.read()
             between = "" if not written or written.endswith(b"\n") else "\n"
             file.write(f"{between}{line}\n".encode())
+        return [key.name for key in _read(path).keys].count(line.split(":")[0]) - 1
     except OSError as error:
         raise ConfigError(
             f"the API key file {path} cannot be written ({error.strerror}): name a file in a folder that is there and yours"

@@ -53,6 +53,11 @@ def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:
     told = run("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
     assert told.startswith("key for clients")
     assert (tmp_path / "keys").read_text().startswith("lab:")
+    run("serve", "--new-key", "office", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
+    assert "older" not in told
+    again = run("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
+    assert again.splitlines()[-1].startswith("older keys named 'lab'")
+    assert again.splitlines()[-1].endswith(": 1")
 
 
 def test_a_bundle_is_deployed_without_the_services_packages(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def test_embeddings_come_back_as_they_were_saved(tmp_path: Path, labels: tuple[s
     assert [file.name for file in (tmp_path / name).parent.iterdir()] == [Path(name).name]
 
 
+@pytest.mark.parametrize(("labels", "words"), [(None, "no labels"), (("cat", "café", "cat"), "labels of 2 classes")])
+def test_shown_they_take_one_line(labels: tuple[str, ...] | None, words: str) -> None:
+    assert repr(make(labels)) == f"<Embeddings: 3 vectors of 5 numbers, model_id='{MODEL_ID}', {words}>"
+
+
 def test_no_images_are_embeddings_too(tmp_path: Path) -> None:
     Embeddings(np.zeros((0, 5), np.float32), MODEL_ID, ()).save(tmp_path / "e.npz")
     loaded = Embeddings.load(tmp_path / "e.npz")

@@ -74,12 +74,12 @@ def alike(found: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
     return found.shape == right.shape and bool(np.abs(found - right).max() < 1e-5 * np.abs(right).max())
 
 
-def wait_until(wanted: Callable[[], Any], otherwise: str, within_s: float = RECOVERY_S) -> Any:
+def wait_until(wanted: Callable[[], Any], otherwise: str, within_s: float = RECOVERY_S, every_s: float = 0.1) -> Any:
     """What `wanted` gives once it is true; a failure with `otherwise` when it takes too long."""
     deadline = time.monotonic() + within_s
     while not (found := wanted()):
         assert time.monotonic() < deadline, otherwise
-        time.sleep(0.1)
+        time.sleep(every_s)
     return found
 
 

@@ -11,8 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
+from .load import wait_until
 
 RAW = {"Accept": "application/octet-stream"}
 
@@ -389,19 +388,12 @@ def test_what_a_client_that_left_still_wanted_is_dropped(bundle: Path) -> None:
         with socket.create_connection((host, int(port))) as connection:
             lines = [b"POST /v1/embeddings HTTP/1.1", *(name + b": " + value for name, value in request.headers.raw)]
             connection.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + request.read())
-            wait_for(lambda: server.gate.in_flight == 1)
-        wait_for(lambda: server.gate.in_flight == 0)
+            wait_until(lambda: server.gate.in_flight == 1, "the request does not come in", every_s=0.005)
+        wait_until(lambda: server.gate.in_flight == 0, "the request is not dropped")
         found = httpx.get(f"{url}/metrics").text
         decoded = re.search(r'^jepakit_images_total{[^}]*result="ok"[^}]*} (\S+)', found, re.MULTILINE)
         assert decoded is None or float(decoded[1]) < images
         assert httpx.post(f"{url}/v1/embeddings", files=files[:2]).status_code == 200
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
