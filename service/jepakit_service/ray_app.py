@@ -180,7 +180,6 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         # Ray's own metrics, which nobody reads here, and ten looks a second took 6 % of a core from the inferences.
         "RAY_enable_metrics_collection": "0",
         "RAY_event_stats": "0",
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.4",
         # Its processes write what they do to files in our folder, which may lie in memory: less of it, and two files each.
         "RAY_event_stats_print_interval_ms": "0",
