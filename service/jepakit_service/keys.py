@@ -38,11 +38,12 @@ def append(line: str, path: Path) -> int:
             written = file.read()
             between = "" if not written or written.endswith(b"\n") else "\n"
             file.write(f"{between}{line}\n".encode())
-        return [key.name for key in _read(path).keys].count(line.split(":")[0]) - 1
     except OSError as error:
         raise ConfigError(
             f"the API key file {path} cannot be written ({error.strerror}): name a file in a folder that is there and yours"
         ) from None
+    before, _ = _parse(written.decode("utf-8", "replace"))
+    return [key.name for key in before].count(line.partition(":")[0])
 
 
 def check(path: Path) -> None:
@@ -107,19 +108,25 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _read(path: Path) -> _Found:
-    keys, bad = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        if match := _LINE.match(text):
-            keys.append(_Key(match[1], match[2]))
-        else:
-            bad.append(str(number))
+    keys, bad = _parse(path.read_text(encoding="utf-8", errors="replace"))
     if bad:
         numbers = ", ".join(bad[:_NUMBERS_TOLD]) + ", …" * (len(bad) > _NUMBERS_TOLD)
         return _Found(keys, f"the API key file {path} has lines that are not `name:sha256` ({numbers}): {_MAKE}")
     return _Found(keys, None if keys else f"the API key file {path} holds no key: {_MAKE}")
+
+
+def _parse(text: str) -> tuple[list[_Key], list[str]]:
+    """The keys of the good lines, and the numbers of the bad ones."""
+    keys, bad = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        if match := _LINE.match(stripped):
+            keys.append(_Key(match[1], match[2]))
+        else:
+            bad.append(str(number))
+    return keys, bad
 
 
 def _unreadable(path: Path, error: OSError) -> str:
