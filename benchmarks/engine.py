@@ -202,7 +202,7 @@ class Bench:
         cases[EMBED] = self._block(lambda: model.embed(files, progress=False))
         batcher = Batcher(
             lambda image: Decoded(np.asarray(image), 0), session.run, max_batch=best[ENGINE], lanes=1,
-            whole=session.run, few=0, threads=self._threads, observer=Nobody(),
+            whole=session.run, few=0, cores=self._threads, lane_cores=self._threads, observer=Nobody(),
         )  # fmt: skip
         with asyncio.Runner() as loop:
             cases[ENGINE] = self._block(lambda: loop.run(through(batcher, self._images)))

@@ -96,6 +96,8 @@ class Limits(NamedTuple):
     max_batch: int
     lanes: int
     few: int
+    cores: int
+    lane_cores: int
 
 
 class Run(NamedTuple):
@@ -109,10 +111,12 @@ class Run(NamedTuple):
 def decide(now: State, limits: Limits) -> Run | Literal["decode", "wait", "stop"]:
     """What is most useful next, for a thread that has nothing to do.
 
-    A batch is run where a lane is free, and the batch is full or cannot grow by waiting for this thread.
+    A batch is run where a lane is free, and the batch is full or can grow only while a core stands idle: one more
+    inference beside busy cores would slow them all, and soon be followed by another.
     """
-    max_batch, lanes, few = limits
-    if now.ready and now.running < lanes and (now.ready >= max_batch or not now.requests):
+    max_batch, lanes, few, cores, lane_cores = limits
+    all_busy = now.running * lane_cores + now.decoding >= cores
+    if now.ready and now.running < lanes and (now.ready >= max_batch or not (now.requests or all_busy)):
         if now.ready <= few and not (now.running or now.decoding or now.requests):
             return Run(few, lanes, whole=True)  # a few that are all there is
         # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
@@ -134,18 +138,19 @@ class Batcher:
     lanes      batches that run at the same time
     whole      as `run`, by all cores: takes all lanes
     few        images that go to `whole` while nothing else is there
-    threads    threads of decoding and running together
+    cores      of this machine, for decoding and for lanes that run there
+    lane_cores of them that a running lane keeps busy; 0 where it waits for a GPU
 
     Images are taken from the requests in turn, one of each: a request of hundreds does not hold up one of one.
     """
 
     def __init__(
         self, decode: Callable[[Encoded], Decoded], run: _Model, *,
-        max_batch: int, lanes: int, whole: _Model, few: int, threads: int, observer: Observer,
+        max_batch: int, lanes: int, whole: _Model, few: int, cores: int, lane_cores: int, observer: Observer,
     ) -> None:  # fmt: skip
         self._decode, self._observer = decode, observer
         self._run, self._whole = run, whole
-        self._limits = Limits(max_batch, lanes, few)
+        self._limits = Limits(max_batch, lanes, few, cores, lane_cores)
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
         self._running = 0  # lanes
@@ -154,7 +159,7 @@ class Batcher:
         self._closed = False
         self._lock = threading.Condition()
         # A lane and its decoders: while all lanes run, there is someone to prepare the next batch.
-        count = max(threads, lanes + 1)
+        count = max(cores, lanes + 1)
         self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()

@@ -17,7 +17,7 @@ from jepakit.bundle import GOLDEN, Bundle, bundles_inside, is_bundle, open_bundl
 from jepakit.errors import BundleError, DataError, ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.readers import Limits
-from jepakit.runtime import Provider
+from jepakit.runtime import ON_GPU, Provider
 from jepakit.session import Session
 from jepakit_service.batcher import Batcher, Decoded, Result
 from jepakit_service.metrics import Metrics
@@ -51,7 +51,8 @@ class LoadedModel:
         self._beat = Shared(self._heartbeat)
         self._batcher = Batcher(
             self._decode, self._session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
-            whole=whole.run, few=self.plan.few, threads=settings.threads, observer=self,
+            whole=whole.run, few=self.plan.few, cores=settings.threads,
+            lane_cores=0 if self.provider in ON_GPU else self.plan.threads, observer=self,
         )  # fmt: skip
 
     @property

@@ -62,17 +62,17 @@ def batcher(
     lanes: int = 1,
     whole: Recorder | None = None,
     few: int = 0,
-    threads: int = 1,
+    cores: int = 1,
 ) -> Batcher:
     return Batcher(
         model.decode, model.run, max_batch=max_batch, lanes=lanes, whole=(whole or model).run, few=few,
-        threads=threads, observer=model,
+        cores=cores, lane_cores=cores // lanes, observer=model,
     )  # fmt: skip
 
 
 def test_many_requests_get_their_own_vectors_in_order() -> None:
     model = Recorder()
-    packed = batcher(model, lanes=2, threads=3)
+    packed = batcher(model, lanes=2, cores=3)
 
     async def ask_all() -> list[tuple[list[Any], int]]:
         return await asyncio.gather(*(embed(packed, [bytes([n]), bytes([n + 100])]) for n in range(50)))
@@ -218,12 +218,12 @@ def test_what_a_client_that_left_had_asked_for_is_not_computed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lanes", "threads", "images"), [(2, 4, 9), (1, 16, 1)], ids=["a backlog", "more threads than images"]
+    ("lanes", "cores", "images"), [(2, 4, 9), (1, 16, 1)], ids=["a backlog", "more threads than images"]
 )
-def test_closing_answers_what_was_taken_in_and_ends_the_threads(lanes: int, threads: int, images: int) -> None:
+def test_closing_answers_what_was_taken_in_and_ends_the_threads(lanes: int, cores: int, images: int) -> None:
     model = Recorder()
     before = set(threading.enumerate())
-    packed = batcher(model, lanes=lanes, threads=threads)
+    packed = batcher(model, lanes=lanes, cores=cores)
     own = set(threading.enumerate()) - before
 
     async def ask() -> None:
@@ -260,7 +260,7 @@ class Held(Recorder):
 
 def test_an_image_that_is_ready_does_not_wait_for_those_whose_client_left() -> None:
     model = Held()
-    packed = batcher(model)
+    packed = batcher(model, cores=2)
 
     async def ask() -> None:
         slow, image = (asyncio.create_task(embed(packed, [image])) for image in model.released)
@@ -297,6 +297,9 @@ IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, closed=False
         ({"ready": 1, "running": 1, "at_work": 5}, Run(3, 1, whole=False)),
         ({"ready": 3}, Run(2, 1, whole=False)),
         ({"ready": 9}, Run(4, 1, whole=False)),
+        ({"ready": 1, "decoding": 2}, "wait"),
+        ({"ready": 1, "running": 1, "at_work": 5, "decoding": 1}, "wait"),
+        ({"ready": 4, "running": 1, "at_work": 5, "decoding": 1}, Run(4, 1, whole=False)),
         ({"ready": 3, "requests": 1}, "decode"),
         ({"ready": 4, "requests": 1}, Run(4, 1, whole=False)),
         ({"ready": 4, "requests": 1, "running": 2, "at_work": 8}, "decode"),
@@ -305,7 +308,12 @@ IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, closed=False
     ids=str,
 )
 def test_what_is_most_useful_next(now: dict[str, Any], due: object) -> None:
-    assert decide(IDLE._replace(**now), Limits(max_batch=4, lanes=2, few=1)) == due
+    assert decide(IDLE._replace(**now), Limits(max_batch=4, lanes=2, few=1, cores=2, lane_cores=1)) == due
+
+
+def test_cores_busy_decoding_are_nothing_to_a_gpu_that_computes() -> None:
+    now = IDLE._replace(ready=1, running=1, at_work=5, decoding=1)
+    assert decide(now, Limits(max_batch=4, lanes=2, few=0, cores=2, lane_cores=0)) == Run(3, 1, whole=False)
 
 
 def test_too_late_is_told_and_drops_what_waits() -> None:
