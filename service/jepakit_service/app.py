@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jepakit.bundle import GRAPH
 from jepakit.errors import ConfigError
 from jepakit.runtime import check_provider
 from jepakit_service import keys, logs, tracing
@@ -29,7 +28,7 @@ def run(settings: ServeSettings) -> None:
     check_provider(settings.provider, settings.arithmetic)
     bundles = find_bundles(settings)
     for bundle in bundles:
-        bundle.check(GRAPH)
+        bundle.verify()
     if settings.api_key_file is not None:
         keys.check(Path(settings.api_key_file))
     tracing.wanted()

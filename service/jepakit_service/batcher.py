@@ -33,7 +33,7 @@ class Decoded(NamedTuple):
 
 
 class Observer(Protocol):
-    """Told how long each stage took; called from the batcher's threads."""
+    """Told how long each stage took that went well; called from the batcher's threads."""
 
     def decoded(self, seconds: float) -> None: ...
 
@@ -269,8 +269,9 @@ class Batcher:
             vectors = run(np.stack([pixels for _, _, pixels in batch]))
         except BaseException as caught:  # as above
             error = caught
-        seconds = time.perf_counter() - start
-        self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
+        else:
+            seconds = time.perf_counter() - start
+            self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
         with self._lock:
             self._running -= way.lanes
             self._at_work -= len(batch)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
 _OBJECT_STORE_BYTES = 100 << 20
-_REPORT_TIMEOUT_S = 15.0
+_REPORT_TIMEOUT_S = 3.5
+"""With a heartbeat's patience less than the 5 s that probes wait."""
 # Refusing is the gate's, which tells why and keeps probes answered; Ray's own limit only has to lie beyond it.
 _ONGOING = 100_000
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
@@ -260,7 +261,10 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
 
 
 async def _ask_all() -> Sequence[Report | None]:
-    """The reports of the deployment's replicas, from within one of them; None for one that does not answer."""
+    """The reports of the deployment's replicas, from within one of them; None for one that ended.
+
+    Raises TimeoutError where one does not answer: Ray gives no others then.
+    """
     from ray import serve
 
     context = serve.get_replica_context()

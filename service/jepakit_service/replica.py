@@ -32,13 +32,14 @@ class Report:
 
 
 AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
-"""The reports of all replicas, one's own among them; None for one that does not answer."""
+"""The reports of all replicas, one's own among them; None for one that ended. TimeoutError where one does not answer."""
 
 
 class Replica:
     """Loads every model at construction, and raises BundleError unless every one of them is right.
 
-    ask_all  asks the deployment; None: this is the only replica
+    ask_all  asks the deployment, which this replica may join while bundles are being copied: those are left to its looks
+             for new ones; None: this is the only replica
     """
 
     def __init__(self, settings: ServeSettings, ask_all: AskAll | None = None) -> None:
@@ -47,13 +48,13 @@ class Replica:
         self.draining = False
         self.metrics = Metrics()
         self.registry = Registry()
-        for bundle in find_bundles(settings):
-            versions = self.registry.versions(bundle.manifest.name)
-            versions.current, versions.folder = LoadedModel(bundle, settings, self.metrics), bundle.path
         self.engine = Engine(settings)
         self._ask_all = ask_all or self._ask_alone
         self._reports = Shared(self._answering)
         self._updates = Updates(settings, self.registry, self.metrics, self._states)
+        for bundle in find_bundles(settings) if ask_all is None else self._updates.whole():
+            versions = self.registry.versions(bundle.manifest.name)
+            versions.current, versions.folder = LoadedModel(bundle, settings, self.metrics), bundle.path
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
@@ -92,13 +93,19 @@ class Replica:
             raise ServeError("; ".join(faults))
 
     async def _answering(self) -> Sequence[Report]:
-        return [report for report in await self._ask_all() if report is not None]
+        try:
+            return [report for report in await self._ask_all() if report is not None]
+        except TimeoutError:  # who hangs cannot be told from who does not
+            return await self._ask_alone()
 
     async def _ask_alone(self) -> Sequence[Report]:
         return [await self.report()]
 
     async def _states(self) -> list[dict[str, VersionsState] | None]:
-        return [None if report is None else report.models for report in await self._ask_all()]
+        try:
+            return [None if report is None else report.models for report in await self._ask_all()]
+        except TimeoutError:
+            return [None]
 
 
 def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Everything else (headers, sampling, service name, resource) is OpenTelemetry's o
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +21,10 @@ def wanted() -> bool:
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
     if exporter != "otlp" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
-    if (
-        importlib.util.find_spec("opentelemetry.exporter") is None
-        or importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None
-    ):
-        raise MissingExtraError("OTEL_* variables ask for traces, which need: pip install 'jepakit[tracing]'")
+    try:  # Ray brings other parts of opentelemetry.exporter
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:
+        raise MissingExtraError("OTEL_* variables ask for traces, which need: pip install 'jepakit[tracing]'") from None
     return True
 
 

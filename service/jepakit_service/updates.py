@@ -38,6 +38,19 @@ class Updates:
         self._told: set[str] = set()
         self._retired: list[LoadedModel] = []
 
+    def whole(self) -> list[Bundle]:
+        """The bundles that pass as they lie there. What is passed over now is looked at again, and told, by `step`."""
+        found = [_look(Path(given)) for given in self._settings.bundles]
+        return [bundle for bundle in self._wanted(found).values() if self._passes(bundle)]
+
+    def _passes(self, bundle: Bundle) -> bool:
+        try:
+            check_expected(bundle, self._settings)
+            bundle.verify()
+        except (JepakitError, OSError):
+            return False
+        return True
+
     async def run(self) -> None:
         """Look every `watch_s` seconds until cancelled."""
         while True:

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
-from jepakit_service import logs, memory, models, operations
+from jepakit_service import logs, memory, models, operations, tracing
 from jepakit_service.listeners import open_listeners
+from jepakit_service.metrics import merged
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError
@@ -41,13 +42,16 @@ def settings(bundle: Path, **more: Any) -> ServeSettings:
 
 
 class Deployment:
-    """Two replicas in one process; `silent` ones do not answer when asked."""
+    """Two replicas in one process; `silent` ones do not answer when asked, which is found out too late if `frozen`."""
 
     def __init__(self, bundle: Path) -> None:
         self.silent: set[str] = set()
+        self.frozen = False
         self.replicas = [Replica(settings(bundle, replicas=2), self.ask_all) for _ in range(2)]
 
     async def ask_all(self) -> list[Report]:
+        if self.frozen:
+            raise TimeoutError
         return [await replica.report() for replica in self.replicas if replica.id not in self.silent]
 
     async def get(self, path: str) -> httpx.Response:
@@ -78,6 +82,11 @@ def test_readiness_and_metrics_speak_for_the_deployment(deployment: Deployment) 
         degraded = (await deployment.get("/readyz")).json()
         assert (degraded["status"], degraded["replicas_ready"]) == ("degraded", 1)
         deployment.silent.clear()
+        deployment.frozen = True
+        assert (await deployment.get("/readyz")).json() == degraded
+        assert f'jepakit_ready{{replica="{first.id}"}} 1.0' in (await deployment.get("/metrics")).text
+        assert await first._states() == [None], "a replica that says nothing agrees to nothing"
+        deployment.frozen = False
 
     asyncio.run(go())
 
@@ -150,6 +159,73 @@ def test_a_model_that_computes_something_else_is_not_ready(bundle: Path, monkeyp
     monkeypatch.setattr(model._batcher, "_run", lambda images: run(images) + np.float32(1))
     (fault,) = asyncio.run(replica.report()).faults
     assert "no longer gives its golden vectors" in fault
+
+
+def test_wrong_numbers_stay_told_while_batches_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(settings(bundle))
+    (model,) = replica.registry
+    run = model._batcher._run
+    monkeypatch.setattr(model._batcher, "_run", lambda images: run(images) * np.float32("nan"))
+    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
+
+    async def go() -> None:
+        await replica.check()
+        model._right -= models._RIGHT_S  # since a minute only others' images have been computed
+        for _ in range(3):
+            await replica.engine.answer(model, [picture(0)])
+            with pytest.raises(jepakit.errors.ServeError, match="golden vectors"):
+                await replica.check()
+
+    asyncio.run(go())
+
+
+def test_a_model_that_fails_is_no_sign_of_life(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(settings(bundle))
+    (model,) = replica.registry
+
+    def broken(images: Pixels) -> NDArray[np.float32]:
+        raise OSError("device lost")
+
+    monkeypatch.setattr(model._batcher, "_run", broken)
+    monkeypatch.setattr(model._batcher, "_whole", broken)
+    model._beaten -= models._FRESH_S
+
+    async def go() -> None:
+        for _ in range(3):  # as often as it takes for Ray to replace the replica
+            with pytest.raises(OSError, match="device lost"):
+                await replica.engine.answer(model, [picture(0)])
+            with pytest.raises(jepakit.errors.ServeError, match=r"tiny fails \(OSError\)"):
+                await replica.check()
+
+    asyncio.run(go())
+    text = merged({"r": replica.metrics.families()}).decode()
+    assert 'jepakit_batch_size_count{model="tiny",replica="r"} 0.0' in text
+
+
+def test_a_probe_does_not_wait_for_a_heartbeat(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_FRESH_S", 0.0)
+    monkeypatch.setattr(models, "_HEARTBEAT_S", 2.0)
+    monkeypatch.setattr(models, "_PATIENCE_S", 0.05)
+    replica = Replica(settings(bundle))
+    released = threading.Event()
+    (model,) = replica.registry
+    run = model._batcher._run
+    monkeypatch.setattr(model._batcher, "_run", lambda images: (released.wait(10), run(images))[1])
+    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
+
+    async def go() -> None:
+        start = time.monotonic()
+        assert (await replica.report()).faults == (), "nothing is known yet"
+        assert time.monotonic() - start < 2.0
+        await model._beat()
+        (fault,) = (await replica.report()).faults
+        assert "has run no batch" in fault
+        released.set()
+        await model._beat()
+        await model._beat()
+        assert (await replica.report()).faults == ()
+
+    asyncio.run(go())
 
 
 def test_too_much_memory_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +411,15 @@ def test_traces_follow_the_usual_variables(bundle: Path, monkeypatch: pytest.Mon
     assert span.trace_id.hex() == trace_id
     attributes = {item.key: item.value.int_value or item.value.string_value for item in span.attributes}
     assert attributes["http.response.status_code"] == 200
+
+
+def test_traces_without_their_extra_are_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for name in [name for name in sys.modules if name.startswith("opentelemetry.exporter.otlp")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp", None)  # as where Ray brought other exporters alone
+    with pytest.raises(jepakit.errors.MissingExtraError, match="tracing"):
+        tracing.wanted()
 
 
 def test_one_process_listens_on_its_one_port_alone(bundle: Path) -> None:

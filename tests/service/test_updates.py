@@ -496,6 +496,36 @@ def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(
     assert len(tries) == len(caplog.records) == 1
 
 
+def test_a_replica_joins_the_others_while_a_bundle_is_being_copied(second: Path, folder: Path) -> None:
+    deployment = Deployment(folder, 1)
+    (folder / "second").mkdir()
+    files = sorted(second.iterdir())
+    for file in files[:-1]:
+        shutil.copy(file, folder / "second")
+    (folder / "second" / files[0].name).write_bytes(b"")
+    assert (folder / "second" / "manifest.json").exists()
+    with pytest.raises(BundleError, match="second"):
+        Replica(settings(folder))
+    deployment.replicas.append(Replica(settings(folder), deployment.ask_all))
+    joined = deployment.replicas[1]
+    assert [model.manifest.name for model in joined.registry] == ["tiny"]
+
+    async def go() -> None:
+        assert await joined.faults() == ()
+        for _ in range(2):
+            for replica in deployment.replicas:
+                await step(replica)
+        assert joined.registry.state()["second"].update is not None
+        shutil.copytree(second, folder / "second", dirs_exist_ok=True)
+        for _ in range(3):
+            for replica in deployment.replicas:
+                await step(replica)
+
+    asyncio.run(go())
+    for replica in deployment.replicas:
+        assert [model.manifest.name for model in replica.registry] == ["second", "tiny"]
+
+
 def test_an_empty_folder_takes_nothing_out_and_keeps_no_update_of_another_back(
     other: Path, second: Path, folder: Path, tmp_path: Path
 ) -> None:
