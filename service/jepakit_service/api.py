@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial as with_first
 from typing import Any, NamedTuple, TypeVar
@@ -33,9 +32,9 @@ from jepakit_service.wire import ApiError, Ask, unavailable
 _log = logging.getLogger("jepakit.service")
 _JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
 _OIP = "Open Inference Protocol v2"
-_LONG_BODY = 1 << 20
+_LONG_BODY, _LONG_ANSWER = 1 << 18, 20_000
+"""Bytes that are read, and numbers that are written, on a thread: everybody else waits for the event loop."""
 _QUERY = ("model", "partial")
-_INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 
 
 def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
@@ -76,6 +75,7 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
 
 
+_T = TypeVar("_T")
 _Asked = TypeVar("_Asked", Ask, oip.Inference)
 _Handler = Callable[[Call], Coroutine[Any, Any, Reply]]
 
@@ -117,7 +117,7 @@ class _Posts:
 
     def handler(self, path: str) -> _Handler | None:
         """What answers a POST to `path`; None where FastAPI does."""
-        return self._by_path.get(path) or (self._infer if _INFER.match(path) else None)
+        return self._by_path.get(path) or (self._infer if oip.INFER.match(path) else None)
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
@@ -129,28 +129,28 @@ class _Posts:
         vectors = [result for result in computed.results if not isinstance(result, ImageError)]
         if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):
             return Reply(raw.body, raw.content_type, _facts(computed))
-        return Reply(to_json(dialects.write_openai(ask, computed)), _JSON, _facts(computed))
+        return await _json(computed, lambda: dialects.write_openai(ask, computed))
 
     async def _voyage(self, call: Call) -> Reply:
         _only_json(call)
         ask = await _read(call, dialects.read_voyage, self._max_images)
         computed = await self._compute(ask, call)
-        return Reply(to_json(dialects.write_voyage(ask, computed)), _JSON, _facts(computed))
+        return await _json(computed, lambda: dialects.write_voyage(ask, computed))
 
     async def _cohere(self, call: Call) -> Reply:
         _only_json(call)
         ask = await _read(call, dialects.read_cohere, self._max_images)
         computed = await self._compute(ask, call, all_or_nothing=True)
-        return Reply(to_json(dialects.write_cohere(ask, computed)), _JSON, _facts(computed))
+        return await _json(computed, lambda: dialects.write_cohere(ask, computed))
 
     async def _infer(self, call: Call) -> Reply:
-        match = _INFER.match(call.path)
+        match = oip.INFER.match(call.path)
         assert match is not None
         asked = match[1] if match[2] is None else f"{match[1]}@{match[2]}"
         length = call.header(oip.JSON_LENGTH.lower()) or None
         inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
         computed = await self._compute(inference.ask, call, all_or_nothing=True)
-        written = oip.write(inference, computed)
+        written = await _written(computed, lambda: oip.write(inference, computed))
         if written.json_length is None:
             return Reply(written.body, _JSON, _facts(computed))
         headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
@@ -171,10 +171,21 @@ class _Posts:
 
 
 async def _read(call: Call, read: Callable[[bytes, int], _Asked], max_images: int) -> _Asked:
-    """Parse a body; a long one on a thread, since everybody else waits for the event loop."""
+    """Parse a body."""
     if len(call.body) < _LONG_BODY:
         return read(call.body, max_images)
     return await asyncio.to_thread(read, call.body, max_images)
+
+
+async def _written(computed: Computed, write: Callable[[], _T]) -> _T:
+    """What `write` makes of the vectors."""
+    if len(computed.results) * computed.manifest.embedding.dim < _LONG_ANSWER:
+        return write()
+    return await asyncio.to_thread(write)
+
+
+async def _json(computed: Computed, write: Callable[[], Mapping[str, Any]]) -> Reply:
+    return Reply(await _written(computed, lambda: to_json(write())), _JSON, _facts(computed))
 
 
 def _facts(computed: Computed) -> dict[str, str]:
@@ -210,7 +221,7 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
         raise ApiError(
             415, "unsupported_content_encoding", "compressed bodies are not read: image files are compressed already"
         )
-    query = parse_qs(scope["query_string"].decode("latin-1")) if scope["query_string"] else {}
+    query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True) if scope["query_string"] else {}
     for name in query:
         if name not in _QUERY:
             raise ApiError(

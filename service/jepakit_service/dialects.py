@@ -384,20 +384,25 @@ def _image(item: str | ImageInput, where: str) -> bytes:
         return wire.read_text(_only_image(item, where), where)
     if item.text is not None or any(part.text is not None for part in item.content):
         raise _no_text(where)
-    if len(item.content) != 1:
+    if len(item.content) != 1 or _given(item):
         raise ApiError(
             400,
             "invalid_input",
-            f"{where}.content holds {len(item.content)} parts: send exactly one image in each",
+            f"{where} holds {len(item.content) + len(_given(item))} parts: send exactly one image in each",
             param=where,
         )
     return wire.read_text(_only_image(item.content[0], where), where)
 
 
+def _given(part: ImagePart) -> list[str | ImageUrl]:
+    """The images that one part holds."""
+    return [value for name in _IMAGE_FIELDS if (value := getattr(part, name)) is not None]
+
+
 def _only_image(part: ImagePart, where: str) -> str:
     if part.text is not None:
         raise _no_text(where)
-    given = [value for name in _IMAGE_FIELDS if (value := getattr(part, name)) is not None]
+    given = _given(part)
     if len(given) != 1:
         raise ApiError(
             400,

@@ -30,7 +30,7 @@ _COME_BACK, _PATIENCE_S = (429, 503), 5.0
 OPEN_PREFIX = "/docs/"
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _STEADY_ROUTE = re.compile(
-    r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/(?:embeddings|multimodalembeddings|models)|v2(?:/(?:embed|health|models))?)"
+    r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/(?:embeddings|multimodalembeddings|models)|v2(?:/(?:embed|health|models))?)(?=/|$)"
 )
 
 
@@ -58,14 +58,14 @@ class Gate:
             await send({"type": "websocket.close"})
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count, time, log and trace one request; `_answer` does the work."""
+        """Name, time and trace one request, and tell of it; `_answer` does the work."""
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
         state = _state(scope)
         state["request_id"] = request_id
         route = _route(scope["path"])
-        status = 500
+        status: int | None = None
         start = time.perf_counter()
 
         async def counted_send(message: Message) -> None:
@@ -77,18 +77,27 @@ class Gate:
 
         trace = self._tracer.request(scope["method"], route, headers) if self._tracer else contextlib.nullcontext()
         with trace as span:
-            await self._answer(scope, headers, receive, counted_send)
-            if span is not None:
-                span.set_attribute("http.response.status_code", status)
-                span.set_attribute("jepakit.request_id", request_id)
-        seconds = time.perf_counter() - start
+            try:
+                await self._answer(scope, headers, receive, counted_send)
+            except asyncio.CancelledError:  # so Ray tells that the client left
+                status, state["code"] = status or 499, "disconnected"
+                raise
+            finally:
+                self._told(scope, route, status or 500, time.perf_counter() - start, span)
+
+    def _told(self, scope: Scope, route: str, status: int, seconds: float, span: Any) -> None:
+        """Count, log and trace a request that is over."""
+        state = _state(scope)
+        if span is not None:
+            span.set_attribute("http.response.status_code", status)
+            span.set_attribute("jepakit.request_id", state["request_id"])
         if "code" in state:
             self._metrics.refused.labels(state["code"]).inc()
         self._metrics.requests.labels(route, status).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
         if not _is_open(scope["path"]) or status >= 500:
             fields = {
-                "request_id": request_id, "method": scope["method"], "route": route, "status": status,
+                "request_id": state["request_id"], "method": scope["method"], "route": route, "status": status,
                 "ms": round(1000 * seconds, 1), "bytes": state.get("bytes", 0), "key": state.get("key"),
                 "code": state.get("code"),
             }  # fmt: skip
@@ -233,6 +242,8 @@ def _is_open(path: str) -> bool:
 
 def _route(path: str) -> str:
     """A path as metrics and logs know it: names of models, and whatever strangers ask for, stay out."""
+    if oip.INFER.match(path):
+        return "/v2/models/{name}/infer"
     known = _STEADY_ROUTE.match(path)
     return known[0] if known else "other"
 

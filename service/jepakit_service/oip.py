@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired
 
@@ -24,6 +25,8 @@ from jepakit_service.wire import ApiError, Ask, Encoded
 
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
+INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
+"""The path of an inference: NAME, MODEL_ID."""
 JSON_LENGTH = "Inference-Header-Content-Length"
 _DTYPES = {"UINT8": "|u1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4", "INT32": "<i4", "FP32": "<f4"}
 _DATATYPE_OF = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "uint32": "UINT32", "int32": "INT32", "float32": "FP32"}  # fmt: skip

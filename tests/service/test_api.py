@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import pytest
 
 import jepakit
 from jepakit.errors import ConfigError
-from jepakit_service import api, wire
+from jepakit_service import api, dialects, wire
 from jepakit_service.api import build_app
+from jepakit_service.gate import _route
 from jepakit_service.keys import new_key
+from jepakit_service.metrics import merged
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError
 
@@ -190,10 +193,11 @@ def test_one_bad_image_is_named_by_its_index_and_partial_keeps_the_others(http: 
     rows = http.post("/v1/embeddings?partial=true", files=files).json()["data"]
     assert ["embedding" in row for row in rows] == [True, False, True]
     assert rows[1]["error"]["code"] == "unsupported_format"
-    for value in ("false", "0", ""):
+    for value in ("false", "0"):
         assert http.post(f"/v1/embeddings?partial={value}", files=files).status_code == 415
-    unclear = http.post("/v1/embeddings?partial=yes", files=files)
-    assert (unclear.status_code, unclear.json()["error"]["param"]) == (400, "partial")
+    for value in ("=yes", "=", ""):
+        unclear = http.post(f"/v1/embeddings?partial{value}", files=files)
+        assert (unclear.status_code, unclear.json()["error"]["param"]) == (400, "partial")
     # Raw vectors have no place for a reason.
     answer = http.post("/v1/embeddings?partial=1", files=files, headers=RAW)
     assert answer.headers["content-type"] == "application/json"
@@ -298,6 +302,71 @@ def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(bundle: 
     assert (b"connection", b"close") in sent[0]["headers"]
     assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
     assert gate.in_flight == 0
+
+
+def test_a_request_that_ray_cancels_for_its_client_left_is_counted(bundle: Path) -> None:
+    gate = build_app(ServeSettings(bundles=(str(bundle),), port=1))
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    async def leave() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [(b"content-length", b"9")]}
+        request = asyncio.create_task(gate(scope, never, send))
+        await asyncio.sleep(0)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    asyncio.run(leave())
+    text = merged({"r": gate.replica.metrics.families()}).decode()
+    assert 'jepakit_requests_total{replica="r",route="/v1/embeddings",status="499"} 1.0' in text
+    assert 'jepakit_refused_total{reason="disconnected",replica="r"} 1.0' in text
+    assert gate.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/models/tiny", "/v1/models"),
+        ("/v1/modelsX", "other"),
+        ("/readyzz", "other"),
+        ("/docs/main.js", "/docs"),
+        ("/v2/models/tiny/ready", "/v2/models"),
+        ("/v2/models/tiny/infer", "/v2/models/{name}/infer"),
+        ("/v2/models/tiny/versions/0123456789abcdef/infer", "/v2/models/{name}/infer"),
+    ],
+)
+def test_metrics_know_a_route_and_no_name(path: str, route: str) -> None:
+    assert _route(path) == route
+
+
+def test_long_answers_are_written_beside_the_event_loop(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = build_app(ServeSettings(bundles=(str(bundle),), port=1))
+    threads: list[str] = []
+    written = dialects.write_openai
+
+    def seen(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return written(*arguments)
+
+    monkeypatch.setattr(dialects, "write_openai", seen)
+
+    async def ask(images: int) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://x") as client:
+            files = [("files", ("a.png", picture(0)))] * images
+            return await client.post("/v1/embeddings", files=files)
+
+    few = asyncio.run(ask(2))
+    monkeypatch.setattr(api, "_LONG_ANSWER", 100)
+    many = asyncio.run(ask(2))
+    assert few.json()["data"] == many.json()["data"]
+    assert threads[0] == "MainThread"
+    assert threads[1] != "MainThread"
 
 
 @pytest.mark.parametrize("first", ["the answer", "the client", "the server"])
@@ -452,6 +521,10 @@ def test_a_mistyped_parameter_or_field_is_refused_and_never_passed_over(http: ht
     refused = http.post("/v1/embeddings?modle=other", content=picture(0), headers=headers)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "modle")
     assert "did you mean model?" in refused.json()["error"]["message"]
+    for query, name in (("modle=", "modle"), ("modle", "modle"), ("partial", "partial")):
+        refused = http.post(f"/v1/embeddings?{query}", content=picture(0), headers=headers)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+    assert http.post("/v1/embeddings?model=", content=picture(0), headers=headers).status_code == 200
     refused = http.post("/v1/embeddings", files={"files": ("a.png", picture(0))}, data={"modle": "other"})
     assert refused.status_code == 400
     assert "field 'modle' is no file" in refused.json()["error"]["message"]

@@ -156,6 +156,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/embeddings", {"input": URIS, "embedding_type": "binary"}, "invalid_request", "embedding_type"),
     ("/v1/multimodalembeddings", {"inputs": [{"content": [{"text": "a"}]}]}, "text_not_supported", "inputs[0]"),
     ("/v1/multimodalembeddings", {"inputs": [{"image_url": "https://x"}]}, "url_not_supported", "inputs[0]"),
+    ("/v1/multimodalembeddings", {"inputs": [{"content": [{"image": PLAIN[0]}], "image": PLAIN[1]}]}, "invalid_input", "inputs[0]"),
     ("/v1/multimodalembeddings", {"inputs": []}, "no_images", "inputs"),
     ("/v1/multimodalembeddings", {"input": URIS}, "invalid_request", "inputs"),
     ("/v1/multimodalembeddings", {"inputs": [{"image": PLAIN[0]}], "output_dimension": 5}, "dimensions_not_supported", "output_dimension"),
