@@ -71,6 +71,32 @@ def replicas(http: httpx.Client) -> set[str]:
     return set(re.findall(r'jepakit_waiting_images\{model="tiny",replica="(\w+)"', http.get("/metrics").text))
 
 
+def test_a_replica_that_hangs_keeps_no_probe_of_another_waiting(bundle: Path) -> None:
+    with serving(bundle, "--replicas", "2") as url:
+
+        def probe(path: str) -> httpx.Response | None:
+            try:
+                return httpx.get(f"{url}{path}", timeout=5)
+            except httpx.TimeoutException:  # the one that hangs was asked
+                return None
+
+        def ready() -> tuple[str, int] | None:
+            answer = probe("/readyz")
+            return None if answer is None else (answer.json().get("status"), answer.json().get("replicas_ready"))
+
+        wait_until(lambda: ready() == ("ready", 2), "no second replica")
+        hangs = next(
+            one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::ServeRepl")
+        )
+        hangs.suspend()
+        try:  # sooner than Ray notices
+            wait_until(lambda: ready() == ("degraded", 1), "no answer of the other", within_s=30)
+            wait_until(lambda: (answer := probe("/metrics")) and answer.status_code == 200, "no metrics", within_s=30)
+        finally:
+            hangs.resume()
+        wait_until(lambda: ready() == ("ready", 2), "it is not back")
+
+
 def test_load_brings_a_second_replica(bundle: Path) -> None:
     options = ("--set", "max_replicas=2", "--set", "target_ongoing_requests=1")
     images = [picture(seed) for seed in range(8)]
