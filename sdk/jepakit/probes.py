@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import as_path, written
-from jepakit._groups import dealt, main_class, numbered
+from jepakit._groups import dealt, in_cells, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -173,7 +173,9 @@ class LinearProbe(_Probe):
     """Multinomial logistic regression with an L2 penalty on standardised vectors.
 
     C      inverse of the penalty's strength, as in scikit-learn; None chooses it from
-           0.001 … 10 by 5-fold stratified cross-validation on the training vectors (`C_` holds the choice)
+           0.001 … 10 by stratified cross-validation on the training vectors (`C_` holds the choice): in 5 folds, or as
+           many as the commonest class has groups (images, without groups); a rarer class lies in as many of them as it
+           has groups. 1.0 where not two classes have two: no fold could tell
     seed   of the folds
     """
 
@@ -205,9 +207,10 @@ class LinearProbe(_Probe):
         return softmax(((vectors - self.mean_) / self.std_) @ self.coef_ + self.intercept_)
 
     def _choose_c(self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]) -> float:
-        fewest = int(np.unique(main_class(groups, targets), return_counts=True)[1].min())
-        folds = stratified_folds(targets, groups, n_folds=min(5, fewest), seed=self.seed)
-        if folds is None:
+        groups_of_class = (in_cells(groups, targets, np.ones(len(targets))) > 0).sum(axis=0)
+        most = int(np.bincount(main_class(groups, targets)).max())
+        folds = stratified_folds(targets, groups, n_folds=min(5, most), seed=self.seed)
+        if folds is None or (groups_of_class >= 2).sum() < 2:
             return 1.0
         right = np.zeros(len(C_GRID))
         for held_out in folds:
@@ -216,7 +219,7 @@ class LinearProbe(_Probe):
             train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
             weights = None
             for i, C in enumerate(C_GRID):
-                weights = fit_logistic(train, targets[inside], C, start=weights, n_classes=len(self.classes_))
+                weights = fit_logistic(train, targets[inside], C, start=weights, n_classes=len(groups_of_class))
                 right[i] += ((test @ weights[:-1] + weights[-1]).argmax(axis=1) == targets[held_out]).sum()
         return C_GRID[int(right.argmax())]
 
@@ -329,7 +332,7 @@ def _plain_number(value: Any) -> Any:
 def stratified_folds(
     targets: NDArray[np.intp], groups: NDArray[np.intp] | None = None, *, n_folds: int, seed: int
 ) -> list[NDArray[np.bool_]] | None:
-    """`n_folds` masks [N] of held-out vectors, each class spread evenly; None when n_folds < 2.
+    """`n_folds` masks [N] of held-out vectors, each class spread as evenly as it goes; None when n_folds < 2.
 
     groups  numbers from 0, [N]: each group is in one fold, and counts as of the class of most of its vectors
     """

@@ -143,11 +143,40 @@ def test_c_is_chosen_by_cross_validation(noise: float, n: int) -> None:
     assert probe.C is None, "hyper-parameters stay as they were given"
 
 
-def test_a_class_of_two_images_gives_two_folds_and_of_one_the_middle_of_the_grid() -> None:
+def test_a_class_of_two_images_lies_in_two_of_five_folds() -> None:
     vectors, labels = blobs(n=90, dim=30, noise=6.0, classes=2)
-    two, one = [*range(0, 90, 2), 1, 3], [*range(0, 90, 2), 1]
-    assert choice_by_scikit_learn(vectors[two], labels[two], 2) == LinearProbe().fit(vectors[two], labels[two]).C_
+    two = [*range(0, 90, 2), 1, 3]
+    assert choice_by_scikit_learn(vectors[two], labels[two], 5) == LinearProbe().fit(vectors[two], labels[two]).C_
+
+
+def test_the_middle_of_the_grid_where_not_two_classes_have_two_images() -> None:
+    vectors, labels = blobs(n=90, dim=30, noise=6.0, classes=2)
+    one = [*range(0, 90, 2), 1]
     assert LinearProbe().fit(vectors[one], labels[one]).C_ == 1.0
+    assert LinearProbe().fit(vectors[:2], labels[:2]).C_ == 1.0
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_rare_class_does_not_stop_the_choice_for_all(members: int, grouped: bool) -> None:
+    random = np.random.default_rng(0)
+    labels = np.arange(400) % 2
+    vectors = random.standard_normal((400, 50))
+    vectors[:, 0] += 0.7 * labels
+    groups = (np.arange(400) // 2).astype(str) if grouped else None
+    assert LinearProbe().fit(vectors, labels, groups=groups).C_ <= 0.01
+    labels[: 2 * members : 2] = 2
+    assert LinearProbe().fit(vectors, labels, groups=groups).C_ <= 0.01
+
+
+def test_groups_that_are_mostly_of_one_class_still_make_folds() -> None:
+    """Nine of ten vectors in each group are of one class: no group counts as of the other, which is in them all."""
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 10)
+    labels = (np.arange(400) % 10 == 0).astype(np.intp)
+    vectors = random.standard_normal((400, 50))
+    vectors[:, 0] += labels
+    assert LinearProbe().fit(vectors, labels, groups=groups).C_ < 1.0
 
 
 def test_a_given_c_is_taken_as_it_is() -> None:
