@@ -17,7 +17,10 @@ def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
     """
     if groups is None:
         return np.arange(count)
-    names = np.asarray(groups).tolist()
+    try:
+        names = np.asarray(groups).tolist()
+    except ValueError:
+        raise DataError(f"the groups are lists of different lengths: give a name for each of {count} images") from None
     if np.shape(groups) != (count,):
         raise DataError(f"{count} images, but groups of shape {list(np.shape(groups))}: give a name for each image")
     number = {name: place for place, name in enumerate(dict.fromkeys(names))}

@@ -83,12 +83,11 @@ class _Probe:
 
     def predict(self, X: Embeddings | ArrayLike) -> Labels:
         """The most probable class of each vector, [N]."""
-        shares = self.predict_proba(X)
-        result: Labels = self.classes_[shares.argmax(axis=1)]
-        return result
+        return self._predicted(self._checked(X))
 
     def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
-        raise NotImplementedError
+        """Probabilities (of a k-NN: shares of the votes), float64 [N, classes], in the order of `classes_`."""
+        return self._shares(self._checked(X))
 
     def score(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> float:
         """Accuracy, 0 to 1."""
@@ -99,10 +98,11 @@ class _Probe:
 
         Raises DataError when not one label is a class of this probe: "1" is not 1, nor "Cat" cat.
         """
-        truth = _labels_of(X, y)
+        vectors = self._checked(X)
+        truth = _labels_of(X, y, len(vectors))
         if not len(truth):
             raise DataError("no vectors to evaluate on")
-        right = self.predict(X) == truth
+        right = self._predicted(vectors) == truth
         if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
             raise DataError(
                 f"not one label is a class of this probe: the labels are {_some(truth)}, its classes {_some(self.classes_)}"
@@ -140,15 +140,27 @@ class _Probe:
     def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
         raise NotImplementedError
 
-    def _start(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, NDArray[np.intp]]:
-        """Check everything before anything is remembered: a refused fit leaves the probe as it was."""
-        vectors, truth = _vectors_of(X), _labels_of(X, y)
+    @property
+    def _dim(self) -> int:
+        """Numbers in a vector of those it was fitted on."""
+        raise NotImplementedError
+
+    def _shares(self, vectors: Floats) -> Floats:
+        """What `predict_proba` gives, for vectors that have been checked."""
+        raise NotImplementedError
+
+    def _predicted(self, vectors: Floats) -> Labels:
+        result: Labels = self.classes_[self._shares(vectors).argmax(axis=1)]
+        return result
+
+    def _examples(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, Labels, NDArray[np.intp]]:
+        """Vectors, classes, and each vector's class as a number; nothing is remembered of them yet."""
         self._check_params()
-        classes, targets = np.unique(truth, return_inverse=True)
+        vectors = _vectors_of(X)
+        classes, targets = np.unique(_labels_of(X, y, len(vectors)), return_inverse=True)
         if len(classes) < 2:
             raise DataError(f"a probe needs two classes or more, the labels hold {classes.tolist()}")
-        self.classes_, self.model_id_ = classes, X.model_id if isinstance(X, Embeddings) else None
-        return vectors, targets
+        return vectors, classes, targets
 
     def _check_params(self) -> None:
         raise NotImplementedError
@@ -157,15 +169,16 @@ class _Probe:
         if not hasattr(self, "classes_"):
             raise DataError(f"this {type(self).__name__} is not fitted: call fit first")
 
-    def _checked(self, X: Embeddings | ArrayLike, dim: int) -> Floats:
+    def _checked(self, X: Embeddings | ArrayLike) -> Floats:
+        self._check_fitted()
         if isinstance(X, Embeddings) and self.model_id_ is not None and self.model_id_ != X.model_id:
             raise SpaceError(
                 f"this probe was fitted on vectors of model {self.model_id_}, these are of {X.model_id}: "
                 "fit it again, or embed with the model it was fitted on"
             )
         vectors = _vectors_of(X)
-        if vectors.shape[1] != dim:
-            raise SpaceError(f"this probe takes vectors of {dim} numbers, these have {vectors.shape[1]}")
+        if vectors.shape[1] != self._dim:
+            raise SpaceError(f"this probe takes vectors of {self._dim} numbers, these have {vectors.shape[1]}")
         return vectors
 
 
@@ -176,7 +189,7 @@ class LinearProbe(_Probe):
            0.001 … 10 by stratified cross-validation on the training vectors (`C_` holds the choice): in 5 folds, or as
            many as the commonest class has groups (images, without groups); a rarer class lies in as many of them as it
            has groups. 1.0 where not two classes have two: no fold could tell
-    seed   of the folds
+    seed   of the folds, 0 or more
     """
 
     kind = "linear"
@@ -192,18 +205,20 @@ class LinearProbe(_Probe):
 
         groups  a name for each vector, [N]: those of a group (a patient, a scene) fall into one fold
         """
-        group_of = numbered(groups, len(_labels_of(X, y)))
-        vectors, targets = self._start(X, y)
-        self.C_ = self.C if self.C is not None else self._choose_c(vectors, targets, group_of)
-        self.mean_, self.std_ = vectors.mean(axis=0), _safe_std(vectors)
-        weights = fit_logistic((vectors - self.mean_) / self.std_, targets, self.C_)
-        self.coef_, self.intercept_ = weights[:-1], weights[-1]
+        vectors, classes, targets = self._examples(X, y)
+        group_of = numbered(groups, len(vectors))
+        C = self.C if self.C is not None else self._choose_c(vectors, targets, group_of)
+        mean, std = vectors.mean(axis=0), _safe_std(vectors)
+        weights = fit_logistic((vectors - mean) / std, targets, C)
+        self.classes_, self.model_id_, self.C_ = classes, _space_of(X), C
+        self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1], weights[-1]
         return self
 
-    def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
-        """Probabilities, float64 [N, classes], in the order of `classes_`."""
-        self._check_fitted()
-        vectors = self._checked(X, len(self.mean_))
+    @property
+    def _dim(self) -> int:
+        return len(self.mean_)
+
+    def _shares(self, vectors: Floats) -> Floats:
         return softmax(((vectors - self.mean_) / self.std_) @ self.coef_ + self.intercept_)
 
     def _choose_c(self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]) -> float:
@@ -226,6 +241,8 @@ class LinearProbe(_Probe):
     def _check_params(self) -> None:
         if self.C is not None and not (isinstance(self.C, Real) and 0 < self.C < np.inf):
             raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
+        if not isinstance(self.seed, Integral) or self.seed < 0:
+            raise ConfigError(f"seed = {self.seed!r}: give a whole number, 0 or more")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {
@@ -259,14 +276,17 @@ class KNNProbe(_Probe):
 
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> KNNProbe:
         """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
-        vectors, self.targets_ = self._start(X, y)
-        self.vectors_ = _unit(vectors).astype(np.float32)
+        vectors, classes, targets = self._examples(X, y)
+        self.classes_, self.model_id_ = classes, _space_of(X)
+        self.vectors_, self.targets_ = _unit(vectors).astype(np.float32), targets
         return self
 
-    def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
-        """Shares of the votes, float64 [N, classes], in the order of `classes_`."""
-        self._check_fitted()
-        queries = _unit(self._checked(X, self.vectors_.shape[1])).astype(np.float32)
+    @property
+    def _dim(self) -> int:
+        return int(self.vectors_.shape[1])
+
+    def _shares(self, vectors: Floats) -> Floats:
+        queries = _unit(vectors).astype(np.float32)
         k = min(self.k, len(self.vectors_))
         shares = [self._votes(queries[start : start + 1024], k) for start in range(0, len(queries), 1024)]
         return np.concatenate(shares) if shares else np.zeros((0, len(self.classes_)))
@@ -343,10 +363,12 @@ def stratified_folds(
 
 
 def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
+    if isinstance(X, str | Path):
+        raise DataError(f"{str(X)!r} is a path: give Embeddings.load({str(X)!r})")
     try:
         vectors = np.asarray(X.vectors if isinstance(X, Embeddings) else X, dtype=np.float64)
     except (ValueError, TypeError):
-        raise DataError("the vectors are not numbers: give an array [N, D]") from None
+        raise DataError("the vectors are no array of numbers: give one [N, D]") from None
     if vectors.ndim != 2:
         raise DataError(f"wanted vectors [N, D], got an array of shape {list(vectors.shape)}")
     if not np.isfinite(vectors).all():
@@ -354,15 +376,21 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
     return vectors
 
 
-def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None) -> Labels:
-    if isinstance(X, str | Path):
-        raise DataError(f"{str(X)!r} is a path: give Embeddings.load({str(X)!r})")
+def _space_of(X: Embeddings | ArrayLike) -> str | None:
+    return X.model_id if isinstance(X, Embeddings) else None
+
+
+def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, count: int) -> Labels:
     if y is None and isinstance(X, Embeddings):
         y = X.labels
     if y is None:
         raise DataError("no labels: embed a folder with one subfolder per class, or pass y")
-    labels = np.asarray(y)
-    count = len(X) if isinstance(X, Embeddings) else len(np.asarray(X))
+    try:
+        labels = np.asarray(y)
+    except ValueError:
+        raise DataError(
+            f"the labels are lists of different lengths: give one label for each of {count} vectors"
+        ) from None
     if labels.shape != (count,):
         raise DataError(f"{count} vectors, but labels of shape {list(labels.shape)}")
     for place, label in enumerate(labels):

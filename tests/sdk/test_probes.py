@@ -357,6 +357,18 @@ def test_a_refused_second_fit_leaves_the_first_one_standing(probe: LinearProbe |
         copy.predict(embeddings(OTHER_SPACE))
 
 
+def test_a_second_fit_whose_groups_are_refused_leaves_the_first_one_standing() -> None:
+    probe = LinearProbe(C=1.0).fit(embeddings())
+    with pytest.raises(DataError, match="but groups of shape"):
+        probe.fit(embeddings(OTHER_SPACE), groups=["a"])
+    assert probe.model_id_ == SPACE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jepakit.probes.fit_logistic", np.linalg.inv)  # which fails
+        with pytest.raises(TypeError):
+            probe.fit(embeddings(OTHER_SPACE))
+    assert probe.model_id_ == SPACE
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("probe", PROBES, ids=repr)
 def test_numbers_that_are_not_finite_are_refused(probe: LinearProbe | KNNProbe, bad: float) -> None:
@@ -374,14 +386,27 @@ def test_numbers_that_are_not_finite_are_refused(probe: LinearProbe | KNNProbe, 
     [
         ([1.0, 2.0], ["a", "b"], r"wanted vectors \[N, D\], got an array of shape \[2\]"),
         (np.ones((2, 2, 2)), ["a", "b"], r"shape \[2, 2, 2\]"),
+        (5, ["a", "b"], r"got an array of shape \[\]"),
+        ([[1, 2], [3]], ["a", "b"], r"the vectors are no array of numbers: give one \[N, D\]"),
+        (
+            [[1.0], [2.0]],
+            [["a"], ["b", "c"]],
+            "the labels are lists of different lengths: give one label for each of 2",
+        ),
         ([[1.0], [2.0]], ["a"], r"2 vectors, but labels of shape \[1\]"),
         ([[1.0], [2.0]], [["a"], ["b"]], r"labels of shape \[2, 1\]"),
         (np.ones((0, 3)), [], "two classes or more"),
     ],
 )
-def test_arrays_of_another_shape_are_refused(X: Any, y: Any, message: str) -> None:
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_arrays_of_another_shape_are_refused(probe: LinearProbe | KNNProbe, X: Any, y: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        LinearProbe().fit(X, y)
+        clone(probe).fit(X, y)
+
+
+def test_groups_that_are_lists_of_different_lengths_are_refused() -> None:
+    with pytest.raises(DataError, match="the groups are lists of different lengths: give a name for each of 2 images"):
+        LinearProbe().fit([[1.0], [2.0]], ["a", "b"], groups=[["x"], ["y", "z"]])
 
 
 @pytest.mark.parametrize(
@@ -391,6 +416,9 @@ def test_arrays_of_another_shape_are_refused(X: Any, y: Any, message: str) -> No
         LinearProbe(C=-1.0),
         LinearProbe(C=float("nan")),
         LinearProbe(C="1"),  # type: ignore[arg-type]
+        LinearProbe(seed=-1),
+        LinearProbe(seed=0.5),  # type: ignore[arg-type]
+        LinearProbe(seed=None),  # type: ignore[arg-type]
         KNNProbe(k=0),
         KNNProbe(k=-1),
         KNNProbe(k=2.5),  # type: ignore[arg-type]
