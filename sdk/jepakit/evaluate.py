@@ -16,6 +16,8 @@ _UNSEEN = 3.0
 """Rule of three: what happened to none of N images may still happen to 3 of N (95 %). No interval is narrower."""
 _STUDENT = 1.21
 """A spread known from n groups alone widens the interval by 1 + this / (n - 1): Student's t to first order, (z² + 1) / 4."""
+_SWING = 0.3
+"""How far a group that adaptation harms may plausibly fall."""
 _NAMED = 3
 NO_LABELS = (
     "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders "
@@ -41,6 +43,10 @@ class Verdict(Frozen):
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
     low, high   its 95 % interval, by paired bootstrap over the N held-out images (where there are groups: over those, as
                 wholes); at least 3 / N to either side, more where classes differ in size
+
+    The interval knows nothing of what none of the groups shows: 3 in G may fall by 0.3 and all be missing among G. "same"
+    therefore needs so many groups that these would make no more than SAME_WITHIN: 90 of even weight. "better" and "worse"
+    rest on what was seen, by the interval alone.
     """
 
     word: Literal["better", "same", "worse", "cannot tell"]
@@ -114,7 +120,7 @@ def compare(
     """Judge `after` against `before`, both measured on the same held-out images in the same order.
 
     groups  a name for each held-out image: images of one group (a patient, a scene) are no independent witnesses, and
-            are resampled together. None: every image is its own.
+            are resampled together, and few groups cannot show that nothing changes. None: every image is its own.
 
     Classes of fewer than FEWEST_PER_CLASS images (groups) are left out and named, where two others are left.
     """
@@ -132,7 +138,11 @@ def compare(
         before, after = (_measurement(measured.right[:, judged], truth) for measured in (before, after))
     gain = (after.right.astype(np.float64) - before.right).mean(axis=0)
     difference, low, high = _bootstrap(gain, truth, group_of)
-    verdict = _judge(difference, low, high, few, unit) if can_judge else _too_few(difference, few, unit)
+    if can_judge:
+        n_groups, needed = len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of)
+        verdict = _judge(difference, low, high, few, unit, n_groups, needed)
+    else:
+        verdict = _too_few(difference, few, unit)
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
 
 
@@ -147,16 +157,24 @@ def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Compari
     )
 
 
-def _judge(difference: float, low: float, high: float, few: dict[str, int], unit: str) -> Verdict:
+def _judge(
+    difference: float, low: float, high: float, few: dict[str, int], unit: str, n_groups: int, needed: int
+) -> Verdict:
     over = " over groups" if unit == "groups" else ""
     points = f"{100 * difference:+.1f} points (95 % interval{over} {100 * low:+.1f} to {100 * high:+.1f})"
     word: Literal["better", "same", "worse", "cannot tell"]
+    within = low >= -SAME_WITHIN and high <= SAME_WITHIN
     if low > 0:
         word, advice = "better", "keep the adapted backbone"
     elif high < 0:
         word, advice = "worse", "keep the original (`jepakit export RUN --which start`)"
-    elif low >= -SAME_WITHIN and high <= SAME_WITHIN:
+    elif within and n_groups >= needed:
         word, advice = "same", "either will do; the original is the simpler choice"
+    elif within:
+        word, advice = "cannot tell", (
+            f"{n_groups} groups are too few to call it the same, as all that it harms may be missing among them: label "
+            f"images of more, until about {needed} are held out"
+        )  # fmt: skip
     else:
         more = "label more images" if unit == "images" else "label images of more groups"
         word, advice = "cannot tell", f"the interval holds 0: {more}, or train longer, before you switch"
@@ -181,6 +199,14 @@ def _some(few: dict[str, int]) -> str:
 
 def _balanced(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> float:
     return float(np.mean([right[truth == name].mean() for name in np.unique(truth)]))
+
+
+def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
+    """How many groups like these make what may be missing among them small: more where some have most of the images."""
+    counts = in_cells(group_of, np.unique(truth, return_inverse=True)[1], np.ones(len(truth)))
+    weights = (counts / counts.sum(axis=0)).mean(axis=1)
+    unevenness = np.count_nonzero(weights) * np.square(weights).sum()
+    return round(float(unevenness) * _UNSEEN * _SWING / SAME_WITHIN)
 
 
 def _bootstrap(

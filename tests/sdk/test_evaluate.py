@@ -284,6 +284,44 @@ def test_a_gain_that_every_one_of_eight_slides_shows_is_told() -> None:
     assert verdict.word == "better"
 
 
+@pytest.mark.parametrize("classes_share_groups", [True, False])
+def test_a_few_groups_that_do_not_change_are_not_called_the_same(classes_share_groups: bool) -> None:
+    def verdict(sizes: list[int]) -> Verdict:
+        slide = np.repeat(np.arange(len(sizes)), sizes)
+        truth = np.array(["a", "b"])[(np.arange(len(slide)) if classes_share_groups else slide) % 2]
+        right = np.ones(len(slide), bool)
+        return by_groups(right, right, truth, slide.astype(str))
+
+    assert verdict([100] * 6).reason == (
+        "+0.0 points (95 % interval over groups -0.5 to +0.5); 6 groups are too few to call it the same, as all that it "
+        "harms may be missing among them: label images of more, until about 90 are held out"
+    )
+    assert [verdict([20] * n).word for n in (6, 80, 90)] == ["cannot tell", "cannot tell", "same"]
+    giants = verdict([*[200] * 2, *[20] * 98])
+    assert giants.word == "cannot tell"
+    assert "100 groups are too few" in giants.reason
+
+
+@pytest.mark.parametrize("n_groups", [6, 8, 30])
+def test_harm_to_one_group_in_ten_is_not_called_the_same(n_groups: int) -> None:
+    random = np.random.default_rng(4)
+    slide = np.repeat(np.arange(n_groups), 100)
+    truth = np.array(["a", "b"])[slide % 2]
+    for _ in range(30):
+        before = random.random(len(slide)) < 0.7
+        harmed = (random.random(n_groups) < 0.1)[slide]
+        after = before & ~(harmed & (random.random(len(slide)) < 0.3 / 0.7))
+        assert by_groups(before, after, truth, slide.astype(str)).word != "same"
+
+
+def test_enough_groups_of_which_some_gain_and_as_many_lose_a_little_are_the_same() -> None:
+    slide = np.repeat(np.arange(300), 20)
+    first = np.arange(6000) % 20 == 0
+    before = ~first | (slide % 10 == 5)
+    after = ~first | (slide % 10 == 0)
+    assert by_groups(before, after, np.array(["a", "b"])[slide // 10 % 2], slide.astype(str)).word == "same"
+
+
 def test_one_giant_slide_makes_the_interval_wide() -> None:
     right, truth = np.ones(400, bool), np.tile(["a", "b"], 200)
     sizes = {"even": [20] * 20, "giant": [210, *[10] * 19]}
