@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from jepakit._files import as_path, fsync, prepare_folder
 from jepakit._frozen import Frozen
@@ -76,6 +76,8 @@ class Scaling(Frozen):
     window that the user chose clips by intent.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     low: tuple[float, ...]
     high: tuple[float, ...]
     measured: bool
@@ -88,6 +90,8 @@ class Preprocess(Frozen):
     the middle `size` × `size`; then, inside the graph, x / 255 (uint8) or `scaling` (float32), minus mean,
     over std, per band.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     size: Annotated[int, Field(ge=8, le=4096, description="pixels a side that the graph takes")]
     resize_to: Annotated[int, Field(ge=8, le=8192)]

@@ -82,7 +82,7 @@ class Scan:
     def scaling(self, value_range: ValueRange) -> Scaling | None:
         """Low and high per band: measured, or the user's window for all bands; None for 8-bit data.
 
-        Raises ConfigError for a window that does not fit, DataError for a band of one value.
+        Raises ConfigError for a window that does not fit, DataError for a band of one value or without any data.
         """
         if value_range == "file" and not any(one.header.format == "DICOM" for one in self.seen):
             raise ConfigError("value_range = 'file' applies each DICOM file's own window, and these are not DICOM")
@@ -90,15 +90,17 @@ class Scan:
             if value_range not in ("auto", "file"):
                 raise ConfigError(f"value_range = {value_range!r}: 8-bit images are used as they are, leave it out")
             return None
+        self._check_bands()
         window = CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
         return self._measured() if window is None else self._asked(*window)
 
     def _asked(self, low: float, high: float) -> Scaling:
         """The window for all bands; ConfigError where next to all values lie outside it."""
+        lows_NC, highs_NC = self._ends()
         if (outside := self.outside(low, high)) > _MOST_OUTSIDE:
             raise ConfigError(
                 f"value_range = [{low:g}, {high:g}]: {outside:.1%} of the values lie outside it (they are "
-                f"{min(one.low.min() for one in self.seen):g} … {max(one.high.max() for one in self.seen):g}): nothing would be seen"
+                f"{np.nanmin(lows_NC):g} … {np.nanmax(highs_NC):g}): nothing would be seen"
             )
         return Scaling(low=(low,) * self.kind.bands, high=(high,) * self.kind.bands, measured=False)
 
@@ -124,8 +126,17 @@ class Scan:
         return Scaling(low=_floats((low_C - margin_C).clip(least)), high=_floats(high_C + margin_C), measured=True)
 
     def _ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Low and high percentiles of each image and band, [N, C] each."""
+        """Low and high percentiles of each image and band, [N, C] each; NaN for a band without data in an image."""
         return np.array([one.low for one in self.seen]), np.array([one.high for one in self.seen])
+
+    def _check_bands(self) -> None:
+        """DataError for a band that has no data in any image: nothing can be measured of it."""
+        empty = np.flatnonzero(np.isnan(self._ends()[0]).all(axis=0))
+        if len(empty):
+            raise DataError(
+                f"band {empty[0] + 1} holds no data in any sampled image: write the files without it (`gdal_translate -b` "
+                "with each of the others), or without the no-data value if that is what it holds (`gdal_edit.py -unsetnodata`)"
+            )
 
     def outliers(self) -> tuple[int, ...]:
         """Indices of sampled images whose values lie far beyond the others': they would squeeze all others into a corner."""
@@ -136,10 +147,12 @@ class Scan:
     def outside(self, low: float, high: float) -> float:
         """The share of the sampled values that a window would clip."""
         values = np.concatenate([one.values for one in self.seen])
+        values = values[~np.isnan(values)]
         return float(((values < low) | (values > high)).mean())
 
     def statistics(self, scaling: Scaling | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std per band of the sampled pixels, once scaled to 0..1."""
+        """Mean and std per band of the sampled pixels, once scaled to 0..1. Raises DataError for a band without any data."""
+        self._check_bands()
         values = np.concatenate([one.values for one in self.seen]).astype(np.float64)
         if scaling is None:
             scaled = values / 255

@@ -27,6 +27,7 @@ from jepakit.bundle import (
     Manifest,
     Preprocess,
     Provenance,
+    Scaling,
     StartWeights,
     canonical_json,
     compute_model_id,
@@ -337,6 +338,15 @@ def test_a_crop_larger_than_what_was_resized_is_refused() -> None:
 def test_mean_and_std_hold_one_number_a_band(field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         Preprocess(**{**PREPROCESS.model_dump(), field: (0.5,)})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_number_of_a_preprocess_may_be_other_than_finite(bad: float) -> None:
+    for field in ("mean", "std"):
+        with pytest.raises(ValidationError, match="finite number"):
+            Preprocess(**{**PREPROCESS.model_dump(), field: (0.5, bad, 0.5)})
+    with pytest.raises(ValidationError, match="finite number"):
+        Scaling(low=(0.0,), high=(bad,), measured=True)
 
 
 # The name of the vector space

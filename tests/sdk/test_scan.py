@@ -39,6 +39,18 @@ def noise(count: int, shape: tuple[int, ...], low: int, high: int, dtype: str, s
     return [random.integers(low, high, shape).astype(dtype) for _ in range(count)]
 
 
+def write_with_nodata(folder: Path, images: list[NDArray[Any]]) -> Path:
+    return write(folder, images, planarconfig="contig", extratags=[(42113, "s", 2, "0", True)])
+
+
+def without_data_in_band_4(folder: Path, dtype: str, count: int) -> Path:
+    """Six images of four bands, of which the last is nothing but no data in the first `count`."""
+    images = noise(6, (40, 40, 4), 1, 200, dtype)
+    for image in images[:count]:
+        image[:, :, 3] = 0
+    return write_with_nodata(folder, images)
+
+
 def look(folder: Path, **options: Any) -> Scan:
     return scan(list_images(folder, "none"), progress=False, **options)
 
@@ -164,6 +176,21 @@ def test_a_band_that_is_the_same_everywhere_is_named(tmp_path: Path) -> None:
         look(write(tmp_path / "a", images, planarconfig="contig")).scaling("auto")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("dtype", "value_range"), [("uint8", "auto"), ("uint16", "auto"), ("uint16", (0.0, 300.0))])
+def test_a_band_without_any_data_is_named_with_what_to_do(tmp_path: Path, dtype: str, value_range: Any) -> None:
+    found = look(without_data_in_band_4(tmp_path / "a", dtype, 6))
+    with pytest.raises(DataError, match="band 4 holds no data in any sampled image: write the files without it"):
+        found.preprocess(STOCK, value_range=value_range)
+
+
+def test_what_lies_outside_a_window_is_told_where_an_image_lacks_a_band(tmp_path: Path) -> None:
+    found = look(without_data_in_band_4(tmp_path / "a", "uint16", 1))
+    assert found.outside(5000, 6000) == 1
+    with pytest.raises(ConfigError, match=r"100.0% of the values lie outside it \(they are 1 … 199\)"):
+        found.scaling((5000.0, 6000.0))
+
+
 def test_mixed_kinds_are_refused_with_the_first_odd_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", noise(9, (40, 40), 0, 1000, "uint16"))
     tifffile.imwrite(folder / "zzz.tif", noise(1, (40, 40), 0, 1000, "float32")[0])
@@ -227,7 +254,7 @@ def test_bands_without_data_stay_out_and_no_warning_filter_is_left_changed(tmp_p
     images = noise(40, (300, 300, 2), 1, 1000, "uint16")
     for image in images[::2]:
         image[:, :, 1] = 0
-    folder = write(tmp_path / "a", images, planarconfig="contig", extratags=[(42113, "s", 2, "0", True)])
+    folder = write_with_nodata(tmp_path / "a", images)
     before = warnings.filters
     kept = list(before)
     found = look(folder)
