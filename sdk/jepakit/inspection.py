@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ConfigDict
 
 from jepakit._frozen import Frozen
 from jepakit.bundle import Scaling
@@ -40,6 +40,8 @@ class Named(Frozen):
 
 class Inspection(Frozen):
     """The report of `jepakit inspect`; lists hold the first 20, the counts beside them all."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     n_images: int
     n_looked_at: int
@@ -90,8 +92,8 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
         formats=dict(Counter(one.header.format for one in found.seen).most_common()),
         holds=str(found.kind), bands=found.kind.bands, stored_as=found.kind.stored_as,
         smallest=sizes[0], median=median, largest=sizes[-1],
-        low=_rounded(np.min([one.low for one in found.seen], axis=0)),
-        high=_rounded(np.max([one.high for one in found.seen], axis=0)),
+        low=_rounded(np.nanmin([one.low for one in found.seen], axis=0)),
+        high=_rounded(np.nanmax([one.high for one in found.seen], axis=0)),
         scaling=scaling, mean=_rounded(mean), std=_rounded(std),
         labels=None if images.labels is None else dict(Counter(images.labels).most_common()),
         n_groups=None if images.groups is None else len(set(images.groups)), source=images.note,
@@ -170,7 +172,7 @@ def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]
     if scaling is None:
         return []
     range_C = np.asarray(scaling.high) - np.asarray(scaling.low)
-    faint = [one for one in found.seen if ((one.high - one.low) / range_C).max() < _FAINT]
+    faint = [one for one in found.seen if np.nanmax((one.high - one.low) / range_C) < _FAINT]
     if not faint:
         return []
     return [

@@ -191,6 +191,20 @@ def test_what_lies_outside_a_window_is_told_where_an_image_lacks_a_band(tmp_path
         found.scaling((5000.0, 6000.0))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_report_with_an_image_that_lacks_a_band_is_json_and_tells_faint_images(tmp_path: Path, dtype: str) -> None:
+    folder = without_data_in_band_4(tmp_path / "a", dtype, 1)
+    faint = noise(1, (40, 40, 4), 100, 102, dtype)[0]
+    faint[:, :, 3] = 0
+    write_with_nodata(folder / "b", [faint])
+    listed = list_images(folder, "none")
+    seen = report(listed, scan(listed, progress=False), image_size=32, tile=None, value_range="auto")
+    assert len(seen.low) == len(seen.high) == 4
+    json.dumps(seen.model_dump(mode="json"), allow_nan=False)
+    if dtype == "uint16":
+        assert any("1 images use less than 2% of the value range" in words for words in seen.advice)
+
+
 def test_mixed_kinds_are_refused_with_the_first_odd_one(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", noise(9, (40, 40), 0, 1000, "uint16"))
     tifffile.imwrite(folder / "zzz.tif", noise(1, (40, 40), 0, 1000, "float32")[0])
