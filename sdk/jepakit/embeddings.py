@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from jepakit._files import as_path, written
 from jepakit.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Embeddings:
-    """What embedding a set of images gives, in the images' order.
+    """What embedding a set of images gives, in the images' order. Equal only to itself: compare `vectors` and `ids`.
 
     vectors   float32 [N, D]
     model_id  the vector space (16 hex digits); only vectors of one space can be compared
@@ -44,6 +45,25 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def __getitem__(self, which: slice | Sequence[int] | Sequence[bool] | NDArray[Any]) -> Embeddings:
+        """Some of them, with their ids and labels: a slice, a boolean mask, or places. One vector is `vectors[place]`.
+
+        Raises DataError for a mask of another length or a place that is not there.
+        """
+        try:
+            places = np.arange(len(self))[which]
+        except IndexError as error:
+            raise DataError(
+                f"{error}: of {len(self)} embeddings, take a slice, a mask of {len(self)}, or places below it"
+            ) from None
+        if places.ndim != 1:
+            raise TypeError(
+                "embeddings are taken by a slice, a boolean mask [N] or places [n]: for one vector use `.vectors[place]`"
+            )
+        chosen = places.tolist()
+        labels = None if self.labels is None else tuple(self.labels[place] for place in chosen)
+        return Embeddings(self.vectors[places], self.model_id, tuple(self.ids[place] for place in chosen), labels)
 
     def __repr__(self) -> str:
         count, width = self.vectors.shape

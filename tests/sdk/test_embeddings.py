@@ -48,6 +48,50 @@ def test_shown_they_take_one_line(labels: tuple[str, ...] | None, words: str) ->
     assert repr(make(labels)) == f"<Embeddings: 3 vectors of 5 numbers, model_id='{MODEL_ID}', {words}>"
 
 
+def test_they_are_equal_to_themselves_alone_and_can_be_keys() -> None:
+    one, other = make(), make()
+    assert one == one
+    assert one != other
+    assert {one: 1}[one] == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "places"),
+    [
+        (slice(2), [0, 1]),
+        (slice(None, None, -1), [2, 1, 0]),
+        (np.array([True, False, True]), [0, 2]),
+        ([False, False, True], [2]),
+        (np.array([2, 0, 2]), [2, 0, 2]),
+        ([-1], [2]),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
+def test_a_part_keeps_vectors_ids_and_labels_together(
+    which: Any, places: list[int], labels: tuple[str, ...] | None
+) -> None:
+    part = make(labels)[which]
+    np.testing.assert_array_equal(part.vectors, VECTORS[places])
+    assert part.ids == tuple(IDS[place] for place in places)
+    assert part.labels == (None if labels is None else tuple(labels[place] for place in places))
+    assert part.model_id == MODEL_ID
+
+
+@pytest.mark.parametrize("which", [[3], [0.5], "cat", np.array([True, False]), (0, 1)], ids=repr)
+def test_a_part_that_is_not_there_is_refused(which: Any) -> None:
+    with pytest.raises(DataError, match="of 3 embeddings, take a slice, a mask of 3, or places below it"):
+        make()[which]
+
+
+@pytest.mark.parametrize("which", [1, np.int64(1), None, [[0, 1]]], ids=repr)
+def test_one_place_is_no_part(which: Any) -> None:
+    with pytest.raises(TypeError, match=r"for one vector use `.vectors\[place\]`"):
+        make()[which]
+    with pytest.raises(TypeError, match="for one vector"):
+        list(make())  # type: ignore[call-overload]
+
+
 def test_no_images_are_embeddings_too(tmp_path: Path) -> None:
     Embeddings(np.zeros((0, 5), np.float32), MODEL_ID, ()).save(tmp_path / "e.npz")
     loaded = Embeddings.load(tmp_path / "e.npz")
