@@ -276,8 +276,10 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
 
     `write_files(folder)` puts every file but the manifest into a temporary folder beside `path`; digests
     are computed, everything is flushed to disk, then the folder is renamed into place. A crash leaves
-    either no bundle or a whole one. Raises what `check_new` raises.
+    either no bundle or a whole one. Raises what `check_new` raises, and BundleError where the files cannot be written.
     """
+    from safetensors import SafetensorError
+
     check_new(path)
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:
@@ -294,6 +296,11 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
         fsync(folder)
         folder.rename(path)
         fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(
+            f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): make room in {path.parent}, and run "
+            "the same command again"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest

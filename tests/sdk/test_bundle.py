@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jepakit.bundle import (
@@ -134,6 +136,26 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path, files_before: int
 
     with pytest.raises(RuntimeError, match="disk full"):
         write_bundle(tmp_path / "scans", make_manifest(), failing)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_told_with_the_folder_and_what_to_do(tmp_path: Path, error: Exception) -> None:
+    def failing(_: Path) -> None:
+        raise error
+
+    with pytest.raises(BundleError) as caught:
+        write_bundle(tmp_path / "scans", make_manifest(), failing)
+    assert str(caught.value).startswith(f"{tmp_path / 'scans'} cannot be written (")
+    assert "No space left on device" in str(caught.value)
+    assert str(caught.value).endswith(f"make room in {tmp_path}, and run the same command again")
     assert list(tmp_path.iterdir()) == []
 
 
