@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from jepakit import golden
+from jepakit._messages import lines_of
 from jepakit.backbone import (
     Embedder,
     check_pooling,
@@ -67,8 +72,8 @@ class Source(NamedTuple):
 def export(config: ExportConfig) -> Bundle:
     """Write the bundle that `config` asks for, its source and place checked already, and return it.
 
-    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when ONNX
-    Runtime does not reproduce torch; then nothing is written.
+    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when the
+    graph cannot be made or ONNX Runtime does not reproduce torch; then nothing is written.
     """
     out = Path(config.out)
     source = _source(config)
@@ -80,7 +85,9 @@ def export(config: ExportConfig) -> Bundle:
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     manifest = _manifest(config, source, tensors, expected)
-    made = sealed(_graph(config, source, embedder, inputs, users), _stamp(manifest))
+    graph = _graph(config, source, embedder, inputs, users)
+    with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
+        made = sealed(graph, _stamp(manifest))
     agreement = check(made, manifest, expected)
     if users is not None:
         agreement = check(made, manifest, expect(embedder, users))
@@ -125,15 +132,28 @@ def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pix
     if config.precision == "fp16":
         embedder = copy.deepcopy(embedder)
         embedder.backbone.half()
-    try:
+    with _failing_as(f"torch cannot export {source.described.name}"):
         graph = to_onnx(embedder, example, opset=config.opset, dynamic_size=config.dynamic_size)
-        return to_int8(graph, inputs if users is None else users) if config.precision == "int8" else graph
+    if config.precision != "int8":
+        return graph
+    with _failing_as(f"{source.described.name} cannot be quantised"):
+        return to_int8(graph, inputs if users is None else users)
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """What goes wrong inside as an ExportError that begins with `what`: the libraries raise classes of their own."""
+    try:
+        yield
     except ExportError:
         raise
-    except Exception as error:  # the exporter wraps whatever went wrong in classes of its own
+    except (OSError, SafetensorError) as error:
+        folder = tempfile.gettempdir()
         raise ExportError(
-            f"torch cannot export {source.described.name}: {str(error).strip().splitlines()[0]}"
+            f"{what}: {lines_of(error)[0]}; make room in {folder}, or let TMPDIR name another folder"
         ) from error
+    except Exception as error:
+        raise ExportError(f"{what}: {lines_of(error)[0]}") from error
 
 
 def _standardized(source: Source, config: ExportConfig, users: Pixels | None) -> EmbeddingSpec:

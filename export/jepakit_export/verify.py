@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from jepakit import golden
+from jepakit._messages import lines_of
 from jepakit.backbone import Embedder
 from jepakit.bundle import Manifest, Preprocess
 from jepakit.errors import DataError, ExportError, ImageError
@@ -94,7 +95,7 @@ def _compare(session: Session, expected: Expected, size: int, limit: golden.Tole
         try:
             outputs.append(session.run_all(expected.images[rows[start : start + size]]))
         except Exception as error:  # ONNX Runtime's exceptions have no common base worth naming
-            raise ExportError(f"the exported graph fails at batch size {size}: {str(error).splitlines()[0]}") from None
+            raise ExportError(f"the exported graph fails at batch size {size}: {lines_of(error)[0]}") from None
     found = golden.agreement(np.concatenate([output[0] for output in outputs])[:n_images], expected.vectors)
     missed = found.misses(limit)
     if missed is None and expected.tokens is not None:

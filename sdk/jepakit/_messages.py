@@ -22,6 +22,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """What an exception says, by lines; the name of its type where it says nothing."""
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def parse(model: type[_Model], values: dict[str, object]) -> _Model:
     """`model(**values)`, with pydantic's ValidationError turned into one clear ConfigError."""
     from pydantic import ValidationError

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._external import as_inputs, check_external, names_other_files
-from jepakit._messages import did_you_mean
+from jepakit._messages import did_you_mean, lines_of
 from jepakit.bundle import DATA
 from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
 from jepakit.images import Pixels
@@ -136,7 +136,7 @@ class _OpenVino:
         try:
             self._model = core.compile_model(_openvino_model(core, graph, data), "CPU", settings)
         except Exception as error:  # pybind exceptions have no common base worth naming
-            raise BundleError(f"OpenVINO cannot open the graph: {str(error).strip().splitlines()[-1]}") from None
+            raise BundleError(f"OpenVINO cannot open the graph: {lines_of(error)[-1]}") from None
         self._local = threading.local()
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
@@ -182,7 +182,7 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
     try:
         session = ort.InferenceSession(graph, options, providers=configured)
     except Exception as error:  # pybind exceptions have no common base worth naming
-        raise BundleError(f"ONNX Runtime cannot open the graph: {str(error).splitlines()[0]}") from None
+        raise BundleError(f"ONNX Runtime cannot open the graph: {lines_of(error)[0]}") from None
     # Else a provider that fails while running is replaced by the CPU, and the graph's bytes are held for that.
     session.disable_fallback()
     session._model_bytes = None

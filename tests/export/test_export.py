@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 import jepakit
@@ -280,6 +282,48 @@ def test_an_exporter_that_fails_is_told_in_our_words(run: Run, monkeypatch: pyte
 
     monkeypatch.setattr(jepakit_export.exporter, "to_onnx", fail)
     with pytest.raises(ExportError, match=r"^torch cannot export test_resnet: unsupported operator$"):
+        jepakit.export(run.path, tmp_path / "bundle")
+    assert left_nothing(tmp_path)
+
+
+def test_an_exporter_that_fails_without_words_is_told_by_its_errors_name(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> ir.Model:
+        raise AssertionError
+
+    monkeypatch.setattr(jepakit_export.exporter, "to_onnx", fail)
+    with pytest.raises(ExportError, match=r"^torch cannot export test_resnet: AssertionError$"):
+        jepakit.export(run.path, tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("step", "precision", "told"),
+    [
+        ("to_int8", "int8", "test_resnet cannot be quantised"),
+        ("sealed", "fp32", "the graph of test_resnet cannot be made a file"),
+    ],
+)
+def test_a_full_temporary_folder_is_told_as_what_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str, precision: Any, told: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> ir.Model:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jepakit_export.exporter, step, fail)
+    with pytest.raises(ExportError, match=rf"^{told}: .*No space left on device; make room in .*TMPDIR"):
+        jepakit.export(run.path, tmp_path / "bundle", precision=precision)
+    assert left_nothing(tmp_path)
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_with_the_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(jepakit_export.exporter, "save_file", fail)
+    with pytest.raises(BundleError, match=rf"^{tmp_path / 'bundle'} cannot be written .*make room in {tmp_path}, and"):
         jepakit.export(run.path, tmp_path / "bundle")
     assert left_nothing(tmp_path)
 

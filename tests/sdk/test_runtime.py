@@ -16,6 +16,7 @@ import pytest
 import jepakit
 import jepakit.runtime
 from jepakit import golden
+from jepakit._messages import lines_of
 from jepakit.bundle import GOLDEN, GRAPH, Bundle
 from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
 from jepakit.runtime import Provider, open_runtime
@@ -189,3 +190,15 @@ assert np.array_equal(session.run(few), before)
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no room in main memory for a batch of 4000 images" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (RuntimeError(" unsupported operator\nand more "), ["unsupported operator", "and more"]),
+        (AssertionError(), ["AssertionError"]),
+        (ValueError("\n"), ["ValueError"]),
+    ],
+)
+def test_an_error_without_words_is_told_by_its_name(error: Exception, lines: list[str]) -> None:
+    assert lines_of(error) == lines
