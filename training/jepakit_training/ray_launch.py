@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jepakit._machine import usable_cpus
+from jepakit._messages import lines_of
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run
@@ -97,7 +98,7 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **(local if address is None else {}))
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "on this machine" if address is None else f"at RAY_ADDRESS = {address}"
-            raise TrainingError(f"no Ray cluster {where}: {str(error).strip().splitlines()[0]}") from error
+            raise TrainingError(f"no Ray cluster {where}: {lines_of(error)[0]}") from error
         try:
             yield
         finally:
@@ -147,7 +148,7 @@ def _fit(job: _Job) -> None:
         return
     if endings and endings[0].traceback:
         print(endings[0].traceback, file=sys.stderr)
-    why = f"{endings[0].kind}: {endings[0].message}" if endings else str(failure).strip().splitlines()[-1]
+    why = f"{endings[0].kind}: {endings[0].message}" if endings else lines_of(failure)[-1]
     raise TrainingError(
         f"training on Ray failed {_MOST_LOSSES + 1} times, the last time by {why}; the same command goes on from the "
         "last checkpoint"
