@@ -107,7 +107,7 @@ class Preprocess(Frozen):
     voi: bool = False
     """DICOM: each file's own window (VOI LUT) is applied before `scaling`."""
     frame: Annotated[int, Field(ge=0)] | None = None
-    """Which frame of a multi-frame file is meant; None: such files are refused."""
+    """Which frame of a file is meant (an array is that frame already); None: files of several are refused."""
     tile: Annotated[int, Field(ge=8)] | None = None
     """Pixels a side of the tiles that scenes were cut into; None: whole images."""
     mean: tuple[float, ...]

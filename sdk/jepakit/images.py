@@ -46,16 +46,19 @@ def read_image(
     limits    budgets, judged by the header before anything is decoded
     at_least  for views only: the image may come back reduced, its shorter side at least so long
 
-    "No data" is filled with the domain's mean. Raises ImageError for another depth or number of bands than the
-    model was made for, NaN or infinite pixels, an image of one value, one of which measured scaling clips over
-    1 %, several frames without a choice, a scene where tiles are wanted, and whatever cannot be read.
+    Of a file with several frames the model's own is read, unless the `ImageRef` names another; an array, or a
+    Pillow image of one frame, is taken to be that frame. "No data" is filled with the domain's mean.
+
+    Raises ImageError for another depth or number of bands than the model was made for, NaN or infinite pixels, an
+    image of one value, one of which measured scaling clips over 1 %, several frames without a choice, a file
+    without the frame that is meant, a scene where tiles are wanted, and whatever cannot be read.
     """
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
     with quiet(), open_raster(ref.data, name=ref.name, limits=limits, voi=spec.voi) as raster:
         header = raster.header
         check_kind(header, spec, ref.name)
         _check_scale(header, ref, spec)
-        frame = choose_frame(header, ref.frame if ref.frame is not None else spec.frame, ref.name)
+        frame = choose_frame(header, _frame_meant(header, ref, spec), ref.name)
         stored = raster.read(ref.window, frame=frame, at_least=at_least)
     return _padded(_checked(stored, header, spec, ref.name), ref, spec)
 
@@ -142,8 +145,19 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
             )
         return 0
     if frame >= header.frames:
-        raise ImageError(f"{name}: has {header.frames} frames, there is no frame {frame}", code="unsupported_mode")
+        has = f"has {header.frames} frame{'s' if header.frames > 1 else ''}, there is no frame {frame}"
+        raise ImageError(
+            f"{name}: {has}, counted from 0: give a file that has it, or the frame's pixels as an array",
+            code="unsupported_mode",
+        )
     return frame
+
+
+def _frame_meant(header: Header, ref: ImageRef, spec: Preprocess) -> int | None:
+    """The frame that is asked for, else the model's. A single picture in memory was cut out of its film already."""
+    if ref.frame is not None:
+        return ref.frame
+    return None if header.format in ("array", "image") and header.frames == 1 else spec.frame
 
 
 def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any]:

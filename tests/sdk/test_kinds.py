@@ -142,6 +142,22 @@ def test_several_frames_need_a_choice() -> None:
     assert "there is no frame 3" in str(refused(tiff(stack), spec(frame=3)))
 
 
+def test_an_array_is_the_frame_already_that_a_model_of_films_was_made_for() -> None:
+    film, model = values()[:, :, 0], spec(frame=2)
+    for held in (film, film.astype(np.float32), Image.fromarray(film)):
+        np.testing.assert_array_equal(read_image(held, model)[:, :, 0], film)
+    assert "has 1 frame, there is no frame 2" in str(refused(tiff(film), model)), "in a file the third one is missing"
+    asked = ImageRef(film, "film", frame=2)
+    assert "there is no frame 2" in str(refused(asked, spec())), "a frame that is asked for is there, or refused"
+
+
+def test_a_pillow_image_of_several_frames_gives_the_models_own() -> None:
+    pages, buffer = [Image.fromarray(values()[:, :, 0] + place) for place in range(3)], io.BytesIO()
+    pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:])
+    pixels = read_image(Image.open(buffer), spec(frame=2))
+    np.testing.assert_array_equal(pixels[:, :, 0], values()[:, :, 0] + 2)
+
+
 def test_a_model_of_tiles_refuses_a_scene_and_takes_tiles(tmp_path: Path) -> None:
     model = spec(tile=64)
     assert "tile=64" in str(refused(tiff(values(100, 128)), model))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 import httpx
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import jepakit
@@ -151,6 +153,32 @@ def test_several_frames_in_memory_are_refused_here_and_there_and_one_may_be_chos
                 embed(film, progress=False)
             one = embed(film, frame=2, progress=False)
             np.testing.assert_allclose(one.vectors, embed(pages[2], progress=False).vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_frame_of_films_takes_films_arrays_and_its_golden_inputs(
+    tmp_path: Path, weights_file: Callable[[str], Path]
+) -> None:
+    random = np.random.default_rng(0)
+    for place in range(24):
+        (tmp_path / "films").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / "films" / f"{place:02}.tif", random.integers(0, 256, (2, 40, 40, 3), np.uint8))
+    run = jepakit.adapt(
+        tmp_path / "films", out=tmp_path / "run", backbone="test_vit", weights=str(weights_file("test_vit")), frame=1,
+        image_size=32, steps=1, batch_size=8, workers=0,
+    )  # fmt: skip
+    bundle = run.export(tmp_path / "bundle").path
+    first = tifffile.imread(tmp_path / "films" / "00.tif")[1]
+    local = jepakit.load(bundle)
+    expected = local.embed(tmp_path / "films" / "00.tif", progress=False).vectors
+    close = partial(np.testing.assert_allclose, desired=expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    close(local.embed(first, progress=False).vectors)
+    with running(ServeSettings(bundles=(str(bundle),), port=1)) as url, jepakit.Client(url) as client:
+        assert client.verify(bundle) < 1e-4
+        close(client.embed(first, progress=False).vectors)
+        close(client.embed(tmp_path / "films" / "00.tif", frame=1, progress=False).vectors)
+        close(client.embed(tmp_path / "films" / "00.tif", progress=False).vectors)
+        with pytest.raises(ImageError, match="has 1 frame, there is no frame 1"):
+            client.embed(picture(0), progress=False)
 
 
 def test_a_bad_array_is_named_once_and_by_the_callers_name(service: str, bundle: Path) -> None:
