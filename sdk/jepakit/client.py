@@ -183,20 +183,21 @@ class Client:
                    bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image, or a list of any of these
         model      NAME or NAME@MODEL_ID; may be left out when the service has one model
         labels     `auto` takes what the source brings (a manifest's column, shards' .cls or .json, a dataset's),
-                   for a folder or ZIP its first-level folders; `folder` takes those alone, `none` takes none; or a
-                   CSV file of paths and labels
+                   for a folder or ZIP its first-level folders; `folder` takes those or raises DataError, `none` takes
+                   none; or a CSV file of paths and labels
         tile       pixels a side of the tiles that large images are cut into, here; ids are then `path#x,y,w,h`. A
                    model of tiles takes its own size alone. Needs `jepakit[images]`, as `frame` does
         overlap    pixels that neighbouring tiles share
         min_valid  tiles with less valid area are left out
         frame      of multi-frame files: which, or "each"
-        progress   show how far it is on standard error
+        progress   show on standard error how far it is, what was left out (blank tiles, files of other kinds) and
+                   why there are no labels
 
         Raises ImageError naming the first image that cannot be read, ConfigError for tiles of another size than the
         model's, ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
-        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame)
+        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
         job = _Job(listed, model, self._limits_for(len(listed)), spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         stop = threading.Event()
@@ -298,7 +299,7 @@ class AsyncClient:
 
         spec = None if tile is None and frame is None else _spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
-            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame
+            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress
         )
         job = _Job(listed, model, await self._limits_for(len(listed)), spec)
         show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)

@@ -6,7 +6,7 @@ import io
 import os
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +288,46 @@ def test_gather_takes_a_folder_with_its_classes(tmp_path: Path) -> None:
 
 def test_gather_does_without_labels_when_images_lie_outside_class_folders(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "stray.png")
-    for rule in ("auto", "folder"):
-        assert gather(tmp_path, rule).labels is None
-        assert gather(tmp_path / "cat" / "1.png", rule).labels is None
-        assert gather(f"{tmp_path}/*/*.png", rule).labels is None
+    listed = gather(tmp_path)
+    assert listed.labels is None
+    assert "images lie outside class folders (1 of 2, stray.png first)" in listed.note
+    assert gather(tmp_path / "cat" / "1.png").labels is None
+    assert gather(f"{tmp_path}/*/*.png").labels is None
+
+
+@pytest.mark.parametrize("door", [gather, list_images])
+def test_labels_asked_of_folders_come_from_folders_or_are_refused(tmp_path: Path, door: Callable[..., Any]) -> None:
+    touch(tmp_path, "cat/1.png", "stray.png")
+    array = np.zeros((10, 12, 3), np.uint8)
+    for source, told in [
+        (tmp_path, r"stray\.png lies in no class folder: move it into one, or use labels none"),
+        (f"{tmp_path}/*/*.png", "labels = 'folder', and a glob has no class folders: give the folder that holds them"),
+        (tmp_path / "cat" / "1.png", "a single file has no class folders"),
+        ([tmp_path / "cat" / "1.png"], "a list of files has no class folders"),
+        ([array, array], "a sequence in memory has no class folders"),
+        ([(array, "cat")], "a sequence in memory has no class folders"),
+    ]:
+        with pytest.raises(DataError, match=told):
+            door(source, "folder")
+
+
+def test_gather_tells_what_it_left_out_if_it_is_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path, "cat/1.png", "dog/2.png", "dog/3.heic", "stray.png")
+    gather(tmp_path)
+    assert capsys.readouterr().err == ""
+    gather(tmp_path, tell=True)
+    assert capsys.readouterr().err == (
+        "no labels: images lie outside class folders (1 of 3, stray.png first); "
+        "1 .heic file passed over: HEIC and AVIF are not read, save them as JPEG or PNG\n"
+    )
+
+
+def test_gather_says_nothing_of_labels_that_no_one_expects(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.png")
+    for source in (tmp_path / "cat" / "1.png", [tmp_path / "cat" / "1.png"], png(), [png()]):
+        assert gather(source).note == ""
+    assert gather(tmp_path, "none").note == ""
+    assert gather(f"{tmp_path}/*/*.png").note == "no labels: a glob has no class folders"
 
 
 def test_gather_takes_a_manifests_own_labels_or_none_and_its_folders_only_if_asked(tmp_path: Path) -> None:
@@ -336,7 +372,7 @@ def test_gather_refuses_splits_taken_for_classes(tmp_path: Path, rule: str) -> N
 
 def test_gather_flattens_images_in_memory_and_names_them_by_their_place(tmp_path: Path) -> None:
     array, image = np.zeros((10, 12, 3), np.uint8), Image.new("RGB", (10, 10))
-    gathered = gather([png(), array, image, tmp_path / "x.png", f"{tmp_path}/y.png"], "folder")
+    gathered = gather([png(), array, image, tmp_path / "x.png", f"{tmp_path}/y.png"])
     assert gathered.ids == ("0", "1", "2", f"{tmp_path}/x.png", f"{tmp_path}/y.png")
     assert gathered.labels is None
     assert paths(gathered)[1] is array
@@ -348,7 +384,7 @@ def test_gather_flattens_images_in_memory_and_names_them_by_their_place(tmp_path
     "image", [np.zeros((10, 12, 3), np.uint8), np.zeros((10, 12), np.uint8), Image.new("L", (9, 9)), png()], ids=type
 )
 def test_gather_takes_one_image_in_memory(image: Any) -> None:
-    gathered = gather(image, "folder")
+    gathered = gather(image)
     assert len(gathered) == 1
     assert paths(gathered)[0] is image
     assert gathered.ids == ("0",)
@@ -356,14 +392,14 @@ def test_gather_takes_one_image_in_memory(image: Any) -> None:
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_gather_takes_other_kinds_of_bytes_and_they_can_be_read(kind: Any) -> None:
-    (item,) = paths(gather(kind(png()), "folder"))
+    (item,) = paths(gather(kind(png())))
     with open_raster(item) as raster:
         assert (raster.header.width, raster.header.height) == (10, 10)
 
 
 def test_gather_takes_a_stack_of_arrays_image_by_image() -> None:
     stack = np.arange(3 * 8 * 8 * 3, dtype=np.uint8).reshape(3, 8, 8, 3)
-    gathered = gather(stack, "folder")
+    gathered = gather(stack)
     assert gathered.ids == ("0", "1", "2")
     for item, array in zip(paths(gathered), stack, strict=True):
         np.testing.assert_array_equal(item, array)

@@ -15,7 +15,7 @@ import pytest
 import jepakit.readers
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.readers import Header, ImageRef, Window
-from jepakit.sources import ImageList, list_images
+from jepakit.sources import ImageList, gather, list_images
 
 
 @dataclass
@@ -300,6 +300,14 @@ def test_files_that_cannot_be_opened_are_counted_and_few_are_left_out(make: Make
     assert "1 file that cannot be opened left out (bad.tif: damaged)" in listed.note
     with pytest.raises(DataError, match=r"2 of 101 files cannot be opened; the first: bad\.tif: damaged"):
         list_images(make(worse=None), tile=8)
+
+
+@pytest.mark.parametrize("how", [{"tile": 8}, {"frame": "each"}])
+def test_of_what_is_embedded_no_file_is_left_out(make: Make, how: dict[str, Any]) -> None:
+    folder = make(**{f"good{place:03}": scene(8, 8) for place in range(198)}, bad=None, worse=None)
+    with pytest.raises(ImageError, match=r"^bad\.tif: damaged$"):
+        gather(folder, **how)
+    assert len(list_images(folder, **how)) == 198
 
 
 def test_a_file_that_opens_but_cannot_be_read_keeps_its_tiles_for_the_reader_to_judge(make: Make) -> None:

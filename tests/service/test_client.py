@@ -207,6 +207,69 @@ def test_a_manifests_labels_come_along_by_default(service: str, bundle: Path, fo
     manifest.unlink()
 
 
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """Two images in class folders, a stray one that is half blank, and a file that is passed over."""
+    folder = tmp_path / "scenes"
+    for name in ("cat/1.png", "dog/2.png", "stray.png"):
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 80, 3), np.uint8)
+        if name == "stray.png":
+            pixels[:, 40:] = 255
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "film.gif").write_bytes(b"GIF89a")
+    return folder
+
+
+TOLD = (
+    "no labels: images lie outside class folders (1 of 3, stray.png first); 1 .gif file passed over: GIF is not read, "
+    "save the frame you mean as PNG; 5 tiles of 40 × 40 of 3 images; left out: 1 blank tile, of one value everywhere; "
+    "the pieces of an image are one group\n"
+)
+
+
+def test_what_is_left_out_of_an_embedding_is_told(
+    service: str, bundle: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = jepakit.load(bundle)
+    for embed in (
+        local.embed,
+        lambda images, **how: asked(jepakit.Client, service, lambda client: client.embed(images, **how)),
+        lambda images, **how: asked(jepakit.AsyncClient, service, lambda client: client.embed(images, **how)),
+    ):
+        embed(scenes, tile=40, progress=False)
+        assert capsys.readouterr().err == ""
+        assert len(embed(scenes, tile=40)) == 5
+        assert capsys.readouterr().err == TOLD
+        embed(scenes / "stray.png")
+        assert capsys.readouterr().err == ""
+
+
+def test_the_command_line_tells_what_it_leaves_out(service: str, bundle: Path, scenes: Path, tmp_path: Path) -> None:
+    for where in (["--url", service], ["--bundle", str(bundle)]):
+        done = subprocess.run(
+            [
+                sys.executable, "-c", "from jepakit.cli import main; main()", "embed", scenes, *where, "--tile", "40",
+                "--out", tmp_path / "e.npz",
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, TOLD)
+
+
+def test_an_image_that_cannot_be_opened_is_never_left_out_of_an_embedding(
+    service: str, bundle: Path, tmp_path: Path
+) -> None:
+    for place in range(100):
+        (tmp_path / f"{place:03}.png").write_bytes(picture(place, (16, 16)))
+    (tmp_path / "042.png").write_bytes(b"no image")
+    with jepakit.Client(service) as client:
+        for embed in (client.embed, jepakit.load(bundle).embed):
+            for how in ({"tile": 16}, {"frame": "each"}):
+                with pytest.raises(ImageError, match=r"^042\.png: "):
+                    embed(tmp_path, progress=False, **how)
+
+
 def with_tile(bundle: Path, tile: int) -> Manifest:
     """The manifest of the tiny model as if it had been adapted on tiles."""
     manifest = jepakit.open_bundle(bundle).manifest

@@ -70,7 +70,7 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool) -> Found:
             return find_in_manifest(source, with_labels=with_labels, with_groups=with_groups)
         if _is_archive(source):
             return _find_in_archives([source], with_labels=with_labels)
-        return Found(Files(str(path.parent), (path.name,)), (path.name,), folders=(path.name,))
+        return Found(Files(str(path.parent), (path.name,)), (path.name,), kind="a single file")
     if glob.has_magic(source):
         return _find_matching(source, with_labels=with_labels)
     raise DataError(f"{source} does not exist: give {_KINDS}")
@@ -112,6 +112,7 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
         return Found(
             Files("", ids),
             ids,
+            kind="a glob",
             label_note="no labels: a glob has no class folders",
             note=_passed_over(archives, others),
         )
@@ -132,7 +133,7 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
     if strange:
         raise DataError(f"{strange[0]} stands in a list of image files: give it alone, or in a list of its own kind")
     ids = tuple(Path(path).as_posix() for path in paths)
-    return Found(Files("", ids), ids, label_note="no labels: a list of files has no class folders")
+    return Found(Files("", ids), ids, kind="a list of files")
 
 
 def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | None = None) -> Found:

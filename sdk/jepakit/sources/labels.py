@@ -22,45 +22,49 @@ _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "te
 Labels = tuple[str, ...] | None
 
 
-def choose_labels(found: Found, rule: str | Path, *, lenient: bool) -> tuple[Labels, str]:
+def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[Labels, str]:
     """The labels by the rule, or None, and in words what was assumed.
 
-    lenient  folders are classes whatever their number, and images outside class folders mean no labels
+    embedding  "auto" takes folders as classes whatever their number, and says nothing where no labels are expected
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
     rule = check_rule("labels", rule, LABEL_RULES)
     if rule == "none":
-        return None, "no labels, as asked"
+        return None, "" if embedding else "no labels, as asked"
     if rule not in LABEL_RULES:
         listed = look_up(rule, "label", found)
         return listed, f"labels: {len(set(listed))} classes from {rule}"
     if rule == "auto" and found.label_note:
         return found.labels, found.label_note
     if found.folders is None:
-        return None, "no labels: this source has no class folders"
-    if lenient and not all("/" in name for name in found.folders):
-        return None, "no labels: images lie outside class folders"
-    labels, note = _folder_labels(found.folders, "folder" if lenient else rule)
+        if rule == "folder":
+            raise DataError(
+                f"labels = 'folder', and {found.kind} has no class folders: give the folder that holds them, a CSV file "
+                "of paths and labels, or labels none"
+            )
+        return None, "" if embedding else f"no labels: {found.kind} has no class folders"
+    labels, note = _folder_labels(found.folders, rule, any_number=embedding)
     if rule == "auto" and labels is not None and folders_are_patients(found, labels):
         return None, "no labels: each first-level folder holds one patient, so folders are no classes"
     return labels, note
 
 
-def _folder_labels(names: Sequence[str], rule: str) -> tuple[Labels, str]:
+def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[Labels, str]:
     # One string a class, not one an image.
     tops = [sys.intern(name.partition("/")[0]) if "/" in name else None for name in names]
     counts = Counter(tops)
     if None in counts:
+        stray = names[tops.index(None)]
         if rule == "folder":
-            raise DataError(f"{names[tops.index(None)]} lies in no class folder: move it into one, or use labels none")
-        return None, "no labels: images lie outside class folders"
+            raise DataError(f"{stray} lies in no class folder: move it into one, or use labels none")
+        return None, f"no labels: images lie outside class folders ({counts[None]:,} of {len(names):,}, {stray} first)"
     classes = sorted(str(name) for name in counts)
     if {name.lower() for name in classes} <= _SPLIT_NAMES and len(classes) > 1:
         raise DataError(
             f"the folders {', '.join(classes)} look like splits, not classes: name one of them, or use labels none"
         )
-    if rule == "auto":
+    if rule == "auto" and not any_number:
         fewest = min(counts.values())
         if not MIN_CLASSES <= len(classes) <= MAX_CLASSES:
             return None, f"no labels: {len(classes)} first-level folders (classes are {MIN_CLASSES} to {MAX_CLASSES})"

@@ -17,6 +17,7 @@ from jepakit.readers import ImageSource
 from jepakit.sources._words import counted
 from jepakit.sources.store import Found, stamp_of
 
+_IN_MEMORY = "a sequence in memory"
 _WANTED = "an array [H, W] or [H, W, C], a Pillow image, a file's bytes or a path"
 
 
@@ -80,10 +81,12 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
         )
     store = Items(items)
     if label is None or not with_labels:
-        return Found(store, ids, label_note="no labels: the images in memory bring none")
+        return Found(store, ids, kind=_IN_MEMORY)
     labels = None if _label(label, None) is None else _labels(items)
     if labels is None:
-        return Found(store, ids, label_note=f"no labels: targets of type {_kind(label)} are no classes")
+        return Found(
+            store, ids, kind=_IN_MEMORY, label_note=f"no labels: targets of type {_kind(label)} are no classes"
+        )
     return Found(
         store, ids, labels=labels, label_note=f"labels: {counted(len(set(labels)), 'class')} from the {_kind(items)}"
     )

@@ -60,18 +60,21 @@ class Cut:
             raise ConfigError(f"frame = {self.frame}: frames are counted from 0")
 
 
-def cut(images: ImageList, how: Cut) -> ImageList:
+def cut(images: ImageList, how: Cut, *, lenient: bool) -> ImageList:
     """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
 
+    lenient  up to 1 % of the files may be such as cannot be opened, and are left out
+
     Headers are read only for tiles and "each"; the pixels of tiles are looked at once, and tiles that show nothing
-    are left out. Raises DataError when nothing is left, or over 1 % of the files cannot be opened.
+    are left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
+    of them where none may be left out.
     """
     if how.tile is None and how.frame is None:
         return images
     if how.tile is None and isinstance(how.frame, int):
         count = len(images)
         return replace(images, pieces=Pieces(np.arange(count), np.full(count, how.frame, np.int32), None))
-    headers, unreadable = _headers(images)
+    headers, unreadable = _headers(images, lenient=lenient)
     pieces = _all_pieces(headers, how)
     if how.tile is None:
         return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, how))
@@ -96,7 +99,7 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
     return [*range(0, length - tile, stride), max(0, length - tile)]
 
 
-def _headers(images: ImageList) -> tuple[dict[int, Header], list[ImageError]]:
+def _headers(images: ImageList, *, lenient: bool) -> tuple[dict[int, Header], list[ImageError]]:
     """The headers by place, and what was said of the files that have none."""
 
     def header(place: int) -> Header | ImageError:
@@ -104,6 +107,8 @@ def _headers(images: ImageList) -> tuple[dict[int, Header], list[ImageError]]:
             with _open(images, place) as raster:
                 return raster.header
         except ImageError as error:
+            if not lenient:
+                raise
             return error
 
     answers = in_threads(header, range(len(images)), "headers")
