@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from typing import NamedTuple
+import sys
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from jepakit.bundle import Manifest, Preprocess
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
-from jepakit.sources import evenly_spread, list_images
+from jepakit.sources import evenly_spread, gather
 from jepakit_export.convert import Sealed
 
 BATCH_SIZES = (1, 2, 7, 33)
-MOST_IMAGES, FEWEST_IMAGES = 256, 16
+MOST_IMAGES, FEWEST_IMAGES, MOST_SKIPPED = 256, 16, 0.01
 _BATCH = 16
 _WITHOUT_VNNI = (
     "; this CPU has no VNNI instructions, without which sums of 8-bit products overflow: export on a machine like the one "
@@ -37,16 +38,30 @@ class Expected(NamedTuple):
 
 
 def read_users_images(source: str, spec: Preprocess) -> Pixels:
-    """Up to 256 images spread over the user's folder, as the graph takes them. Raises DataError for fewer than 16."""
-    listed = list_images(source, "none", group="none", tile=spec.tile)
-    pixels, last = [], ""
-    for index in evenly_spread(len(listed), MOST_IMAGES).tolist():
+    """Up to 256 images spread over the user's source, as the graph takes them, which is told where it leaves any out.
+
+    Of a file with several frames every one is an image, unless the model means one of them. Raises DataError for fewer
+    than 16 images, and where over 1 % cannot be read.
+    """
+    frame: int | Literal["each"] = "each" if spec.frame is None else spec.frame
+    listed = gather(source, "none", tile=spec.tile, frame=frame, tell=True, lenient=True)
+    places = evenly_spread(len(listed), MOST_IMAGES).tolist()
+    pixels, skipped = [], list[ImageError]()
+    for place in places:
         try:
-            pixels.append(preprocess(listed[index], spec))
+            pixels.append(preprocess(listed[place], spec))
         except ImageError as error:
-            last = f"; one that cannot be read: {error}"
+            skipped.append(error)
+    told = f"{len(skipped)} of {len(places)} images cannot be read, the first: {skipped[0]}" if skipped else ""
     if len(pixels) < FEWEST_IMAGES:
-        raise DataError(f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the least to verify on{last}")
+        raise DataError(
+            f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the least to verify on"
+            f"{'; ' if told else ''}{told}"
+        )
+    if len(skipped) > MOST_SKIPPED * len(places):
+        raise DataError(f"{source}: {told}; {MOST_SKIPPED:.0%} may be left out: mend or remove them")
+    if skipped:
+        print(f"{source}: {told}: left out of what is verified on", file=sys.stderr)
     return np.stack(pixels)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tifffile
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load
@@ -19,8 +20,9 @@ from jepakit.backbone import restore
 from jepakit.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
+from jepakit.images import preprocess
 from jepakit.session import Session
-from jepakit_export.verify import int8_is_exact_here
+from jepakit_export.verify import int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
 
@@ -158,6 +160,45 @@ def test_standardising_without_images_and_verifying_on_too_few_are_refused(
         export(standardize="center")
     with pytest.raises(DataError, match="4 images can be read, 16 are the least"):
         export(verify_images=str(image_folder(classes=0, per_class=4)))
+
+
+def films(folder: Path, count: int, *, frames: int = 2) -> Path:
+    """Files of several frames, the later ones of other seeds."""
+    folder.mkdir()
+    for place in range(count):
+        pixels = synthetic_images(frames, 64, 3, seed=100 * frames + place)
+        tifffile.imwrite(folder / f"{place:03}.tif", pixels, photometric="rgb")
+    return folder
+
+
+def test_every_frame_is_verified_on_unless_the_model_means_one(tmp_path: Path) -> None:
+    spec = jepakit.export(VIT, tmp_path / "bundle", image_size=64).manifest.preprocess
+    folder = films(tmp_path / "films", 16)
+    assert read_users_images(str(folder), spec).shape == (32, 64, 64, 3)
+    second = read_users_images(str(folder), spec.model_copy(update={"frame": 1}))
+    assert second.shape == (16, 64, 64, 3)
+    np.testing.assert_array_equal(second[3], preprocess(tifffile.imread(folder / "003.tif")[1], spec))
+
+
+def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = jepakit.export(VIT, tmp_path / "bundle", image_size=64).manifest.preprocess
+    folder = films(tmp_path / "films", 120, frames=1)
+    capsys.readouterr()
+    read_users_images(str(folder), spec)
+    assert capsys.readouterr().err == "120 frames of 120 images\n"
+    blank = np.zeros((64, 64, 3), np.uint8)
+    tifffile.imwrite(folder / "030.tif", blank, photometric="rgb")
+    assert len(read_users_images(str(folder), spec)) == 119
+    told = f"{folder}: 1 of 120 images cannot be read, the first: 030.tif: every pixel has the value 0, 0, 0"
+    assert told in capsys.readouterr().err
+    (folder / "050.tif").write_bytes(b"")
+    assert len(read_users_images(str(folder), spec)) == 118
+    assert "1 file that cannot be opened left out (050.tif: " in capsys.readouterr().err
+    tifffile.imwrite(folder / "070.tif", blank, photometric="rgb")
+    with pytest.raises(DataError, match=r"2 of 119 images cannot be read, the first: 030\.tif: .*; 1% may be left out"):
+        read_users_images(str(folder), spec)
 
 
 @pytest.mark.parametrize("source", [VIT, "test_resnet:random"])

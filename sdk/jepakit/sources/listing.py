@@ -36,33 +36,35 @@ def list_images(
     Hidden files and bundles are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
     contradicts itself, ConfigError for settings that are wrong by themselves.
     """
-    return _list(images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False)
+    return _list(images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, lenient=True)
 
 
 def gather(
     images: Any, labels: str | Path = "auto", *,
     group: str | Path = "none", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, tell: bool = False,
+    frame: int | Literal["each"] | None = None, tell: bool = False, lenient: bool = False,
 ) -> ImageList:  # fmt: skip
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
 
-    labels  "auto": what the source brings, else the first-level folders whatever their number, and none where an
-            image lies outside them; "folder": those alone; "none"; or a table's file
-    tell    say on standard error what was assumed, and what was left out
-
-    Every file is wanted here: raises ImageError for the first that tiles or frames are to be cut from and that
-    cannot be opened, where training leaves a few out.
+    labels   "auto": what the source brings, else the first-level folders whatever their number, and none where an
+             image lies outside them; "folder": those alone; "none"; or a table's file
+    tell     say on standard error what was assumed, and what was left out
+    lenient  leave out files that tiles or frames are to be cut from and that cannot be opened, up to 1 %, as training
+             does; otherwise ImageError names the first
     """
     one = is_one_image(images) and not isinstance(images, str | Path)
-    listed = _list([images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=True)
+    listed = _list(
+        [images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=True,
+        lenient=lenient,
+    )  # fmt: skip
     if tell and listed.note:
         print(listed.note, file=sys.stderr, flush=True)
     return listed
 
 
-def _list(images: Any, labels: str | Path, group: str | Path, how: Cut, *, embedding: bool) -> ImageList:
+def _list(images: Any, labels: str | Path, group: str | Path, how: Cut, *, embedding: bool, lenient: bool) -> ImageList:
     found = find(images, with_labels=labels == "auto", with_groups=group == "auto")
     chosen, label_note = choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
     note = "; ".join(filter(None, (label_note, group_note, found.note)))
-    return cut(ImageList(found.ids, chosen, groups, found.held_out, note, found.store), how, lenient=not embedding)
+    return cut(ImageList(found.ids, chosen, groups, found.held_out, note, found.store), how, lenient=lenient)
