@@ -37,6 +37,7 @@ from jepakit.errors import (
     ProtocolError,
     ResponseError,
 )
+from jepakit.readers import DEFAULT_LIMITS
 from jepakit.sources import ImageList, gather
 
 if TYPE_CHECKING:
@@ -122,13 +123,17 @@ class _Limits:
 
     images: int = _IMAGES_PER_REQUEST
     bytes: int = _BYTES_PER_REQUEST
+    """Of several images together; a larger one rides alone."""
+    largest: int = DEFAULT_LIMITS.max_encoded_bytes
+    """Of one image."""
 
     @classmethod
     def of(cls, models: list[ModelInfo]) -> _Limits:
         """No more than the service takes; its limits are the same for all its models."""
         try:
             told = models[0].raw["limits"]
-            return cls(min(cls.images, told["max_images"]), min(cls.bytes, told["max_body_mb"] << 20))
+            body = told["max_body_mb"] << 20
+            return cls(min(cls.images, told["max_images"]), min(cls.bytes, body), body)
         except (IndexError, KeyError, TypeError):
             return cls()
 
@@ -457,8 +462,9 @@ class _Job:
         """Requests of up to 32 images or 16 MB, or what the service takes; files are read when their turn comes."""
         first, items, size = 0, list[Any](), 0
         for place in range(len(self._images)):
-            item = _encode(self._images[place], self._spec)
-            weight = _BYTES_BESIDE + (item.nbytes if isinstance(item, np.ndarray) else len(item))
+            item = _encode(self._images[place], self._spec, self._limits.largest)
+            _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
+            weight = _BYTES_BESIDE + _bytes_of(item)
             full = len(items) >= self._limits.images or size + weight > self._limits.bytes
             if items and (full or not _alike(items[0], item)):
                 yield _Chunk(first, items, self._model)
@@ -498,6 +504,9 @@ class _Job:
         try:
             yield
         except ResponseError as error:
+            if error.status == 413 and error.code in (None, "body_too_large") and len(chunk.items) == 1:
+                limit = str(error).partition(":")[0]
+                raise _too_large(self._images.ids[chunk.first], _bytes_of(chunk.items[0]), limit) from None
             place = _BAD_IMAGE.fullmatch(error.param or "")
             if place is None or int(place[1]) >= len(chunk.items) or error.status not in (413, 415, 422):
                 raise
@@ -511,8 +520,9 @@ class _Job:
         return Embeddings(vectors, self._model_id, tuple(self._images.ids), self._images.labels)
 
 
-def _encode(ref: ImageRef, spec: Preprocess | None) -> bytes | NDArray[Any]:
-    """A file travels as it is; a part of one, and what is in memory, is read here, by the same reader as there."""
+def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDArray[Any]:
+    """A file travels as it is, and is not read if it is larger than `largest` bytes; a part of one, and what is in
+    memory, is read here, by the same reader as there."""
     if ref.window is not None or ref.frame is not None:
         from jepakit.images import read_image
 
@@ -523,10 +533,29 @@ def _encode(ref: ImageRef, spec: Preprocess | None) -> bytes | NDArray[Any]:
         return bytes(image)
     if isinstance(image, str | Path):
         try:
+            _refuse_larger(ref.name, Path(image).stat().st_size, largest)
             return Path(image).read_bytes()
         except OSError as error:
             raise ImageError(f"{image}: cannot be read ({error.strerror})", code="unreadable") from None
     return _read_here(ref)
+
+
+def _bytes_of(item: bytes | NDArray[Any]) -> int:
+    return item.nbytes if isinstance(item, np.ndarray) else len(item)
+
+
+def _refuse_larger(name: str, size: int, largest: int) -> None:
+    """An image that no request can hold is named here; the service knows only that a body was too large."""
+    if size > largest:
+        raise _too_large(name, size, f"a request holds at most {largest:,}")
+
+
+def _too_large(name: str, size: int, limit: str) -> ImageError:
+    return ImageError(
+        f"{name}: {size:,} bytes, and {limit}: save it smaller, cut it into tiles (tile=…), or let the service take more "
+        "(max_body_mb)",
+        code="too_large",
+    )
 
 
 def _read_here(ref: ImageRef) -> NDArray[Any]:

@@ -499,6 +499,50 @@ def test_requests_are_cut_by_the_services_own_limits(bundle: Path) -> None:
             assert asked(kind, url, lambda client: client.verify(bundle)) < 1e-5
 
 
+@pytest.fixture
+def files_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of which all bytes are read, as they are."""
+    read, seen = Path.read_bytes, list[Path]()
+
+    def read_bytes(path: Path) -> bytes:
+        seen.append(path)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_an_image_that_no_request_can_hold_is_named_with_its_size(
+    bundle: Path, tmp_path: Path, files_read: list[Path], kind: type[Any]
+) -> None:
+    large, array = tmp_path / "large.png", np.zeros((1024, 1024, 3), np.uint8)
+    large.write_bytes(bytes(2 << 20))
+    cases: list[tuple[Any, Any, str]] = [
+        ([large, picture(0)], large, "2,097,152 bytes, and a request holds at most 1,048,576"),
+        ([picture(0), bytes(2 << 20)], 1, "2,097,152 bytes, and a request holds at most 1,048,576"),
+        ([array, array], 0, "3,145,728 bytes, and a request holds at most 1,048,576"),
+        (bytes(2 << 20), 0, "2,097,152 bytes, and the body is larger than 1 MB"),
+    ]
+    with running(ServeSettings(bundles=(str(bundle),), port=1, max_images=4, max_body_mb=1)) as url:
+        for images, name, told in cases:
+            embed = partial(kind.embed, images=images, progress=False)
+            with pytest.raises(ImageError, match=re.escape(f"{name}: {told}: save it smaller, cut it into")) as error:
+                asked(kind, url, embed)
+            assert error.value.code == "too_large"
+    assert large not in files_read
+
+
+def test_a_refusal_of_a_body_is_told_as_it_is_where_it_held_several_images() -> None:
+    body = b'{"error": {"message": "the body is larger than 1 MB: send fewer", "code": "body_too_large"}}'
+    with (
+        _answering([MODELS, (413, {}, body)]) as url,
+        jepakit.Client(url) as client,
+        pytest.raises(ResponseError, match="send fewer"),
+    ):
+        client.embed([picture(0)] * 2, progress=False)
+
+
 def test_limits_are_asked_for_once_and_not_for_a_single_image() -> None:
     two = (200, {**GOOD, "X-Embedding-Shape": "2,1"}, VECTOR)
     with _answering([(200, GOOD, VECTOR), MODELS, two, two]) as url, jepakit.Client(url) as client:
