@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 # httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
 _LONGEST_S = 1e6
@@ -143,10 +143,11 @@ class Client:
 
     url         e.g. http://127.0.0.1:8000
     api_key     or the environment's JEPAKIT_API_KEY
-    timeout_s   of one attempt
-    deadline_s  of one request with all its attempts: connection errors, 408, 429 and 5xx are tried again
-                with growing, jittered pauses (or the service's own Retry-After) until then; what no second
-                attempt can mend, such as a certificate that is not trusted, fails at once
+    timeout_s   without progress: of each step of an attempt, to be connected, to send and to read on
+    deadline_s  of one request with all its attempts, no step waiting longer than what is left of it: connection
+                errors, 408, 429 and 5xx are tried again with growing, jittered pauses (or the service's own
+                Retry-After) until then; what no second attempt can mend, such as a certificate that is not trusted,
+                fails at once
 
     with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
     """
@@ -256,7 +257,7 @@ class Client:
         pause: float | None = 0.0
         while not stop.wait(pause):
             try:
-                response = self._http.send(request)
+                response = self._http.send(attempts.begin(request))
                 pause = attempts.pause_after(response)
             except httpx.RequestError as error:
                 pause = attempts.pause_after_failure(error)
@@ -347,7 +348,7 @@ class AsyncClient:
         attempts = _Attempts(self._settings)
         while True:
             try:
-                response = await self._http.send(request)
+                response = await self._http.send(attempts.begin(request))
                 pause = attempts.pause_after(response)
             except httpx.RequestError as error:
                 pause = attempts.pause_after_failure(error)
@@ -361,22 +362,37 @@ class _Attempts:
 
     def __init__(self, settings: _Settings) -> None:
         self._url, self._deadline_s = settings.url, settings.deadline_s
+        self._timeout_s: float = settings.http["timeout"]
+        self._refusal: ResponseError | None = None
         self._deadline = time.monotonic() + settings.deadline_s
         self._pause = _FIRST_PAUSE_S
+
+    def begin(self, request: httpx.Request) -> httpx.Request:
+        """The request, not to wait for anything beyond the deadline."""
+        import httpx
+
+        left = max(_LEAST_WAIT_S, self._deadline - time.monotonic())
+        request.extensions["timeout"] = httpx.Timeout(min(self._timeout_s, left)).as_dict()
+        return request
 
     def pause_after(self, response: httpx.Response) -> float | None:
         """Seconds to wait before the next attempt, None for a good answer; raises what the answer means otherwise."""
         if response.status_code == 200:
             return None
+        self._refusal = _meaning(response)
         if not _may_pass(response) or (pause := self._next(response.headers.get("retry-after"))) is None:
-            raise _meaning(response)
+            raise self._refusal
         return pause
 
     def pause_after_failure(self, error: httpx.RequestError) -> float:
         """Seconds to wait before the next attempt; raises what the failure means when none is left, or none can help."""
+        import httpx
+
         _raise_if_lasting(error, self._url)
         pause = self._next(None)
         if pause is None:
+            if self._refusal is not None and isinstance(error, httpx.TimeoutException):
+                raise self._refusal  # the deadline cut the last attempt short: it tells nothing new
             cause = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise ConnectionFailedError(
                 f"{self._url} gave no answer within {self._deadline_s:g} s ({cause}): is the service running, and is "

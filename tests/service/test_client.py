@@ -8,10 +8,12 @@ import json
 import re
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -429,6 +431,27 @@ def test_overload_until_the_deadline_is_an_error_of_its_own() -> None:
         pytest.raises(OverloadedError, match="later"),
     ):
         client.embed(picture(0))
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_no_attempt_outlasts_the_deadline(kind: type[Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url, began = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
+        with pytest.raises(ConnectionFailedError, match=r"gave no answer within 0\.3 s \(ReadTimeout"):
+            asked(kind, url, lambda client: client.embed(picture(0)), timeout_s=5, deadline_s=0.3)
+    assert time.monotonic() - began < 2
+
+
+def test_overload_is_told_where_the_deadline_cuts_the_last_attempt_short() -> None:
+    busy = (503, {"Retry-After": "0.3"}, b'{"error": {"message": "later", "code": "overloaded"}}')
+    waits = iter([0, 3])
+    with (
+        _answering([busy], lambda: time.sleep(next(waits, 0))) as url,
+        jepakit.Client(url, deadline_s=0.7) as client,
+        pytest.raises(OverloadedError, match="later"),
+    ):
+        client.embed(picture(0))
+    assert _Scripted.seen == 2
 
 
 @pytest.mark.parametrize("retry_after", ["0", "-5", "nan"])
