@@ -186,7 +186,8 @@ class Client:
         """Embed images; order kept.
 
         images     a folder (recursive), glob or path, a CSV or Parquet manifest, WebDataset shards, a ZIP, the
-                   bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image, or a list of any of these
+                   bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image; or a list of image files,
+                   bytes, arrays and Pillow images, or of shards
         model      NAME or NAME@MODEL_ID; may be left out when the service has one model
         labels     `auto` takes what the source brings (a manifest's column, shards' .cls or .json, a dataset's),
                    for a folder or ZIP its first-level folders; `folder` takes those or raises DataError, `none` takes

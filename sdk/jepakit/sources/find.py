@@ -43,8 +43,8 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
         )
     if not _is_sequence(images):
         raise DataError(
-            f"images of type {type(images).__name__}: give {_KINDS}, a list of them, "
-            "or anything with a length and images by number"
+            f"images of type {type(images).__name__}: give {_KINDS}, a list of image "
+            "files, or anything with a length and images by number"
         )
     if len(images) == 0:
         raise DataError("no images were given")
