@@ -270,6 +270,11 @@ def test_frames_are_cut_into_tiles_and_judged_one_by_one(make: Make) -> None:
         ({"tile": 16, "overlap": -1}, "overlap = -1"),
         ({"overlap": 4}, "overlap = 4 without tile"),
         ({"tile": 16, "min_valid": 1.5}, r"min_valid = 1\.5: wanted a share from 0 to 1"),
+        ({"tile": 16.0}, r"tile = 16\.0: wanted a number of pixels"),
+        ({"tile": "each"}, "tile = 'each': wanted a number of pixels"),
+        ({"tile": 16, "overlap": True}, "overlap = True: wanted a number of pixels"),
+        ({"frame": 1.5}, r"frame = 1\.5: wanted a number or each"),
+        ({"frame": False}, "frame = False: wanted a number or each"),
         ({"frame": -1}, "frame = -1: frames are counted from 0"),
         ({"frame": "eech"}, r"frame = 'eech': wanted a number or each; did you mean each\?"),
     ],
@@ -277,6 +282,15 @@ def test_frames_are_cut_into_tiles_and_judged_one_by_one(make: Make) -> None:
 def test_settings_that_do_not_fit_together_are_refused(make: Make, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         list_images(make(a=scene(32, 32)), **settings)
+
+
+def test_numpys_whole_numbers_are_numbers(make: Make) -> None:
+    folder = make(a=scene(32, 32, frames=2))
+    kinds: list[Any] = [int, np.int64]
+    listed, same = (list_images(folder, tile=kind(16), overlap=kind(4), frame=kind(1)) for kind in kinds)
+    assert listed.ids == same.ids
+    assert [ref.frame for ref in listed] == [ref.frame for ref in same] == [1] * 9
+    assert listed.note == same.note
 
 
 def test_nothing_left_is_an_error_with_the_numbers(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,9 +42,10 @@ class Cut:
     frame: int | Literal["each"] | None
 
     def __post_init__(self) -> None:
-        for name, value in (("tile", self.tile), ("overlap", self.overlap)):
-            if value is not None and not isinstance(value, int):
-                raise ConfigError(f"{name} = {value!r}: wanted a number of pixels")
+        self._make_whole("tile", "a number of pixels")
+        self._make_whole("overlap", "a number of pixels")
+        if not isinstance(self.frame, str):
+            self._make_whole("frame", "a number or each")
         if self.tile is None and self.overlap:
             raise ConfigError(
                 f"overlap = {self.overlap} without tile: an overlap needs tile, the pixels a side of the tiles"
@@ -58,6 +60,19 @@ class Cut:
             raise ConfigError(f"frame = {self.frame!r}: wanted a number or each{did_you_mean(self.frame, ['each'])}")
         if isinstance(self.frame, int) and self.frame < 0:
             raise ConfigError(f"frame = {self.frame}: frames are counted from 0")
+
+    def _make_whole(self, name: str, wanted: str) -> None:
+        """numpy's whole numbers become Python's; ConfigError for any other value, True and False too."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        try:
+            whole = operator.index(value)
+        except TypeError:
+            whole = None
+        if whole is None or isinstance(value, bool):
+            raise ConfigError(f"{name} = {value!r}: wanted {wanted}")
+        object.__setattr__(self, name, whole)
 
 
 def cut(images: ImageList, how: Cut, *, lenient: bool) -> ImageList:
