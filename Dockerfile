@@ -2,7 +2,9 @@
 #
 #   docker build -t jepakit .                                                      the service, on CPUs
 #   docker build -t jepakit:gpu --build-arg EXTRAS=serve,codecs,tracing,gpu .      with CUDA and cuDNN, from pip wheels
-#   docker build -t jepakit:train --target train .                                 `jepakit adapt` and `export`, with torch
+#   docker build -t jepakit:train --target train .                                 `jepakit adapt` and `export`, with torch:
+#     docker run --rm --shm-size 2g --user "$(id -u):$(id -g)" -v "$PWD:/work" -w /work jepakit:train adapt scans --out runs/scans
+#     on a GPU also --gpus all
 #
 # BASE is any image with Python 3.11 or newer as `python3` and its `venv`; pin it by digest where that matters:
 #   --build-arg BASE=python:3.12-slim-bookworm@sha256:…
@@ -44,5 +46,5 @@ USER 10001:10001
 # Settings of the service. Other machines can reach it, so it does not start without a key file.
 ENV JEPAKIT_SERVE_HOST=0.0.0.0 JEPAKIT_SERVE_PORT=8000 JEPAKIT_SERVE_API_KEY_FILE=/keys/keys
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=6s --start-period=120s CMD ["python", "/opt/jepakit/healthcheck.py"]
+HEALTHCHECK --interval=10s --timeout=6s --start-period=300s CMD ["python", "/opt/jepakit/healthcheck.py"]
 CMD ["serve", "/bundles"]

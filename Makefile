@@ -53,4 +53,4 @@ lock:
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo-out runs bundles
+	rm -rf $(VENV) demo-out

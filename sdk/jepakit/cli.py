@@ -134,7 +134,8 @@ def adapt(
         ):
             print(f"{words:<16} {getattr(comparison.before, field):>6.1%}  {getattr(comparison.after, field):>6.1%}")
     print(run.verdict)
-    which = " --which start" if run.verdict.word in ("worse", "same") else ""
+    keep_start = comparison.after is not None and run.verdict.word != "better"
+    which = " --which start" if keep_start else ""
     source, target = quote(str(run.path)), quote(f"bundles/{run.path.name}")
     print(f"next: jepakit export {source}{which} --out {target}")
 

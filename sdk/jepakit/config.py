@@ -248,7 +248,7 @@ class AdaptConfig(_Settings):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, a third more work."""
     compile: bool = False
-    """torch.compile of the backbone: some minutes at first, for long runs on a GPU."""
+    """torch.compile of the backbone: half a minute at first on an H100, for long runs on a GPU."""
 
     most_skipped: Fraction = 0.01
     """Share of the images that may be unreadable or refused: each is listed and replaced; above it the run stops."""

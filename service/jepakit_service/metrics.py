@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ALARMING = ("overloaded", "timeout", "out_of_memory", "internal_error")
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -36,6 +37,8 @@ class Metrics:
             registry=self.registry,
         )
         self.refused = Counter("jepakit_refused", "Refused requests, by reason", ("reason",), registry=self.registry)
+        for reason in _ALARMING:  # a counter that is born with its first refusal shows no rate
+            self.refused.labels(reason)
         self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
         self.ready = Gauge("jepakit_ready", "1 when every model answers", registry=self.registry)
         self.images = Counter(

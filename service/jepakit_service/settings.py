@@ -60,7 +60,7 @@ class ServeSettings(BaseSettings):
     ray: bool = True
     """Ray Serve; false serves the same application in this one process."""
     proxy: Literal["python", "haproxy"] = "haproxy" if sys.platform == "linux" else "python"
-    """What takes the connections in front of Ray's replicas. HAProxy answers two to three times as many small requests
+    """What takes the connections in front of Ray's replicas. HAProxy answers about twice as many small requests
     (docs/serving-speed.md); Ray brings it along on Linux."""
     replicas: Positive = 1
     """Processes that each hold all models (Ray Serve only)."""
