@@ -116,23 +116,29 @@ def compare(
     *,
     n_train: int,
     groups: ArrayLike | None = None,
+    train_labels: ArrayLike | None = None,
 ) -> Comparison:
     """Judge `after` against `before`, both measured on the same held-out images in the same order.
 
-    groups  a name for each held-out image: images of one group (a patient, a scene) are no independent witnesses, and
-            are resampled together, and few groups cannot show that nothing changes. None: every image is its own.
+    groups        a name for each held-out image: images of one group (a patient, a scene) are no independent witnesses,
+                  and are resampled together, and few groups cannot show that nothing changes. None: every image is its own.
+    train_labels  those of the images that the probes were fitted on; None: they are of the held-out images' classes
 
-    Classes of fewer than FEWEST_PER_CLASS images (groups) are left out and named, where two others are left.
+    Classes of fewer than FEWEST_PER_CLASS held-out images (groups), or of none to fit on, are left out and named, where two
+    others are left. Where they are not, nobody can tell: one class's recall is no accuracy.
     """
     truth = np.asarray(held_out_labels)
+    fitted = truth if train_labels is None else np.asarray(train_labels)
     group_of = numbered(groups, len(truth))
     unit = "images" if groups is None else "groups"
-    names, class_of = np.unique(truth, return_inverse=True)
-    sizes = (in_cells(group_of, class_of, np.ones(len(truth))) > 0).sum(axis=0)
-    enough = sizes >= FEWEST_PER_CLASS
-    few = {str(name): int(size) for name, size in zip(names[~enough], sizes[~enough], strict=True)}
-    can_judge = enough.sum() >= min(2, len(names))
-    if few and can_judge:
+    names = np.union1d(truth, fitted)
+    class_of = np.searchsorted(names, truth)
+    sizes = np.bincount(np.unique(np.stack([class_of, group_of]), axis=1)[0], minlength=len(names))
+    is_fitted, is_few = np.isin(names, fitted), sizes < FEWEST_PER_CLASS
+    enough = is_fitted & ~is_few
+    left_out = _LeftOut(_counts(names, sizes, is_few), _counts(names, sizes, ~is_fitted & ~is_few), unit)
+    can_judge = enough.sum() >= 2
+    if can_judge and not enough.all():
         judged = enough[class_of]
         truth, group_of = truth[judged], group_of[judged]
         before, after = (_measurement(measured.right[:, judged], truth) for measured in (before, after))
@@ -140,9 +146,9 @@ def compare(
     difference, low, high = _bootstrap(gain, truth, group_of)
     if can_judge:
         n_groups, needed = len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of)
-        verdict = _judge(difference, low, high, few, unit, n_groups, needed)
+        verdict = _judge(difference, low, high, left_out, n_groups, needed)
     else:
-        verdict = _too_few(difference, few, unit)
+        verdict = _too_few(difference, np.unique(truth), left_out)
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
 
 
@@ -157,9 +163,21 @@ def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Compari
     )
 
 
-def _judge(
-    difference: float, low: float, high: float, few: dict[str, int], unit: str, n_groups: int, needed: int
-) -> Verdict:
+class _LeftOut(NamedTuple):
+    """Classes that cannot be judged, with their held-out images (groups, if `unit` says so)."""
+
+    few: dict[str, int]
+    unfitted: dict[str, int]
+    unit: str
+
+    def __str__(self) -> str:
+        text = f"; classes of fewer than {FEWEST_PER_CLASS} held-out {self.unit} are left out: {_some(self.few)}"
+        more = f"; classes without images to fit probes on are left out: {_some(self.unfitted)}"
+        return (text if self.few else "") + (more if self.unfitted else "")
+
+
+def _judge(difference: float, low: float, high: float, left_out: _LeftOut, n_groups: int, needed: int) -> Verdict:
+    unit = left_out.unit
     over = " over groups" if unit == "groups" else ""
     points = f"{100 * difference:+.1f} points (95 % interval{over} {100 * low:+.1f} to {100 * high:+.1f})"
     word: Literal["better", "same", "worse", "cannot tell"]
@@ -178,17 +196,24 @@ def _judge(
     else:
         more = "label more images" if unit == "images" else "label images of more groups"
         word, advice = "cannot tell", f"the interval holds 0: {more}, or train longer, before you switch"
-    left_out = f"; classes of fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(few)}" if few else ""
     return Verdict(word=word, reason=f"{points}; {advice}{left_out}", difference=difference, low=low, high=high)
 
 
-def _too_few(difference: float, few: dict[str, int], unit: str) -> Verdict:
-    """Resampling one or two images a class says nothing of their spread."""
+def _too_few(difference: float, held_out: NDArray[np.str_], left_out: _LeftOut) -> Verdict:
+    """Resampling one or two images a class says nothing of their spread, and one class nothing of telling it from another."""
+    few, unfitted, unit = left_out
+    alone = f"only class {str(held_out[0])!r} is held out; " if len(held_out) == 1 else ""
+    fewer = f", and these have fewer: {_some(few)}" if few else ""
+    none = f"; these have no images to fit probes on: {_some(unfitted)}" if unfitted else ""
     reason = (
-        f"two classes of {FEWEST_PER_CLASS} held-out {unit} are the least to judge by, and these have fewer: {_some(few)}: "
+        f"{alone}two classes of {FEWEST_PER_CLASS} held-out {unit} are the least to judge by{fewer}{none}: "
         f"label {'more images' if unit == 'images' else 'images of more groups'}"
     )
     return Verdict(word="cannot tell", reason=reason, difference=difference)
+
+
+def _counts(names: NDArray[np.str_], sizes: NDArray[np.intp], chosen: NDArray[np.bool_]) -> dict[str, int]:
+    return {str(name): int(size) for name, size in zip(names[chosen], sizes[chosen], strict=True)}
 
 
 def _some(few: dict[str, int]) -> str:

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from jepakit import evaluate
 from jepakit.errors import DataError
 from jepakit.evaluate import SAME_WITHIN, Comparison, Measurement, Scores, Verdict, compare, measure, no_labels
 
@@ -117,6 +118,39 @@ def test_a_handful_of_images_cannot_carry_a_verdict(per_class: int) -> None:
     assert judged(wrong, right, truth).word == "cannot tell"
     assert judged(right, wrong, truth).word == "cannot tell"
     assert judged(right, right, truth).word == "cannot tell"
+
+
+def test_one_held_out_class_carries_no_verdict_and_the_others_are_named() -> None:
+    truth = np.repeat(["tumour"], 40)
+    wrong, right = measurement(np.zeros(40, bool)), measurement(np.ones(40, bool))
+    alone = compare(wrong, right, truth, n_train=10).verdict
+    assert alone.word == "cannot tell"
+    assert alone.reason.startswith("only class 'tumour' is held out; two classes of 3 held-out images are the least")
+    groups, fitted = np.repeat(list("abcd"), 10), ["tumour"] * 6 + ["normal"] * 4
+    named = compare(wrong, right, truth, n_train=10, groups=groups, train_labels=fitted).verdict
+    assert (named.word, named.low) == ("cannot tell", None)
+    assert "only class 'tumour' is held out" in named.reason
+    assert "these have fewer: 'normal' (0): label images of more groups" in named.reason
+
+
+def test_a_class_of_the_training_images_that_is_not_held_out_is_named_beside_two_that_are() -> None:
+    truth = np.repeat(["a", "b"], 40)
+    wrong, right = measurement(np.zeros(80, bool)), measurement(np.ones(80, bool))
+    verdict = compare(wrong, right, truth, n_train=9, train_labels=["a", "b", "c"] * 3).verdict
+    assert verdict.word == "better"
+    assert verdict.reason.endswith("classes of fewer than 3 held-out images are left out: 'c' (0)")
+
+
+def test_a_class_that_no_probe_was_fitted_on_is_left_out_by_name() -> None:
+    truth = np.repeat(["a", "b", "new"], 20)
+    right = truth != "new"
+    known = compare(measurement(~right), measurement(right), truth, n_train=8, train_labels=["a", "b"] * 4)
+    assert known.verdict.word == "better"
+    assert known.verdict.reason.endswith("classes without images to fit probes on are left out: 'new' (20)")
+    assert (known.n_held_out, known.verdict.difference) == (40, 1)
+    one = compare(measurement(~right), measurement(right), truth, n_train=8, train_labels=["a"] * 8).verdict
+    assert one.word == "cannot tell"
+    assert "these have no images to fit probes on: 'b' (20), 'new' (20)" in one.reason
 
 
 def test_what_a_few_images_agree_on_is_no_certainty() -> None:
@@ -265,13 +299,12 @@ def test_the_interval_over_groups_is_as_wide_as_that_of_their_means() -> None:
     groups = np.repeat(np.arange(200), 10).astype(str)
     truth = np.tile(np.repeat(["a", "b"], 5), 200)
     grouped = by_groups(np.repeat(before, 10), np.repeat(after, 10), truth, groups)
-    alone = judged(before, after, np.repeat("a", 200))
-    assert grouped.difference == pytest.approx(alone.difference)
-    assert alone.difference is not None
-    for over_groups, over_images in ((grouped.low, alone.low), (grouped.high, alone.high)):
+    gain = after.astype(np.float64) - before
+    difference, low, high = evaluate._bootstrap(gain, np.repeat("a", 200), np.arange(200))
+    assert grouped.difference == pytest.approx(difference)
+    for over_groups, over_images in ((grouped.low, low), (grouped.high, high)):
         assert over_groups is not None
-        assert over_images is not None
-        expected = alone.difference + (over_images - alone.difference) * (1 + 1.21 / 199)
+        expected = difference + (over_images - difference) * (1 + 1.21 / 199)
         assert over_groups == pytest.approx(expected, abs=1e-12)
 
 

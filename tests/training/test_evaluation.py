@@ -89,6 +89,24 @@ def test_the_verdict_is_over_the_groups_of_the_source(image_folder: Callable[...
     assert alone.verdict.low is not None
 
 
+def test_a_class_of_one_patient_is_named_where_the_other_class_alone_is_held_out(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, table = image_folder(), tmp_path / "patients.csv"
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    patients = [number // 2 if name.startswith("texture0") else "only" for number, name in enumerate(names)]
+    table.write_text(
+        "\n".join(["path,group", *(f"{name},{patient}" for name, patient in zip(names, patients, strict=True))])
+    )
+    run = jepakit.adapt(
+        folder, out=tmp_path / "run", backbone="test_vit", weights="random", image_size=64, steps=1, batch_size=8,
+        workers=0, labels="folder", group=str(table), held_out=0.4,
+    )  # fmt: skip
+    assert run.verdict.word == "cannot tell"
+    assert "only class 'texture0' is held out" in run.verdict.reason
+    assert "have fewer: 'texture1' (0): label images of more groups" in run.verdict.reason
+
+
 def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_it(
     image_folder: Callable[..., Path],
     tmp_path: Path,

@@ -205,10 +205,14 @@ class Measuring:
 
     def conclude(self, before: Measured, after: Measured) -> Comparison:
         """The verdict on held-out images; "cannot tell" without labels."""
-        n_fit, held_out = int(self.images.is_fit.sum()), self.images.only(~self.images.is_fit)
+        fit, held_out = self.images.only(self.images.is_fit), self.images.only(~self.images.is_fit)
+        n_fit = len(fit.indices)
         if before.measurement is None or after.measurement is None or held_out.labels is None:
             return no_labels(n_fit, len(held_out.indices), self._why_no_labels)
-        return compare(before.measurement, after.measurement, held_out.labels, n_train=n_fit, groups=held_out.groups)
+        return compare(
+            before.measurement, after.measurement, held_out.labels,
+            n_train=n_fit, groups=held_out.groups, train_labels=fit.labels,
+        )  # fmt: skip
 
     def _check_images(self) -> None:
         """DataError where one part could not be read at all. Labels of one class cannot be probed: they are left out."""
