@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import jepakit
 from jepakit.errors import DataError
 from jepakit.evaluate import Measurement
 from jepakit.run import Run
+from jepakit.sources import list_images
 from jepakit_training import evaluation, loop
+from jepakit_training.data import Split, split
 from jepakit_training.evaluation import Features, MeasuringSet, measure_vectors, pick_pooling
 
 
@@ -105,6 +109,31 @@ def test_a_class_of_one_patient_is_named_where_the_other_class_alone_is_held_out
     assert run.verdict.word == "cannot tell"
     assert "only class 'texture0' is held out" in run.verdict.reason
     assert "have fewer: 'texture1' (0): label images of more groups" in run.verdict.reason
+
+
+def test_a_rare_class_has_enough_images_to_fit_probes_on() -> None:
+    labels = np.repeat(["common", "other", "rare", "rarer"], [70_000, 29_940, 30, 30])[
+        np.random.default_rng(0).permutation(100_000)
+    ]
+    pixels = np.zeros((4, 4), np.uint8)
+    images = replace(list_images([pixels] * 100_000, "none"), labels=tuple(labels.tolist()))
+    parts = split(100_000, labels.tolist(), share=0.2, most=2000, seed=0)
+    chosen = MeasuringSet.choose(images, parts, 2000)
+    assert chosen.labels is not None
+    fit, held_out = Counter(chosen.labels[chosen.is_fit]), Counter(chosen.labels[~chosen.is_fit])
+    assert fit["rare"] == fit["rarer"] == 20
+    assert held_out["rare"] == held_out["rarer"] == 3
+    assert fit.total() == held_out.total() == 2000
+    assert fit["common"] == pytest.approx(0.7 * 2000, rel=0.05)
+    assert set(chosen.indices[chosen.is_fit]) <= set(parts.train)
+    assert len(set(chosen.indices)) == 4000
+
+
+def test_more_classes_than_images_to_measure_on_are_spread_alone() -> None:
+    names = tuple(str(number % 60) for number in range(240))
+    images = replace(list_images([np.zeros((4, 4), np.uint8)] * 240, "none"), labels=names)
+    chosen = MeasuringSet.choose(images, Split(np.arange(120), np.arange(120, 240)), 20)
+    assert (chosen.is_fit.sum(), len(chosen.indices)) == (20, 40)
 
 
 def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_it(

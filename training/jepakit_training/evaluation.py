@@ -25,6 +25,8 @@ from jepakit_training.data import Split
 from jepakit_training.records import SkippedFiles
 
 _BATCH = 16
+_OF_EACH_CLASS = 20
+"""Images that a probe and a k-NN of as many neighbours need of a class; evenly spread alone leaves a rare class one or none."""
 
 
 @dataclass
@@ -54,15 +56,16 @@ class MeasuringSet:
 
     @classmethod
     def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
-        """At most `most` evenly spread images of each part."""
-        fit, held_out = (part[evenly_spread(len(part), most)] for part in (split.train, split.held_out))
+        """At most `most` evenly spread images of each part, rare classes first."""
+        labels = None if images.labels is None else np.asarray(images.labels)
+        fit, held_out = (_spread(part, labels, most) for part in (split.train, split.held_out))
         chosen = np.concatenate([fit, held_out])
         # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
         groups = None if images.groups is None or len(set(images.groups)) == 1 else images.groups
         return cls(
             chosen,
             np.arange(len(chosen)) < len(fit),
-            None if images.labels is None else np.asarray(images.labels)[chosen],
+            None if labels is None else labels[chosen],
             None if groups is None else np.asarray(groups)[chosen],
         )
 
@@ -70,6 +73,20 @@ class MeasuringSet:
         """Some of them, e.g. those that could be read."""
         labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
         return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
+
+
+def _spread(part: NDArray[np.intp], labels: NDArray[np.str_] | None, most: int) -> NDArray[np.intp]:
+    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS of every class, where all have room; the rest of all alike."""
+    if labels is None or len(part) <= most:
+        return part[evenly_spread(len(part), most)]
+    names, class_of = np.unique(labels[part], return_inverse=True)
+    each = min(_OF_EACH_CLASS, most // len(names))
+    members = [np.flatnonzero(class_of == number) for number in range(len(names))]
+    taken = np.concatenate([places[evenly_spread(len(places), each)] for places in members])
+    others = np.delete(np.arange(len(part)), taken)
+    rest = others[evenly_spread(len(others), most - len(taken))]
+    chosen: NDArray[np.intp] = part[np.sort(np.concatenate([taken, rest]))]
+    return chosen
 
 
 def extract(
