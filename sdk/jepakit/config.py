@@ -197,6 +197,7 @@ class AdaptConfig(_Settings):
     """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more. At 300 SIGReg is still on its way
     down: longer runs gain more."""
     epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the images that train: so many steps that each is seen so often at least. None: `steps` says how long."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images in one SIGReg test, over all processes: the statistic is that of the whole batch and is multiplied by its
     size, so that λ's meaning depends on it. 128 is the least that published runs use."""

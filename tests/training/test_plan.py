@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,16 @@ def test_length_in_steps_or_epochs() -> None:
     assert plan(steps=7).steps == 7
     assert plan(epochs=3, batch_size=100).steps == 3 * 8  # 800 of 1000 images train
     assert plan(images=100).steps == 300
-    assert plan(images=100_000).steps == 98_000 // 128
+    assert plan(images=100_000).steps == math.ceil(98_000 / 128)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "epochs"), [(319, 128, 10), (319, 128, 1), (1000, 128, 3), (40, 32, 7)]
+)
+def test_every_image_is_seen_as_often_as_there_are_epochs(images: int, batch_size: int, epochs: int) -> None:
+    made = plan(images=images, batch_size=batch_size, epochs=epochs)
+    seen = made.steps * made.batch_size / len(made.split.train)
+    assert epochs <= seen < epochs + made.batch_size / len(made.split.train)
 
 
 def test_the_projector_warms_up_alone_unless_everything_is_new_or_nothing_else_trains() -> None:

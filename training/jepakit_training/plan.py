@@ -154,8 +154,9 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
 
 
 def _steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
-    per_epoch = max(1, trained_on // batch_size)
-    return config.steps or (config.epochs * per_epoch if config.epochs else max(_DEFAULT_STEPS, per_epoch))
+    """So many that every image is seen `epochs` times at least, once where neither length is set."""
+    passes = math.ceil((config.epochs or 1) * trained_on / batch_size)
+    return config.steps or (passes if config.epochs else max(_DEFAULT_STEPS, passes))
 
 
 def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
