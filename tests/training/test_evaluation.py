@@ -10,16 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import jepakit
-from jepakit.errors import DataError
+from jepakit.backbone import build
+from jepakit.bundle import Preprocess
+from jepakit.errors import DataError, MissingExtraError
 from jepakit.evaluate import Measurement
 from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training import evaluation, loop
 from jepakit_training.data import Split, split
-from jepakit_training.evaluation import Features, MeasuringSet, measure_vectors, pick_pooling
+from jepakit_training.evaluation import Features, MeasuringSet, extract, measure_vectors, pick_pooling
+
+SPEC = Preprocess(
+    size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)  # fmt: skip
 
 
 def siblings(n_groups: int, per_group: int) -> MeasuringSet:
@@ -134,6 +142,22 @@ def test_more_classes_than_images_to_measure_on_are_spread_alone() -> None:
     images = replace(list_images([np.zeros((4, 4), np.uint8)] * 240, "none"), labels=names)
     chosen = MeasuringSet.choose(images, Split(np.arange(120), np.arange(120, 240)), 20)
     assert (chosen.is_fit.sum(), len(chosen.indices)) == (20, 40)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_extra_is_raised_as_it_is_and_not_as_a_traceback_of_a_loader(
+    monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def missing(*_: Any) -> Any:
+        raise MissingExtraError("DICOM files need jepakit[dicom]")
+
+    monkeypatch.setattr(evaluation, "preprocess", missing)
+    images = list_images([np.zeros((64, 64, 3), np.uint8)] * 2, "none")
+    with pytest.raises(MissingExtraError, match=r"^DICOM files need jepakit\[dicom\]$"):
+        extract(
+            build("test_vit", {}), images, np.arange(2), SPEC, ("head",),
+            device=torch.device("cpu"), workers=workers, what="measure", show=False,
+        )  # fmt: skip
 
 
 def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_it(

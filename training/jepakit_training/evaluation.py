@@ -16,7 +16,7 @@ from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import DataError, ImageError
+from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList, evenly_spread
@@ -103,6 +103,8 @@ def extract(
     starts = range(0, len(indices), _BATCH)
     for start, items in zip(track(starts, what, enabled=show), loader, strict=True):
         for place, item in enumerate(items, start):
+            if isinstance(item, InputError):
+                raise item
             if isinstance(item, str):
                 readable[place] = False
                 skipped.append((int(indices[place]), item))
@@ -262,7 +264,10 @@ class Measuring:
 
 
 class _Preprocessed(Dataset[Any]):
-    """What the graph takes, [H, W, C], of a readable image; the reason in words for another."""
+    """What the graph takes, [H, W, C], of a readable image; the reason in words for another.
+
+    An error that is no single image's is an item too: raised in a worker it would come with a traceback.
+    """
 
     def __init__(self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess) -> None:
         self._images, self._indices, self._spec = images, indices, spec
@@ -270,11 +275,13 @@ class _Preprocessed(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, place: int) -> Pixels | str:
+    def __getitem__(self, place: int) -> Pixels | str | InputError:
         try:
             return preprocess(self._images[int(self._indices[place])], self._spec)
         except ImageError as error:
             return str(error)
+        except InputError as error:
+            return error
 
 
 def _bare_spec(pooling: Pooling) -> EmbeddingSpec:
