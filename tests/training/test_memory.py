@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,26 @@ def test_a_killed_loader_process_is_told_from_a_full_dev_shm() -> None:
         RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's ")
     )
     assert "--shm-size" in shm
+
+
+def test_a_loader_that_waits_in_vain_says_what_may_be_slow() -> None:
+    from torch.utils.data import DataLoader, Dataset
+
+    class Slow(Dataset[int]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, _: int) -> int:
+            time.sleep(30)
+            return 0
+
+    with pytest.raises(RuntimeError) as raised:
+        next(iter(DataLoader(Slow(), num_workers=1, timeout=1)))
+    told = words(raised.value)
+    assert told.startswith("the loader's processes delivered no batch for 1 s")
+    assert "file system does not answer" in told
+    assert "--set cache=FOLDER" in told
+    assert "tiled files" in told
 
 
 def test_other_errors_pass() -> None:

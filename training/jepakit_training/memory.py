@@ -48,7 +48,8 @@ def freed_memory_kept() -> Iterator[None]:
 
 @contextmanager
 def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_size: int, workers: int) -> Iterator[None]:
-    """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order.
+    """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order; loaders that
+    were ended, or deliver nothing, into one too.
 
     micro_batch               images that one backbone pass works through at once, as it is now
     activation_checkpointing  whether that is on
@@ -65,6 +66,8 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
             ) from error
         if "DataLoader worker" in str(error) and "Terminated" not in str(error):
             raise TrainingError(_of_a_worker(str(error), workers)) from error
+        if found := re.match(r"DataLoader timed out after (\d+) seconds", str(error)):
+            raise TrainingError(_of_slow_reads(found[1], workers)) from error
         raise
 
 
@@ -113,4 +116,13 @@ def _of_a_worker(text: str, workers: int) -> str:
     return (
         f"a loader's process was ended from outside, most likely because memory ran out ({text.splitlines()[0]}); the "
         f"last checkpoint is sound. Take fewer --workers (now {workers}), then run the same command again"
+    )
+
+
+def _of_slow_reads(seconds: str, workers: int) -> str:
+    return (
+        f"the loader's processes delivered no batch for {seconds} s: reading or decoding the images is too slow, or their file "
+        "system does not answer; the last checkpoint is sound. See that the files can be read, then run the same command again. "
+        f"Where reading is slow: copy the images to a local disk, store large ones as tiled files, raise --workers (now {workers}), "
+        "or keep them downscaled (--set cache=FOLDER, in a new run)"
     )
