@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from jepakit.backbone import build
+from jepakit.backbone import build, stock_preprocess
+from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights, write_bundle
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import list_images
@@ -125,6 +129,32 @@ def test_a_size_that_the_backbone_does_not_take_is_refused_with_its_own() -> Non
     assert plan("crossvit_tiny_240", image_size=240).image_size == 240
     with pytest.raises(ConfigError, match="image_size = 64: coat_lite_tiny does not take it; its own is 224"):
         plan("coat_lite_tiny", image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("steps", "same_data", "seed", "warns"),
+    [(300, False, 0, True), (300, True, 1, True), (300, True, 0, False), (0, False, 0, False)],
+)
+def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
+    tmp_path: Path, steps: int, same_data: bool, seed: int, warns: bool
+) -> None:
+    images, backbone = list_images([np.zeros((8, 8), np.uint8)] * 100, "none"), build("test_resnet", {})
+    manifest = Manifest(
+        name="first", model_id="0" * 16,
+        backbone=Backbone(name="test_resnet", arguments={}, start=StartWeights(source="made", license="mit")),
+        preprocess=stock_preprocess(backbone, 64),
+        embedding=EmbeddingSpec(dim=64, pooling="head", standardize="none"),
+        provenance=Provenance(
+            config={"seed": 0}, steps=steps, images_seen=steps, versions={},
+            data_digest=images.digest() if same_data else "0" * 16,
+        ),
+    )  # fmt: skip
+    write_bundle(tmp_path / "first", manifest, lambda folder: save_file(backbone.state_dict(), folder / WEIGHTS))
+    config = AdaptConfig(images="x", backbone="test_resnet", weights=str(tmp_path / "first"), seed=seed)
+    notes = " ".join(make_plan(config, images, backbone, 1).notes)
+    assert ("may be others" in notes and "split column" in notes) == warns
+    chosen = replace(images, held_out=np.arange(100) < 20)
+    assert "may be others" not in " ".join(make_plan(config, chosen, backbone, 1).notes)
 
 
 def test_bfloat16_is_refused_where_it_would_crawl() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from jepakit._machine import usable_cpus
-from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
+from jepakit.backbone import fitting_size, from_bundle, is_hierarchical, round_size, size_multiple
+from jepakit.bundle import open_bundle
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
@@ -70,6 +71,7 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
     from_random, trains = config.weights == "random", config.unfreeze != "none"
     notes = [
         *split_notes,
+        *_start_notes(config, images),
         *batch_notes,
         *size_notes,
         f"{counted(len(parts.train), 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
@@ -135,6 +137,22 @@ def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
         len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed
     )
     return parts, notes
+
+
+def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
+    """A warning where the start was trained on other images, and which of these were among them is not known."""
+    if not from_bundle(config.weights) or images.held_out is not None:
+        return []
+    provenance = open_bundle(config.weights).manifest.provenance
+    if provenance.steps == 0 or (provenance.data_digest, provenance.config.get("seed")) == (
+        images.digest(),
+        config.seed,
+    ):
+        return []
+    return [
+        f"warning: {config.weights} was trained in a run whose held-out images may be others: where it has seen those held out "
+        "here, the verdict is optimistic; name them in a manifest's split column to keep them apart in every run"
+    ]
 
 
 def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tuple[int, list[str]]:
