@@ -151,6 +151,21 @@ def test_the_optimizer_holds_every_trainable_parameter_once_and_decays_no_norm_o
     assert torch.optim.AdamW(groups)
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.75])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("swin_tiny_patch4_window7_224", "relative_position_bias_table"), ("levit_128s", "attention_biases")],
+)
+def test_no_weight_decay_on_what_the_backbone_names_itself(name: str, part: str, layer_decay: float) -> None:
+    backbone, projector = build(name, {}), Projector(4, (8, 8, 8))
+    groups = parameter_groups(
+        backbone, projector, lr=1e-4, projector_lr=1e-3, weight_decay=0.05, layer_decay=layer_decay
+    )
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    found = [decay[id(parameter)] for key, parameter in backbone.named_parameters() if part in key]
+    assert set(found) == {0.0}
+
+
 def test_layer_decay_halves_the_rate_from_each_layer_to_the_one_before() -> None:
     backbone, projector = build("test_vit", {}), Projector(4, (8, 8, 8))
     freeze(backbone, "all", from_random=False)

@@ -84,7 +84,8 @@ def parameter_groups(
     backbone: nn.Module, projector: nn.Module, *, lr: float, projector_lr: float, weight_decay: float,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """AdamW's groups, backbone first; no weight decay on norms, biases, position embeddings and tokens.
+    """AdamW's groups, backbone first; no weight decay on norms, biases, position embeddings, tokens and what the backbone
+    names itself (`no_weight_decay`), e.g. tables of relative positions.
 
     layer_decay  the factor on the learning rate from each of timm's layer groups to the one before it
 
@@ -92,7 +93,8 @@ def parameter_groups(
     """
     groups = []
     for module, rate, role in ((backbone, lr, "backbone"), (projector, projector_lr, "projector")):
-        plain = [name for name, _ in module.named_parameters() if "pos_embed" in name or "token" in name]
+        spared: set[str] | list[str] = getattr(module, "no_weight_decay", set)()
+        plain = [*spared, *(name for name, _ in module.named_parameters() if "pos_embed" in name or "token" in name)]
         if role == "backbone" and layer_decay < 1:
             found = param_groups_layer_decay(module, weight_decay, plain, layer_decay=layer_decay)
         else:
