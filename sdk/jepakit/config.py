@@ -58,7 +58,7 @@ class ViewsConfig(_Settings):
     n_global: Annotated[int, Field(ge=1, le=8)] = 2
     """Global views an image, at the image size."""
     n_local: Annotated[int, Field(ge=0, le=16)] = 4
-    """Local views an image, at `local_size`."""
+    """Local views an image, at `local_size`. Published: 6."""
     global_area: tuple[Fraction, Fraction] = (0.3, 1.0)
     """Share of the image's area that a global view shows."""
     local_area: tuple[Fraction, Fraction] = (0.05, 0.3)
@@ -148,7 +148,12 @@ PRESETS: dict[Domain, dict[str, float | bool]] = {
 
 
 class AdaptConfig(_Settings):
-    """Settings of `jepakit.adapt`. Only `images` is needed."""
+    """Settings of `jepakit.adapt`. Only `images` is needed.
+
+    "Published" is the recipe of the method's paper (arXiv 2511.08544) and its implementations, for training from random
+    weights. Where a default differs and no reason is told, it is that of an earlier study, which continued from pretrained
+    weights of a MobileNetV2, with one set of values for four sets of images; no comparison with the published value is recorded.
+    """
 
     images: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)]
     """A folder (read recursively), a glob, a file, or a list of paths."""
@@ -217,22 +222,25 @@ class AdaptConfig(_Settings):
     """λ, the weight of SIGReg; None: 0.005 times the number of views, at which published runs agree."""
     lr: Rate | None = None
     """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet, 1e-4 for a ViT. 1e-3
-    gained more on one set and damaged another. Up over 10 steps, then a cosine to 0."""
+    gained more on one set and damaged another. Up over 10 steps, then a cosine to 0 (published: to a thousandth of it).
+    The optimizer is AdamW with betas 0.9 and 0.98."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on `lr` from each layer to the one before it; None: 0.75 where all of pretrained weights train, else 1."""
     projector_lr: Rate = 1e-3
     """Learning rate of the projector, which starts from nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """None on norms, biases and position embeddings."""
+    """None on norms, biases, position embeddings and what the backbone spares itself. Published: 0.05 for a ViT, 5e-4 for
+    a ResNet."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps that trains the projector alone, the backbone frozen (none from random weights): the
     gradient of a random projector would only shake the backbone."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Most that the gradient's norm may be."""
     n_slices: Annotated[int, Field(ge=1)] = 256
-    """Random directions of SIGReg, drawn afresh every step."""
+    """Random directions of SIGReg, drawn afresh every step. Published: 1024."""
     projector: tuple[Width, Width, Width] = (1024, 1024, 64)
-    """Widths of the projector's layers; the last is K. Three layers matter: two cost a point or more."""
+    """Widths of the projector's layers; the last is K. Three layers matter: two cost a point or more. Published: 2048,
+    2048 and 64 to 128."""
     anchor: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of 1 - cosine between the features of global views and those that the start gives: holds the backbone
     near its start, for one more forward of it."""
