@@ -11,7 +11,7 @@
     │   └── MissingExtraError         an optional part of jepakit is not installed
     ├── WorkError (RuntimeError)      the input was right, the work failed; exit code 1
     │   ├── TrainingError             training cannot go on
-    │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room
+    │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room, or not be read
     │   ├── ExportError               the exported graph does not reproduce torch
     │   └── ServeError                the service cannot start or stay up, or a model has no room to run
     └── ClientError (RuntimeError)    what a client meets on the wire; exit code 1
@@ -86,7 +86,7 @@ class TrainingError(WorkError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, most often for want of room; older ones are as they were."""
+    """A checkpoint could not be written, most often for want of room, or not be read; what was there is as it was."""
 
 
 class ExportError(WorkError):

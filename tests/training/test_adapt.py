@@ -181,6 +181,22 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
     assert equal(weights_of(run), weights_of(finished("test_vit")))
 
 
+def test_a_damaged_checkpoint_is_told_and_kept(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    with stopping_in_step(11, monkeypatch), pytest.raises(SystemExit):
+        adapt(out)
+    (newest,) = (out / CHECKPOINTS).iterdir()
+    (newest / "state.pt").write_bytes(b"half")
+    capsys.readouterr()
+    run = adapt(out)
+    assert f"warning: {newest} is damaged or incomplete and is passed over" in capsys.readouterr().err
+    assert (out / CHECKPOINTS / f"damaged-{newest.name}" / "state.pt").read_bytes() == b"half"
+    assert equal(weights_of(run), weights_of(finished("test_vit")))
+
+
 def test_a_half_written_line_of_metrics_does_not_stop_a_resume(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

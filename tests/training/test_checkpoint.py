@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -60,7 +61,9 @@ def test_the_same_step_may_be_saved_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", ["flip", "cut", "no state", "no manifest", "torn manifest", "empty", "zeroed manifest"]
 )
-def test_a_damaged_one_is_passed_over_for_the_older(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_one_is_passed_over_for_the_older_and_kept(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint.save(tmp_path, 1, state_of(1))
     checkpoint.save(tmp_path, 2, state_of(2))
     newest = tmp_path / "step-000000002"
@@ -81,6 +84,59 @@ def test_a_damaged_one_is_passed_over_for_the_older(tmp_path: Path, damage: str)
         state.unlink()
         manifest.unlink()
     assert loaded_step(tmp_path) == 1
+    checkpoint.set_aside_newer(tmp_path, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {newest} is damaged or incomplete and is passed over; it is kept as damaged-{newest.name}"
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, state_of(step))
+    names = ["damaged-step-000000002", "step-000000003", "step-000000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("unreadable", ["checkpoints", "manifest.json", "state.pt"])
+def test_one_that_cannot_be_read_is_an_error_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, unreadable: str
+) -> None:
+    """It is sound, for all we know: neither an older one nor a new beginning takes its place."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        checkpoint.save(folder, step, state_of(step))
+
+    def refusing(real: Any) -> Any:
+        def call(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if path.name == unreadable:
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("open", "read_text", "iterdir"):
+            patch.setattr(Path, name, refusing(getattr(Path, name)))
+        path = folder if unreadable == "checkpoints" else folder / "step-000000002" / unreadable
+        with pytest.raises(CheckpointError) as raised:
+            checkpoint.load_newest(folder)
+    assert str(raised.value).startswith(f"{path} could not be read ({os.strerror(code)})")
+    assert "run the same command again" in str(raised.value)
+    assert loaded_step(folder) == 2
+
+
+def test_one_set_aside_before_makes_way(tmp_path: Path) -> None:
+    for step in (7, 8):
+        checkpoint.save(tmp_path, 2, state_of(step))
+        checkpoint.set_aside_newer(tmp_path, 1)
+    assert torch.load(tmp_path / "damaged-step-000000002" / "state.pt")["step"] == 8
+
+
+def test_one_that_cannot_be_set_aside_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    checkpoint.save(tmp_path, 2, state_of(2))
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"step-000000002 is damaged .*\(Read-only file system\): move it away"):
+        checkpoint.set_aside_newer(tmp_path, 0)
 
 
 def test_all_damaged_means_none(tmp_path: Path) -> None:
@@ -93,6 +149,7 @@ def test_damaged_newer_ones_do_not_push_out_what_was_just_saved(tmp_path: Path) 
     for step in (10, 20):
         checkpoint.save(tmp_path, step, state_of(step))
         flip_a_byte(tmp_path / f"step-{step:09d}" / "state.pt")
+    checkpoint.set_aside_newer(tmp_path, 0)
     checkpoint.save(tmp_path, 3, state_of(3))  # the run had to start over
     assert loaded_step(tmp_path) == 3
 

@@ -3,7 +3,7 @@
     checkpoints/step-000000100/{state.pt, manifest.json}
 
 Written to a temporary folder, flushed, renamed; older ones are deleted only afterwards. Loading takes the
-newest one whose SHA-256 is right. (accelerate's own `save_state` leaves torn folders behind and then cannot
+newest one whose SHA-256 is right; damaged ones are renamed to damaged-step-…, and may be removed. (accelerate's own `save_state` leaves torn folders behind and then cannot
 load; see "Own checkpoints" in docs/design.md.)
 """
 
@@ -103,16 +103,14 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         for path in (temporary / "state.pt", temporary / "manifest.json", temporary):
             fsync(path)
-        target = folder / f"step-{step:09d}"
+        target = folder / _name(step)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    # Those of later steps are damaged ones that were passed over at the start: they must not push this one out.
-    kept = [target, *(other for other in _newest_first(folder) if other < target)][:_KEEP]
-    for other in set(_newest_first(folder)) - set(kept):
-        shutil.rmtree(other, ignore_errors=True)
+    for older in _newest_first(folder)[_KEEP:]:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
@@ -125,15 +123,54 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest whole checkpoint, or None."""
-    for candidate in _newest_first(folder):
-        try:
-            manifest = json.loads((candidate / "manifest.json").read_text())
-            if _sha256(candidate / "state.pt") == manifest["sha256"]:
-                return manifest["step"], torch.load(candidate / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError):
-            continue
+    """(step, state) of the newest whole checkpoint, or None.
+
+    Raises CheckpointError where one cannot be read: it may be sound, and training must not begin anew beside it.
+    """
+    try:
+        for candidate in _newest_first(folder):
+            if (step := _whole_step(candidate)) is not None:
+                return step, torch.load(candidate / "state.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} could not be read ({error.strerror or error}), and may be sound: once it can be "
+            "read, run the same command again. To go on without this checkpoint, remove its folder"
+        ) from error
     return None
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, which `load_newest` passed over, and say so, each in a line.
+
+    Raises CheckpointError where one cannot be renamed.
+    """
+    for damaged in _newest_first(folder):
+        if damaged.name <= _name(step):
+            return
+        aside = damaged.with_name(f"damaged-{damaged.name}")
+        try:
+            if aside.exists():
+                shutil.rmtree(aside)
+            damaged.rename(aside)
+        except OSError as error:
+            raise CheckpointError(
+                f"{damaged} is damaged or incomplete, and could not be renamed to {aside.name} ({error.strerror or error}): "
+                "move it away, then run the same command again"
+            ) from error
+        print(
+            f"warning: {damaged} is damaged or incomplete and is passed over; it is kept as {aside.name}",
+            file=sys.stderr,
+        )
+
+
+def _whole_step(checkpoint: Path) -> int | None:
+    """The step of a checkpoint; None where it is damaged or incomplete. Raises OSError where it cannot be read."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        step, digest = int(manifest["step"]), manifest["sha256"]
+        return step if _sha256(checkpoint / "state.pt") == digest else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _unwritten(folder: Path, step: int, needed: int, why: str) -> CheckpointError:
@@ -165,8 +202,16 @@ def _tensors(state: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True)
+    """The checkpoints there; OSError where the folder cannot be read, which `glob` would take for an empty one."""
+    try:
+        return sorted((path for path in folder.iterdir() if path.name.startswith("step-")), reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training.cache import open_cache
-from jepakit_training.checkpoint import Saver, load_newest
+from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
 from jepakit_training.distributed import SharedFlag
 from jepakit_training.evaluation import Measuring
@@ -223,11 +223,13 @@ def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[B
 def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
     """Load the newest whole checkpoint; returns the step to go on from, the same on every rank.
 
-    Raises TrainingError where ranks find checkpoints of different steps.
+    Raises TrainingError where ranks find checkpoints of different steps, CheckpointError where one cannot be read.
     """
     found = load_newest(folder)
     step = 0 if found is None else found[0]
-    _check_same_step(step, folder.parent, accelerator)
+    _check_same_step(step, folder.parent, accelerator)  # all ranks have looked: what is damaged may go aside
+    if accelerator.is_main_process:
+        set_aside_newer(folder, step)
     if found is not None:
         learner.load_state_dict(found[1])
         if accelerator.is_main_process:
