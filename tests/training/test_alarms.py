@@ -149,6 +149,27 @@ def test_a_dead_gradient() -> None:
     assert "the gradient is 1e-09" in said[79][0]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("names", [("loss", "grad_norm"), ("grad_norm",)])
+def test_a_step_that_was_passed_over_says_nothing_of_the_others(number: float, names: tuple[str, ...]) -> None:
+    """Logged as it was, also as the first step, the last one, and two in a row."""
+    alarms, values = Alarms(**SETTINGS), values_of(gaussian(0), 0)
+    for step in range(9, alarms.steps, 10):
+        bad = dict.fromkeys(names, number) if step in (9, 159, 169, 299) else {}
+        assert alarms.check(step, {**values, "loss": 0.5 - step / 1000, **bad}) == []
+
+
+def test_a_run_whose_only_logged_step_was_passed_over_ends_without_a_word() -> None:
+    values = {**values_of(gaussian(0, std=0.1), 0), "loss": float("nan")}
+    assert Alarms(**{**SETTINGS, "steps": 8, "warmup_steps": 0}).check(7, values) == []
+
+
+def test_beside_steps_that_were_passed_over_the_rest_is_watched() -> None:
+    said = run(lambda step: gaussian(step, std=0.2) * (float("nan") if step % 40 == 9 else 1))
+    ((line,),) = said.values()
+    assert "too narrow" in line
+
+
 @pytest.mark.parametrize(
     ("wait", "on_gpu", "warned"), [(0.25, True, 0), (0.4, True, 1), (0.4, False, 0), (0.8, False, 1)]
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from statistics import fmean, median, stdev
 
 import torch
@@ -76,24 +77,29 @@ class Alarms:
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Warnings that this logged step (from 0) gives rise to, ready to print.
 
-        values  loss, prediction, sigreg, grad_norm, data_wait, proj_std, proj_rank
+        values  loss, prediction, sigreg, grad_norm, data_wait, proj_std, proj_rank; of a step that was passed over, some
+                are not finite, and none counts
         """
-        for name, value in values.items():
-            self._recent.setdefault(name, deque(maxlen=_SMOOTH)).append(value)
-        if step >= self.warmup_steps:
-            self._losses.append(values["loss"])
-        self._settled += step >= max(_FIRST_STEPS, self.warmup_steps)
+        if all(map(isfinite, values.values())):
+            self._note(step, values)
         now = {name: median(recent) for name, recent in self._recent.items()}
         last = step + 1 >= self.steps
         found: dict[str, str] = {}
         if self._settled >= _SMOOTH:
             found = self._projections(step, now) or self._gradient(now)
             found |= self._loss(last) | self._waiting(now)
-        if last and not found and self.trains and now["sigreg"] > _HEALTHY:
+        if last and not found and self.trains and now.get("sigreg", 0.0) > _HEALTHY:
             found = self._unfinished(now["sigreg"])
         new = [text for name, text in found.items() if name not in self._given]
         self._given |= found.keys()
         return new
+
+    def _note(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._recent.setdefault(name, deque(maxlen=_SMOOTH)).append(value)
+        if step >= self.warmup_steps:
+            self._losses.append(values["loss"])
+        self._settled += step >= max(_FIRST_STEPS, self.warmup_steps)
 
     def _projections(self, step: int, now: Mapping[str, float]) -> dict[str, str]:
         """At most one: what is wrong with a distribution shows in several ways."""
