@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import jepakit_training.learner
 from jepakit.backbone import start_backbone, stock_preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.sources import ImageList, list_images
 from jepakit_training.learner import Learner, Outcome
 from jepakit_training.plan import make_plan
+from jepakit_training.sigreg import lejepa_loss
 from jepakit_training.views import Views
 
 TINY: dict[str, Any] = {
@@ -176,6 +179,27 @@ def test_trained_statistics_and_micro_batches_are_refused_together(make: Callabl
 def test_a_backbone_without_checkpointing_says_so(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="timm has none for crossvit_tiny_240; micro_batch"):
         make("crossvit_tiny_240", weights="random", image_size=240, activation_checkpointing=True)
+
+
+@pytest.mark.parametrize(("bad", "stops"), [({2, 3, 4}, True), ({2, 3, 5, 6}, False)])
+def test_three_bad_steps_in_a_row_stop_the_run_however_late_it_is_checked(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bad: set[int], stops: bool
+) -> None:
+    """On a GPU that is at logged steps alone, which may come after a good one."""
+    steps = itertools.count()
+
+    def poisoned(*args: Any) -> Any:
+        total, *others = lejepa_loss(*args)
+        return total * (float("nan") if next(steps) in bad else 1), *others
+
+    monkeypatch.setattr(jepakit_training.learner, "lejepa_loss", poisoned)
+    learner, _ = make()
+    train(learner)
+    if stops:
+        with pytest.raises(TrainingError, match="not finite 3 times in a row, up to step 7"):
+            learner.check(7)
+    else:
+        learner.check(7)
 
 
 def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> None:

@@ -52,8 +52,8 @@ class Learner:
     ) -> None:
         self._config, self._plan, self._accelerator = config, plan, accelerator
         self._backbone = backbone
-        self._bad_steps = torch.zeros((), device=accelerator.device)
-        """How many steps in a row had no finite gradient, up to now."""
+        self._bad_steps = self._most_bad_steps = torch.zeros((), device=accelerator.device)
+        """How many steps in a row had no finite gradient, up to now; and the most there were."""
         # Each looks at what the one before has left.
         self._keep_start(spec)
         self._choose_trained()
@@ -87,6 +87,7 @@ class Learner:
         self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
         self.optimizer.step()
         self._bad_steps = (self._bad_steps + 1) * bad
+        self._most_bad_steps = torch.maximum(self._most_bad_steps, self._bad_steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update(step)
@@ -96,8 +97,9 @@ class Learner:
         )  # fmt: skip
 
     def check(self, step: int) -> None:
-        """Raise TrainingError when the gradient was not finite for several steps in a row, up to `step`; waits for the GPU."""
-        if (bad := int(self._bad_steps)) >= _MOST_BAD_STEPS:
+        """Raise TrainingError when the gradient was not finite for several steps in a row, at any time up to `step`; waits
+        for the GPU."""
+        if (bad := int(self._most_bad_steps)) >= _MOST_BAD_STEPS:
             raise TrainingError(
                 f"the gradient was not finite {bad} times in a row, up to step {step}: lower --lr (now {self._plan.lr:g}), "
                 "then start a new run; the last checkpoint is sound"
