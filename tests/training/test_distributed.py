@@ -109,6 +109,14 @@ def test_ranks_that_find_different_checkpoints_do_not_go_on(two_ranks: TwoRanks)
         )
 
 
+def test_ranks_that_find_different_images_do_not_begin(two_ranks: TwoRanks) -> None:
+    for words in told(two_ranks, "images"):
+        assert words.startswith(
+            "the images are not the same on all nodes (process 0 finds 28 images, process 1 finds 27 images; "
+        )
+    assert not (two_ranks.out / "apart" / START).exists()
+
+
 def test_a_stop_of_one_rank_stops_both_after_the_same_step(two_ranks: TwoRanks) -> None:
     """Asked over the CPU: no step waits for what the training device has to do."""
     expected = {"flags": [[True, True, False]] * 2, "code": 143, "steps": 2, "on the device": 0}

@@ -194,11 +194,25 @@ def resume_apart(out: Path, weights: Path, images: Path) -> str:
     return ""
 
 
+def images_apart(out: Path, weights: Path, images: Path) -> str:
+    """A run of two ranks, of which one finds an image fewer under the same name."""
+    folder = out / f"images-of-{dist.get_rank()}"
+    shutil.copytree(images, folder)
+    if dist.get_rank() == 1:
+        min(folder.rglob("*.png")).unlink()
+    try:
+        jepakit.adapt(folder, out=out / "apart", backbone="test_vit", weights=str(weights), **ADAPT)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     out, images, convnet_weights, vit_weights = map(Path, sys.argv[1:])
     adapt(out, images, convnet_weights, vit_weights)
     assert world() == 2, f"{world()} processes instead of 2"
     told = {"skip": skip(out, images, vit_weights), "resume": resume_apart(out, vit_weights, images)}
+    told["images"] = images_apart(out, vit_weights, images)
     told["stop"] = stop(out, images, vit_weights)
     (out / f"told-{dist.get_rank()}.json").write_text(json.dumps(told))
     weights = {"test_resnet": convnet_weights, "test_vit": vit_weights}

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from jepakit.backbone import start_backbone, start_preprocess, tensors_of
 from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for, open_bundle
 from jepakit.config import AdaptConfig
-from jepakit.errors import BundleError, ConfigError, TrainingError
+from jepakit.errors import BundleError, ConfigError, DataError, TrainingError
 from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, SKIPPED, START, Run
 from jepakit.sources import ImageList
+from jepakit.sources._words import counted
 from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
@@ -145,6 +146,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     main = accelerator.is_main_process
+    _check_same_images(images, accelerator)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     found = look_at(images, config, show=main)
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
@@ -165,6 +167,19 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
         device=accelerator.device, workers=plan.workers, skipped=skipped, show=main,
     )  # fmt: skip
     return Setup(accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
+
+
+def _check_same_images(images: ImageList, accelerator: Accelerator) -> None:
+    """The split is drawn on every rank from its own list: of two lists, one's training images may be the other's held-out ones."""
+    if accelerator.num_processes == 1:
+        return
+    found = gather_object([(images.digest(), len(images))])
+    if len(set(found)) > 1:
+        counts = ", ".join(f"process {rank} finds {counted(count, 'image')}" for rank, (_, count) in enumerate(found))
+        raise DataError(
+            f"the images are not the same on all nodes ({counts}; names, labels or contents differ): put the same ones on each, "
+            "or all on a file system that the nodes share, then run the same command again"
+        )
 
 
 def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> None:
