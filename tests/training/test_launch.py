@@ -375,7 +375,7 @@ def begun_again(source: Source, out: Path) -> subprocess.CompletedProcess[str]:
 def test_an_error_of_one_process_is_told_once_and_with_a_traceback_if_unforeseen(
     source: Source, tmp_path: Path
 ) -> None:
-    """A file where checkpoints are to lie, then a folder where metrics are: rank 0 fails alone, in the middle of training."""
+    """A file where checkpoints are to lie, then metrics that are no text: rank 0 fails alone, in the middle of training."""
     out = tmp_path / "run"
     subprocess.run(command(source, out, "--processes", "2", steps=STEPS), check=True, capture_output=True)
     shutil.rmtree(out / CHECKPOINTS)
@@ -388,8 +388,7 @@ def test_an_error_of_one_process_is_told_once_and_with_a_traceback_if_unforeseen
     (out / CHECKPOINTS).unlink()
     subprocess.run(command(source, out, "--processes", "2", steps=STEPS), check=True, capture_output=True)
     shutil.rmtree(out / CHECKPOINTS)
-    (out / METRICS).unlink()
-    (out / METRICS).mkdir()
+    (out / METRICS).write_bytes(b"\xff")
     done = begun_again(source, out)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 
 from jepakit_training.trackers import Trackers, _flat
 
@@ -48,6 +50,19 @@ def test_settings_are_shown_as_text(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == {"loss", "sigreg"}
     (text,) = events.Tensors("settings/text_summary")
     assert b"views.n_local = 4" in text.tensor_proto.string_val[0]
+
+
+def test_a_full_disk_is_outlived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("log", "finish"):
+        monkeypatch.setattr(TensorBoardTracker, name, refuse)
+    log(tmp_path, range(6, 9))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: tensorboard in {tmp_path} could not be written (No space left on device)")
 
 
 def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:

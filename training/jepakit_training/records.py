@@ -143,14 +143,12 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
 def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     """Start the run's folder, or check that an existing one was started with the same settings and data.
 
-    Raises ConfigError or DataError naming what differs.
+    Raises ConfigError or DataError naming what differs, ConfigError where nothing can be written there.
     """
     check_folder(out, config)
     if _has_begun(out):
         _check_same(out, images)
         return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / SKIPPED).unlink(missing_ok=True)
     environment = {
         "versions": versions(),
         "platform": platform.platform(),
@@ -158,9 +156,23 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         "images": len(images),
         "processes": _processes(),
     }
-    # This order: settings alone are somebody's own.
-    _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
-    _write_atomically(out / CONFIG, _as_toml(config))
+    with _must_write(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SKIPPED).unlink(missing_ok=True)
+        # This order: settings alone are somebody's own.
+        _write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
+        _write_atomically(out / CONFIG, _as_toml(config))
+
+
+@contextmanager
+def _must_write(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written to ({error.strerror or error}): make room there, then run the same command again, or name "
+            "another --out"
+        ) from error
 
 
 def _has_begun(out: Path) -> bool:
@@ -265,34 +277,69 @@ def versions() -> dict[str, str]:
     return versions_of(_PACKAGES)
 
 
+class Outlived:
+    """A block in which a full disk is outlived: a warning, the first time, and training goes on.
+
+    what  is written in the block, as the warning names it
+    """
+
+    def __init__(self, what: Path | str) -> None:
+        self._what, self._warned = what, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self._warned:
+            print(
+                f"warning: {self._what} could not be written ({error.strerror or error}): make room there; training goes on, and "
+                "what has no room is missing there",
+                file=sys.stderr,
+            )
+        self._warned = True
+        return True
+
+
 class StepLog:
-    """metrics.jsonl: a line per logged step. A resumed run drops the lines of steps it does again."""
+    """metrics.jsonl: a line per logged step. A resumed run drops the lines of steps it does again.
+
+    Raises ConfigError where it cannot be begun; a disk that is full later is outlived.
+    """
 
     def __init__(self, path: Path, first_step: int, *, enabled: bool) -> None:
-        self._file = None
+        self._file, self._outlived = None, Outlived(path)
         if enabled:
             kept = [line for line in read_metrics(path) if line["step"] < first_step] if path.is_file() else []
-            _write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            with _must_write(path.parent):
+                _write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+                self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, values: dict[str, float]) -> None:
         """Append one line."""
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            with self._outlived:
+                self._file.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with self._outlived:
+                self._file.close()
 
 
 class SkippedFiles:
-    """skipped.csv: images that could not be read, each once, with the reason; stops above a share `most` of them."""
+    """skipped.csv: images that could not be read, each once, with the reason; stops above a share `most` of them.
+
+    A full disk is outlived.
+    """
 
     def __init__(self, path: Path, n_images: int, *, most: float, enabled: bool) -> None:
         self._path, self._of, self._share, self._enabled = path, n_images, most, enabled
         self._most = int(most * n_images)
         self._seen: dict[str, str] = {}
+        self._outlived = Outlived(path)
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "path"}
@@ -306,8 +353,8 @@ class SkippedFiles:
             return
         self._seen[name] = reason
         if self._enabled:
-            new = not self._path.exists()
-            with self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with self._outlived, self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                new = not file.tell()
                 if new:
                     file.write("# holds paths of your images: keep it to yourself\n")
                 csv.writer(file).writerows([*([("path", "reason")] if new else []), (name, reason)])

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
+from jepakit_training.records import Outlived
+
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 _PROJECT = "jepakit"
 _MLFLOW_RUN = "mlflow-run.txt"
@@ -25,7 +27,7 @@ class Trackers:
     first     the step the run goes on from: what was logged of later ones is done again
     enabled   whether this process is the one that logs
 
-    W&B stays offline and MLflow in the run's folder unless WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
+    A disk that is full while the run trains is outlived. W&B stays offline and MLflow in the run's folder unless WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Trackers:
         self._trackers = [_tracker(name, run, first) for name in names] if enabled else []
         if self._trackers:
             PartialState()  # the trackers' own logging wants it
+        self._outlived = {tracker.name: Outlived(f"{tracker.name} in {run}") for tracker in self._trackers}
         flat = _flat(settings)
         for tracker in self._trackers:
             tracker.start()
@@ -47,12 +50,14 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of one step."""
         for tracker in self._trackers:
-            tracker.log(dict(values), step=step)
+            with self._outlived[tracker.name]:
+                tracker.log(dict(values), step=step)
 
     def close(self) -> None:
         """Write out what is left."""
         for tracker in self._trackers:
-            tracker.finish()
+            with self._outlived[tracker.name]:
+                tracker.finish()
 
 
 def _tracker(name: Tracker, run: Path, first: int) -> GeneralTracker:
