@@ -261,6 +261,22 @@ def test_changed_settings_are_refused_with_the_difference(
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"unfreeze": 50}, "unfreeze = 50: this backbone has 6 blocks"),
+        ({"backbone": "crossvit_tiny_240", "image_size": 240, "activation_checkpointing": True}, "timm has none for"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_start_is_measured_and_may_be_corrected(
+    adapt: Adapt, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        adapt(tmp_path / "run", weights="random", **settings)
+    assert not (tmp_path / "run" / START).exists()
+    assert adapt(tmp_path / "run", unfreeze=1, steps=2).finished
+
+
 def test_a_domains_views_are_written_down_and_held_to(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

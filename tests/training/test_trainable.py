@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from jepakit.backbone import build
+from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit_training.model import Projector
-from jepakit_training.trainable import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
+from jepakit_training.trainable import add_lora, check_trainable, freeze, parameter_groups, switch_off_stochastic_depth
 
 Unfreeze = Literal["auto", "none", "all"] | int
 
@@ -230,6 +231,23 @@ def test_low_rank_additions_to_nothing_are_refused() -> None:
         backbone = build("resnetv2_50x1_bit", {})
     with pytest.raises(ConfigError, match="unfreeze = lora: ResNetV2 has no linear layer and no ungrouped convolution"):
         add_lora(backbone, rank=4, seed=0)
+
+
+def test_asking_whether_it_can_train_changes_nothing_and_refuses_what_training_would() -> None:
+    def config(name: str, **settings: Any) -> AdaptConfig:
+        return AdaptConfig(images="x", backbone=name, **settings)
+
+    with torch.device("meta"):
+        vit: Any = build("test_vit", {})
+        vit.norm.requires_grad_(False)
+        for unfreeze in ("auto", "all", "none", 2, "lora"):
+            check_trainable(vit, config("test_vit", unfreeze=unfreeze, activation_checkpointing=True))
+        assert not vit.grad_checkpointing
+        assert trainable(vit) == {name for name, _ in vit.named_parameters() if not name.startswith("norm.")}
+        with pytest.raises(ConfigError, match="unfreeze = 50: this backbone has 6 blocks"):
+            check_trainable(vit, config("test_vit", unfreeze=50))
+        with pytest.raises(ConfigError, match="unfreeze = lora: ResNetV2"):
+            check_trainable(build("resnetv2_50x1_bit", {}), config("resnetv2_50x1_bit", unfreeze="lora"))
 
 
 @pytest.mark.parametrize(("name", "settings"), [("swin_tiny_patch4_window7_224", {"img_size": 64}), ("nest_tiny", {})])

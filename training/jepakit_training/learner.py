@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError, TrainingError
+from jepakit.errors import TrainingError
 from jepakit_training.averaging import Average, mix_with_start
 from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
 from jepakit_training.frozen import twin_of
@@ -21,7 +21,13 @@ from jepakit_training.plan import Plan
 from jepakit_training.precision import cpu_has_bf16
 from jepakit_training.randomness import derive_seed
 from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.trainable import add_lora, freeze, parameter_groups, switch_off_stochastic_depth
+from jepakit_training.trainable import (
+    add_lora,
+    checkpoint_activations,
+    freeze,
+    parameter_groups,
+    switch_off_stochastic_depth,
+)
 from jepakit_training.views import Views
 
 _MOST_BAD_STEPS = 3
@@ -156,7 +162,7 @@ class Learner:
         if self._lora is None:
             freeze(backbone, config.unfreeze, from_random=config.weights == "random")  # type: ignore[arg-type]
         if config.activation_checkpointing:
-            _checkpoint_activations(backbone, config.backbone)
+            checkpoint_activations(backbone, config.backbone)
         self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
         moving = backbone.named_buffers() if plan.norm_statistics == "trained" else ()
         averaged = {**self._trained, **{name: value for name, value in moving if value.is_floating_point()}}
@@ -242,15 +248,6 @@ class Learner:
         """Published runs have saved the untouched start; this one must not."""
         now = self._backbone.state_dict()
         return any(not torch.equal(now[name].cpu(), value) for name, value in self._start.items())
-
-
-def _checkpoint_activations(backbone: Any, name: str) -> None:
-    try:
-        backbone.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError):
-        raise ConfigError(
-            f"activation_checkpointing: timm has none for {name}; micro_batch saves memory on every backbone"
-        ) from None
 
 
 def _seeded_projector(n_features: int, config: AdaptConfig) -> Projector:

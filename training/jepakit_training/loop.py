@@ -46,6 +46,7 @@ from jepakit_training.records import (
     write_run_bundle,
 )
 from jepakit_training.stopping import stopping
+from jepakit_training.trainable import check_trainable
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
 
@@ -150,6 +151,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
     torch.manual_seed(derive_seed(config.seed, "weights"))
     found = look_at(images, config, show=main)
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
+    check_trainable(backbone, config)
     plan = make_plan(config, images, backbone, accelerator.num_processes, found.kind.bands)
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
     for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():

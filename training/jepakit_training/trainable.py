@@ -11,35 +11,52 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from jepakit.backbone import is_hierarchical
+from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit_training.randomness import derive_seed
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
 
+Unfreeze = Literal["auto", "none", "all"] | int
 _VIT_BLOCKS = 2
 _LORA = "lora"
 _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
 
-def freeze(backbone: Any, unfreeze: Literal["auto", "none", "all"] | int, *, from_random: bool) -> None:
+def check_trainable(backbone: Any, config: AdaptConfig) -> None:
+    """Whether the backbone can be trained as `config` says, before anything is measured; changes nothing in it.
+
+    Raises ConfigError for more blocks than there are, for low-rank additions to nothing, and for activation checkpointing
+    where timm has none.
+    """
+    if config.unfreeze == "lora":
+        _layers_for_lora(backbone)
+    else:
+        _chosen(backbone, config.unfreeze, from_random=config.weights == "random")
+    if config.activation_checkpointing:
+        checkpoint_activations(backbone, config.backbone)
+        backbone.set_grad_checkpointing(False)
+
+
+def checkpoint_activations(backbone: Any, name: str) -> None:
+    """Have activations computed again instead of kept; ConfigError where timm has no way to."""
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise ConfigError(
+            f"activation_checkpointing: timm has none for {name}; micro_batch saves memory on every backbone"
+        ) from None
+
+
+def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
     """Set which of the backbone's parameters train.
 
     `auto`: all from random weights, else the last two transformer blocks, or what follows a ConvNet's
     second-to-last feature level. An integer: the last N blocks of timm's own grouping. Norms that follow
     count with the last block. Raises ConfigError for more blocks than there are.
     """
-    if unfreeze == "auto" and from_random:
-        unfreeze = "all"
-    names = [name for name, _ in backbone.named_parameters()]
-    if unfreeze == "all":
-        chosen = set(names)
-    elif unfreeze == "none":
-        chosen = set()
-    elif unfreeze == "auto" and is_hierarchical(backbone):
-        chosen = _after_second_last_level(backbone, names)
-    else:
-        chosen = _last_blocks(backbone, _VIT_BLOCKS if unfreeze == "auto" else unfreeze)
+    chosen = _chosen(backbone, unfreeze, from_random=from_random)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name in chosen)
 
@@ -66,15 +83,7 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    layers = [
-        name for name, part in backbone.named_modules()
-        if isinstance(part, nn.Linear) or (type(part) in _PLAIN_CONVOLUTIONS and part.groups == 1)
-    ]  # fmt: skip
-    if not layers:
-        raise ConfigError(
-            f"unfreeze = lora: {type(backbone).__name__} has no linear layer and no ungrouped convolution that uses its weights "
-            "as they are; use `auto`, `all` or a number of blocks"
-        )
+    layers = _layers_for_lora(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), _LORA)
@@ -103,6 +112,34 @@ def parameter_groups(
             group["base_lr"] = group["lr"] = rate * group.pop("lr_scale", 1.0)
             groups.append({**group, "role": role})
     return groups
+
+
+def _chosen(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> set[str]:
+    """Names of the parameters that `freeze` lets train."""
+    if unfreeze == "auto" and from_random:
+        unfreeze = "all"
+    names = [name for name, _ in backbone.named_parameters()]
+    if unfreeze == "all":
+        return set(names)
+    if unfreeze == "none":
+        return set()
+    if unfreeze == "auto" and is_hierarchical(backbone):
+        return _after_second_last_level(backbone, names)
+    return _last_blocks(backbone, _VIT_BLOCKS if unfreeze == "auto" else unfreeze)
+
+
+def _layers_for_lora(backbone: nn.Module) -> list[str]:
+    """Names of the layers that `add_lora` adds to."""
+    layers = [
+        name for name, part in backbone.named_modules()
+        if isinstance(part, nn.Linear) or (type(part) in _PLAIN_CONVOLUTIONS and part.groups == 1)
+    ]  # fmt: skip
+    if not layers:
+        raise ConfigError(
+            f"unfreeze = lora: {type(backbone).__name__} has no linear layer and no ungrouped convolution that uses its weights "
+            "as they are; use `auto`, `all` or a number of blocks"
+        )
+    return layers
 
 
 def _after_second_last_level(backbone: Any, names: list[str]) -> set[str]:
