@@ -263,13 +263,16 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
 async def _ask_all() -> Sequence[Report | None]:
     """The reports of the deployment's replicas, from within one of them; None for one that ended.
 
-    Raises TimeoutError where one does not answer: Ray gives no others then.
+    Where one does not answer Ray gives those of no other: a single None.
     """
     from ray import serve
 
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
-    answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+    try:
+        answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+    except TimeoutError:
+        return [None]
     return [None if isinstance(answer, BaseException) else answer for answer in answers]
 
 

@@ -32,7 +32,7 @@ class Report:
 
 
 AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
-"""The reports of all replicas, one's own among them; None for one that ended. TimeoutError where one does not answer."""
+"""The reports of the replicas; None for one that ended, or for all together where one of them does not answer."""
 
 
 class Replica:
@@ -93,19 +93,14 @@ class Replica:
             raise ServeError("; ".join(faults))
 
     async def _answering(self) -> Sequence[Report]:
-        try:
-            return [report for report in await self._ask_all() if report is not None]
-        except TimeoutError:  # who hangs cannot be told from who does not
-            return await self._ask_alone()
+        answered = [report for report in await self._ask_all() if report is not None]
+        return answered or await self._ask_alone()  # another hangs
 
     async def _ask_alone(self) -> Sequence[Report]:
         return [await self.report()]
 
     async def _states(self) -> list[dict[str, VersionsState] | None]:
-        try:
-            return [None if report is None else report.models for report in await self._ask_all()]
-        except TimeoutError:
-            return [None]
+        return [None if report is None else report.models for report in await self._ask_all()]
 
 
 def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:
