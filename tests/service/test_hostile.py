@@ -345,7 +345,7 @@ def talk(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
     """Send pieces of a request as they are, then read until the service closes or falls silent."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        with contextlib.suppress(BrokenPipeError):  # the answer may come before all is sent
+        with contextlib.suppress(ConnectionError):  # the service may answer and close before all is sent
             for piece in pieces:
                 connection.sendall(piece)
                 time.sleep(pause_s)
