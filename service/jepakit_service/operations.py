@@ -53,7 +53,8 @@ def router(replica: Replica) -> APIRouter:
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         """One model in service; `update` tells of a newer version that is not in service yet, or was refused."""
-        return _described(replica.registry.find(name), replica.settings, await replica.reports())
+        reports = await replica.reports()  # a switch may come meanwhile: what is described is not older than they are
+        return _described(replica.registry.find(name), replica.settings, reports)
 
     return routes
 

@@ -282,6 +282,23 @@ def test_a_pinned_version_is_described_itself_during_a_switch(bundle: Path) -> N
     asyncio.run(go())
 
 
+def test_a_switch_while_the_replicas_are_asked_is_described_as_done(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = Deployment(bundle)
+    replica = deployment.replicas[0]
+    new = deployment.replicas[1].registry.find("tiny")
+    new.manifest = new.manifest.model_copy(update={"model_id": "0" * 16})
+    ask_all = deployment.ask_all
+
+    async def switching() -> list[Report | None]:
+        replica.registry.versions("tiny").current = new
+        return await ask_all()
+
+    monkeypatch.setattr(replica, "_ask_all", switching)
+    assert asyncio.run(deployment.get("/v1/models/tiny")).json()["model_id"] == new.manifest.model_id
+
+
 def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) -> None:
     async def go(url: str) -> list[int]:
         async def slowly() -> Any:
