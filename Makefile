@@ -17,9 +17,10 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 demo: setup
 	$(BIN)/python examples/demo.py
 
-# A process a core, at most four: the tests run with one torch thread each. Files stay whole, for their fixtures.
+# A process a core, at most four: the tests run with one torch thread each. Files stay whole, for their fixtures, and
+# in their order: by number of tests the longest would come last, and alone.
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Both halves, and a failure of either is one of the whole.
 test-slow: setup

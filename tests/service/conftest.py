@@ -15,8 +15,17 @@ import uvicorn
 from PIL import Image
 
 import jepakit
+from jepakit_service import tuning
 from jepakit_service.api import build_app
 from jepakit_service.settings import ServeSettings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def briefly() -> Iterator[None]:
+    """Models are tuned in a tenth of the time: their speed decides no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "_LEAST_S", tuning._LEAST_S / 10)
+        yield
 
 
 @pytest.fixture(scope="session")
