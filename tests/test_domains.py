@@ -113,7 +113,6 @@ def test_six_band_tiles(tmp_path: Path, weights_file: Callable[[str], Path]) -> 
     assert (spec.bands, spec.dtype, spec.scaling) == (6, "uint8", None)
 
 
-@pytest.mark.slow
 def test_16_bit_tiles_cut_from_a_real_scene(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
     if not MULTICHANNEL.is_dir():
         pytest.skip("shared data is not at hand")
@@ -123,7 +122,6 @@ def test_16_bit_tiles_cut_from_a_real_scene(tmp_path: Path, weights_file: Callab
     assert run.bundle.manifest.preprocess.stored_as == "uint16"
 
 
-@pytest.mark.slow
 def test_multispectral_tiles_cut_from_a_real_scene(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
     if not MULTICHANNEL.is_dir():
         pytest.skip("shared data is not at hand")

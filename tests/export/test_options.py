@@ -53,10 +53,7 @@ def backbone_and_input(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[Any, 
 IMAGES = synthetic_images(5, 64, 3, seed=3)
 
 
-@pytest.mark.parametrize(
-    "pooling",
-    ["head", "stages", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cls", "mean", "last2")), "cls+mean"],
-)
+@pytest.mark.parametrize("pooling", ["head", "stages", "cls", "mean", "cls+mean", "last2"])
 @torch.inference_mode()
 def test_each_pooling_is_what_timm_gives(export: Callable[..., Bundle], pooling: str) -> None:
     bundle = export(pooling=pooling)
@@ -142,7 +139,7 @@ def test_two_exports_of_each_precision_are_the_same_bytes(
         assert first == second
 
 
-@pytest.mark.parametrize("how", [pytest.param("center", marks=pytest.mark.slow), "scale"])
+@pytest.mark.parametrize("how", ["center", "scale"])
 def test_standardising_is_measured_on_the_users_images_and_done_inside(
     export: Callable[..., Bundle], image_folder: Callable[..., Path], weights_file: Callable[[str], Path], how: str
 ) -> None:

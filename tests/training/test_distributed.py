@@ -23,7 +23,6 @@ from jepakit.bundle import WEIGHTS
 from jepakit.run import BUNDLE, SKIPPED, START
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
-pytestmark = pytest.mark.slow  # test_launch.py has two processes train what one does
 
 
 @dataclass
