@@ -54,6 +54,10 @@ class Gate:
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             await self._record(scope, receive, send)
+            if _state(scope).get("unread"):
+                # Closed at once it would be reset under a client that still sends, and the answer lost with it.
+                await _discard(receive)
+                await send({"type": "http.response.body"})
         else:
             await send({"type": "websocket.close"})
 
@@ -120,8 +124,8 @@ class Gate:
         except ApiError as error:
             state["code"] = error.code
             # While its body is unread, a connection cannot be used again.
-            read = "bytes" in state or (error.status in _COME_BACK and await _discard(receive))
-            await send_error(send, error, scope, close=not read)
+            state["unread"] = not ("bytes" in state or (error.status in _COME_BACK and await _discard(receive)))
+            await send_error(send, error, scope, close=state["unread"], ended=not state["unread"])
         except asyncio.CancelledError:  # by the server, once it has waited for `drain_s`
             if not self.replica.draining:
                 raise
@@ -222,18 +226,20 @@ def error_body(error: ApiError, scope: Scope) -> bytes:
     return oip.write_error(error) if openapi.is_oip(scope["path"]) else error.body(scope["state"]["request_id"])
 
 
-async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False) -> None:
+async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False, ended: bool = True) -> None:
     """Answer with an error in the shape of the route's family."""
     headers = {**error.headers, "connection": "close"} if close else error.headers
-    await send_whole(send, error.status, error_body(error, scope), "application/json", headers)
+    await send_whole(send, error.status, error_body(error, scope), "application/json", headers, ended=ended)
 
 
-async def send_whole(send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str]) -> None:
-    """Answer with one body. The names of `headers` are put in lower case, as ASGI wants them."""
+async def send_whole(
+    send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str], *, ended: bool = True
+) -> None:
+    """Answer with one body; if not `ended` an empty message must follow. The names of `headers` are put in lower case."""
     headers = {"content-type": content_type, "content-length": str(len(body)), **headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": not ended})
 
 
 def _is_open(path: str) -> bool:

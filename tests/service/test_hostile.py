@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,15 @@ def talk(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
         return connection.recv(65536)
 
 
+def answered(connection: socket.socket) -> int:
+    """The status of an answer that is read to its end, and no further."""
+    answer = HTTPResponse(connection)
+    answer.begin()
+    assert answer.getheader("connection") == "close"
+    answer.read()
+    return answer.status
+
+
 def head(*headers: str) -> bytes:
     lines = ["POST /v1/embeddings HTTP/1.1", "Host: x", "Content-Type: image/png", *headers]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
@@ -385,6 +395,39 @@ def test_no_body_is_read_where_no_key_is_asked_for(victim: Victim, path: str, de
     answer = talk(victim.url, lines, b"a")
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize(
+    ("path", "declared", "size"),
+    [
+        ("/v1/embeddings", "Content-Length: {size}", 17 * MEGABYTE),
+        ("/healthz", "Content-Length: {size}", MEGABYTE),
+        ("/healthz", "Transfer-Encoding: chunked", MEGABYTE),
+    ],
+)
+def test_a_refused_body_passes_by_for_a_while_before_the_connection_ends(
+    victim: Victim, path: str, declared: str, size: int
+) -> None:
+    """A connection that is closed while bytes arrive is reset, and clients that read last lose the answer."""
+    host, port = victim.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head(declared.format(size=size)).replace(b"/v1/embeddings", path.encode()))
+        if "chunked" in declared:
+            connection.sendall(b"%x\r\n" % size)
+        assert answered(connection) == 413
+        connection.sendall(bytes(size) + (b"\r\n0\r\n\r\n" if "chunked" in declared else b""))
+        assert connection.recv(1) == b"", "ended, not reset"
+
+
+def test_a_refused_body_that_never_comes_is_not_waited_for_long(victim: Victim) -> None:
+    host, port = victim.url.removeprefix("http://").split(":")
+    start = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head(f"Content-Length: {17 * MEGABYTE}"))
+        assert answered(connection) == 413
+        assert time.monotonic() - start < 3
+        assert connection.recv(1) == b""
+    assert time.monotonic() - start < 15
 
 
 def test_strangers_take_no_room_from_those_with_a_key(bundle: Path) -> None:
