@@ -23,6 +23,9 @@ def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
         raise DataError(f"the groups are lists of different lengths: give a name for each of {count} images") from None
     if np.shape(groups) != (count,):
         raise DataError(f"{count} images, but groups of shape {list(np.shape(groups))}: give a name for each image")
+    for place, name in enumerate(groups if isinstance(groups, list | tuple) else names):
+        if name is None or name != name:
+            raise DataError(f"image {place} has no group ({name!r}): name one, its own where it stands alone")
     number = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return np.array([number[name] for name in names], np.intp)
 

@@ -157,7 +157,8 @@ def _frame_meant(header: Header, ref: ImageRef, spec: Preprocess) -> int | None:
     """The frame that is asked for, else the model's. A single picture in memory was cut out of its film already."""
     if ref.frame is not None:
         return ref.frame
-    return None if header.format in ("array", "image") and header.frames == 1 else spec.frame
+    is_file = isinstance(ref.data, str | Path | bytes | bytearray | memoryview)
+    return spec.frame if is_file or header.frames > 1 else None
 
 
 def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any]:

@@ -29,6 +29,8 @@ Labels = NDArray[Any]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _KNN_TEMPERATURE = 0.07
+_KNN_PAIRS = 1 << 24
+"""Similarities at a time, of 16 bytes each with the order that they are brought into."""
 
 
 @dataclass(frozen=True)
@@ -288,13 +290,14 @@ class KNNProbe(_Probe):
     def _shares(self, vectors: Floats) -> Floats:
         queries = _unit(vectors).astype(np.float32)
         k = min(self.k, len(self.vectors_))
-        shares = [self._votes(queries[start : start + 1024], k) for start in range(0, len(queries), 1024)]
+        step = min(1024, max(1, _KNN_PAIRS // len(self.vectors_)))
+        shares = [self._votes(queries[start : start + step], k) for start in range(0, len(queries), step)]
         return np.concatenate(shares) if shares else np.zeros((0, len(self.classes_)))
 
     def _votes(self, queries: NDArray[np.float32], k: int) -> Floats:
-        similarity = queries @ self.vectors_.T
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1) / _KNN_TEMPERATURE).astype(np.float64)
+        away = -queries @ self.vectors_.T
+        nearest = np.argpartition(away, k - 1, axis=1)[:, :k]
+        weights = np.exp((-np.take_along_axis(away, nearest, axis=1) - 1) / _KNN_TEMPERATURE).astype(np.float64)
         votes = np.zeros((len(queries), len(self.classes_)))
         np.add.at(votes, (np.arange(len(queries))[:, None], self.targets_[nearest]), weights)
         shares: Floats = votes / votes.sum(axis=1, keepdims=True)
@@ -387,6 +390,8 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
         raise DataError("no labels: embed a folder with one subfolder per class, or pass y")
     try:
         labels = np.asarray(y)
+        if isinstance(y, list | tuple):  # among text an array would make "nan" of NaN, a class like any other
+            labels = np.asarray(y, object)
     except ValueError:
         raise DataError(
             f"the labels are lists of different lengths: give one label for each of {count} vectors"

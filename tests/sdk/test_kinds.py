@@ -144,7 +144,8 @@ def test_several_frames_need_a_choice() -> None:
 
 def test_an_array_is_the_frame_already_that_a_model_of_films_was_made_for() -> None:
     film, model = values()[:, :, 0], spec(frame=2)
-    for held in (film, film.astype(np.float32), Image.fromarray(film)):
+    opened = Image.open(io.BytesIO(tiff(film)))
+    for held in (film, film.astype(np.float32), Image.fromarray(film), opened):
         np.testing.assert_array_equal(read_image(held, model)[:, :, 0], film)
     assert "has 1 frame, there is no frame 2" in str(refused(tiff(film), model)), "in a file the third one is missing"
     asked = ImageRef(film, "film", frame=2)

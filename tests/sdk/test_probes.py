@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe
+from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe, probes
 from jepakit.errors import DataError, InputError, SpaceError
 from jepakit.probes import C_GRID, ProbeReport, stratified_folds
 
@@ -105,11 +105,14 @@ def test_fewer_vectors_than_k_all_vote() -> None:
     assert probe.predict([[1.0, 0.05], [0.1, 1.0]]).tolist() == ["a", "b"]
 
 
-def test_knn_is_the_same_however_many_queries_come_at_once() -> None:
+def test_knn_is_the_same_however_many_queries_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, labels = blobs()
     probe = KNNProbe(k=3).fit(vectors, labels)
     many = np.tile(vectors, (25, 1))
-    np.testing.assert_allclose(probe.predict_proba(many), np.tile(probe.predict_proba(vectors), (25, 1)), rtol=1e-6)
+    alike = np.tile(probe.predict_proba(vectors), (25, 1))
+    np.testing.assert_allclose(probe.predict_proba(many), alike, rtol=1e-6)
+    monkeypatch.setattr(probes, "_KNN_PAIRS", 7 * len(vectors))  # as among so many vectors that few fit at a time
+    np.testing.assert_allclose(probe.predict_proba(many), alike, rtol=1e-6)
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=repr)
@@ -440,6 +443,14 @@ def test_labels_that_are_neither_text_nor_numbers_are_refused_by_name(bad: Any) 
     for labels in (np.array([bad, "dog"], object), [bad, bad]):
         with pytest.raises(DataError, match=r"label .* of vector 0 is neither text nor a number"):
             KNNProbe().fit([[1.0], [2.0]], labels)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_label_or_group_among_text_is_no_class_of_its_own(missing: Any) -> None:
+    with pytest.raises(DataError, match="of vector 1 is neither text nor a number"):
+        KNNProbe().fit([[1.0], [2.0]], ["dog", missing])
+    with pytest.raises(DataError, match=r"image 1 has no group"):
+        LinearProbe().fit([[1.0], [2.0]] * 4, ["cat", "dog"] * 4, groups=["a", missing] * 4)
 
 
 def test_texts_in_an_array_of_objects_are_classes_like_any(tmp_path: Path) -> None:

@@ -160,6 +160,14 @@ def test_a_missing_source_is_named(tmp_path: Path, source: str) -> None:
         list_images(tmp_path / source)
 
 
+def test_a_file_listed_twice_is_no_two_images_to_train_on(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    twice = [tmp_path / "a.png", tmp_path / "b.png", f"{tmp_path}/./a.png"]
+    with pytest.raises(DataError, match=r"a\.png more than once: give each image once"):
+        list_images(twice)
+    assert len(gather(twice)) == 3, "embedded as often as asked"
+
+
 def test_missing_files_of_a_list_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     with pytest.raises(DataError, match=r"x\.png does not exist \(2 of 3 files are missing\)"):

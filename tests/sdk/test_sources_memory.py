@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
 from jepakit.errors import DataError, ImageError
+from jepakit.scan import scan
 from jepakit.sources import gather, list_images
 
 
@@ -72,6 +75,45 @@ def test_a_stack_and_a_generator_are_listed() -> None:
     listed = list_images(stack)
     np.testing.assert_array_equal(listed[1].data, array(1))
     assert len(list_images(array(place) for place in range(3))) == 3
+
+
+def test_a_column_of_a_table_keeps_its_own_order(tmp_path: Path) -> None:
+    """A pandas Series numbers its rows by their names: `series[0]` is the row that was first before a shuffle."""
+    paths = [str(tmp_path / f"{place}.png") for place in range(3)]
+    for path in paths:
+        Path(path).write_bytes(png())
+    shuffled = pd.Series(paths)[[2, 0, 1]]
+    assert gather(shuffled).ids == (paths[2], paths[0], paths[1])
+    assert gather(shuffled[1:]).ids == (paths[0], paths[1])
+    images = pd.Series([array(0), array(1)])[::-1]
+    np.testing.assert_array_equal(gather(images)[0].data, array(1))
+    with pytest.raises(DataError, match="images of type DataFrame: give a folder"):
+        gather(shuffled.to_frame())
+
+
+def test_what_has_a_length_and_no_first_item_is_told() -> None:
+    class Named(list[Any]):
+        def __getitem__(self, place: Any) -> Any:
+            raise KeyError(place)
+
+    with pytest.raises(DataError, match=r"the Named has no item 0 \(KeyError: 0\): give a list"):
+        gather(Named([array(0)]))
+
+
+def test_a_callers_dataset_is_asked_by_one_thread_at_a_time() -> None:
+    class Unsafe(Dataset):
+        inside = 0
+
+        def __getitem__(self, place: int) -> Any:
+            assert self.inside == 0, "two threads at once"
+            self.inside += 1
+            time.sleep(0.002)
+            self.inside -= 1
+            return super().__getitem__(place)
+
+    listed = list_images(Unsafe([0, 1] * 10), "none")
+    assert not scan(listed, progress=False).unreadable
+    assert len(list_images(Unsafe([0, 1] * 10), "none", tile=8)) >= 20
 
 
 def test_a_dataset_is_indexed_only_when_an_image_is_asked_for() -> None:

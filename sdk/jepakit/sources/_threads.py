@@ -16,12 +16,12 @@ _THREADS = 8
 _AT_ONCE = 64
 
 
-def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str) -> list[_Out]:
-    """`[work(item) for item in items]`, the first error raised."""
+def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, alone: bool = False) -> list[_Out]:
+    """`[work(item) for item in items]`, the first error raised. alone: in one thread, for a caller's own dataset."""
     done: list[_Out] = []
     steps = Steps(len(items), 0, what=what)
     try:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(1 if alone else _THREADS) as pool:
             while len(done) < len(items):
                 done += pool.map(work, items[len(done) : len(done) + _AT_ONCE])
                 steps.update(len(done))

@@ -22,6 +22,7 @@ from jepakit.sources.table import TABLES
 from jepakit.sources.tars import find_in_tars
 from jepakit.sources.zips import find_in_zips
 
+LISTED = "a list of files"
 _ARCHIVES = (".tar", ".zip")
 _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an archive (.tar, .zip) or an image file"
@@ -34,7 +35,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
     """
     if isinstance(images, str | Path):
         return _find_at(os.fspath(images), with_labels=with_labels, with_groups=with_groups)
-    if isinstance(images, Iterator):
+    if isinstance(images, Iterator) or _is_column(images):
         images = list(images)
     if isinstance(images, np.ndarray) and images.ndim in (2, 3):
         raise DataError(
@@ -53,8 +54,13 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
     return find_in_memory(list(images) if isinstance(images, tuple) else images, with_labels=with_labels)
 
 
+def _is_column(images: Any) -> bool:
+    """Whether it is a pandas Series, whose own `[0]` is a name and no place."""
+    return hasattr(images, "iloc") and getattr(images, "ndim", 0) == 1
+
+
 def _is_sequence(images: Any) -> bool:
-    if is_one_image(images) or isinstance(images, Mapping):
+    if is_one_image(images) or isinstance(images, Mapping) or hasattr(images, "iloc"):
         return False
     if isinstance(images, np.ndarray):
         return images.ndim == 4
@@ -133,7 +139,7 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
     if strange:
         raise DataError(f"{strange[0]} stands in a list of image files: give it alone, or in a list of its own kind")
     ids = tuple(Path(path).as_posix() for path in paths)
-    return Found(Files("", ids), ids, kind="a list of files")
+    return Found(Files("", ids), ids, kind=LISTED)
 
 
 def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | None = None) -> Found:

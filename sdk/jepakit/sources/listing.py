@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from jepakit.sources.find import find
+from jepakit.errors import DataError
+from jepakit.sources.find import LISTED, find
 from jepakit.sources.groups import choose_groups
 from jepakit.sources.imagelist import ImageList
 from jepakit.sources.labels import choose_labels
 from jepakit.sources.memory import is_one_image
+from jepakit.sources.store import Found, repeated
 from jepakit.sources.tiles import Cut, cut
 
 
@@ -62,8 +65,16 @@ def gather(
     return listed
 
 
+def _check_listed_once(found: Found) -> None:
+    """Raise DataError for a file that a list names twice: it could be trained on and held out."""
+    if found.kind == LISTED and (twice := repeated([os.path.normpath(name) for name in found.ids])) is not None:
+        raise DataError(f"the list names {twice} more than once: give each image once")
+
+
 def _list(images: Any, labels: str | Path, group: str | Path, how: Cut, *, embedding: bool, lenient: bool) -> ImageList:
     found = find(images, with_labels=labels == "auto", with_groups=group == "auto")
+    if not embedding:
+        _check_listed_once(found)
     chosen, label_note = choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
     note = "; ".join(filter(None, (label_note, group_note, found.note)))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from jepakit.errors import DataError
 from jepakit.sources._words import counted
 from jepakit.sources.files import Files, not_files
-from jepakit.sources.store import Found
+from jepakit.sources.store import Found, repeated
 from jepakit.sources.table import Table, read_table
 
 
@@ -40,9 +40,7 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool) -> Foun
 
 
 def _check_paths(file: str, root: str, ids: tuple[str, ...]) -> None:
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    if (twice := repeated(ids)) is not None:
         raise DataError(f"{file} lists {twice} more than once: an image is one row")
     missing = not_files(root, ids)
     if missing:

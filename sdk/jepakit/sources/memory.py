@@ -69,7 +69,10 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     Items that are (image, label, …) bring labels: from `.targets` where the dataset has it, else by going
     through it once; `.classes` names them. Raises DataError when the first item is no image.
     """
-    first, label = _split(items[0])
+    try:
+        first, label = _split(items[0])
+    except Exception as error:
+        raise DataError(f"the {_kind(items)} has no item 0 ({type(error).__name__}: {error}): give a list") from None
     if not is_one_image(first):
         hint = ": leave ToTensor out of its transform" if _kind(first) == "Tensor" else ""
         raise DataError(f"the first item is of type {_kind(first)}{hint}; wanted {_WANTED}, or (image, label)")

@@ -28,6 +28,12 @@ def stamp_of(path: str | Path, *part: int) -> str | None:
     return json.dumps([os.fsdecode(path), stat.st_size, stat.st_mtime_ns, *part])
 
 
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that comes a second time."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
 class Store(Protocol):
     """Images by place. Picklable, and safe in threads and after a fork, since nothing is kept open."""
 

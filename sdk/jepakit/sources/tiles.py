@@ -126,7 +126,7 @@ def _headers(images: ImageList, *, lenient: bool) -> tuple[dict[int, Header], li
                 raise
             return error
 
-    answers = in_threads(header, range(len(images)), "headers")
+    answers = in_threads(header, range(len(images)), "headers", alone=images.in_memory)
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
     if len(unreadable) > _MAX_UNREADABLE * len(answers):
         raise DataError(f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}")
@@ -206,7 +206,9 @@ def _look(
         # A file that cannot be read by windows is decoded once for all of them.
         step = _WINDOWS_AT_ONCE if header.windowed else max(1, end - first)
         jobs += [(header, range(start, min(start + step, end))) for start in range(first, end, step)]
-    looked = in_threads(lambda job: _measure(images, pieces, *job), jobs, "look for empty tiles")
+    looked = in_threads(
+        lambda job: _measure(images, pieces, *job), jobs, "look for empty tiles", alone=images.in_memory
+    )
     for (_, places), seen in zip(jobs, looked, strict=True):
         if seen is not None:
             share[places.start : places.stop] = np.array([valid for valid, _ in seen]) / tile**2
