@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from jepakit.images import Pixels
+from jepakit.sources import evenly_spread
 from jepakit_export.convert import is_large, quiet
 
 MOST_CALIBRATED = 128
@@ -47,8 +48,9 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
                 use_external_data_format=outside,
             )  # fmt: skip
         else:
+            some = images[evenly_spread(len(images), MOST_CALIBRATED)]
             quantize_static(
-                prepared, written, _reader(images[:MOST_CALIBRATED]), quant_format=QuantFormat.QDQ, per_channel=True,
+                prepared, written, _reader(some), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=outside,
                 op_types_to_quantize=["Conv", *_MATRICES], nodes_to_exclude=_computed_on_both_sides(graph),
             )  # fmt: skip

@@ -116,9 +116,7 @@ def _compare(session: Session, expected: Expected, size: int, limit: golden.Tole
     if missed is None and expected.tokens is not None:
         tokens = np.concatenate([output[1] for output in outputs])[:n_images]
         flat = tokens.shape[0] * tokens.shape[1], tokens.shape[2]
-        missed = golden.agreement(tokens.reshape(flat), expected.tokens.reshape(flat)).misses(
-            limit._replace(neighbour=None)
-        )
+        missed = golden.agreement(tokens.reshape(flat), expected.tokens.reshape(flat), neighbours=False).misses(limit)
         missed = missed and f"patch tokens: {missed}"
     if missed is not None:
         hint = _WITHOUT_VNNI if session.precision == "int8" and not int8_is_exact_here() else ""

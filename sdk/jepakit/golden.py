@@ -125,14 +125,18 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got.astype(np.float64) - expected).max() / np.abs(expected).max())
 
 
-def agreement(got: NDArray[Any], expected: NDArray[Any]) -> Agreement:
-    """Compare vectors [N, D] with torch's own; the worst of everything for a wrong shape or non-finite numbers."""
+def agreement(got: NDArray[Any], expected: NDArray[Any], *, neighbours: bool = True) -> Agreement:
+    """Compare vectors [N, D] with torch's own; the worst of everything for a wrong shape or non-finite numbers.
+
+    neighbours  look for each vector's nearest, which takes N² numbers of 8 bytes; otherwise all count as the same
+    """
     if got.shape != expected.shape or not np.isfinite(got).all():
         return Agreement(float("inf"), -1.0, 0.0)
     mean = expected.mean(axis=0, dtype=np.float64)
     a, b = _unit(got - mean), _unit(expected - mean)
     cosine = float((a * b).sum(axis=1).min()) if len(got) > 1 else 1.0
-    return Agreement(relative_error(got, expected), cosine, float((_nearest(a) == _nearest(b)).mean()))
+    same = float((_nearest(a) == _nearest(b)).mean()) if neighbours else 1.0
+    return Agreement(relative_error(got, expected), cosine, same)
 
 
 def _unit(vectors: NDArray[Any]) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import tifffile
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 
 import jepakit
+from jepakit import golden
 from jepakit.backbone import restore
 from jepakit.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import preprocess
 from jepakit.session import Session
+from jepakit_export import quantize
 from jepakit_export.verify import int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
@@ -93,6 +96,22 @@ def test_patch_tokens_are_a_second_output(export: Callable[..., Bundle], source:
     ]  # fmt: skip
 
 
+def test_tokens_are_held_to_account_image_by_image_not_pair_by_pair(
+    export: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs of the tokens of 256 images would take tens of gigabytes."""
+    compared: list[int] = []
+    nearest = golden._nearest
+
+    def counted(unit: NDArray[np.float64]) -> NDArray[np.intp]:
+        compared.append(len(unit))
+        return nearest(unit)
+
+    monkeypatch.setattr(golden, "_nearest", counted)
+    export(tokens=True, verify_images=films(tmp_path / "films", 16, frames=1))
+    assert max(compared) == 16
+
+
 def test_fp16_halves_the_file_and_keeps_the_space(
     export: Callable[..., Bundle], weights_file: Callable[[str], Path]
 ) -> None:
@@ -120,6 +139,23 @@ def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file:
     assert small.manifest.graph.centred_cosine >= 0.99
     session = Session.open(small)
     assert session.precision == "int8"
+
+
+def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
+    export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[NDArray[Any]] = []
+    reader = quantize._reader
+
+    def noted(images: NDArray[Any]) -> Any:
+        seen.append(images)
+        return reader(images)
+
+    monkeypatch.setattr(quantize, "_reader", noted)
+    images = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
+    quantize.to_int8(ir.load(export("test_resnet:random").path / GRAPH), images)
+    assert len(seen[0]) == quantize.MOST_CALIBRATED
+    np.testing.assert_array_equal(seen[0][[0, -1]], images[[0, -1]])
 
 
 def test_int8_that_would_give_other_vectors_is_refused_with_the_numbers(
