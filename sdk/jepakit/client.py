@@ -51,6 +51,8 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 _AT_ONCE = 4
+_MOST_AT_ONCE = 2 * _AT_ONCE
+"""Of all calls of one client together."""
 _LONGEST_S = 1e6
 # What a part of multipart adds to its file, at most; also more than the header of `.npy`.
 _BYTES_BESIDE = 256
@@ -98,7 +100,7 @@ class _Settings:
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "timeout": timeout_s,
             "follow_redirects": False,
-            "limits": httpx.Limits(max_connections=2 * _AT_ONCE),
+            "limits": httpx.Limits(max_connections=_MOST_AT_ONCE),
         }
 
 
@@ -159,6 +161,7 @@ class Client:
 
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.Client(**self._settings.http)
+        self._places = threading.Semaphore(_MOST_AT_ONCE)
         self._limits: _Limits | None = None
 
     def __enter__(self) -> Self:
@@ -254,17 +257,18 @@ class Client:
         """One request, tried again against the deadline; CancelledError after `stop`."""
         import httpx
 
-        attempts = _Attempts(self._settings)
-        pause: float | None = 0.0
-        while not stop.wait(pause):
-            try:
-                response = self._http.send(attempts.begin(request))
-                pause = attempts.pause_after(response)
-            except httpx.RequestError as error:
-                pause = attempts.pause_after_failure(error)
-            if pause is None:
-                return response
-        raise CancelledError
+        with self._places:  # the deadline is the service's: what waits for this client's own requests has not begun
+            attempts = _Attempts(self._settings)
+            pause: float | None = 0.0
+            while not stop.wait(pause):
+                try:
+                    response = self._http.send(attempts.begin(request))
+                    pause = attempts.pause_after(response)
+                except httpx.RequestError as error:
+                    pause = attempts.pause_after_failure(error)
+                if pause is None:
+                    return response
+            raise CancelledError
 
 
 class AsyncClient:
@@ -273,10 +277,13 @@ class AsyncClient:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
     ) -> None:
+        import asyncio
+
         import httpx
 
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.AsyncClient(**self._settings.http)
+        self._places = asyncio.Semaphore(_MOST_AT_ONCE)
         self._limits: _Limits | None = None
 
     async def __aenter__(self) -> Self:
@@ -346,16 +353,17 @@ class AsyncClient:
 
         import httpx
 
-        attempts = _Attempts(self._settings)
-        while True:
-            try:
-                response = await self._http.send(attempts.begin(request))
-                pause = attempts.pause_after(response)
-            except httpx.RequestError as error:
-                pause = attempts.pause_after_failure(error)
-            if pause is None:
-                return response
-            await asyncio.sleep(pause)
+        async with self._places:
+            attempts = _Attempts(self._settings)
+            while True:
+                try:
+                    response = await self._http.send(attempts.begin(request))
+                    pause = attempts.pause_after(response)
+                except httpx.RequestError as error:
+                    pause = attempts.pause_after_failure(error)
+                if pause is None:
+                    return response
+                await asyncio.sleep(pause)
 
 
 class _Attempts:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +28,7 @@ import tifffile
 from PIL import Image
 
 import jepakit
+from jepakit import Embeddings
 from jepakit.bundle import Manifest
 from jepakit.client import ModelInfo, _Limits
 from jepakit.errors import (
@@ -464,6 +466,27 @@ def test_there_is_a_least_pause_whatever_the_service_says(retry_after: str) -> N
     ):
         client.models()
     assert _Scripted.seen <= 2
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_what_waits_for_the_clients_own_requests_is_not_late(kind: type[Any]) -> None:
+    """Together they take 3 s, each of them half a second."""
+
+    async def all_at_once(client: Any) -> list[Embeddings]:
+        calls = [partial(client.embed, picture(0), progress=False) for _ in range(48)]
+        if kind is jepakit.Client:
+            return list(await asyncio.to_thread(lambda: list(ThreadPoolExecutor(48).map(lambda call: call(), calls))))
+        return list(await asyncio.gather(*(call() for call in calls)))
+
+    async def go(url: str) -> list[Embeddings]:
+        if kind is jepakit.Client:
+            with kind(url, deadline_s=2) as client:
+                return await all_at_once(client)
+        async with kind(url, deadline_s=2) as client:
+            return await all_at_once(client)
+
+    with _answering([(200, GOOD, VECTOR)], before=lambda: time.sleep(0.5)) as url:
+        assert len(asyncio.run(go(url))) == 48
 
 
 def test_a_refusal_is_not_tried_again() -> None:
