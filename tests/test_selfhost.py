@@ -36,7 +36,10 @@ from tests.test_pipeline import serving
 
 pytestmark = pytest.mark.slow
 DOCKER = Path(__file__).parents[1] / "docker"
-STRIPPED = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id", "x-session-id")
+STRIPPED = (
+    "x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id",
+    "serve-multiplexed-model-id", "x-session-id",
+)  # fmt: skip
 CONNECTIONS = 32  # `limit_conn per_address` of the shipped file
 
 

@@ -28,6 +28,8 @@ _log = logging.getLogger("jepakit.service")
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
 OPEN_PREFIX = "/docs/"
+_SLICE, _TAKEN_S = 1 << 16, 60.0
+"""Bytes of an answer that are sent at a time, and how long a client may take to make room for them."""
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _STEADY_ROUTE = re.compile(
     r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/(?:embeddings|multimodalembeddings|models)|v2(?:/(?:embed|health|models))?)(?=/|$)"
@@ -239,7 +241,11 @@ async def send_whole(
     headers = {"content-type": content_type, "content-length": str(len(body)), **headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": body, "more_body": not ended})
+    # In slices, so that a stop waits for a reader who is slow; and not for ever.
+    for start in range(0, max(1, len(body)), _SLICE):
+        more = not ended or start + _SLICE < len(body)
+        async with asyncio.timeout(_TAKEN_S):
+            await send({"type": "http.response.body", "body": body[start : start + _SLICE], "more_body": more})
 
 
 def _is_open(path: str) -> bool:

@@ -47,8 +47,8 @@ class LoadedModel:
         trim_heap()  # opening a session leaves as much free memory behind as its graph is large
         self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._warm_up()
-        self._beaten = self._right = time.monotonic()
-        """When a batch ran, and when its numbers were those of the golden vectors."""
+        self._beaten = self._right = self._decoded = time.monotonic()
+        """When a batch ran, when its numbers were those of the golden vectors, and when an image was decoded."""
         self._fault: str | None = None
         """What the last heartbeat found."""
         self.counted = metrics.of_model(self.manifest.name)
@@ -111,7 +111,9 @@ class LoadedModel:
         try:
             (vector,), _ = await self.embed([self._golden.images[0]], _HEARTBEAT_S)
         except TimeoutError:
-            busy = self._is_fresh()  # the image still waits behind others
+            # The image still waits behind others: large ones may take longer to decode than a batch of them to run. None is
+            # decoded for long behind a batch that hangs.
+            busy = time.monotonic() - max(self._beaten, self._decoded) < _FRESH_S
             self._fault = None if busy else f"{name} has run no batch for {time.monotonic() - self._beaten:.0f} s"
         except Exception as error:
             self._fault = f"{name} fails ({type(error).__name__})"
@@ -135,6 +137,7 @@ class LoadedModel:
 
     def decoded(self, seconds: float) -> None:
         """For the batcher."""
+        self._decoded = time.monotonic()
         self.counted.decoded(seconds)
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:

@@ -32,7 +32,7 @@ def router(replica: Replica) -> APIRouter:
         """Whether models answer rightly: `ready`, `degraded` when some replica does not, 503 when none does."""
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
-        return _readiness(await replica.reports(), replica.settings.replicas)
+        return _readiness(await replica.reports(), replica.settings.replicas if replica.settings.ray else 1)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import Headers, MutableHeaders
+
 from jepakit._messages import parse
 from jepakit.errors import ServeError
 from jepakit_service import logs
@@ -30,6 +32,8 @@ from jepakit_service.listeners import free_port, print_listeners
 from jepakit_service.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
     from jepakit_service.gate import Gate
     from jepakit_service.replica import Report
 
@@ -241,8 +245,8 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
             logs.configure(settings, log_socket)
             self._gate = build_app(settings, _ask_all)
 
-        def __serve_build_asgi_app__(self) -> Gate:
-            return self._gate
+        def __serve_build_asgi_app__(self) -> ASGIApp:
+            return _named_once(self._gate)
 
         async def report(self) -> Report:
             return await self._gate.replica.report()
@@ -258,6 +262,24 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
                 await asyncio.sleep(0.05)
 
     return Embeddings.bind()  # type: ignore[attr-defined]  # serve.deployment's decorator is untyped here
+
+
+def _named_once(gate: Gate) -> ASGIApp:
+    """Ray adds the request id that came, or one that it made, to every answer: the gate's stays where it is another."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
+
+        async def send_once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if headers.get("x-request-id") == given:
+                    del headers["x-request-id"]
+            await send(message)
+
+        await gate(scope, receive, send_once)
+
+    return app
 
 
 async def _ask_all() -> Sequence[Report | None]:

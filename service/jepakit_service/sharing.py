@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -18,5 +19,6 @@ class Shared(Generic[_T]):
 
     async def __call__(self) -> _T:
         if self._run is None or self._run.done():
-            self._run = asyncio.get_running_loop().create_task(self._work())
+            # In no request's context: Ray cancels what a request has begun when its client leaves.
+            self._run = asyncio.get_running_loop().create_task(self._work(), context=contextvars.Context())
         return await asyncio.shield(self._run)

@@ -168,7 +168,7 @@ def read_text(text: str, where: str) -> bytes:
 def _read_broken_lines(text: str, where: str) -> bytes:
     """Base64 in lines, as `base64 FILE` prints it."""
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n\f\v"), validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(
             400,

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -329,6 +330,16 @@ def test_hostile_json_elsewhere(victim: Victim, name: str, path: str) -> None:
     body = BODIES[name][1]().replace(b'"input"', field)
     answer = httpx.post(f"{victim.url}{path}", content=body, headers={"Content-Type": JSON}, timeout=60)
     assert answer.status_code in {200, 400, 404, 413, 415}, answer.text
+
+
+def test_spaces_in_base64_take_no_memory_of_their_own() -> None:
+    text = "AA " * (1 << 20)
+    tracemalloc.start()
+    try:
+        assert len(wire._read_broken_lines(text, "input[0]")) == 3 << 19
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_compressed_bodies_are_refused(victim: Victim) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import logging
 import re
@@ -25,11 +26,12 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
-from jepakit_service import logs, memory, models, operations, tracing
+from jepakit_service import gate, logs, memory, models, operations, tracing
 from jepakit_service.listeners import open_listeners
 from jepakit_service.metrics import merged
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
+from jepakit_service.sharing import Shared
 from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
@@ -112,6 +114,71 @@ def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.Monke
         assert (await replica.report()).faults == ()
 
     asyncio.run(go())
+
+
+def test_a_model_whose_images_take_long_to_decode_is_busy_and_one_that_hangs_is_not(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("_FRESH_S", 0.5), ("_HEARTBEAT_S", 1.0), ("_PATIENCE_S", 10.0)):
+        monkeypatch.setattr(models, name, seconds)
+    replica = Replica(settings(bundle))
+    released = threading.Event()
+    (model,) = replica.registry
+    run = model._batcher._run
+    monkeypatch.setattr(model._batcher, "_run", lambda images: (released.wait(10), run(images))[1])
+    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
+
+    async def go() -> None:
+        model._beaten = model._right = time.monotonic() - 60
+        beat = asyncio.create_task(model.heartbeat())
+        while not beat.done():
+            model.decoded(0.3)
+            await asyncio.sleep(0.02)
+        assert beat.result() is None
+        assert "has run no batch" in (await model.heartbeat() or "")
+        released.set()
+        await asyncio.sleep(0.2)
+
+    asyncio.run(go())
+
+
+def test_what_is_shared_is_no_part_of_the_request_that_began_it() -> None:
+    """Ray ends what belongs to a request when its client leaves, and the others still wait for it."""
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
+
+    async def work() -> str:
+        return request.get()
+
+    async def go() -> str:
+        request.set("the first asker's")
+        return await Shared(work)()
+
+    assert asyncio.run(go()) == "none"
+
+
+def test_one_process_is_all_there_is_without_ray(bundle: Path) -> None:
+    with running(settings(bundle, replicas=2, ray=False)) as url:
+        assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
+
+
+def test_a_large_answer_is_sent_as_it_is_taken_and_not_waited_with_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never(message: Any) -> None:
+        await asyncio.sleep(0 if message["type"] == "http.response.start" else 60)
+
+    body = bytes(range(256)) * 1000
+    asyncio.run(gate.send_whole(send, 200, body, "application/octet-stream", {}))
+    start, *parts = sent
+    assert dict(start["headers"])[b"content-length"] == b"256000"
+    assert b"".join(part["body"] for part in parts) == body
+    assert [part["more_body"] for part in parts] == [True, True, True, False]
+    monkeypatch.setattr(gate, "_TAKEN_S", 0.05)
+    with pytest.raises(TimeoutError):
+        asyncio.run(gate.send_whole(never, 200, body, "application/octet-stream", {}))
 
 
 def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

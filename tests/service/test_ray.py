@@ -41,7 +41,8 @@ def test_two_replicas_are_one_deployment(bundle: Path, tmp_path: Path, proxy: st
         )
         assert ready["status"] == "ready"
         for seed in range(40):
-            assert http.post("/v1/embeddings", content=picture(seed), headers=PNG).status_code == 200
+            answer = http.post("/v1/embeddings", content=picture(seed), headers=PNG)
+            assert (answer.status_code, len(answer.headers.get_list("x-request-id"))) == (200, 1)
         text = http.get("/metrics").text
         images = {
             replica: float(count)
@@ -150,7 +151,8 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
             )
             url = f"http://127.0.0.1:{port}/v1/embeddings"
             headers = {"X-Request-Id": "from-a-test", **PNG}
-            assert httpx.post(url, content=picture(0), headers=headers, timeout=60).status_code == 200
+            answer = httpx.post(url, content=picture(0), headers=headers, timeout=60)
+            assert (answer.status_code, answer.headers.get_list("x-request-id")) == (200, ["from-a-test"])
             wait_until(lambda: "from-a-test" in (tmp_path / "err").read_text(), "the request is not logged")
             (proxy,) = {process.cmdline()[3] for process in processes("haproxy")}
             files = [file for file in Path(proxy).parents[1].rglob("*") if file.is_file()]
