@@ -6,6 +6,7 @@ is imported, so that a typo fails in a blink. Rules for defaults are written onc
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -32,6 +33,7 @@ from jepakit.sources.tiles import Cut
 
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PathLike = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 # Usual display windows of CT, in Hounsfield units.
 CT_WINDOWS = {
     "ct-brain": (0.0, 80.0), "ct-soft-tissue": (-160.0, 240.0), "ct-lung": (-1350.0, 150.0), "ct-bone": (-500.0, 1300.0),
@@ -161,7 +163,7 @@ class AdaptConfig(_Settings):
     """The run's folder; None: runs/<folder>-<date>."""
     backbone: str = "vit_small_patch14_reg4_dinov2.lvd142m"
     """A timm name, with or without the tag of its weights."""
-    weights: str = "pretrained"
+    weights: PathLike = "pretrained"
     """`pretrained` (the hub: the only network access), `random`, a .safetensors or .pth file, or a bundle."""
     domain: Domain = "general"
     """Preset of views that keeps what the domain's signal is."""
@@ -173,10 +175,10 @@ class AdaptConfig(_Settings):
     standardize: Literal["auto", "none", "center", "scale"] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
     graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
-    labels: str = "auto"
+    labels: PathLike = "auto"
     """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
     labels. Only ever used to measure, never to train."""
-    group: str = "auto"
+    group: PathLike = "auto"
     """Which images belong together (patient, scene), so that held-out ones have no sibling in training: `auto`
     (a manifest's column, DICOM's PatientID, or a tile's scene), `none`, `folder`, or a CSV or Parquet file."""
     tile: Annotated[int, Field(ge=32)] | None = None
@@ -329,6 +331,14 @@ class AdaptConfig(_Settings):
             raise ValueError("give steps or epochs, not both")
         return self
 
+    @model_validator(mode="after")
+    def _average_of_what_trains(self) -> Self:
+        if self.average != "none" and self.unfreeze == "none":
+            raise ValueError(
+                f"average = {self.average} of a backbone that unfreeze = none leaves as it is: leave one of them out"
+            )
+        return self
+
     def resolved_views(self) -> ViewsConfig:
         """The domain's preset with the values the user set on top."""
         return ViewsConfig(**{**PRESETS[self.domain], **self.views.model_dump(exclude_unset=True)})
@@ -370,7 +380,7 @@ class ExportConfig(_Settings):
     """Patch tokens as a second output, `tokens`."""
     dynamic_size: bool = False
     """A graph that takes other image sizes too, where the backbone allows it."""
-    verify_images: str | None = None
+    verify_images: PathLike | None = None
     """The user's own images to verify on (and to calibrate int8 with); None: the golden inputs."""
     normalize: bool | None = None
     """Scale vectors to length 1 inside the graph; None: no, or what the bundle says."""

@@ -95,8 +95,19 @@ def test_a_wrong_value_is_told_with_its_setting_and_what_is_wanted(
         assert part in message
 
 
+def test_files_are_named_by_text_or_paths(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").touch()
+    (tmp_path / "table.csv").touch()
+    config = adapt(weights=tmp_path / "w.safetensors", labels=tmp_path / "table.csv", group=tmp_path / "table.csv")
+    assert (config.weights, config.labels) == (str(tmp_path / "w.safetensors"), str(tmp_path / "table.csv"))
+    assert parse(ExportConfig, {"source": "x:random", "out": "y", "verify_images": tmp_path}).verify_images == str(
+        tmp_path
+    )
+
+
 def test_steps_and_epochs_are_not_given_both() -> None:
     assert complaint(steps=10, epochs=1) == "give steps or epochs, not both"
+    assert complaint(average="ema", unfreeze="none").startswith("average = ema of a backbone that unfreeze = none")
     assert adapt(steps=10).steps == 10
     assert adapt(epochs=2).epochs == 2
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -67,6 +68,18 @@ def test_a_single_step_and_rare_labels_can_be_tried_too(
     assert estimate.step_s > 0
     assert "images/s" in str(estimate)
     assert "one process does the dry run" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_of_a_process_a_gpu(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    settings: dict[str, Any] = {"backbone": "test_vit", "image_size": 64, "unfreeze": 50, "workers": 0}
+    with pytest.raises(ConfigError, match="has 6 blocks"):
+        jepakit.dry_run(image_folder(), weights="random", **settings)
+    assert "the run would have 4" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
+        jepakit.dry_run(image_folder(), weights="random", processes=5, **settings)
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(image_folder: Callable[..., Path]) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from jepakit.backbone import build, stock_preprocess
 from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights, write_bundle
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError, DataError
+from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.sources import list_images
+from jepakit_training.loop import out_of_memory_told
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import cpu_has_bf16, mixed_precision
 
@@ -119,6 +121,19 @@ def test_micro_batches_are_of_a_process_and_none_where_they_save_nothing() -> No
     assert plan(batch_size=64).micro_batch is None
 
 
+def test_batch_norms_that_train_see_a_batch_once() -> None:
+    with pytest.raises(ConfigError, match="activation_checkpointing: the BatchNorms of test_resnet train"):
+        plan("test_resnet", weights="random", activation_checkpointing=True)
+    assert plan("test_resnet", activation_checkpointing=True).norm_statistics == "frozen"
+    assert plan("test_vit", weights="random", activation_checkpointing=True).norm_statistics == "frozen"
+    for weights, exact in (("random", False), ("pretrained", True)):
+        config = AdaptConfig(images="x", backbone="test_resnet", weights=weights)
+        told = out_of_memory_told(config, plan("test_resnet", weights=weights), Accelerator(cpu=True))
+        with pytest.raises(TrainingError, match="--image-size below") as error, told:
+            raise torch.OutOfMemoryError
+        assert ("micro_batch" in str(error.value)) == ("checkpointing" in str(error.value)) == exact, weights
+
+
 def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:
     fixed = plan("coat_lite_tiny")
     assert fixed.local_size == fixed.image_size == 224
@@ -132,11 +147,19 @@ def test_a_size_that_the_backbone_does_not_take_is_refused_with_its_own() -> Non
 
 
 @pytest.mark.parametrize(
-    ("steps", "same_data", "seed", "warns"),
-    [(300, False, 0, True), (300, True, 1, True), (300, True, 0, False), (0, False, 0, False)],
+    ("steps", "same_data", "settings", "warns"),
+    [
+        (300, False, {}, True),
+        (300, True, {"seed": 1}, True),
+        (300, True, {"held_out": 0.4}, True),
+        (300, True, {"measure_on": 5000}, True),
+        (300, True, {}, False),
+        (0, False, {}, False),
+    ],
 )
+@pytest.mark.parametrize("first", ["pretrained", "a bundle that is gone"])
 def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
-    tmp_path: Path, steps: int, same_data: bool, seed: int, warns: bool
+    tmp_path: Path, steps: int, same_data: bool, settings: dict[str, Any], warns: bool, first: str
 ) -> None:
     images, backbone = list_images([np.zeros((8, 8), np.uint8)] * 100, "none"), build("test_resnet", {})
     manifest = Manifest(
@@ -145,13 +168,14 @@ def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
         preprocess=stock_preprocess(backbone, 64),
         embedding=EmbeddingSpec(dim=64, pooling="head", standardize="none"),
         provenance=Provenance(
-            config={"seed": 0}, steps=steps, images_seen=steps, versions={},
+            config={"seed": 0, "held_out": 0.2, "measure_on": 2000, "weights": first}, steps=steps, images_seen=steps, versions={},
             data_digest=images.digest() if same_data else "0" * 16,
         ),
     )  # fmt: skip
     write_bundle(tmp_path / "first", manifest, lambda folder: save_file(backbone.state_dict(), folder / WEIGHTS))
-    config = AdaptConfig(images="x", backbone="test_resnet", weights=str(tmp_path / "first"), seed=seed)
+    config = AdaptConfig(images="x", backbone="test_resnet", weights=str(tmp_path / "first"), **settings)
     notes = " ".join(make_plan(config, images, backbone, 1).notes)
+    warns = warns or (steps > 0 and first != "pretrained")
     assert ("may be others" in notes and "split column" in notes) == warns
     chosen = replace(images, held_out=np.arange(100) < 20)
     assert "may be others" not in " ".join(make_plan(config, chosen, backbone, 1).notes)

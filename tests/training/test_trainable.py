@@ -167,6 +167,16 @@ def test_no_weight_decay_on_what_the_backbone_names_itself(name: str, part: str,
     assert set(found) == {0.0}
 
 
+def test_a_layer_that_mixes_tokens_decays_like_any_and_a_token_does_not() -> None:
+    backbone, projector = build("poolformerv2_s12", {}), Projector(4, (8, 8, 8))
+    backbone.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 4))
+    backbone.stages[0].blocks[0].token_mixer.qkv = torch.nn.Linear(4, 4)
+    groups = parameter_groups(backbone, projector, lr=1e-4, projector_lr=1e-3, weight_decay=0.05)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert decay[id(backbone.cls_token)] == 0
+    assert decay[id(backbone.stages[0].blocks[0].token_mixer.qkv.weight)] == 0.05
+
+
 def test_layer_decay_halves_the_rate_from_each_layer_to_the_one_before() -> None:
     backbone, projector = build("test_vit", {}), Projector(4, (8, 8, 8))
     freeze(backbone, "all", from_random=False)

@@ -22,6 +22,7 @@ from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
 from jepakit_training.data import views_on
 from jepakit_training.evaluation import Features, Measuring
+from jepakit_training.launch import processes
 from jepakit_training.learner import Learner
 from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
 from jepakit_training.memory import freed_memory_kept, memory_gb, peak_gb
@@ -36,10 +37,9 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
     Raises what `adapt` would raise before and in its first steps: InputError, and TrainingError when memory runs out.
     """
-    if config.processes is not None and config.processes > 1:
-        print(
-            f"one process does the dry run, on the whole batch; the run would have {config.processes}", file=sys.stderr
-        )
+    count = (config.processes or 1) if config.launcher == "ray" else processes(config, images)
+    if count > 1:
+        print(f"one process does the dry run, on the whole batch; the run would have {count}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, freed_memory_kept(), own_precision():
         setup = prepare(config, images, Run(Path(folder)))
         plan = setup.plan

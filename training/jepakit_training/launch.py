@@ -51,12 +51,12 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         from jepakit_training.ray_launch import adapt_on_ray
 
         return adapt_on_ray(config, images, out)
-    processes = _processes(config, images)
-    if processes == 1:
+    count = processes(config, images)
+    if count == 1:
         from jepakit_training.loop import adapt as adapt_here
 
         return adapt_here(config, images, out)
-    return _adapt_in(processes, config, images, out)
+    return _adapt_in(count, config, images, out)
 
 
 def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
@@ -95,8 +95,8 @@ def _check_launched(config: AdaptConfig, images: ImageList) -> None:
         raise ConfigError(f"images in memory cannot be shared between {_world()} processes: save them to a folder")
 
 
-def _processes(config: AdaptConfig, images: ImageList) -> int:
-    """How many processes are to train on this machine."""
+def processes(config: AdaptConfig, images: ImageList) -> int:
+    """How many processes are to train on this machine; ConfigError where it has fewer GPUs."""
     if config.processes == 1 or images.in_memory:
         return 1
     import torch

@@ -219,9 +219,10 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
 
 def out_of_memory_told(config: AdaptConfig, plan: Plan, accelerator: Accelerator) -> AbstractContextManager[None]:
     """Turns "out of memory" into an error that names what to change in this run."""
+    whole = plan.norm_statistics == "trained"  # BatchNorms that train see a whole batch, once
     return memory_errors(
-        micro_batch=plan.micro_batch or plan.batch_size // accelerator.num_processes,
-        activation_checkpointing=config.activation_checkpointing, image_size=plan.image_size, workers=plan.workers,
+        micro_batch=1 if whole else plan.micro_batch or plan.batch_size // accelerator.num_processes,
+        activation_checkpointing=whole or config.activation_checkpointing, image_size=plan.image_size, workers=plan.workers,
     )  # fmt: skip
 
 

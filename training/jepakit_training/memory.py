@@ -51,8 +51,8 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
     """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order; loaders that
     were ended, or deliver nothing, into one too.
 
-    micro_batch               images that one backbone pass works through at once, as it is now
-    activation_checkpointing  whether that is on
+    micro_batch               images that one backbone pass works through at once, as it is now; 1 where it cannot be fewer
+    activation_checkpointing  whether that is on, or cannot be
     image_size, workers       the run's
     """
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from jepakit._machine import usable_cpus
 from jepakit.backbone import fitting_size, from_bundle, is_hierarchical, round_size, size_multiple
-from jepakit.bundle import open_bundle
+from jepakit.bundle import START_WORDS, open_bundle
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
@@ -68,6 +69,7 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
     views = config.resolved_views()
     image_size, local_size, size_notes = _sizes(config, views, backbone, bands)
     norm_statistics = _norm_statistics(config, backbone)
+    _check_checkpointing(config, norm_statistics)
     from_random, trains = config.weights == "random", config.unfreeze != "none"
     notes = [
         *split_notes,
@@ -141,18 +143,27 @@ def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
 
 def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
     """A warning where the start was trained on other images, and which of these were among them is not known."""
-    if not from_bundle(config.weights) or images.held_out is not None:
-        return []
-    provenance = open_bundle(config.weights).manifest.provenance
-    if provenance.steps == 0 or (provenance.data_digest, provenance.config.get("seed")) == (
-        images.digest(),
-        config.seed,
-    ):
+    if images.held_out is not None or _held_out_alike(config.weights, config, images.digest()):
         return []
     return [
         f"warning: {config.weights} was trained in a run whose held-out images may be others: where it has seen those held out "
         "here, the verdict is optimistic; name them in a manifest's split column to keep them apart in every run"
     ]
+
+
+def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool:
+    """Whether every run behind these start weights held out the images that this one holds out."""
+    if not from_bundle(weights):
+        return weights in START_WORDS or Path(weights).is_file()  # else a bundle that is gone since
+    provenance = open_bundle(weights).manifest.provenance
+    before = provenance.config
+    if provenance.steps == 0:
+        return True
+    return (
+        provenance.data_digest == data_digest
+        and all(before.get(name) == getattr(config, name) for name in ("seed", "held_out", "measure_on"))
+        and _held_out_alike(str(before.get("weights")), config, data_digest)
+    )
 
 
 def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tuple[int, list[str]]:
@@ -215,6 +226,14 @@ def _micro_batch(config: AdaptConfig, batch_size: int, world: int, norm_statisti
             "batch: leave micro_batch out, set norm_statistics = frozen, or take a backbone without BatchNorm"
         )
     return micro_batch
+
+
+def _check_checkpointing(config: AdaptConfig, norm_statistics: str) -> None:
+    if config.activation_checkpointing and norm_statistics == "trained":
+        raise ConfigError(
+            f"activation_checkpointing: the BatchNorms of {config.backbone} train, and would see each batch twice: leave it "
+            "out, set norm_statistics = frozen, or take a backbone without BatchNorm"
+        )
 
 
 def _loader_processes() -> int:

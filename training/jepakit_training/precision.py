@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from jepakit.errors import ConfigError
 def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "no"]:
     """What accelerate's autocast computes in; ConfigError for bfloat16 on a machine without it."""
     on_gpu = torch.cuda.is_available()
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
     if asked == "bf16" and not has_bf16:
         raise ConfigError("precision = bf16: this machine has no bfloat16 instructions; use auto or fp32")
     return "bf16" if asked == "bf16" or (asked == "auto" and on_gpu and has_bf16) else "no"
@@ -34,17 +34,40 @@ def own_precision() -> Iterator[None]:
     not to: what is measured is what is served. And accelerate, which keeps the precision of its first use for good, starts
     anew.
     """
-    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    allowed_before = [each.allow_tf32 for each in flags]
     kept = AcceleratorState._shared_state
     kept_before = dict(kept)
+    with _no_tf32():
+        try:
+            kept.clear()
+            yield
+        finally:
+            kept.clear()
+            kept.update(kept_before)
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Products and convolutions in whole float32.
+
+    torch has two generations of switches. The older ones move the newer; where only a newer one was moved, reading the
+    older is an error, and compiled kernels read them.
+    """
+    cudnn: Any = torch.backends.cudnn
+    newer: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [each.fp32_precision for each in newer]
+    products, convolutions = "highest", True  # torch's defaults
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
+    for each in newer:
+        each.fp32_precision = "ieee"
     try:
-        kept.clear()
-        for each in flags:
-            each.allow_tf32 = False
         yield
     finally:
-        kept.clear()
-        kept.update(kept_before)
-        for each, allowed in zip(flags, allowed_before, strict=True):
-            each.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32 = convolutions
+        for each, precision in zip(newer, before, strict=True):
+            each.fp32_precision = precision

@@ -103,7 +103,11 @@ def parameter_groups(
     groups = []
     for module, rate, role in ((backbone, lr, "backbone"), (projector, projector_lr, "projector")):
         spared: set[str] | list[str] = getattr(module, "no_weight_decay", set)()
-        plain = [*spared, *(name for name, _ in module.named_parameters() if "pos_embed" in name or "token" in name)]
+        # `cls_token` and the like: MetaFormer's `token_mixer` is a layer.
+        tokens = [
+            name for name, _ in module.named_parameters() if "pos_embed" in name or name.endswith(("token", "tokens"))
+        ]
+        plain = [*spared, *tokens]
         if role == "backbone" and layer_decay < 1:
             found = param_groups_layer_decay(module, weight_decay, plain, layer_decay=layer_decay)
         else:
