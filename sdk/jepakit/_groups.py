@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,22 @@ def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
     if groups is None:
         return np.arange(count)
     try:
-        names = np.asarray(groups).tolist()
+        array = np.asarray(groups)
     except ValueError:
         raise DataError(f"the groups are lists of different lengths: give a name for each of {count} images") from None
-    if np.shape(groups) != (count,):
-        raise DataError(f"{count} images, but groups of shape {list(np.shape(groups))}: give a name for each image")
-    for place, name in enumerate(groups if isinstance(groups, list | tuple) else names):
+    if array.shape != (count,):
+        raise DataError(f"{count} images, but groups of shape {list(array.shape)}: give a name for each image")
+    names = array.tolist()
+    for place, name in enumerate(as_given(groups, array)):
         if name is None or name != name:
-            raise DataError(f"image {place} has no group ({name!r}): name one, its own where it stands alone")
+            raise DataError(f"image {place} has no group ({name}): name one, its own where it stands alone")
     number = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return np.array([number[name] for name in names], np.intp)
+
+
+def as_given(names: Any, array: NDArray[Any]) -> Iterable[Any]:
+    """What to look for missing names in: among text an array makes "nan" of NaN, a name like any other."""
+    return names if array.dtype.kind == "U" and isinstance(names, list | tuple) else array
 
 
 def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: NDArray[Any]) -> NDArray[np.float64]:

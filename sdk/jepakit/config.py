@@ -33,7 +33,9 @@ from jepakit.sources.tiles import Cut
 
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PathLike = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
+TextOrPath = Annotated[
+    str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
+]
 # Usual display windows of CT, in Hounsfield units.
 CT_WINDOWS = {
     "ct-brain": (0.0, 80.0), "ct-soft-tissue": (-160.0, 240.0), "ct-lung": (-1350.0, 150.0), "ct-bone": (-500.0, 1300.0),
@@ -163,7 +165,7 @@ class AdaptConfig(_Settings):
     """The run's folder; None: runs/<folder>-<date>."""
     backbone: str = "vit_small_patch14_reg4_dinov2.lvd142m"
     """A timm name, with or without the tag of its weights."""
-    weights: PathLike = "pretrained"
+    weights: TextOrPath = "pretrained"
     """`pretrained` (the hub: the only network access), `random`, a .safetensors or .pth file, or a bundle."""
     domain: Domain = "general"
     """Preset of views that keeps what the domain's signal is."""
@@ -175,10 +177,10 @@ class AdaptConfig(_Settings):
     standardize: Literal["auto", "none", "center", "scale"] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
     graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
-    labels: PathLike = "auto"
+    labels: TextOrPath = "auto"
     """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
     labels. Only ever used to measure, never to train."""
-    group: PathLike = "auto"
+    group: TextOrPath = "auto"
     """Which images belong together (patient, scene), so that held-out ones have no sibling in training: `auto`
     (a manifest's column, DICOM's PatientID, or a tile's scene), `none`, `folder`, or a CSV or Parquet file."""
     tile: Annotated[int, Field(ge=32)] | None = None
@@ -380,7 +382,7 @@ class ExportConfig(_Settings):
     """Patch tokens as a second output, `tokens`."""
     dynamic_size: bool = False
     """A graph that takes other image sizes too, where the backbone allows it."""
-    verify_images: PathLike | None = None
+    verify_images: TextOrPath | None = None
     """The user's own images to verify on (and to calibrate int8 with); None: the golden inputs."""
     normalize: bool | None = None
     """Scale vectors to length 1 inside the graph; None: no, or what the bundle says."""

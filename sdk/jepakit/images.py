@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
 from jepakit.nodata import is_blank, missing, valid_pixels
-from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, open_raster
+from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, open_raster
 from jepakit.readers.quiet import quiet
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def _frame_meant(header: Header, ref: ImageRef, spec: Preprocess) -> int | None:
     """The frame that is asked for, else the model's. A single picture in memory was cut out of its film already."""
     if ref.frame is not None:
         return ref.frame
-    is_file = isinstance(ref.data, str | Path | bytes | bytearray | memoryview)
-    return spec.frame if is_file or header.frames > 1 else None
+    return spec.frame if isinstance(ref.data, EncodedSource) or header.frames > 1 else None
 
 
 def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import as_path, written
-from jepakit._groups import dealt, in_cells, main_class, numbered
+from jepakit._groups import as_given, dealt, in_cells, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -390,15 +390,13 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
         raise DataError("no labels: embed a folder with one subfolder per class, or pass y")
     try:
         labels = np.asarray(y)
-        if isinstance(y, list | tuple):  # among text an array would make "nan" of NaN, a class like any other
-            labels = np.asarray(y, object)
     except ValueError:
         raise DataError(
             f"the labels are lists of different lengths: give one label for each of {count} vectors"
         ) from None
     if labels.shape != (count,):
         raise DataError(f"{count} vectors, but labels of shape {list(labels.shape)}")
-    for place, label in enumerate(labels):
+    for place, label in enumerate(as_given(y, labels)):
         if not isinstance(label, str | Real | np.bool_) or label != label:
             raise DataError(
                 f"label {label!r} of vector {place} is neither text nor a number: name its class, or leave the vector out"

@@ -191,8 +191,7 @@ def scan(
     seen: list[Seen] = []
     unreadable: list[tuple[int, str]] = []
     show = Steps(len(chosen), 0, what="look at values", enabled=progress)
-    # A caller's own dataset need not bear two threads at once.
-    with ThreadPoolExecutor(1 if images.in_memory else _THREADS) as pool:
+    with ThreadPoolExecutor(images.threads(_THREADS)) as pool:
         try:
             for done, result in enumerate(pool.map(lambda index: _look(images, index, value_range, frame), chosen), 1):
                 if isinstance(result, Seen):

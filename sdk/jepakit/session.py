@@ -184,8 +184,7 @@ def _batches(listed: ImageList, spec: Preprocess, size: int) -> Generator[Pixels
 
     Raises ImageError for the first image, by its place, that cannot be read rightly.
     """
-    # A caller's own dataset need not bear two threads at once.
-    pool = ThreadPoolExecutor(1 if listed.in_memory else min(usable_cpus(), _MOST_DECODERS), "decode")
+    pool = ThreadPoolExecutor(listed.threads(min(usable_cpus(), _MOST_DECODERS)), "decode")
     places, waiting = iter(range(len(listed))), deque[Future[Pixels]]()
     try:
         while True:

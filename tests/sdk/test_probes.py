@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from sklearn.base import clone, is_classifier
@@ -451,6 +452,10 @@ def test_a_missing_label_or_group_among_text_is_no_class_of_its_own(missing: Any
         KNNProbe().fit([[1.0], [2.0]], ["dog", missing])
     with pytest.raises(DataError, match=r"image 1 has no group"):
         LinearProbe().fit([[1.0], [2.0]] * 4, ["cat", "dog"] * 4, groups=["a", missing] * 4)
+
+
+def test_numbers_in_a_list_may_be_of_any_library() -> None:
+    assert KNNProbe(k=1).fit([[1.0], [-1.0]], [torch.tensor(0), torch.tensor(1)]).classes_.tolist() == [0, 1]
 
 
 def test_texts_in_an_array_of_objects_are_classes_like_any(tmp_path: Path) -> None:

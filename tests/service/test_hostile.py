@@ -353,10 +353,14 @@ def test_compressed_bodies_are_refused(victim: Victim) -> None:
 # --- connections ----------------------------------------------------------------------------------------------------
 
 
+def connected(url: str, *, timeout_s: float | None = 20) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=timeout_s)
+
+
 def talk(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
     """Send pieces of a request as they are, then read until the service closes or falls silent."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with connected(url) as connection:
         with contextlib.suppress(ConnectionError):  # the service may answer and close before all is sent
             for piece in pieces:
                 connection.sendall(piece)
@@ -420,8 +424,7 @@ def test_a_refused_body_passes_by_for_a_while_before_the_connection_ends(
     victim: Victim, path: str, declared: str, size: int
 ) -> None:
     """A connection that is closed while bytes arrive is reset, and clients that read last lose the answer."""
-    host, port = victim.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with connected(victim.url) as connection:
         connection.sendall(head(declared.format(size=size)).replace(b"/v1/embeddings", path.encode()))
         if "chunked" in declared:
             connection.sendall(b"%x\r\n" % size)
@@ -431,9 +434,8 @@ def test_a_refused_body_passes_by_for_a_while_before_the_connection_ends(
 
 
 def test_a_refused_body_that_never_comes_is_not_waited_for_long(victim: Victim) -> None:
-    host, port = victim.url.removeprefix("http://").split(":")
     start = time.monotonic()
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with connected(victim.url) as connection:
         connection.sendall(head(f"Content-Length: {17 * MEGABYTE}"))
         assert answered(connection) == 413
         assert time.monotonic() - start < 3
@@ -444,9 +446,8 @@ def test_a_refused_body_that_never_comes_is_not_waited_for_long(victim: Victim) 
 def test_strangers_take_no_room_from_those_with_a_key(bundle: Path) -> None:
     settings = ServeSettings(bundles=(str(bundle),), port=1, max_body_mb=8, max_bodies_mb=8)
     with running(settings) as url, contextlib.ExitStack() as held:
-        host, port = url.removeprefix("http://").split(":")
         for _ in range(4):
-            connection = held.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            connection = held.enter_context(connected(url))
             connection.sendall(head(f"Content-Length: {8 * MEGABYTE}").replace(b"/v1/embeddings", b"/healthz") + b"a")
             assert connection.recv(12) == b"HTTP/1.1 413"
         answer = httpx.post(f"{url}/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
@@ -508,9 +509,8 @@ def test_length_and_chunks_together_smuggle_nothing(victim: Victim) -> None:
 
 
 def test_clients_that_leave_in_the_middle_hurt_nobody(victim: Victim) -> None:
-    host, port = victim.url.removeprefix("http://").split(":")
     for cut in (1, 100, 1000):
-        with socket.create_connection((host, int(port))) as connection:
+        with connected(victim.url, timeout_s=None) as connection:
             connection.sendall(head("Content-Length: 5000") + b"x" * cut)
     assert _answers(victim.url)
 
@@ -525,8 +525,7 @@ def test_large_parts_of_a_form_stay_in_memory(victim: Victim) -> None:
     # Pillow loads its readers of formats when first they are asked.
     assert httpx.post(f"{victim.url}/v1/embeddings", content=body, headers=headers).status_code == 415
     before, seen = victim.open_files(), set[str]()
-    host, port = victim.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with connected(victim.url, timeout_s=30) as connection:
         lines = f"POST /v1/embeddings?partial=true HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(lines.encode())
         for at in range(0, len(body), MEGABYTE):

@@ -93,6 +93,14 @@ def test_readiness_and_metrics_speak_for_the_deployment(deployment: Deployment) 
     asyncio.run(go())
 
 
+def hang(model: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on no batch of the model ends before the event is set, or 10 s have passed."""
+    released, run = threading.Event(), model._batcher._run
+    for way in ("_run", "_whole"):
+        monkeypatch.setattr(model._batcher, way, lambda images: (released.wait(10), run(images))[1])
+    return released
+
+
 def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_FRESH_S", 0.0)
     monkeypatch.setattr(models, "_HEARTBEAT_S", 0.3)
@@ -121,12 +129,8 @@ def test_a_model_whose_images_take_long_to_decode_is_busy_and_one_that_hangs_is_
 ) -> None:
     for name, seconds in (("_FRESH_S", 0.5), ("_HEARTBEAT_S", 1.0), ("_PATIENCE_S", 10.0)):
         monkeypatch.setattr(models, name, seconds)
-    replica = Replica(settings(bundle))
-    released = threading.Event()
-    (model,) = replica.registry
-    run = model._batcher._run
-    monkeypatch.setattr(model._batcher, "_run", lambda images: (released.wait(10), run(images))[1])
-    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
+    (model,) = Replica(settings(bundle)).registry
+    released = hang(model, monkeypatch)
 
     async def go() -> None:
         model._beaten = model._right = time.monotonic() - 60
@@ -274,11 +278,8 @@ def test_a_probe_does_not_wait_for_a_heartbeat(bundle: Path, monkeypatch: pytest
     monkeypatch.setattr(models, "_HEARTBEAT_S", 2.0)
     monkeypatch.setattr(models, "_PATIENCE_S", 0.05)
     replica = Replica(settings(bundle))
-    released = threading.Event()
     (model,) = replica.registry
-    run = model._batcher._run
-    monkeypatch.setattr(model._batcher, "_run", lambda images: (released.wait(10), run(images))[1])
-    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
+    released = hang(model, monkeypatch)
 
     async def go() -> None:
         start = time.monotonic()

@@ -143,7 +143,9 @@ def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
 
 def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
     """A warning where the start was trained on other images, and which of these were among them is not known."""
-    if images.held_out is not None or _held_out_alike(config.weights, config, images.digest()):
+    if not from_bundle(config.weights) or images.held_out is not None:
+        return []
+    if _held_out_alike(config.weights, config, images.digest()):
         return []
     return [
         f"warning: {config.weights} was trained in a run whose held-out images may be others: where it has seen those held out "

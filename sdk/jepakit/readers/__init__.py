@@ -7,11 +7,13 @@ before a pixel is decoded, so that budgets are checked first; `read` gives the p
 """
 
 from jepakit.readers.dicom import dicom_group
+from jepakit.readers.encoded import EncodedSource
 from jepakit.readers.opening import open_raster
 from jepakit.readers.raster import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, Raster, Window
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "EncodedSource",
     "Header",
     "ImageRef",
     "ImageSource",

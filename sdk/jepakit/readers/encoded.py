@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from jepakit.errors import ImageError
 
 HEAD = 4096
+EncodedSource = str | Path | bytes | bytearray | memoryview
+"""A file, or the bytes of one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Encoded:
         return np.frombuffer(self.data, dtype, count, offset).reshape(shape)
 
 
-def open_encoded(source: str | Path | bytes | bytearray | memoryview, name: str | None) -> Encoded:
+def open_encoded(source: EncodedSource, name: str | None) -> Encoded:
     """Open a path or bytes; ImageError when there is no such file, or it is no regular one."""
     if isinstance(source, str | Path):
         return _open_path(Path(source), name or str(source))

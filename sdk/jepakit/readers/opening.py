@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jepakit.readers.encoded import Encoded, open_encoded
+from jepakit.readers.encoded import Encoded, EncodedSource, open_encoded
 from jepakit.readers.raster import DEFAULT_LIMITS, ImageSource, Limits, Raster
 from jepakit.readers.sniff import sniff
 
@@ -31,7 +30,7 @@ def open_raster(
         from jepakit.readers.npy import open_array
 
         return open_array(source, name or "array", limits)
-    if isinstance(source, str | Path | bytes | bytearray | memoryview):
+    if isinstance(source, EncodedSource):
         return _open_encoded(open_encoded(source, name), limits, voi)
     # Whoever holds a Pillow image has imported Pillow.
     pillow: Any = sys.modules.get("PIL.Image")

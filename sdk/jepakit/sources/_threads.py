@@ -11,17 +11,17 @@ from jepakit._progress import Steps
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
-_THREADS = 8
+THREADS = 8
 # A future a file at once would take more memory than the answers.
 _AT_ONCE = 64
 
 
-def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, alone: bool = False) -> list[_Out]:
-    """`[work(item) for item in items]`, the first error raised. alone: in one thread, for a caller's own dataset."""
+def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS) -> list[_Out]:
+    """`[work(item) for item in items]`, the first error raised."""
     done: list[_Out] = []
     steps = Steps(len(items), 0, what=what)
     try:
-        with ThreadPoolExecutor(1 if alone else _THREADS) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             while len(done) < len(items):
                 done += pool.map(work, items[len(done) : len(done) + _AT_ONCE])
                 steps.update(len(done))

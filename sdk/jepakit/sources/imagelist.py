@@ -82,6 +82,10 @@ class ImageList:
         """Whether the images are objects in memory, which another process cannot find by name."""
         return self.store.in_memory
 
+    def threads(self, most: int) -> int:
+        """How many threads may ask for images at once: a caller's own dataset need not bear two."""
+        return 1 if self.in_memory else most
+
     def digest(self) -> str:
         """A fingerprint, 16 hex digits, to notice that a resumed run meets other data.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jepakit._progress import track
 from jepakit.errors import DataError, ImageError
-from jepakit.readers import ImageSource
+from jepakit.readers import EncodedSource, ImageSource
 from jepakit.sources._words import counted
 from jepakit.sources.store import Found, stamp_of
 
@@ -101,9 +101,7 @@ def is_one_image(value: Any) -> bool:
         return value.ndim in (2, 3)
     # Whoever holds a Pillow image has loaded Pillow: no need to import it here.
     pillow = sys.modules.get("PIL.Image")
-    return isinstance(value, str | Path | bytes | bytearray | memoryview) or (
-        pillow is not None and isinstance(value, pillow.Image)
-    )
+    return isinstance(value, EncodedSource) or (pillow is not None and isinstance(value, pillow.Image))
 
 
 def _split(item: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from jepakit._messages import did_you_mean
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import Header, Raster, Window
-from jepakit.sources._threads import in_threads
+from jepakit.sources._threads import THREADS, in_threads
 from jepakit.sources._words import counted
 from jepakit.sources.imagelist import ImageList, Pieces
 
@@ -126,7 +126,7 @@ def _headers(images: ImageList, *, lenient: bool) -> tuple[dict[int, Header], li
                 raise
             return error
 
-    answers = in_threads(header, range(len(images)), "headers", alone=images.in_memory)
+    answers = in_threads(header, range(len(images)), "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
     if len(unreadable) > _MAX_UNREADABLE * len(answers):
         raise DataError(f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}")
@@ -207,7 +207,7 @@ def _look(
         step = _WINDOWS_AT_ONCE if header.windowed else max(1, end - first)
         jobs += [(header, range(start, min(start + step, end))) for start in range(first, end, step)]
     looked = in_threads(
-        lambda job: _measure(images, pieces, *job), jobs, "look for empty tiles", alone=images.in_memory
+        lambda job: _measure(images, pieces, *job), jobs, "look for empty tiles", threads=images.threads(THREADS)
     )
     for (_, places), seen in zip(jobs, looked, strict=True):
         if seen is not None:
