@@ -45,8 +45,12 @@ def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: NDArra
 
 
 def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The class of most of each group's images, [groups]."""
-    main: NDArray[np.intp] = in_cells(groups, classes, np.ones(len(groups))).argmax(axis=1)
+    """The class of most of each group's images, [groups]; of several with equally many, the first."""
+    cells, counts = np.unique(groups * (classes.max() + 1) + classes, return_counts=True)
+    group_of_cell, class_of_cell = np.divmod(cells, classes.max() + 1)
+    rising = np.lexsort((-class_of_cell, counts))
+    main = np.zeros(groups.max() + 1, np.intp)
+    main[group_of_cell[rising]] = class_of_cell[rising]  # the last one assigned stays
     return main
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepakit._groups import main_class
 from jepakit.bundle import Preprocess
 from jepakit.config import ViewsConfig
 from jepakit.errors import DataError
@@ -198,6 +199,33 @@ def test_groups_are_held_out_whole_and_each_stratum_in_proportion() -> None:
     held_out = Counter(labels[index] for index in parts.held_out)
     for label, count in Counter(labels).items():
         assert held_out[label] == pytest.approx(0.25 * count, abs=12)
+
+
+@pytest.mark.parametrize(("slides", "held_out"), [(100, 20), (450, 90), (1000, 120), (2000, 120)])
+def test_of_large_groups_as_many_are_held_out_as_the_verdict_needs(slides: int, held_out: int) -> None:
+    """1000 tiles a slide, of which 2000 tiles alone would be two slides."""
+    slide_of = np.repeat(np.arange(slides), 1000)
+    labels, groups = np.array(["a", "b"])[slide_of % 2], slide_of.astype(str)
+    parts = split(len(slide_of), labels.tolist(), groups=groups.tolist(), share=0.2, most=2000, seed=0)
+    assert Counter(np.unique(slide_of[parts.held_out]) % 2) == {0: held_out // 2, 1: held_out // 2}
+    assert len(parts.held_out) <= 0.2 * len(slide_of)
+
+
+def test_a_rare_class_holds_out_its_part_of_the_groups_and_no_more_than_its_share() -> None:
+    slide_of = np.repeat(np.arange(1000), 100)
+    for rare, expected in ((400, {"rare": 60, "common": 60}), (50, {"rare": 10, "common": 60})):
+        labels = np.where(slide_of < rare, "rare", "common")
+        parts = split(100_000, labels.tolist(), groups=slide_of.tolist(), share=0.2, most=2000, seed=0)
+        assert (
+            Counter("rare" if slide < rare else "common" for slide in np.unique(slide_of[parts.held_out])) == expected
+        )
+
+
+def test_the_class_of_a_group_is_that_of_most_of_its_images_at_no_cost_of_memory() -> None:
+    groups, classes = np.array([0, 0, 0, 1, 1, 2, 2, 2]), np.array([2, 1, 2, 3, 0, 1, 1, 3])
+    assert main_class(groups, classes).tolist() == [2, 0, 1]
+    every = np.arange(1_000_000)  # a table of groups and classes would be 8 TB
+    np.testing.assert_array_equal(main_class(every, every[::-1]), every[::-1])
 
 
 def test_classes_of_one_group_each_are_not_held_out_as_a_whole_class_by_class() -> None:

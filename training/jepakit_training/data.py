@@ -23,6 +23,8 @@ from jepakit_training.randomness import derive_seed
 from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
 _MOST_SUBSTITUTES = 20
+_ENOUGH_GROUPS = 120
+"""Held-out groups that let the verdict say "same": it takes 90 of even weight, and a third more as groups are uneven."""
 
 
 class Split(NamedTuple):
@@ -35,17 +37,17 @@ class Split(NamedTuple):
 def split(
     count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None
 ) -> Split:
-    """Hold `share` of the images out, at most `most`, each stratum in proportion.
+    """Hold `share` of the images out, each stratum in proportion.
 
-    At least one group of a stratum, and as many as the verdict needs where those are at most a third of the stratum's,
-    even if that passes `most`. A stratum of a single group stays in training.
+    Of many images fewer are held out: `most`, or, where there are groups, what about 120 of them hold if that is more; each
+    stratum has an equal part of the 120. At least one group of a stratum is held out, and as many as the verdict needs to
+    judge the class where those are at most a third of the stratum's. A stratum of a single group stays in training.
 
     strata  a name for each image, e.g. its class; None: all are one stratum
     groups  a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
             the stratum of most of its images; None: every image is a group of its own
     """
     random = np.random.default_rng(derive_seed(seed, "split"))
-    share = min(share, most / count)
     group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     stratum_of = np.zeros(count, np.intp) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
     sizes = np.bincount(group_of)
@@ -54,11 +56,14 @@ def split(
     if 2 * sizes[lone].sum() > count:  # too many to stay: they are one stratum together
         stratum_of_group[lone] = -1
     chosen = np.zeros(len(sizes), bool)
-    for stratum in np.unique(stratum_of_group):
+    names, n_groups = np.unique(stratum_of_group, return_counts=True)
+    enough = 0.0 if groups is None else _ENOUGH_GROUPS / max(1, np.count_nonzero(n_groups > 1))
+    for stratum in names:
         members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
         can_judge = stratum >= 0 and len(members) >= 3 * FEWEST_PER_CLASS
         if len(members) > 1:
-            chosen[_near_share(members, sizes, share, FEWEST_PER_CLASS if can_judge else 1)] = True
+            part = min(share, max(most / count, enough / len(members)))
+            chosen[_near_share(members, sizes, part, FEWEST_PER_CLASS if can_judge else 1)] = True
     held_out = chosen[group_of]
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
