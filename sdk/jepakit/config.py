@@ -273,7 +273,8 @@ class AdaptConfig(_Settings):
     save_every_s: Annotated[float, Field(ge=0)] = 300.0
     """Seconds between checkpoints."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Loader processes; None: one a core but one, 8 at most, with a GPU 16. They change nothing but speed."""
+    """Loader processes; None: one a core but one, 8 at most, with a GPU 16, and fewer where the batches that they make
+    ahead would take over a quarter of main memory. They change nothing but speed."""
     processes: Annotated[int, Field(ge=1)] | None = None
     """Training processes, which share the batch; None: one a GPU (of this machine, or of the Ray cluster), else one."""
     launcher: Literal["local", "ray"] = "local"

@@ -99,6 +99,7 @@ class DryRun(Frozen):
     measuring_s: float
     """Seconds to measure the start and the result: to embed the images, and to fit the probes."""
     peak_memory_gb: float
+    """Of this process; on a CPU, with all batches that the loader's processes make ahead."""
     memory_gb: float
     """What there is of it: on the GPU, else main memory."""
     device: str

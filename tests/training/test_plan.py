@@ -18,6 +18,7 @@ from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Manifest, Provenanc
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.sources import list_images
+from jepakit_training import plan as plan_module
 from jepakit_training.loop import out_of_memory_told
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import cpu_has_bf16, mixed_precision
@@ -113,6 +114,35 @@ def test_statistics_are_trained_only_where_there_are_some_to_learn() -> None:
     assert plan("test_resnet", weights="random").norm_statistics == "trained"
     assert plan("test_vit", weights="random", norm_statistics="trained").norm_statistics == "frozen"
     assert plan("test_resnet", norm_statistics="trained").norm_statistics == "trained"
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "workers", "expected", "warned"),
+    [
+        (1000, None, (8, 2), False),
+        (36, None, (8, 1), False),
+        (16, None, (4, 1), False),
+        (1, None, (1, 1), True),
+        (16, 8, (8, 1), True),
+        (16, 0, (0, 2), False),
+    ],
+)
+def test_batches_made_ahead_take_a_quarter_of_the_memory_at_most(
+    monkeypatch: pytest.MonkeyPatch, memory_gb: int, workers: int | None, expected: tuple[int, int], warned: bool
+) -> None:
+    """Batches of 512 × 137,216 pixels of three bands of floats: 0.84 GB."""
+    monkeypatch.setattr(plan_module, "usable_cpus", lambda: 64)
+    monkeypatch.setattr(plan_module, "main_memory", lambda: memory_gb * 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = AdaptConfig(images="x", backbone="test_vit", batch_size=512, workers=workers)
+    listed = list_images([np.zeros((8, 8), np.uint8)] * 1000, "none")
+    made = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 1, value_bytes=4)
+    assert made.batch_bytes == 512 * (2 * 224**2 + 4 * 96**2) * 3 * 4
+    assert (made.workers, made.prefetch) == expected
+    assert made.queued_bytes == expected[0] * expected[1] * made.batch_bytes
+    assert any("of views ready" in note and "lower --workers" in note for note in made.notes) == warned
+    halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, value_bytes=4)
+    assert halved.batch_bytes == made.batch_bytes // 2
 
 
 def test_micro_batches_are_of_a_process_and_none_where_they_save_nothing() -> None:

@@ -142,7 +142,9 @@ def test_the_last_file_is_replaced_by_the_first(image_folder: Callable[..., Path
 def test_a_folder_of_rubbish_stops_with_the_first_files_name(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(b"rubbish")
-    loader = make_loader(make_dataset(tmp_path), StepBatches(4, 2, 0, range(1)), 1, pin=False, finished=True)
+    loader = make_loader(
+        make_dataset(tmp_path), StepBatches(4, 2, 0, range(1)), 1, prefetch=2, pin=False, finished=True
+    )
     with pytest.raises(DataError, match=r"^20 images in a row cannot be read; the first: \d\.png"):
         views_on(torch.device("cpu"), next(iter(loader)))
 
@@ -162,7 +164,7 @@ def test_neither_the_number_of_workers_nor_where_colours_are_changed_changes_any
 
     def batches(workers: int, finished: bool) -> list[tuple[Views, list[tuple[int, str]]]]:
         loader = make_loader(
-            make_dataset(folder), StepBatches(6, 4, 0, range(4)), workers, pin=False, finished=finished
+            make_dataset(folder), StepBatches(6, 4, 0, range(4)), workers, prefetch=1, pin=False, finished=finished
         )
         return [(views_on(torch.device("cpu"), batch), batch.skipped) for batch in loader]
 

@@ -23,6 +23,7 @@ from jepakit._files import replacing
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
+from jepakit_training.memory import GB
 from jepakit_training.views import resize
 
 _FORMAT = 1
@@ -130,7 +131,7 @@ def open_cache(config: AdaptConfig, least_side: int, spec: Preprocess) -> ImageC
     if config.cache is None:
         return None
     # Two specs can make other pixels of one file: by its window, or by what fills "no data".
-    return ImageCache(Path(config.cache), int(config.cache_gb * 2**30), least_side, spec.model_dump_json())
+    return ImageCache(Path(config.cache), int(config.cache_gb * GB), least_side, spec.model_dump_json())
 
 
 def downscale(pixels_HWC: NDArray[Any], least_side: int) -> NDArray[Any]:

@@ -176,16 +176,18 @@ class ViewDataset(Dataset[Item]):
 
 
 def make_loader(
-    dataset: ViewDataset, batches: StepBatches, workers: int, *, pin: bool, finished: bool
+    dataset: ViewDataset, batches: StepBatches, workers: int, *, prefetch: int, pin: bool, finished: bool
 ) -> DataLoader[Batch]:
     """A loader of `batches`; the number of workers changes nothing but speed.
 
+    prefetch  batches that each worker makes ahead
     finished  whether colours are changed here, in the loader's processes (else on the training device)
     """
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         collate_fn=_collate_finished if finished else _collate,
         pin_memory=pin,
         worker_init_fn=_start_worker if workers else None,

@@ -152,7 +152,9 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
     found = look_at(images, config, show=main)
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
     check_trainable(backbone, config)
-    plan = make_plan(config, images, backbone, accelerator.num_processes, found.kind.bands)
+    plan = make_plan(
+        config, images, backbone, accelerator.num_processes, bands=found.kind.bands, value_bytes=1 if found.is_8_bit else 4
+    )  # fmt: skip
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
     for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
         print(note, file=sys.stderr)
@@ -235,7 +237,9 @@ def step_loader(config: AdaptConfig, setup: Setup, steps: range) -> DataLoader[B
     )  # fmt: skip
     on_gpu = accelerator.device.type == "cuda"
     on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
-    return make_loader(setup.dataset, batches, plan.workers, pin=on_gpu, finished=not on_device)
+    return make_loader(
+        setup.dataset, batches, plan.workers, prefetch=plan.prefetch, pin=on_gpu, finished=not on_device
+    )  # fmt: skip
 
 
 def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:

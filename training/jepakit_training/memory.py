@@ -14,6 +14,8 @@ import torch
 from jepakit._machine import memory_limit, trim_heap
 from jepakit.errors import TrainingError
 
+GB = 10**9
+
 # What torch says where it raises no OutOfMemoryError: its allocator of main memory, and CUDA's libraries.
 _NO_MEMORY = (
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
@@ -74,17 +76,22 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
 def peak_gb(device: torch.device) -> float:
     """The most memory that this process has held so far, in GB: of the GPU it trains on, or main memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_allocated(device) / GB
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GB
 
 
 def memory_gb(device: torch.device) -> float:
-    """What there is of it, in GB: on the GPU, or of main memory what the machine or this container has."""
+    """What there is of it, in GB: on the GPU, or of main memory."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 1e9
+        return torch.cuda.get_device_properties(device).total_memory / GB
+    return main_memory() / GB
+
+
+def main_memory() -> int:
+    """Bytes of main memory that the machine has, or this container where that is less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(machine, memory_limit() or machine) / 1e9
+    return min(machine, memory_limit() or machine)
 
 
 def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -> str:

@@ -20,6 +20,7 @@ from jepakit.sources import ImageList
 from jepakit.sources._words import counted
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.data import Split, split
+from jepakit_training.memory import GB, main_memory
 
 FEWEST_IMAGES = 16
 _FEW_IMAGES = 64
@@ -29,6 +30,7 @@ _LAMBDA_PER_VIEW = 0.005
 _LAYER_DECAY = 0.75
 _LR_SCRATCH, _LR_CONVNET, _LR_VIT = 5e-4, 3e-4, 1e-4
 _LOCAL_SHARE = 96 / 224
+_QUEUED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,17 @@ class Plan:
     image_size: int
     local_size: int
     workers: int
+    prefetch: int
+    """Batches that each loader process makes ahead."""
+    batch_bytes: int
+    """Of the views in a process's share of a batch."""
     split: Split
     notes: tuple[str, ...]
+
+    @property
+    def queued_bytes(self) -> int:
+        """Most that the batches made ahead take of main memory."""
+        return self.workers * self.prefetch * self.batch_bytes
 
     def ramp(self, step: int) -> float:
         """The factor on the projector's learning rate: 10 steps up, then a cosine to 0."""
@@ -60,9 +71,14 @@ class Plan:
         return 0.0 if since < 0 else min(1.0, (since + 1) / _RAMP_STEPS) * _cosine(step / self.steps)
 
 
-def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int, bands: int = 3) -> Plan:
-    """Resolve `config` for these images of so many bands and this backbone, over `world` processes; raises
-    InputError where they cannot go together."""
+def make_plan(
+    config: AdaptConfig, images: ImageList, backbone: Any, world: int, *, bands: int = 3, value_bytes: int = 1
+) -> Plan:
+    """Resolve `config` for these images and this backbone, over `world` processes; raises InputError where they cannot go
+    together.
+
+    bands, value_bytes  of the images' views
+    """
     parts, split_notes = _parts(config, images)
     batch_size, batch_notes = _batch(config, len(images), len(parts.train), world)
     steps = _steps(config, len(parts.train), batch_size)
@@ -70,12 +86,16 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
     image_size, local_size, size_notes = _sizes(config, views, backbone, bands)
     norm_statistics = _norm_statistics(config, backbone)
     _check_checkpointing(config, norm_statistics)
+    pixels = views.n_global * image_size**2 + views.n_local * local_size**2
+    batch_bytes = batch_size // world * pixels * bands * value_bytes
+    workers, prefetch, loader_notes = _loader_processes(config, batch_bytes)
     from_random, trains = config.weights == "random", config.unfreeze != "none"
     notes = [
         *split_notes,
         *_start_notes(config, images),
         *batch_notes,
         *size_notes,
+        *loader_notes,
         f"{counted(len(parts.train), 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
         f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views",
     ]
@@ -93,7 +113,9 @@ def make_plan(config: AdaptConfig, images: ImageList, backbone: Any, world: int,
         lamb=config.lamb or _LAMBDA_PER_VIEW * (views.n_global + views.n_local),
         image_size=image_size,
         local_size=local_size,
-        workers=_loader_processes() if config.workers is None else config.workers,
+        workers=workers,
+        prefetch=prefetch,
+        batch_bytes=batch_bytes,
         split=parts,
         notes=tuple(notes),
     )
@@ -238,10 +260,24 @@ def _check_checkpointing(config: AdaptConfig, norm_statistics: str) -> None:
         )
 
 
-def _loader_processes() -> int:
-    """One a core of this process's share, but one for the model; 8 at most, or 16 where a GPU has to be fed."""
-    most = 16 if torch.cuda.is_available() else 8
-    return max(0, min(most, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, list[str]]:
+    """How many there are, and how many batches each makes ahead, with notes.
+
+    One a core of this process's share, but one for the model; 8 at most, or 16 where a GPU has to be fed. Fewer where
+    batches are so large that those made ahead would take over a quarter of this process's share of main memory.
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = int(_QUEUED_SHARE * main_memory() / sharing / batch_bytes)
+    workers, notes = config.workers, []
+    if workers is None:
+        most = 16 if torch.cuda.is_available() else 8
+        workers = max(0, min(most, usable_cpus() // sharing - 1, max(1, room)))
+    if workers > room:
+        notes.append(
+            f"warning: {counted(workers, 'loader process')} may hold {workers * batch_bytes / GB:.1f} GB of "
+            f"views ready, and there are {main_memory() / GB:.0f} GB of main memory: lower --workers or --image-size"
+        )
+    return workers, 2 if 2 * workers <= room else 1, notes
 
 
 def _takes(backbone: Any, bands: int, size: int) -> bool:
