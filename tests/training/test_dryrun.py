@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import Measurement
 from jepakit.run import DryRun
-from jepakit_training import evaluation
+from jepakit_training import dryrun, evaluation
 from jepakit_training.evaluation import Features, MeasuringSet
+from jepakit_training.loop import Setup, prepare
 
 SETTINGS = ["--backbone", "test_vit", "--image-size", "64", "--batch-size", "8", "--steps", "50", "--workers", "0"]
 
@@ -128,3 +130,34 @@ def test_a_broken_file_does_not_stop_a_dry_run(image_folder: Callable[..., Path]
     assert estimate.measuring_s > 0
     with pytest.raises(DataError, match="over 1 % of the images cannot be read"):
         jepakit.dry_run(folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0)
+    for number in (4, 5):
+        (folder / "texture0" / f"00{number}.png").write_bytes(b"rubbish")
+    with pytest.raises(
+        DataError, match=r"more, among them texture0/00\d.png, texture0/00\d.png.*; over 5 %"
+    ) as refused:
+        jepakit.dry_run(
+            folder,
+            backbone="test_vit",
+            weights="random",
+            image_size=64,
+            batch_size=8,
+            steps=1,
+            workers=0,
+            most_skipped=0.05,
+        )
+    assert "skipped.csv" not in str(refused.value)
+
+
+def test_a_dry_run_on_a_cpu_counts_the_batches_that_the_loader_makes_ahead(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dryrun, "peak_gb", lambda _: 1.0)
+    monkeypatch.setattr(dryrun, "prepare", lambda *args: _with_plan(prepare(*args), batch_bytes=10**9, prefetch=2))
+    settings: dict[str, Any] = {"weights": "random", "image_size": 64, "batch_size": 8, "steps": 1}
+    for workers, peak in ((0, 1.0), (1, 3.0)):
+        estimate = jepakit.dry_run(image_folder(), backbone="test_vit", workers=workers, **settings)
+        assert estimate.peak_memory_gb == peak
+
+
+def _with_plan(setup: Setup, **changed: Any) -> Setup:
+    return replace(setup, plan=replace(setup.plan, **changed))

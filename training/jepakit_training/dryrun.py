@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from jepakit.bundle import Pooling, Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.run import DryRun, Run
+from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
 from jepakit_training.data import views_on
@@ -25,7 +23,7 @@ from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import processes
 from jepakit_training.learner import Learner
 from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
-from jepakit_training.memory import freed_memory_kept, memory_gb, peak_gb
+from jepakit_training.memory import GB, freed_memory_kept, memory_gb, peak_gb
 from jepakit_training.precision import own_precision
 
 _STEPS = 4
@@ -40,8 +38,8 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     count = (config.processes or 1) if config.launcher == "ray" else processes(config, images)
     if count > 1:
         print(f"one process does the dry run, on the whole batch; the run would have {count}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder, freed_memory_kept(), own_precision():
-        setup = prepare(config, images, Run(Path(folder)))
+    with freed_memory_kept(), own_precision():
+        setup = prepare(config, images, None)
         plan = setup.plan
         with out_of_memory_told(config, plan, setup.accelerator):
             learner = Learner(config, plan, setup.backbone, setup.spec, setup.accelerator)
@@ -50,9 +48,11 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
             warmup_s, step_s = (_seconds_a_step(config, setup, learner, steps) for steps in (frozen, training))
             measuring_s = _seconds_to_measure(config, images, setup)
         device = setup.accelerator.device
+        queued_gb = plan.queued_bytes / GB if device.type == "cpu" else 0.0
         return DryRun(
             steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, warmup_step_s=warmup_s, step_s=step_s,
-            measuring_s=measuring_s, peak_memory_gb=peak_gb(device), memory_gb=memory_gb(device), device=device.type,
+            measuring_s=measuring_s, peak_memory_gb=peak_gb(device) + queued_gb, memory_gb=memory_gb(device),
+            device=device.type,
         )  # fmt: skip
 
 

@@ -269,7 +269,7 @@ class Measuring:
         for name, part in (("to train on", self.images.is_fit), ("held out", ~self.images.is_fit)):
             if not part.any():
                 raise DataError(
-                    f"none of the images {name} that were to be measured can be read ({len(self._skipped)} in skipped.csv): "
+                    f"none of the images {name} that were to be measured can be read ({len(self._skipped)}, {self._skipped.where}): "
                     "mend them or their rows in the manifest"
                 )
         labels = self.images.labels

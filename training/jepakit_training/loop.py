@@ -138,8 +138,11 @@ class Setup:
     measuring: Measuring
 
 
-def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
-    """Look at the images, build the backbone, make the plan and tell it; raises InputError where they do not go together."""
+def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
+    """Look at the images, build the backbone, make the plan and say it; raises InputError where they do not go together.
+
+    run  where images that cannot be read are listed; None: nowhere
+    """
     accelerator = Accelerator(
         mixed_precision=mixed_precision(config.precision),
         # A backbone may hold parameters that its pooled output does not depend on. Its buffers are the same on every
@@ -162,7 +165,8 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run) -> Setup:
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
     cache = open_cache(config, make_views.least_side, spec)
     dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
-    skipped = SkippedFiles(run.path / SKIPPED, len(images), most=config.most_skipped, enabled=main)
+    listing = None if run is None else run.path / SKIPPED
+    skipped = SkippedFiles(listing, len(images), most=config.most_skipped, enabled=main)
     for index, reason in found.unreadable:
         skipped.add(images.ids[index], reason)
     backbone = backbone.to(accelerator.device, memory_format=layout_of(backbone))  # type: ignore[call-overload]

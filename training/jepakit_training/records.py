@@ -52,6 +52,7 @@ RAY_FOLDER = ".ray-"
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 
 
+_NAMED = 5
 # Some network file systems (Lustre without `-o flock`, old NFS) have none.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: set[int] = set()
@@ -330,36 +331,50 @@ class StepLog:
 
 
 class SkippedFiles:
-    """skipped.csv: images that could not be read, each once, with the reason; stops above a share `most` of them.
+    """Images that could not be read, each once, with the reason; stops above a share `most` of them.
+
+    path     skipped.csv, where they are listed; None: nowhere
+    enabled  whether this process is the one that writes it
 
     A full disk is outlived.
     """
 
-    def __init__(self, path: Path, n_images: int, *, most: float, enabled: bool) -> None:
-        self._path, self._of, self._share, self._enabled = path, n_images, most, enabled
+    def __init__(self, path: Path | None, n_images: int, *, most: float, enabled: bool) -> None:
+        self._path, self._of, self._share = path, n_images, most
+        self._writes_to = path if enabled else None
         self._most = int(most * n_images)
         self._seen: dict[str, str] = {}
-        self._outlived = Outlived(path)
-        if path.is_file():
+        self._outlived = Outlived(path or SKIPPED)
+        if path is not None and path.is_file():
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "path"}
 
     def __len__(self) -> int:
         return len(self._seen)
 
+    @property
+    def where(self) -> str:
+        """In words, where they are listed, or which they are."""
+        if self._path is not None:
+            return f"listed in {self._path}"
+        return f"among them {', '.join(list(self._seen)[:_NAMED])}"
+
     def add(self, name: str, reason: str) -> None:
         """Note one image by its id; DataError when there are too many."""
         if name in self._seen:
             return
         self._seen[name] = reason
-        if self._enabled:
-            with self._outlived, self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        if self._writes_to is not None:
+            with (
+                self._outlived,
+                self._writes_to.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            ):
                 new = not file.tell()
                 if new:
                     file.write("# holds paths of your images: keep it to yourself\n")
                 csv.writer(file).writerows([*([("path", "reason")] if new else []), (name, reason)])
         if len(self._seen) > self._most:
-            more = f", and {len(self._seen) - 1} more listed in {self._path}" if len(self._seen) > 1 else ""
+            more = f", and {len(self._seen) - 1} more, {self.where}" if len(self._seen) > 1 else ""
             raise DataError(
                 f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} of {self._of} so far): "
                 "mend or remove them, then run the same command again, with another --out if the run had begun to train (or "
