@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,15 @@ def test_a_rising_loss_is_warned_of_once() -> None:
 def test_a_loss_that_did_not_fall_is_told_at_the_end() -> None:
     (line,) = losses(lambda part: 0.5 + 0.02 * part)
     assert "did not fall" in line
+
+
+def test_a_long_run_is_watched_at_no_more_than_a_millisecond_a_line() -> None:
+    """A resume looks at every line that was logged before."""
+    alarms, values = Alarms(**{**SETTINGS, "steps": 100_000}), values_of(gaussian(0), 0)
+    began = time.process_time()
+    for step in range(9, 100_000, 10):
+        alarms.check(step, values)
+    assert time.process_time() - began < 10
 
 
 def test_a_dead_gradient() -> None:

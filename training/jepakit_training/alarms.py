@@ -13,12 +13,14 @@ N images of a batch, K projector outputs. SIGReg at the anchors (exact for N(0, 
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from statistics import fmean, median, stdev
+from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ class Alarms:
     on_gpu: bool
     trains: bool
     _recent: dict[str, deque[float]] = field(default_factory=dict)
-    _losses: list[float] = field(default_factory=list)
+    _losses: array[float] = field(default_factory=lambda: array("d"))
     _settled: int = 0
     _given: set[str] = field(default_factory=set)
 
@@ -149,19 +151,20 @@ class Alarms:
         """Thirds of what was logged since the warm-up; a difference counts that is beyond the noise within them."""
         if len(self._losses) < _FEWEST_LOSSES:
             return {}
-        size = len(self._losses) // 3
-        first, middle, end = self._losses[:size], self._losses[-2 * size : -size], self._losses[-size:]
-        noise = (stdev(middle) ** 2 / size + stdev(end) ** 2 / size) ** 0.5
-        rise = fmean(end) - fmean(middle)
-        if rise > 4 * noise and rise > 0.2 * fmean(middle):
+        losses, size = np.frombuffer(self._losses), len(self._losses) // 3
+        thirds = losses[:size], losses[-2 * size : -size], losses[-size:]
+        first, middle, end = (float(third.mean()) for third in thirds)
+        noise = float(sum(third.var(ddof=1) / size for third in thirds[1:])) ** 0.5
+        rise = end - middle
+        if rise > 4 * noise and rise > 0.2 * middle:
             return {
-                "rising": f"warning: the loss rises: {fmean(middle):.3f}, then {fmean(end):.3f} in the last third of the steps so "
-                f"far. Start a new run with a lower --lr (now {self.lr:g})"
+                "rising": f"warning: the loss rises: {middle:.3f}, then {end:.3f} in the last third of the steps so far. Start a "
+                f"new run with a lower --lr (now {self.lr:g})"
             }
-        if last and fmean(end) >= fmean(first):
+        if last and end >= first:
             return {
-                "not falling": f"warning: the loss did not fall: {fmean(first):.3f} in the first third of the steps, {fmean(end):.3f} "
-                f"in the last. Try another --lr (now {self.lr:g}), or more trained layers (--unfreeze)"
+                "not falling": f"warning: the loss did not fall: {first:.3f} in the first third of the steps, {end:.3f} in the last. "
+                f"Try another --lr (now {self.lr:g}), or more trained layers (--unfreeze)"
             }
         return {}
 
