@@ -214,9 +214,10 @@ class AdaptConfig(_Settings):
     """Images that a process puts through the backbone at once; None: its whole share of the batch. The gradient
     is exactly that of the whole batch, for one more forward of the backbone: what to set when memory runs out."""
     unfreeze: Literal["auto", "none", "all", "lora"] | Annotated[int, Field(ge=1)] = "auto"
-    """What trains beside the projector: N last blocks; `auto`: all from random weights, else the last 2
-    transformer blocks, or a ConvNet's layers at its last resolution; `lora`: low-rank additions to every layer,
-    merged at the end; `none`: nothing, the start is exported. More layers at few steps do more, good and bad."""
+    """What trains beside the projector: N last blocks; `auto`: all from random weights, else a ViT's last 2 blocks, or
+    the layers at the last resolution of a ConvNet or another backbone of falling resolution (Swin); `lora`: low-rank
+    additions to every layer, merged at the end; `none`: nothing, the start is exported. More layers at few steps do
+    more, good and bad."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
     """Rank of the additions under `unfreeze = lora`."""
     norm_statistics: Literal["auto", "frozen", "trained"] = "auto"
@@ -225,9 +226,9 @@ class AdaptConfig(_Settings):
     lamb: Annotated[float, Field(gt=0, lt=1)] | None = None
     """λ, the weight of SIGReg; None: 0.005 times the number of views, at which published runs agree."""
     lr: Rate | None = None
-    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet, 1e-4 for a ViT. 1e-3
-    gained more on one set and damaged another. Up over 10 steps, then a cosine to 0 (published: to a thousandth of it).
-    The optimizer is AdamW with betas 0.9 and 0.98."""
+    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet or another backbone of
+    falling resolution (Swin), 1e-4 for a ViT. 1e-3 gained more on one set and damaged another. Up over 10 steps, then a
+    cosine to 0 (published: to a thousandth of it). The optimizer is AdamW with betas 0.9 and 0.98."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on `lr` from each layer to the one before it; None: 0.75 where all of pretrained weights train, else 1."""
     projector_lr: Rate = 1e-3

@@ -52,8 +52,8 @@ def checkpoint_activations(backbone: Any, name: str) -> None:
 def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
     """Set which of the backbone's parameters train.
 
-    `auto`: all from random weights, else the last two transformer blocks, or what follows a ConvNet's
-    second-to-last feature level. An integer: the last N blocks of timm's own grouping. Norms that follow
+    `auto`: all from random weights, else a ViT's last two blocks, or what follows the second-to-last feature level of a
+    ConvNet or another backbone of falling resolution (Swin). An integer: the last N blocks of timm's own grouping. Norms that follow
     count with the last block. Raises ConfigError for more blocks than there are.
     """
     chosen = _chosen(backbone, unfreeze, from_random=from_random)
