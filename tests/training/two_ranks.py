@@ -94,10 +94,13 @@ def steps(name: str, weights: Path, **settings: Any) -> dict[str, Any]:
     listed = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
     plan = make_plan(config, listed, backbone, world())
     learner = Learner(config, plan, backbone, stock_preprocess(backbone, 64), accelerator)
-    learner.optimizer = accelerator.prepare(torch.optim.SGD(learner._optimizer.param_groups, lr=0.05))
+    learner.optimizer = accelerator.prepare(torch.optim.SGD(learner._raw_optimizer.param_groups, lr=0.05))
 
     def state() -> dict[str, Tensor]:
-        parts = {**backbone.state_dict(), **{f"projector.{k}": v for k, v in learner._projector.state_dict().items()}}
+        parts = {
+            **backbone.state_dict(),
+            **{f"projector.{k}": v for k, v in learner._raw_projector.state_dict().items()},
+        }
         return {key: value.detach().clone() for key, value in parts.items() if value.is_floating_point()}
 
     start, losses, moved = state(), [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from jepakit.errors import TrainingError
 from jepakit_training.averaging import Average, mix_with_start
 from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
 from jepakit_training.frozen import twin_of
-from jepakit_training.model import Encoder, Projector, TwoPass, layout_of
+from jepakit_training.model import Encoder, Projector, TwoPass, layout_of, split_views
 from jepakit_training.plan import Plan
 from jepakit_training.precision import cpu_has_bf16
 from jepakit_training.randomness import derive_seed
@@ -29,6 +29,9 @@ from jepakit_training.trainable import (
     switch_off_stochastic_depth,
 )
 from jepakit_training.views import Views
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraModel
 
 _MOST_BAD_STEPS = 3
 
@@ -60,10 +63,24 @@ class Learner:
         self._backbone = backbone
         self._bad_steps = self._most_bad_steps = torch.zeros((), device=accelerator.device)
         """How many steps in a row had no finite gradient, up to now; and the most there were."""
-        # Each looks at what the one before has left.
-        self._keep_start(spec)
-        self._choose_trained()
-        self._prepare(self._make_encoder(spec))
+        # The order matters: each line looks at what the ones before have left of the backbone.
+        switch_off_stochastic_depth(backbone)
+        self._start = _copied_to_cpu(backbone)
+        n_features = self._count_features()
+        self._anchor = self._frozen_start(spec) if config.anchor else None
+        self._lora = self._choose_trained()
+        self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
+        self._average = self._begin_average()
+        encoder = self._make_encoder(spec)
+        # What accelerate wraps, and what it is wrapped in: DistributedDataParallel refuses a module with nothing to train.
+        self._raw_projector = _seeded_projector(n_features, config)
+        self._raw_optimizer = self._make_optimizer()
+        self.encoder = accelerator.prepare(encoder) if self._trained else encoder
+        self.projector, self.optimizer = accelerator.prepare(self._raw_projector, self._raw_optimizer)
+        self._two_pass = (
+            None if plan.micro_batch is None
+            else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
+        )  # fmt: skip
 
     def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
@@ -90,7 +107,7 @@ class Learner:
         grad_norm = self._accelerator.clip_grad_norm_(self._trainable(), config.clip_norm)
         # One step on a NaN would poison AdamW for ever: the optimizer leaves it out. The norm is the same on every rank.
         bad = (~torch.isfinite(grad_norm)).float()
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
+        self._raw_optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
         self.optimizer.step()
         self._bad_steps = (self._bad_steps + 1) * bad
         self._most_bad_steps = torch.maximum(self._most_bad_steps, self._bad_steps)
@@ -129,47 +146,42 @@ class Learner:
         """All that a resumed run needs to go on exactly here; random numbers need no state."""
         state = {
             "backbone": self._backbone.state_dict(),
-            "projector": self._projector.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "projector": self._raw_projector.state_dict(),
+            "optimizer": self._raw_optimizer.state_dict(),
         }
         return state if self._average is None else {**state, "average": self._average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._backbone.load_state_dict(state["backbone"])
-        self._projector.load_state_dict(state["projector"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._raw_projector.load_state_dict(state["projector"])
+        self._raw_optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
 
-    def _keep_start(self, spec: Preprocess) -> None:
-        """Note what the start is, before anything of it is changed."""
-        backbone = self._backbone
-        switch_off_stochastic_depth(backbone)
-        self._start = {
-            name: value.to("cpu", copy=True)
-            for name, value in backbone.state_dict().items()
-            if value.is_floating_point()
-        }
-        with torch.no_grad():  # where timm puts a layer behind the pooling it is not its `num_features`
-            self._n_features = int(backbone.eval()(self._noise()).shape[1])
-        self._anchor = self._frozen_start(spec) if self._config.anchor else None
+    def _count_features(self) -> int:
+        """How many numbers the backbone gives: where timm puts a layer behind the pooling, not its `num_features`."""
+        with torch.no_grad():
+            return int(self._backbone.eval()(self._noise()).shape[1])
 
-    def _choose_trained(self) -> None:
-        """Freeze what does not train, and begin the average of what does."""
-        config, plan, backbone = self._config, self._plan, self._backbone
-        self._lora = add_lora(backbone, config.lora_rank, config.seed) if config.unfreeze == "lora" else None
-        if self._lora is None:
+    def _choose_trained(self) -> LoraModel | None:
+        """Freeze what does not train; returns the low-rank additions where those train."""
+        config, backbone = self._config, self._backbone
+        lora = add_lora(backbone, config.lora_rank, config.seed) if config.unfreeze == "lora" else None
+        if lora is None:
             freeze(backbone, config.unfreeze, from_random=config.weights == "random")  # type: ignore[arg-type]
         if config.activation_checkpointing:
             checkpoint_activations(backbone, config.backbone)
-        self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
-        moving = backbone.named_buffers() if plan.norm_statistics == "trained" else ()
+        return lora
+
+    def _begin_average(self) -> Average | None:
+        """The average of what trains, from its start, if one is asked for."""
+        config, plan = self._config, self._plan
+        if config.average == "none":
+            return None
+        moving = self._backbone.named_buffers() if plan.norm_statistics == "trained" else ()
         averaged = {**self._trained, **{name: value for name, value in moving if value.is_floating_point()}}
-        self._average = (
-            None if config.average == "none"
-            else Average(averaged, config.average, steps=plan.steps, share=config.average_over)
-        )  # fmt: skip
+        return Average(averaged, config.average, steps=plan.steps, share=config.average_over)
 
     def _make_encoder(self, spec: Preprocess) -> Encoder:
         """The backbone as it is trained, behind its preprocess."""
@@ -182,24 +194,13 @@ class Learner:
             encoder.compile(dynamic=False)
         return encoder
 
-    def _prepare(self, encoder: Encoder) -> None:
-        """Make projector and optimizer, and hand all three to accelerate."""
-        config, plan, accelerator = self._config, self._plan, self._accelerator
-        self._projector = _seeded_projector(self._n_features, config)
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(
-                self._backbone, self._projector, lr=plan.lr, projector_lr=config.projector_lr,
-                weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
-            ),
-            betas=(0.9, 0.98), fused=True,
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        config, plan = self._config, self._plan
+        groups = parameter_groups(
+            self._backbone, self._raw_projector, lr=plan.lr, projector_lr=config.projector_lr,
+            weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
         )  # fmt: skip
-        # DistributedDataParallel refuses a module that has nothing to train.
-        self.encoder = accelerator.prepare(encoder) if self._trained else encoder
-        self.projector, self.optimizer = accelerator.prepare(self._projector, self._optimizer)
-        self._two_pass = (
-            None if plan.micro_batch is None
-            else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
-        )  # fmt: skip
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def _embed(self, views: Views, seed: int) -> Tensor:
         if self._two_pass is not None:
@@ -214,7 +215,9 @@ class Learner:
         if not features_VNE.requires_grad:  # the projector warms up: it is the start
             return features_VNE.new_zeros(())
         with torch.no_grad(), self._accelerator.autocast():
-            start_VNE = self._anchor(Views(views.global_, views.local[:0]))
+            globals_ = Views(views.global_, views.local[:0])
+            parts = split_views(globals_, self._plan.micro_batch or views.global_.shape[1])
+            start_VNE = torch.cat([self._anchor(part) for part in parts], dim=1)
         return 1 - cosine_similarity(features_VNE[: len(start_VNE)], start_VNE, dim=-1).mean()
 
     def _set_learning_rates(self, step: int) -> None:
@@ -223,7 +226,7 @@ class Learner:
             group["lr"] = group["base_lr"] * ramp
 
     def _trainable(self) -> list[nn.Parameter]:
-        return [*self._trained.values(), *self._projector.parameters()]
+        return [*self._trained.values(), *self._raw_projector.parameters()]
 
     def _twin(self) -> nn.Module:
         """The backbone as it is trained: cheaper where a part of it is frozen."""
@@ -248,6 +251,12 @@ class Learner:
         """Published runs have saved the untouched start; this one must not."""
         now = self._backbone.state_dict()
         return any(not torch.equal(now[name].cpu(), value) for name, value in self._start.items())
+
+
+def _copied_to_cpu(backbone: nn.Module) -> dict[str, Tensor]:
+    """A copy of the backbone's weights and statistics."""
+    state = backbone.state_dict()
+    return {name: value.to("cpu", copy=True) for name, value in state.items() if value.is_floating_point()}
 
 
 def _seeded_projector(n_features: int, config: AdaptConfig) -> Projector:

@@ -92,7 +92,7 @@ class TwoPass:
 
     def forward(self, views: Views, seed: int) -> Tensor:
         """Features [V, N, E] of the batch, a leaf that takes a gradient where gradients are enabled."""
-        self._parts = [(seed + place, part) for place, part in enumerate(_split(views, self._micro_batch))]
+        self._parts = [(seed + place, part) for place, part in enumerate(split_views(views, self._micro_batch))]
         with torch.no_grad():
             features = torch.cat([self._embed(*part) for part in self._parts], dim=1)
         self._features = features.requires_grad_(torch.is_grad_enabled())
@@ -115,5 +115,6 @@ class TwoPass:
         return nullcontext() if last else self._no_sync()
 
 
-def _split(views: Views, size: int) -> Sequence[Views]:
+def split_views(views: Views, size: int) -> Sequence[Views]:
+    """Views [V, N, C, H, W] in parts of `size` images, the last one smaller where they do not fit evenly."""
     return [Views(*groups) for groups in zip(*(torch.split(group, size, dim=1) for group in views), strict=True)]
