@@ -163,7 +163,7 @@ def test_the_start_that_an_anchor_compares_with_is_embedded_in_micro_batches_too
         learner, _ = make("test_vit", anchor=1.0, **settings)
         seen: list[int] = []
         learner._anchor.register_forward_hook(lambda _, args, output, seen=seen: seen.append(output.shape[1]))
-        ends.append(torch.stack([one.anchor for one in train(learner, range(4))]))
+        ends.append(torch.stack([one.anchor for one in train(learner, range(4)) if one.anchor is not None]))
         assert seen == ([8, 8] if not settings else [3, 3, 2] * 2)
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-2, atol=1e-6)
 

@@ -217,7 +217,7 @@ def test_a_rare_class_holds_out_its_part_of_the_groups_and_no_more_than_its_shar
     slide_of = np.repeat(np.arange(1000), 100)
     for rare, expected in ((400, {"rare": 60, "common": 60}), (50, {"rare": 10, "common": 60})):
         labels = np.where(slide_of < rare, "rare", "common")
-        parts = split(100_000, labels.tolist(), groups=slide_of.tolist(), share=0.2, most=2000, seed=0)
+        parts = split(100_000, labels.tolist(), groups=slide_of.astype(str).tolist(), share=0.2, most=2000, seed=0)
         assert (
             Counter("rare" if slide < rare else "common" for slide in np.unique(slide_of[parts.held_out])) == expected
         )

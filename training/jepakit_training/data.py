@@ -57,7 +57,7 @@ def split(
         stratum_of_group[lone] = -1
     chosen = np.zeros(len(sizes), bool)
     names, n_groups = np.unique(stratum_of_group, return_counts=True)
-    enough = 0.0 if groups is None else _ENOUGH_GROUPS / max(1, np.count_nonzero(n_groups > 1))
+    enough = 0.0 if groups is None else _ENOUGH_GROUPS / max(1, int(np.count_nonzero(n_groups > 1)))
     for stratum in names:
         members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
         can_judge = stratum >= 0 and len(members) >= 3 * FEWEST_PER_CLASS
