@@ -54,10 +54,10 @@ def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[n
     return main
 
 
-def dealt(
+def assign_folds(
     groups: NDArray[np.intp], classes: NDArray[np.intp], n_folds: int, random: np.random.Generator | None = None
 ) -> NDArray[np.intp]:
-    """Each image's fold, [N]: groups as wholes, those of each class dealt out in turns, shuffled where `random` is given."""
+    """Each image's fold, [N]: groups as wholes, those of each class in turns, shuffled where `random` is given."""
     class_of_group = main_class(groups, classes)
     fold_of_group = np.empty(len(class_of_group), np.intp)
     for name in np.unique(class_of_group):

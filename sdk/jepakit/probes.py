@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import as_path, written
-from jepakit._groups import as_given, dealt, in_cells, main_class, numbered
+from jepakit._groups import as_given, assign_folds, in_cells, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -361,7 +361,7 @@ def stratified_folds(
     """
     if n_folds < 2:
         return None
-    fold_of = dealt(numbered(groups, len(targets)), targets, n_folds, np.random.default_rng(seed))
+    fold_of = assign_folds(numbered(groups, len(targets)), targets, n_folds, np.random.default_rng(seed))
     return [fold_of == fold for fold in range(n_folds)]
 
 

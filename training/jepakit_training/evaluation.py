@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit._groups import dealt, numbered
+from jepakit._groups import assign_folds, numbered
 from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
@@ -195,7 +195,7 @@ def pick_pooling(
     if len(poolings) == 1 or fit.labels is None:
         return poolings[0]
     classes = np.unique(fit.labels, return_inverse=True)[1]
-    third = dealt(numbered(fit.groups, len(fit.labels)), classes, 3)
+    third = assign_folds(numbered(fit.groups, len(fit.labels)), classes, 3)
     parts = [replace(fit, is_fit=third != fold) for fold in range(3)]
     if not all(len(np.unique(fit.labels[part.is_fit])) > 1 and not part.is_fit.all() for part in parts):
         return poolings[0]
