@@ -57,7 +57,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     BackboneError for weights that cannot be had; TrainingError when training cannot go on.
     """
     config, listed = _to_adapt(images, out, settings)
-    from jepakit_training.records import check_folder
+    from jepakit_training.run_folder import check_folder
 
     folder = _folder(config, listed)
     check_folder(folder, config)
@@ -70,7 +70,7 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
     """Where the run is to lie: as told, else where the same run was begun and not finished, else in a folder of today."""
     if config.out:
         return Path(config.out)
-    from jepakit_training.records import find_unfinished
+    from jepakit_training.run_folder import find_unfinished
 
     name, runs = _stem(config.images), Path("runs")
     begun = sorted(runs.glob(f"{name}-????-??-??"), reverse=True)

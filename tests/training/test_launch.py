@@ -28,7 +28,7 @@ from jepakit.bundle import WEIGHTS
 from jepakit.errors import ConfigError, ImageError, JepakitError
 from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
 from jepakit_training import checkpoint, launch
-from jepakit_training.endings import read_endings, told
+from jepakit_training.endings import read_endings, reporting_ending
 
 JEPAKIT = Path(sys.executable).with_name("jepakit")
 STEPS = 3
@@ -187,7 +187,7 @@ def test_every_error_comes_back_as_it_was(kind: type[JepakitError], tmp_path: Pa
         extra = {"code": "too_small"}
     elif issubclass(kind, errors.ResponseError):
         extra = {"status": 429, "code": "overloaded", "param": None, "request_id": "r1"}
-    with pytest.raises(kind), told(tmp_path, 3):
+    with pytest.raises(kind), reporting_ending(tmp_path, 3):
         raise kind("seven of 8\nare ähnlich", **extra)
     (ending,) = read_endings(tmp_path)
     back = ending.error()
@@ -201,7 +201,7 @@ def test_a_full_disk_is_told_in_its_own_class(tmp_path: Path) -> None:
     """One that does not come back is taken for a lost worker, and tried again."""
     (tmp_path / "file").touch()
     saver = checkpoint.Saver(tmp_path / "file" / "checkpoints", 0.0, 0, enabled=True)
-    with pytest.raises(errors.CheckpointError), told(tmp_path, 0):
+    with pytest.raises(errors.CheckpointError), reporting_ending(tmp_path, 0):
         saver.after_step(2, lambda: {"step": 2}, must=True)
     (ending,) = read_endings(tmp_path)
     back = ending.error()
@@ -211,7 +211,7 @@ def test_a_full_disk_is_told_in_its_own_class(tmp_path: Path) -> None:
 
 def test_the_first_ending_is_told_first_and_an_unforeseen_one_with_where_it_was(tmp_path: Path) -> None:
     for rank, error in ((1, ValueError("first")), (0, KeyboardInterrupt("stopped after step 4"))):
-        with pytest.raises(type(error)), told(tmp_path, rank):
+        with pytest.raises(type(error)), reporting_ending(tmp_path, rank):
             raise error
         time.sleep(0.02)
     first, second = read_endings(tmp_path)

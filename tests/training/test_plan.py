@@ -19,7 +19,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.sources import list_images
 from jepakit_training import plan as plan_module
-from jepakit_training.loop import out_of_memory_told
+from jepakit_training.loop import explaining_out_of_memory
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import cpu_has_bf16, mixed_precision
 
@@ -158,8 +158,8 @@ def test_batch_norms_that_train_see_a_batch_once() -> None:
     assert plan("test_vit", weights="random", activation_checkpointing=True).norm_statistics == "frozen"
     for weights, exact in (("random", False), ("pretrained", True)):
         config = AdaptConfig(images="x", backbone="test_resnet", weights=weights)
-        told = out_of_memory_told(config, plan("test_resnet", weights=weights), Accelerator(cpu=True))
-        with pytest.raises(TrainingError, match="--image-size below") as error, told:
+        explaining = explaining_out_of_memory(config, plan("test_resnet", weights=weights), Accelerator(cpu=True))
+        with pytest.raises(TrainingError, match="--image-size below") as error, explaining:
             raise torch.OutOfMemoryError
         assert ("micro_batch" in str(error.value)) == ("checkpointing" in str(error.value)) == exact, weights
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jepakit_training.recording import describe
+from jepakit_training.recorder import describe
 
 VALUES = {"loss": 0.4321, "prediction": 0.1, "sigreg": 4.25, "images_per_s": 81.4, "data_wait": 0.083}
 

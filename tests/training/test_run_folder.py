@@ -5,24 +5,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.training.forked import start
+from tests.training.full_disk import files_no_longer_than
 
 from jepakit import _frontdoor
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError
-from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run, read_metrics
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit.sources import list_images
-from jepakit_training.records import LOCK, RAY_FOLDER, SkippedFiles, StepLog, locked, open_folder
+from jepakit_training.records import StepLog
+from jepakit_training.run_folder import LOCK, RAY_FOLDER, locked, open_folder
 
 Begin = Callable[..., Run]
 
@@ -155,49 +156,6 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
     return call
 
 
-@contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    """A limit of the system's on what this process writes, which fails as a full disk does."""
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
-
-
-def test_a_disk_too_full_for_metrics_is_outlived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / METRICS
-    log = StepLog(path, 0, enabled=True)
-    log.write({"step": 9})
-    with files_no_longer_than(path.stat().st_size):
-        for step in (19, 29):
-            log.write({"step": step})
-    log.write({"step": 39})
-    assert [row["step"] for row in read_metrics(path)] == [9, 19, 29, 39]
-    with files_no_longer_than(path.stat().st_size):
-        log.write({"step": 49})
-        log.close()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {path} could not be written (File too large): make room there; training goes on")
-    assert [row["step"] for row in read_metrics(path)] == [9, 19, 29, 39]
-
-
-def test_a_disk_too_full_for_skipped_files_is_outlived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / SKIPPED
-    skipped = SkippedFiles(path, 100, most=0.03, enabled=True)
-    with files_no_longer_than(0):
-        skipped.add("a.png", "a.png: cannot be read")
-        skipped.add("b.png", "b.png: cannot be read")
-    skipped.add("c.png", "c.png: cannot be read")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {path} could not be written (File too large)")
-    assert path.read_text().splitlines()[0].startswith("# holds paths of your images")
-    assert path.read_text().splitlines()[1:] == ["path,reason", "c.png,c.png: cannot be read"]
-    with pytest.raises(DataError, match="over 3 % of the images cannot be read"):  # those without room count
-        skipped.add("d.png", "d.png: cannot be read")
-
-
 def test_a_disk_that_is_full_at_the_start_is_told(begin: Begin, tmp_path: Path) -> None:
     words = r"cannot be written to \(File too large\): make room there, then run the same command again"
     with files_no_longer_than(0), pytest.raises(ConfigError, match=f"run {words}"):
@@ -259,14 +217,6 @@ def test_a_damaged_folder_is_told_with_its_file_and_what_to_do(begin: Begin, nam
     if (name, damage) == (CONFIG, "cut short"):
         with pytest.raises(DataError, match=rf"run/{name} is damaged"):
             _ = Run(file.parent).config
-
-
-def test_names_that_are_not_utf_8_are_listed_and_known_again(begin: Begin) -> None:
-    name = os.fsdecode(b"bad\xfe.png")
-    for _ in range(2):
-        skipped = SkippedFiles(Path(SKIPPED), 9, most=0.5, enabled=True)
-        skipped.add(name, f"{name}: cannot be read")
-    assert Path(SKIPPED).read_bytes().count(b"\nbad\xfe.png,") == 1
 
 
 def test_a_setting_that_is_not_utf_8_stays_the_same_one(begin: Begin) -> None:

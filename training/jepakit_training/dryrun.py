@@ -22,7 +22,7 @@ from jepakit_training.data import views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import processes
 from jepakit_training.learner import Learner
-from jepakit_training.loop import Setup, out_of_memory_told, prepare, step_loader
+from jepakit_training.loop import Setup, explaining_out_of_memory, prepare, step_loader
 from jepakit_training.memory import GB, freed_memory_kept, memory_gb, peak_gb
 from jepakit_training.precision import own_precision
 
@@ -41,7 +41,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     with freed_memory_kept(), own_precision():
         setup = prepare(config, images, None)
         plan = setup.plan
-        with out_of_memory_told(config, plan, setup.accelerator):
+        with explaining_out_of_memory(config, plan, setup.accelerator):
             learner = Learner(config, plan, setup.backbone, setup.spec, setup.accelerator)
             frozen = range(min(_STEPS, plan.warmup_steps))
             training = range(plan.warmup_steps, min(plan.warmup_steps + _STEPS, plan.steps))

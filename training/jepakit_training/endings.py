@@ -1,4 +1,4 @@
-"""How a training process tells the one that started it why it ended: a file each, FOLDER/rank-N.json."""
+"""How a training process says to the one that started it why it ended: in a file each, FOLDER/rank-N.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Ending:
 
 
 @contextmanager
-def told(folder: Path, rank: int) -> Iterator[None]:
+def reporting_ending(folder: Path, rank: int) -> Iterator[None]:
     """Leave the ending of whatever raises inside in `folder`; the exception goes on."""
     try:
         yield
@@ -59,6 +59,6 @@ def told(folder: Path, rank: int) -> Iterator[None]:
 
 
 def read_endings(folder: Path) -> list[Ending]:
-    """The endings told so far, the earliest first: those after it are mostly of processes that lost their peer."""
+    """The endings reported so far, the earliest first: those after it are mostly of processes that lost their peer."""
     files = sorted(folder.glob("rank-*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [Ending(**json.loads(file.read_text(encoding="utf-8"))) for file in files]

@@ -1,4 +1,4 @@
-"""`adapt`: in this process, in several of this machine, or on a Ray cluster. The training itself is `loop.adapt`.
+"""`adapt`: in this process, in several of this machine, or on a Ray cluster. The training itself is `loop.adapt_here`.
 
 The processes are new interpreters that are handed the settings and the list of images, so a notebook, or a script
 without a main guard, starts them as well as the command line. torchrun's agent does not serve here: it sends its
@@ -53,7 +53,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         return adapt_on_ray(config, images, out)
     count = processes(config, images)
     if count == 1:
-        from jepakit_training.loop import adapt as adapt_here
+        from jepakit_training.loop import adapt_here
 
         return adapt_here(config, images, out)
     return _adapt_in(count, config, images, out)
@@ -64,14 +64,14 @@ def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     import torch
     from accelerate import PartialState
 
-    from jepakit_training.loop import adapt as adapt_here
+    from jepakit_training.loop import adapt_here
 
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # without it accelerate takes every process on a CPU for the only one
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(torch|accelerate)\b")  # not the user's to act on
-        met = PartialState(cpu=on_cpu).num_processes  # loop.adapt's Accelerator shares it
+        met = PartialState(cpu=on_cpu).num_processes  # adapt_here's Accelerator shares it
     if met != _world():
         raise TrainingError(
             f"{met} processes train instead of {_world()}: start them with torchrun, or use --processes"
@@ -138,7 +138,7 @@ class _Group:
 
     def __init__(self, count: int, port: int, folder: Path, name: str) -> None:
         self.folder = folder
-        self.told: list[int] = []
+        self.signals: list[int] = []
         """The signals by which this process was told to stop, in their order."""
         self.ended: dict[int, int] = {}
         """{rank: exit code} in the order of their ends, up to when the rest was killed."""
@@ -186,11 +186,11 @@ class _Group:
         """Pass signals on; return when all have ended, at a second Ctrl-C, or when one has failed and the others have had
         their time.
 
-        What it has told counts before its end: with NCCL a process may wait for its peers even to end.
+        What it has reported counts before its end: with NCCL a process may wait for its peers even to end.
         """
         deadline, passed_on = float("inf"), 0
         while len(self.ended) < len(self.processes) and time.monotonic() < deadline:
-            if signal.SIGINT in self.told[1:]:
+            if signal.SIGINT in self.signals[1:]:
                 return
             passed_on = self._pass_on(passed_on)
             for rank, process in enumerate(self.processes):
@@ -209,15 +209,15 @@ class _Group:
 
     def stop(self, number: int) -> None:
         """Note a signal, for `wait`: a handler may come in the middle of anything, `Popen.poll` with its lock among it."""
-        self.told.append(number)
+        self.signals.append(number)
 
     def _pass_on(self, done: int) -> int:
         """Send on the signals but the first `done`; returns how many there are."""
-        told = self.told[done:]
-        for number in told:
+        new = self.signals[done:]
+        for number in new:
             for process in self.processes:
                 process.send_signal(number)  # does nothing to one that has ended
-        return done + len(told)
+        return done + len(new)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -236,9 +236,9 @@ def _raise_ending(group: _Group) -> NoReturn:
     endings = read_endings(group.folder)
     for error in filter(None, (ending.error() for ending in endings)):
         raise error
-    if group.told and group.told[-1] == signal.SIGTERM:
+    if group.signals and group.signals[-1] == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM)
-    if group.told:
+    if group.signals:
         raise KeyboardInterrupt(next((ending.message for ending in endings if ending.asked_for), ""))
     many, go_on = len(group.processes), "the same command goes on from the last checkpoint"
     for rank, code in group.ended.items():

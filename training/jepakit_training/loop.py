@@ -1,8 +1,9 @@
-"""`adapt`: measure, train, measure again, and say which embeddings to keep. A step is `Learner.step`, in learner.py."""
+"""`adapt_here`: measure, train, measure again, and say which embeddings to keep. A step is `Learner.step`, in learner.py."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -13,12 +14,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from jepakit.backbone import start_backbone, start_preprocess, tensors_of
-from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Preprocess, Provenance, name_for, open_bundle
+from jepakit.bundle import (
+    WEIGHTS,
+    Backbone,
+    EmbeddingSpec,
+    Manifest,
+    Preprocess,
+    Provenance,
+    compute_model_id,
+    name_for,
+    open_bundle,
+    write_bundle,
+)
 from jepakit.config import AdaptConfig
 from jepakit.errors import BundleError, ConfigError, DataError, TrainingError
 from jepakit.evaluate import Comparison
@@ -36,27 +48,17 @@ from jepakit_training.model import layout_of
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import mixed_precision, own_precision
 from jepakit_training.randomness import derive_seed
-from jepakit_training.recording import recording
-from jepakit_training.records import (
-    FREE_SETTINGS,
-    SkippedFiles,
-    locked,
-    open_folder,
-    versions,
-    write_run_bundle,
-)
+from jepakit_training.recorder import recording
+from jepakit_training.records import SharedSkippedFiles, SkippedFiles
+from jepakit_training.run_folder import FREE_SETTINGS, locked, open_folder, versions
 from jepakit_training.stopping import stopping
 from jepakit_training.trainable import check_trainable
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
 
 
-def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
-    """Continue LeJEPA pretraining of a backbone on `images`; returns the finished run in `out`.
-
-    Running it again with the same settings resumes an interrupted run, or returns a finished one; other
-    settings or data are refused. Raises InputError for what the user can mend, TrainingError otherwise.
-    """
+def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
+    """`launch.adapt` in this process, alone or as the rank of several that the environment says."""
     first_rank = int(os.environ.get("RANK", "0")) == 0  # the launcher's; accelerate has not started yet
     run = Run(out)
     with locked(out, enabled=first_rank), warnings.catch_warnings(), freed_memory_kept(), own_precision():
@@ -97,6 +99,29 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
         comparison = setup.measuring.conclude(before, after)
         write(run.path / BUNDLE, after.embedding, plan.steps, comparison, name_for(run.path))
     setup.accelerator.wait_for_everyone()
+
+
+def write_run_bundle(
+    path: Path, backbone: nn.Module, described: Backbone, spec: Preprocess, embedding: EmbeddingSpec,
+    provenance: Provenance, comparison: Comparison | None, *, name: str,
+) -> None:  # fmt: skip
+    """Write a bundle without a graph: the backbone's weights and everything needed to export them.
+
+    What a process killed in the middle of a file left in the run's folder goes: the folder is locked, so it is no one's.
+    """
+    for stale in path.parent.glob(".tmp-*"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    tensors = tensors_of(backbone)
+    manifest = Manifest(
+        name=name,
+        model_id=compute_model_id(described, spec, embedding, {key: value.numpy() for key, value in tensors.items()}),
+        backbone=described,
+        preprocess=spec,
+        embedding=embedding,
+        provenance=provenance,
+        comparison=comparison,
+    )
+    write_bundle(path, manifest, lambda folder: save_file(tensors, folder / WEIGHTS))
 
 
 def _check_start(config: AdaptConfig, setup: Setup, run: Run) -> None:
@@ -196,15 +221,16 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
     first = _restore(run.path / CHECKPOINTS, learner, accelerator)
     saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=accelerator.is_main_process)
-    skips, told_to_stop = Skips(setup), SharedFlag()
+    skips = SharedSkippedFiles(setup.skipped, setup.dataset.images.ids, accelerator.num_processes)
+    told_to_stop = SharedFlag()
     with (
         stopping(lambda: saver.newest) as stop,
-        out_of_memory_told(config, plan, accelerator),
+        explaining_out_of_memory(config, plan, accelerator),
         recording(config, plan, accelerator, run, first, extra_s=measuring_s) as recorder,
     ):
         batches = recorder.clock.waiting(step_loader(config, setup, range(first, plan.steps)))
         for step, batch in zip(range(first, plan.steps), batches, strict=True):
-            skips.note(batch)
+            skips.note(batch.skipped)
             outcome = learner.step(step, views_on(accelerator.device, batch))
 
             logs = recorder.logs(step)
@@ -223,7 +249,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     learner.finish()
 
 
-def out_of_memory_told(config: AdaptConfig, plan: Plan, accelerator: Accelerator) -> AbstractContextManager[None]:
+def explaining_out_of_memory(config: AdaptConfig, plan: Plan, accelerator: Accelerator) -> AbstractContextManager[None]:
     """Turns "out of memory" into an error that names what to change in this run."""
     whole = plan.norm_statistics == "trained"  # BatchNorms that train see a whole batch, once
     return memory_errors(
@@ -275,33 +301,12 @@ def _check_same_step(step: int, run: Path, accelerator: Accelerator) -> None:
         )
 
 
-class Skips:
-    """What the ranks could not read while training: noted by each, and shared, since skipped.csv and its limit are the run's."""
-
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._own: list[tuple[str, str]] = []
-
-    def note(self, batch: Batch) -> None:
-        """Note what this rank could not read for a batch; DataError when there is too much of it."""
-        for index, reason in batch.skipped:
-            self._own.append((self._setup.dataset.images.ids[index], reason))
-            self._setup.skipped.add(*self._own[-1])
-
-    def share(self) -> None:
-        """Note on every rank what each could not read since the last call; DataError on all when that is too much."""
-        if self._setup.accelerator.num_processes > 1:
-            for name, reason in gather_object(self._own):
-                self._setup.skipped.add(name, reason)
-        self._own.clear()
-
-
 def _provenance(config: AdaptConfig, images: ImageList, *, steps: int, batch_size: int) -> Provenance:
-    told = config.resolved().model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
+    settings = config.resolved().model_dump(mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS})
     for setting in ("weights", "labels", "group"):  # a bundle is for sharing: no path of this machine
-        told[setting] = Path(told[setting]).name
+        settings[setting] = Path(settings[setting]).name
     return Provenance(
-        config=told,
+        config=settings,
         steps=steps,
         images_seen=steps * batch_size,
         data_digest=images.digest(),

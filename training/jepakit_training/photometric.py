@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jepakit.config import ViewsConfig
-from jepakit_training.transfer import sent
+from jepakit_training.transfer import to_device
 
 _JITTER_SHARE = 0.8
 _BLUR_SIGMA = (0.1, 2.0)
@@ -166,7 +166,7 @@ def _blur(images_BCHW: Tensor, sigmas: NDArray[np.float64]) -> None:
         chosen = np.flatnonzero(radii == radius)
         taps = np.exp(-0.5 * (np.arange(radius + 1) / sigmas[chosen, None]) ** 2)
         taps /= 2 * taps.sum(axis=1, keepdims=True) - taps[:, :1]
-        places, taps_BR = sent(torch.from_numpy(chosen), images_BCHW.device), _to(taps, images_BCHW)
+        places, taps_BR = to_device(torch.from_numpy(chosen), images_BCHW.device), _to(taps, images_BCHW)
         smooth = functional.pad(images_BCHW[places], (radius,) * 4, mode="reflect")
         images_BCHW[places] = _smoothed(_smoothed(smooth, taps_BR, dim=2), taps_BR, dim=3)
 
@@ -189,7 +189,7 @@ def _smoothed(padded_BCHW: Tensor, taps_BR: Tensor, dim: int) -> Tensor:
 def _solarize(images_BCHW: Tensor, chosen: NDArray[np.bool_], most: float) -> None:
     """Invert the bright half of the values, in place."""
     if chosen.any():
-        places = sent(torch.from_numpy(np.flatnonzero(chosen)), images_BCHW.device)
+        places = to_device(torch.from_numpy(np.flatnonzero(chosen)), images_BCHW.device)
         images = images_BCHW[places]
         images_BCHW[places] = torch.minimum(images, most - images)
 
@@ -201,11 +201,11 @@ def _rotate(images_BCHW: Tensor, angles: NDArray[np.float64]) -> None:
         return
     cos, sin, zero = np.cos(angles[chosen]), np.sin(angles[chosen]), np.zeros(len(chosen))
     maps_B23 = np.stack([cos, -sin, zero, sin, cos, zero], axis=1).reshape(-1, 2, 3)
-    places = sent(torch.from_numpy(chosen), images_BCHW.device)
+    places = to_device(torch.from_numpy(chosen), images_BCHW.device)
     images = images_BCHW[places]
     grid = functional.affine_grid(_to(maps_B23, images), list(images.shape), align_corners=False)
     images_BCHW[places] = functional.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
 
 
 def _to(numbers: NDArray[Any], like: Tensor) -> Tensor:
-    return sent(torch.from_numpy(np.asarray(numbers, np.float32)), like.device)
+    return to_device(torch.from_numpy(np.asarray(numbers, np.float32)), like.device)

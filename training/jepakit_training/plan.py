@@ -1,4 +1,4 @@
-"""Every choice that the settings leave to the data and the backbone, made in one place and told in words."""
+"""Every choice that the settings leave to the data and the backbone, made in one place and put into words."""
 
 from __future__ import annotations
 

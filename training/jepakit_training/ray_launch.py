@@ -30,8 +30,8 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run
 from jepakit.sources import ImageList
-from jepakit_training.endings import read_endings, told
-from jepakit_training.records import RAY_FOLDER
+from jepakit_training.endings import read_endings, reporting_ending
+from jepakit_training.run_folder import RAY_FOLDER
 from jepakit_training.stopping import GRACE_S, answering, asked_by
 
 _MOST_LOSSES = 3
@@ -210,7 +210,7 @@ def _train(settings: dict[str, Any]) -> None:
         asked_by(job.stop.exists),
         (job.folder / "said" if rank == 0 else Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as said,
         contextlib.redirect_stderr(said),
-        told(job.folder, rank),
+        reporting_ending(job.folder, rank),
     ):
         run_rank(job.config, job.images, job.out)
 

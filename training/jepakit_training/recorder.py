@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, trackers, warnings, progress."""
+"""`Recorder`: what a run says while it trains, to metrics.jsonl, trackers, warnings and the progress bar."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Clock:
 
 @dataclass
 class Recorder:
-    """Records the steps of one run; made by `recording`. Every rank has one and records every step; the first one tells."""
+    """Records the steps of one run; made by `recording`. Every rank has one and records every step; the first one speaks."""
 
     plan: Plan
     accelerator: Accelerator
@@ -75,15 +75,15 @@ class Recorder:
     def record(self, step: int, outcome: Outcome) -> None:
         """Show that `step` is done, and log its numbers where they are; only then a GPU is waited for."""
         self.clock.step(self.plan.batch_size)
-        told = ""
+        numbers = ""
         if self.logs(step):
             values = self._values(step, outcome)
             self.log.write({"step": step, **values})
             self.trackers.log(step, values)
             for line in self.alarms.check(step, values) if self.accelerator.is_main_process else ():
                 print(line, file=sys.stderr)
-            told = describe(values)
-        self.show.update(step + 1, told)
+            numbers = describe(values)
+        self.show.update(step + 1, numbers)
 
     def _values(self, step: int, outcome: Outcome) -> dict[str, float]:
         return {

@@ -39,7 +39,7 @@ def write_sheet(
         try:
             pixels = read_image(images[index], spec)
         except ImageError:
-            continue  # told in the report
+            continue  # the report says so
         views = finish(collate([make_views(pixels, derive_seed(0, "views", 0, index))]))
         cells = [_as_picture(fit(pixels, spec), spec)]
         cells += [_of_tensor(view) for group in views for view in group[:, 0]]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from jepakit_training.distributed import world_size
 from jepakit_training.randomness import derive_seed
-from jepakit_training.transfer import sent
+from jepakit_training.transfer import to_device
 
 # Numbers in each of the about nine arrays of a block, which is 108 operations over the two passes. On a CPU, half a
 # megabyte an array: an operation costs some µs of its own (2^16 took 1.1 to 1.2 times as long, larger blocks gained
@@ -44,7 +44,7 @@ def directions(n_outputs: int, n_slices: int, *, seed: int, step: int, device: t
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "directions", step))
     directions_KS = torch.randn(n_outputs, n_slices, generator=generator)
-    return sent(directions_KS / directions_KS.norm(dim=0, keepdim=True), device)
+    return to_device(directions_KS / directions_KS.norm(dim=0, keepdim=True), device)
 
 
 def sigreg(proj_VNK: Tensor, directions_KS: Tensor, *, t_max: float = 3.0, n_nodes: int = 17) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
-from jepakit_training.records import Outlived
+from jepakit_training.records import TolerateWriteErrors
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 _PROJECT = "jepakit"
@@ -27,7 +27,8 @@ class Trackers:
     first     the step the run goes on from: what was logged of later ones is done again
     enabled   whether this process is the one that logs
 
-    A disk that is full while the run trains is outlived. W&B stays offline and MLflow in the run's folder unless WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
+    A disk that is full while the run trains gives a warning. W&B stays offline and MLflow in the run's folder unless
+    WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Trackers:
         self._trackers = [_tracker(name, run, first) for name in names] if enabled else []
         if self._trackers:
             PartialState()  # the trackers' own logging wants it
-        self._outlived = {tracker.name: Outlived(f"{tracker.name} in {run}") for tracker in self._trackers}
+        self._tolerate = {tracker.name: TolerateWriteErrors(f"{tracker.name} in {run}") for tracker in self._trackers}
         flat = _flat(settings)
         for tracker in self._trackers:
             tracker.start()
@@ -50,13 +51,13 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of one step."""
         for tracker in self._trackers:
-            with self._outlived[tracker.name]:
+            with self._tolerate[tracker.name]:
                 tracker.log(dict(values), step=step)
 
     def close(self) -> None:
         """Write out what is left."""
         for tracker in self._trackers:
-            with self._outlived[tracker.name]:
+            with self._tolerate[tracker.name]:
                 tracker.finish()
 
 

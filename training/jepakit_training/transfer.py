@@ -6,6 +6,6 @@ import torch
 from torch import Tensor
 
 
-def sent(numbers: Tensor, device: torch.device) -> Tensor:
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on `device`, without waiting: a plain copy to a GPU waits until it has done all that it was told before."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

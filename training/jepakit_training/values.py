@@ -1,4 +1,4 @@
-"""What the images' values are worth to this run: a sample is scanned, and what was found is told in words."""
+"""What the images' values are worth to this run: a sample is scanned, and what was found is put into words."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def describe_values(found: Scan, spec: Preprocess, ids: Sequence[str]) -> list[s
     sizes = sorted({one.size for one in found.seen}, key=lambda size: size[0] * size[1])
     (w0, h0), (w1, h1) = sizes[0], sizes[-1]
     between = f"{w0} × {h0}" if len(sizes) == 1 else f"{w0} × {h0} to {w1} × {h1}"
-    told = [f"{found.kind}, {between} pixels ({len(found.seen)} of {found.n_images} images looked at)"]
+    lines = [f"{found.kind}, {between} pixels ({len(found.seen)} of {found.n_images} images looked at)"]
     if spec.scaling is not None:
         bands = ", ".join(f"{low:g} … {high:g}" for low, high in zip(spec.scaling.low, spec.scaling.high, strict=True))
-        told.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as asked'})")
-    return [*told, *outlier_notes(found, ids), *window_notes(found, spec.scaling)]
+        lines.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as asked'})")
+    return [*lines, *outlier_notes(found, ids), *window_notes(found, spec.scaling)]
 
 
 def chosen_frame(config: AdaptConfig) -> int | None:

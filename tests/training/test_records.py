@@ -1,0 +1,53 @@
+"""What a run writes while it trains, on full disks and of files with odd names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.training.full_disk import files_no_longer_than
+
+from jepakit.errors import DataError
+from jepakit.run import METRICS, SKIPPED, read_metrics
+from jepakit_training.records import SkippedFiles, StepLog
+
+
+def test_a_disk_too_full_for_metrics_is_tolerated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / METRICS
+    log = StepLog(path, 0, enabled=True)
+    log.write({"step": 9})
+    with files_no_longer_than(path.stat().st_size):
+        for step in (19, 29):
+            log.write({"step": step})
+    log.write({"step": 39})
+    assert [row["step"] for row in read_metrics(path)] == [9, 19, 29, 39]
+    with files_no_longer_than(path.stat().st_size):
+        log.write({"step": 49})
+        log.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path} could not be written (File too large): make room there; training goes on")
+    assert [row["step"] for row in read_metrics(path)] == [9, 19, 29, 39]
+
+
+def test_a_disk_too_full_for_skipped_files_is_tolerated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / SKIPPED
+    skipped = SkippedFiles(path, 100, most=0.03, enabled=True)
+    with files_no_longer_than(0):
+        skipped.add("a.png", "a.png: cannot be read")
+        skipped.add("b.png", "b.png: cannot be read")
+    skipped.add("c.png", "c.png: cannot be read")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path} could not be written (File too large)")
+    assert path.read_text().splitlines()[0].startswith("# holds paths of your images")
+    assert path.read_text().splitlines()[1:] == ["path,reason", "c.png,c.png: cannot be read"]
+    with pytest.raises(DataError, match="over 3 % of the images cannot be read"):  # those without room count
+        skipped.add("d.png", "d.png: cannot be read")
+
+
+def test_names_that_are_not_utf_8_are_listed_and_known_again(tmp_path: Path) -> None:
+    name = os.fsdecode(b"bad\xfe.png")
+    for _ in range(2):
+        skipped = SkippedFiles(tmp_path / SKIPPED, 9, most=0.5, enabled=True)
+        skipped.add(name, f"{name}: cannot be read")
+    assert (tmp_path / SKIPPED).read_bytes().count(b"\nbad\xfe.png,") == 1

@@ -1,0 +1,267 @@
+"""A run's folder: the lock on it, what it was started with, and whether a command may go on there. Needs no torch, so that
+a folder is refused at once."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from jepakit._files import replacing
+from jepakit.bundle import versions_of
+from jepakit.config import AdaptConfig
+from jepakit.errors import ConfigError, DataError
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, is_run
+from jepakit.sources import ImageList
+
+# These may differ between a run and its resumption: they change nothing in the result, or its rounding alone. What the
+# images are, their digest says; where they lie changes nothing.
+FREE_SETTINGS = frozenset({
+    "images", "out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher", "trackers",
+    "micro_batch", "activation_checkpointing", "compile",
+})  # fmt: skip
+LOCK = ".lock"
+# What Ray's processes say while they train: no leftover, as the .tmp-* are that a kill leaves.
+RAY_FOLDER = ".ray-"
+_PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+# Some network file systems (Lustre without `-o flock`, old NFS) have none.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_held: set[int] = set()
+
+
+@contextmanager
+def locked(out: Path, *, enabled: bool = True) -> Iterator[None]:
+    """Hold the run's folder, made where it is missing, so that no other trainer can write to it.
+
+    The system lets go of it when the process ends, however it ends. Raises ConfigError when another process holds
+    it, or when nothing can be written there.
+    """
+    if not enabled:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(out / LOCK)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{out} is being trained on by {_holder(out)}: wait for it or stop it, or name another --out"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written to ({error.strerror}): name another --out") from error
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _holder(out: Path) -> str:
+    """Who holds the run's folder, in words."""
+    words = ""
+    with suppress(FileNotFoundError):  # it has let go since
+        words = (out / LOCK).read_text(encoding="utf-8").strip()
+    return words or "another process"
+
+
+def _lock(path: Path) -> int:
+    """An open, locked descriptor of the file at `path`, which says who holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            print(
+                f"warning: {path.parent} lies where files cannot be locked: start no second run on it", file=sys.stderr
+            )
+        # The last holder may have removed the file between our two calls: then this lock is on no name at all.
+        if os.fstat(descriptor).st_nlink:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return descriptor
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    """In a forked child: loader processes outlive a killed trainer by seconds, and would hold the folder for it."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def check_folder(out: Path, config: AdaptConfig) -> None:
+    """Whether a run may lie in `out`: a new one, or one that was started with the same settings.
+
+    Raises ConfigError naming what is in the way or differs. Needs no torch, so that it is said at once.
+    """
+    if _has_begun(out):
+        if changed := _changed(out, _as_toml(config)):
+            raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {_go_on(out)}")
+        return
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, and a run is a folder: name another --out")
+    # Until the start was measured nothing is worth keeping: a corrected command may begin anew.
+    strangers = _strangers(out) if out.is_dir() else []
+    if strangers:
+        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0]}): name another --out")
+
+
+def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
+    """Start the run's folder, or check that an existing one was started with the same settings and data.
+
+    Raises ConfigError or DataError naming what differs, ConfigError where nothing can be written there.
+    """
+    check_folder(out, config)
+    if _has_begun(out):
+        _check_same(out, images)
+        return
+    environment = {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "data": images.digest(),
+        "images": len(images),
+        "processes": _processes(),
+    }
+    with must_write(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SKIPPED).unlink(missing_ok=True)
+        # This order: settings alone are somebody's own.
+        write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
+        write_atomically(out / CONFIG, _as_toml(config))
+
+
+@contextmanager
+def must_write(out: Path) -> Iterator[None]:
+    """A block that writes to the run's folder; ConfigError where that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written to ({error.strerror or error}): make room there, then run the same command again, or name "
+            "another --out"
+        ) from error
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether there is a run whose start was measured."""
+    return is_run(out) and (out / START).exists()
+
+
+def find_unfinished(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
+    """The first of `folders` that holds an unfinished run of the same settings and images."""
+    settings = _as_toml(config)
+    return next((out for out in folders if _can_go_on(out, settings, images)), None)
+
+
+def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
+    try:
+        return (
+            not (out / BUNDLE).exists()
+            and not _changed(out, settings)
+            and _environment(out).get("data") == images.digest()
+        )
+    except DataError:
+        return False
+
+
+def _strangers(out: Path) -> list[str]:
+    """Names in `out` that no trainer has left there. Without our environment.json settings are the user's own."""
+    try:
+        ours = {LOCK, ENVIRONMENT, CONFIG, SKIPPED} if "data" in _environment(out) else {LOCK}
+    except DataError:
+        ours = {LOCK}
+    names = (path.name for path in out.iterdir())
+    return [name for name in names if name not in ours and not name.startswith((".tmp-", RAY_FOLDER))]
+
+
+def _check_same(out: Path, images: ImageList) -> None:
+    go_on, environment = _go_on(out), _environment(out)
+    if (processes := environment.get("processes", _processes())) != _processes():
+        raise ConfigError(
+            f"{out} was started by {processes} processes, now there are {_processes()}: say --processes {processes}, or {go_on}"
+        )
+    if environment.get("data") != images.digest():
+        raise DataError(
+            f"the images are not those {out} was started with (files were added, removed or changed); {go_on}"
+        )
+
+
+def _go_on(out: Path) -> str:
+    """What to do where a run cannot be resumed."""
+    return f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
+
+
+def _as_toml(config: AdaptConfig) -> str:
+    """The settings as config.toml holds them; TOML is UTF-8, and a path need not be."""
+    settings = config.resolved().model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps(settings).encode("utf-8", "replace").decode()
+
+
+def _changed(out: Path, settings: str) -> list[str]:
+    """In words, what of `settings` differs from those the run in `out` was started with.
+
+    Raises DataError where its config.toml is gone or damaged.
+    """
+    before, now = (_compared(each) for each in (_read(out / CONFIG, tomllib.loads), tomllib.loads(settings)))
+    return [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.toml, what a resumed run must have in common with its beginning; views each by its own name."""
+    views = settings.get("views", {})
+    flat = {**settings, **{f"views.{name}": value for name, value in views.items()}}
+    # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
+    flat["cache"] = "cache" in settings
+    return {key: value for key, value in flat.items() if key != "views" and key not in FREE_SETTINGS}
+
+
+def _environment(out: Path) -> dict[str, Any]:
+    return _read(out / ENVIRONMENT, json.loads)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What one of a run's files holds; DataError when it is gone or damaged."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {values!r:.40}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is gone or damaged ({error}): put it back, or {_go_on(path.parent)}") from None
+    return values
+
+
+def _processes() -> int:
+    """How many processes train, as torch's launchers, accelerate and Ray Train say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that can change a result."""
+    return versions_of(_PACKAGES)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write the file as a whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
