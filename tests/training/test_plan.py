@@ -158,10 +158,20 @@ def test_batch_norms_that_train_see_a_batch_once() -> None:
     assert plan("test_vit", weights="random", activation_checkpointing=True).norm_statistics == "frozen"
     for weights, exact in (("random", False), ("pretrained", True)):
         config = AdaptConfig(images="x", backbone="test_resnet", weights=weights)
-        explaining = explaining_out_of_memory(config, plan("test_resnet", weights=weights), Accelerator(cpu=True))
+        made, backbone = plan("test_resnet", weights=weights), build("test_resnet", {})
+        explaining = explaining_out_of_memory(config, made, backbone, Accelerator(cpu=True))
         with pytest.raises(TrainingError, match="--image-size below") as error, explaining:
             raise torch.OutOfMemoryError
         assert ("micro_batch" in str(error.value)) == ("checkpointing" in str(error.value)) == exact, weights
+
+
+@pytest.mark.parametrize(("name", "has_some"), [("test_vit", True), ("crossvit_tiny_240", False)])
+def test_checkpointing_is_advised_only_where_timm_has_some(name: str, has_some: bool) -> None:
+    config, made = AdaptConfig(images="x", backbone=name), plan(name, image_size=240)
+    explaining = explaining_out_of_memory(config, made, build(name, {}), Accelerator(cpu=True))
+    with pytest.raises(TrainingError, match="micro_batch=64") as error, explaining:
+        raise torch.OutOfMemoryError
+    assert ("checkpointing" in str(error.value)) == has_some
 
 
 def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:

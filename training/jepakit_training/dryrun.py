@@ -41,7 +41,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     with freed_memory_kept(), own_precision():
         setup = prepare(config, images, None)
         plan = setup.plan
-        with explaining_out_of_memory(config, plan, setup.accelerator):
+        with explaining_out_of_memory(config, plan, setup.backbone, setup.accelerator):
             learner = Learner(config, plan, setup.backbone, setup.spec, setup.accelerator)
             frozen = range(min(_STEPS, plan.warmup_steps))
             training = range(plan.warmup_steps, min(plan.warmup_steps + _STEPS, plan.steps))

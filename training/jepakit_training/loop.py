@@ -52,7 +52,7 @@ from jepakit_training.recorder import recording
 from jepakit_training.records import SharedSkippedFiles, SkippedFiles
 from jepakit_training.run_folder import FREE_SETTINGS, locked, open_folder, versions
 from jepakit_training.stopping import stopping
-from jepakit_training.trainable import check_trainable
+from jepakit_training.trainable import can_checkpoint_activations, check_trainable
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
 
@@ -225,7 +225,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     told_to_stop = SharedFlag()
     with (
         stopping(lambda: saver.newest) as stop,
-        explaining_out_of_memory(config, plan, accelerator),
+        explaining_out_of_memory(config, plan, setup.backbone, accelerator),
         recording(config, plan, accelerator, run, first, extra_s=measuring_s) as recorder,
     ):
         batches = recorder.clock.waiting(step_loader(config, setup, range(first, plan.steps)))
@@ -249,12 +249,15 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     learner.finish()
 
 
-def explaining_out_of_memory(config: AdaptConfig, plan: Plan, accelerator: Accelerator) -> AbstractContextManager[None]:
+def explaining_out_of_memory(
+    config: AdaptConfig, plan: Plan, backbone: nn.Module, accelerator: Accelerator
+) -> AbstractContextManager[None]:
     """Turns "out of memory" into an error that names what to change in this run."""
     whole = plan.norm_statistics == "trained"  # BatchNorms that train see a whole batch, once
     return memory_errors(
         micro_batch=1 if whole else plan.micro_batch or plan.batch_size // accelerator.num_processes,
-        activation_checkpointing=whole or config.activation_checkpointing, image_size=plan.image_size, workers=plan.workers,
+        activation_checkpointing=whole or config.activation_checkpointing or not can_checkpoint_activations(backbone),
+        image_size=plan.image_size, workers=plan.workers,
     )  # fmt: skip
 
 

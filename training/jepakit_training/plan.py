@@ -85,7 +85,8 @@ def make_plan(
     views = config.resolved_views()
     image_size, local_size, size_notes = _sizes(config, views, backbone, bands)
     norm_statistics = _norm_statistics(config, backbone)
-    _check_checkpointing(config, norm_statistics)
+    if config.activation_checkpointing:
+        _check_norms_frozen(config, norm_statistics, "activation_checkpointing", "would see each batch twice")
     pixels = views.n_global * image_size**2 + views.n_local * local_size**2
     batch_bytes = batch_size // world * pixels * bands * value_bytes
     workers, prefetch, loader_notes = _loader_processes(config, batch_bytes)
@@ -244,19 +245,19 @@ def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "t
 def _micro_batch(config: AdaptConfig, batch_size: int, world: int, norm_statistics: str) -> int | None:
     """Images that the backbone of a process works through at once; None where that is its whole batch."""
     micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
-    if micro_batch and norm_statistics == "trained":
-        raise ConfigError(
-            f"micro_batch = {micro_batch}: the BatchNorms of {config.backbone} train, and their statistics are of the whole "
-            "batch: leave micro_batch out, set norm_statistics = frozen, or take a backbone without BatchNorm"
+    if micro_batch:
+        _check_norms_frozen(
+            config, norm_statistics, f"micro_batch = {micro_batch}", "need the statistics of the whole batch"
         )
     return micro_batch
 
 
-def _check_checkpointing(config: AdaptConfig, norm_statistics: str) -> None:
-    if config.activation_checkpointing and norm_statistics == "trained":
+def _check_norms_frozen(config: AdaptConfig, norm_statistics: str, setting: str, why: str) -> None:
+    """ConfigError for a setting under which BatchNorms that train would not see each batch as a whole, and once."""
+    if norm_statistics == "trained":
         raise ConfigError(
-            f"activation_checkpointing: the BatchNorms of {config.backbone} train, and would see each batch twice: leave it "
-            "out, set norm_statistics = frozen, or take a backbone without BatchNorm"
+            f"{setting}: the BatchNorms of {config.backbone} train, and {why}: leave it out, set norm_statistics = frozen, or "
+            "take a backbone without BatchNorm"
         )
 
 

@@ -41,12 +41,21 @@ def check_trainable(backbone: Any, config: AdaptConfig) -> None:
 
 def checkpoint_activations(backbone: Any, name: str) -> None:
     """Have activations computed again instead of kept; ConfigError where timm has no way to."""
+    if not can_checkpoint_activations(backbone):
+        raise ConfigError(
+            f"activation_checkpointing: timm has none for {name}; micro_batch saves memory on every backbone"
+        )
+    backbone.set_grad_checkpointing(True)
+
+
+def can_checkpoint_activations(backbone: Any) -> bool:
+    """Whether timm has a way to compute this backbone's activations again; leaves it switched off."""
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        raise ConfigError(
-            f"activation_checkpointing: timm has none for {name}; micro_batch saves memory on every backbone"
-        ) from None
+        return False
+    backbone.set_grad_checkpointing(False)
+    return True
 
 
 def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
