@@ -267,8 +267,8 @@ class AdaptConfig(_Settings):
     most_skipped: Fraction = 0.01
     """Share of the images that may be unreadable or refused: each is listed and replaced; above it the run stops."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the images kept out of training, to measure on; of many images fewer are: `measure_on`, or what about 120
-    groups hold where that is more."""
+    """Share of the images kept out of training, to measure on; of many images fewer are: `measure_on`, or, with labels,
+    what about 120 groups hold where that is more."""
     measure_on: Annotated[int, Field(ge=20)] = 2000
     """Most images to embed on each side when measuring; held-out ones are more where 3 of every class are."""
     save_every_s: Annotated[float, Field(ge=0)] = 300.0

@@ -21,7 +21,7 @@ from jepakit.evaluate import Measurement, Scores, compare
 from jepakit.run import Run
 from jepakit.sources import ImageList, list_images
 from jepakit_training import evaluation, loop
-from jepakit_training.data import Split, split
+from jepakit_training.data import ENOUGH_GROUPS, Split, split
 from jepakit_training.evaluation import Features, MeasuringSet, extract, measure_vectors, pick_pooling
 
 SPEC = Preprocess(
@@ -191,7 +191,9 @@ def test_slides_of_many_tiles_are_all_measured_and_evenly() -> None:
     sizes = np.random.default_rng(0).choice([5, 200, 1500], 1000, p=[0.1, 0.6, 0.3])
     slide_of = np.repeat(np.arange(1000), sizes)
     images = listed(slide_of % 2, slide_of)
-    parts = split(len(images), images.labels, groups=images.groups, share=0.2, most=2000, seed=0)
+    parts = split(
+        len(images), images.labels, groups=images.groups, share=0.2, most=2000, seed=0, enough_groups=ENOUGH_GROUPS
+    )
     chosen = MeasuringSet.choose(images, parts, 2000)
     assert chosen.groups is not None
     held_out = Counter(chosen.groups[~chosen.is_fit].tolist())

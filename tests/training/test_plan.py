@@ -186,6 +186,16 @@ def test_a_size_that_the_backbone_does_not_take_is_refused_with_its_own() -> Non
         plan("coat_lite_tiny", image_size=64)
 
 
+@pytest.mark.parametrize(("labels", "held_out"), [(("a", "b") * 500, 200), (None, 30)])
+def test_groups_are_held_out_past_the_images_to_measure_on_where_labels_can_judge_them(
+    labels: tuple[str, ...] | None, held_out: int
+) -> None:
+    listed = list_images([np.zeros((8, 8), np.uint8)] * 1000, "none")
+    images = replace(listed, labels=labels, groups=tuple(str(number // 10) for number in range(1000)))
+    config = AdaptConfig(images="x", backbone="test_resnet", measure_on=20)
+    assert len(make_plan(config, images, build("test_resnet", {}), 1).split.held_out) == held_out
+
+
 @pytest.mark.parametrize(
     ("steps", "same_data", "settings", "warns"),
     [

@@ -16,7 +16,7 @@ from jepakit.config import ViewsConfig
 from jepakit.errors import DataError
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
-from jepakit_training.data import Key, StepBatches, ViewDataset, make_loader, split, views_on
+from jepakit_training.data import ENOUGH_GROUPS, Key, StepBatches, ViewDataset, make_loader, split, views_on
 from jepakit_training.views import ViewMaker, Views, finish
 
 SPEC = Preprocess(
@@ -208,7 +208,15 @@ def test_of_large_groups_as_many_are_held_out_as_the_verdict_needs(slides: int, 
     """1000 tiles a slide, of which 2000 tiles alone would be two slides."""
     slide_of = np.repeat(np.arange(slides), 1000)
     labels, groups = np.array(["a", "b"])[slide_of % 2], slide_of.astype(str)
-    parts = split(len(slide_of), labels.tolist(), groups=groups.tolist(), share=0.2, most=2000, seed=0)
+    parts = split(
+        len(slide_of),
+        labels.tolist(),
+        groups=groups.tolist(),
+        share=0.2,
+        most=2000,
+        seed=0,
+        enough_groups=ENOUGH_GROUPS,
+    )
     assert Counter(np.unique(slide_of[parts.held_out]) % 2) == {0: held_out // 2, 1: held_out // 2}
     assert len(parts.held_out) <= 0.2 * len(slide_of)
 
@@ -217,7 +225,15 @@ def test_a_rare_class_holds_out_its_part_of_the_groups_and_no_more_than_its_shar
     slide_of = np.repeat(np.arange(1000), 100)
     for rare, expected in ((400, {"rare": 60, "common": 60}), (50, {"rare": 10, "common": 60})):
         labels = np.where(slide_of < rare, "rare", "common")
-        parts = split(100_000, labels.tolist(), groups=slide_of.astype(str).tolist(), share=0.2, most=2000, seed=0)
+        parts = split(
+            100_000,
+            labels.tolist(),
+            groups=slide_of.astype(str).tolist(),
+            share=0.2,
+            most=2000,
+            seed=0,
+            enough_groups=ENOUGH_GROUPS,
+        )
         assert (
             Counter("rare" if slide < rare else "common" for slide in np.unique(slide_of[parts.held_out])) == expected
         )

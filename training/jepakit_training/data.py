@@ -23,7 +23,7 @@ from jepakit_training.randomness import derive_seed
 from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
 _MOST_SUBSTITUTES = 20
-_ENOUGH_GROUPS = 120
+ENOUGH_GROUPS = 120
 """Held-out groups that let the verdict say "same": it takes 90 of even weight, and a third more as groups are uneven."""
 
 
@@ -35,17 +35,19 @@ class Split(NamedTuple):
 
 
 def split(
-    count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None
-) -> Split:
-    """Hold `share` of the images out, each stratum in proportion.
+    count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None,
+    enough_groups: int = 0,
+) -> Split:  # fmt: skip
+    """Hold out `share` of the images, of each stratum in proportion.
 
-    Of many images fewer are held out: `most`, or, where there are groups, what about 120 of them hold if that is more; each
-    stratum has an equal part of the 120. At least one group of a stratum is held out, and as many as the verdict needs to
-    judge the class where those are at most a third of the stratum's. A stratum of a single group stays in training.
+    Of many images fewer are held out: `most`, or what about `enough_groups` of the groups hold if that is more. At least one
+    group of a stratum is held out, and as many as the verdict needs to judge the class where those are at most a third of
+    the stratum's. A stratum of a single group stays in training.
 
-    strata  a name for each image, e.g. its class; None: all are one stratum
-    groups  a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
-            the stratum of most of its images; None: every image is a group of its own
+    strata         a name for each image, e.g. its class; None: all are one stratum
+    groups         a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
+                   the stratum of most of its images; None: every image is a group of its own
+    enough_groups  over all strata, an equal part of each; it means nothing without groups
     """
     random = np.random.default_rng(derive_seed(seed, "split"))
     group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -57,7 +59,7 @@ def split(
         stratum_of_group[lone] = -1
     chosen = np.zeros(len(sizes), bool)
     names, n_groups = np.unique(stratum_of_group, return_counts=True)
-    enough = 0.0 if groups is None else _ENOUGH_GROUPS / max(1, int(np.count_nonzero(n_groups > 1)))
+    enough = 0.0 if groups is None else enough_groups / max(1, int(np.count_nonzero(n_groups > 1)))
     for stratum in names:
         members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
         can_judge = stratum >= 0 and len(members) >= 3 * FEWEST_PER_CLASS
@@ -69,7 +71,8 @@ def split(
 
 
 def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float, fewest: int) -> list[int]:
-    """Of the groups in their order, those that bring their images nearer to `share` of all; then small ones up to `fewest`."""
+    """In their order, the groups that bring the images held out nearer to `share` of all; then the smallest others, up to
+    `fewest` groups."""
     wanted, taken, chosen = round(share * sizes[groups].sum()), 0, []
     for group in groups.tolist():
         if taken + sizes[group] / 2 <= wanted:
@@ -123,7 +126,7 @@ class Item(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Views of N images, [V, N, C, H, W] at each size, still to be finished or finished; the rest as in `Item`."""
+    """Views of N images, [V, N, C, H, W] at each size, finished or not yet; the rest as in `Item`."""
 
     views: Crops | Views | None
     skipped: list[tuple[int, str]]

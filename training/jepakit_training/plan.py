@@ -19,7 +19,7 @@ from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
 from jepakit.sources._words import counted
 from jepakit_training.batchnorm import batch_norms
-from jepakit_training.data import Split, split
+from jepakit_training.data import ENOUGH_GROUPS, Split, split
 from jepakit_training.memory import GB, main_memory
 
 FEWEST_IMAGES = 16
@@ -159,8 +159,9 @@ def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
         )
         groups = None
     parts = split(
-        len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed
-    )
+        len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed,
+        enough_groups=0 if images.labels is None else ENOUGH_GROUPS,
+    )  # fmt: skip
     return parts, notes
 
 
@@ -208,7 +209,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
 
 
 def _steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
-    """So many that every image is seen `epochs` times at least, once where neither length is set."""
+    """Enough for every image to be seen `epochs` times; where neither length is set, once, and 300 at least."""
     passes = math.ceil((config.epochs or 1) * trained_on / batch_size)
     return config.steps or (passes if config.epochs else max(_DEFAULT_STEPS, passes))
 
@@ -264,8 +265,8 @@ def _check_norms_frozen(config: AdaptConfig, norm_statistics: str, setting: str,
 def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, list[str]]:
     """How many there are, and how many batches each makes ahead, with notes.
 
-    One a core of this process's share, but one for the model; 8 at most, or 16 where a GPU has to be fed. Fewer where
-    batches are so large that those made ahead would take over a quarter of this process's share of main memory.
+    One for each core of this process's share, less one for the model; 8 at most, or 16 where a GPU has to be fed. Fewer where
+    the batches made ahead would take over a quarter of this process's share of main memory.
     """
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = int(_QUEUED_SHARE * main_memory() / sharing / batch_bytes)
