@@ -37,7 +37,7 @@ _NEARLY_FULL = 0.9
 
 
 class ImageCache:
-    """Pixels by key, in `folder`, of `limit_bytes` together at most.
+    """Pixels by key, in `folder`, at most `limit_bytes` in all.
 
     least_side  images are stored with their shorter side no longer than this, in pixels
     decoding    whatever else decides which pixels a file gives, e.g. a DICOM window; part of every key

@@ -2,9 +2,9 @@
 
     checkpoints/step-000000100/{state.pt, manifest.json}
 
-Written to a temporary folder, flushed, renamed; older ones are deleted only afterwards. Loading takes the
-newest one whose SHA-256 is right; damaged ones are renamed to damaged-step-…, and may be removed. (accelerate's own `save_state` leaves torn folders behind and then cannot
-load; see "Own checkpoints" in docs/design.md.)
+Written to a temporary folder, flushed, renamed; older ones are deleted only afterwards. Loading takes the newest one
+whose SHA-256 is right; damaged ones are renamed to damaged-step-…, and may be removed. (accelerate's own `save_state`
+leaves torn folders behind and then cannot load; see "Own checkpoints" in docs/design.md.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SLOW_STEP_S = 10.0
 
 
 class Saver:
-    """Decides after each step whether to save, and outlives a full disk in the middle of a run.
+    """Decides after each step whether to save, and goes on where a disk is full in the middle of a run.
 
     folder   where the checkpoints lie
     every_s  seconds between checkpoints. A step that itself took longer than 10 s is saved at once: a SIGTERM's

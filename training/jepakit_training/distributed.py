@@ -1,4 +1,4 @@
-"""What ranks tell each other beside gradients."""
+"""What ranks send each other besides gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 class SharedFlag:
-    """Asks whether a flag is up on any rank, over the CPU: an answer that lies on a GPU comes after all of its steps.
+    """Asks over the CPU whether a flag is up on any rank: a GPU would answer only after all the work it has been given.
 
     Every rank makes one, and asks as often as the others.
     """

@@ -27,7 +27,8 @@ from jepakit_training.records import SkippedFiles
 
 _BATCH = 16
 _OF_EACH_CLASS = 20
-"""Images that a probe and a k-NN of as many neighbours need of a class; evenly spread alone leaves a rare class one or none."""
+"""Images of a class that a probe, and a k-NN of as many neighbours, need; evenly spread ones may hold one or none of a rare
+class."""
 
 
 @dataclass
@@ -84,9 +85,10 @@ class MeasuringSet:
 def _spread(
     part: NDArray[np.intp], labels: NDArray[np.str_] | None, groups: NDArray[np.str_] | None, most: int, *, least: int
 ) -> NDArray[np.intp]:
-    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS of every class, where all have room; the rest of all alike.
+    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS of every class, where there is room for all; the rest of
+    all classes alike.
 
-    `least` images of every class come before `most`.
+    least  of every class, even if that passes `most`
     """
     if len(part) <= most:
         return part
@@ -104,7 +106,7 @@ def _spread(
 
 
 def _thinned(places: NDArray[np.intp], group_of: NDArray[np.intp] | None, most: int) -> NDArray[np.intp]:
-    """At most `most` of the places, evenly spread, as many of each group as of the others while it has some left.
+    """At most `most` of the places, evenly spread, and as many of each group as of any other, or all that it has.
 
     group_of  the group of every place there is; None: none belong together
     """
@@ -220,7 +222,7 @@ class Measured:
 class Measuring:
     """Measures the start and the end of a run on the same images.
 
-    extract  what takes their features, with the arguments of this module's `extract`
+    extract  the function that makes their features, with the arguments of this module's `extract`
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""`adapt`: in this process, in several of this machine, or on a Ray cluster. The training itself is `loop.adapt_here`.
+"""`adapt`: in this process, in several on this machine, or on a Ray cluster. The training itself is `loop.adapt_here`.
 
 The processes are new interpreters that are handed the settings and the list of images, so a notebook, or a script
 without a main guard, starts them as well as the command line. torchrun's agent does not serve here: it sends its
 signals to whole process groups, and a SIGTERM kills the loader's processes before the step that would end in a
-checkpoint; nor does it say in which class an error was raised.
+checkpoint; nor does it say of which class an error was.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _raise_ending(group: _Group) -> NoReturn:
     many, go_on = len(group.processes), "the same command goes on from the last checkpoint"
     for rank, code in group.ended.items():
         if code < 0:
-            why = ", by the system for want of memory perhaps" if -code == signal.SIGKILL else ""
+            why = ", perhaps by the system because memory ran out" if -code == signal.SIGKILL else ""
             raise TrainingError(f"process {rank} of {many} was ended by {signal.Signals(-code).name}{why}; {go_on}")
     if endings:
         first = endings[0]

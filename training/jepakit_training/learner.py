@@ -85,7 +85,7 @@ class Learner:
     def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
 
-        Nothing in it waits for a GPU, which so always has the next step's work at hand.
+        Nothing in it waits for a GPU, so that it always has the next step's work at hand.
         """
         config, plan, rank = self._config, self._plan, self._accelerator.process_index
         self._set_learning_rates(step)

@@ -107,7 +107,7 @@ def write_run_bundle(
 ) -> None:  # fmt: skip
     """Write a bundle without a graph: the backbone's weights and everything needed to export them.
 
-    What a process killed in the middle of a file left in the run's folder goes: the folder is locked, so it is no one's.
+    Half-written files that a killed process left in the run's folder are removed: the folder is locked, so they are nobody's.
     """
     for stale in path.parent.glob(".tmp-*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -164,7 +164,7 @@ class Setup:
 
 
 def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
-    """Look at the images, build the backbone, make the plan and say it; raises InputError where they do not go together.
+    """Look at the images, build the backbone, make the plan and print it; raises InputError where they do not go together.
 
     run  where images that cannot be read are listed; None: nowhere
     """
@@ -243,7 +243,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
                 skips.share()
             if leave:
                 raise stop.leaving(step + 1)
-        # Told while the last checkpoint was written: measuring can take minutes.
+        # A stop may have been asked for while the last checkpoint was written, and measuring can take minutes.
         if told_to_stop.any(stop.at_boundary()):
             raise stop.leaving(plan.steps)
     learner.finish()

@@ -21,7 +21,7 @@ _NO_MEMORY = (
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
-# Of glibc's <malloc.h>; what the last two are by default, the one at most.
+# From glibc's <malloc.h>; last the two defaults, of the threshold the most that it grows to.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER, _NONE = -1, 0
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 64 << 20, 65536

@@ -73,7 +73,7 @@ class Recorder:
         return (step + 1) % _LOG_EVERY == 0 or step + 1 == self.plan.steps
 
     def record(self, step: int, outcome: Outcome) -> None:
-        """Show that `step` is done, and log its numbers where they are; only then a GPU is waited for."""
+        """Show that `step` is done, and log its numbers if it is one that is logged: only then a GPU is waited for."""
         self.clock.step(self.plan.batch_size)
         numbers = ""
         if self.logs(step):

@@ -32,7 +32,7 @@ FREE_SETTINGS = frozenset({
     "micro_batch", "activation_checkpointing", "compile",
 })  # fmt: skip
 LOCK = ".lock"
-# What Ray's processes say while they train: no leftover, as the .tmp-* are that a kill leaves.
+# Holds what Ray's processes say while they train; no leftover, unlike the .tmp-* of a killed process.
 RAY_FOLDER = ".ray-"
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 # Some network file systems (Lustre without `-o flock`, old NFS) have none.
@@ -107,9 +107,9 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def check_folder(out: Path, config: AdaptConfig) -> None:
-    """Whether a run may lie in `out`: a new one, or one that was started with the same settings.
+    """Check that a run may lie in `out`: a new one, or one that was started with the same settings.
 
-    Raises ConfigError naming what is in the way or differs. Needs no torch, so that it is said at once.
+    Raises ConfigError naming what is in the way or differs.
     """
     if _has_begun(out):
         if changed := _changed(out, _as_toml(config)):

@@ -73,7 +73,7 @@ def _tracker(name: Tracker, run: Path, first: int) -> GeneralTracker:
         import mlflow
 
         (run / "mlruns").mkdir(exist_ok=True)
-        # Of late MLflow refuses to begin a store of plain files.
+        # Recent versions of MLflow refuse to start a store of plain files.
         mlflow.set_tracking_uri(f"sqlite:///{(run / 'mlruns' / 'mlflow.db').resolve()}")
     known = run / _MLFLOW_RUN
     return MLflowTracker(_PROJECT, run_name=title, run_id=known.read_text(encoding="utf-8") if known.exists() else None)

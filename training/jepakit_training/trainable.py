@@ -25,7 +25,7 @@ _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
 
 def check_trainable(backbone: Any, config: AdaptConfig) -> None:
-    """Whether the backbone can be trained as `config` says, before anything is measured; changes nothing in it.
+    """Check that the backbone can be trained as `config` says, before anything is measured; changes nothing in it.
 
     Raises ConfigError for more blocks than there are, for low-rank additions to nothing, and for activation checkpointing
     where timm has none.

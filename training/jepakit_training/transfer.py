@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, without waiting: a plain copy to a GPU waits until it has done all that it was told before."""
+    """A CPU tensor on `device`, without waiting: a plain copy to a GPU would wait for all of its earlier work."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

@@ -1,4 +1,4 @@
-"""What the images' values are worth to this run: a sample is scanned, and what was found is put into words."""
+"""What the images' values mean to this run: a sample is scanned, and what was found is put into words."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class ViewMaker:
         upended = (random.random(count) < self._config.vertical_flip).tolist()
         turns = (random.integers(4, size=count) * self._config.quarter_turns).tolist()
         dtype = torch.uint8 if self._scaling is None else torch.float32
-        # Bands last in memory: so the resize gives them, and bringing them to the front takes it a fifth more time.
+        # Bands last in memory, as the resize gives them: bringing them to the front would take a fifth more time.
         crops = torch.empty(count, size, size, bands, dtype=dtype).permute(0, 3, 1, 2)
         for view in range(count):
             top, left, bottom, right = boxes[view]
