@@ -80,7 +80,7 @@ class Scan:
         return self.kind.stored_as == "uint8"
 
     def scaling(self, value_range: ValueRange) -> Scaling | None:
-        """Low and high per band: measured, or the user's window for all bands; None for 8-bit data.
+        """Low and high per band: measured, or a window for all bands; None for 8-bit data.
 
         Raises ConfigError for a window that does not fit, DataError for a band of one value or without any data.
         """
@@ -91,6 +91,9 @@ class Scan:
                 raise ConfigError(f"value_range = {value_range!r}: 8-bit images are used as they are, leave it out")
             return None
         self._check_bands()
+        if value_range == "file":
+            # What the files' windows give. As a measured range it refuses images in other units.
+            return Scaling(low=(0.0,) * self.kind.bands, high=(1.0,) * self.kind.bands, measured=True)
         window = CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
         return self._measured() if window is None else self._asked(*window)
 

@@ -13,6 +13,8 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from jepakit.bundle import Preprocess
 from jepakit.errors import ConfigError, DataError, ImageError
@@ -41,6 +43,22 @@ def noise(count: int, shape: tuple[int, ...], low: int, high: int, dtype: str, s
 
 def write_with_nodata(folder: Path, images: list[NDArray[Any]]) -> Path:
     return write(folder, images, planarconfig="contig", extratags=[(42113, "s", 2, "0", True)])
+
+
+def write_dicom(path: Path, stored: NDArray[Any], bits: int, intercept: int) -> None:
+    """CT as `bits` of 16, with a soft-tissue window of its own."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, "1.2.3"
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.Rows, data.Columns = stored.shape
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, bits, bits - 1
+    data.PixelRepresentation = int(stored.dtype.kind == "i")
+    data.RescaleSlope, data.RescaleIntercept = 1, intercept
+    data.WindowCenter, data.WindowWidth = 40, 400
+    data.PixelData = stored.tobytes()
+    data.save_as(path, enforce_file_format=True)
 
 
 def without_data_in_band_4(folder: Path, dtype: str, count: int) -> Path:
@@ -158,6 +176,28 @@ def test_a_window_in_which_nothing_would_be_seen_is_refused(tmp_path: Path) -> N
     assert "of the values lie outside" in window_notes(found, found.scaling((1000, 2000)))[0]
     with pytest.raises(ConfigError, match="not DICOM"):
         found.scaling("file")
+
+
+def test_the_files_own_windows_give_one_range_and_other_units_are_refused(tmp_path: Path) -> None:
+    random, folder = np.random.default_rng(0), tmp_path / "a"
+    folder.mkdir()
+    for number in range(6):
+        hounsfield = random.integers(-1000, 1000, (40, 40))
+        if number % 2:
+            write_dicom(folder / f"{number}.dcm", (hounsfield + 1024).astype(np.uint16), 12, -1024)
+        else:
+            write_dicom(folder / f"{number}.dcm", hounsfield.astype(np.int16), 16, 0)
+    spec = look(folder, value_range="file").preprocess(STOCK, value_range="file")
+    assert spec.voi
+    assert spec.scaling is not None
+    assert (spec.scaling.low, spec.scaling.high) == ((0,), (1,))
+    assert spec.mean[0] == pytest.approx(0.5, abs=0.05)
+    assert spec.std[0] > 0.4, "four of five values lie outside the window: they are black or white in every file"
+    for path in folder.iterdir():
+        pixels = read_image(path, spec)
+        assert (pixels.min(), pixels.max()) == (0, 1)
+    with pytest.raises(ImageError, match="lies outside 0 … 1"):
+        read_image(hounsfield.astype(np.float32), spec)
 
 
 def test_no_data_stays_out_of_the_numbers(tmp_path: Path) -> None:

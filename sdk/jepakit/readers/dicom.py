@@ -1,8 +1,9 @@
 """DICOM through pydicom: grey as the modality LUT's real units, colour as RGB.
 
 Grey comes back as float32 [H, W, 1]: stored values through the modality LUT or rescale (Hounsfield units in
-CT). MONOCHROME1, whose lowest value is white, is turned round first, within the range that its stored bits
-can hold. One-bit segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
+CT). MONOCHROME1, whose lowest value is white, is inverted first, within the range that its stored bits can
+hold. With the file's own window grey is 0 (black) to 1 (white), however the file stores it. One-bit
+segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
 
 Only the tags that pixels need are ever read, so that none about a patient can leave: `dicom_group` alone
 reads the PatientID, and gives its digest.
@@ -83,11 +84,6 @@ def open_dicom(encoded: Encoded, limits: Limits, *, voi: bool) -> DicomRaster:
         dataset = _dataset(encoded, _TAGS)
         pixels_at = encoded.file.tell()
         _refuse_unread(dataset, name)
-        if voi and dataset.PhotometricInterpretation in _GREY and not _has_window(_of_frame(dataset, 0)):
-            raise ImageError(
-                f"{name}: it has no window (VOI LUT) of its own, which voi asks for: choose a scaling instead",
-                code="unsupported_mode",
-            )
         return DicomRaster(encoded, limits, dataset, pixels_at, voi=voi)
 
 
@@ -123,16 +119,30 @@ class DicomRaster(BaseRaster):
         return stored
 
     def _in_real_units(self, stored: Pixels, frame: int) -> Pixels:
-        from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+        from pydicom.pixels.processing import apply_modality_lut
 
         dataset = _of_frame(self._dataset, frame)
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
         if not self._voi:
-            return np.asarray(apply_modality_lut(_turned_round(stored, dataset) if inverted else stored, dataset))
-        # A window is meant for values as they are stored: turn round what comes out of it.
+            return np.asarray(apply_modality_lut(_inverted(stored, dataset) if inverted else stored, dataset))
+        # A window is meant for values as they are stored: invert what comes out of it.
+        shown = self._through_window(stored, dataset)
+        return 1 - shown if inverted else shown
+
+    def _through_window(self, stored: Pixels, dataset: Any) -> Pixels:
+        """What the file's own window shows, from 0 to 1; ImageError for a frame that has none."""
+        from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+        if not _has_window(dataset):
+            raise ImageError(
+                f"{self._name}: it has no window (VOI LUT) of its own, which value_range = 'file' asks for: choose "
+                "another value_range",
+                code="unsupported_mode",
+            )
+        # pydicom's range depends on the bits stored and the rescale, and so differs between files of the same values.
         low, high = _window_range(dataset)
         shown = np.asarray(apply_voi_lut(apply_modality_lut(stored, dataset), dataset), np.float64)
-        return low + high - shown if inverted else shown
+        return (shown - low) / (high - low)
 
     def _nodata(self, dataset: Any) -> float | None:
         """The padding value as `read` gives the first frame; None with a window, where it may equal real values."""
@@ -291,22 +301,27 @@ def _of_frame(dataset: Any, frame: int) -> Any:
     return own
 
 
-def _turned_round(stored: Pixels, dataset: Any) -> Pixels:
+def _inverted(stored: Pixels, dataset: Any) -> Pixels:
     """MONOCHROME1 as MONOCHROME2, within what the stored bits can hold."""
     signed = dataset.PixelRepresentation == 1
     return (-1 if signed else 2**dataset.BitsStored - 1) - stored.astype(np.int64)
 
 
 def _has_window(dataset: Any) -> bool:
-    given = (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
-    return bool(dataset.get("VOILUTSequence")) or None not in given
+    return _has_table(dataset) or None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
+
+
+def _has_table(dataset: Any) -> bool:
+    """Whether the window is a table, as pydicom sees it."""
+    tables = dataset.get("VOILUTSequence")
+    return bool(tables) and None not in (tables[0].get("LUTDescriptor"), tables[0].get("LUTData"))
 
 
 def _window_range(dataset: Any) -> tuple[float, float]:
-    """The lowest and highest value that the file's window can give."""
+    """What pydicom's window gives for black and for white."""
     from pydicom.pixels.processing import apply_windowing
 
-    if dataset.get("VOILUTSequence"):
+    if _has_table(dataset):
         return 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
     low, high = apply_windowing(np.array([-1e9, 1e9]), dataset)
     return float(low), float(high)

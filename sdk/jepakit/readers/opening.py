@@ -21,7 +21,7 @@ def open_raster(
             int16, uint32, int32, float32 or float64
     name    what messages call it; by default the path, or "image" or "array"
     limits  refused above, judged on headers
-    voi     DICOM: apply the file's own window (VOI LUT); a file that has none is refused
+    voi     DICOM: apply the file's own window (VOI LUT), which gives 0 to 1; a frame that has none is refused
 
     JPEG, PNG, WebP, BMP, TIFF (slides too), DICOM, .npy and .npz are read. Raises ImageError for everything
     else and for damage, MissingExtraError when a format's library is not installed.

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, SecondaryCaptureImageStorage
 
@@ -113,20 +113,61 @@ def test_monochrome1_is_turned_round_within_its_stored_bits(dtype: str, bits: in
     np.testing.assert_array_equal(got[..., 0], turned(stored.astype(np.int64)) * 3.0 - 10)
 
 
+def through_window(values: NDArray[Any], center: float, width: float) -> NDArray[Any]:
+    """DICOM's linear window (PS3.3 C.11.2.1.2.1), from 0 to 1."""
+    return ((values - (center - 0.5)) / (width - 1) + 0.5).clip(0, 1)
+
+
 def test_a_window_is_applied_after_the_modality_lut_when_asked_for() -> None:
     tags: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": -100, "WindowCenter": 200, "WindowWidth": 150}
+    expected = through_window(ramp() * 2.0 - 100, 200, 150)
+    assert (expected.min(), expected.max()) == (0, 1)
     data = make(ramp(), bits=12, **tags)
-    dataset = pydicom.dcmread(io.BytesIO(data))
-    expected = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
-    np.testing.assert_array_equal(read(data, voi=True)[..., 0], expected.astype(np.float32))
+    np.testing.assert_allclose(read(data, voi=True)[..., 0], expected, atol=1e-6)
     np.testing.assert_array_equal(read(data)[..., 0], ramp() * 2.0 - 100)
-    # White and black change places, within what the window gives.
-    turned = read(make(ramp(), kind="MONOCHROME1", bits=12, **tags), voi=True)[..., 0]
-    np.testing.assert_allclose(turned, expected.max() + expected.min() - expected, rtol=1e-6)
+    inverted = read(make(ramp(), kind="MONOCHROME1", bits=12, **tags), voi=True)[..., 0]
+    np.testing.assert_allclose(inverted, 1 - expected, atol=1e-6)
+    falling = read(make(4095 - ramp(), bits=12, **{**tags, "RescaleSlope": -2, "RescaleIntercept": 8090}), voi=True)
+    np.testing.assert_allclose(falling[..., 0], expected, atol=1e-6, err_msg="a slope below 0")
+
+
+def test_a_window_gives_the_same_values_however_they_are_stored() -> None:
+    hounsfield = np.linspace(-1000, 1000, 320).round().reshape(16, 20)
+    window: dict[str, Any] = {"WindowCenter": 40, "WindowWidth": 400}
+    files = (
+        make((hounsfield + 1024).astype("uint16"), bits=12, RescaleSlope=1, RescaleIntercept=-1024, **window),
+        make(hounsfield.astype("int16"), RescaleSlope=1, RescaleIntercept=0, **window),
+        make((hounsfield + 1024).astype("uint16"), RescaleSlope=1, RescaleIntercept=-1024, **window),
+        make((1024 - hounsfield).astype("uint16"), bits=12, RescaleSlope=-1, RescaleIntercept=1024, **window),
+    )
+    for data in files:
+        np.testing.assert_allclose(read(data, voi=True)[..., 0], through_window(hounsfield, 40, 400), atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "entries"), [(8, 256), (12, 320)])
+def test_a_window_may_be_a_table(bits: int, entries: int) -> None:
+    table = np.linspace(0, 2**bits - 1, entries).round().astype(int)
+    lut = item(LUTDescriptor=[entries, 0, bits], LUTData=table.tolist())
+    for name in ("LUTDescriptor", "LUTData"):
+        lut[name].VR = "US"
+    stored = ramp() % entries
+    got = read(make(stored, bits=12, VOILUTSequence=[lut]), voi=True)[..., 0]
+    np.testing.assert_allclose(got, table[stored] / (2**bits - 1), atol=1e-6)
 
 
 def test_a_file_without_a_window_is_refused_when_its_window_is_asked_for(refused: Refused) -> None:
     assert "window" in refused(make(ramp()), "unsupported_mode", voi=True)
+    assert "window" in refused(
+        make(ramp(), VOILUTSequence=[item(LUTExplanation="empty")]), "unsupported_mode", voi=True
+    )
+
+
+def test_a_frame_without_a_window_is_refused_when_its_window_is_asked_for() -> None:
+    groups = [item(FrameVOILUTSequence=[item(WindowCenter=100, WindowWidth=50)]), item()]
+    data = make(np.stack([ramp(), ramp()]), NumberOfFrames=2, PerFrameFunctionalGroupsSequence=groups)
+    assert read(data, voi=True, frame=0).max() == 1
+    with pytest.raises(ImageError, match="no window"):
+        read(data, voi=True, frame=1)
 
 
 def test_enhanced_objects_keep_rescale_and_window_for_each_frame() -> None:
