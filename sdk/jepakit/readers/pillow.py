@@ -26,6 +26,8 @@ _TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _ORIENTATION = 0x0112
+_MOST_HALF_TRANSPARENT = 0.05
+"""Of a TIFF's alpha: the soft edges of a cut-out are a few per cent of it."""
 
 
 class PillowFile(BaseRaster):
@@ -103,6 +105,7 @@ def to_pixels(image: Image, name: str) -> Pixels:
 
     try:
         image.load()
+        _refuse_false_alpha(image, name)
         if _orientation(image) != 1:  # an upright one it would copy
             image = ImageOps.exif_transpose(image)
         if image.mode in _DEEP_MODES:
@@ -112,9 +115,26 @@ def to_pixels(image: Image, name: str) -> Pixels:
             white = pillow.new("RGBA", image.size, "white")
             image = pillow.alpha_composite(white, image)
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except ImageError:
+        raise
     except Exception as error:
         # Pillow is given no path and quotes none.
         raise ImageError(f"{name}: damaged or cut short ({error})", code="unreadable") from None
+
+
+def _refuse_false_alpha(image: Image, name: str) -> None:
+    """Refuse a TIFF whose last band is a band like the others and only marked as transparency."""
+    if image.format != "TIFF" or image.mode not in _TRANSPARENT_MODES:
+        return
+    *_, alpha = image.split()
+    between = sum(alpha.histogram()[1:255]) / (image.width * image.height)
+    if between > _MOST_HALF_TRANSPARENT:
+        raise ImageError(
+            f"{name}: its band {len(image.getbands())} is marked as transparency, as GDAL and tifffile mark the fourth of "
+            f"any four 8-bit bands, but {between:.0%} of it is half transparent: write it as a plain band (GDAL: "
+            "-co ALPHA=NO, tifffile: photometric='minisblack'), or leave it out",
+            code="unsupported_mode",
+        )
 
 
 def import_pillow() -> Any:

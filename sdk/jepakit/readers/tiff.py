@@ -62,7 +62,10 @@ def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
         as_usual = None
         if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
             as_usual = [kept.index for kept in series.pages]
-            if not (_is_exact(page) and _can_decode(page)):
+            # Pillow knows no no-data value.
+            if _GDAL_NODATA in page.tags:
+                _refuse_inexact(page, name)
+            elif not (_is_exact(page) and _can_decode(page)):
                 return PillowFile(encoded, limits, ("TIFF",), as_usual)
         _refuse_unread(page, name)
         format = "TIFF" if slide is None else "SLIDE"
@@ -268,6 +271,17 @@ def _is_exact(page: Any) -> bool:
         page.photometric == _YCBCR and page.compression == _JPEG
     )
     return in_colour and page.bitspersample == 8 and not page.extrasamples and page.compression in _COMPRESSIONS
+
+
+def _refuse_inexact(page: Any, name: str) -> None:
+    """Refuse a no-data value where only Pillow reads the pixels as they are meant."""
+    if not _is_exact(page):
+        raise ImageError(
+            f"{name}: an 8-bit TIFF with a no-data value, which is not honoured where there is a palette, CMYK, transparency, "
+            "under 8 bits or an unusual compression: write grey, RGB or plain bands (gdal_translate: -expand rgb, "
+            "-co ALPHA=NO, -co COMPRESS=DEFLATE), or leave the value out (gdal_edit.py -unsetnodata)",
+            code="unsupported_mode",
+        )
 
 
 def _can_decode(page: Any) -> bool:

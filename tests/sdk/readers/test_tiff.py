@@ -195,6 +195,16 @@ def test_nodata_is_the_value_that_pixels_hold() -> None:
         assert raster.header.nodata is None
 
 
+@pytest.mark.parametrize("options", [{"photometric": "palette", "colormap": np.zeros((3, 256), "u2")}, {"photometric": "separated"},
+    {"extrasamples": ["unassalpha"]}, {"photometric": "rgb", "compression": "webp"}], ids=["palette", "CMYK", "alpha", "WebP"])  # fmt: skip
+def test_nodata_that_would_be_passed_over_is_refused(options: dict[str, Any], refused: Refused) -> None:
+    bands = {"palette": (), "rgb": (3,)}.get(str(options.get("photometric")), (4,))
+    data = encode(make(20, 20, *bands, dtype="uint8"), extratags=[(42113, 2, 0, "0", True)], **options)
+    message = refused(data, "unsupported_mode")
+    assert "no-data" in message
+    assert "-unsetnodata" in message
+
+
 def test_a_window_does_not_read_what_lies_outside_it(tmp_path: Path) -> None:
     """Everything outside the tiles that the window needs is spoilt, and the window comes out whole."""
     pixels = make(64, 64)
@@ -259,6 +269,27 @@ def test_what_has_no_one_meaning_is_refused_by_name(
     assert word in refused(encode(pixels, **options), "unsupported_mode")
 
 
+def test_a_fourth_band_that_is_only_marked_as_transparency_is_refused(refused: Refused) -> None:
+    """`tifffile.imwrite(file, array)` of any uint8 [H, W, 4], and GDAL's of any four bands of type Byte."""
+    pixels = make(40, 40, 4, dtype="uint8")
+    tiled: dict[str, Any] = {"compression": "zlib", "tile": (16, 16)}
+    for options in ({}, tiled):
+        message = refused(encode(pixels, **options), "unsupported_mode")
+        assert "its band 4 is marked as transparency" in message
+        assert "-co ALPHA=NO" in message
+    np.testing.assert_array_equal(read(encode(pixels, photometric="minisblack", planarconfig="contig")), pixels)
+
+
+def test_a_cut_out_with_soft_edges_lies_on_white() -> None:
+    pixels = make(40, 40, 4, dtype="uint8")
+    pixels[..., 3] = 255
+    pixels[:8, :, 3] = 0
+    pixels[8, :, 3] = 128
+    got = read(encode(pixels))
+    assert (got[:8] == 255).all()
+    np.testing.assert_array_equal(got[9:], pixels[9:, :, :3])
+
+
 def test_volumes_and_unknown_compressions_are_refused_by_name(refused: Refused) -> None:
     volume = encode(make(16, 32, 32), volumetric=True, tile=(16, 16, 16))
     assert "ZYX" in refused(volume, "unsupported_mode")
@@ -321,9 +352,24 @@ def test_pages_that_run_in_a_circle_are_refused(refused: Refused) -> None:
         assert "circle" in refused(data, "unreadable")
 
 
-def test_a_missing_codec_is_named_with_its_remedy(tmp_path: Path) -> None:
+NODATA: dict[str, Any] = {"photometric": "rgb", "extratags": [(42113, 2, 0, "0", True)]}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "options"),
+    [
+        ("uint16", (20, 30), {"compression": "lzw"}),
+        ("uint8", (20, 30, 3), {"compression": "lzw", **NODATA}),
+        ("uint8", (20, 30, 3), {"compression": "jpeg", **NODATA}),
+    ],
+    ids=["deep", "8-bit with no-data", "JPEG with no-data"],
+)
+def test_a_missing_codec_is_named_with_its_remedy(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """Pillow decodes 8-bit LZW and JPEG by itself, and would leave the no-data value out."""
     file = tmp_path / "a.tif"
-    file.write_bytes(encode(make(20, 30), compression="lzw"))
+    file.write_bytes(encode(make(*shape, dtype=dtype), **options))
     program = f"""
 import sys
 sys.modules["imagecodecs"] = None
