@@ -135,6 +135,24 @@ def test_targets_and_classes_label_a_dataset_without_decoding_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("made_of", "expected"),
+    [({0: "other", 1: "tumour", 2: "tumour"}, ("other", "tumour", "tumour")), ({0: 0, 1: 1, 2: 1}, ("0", "1", "1"))],
+    ids=["names", "numbers, which the dataset's classes do not name"],
+)
+def test_labels_of_a_dataset_that_transforms_its_targets_are_those_of_its_items(
+    made_of: dict[int, Any], expected: tuple[str, ...]
+) -> None:
+    class Transformed(Described):
+        target_transform = staticmethod(made_of.get)
+
+        def __getitem__(self, place: int) -> tuple[Any, Any]:
+            image, _ = super().__getitem__(place)
+            return image, self.target_transform(self.targets[place])
+
+    assert list_images(Transformed([0, 2, 1], ["fat", "stroma", "core"])).labels == expected
+
+
+@pytest.mark.parametrize(
     ("labels", "expected"),
     [([3, 4, 3], ("3", "4", "3")), (["a", np.str_("b"), "a"], ("a", "b", "a")), ([np.int64(1), torch.tensor(2), 3], ("1", "2", "3"))],
 )  # fmt: skip

@@ -66,8 +66,9 @@ class Items:
 def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     """The images of a sequence or dataset, named by their place; paths among them keep their names.
 
-    Items that are (image, label, …) bring labels: from `.targets` where the dataset has it, else by going
-    through it once; `.classes` names them. Raises DataError when the first item is no image.
+    Items that are (image, label, …) bring labels: from `.targets` where the dataset has it, named by its `.classes`,
+    else by going through it once. A `target_transform` makes other labels than these two tell of: they are not used
+    then. Raises DataError when the first item is no image.
     """
     try:
         first, label = _split(items[0])
@@ -113,9 +114,12 @@ def _split(item: Any) -> tuple[Any, Any]:
 
 def _labels(items: Any) -> tuple[str, ...] | None:
     targets: Any = getattr(items, "targets", None)
+    classes: Any = getattr(items, "classes", None)
+    if getattr(items, "target_transform", None) is not None:
+        targets = classes = None
     if not isinstance(targets, Sized) or len(targets) != len(items):
         targets = [_split(items[place])[1] for place in track(range(len(items)), "labels")]
-    labels = [_label(target, getattr(items, "classes", None)) for target in targets]
+    labels = [_label(target, classes) for target in targets]
     return None if None in labels else tuple(str(label) for label in labels)
 
 
