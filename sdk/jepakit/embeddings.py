@@ -30,6 +30,9 @@ class Embeddings:
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        # By position: a pandas Series would look its rows up by their labels, an array has no truth value.
+        object.__setattr__(self, "ids", tuple(self.ids))
+        object.__setattr__(self, "labels", None if self.labels is None else tuple(self.labels))
         count = len(self.ids)
         fits = self.vectors.ndim == 2 and len(self.vectors) == count and np.issubdtype(self.vectors.dtype, np.floating)
         if not fits or (self.labels is not None and len(self.labels) != count):

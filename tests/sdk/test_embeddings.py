@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -126,6 +128,14 @@ def test_parts_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=r"do not fit together: vectors \["):
         Embeddings(vectors, MODEL_ID, ids, labels)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda names: pd.Series(names, index=[7, 8, 0])])
+def test_ids_and_labels_of_any_kind_are_taken_by_position(kind: Callable[[Any], Any]) -> None:
+    found = Embeddings(VECTORS, MODEL_ID, kind(IDS), kind(("cat", "café", "dog")))
+    assert (found.ids, found.labels) == (IDS, ("cat", "café", "dog"))
+    assert (found[[0, 2]].ids, found[[0, 2]].labels) == ((IDS[0], IDS[2]), ("cat", "dog"))
+    assert dataclasses.replace(found, labels=kind(("a", "b", "a"))).labels == ("a", "b", "a")
 
 
 @pytest.mark.parametrize("label", [None, b"cat", datetime.date(2026, 1, 1), 1], ids=repr)
