@@ -31,7 +31,7 @@ def usable_cpus() -> int:
 
     A container given 1.5 cores of 64 gets 2 threads, not 64 that wait for each other.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 

@@ -68,6 +68,16 @@ def test_a_period_of_0_is_no_quota(tmp_path: Path) -> None:
     assert by_v1(tmp_path, "150000\n", "0\n") == CORES
 
 
+@pytest.mark.parametrize(("counted", "cores"), [(6, 6), (None, 1)])
+def test_without_an_affinity_all_cores_are_usable(
+    monkeypatch: pytest.MonkeyPatch, counted: int | None, cores: int
+) -> None:
+    """macOS and Windows have none."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: counted)
+    assert usable_cpus() == cores
+
+
 def test_without_control_groups_the_affinity_decides() -> None:
     assert usable_cpus() == CORES
 
