@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.test_pipeline import ROOT, images, serving
 
@@ -48,7 +49,9 @@ def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     for side in ("train", "test"):
         (tmp_path / "labelled" / side).symlink_to(images)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "one.jpg").symlink_to(next(images.rglob("*.jpg")))
+    on_its_side = Image.Exif()
+    on_its_side[0x0112] = 6
+    Image.open(next(images.rglob("*.jpg"))).save(tmp_path / "one.jpg", exif=on_its_side)
     programs = str(Path(sys.executable).parent)
 
     (look,) = blocks("sh", under="1. Inspect")
