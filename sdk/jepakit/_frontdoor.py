@@ -9,7 +9,7 @@ from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepakit._files import as_path
+from jepakit._files import as_path, with_home
 from jepakit._messages import parse
 from jepakit.errors import DataError, MissingExtraError
 
@@ -93,7 +93,8 @@ def _to_adapt(images: Any, out: str | Path | None, settings: dict[str, Any]) -> 
     from jepakit.config import AdaptConfig
 
     config = parse(
-        AdaptConfig, {"images": _told(images), "out": None if out is None else str(as_path(out, "out")), **settings}
+        AdaptConfig,
+        {"images": _describe_source(images), "out": None if out is None else str(as_path(out, "out")), **settings},
     )
     listed = _listed(images, config)
     require("train")
@@ -118,7 +119,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) ->
     """
     from jepakit.config import AdaptConfig
 
-    config = parse(AdaptConfig, {"images": _told(images), "weights": "random", **settings})
+    config = parse(AdaptConfig, {"images": _describe_source(images), "weights": "random", **settings})
     place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)
     require("train")
@@ -148,7 +149,10 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) 
     from jepakit.run import Run
 
     given = source.path if isinstance(source, Run | Bundle) else as_path(source, "source")
-    config = parse(ExportConfig, {"source": str(given), "out": str(as_path(out, "out")), **settings})
+    name, colon, weights = str(given).partition(":")
+    config = parse(
+        ExportConfig, {"source": f"{name}{colon}{with_home(weights)}", "out": str(as_path(out, "out")), **settings}
+    )
     check_source(config)
     check_new(Path(config.out))
     require("export")
@@ -165,7 +169,7 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
     require("serve")
     from jepakit_service.settings import as_yaml, load
 
-    parsed = load(settings, file)
+    parsed = load(settings, None if file is None else as_path(file, "config"))
     if print_config:
         print(as_yaml(parsed), end="")
         return
@@ -181,7 +185,7 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
     """
     from jepakit_service.deploy import deploy as run_deploy
 
-    return run_deploy(bundle, folder, url, timeout_s=timeout_s)
+    return run_deploy(as_path(bundle, "bundle"), as_path(folder, "folder"), url, timeout_s=timeout_s)
 
 
 def new_api_key(name: str, key_file: str | None) -> None:
@@ -189,7 +193,7 @@ def new_api_key(name: str, key_file: str | None) -> None:
     from jepakit_service.keys import append, new_key
 
     key, line = new_key(name)
-    others = append(line, Path(key_file)) if key_file is not None else 0
+    others = append(line, as_path(key_file, "api_key_file")) if key_file is not None else 0
     print(f"key for clients (shown once): {key}")
     print(f"line for the key file:        {line}" if key_file is None else f"added to {key_file}")
     if others:
@@ -219,14 +223,14 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
     )  # fmt: skip
 
 
-def _told(images: Any) -> str | tuple[str, ...]:
-    """How the run's settings tell its images; those in memory have no name."""
+def _describe_source(images: Any) -> str | tuple[str, ...]:
+    """What the run's settings call its images; those in memory have no name."""
     if isinstance(images, str | Path):
-        return str(images)
+        return with_home(images)
     if isinstance(images, Sized) and not len(images):
         raise DataError("images is empty: give a folder, a glob, a list of paths, or images")
     if isinstance(images, Sequence) and all(isinstance(item, str | Path) for item in images):
-        return tuple(map(str, images))
+        return tuple(map(with_home, images))
     return f"{len(images)} images in memory" if isinstance(images, Sized) else "images in memory"
 
 

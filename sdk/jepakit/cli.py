@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from jepakit import __version__
-from jepakit._files import prepare_folder
+from jepakit._files import as_path, prepare_folder
 from jepakit.errors import ConfigError, JepakitError
 
 _IMAGES = "folder, glob or file of images; CSV or Parquet manifest; .tar shards; ZIP"
@@ -364,6 +364,7 @@ def probe_predict(
 
 def _check_out(file: Path, suffix: str) -> None:
     """Raise ConfigError, before any work, for a file that could not be written after it; makes its folder."""
+    file = as_path(file, "out")
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder: name a file in it")
     if file.suffix not in ("", suffix):
@@ -375,6 +376,7 @@ def _check_out(file: Path, suffix: str) -> None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    path = as_path(path, "config")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from jepakit._files import with_home
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision
@@ -34,7 +35,7 @@ from jepakit.sources.tiles import Cut
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TextOrPath = Annotated[
-    str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
+    str, BeforeValidator(lambda value: with_home(value) if isinstance(value, str | os.PathLike) else value)
 ]
 # Usual display windows of CT, in Hounsfield units.
 CT_WINDOWS = {
@@ -197,7 +198,7 @@ class AdaptConfig(_Settings):
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where colours are changed and views blurred: in the loader's processes, or batched on the training
     device; `auto`: on the device when that is a GPU. It changes nothing but speed."""
-    cache: str | None = None
+    cache: TextOrPath | None = None
     """A folder that keeps decoded and downscaled images, for files that are slow to read; None: no cache."""
     cache_gb: Annotated[float, Field(gt=0)] = 20.0
     """Most that `cache` may hold."""

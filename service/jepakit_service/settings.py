@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -19,6 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from jepakit._files import with_home
 from jepakit._machine import usable_cpus
 from jepakit._messages import did_you_mean, parse
 from jepakit.errors import ConfigError
@@ -27,6 +28,7 @@ from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+UserPath = Annotated[str, AfterValidator(with_home)]
 AccessLog = Literal["all", "errors", "none"]
 _PREFIX = "JEPAKIT_SERVE_"
 # What Kubernetes tells of a service whose name begins like our variables, such as KubeRay's `jepakit-serve-svc`.
@@ -45,12 +47,12 @@ class ServeSettings(BaseSettings):
         env_ignore_empty=True,
     )
 
-    bundles: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)]
+    bundles: Annotated[tuple[UserPath, ...], NoDecode, Field(min_length=1)]
     """Folders of exported bundles, or folders that hold such folders, which are watched for new ones."""
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback needs an API key file."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    api_key_file: str | None = None
+    api_key_file: UserPath | None = None
     """Lines `name:sha256`, made by `jepakit serve --new-key NAME`; reread when it changes."""
     provider: Provider = "auto"
     arithmetic: Arithmetic = "model"

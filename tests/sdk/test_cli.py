@@ -34,6 +34,17 @@ def run(*arguments: str | Path, program: str = "from jepakit.cli import main; ma
     return done.stdout.decode(encoding)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it as it is in `--out=~/probe.safetensors`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    vectors = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)
+    Embeddings(vectors, "0" * 16, tuple(map(str, range(20))), ("cat",) * 10 + ("dog",) * 10).save("~/e.npz")
+    run("probe", "fit", "~/e.npz", "--kind=knn", "--out=~/probes/p.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.npz", "probes"]
+    assert (tmp_path / "probes/p.safetensors").is_file()
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
 def test_any_encoding_shows_any_name_once_the_work_is_done(tmp_path: Path, encoding: str) -> None:
     vectors = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)

@@ -11,9 +11,10 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
+from jepakit._frontdoor import export
 from jepakit._messages import did_you_mean, parse
 from jepakit.config import PRESETS, AdaptConfig, Domain, ExportConfig, ViewsConfig
-from jepakit.errors import ConfigError
+from jepakit.errors import BackboneError, ConfigError
 
 
 def adapt(**settings: Any) -> AdaptConfig:
@@ -27,6 +28,17 @@ def complaint(**settings: Any) -> str:
     assert "\n" not in message
     assert "pydantic" not in message
     return message
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "table.csv").touch()
+    config = adapt(weights="~", labels="~/table.csv", group=Path("~/table.csv"), cache="~/cache")
+    assert config.weights == str(tmp_path)
+    assert config.labels == config.group == str(tmp_path / "table.csv")
+    assert config.cache == str(tmp_path / "cache")
+    with pytest.raises(BackboneError, match=f"^{tmp_path}/weights.pth does not exist"):
+        export("test_vit:~/weights.pth", "~/bundle")
 
 
 def test_only_images_are_needed() -> None:

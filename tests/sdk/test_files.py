@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jepakit._files import replacing
+from jepakit._files import as_path, replacing
 
 
 def test_two_writers_of_one_process_id_do_not_write_into_each_others_file(tmp_path: Path) -> None:
@@ -41,3 +41,12 @@ def test_the_file_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_a_tilde_is_the_home_folder_and_an_unknown_home_is_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert as_path("~/a.npz", "out") == as_path(Path("~/a.npz"), "out") == tmp_path / "a.npz"
+    assert as_path("~nobody-of-this-name/a", "out") == Path("~nobody-of-this-name/a")
+    assert as_path("a/~/b", "out") == Path("a/~/b")

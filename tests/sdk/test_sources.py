@@ -53,6 +53,24 @@ def test_a_folder_is_read_recursively_in_the_order_of_its_names(tmp_path: Path) 
     assert len(listed) == 5
 
 
+def test_a_tilde_is_the_home_folder_in_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "scans/a.png", "scans/b.png")
+    (tmp_path / "table.csv").write_text("path,label\nscans/a.png,cat\nscans/b.png,dog\n")
+    (tmp_path / "labels.csv").write_text("path,label\na.png,cat\nb.png,dog\n")
+    files = [tmp_path / "scans/a.png", tmp_path / "scans/b.png"]
+    for source in (
+        "~/scans",
+        Path("~/scans"),
+        "~/scans/*.png",
+        ["~/scans/a.png", Path("~/scans/b.png")],
+        "~/table.csv",
+    ):
+        assert paths(list_images(source)) == files
+    assert list_images("~/scans", "~/labels.csv").labels == ("cat", "dog")
+    assert gather([np.zeros((9, 9), np.uint8), "~/scans/a.png"])[1].data == files[0]
+
+
 @pytest.mark.parametrize("as_given", [str, Path])
 def test_a_folder_can_be_text_or_a_path(tmp_path: Path, as_given: type[Any]) -> None:
     assert list_images(as_given(touch(tmp_path, "a.png"))).ids == ("a.png",)

@@ -33,6 +33,14 @@ def test_several_words_in_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load({}).bundles == ("one", "two")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JEPAKIT_SERVE_BUNDLES", "~/one,two")
+    (tmp_path / "keys").touch()
+    found = load({"api_key_file": "~/keys"})
+    assert (found.bundles, found.api_key_file) == ((f"{tmp_path}/one", "two"), f"{tmp_path}/keys")
+
+
 def test_the_environment_counts_for_load_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JEPAKIT_SERVE_PORT", "1002")
     assert ServeSettings(bundles=("a",)).port == 8000

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jepakit._files import with_home
 from jepakit.errors import DataError
 from jepakit.sources._words import counted
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
@@ -34,7 +35,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
     Raises DataError when it is of no kind that is known, is not there, or holds no images.
     """
     if isinstance(images, str | Path):
-        return _find_at(os.fspath(images), with_labels=with_labels, with_groups=with_groups)
+        return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups)
     if isinstance(images, Iterator) or _is_column(images):
         images = list(images)
     if isinstance(images, np.ndarray) and images.ndim in (2, 3):
@@ -50,7 +51,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
     if len(images) == 0:
         raise DataError("no images were given")
     if isinstance(images, list | tuple) and all(isinstance(item, str | Path) for item in images):
-        return _find_listed([os.fspath(item) for item in images], with_labels=with_labels)
+        return _find_listed([with_home(item) for item in images], with_labels=with_labels)
     return find_in_memory(list(images) if isinstance(images, tuple) else images, with_labels=with_labels)
 
 

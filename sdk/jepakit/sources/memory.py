@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jepakit._files import with_home
 from jepakit._progress import track
 from jepakit.errors import DataError, ImageError
 from jepakit.readers import EncodedSource, ImageSource
@@ -41,14 +42,14 @@ class Items:
         image, _ = _split(item)
         if not is_one_image(image):
             raise ImageError(f"image {index} is of type {_kind(image)}: wanted {_WANTED}", code="unsupported_format")
-        if isinstance(image, str):
-            return Path(image)
+        if isinstance(image, str | Path):
+            return Path(with_home(image))
         return bytes(image) if isinstance(image, bytearray | memoryview) else image
 
     def stamp(self, index: int) -> str | None:
         # Asking a dataset for an item would decode it; a list gives it for nothing.
         item = _split(self.items[index])[0] if isinstance(self.items, list) else None
-        return stamp_of(item) if isinstance(item, str | Path) else None
+        return stamp_of(with_home(item)) if isinstance(item, str | Path) else None
 
     def fingerprint(self, index: int) -> bytes:
         try:

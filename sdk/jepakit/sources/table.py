@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jepakit._files import with_home
 from jepakit._messages import did_you_mean
 from jepakit.errors import ConfigError, DataError, MissingExtraError
 from jepakit.sources.files import Files, suffix
@@ -65,12 +66,12 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
 
 def is_rule(rule: str, rules: Sequence[str]) -> bool:
     """Whether `rule` is one of the rules, or the name of a table that is there."""
-    return rule in rules or (suffix(rule) in TABLES and Path(rule).is_file())
+    return rule in rules or (suffix(rule) in TABLES and Path(with_home(rule)).is_file())
 
 
 def check_rule(setting: str, rule: str | Path, rules: Sequence[str]) -> str:
     """`rule` as text: one of the rules, or the name of a table that is there; ConfigError otherwise."""
-    text = os.fspath(rule)
+    text = with_home(rule)
     if is_rule(text, rules):
         return text
     missing = " (there is no such file)" if suffix(text) in TABLES else ""
