@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 _Item = TypeVar("_Item")
 _PLAIN_EVERY_S = 15.0
@@ -16,26 +16,24 @@ _PACE_EVERY_S, _PACE_POINTS = 1.0, 30
 
 def track(items: Sequence[_Item], what: str, *, enabled: bool = True) -> Iterator[_Item]:
     """Yield the items, showing how far it is."""
-    steps = Steps(len(items), 0, what=what, enabled=enabled)
-    try:
+    with Steps(len(items), what=what, enabled=enabled) as steps:
         for done, item in enumerate(items, 1):
             yield item
             steps.update(done)
-    finally:
-        steps.close()
 
 
 class Steps:
-    """Shows `step of total`, chosen values beside it, and the time that is left.
+    """Shows `step of total`, chosen values beside it, and the time that is left, until its block ends.
 
-    total, first  how many steps there are, and how many of them were done before
-    what          what a step is called
-    epochs        passes over the data that all the steps make; None: they are not spoken of
-    extra_s       seconds of work expected after the last step, which are left too
+    total    how many steps there are
+    first    how many of them were done before
+    what     what a step is called
+    epochs   passes over the data that all the steps make; None: they are not mentioned
+    extra_s  seconds of work expected after the last step, which count as time left
     """
 
     def __init__(
-        self, total: int, first: int, *, what: str = "step", enabled: bool = True,
+        self, total: int, *, first: int = 0, what: str = "step", enabled: bool = True,
         epochs: float | None = None, extra_s: float = 0.0,
     ) -> None:  # fmt: skip
         self._total, self._first, self._what, self._enabled = total, first, what, enabled
@@ -64,8 +62,10 @@ class Steps:
             )
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Take the bar down."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

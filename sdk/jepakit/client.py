@@ -209,18 +209,17 @@ class Client:
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
         job = _Job(listed, model, self._limits_for(len(listed)), spec)
-        show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         stop = threading.Event()
-        try:
-            for part in _windows(job.parts(), _AT_ONCE):
-                answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
-                for chunk, answer in answers:
-                    with job.naming(chunk):
-                        job.accept(chunk, answer.result())
-                    show.update(job.done)
-        finally:
-            stop.set()
-            show.close()
+        with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
+            try:
+                for part in _windows(job.parts(), _AT_ONCE):
+                    answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
+                    for chunk, answer in answers:
+                        with job.naming(chunk):
+                            job.accept(chunk, answer.result())
+                        show.update(job.done)
+            finally:
+                stop.set()
         return job.result()
 
     def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
@@ -316,23 +315,22 @@ class AsyncClient:
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress
         )
         job = _Job(listed, model, await self._limits_for(len(listed)), spec)
-        show = Steps(len(job), 0, what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST)
         windows = _windows(job.parts(), _AT_ONCE)
         answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
-        try:
-            # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
-            while part := await asyncio.to_thread(lambda: next(windows, None)):
-                answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
-                for chunk, answer in answers:
-                    with job.naming(chunk):
-                        job.accept(chunk, await answer)
-                    show.update(job.done)
-        finally:
-            show.close()
-            # What is still on its way when one request fails, or this call is cancelled, ends with it.
-            for _, answer in answers:
-                answer.cancel()
-            await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
+        with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
+            try:
+                # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
+                while part := await asyncio.to_thread(lambda: next(windows, None)):
+                    answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
+                    for chunk, answer in answers:
+                        with job.naming(chunk):
+                            job.accept(chunk, await answer)
+                        show.update(job.done)
+            finally:
+                # What is still on its way when one request fails, or this call is cancelled, ends with it.
+                for _, answer in answers:
+                    answer.cancel()
+                await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
         return job.result()
 
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._progress import Steps
+from jepakit._threads import in_threads
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import CT_WINDOWS, ValueRange
 from jepakit.errors import ConfigError, DataError, ImageError
@@ -191,19 +190,12 @@ def scan(
 ) -> Scan:  # fmt: skip
     """Measure an evenly spread sample of `images`. Raises DataError when none of them can be read."""
     chosen = evenly_spread(len(images), sample).tolist()
-    seen: list[Seen] = []
-    unreadable: list[tuple[int, str]] = []
-    show = Steps(len(chosen), 0, what="look at values", enabled=progress)
-    with ThreadPoolExecutor(images.threads(_THREADS)) as pool:
-        try:
-            for done, result in enumerate(pool.map(lambda index: _look(images, index, value_range, frame), chosen), 1):
-                if isinstance(result, Seen):
-                    seen.append(result)
-                else:
-                    unreadable.append(result)
-                show.update(done)
-        finally:
-            show.close()
+    looked = in_threads(
+        lambda index: _look(images, index, value_range, frame), chosen, "look at values",
+        threads=images.threads(_THREADS), show=progress,
+    )  # fmt: skip
+    seen = [one for one in looked if isinstance(one, Seen)]
+    unreadable = [one for one in looked if not isinstance(one, Seen)]
     if not seen:
         raise DataError(f"none of {len(chosen)} sampled images can be read; the first: {unreadable[0][1]}")
     kind = Counter(one.kind for one in seen).most_common(1)[0][0]

@@ -162,8 +162,11 @@ class Model:
         check_tile(tile, self.manifest.preprocess)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
-        done, show = 0, Steps(len(listed), 0, what="embed", enabled=progress)
-        with closing(show), closing(_batches(listed, self.manifest.preprocess, self._session.batch)) as batches:
+        done = 0
+        with (
+            Steps(len(listed), what="embed", enabled=progress) as show,
+            closing(_batches(listed, self.manifest.preprocess, self._session.batch)) as batches,
+        ):
             for pixels in batches:
                 vectors[done : done + len(pixels)] = self._session.run(pixels)
                 done += len(pixels)

@@ -44,7 +44,7 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 
 
 def test_a_plain_line_every_15_s_and_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = Steps(100, 0, epochs=10)
+    steps = Steps(100, epochs=10)
     for done in range(1, 101):
         clock.now += 2
         steps.update(done, VALUES if done % 10 == 0 else "")
@@ -56,7 +56,7 @@ def test_a_plain_line_every_15_s_and_at_the_end(clock: Clock, capsys: pytest.Cap
 
 
 def test_the_time_left_counts_the_work_after_the_last_step(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = Steps(20, 0, extra_s=3600)
+    steps = Steps(20, extra_s=3600)
     for done in (1, 10, 20):
         clock.now += 10 * (10 if done > 1 else 1)
         steps.update(done, VALUES)
@@ -67,7 +67,7 @@ def test_the_time_left_counts_the_work_after_the_last_step(clock: Clock, capsys:
 
 def test_the_time_left_follows_the_present_pace(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     """A backbone that is frozen for the first 100 steps makes them ten times as fast."""
-    steps = Steps(1000, 0)
+    steps = Steps(1000)
     for done in range(1, 201):
         clock.now += 1 if done <= 100 else 10
         steps.update(done)
@@ -75,7 +75,7 @@ def test_the_time_left_follows_the_present_pace(clock: Clock, capsys: pytest.Cap
 
 
 def test_a_resumed_run_reckons_with_its_own_steps(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = Steps(100, 90)
+    steps = Steps(100, first=90)
     clock.now += 300  # the loader's processes start
     steps.update(91)
     clock.now += 20
@@ -84,7 +84,7 @@ def test_a_resumed_run_reckons_with_its_own_steps(clock: Clock, capsys: pytest.C
 
 
 def test_the_number_of_epochs_is_rounded(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = Steps(80, 0, epochs=2.16034)
+    steps = Steps(80, epochs=2.16034)
     clock.now += 20
     steps.update(40)
     assert capsys.readouterr().err == "step 40/80  epoch 1.1/2.2\n"
@@ -103,23 +103,21 @@ def test_slow_items_end_with_a_line(clock: Clock, capsys: pytest.CaptureFixture[
 
 
 def test_disabled_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = Steps(2, 0, enabled=False)
-    clock.now += 100
-    steps.update(2, VALUES)
-    steps.close()
+    with Steps(2, enabled=False) as steps:
+        clock.now += 100
+        steps.update(2, VALUES)
     assert capsys.readouterr().err == ""
 
 
 ON_A_TERMINAL = f"""
 import sys, time
 from jepakit._progress import Steps
-steps = Steps(4, 0, epochs=2)
-for done in range(1, 5):
-    time.sleep(0.15)
-    steps.update(done, {VALUES!r})
-    if done == 2:
-        print("warning: in between", file=sys.stderr)
-steps.close()
+with Steps(4, epochs=2) as steps:
+    for done in range(1, 5):
+        time.sleep(0.15)
+        steps.update(done, {VALUES!r})
+        if done == 2:
+            print("warning: in between", file=sys.stderr)
 """
 
 

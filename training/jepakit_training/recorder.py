@@ -102,7 +102,7 @@ def recording(
     """
     main, epochs = accelerator.is_main_process, plan.steps * plan.batch_size / len(plan.split.train)
     with (
-        closing(Steps(plan.steps, first, enabled=main, epochs=epochs, extra_s=extra_s)) as show,
+        Steps(plan.steps, first=first, enabled=main, epochs=epochs, extra_s=extra_s) as show,
         closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
         closing(
             Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, enabled=main)

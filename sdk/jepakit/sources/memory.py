@@ -67,9 +67,9 @@ class Items:
 def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     """The images of a sequence or dataset, named by their place; paths among them keep their names.
 
-    Items that are (image, label, …) bring labels: from `.targets` where the dataset has it, named by its `.classes`,
-    else by going through it once. A `target_transform` makes other labels than these two tell of: they are not used
-    then. Raises DataError when the first item is no image.
+    Items that are (image, label, …) bring labels: from `.targets` where the dataset has it, else by going through it
+    once; `.classes` names them. Neither is used where a `target_transform` makes other labels of them. Raises DataError
+    when the first item is no image.
     """
     try:
         first, label = _split(items[0])

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepakit._threads import in_threads
 from jepakit.errors import ImageError
-from jepakit.sources._threads import in_threads
 from jepakit.sources.store import Found
 
 _PER_FOLDER = 4

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._messages import did_you_mean
+from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import Header, Raster, Window
-from jepakit.sources._threads import THREADS, in_threads
 from jepakit.sources._words import counted
 from jepakit.sources.imagelist import ImageList, Pieces
 

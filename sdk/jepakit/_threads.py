@@ -16,15 +16,14 @@ THREADS = 8
 _AT_ONCE = 64
 
 
-def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS) -> list[_Out]:
-    """`[work(item) for item in items]`, the first error raised."""
+def in_threads(
+    work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS, show: bool = True
+) -> list[_Out]:
+    """`[work(item) for item in items]`, the first error raised; `show`: say on standard error how far it is."""
     done: list[_Out] = []
-    steps = Steps(len(items), 0, what=what)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            while len(done) < len(items):
-                done += pool.map(work, items[len(done) : len(done) + _AT_ONCE])
+    with Steps(len(items), what=what, enabled=show) as steps, ThreadPoolExecutor(threads) as pool:
+        while len(done) < len(items):
+            for answer in pool.map(work, items[len(done) : len(done) + _AT_ONCE]):
+                done.append(answer)
                 steps.update(len(done))
-    finally:
-        steps.close()
     return done
