@@ -9,7 +9,6 @@ import base64
 import binascii
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,13 +19,14 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from jepakit.errors import ImageError
+from jepakit.readers.npy import read_npy_header
+from jepakit.readers.quiet import quiet
 
 Encoded = bytes | NDArray[Any]
 Encoding = Literal["float", "base64"]
 
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
-_MAX_NPY_HEADER = 1024
 _FIELDS_BESIDE_FILES = 8
 _STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415}
 
@@ -252,60 +252,34 @@ class _Form:
         self.is_whole = True
 
 
-class _NpyHeader(NamedTuple):
-    descr: str
-    fortran: bool
-    shape: tuple[int, ...]
-    data_at: int
-
-
-_NPY_FIELDS = {
-    "descr": re.compile(rb"'descr': *'([^']{1,8})'"),
-    "fortran": re.compile(rb"'fortran_order': *(True|False)"),
-    "shape": re.compile(rb"'shape': *\(([\d, ]{1,100})\)"),
-}
-
-
 def _read_npy(body: bytes, max_images: int) -> list[Encoded]:
     """[N, H, W, C], [H, W, C] or [H, W] as numpy saves it. The header is judged before any array is made."""
     wanted = (
         "send one little-endian array [N, H, W, C], [H, W, C] or [H, W] of the model's own kind as numpy.save writes it"
     )
-    header = _read_npy_header(body)
-    if header is None:
-        raise ApiError(400, "invalid_npy", f"the body is not an .npy file: {wanted}")
-    size = len(body) - header.data_at
+    file = io.BytesIO(body)
+    try:
+        with quiet():
+            header = read_npy_header(file)
+    except Exception:  # numpy's parser stumbles over damage in many ways
+        raise ApiError(400, "invalid_npy", f"the body is not an .npy file: {wanted}") from None
+    size = len(body) - file.tell()
     if (
-        header.descr not in _NPY_TYPES
+        header.dtype.str not in _NPY_TYPES
         or header.fortran
         or len(header.shape) not in (2, 3, 4)
-        or 0 in header.shape
-        or number_of(header.shape) * np.dtype(header.descr).itemsize != size
+        or min(header.shape) < 1
+        or number_of(header.shape) * header.dtype.itemsize != size
     ):
         raise ApiError(
-            400, "invalid_npy", f"the array is {header.descr} {list(header.shape)} with {size} bytes: {wanted}"
+            400,
+            "invalid_npy",
+            f"the array is {header.dtype.str} {str(list(header.shape))[:100]} with {size} bytes: {wanted}",
         )
     if len(header.shape) == 4:
         check_number(header.shape[0], max_images, "input")
-    pixels = np.frombuffer(body, header.descr, offset=header.data_at).reshape(header.shape)
+    pixels = np.frombuffer(body, header.dtype, offset=file.tell()).reshape(header.shape)
     return list(pixels) if pixels.ndim == 4 else [pixels]
-
-
-def _read_npy_header(body: bytes) -> _NpyHeader | None:
-    """What an .npy file says of itself, or None. Its Python literal is matched, never evaluated."""
-    if len(body) < 12 or body[:6] != b"\x93NUMPY" or body[6] not in (1, 2, 3):
-        return None
-    starts_at = 10 if body[6] == 1 else 12
-    length = int.from_bytes(body[8:starts_at], "little")
-    text = body[starts_at : starts_at + length]
-    if length > _MAX_NPY_HEADER or len(text) != length:
-        return None
-    found = {name: pattern.search(text) for name, pattern in _NPY_FIELDS.items()}
-    descr, fortran, shape = found["descr"], found["fortran"], found["shape"]
-    if descr is None or fortran is None or shape is None:
-        return None
-    axes = tuple(int(axis) for axis in re.findall(rb"\d+", shape[1]))
-    return _NpyHeader(descr[1].decode("latin-1"), fortran[1] == b"True", axes, starts_at + length)
 
 
 def number_of(shape: Sequence[int]) -> int:

@@ -45,10 +45,10 @@ def open_npy(encoded: Encoded, limits: Limits) -> ArrayRaster:
     """A .npy file, judged by its header and then mapped, not read."""
     with reading(encoded.name):
         encoded.file.seek(0)
-        described = _described(encoded.file, encoded.name)
-        header = _header("NPY", described.dtype, described.shape, encoded.name, limits)
-        array = encoded.array(encoded.file.tell(), described.stored_shape, described.dtype)
-    return ArrayRaster(described.ordered(array), header, encoded.name, limits, encoded.file)
+        said = read_npy_header(encoded.file)
+        header = _header("NPY", said.dtype, said.shape, encoded.name, limits)
+        array = encoded.array(encoded.file.tell(), said.stored_shape, said.dtype)
+    return ArrayRaster(said.ordered(array), header, encoded.name, limits, encoded.file)
 
 
 def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:
@@ -57,19 +57,19 @@ def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:
     with reading(encoded.name), zipfile.ZipFile(encoded.file) as archive:
         member = _only_array(archive.infolist(), encoded.name)
         with archive.open(member) as file:
-            described = _described(file, encoded.name)
-            header = _header("NPZ", described.dtype, described.shape, encoded.name, limits)
+            said = read_npy_header(file)
+            header = _header("NPZ", said.dtype, said.shape, encoded.name, limits)
             shape = (header.height, header.width, header.bands)
-            size = check_pixels(encoded.name, shape, described.dtype.name, limits, "store it in tiles")
+            size = check_pixels(encoded.name, shape, said.dtype.name, limits, "store it in tiles")
             check_ratio(encoded.name, size, member.compress_size, limits)
-            size = prod(described.shape) * described.dtype.itemsize
+            size = prod(said.shape) * said.dtype.itemsize
             data = file.read(size)
-        array = np.frombuffer(data, described.dtype).reshape(described.stored_shape)
-    return ArrayRaster(described.ordered(array), header, encoded.name, limits, encoded.file)
+        array = np.frombuffer(data, said.dtype).reshape(said.stored_shape)
+    return ArrayRaster(said.ordered(array), header, encoded.name, limits, encoded.file)
 
 
-class _Described(NamedTuple):
-    """What a .npy header says."""
+class NpyHeader(NamedTuple):
+    """What a .npy file says of its array."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -84,14 +84,20 @@ class _Described(NamedTuple):
         return array.T if self.fortran else array
 
 
-def _described(file: Any, name: str) -> _Described:
+def read_npy_header(file: Any) -> NpyHeader:
+    """Read the header of a .npy file, and leave `file` where the values begin. Numpy parses it as a literal, of at most
+    10,000 characters, and raises whatever exception damage leads to."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return NpyHeader(*np.lib.format.read_array_header_1_0(file))
     # Version 3 differs from 2 only in how it spells names of fields, and types with fields are refused.
-    old = np.lib.format.read_magic(file) == (1, 0)
-    return _Described(*(np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(file))
+    if version in ((2, 0), (3, 0)):
+        return NpyHeader(*np.lib.format.read_array_header_2_0(file))
+    raise ValueError(f"version {version} of .npy")
 
 
 def _header(format: str, dtype: np.dtype[Any], shape: tuple[int, ...], name: str, limits: Limits) -> Header:
-    kind = f"{str(dtype)[:60]} {list(shape)}"
+    kind = f"{str(dtype)[:60]} {str(list(shape))[:100]}"
     what = f"{name} of {kind}" if format == "array" else f"{name}: {kind}"
     read_as = READ_AS.get(dtype.name)
     if read_as is None:

@@ -124,7 +124,7 @@ def test_no_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch, refused
     def no_memory(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("jepakit.readers.npy._described", no_memory)
+    monkeypatch.setattr("jepakit.readers.npy.read_npy_header", no_memory)
     assert "out of memory" in refused(npy(make(20, 30)), "too_large")
 
 
