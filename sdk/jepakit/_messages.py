@@ -1,4 +1,4 @@
-"""Wording shared by error messages: suggestions for typos, and pydantic's complaints in one line."""
+"""Wording shared by messages: numbers of things, shortened lists, suggestions for typos, pydantic's complaints."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean a, b?"` for the known words nearest to `word`, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 tile`, `2 tiles`, `3 classes`."""
+    plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{number:,} {thing if number == 1 else plural}"
+
+
+def first_few(words: Sequence[str], most: int) -> str:
+    """`a, b and 7 more`: the first `most` of some words, and how many others there are."""
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def lines_of(error: BaseException) -> list[str]:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from jepakit._messages import first_few
 from jepakit._timm_names import check_name
 from jepakit.bundle import (
     MANIFEST,
@@ -401,7 +402,7 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
         if key in state and state[key].shape != own[key].shape
     ]
     complaints = [
-        f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        f"{what}: {first_few(keys, 5)}"
         for what, keys in (("missing", missing), ("left over", left_over), ("of another shape", misfits))
         if keys
     ]

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jepakit._frozen import Frozen
 from jepakit._groups import in_cells, numbered
+from jepakit._messages import first_few
 from jepakit.probes import KNNProbe, LinearProbe
 
 _RESAMPLES = 2000
@@ -219,7 +220,7 @@ def _counts(names: NDArray[np.str_], sizes: NDArray[np.intp], chosen: NDArray[np
 def _some(few: dict[str, int]) -> str:
     """The first names with their numbers."""
     words = [f"{name!r} ({size})" for name, size in few.items()]
-    return ", ".join(words[:_NAMED]) + (f" and {len(words) - _NAMED} more" if len(words) > _NAMED else "")
+    return first_few(words, _NAMED)
 
 
 def _balanced(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> float:

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._messages import counted, first_few
 from jepakit.errors import ImageError
 from jepakit.nodata import is_blank, missing, valid_pixels
 from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, open_raster
 from jepakit.readers.quiet import quiet
+from jepakit.readers.raster import Pixels as Pixels
 
 if TYPE_CHECKING:
     from jepakit.bundle import Preprocess
-
-Pixels = NDArray[Any]
-"""uint8 or float32."""
 
 MOST_CLIPPED = 0.01
 
@@ -132,7 +131,7 @@ def describe_kind(bands: int, stored_as: str) -> str:
     """Depth and bands in words: `8-bit RGB`, `uint16 of 1 band`."""
     if stored_as == "uint8" and bands == 3:
         return "8-bit RGB or grey pixels"
-    return f"{stored_as} pixels of {bands} band{'s' if bands > 1 else ''}"
+    return f"{stored_as} pixels of {counted(bands, 'band')}"
 
 
 def choose_frame(header: Header, frame: int | None, name: str) -> int:
@@ -145,9 +144,9 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
             )
         return 0
     if frame >= header.frames:
-        has = f"has {header.frames} frame{'s' if header.frames > 1 else ''}, there is no frame {frame}"
         raise ImageError(
-            f"{name}: {has}, counted from 0: give a file that has it, or the frame's pixels as an array",
+            f"{name}: has {counted(header.frames, 'frame')}, there is no frame {frame}, counted from 0: give a file that "
+            "has it, or the frame's pixels as an array",
             code="unsupported_mode",
         )
     return frame
@@ -179,7 +178,9 @@ def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any
     if not len(valid):
         raise ImageError(f"{name}: holds no valid pixel, only the file's no-data value", code="constant")
     if is_blank(stored, valid_HW):
-        raise ImageError(f"{name}: every pixel has the value {_told(valid[0])}: it shows nothing", code="constant")
+        raise ImageError(
+            f"{name}: every pixel has the value {_format_values(valid[0])}: it shows nothing", code="constant"
+        )
     if holes is None or valid_HW is None:
         return valid
     return np.where(holes[valid_HW], np.float32(np.nan), valid)
@@ -250,5 +251,5 @@ def _padded(pixels: Pixels, ref: ImageRef, spec: Preprocess) -> Pixels:
     return full
 
 
-def _told(values: NDArray[Any]) -> str:
-    return ", ".join(f"{value:g}" for value in values[:6].tolist()) + (", …" if len(values) > 6 else "")
+def _format_values(values: NDArray[Any]) -> str:
+    return first_few([f"{value:g}" for value in values.tolist()], 6)

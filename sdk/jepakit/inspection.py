@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import AfterValidator, ConfigDict
 
 from jepakit._frozen import Frozen
+from jepakit._messages import counted, first_few
 from jepakit.bundle import Scaling
 from jepakit.config import Domain, ValueRange
 from jepakit.scan import Scan, outlier_notes, window_notes
@@ -176,8 +177,8 @@ def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]
     if not faint:
         return []
     return [
-        f"{len(faint)} images use less than {_FAINT:.0%} of the value range, e.g. {images.ids[faint[0].index]}: are they "
-        "of the same kind as the others?"
+        f"less than {_FAINT:.0%} of the value range is used by {counted(len(faint), 'image')}, e.g. "
+        f"{images.ids[faint[0].index]}: of the same kind as the others?"
     ]
 
 
@@ -189,7 +190,7 @@ def _lines(seen: Inspection) -> list[str]:
         f"hold        {seen.holds}",
         f"sizes       {sizes}",
         *_value_lines(seen),
-        f"source      {seen.source}" + (f" {_counts(seen.labels)}" if seen.labels else ""),
+        f"source      {seen.source}" + (f" {_format_counts(seen.labels)}" if seen.labels else ""),
         *([f"groups      {seen.n_groups}"] if seen.n_groups is not None else []),
         f"duplicates  {seen.n_duplicates} near-duplicate pairs"
         + (f", e.g. {' ~ '.join(seen.duplicates[0])}" if seen.duplicates else ""),
@@ -205,7 +206,7 @@ def _lines(seen: Inspection) -> list[str]:
 
 def _value_lines(seen: Inspection) -> list[str]:
     if seen.scaling is None:
-        return [f"values      mean {_told(seen.mean)}, std {_told(seen.std)} (of 0 … 1)"]
+        return [f"values      mean {_format_values(seen.mean)}, std {_format_values(seen.std)} (of 0 … 1)"]
     how = "measured" if seen.scaling.measured else "as asked"
     return [
         f"values      band {band + 1}: {low:g} … {high:g} → 0 … 1 ({how}), mean {mean:.3f}, std {std:.3f}"
@@ -215,12 +216,11 @@ def _value_lines(seen: Inspection) -> list[str]:
     ]
 
 
-def _counts(labels: dict[str, int]) -> str:
-    shown = [f"{name} {count}" for name, count in list(labels.items())[:8]]
-    return f"({', '.join(shown)}{', …' if len(labels) > 8 else ''})"
+def _format_counts(labels: dict[str, int]) -> str:
+    return f"({first_few([f'{name} {count}' for name, count in labels.items()], 8)})"
 
 
-def _told(values: Sequence[float]) -> str:
+def _format_values(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in values)
 
 

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from jepakit._files import as_path, written
 from jepakit._groups import as_given, assign_folds, in_cells, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
+from jepakit._messages import first_few
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
 
@@ -406,8 +407,7 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
 
 def _some(labels: Labels) -> str:
     """The first few different ones, as Python writes them."""
-    different = np.unique(labels).tolist()
-    return ", ".join(map(repr, different[:3])) + (", …" if len(different) > 3 else "")
+    return first_few(list(map(repr, np.unique(labels).tolist())), 3)
 
 
 def _safe_std(vectors: Floats) -> Floats:

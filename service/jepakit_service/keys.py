@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
+from jepakit._messages import first_few
 from jepakit.errors import ConfigError
 
 _log = logging.getLogger("jepakit.service")
@@ -110,7 +111,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _read(path: Path) -> _Found:
     keys, bad = _parse(path.read_text(encoding="utf-8", errors="replace"))
     if bad:
-        numbers = ", ".join(bad[:_NUMBERS_TOLD]) + ", …" * (len(bad) > _NUMBERS_TOLD)
+        numbers = first_few(bad, _NUMBERS_TOLD)
         return _Found(keys, f"the API key file {path} has lines that are not `name:sha256` ({numbers}): {_MAKE}")
     return _Found(keys, None if keys else f"the API key file {path} holds no key: {_MAKE}")
 

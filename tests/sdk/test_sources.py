@@ -210,7 +210,7 @@ def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path) -> Non
         ({"cat": 10, "dog": 12}, True, "2 folders are classes (cat, dog)"),
         ({"cat": 10, "dog": 9}, False, "a folder holds 9 images"),
         ({"cat": 30}, False, "1 first-level folders"),
-        ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES)}, True, "50 folders are classes (c00, c01, c02, c03, c04, c05, …)"),
+        ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES)}, True, "50 folders are classes (c00, c01, c02, c03, c04, c05 and 44 more)"),
         ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES + 1)}, False, "51 first-level folders"),
     ],
 )  # fmt: skip

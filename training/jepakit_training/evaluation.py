@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from jepakit._groups import assign_folds, numbered
+from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
@@ -21,7 +22,6 @@ from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import FEWEST_PER_CLASS, NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList, evenly_spread
-from jepakit.sources._words import counted
 from jepakit_training.data import Split
 from jepakit_training.records import SkippedFiles
 

@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from jepakit._messages import counted
 from jepakit.backbone import start_backbone, start_preprocess, tensors_of
 from jepakit.bundle import (
     WEIGHTS,
@@ -36,7 +37,6 @@ from jepakit.errors import BundleError, ConfigError, DataError, TrainingError
 from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, SKIPPED, START, Run
 from jepakit.sources import ImageList
-from jepakit.sources._words import counted
 from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on

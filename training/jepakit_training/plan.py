@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from jepakit._machine import usable_cpus
+from jepakit._messages import counted
 from jepakit.backbone import fitting_size, from_bundle, is_hierarchical, round_size, size_multiple
 from jepakit.bundle import START_WORDS, open_bundle
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
-from jepakit.sources._words import counted
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.data import ENOUGH_GROUPS, Split, split
 from jepakit_training.memory import GB, main_memory

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jepakit.readers.checks import (
     CUT,
@@ -19,9 +18,7 @@ from jepakit.readers.checks import (
     check_window,
     reading,
 )
-from jepakit.readers.raster import Header, Limits, Window
-
-Pixels = NDArray[Any]
+from jepakit.readers.raster import Header, Limits, Pixels, Window
 
 _BY_TILES = "read it in tiles (tile=512)"
 

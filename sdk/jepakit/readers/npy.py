@@ -9,11 +9,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._messages import first_few
 from jepakit.errors import ImageError
-from jepakit.readers.base import BaseRaster, Pixels, crop
+from jepakit.readers.base import BaseRaster, crop
 from jepakit.readers.checks import MIN_SIDE, READ_AS, check_encoded, check_header, check_pixels, check_ratio, reading
 from jepakit.readers.encoded import Encoded
-from jepakit.readers.raster import Header, Limits, Window
+from jepakit.readers.raster import Header, Limits, Pixels, Window
 from jepakit.readers.sniff import not_an_image, unsupported
 
 _MAX_KEYS_SHOWN = 5
@@ -140,10 +141,9 @@ def _only_array(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
     if not names or not all(key.endswith(".npy") for key in names):
         raise unsupported(name, "a ZIP archive", "unpack it") if names else not_an_image(name)
     if len(members) > 1:
-        keys = ", ".join(key.removesuffix(".npy")[:40] for key in names[:_MAX_KEYS_SHOWN])
-        more = ", …" if len(names) > _MAX_KEYS_SHOWN else ""
+        keys = first_few([key.removesuffix(".npy")[:40] for key in names], _MAX_KEYS_SHOWN)
         raise ImageError(
-            f"{name}: {len(names)} arrays ({keys}{more}); save the one you mean as a file of its own",
+            f"{name}: {len(names)} arrays ({keys}); save the one you mean as a file of its own",
             code="unsupported_mode",
         )
     return members[0]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 else:
     ImageSource = Any
 
+Pixels = NDArray[Any]
+"""[height, width, bands]."""
+
 
 class Window(NamedTuple):
     """A rectangle of pixels of an upright image: left and top edge, width and height."""

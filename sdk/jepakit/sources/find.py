@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jepakit._files import with_home
+from jepakit._messages import counted
 from jepakit.errors import DataError
-from jepakit.sources._words import counted
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import find_in_memory, is_one_image

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
+from jepakit._messages import counted
 from jepakit.errors import DataError
-from jepakit.sources._words import counted
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import check_rule, look_up

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from jepakit._messages import first_few
 from jepakit.errors import DataError
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
@@ -70,5 +71,4 @@ def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tupl
             return None, f"no labels: {len(classes)} first-level folders (classes are {MIN_CLASSES} to {MAX_CLASSES})"
         if fewest < MIN_IMAGES_PER_CLASS:
             return None, f"no labels: a folder holds {fewest} images (classes have {MIN_IMAGES_PER_CLASS} or more)"
-    shown = ", ".join(classes[:6]) + (", …" if len(classes) > 6 else "")
-    return tuple(str(top) for top in tops), f"labels: {len(classes)} folders are classes ({shown})"
+    return tuple(str(top) for top in tops), f"labels: {len(classes)} folders are classes ({first_few(classes, 6)})"

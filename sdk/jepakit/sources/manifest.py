@@ -8,8 +8,8 @@ import posixpath
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._messages import counted
 from jepakit.errors import DataError
-from jepakit.sources._words import counted
 from jepakit.sources.files import Files, not_files
 from jepakit.sources.store import Found, repeated
 from jepakit.sources.table import Table, read_table

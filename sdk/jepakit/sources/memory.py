@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jepakit._files import with_home
+from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.errors import DataError, ImageError
 from jepakit.readers import EncodedSource, ImageSource
-from jepakit.sources._words import counted
 from jepakit.sources.store import Found, stamp_of
 
 _IN_MEMORY = "a sequence in memory"

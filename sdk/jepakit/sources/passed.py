@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from jepakit.sources._words import counted
+from jepakit._messages import counted
 from jepakit.sources.files import suffix
 
 _AS_JPEG = "HEIC and AVIF are not read, save them as JPEG or PNG"

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.errors import DataError
-from jepakit.sources._words import counted
 from jepakit.sources.archives import TAR, Archives, Member, names_in_shards
 from jepakit.sources.files import is_image
 from jepakit.sources.store import Found

@@ -13,12 +13,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._messages import did_you_mean
+from jepakit._messages import counted, did_you_mean
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import Header, Raster, Window
-from jepakit.sources._words import counted
 from jepakit.sources.imagelist import ImageList, Pieces
 
 MIN_TILE = 8
@@ -186,8 +185,9 @@ def _worthwhile(images: ImageList, headers: dict[int, Header], pieces: Pieces, h
     pieces = _only(pieces, enough & ~blank)
     if not len(pieces.image):
         raise DataError(
-            f"none of the {counted(total, 'tile')} of {how.tile} × {how.tile} in {counted(len(headers), 'image')} can be "
-            f"used ({_told(left_out, how)}): lower min_valid if they hold what you look for, or choose other images"
+            f"none of the {counted(total, 'tile')} of {how.tile} × {how.tile} in {counted(len(headers), 'image')} can "
+            f"be used ({_describe_left_out(left_out, how)}): lower min_valid if they hold what you look for, or choose "
+            "other images"
         )
     return left_out, pieces
 
@@ -294,7 +294,7 @@ def _notes(
     of_tiles = "" if how.tile is None else f" of {how.tile} × {how.tile}"
     notes = [images.note, f"{counted(count, 'frame' if how.tile is None else 'tile')}{of_tiles} of {of_images}"]
     if left_out is not None and any(left_out):
-        notes.append(f"left out: {_told(left_out, how)}")
+        notes.append(f"left out: {_describe_left_out(left_out, how)}")
     if images.groups is None and count > len(np.unique(pieces.image)):
         notes.append("the pieces of an image are one group")
     counts = np.bincount(pieces.image, minlength=len(images))
@@ -308,7 +308,7 @@ def _notes(
     return "; ".join(filter(None, notes))
 
 
-def _told(left_out: _LeftOut, how: Cut) -> str:
+def _describe_left_out(left_out: _LeftOut, how: Cut) -> str:
     invalid = f"{counted(left_out.invalid, 'tile')} with under {how.min_valid:.0%} valid pixels"
     blank = f"{counted(left_out.blank, 'blank tile')}, of one value everywhere"
     return " and ".join(words for words, number in ((invalid, left_out.invalid), (blank, left_out.blank)) if number)
