@@ -19,15 +19,15 @@ def missing(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]
 def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
     """Where an image, or a window of one, has data: bool [H, W]; None where it has data everywhere.
 
-    A pixel is valid if it has data in every band; a band without any data in the whole image is not asked.
+    A pixel is valid if it has data in every band; bands with no data anywhere in the image are ignored.
     """
     holes_HWC = missing(stored_HWC, nodata)
     if holes_HWC is None:
         return None
-    asked_C = ~holes_HWC.all(axis=(0, 1))
-    if not asked_C.any():
+    filled_C = ~holes_HWC.all(axis=(0, 1))
+    if not filled_C.any():
         return np.zeros(stored_HWC.shape[:2], np.bool_)
-    valid: NDArray[np.bool_] = np.logical_not(holes_HWC[:, :, asked_C].any(axis=2))
+    valid: NDArray[np.bool_] = np.logical_not(holes_HWC[:, :, filled_C].any(axis=2))
     return valid
 
 
