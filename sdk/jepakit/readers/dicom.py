@@ -131,18 +131,21 @@ class DicomRaster(BaseRaster):
 
     def _through_window(self, stored: Pixels, dataset: Any) -> Pixels:
         """What the file's own window shows, from 0 to 1; ImageError for a frame that has none."""
-        from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+        from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
-        if not _has_window(dataset):
+        values = np.asarray(apply_modality_lut(stored, dataset))
+        if _has_table(dataset):
+            return _through_table(values, dataset)
+        if None in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
             raise ImageError(
                 f"{self._name}: it has no window (VOI LUT) of its own, which value_range = 'file' asks for: choose "
                 "another value_range",
                 code="unsupported_mode",
             )
-        # pydicom's range depends on the bits stored and the rescale, and so differs between files of the same values.
-        low, high = _window_range(dataset)
-        shown = np.asarray(apply_voi_lut(apply_modality_lut(stored, dataset), dataset), np.float64)
-        return (shown - low) / (high - low)
+        # pydicom's black and white depend on the bits stored and the rescale, and so differ between files of the same values.
+        black, white = apply_windowing(np.array([-1e9, 1e9]), dataset)
+        shown: Pixels = (apply_windowing(values, dataset) - black) / (white - black)
+        return shown
 
     def _nodata(self, dataset: Any) -> float | None:
         """The padding value as `read` gives the first frame; None with a window, where it may equal real values."""
@@ -307,24 +310,23 @@ def _inverted(stored: Pixels, dataset: Any) -> Pixels:
     return (-1 if signed else 2**dataset.BitsStored - 1) - stored.astype(np.int64)
 
 
-def _has_window(dataset: Any) -> bool:
-    return _has_table(dataset) or None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
-
-
 def _has_table(dataset: Any) -> bool:
-    """Whether the window is a table, as pydicom sees it."""
+    """Whether the window is a table, which goes before a centre and a width."""
     tables = dataset.get("VOILUTSequence")
     return bool(tables) and None not in (tables[0].get("LUTDescriptor"), tables[0].get("LUTData"))
 
 
-def _window_range(dataset: Any) -> tuple[float, float]:
-    """What pydicom's window gives for black and for white."""
-    from pydicom.pixels.processing import apply_windowing
+def _through_table(values: Pixels, dataset: Any) -> Pixels:
+    """What the window's table gives, from 0 to 1; values beyond its ends get what the ends get.
 
-    if _has_table(dataset):
-        return 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
-    low, high = apply_windowing(np.array([-1e9, 1e9]), dataset)
-    return float(low), float(high)
+    Not by pydicom, which lets places above 255 wrap round in a table of 8-bit entries.
+    """
+    table = dataset.VOILUTSequence[0]
+    entries, first, bits = table.LUTDescriptor
+    order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+    shown = np.frombuffer(table.LUTData, f"{order}u2") if isinstance(table.LUTData, bytes) else np.array(table.LUTData)
+    places = np.clip(values.astype(np.int64) - first, 0, (entries or 2**16) - 1)
+    return shown[places] / (2**bits - 1)
 
 
 def _palette_colours(stored: Pixels, dataset: Any) -> Pixels:

@@ -144,15 +144,19 @@ def test_a_window_gives_the_same_values_however_they_are_stored() -> None:
         np.testing.assert_allclose(read(data, voi=True)[..., 0], through_window(hounsfield, 40, 400), atol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "entries"), [(8, 256), (12, 320)])
-def test_a_window_may_be_a_table(bits: int, entries: int) -> None:
-    table = np.linspace(0, 2**bits - 1, entries).round().astype(int)
-    lut = item(LUTDescriptor=[entries, 0, bits], LUTData=table.tolist())
-    for name in ("LUTDescriptor", "LUTData"):
-        lut[name].VR = "US"
-    stored = ramp() % entries
-    got = read(make(stored, bits=12, VOILUTSequence=[lut]), voi=True)[..., 0]
-    np.testing.assert_allclose(got, table[stored] / (2**bits - 1), atol=1e-6)
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("vr", ["US", "OW"])
+def test_a_window_may_be_a_table(bits: int, vr: str) -> None:
+    """Of more entries than its own bits could count, for values that begin before it and end after it."""
+    table = np.linspace(0, 2**bits - 1, 300).round().astype("<u2")
+    lut = item(LUTDescriptor=[300, 10, bits], LUTData=table.tolist() if vr == "US" else table.tobytes())
+    lut["LUTDescriptor"].VR = "US"
+    lut["LUTData"].VR = vr
+    expected = table[(ramp().astype(int) - 10).clip(0, 299)] / (2**bits - 1)
+    tags: dict[str, Any] = {"VOILUTSequence": [lut], "WindowCenter": 40, "WindowWidth": 400}
+    np.testing.assert_allclose(read(make(ramp(), **tags), voi=True)[..., 0], expected, atol=1e-6)
+    shifted = make(ramp() + 24, RescaleSlope=1, RescaleIntercept=-24, **tags)
+    np.testing.assert_allclose(read(shifted, voi=True)[..., 0], expected, atol=1e-6)
 
 
 def test_a_file_without_a_window_is_refused_when_its_window_is_asked_for(refused: Refused) -> None:
