@@ -14,19 +14,19 @@ from jepakit.errors import ConfigError, DataError
 
 
 def as_path(value: object, name: str) -> Path:
-    """A user's path, `~` in front read as the home folder; ConfigError, which names the argument, for what is none."""
+    """A user's path, `~` in front read as the home folder; ConfigError names the argument for anything else."""
     if isinstance(value, str | os.PathLike) and os.fspath(value):
         return Path(with_home(value))
     raise ConfigError(f"{name} = {value!r}: give a path")
 
 
 def with_home(path: str | os.PathLike[str]) -> str:
-    """A path's text with the home folder in place of a leading `~`, as a shell writes it; a home that is not known stays."""
+    """A path's text with the home folder in place of a leading `~`, as a shell does it; an unknown user's stays."""
     return os.path.expanduser(path)  # noqa: PTH111 (Path's raises where there is no such home)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make a folder where it is missing, and see that files can be written there. Raises OSError."""
+    """Make a folder if it is missing, and check that files can be written there. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 

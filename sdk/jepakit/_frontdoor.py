@@ -54,7 +54,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
-    BackboneError for weights that cannot be had; TrainingError when training cannot go on.
+    BackboneError for weights that cannot be loaded; TrainingError when training cannot go on.
     """
     config, listed = _to_adapt(images, out, settings)
     from jepakit_training.run_folder import check_folder
@@ -67,7 +67,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
 
 
 def _folder(config: AdaptConfig, images: ImageList) -> Path:
-    """Where the run is to lie: as told, else where the same run was begun and not finished, else in a folder of today."""
+    """The run's folder: as given, else where the same run was begun and not finished, else a folder of today."""
     if config.out:
         return Path(config.out)
     from jepakit_training.run_folder import find_unfinished
@@ -80,7 +80,7 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
 def dry_run(images: Any, **settings: Any) -> DryRun:
     """Say what `adapt` with the same arguments would take, from a few steps of it in one process; nothing is kept.
 
-    Raises what `adapt` raises for a wrong setting, unusable images, weights that cannot be had, or memory that runs out.
+    Raises what `adapt` raises for a wrong setting, unusable images, weights that cannot be loaded, or memory that runs out.
     """
     config, listed = _to_adapt(images, None, settings)
     from jepakit_training.dryrun import dry_run as run_dry
@@ -89,7 +89,7 @@ def dry_run(images: Any, **settings: Any) -> DryRun:
 
 
 def _to_adapt(images: Any, out: str | Path | None, settings: dict[str, Any]) -> tuple[AdaptConfig, ImageList]:
-    """The checked settings and the images; what is missing is told before torch is imported."""
+    """The checked settings and the images; what is not installed is reported before torch is imported."""
     from jepakit.config import AdaptConfig
 
     config = parse(

@@ -52,7 +52,7 @@ def parse(model: type[_Model], values: dict[str, object]) -> _Model:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Every complaint of a pydantic ValidationError on one line: setting, value seen, what is wanted.
 
-    A setting of several possible types is told once, with what each of them wants.
+    A setting of several possible types is reported once, with what each of them wants.
     """
     complaints: dict[str, list[str]] = {}
     for detail in error.errors():

@@ -1,7 +1,7 @@
 """The ONE preprocess, which training, export, service and client all call.
 
 `read_image` turns a file (or bytes, or an array) into the kind of pixels that a model takes, uint8 or raw
-float32, or refuses by name what it cannot read rightly: nothing is ever silently white. `fit` resizes and
+float32, and refuses by name what it cannot read correctly: nothing is ever silently white. `fit` resizes and
 crops. `preprocess` is both. Value scaling, mean and std come later, inside the graph.
 
 Shapes: H × W pixels, C bands.

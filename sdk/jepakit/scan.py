@@ -1,7 +1,7 @@
-"""What the values of a user's images are worth: a sample is measured once, and the numbers are used everywhere.
+"""How the values of a user's images are scaled: a sample is measured once, and the numbers are used everywhere.
 
-`scan` reads an evenly spread sample of the images and says of what kind they are, which values they hold, and
-what is wrong with some of them. `Scan.preprocess` turns it into the model's `Preprocess`, which travels in the
+`scan` reads an evenly spread sample of the images and reports their kind, the values they hold, and what is
+wrong with some of them. `Scan.preprocess` turns it into the model's `Preprocess`, which travels in the
 bundle: training, evaluation, export and service all use the same numbers.
 """
 
@@ -209,7 +209,7 @@ def scan(
 
 
 def refuse_mixed(found: Scan, ids: Sequence[str], most: float) -> None:
-    """DataError when more than a share `most` of the sample is of another kind: which one is meant is the user's to say."""
+    """DataError when more than a share `most` of the sample is of another kind: only the user can say which is meant."""
     if len(found.odd) > most * (len(found.seen) + len(found.odd)):
         odd = found.odd[0]
         raise DataError(
@@ -289,7 +289,7 @@ def outlier_notes(found: Scan, ids: Sequence[str]) -> list[str]:
 
 
 def window_notes(found: Scan, scaling: Scaling | None) -> list[str]:
-    """What a window that the user chose clips, if it is much."""
+    """How much a window that the user chose clips, if it is over 1 %."""
     if scaling is None or scaling.measured:
         return []
     outside = found.outside(scaling.low[0], scaling.high[0])

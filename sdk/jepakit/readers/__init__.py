@@ -3,7 +3,7 @@
 `open_raster` looks at a file's first bytes, not at its name, and returns a `Raster`: its `header` is known
 before a pixel is decoded, so that budgets are checked first; `read` gives the pixels as the file means them
 (upright, palettes and CMYK as RGB, alpha on white, DICOM through its modality LUT), never squeezed into
-8 bits. What a value is worth is decided later, by `jepakit.images`.
+8 bits. How values are scaled is decided later, by `jepakit.images`.
 """
 
 from jepakit.readers.dicom import dicom_group

@@ -29,7 +29,7 @@ class BaseRaster(ABC):
     def __init__(
         self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
     ) -> None:
-        """`encoded`: bytes of what has to be read whole, None where nothing has to."""
+        """`encoded`: bytes of the file if it has to be read whole, else None."""
         self.header = header
         self._name = name
         self._limits = limits

@@ -142,7 +142,7 @@ class DicomRaster(BaseRaster):
                 "another value_range",
                 code="unsupported_mode",
             )
-        # pydicom's black and white depend on the bits stored and the rescale, and so differ between files of the same values.
+        # pydicom's black and white depend on the bits stored and the rescale: they differ between files of the same values.
         black, white = apply_windowing(np.array([-1e9, 1e9]), dataset)
         shown: Pixels = (apply_windowing(values, dataset) - black) / (white - black)
         return shown
@@ -159,7 +159,7 @@ class DicomRaster(BaseRaster):
         return float(np.float32(self._in_real_units(np.array([padding], np.int64), 0)[0]))
 
     def _refuse_lies(self, frames: int, pixel_bytes: int) -> None:
-        """Refuse a header that speaks of more pixels than the file could hold."""
+        """Refuse a header that claims more pixels than the file could hold."""
         dataset = self._dataset
         if self._syntax in _VERBATIM:
             bits = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated * frames

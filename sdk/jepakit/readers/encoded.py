@@ -39,7 +39,7 @@ class Encoded:
 
 
 def open_encoded(source: EncodedSource, name: str | None) -> Encoded:
-    """Open a path or bytes; ImageError when there is no such file, or it is no regular one."""
+    """Open a path or bytes; ImageError when there is no such file, or it is not a regular one."""
     if isinstance(source, str | Path):
         return _open_path(Path(source), name or str(source))
     data = bytes(source)

@@ -1,4 +1,4 @@
-"""EXIF's orientation on arrays: stored pixels turned upright, and where an upright window is stored."""
+"""EXIF's orientation applied to arrays: stored pixels turned upright, and where an upright window is stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jepakit.readers.raster import Window
 SWAPPED = frozenset({5, 6, 7, 8})
 """Orientations whose rows are the upright image's columns."""
 
-# (rows and columns swap, then rows turn round, then columns turn round) leads from stored to upright.
+# From stored to upright: whether rows and columns swap, then the rows are reversed, then the columns.
 _STEPS = {
     1: (False, False, False),
     2: (False, False, True),

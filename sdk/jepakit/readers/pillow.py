@@ -31,7 +31,7 @@ _MOST_HALF_TRANSPARENT = 0.05
 
 
 class PillowFile(BaseRaster):
-    """A file that Pillow decodes; opened anew for each read, since Pillow lets go of what it has decoded."""
+    """A file that Pillow decodes; reopened for each read, since Pillow closes what it has decoded."""
 
     def __init__(self, encoded: Encoded, limits: Limits, formats: tuple[str, ...], pages: list[int] | None) -> None:
         """`pages`: the places of a TIFF's frames among its pages; None: Pillow's own frames."""
@@ -43,7 +43,7 @@ class PillowFile(BaseRaster):
             header = _header(image, encoded.name, len(pages) if pages else _frames(image))
             self._orientation = 1 if late or image.format == "TIFF" else _orientation(image)
         super().__init__(_turned(header, self._orientation), encoded.name, limits, encoded.file, encoded.size)
-        # The first read of a file's only frame takes it as it was opened: most files are read once.
+        # The first read of a single-frame file uses it as it was opened: most files are read once.
         self._opened: Image | None = image if header.frames == 1 and pages is None and not late else None
         if late:
             # An orientation may stand behind the pixels; they are within the limits, so decode them to see it.

@@ -46,8 +46,8 @@ _NIFTI = ("a NIfTI file", "save the slices you mean as TIFF or .npy")
 def sniff(head: bytes, name: str) -> Family:
     """The family of readers for a file with these first bytes; ImageError names what is not read.
 
-    `name` is for messages, and for telling the two kinds that no first byte tells: DICOM without a preamble
-    and zipped NIfTI.
+    `name` is for messages, and for the two kinds that first bytes do not tell: DICOM without a preamble and
+    zipped NIfTI.
     """
     if head[128:132] == b"DICM":
         return "dicom"

@@ -62,7 +62,7 @@ def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
         as_usual = None
         if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
             as_usual = [kept.index for kept in series.pages]
-            # Pillow knows no no-data value.
+            # Pillow reads no no-data value.
             if _GDAL_NODATA in page.tags:
                 _refuse_inexact(page, name)
             elif not (_is_exact(page) and _can_decode(page)):
@@ -138,7 +138,7 @@ class TiffRaster(BaseRaster):
     def __init__(
         self, encoded: Encoded, limits: Limits, series: Any, layout: _Layout, format: str, as_usual: list[int] | None
     ) -> None:
-        """`as_usual`: the page that Pillow reads, equally and with a sharper eye for damage, when all of it is meant."""
+        """`as_usual`: the page that is left to Pillow when all of it is wanted: the same pixels, stricter about damage."""
         page = series.keyframe
         self._encoded, self._series, self._layout, self._as_usual = encoded, series, layout, as_usual
         self._white_is_zero = page.photometric == _WHITE_IS_ZERO
@@ -229,7 +229,7 @@ class TiffRaster(BaseRaster):
 
     @property
     def _top(self) -> int:
-        """What a MINISWHITE file's zero is worth."""
+        """The value that zero stands for where white is zero."""
         return int(2**self._series.keyframe.bitspersample - 1)
 
     def _nodata(self, dtype: str) -> float | None:

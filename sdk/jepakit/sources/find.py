@@ -30,9 +30,9 @@ _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an 
 
 
 def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
-    """The images that `images` means. Labels and groups that cost reading are looked for only if asked for.
+    """The images that `images` names. Labels and groups that have to be read are looked for only if asked for.
 
-    Raises DataError when it is of no kind that is known, is not there, or holds no images.
+    Raises DataError when it is of no known kind, does not exist, or holds no images.
     """
     if isinstance(images, str | Path):
         return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups)
@@ -56,7 +56,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
 
 
 def _is_column(images: Any) -> bool:
-    """Whether it is a pandas Series, whose own `[0]` is a name and no place."""
+    """Whether it is a pandas Series, whose own `[0]` is the row named 0, not the first."""
     return hasattr(images, "iloc") and getattr(images, "ndim", 0) == 1
 
 

@@ -37,7 +37,7 @@ class Items:
             item = self.items[index]
         except Exception as error:
             raise ImageError(
-                f"image {index} cannot be had from the {_kind(self.items)} ({error})", code="unreadable"
+                f"image {index} cannot be read from the {_kind(self.items)} ({error})", code="unreadable"
             ) from error
         image, _ = _split(item)
         if not is_one_image(image):

@@ -1,4 +1,4 @@
-"""Files that are passed over although they may be images: told, with what would make them readable."""
+"""Files that are passed over although they may be images, and what would make them readable."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Cut:
 def cut(images: ImageList, how: Cut, *, lenient: bool) -> ImageList:
     """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
 
-    lenient  up to 1 % of the files may be such as cannot be opened, and are left out
+    lenient  leave out files that cannot be opened, if they are at most 1 %
 
     Headers are read only for tiles and "each"; the pixels of tiles are looked at once, and tiles that show nothing
     are left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
@@ -114,7 +114,7 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
 
 
 def _headers(images: ImageList, *, lenient: bool) -> tuple[dict[int, Header], list[ImageError]]:
-    """The headers by place, and what was said of the files that have none."""
+    """The headers by place, and the errors of files that cannot be opened."""
 
     def header(place: int) -> Header | ImageError:
         try:
@@ -195,9 +195,9 @@ def _worthwhile(images: ImageList, headers: dict[int, Header], pieces: Pieces, h
 def _look(
     images: ImageList, headers: dict[int, Header], pieces: Pieces, tile: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """How much of a full tile each piece's valid pixels are, and whether the piece is blank.
+    """The share of a full tile that each piece's valid pixels fill, and whether the piece is blank.
 
-    A piece that cannot be read passes: that is for its reader to say.
+    A piece that cannot be read passes: whoever reads it later reports it.
     """
     share, blank = np.ones(len(pieces.image)), np.zeros(len(pieces.image), np.bool_)
     jobs: list[tuple[Header, range]] = []
