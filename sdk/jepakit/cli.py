@@ -124,16 +124,7 @@ def adapt(
     if as_json:
         print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
         return
-    if comparison.before and comparison.after:
-        print("                 before   after   (held-out images)")
-        for field, words in (
-            ("linear", "linear probe"),
-            ("knn", "k-NN"),
-            ("linear_balanced", "linear, balanced"),
-            ("knn_balanced", "k-NN, balanced"),
-        ):
-            print(f"{words:<16} {getattr(comparison.before, field):>6.1%}  {getattr(comparison.after, field):>6.1%}")
-    print(run.verdict)
+    print(comparison)
     keep_start = comparison.after is not None and run.verdict.word != "better"
     which = " --which start" if keep_start else ""
     source, target = quote(str(run.path)), quote(f"bundles/{run.path.name}")

@@ -195,6 +195,22 @@ def test_the_verdict_says_the_numbers_and_what_to_do() -> None:
     assert "--which start" in judged(after, before, truth).reason
 
 
+def test_a_comparison_prints_its_scores_as_a_table_and_the_verdict() -> None:
+    before = Scores(linear=0.5, linear_balanced=0.25, knn=0.125, knn_balanced=0)
+    after = Scores(linear=1, linear_balanced=0.75, knn=0.625, knn_balanced=0.0625)
+    verdict = Verdict(word="better", reason="keep it")
+    comparison = Comparison(before=before, after=after, verdict=verdict, n_train=80, n_held_out=20)
+    assert str(comparison).splitlines() == [
+        "                 before   after   (held-out images)",
+        "linear probe      50.0%  100.0%",
+        "k-NN              12.5%   62.5%",
+        "linear, balanced  25.0%   75.0%",
+        "k-NN, balanced     0.0%    6.2%",
+        "better: keep it",
+    ]
+    assert str(no_labels(n_train=80, n_held_out=20)).startswith("cannot tell: without labels")
+
+
 def test_the_same_measurements_give_the_same_verdict() -> None:
     random = np.random.default_rng(2)
     truth = np.repeat(["a", "b"], 50)
