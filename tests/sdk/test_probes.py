@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -128,15 +129,16 @@ def test_probabilities_add_up_to_one_and_no_vectors_give_none(probe: LinearProbe
 
 
 def choice_by_scikit_learn(vectors: Floats, labels: NDArray[np.intp], n_folds: int) -> float:
-    right = np.zeros(len(C_GRID), int)
+    """The first C of the best balanced accuracy, over all folds together."""
+    predicted = np.empty((len(C_GRID), len(labels)), int)
     for held_out in stratified_folds(labels, n_folds=n_folds, seed=0) or []:
         scaler = StandardScaler().fit(vectors[~held_out])
         for i, C in enumerate(C_GRID):
             model = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(
                 scaler.transform(vectors[~held_out]), labels[~held_out]
             )
-            right[i] += (model.predict(scaler.transform(vectors[held_out])) == labels[held_out]).sum()
-    return C_GRID[int(right.argmax())]
+            predicted[i, held_out] = model.predict(scaler.transform(vectors[held_out]))
+    return C_GRID[int(np.argmax([round(balanced_accuracy_score(labels, row), 9) for row in predicted]))]
 
 
 @pytest.mark.parametrize(("noise", "n"), [(0.5, 90), (6.0, 90), (16.0, 120)])
@@ -180,7 +182,17 @@ def test_groups_that_are_mostly_of_one_class_still_make_folds() -> None:
     labels = (np.arange(400) % 10 == 0).astype(np.intp)
     vectors = random.standard_normal((400, 50))
     vectors[:, 0] += labels
-    assert LinearProbe().fit(vectors, labels, groups=groups).C_ < 1.0
+    assert LinearProbe().fit(vectors, labels, groups=groups).C_ == 10.0, "without folds it would be 1"
+
+
+def test_c_is_chosen_so_that_a_rare_class_counts_as_much_as_a_common_one() -> None:
+    """The strongest penalty is right on 19 of 20 vectors, and never on the rare class."""
+    random = np.random.default_rng(0)
+    labels = (np.arange(300) % 20 == 0).astype(np.intp)
+    vectors = random.standard_normal((300, 64)) + 0.2 * labels[:, None]
+    probe = LinearProbe().fit(vectors, labels)
+    assert probe.C_ == choice_by_scikit_learn(vectors, labels, 5) == 1.0
+    assert set(LinearProbe(C=C_GRID[0]).fit(vectors, labels).predict(vectors)) == {0}
 
 
 def test_a_given_c_is_taken_as_it_is() -> None:
