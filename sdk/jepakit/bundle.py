@@ -29,9 +29,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from jepakit._files import as_path, fsync, prepare_folder
+from jepakit._files import as_path, file_sha256, fsync, prepare_folder
 from jepakit._frozen import Frozen
 from jepakit._messages import explain
+from jepakit._vectors import float32_tuple
 from jepakit.errors import BundleError
 from jepakit.evaluate import Comparison
 
@@ -136,6 +137,7 @@ class Preprocess(Frozen):
 
 Pooling = Literal["head", "stages", "cls", "mean", "cls+mean", "last2"]
 Precision = Literal["fp32", "fp16", "int8"]
+Standardize = Literal["none", "center", "scale"]
 
 
 class EmbeddingSpec(Frozen):
@@ -146,25 +148,21 @@ class EmbeddingSpec(Frozen):
 
     dim: Annotated[int, Field(ge=1)]
     pooling: Pooling
-    standardize: Literal["none", "center", "scale"]
+    standardize: Standardize
     center: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
     normalize: bool = False
 
-    def standardized_by(self, vectors: np.ndarray[Any, Any], how: Literal["none", "center", "scale"]) -> EmbeddingSpec:
+    def standardized_by(self, vectors: np.ndarray[Any, Any], how: Standardize) -> EmbeddingSpec:
         """The same spec with centre, and scale, measured on `vectors` [N, dim], pooled outputs before any of it."""
         center = vectors.mean(axis=0, dtype=np.float64) if how != "none" else None
         scale = vectors.std(axis=0, dtype=np.float64) if how == "scale" else None
         return self.model_copy(update={
             "standardize": how,
-            "center": None if center is None else _float32_tuple(center),
+            "center": None if center is None else float32_tuple(center),
             # A dead number (always the same) stays what it is rather than being blown up to noise.
-            "scale": None if scale is None else _float32_tuple(np.where(scale > 1e-6, scale, 1.0)),
+            "scale": None if scale is None else float32_tuple(np.where(scale > 1e-6, scale, 1.0)),
         })  # fmt: skip
-
-
-def _float32_tuple(values: np.ndarray[Any, Any]) -> tuple[float, ...]:
-    return tuple(map(float, values.astype(np.float32)))
 
 
 class Graph(Frozen):
@@ -284,7 +282,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:
         write_files(folder)
-        files = {file.name: _file_sha256(file) for file in sorted(folder.iterdir())}
+        files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
         manifest = manifest.model_copy(update={"files": files})
         manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
         (folder / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
@@ -327,7 +325,7 @@ class Bundle:
 
     def check(self, name: str) -> None:
         """Verify one file as `read` does, without holding it in memory."""
-        self._verified(name, _file_sha256, str)
+        self._verified(name, file_sha256, str)
 
     def _verified(self, name: str, take: Callable[[Path], _Taken], digest: Callable[[_Taken], str]) -> _Taken:
         if name not in self.manifest.files:
@@ -447,8 +445,3 @@ def _render_manifest(manifest: Manifest) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

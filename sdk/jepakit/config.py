@@ -25,7 +25,7 @@ from pydantic import (
 from jepakit._files import with_home
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
-from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision
+from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize
 from jepakit.errors import ConfigError
 from jepakit.sources.groups import GROUP_RULES
 from jepakit.sources.labels import LABEL_RULES
@@ -43,6 +43,8 @@ CT_WINDOWS = {
 }  # fmt: skip
 ValueRange = Literal["auto", "file", "ct-brain", "ct-soft-tissue", "ct-lung", "ct-bone"] | tuple[float, float]
 _RANGES = ("auto", "file", *CT_WINDOWS)
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Unfreeze = Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 
@@ -175,7 +177,7 @@ class AdaptConfig(_Settings):
     """Pixels a side of global views and of the exported model; rounded to the patch or stride."""
     pooling: Literal["auto"] | Pooling = "auto"
     """What the embedding pools; `auto` takes what serves the untrained backbone better on labels, else `head`."""
-    standardize: Literal["auto", "none", "center", "scale"] = "auto"
+    standardize: Literal["auto", Standardize] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
     graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
     labels: TextOrPath = "auto"
@@ -214,7 +216,7 @@ class AdaptConfig(_Settings):
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     """Images that a process puts through the backbone at once; None: its whole share of the batch. The gradient
     is exactly that of the whole batch, for one more forward of the backbone: what to set when memory runs out."""
-    unfreeze: Literal["auto", "none", "all", "lora"] | Annotated[int, Field(ge=1)] = "auto"
+    unfreeze: Unfreeze | Literal["lora"] = "auto"
     """What trains beside the projector: N last blocks; `auto`: all from random weights, else a ViT's last 2 blocks, or
     the layers at the last resolution of a ConvNet or another backbone of falling resolution (Swin); `lora`: low-rank
     additions to every layer, merged at the end; `none`: nothing, the start is exported. More layers at few steps do
@@ -281,7 +283,7 @@ class AdaptConfig(_Settings):
     """Training processes, which share the batch; None: one a GPU (of this machine, or of the Ray cluster), else one."""
     launcher: Literal["local", "ray"] = "local"
     """What starts them: this machine, or Ray Train on the cluster at RAY_ADDRESS."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    trackers: tuple[Tracker, ...] = ()
     """Where to log beside metrics.jsonl, in files of the run's folder; W&B and MLflow send nothing unless WANDB_MODE
     or MLFLOW_TRACKING_URI says so."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -380,7 +382,7 @@ class ExportConfig(_Settings):
     """Of the graph: `fp16` halves the file, for GPUs; `int8` is for CPUs, a vector space of its own."""
     pooling: Pooling | None = None
     """What the embedding pools; None: `head`, or what the run chose."""
-    standardize: Literal["none", "center", "scale"] | None = None
+    standardize: Standardize | None = None
     """Centre, or centre and scale, each number by statistics of `verify_images`; None: no, or what the run chose."""
     tokens: bool = False
     """Patch tokens as a second output, `tokens`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._vectors import unit_length
 from jepakit.errors import BundleError
 from jepakit.images import Pixels, centre_crop
 
@@ -133,15 +134,10 @@ def agreement(got: NDArray[Any], expected: NDArray[Any], *, neighbours: bool = T
     if got.shape != expected.shape or not np.isfinite(got).all():
         return Agreement(float("inf"), -1.0, 0.0)
     mean = expected.mean(axis=0, dtype=np.float64)
-    a, b = _unit(got - mean), _unit(expected - mean)
+    a, b = unit_length(got - mean), unit_length(expected - mean)
     cosine = float((a * b).sum(axis=1).min()) if len(got) > 1 else 1.0
     same = float((_nearest(a) == _nearest(b)).mean()) if neighbours else 1.0
     return Agreement(relative_error(got, expected), cosine, same)
-
-
-def _unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1.0)
 
 
 def _nearest(unit: NDArray[np.float64]) -> NDArray[np.intp]:

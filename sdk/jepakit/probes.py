@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -22,6 +23,7 @@ from jepakit._files import as_path, written
 from jepakit._groups import as_given, assign_folds, in_cells, main_class, numbered
 from jepakit._logistic import fit_logistic, softmax
 from jepakit._messages import first_few
+from jepakit._vectors import unit_length
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
 
@@ -50,7 +52,7 @@ class ProbeReport:
         return "\n".join(lines)
 
 
-class _Probe:
+class _Probe(ABC):
     kind: ClassVar[str]
     classes_: Labels
     model_id_: str | None
@@ -81,8 +83,9 @@ class _Probe:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
 
+    @abstractmethod
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> Self:
-        raise NotImplementedError
+        """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N]."""
 
     def predict(self, X: Embeddings | ArrayLike) -> Labels:
         """The most probable class of each vector, [N]."""
@@ -137,20 +140,22 @@ class _Probe:
             raise DataError(f"{path} holds a {type(probe).__name__}, not a {cls.__name__}")
         return probe
 
+    @abstractmethod
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        raise NotImplementedError
+        """What was learned, by name: what `save` writes."""
 
+    @abstractmethod
     def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
-        raise NotImplementedError
+        """Take over what `_arrays` gave. Raises KeyError or ValueError where it is something else."""
 
     @property
+    @abstractmethod
     def _dim(self) -> int:
-        """Numbers in a vector of those it was fitted on."""
-        raise NotImplementedError
+        """Numbers in each of the vectors that it was fitted on."""
 
+    @abstractmethod
     def _shares(self, vectors: Floats) -> Floats:
         """What `predict_proba` gives, for vectors that have been checked."""
-        raise NotImplementedError
 
     def _predicted(self, vectors: Floats) -> Labels:
         result: Labels = self.classes_[self._shares(vectors).argmax(axis=1)]
@@ -165,8 +170,9 @@ class _Probe:
             raise DataError(f"a probe needs two classes or more, the labels hold {classes.tolist()}")
         return vectors, classes, targets
 
+    @abstractmethod
     def _check_params(self) -> None:
-        raise NotImplementedError
+        """Raise ConfigError for a hyper-parameter of a wrong value."""
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "classes_"):
@@ -260,14 +266,12 @@ class LinearProbe(_Probe):
             "C": np.array(self.C_),
         }
 
-    def _check_restored(self) -> None:
-        shape = (len(self.mean_), len(self.classes_))
-        if self.coef_.shape != shape or self.intercept_.shape != shape[1:] or self.std_.shape != self.mean_.shape:
-            raise ValueError("its arrays do not fit together")
-
     def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
         self.coef_, self.intercept_ = arrays["coef"], arrays["intercept"]
         self.mean_, self.std_, self.C_ = arrays["mean"], arrays["std"], float(arrays["C"].item())
+        shape = (len(self.mean_), len(self.classes_))
+        if self.coef_.shape != shape or self.intercept_.shape != shape[1:] or self.std_.shape != self.mean_.shape:
+            raise ValueError("its arrays do not fit together")
 
 
 class KNNProbe(_Probe):
@@ -285,7 +289,7 @@ class KNNProbe(_Probe):
         """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
         vectors, classes, targets = self._examples(X, y)
         self.classes_, self.model_id_ = classes, _space_of(X)
-        self.vectors_, self.targets_ = _unit(vectors).astype(np.float32), targets
+        self.vectors_, self.targets_ = unit_length(vectors).astype(np.float32), targets
         return self
 
     @property
@@ -293,7 +297,7 @@ class KNNProbe(_Probe):
         return int(self.vectors_.shape[1])
 
     def _shares(self, vectors: Floats) -> Floats:
-        queries = _unit(vectors).astype(np.float32)
+        queries = unit_length(vectors).astype(np.float32)
         k = min(self.k, len(self.vectors_))
         step = min(1024, max(1, _KNN_PAIRS // len(self.vectors_)))
         shares = [self._votes(queries[start : start + step], k) for start in range(0, len(queries), step)]
@@ -315,13 +319,11 @@ class KNNProbe(_Probe):
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {"vectors": self.vectors_, "targets": self.targets_}
 
-    def _check_restored(self) -> None:
+    def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
+        self.vectors_, self.targets_ = arrays["vectors"], arrays["targets"]
         fits = self.vectors_.ndim == 2 and self.targets_.shape == (len(self.vectors_),) and len(self.vectors_)
         if not fits or not 0 <= self.targets_.min() <= self.targets_.max() < len(self.classes_):
             raise ValueError("its arrays do not fit together")
-
-    def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
-        self.vectors_, self.targets_ = arrays["vectors"], arrays["targets"]
 
 
 _KINDS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, "knn": KNNProbe}
@@ -340,7 +342,6 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
         probe.classes_ = np.array(json.loads(header["classes"]))
         probe.model_id_ = header["model_id"] or None
         probe._restore(arrays)
-        probe._check_restored()
         return probe
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
@@ -417,8 +418,3 @@ def _some(labels: Labels) -> str:
 def _safe_std(vectors: Floats) -> Floats:
     std = vectors.std(axis=0)
     return np.where(std > 1e-12, std, 1.0)
-
-
-def _unit(vectors: Floats) -> Floats:
-    unit: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit

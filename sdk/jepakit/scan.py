@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._threads import in_threads
+from jepakit._vectors import float32_tuple
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import CT_WINDOWS, ValueRange
 from jepakit.errors import ConfigError, DataError, ImageError
@@ -125,7 +126,9 @@ class Scan:
         margin_C = _MARGIN * (high_C - low_C)
         # Nothing can lie below an unsigned zero.
         least = 0.0 if self.kind.stored_as.startswith("uint") else -np.inf
-        return Scaling(low=_floats((low_C - margin_C).clip(least)), high=_floats(high_C + margin_C), measured=True)
+        return Scaling(
+            low=float32_tuple((low_C - margin_C).clip(least)), high=float32_tuple(high_C + margin_C), measured=True
+        )
 
     def _ends(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Low and high percentiles of each image and band, [N, C] each; NaN for a band without data in an image."""
@@ -162,7 +165,7 @@ class Scan:
             low, high = np.asarray(scaling.low), np.asarray(scaling.high)
             scaled = ((values - low) / (high - low)).clip(0, 1)
         # A band of one value must not be divided by 0; it then carries nothing, as it should.
-        return _floats(np.nanmean(scaled, axis=0)), _floats(np.nanstd(scaled, axis=0).clip(1e-3))
+        return float32_tuple(np.nanmean(scaled, axis=0)), float32_tuple(np.nanstd(scaled, axis=0).clip(1e-3))
 
     def preprocess(
         self, stock: Preprocess, *, value_range: ValueRange = "auto", frame: int | None = None, tile: int | None = None
@@ -272,10 +275,6 @@ def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDA
         fence_C = _FENCE * np.maximum(third_C - first_C, spread_C)
         far |= (ends_NC < first_C - fence_C) | (ends_NC > third_C + fence_C)
     return far
-
-
-def _floats(values: NDArray[Any]) -> tuple[float, ...]:
-    return tuple(map(float, np.asarray(values).astype(np.float32)))
 
 
 def outlier_notes(found: Scan, ids: Sequence[str]) -> list[str]:

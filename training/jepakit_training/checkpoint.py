@@ -10,7 +10,6 @@ leaves torn folders behind and then cannot load; see "Own checkpoints" in docs/d
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepakit._files import fsync
+from jepakit._files import file_sha256, fsync
 from jepakit.errors import CheckpointError, TrainingError
 
 _KEEP = 2
@@ -99,7 +98,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     try:
         temporary.mkdir()
         _save_state(state, temporary / "state.pt")
-        manifest = {"step": step, "sha256": _sha256(temporary / "state.pt")}
+        manifest = {"step": step, "sha256": file_sha256(temporary / "state.pt")}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         for path in (temporary / "state.pt", temporary / "manifest.json", temporary):
             fsync(path)
@@ -168,7 +167,7 @@ def _whole_step(checkpoint: Path) -> int | None:
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         step, digest = int(manifest["step"]), manifest["sha256"]
-        return step if _sha256(checkpoint / "state.pt") == digest else None
+        return step if file_sha256(checkpoint / "state.pt") == digest else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -212,8 +211,3 @@ def _newest_first(folder: Path) -> list[Path]:
         return sorted((path for path in folder.iterdir() if path.name.startswith("step-")), reverse=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

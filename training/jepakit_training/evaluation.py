@@ -16,7 +16,7 @@ from jepakit._groups import assign_folds, numbered
 from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
-from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess
+from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import FEWEST_PER_CLASS, NO_LABELS, Comparison, Measurement, compare, measure, no_labels
@@ -160,9 +160,7 @@ def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> 
     return ("head", "stages") if has_labels and "stages" in poolings_of(backbone) else ("head",)
 
 
-def specify(
-    pooling: Pooling, standardize: Literal["auto", "none", "center", "scale"], fit: NDArray[np.float32]
-) -> EmbeddingSpec:
+def specify(pooling: Pooling, standardize: Literal["auto", Standardize], fit: NDArray[np.float32]) -> EmbeddingSpec:
     """The embedding's spec, its centre and scale measured on `fit` [N, D]."""
     if standardize == "auto":
         standardize = "scale" if pooling == "stages" else "center"
@@ -186,9 +184,7 @@ def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measu
     )
 
 
-def pick_pooling(
-    features: Features, images: MeasuringSet, standardize: Literal["auto", "none", "center", "scale"]
-) -> Pooling:
+def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal["auto", Standardize]) -> Pooling:
     """The pooling whose probes do better on the `fit` images alone, cross-validated: held-out ones stay unseen.
 
     The first one where there are too few labels, or groups, to tell.

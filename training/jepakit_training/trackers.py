@@ -6,14 +6,14 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
+from jepakit.config import Tracker
 from jepakit_training.records import TolerateWriteErrors
 
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
 _PROJECT = "jepakit"
 _MLFLOW_RUN = "mlflow-run.txt"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import Conv2dSame, DropPath
@@ -11,14 +11,13 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from jepakit.backbone import is_hierarchical
-from jepakit.config import AdaptConfig
+from jepakit.config import AdaptConfig, Unfreeze
 from jepakit.errors import ConfigError
 from jepakit_training.randomness import derive_seed
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
 
-Unfreeze = Literal["auto", "none", "all"] | int
 _VIT_BLOCKS = 2
 _LORA = "lora"
 _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
