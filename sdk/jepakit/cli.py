@@ -98,21 +98,16 @@ def adapt(
     from jepakit._frontdoor import adapt as run_adapt
     from jepakit._frontdoor import dry_run as run_dry
 
-    given = {
-        "out": out, "backbone": backbone, "weights": weights, "domain": domain, "image_size": image_size,
-        "epochs": epochs, "steps": steps, "batch_size": batch_size, "unfreeze": _number_or_word(unfreeze),
-        "pooling": pooling, "lamb": lamb, "lr": lr, "labels": labels, "group": group, "seed": seed, "workers": workers,
-        "tile": tile, "overlap": overlap, "frame": _number_or_word(frame), "value_range": _range_or_word(value_range),
-        "processes": processes, "launcher": launcher,
-    }  # fmt: skip
-    settings = _read_toml(config) if config else {}
-    settings.update({key: value for key, value in given.items() if value is not None})
-    for assignment in set_ or []:
-        _assign(settings, assignment)
+    settings = _settings(
+        set_, config, out=out, backbone=backbone, weights=weights, domain=domain, image_size=image_size, epochs=epochs,
+        steps=steps, batch_size=batch_size, unfreeze=_number_or_word(unfreeze), pooling=pooling, lamb=lamb, lr=lr,
+        labels=labels, group=group, seed=seed, workers=workers, tile=tile, overlap=overlap, frame=_number_or_word(frame),
+        value_range=_range_or_word(value_range), processes=processes, launcher=launcher,
+    )  # fmt: skip
     settings.pop("images", None)
     if dry_run:
-        told = run_dry(images, **{key: value for key, value in settings.items() if key != "out"})
-        print(json.dumps({**told.model_dump(), "total_s": told.total_s}) if as_json else told)
+        estimate = run_dry(images, **{key: value for key, value in settings.items() if key != "out"})
+        print(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
         return
     try:
         run = run_adapt(images, **settings)
@@ -149,13 +144,10 @@ def inspect(
     """Say what training would see of your images, and draw it, before anything is trained."""
     from jepakit._frontdoor import inspect as run_inspection
 
-    given = {
-        "domain": domain, "image_size": image_size, "tile": tile, "overlap": overlap, "labels": labels, "group": group,
-        "frame": _number_or_word(frame), "value_range": _range_or_word(value_range),
-    }  # fmt: skip
-    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for assignment in set_ or []:
-        _assign(settings, assignment)
+    settings = _settings(
+        set_, domain=domain, image_size=image_size, tile=tile, overlap=overlap, labels=labels, group=group,
+        frame=_number_or_word(frame), value_range=_range_or_word(value_range),
+    )  # fmt: skip
     seen = run_inspection(images, sheet=sheet, **settings)
     print(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
@@ -185,20 +177,12 @@ def export(
     """Export to ONNX, verified against torch."""
     from jepakit._frontdoor import export as run_export
 
-    given = {
-        "which": which,
-        "name": name,
-        "precision": precision,
-        "pooling": pooling,
-        "standardize": standardize,
-        "tokens": tokens or None,
-        "dynamic_size": dynamic_size or None,
-        "verify_images": verify_images,
-        "normalize": normalize,
-        "image_size": image_size,
-        "opset": opset,
-    }
-    bundle = run_export(source, out, **{key: value for key, value in given.items() if value is not None})
+    settings = _settings(
+        which=which, name=name, precision=precision, pooling=pooling, standardize=standardize, tokens=tokens or None,
+        dynamic_size=dynamic_size or None, verify_images=verify_images, normalize=normalize, image_size=image_size,
+        opset=opset,
+    )  # fmt: skip
+    bundle = run_export(source, out, **settings)
     manifest = bundle.manifest
     assert manifest.graph is not None
     print(
@@ -237,14 +221,11 @@ def serve(
     if new_key is not None:
         new_api_key(new_key, api_key_file)
         return
-    given = {
-        "bundles": tuple(bundles) if bundles else None, "host": host, "port": port, "api_key_file": api_key_file,
-        "provider": provider, "arithmetic": arithmetic, "expect": tuple(expect) if expect else None,
-        "ray": False if no_ray else None, "proxy": proxy, "replicas": replicas, "log_format": log_format,
-    }  # fmt: skip
-    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    for assignment in set_ or []:
-        _assign(settings, assignment)
+    settings = _settings(
+        set_, bundles=tuple(bundles) if bundles else None, host=host, port=port, api_key_file=api_key_file,
+        provider=provider, arithmetic=arithmetic, expect=tuple(expect) if expect else None,
+        ray=False if no_ray else None, proxy=proxy, replicas=replicas, log_format=log_format,
+    )  # fmt: skip
     run_serve(settings, config, print_config=print_config)
 
 
@@ -364,6 +345,15 @@ def _check_out(file: Path, suffix: str) -> None:
         prepare_folder(file.parent)
     except OSError as error:
         raise ConfigError(f"--out {file}: no file can be written there ({error.strerror})") from None
+
+
+def _settings(assignments: list[str] | None = None, file: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Settings by name: those of a TOML file, over them the `options` that were given (not None), over both `--set`."""
+    settings = _read_toml(file) if file else {}
+    settings.update({name: value for name, value in options.items() if value is not None})
+    for assignment in assignments or []:
+        _assign(settings, assignment)
+    return settings
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

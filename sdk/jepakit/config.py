@@ -1,7 +1,7 @@
 """The settings of adaptation and export: one class each, whichever door they come through.
 
-The Python call, the command line and the TOML file all end in these classes. They are checked before torch
-is imported, so that a typo fails in a blink. Rules for defaults are written once, here.
+The Python call, the command line and the TOML file all end in these classes. They are checked before torch is imported, so
+that a typo fails in a blink. What a default of None stands for is said by the setting, and its numbers are the constants below.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Unfreeze = Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+
+DEFAULT_STEPS = 300
+RAMP_STEPS = 10
+LAMBDA_PER_VIEW = 0.005
+LR_SCRATCH, LR_CONVNET, LR_VIT = 5e-4, 3e-4, 1e-4
+LAYER_DECAY = 0.75
+LOCAL_SHARE = 96 / 224
+"""Of the image size: pixels a side of local views."""
 
 
 def _check_value_range(value: object) -> object:
@@ -313,7 +321,7 @@ class AdaptConfig(_Settings):
 
     @model_validator(mode="after")
     def _tiles_and_values(self) -> Self:
-        Cut(self.tile, self.overlap, self.min_valid, self.frame)
+        Cut(self.tile, self.overlap, self.min_valid, self.frame)  # refuses what does not go together
         if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
             raise ValueError(f"value_range = {list(self.value_range)}: give low, then high, e.g. [-160, 240]")
         return self

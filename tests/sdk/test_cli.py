@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from jepakit import Embeddings
 from jepakit._frontdoor import _NEEDS
+from jepakit.cli import _settings, app
+from jepakit.config import DEFAULT_STEPS, AdaptConfig, ExportConfig
+from jepakit_service.settings import ServeSettings
 
 NOT_UTF_8 = os.fsdecode(b"gr\xf6\xdfe.png")
 # As where none of the service's packages is installed.
@@ -22,6 +28,19 @@ from jepakit.cli import main
 sys.argv[0] = "jepakit"
 main()
 """
+
+
+# Defaults that are None, or that a command has for itself.
+DEFAULTS_IN_WORDS = {
+    "adapt": {
+        "out": "runs/<folder>-<date>",
+        "steps": f"{DEFAULT_STEPS}, or one epoch if that is more",
+        "processes": "one a GPU, else 1",
+    },
+    "inspect": {"domain": "the suggested one"},
+    "export": {"name": "the folder's", "pooling": "head", "verify_images": "golden inputs"},
+    "serve": {"proxy": "haproxy on Linux"},
+}
 
 
 def run(*arguments: str | Path, program: str = "from jepakit.cli import main; main()", encoding: str = "utf-8") -> str:
@@ -81,3 +100,24 @@ def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(t
         run("embed", tmp_path, "--bundle", tmp_path, "--model", "x", "--out", tmp_path / "e.npz")
     with pytest.raises(AssertionError, match=r"e.csv: what is written is a .npz file"):
         run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "e.csv")
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("adapt", AdaptConfig), ("inspect", AdaptConfig), ("export", ExportConfig), ("serve", ServeSettings)],
+)
+def test_a_default_that_the_help_names_is_the_settings_own(command: str, settings: Any) -> None:
+    commands: Any = typer.main.get_command(app)
+    named = {
+        option.name: found[1]
+        for option in commands.commands[command].params
+        if (found := re.search(r"\[([^\[]+)\]$", option.help or ""))
+    }
+    in_words = DEFAULTS_IN_WORDS[command]
+    assert named == {name: str(settings.model_fields[name].default) for name in named} | in_words
+
+
+def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("steps = 1\nseed = 1\nlr = 1\n[views]\nn_local = 1\n")
+    made = _settings(["steps=3", "views.blur=0.5"], tmp_path / "settings.toml", steps=2, seed=2, out=None)
+    assert made == {"steps": 3, "seed": 2, "lr": 1, "views": {"n_local": 1, "blur": 0.5}}

@@ -13,8 +13,27 @@ from pydantic import ValidationError
 
 from jepakit._frontdoor import export
 from jepakit._messages import did_you_mean, parse
-from jepakit.config import PRESETS, AdaptConfig, Domain, ExportConfig, ViewsConfig
+from jepakit.config import (
+    DEFAULT_STEPS,
+    LAMBDA_PER_VIEW,
+    LAYER_DECAY,
+    LOCAL_SHARE,
+    LR_CONVNET,
+    LR_SCRATCH,
+    LR_VIT,
+    PRESETS,
+    RAMP_STEPS,
+    AdaptConfig,
+    Domain,
+    ExportConfig,
+    ViewsConfig,
+)
 from jepakit.errors import BackboneError, ConfigError
+
+
+def _power(rate: float) -> str:
+    """5e-4, as the settings write it."""
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def adapt(**settings: Any) -> AdaptConfig:
@@ -286,3 +305,19 @@ def test_a_file_that_is_no_table_is_refused_with_the_other_settings(tmp_path: Pa
         (tmp_path / name).write_text("path,label\n")
     assert "no table; give a CSV" in complaint(**{setting: str(tmp_path / "labels.txt")})
     assert getattr(adapt(**{setting: str(tmp_path / "labels.csv")}), setting) == str(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "words"),
+    [
+        (AdaptConfig, "steps", f"{DEFAULT_STEPS} or one epoch"),
+        (AdaptConfig, "lamb", f"{LAMBDA_PER_VIEW} times the number of views"),
+        (AdaptConfig, "layer_decay", f"None: {LAYER_DECAY} where"),
+        (AdaptConfig, "lr", f"{_power(LR_SCRATCH)} from random weights, else {_power(LR_CONVNET)} for a ConvNet"),
+        (AdaptConfig, "lr", f"{_power(LR_VIT)} for a ViT"),
+        (AdaptConfig, "lr", f"Up over {RAMP_STEPS} steps"),
+        (ViewsConfig, "local_size", f"{LOCAL_SHARE * 224:g}/224 of the image size"),
+    ],
+)
+def test_a_setting_says_what_its_default_of_none_stands_for(settings: Any, name: str, words: str) -> None:
+    assert words in settings.model_fields[name].description

@@ -15,7 +15,18 @@ from jepakit._machine import usable_cpus
 from jepakit._messages import counted
 from jepakit.backbone import fitting_size, from_bundle, is_hierarchical, round_size, size_multiple
 from jepakit.bundle import START_WORDS, open_bundle
-from jepakit.config import AdaptConfig, ViewsConfig
+from jepakit.config import (
+    DEFAULT_STEPS,
+    LAMBDA_PER_VIEW,
+    LAYER_DECAY,
+    LOCAL_SHARE,
+    LR_CONVNET,
+    LR_SCRATCH,
+    LR_VIT,
+    RAMP_STEPS,
+    AdaptConfig,
+    ViewsConfig,
+)
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
 from jepakit_training.batchnorm import batch_norms
@@ -24,12 +35,6 @@ from jepakit_training.memory import GB, main_memory
 
 FEWEST_IMAGES = 16
 _FEW_IMAGES = 64
-_DEFAULT_STEPS = 300
-_RAMP_STEPS = 10
-_LAMBDA_PER_VIEW = 0.005
-_LAYER_DECAY = 0.75
-_LR_SCRATCH, _LR_CONVNET, _LR_VIT = 5e-4, 3e-4, 1e-4
-_LOCAL_SHARE = 96 / 224
 _QUEUED_SHARE = 0.25
 
 
@@ -63,12 +68,12 @@ class Plan:
 
     def ramp(self, step: int) -> float:
         """The factor on the projector's learning rate: 10 steps up, then a cosine to 0."""
-        return min(1.0, (step + 1) / _RAMP_STEPS) * _cosine(step / self.steps)
+        return min(1.0, (step + 1) / RAMP_STEPS) * _cosine(step / self.steps)
 
     def backbone_ramp(self, step: int) -> float:
         """The factor on the backbone's: 0 while the projector warms up, then as the projector's."""
         since = step - self.warmup_steps
-        return 0.0 if since < 0 else min(1.0, (since + 1) / _RAMP_STEPS) * _cosine(step / self.steps)
+        return 0.0 if since < 0 else min(1.0, (since + 1) / RAMP_STEPS) * _cosine(step / self.steps)
 
 
 def make_plan(
@@ -106,12 +111,12 @@ def make_plan(
         steps=steps,
         batch_size=batch_size,
         warmup_steps=0 if from_random or not trains else min(round(config.warmup * steps), steps - 1),
-        lr=config.lr or (_LR_SCRATCH if from_random else _LR_CONVNET if is_hierarchical(backbone) else _LR_VIT),
-        layer_decay=config.layer_decay or (_LAYER_DECAY if config.unfreeze == "all" and not from_random else 1.0),
+        lr=config.lr or (LR_SCRATCH if from_random else LR_CONVNET if is_hierarchical(backbone) else LR_VIT),
+        layer_decay=config.layer_decay or (LAYER_DECAY if config.unfreeze == "all" and not from_random else 1.0),
         norm_statistics=norm_statistics,
         micro_batch=_micro_batch(config, batch_size, world, norm_statistics),
         bands=bands,
-        lamb=config.lamb or _LAMBDA_PER_VIEW * (views.n_global + views.n_local),
+        lamb=config.lamb or LAMBDA_PER_VIEW * (views.n_global + views.n_local),
         image_size=image_size,
         local_size=local_size,
         workers=workers,
@@ -124,7 +129,7 @@ def make_plan(
 
 def local_size_of(image_size: int, views: ViewsConfig) -> int:
     """Pixels a side of local views, before they are rounded to the backbone's patch or stride."""
-    return round(image_size * _LOCAL_SHARE) if views.local_size is None else views.local_size
+    return round(image_size * LOCAL_SHARE) if views.local_size is None else views.local_size
 
 
 def _parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
@@ -211,7 +216,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
 def _steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
     """Enough for every image to be seen `epochs` times; where neither length is set, once, and 300 at least."""
     passes = math.ceil((config.epochs or 1) * trained_on / batch_size)
-    return config.steps or (passes if config.epochs else max(_DEFAULT_STEPS, passes))
+    return config.steps or (passes if config.epochs else max(DEFAULT_STEPS, passes))
 
 
 def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
