@@ -38,7 +38,7 @@ class Sealed(NamedTuple):
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """No warnings while inside, and nothing below an error from these loggers; the empty name is the root's."""
+    """No warnings inside, and nothing below an error from these loggers; the empty name is the root logger's."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,13 +63,14 @@ def is_large(model: ir.Model) -> bool:
     return sum(tensor.nbytes for tensor in held if tensor is not None) > INLINE_LIMIT
 
 
-def sealed(model: ir.Model, metadata: dict[str, str]) -> Sealed:
-    """The graph's bytes, checked, without paths of this machine, the same at every export; of a large model `model`
-    is used up: its tensors now lie in the second file's bytes alone.
+def seal(model: ir.Model, metadata: dict[str, str]) -> Sealed:
+    """The graph's bytes, checked, without paths of this machine, the same at every export.
+
+    A large `model` is used up: its tensors then lie in the second file's bytes alone.
 
     metadata  written into the file, so that a stray model.onnx still says what it is
     """
-    data = _moved_out(model) if is_large(model) else None
+    data = _move_out(model) if is_large(model) else None
     proto = ir.serde.serialize_model(model)
     _strip(proto)
     onnx.helper.set_model_props(proto, metadata)
@@ -80,11 +81,11 @@ def sealed(model: ir.Model, metadata: dict[str, str]) -> Sealed:
     return Sealed(graph, data)
 
 
-def _moved_out(model: ir.Model) -> bytes:
-    """The safetensors file of the model's big tensors, each of which the model now names by its place in that file.
+def _move_out(model: ir.Model) -> bytes:
+    """Move the model's big tensors into a safetensors file, whose bytes are returned; the model then refers to that file.
 
-    Not weights.safetensors: the exporter has turned matrices round, and fp16 and int8 are other numbers altogether.
-    Through the disk, so that memory never holds the tensors twice: what is written is let go of, then read.
+    It is not weights.safetensors: the exporter has transposed matrices, and fp16 and int8 are other numbers altogether.
+    It goes through the disk so that memory never holds the tensors twice: they are released before the file is read.
     """
     values = model.graph.initializers
     with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,7 @@ from jepakit.bundle import (
     EmbeddingSpec,
     Graph,
     Manifest,
+    Precision,
     Preprocess,
     Provenance,
     compute_model_id,
@@ -51,7 +52,7 @@ from jepakit.errors import BundleError, ConfigError, ExportError
 from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, START, is_run
-from jepakit_export.convert import sealed, to_onnx
+from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import BATCH_SIZES, Expected, check, expect, read_users_images
 
@@ -70,7 +71,7 @@ class Source(NamedTuple):
 
 
 def export(config: ExportConfig) -> Bundle:
-    """Write the bundle that `config` asks for, its source and place checked already, and return it.
+    """Write the bundle that `config` asks for and return it; its source and place have been checked.
 
     Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when the
     graph cannot be made or ONNX Runtime does not reproduce torch; then nothing is written.
@@ -84,31 +85,28 @@ def export(config: ExportConfig) -> Bundle:
     inputs = centre_crop(images, source.preprocess.size)
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
-    manifest = _manifest(config, source, tensors, expected)
+    manifest = _manifest(config, source, tensors)
     graph = _graph(config, source, embedder, inputs, users)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
-        made = sealed(graph, _stamp(manifest))
-    agreement = check(made, manifest, expected)
+        sealed = seal(graph, _stamp(manifest, config.precision))
+    agreement = check(sealed, manifest, config.precision, expected)
     if users is not None:
-        agreement = check(made, manifest, expect(embedder, users))
-    assert manifest.graph is not None
-    measured = manifest.graph.model_copy(update=agreement._asdict())
-    manifest = manifest.model_copy(update={"graph": measured})
+        agreement = check(sealed, manifest, config.precision, expect(embedder, users))
+    manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
 
     def write_files(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS)
-        (folder / GRAPH).write_bytes(made.graph)
-        if made.data is not None:
-            (folder / DATA).write_bytes(made.data)
+        (folder / GRAPH).write_bytes(sealed.graph)
+        if sealed.data is not None:
+            (folder / DATA).write_bytes(sealed.data)
         (folder / GOLDEN).write_bytes(golden.pack(golden.Golden(images, expected.vectors)))
 
     write_bundle(out, manifest, write_files)
     return open_bundle(out)
 
 
-def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Tensor], expected: Expected) -> Manifest:
-    """The manifest, the graph's agreement with torch not yet measured."""
-    tokens = None if expected.tokens is None else (expected.tokens.shape[1], expected.tokens.shape[2])
+def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Tensor]) -> Manifest:
+    """The manifest but for the facts of a graph that is not yet made."""
     return Manifest(
         name=config.name or name_for(Path(config.out)),
         model_id=compute_model_id(
@@ -118,11 +116,16 @@ def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Ten
         ),
         backbone=source.described, preprocess=source.preprocess, embedding=source.embedding,
         provenance=source.provenance, comparison=source.comparison,
-        graph=Graph(
-            precision=config.precision, opset=config.opset, relative_error=0, centred_cosine=1, same_neighbour=1,
-            batch_sizes=BATCH_SIZES, tokens=tokens, dynamic_size=config.dynamic_size,
-            verified_on="golden inputs" if config.verify_images is None else "the user's images",
-        ),
+    )  # fmt: skip
+
+
+def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected) -> Graph:
+    """What the manifest says of a graph that agrees so well with torch."""
+    return Graph(
+        precision=config.precision, opset=config.opset, **agreement._asdict(), batch_sizes=BATCH_SIZES,
+        verified_on="golden inputs" if config.verify_images is None else "the user's images",
+        tokens=None if expected.tokens is None else (expected.tokens.shape[1], expected.tokens.shape[2]),
+        dynamic_size=config.dynamic_size,
     )  # fmt: skip
 
 
@@ -225,18 +228,18 @@ def _of_timm(config: ExportConfig) -> Source:
     with torch.inference_mode():
         dim = pool(backbone, torch.zeros(1, preprocess.bands, preprocess.size, preprocess.size), pooling).shape[1]
     embedding = EmbeddingSpec(dim=dim, pooling=pooling, standardize="none", normalize=bool(config.normalize))
-    told = {"source": f"{name}:{Path(weights).name}"}
-    provenance = Provenance(config=told, steps=0, images_seen=0, data_digest=None, versions=versions_of(_PACKAGES))
+    settings = {"source": f"{name}:{Path(weights).name}"}
+    provenance = Provenance(config=settings, steps=0, images_seen=0, data_digest=None, versions=versions_of(_PACKAGES))
     return Source(backbone, described, preprocess, embedding, provenance, None)
 
 
-def _stamp(manifest: Manifest) -> dict[str, str]:
-    assert manifest.graph is not None
+def _stamp(manifest: Manifest, precision: Precision) -> dict[str, str]:
+    """What is written into model.onnx itself."""
     return {
         "jepakit.name": manifest.name,
         "jepakit.model_id": manifest.model_id,
         "jepakit.preprocess": manifest.preprocess.model_dump_json(),
         "jepakit.embedding": manifest.embedding.model_dump_json(exclude={"center", "scale"}),
-        "jepakit.precision": manifest.graph.precision,
+        "jepakit.precision": precision,
         "jepakit.license": manifest.backbone.start.license,
     }

@@ -1,4 +1,4 @@
-"""The exporter's promise, checked: the runtime gives torch's vectors, whatever the batch, file to vector."""
+"""Checks what the exporter promises: that the runtime gives torch's vectors, whatever the size of the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._messages import lines_of
 from jepakit.backbone import Embedder
-from jepakit.bundle import Manifest, Preprocess
+from jepakit.bundle import Manifest, Precision, Preprocess
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
@@ -38,10 +38,10 @@ class Expected(NamedTuple):
 
 
 def read_users_images(source: str, spec: Preprocess) -> Pixels:
-    """Up to 256 images spread over the user's source, as the graph takes them, which is told where it leaves any out.
+    """Up to 256 images spread over the user's source, as the graph takes them; unreadable ones are reported and left out.
 
-    Of a file with several frames every one is an image, unless the model means one of them. Raises DataError for fewer
-    than 16 images, and where over 1 % cannot be read.
+    Each frame of a multi-frame file is an image, unless the model was made for one of them. Raises DataError for fewer than
+    16 images, and where over 1 % cannot be read.
     """
     frame: int | Literal["each"] = "each" if spec.frame is None else spec.frame
     listed = gather(source, "none", tile=spec.tile, frame=frame, tell=True, lenient=True)
@@ -52,16 +52,16 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
             pixels.append(preprocess(listed[place], spec))
         except ImageError as error:
             skipped.append(error)
-    told = f"{len(skipped)} of {len(places)} images cannot be read, the first: {skipped[0]}" if skipped else ""
+    unread = f"{len(skipped)} of {len(places)} images cannot be read, the first: {skipped[0]}" if skipped else ""
     if len(pixels) < FEWEST_IMAGES:
         raise DataError(
             f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the least to verify on"
-            f"{'; ' if told else ''}{told}"
+            f"{'; ' if unread else ''}{unread}"
         )
     if len(skipped) > MOST_SKIPPED * len(places):
-        raise DataError(f"{source}: {told}; {MOST_SKIPPED:.0%} may be left out: mend or remove them")
+        raise DataError(f"{source}: {unread}; {MOST_SKIPPED:.0%} may be left out: mend or remove them")
     if skipped:
-        print(f"{source}: {told}: left out of what is verified on", file=sys.stderr)
+        print(f"{source}: {unread}: left out of what is verified on", file=sys.stderr)
     return np.stack(pixels)
 
 
@@ -80,15 +80,13 @@ def expect(embedder: Embedder, images: Pixels) -> Expected:
     return Expected(images, stacked, np.concatenate(tokens) if tokens else None)
 
 
-def check(made: Sealed, manifest: Manifest, expected: Expected) -> golden.Agreement:
+def check(made: Sealed, manifest: Manifest, precision: Precision, expected: Expected) -> golden.Agreement:
     """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), at the optimisation level that serves.
 
-    Raises ExportError below the tolerance table's limit, or when the graph has fixed the batch size.
+    Raises ExportError below the tolerance table's limit for `precision`, or when the graph has fixed the batch size.
     """
-    assert manifest.graph is not None
     session = Session(made.graph, manifest, provider="cpu", data=made.data)
-    limit = golden.TOLERANCES[manifest.graph.precision, "cpu"]
-    found = [_compare(session, expected, size, limit) for size in BATCH_SIZES]
+    found = [_compare(session, precision, expected, size) for size in BATCH_SIZES]
     return golden.Agreement(
         max(one.relative_error for one in found),
         min(one.centred_cosine for one in found),
@@ -101,8 +99,9 @@ def int8_is_exact_here() -> bool:
     return platform.machine() != "x86_64" or torch.cpu._is_vnni_supported()
 
 
-def _compare(session: Session, expected: Expected, size: int, limit: golden.Tolerance) -> golden.Agreement:
+def _compare(session: Session, precision: Precision, expected: Expected, size: int) -> golden.Agreement:
     """Every image once, in batches of `size` exactly: the last one is filled up from the front."""
+    limit = golden.TOLERANCES[precision, "cpu"]
     n_images = len(expected.images)
     rows = np.arange(-(-n_images // size) * size) % n_images
     outputs = []
@@ -119,6 +118,6 @@ def _compare(session: Session, expected: Expected, size: int, limit: golden.Tole
         missed = golden.agreement(tokens.reshape(flat), expected.tokens.reshape(flat), neighbours=False).misses(limit)
         missed = missed and f"patch tokens: {missed}"
     if missed is not None:
-        hint = _WITHOUT_VNNI if session.precision == "int8" and not int8_is_exact_here() else ""
+        hint = _WITHOUT_VNNI if precision == "int8" and not int8_is_exact_here() else ""
         raise ExportError(f"the exported graph does not reproduce torch at batch size {size}: {missed}{hint}")
     return found

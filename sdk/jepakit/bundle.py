@@ -173,11 +173,11 @@ class Graph(Frozen):
     relative_error: float
     """Largest difference to torch over the largest value."""
     batch_sizes: tuple[int, ...]
-    centred_cosine: float = 1.0
+    centred_cosine: float
     """Smallest cosine to torch's vector once the mean vector is taken off both: what precision costs."""
-    same_neighbour: float = 1.0
+    same_neighbour: float
     """Share of the images whose nearest other image is the same as by torch's vectors."""
-    verified_on: Literal["golden inputs", "the user's images"] = "golden inputs"
+    verified_on: Literal["golden inputs", "the user's images"]
     tokens: tuple[int, int] | None = None
     """[N, D] of the second output `tokens`, where there is one; N is that of the model's own size."""
     dynamic_size: bool = False

@@ -301,7 +301,7 @@ def test_an_exporter_that_fails_without_words_is_told_by_its_errors_name(
     ("step", "precision", "told"),
     [
         ("to_int8", "int8", "test_resnet cannot be quantised"),
-        ("sealed", "fp32", "the graph of test_resnet cannot be made a file"),
+        ("seal", "fp32", "the graph of test_resnet cannot be made a file"),
     ],
 )
 def test_a_full_temporary_folder_is_told_as_what_it_is(

@@ -114,7 +114,7 @@ def quantised(weights: Path) -> jepakit_export.convert.Sealed:
     embedding = EmbeddingSpec(dim=backbone.num_features, pooling="head", standardize="none")
     embedder = Embedder(backbone, spec, embedding).eval()
     model = jepakit_export.convert.to_onnx(embedder, torch.from_numpy(IMAGES[:2]), opset=20)
-    return jepakit_export.convert.sealed(to_int8(model, IMAGES), {"of": described.name})
+    return jepakit_export.convert.seal(to_int8(model, IMAGES), {"of": described.name})
 
 
 def test_two_exports_give_the_same_bytes(

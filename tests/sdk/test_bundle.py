@@ -52,6 +52,10 @@ PREPROCESS = Preprocess(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
 )  # fmt: skip
 EMBEDDING = EmbeddingSpec(dim=4, pooling="head", standardize="center", center=(0.1 + 0.2, -1e-05, 0.0, 2.5e-17))
+FACTS = Graph(
+    precision="fp32", opset=20, relative_error=3.1e-07, centred_cosine=1, same_neighbour=1, batch_sizes=(1, 3),
+    verified_on="golden inputs",
+)  # fmt: skip
 
 
 def make_manifest(**changes: Any) -> Manifest:
@@ -68,7 +72,7 @@ def make_manifest(**changes: Any) -> Manifest:
             versions={"torch": "2.15.0"},
         ),
         "comparison": Comparison(before=scores, after=scores, verdict=verdict, n_train=80, n_held_out=20),
-        "graph": Graph(precision="fp32", opset=20, relative_error=3.1e-07, batch_sizes=(1, 3)),
+        "graph": FACTS,
     }  # fmt: skip
     return Manifest(**{**fields, **changes})
 
@@ -160,7 +164,7 @@ def test_a_full_disk_is_told_with_the_folder_and_what_to_do(tmp_path: Path, erro
 
 
 def test_a_failing_digest_leaves_nothing_behind(tmp_path: Path) -> None:
-    broken = make_manifest(graph=Graph(precision="fp32", opset=20, relative_error=float("nan"), batch_sizes=()))
+    broken = make_manifest(graph=FACTS.model_copy(update={"relative_error": float("nan")}))
     with pytest.raises(ValueError, match="JSON"):
         write_bundle(tmp_path / "scans", broken, write_files)
     assert list(tmp_path.iterdir()) == []
