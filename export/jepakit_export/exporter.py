@@ -48,7 +48,7 @@ from jepakit.bundle import (
     write_bundle,
 )
 from jepakit.config import ExportConfig
-from jepakit.errors import BundleError, ConfigError, ExportError
+from jepakit.errors import BundleError, ConfigError, ExportError, WriteError
 from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, START, is_run
@@ -73,8 +73,8 @@ class Source(NamedTuple):
 def export(config: ExportConfig) -> Bundle:
     """Write the bundle that `config` asks for and return it; its source and place have been checked.
 
-    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when the
-    graph cannot be made or ONNX Runtime does not reproduce torch; then nothing is written.
+    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when the graph cannot be
+    made or ONNX Runtime does not reproduce torch, WriteError when there is no room for it; then there is no bundle.
     """
     out = Path(config.out)
     source = _source(config)
@@ -145,14 +145,17 @@ def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pix
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """What goes wrong inside as an ExportError that begins with `what`: the libraries raise classes of their own."""
+    """What goes wrong inside as an error that begins with `what`: the libraries raise classes of their own.
+
+    A WriteError where the temporary folder has no room, an ExportError otherwise.
+    """
     try:
         yield
     except ExportError:
         raise
     except (OSError, SafetensorError) as error:
         folder = tempfile.gettempdir()
-        raise ExportError(
+        raise WriteError(
             f"{what}: {lines_of(error)[0]}; make room in {folder}, or let TMPDIR name another folder"
         ) from error
     except Exception as error:

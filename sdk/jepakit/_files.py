@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from jepakit.errors import ConfigError, DataError
+from jepakit.errors import ConfigError, WriteError
 
 
 def as_path(value: object, name: str) -> Path:
@@ -26,21 +26,26 @@ def with_home(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 (Path's raises where there is no such home)
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder if it is missing, and check that files can be written there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+def prepare_place(path: Path) -> None:
+    """Make the folder that `path` is to lie in, before the work; ConfigError where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): name another --out") from None
 
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """`replacing` for a file that a user named, its folder made where it is missing; DataError where that cannot be."""
+    """`replacing` for a file that a user named, its folder made where it is missing; WriteError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             yield file
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}): name another place") from None
+        raise WriteError(
+            f"{path} cannot be written ({error.strerror or error}): make room, or name another place"
+        ) from None
 
 
 @contextmanager
@@ -56,16 +61,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex, without holding them in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fsync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

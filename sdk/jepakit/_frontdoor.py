@@ -54,7 +54,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run
     settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
-    BackboneError for weights that cannot be loaded; TrainingError when training cannot go on.
+    BackboneError for weights that cannot be loaded; TrainingError when training cannot go on; WriteError where there is no room.
     """
     config, listed = _to_adapt(images, out, settings)
     from jepakit_training.run_folder import check_folder
@@ -140,8 +140,8 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) 
     settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
               dynamic_size, verify_images, normalize, image_size, opset
 
-    Raises ConfigError, BackboneError or BundleError for an unusable source, ExportError when the graph does
-    not reproduce torch; nothing is written then.
+    Raises ConfigError, BackboneError or BundleError for an unusable source, ExportError when the graph does not reproduce
+    torch, WriteError where there is no room for it; there is no bundle then.
     """
     from jepakit._export_source import check_source
     from jepakit.bundle import Bundle, check_new

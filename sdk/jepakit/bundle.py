@@ -29,11 +29,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from jepakit._files import as_path, file_sha256, fsync, prepare_folder
+from jepakit._files import as_path, file_sha256, fsync, prepare_place
 from jepakit._frozen import Frozen
 from jepakit._messages import explain
 from jepakit._vectors import float32_tuple
-from jepakit.errors import BundleError
+from jepakit.errors import BundleError, WriteError
 from jepakit.evaluate import Comparison
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG)
@@ -257,16 +257,13 @@ def name_for(folder: Path) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Raise BundleError where there is something already in a new bundle's place, or nothing can be written there.
+    """Raise BundleError where there is something already in a new bundle's place, ConfigError where nothing can be written.
 
     Makes the folder that it is to lie in.
     """
     if path.exists():
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
-    try:
-        prepare_folder(path.parent)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be written ({error.strerror}): name another --out") from None
+    prepare_place(path)
 
 
 def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> Manifest:
@@ -274,7 +271,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
 
     `write_files(folder)` puts every file but the manifest into a temporary folder beside `path`; digests
     are computed, everything is flushed to disk, then the folder is renamed into place. A crash leaves
-    either no bundle or a whole one. Raises what `check_new` raises, and BundleError where the files cannot be written.
+    either no bundle or a whole one. Raises what `check_new` raises, and WriteError where the files cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -295,7 +292,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
         folder.rename(path)
         fsync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise BundleError(
+        raise WriteError(
             f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): make room in {path.parent}, and run "
             "the same command again"
         ) from error

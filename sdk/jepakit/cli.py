@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from jepakit import __version__
-from jepakit._files import as_path, prepare_folder
+from jepakit._files import as_path, prepare_place
 from jepakit.errors import ConfigError, JepakitError
 
 _IMAGES = "folder, glob or file of images; CSV or Parquet manifest; .tar shards; ZIP"
@@ -341,10 +341,7 @@ def _check_out(file: Path, suffix: str) -> None:
         raise ConfigError(f"--out {file} is a folder: name a file in it")
     if file.suffix not in ("", suffix):
         raise ConfigError(f"--out {file}: what is written is a {suffix} file, name one")
-    try:
-        prepare_folder(file.parent)
-    except OSError as error:
-        raise ConfigError(f"--out {file}: no file can be written there ({error.strerror})") from None
+    prepare_place(file)
 
 
 def _settings(assignments: list[str] | None = None, file: Path | None = None, **options: Any) -> dict[str, Any]:

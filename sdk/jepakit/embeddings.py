@@ -74,7 +74,7 @@ class Embeddings:
         return f"<Embeddings: {count} vectors of {width} numbers, model_id={self.model_id!r}, {labels}>"
 
     def save(self, path: str | Path) -> None:
-        """Write one `.npz` file, atomically; plain arrays, no pickle."""
+        """Write one `.npz` file, atomically; plain arrays, no pickle. Raises WriteError where that cannot be."""
         path = as_path(path, "path")
         arrays: dict[str, NDArray[Any]] = {
             "vectors": self.vectors,

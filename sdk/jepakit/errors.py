@@ -2,21 +2,23 @@
 
     JepakitError                      catch this to catch them all
     ├── InputError (ValueError)       the caller's input is wrong; command-line exit code 2
-    │   ├── ConfigError               a setting has a wrong name or value
+    │   ├── ConfigError               a setting has a wrong name or value, or does not go with another
     │   ├── DataError                 images, vectors or labels cannot be used
-    │   ├── ImageError                one image cannot be read rightly
+    │   ├── ImageError                one image cannot be read correctly
     │   ├── BackboneError             unknown timm name, weights that do not fit, hub out of reach
     │   ├── BundleError               not a bundle, damaged, or replaced
     │   ├── SpaceError                vectors of another space than the probe was fitted on
     │   └── MissingExtraError         an optional part of jepakit is not installed
     ├── WorkError (RuntimeError)      the input was right, the work failed; exit code 1
     │   ├── TrainingError             training cannot go on
-    │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room, or not be read
-    │   ├── ExportError               the exported graph does not reproduce torch
-    │   └── ServeError                the service cannot start or stay up, or a model has no room to run
-    └── ClientError (RuntimeError)    what a client meets on the wire; exit code 1
-        ├── ConnectionFailedError     no answer from the service within the deadline, or no way to one
-        ├── ProtocolError             an answer that is not the protocol's
+    │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room, or read
+    │   ├── ExportError               the exported graph cannot be made, or does not reproduce torch
+    │   ├── InferenceError            a model cannot run here: its provider cannot be used, or there is no room
+    │   ├── ServeError                the service cannot start or stay up
+    │   └── WriteError                a file could not be written, most often for want of room
+    └── ClientError (RuntimeError)    something went wrong between client and service; exit code 1
+        ├── ConnectionFailedError     the service cannot be reached, or did not answer within the deadline
+        ├── ProtocolError             an answer that does not follow the protocol
         ├── ModelChangedError         another model answered in the middle of a job
         └── ResponseError             the service refused: `.status`, `.code`, `.param`, `.request_id`
             ├── AuthenticationError   401
@@ -42,7 +44,7 @@ class InputError(JepakitError, ValueError):
 
 
 class ConfigError(InputError):
-    """A setting has a wrong name or value."""
+    """A setting has a wrong name or value, or does not go with another."""
 
 
 class DataError(InputError):
@@ -50,7 +52,7 @@ class DataError(InputError):
 
 
 class ImageError(InputError):
-    """One image cannot be read rightly.
+    """One image cannot be read correctly.
 
     `code` is a stable word for programs: `unreadable`, `unsupported_format`, `unsupported_mode`,
     `too_large`, `too_small`, `wrong_shape`, `wrong_scale`, `constant`, `saturated`, `not_finite`.
@@ -62,7 +64,7 @@ class ImageError(InputError):
 
 
 class BackboneError(InputError):
-    """Unknown timm name, weights that do not fit, or a hub out of reach."""
+    """An unknown timm name, weights that do not fit, or a hub out of reach."""
 
 
 class BundleError(InputError):
@@ -86,27 +88,38 @@ class TrainingError(WorkError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, most often for want of room, or not be read; what was there is as it was."""
+    """A checkpoint could not be written, most often for want of room, or read; what was there is as it was."""
 
 
 class ExportError(WorkError):
-    """The exported graph does not reproduce torch."""
+    """The exported graph cannot be made, or does not reproduce torch."""
+
+
+class InferenceError(WorkError):
+    """A model cannot run here: its provider cannot be used, or there is no room."""
 
 
 class ServeError(WorkError):
-    """The service cannot start or stay up, or a model has no room to run."""
+    """The service cannot start or stay up."""
+
+
+class WriteError(WorkError):
+    """A file could not be written, most often for want of room.
+
+    A place where nothing can be written is a ConfigError if that shows before the work begins.
+    """
 
 
 class ClientError(JepakitError, RuntimeError):
-    """What a client meets on the wire."""
+    """Something went wrong between client and service."""
 
 
 class ConnectionFailedError(ClientError):
-    """No answer from the service within the deadline, or no way to one: its certificate is not trusted, say."""
+    """The service cannot be reached, e.g. its certificate is not trusted, or did not answer within the deadline."""
 
 
 class ProtocolError(ClientError):
-    """An answer that is not the protocol's."""
+    """An answer that does not follow the protocol."""
 
 
 class ModelChangedError(ClientError):

@@ -66,7 +66,7 @@ class _Probe(ABC):
         known = self.get_params()
         for name, value in params.items():
             if name not in known:
-                raise DataError(f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}")
+                raise ConfigError(f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}")
             setattr(self, name, value)
         return self
 
@@ -117,7 +117,7 @@ class _Probe(ABC):
         return ProbeReport(float(right.mean()), float(np.mean(list(per_class.values()))), per_class, len(truth))
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted probe as one safetensors file."""
+        """Write the fitted probe as one safetensors file; WriteError where that cannot be."""
         from safetensors.numpy import save
 
         self._check_fitted()

@@ -1,8 +1,8 @@
 """Opens a graph's bytes on a provider: ONNX Runtime's CPU, CUDA and TensorRT, or OpenVINO.
 
-What was asked for is what runs, or an error: ONNX Runtime falls back to the CPU with no more than a log line.
-The graph is opened from bytes. Tensors outside it may lie in the bundle's model.safetensors alone, whose bytes come
-along; any other external file is refused: OpenVINO would read it from the working directory.
+What was asked for is what runs, or an error: by itself ONNX Runtime falls back to the CPU with no more than a log line.
+The graph is opened from bytes. Tensors outside it may lie only in the bundle's model.safetensors, whose bytes are given too;
+any other external file is refused: OpenVINO would read it from the working directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from jepakit._external import as_inputs, check_external, names_other_files
 from jepakit._messages import did_you_mean, lines_of
 from jepakit.bundle import DATA
-from jepakit.errors import BundleError, ConfigError, MissingExtraError, ServeError
+from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.images import Pixels
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
@@ -48,7 +48,7 @@ class Runtime(Protocol):
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
         """The graph's outputs, in their order, for images [B, H, W, C]. Safe to call from several threads.
 
-        Raises ServeError where there is no room for so many.
+        Raises InferenceError where there is no room for so many.
         """
         ...
 
@@ -61,8 +61,8 @@ def open_runtime(
     data        the bytes of model.safetensors, where a large model's graph keeps its tensors; not needed once it is open
     arithmetic  `bf16`: OpenVINO computes in bfloat16, faster where the CPU has instructions for it
 
-    Raises ServeError when the provider cannot be used here, BundleError when the graph cannot be opened, or keeps
-    tensors anywhere but in itself and `data`.
+    Raises what `check_provider` raises, and BundleError when the graph cannot be opened, or keeps tensors anywhere but in
+    itself and `data`.
     """
     check_provider(provider, arithmetic)
     check_external(graph, data)
@@ -78,10 +78,10 @@ def open_runtime(
 
 
 def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None:
-    """What is known without a graph of whether `open_runtime` can use a provider here.
+    """Check, as far as that goes without a graph, that `open_runtime` can use a provider here.
 
-    Raises ConfigError when there is no such provider, ServeError when this machine or arithmetic cannot have it,
-    MissingExtraError when its library is not installed.
+    Raises ConfigError when there is no such provider, or it has no such arithmetic; InferenceError when this machine cannot
+    have it; MissingExtraError when its library is not installed.
     """
     if provider not in get_args(Provider):
         raise ConfigError(
@@ -89,7 +89,7 @@ def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None
             f"{did_you_mean(str(provider), get_args(Provider))}"
         )
     if arithmetic == "bf16" and provider != "openvino":
-        raise ServeError(f"arithmetic bf16 is OpenVINO's: ask for --provider openvino (now {provider})")
+        raise ConfigError(f"arithmetic = bf16 is OpenVINO's alone: use provider openvino (now {provider})")
     if provider == "openvino":
         if importlib.util.find_spec("openvino") is None:
             raise MissingExtraError("provider openvino needs OpenVINO: pip install 'jepakit[openvino]'")
@@ -97,10 +97,10 @@ def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None
         raise _unusable(provider, reason)
 
 
-def _unusable(provider: Provider, reason: str) -> ServeError:
-    return ServeError(
+def _unusable(provider: Provider, reason: str) -> InferenceError:
+    return InferenceError(
         f"provider {provider} was asked for and cannot be used here: {reason}; check nvidia-smi and "
-        "pip install 'jepakit[gpu]', or ask for --provider cpu"
+        "pip install 'jepakit[gpu]', or use provider cpu"
     )
 
 
@@ -115,8 +115,8 @@ class _OnnxRuntime:
         except Exception as error:  # pybind exceptions have no common base worth naming
             if any(words in str(error) for words in _NO_MEMORY):
                 where = "on the GPU" if self.provider in ON_GPU else "in main memory"
-                raise ServeError(
-                    f"no room {where} for a batch of {len(images)} images: embed fewer at a time (--set max_batch=N), or make room"
+                raise InferenceError(
+                    f"no room {where} for a batch of {len(images)} images: make room, or run fewer at a time"
                 ) from None
             raise
         return outputs
@@ -190,7 +190,7 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
 
 
 def _missing(choice: Chosen) -> str | None:
-    """Why a provider cannot be used here; None when it may well."""
+    """Why a provider cannot be used here; None when nothing speaks against it."""
     try:
         import onnxruntime as ort
     except ImportError:

@@ -33,7 +33,7 @@ _BATCHES_AHEAD = 3
 
 
 class Session:
-    """One model, open on a provider. Raises ServeError when what was asked for does not work: never a silent CPU.
+    """One model, open on a provider. Raises InferenceError when that provider does not work: the CPU never stands in for it.
 
     graph       the bytes of model.onnx
     manifest    of the bundle the bytes came from
@@ -80,8 +80,8 @@ class Session:
     def run(self, images: Pixels) -> NDArray[np.float32]:
         """Embed preprocessed images: [B, size, size, C], uint8 or raw float32 → float32 [B, D].
 
-        Raises ImageError for another shape or dtype than the graph's, ServeError where there is no room for so many. Safe
-        to call from several threads.
+        Raises ImageError for another shape or dtype than the graph's, InferenceError where there is no room for so many.
+        Safe to call from several threads.
         """
         return self.run_all(images)[0]
 

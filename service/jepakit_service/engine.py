@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepakit.errors import ImageError, ServeError
+from jepakit.errors import ImageError, InferenceError
 from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
@@ -43,8 +43,8 @@ class Engine:
         except TimeoutError:
             seconds = self._settings.request_timeout_s
             raise unavailable("timeout", f"no answer within {seconds:g} s: try again") from None
-        except ServeError as error:
-            raise unavailable("out_of_memory", str(error)) from None
+        except InferenceError as error:
+            raise unavailable("out_of_memory", f"{error} (--set max_batch=N)") from None
         finally:
             self._inside -= len(images)
             model.inside -= len(images)

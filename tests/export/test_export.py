@@ -26,7 +26,7 @@ from jepakit import golden
 from jepakit.backbone import Embedder, restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
 from jepakit.config import ExportConfig
-from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError
+from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.evaluate import Verdict
 from jepakit.images import preprocess
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, START, Run
@@ -311,7 +311,7 @@ def test_a_full_temporary_folder_is_told_as_what_it_is(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(jepakit_export.exporter, step, fail)
-    with pytest.raises(ExportError, match=rf"^{told}: .*No space left on device; make room in .*TMPDIR"):
+    with pytest.raises(WriteError, match=rf"^{told}: .*No space left on device; make room in .*TMPDIR"):
         jepakit.export(run.path, tmp_path / "bundle", precision=precision)
     assert left_nothing(tmp_path)
 
@@ -323,7 +323,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_with_the_folder(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(jepakit_export.exporter, "save_file", fail)
-    with pytest.raises(BundleError, match=rf"^{tmp_path / 'bundle'} cannot be written .*make room in {tmp_path}, and"):
+    with pytest.raises(WriteError, match=rf"^{tmp_path / 'bundle'} cannot be written .*make room in {tmp_path}, and"):
         jepakit.export(run.path, tmp_path / "bundle")
     assert left_nothing(tmp_path)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit import golden
 from jepakit.bundle import Bundle
-from jepakit.errors import ServeError
+from jepakit.errors import InferenceError
 from jepakit.session import Session
 from jepakit_service.settings import ServeSettings
 from tests.service.conftest import picture, running
@@ -96,7 +96,7 @@ def test_threads_at_once_get_their_own_rows(bundle: Bundle) -> None:
 
 
 def test_a_provider_that_is_not_there_is_an_error(tiny: Path) -> None:
-    with pytest.raises(ServeError, match="provider tensorrt was asked for and cannot be used here"):
+    with pytest.raises(InferenceError, match="provider tensorrt was asked for and cannot be used here"):
         Session.open(tiny, provider="tensorrt")
 
 
@@ -167,7 +167,7 @@ def test_no_room_on_the_gpu_is_an_error_that_passes(tmp_path: Path) -> None:
     before = session.run(few)
     free, _ = torch.cuda.mem_get_info()
     hog = torch.empty(free - (300 << 20), dtype=torch.uint8, device="cuda")
-    with pytest.raises(ServeError, match="no room on the GPU for a batch of 4096 images"):
+    with pytest.raises(InferenceError, match="no room on the GPU for a batch of 4096 images"):
         session.run(many)
     assert np.array_equal(session.run(few), before)
     del hog

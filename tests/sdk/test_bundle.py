@@ -37,7 +37,7 @@ from jepakit.bundle import (
     open_bundle,
     write_bundle,
 )
-from jepakit.errors import BundleError
+from jepakit.errors import BundleError, ConfigError, WriteError
 from jepakit.evaluate import Comparison, Scores, Verdict
 from jepakit.golden import Golden, pack, relative_error, synthetic_images, unpack
 
@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_with_the_folder_and_what_to_do(tmp_path: Path, erro
     def failing(_: Path) -> None:
         raise error
 
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(WriteError) as caught:
         write_bundle(tmp_path / "scans", make_manifest(), failing)
     assert str(caught.value).startswith(f"{tmp_path / 'scans'} cannot be written (")
     assert "No space left on device" in str(caught.value)
@@ -168,6 +168,14 @@ def test_a_failing_digest_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_bundle(tmp_path / "scans", broken, write_files)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_nothing_can_be_written_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "new", Path("/proc/new")):
+        with pytest.raises(ConfigError, match=rf"^{place} cannot be written \(.+\): name another --out"):
+            write_bundle(place, make_manifest(), write_files)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_already_exists_is_never_overwritten(bundle: Bundle) -> None:

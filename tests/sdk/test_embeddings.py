@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import jepakit
 from jepakit import Embeddings
 from jepakit.cli import app
-from jepakit.errors import ConfigError, DataError, InputError
+from jepakit.errors import ConfigError, DataError, InputError, WriteError
 
 VECTORS = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
 IDS = ("cat/1.png", "café/ü 2.png", "dog/3.png")
@@ -247,9 +247,9 @@ def test_a_damaged_file_is_refused_and_never_another_error(tmp_path: Path) -> No
 def test_a_place_that_cannot_be_written_is_named_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file" / "e.npz", tmp_path):
-        with pytest.raises(DataError, match=rf"^{place} cannot be written \("):
+        with pytest.raises(WriteError, match=rf"^{place} cannot be written \("):
             make().save(place)
-        with pytest.raises(DataError, match=rf"^{place} cannot be written \("):
+        with pytest.raises(WriteError, match=rf"^{place} cannot be written \("):
             jepakit.KNNProbe().fit(VECTORS, ["a", "b", "b"]).save(place)
     with pytest.raises(ConfigError, match="path = None: give a path"):
         make().save(None)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe, probes
-from jepakit.errors import DataError, InputError, SpaceError
+from jepakit.errors import ConfigError, DataError, InputError, SpaceError
 from jepakit.probes import C_GRID, ProbeReport, stratified_folds
 
 Floats = NDArray[np.float64]
@@ -288,7 +288,7 @@ def test_grid_search_works_and_its_winner_can_be_saved(tmp_path: Path) -> None:
 
 def test_parameters_are_set_by_name_and_typos_refused() -> None:
     assert LinearProbe().set_params(C=3.0, seed=2).get_params() == {"C": 3.0, "seed": 2}
-    with pytest.raises(DataError, match="LinearProbe has no parameter 'c'; it has C, seed"):
+    with pytest.raises(ConfigError, match="LinearProbe has no parameter 'c'; it has C, seed"):
         LinearProbe().set_params(c=3.0)
 
 

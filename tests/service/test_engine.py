@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jepakit.errors import ServeError
+from jepakit.errors import InferenceError
 from jepakit_service.engine import Engine
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import Plan
@@ -76,7 +76,7 @@ def test_a_busy_model_keeps_no_request_from_another() -> None:
 def test_no_room_to_run_is_told_as_such_and_counts_nobody_as_waiting() -> None:
     class Full(Slow):
         async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Any], int]:
-            raise ServeError(f"no room on the GPU for a batch of {len(images)} images")
+            raise InferenceError(f"no room on the GPU for a batch of {len(images)} images")
 
     engine = Engine(ServeSettings(bundles=("x",), max_waiting=50))
     model: Any = Full(1000.0)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jepakit._frontdoor import serve
-from jepakit.errors import ConfigError, ServeError
+from jepakit.errors import ConfigError
 from jepakit_service import app, keys
 from jepakit_service.app import announce_when_ready, check_port_is_free, own_url
 from jepakit_service.keys import KeyFile, new_key
@@ -254,6 +254,6 @@ def test_a_new_key_is_a_line_of_its_own(key_file: Path, tmp_path: Path) -> None:
 def test_what_this_machine_cannot_have_is_refused_before_ray_starts(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ServeError, match="ask for --provider openvino"):
+    with pytest.raises(ConfigError, match="arithmetic = bf16 is OpenVINO's alone: use provider openvino"):
         app.run(ServeSettings(bundles=(str(bundle),), arithmetic="bf16"))
     assert capsys.readouterr().out == ""
