@@ -19,7 +19,7 @@ from tests.training.full_disk import files_no_longer_than
 
 from jepakit import _frontdoor
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError, DataError
+from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit.sources import list_images
 from jepakit_training.records import StepLog
@@ -158,12 +158,12 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
 
 def test_a_disk_that_is_full_at_the_start_is_told(begin: Begin, tmp_path: Path) -> None:
     words = r"cannot be written to \(File too large\): make room there, then run the same command again"
-    with files_no_longer_than(0), pytest.raises(ConfigError, match=f"run {words}"):
+    with files_no_longer_than(0), pytest.raises(WriteError, match=f"run {words}"):
         begin("run")
     run = begin("run")
     with closing(StepLog(run.path / METRICS, 0, enabled=True)) as log:
         log.write({"step": 9})
-    with files_no_longer_than(0), pytest.raises(ConfigError, match=f"run {words}"):
+    with files_no_longer_than(0), pytest.raises(WriteError, match=f"run {words}"):
         StepLog(run.path / METRICS, 10, enabled=True)
     assert run.metrics() == [{"step": 9}]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError
+from jepakit.errors import WriteError
 from jepakit.inspection import SAMPLE, Inspection, printable, report
 from jepakit.scan import scan
 from jepakit.sources import ImageList
@@ -21,7 +21,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspection:
     """The report on `images`; the views drawn are those of the chosen domain, or of the suggested one.
 
-    sheet  where to draw it, checked by `check_place`; ConfigError where that cannot be written
+    sheet  where to draw it, checked by `check_place`; WriteError where that cannot be written
     """
     found = scan(images, value_range=config.value_range, frame=chosen_frame(config), sample=SAMPLE)
     seen = report(images, found, image_size=config.image_size, tile=config.tile, value_range=config.value_range)
@@ -37,7 +37,9 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
         sheet.parent.mkdir(parents=True, exist_ok=True)
         write_sheet(sheet, images, spec, recipe, sizes, title)
     except OSError as error:
-        raise ConfigError(f"sheet = {sheet}: cannot be written ({error.strerror}): name another place") from None
+        raise WriteError(
+            f"sheet {sheet} cannot be written ({error.strerror}): make room, or name another place"
+        ) from None
     return seen.model_copy(update={"sheet": printable(str(sheet))})
 
 

@@ -45,7 +45,7 @@ class TolerateWriteErrors:
 class StepLog:
     """metrics.jsonl: a line per logged step. A resumed run drops the lines of steps it does again.
 
-    Raises ConfigError where it cannot be begun; a disk that is full later gives a warning.
+    Raises WriteError where it cannot be begun; a disk that is full later gives a warning.
     """
 
     def __init__(self, path: Path, first_step: int, *, enabled: bool) -> None:

@@ -21,7 +21,7 @@ import tomli_w
 from jepakit._files import replacing
 from jepakit.bundle import versions_of
 from jepakit.config import AdaptConfig
-from jepakit.errors import ConfigError, DataError
+from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, is_run
 from jepakit.sources import ImageList
 
@@ -126,7 +126,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
 def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     """Start the run's folder, or check that an existing one was started with the same settings and data.
 
-    Raises ConfigError or DataError naming what differs, ConfigError where nothing can be written there.
+    Raises ConfigError or DataError naming what differs, WriteError where nothing can be written there.
     """
     check_folder(out, config)
     if _has_begun(out):
@@ -149,11 +149,11 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
 
 @contextmanager
 def must_write(out: Path) -> Iterator[None]:
-    """A block that writes to the run's folder; ConfigError where that fails."""
+    """A block that writes to the run's folder; WriteError where that fails."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(
+        raise WriteError(
             f"{out} cannot be written to ({error.strerror or error}): make room there, then run the same command again, or name "
             "another --out"
         ) from error
