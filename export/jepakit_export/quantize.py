@@ -1,9 +1,9 @@
-"""fp32 graph → int8 graph for CPUs, by the rule that costs a kind of network least.
+"""fp32 graph → int8 graph for CPUs, by the rule that costs each kind of network least.
 
-Where the weights are matrices (ViTs, ConvNeXt) each product's input is quantised by its own range as it comes:
-no calibration, and better than fixed ranges on every transformer tried. Where they are convolutions, ranges
-are measured on images. Attention's own products, whose two factors are both computed, stay in float: quantising
-them lets ONNX Runtime fuse an 8-bit softmax that gave cosine 0.76 on a ViT without a word.
+Where most weights are matrices (ViTs, ConvNeXt), each product's input is quantised at run time by its own range: without
+calibration, and better than fixed ranges on every transformer tried. Where they are convolutions, ranges are measured on
+images. Attention's own products, whose two factors are both computed, stay in float: quantising them lets ONNX Runtime fuse
+an 8-bit softmax, which silently gave a cosine of 0.76 on a ViT.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
 
     with tempfile.TemporaryDirectory() as folder, quiet(""):  # the quantiser gives its advice on the root logger
         given, prepared, written = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
-        # Beside the graph where it cannot hold them; the quantiser's own answer to a large model is the same.
+        # Weights lie outside a graph that cannot hold them, as the quantiser itself has it for a large model.
         outside = is_large(model)
         ir.save(model, given, external_data="fp32.data" if outside else None)
         quant_pre_process(
@@ -86,6 +86,6 @@ def _mostly_matrices(graph: onnx.GraphProto) -> bool:
 
 
 def _computed_on_both_sides(graph: onnx.GraphProto) -> list[str]:
-    """Names of the matrix products whose second factor is no weight."""
+    """Names of the matrix products whose second factor is not a weight."""
     weights = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]

@@ -14,7 +14,7 @@ from jepakit.run import CONFIG, is_run
 
 
 def check_source(config: ExportConfig) -> None:
-    """Raise DataError, BackboneError or ConfigError for a source that is none, or that the settings do not fit."""
+    """Raise DataError, BackboneError or ConfigError for what is no source, or one that the settings do not fit."""
     path = Path(config.source)
     if is_run(path):
         return

@@ -106,7 +106,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
-    """How the start weights want their images: as the bundle they came from says, else as timm says."""
+    """How the start weights expect their images: as the bundle they came from says, else as timm says."""
     if not from_bundle(weights):
         return stock_preprocess(module, image_size)
     spec = open_bundle(weights).manifest.preprocess
@@ -115,7 +115,7 @@ def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
 
 
 def stock_preprocess(module: Any, image_size: int | None) -> Preprocess:
-    """How the backbone's own weights want their images, from timm's description of them.
+    """How the backbone's own weights expect their images, from timm's description of them.
 
     Raises BackboneError where timm does not know: ImageNet's statistics are never assumed.
     """
@@ -326,7 +326,7 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
         raise BackboneError(
             f"timm has no pretrained weights for {name}: give --weights FILE, or --weights random to start from nothing"
         )
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our own words
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # we report its failures in our own words
     try:
         if not _hub_in_reach(module.pretrained_cfg.get("hf_hub_id")):
             raise ConnectionError

@@ -71,10 +71,10 @@ class Backbone(Frozen):
 
 
 class Scaling(Frozen):
-    """What the values of other than 8-bit data are worth: x → (x - low) / (high - low), clipped to 0..1, per band.
+    """How values of data other than 8-bit become 0 to 1, per band: x → (x - low) / (high - low), clipped.
 
-    `measured` scalings come from the domain's images and refuse an image of which they clip over 1 %; a
-    window that the user chose clips by intent.
+    `measured` scalings come from the domain's images, and refuse an image if they would clip over 1 % of it; a window that
+    the user chose clips on purpose.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -116,7 +116,7 @@ class Preprocess(Frozen):
 
     @property
     def unit(self) -> int:
-        """What 1.0 of `mean` and `std` is in the values that they are taken off and divided by."""
+        """What 1.0 of `mean` and `std` is in the units of the values that they normalise."""
         return 255 if self.dtype == "uint8" else 1
 
     @model_validator(mode="after")
@@ -141,7 +141,7 @@ Standardize = Literal["none", "center", "scale"]
 
 
 class EmbeddingSpec(Frozen):
-    """What the vector is: pooled how, shifted and divided by what, of length 1 or not.
+    """How the vector is made: its pooling, what it is shifted and divided by, and whether it is scaled to length 1.
 
     `center` and `scale` are one number per dimension, measured on the domain's images; None where unused.
     """
@@ -154,19 +154,19 @@ class EmbeddingSpec(Frozen):
     normalize: bool = False
 
     def standardized_by(self, vectors: np.ndarray[Any, Any], how: Standardize) -> EmbeddingSpec:
-        """The same spec with centre, and scale, measured on `vectors` [N, dim], pooled outputs before any of it."""
+        """The same spec with centre, and scale, measured on `vectors` [N, dim]: pooled outputs before either."""
         center = vectors.mean(axis=0, dtype=np.float64) if how != "none" else None
         scale = vectors.std(axis=0, dtype=np.float64) if how == "scale" else None
         return self.model_copy(update={
             "standardize": how,
             "center": None if center is None else float32_tuple(center),
-            # A dead number (always the same) stays what it is rather than being blown up to noise.
+            # A dead number (always the same) stays as it is instead of being blown up to noise.
             "scale": None if scale is None else float32_tuple(np.where(scale > 1e-6, scale, 1.0)),
         })  # fmt: skip
 
 
 class Graph(Frozen):
-    """Facts of `model.onnx`, and how it was found to agree with torch over all images and batch sizes checked."""
+    """Facts of `model.onnx`, and how well it agreed with torch, at worst, over all images and batch sizes checked."""
 
     precision: Precision
     opset: int
@@ -349,7 +349,7 @@ class Bundle:
         self._check_strangers()
 
     def read_all(self) -> dict[str, bytes]:
-        """The verified bytes of every file but the weights', which are checked all the same (a graph has them again).
+        """The verified bytes of every file but the weights, which are checked all the same (the graph holds them too).
 
         BundleError names the first file that is damaged, missing or extra.
         """
@@ -371,9 +371,9 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path is a folder with a manifest, or one that is closed to us: `open_bundle` then says so.
+    """Whether a path is a folder with a manifest, or one that we may not look into: `open_bundle` then says so.
 
-    Raises OSError where nobody can tell, as on a mount that is lost.
+    Raises OSError where that cannot be known, as on a lost mount.
     """
     try:
         # Not `is_file`, which says False of a closed folder from Python 3.14 on.
@@ -411,7 +411,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def _parse_manifest(text: str, file: Path) -> Manifest:
-    """The manifest, every byte of it proven: parsed values by the digest, the rest by writing them again."""
+    """The manifest, every byte of it checked: the values by the digest, the rest by rendering them again."""
     again = "copy the bundle again or export it anew"
     try:
         values = json.loads(text)

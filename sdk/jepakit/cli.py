@@ -55,7 +55,7 @@ def options(
     ] = False,
 ) -> None:
     """What comes before any command."""
-    # `猫` on a Latin-1 terminal, a file's name that is not UTF-8: shown with escapes, never the end of a finished work.
+    # `猫` on a Latin-1 terminal, or a file name that is not UTF-8, is shown with escapes: it must not fail finished work.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -111,7 +111,7 @@ def adapt(
         return
     try:
         run = run_adapt(images, **settings)
-    except KeyboardInterrupt as stop:  # what has words has said them: where training stopped
+    except KeyboardInterrupt as stop:  # one with a message has been reported: where training stopped
         if not str(stop):
             print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -71,9 +71,9 @@ class ViewsConfig(_Settings):
     """How views are cut and changed. A domain preset fills in the second half; any value can be overridden."""
 
     n_global: Annotated[int, Field(ge=1, le=8)] = 2
-    """Global views an image, at the image size."""
+    """Global views per image, at the image size."""
     n_local: Annotated[int, Field(ge=0, le=16)] = 4
-    """Local views an image, at `local_size`. Published: 6."""
+    """Local views per image, at `local_size`. Published: 6."""
     global_area: tuple[Fraction, Fraction] = (0.3, 1.0)
     """Share of the image's area that a global view shows."""
     local_area: tuple[Fraction, Fraction] = (0.05, 0.3)
@@ -95,21 +95,21 @@ class ViewsConfig(_Settings):
     quarter_turns: bool = False
     """Rotate by a random multiple of 90°."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Rotate by up to so much, either way; what comes into the corners is the view's own reflection."""
+    """Rotate by up to this angle, either way; the corners are filled with the view's own reflection."""
     brightness: Fraction = 0.3
-    """Multiply all values by 1 ± up to so much. Like contrast, saturation and hue: four views in five."""
+    """Multiply all values by 1 ± up to this. Brightness, contrast, saturation and hue change in four views of five."""
     contrast: Fraction = 0.3
-    """Multiply the distance to the view's mean grey (each band's own mean, unless there are 3) by 1 ± so much."""
+    """Multiply the distance to the view's mean grey (each band's own mean, unless there are 3) by 1 ± up to this."""
     saturation: Fraction = 0.0
-    """Multiply the distance of colours to grey by 1 ± up to so much; 3 bands only, as are the next two."""
+    """Multiply the distance of colours to grey by 1 ± up to this; 3 bands only, as are the next two."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Turn colours by up to so much of the colour circle, either way; brightness stays."""
+    """Turn colours by up to this share of the colour circle, either way; brightness stays."""
     gray: Fraction = 0.0
     """Probability of losing colour."""
     band_gain: Fraction = 0.0
-    """Multiply each band by its own 1 ± up to so much."""
+    """Multiply each band by its own 1 ± up to this."""
     band_offset: Fraction = 0.0
-    """Add to each band its own ± up to so much of the full range."""
+    """Add to each band its own ± up to this share of the full range."""
     blur: Fraction = 0.0
     """Probability of a Gaussian blur, sigma 0.1 to 2 at 224 px."""
     solarize: Fraction = 0.0
@@ -166,7 +166,7 @@ class AdaptConfig(_Settings):
     """Settings of `jepakit.adapt`. Only `images` is needed.
 
     "Published" is the recipe of the method's paper (arXiv 2511.08544) and its implementations, for training from random
-    weights. Where a default differs and no reason is told, it is that of an earlier study, which continued from pretrained
+    weights. Where a default differs and no reason is given, it is that of an earlier study, which continued from pretrained
     weights of a MobileNetV2, with one set of values for four sets of images; no comparison with the published value is recorded.
     """
 
@@ -217,13 +217,13 @@ class AdaptConfig(_Settings):
     """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more. At 300 SIGReg is still on its way
     down: longer runs gain more."""
     epochs: Annotated[int, Field(ge=1)] | None = None
-    """Passes over the images that train: so many steps that each is seen so often at least. None: `steps` says how long."""
+    """Passes over the training images: enough steps for each to be seen at least that often. None: `steps` says how long."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images in one SIGReg test, over all processes: the statistic is that of the whole batch and is multiplied by its
     size, so that λ's meaning depends on it. 128 is the least that published runs use."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     """Images that a process puts through the backbone at once; None: its whole share of the batch. The gradient
-    is exactly that of the whole batch, for one more forward of the backbone: what to set when memory runs out."""
+    is exactly that of the whole batch, at the cost of one more forward pass: what to set when memory runs out."""
     unfreeze: Unfreeze | Literal["lora"] = "auto"
     """What trains beside the projector: N last blocks; `auto`: all from random weights, else a ViT's last 2 blocks, or
     the layers at the last resolution of a ConvNet or another backbone of falling resolution (Swin); `lora`: low-rank
@@ -245,8 +245,8 @@ class AdaptConfig(_Settings):
     projector_lr: Rate = 1e-3
     """Learning rate of the projector, which starts from nothing."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """None on norms, biases, position embeddings and what the backbone spares itself. Published: 0.05 for a ViT, 5e-4 for
-    a ResNet."""
+    """Of all weights but norms, biases, position embeddings and what the backbone itself exempts. Published: 0.05 for a ViT,
+    5e-4 for a ResNet."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps that trains the projector alone, the backbone frozen (none from random weights): the
     gradient of a random projector would only shake the backbone."""
@@ -259,10 +259,10 @@ class AdaptConfig(_Settings):
     2048 and 64 to 128."""
     anchor: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of 1 - cosine between the features of global views and those that the start gives: holds the backbone
-    near its start, for one more forward of it."""
+    near its start, at the cost of one more forward pass."""
     mix: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the way from the start to the trained weights at which the run ends: 0.5 halves the change. It
-    turned runs that had done too much into good ones."""
+    """Share of the way from the start to the trained weights at which the run ends: 0.5 halves the change. Runs that
+    had changed too much became good ones with it."""
     average: Literal["none", "ema", "swa"] = "none"
     """End with an average of the weights over the last steps, exponential or equal; for long runs."""
     average_over: Annotated[float, Field(gt=0, le=1)] = 0.2

@@ -225,8 +225,8 @@ def _judge(difference: float, low: float, high: float, left_out: _LeftOut, n_gro
         word, advice = "same", "either will do; the original is the simpler choice"
     elif within:
         word, advice = "cannot tell", (
-            f"{n_groups} groups are too few to call it the same, as all that it harms may be missing among them: label "
-            f"images of more, until about {needed} are held out"
+            f"{n_groups} groups are too few to call it the same, as the groups that it harms may all be missing among them: "
+            f"label images of more groups, until about {needed} are held out"
         )  # fmt: skip
     else:
         more = "label more images" if unit == "images" else "label images of more groups"

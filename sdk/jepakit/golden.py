@@ -25,14 +25,14 @@ N_GOLDEN = 8
 
 
 class Tolerance(NamedTuple):
-    """The worst agreement with torch that is still let through; None where the measure does not judge."""
+    """The worst agreement with torch that is still accepted; None where the measure does not count."""
 
     relative: float | None = None
     cosine: float | None = None
     neighbour: float | None = None
 
 
-# By what is really computed, and by which provider. fp32 means fp32: TF32 on CUDA and bf16 in OpenVINO are switched
+# By what is actually computed, and by which provider. fp32 means fp32: TF32 on CUDA and bf16 in OpenVINO are switched
 # off for it. Raw cosine would hide errors, since embeddings share a large mean: the cosine here is the centred one.
 # What concerns TensorRT is untested on hardware.
 _HALF, _QUANTISED = Tolerance(cosine=0.999), Tolerance(cosine=0.99, neighbour=0.95)
@@ -69,8 +69,8 @@ class Agreement(NamedTuple):
 class Golden(NamedTuple):
     """images [N, S, S, C] as the graph takes them, vectors float32 [N, D].
 
-    S is `preprocess.resize_to`: sent to a service as they are, the preprocess only crops them, so that a
-    Pillow of another version cannot move the result. `inputs` is what reaches the graph.
+    S is `preprocess.resize_to`: when they are sent to a service, the preprocess only crops them, so that another version of
+    Pillow cannot change the result. `inputs` is what reaches the graph.
     """
 
     images: Pixels
@@ -94,8 +94,7 @@ def make_images(spec: Preprocess) -> Pixels:
 def synthetic_images(count: int, size: int, bands: int, seed: int = 0) -> NDArray[np.uint8]:
     """Seeded images with the spectrum of photographs (1/f noise per band) and hard-edged shapes.
 
-    uint8 [count, size, size, bands]. Made of plain arithmetic and one FFT, so that they stress a model as
-    real images do and hold nothing of anybody's data.
+    uint8 [count, size, size, bands]. They stress a model as real images do, and hold nothing of anybody's data.
     """
     return _synthetic(count, size, bands, seed).astype(np.uint8)
 

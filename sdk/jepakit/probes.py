@@ -1,4 +1,4 @@
-"""Probes on frozen embeddings, with scikit-learn's contract and nothing but numpy.
+"""Probes on frozen embeddings: scikit-learn's contract, on numpy alone.
 
 Hyper-parameters are stored untouched by `__init__`, `fit` returns self, learned values end in `_`, and
 `get_params`/`set_params` let scikit-learn's tools clone a probe. A probe remembers the vector space it was
@@ -33,7 +33,7 @@ Labels = NDArray[Any]
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _KNN_TEMPERATURE = 0.07
 _KNN_PAIRS = 1 << 24
-"""Similarities at a time, of 16 bytes each with the order that they are brought into."""
+"""Most similarities at a time; each takes 16 bytes, with its place in the order."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Probe(ABC):
     def evaluate(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> ProbeReport:
         """Accuracy, balanced accuracy and each class's accuracy on labelled vectors.
 
-        Raises DataError when not one label is a class of this probe: "1" is not 1, nor "Cat" cat.
+        Raises DataError when not one label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
         """
         vectors = self._checked(X)
         truth = _labels_of(X, y, len(vectors))

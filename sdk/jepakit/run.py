@@ -1,11 +1,11 @@
-"""A run of adaptation on disk: what it was told, what it did, what it says.
+"""A run of adaptation on disk: its settings, its log and its result.
 
 RUN/
   config.toml       the resolved settings
   environment.json  versions, and a fingerprint of the data
   metrics.jsonl     a line per logged step
-  skipped.csv       images that could not be read, and why (holds paths: keep it to yourself)
-  checkpoints/      to go on by running the same command again
+  skipped.csv       images that could not be read, and why (holds paths: keep it private)
+  checkpoints/      from which the same command goes on
   start/            the weights it started from, as a bundle without a graph
   bundle/           the adapted weights, as a bundle without a graph; its manifest holds the verdict
 """
@@ -101,7 +101,7 @@ class DryRun(Frozen):
     peak_memory_gb: float
     """Of this process; on a CPU, with all batches that the loader's processes make ahead."""
     memory_gb: float
-    """What there is of it: on the GPU, else main memory."""
+    """How much there is: of the GPU's, else of main memory."""
     device: str
 
     @property
@@ -121,7 +121,7 @@ class DryRun(Frozen):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a metrics.jsonl: a kill can leave the last one half written."""
+    """The complete lines of a metrics.jsonl: a kill can leave the last one half written."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -73,7 +73,7 @@ class Session:
 
     @property
     def precision(self) -> str:
-        """What is really computed: fp32, fp16, int8 or bf16."""
+        """What is actually computed: fp32, fp16, int8 or bf16."""
         assert self.manifest.graph is not None
         return self.manifest.graph.precision if self._arithmetic == "model" else self._arithmetic
 
@@ -112,7 +112,7 @@ class Session:
             )
 
     def check_golden(self, expected: golden.Golden) -> golden.Agreement:
-        """How well the golden inputs agree with torch; BundleError when worse than the tolerance table allows."""
+        """How well the golden inputs' vectors agree with torch's; BundleError below what the tolerance table allows."""
         found = golden.agreement(self.run(expected.inputs(self.manifest.preprocess)), expected.vectors)
         if missed := found.misses(golden.TOLERANCES[self.precision, self.provider]):
             raise BundleError(
@@ -154,9 +154,9 @@ class Model:
         self, images: Any, *, labels: str = "auto", tile: int | None = None, overlap: int = 0,
         min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
     ) -> Embeddings:  # fmt: skip
-        """Embed what `Client.embed` takes; order kept. The arguments are the client's.
+        """Embed what `Client.embed` takes, with the same arguments, and keep the order.
 
-        Raises ImageError for the first image that cannot be read rightly, ConfigError for tiles of another size
+        Raises ImageError for the first image that cannot be read correctly, ConfigError for tiles of another size
         than the model's.
         """
         check_tile(tile, self.manifest.preprocess)
@@ -185,7 +185,7 @@ def check_tile(tile: int | None, spec: Preprocess) -> None:
 def _batches(listed: ImageList, spec: Preprocess, size: int) -> Generator[Pixels, None, None]:
     """Preprocessed images [B, S, S, C], `size` at a time and in order, decoded ahead by threads while others run.
 
-    Raises ImageError for the first image, by its place, that cannot be read rightly.
+    Raises ImageError for the first image, by its place, that cannot be read correctly.
     """
     pool = ThreadPoolExecutor(listed.threads(min(usable_cpus(), _MOST_DECODERS)), "decode")
     places, waiting = iter(range(len(listed))), deque[Future[Pixels]]()

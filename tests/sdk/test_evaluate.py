@@ -342,8 +342,8 @@ def test_a_few_groups_that_do_not_change_are_not_called_the_same(classes_share_g
         return by_groups(right, right, truth, slide.astype(str))
 
     assert verdict([100] * 6).reason == (
-        "+0.0 points (95 % interval over groups -0.5 to +0.5); 6 groups are too few to call it the same, as all that it "
-        "harms may be missing among them: label images of more, until about 90 are held out"
+        "+0.0 points (95 % interval over groups -0.5 to +0.5); 6 groups are too few to call it the same, as the groups "
+        "that it harms may all be missing among them: label images of more groups, until about 90 are held out"
     )
     assert [verdict([20] * n).word for n in (6, 80, 90)] == ["cannot tell", "cannot tell", "same"]
     giants = verdict([*[200] * 2, *[20] * 98])
