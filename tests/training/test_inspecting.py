@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit.cli import app
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, WriteError
 from jepakit_training.place import _is_among, is_sheet
 from jepakit_training.sheet import _caption
 
@@ -48,6 +48,13 @@ def test_an_earlier_sheet_is_drawn_anew_and_no_other_file(images: Path) -> None:
         with pytest.raises(ConfigError, match=r"is there already, and no earlier|would lie among the images"):
             inspect(source, name)
         assert Path(name).read_bytes() == before
+
+
+def test_a_sheet_that_cannot_be_written_is_told_without_a_traceback(images: Path) -> None:
+    with pytest.raises(
+        WriteError, match=r"sheet /proc/sheet\.png cannot be written \(.+\): make room, or name another"
+    ):
+        inspect("set", "/proc/sheet.png")
 
 
 @pytest.mark.parametrize("source", ["set", "set/*.png", "**/*.png", "set/sheet.png", ["set/sheet.png"]], ids=str)
