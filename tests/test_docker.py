@@ -106,6 +106,10 @@ def test_limits_of_the_container_and_the_proxy_fit_the_services_own(compose: Any
     read = re.search(r"proxy_read_timeout (\d+)s;", proxy)
     assert read is not None
     assert int(read[1]) > default("request_timeout_s")
+    body = re.search(r"client_body_timeout (\d+)s;", proxy)
+    assert body is not None
+    grace = compose["services"]["proxy"]["stop_grace_period"]
+    assert int(grace.removesuffix("s")) >= int(body[1]) + int(read[1]), "a stop would cut requests short"
 
 
 def strict(schema: Any) -> Any:
