@@ -244,7 +244,17 @@ def deploy(
 
     from jepakit._frontdoor import deploy as run_deploy
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was begun is undone, as by Ctrl-C
+    # A signal that is ignored stays so, as nohup wants it of SIGHUP.
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def stop(number: int, _: object) -> None:
+        """Undo what was begun, as Ctrl-C does; a terminal that closes may send several signals."""
+        for other in ends:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in ends:
+        signal.signal(number, stop)
     model = run_deploy(bundle, folder, url, timeout_s=timeout)
     print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
 

@@ -456,15 +456,46 @@ def test_a_folder_that_lacks_what_is_in_service_already_is_another_one(
     assert is_as_before(folder, other)
 
 
-def test_sigterm_ends_a_deploy_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.deploy(tmp_path, tmp_path)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert caught.value.code == 143
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP as Python has them by itself, put back afterwards."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_deploy_as_ctrl_c_does_and_a_second_one_cuts_nothing_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    undone = []
+
+    def deployed(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            undone.append(True)
+
+    monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
+    with pytest.raises(SystemExit) as caught:
+        cli.deploy(tmp_path, tmp_path)
+    assert (caught.value.code, undone) == (128 + number, [True])
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_deploy_under_nohup_outlives_its_terminal(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deployed(*_: object, **__: object) -> ModelInfo:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return told(bundle)
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
+    cli.deploy(tmp_path, tmp_path)
 
 
 def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(
