@@ -130,12 +130,14 @@ class _Limits:
     """Of one image."""
 
     @classmethod
-    def of(cls, models: list[ModelInfo]) -> _Limits:
-        """No more than the service takes; its limits are the same for all its models."""
+    def of(cls, models: list[ModelInfo], asked: str | None) -> _Limits:
+        """No more than the service takes of the model asked for, and so few that it lets all requests at once in."""
         try:
-            told = models[0].raw["limits"]
+            told = _named(models, asked)[0].raw["limits"]
             body = told["max_body_mb"] << 20
-            return cls(min(cls.images, told["max_images"]), min(cls.bytes, body), body)
+            in_time = told.get("max_images_in_time", told["max_images"] * _AT_ONCE)  # an older service tells no such
+            images = min(cls.images, told["max_images"], max(1, in_time // _AT_ONCE))
+            return cls(images, min(cls.bytes, body), body)
         except (IndexError, KeyError, TypeError):
             return cls()
 
@@ -162,7 +164,7 @@ class Client:
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.Client(**self._settings.http)
         self._places = threading.Semaphore(_MOST_AT_ONCE)
-        self._limits: _Limits | None = None
+        self._described: list[ModelInfo] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -208,7 +210,7 @@ class Client:
         """
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
-        job = _Job(listed, model, self._limits_for(len(listed)), spec)
+        job = _Job(listed, model, self._limits_for(len(listed), model), spec)
         stop = threading.Event()
         with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
             try:
@@ -228,16 +230,16 @@ class Client:
         Raises BundleError when the service computes other vectors than the bundle promises.
         """
         images, model, expected = _golden(bundle, model)
-        job = _Job(images, model, self._limits_for(len(images)))
+        job = _Job(images, model, self._limits_for(len(images), model))
         for chunk in job.parts():
             job.accept(chunk, self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
 
-    def _limits_for(self, count: int) -> _Limits:
+    def _limits_for(self, count: int, model: str | None) -> _Limits:
         """Asked of the service once, and not for a single image, which no limit can cut."""
-        if self._limits is None and count > 1:
-            self._limits = _Limits.of(self.models())
-        return self._limits or _Limits()
+        if self._described is None and count > 1:
+            self._described = self.models()
+        return _Limits.of(self._described or [], model)
 
     def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
         """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
@@ -283,7 +285,7 @@ class AsyncClient:
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.AsyncClient(**self._settings.http)
         self._places = asyncio.Semaphore(_MOST_AT_ONCE)
-        self._limits: _Limits | None = None
+        self._described: list[ModelInfo] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -314,7 +316,7 @@ class AsyncClient:
         listed = await asyncio.to_thread(
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress
         )
-        job = _Job(listed, model, await self._limits_for(len(listed)), spec)
+        job = _Job(listed, model, await self._limits_for(len(listed), model), spec)
         windows = _windows(job.parts(), _AT_ONCE)
         answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
         with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
@@ -336,15 +338,15 @@ class AsyncClient:
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
         images, model, expected = _golden(bundle, model)
-        job = _Job(images, model, await self._limits_for(len(images)))
+        job = _Job(images, model, await self._limits_for(len(images), model))
         for chunk in job.parts():
             job.accept(chunk, await self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
 
-    async def _limits_for(self, count: int) -> _Limits:
-        if self._limits is None and count > 1:
-            self._limits = _Limits.of(await self.models())
-        return self._limits or _Limits()
+    async def _limits_for(self, count: int, model: str | None) -> _Limits:
+        if self._described is None and count > 1:
+            self._described = await self.models()
+        return _Limits.of(self._described or [], model)
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio
@@ -386,7 +388,7 @@ class _Attempts:
         """Seconds to wait before the next attempt, None for a good answer; raises what the answer means otherwise."""
         if response.status_code == 200:
             return None
-        self._refusal = _meaning(response)
+        self._refusal = _meaning(response, f" (deadline_s = {self._deadline_s:g})" if _may_pass(response) else "")
         if not _may_pass(response) or (pause := self._next(response.headers.get("retry-after"))) is None:
             raise self._refusal
         return pause
@@ -482,7 +484,7 @@ class _Job:
         return len(self._images)
 
     def parts(self) -> Iterator[_Chunk]:
-        """Requests of up to 32 images or 16 MB, or what the service takes; files are read when their turn comes."""
+        """Requests of up to 32 images or 16 MB, or as many as the service takes; files are read when their turn comes."""
         first, items, size = 0, list[Any](), 0
         for place in range(len(self._images)):
             item = _encode(self._images[place], self._spec, self._limits.largest)
@@ -628,12 +630,17 @@ def _model_info(row: dict[str, Any]) -> ModelInfo:
     return ModelInfo(row["id"], row["model_id"], row["digest"], row["dim"], row["precision"], row["provider"], row)
 
 
+def _named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
+    """The models that NAME or NAME@MODEL_ID may mean; all of them where none is named."""
+    return [one for one in models if asked is None or one.name == asked.partition("@")[0]]
+
+
 def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:
     """How the model that is meant wants its images, from the service's own description; `tile` must be its own."""
     from jepakit.bundle import Preprocess
     from jepakit.session import check_tile
 
-    named = [one for one in models if asked is None or one.name == asked.partition("@")[0]]
+    named = _named(models, asked)
     if len(named) != 1:
         known = ", ".join(one.name for one in models)
         raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
@@ -642,8 +649,8 @@ def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pr
     return spec
 
 
-def _meaning(response: httpx.Response) -> ResponseError:
-    """The service's own words where it sent them; a bare 5xx comes from something in front of it."""
+def _meaning(response: httpx.Response, note: str) -> ResponseError:
+    """The service's own words where it sent them, and `note`; a bare 5xx comes from something in front of it."""
     message, told = f"the service answered {response.status_code} without a reason", dict[str, Any]()
     with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]
@@ -659,7 +666,7 @@ def _meaning(response: httpx.Response) -> ResponseError:
         503: OverloadedError,
     }
     return kind.get(response.status_code, ResponseError)(
-        message, status=response.status_code, code=code, param=param, request_id=request_id
+        message + note, status=response.status_code, code=code, param=param, request_id=request_id
     )
 
 

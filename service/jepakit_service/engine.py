@@ -11,6 +11,7 @@ from jepakit.errors import ImageError, InferenceError
 from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
+from jepakit_service.tuning import Plan
 from jepakit_service.wire import Encoded, unavailable
 
 
@@ -19,6 +20,11 @@ class Answer(NamedTuple):
 
     results: list[Result]
     pixels: int
+
+
+def max_images_in_time(plan: Plan, settings: ServeSettings) -> int:
+    """Images of a model that are answered in half of `request_timeout_s`, at the speed measured at start; at least one."""
+    return max(1, int(plan.rate * settings.request_timeout_s / 2))
 
 
 class Engine:
@@ -59,8 +65,10 @@ class Engine:
         All wait together, so a queue too long for the timeout would see all of its requests fail, not the last ones.
         What is alone is let in.
         """
-        in_time = int(model.plan.rate * self._settings.request_timeout_s / 2)
-        limits = (self._inside, self._settings.max_waiting), (model.inside, in_time)
+        limits = (
+            (self._inside, self._settings.max_waiting),
+            (model.inside, max_images_in_time(model.plan, self._settings)),
+        )
         return any(inside and inside + more > most for inside, most in limits)
 
 

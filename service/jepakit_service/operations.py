@@ -52,7 +52,11 @@ def router(replica: Replica) -> APIRouter:
 
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        """One model in service; `update` tells of a newer version that is not in service yet, or was refused."""
+        """One model in service.
+
+        `limits` tells what one request may hold, and `max_images_in_time` how many images all requests at a time;
+        `update` tells of a newer version that is not in service yet, or was refused.
+        """
         reports = await replica.reports()  # a switch may come meanwhile: what is described is not older than they are
         return _described(replica.registry.find(name), replica.settings, reports)
 

@@ -12,7 +12,7 @@ from prometheus_client import Metric
 
 from jepakit.errors import ServeError
 from jepakit_service import memory
-from jepakit_service.engine import Engine
+from jepakit_service.engine import Engine, max_images_in_time
 from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel, find_bundles
 from jepakit_service.registry import NO_MODEL, Registry, VersionsState
@@ -125,6 +125,7 @@ def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:
         "limits": {
             "max_body_mb": settings.max_body_mb,
             "max_images": settings.max_images,
+            "max_images_in_time": max_images_in_time(model.plan, settings),
             "max_pixels": settings.max_pixels,
         },
     }

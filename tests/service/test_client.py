@@ -430,7 +430,7 @@ def test_overload_until_the_deadline_is_an_error_of_its_own() -> None:
     with (
         _answering([busy] * 50) as url,
         jepakit.Client(url, deadline_s=0.7) as client,
-        pytest.raises(OverloadedError, match="later"),
+        pytest.raises(OverloadedError, match=r"^later \(deadline_s = 0\.7\)$"),
     ):
         client.embed(picture(0))
 
@@ -600,7 +600,40 @@ def test_limits_are_asked_for_once_and_not_for_a_single_image() -> None:
 @pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
 def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
     info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
-    assert _Limits.of([info]) == _Limits.of([]) == _Limits(32, 16 << 20)
+    assert _Limits.of([info], None) == _Limits.of([], None) == _Limits(32, 16 << 20)
+
+
+def described(name: str, in_time: int | None) -> ModelInfo:
+    limits = {"max_images": 64, "max_body_mb": 8} | ({} if in_time is None else {"max_images_in_time": in_time})
+    return ModelInfo(name, "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
+
+
+def test_requests_are_cut_by_the_speed_of_the_model_that_is_meant() -> None:
+    models = [described("slow", 30), described("slowest", 1), described("fast", 9999), described("older", None)]
+    images = {asked: _Limits.of(models, asked).images for asked in ("slow", "slow@id", "slowest", "fast", "older")}
+    assert images == {"slow": 7, "slow@id": 7, "slowest": 1, "fast": 32, "older": 32}
+    assert _Limits.of(models[:1], None).images == 7
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_slow_model_refuses_nothing_of_its_only_client(bundle: Path, kind: type[Any]) -> None:
+    service = running(ServeSettings(bundles=(str(bundle),), port=1, request_timeout_s=2))
+    model = service.gate.replica.registry.find("tiny")
+    model.plan = model.plan._replace(rate=8.0)
+    run = model._batcher._run
+
+    def slowly(images: Any) -> Any:
+        time.sleep(0.02 * len(images))
+        return run(images)
+
+    model._batcher._run = model._batcher._whole = slowly
+    with service as url:
+        (told,) = httpx.get(f"{url}/v1/models").json()["data"]
+        assert told["limits"]["max_images_in_time"] == 8
+        found = asked(kind, url, lambda client: client.embed([picture(0)] * 64, progress=False))
+        assert len(found) == 64
+        refused = re.findall(r'refused_total\{reason="overloaded"[^}]*\} (\S+)', httpx.get(f"{url}/metrics").text)
+        assert refused == ["0.0"]
 
 
 @pytest.fixture
