@@ -170,6 +170,8 @@ def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_networ
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert {entry["name"]: entry["value"] for entry in container["env"]} == NODE_ENVIRONMENT
+    # Ray's log files lie in /tmp, which is memory there.
+    assert NODE_ENVIRONMENT.keys() >= {"RAY_ROTATION_MAX_BYTES", "RAY_ROTATION_BACKUP_COUNT", "RAY_event_stats"}
 
 
 def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_another() -> None:

@@ -170,6 +170,10 @@ _CLUSTER = {
 _REPLICAS = {
     # Our code never blocks its loop: one loop for it and Ray's saves each request four hops between threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Ray's processes log to files in a folder that may lie in memory: two small files each.
+    "RAY_ROTATION_MAX_BYTES": str(1 << 20),
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+    "RAY_event_stats": "0",  # of its event loops, which it would print to those files each minute
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 NODE_ENVIRONMENT = {**_CLUSTER, **_REPLICAS}
@@ -184,11 +188,7 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on a busy machine
         # Ray's own metrics, which nobody reads here, and ten looks a second took 6 % of a core from the inferences.
         "RAY_enable_metrics_collection": "0",
-        "RAY_event_stats": "0",  # of its event loops, which it would also print to its files each minute
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.4",
-        # Its processes write what they do to files in our folder, which may lie in memory: two small files each.
-        "RAY_ROTATION_MAX_BYTES": str(1 << 20),
-        "RAY_ROTATION_BACKUP_COUNT": "1",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         **(_haproxy(folder) if settings.proxy == "haproxy" else {}),
