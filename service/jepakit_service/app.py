@@ -11,7 +11,8 @@ from pathlib import Path
 
 from jepakit.errors import ConfigError
 from jepakit.runtime import check_provider
-from jepakit_service import keys, logs, tracing
+from jepakit_service import keys, tracing
+from jepakit_service.logs import say
 from jepakit_service.models import find_bundles
 from jepakit_service.settings import ServeSettings
 
@@ -33,11 +34,10 @@ def run(settings: ServeSettings) -> None:
         keys.check(Path(settings.api_key_file))
     tracing.wanted()
     check_port_is_free(settings)
-    logs.configure(settings)
     for bundle in bundles:
-        print(f"{bundle.manifest.name}  model_id {bundle.manifest.model_id}  digest {bundle.digest}", flush=True)
+        say(f"{bundle.manifest.name}  model_id {bundle.manifest.model_id}  digest {bundle.digest}")
     if settings.api_key_file is None:
-        print("no API key file: any user of this machine can embed", flush=True)
+        say("no API key file: any user of this machine can embed")
     if settings.ray:
         from jepakit_service import ray_app
 
@@ -57,13 +57,13 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool]) -
     while time.monotonic() < deadline and not stopping():
         try:
             if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
-                print(f"ready: {url}", flush=True)
+                say(f"ready: {url}")
                 return True
         except httpx.TransportError:
             pass
         time.sleep(0.1)
     if not stopping():
-        print(f"not ready after {_START_TIMEOUT_S:.0f} s", file=sys.stderr, flush=True)
+        say(f"not ready after {_START_TIMEOUT_S:.0f} s", sys.stderr)
     return False
 
 

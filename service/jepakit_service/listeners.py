@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import psutil
 
+from jepakit_service.logs import say
 from jepakit_service.settings import ServeSettings, is_loopback
 
 
@@ -45,9 +46,9 @@ def print_listeners(settings: ServeSettings) -> None:
     listeners = open_listeners()
     if not listeners:
         return
-    print("ports that other machines could reach:", flush=True)
+    say("ports that other machines could reach:")
     for listener in listeners:
-        print(f"  {listener.address}:{listener.port}  {listener.process}: {_guard(listener, settings)}", flush=True)
+        say(f"  {listener.address}:{listener.port}  {listener.process}: {_guard(listener, settings)}")
 
 
 def _guard(listener: Listener, settings: ServeSettings) -> str:

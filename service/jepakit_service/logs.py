@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
+import select
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from jepakit_service.settings import AccessLog, ServeSettings
 
@@ -26,7 +31,7 @@ _MOST_WAITING, _LAST_LINES_S = 4096, 1.0
 
 def configure(settings: ServeSettings, send_to: str | None = None) -> None:
     """Log to standard error, or to the driver's socket `send_to`."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr) if send_to is None else _ToDriver(send_to)
+    handler = _Queued(_to_standard_error if send_to is None else partial(_to_driver, send_to))
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())
     silence()
     for logger in map(logging.getLogger, _LOGGERS):
@@ -43,6 +48,24 @@ def silence() -> None:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
             handler.close()
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line to standard output, or to `stream`; it is lost where that is full, closed, or no longer read.
+
+    Whoever started the service may be gone by the time it stops, and requests in flight must not wait for them.
+    """
+    stream = sys.stdout if stream is None else stream
+    with contextlib.suppress(OSError):
+        if stream is not None and select.select([], [stream], [], 0)[1]:
+            _write(stream, text.encode("utf-8", "replace"))
+
+
+def _write(stream: TextIO | None, line: bytes) -> None:
+    """A line past Python's own buffer, which would keep what a full disk did not take and fail again at exit."""
+    if stream is not None:  # closed before the program began
+        with contextlib.suppress(OSError):
+            os.write(stream.fileno(), line + b"\n")
 
 
 class _Text(logging.Formatter):
@@ -68,18 +91,16 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return fields if kind is None else {**fields, "exception": kind.__name__}
 
 
-class _ToDriver(logging.Handler):
-    """Lines to the driver's socket, sent by a thread of its own: whoever logs never waits for who reads.
+class _Queued(logging.Handler):
+    """Hands lines to `send` on a thread of its own: whoever logs never waits for whoever reads.
 
-    A Unix datagram socket holds as few as ten lines. A burst waits here; what waits beyond `_MOST_WAITING` lines is
-    lost, and so is what a driver that has gone should have read.
+    A burst waits here; what waits beyond `_MOST_WAITING` lines is lost.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, send: Callable[[Iterator[bytes]], None]) -> None:
         super().__init__()
-        self._path = path
         self._lines: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
-        self._thread = threading.Thread(target=self._send, name="logs", daemon=True)
+        self._thread = threading.Thread(target=send, args=(iter(self._lines.get, None),), name="logs", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -94,11 +115,18 @@ class _ToDriver(logging.Handler):
             self._thread.join(_LAST_LINES_S)
         super().close()
 
-    def _send(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
-            while (line := self._lines.get()) is not None:
-                with contextlib.suppress(OSError):
-                    to.sendto(line, self._path)
+
+def _to_standard_error(lines: Iterator[bytes]) -> None:
+    for line in lines:
+        _write(sys.stderr, line)
+
+
+def _to_driver(path: str, lines: Iterator[bytes]) -> None:
+    """To a Unix datagram socket, which holds as few as ten lines; those for a driver that has gone are lost."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as driver:
+        for line in lines:
+            with contextlib.suppress(OSError):
+                driver.sendto(line, path)
 
 
 class Collector:
@@ -111,12 +139,10 @@ class Collector:
         threading.Thread(target=self._print, name="logs", daemon=True).start()
 
     def _print(self) -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):  # closed
+            while True:
                 line = self._socket.recv(_LONGEST_LINE)
-            except OSError:
-                return
-            print(line.decode("utf-8", "replace"), file=sys.stderr, flush=True)
+                _write(sys.stderr, line)
 
     def close(self) -> None:
         """Stop listening."""

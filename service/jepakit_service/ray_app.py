@@ -104,7 +104,7 @@ def _drive(settings: ServeSettings) -> None:
     os.environ.update(_REPLICAS)
     stop = _Stop()
     stop.watch()
-    print("starting Ray Serve …", flush=True)
+    logs.say("starting Ray Serve …")
     collector = logs.Collector(folder / "logs.sock")
     try:
         ray.init(
@@ -141,12 +141,16 @@ def _drive(settings: ServeSettings) -> None:
 
 def _drain(handle: Any, settings: ServeSettings) -> None:
     """Have what is in flight answered. Raises ServeError where a replica cannot say that it was."""
-    print("stopping: answering the requests in flight …", flush=True)
+    logs.say("stopping: answering the requests in flight …")
+    answers: list[Any]
     try:
-        handle.broadcast("drain").results(timeout_s=settings.drain_s + 5)
+        answers = handle.broadcast("drain").results(timeout_s=settings.drain_s + 5, return_exceptions=True)
     except Exception as error:  # as above
-        raise ServeError(f"requests in flight may be lost: {_innermost(error)}") from error
-    time.sleep(_LINGER_S)
+        answers = [error]
+    time.sleep(_LINGER_S)  # for the others too, where one replica has died
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise ServeError(f"requests in flight may be lost: {_innermost(answer)}") from answer
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -166,14 +170,14 @@ _CLUSTER = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     # On a busy machine the proxy is killed while it starts for the usual 5 s.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-}
-_REPLICAS = {
-    # Our code never blocks its loop: one loop for it and Ray's saves each request four hops between threads.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Ray's processes log to files in a folder that may lie in memory: two small files each.
     "RAY_ROTATION_MAX_BYTES": str(1 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
     "RAY_event_stats": "0",  # of its event loops, which it would print to those files each minute
+}
+_REPLICAS = {
+    # Our code never blocks its loop: one loop for it and Ray's saves each request four hops between threads.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 NODE_ENVIRONMENT = {**_CLUSTER, **_REPLICAS}
@@ -196,7 +200,10 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
 
 
 def _haproxy(folder: Path) -> dict[str, str]:
-    """HAProxy's files in our folder rather than in /tmp for all to read, and ports of its own for each service."""
+    """HAProxy's files in our folder rather than in /tmp for all to read, and ports of its own for each service.
+
+    Ray has it log every request, its client and query, to port 514 of this machine: here to a socket that nobody opens.
+    """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
@@ -204,6 +211,7 @@ def _haproxy(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy.sock"),
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "no-log.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "haproxy-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),

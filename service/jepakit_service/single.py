@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from jepakit_service import logs
 from jepakit_service.api import build_app
 from jepakit_service.app import announce_when_ready
 from jepakit_service.gate import Gate
@@ -37,6 +38,7 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
 
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight."""
+    logs.configure(settings)
     gate = build_app(settings)
     server = _Server(config(gate, settings))
 

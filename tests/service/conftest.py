@@ -48,7 +48,10 @@ class running:  # noqa: N801 (used like a function)
 
     def __init__(self, settings: ServeSettings) -> None:
         self.gate = build_app(settings)
-        config = uvicorn.Config(self.gate, port=0, log_level="critical", access_log=False, lifespan="on")
+        # Without a `log_config`, as `single` has it: uvicorn's own closes every handler there is.
+        config = uvicorn.Config(
+            self.gate, port=0, log_config=None, log_level="critical", access_log=False, lifespan="on"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -35,6 +36,7 @@ from jepakit_service.sharing import Shared
 from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
+from .load import wait_until
 
 PNG = {"Content-Type": "image/png"}
 
@@ -458,6 +460,48 @@ def test_a_driver_that_reads_no_lines_holds_up_no_replica_and_a_burst_is_kept_fo
     assert [line.split()[-1] for line in lines] == [str(number) for number in range(1000)]
     assert logs_at_once(2 * logs._MOST_WAITING)
     assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_does_not_end_the_log_and_leaves_nothing_to_be_written_at_exit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = logs.Collector(tmp_path / "logs.sock")
+    logs.configure(settings(tmp_path), collector.path)
+    try:
+        with Path("/dev/full").open("w") as full, (tmp_path / "log").open("w") as roomy:
+            monkeypatch.setattr(sys, "stdout", full)
+            monkeypatch.setattr(sys, "stderr", full)
+            logs.say("ready")
+            logging.getLogger("jepakit.service").info("lost")
+            time.sleep(0.2)
+            full.flush()
+            monkeypatch.setattr(sys, "stderr", roomy)
+            logging.getLogger("jepakit.service").info("kept")
+            wait_until(lambda: "info kept\n" in (tmp_path / "log").read_text(), "the log has ended", within_s=5)
+            monkeypatch.undo()
+    finally:
+        collector.close()
+        logs.silence()
+
+
+def test_standard_error_that_nobody_reads_holds_up_neither_who_logs_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process; with Ray its driver takes the lines from the replicas."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stalled:  # noqa: PTH123 (a descriptor, no path)
+        monkeypatch.setattr(sys, "stderr", stalled)
+        logs.configure(settings(tmp_path))
+        handler: Any = logging.getLogger(logs.LOGGER).handlers[0]
+        try:
+            assert logs_at_once(2 * logs._MOST_WAITING), "who logs waits for who reads"
+            logs.say("nobody waits for this", stalled)
+            start = time.monotonic()
+            logs.silence()
+            assert time.monotonic() - start < 5
+        finally:
+            os.close(reader)
+        wait_until(handler._lines.empty, "the lines stay")
 
 
 class Traces(BaseHTTPRequestHandler):

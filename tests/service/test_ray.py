@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -166,6 +172,65 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
     assert f":{port} " not in told.split("could reach:")[1], "the service's own port is on loopback"
     lines = [json.loads(line) for line in (tmp_path / "err").read_text().splitlines() if line.startswith("{")]
     assert any(line.get("request_id") == "from-a-test" and line["status"] == 200 for line in lines)
+
+
+@pytest.fixture
+def syslog() -> Iterator[socket.socket]:
+    """A system log on UDP, where Ray has HAProxy log to by default; port 514 is root's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+        listener.bind(("127.0.0.1", 514))
+        listener.setblocking(False)
+        yield listener
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="port 514 is root's")
+def test_the_machine_s_own_log_learns_of_no_request(bundle: Path, syslog: socket.socket) -> None:
+    with serving(bundle, "--proxy", "haproxy") as url:
+        for _ in range(3):
+            httpx.post(f"{url}/v1/embeddings?model=tiny", content=picture(0), headers=PNG).raise_for_status()
+        assert processes("haproxy")
+        with pytest.raises(BlockingIOError):
+            syslog.recv(1 << 16)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-ray",)], ids=["ray", "no-ray"])
+def test_a_stop_answers_what_is_in_flight_though_nobody_reads_what_the_service_prints(
+    bundle: Path, options: tuple[str, ...]
+) -> None:
+    url, body = f"http://127.0.0.1:{(port := free_port())}", picture(0)
+    command = [str(PROGRAM), "serve", str(bundle), "--port", str(port), "--set", "access_log=all", *options]
+    stopped = threading.Event()
+
+    def in_two_parts() -> Iterator[bytes]:
+        yield body[:100]
+        assert stopped.wait(60)
+        yield body[100:]
+
+    def is_ready() -> bool:
+        try:
+            return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    try:
+        wait_until(is_ready, "the service does not start")
+        with ThreadPoolExecutor(1) as pool:
+            headers = {"Content-Length": str(len(body)), **PNG}
+            answer = pool.submit(
+                httpx.post, f"{url}/v1/embeddings", content=in_two_parts(), headers=headers, timeout=60
+            )
+            time.sleep(1)
+            process.terminate()
+            time.sleep(2)
+            stopped.set()
+            assert answer.result().status_code == 200
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
 
 
 def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:

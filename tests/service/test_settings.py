@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Self
 
 import pytest
 import yaml
@@ -46,9 +49,9 @@ def test_the_environment_counts_for_load_alone(monkeypatch: pytest.MonkeyPatch) 
     assert ServeSettings(bundles=("a",)).port == 8000
 
 
-def test_what_is_printed_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_can_be_read_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     serve({"bundles": ("a", "b"), "expect": ("0" * 64,), "max_memory_mb": 900}, print_config=True)
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     (tmp_path / "serve.yaml").write_text(printed)
     assert load({}, tmp_path / "serve.yaml") == ServeSettings(bundles=("a", "b"), expect=("0" * 64,), max_memory_mb=900)
     assert set(yaml.safe_load(printed)) == set(ServeSettings.model_fields)
@@ -110,7 +113,7 @@ def test_the_service_is_asked_where_it_listens(host: str, url: str) -> None:
 
 
 def test_readiness_is_asked_for_past_any_proxy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -127,7 +130,7 @@ def test_readiness_is_asked_for_past_any_proxy(
         settings = ServeSettings(bundles=("a",), port=server.server_port)
         assert announce_when_ready(settings, lambda: False)
         server.shutdown()
-    assert f"ready: http://127.0.0.1:{settings.port}" in capsys.readouterr().out
+    assert f"ready: http://127.0.0.1:{settings.port}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,50 @@ def test_a_serve_config_without_keys_is_for_loopback_alone(monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="api-key-file"):
         ray_app.build({"bundles": ["a"]})
     assert ray_app.build({"bundles": ["a"], "host": "127.0.0.1"}).api_key_file is None
+
+
+class Replicas:
+    """Ray's handle of a deployment whose replicas answer so, or that fails itself."""
+
+    def __init__(self, *answers: object, fails: Exception | None = None) -> None:
+        self._answers, self._fails = list(answers), fails
+        self.asked = ""
+
+    def broadcast(self, method: str) -> Self:
+        self.asked = method
+        return self
+
+    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
+        assert timeout_s > 30
+        assert return_exceptions, "one replica's error keeps the others' answers back"
+        if self._fails is not None:
+            raise self._fails
+        return self._answers
+
+
+@pytest.mark.parametrize("handle", [Replicas(RuntimeError("\nActorDiedError"), None), Replicas(fails=TimeoutError())])
+def test_one_replica_that_is_dead_at_the_end_costs_the_others_no_answer(
+    monkeypatch: pytest.MonkeyPatch, handle: Replicas
+) -> None:
+    from jepakit_service import ray_app
+
+    lingered: list[float] = []
+    monkeypatch.setattr(time, "sleep", lingered.append)
+    with pytest.raises(ServeError, match=r"requests in flight may be lost: (ActorDiedError|TimeoutError)"):
+        ray_app._drain(handle, ServeSettings(bundles=("a",)))
+    assert lingered == [ray_app._LINGER_S]
+
+
+def test_requests_in_flight_are_answered_though_nothing_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jepakit_service import ray_app
+
+    handle = Replicas(None)
+    monkeypatch.setattr(ray_app, "_LINGER_S", 0.0)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        ray_app._drain(handle, ServeSettings(bundles=("a",)))
+        monkeypatch.undo()
+    assert handle.asked == "drain"
 
 
 def test_every_setting_says_what_it_is_or_is_plain() -> None:
@@ -252,8 +299,8 @@ def test_a_new_key_is_a_line_of_its_own(key_file: Path, tmp_path: Path) -> None:
 
 
 def test_what_this_machine_cannot_have_is_refused_before_ray_starts(
-    bundle: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="arithmetic = bf16 is OpenVINO's alone: use provider openvino"):
         app.run(ServeSettings(bundles=(str(bundle),), arithmetic="bf16"))
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr().out == ""
