@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from functools import partial as with_first
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs
 
@@ -21,13 +21,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import jepakit
 from jepakit._messages import did_you_mean
 from jepakit.errors import ImageError
-from jepakit_service import dialects, oip, openapi, operations, wire
-from jepakit_service.dialects import Computed
+from jepakit_service import dialects, oip, openapi, operations, routes, wire
 from jepakit_service.gate import Gate, error_body, send_whole
 from jepakit_service.openapi import BINARY, Parameter, Post
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError, Ask, unavailable
+from jepakit_service.wire import ApiError, Ask, Computed, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
@@ -110,21 +109,21 @@ class _Posts:
         self._registry, self._engine = replica.registry, replica.engine
         self._max_images = replica.settings.max_images
         self._by_path: dict[str, _Handler] = {
-            "/v1/embeddings": self._embeddings,
-            "/v1/multimodalembeddings": self._voyage,
-            "/v2/embed": self._cohere,
+            routes.EMBEDDINGS: self._embeddings,
+            routes.VOYAGE: self._voyage,
+            routes.COHERE: self._cohere,
         }
 
     def handler(self, path: str) -> _Handler | None:
         """What answers a POST to `path`; None where FastAPI does."""
-        return self._by_path.get(path) or (self._infer if oip.INFER.match(path) else None)
+        return self._by_path.get(path) or (self._infer if routes.inferred(path) else None)
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
         if wire.media_type(content_type)[0] == _JSON:
             ask = await _read(call, dialects.read_openai, self._max_images)
         else:
-            ask = await _read(call, with_first(wire.read_binary, content_type), self._max_images)
+            ask = await _read(call, partial(wire.read_binary, content_type), self._max_images)
         computed = await self._compute(ask, call)
         vectors = [result for result in computed.results if not isinstance(result, ImageError)]
         if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):
@@ -144,9 +143,8 @@ class _Posts:
         return await _json(computed, lambda: dialects.write_cohere(ask, computed))
 
     async def _infer(self, call: Call) -> Reply:
-        match = oip.INFER.match(call.path)
-        assert match is not None
-        asked = match[1] if match[2] is None else f"{match[1]}@{match[2]}"
+        asked = routes.inferred(call.path)
+        assert asked is not None
         length = call.header(oip.JSON_LENGTH.lower()) or None
         inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
         computed = await self._compute(inference.ask, call, all_or_nothing=True)
@@ -158,12 +156,12 @@ class _Posts:
 
     async def _compute(self, ask: Ask, call: Call, *, all_or_nothing: bool = False) -> Computed:
         """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
-        partial = not all_or_nothing and call.wants("partial")
+        allow_partial = not all_or_nothing and call.wants("partial")
         asked = ask.model or call.query.get("model", [""])[-1] or None
         model = self._registry.find(asked)
         dialects.check_space(ask, model.manifest)
         answer = await self._engine.answer(model, ask.images)
-        if not partial:
+        if not allow_partial:
             for index, result in enumerate(answer.results):
                 if isinstance(result, ImageError):
                     raise wire.bad_image(result, f"{ask.field}[{index}]")
@@ -398,7 +396,7 @@ def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post
 
 POSTS = (
     Post(
-        "/v1/embeddings",
+        routes.EMBEDDINGS,
         "embed",
         "Embed images: OpenAI's or Jina's JSON, one file's bytes, many files in a form, or an array.",
         "embeddings",
@@ -415,7 +413,7 @@ POSTS = (
         answer_headers=_FACTS,
     ),
     Post(
-        "/v1/multimodalembeddings",
+        routes.VOYAGE,
         "embed_voyage",
         "Embed images, as Voyage has it.",
         "embeddings",
@@ -425,7 +423,7 @@ POSTS = (
         answer_headers=_FACTS,
     ),
     Post(
-        "/v2/embed",
+        routes.COHERE,
         "embed_cohere",
         "Embed images, as Cohere has it. All or nothing.",
         "embeddings",
@@ -434,6 +432,6 @@ POSTS = (
         parameters=(_MODEL,),
         answer_headers=_FACTS,
     ),
-    _infer_post("/v2/models/{name}/infer", "infer", (_NAME,)),
-    _infer_post("/v2/models/{name}/versions/{version}/infer", "infer_version", (_NAME, _VERSION)),
+    _infer_post(routes.INFER, "infer", (_NAME,)),
+    _infer_post(routes.INFER_VERSION, "infer_version", (_NAME, _VERSION)),
 )

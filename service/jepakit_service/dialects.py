@@ -8,28 +8,21 @@ refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.wire import ApiError, Ask, Dimensions, Encoding
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-Results = Sequence[NDArray[np.float32] | ImageError]
+from jepakit_service.wire import ApiError, Ask, Computed, Dimensions, Encoding, Results
 
 MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out where one model is loaded"
 DIMENSIONS = "only the model's own length is taken: cutting vectors short would change the space"
-EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCLCNKAACUmgEbS4ZzXgAAAABJRU5ErkJggg=="
-"""A grey PNG of 16 × 16 pixels in base64, for the document's examples."""
-_EXAMPLE_URI = f"data:image/png;base64,{EXAMPLE}"
+_EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
 _IMAGE_FIELDS = ("image", "image_url", "image_base64")
 # Unions are told apart by tags in parentheses, which pydantic adds to the place of an error.
 
@@ -212,17 +205,6 @@ class CohereAnswer(TypedDict):
     meta: CohereMeta
 
 
-class Computed(NamedTuple):
-    """Vectors, and what computed them: all that an answer is written from."""
-
-    manifest: Manifest
-    precision: str
-    provider: str
-    results: Results
-    pixels: int
-    request_id: str
-
-
 def read_openai(body: bytes, max_images: int) -> Ask:
     """`POST /v1/embeddings` in JSON: OpenAI's request, or Jina's."""
     request = _parse(EmbeddingRequest, body, max_images)
@@ -343,33 +325,7 @@ def _dimensions(field: str, value: int | None) -> Dimensions | None:
 
 def _parse(model: type[_Asked], body: bytes, max_images: int) -> _Asked:
     wire.check_json_size(body, max_images * wire.VALUES_AN_IMAGE + wire.VALUES_BESIDE)
-    return validated(model, body)
-
-
-def validated(model: type[_Asked], body: bytes) -> _Asked:
-    """JSON as `model`. Raises ApiError 400 for the first thing that is wrong."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False)[0]) from None
-
-
-def _refusal(detail: ErrorDetails) -> ApiError:
-    if detail["type"] == "json_invalid":
-        return ApiError(400, "invalid_request", "the body is not JSON")
-    where = _place(detail["loc"])
-    if detail["type"] == "missing":
-        return ApiError(400, "invalid_request", f"`{where}` is missing", param=where)
-    seen = repr(detail["input"])
-    message = f"{where or 'the body'}: {detail['msg'][0].lower() + detail['msg'][1:]} (seen: {seen[:60]}{'…' * (len(seen) > 60)})"
-    code = "invalid_input" if where.partition("[")[0] in ("input", "inputs", "images") else "invalid_request"
-    return ApiError(400, code, message, param=where or None)
-
-
-def _place(loc: tuple[int | str, ...]) -> str:
-    """pydantic's place of an error as `inputs[0].content[1].image`."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not str(part).startswith("(")]
-    return "".join(parts).removeprefix(".")
+    return wire.validated(model, body)
 
 
 def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[wire.Encoded]:

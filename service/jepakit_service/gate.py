@@ -19,21 +19,16 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jepakit_service import logs, oip, openapi, tracing
+from jepakit_service import logs, oip, routes, tracing
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
 from jepakit_service.wire import ApiError, unavailable
 
 _log = logging.getLogger("jepakit.service")
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
-OPEN_PREFIX = "/docs/"
 _SLICE, _TAKEN_S = 1 << 16, 60.0
 """Bytes of an answer that are sent at a time, and how long a client may take to make room for them."""
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
-_STEADY_ROUTE = re.compile(
-    r"^/(?:healthz|readyz|metrics|openapi\.json|docs|v1/(?:embeddings|multimodalembeddings|models)|v2(?:/(?:embed|health|models))?)(?=/|$)"
-)
 
 
 class Gate:
@@ -64,13 +59,13 @@ class Gate:
             await send({"type": "websocket.close"})
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Name, time and trace one request, and tell of it; `_answer` does the work."""
+        """Name, time, trace and log one request; `_answer` does the work."""
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
         state = _state(scope)
         state["request_id"] = request_id
-        route = _route(scope["path"])
+        route = routes.label(scope["path"])
         status: int | None = None
         start = time.perf_counter()
 
@@ -89,10 +84,10 @@ class Gate:
                 status, state["code"] = status or 499, "disconnected"
                 raise
             finally:
-                self._told(scope, route, status or 500, time.perf_counter() - start, span)
+                self._log_and_count(scope, route, status or 500, time.perf_counter() - start, span)
 
-    def _told(self, scope: Scope, route: str, status: int, seconds: float, span: Any) -> None:
-        """Count, log and trace a request that is over."""
+    def _log_and_count(self, scope: Scope, route: str, status: int, seconds: float, span: Any) -> None:
+        """Record a request that is over."""
         state = _state(scope)
         if span is not None:
             span.set_attribute("http.response.status_code", status)
@@ -101,7 +96,7 @@ class Gate:
             self._metrics.refused.labels(state["code"]).inc()
         self._metrics.requests.labels(route, status).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        if not _is_open(scope["path"]) or status >= 500:
+        if not routes.is_open(scope["path"]) or status >= 500:
             fields = {
                 "request_id": state["request_id"], "method": scope["method"], "route": route, "status": status,
                 "ms": round(1000 * seconds, 1), "bytes": state.get("bytes", 0), "key": state.get("key"),
@@ -110,7 +105,7 @@ class Gate:
             logs.access(self._settings.access_log, status=status, fields=fields)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        is_open, state = _is_open(scope["path"]), _state(scope)
+        is_open, state = routes.is_open(scope["path"]), _state(scope)
         self.in_flight += not is_open
         self._metrics.in_flight.set(self.in_flight)
         held = 0
@@ -127,12 +122,12 @@ class Gate:
             state["code"] = error.code
             # While its body is unread, a connection cannot be used again.
             state["unread"] = not ("bytes" in state or (error.status in _COME_BACK and await _discard(receive)))
-            await send_error(send, error, scope, close=state["unread"], ended=not state["unread"])
+            await send_error(send, error, scope, ended=not state["unread"])
         except asyncio.CancelledError:  # by the server, once it has waited for `drain_s`
             if not self.replica.draining:
                 raise
             state["code"] = "draining"
-            await send_error(send, _stopping(), scope, close=True)
+            await send_error(send, _stopping(), scope)
         except Exception as error:  # answered 500 by the application; its text may hold what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
         finally:
@@ -208,7 +203,9 @@ class Gate:
 
 
 def _stopping() -> ApiError:
-    return unavailable("draining", "the service is stopping: try again shortly")
+    error = unavailable("draining", "the service is stopping: try again shortly")
+    error.headers["Connection"] = "close"
+    return error
 
 
 async def _discard(receive: Receive) -> bool:
@@ -225,12 +222,12 @@ async def _discard(receive: Receive) -> bool:
 
 def error_body(error: ApiError, scope: Scope) -> bytes:
     """An error in the shape of the route's family."""
-    return oip.write_error(error) if openapi.is_oip(scope["path"]) else error.body(scope["state"]["request_id"])
+    return oip.write_error(error) if routes.is_oip(scope["path"]) else error.body(scope["state"]["request_id"])
 
 
-async def send_error(send: Send, error: ApiError, scope: Scope, *, close: bool = False, ended: bool = True) -> None:
-    """Answer with an error in the shape of the route's family."""
-    headers = {**error.headers, "connection": "close"} if close else error.headers
+async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:
+    """Answer with an error in the shape of the route's family; if not `ended`, as `send_whole`, and close afterwards."""
+    headers = error.headers if ended else {**error.headers, "Connection": "close"}
     await send_whole(send, error.status, error_body(error, scope), "application/json", headers, ended=ended)
 
 
@@ -246,18 +243,6 @@ async def send_whole(
         more = not ended or start + _SLICE < len(body)
         async with asyncio.timeout(_TAKEN_S):
             await send({"type": "http.response.body", "body": body[start : start + _SLICE], "more_body": more})
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
-
-
-def _route(path: str) -> str:
-    """A path as metrics and logs know it: names of models, and whatever strangers ask for, stay out."""
-    if oip.INFER.match(path):
-        return "/v2/models/{name}/infer"
-    known = _STEADY_ROUTE.match(path)
-    return known[0] if known else "other"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NamedTuple, NotRequired, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,17 +19,18 @@ from typing_extensions import TypedDict
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.dialects import EXAMPLE, Computed, validated
-from jepakit_service.wire import ApiError, Ask, Encoded
+from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, Encoded, validated
 
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
-INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
-"""The path of an inference: NAME, MODEL_ID."""
 JSON_LENGTH = "Inference-Header-Content-Length"
-_DTYPES = {"UINT8": "|u1", "UINT16": "<u2", "INT16": "<i2", "UINT32": "<u4", "INT32": "<i4", "FP32": "<f4"}
-_DATATYPE_OF = {"uint8": "UINT8", "uint16": "UINT16", "int16": "INT16", "uint32": "UINT32", "int32": "INT32", "float32": "FP32"}  # fmt: skip
 Datatype = Literal["BYTES", "UINT8", "UINT16", "INT16", "UINT32", "INT32", "FP32"]
+_DTYPES = {
+    datatype: np.dtype(datatype.lower().replace("fp", "float")).newbyteorder("<")
+    for datatype in get_args(Datatype)
+    if datatype != "BYTES"
+}
+_DATATYPES = {dtype.name: datatype for datatype, dtype in _DTYPES.items()}
 
 
 class _Part(BaseModel):
@@ -235,7 +235,7 @@ def describe(manifest: Manifest) -> ModelMetadata:
         "platform": "onnxruntime_onnx",
         "inputs": [
             {"name": FILES, "datatype": "BYTES", "shape": [-1]},
-            {"name": PIXELS, "datatype": _DATATYPE_OF[spec.stored_as], "shape": [-1, -1, -1, spec.bands]},
+            {"name": PIXELS, "datatype": _DATATYPES[spec.stored_as], "shape": [-1, -1, -1, spec.bands]},
         ],
         "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, manifest.embedding.dim]}],
     }
@@ -316,7 +316,7 @@ def _pixels(given: InferInput, tensor: memoryview | None) -> np.ndarray[Any, Any
     """[N, H, W, C], a view of the body or from JSON's numbers."""
     if len(given.shape) != 4:
         raise _wrong(f"shape {given.shape} of {PIXELS!r}: send [N, H, W, C]", "inputs[0].shape")
-    dtype, count = np.dtype(_DTYPES[given.datatype]), wire.number_of(given.shape)
+    dtype, count = _DTYPES[given.datatype], wire.number_of(given.shape)
     if tensor is not None:
         if count * dtype.itemsize != len(tensor):
             raise _wrong(

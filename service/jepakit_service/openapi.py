@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from swagger_ui_bundle import swagger_ui_path
 from typing_extensions import TypedDict
 
+from jepakit_service import routes
 from jepakit_service.oip import OipError
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "index.css", "favicon-32x32.png")
@@ -129,11 +130,6 @@ def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, A
     return {**lowered, "openapi": "3.0.3"}
 
 
-def is_oip(path: str) -> bool:
-    """Whether errors on `path` have the inference protocol's shape."""
-    return path == "/v2" or path.startswith(("/v2/models/", "/v2/health/"))
-
-
 def docs_router() -> APIRouter:
     """`/docs` and what it loads, kept in memory."""
     router = APIRouter(include_in_schema=False)
@@ -182,7 +178,7 @@ def _operation(post: Post, schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_errors(operation: dict[str, Any], path: str, statuses: Sequence[int], schemas: dict[str, Any]) -> None:
-    shape: Any = OipError if is_oip(path) else ErrorAnswer
+    shape: Any = OipError if routes.is_oip(path) else ErrorAnswer
     for status in statuses:
         if str(status) not in operation["responses"]:
             content = _content({"application/json": shape}, schemas, "serialization")

@@ -27,8 +27,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from jepakit._messages import parse
 from jepakit.errors import ServeError
 from jepakit_service import logs
-from jepakit_service.app import announce_when_ready
-from jepakit_service.listeners import free_port, print_listeners
+from jepakit_service.listeners import announce_when_ready, free_port, print_listeners
 from jepakit_service.settings import ServeSettings
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ import uvicorn
 
 from jepakit_service import logs
 from jepakit_service.api import build_app
-from jepakit_service.app import announce_when_ready
 from jepakit_service.gate import Gate
-from jepakit_service.listeners import print_listeners
+from jepakit_service.listeners import announce_when_ready, print_listeners
 from jepakit_service.settings import ServeSettings
 
 _KEEP_ALIVE_S = 90

@@ -10,20 +10,30 @@ import binascii
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 Encoded = bytes | NDArray[Any]
 Encoding = Literal["float", "base64"]
+Results = Sequence[NDArray[np.float32] | ImageError]
+_Model = TypeVar("_Model", bound=BaseModel)
+
+EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCLCNKAACUmgEbS4ZzXgAAAABJRU5ErkJggg=="
+"""A grey PNG of 16 × 16 pixels in base64, for the document's examples."""
 
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
@@ -84,6 +94,17 @@ class Ask(NamedTuple):
     normalized: bool | None = None
 
 
+class Computed(NamedTuple):
+    """Vectors, and what computed them: all that an answer is written from."""
+
+    manifest: Manifest
+    precision: str
+    provider: str
+    results: Results
+    pixels: int
+    request_id: str
+
+
 def check_number(count: int, max_images: int, field: str) -> None:
     """Refuse a request without images (400), or with more than are taken at once (413)."""
     if count == 0:
@@ -111,6 +132,32 @@ def check_json_size(body: bytes, most: int) -> None:
         )
     if (count := body.count(b"[") + body.count(b"{")) > most:
         raise ApiError(400, "invalid_request", f"the JSON holds {count} lists and objects, at most {most} are read")
+
+
+def validated(model: type[_Model], body: bytes) -> _Model:
+    """JSON as `model`. Raises ApiError 400 for the first thing that is wrong."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False)[0]) from None
+
+
+def _refusal(detail: ErrorDetails) -> ApiError:
+    if detail["type"] == "json_invalid":
+        return ApiError(400, "invalid_request", "the body is not JSON")
+    where = _place(detail["loc"])
+    if detail["type"] == "missing":
+        return ApiError(400, "invalid_request", f"`{where}` is missing", param=where)
+    seen = repr(detail["input"])
+    message = f"{where or 'the body'}: {detail['msg'][0].lower() + detail['msg'][1:]} (seen: {seen[:60]}{'…' * (len(seen) > 60)})"
+    code = "invalid_input" if where.partition("[")[0] in ("input", "inputs", "images") else "invalid_request"
+    return ApiError(400, code, message, param=where or None)
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """pydantic's place of an error as `inputs[0].content[1].image`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not str(part).startswith("(")]
+    return "".join(parts).removeprefix(".")
 
 
 def bad_image(error: ImageError, where: str) -> ApiError:

@@ -22,9 +22,8 @@ import pytest
 
 import jepakit
 from jepakit.errors import ConfigError
-from jepakit_service import api, dialects, wire
+from jepakit_service import api, dialects, routes, wire
 from jepakit_service.api import build_app
-from jepakit_service.gate import _route
 from jepakit_service.keys import new_key
 from jepakit_service.metrics import merged
 from jepakit_service.settings import ServeSettings
@@ -342,7 +341,7 @@ def test_a_request_that_ray_cancels_for_its_client_left_is_counted(bundle: Path)
     ],
 )
 def test_metrics_know_a_route_and_no_name(path: str, route: str) -> None:
-    assert _route(path) == route
+    assert routes.label(path) == route
 
 
 def test_long_answers_are_written_beside_the_event_loop(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ import yaml
 
 from jepakit._frontdoor import serve
 from jepakit.errors import ConfigError
-from jepakit_service import app, keys
-from jepakit_service.app import announce_when_ready, check_port_is_free, own_url
+from jepakit_service import app, keys, listeners
 from jepakit_service.keys import KeyFile, new_key
+from jepakit_service.listeners import announce_when_ready, check_port_is_free, own_url
 from jepakit_service.settings import ServeSettings, as_yaml, load
 
 
@@ -118,7 +118,7 @@ def test_readiness_is_asked_for_past_any_proxy(
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setattr(app, "_START_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(listeners, "_START_TIMEOUT_S", 5.0)
 
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,0 +1,39 @@
+"""Where things are: the paths that take images, those that need no key, and what metrics and logs call each."""
+
+from __future__ import annotations
+
+import re
+
+EMBEDDINGS, VOYAGE, COHERE = "/v1/embeddings", "/v1/multimodalembeddings", "/v2/embed"
+INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
+_INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
+_OPEN = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
+_STEADY = (
+    "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", EMBEDDINGS, VOYAGE, "/v1/models", COHERE, "/v2/health",
+    "/v2/models", "/v2",
+)  # fmt: skip
+
+
+def inferred(path: str) -> str | None:
+    """The model that an inference of the Open Inference Protocol asks for, as NAME or NAME@MODEL_ID; None elsewhere."""
+    match = _INFER.match(path)
+    if match is None:
+        return None
+    return match[1] if match[2] is None else f"{match[1]}@{match[2]}"
+
+
+def is_open(path: str) -> bool:
+    """Whether no key is asked for."""
+    return path in _OPEN or path.startswith("/docs/")
+
+
+def is_oip(path: str) -> bool:
+    """Whether errors have the shape of the Open Inference Protocol."""
+    return path == "/v2" or path.startswith(("/v2/models/", "/v2/health/"))
+
+
+def label(path: str) -> str:
+    """A path as metrics and logs know it: names of models, and whatever strangers ask for, stay out."""
+    if _INFER.match(path):
+        return INFER
+    return next((steady for steady in _STEADY if f"{path}/".startswith(f"{steady}/")), "other")
