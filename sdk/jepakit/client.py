@@ -147,11 +147,11 @@ class Client:
 
     url         e.g. http://127.0.0.1:8000
     api_key     or the environment's JEPAKIT_API_KEY
-    timeout_s   without progress: of each step of an attempt, to be connected, to send and to read on
-    deadline_s  of one request with all its attempts, no step waiting longer than what is left of it: connection
-                errors, 408, 429 and 5xx are tried again with growing, jittered pauses (or the service's own
-                Retry-After) until then; what no second attempt can mend, such as a certificate that is not trusted,
-                fails at once
+    timeout_s   seconds each step (connect, send, read) may go without progress
+    deadline_s  seconds for one request with all its attempts; no step waits longer than what is left of them.
+                Connection errors, 408, 429 and 5xx are tried again until then, with growing, jittered pauses (or the
+                service's own Retry-After); what a second attempt cannot mend, such as a certificate that is not
+                trusted, fails at once
 
     with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
     """
