@@ -6,9 +6,9 @@ from pathlib import Path
 
 from jepakit.runtime import check_provider
 from jepakit_service import keys, tracing
+from jepakit_service.bundles import find_bundles
 from jepakit_service.listeners import check_port_is_free
 from jepakit_service.logs import say
-from jepakit_service.models import find_bundles
 from jepakit_service.settings import ServeSettings
 
 

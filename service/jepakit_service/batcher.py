@@ -90,7 +90,7 @@ class State(NamedTuple):
     closed: bool
 
 
-class Limits(NamedTuple):
+class Capacity(NamedTuple):
     """See `Batcher`."""
 
     max_batch: int
@@ -100,7 +100,7 @@ class Limits(NamedTuple):
     lane_cores: int
 
 
-class Run(NamedTuple):
+class RunBatch(NamedTuple):
     """Run a batch of at most `size` images, which takes so many lanes; `whole`: by all cores."""
 
     size: int
@@ -108,20 +108,20 @@ class Run(NamedTuple):
     whole: bool
 
 
-def decide(now: State, limits: Limits) -> Run | Literal["decode", "wait", "stop"]:
+def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait", "stop"]:
     """What is most useful next, for a thread that has nothing to do.
 
     A batch is run where a lane is free, and the batch is full or can grow only while a core stands idle: one more
     inference beside busy cores would slow them all, and soon be followed by another.
     """
-    max_batch, lanes, few, cores, lane_cores = limits
+    max_batch, lanes, few, cores, lane_cores = capacity
     all_busy = now.running * lane_cores + now.decoding >= cores
     if now.ready and now.running < lanes and (now.ready >= max_batch or not (now.requests or all_busy)):
         if now.ready <= few and not (now.running or now.decoding or now.requests):
-            return Run(few, lanes, whole=True)  # a few that are all there is
+            return RunBatch(few, lanes, whole=True)  # a few that are all there is
         # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
         share = math.ceil((now.ready + now.at_work) / lanes)
-        return Run(max_batch if now.requests else min(share, max_batch), 1, whole=False)
+        return RunBatch(max_batch if now.requests else min(share, max_batch), 1, whole=False)
     if now.requests and now.ready + now.decoding < 2 * lanes * max_batch:
         return "decode"
     if now.closed and not (now.requests or now.decoding or now.ready):
@@ -150,7 +150,7 @@ class Batcher:
     ) -> None:  # fmt: skip
         self._decode, self._observer = decode, observer
         self._run, self._whole = run, whole
-        self._limits = Limits(max_batch, lanes, few, cores, lane_cores)
+        self._capacity = Capacity(max_batch, lanes, few, cores, lane_cores)
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
         self._running = 0  # lanes
@@ -198,7 +198,7 @@ class Batcher:
         """The most useful thing to do, waited for; None once closed and empty."""
         with self._lock:
             while True:
-                todo = decide(self._state(), self._limits)
+                todo = decide(self._state(), self._capacity)
                 if todo == "stop":
                     self._lock.notify_all()  # those that wait for what this thread found to be nothing
                     return None
@@ -213,7 +213,7 @@ class Batcher:
     def _state(self) -> State:
         return State(len(self._requests), self._decoding, len(self._ready), self._running, self._at_work, self._closed)
 
-    def _take_batch(self, way: Run) -> list[_Ready]:
+    def _take_batch(self, way: RunBatch) -> list[_Ready]:
         """Images to run together; none where all of their requests are gone."""
         batch: list[_Ready] = []
         while self._ready and len(batch) < way.size:
@@ -260,7 +260,7 @@ class Batcher:
                 request.settle(outcome)
             self._lock.notify()
 
-    def _run_batch(self, batch: list[_Ready], way: Run) -> None:
+    def _run_batch(self, batch: list[_Ready], way: RunBatch) -> None:
         run = self._whole if way.whole else self._run
         start = time.perf_counter()
         error: BaseException | None = None

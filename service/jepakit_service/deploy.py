@@ -24,7 +24,7 @@ _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
     """Copy, swap, wait, and keep or undo; returns what the service then says of the model.
 
-    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is none, cannot be
+    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is not one, cannot be
     written to or is not the one that is watched, ConnectionFailedError when there is no service, ServeError when another
     deploy is at work, or the service refuses the version or takes too long: the folder is then as it was.
     """

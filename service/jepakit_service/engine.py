@@ -63,7 +63,7 @@ class Engine:
         """Whether so many images are too many: for this replica, or for the model to answer in half of their time.
 
         All wait together, so a queue too long for the timeout would see all of its requests fail, not the last ones.
-        What is alone is let in.
+        A request that is alone is let in.
         """
         limits = (
             (self._inside, self._settings.max_waiting),

@@ -16,7 +16,7 @@ from jepakit.errors import ConfigError
 
 _log = logging.getLogger("jepakit.service")
 _MAKE = "make lines with `jepakit serve --new-key NAME`"
-_NUMBERS_TOLD = 10
+_NUMBERS_SHOWN = 10
 _LINE = re.compile(r"^([A-Za-z0-9._-]+):([0-9a-f]{64})$")
 
 
@@ -111,7 +111,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _read(path: Path) -> _Found:
     keys, bad = _parse(path.read_text(encoding="utf-8", errors="replace"))
     if bad:
-        numbers = first_few(bad, _NUMBERS_TOLD)
+        numbers = first_few(bad, _NUMBERS_SHOWN)
         return _Found(keys, f"the API key file {path} has lines that are not `name:sha256` ({numbers}): {_MAKE}")
     return _Found(keys, None if keys else f"the API key file {path} holds no key: {_MAKE}")
 

@@ -58,7 +58,7 @@ class Metrics:
         )  # fmt: skip
 
     def of_model(self, model: str) -> ModelMetrics:
-        """The counters of one model, for its batcher."""
+        """The counters of one model."""
         return ModelMetrics(self, model)
 
     def families(self) -> list[Metric]:
@@ -67,7 +67,7 @@ class Metrics:
 
 
 class ModelMetrics:
-    """The batcher's observer: its stages, as they end."""
+    """The counters of one model: its images, and the stages of its batcher as they end."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._ok = metrics.images.labels(model, "ok")

@@ -10,10 +10,11 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from jepakit_service.engine import max_images_in_time
 from jepakit_service.metrics import merged
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
-from jepakit_service.replica import Replica, Report, describe
+from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import unavailable
 
@@ -79,10 +80,31 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
 
 
 def _described(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> dict[str, Any]:
-    name = model.manifest.name
-    states = [report.models[name] for report in reports if name in report.models]
+    """What a client needs to know of a model, and which versions of it the replicas have."""
+    manifest = model.manifest
+    states = [report.models[manifest.name] for report in reports if manifest.name in report.models]
     return {
-        **describe(model, settings),
+        "id": manifest.name,
+        "object": "model",
+        "owned_by": "jepakit",
+        "model_id": manifest.model_id,
+        "digest": manifest.digest,
+        "dim": manifest.embedding.dim,
+        "precision": model.precision,
+        "provider": model.provider,
+        "backbone": manifest.backbone.name,
+        "license": manifest.backbone.start.license,
+        "preprocess": manifest.preprocess.model_dump(mode="json"),
+        "embedding": manifest.embedding.model_dump(mode="json", exclude={"center", "scale"}),
+        "verdict": None if manifest.comparison is None else manifest.comparison.verdict.word,
+        "max_batch": model.plan.max_batch,
+        "lanes": model.plan.lanes,
+        "limits": {
+            "max_body_mb": settings.max_body_mb,
+            "max_images": settings.max_images,
+            "max_images_in_time": max_images_in_time(model.plan, settings),
+            "max_pixels": settings.max_pixels,
+        },
         "serving": sorted({state.current for state in states if state.current}),
         "update": _worst([state.update for state in states if state.update]),
     }

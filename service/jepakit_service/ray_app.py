@@ -40,11 +40,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
 _OBJECT_STORE_BYTES = 100 << 20
 _REPORT_TIMEOUT_S = 3.5
-"""With a heartbeat's patience less than the 5 s that probes wait."""
-# Refusing is the gate's, which tells why and keeps probes answered; Ray's own limit only has to lie beyond it.
+"""Together with a heartbeat's patience, less than the 5 s that probes wait."""
+# The gate refuses, says why and keeps answering probes; Ray's own limit only has to lie beyond its.
 _ONGOING = 100_000
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
-"""Of Ray's own, in its files. The gate logs requests; Ray's access log would write each twice, where it only grows."""
+"""For Ray's own files. The gate logs requests; Ray's access log would only be a second one."""
 _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
@@ -68,7 +68,7 @@ def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start.
 
     Ray and its driver are in a session of their own. A signal to our process group, as a terminal, `timeout` or a
-    supervisor sends it, would end Ray's processes at once, and with them the requests in flight: it is the driver's alone.
+    supervisor sends it, would end Ray's processes at once, and with them the requests in flight: the driver alone gets it.
     """
     parent, driver = os.getpid(), os.fork()
     if driver == 0:
@@ -167,7 +167,7 @@ _CLUSTER = {
     "RAY_worker_niceness": "0",  # by itself 15: whatever else runs on the machine goes before the service
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-    # On a busy machine the proxy is killed while it starts for the usual 5 s.
+    # By default 5 s, after which the proxy would be killed while it starts on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Ray's processes log to files in a folder that may lie in memory: two small files each.
     "RAY_ROTATION_MAX_BYTES": str(1 << 20),
@@ -272,7 +272,7 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
 
 
 def _named_once(gate: Gate) -> ASGIApp:
-    """Ray adds the request id that came, or one that it made, to every answer: the gate's stays where it is another."""
+    """Ray adds the request's own id, or one that it made, to every answer: the gate's is left out where it is the same."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
@@ -292,7 +292,7 @@ def _named_once(gate: Gate) -> ASGIApp:
 async def _ask_all() -> Sequence[Report | None]:
     """The reports of the deployment's replicas, from within one of them; None for one that ended.
 
-    Where one does not answer Ray gives those of no other: a single None.
+    If one does not answer, Ray gives no other's report either: a single None.
     """
     from ray import serve
 
@@ -313,8 +313,8 @@ def _gpus(settings: ServeSettings) -> int | None:
 def _end_idle_helpers() -> None:
     """End what Ray started for what is off here: logs sent to the driver, a dashboard, a cluster that grows.
 
-    The three have 200 MB and wake all the time, which a lone image waits for: all cores compute it together. Killed, for
-    the one that is asked to end reports that as a failure.
+    The three take 200 MB and wake all the time, which delays a lone image: all cores compute it together. They are
+    killed, because the one that is asked to end reports that as a failure.
     """
     import psutil
 
@@ -339,7 +339,7 @@ def _end(processes: list[Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why the application did not start. What a replica raised is told by Ray's status alone."""
+    """Why the application did not start. Only Ray's status says what a replica raised."""
     from ray import serve
 
     with contextlib.suppress(Exception):

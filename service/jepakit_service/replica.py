@@ -1,4 +1,4 @@
-"""One process of the service, all that it holds: models, engine, counters; and what it tells of itself and the others."""
+"""One process of the service: its models, engine and counters, and its reports about itself and the others."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import Metric
 
 from jepakit.errors import ServeError
 from jepakit_service import memory
-from jepakit_service.engine import Engine, max_images_in_time
+from jepakit_service.bundles import find_bundles
+from jepakit_service.engine import Engine
 from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel, find_bundles
+from jepakit_service.models import LoadedModel
 from jepakit_service.registry import NO_MODEL, Registry, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.sharing import Shared
@@ -38,8 +38,8 @@ AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
 class Replica:
     """Loads every model at construction, and raises BundleError unless every one of them is right.
 
-    ask_all  asks the deployment, which this replica may join while bundles are being copied: those are left to its looks
-             for new ones; None: this is the only replica
+    ask_all  gives the reports of the deployment, which this replica may join while bundles are being copied: those are
+             loaded once they are whole; None: this is the only replica
     """
 
     def __init__(self, settings: ServeSettings, ask_all: AskAll | None = None) -> None:
@@ -63,7 +63,7 @@ class Replica:
             self._watching = asyncio.get_running_loop().create_task(self._updates.run())
 
     async def faults(self) -> tuple[str, ...]:
-        """What this replica does not do rightly, its heartbeat taken; nothing when it is ready."""
+        """What is wrong with this replica, after a heartbeat of every model; empty when it is ready."""
         beats = await asyncio.gather(*(model.heartbeat() for model in self.registry))
         faults = [fault for fault in beats if fault is not None] if beats else [NO_MODEL]
         limit, used = self.settings.max_memory_mb, memory.used_mb()
@@ -101,31 +101,3 @@ class Replica:
 
     async def _states(self) -> list[dict[str, VersionsState] | None]:
         return [None if report is None else report.models for report in await self._ask_all()]
-
-
-def describe(model: LoadedModel, settings: ServeSettings) -> dict[str, Any]:
-    """What a client needs to know of a model: `/v1/models/{name}`."""
-    manifest = model.manifest
-    return {
-        "id": manifest.name,
-        "object": "model",
-        "owned_by": "jepakit",
-        "model_id": manifest.model_id,
-        "digest": manifest.digest,
-        "dim": manifest.embedding.dim,
-        "precision": model.precision,
-        "provider": model.provider,
-        "backbone": manifest.backbone.name,
-        "license": manifest.backbone.start.license,
-        "preprocess": manifest.preprocess.model_dump(mode="json"),
-        "embedding": manifest.embedding.model_dump(mode="json", exclude={"center", "scale"}),
-        "verdict": None if manifest.comparison is None else manifest.comparison.verdict.word,
-        "max_batch": model.plan.max_batch,
-        "lanes": model.plan.lanes,
-        "limits": {
-            "max_body_mb": settings.max_body_mb,
-            "max_images": settings.max_images,
-            "max_images_in_time": max_images_in_time(model.plan, settings),
-            "max_pixels": settings.max_pixels,
-        },
-    }

@@ -1,4 +1,4 @@
-"""One run of a thing for all who ask for it at the same time."""
+"""One run of some work for all who ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 class Shared(Generic[_T]):
-    """Calls `work` when asked and it is not at work; who asks meanwhile gets what that run gives or raises."""
+    """Runs `work` when asked; whoever asks while it runs gets what that run returns or raises."""
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> None:
         self._work = work

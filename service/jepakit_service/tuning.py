@@ -50,7 +50,7 @@ class Tuned(NamedTuple):
     whole: Session
 
 
-def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> Tuned:
+def tune(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> Tuned:
     """How to run a bundle that `session` has open with all threads. images: what it takes.
 
     On a CPU most models answer more when each core runs a batch of its own, and a lone image sooner when all cores share
@@ -73,7 +73,7 @@ def tuned(session: Session, bundle: Bundle, images: Pixels, settings: ServeSetti
 
 
 def most_sessions(provider: Provider, threads: int) -> int:
-    """Sessions that `tuned` has open at a time, the given one among them."""
+    """Sessions that `tune` has open at a time, the given one among them."""
     return 1 + (len(_split_threads(threads)) if provider in ("auto", "cpu") else 0)
 
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 from jepakit.bundle import Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit_service import memory
+from jepakit_service.bundles import bundle_folders, check_expected
 from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel, bundle_folders, check_expected
+from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import most_sessions
@@ -35,11 +36,11 @@ class Updates:
 
     def __init__(self, settings: ServeSettings, registry: Registry, metrics: Metrics, peers: Peers) -> None:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._retired: list[LoadedModel] = []
 
     def whole(self) -> list[Bundle]:
-        """The bundles that pass as they lie there. What is passed over now is looked at again, and told, by `step`."""
+        """The bundles on disk that pass now. `step` looks at the others again, and logs them."""
         found = [_look(Path(given)) for given in self._settings.bundles]
         return [bundle for bundle in self._wanted(found).values() if self._passes(bundle)]
 
@@ -78,16 +79,16 @@ class Updates:
                 self._agree(answered)
 
     def _wanted(self, found: Sequence[_Found]) -> dict[str, Bundle]:
-        """The bundles on disk by name. What is passed over is told once, for as long as it is so."""
+        """The bundles on disk by name. What is passed over is logged once, until that changes."""
         wanted: dict[str, Bundle] = {}
-        told = {f"{reason}: it is passed over" for _, rejected in found for reason in rejected.values()}
+        messages = {f"{reason}: it is passed over" for _, rejected in found for reason in rejected.values()}
         for bundle in (bundle for bundles, _ in found for bundle in bundles):
             other = wanted.setdefault(bundle.manifest.name, bundle)
             if other is not bundle:
-                told.add(f"{bundle.path} has the name of another bundle, {other.path}: it is passed over")
-        for message in told - self._told:
+                messages.add(f"{bundle.path} has the name of another bundle, {other.path}: it is passed over")
+        for message in messages - self._logged:
             _log.error("%s", message)
-        self._told = told
+        self._logged = messages
         return wanted
 
     async def _prepare(self, name: str, bundle: Bundle) -> None:

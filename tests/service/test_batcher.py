@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jepakit.errors import ImageError
-from jepakit_service.batcher import Batcher, Decoded, Limits, Run, State, decide
+from jepakit_service.batcher import Batcher, Capacity, Decoded, RunBatch, State, decide
 
 SHAPE = (2, 2, 1)
 
@@ -289,31 +289,31 @@ IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, closed=False
         ({}, "wait"),
         ({"closed": True}, "stop"),
         ({"closed": True, "decoding": 1}, "wait"),
-        ({"closed": True, "ready": 1}, Run(1, 2, whole=True)),
+        ({"closed": True, "ready": 1}, RunBatch(1, 2, whole=True)),
         ({"requests": 1}, "decode"),
-        ({"ready": 1}, Run(1, 2, whole=True)),
-        ({"ready": 1, "decoding": 1}, Run(1, 1, whole=False)),
+        ({"ready": 1}, RunBatch(1, 2, whole=True)),
+        ({"ready": 1, "decoding": 1}, RunBatch(1, 1, whole=False)),
         ({"ready": 1, "running": 2, "at_work": 1}, "wait"),
-        ({"ready": 1, "running": 1, "at_work": 5}, Run(3, 1, whole=False)),
-        ({"ready": 3}, Run(2, 1, whole=False)),
-        ({"ready": 9}, Run(4, 1, whole=False)),
+        ({"ready": 1, "running": 1, "at_work": 5}, RunBatch(3, 1, whole=False)),
+        ({"ready": 3}, RunBatch(2, 1, whole=False)),
+        ({"ready": 9}, RunBatch(4, 1, whole=False)),
         ({"ready": 1, "decoding": 2}, "wait"),
         ({"ready": 1, "running": 1, "at_work": 5, "decoding": 1}, "wait"),
-        ({"ready": 4, "running": 1, "at_work": 5, "decoding": 1}, Run(4, 1, whole=False)),
+        ({"ready": 4, "running": 1, "at_work": 5, "decoding": 1}, RunBatch(4, 1, whole=False)),
         ({"ready": 3, "requests": 1}, "decode"),
-        ({"ready": 4, "requests": 1}, Run(4, 1, whole=False)),
+        ({"ready": 4, "requests": 1}, RunBatch(4, 1, whole=False)),
         ({"ready": 4, "requests": 1, "running": 2, "at_work": 8}, "decode"),
         ({"ready": 12, "requests": 1, "running": 2, "at_work": 8, "decoding": 4}, "wait"),
     ],
     ids=str,
 )
 def test_what_is_most_useful_next(now: dict[str, Any], due: object) -> None:
-    assert decide(IDLE._replace(**now), Limits(max_batch=4, lanes=2, few=1, cores=2, lane_cores=1)) == due
+    assert decide(IDLE._replace(**now), Capacity(max_batch=4, lanes=2, few=1, cores=2, lane_cores=1)) == due
 
 
 def test_cores_busy_decoding_are_nothing_to_a_gpu_that_computes() -> None:
     now = IDLE._replace(ready=1, running=1, at_work=5, decoding=1)
-    assert decide(now, Limits(max_batch=4, lanes=2, few=0, cores=2, lane_cores=0)) == Run(3, 1, whole=False)
+    assert decide(now, Capacity(max_batch=4, lanes=2, few=0, cores=2, lane_cores=0)) == RunBatch(3, 1, whole=False)
 
 
 def test_too_late_is_told_and_drops_what_waits() -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
-from jepakit_service import gate, logs, memory, models, operations, tracing
+from jepakit_service import gate, heartbeat, logs, memory, models, operations, tracing
 from jepakit_service.listeners import open_listeners
 from jepakit_service.metrics import merged
 from jepakit_service.replica import Replica, Report
@@ -104,8 +104,8 @@ def hang(model: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> threadin
 
 
 def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FRESH_S", 0.0)
-    monkeypatch.setattr(models, "_HEARTBEAT_S", 0.3)
+    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
+    monkeypatch.setattr(heartbeat, "_TIMEOUT_S", 0.3)
     replica = Replica(settings(bundle))
     released = threading.Event()
     (model,) = replica.registry
@@ -129,16 +129,16 @@ def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.Monke
 def test_a_model_whose_images_take_long_to_decode_is_busy_and_one_that_hangs_is_not(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in (("_FRESH_S", 0.5), ("_HEARTBEAT_S", 1.0), ("_PATIENCE_S", 10.0)):
-        monkeypatch.setattr(models, name, seconds)
+    for name, seconds in (("_FRESH_S", 0.5), ("_TIMEOUT_S", 1.0), ("_PATIENCE_S", 10.0)):
+        monkeypatch.setattr(heartbeat, name, seconds)
     (model,) = Replica(settings(bundle)).registry
     released = hang(model, monkeypatch)
 
     async def go() -> None:
-        model._beaten = model._right = time.monotonic() - 60
+        model.heartbeat._ran = model.heartbeat._right = time.monotonic() - 60
         beat = asyncio.create_task(model.heartbeat())
         while not beat.done():
-            model.decoded(0.3)
+            model.heartbeat.decoded(0.3)
             await asyncio.sleep(0.02)
         assert beat.result() is None
         assert "has run no batch" in (await model.heartbeat() or "")
@@ -188,7 +188,7 @@ def test_a_large_answer_is_sent_as_it_is_taken_and_not_waited_with_for_ever(monk
 
 
 def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FRESH_S", 0.0)
+    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
     replica = Replica(settings(bundle))
     (model,) = replica.registry
     run, ran = model._batcher._run, []
@@ -214,10 +214,10 @@ def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeyp
 def test_a_model_that_works_off_a_backlog_is_not_dead(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replica = Replica(settings(bundle))
     (model,) = replica.registry
-    monkeypatch.setattr(model, "_beaten", 0.0)
+    monkeypatch.setattr(model.heartbeat, "_ran", 0.0)
 
     async def behind_others(images: object, timeout_s: float) -> None:
-        model.ran(1, [0.0], 0.1)
+        model.heartbeat.ran(1, [0.0], 0.1)
         raise TimeoutError
 
     monkeypatch.setattr(model, "embed", behind_others)
@@ -225,7 +225,7 @@ def test_a_model_that_works_off_a_backlog_is_not_dead(bundle: Path, monkeypatch:
 
 
 def test_a_model_that_computes_something_else_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FRESH_S", 0.0)
+    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
     replica = Replica(settings(bundle))
     (model,) = replica.registry
     run = model._batcher._run
@@ -243,7 +243,7 @@ def test_wrong_numbers_stay_told_while_batches_run(bundle: Path, monkeypatch: py
 
     async def go() -> None:
         await replica.check()
-        model._right -= models._RIGHT_S  # since a minute only others' images have been computed
+        model.heartbeat._right -= heartbeat._RIGHT_S  # since a minute only others' images have been computed
         for _ in range(3):
             await replica.engine.answer(model, [picture(0)])
             with pytest.raises(jepakit.errors.ServeError, match="golden vectors"):
@@ -261,7 +261,7 @@ def test_a_model_that_fails_is_no_sign_of_life(bundle: Path, monkeypatch: pytest
 
     monkeypatch.setattr(model._batcher, "_run", broken)
     monkeypatch.setattr(model._batcher, "_whole", broken)
-    model._beaten -= models._FRESH_S
+    model.heartbeat._ran -= heartbeat._FRESH_S
 
     async def go() -> None:
         for _ in range(3):  # as often as it takes for Ray to replace the replica
@@ -276,9 +276,9 @@ def test_a_model_that_fails_is_no_sign_of_life(bundle: Path, monkeypatch: pytest
 
 
 def test_a_probe_does_not_wait_for_a_heartbeat(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_FRESH_S", 0.0)
-    monkeypatch.setattr(models, "_HEARTBEAT_S", 2.0)
-    monkeypatch.setattr(models, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
+    monkeypatch.setattr(heartbeat, "_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(heartbeat, "_PATIENCE_S", 0.05)
     replica = Replica(settings(bundle))
     (model,) = replica.registry
     released = hang(model, monkeypatch)
@@ -287,12 +287,12 @@ def test_a_probe_does_not_wait_for_a_heartbeat(bundle: Path, monkeypatch: pytest
         start = time.monotonic()
         assert (await replica.report()).faults == (), "nothing is known yet"
         assert time.monotonic() - start < 2.0
-        await model._beat()
+        await model.heartbeat._beat()
         (fault,) = (await replica.report()).faults
         assert "has run no batch" in fault
         released.set()
-        await model._beat()
-        await model._beat()
+        await model.heartbeat._beat()
+        await model.heartbeat._beat()
         assert (await replica.report()).faults == ()
 
     asyncio.run(go())

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from jepakit._frontdoor import serve
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, ServeError
 from jepakit_service import app, keys, listeners
 from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.listeners import announce_when_ready, check_port_is_free, own_url

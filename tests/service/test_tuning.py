@@ -15,7 +15,7 @@ from jepakit.runtime import Chosen
 from jepakit.session import Session
 from jepakit_service import tuning
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import Plan, Tuned, most_sessions, tuned
+from jepakit_service.tuning import Plan, Tuned, most_sessions, tune
 
 
 def tuned_by(
@@ -32,7 +32,7 @@ def tuned_by(
     session = Session.open(bundle, provider="cpu", threads=threads)
     session.provider = provider
     inputs = golden.unpack(bundle.read(GOLDEN)).inputs(bundle.manifest.preprocess)
-    return tuned(session, bundle, inputs, ServeSettings(bundles=("x",), threads=threads, max_batch=max_batch))
+    return tune(session, bundle, inputs, ServeSettings(bundles=("x",), threads=threads, max_batch=max_batch))
 
 
 SLOW_ALONE = {(2, 1, 1): 0.09, (2, 1, 2): 0.18, (1, 1, 1): 0.12, (1, 2, 1): 0.14, (1, 2, 2): 0.28}

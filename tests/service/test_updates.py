@@ -21,8 +21,9 @@ from jepakit import cli
 from jepakit.client import ModelInfo
 from jepakit.errors import BundleError, ConnectionFailedError, DataError, NotFoundError, ServeError
 from jepakit_service import memory, updates
+from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import deploy
-from jepakit_service.models import LoadedModel, find_bundles
+from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError

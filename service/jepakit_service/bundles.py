@@ -1,0 +1,42 @@
+"""The bundles that the settings name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jepakit.bundle import Bundle, bundles_inside, is_bundle, open_bundle
+from jepakit.errors import BundleError, DataError
+from jepakit_service.settings import ServeSettings
+
+
+def find_bundles(settings: ServeSettings) -> list[Bundle]:
+    """The bundles that the settings name, manifests checked, pinned digests honoured, names unique."""
+    by_name: dict[str, Bundle] = {}
+    for path in (path for given in settings.bundles for path in bundle_folders(Path(given))):
+        bundle = open_bundle(path)
+        check_expected(bundle, settings)
+        other = by_name.setdefault(bundle.manifest.name, bundle)
+        if other is not bundle:
+            raise BundleError(
+                f"{other.path} and {bundle.path} are both named {bundle.manifest.name!r}: export one with another --name"
+            )
+    return list(by_name.values())
+
+
+def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
+    """Raise BundleError for a bundle whose digest is none of those that were pinned."""
+    if settings.expect and bundle.digest not in settings.expect:
+        raise BundleError(
+            f"{bundle.path} has digest {bundle.digest}, which is not the expected one: "
+            "it is another bundle than the one you pinned"
+        )
+
+
+def bundle_folders(given: Path) -> list[Path]:
+    """The bundles that one path of the settings names: itself, or those in it. DataError for a folder without any."""
+    if is_bundle(given) or not given.is_dir():
+        return [given]
+    inside = bundles_inside(given)
+    if not inside:
+        raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
+    return inside

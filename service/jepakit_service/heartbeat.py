@@ -1,0 +1,94 @@
+"""Whether a model answers rightly: from what its batcher does, or by an image sent through it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit import golden
+from jepakit.errors import ImageError
+from jepakit_service.batcher import Observer, Result
+from jepakit_service.sharing import Shared
+
+_FRESH_S, _RIGHT_S = 5.0, 60.0
+_TIMEOUT_S = 10.0
+_PATIENCE_S = 0.5
+"""For a heartbeat, of who asks: probes give up after some seconds."""
+
+
+class Heartbeat:
+    """Finds out, when called, why a model does not answer rightly. It observes the batcher, and passes on what it hears.
+
+    name      the model's, for messages
+    embed     the first golden image's vector [D], or why there is none; given seconds, raises TimeoutError after them
+    expected  the golden vector [D]
+    limit     the largest relative error that passes
+    observer  hears of every stage too
+    """
+
+    def __init__(
+        self, name: str, embed: Callable[[float], Awaitable[Result]], expected: NDArray[np.float32], limit: float,
+        observer: Observer,
+    ) -> None:  # fmt: skip
+        self._name, self._embed, self._expected, self._limit = name, embed, expected, limit
+        self._observer = observer
+        self._ran = self._right = self._decoded = time.monotonic()
+        """When a batch ran, when its numbers were those of the golden vectors, and when an image was decoded."""
+        self._fault: str | None = None
+        """What the last heartbeat found."""
+        self._beat = Shared(self._take)
+
+    async def __call__(self) -> str | None:
+        """Why the model does not answer rightly; None when it does, as far as half a second shows.
+
+        A batch that ran within 5 s and golden vectors reproduced within a minute are proof enough, else a golden image
+        goes through the same queue as everybody's: one at a time, however many ask. While it takes longer, what the one
+        before it found is told.
+        """
+        if not self._is_proven():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_S):
+                    await self._beat()
+        return self._fault
+
+    def decoded(self, seconds: float) -> None:
+        """For the batcher."""
+        self._decoded = time.monotonic()
+        self._observer.decoded(seconds)
+
+    def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
+        """For the batcher: a sign of life."""
+        self._ran = time.monotonic()
+        self._observer.ran(size, queued, seconds)
+
+    def _is_proven(self) -> bool:
+        now = time.monotonic()
+        return self._fault is None and now - self._ran < _FRESH_S and now - self._right < _RIGHT_S
+
+    async def _take(self) -> None:
+        try:
+            vector = await self._embed(_TIMEOUT_S)
+        except TimeoutError:
+            # The image still waits behind others: large ones may take longer to decode than a batch of them to run. None is
+            # decoded for long behind a batch that hangs.
+            now = time.monotonic()
+            busy = now - max(self._ran, self._decoded) < _FRESH_S
+            self._fault = None if busy else f"{self._name} has run no batch for {now - self._ran:.0f} s"
+        except Exception as error:
+            self._fault = f"{self._name} fails ({type(error).__name__})"
+        else:
+            self._fault, self._right = self._judge(vector), time.monotonic()
+
+    def _judge(self, vector: Result) -> str | None:
+        """What is wrong with the golden image's vector."""
+        if isinstance(vector, ImageError):
+            return f"{self._name} cannot read its own golden image"
+        error = golden.relative_error(vector, self._expected)
+        if not error <= self._limit:
+            return f"{self._name} no longer gives its golden vectors (relative error {error:.2g})"
+        return None
