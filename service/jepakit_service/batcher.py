@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
 from jepakit.images import Pixels
-from jepakit_service.wire import Encoded
+from jepakit_service.wire import ImageData
 
 Result = NDArray[np.float32] | ImageError
 
@@ -43,7 +43,7 @@ class Observer(Protocol):
 class _Request:
     """The images of one request: what is still to be decoded, and what has come out. Guarded by the batcher's lock."""
 
-    def __init__(self, images: Sequence[Encoded]) -> None:
+    def __init__(self, images: Sequence[ImageData]) -> None:
         self.todo = deque(enumerate(images))
         self.results: list[Result | None] = [None] * len(images)
         self.left = len(images)
@@ -145,7 +145,7 @@ class Batcher:
     """
 
     def __init__(
-        self, decode: Callable[[Encoded], Decoded], run: _Model, *,
+        self, decode: Callable[[ImageData], Decoded], run: _Model, *,
         max_batch: int, lanes: int, whole: _Model, few: int, cores: int, lane_cores: int, observer: Observer,
     ) -> None:  # fmt: skip
         self._decode, self._observer = decode, observer
@@ -164,7 +164,7 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Result], int]:
+    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Result], int]:
         """A vector [D] for each image, or why it cannot be read, in order; and the pixels of those decoded, together.
 
         Cancelled or too late, it drops what has not been decoded or run yet. Raises what `run` raised, or TimeoutError.
@@ -227,7 +227,7 @@ class Batcher:
                 self._lock.notify()
         return batch
 
-    def _take_image(self) -> tuple[_Request, int, Encoded] | None:
+    def _take_image(self) -> tuple[_Request, int, ImageData] | None:
         """One image of the request whose turn it is; None where all requests are gone."""
         while self._requests:
             request = self._requests.popleft()
@@ -240,7 +240,7 @@ class Batcher:
             return request, place, image
         return None
 
-    def _decode_one(self, request: _Request, place: int, image: Encoded) -> None:
+    def _decode_one(self, request: _Request, place: int, image: ImageData) -> None:
         start = time.perf_counter()
         outcome: Decoded | BaseException
         try:

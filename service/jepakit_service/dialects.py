@@ -328,7 +328,7 @@ def _parse(model: type[_Asked], body: bytes, max_images: int) -> _Asked:
     return wire.validated(model, body)
 
 
-def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[wire.Encoded]:
+def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[wire.ImageData]:
     wire.check_number(len(items), max_images, field)
     return [_image(item, f"{field}[{index}]") for index, item in enumerate(items)]
 

@@ -12,7 +12,7 @@ from jepakit_service.batcher import Result
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import Plan
-from jepakit_service.wire import Encoded, unavailable
+from jepakit_service.wire import ImageData, unavailable
 
 
 class Answer(NamedTuple):
@@ -34,7 +34,7 @@ class Engine:
         self._settings = settings
         self._inside = 0
 
-    async def answer(self, model: LoadedModel, images: Sequence[Encoded]) -> Answer:
+    async def answer(self, model: LoadedModel, images: Sequence[ImageData]) -> Answer:
         """Embed a request's images; one bad image spoils no other.
 
         Raises ApiError: 429 before anything is decoded when too many images wait,

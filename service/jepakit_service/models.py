@@ -22,7 +22,7 @@ from jepakit_service.heartbeat import Heartbeat
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import tune
-from jepakit_service.wire import Encoded
+from jepakit_service.wire import ImageData
 
 
 class LoadedModel:
@@ -67,7 +67,7 @@ class LoadedModel:
         """The bundle's."""
         return self.manifest.digest
 
-    async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Result], int]:
+    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Result], int]:
         """A vector [D] for each image or why it cannot be read, in order, and the pixels of those decoded.
 
         Raises TimeoutError.
@@ -93,7 +93,7 @@ class LoadedModel:
         with contextlib.suppress(ImageError):
             self._decode(jpeg.getvalue())
 
-    def _decode(self, image: Encoded) -> Decoded:
+    def _decode(self, image: ImageData) -> Decoded:
         spec = self.manifest.preprocess
         try:
             pixels = read_image(image, spec, limits=self._limits)

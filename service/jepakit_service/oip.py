@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, Encoded, validated
+from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, ImageData, validated
 
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
@@ -265,7 +265,7 @@ def _wants_binary(request: InferRequest) -> bool:
     return of_request if not wishes or wishes[0] is None else wishes[0]
 
 
-def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> list[Encoded]:
+def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> list[ImageData]:
     if given.name not in (FILES, PIXELS) or (given.name == FILES) != (given.datatype == "BYTES"):
         raise _wrong(
             f"input {given.name[:100]!r} of {given.datatype} is not taken: send {FILES!r} as BYTES, or {PIXELS!r} as numbers",
@@ -280,7 +280,7 @@ def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> li
     return list(pixels)
 
 
-def _files(given: InferInput, tensor: memoryview | None) -> list[Encoded]:
+def _files(given: InferInput, tensor: memoryview | None) -> list[ImageData]:
     count = given.shape[0]
     if wire.number_of(given.shape) != count:
         raise _wrong(f"shape {given.shape} of {FILES!r}: send [N] or [N, 1]", "inputs[0].shape")

@@ -27,7 +27,7 @@ from jepakit.readers.quiet import quiet
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Encoded = bytes | NDArray[Any]
+ImageData = bytes | NDArray[Any]
 Encoding = Literal["float", "base64"]
 Results = Sequence[NDArray[np.float32] | ImageError]
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -85,7 +85,7 @@ class Dimensions(NamedTuple):
 class Ask(NamedTuple):
     """One request's images, the model asked for, and how the answer's vectors are to be written."""
 
-    images: list[Encoded]
+    images: list[ImageData]
     model: str | None = None
     field: str = "input"
     """What the list of images is called in the request: errors name `field[index]`."""
@@ -234,7 +234,7 @@ def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
         raise ApiError(400, "invalid_multipart", "the multipart body is damaged or its boundary is missing") from None
     if not form.is_whole:
         raise ApiError(400, "invalid_multipart", "the multipart body ends before its last boundary: send all of it")
-    images: list[Encoded] = []
+    images: list[ImageData] = []
     model = None
     for headers, data in form.parts:
         _, options = parse_options_header(headers.get(b"content-disposition", b""))
@@ -299,7 +299,7 @@ class _Form:
         self.is_whole = True
 
 
-def _read_npy(body: bytes, max_images: int) -> list[Encoded]:
+def _read_npy(body: bytes, max_images: int) -> list[ImageData]:
     """[N, H, W, C], [H, W, C] or [H, W] as numpy saves it. The header is judged before any array is made."""
     wanted = (
         "send one little-endian array [N, H, W, C], [H, W, C] or [H, W] of the model's own kind as numpy.save writes it"

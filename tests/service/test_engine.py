@@ -14,7 +14,7 @@ from jepakit.errors import InferenceError
 from jepakit_service.engine import Engine
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import Plan
-from jepakit_service.wire import ApiError, Encoded
+from jepakit_service.wire import ApiError, ImageData
 
 
 class Slow:
@@ -26,7 +26,7 @@ class Slow:
         self.inside = 0
         self.go = asyncio.Event()
 
-    async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Any], int]:
+    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Any], int]:
         await self.go.wait()
         return [np.zeros(2, np.float32)] * len(images), 0
 
@@ -75,7 +75,7 @@ def test_a_busy_model_keeps_no_request_from_another() -> None:
 
 def test_no_room_to_run_is_told_as_such_and_counts_nobody_as_waiting() -> None:
     class Full(Slow):
-        async def embed(self, images: Sequence[Encoded], timeout_s: float) -> tuple[list[Any], int]:
+        async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Any], int]:
             raise InferenceError(f"no room on the GPU for a batch of {len(images)} images")
 
     engine = Engine(ServeSettings(bundles=("x",), max_waiting=50))
