@@ -324,9 +324,11 @@ def _through_table(values: Pixels, dataset: Any) -> Pixels:
     table = dataset.VOILUTSequence[0]
     entries, first, bits = table.LUTDescriptor
     order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
-    shown = np.frombuffer(table.LUTData, f"{order}u2") if isinstance(table.LUTData, bytes) else np.array(table.LUTData)
+    data = table.LUTData
+    given = np.frombuffer(data, f"{order}u2") if isinstance(data, bytes) else np.array(data)
     places = np.clip(values.astype(np.int64) - first, 0, (entries or 2**16) - 1)
-    return shown[places] / (2**bits - 1)
+    shown: Pixels = given[places] / (2**bits - 1)
+    return shown
 
 
 def _palette_colours(stored: Pixels, dataset: Any) -> Pixels:
