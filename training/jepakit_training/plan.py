@@ -214,7 +214,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
 
 
 def _steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
-    """Enough for every image to be seen `epochs` times; where neither length is set, once, and 300 at least."""
+    """Enough for every image to be seen `epochs` times; where neither length is set, once, in 300 steps at least."""
     passes = math.ceil((config.epochs or 1) * trained_on / batch_size)
     return config.steps or (passes if config.epochs else max(DEFAULT_STEPS, passes))
 
