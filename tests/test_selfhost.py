@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import jepakit
 from jepakit_service.listeners import free_port
-from jepakit_service.metrics import Metrics, merged
+from jepakit_service.metrics import Metrics, merge
 from tests.service.conftest import picture
 from tests.test_pipeline import serving
 
@@ -392,7 +392,7 @@ def exporting() -> Iterator[int]:
             self.send_response(200 if allowed else 401)
             self.send_header("content-type", "text/plain; version=0.0.4")
             self.end_headers()
-            self.wfile.write(merged({"r1": metrics.families()}) + generate_latest(gpu) if allowed else b"")
+            self.wfile.write(merge({"r1": metrics.families()}) + generate_latest(gpu) if allowed else b"")
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -116,7 +116,7 @@ class _Posts:
 
     def handler(self, path: str) -> _Handler | None:
         """What answers a POST to `path`; None where FastAPI does."""
-        return self._by_path.get(path) or (self._infer if routes.inferred(path) else None)
+        return self._by_path.get(path) or (self._infer if routes.model_of_inference(path) else None)
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
@@ -143,12 +143,12 @@ class _Posts:
         return await _json(computed, lambda: dialects.write_cohere(ask, computed))
 
     async def _infer(self, call: Call) -> Reply:
-        asked = routes.inferred(call.path)
+        asked = routes.model_of_inference(call.path)
         assert asked is not None
         length = call.header(oip.JSON_LENGTH.lower()) or None
         inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
         computed = await self._compute(inference.ask, call, all_or_nothing=True)
-        written = await _written(computed, lambda: oip.write(inference, computed))
+        written = await _write(computed, lambda: oip.write(inference, computed))
         if written.json_length is None:
             return Reply(written.body, _JSON, _facts(computed))
         headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
@@ -175,7 +175,7 @@ async def _read(call: Call, read: Callable[[bytes, int], _Asked], max_images: in
     return await asyncio.to_thread(read, call.body, max_images)
 
 
-async def _written(computed: Computed, write: Callable[[], _T]) -> _T:
+async def _write(computed: Computed, write: Callable[[], _T]) -> _T:
     """What `write` makes of the vectors."""
     if len(computed.results) * computed.manifest.embedding.dim < _LONG_ANSWER:
         return write()
@@ -183,7 +183,7 @@ async def _written(computed: Computed, write: Callable[[], _T]) -> _T:
 
 
 async def _json(computed: Computed, write: Callable[[], Mapping[str, Any]]) -> Reply:
-    return Reply(await _written(computed, lambda: to_json(write())), _JSON, _facts(computed))
+    return Reply(await _write(computed, lambda: to_json(write())), _JSON, _facts(computed))
 
 
 def _facts(computed: Computed) -> dict[str, str]:

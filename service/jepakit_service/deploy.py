@@ -40,7 +40,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
                 target = _place(bundle, folder)
                 _check_watched(before, bundle, target)
                 with _swapped(bundle, target):
-                    return _switched(client, bundle, timeout_s)
+                    return _wait_for_switch(client, bundle, timeout_s)
         except OSError as error:
             raise DataError(
                 f"nothing was changed, {folder} cannot be written to ({error.strerror or error}): "
@@ -128,7 +128,7 @@ def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
 
 
-def _switched(client: Client, bundle: Bundle, timeout_s: float) -> ModelInfo:
+def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelInfo:
     """Wait until every replica serves the bundle; ServeError when one refuses it."""
     last = "does this service watch this folder? (`jepakit serve FOLDER`)"
     deadline = time.monotonic() + timeout_s

@@ -325,7 +325,7 @@ def _dimensions(field: str, value: int | None) -> Dimensions | None:
 
 def _parse(model: type[_Asked], body: bytes, max_images: int) -> _Asked:
     wire.check_json_size(body, max_images * wire.VALUES_AN_IMAGE + wire.VALUES_BESIDE)
-    return wire.validated(model, body)
+    return wire.validate(model, body)
 
 
 def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[wire.ImageData]:

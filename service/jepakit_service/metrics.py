@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus: one registry a replica, put together for the deployment by `merged`."""
+"""What the service counts, for Prometheus: one registry a replica, put together for the deployment by `merge`."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class _Collected(Collector):
         return self._families
 
 
-def merged(by_replica: Mapping[str, Sequence[Metric]]) -> bytes:
+def merge(by_replica: Mapping[str, Sequence[Metric]]) -> bytes:
     """Prometheus' text of several replicas: every sample once, with the label `replica`."""
     families: dict[str, Metric] = {}
     for replica, own in by_replica.items():

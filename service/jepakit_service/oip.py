@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, ImageData, validated
+from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, ImageData, validate
 
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
@@ -182,7 +182,7 @@ def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> I
     """A request to infer. `json_length` is the header of the binary extension. Raises ApiError 400 or 413."""
     head, tensors = _split(body, json_length)
     wire.check_json_size(head, MAX_JSON_VALUES)
-    request = validated(InferRequest, head)
+    request = validate(InferRequest, head)
     given = request.inputs[0]
     size = given.parameters.binary_data_size if given.parameters else None
     if size is None and given.data is None:

@@ -88,7 +88,7 @@ class Parameter:
     about: str
     schema: Mapping[str, Any]
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """As OpenAPI has it."""
         required = {"required": True} if self.place == "path" else {}
         return {"name": self.name, "in": self.place, "description": self.about, "schema": dict(self.schema), **required}
@@ -126,7 +126,7 @@ def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, A
     if keyed:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}]
-    lowered: dict[str, Any] = _lowered(made)
+    lowered: dict[str, Any] = _lower(made)
     return {**lowered, "openapi": "3.0.3"}
 
 
@@ -163,7 +163,7 @@ def _operation(post: Post, schemas: dict[str, Any]) -> dict[str, Any]:
         "operationId": post.name,
         "summary": post.about,
         "tags": [post.tag],
-        "parameters": [parameter.described() for parameter in post.parameters],
+        "parameters": [parameter.describe() for parameter in post.parameters],
         "requestBody": {"required": True, "content": _content(post.takes, schemas, "validation")},
         "responses": {
             "200": {
@@ -199,14 +199,14 @@ def _schema(kind: Any, schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
-def _lowered(node: Any) -> Any:
+def _lower(node: Any) -> Any:
     """JSON Schema as pydantic writes it, in the words of OpenAPI 3.0."""
     if isinstance(node, list):
-        return [_lowered(one) for one in node]
+        return [_lower(one) for one in node]
     if not isinstance(node, dict):
         return node
     node = {
-        key: {name: _lowered(one) for name, one in value.items()} if key == "properties" else _lowered(value)
+        key: {name: _lower(one) for name, one in value.items()} if key == "properties" else _lower(value)
         for key, value in node.items()
         if key != "propertyNames"
     }

@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from jepakit_service.engine import max_images_in_time
-from jepakit_service.metrics import merged
+from jepakit_service.metrics import merge
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report
@@ -39,7 +39,7 @@ def router(replica: Replica) -> APIRouter:
     async def metrics() -> Response:
         """Prometheus' text of all replicas, each sample with the label `replica`."""
         reports = await replica.reports()
-        text = merged({report.replica: report.families for report in reports})
+        text = merge({report.replica: report.families for report in reports})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/models")
@@ -48,7 +48,7 @@ def router(replica: Replica) -> APIRouter:
         reports = await replica.reports()
         return {
             "object": "list",
-            "data": [_described(model, replica.settings, reports) for model in replica.registry],
+            "data": [_describe(model, replica.settings, reports) for model in replica.registry],
         }
 
     @routes.get("/v1/models/{name}")
@@ -59,7 +59,7 @@ def router(replica: Replica) -> APIRouter:
         `update` tells of a newer version that is not in service yet, or was refused.
         """
         reports = await replica.reports()  # a switch may come meanwhile: what is described is not older than they are
-        return _described(replica.registry.find(name), replica.settings, reports)
+        return _describe(replica.registry.find(name), replica.settings, reports)
 
     return routes
 
@@ -79,7 +79,7 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
     }
 
 
-def _described(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> dict[str, Any]:
+def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> dict[str, Any]:
     """What a client needs to know of a model, and which versions of it the replicas have."""
     manifest = model.manifest
     states = [report.models[manifest.name] for report in reports if manifest.name in report.models]

@@ -14,7 +14,7 @@ _STEADY = (
 )  # fmt: skip
 
 
-def inferred(path: str) -> str | None:
+def model_of_inference(path: str) -> str | None:
     """The model that an inference of the Open Inference Protocol asks for, as NAME or NAME@MODEL_ID; None elsewhere."""
     match = _INFER.match(path)
     if match is None:

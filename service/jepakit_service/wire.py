@@ -134,7 +134,7 @@ def check_json_size(body: bytes, most: int) -> None:
         raise ApiError(400, "invalid_request", f"the JSON holds {count} lists and objects, at most {most} are read")
 
 
-def validated(model: type[_Model], body: bytes) -> _Model:
+def validate(model: type[_Model], body: bytes) -> _Model:
     """JSON as `model`. Raises ApiError 400 for the first thing that is wrong."""
     try:
         return model.model_validate_json(body)

@@ -25,7 +25,7 @@ from jepakit.errors import ConfigError
 from jepakit_service import api, dialects, routes, wire
 from jepakit_service.api import build_app
 from jepakit_service.keys import new_key
-from jepakit_service.metrics import merged
+from jepakit_service.metrics import merge
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError
 
@@ -322,7 +322,7 @@ def test_a_request_that_ray_cancels_for_its_client_left_is_counted(bundle: Path)
             await request
 
     asyncio.run(leave())
-    text = merged({"r": gate.replica.metrics.families()}).decode()
+    text = merge({"r": gate.replica.metrics.families()}).decode()
     assert 'jepakit_requests_total{replica="r",route="/v1/embeddings",status="499"} 1.0' in text
     assert 'jepakit_refused_total{reason="disconnected",replica="r"} 1.0' in text
     assert gate.in_flight == 0

@@ -29,7 +29,7 @@ from jepakit import _machine
 from jepakit.images import Pixels
 from jepakit_service import gate, heartbeat, logs, memory, models, operations, tracing
 from jepakit_service.listeners import open_listeners
-from jepakit_service.metrics import merged
+from jepakit_service.metrics import merge
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 from jepakit_service.sharing import Shared
@@ -271,7 +271,7 @@ def test_a_model_that_fails_is_no_sign_of_life(bundle: Path, monkeypatch: pytest
                 await replica.check()
 
     asyncio.run(go())
-    text = merged({"r": replica.metrics.families()}).decode()
+    text = merge({"r": replica.metrics.families()}).decode()
     assert 'jepakit_batch_size_count{model="tiny",replica="r"} 0.0' in text
 
 
