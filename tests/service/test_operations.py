@@ -107,13 +107,11 @@ def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
     monkeypatch.setattr(heartbeat, "_TIMEOUT_S", 0.3)
     replica = Replica(settings(bundle))
-    released = threading.Event()
     (model,) = replica.registry
 
     async def go() -> None:
         assert (await replica.report()).faults == ()
-        run = model._batcher._run
-        monkeypatch.setattr(model._batcher, "_run", lambda images: (released.wait(10), run(images))[1])
+        released = hang(model, monkeypatch)
         (fault,) = (await replica.report()).faults
         assert "has run no batch" in fault
         with pytest.raises(ApiError) as caught:
@@ -230,6 +228,7 @@ def test_a_model_that_computes_something_else_is_not_ready(bundle: Path, monkeyp
     (model,) = replica.registry
     run = model._batcher._run
     monkeypatch.setattr(model._batcher, "_run", lambda images: run(images) + np.float32(1))
+    monkeypatch.setattr(model._batcher, "_whole", model._batcher._run)
     (fault,) = asyncio.run(replica.report()).faults
     assert "no longer gives its golden vectors" in fault
 
