@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from jepakit import golden
+from jepakit._export_source import name_and_weights
 from jepakit._messages import lines_of
 from jepakit.backbone import (
     Embedder,
@@ -217,7 +218,7 @@ def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
 
 
 def _of_timm(config: ExportConfig) -> Source:
-    name, _, weights = config.source.partition(":")
+    name, weights = name_and_weights(config.source)
     weights = weights or "pretrained"
     if from_bundle(weights):
         raise ConfigError(

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jepakit._files import with_home
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name, known_names
 from jepakit.bundle import MANIFEST, START_WORDS, is_bundle
 from jepakit.config import ExportConfig
 from jepakit.errors import BackboneError, ConfigError, DataError
 from jepakit.run import CONFIG, is_run
+
+
+def name_and_weights(source: str) -> tuple[str, str]:
+    """NAME or NAME:WEIGHTS of one of timm's backbones in its two parts, `~` in front of a file read as the home folder."""
+    name, _, weights = source.partition(":")
+    return name, with_home(weights)
 
 
 def check_source(config: ExportConfig) -> None:
@@ -22,7 +29,7 @@ def check_source(config: ExportConfig) -> None:
         raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
     if is_bundle(path):
         return
-    name, _, weights = config.source.partition(":")
+    name, weights = name_and_weights(config.source)
     if path.exists():
         timm = f"; for timm's backbone say {path}:pretrained" if name.partition(".")[0] in known_names() else ""
         raise DataError(f"{path} is neither a run nor a bundle: it has no {CONFIG} and no {MANIFEST}{timm}")

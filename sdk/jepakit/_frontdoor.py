@@ -149,10 +149,7 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) 
     from jepakit.run import Run
 
     given = source.path if isinstance(source, Run | Bundle) else as_path(source, "source")
-    name, colon, weights = str(given).partition(":")
-    config = parse(
-        ExportConfig, {"source": f"{name}{colon}{with_home(weights)}", "out": str(as_path(out, "out")), **settings}
-    )
+    config = parse(ExportConfig, {"source": str(given), "out": str(as_path(out, "out")), **settings})
     check_source(config)
     check_new(Path(config.out))
     require("export")

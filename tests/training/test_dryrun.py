@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,27 +125,18 @@ def test_measuring_is_estimated_from_all_that_a_run_does(
 def test_a_broken_file_does_not_stop_a_dry_run(image_folder: Callable[..., Path]) -> None:
     folder = image_folder()
     (folder / "texture0" / "003.png").write_bytes(b"rubbish")
-    estimate = jepakit.dry_run(
-        folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0, most_skipped=0.1
+    dry_run = partial(
+        jepakit.dry_run, folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0
     )
-    assert estimate.measuring_s > 0
+    assert dry_run(most_skipped=0.1).measuring_s > 0
     with pytest.raises(DataError, match="over 1 % of the images cannot be read"):
-        jepakit.dry_run(folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0)
+        dry_run()
     for number in (4, 5):
         (folder / "texture0" / f"00{number}.png").write_bytes(b"rubbish")
     with pytest.raises(
         DataError, match=r"more, among them texture0/00\d.png, texture0/00\d.png.*; over 5 %"
     ) as refused:
-        jepakit.dry_run(
-            folder,
-            backbone="test_vit",
-            weights="random",
-            image_size=64,
-            batch_size=8,
-            steps=1,
-            workers=0,
-            most_skipped=0.05,
-        )
+        dry_run(most_skipped=0.05)
     assert "skipped.csv" not in str(refused.value)
 
 

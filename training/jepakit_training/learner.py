@@ -167,9 +167,11 @@ class Learner:
     def _choose_trained(self) -> LoraModel | None:
         """Freeze what does not train; returns the low-rank additions where those train."""
         config, backbone = self._config, self._backbone
-        lora = add_lora(backbone, config.lora_rank, config.seed) if config.unfreeze == "lora" else None
-        if lora is None:
-            freeze(backbone, config.unfreeze, from_random=config.weights == "random")  # type: ignore[arg-type]
+        lora = None
+        if config.unfreeze == "lora":
+            lora = add_lora(backbone, config.lora_rank, config.seed)
+        else:
+            freeze(backbone, config.unfreeze, from_random=config.weights == "random")
         if config.activation_checkpointing:
             checkpoint_activations(backbone, config.backbone)
         return lora
