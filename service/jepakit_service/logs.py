@@ -44,10 +44,11 @@ def configure(settings: ServeSettings, send_to: str | None = None) -> None:
 
 def silence() -> None:
     """Log nowhere any more."""
-    for logger in map(logging.getLogger, _LOGGERS):
-        for handler in list(logger.handlers):
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        for logger in loggers:
             logger.removeHandler(handler)
-            handler.close()
+        handler.close()
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -100,6 +101,7 @@ class _Queued(logging.Handler):
     def __init__(self, send: Callable[[Iterator[bytes]], None]) -> None:
         super().__init__()
         self._lines: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
+        self._ended = False
         self._thread = threading.Thread(target=send, args=(iter(self._lines.get, None),), name="logs", daemon=True)
         self._thread.start()
 
@@ -109,10 +111,12 @@ class _Queued(logging.Handler):
             self._lines.put_nowait(self.format(record).encode()[:_LONGEST_LINE])
 
     def close(self) -> None:
-        """Let the lines that wait be sent, for two seconds at most."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=_LAST_LINES_S)
-            self._thread.join(_LAST_LINES_S)
+        """Let the lines that wait be sent, for two seconds at most; `logging` closes it once more at exit."""
+        if not self._ended:
+            self._ended = True
+            with contextlib.suppress(queue.Full):
+                self._lines.put(None, timeout=_LAST_LINES_S)
+                self._thread.join(_LAST_LINES_S)
         super().close()
 
 

@@ -503,6 +503,19 @@ def test_standard_error_that_nobody_reads_holds_up_neither_who_logs_nor_the_end(
         wait_until(handler._lines.empty, "the lines stay")
 
 
+def test_the_log_is_ended_once_though_two_loggers_write_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        logs.configure(settings(tmp_path))
+        handler: Any = logging.getLogger(logs.LOGGER).handlers[0]
+        logging.getLogger("uvicorn").info("the last line")
+        logs.silence()
+        handler.close()
+        assert not handler._thread.is_alive()
+        assert handler._lines.empty(), "it was ended more than once"
+    assert "info the last line\n" in (tmp_path / "log").read_text()
+
+
 class Traces(BaseHTTPRequestHandler):
     """A collector of traces: keeps the bodies it is sent."""
 
