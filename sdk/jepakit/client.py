@@ -135,8 +135,7 @@ class _Limits:
         try:
             told = _named(models, asked)[0].raw["limits"]
             body = told["max_body_mb"] << 20
-            in_time = told.get("max_images_in_time", told["max_images"] * _AT_ONCE)  # an older service tells no such
-            images = min(cls.images, told["max_images"], max(1, in_time // _AT_ONCE))
+            images = min(cls.images, told["max_images"], max(1, told["max_images_in_time"] // _AT_ONCE))
             return cls(images, min(cls.bytes, body), body)
         except (IndexError, KeyError, TypeError):
             return cls()

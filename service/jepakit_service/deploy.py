@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
-from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError
+from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
@@ -24,9 +24,10 @@ _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
     """Copy, swap, wait, and keep or undo; returns what the service then says of the model.
 
-    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is not one, cannot be
-    written to or is not the one that is watched, ConnectionFailedError when there is no service, ServeError when another
-    deploy is at work, or the service refuses the version or takes too long: the folder is then as it was.
+    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is not one or
+    not the one that is watched, WriteError when it cannot be written to, ConnectionFailedError when there is no service,
+    ServeError when another deploy is at work, or the service refuses the version or takes too long: the folder is then as
+    it was.
     """
     bundle = open_bundle(source)
     bundle.check(GRAPH)
@@ -42,7 +43,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
                 with _swapped(bundle, target):
                     return _wait_for_switch(client, bundle, timeout_s)
         except OSError as error:
-            raise DataError(
+            raise WriteError(
                 f"nothing was changed, {folder} cannot be written to ({error.strerror or error}): "
                 "make room there, or deploy as a user who may write there"
             ) from None

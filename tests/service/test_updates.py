@@ -19,7 +19,7 @@ import pytest
 import jepakit
 from jepakit import cli
 from jepakit.client import ModelInfo
-from jepakit.errors import BundleError, ConnectionFailedError, DataError, NotFoundError, ServeError
+from jepakit.errors import BundleError, ConnectionFailedError, DataError, NotFoundError, ServeError, WriteError
 from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import deploy
@@ -433,7 +433,7 @@ def test_a_full_disk_changes_nothing(
         monkeypatch.setattr(
             Path, "rename", lambda path, to: (rename if path.name == "tiny" or path.suffix else full)(path, to)
         )
-    with pytest.raises(DataError, match=r"nothing was changed.*No space left on device"):
+    with pytest.raises(WriteError, match=r"nothing was changed.*No space left on device"):
         to(other, folder)
     assert is_as_before(folder, bundle)
 
