@@ -15,6 +15,7 @@ import asyncio
 import gc
 import io
 import json
+import math
 import signal
 import tempfile
 import time
@@ -202,7 +203,8 @@ class Bench:
         cases[EMBED] = self._block(lambda: model.embed(files, progress=False))
         batcher = Batcher(
             lambda image: Decoded(np.asarray(image), 0), session.run, max_batch=best[ENGINE], lanes=1,
-            whole=session.run, few=0, cores=self._threads, lane_cores=self._threads, observer=Nobody(),
+            whole=session.run, few=0, cores=self._threads, lane_cores=self._threads, batch_s=math.inf,
+            observer=Nobody(),
         )  # fmt: skip
         with asyncio.Runner() as loop:
             cases[ENGINE] = self._block(lambda: loop.run(through(batcher, self._images)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
             for lanes in (1, 2):
                 batcher = Batcher(
                     lambda image: Decoded(np.asarray(image), 0), runs[name], max_batch=32, lanes=lanes, whole=runs[name],
-                    few=0, cores=usable_cpus(), lane_cores=0, observer=Nobody(),
+                    few=0, cores=usable_cpus(), lane_cores=0, batch_s=math.inf, observer=Nobody(),
                 )  # fmt: skip
                 batchers.callback(batcher.close)
                 cases[f"{name}, service's batcher, {lanes} lanes", 32] = clocked(

@@ -13,11 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._machine import trim_heap
 from jepakit.errors import ImageError
 from jepakit.images import Pixels
 from jepakit_service.wire import ImageData
@@ -70,7 +72,8 @@ class _Request:
             self.future.set_exception(error)
 
 
-_Ready = tuple[_Request, int, Pixels]
+_Ready = tuple[_Request, int, Pixels, float]
+"""An image of a request, its place there, what the graph takes, and when it was decoded."""
 _Model = Callable[[Pixels], NDArray[np.float32]]
 
 
@@ -87,6 +90,8 @@ class State(NamedTuple):
     """Lanes."""
     at_work: int
     """Images in the lanes."""
+    waited_s: float
+    """Seconds since the first of the ready images was decoded."""
     closed: bool
 
 
@@ -98,6 +103,7 @@ class Capacity(NamedTuple):
     few: int
     cores: int
     lane_cores: int
+    batch_s: float
 
 
 class RunBatch(NamedTuple):
@@ -112,11 +118,13 @@ def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait
     """What is most useful next, for a thread that has nothing to do.
 
     A batch is run where a lane is free, and the batch is full or can grow only while a core stands idle: one more
-    inference beside busy cores would slow them all, and soon be followed by another.
+    inference beside busy cores would slow them all, and soon be followed by another. But no image waits for others to be
+    decoded for longer than a batch takes.
     """
-    max_batch, lanes, few, cores, lane_cores = capacity
+    max_batch, lanes, few, cores, lane_cores, batch_s = capacity
     all_busy = now.running * lane_cores + now.decoding >= cores
-    if now.ready and now.running < lanes and (now.ready >= max_batch or not (now.requests or all_busy)):
+    due = now.ready >= max_batch or now.waited_s > batch_s or not (now.requests or all_busy)
+    if now.ready and now.running < lanes and due:
         if now.ready <= few and not (now.running or now.decoding or now.requests):
             return RunBatch(few, lanes, whole=True)  # a few that are all there is
         # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
@@ -140,17 +148,19 @@ class Batcher:
     few        images that go to `whole` while nothing else is there
     cores      of this machine, for decoding and for lanes that run there
     lane_cores of them that a running lane keeps busy; 0 where it waits for a GPU
+    batch_s    seconds that a full batch takes
 
     Images are taken from the requests in turn, one of each: a request of hundreds does not hold up one of one.
     """
 
     def __init__(
         self, decode: Callable[[ImageData], Decoded], run: _Model, *,
-        max_batch: int, lanes: int, whole: _Model, few: int, cores: int, lane_cores: int, observer: Observer,
+        max_batch: int, lanes: int, whole: _Model, few: int, cores: int, lane_cores: int, batch_s: float,
+        observer: Observer,
     ) -> None:  # fmt: skip
         self._decode, self._observer = decode, observer
         self._run, self._whole = run, whole
-        self._capacity = Capacity(max_batch, lanes, few, cores, lane_cores)
+        self._capacity = Capacity(max_batch, lanes, few, cores, lane_cores, batch_s)
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
         self._running = 0  # lanes
@@ -161,6 +171,7 @@ class Batcher:
         # A lane and its decoders: while all lanes run, there is someone to prepare the next batch.
         count = max(cores, lanes + 1)
         self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
+        self._at_hand = count  # threads
         for thread in self._threads:
             thread.start()
 
@@ -179,9 +190,11 @@ class Batcher:
         timer = request.loop.call_later(timeout_s, request.expire)
         try:
             await request.future
+        except BaseException:
+            self._drop(request)
+            raise
         finally:
             timer.cancel()
-            request.gone = True
         return [result for result in request.results if result is not None], request.area
 
     def close(self) -> None:
@@ -193,6 +206,23 @@ class Batcher:
     def _work(self) -> None:
         while (task := self._next()) is not None:
             task()
+            del task  # and what it holds, before waiting for the next
+        with self._lock:
+            self._at_hand -= 1
+            if self._at_hand:
+                return
+        # Nobody runs the model any more, and whoever still holds this object must not hold the model's memory.
+        del self._run, self._whole
+        trim_heap()
+
+    def _drop(self, request: _Request) -> None:
+        """Forget what has not been decoded or run yet of a request that nobody waits for, and the memory it holds."""
+        with self._lock:
+            request.gone = True
+            request.todo.clear()
+            self._requests = deque(other for other in self._requests if other is not request)
+            self._ready = deque(image for image in self._ready if image[0] is not request)
+            self._lock.notify()
 
     def _next(self) -> Callable[[], None] | None:
         """The most useful thing to do, waited for; None once closed and empty."""
@@ -205,40 +235,33 @@ class Batcher:
                 if todo == "wait":
                     self._lock.wait()
                 elif todo == "decode":
-                    if image := self._take_image():
-                        return lambda: self._decode_one(*image)
-                elif batch := self._take_batch(todo):
-                    return lambda: self._run_batch(batch, todo)
+                    return partial(self._decode_one, *self._take_image())
+                else:
+                    return partial(self._run_batch, self._take_batch(todo), todo)
 
     def _state(self) -> State:
-        return State(len(self._requests), self._decoding, len(self._ready), self._running, self._at_work, self._closed)
+        waited_s = time.perf_counter() - self._ready[0][3] if self._ready else 0.0
+        return State(
+            len(self._requests), self._decoding, len(self._ready), self._running, self._at_work, waited_s, self._closed
+        )
 
     def _take_batch(self, way: RunBatch) -> list[_Ready]:
-        """Images to run together; none where all of their requests are gone."""
-        batch: list[_Ready] = []
-        while self._ready and len(batch) < way.size:
-            image = self._ready.popleft()
-            if not image[0].gone:
-                batch.append(image)
-        if batch:
-            self._running += way.lanes
-            self._at_work += len(batch)
-            if self._ready:
-                self._lock.notify()
+        """Images to run together."""
+        batch = [self._ready.popleft() for _ in range(min(way.size, len(self._ready)))]
+        self._running += way.lanes
+        self._at_work += len(batch)
+        if self._ready:
+            self._lock.notify()
         return batch
 
-    def _take_image(self) -> tuple[_Request, int, ImageData] | None:
-        """One image of the request whose turn it is; None where all requests are gone."""
-        while self._requests:
-            request = self._requests.popleft()
-            if request.gone:
-                continue
-            place, image = request.todo.popleft()
-            if request.todo:
-                self._requests.append(request)
-            self._decoding += 1
-            return request, place, image
-        return None
+    def _take_image(self) -> tuple[_Request, int, ImageData]:
+        """One image of the request whose turn it is."""
+        request = self._requests.popleft()
+        place, image = request.todo.popleft()
+        if request.todo:
+            self._requests.append(request)
+        self._decoding += 1
+        return request, place, image
 
     def _decode_one(self, request: _Request, place: int, image: ImageData) -> None:
         start = time.perf_counter()
@@ -250,13 +273,14 @@ class Batcher:
         self._observer.decoded(time.perf_counter() - start)
         with self._lock:
             self._decoding -= 1
-            if isinstance(outcome, Decoded):
+            if request.gone:
+                pass
+            elif isinstance(outcome, Decoded):
                 request.area += outcome.area
-                self._ready.append((request, place, outcome.pixels))
+                self._ready.append((request, place, outcome.pixels, time.perf_counter()))
             elif isinstance(outcome, ImageError):
                 self._finish(request, place, outcome)
             else:
-                request.gone = True
                 request.settle(outcome)
             self._lock.notify()
 
@@ -266,20 +290,19 @@ class Batcher:
         error: BaseException | None = None
         vectors: Any = None
         try:
-            vectors = run(np.stack([pixels for _, _, pixels in batch]))
+            vectors = run(np.stack([pixels for _, _, pixels, _ in batch]))
         except BaseException as caught:  # as above
             error = caught
         else:
             seconds = time.perf_counter() - start
-            self._observer.ran(len(batch), [start - request.since for request, _, _ in batch], seconds)
+            self._observer.ran(len(batch), [start - request.since for request, *_ in batch], seconds)
         with self._lock:
             self._running -= way.lanes
             self._at_work -= len(batch)
-            for row, (request, place, _) in enumerate(batch):
+            for row, (request, place, *_) in enumerate(batch):
                 if error is None:
                     self._finish(request, place, vectors[row])
-                elif not request.gone:
-                    request.gone = True
+                else:
                     request.settle(error)
             self._lock.notify()
 

@@ -36,7 +36,11 @@ class LoadedModel:
         expected = golden.unpack(bundle.read(GOLDEN))
         self._golden_image = expected.images[0]
         inputs = expected.inputs(self.manifest.preprocess)
-        self.plan, self._session, whole = tune(session, bundle, inputs, settings)
+        self.provider: Provider = session.provider
+        """What really runs: cpu, cuda, tensorrt or openvino."""
+        self.precision = session.precision
+        """What is really computed: fp32, fp16, int8 or bf16."""
+        self.plan, session, whole = tune(session, bundle, inputs, settings)
         trim_heap()  # opening a session leaves as much free memory behind as its graph is large
         self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
         self._warm_up()
@@ -45,22 +49,16 @@ class LoadedModel:
         """Images of requests that the engine has let in."""
         # Where the table judges by cosines, one vector tells no more than that its numbers are numbers.
         limit = golden.TOLERANCES[self.precision, self.provider].relative or 1.0
-        self.heartbeat = Heartbeat(self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.counted)
+        self.heartbeat = Heartbeat(
+            self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.counted
+        )
+        # It alone holds the sessions, and lets go of them once it is closed and empty.
         self._batcher = Batcher(
-            self._decode, self._session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
+            self._decode, session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
             whole=whole.run, few=self.plan.few, cores=settings.threads,
-            lane_cores=0 if self.provider in ON_GPU else self.plan.threads, observer=self.heartbeat,
+            lane_cores=0 if self.provider in ON_GPU else self.plan.threads, batch_s=self.plan.batch_s,
+            observer=self.heartbeat,
         )  # fmt: skip
-
-    @property
-    def provider(self) -> Provider:
-        """What really runs: cpu, cuda, tensorrt or openvino."""
-        return self._session.provider
-
-    @property
-    def precision(self) -> str:
-        """What is really computed: fp32, fp16, int8 or bf16."""
-        return self._session.precision
 
     @property
     def digest(self) -> str:
@@ -79,7 +77,7 @@ class LoadedModel:
             self.counted.waiting.dec(len(images))
 
     def close(self) -> None:
-        """Answer what waits, then let go of the threads."""
+        """Answer what waits, then let go of the threads and of the graph's memory."""
         self._batcher.close()
 
     async def _embed_golden(self, timeout_s: float) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -65,7 +65,8 @@ def router(replica: Replica) -> APIRouter:
 
 
 def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
-    faults = {report.replica: list(report.faults) for report in reports if report.faults}
+    in_service = {name for report in reports for name, state in report.models.items() if state.current}
+    faults = {report.replica: found for report in reports if (found := _faults(report, in_service))}
     ready = len(reports) - len(faults)
     if ready == 0:
         reason = "; ".join(fault for some in faults.values() for fault in some) or "no replica answered"
@@ -74,9 +75,15 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
         "status": "ready" if ready >= wanted and not faults else "degraded",
         "replicas": wanted,
         "replicas_ready": ready,
-        "models": sorted({name for report in reports for name, state in report.models.items() if state.current}),
+        "models": sorted(in_service),
         "faults": faults,
     }
+
+
+def _faults(report: Report, in_service: Collection[str]) -> list[str]:
+    """What is wrong with a replica: what it says itself, and models that others have in service."""
+    mine = {name for name, state in report.models.items() if state.current}
+    return [*report.faults, *(f"{name} is not in service on this replica" for name in sorted(set(in_service) - mine))]
 
 
 def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from jepakit.bundle import DATA, GRAPH, Bundle
+from jepakit.errors import InferenceError
 from jepakit.images import Pixels
 from jepakit.runtime import ON_GPU, Provider
 from jepakit.session import Session
@@ -41,6 +42,11 @@ class Plan(NamedTuple):
     few: int
     """Images that all cores together answer sooner than lanes do; 0: lanes always, or there is only one."""
 
+    @property
+    def batch_s(self) -> float:
+        """Seconds of a full batch while every lane runs one."""
+        return self.max_batch * self.lanes / self.rate
+
 
 class Tuned(NamedTuple):
     """A model's plan, the session that its lanes share, and the one that takes all cores for `plan.few` images."""
@@ -65,7 +71,7 @@ def tune(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettin
     # In turns, and the shortest of all: a slow moment of the machine must not decide between them.
     for _ in range(_PASSES):
         for way in ways:
-            way.measure(images, sizes)
+            way.measure(images, sizes, least=settings.max_batch or 1)
     plans = {way: way.plan(settings.max_batch) for way in ways}
     best = max(ways, key=lambda way: plans[way].rate * (_BETTER if way is not whole else 1))
     few = whole.few_beside(best)
@@ -99,12 +105,24 @@ class _Way:
         """Seconds of a lone image."""
         self._seconds: dict[int, float] = {}
         """Of one batch of each size while every lane runs."""
+        self._too_large = math.inf
+        """The first size for which there was no memory."""
 
-    def measure(self, images: Pixels, sizes: Iterable[int]) -> None:
-        """Once more: a lone image, and batches of every size up to the first that takes too long."""
+    def measure(self, images: Pixels, sizes: Iterable[int], least: int) -> None:
+        """Once more: a lone image, and batches of every size up to the first that takes too long or does not fit.
+
+        Raises InferenceError where one of at most `least` images cannot be run.
+        """
         self._alone = min(self._alone, _pass(self.session, images[:1], 1))
-        for size in sizes:
-            seconds = _pass(self.session, images[np.arange(size) % len(images)], self._lanes)
+        for size in (size for size in sizes if size < self._too_large):
+            try:
+                seconds = _pass(self.session, images[np.arange(size) % len(images)], self._lanes)
+            except InferenceError:
+                if size <= least:
+                    raise
+                self._too_large = size
+                self._seconds.pop(size, None)
+                break
             self._seconds[size] = min(seconds, self._seconds.get(size, math.inf))
             if self._seconds[size] > _LONGEST_BATCH_S:
                 break
@@ -133,10 +151,6 @@ def _pass(session: Session, batch: Pixels, lanes: int) -> float:
             session.run(batch)
             rounds[lane] += 1
 
-    others = [threading.Thread(target=repeat, args=(lane,)) for lane in range(1, lanes)]
-    for thread in others:
-        thread.start()
-    repeat(0)
-    for thread in others:
-        thread.join()
+    with ThreadPoolExecutor(lanes) as threads:
+        list(threads.map(repeat, range(lanes)))  # raises what one of them raised
     return (time.perf_counter() - start) * lanes / sum(rounds)

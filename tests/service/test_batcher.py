@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,10 +65,11 @@ def batcher(
     whole: Recorder | None = None,
     few: int = 0,
     cores: int = 1,
+    batch_s: float = 60.0,
 ) -> Batcher:
     return Batcher(
         model.decode, model.run, max_batch=max_batch, lanes=lanes, whole=(whole or model).run, few=few,
-        cores=cores, lane_cores=cores // lanes, observer=model,
+        cores=cores, lane_cores=cores // lanes, batch_s=batch_s, observer=model,
     )  # fmt: skip
 
 
@@ -119,6 +122,26 @@ def test_a_request_of_hundreds_does_not_hold_up_one_of_one() -> None:
     asyncio.run(ask())
     turn = next(turn for turn, batch in enumerate(model.batches) if 1 in batch)
     assert turn < 10, "of 200 batches"
+
+
+def test_an_image_does_not_wait_for_a_batch_of_others_to_be_decoded() -> None:
+    class Large(Recorder):
+        def decode(self, image: Any) -> Decoded:
+            time.sleep(0.02)
+            return super().decode(image)
+
+    model = Large()
+    packed = batcher(model, max_batch=128, cores=2, batch_s=0.01)
+
+    async def ask() -> None:
+        large = asyncio.create_task(embed(packed, [b"\7"] * 64))
+        while not packed._requests:
+            await asyncio.sleep(0.001)
+        await embed(packed, [b"\1"])
+        assert model.decodes < 60, "of 65"
+        await large
+
+    asyncio.run(ask())
 
 
 class Lanes(Recorder):
@@ -280,7 +303,7 @@ def test_an_image_that_is_ready_does_not_wait_for_those_whose_client_left() -> N
     assert model.batches == [[2], [1]]
 
 
-IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, closed=False)
+IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, waited_s=0, closed=False)
 
 
 @pytest.mark.parametrize(
@@ -304,16 +327,19 @@ IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, closed=False
         ({"ready": 4, "requests": 1}, RunBatch(4, 1, whole=False)),
         ({"ready": 4, "requests": 1, "running": 2, "at_work": 8}, "decode"),
         ({"ready": 12, "requests": 1, "running": 2, "at_work": 8, "decoding": 4}, "wait"),
+        ({"ready": 3, "requests": 1, "waited_s": 1.1}, RunBatch(4, 1, whole=False)),
+        ({"ready": 1, "decoding": 2, "waited_s": 1.1}, RunBatch(1, 1, whole=False)),
+        ({"ready": 1, "running": 2, "at_work": 4, "waited_s": 1.1}, "wait"),
     ],
     ids=str,
 )
 def test_what_is_most_useful_next(now: dict[str, Any], due: object) -> None:
-    assert decide(IDLE._replace(**now), Capacity(max_batch=4, lanes=2, few=1, cores=2, lane_cores=1)) == due
+    assert decide(IDLE._replace(**now), Capacity(4, lanes=2, few=1, cores=2, lane_cores=1, batch_s=1)) == due
 
 
 def test_cores_busy_decoding_are_nothing_to_a_gpu_that_computes() -> None:
     now = IDLE._replace(ready=1, running=1, at_work=5, decoding=1)
-    assert decide(now, Capacity(max_batch=4, lanes=2, few=0, cores=2, lane_cores=0)) == RunBatch(3, 1, whole=False)
+    assert decide(now, Capacity(4, lanes=2, few=0, cores=2, lane_cores=0, batch_s=1)) == RunBatch(3, 1, whole=False)
 
 
 def test_too_late_is_told_and_drops_what_waits() -> None:
@@ -329,3 +355,56 @@ def test_too_late_is_told_and_drops_what_waits() -> None:
 
     asyncio.run(ask())
     assert model.batches == [[1], [5]]
+
+
+class Image(list[int]):
+    """A body that can be watched."""
+
+
+def test_nothing_is_kept_of_a_request_that_nobody_waits_for() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=1)
+
+    async def ask() -> None:
+        await embed(packed, [b"\5"])
+        model.gate.clear()
+        first = asyncio.create_task(embed(packed, [b"\1"]))
+        while model.decodes < 2:
+            await asyncio.sleep(0.001)
+        images: Any = [Image([n]) for n in range(2, 9)]
+        left = asyncio.create_task(embed(packed, images))
+        while len(packed._ready) < 2:
+            await asyncio.sleep(0.001)
+        watched = [weakref.ref(image) for image in images]
+        del images
+        left.cancel()
+        await asyncio.wait([left])
+        assert left.cancelled()
+        del left
+        gc.collect()
+        assert [image for image in watched if image() is not None] == []
+        assert not packed._ready
+        model.gate.set()
+        await first
+
+    asyncio.run(ask())
+    assert model.batches == [[5], [1]]
+
+
+def test_a_closed_batcher_holds_the_model_no_longer() -> None:
+    model, observer = Recorder(), Recorder()
+    packed = Batcher(
+        observer.decode, model.run, max_batch=1, lanes=1, whole=model.run, few=0, cores=2, lane_cores=1, batch_s=1,
+        observer=observer,
+    )  # fmt: skip
+    asyncio.run(embed(packed, [b"\1"]))
+    held = weakref.ref(model)
+    packed.close()
+    gc.disable()
+    try:
+        del model
+        for thread in packed._threads:
+            thread.join(10)
+        assert held() is None
+    finally:
+        gc.enable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -103,8 +105,14 @@ def hang(model: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> threadin
     return released
 
 
-def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take no batch as proof, however slow the model: each heartbeat is an image of its own."""
     monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
+    monkeypatch.setattr(heartbeat, "_BATCHES", 0)
+
+
+def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
     monkeypatch.setattr(heartbeat, "_TIMEOUT_S", 0.3)
     replica = Replica(settings(bundle))
     (model,) = replica.registry
@@ -127,6 +135,7 @@ def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.Monke
 def test_a_model_whose_images_take_long_to_decode_is_busy_and_one_that_hangs_is_not(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    at_once(monkeypatch)
     for name, seconds in (("_FRESH_S", 0.5), ("_TIMEOUT_S", 1.0), ("_PATIENCE_S", 10.0)):
         monkeypatch.setattr(heartbeat, name, seconds)
     (model,) = Replica(settings(bundle)).registry
@@ -186,7 +195,7 @@ def test_a_large_answer_is_sent_as_it_is_taken_and_not_waited_with_for_ever(monk
 
 
 def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
+    at_once(monkeypatch)
     replica = Replica(settings(bundle))
     (model,) = replica.registry
     run, ran = model._batcher._run, []
@@ -222,8 +231,30 @@ def test_a_model_that_works_off_a_backlog_is_not_dead(bundle: Path, monkeypatch:
     assert asyncio.run(model.heartbeat()) is None
 
 
+def test_a_slow_model_is_given_the_time_of_some_of_its_batches(bundle: Path) -> None:
+    asked: list[float] = []
+
+    async def behind_others(timeout_s: float) -> Any:
+        asked.append(timeout_s)
+        raise TimeoutError
+
+    def beat(batch_s: float) -> heartbeat.Heartbeat:
+        made = heartbeat.Heartbeat("slow", behind_others, np.zeros(2, np.float32), 1e-3, batch_s, observer)
+        made._ran = made._right = made._decoded = time.monotonic() - 50
+        return made
+
+    (model,) = Replica(settings(bundle)).registry
+    observer = model.counted
+    assert asyncio.run(beat(20.0)()) is None, "the batches before it take a minute"
+    assert "has run no batch for 50 s" in (asyncio.run(beat(0.1)()) or "")
+    made = beat(20.0)
+    made._ran = made._decoded = made._ran - 20
+    assert "has run no batch for 70 s" in (asyncio.run(made()) or "")
+    assert asked == [10.0, 120.0], "the first one was proof enough"
+
+
 def test_a_model_that_computes_something_else_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
+    at_once(monkeypatch)
     replica = Replica(settings(bundle))
     (model,) = replica.registry
     run = model._batcher._run
@@ -275,7 +306,7 @@ def test_a_model_that_fails_is_no_sign_of_life(bundle: Path, monkeypatch: pytest
 
 
 def test_a_probe_does_not_wait_for_a_heartbeat(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
+    at_once(monkeypatch)
     monkeypatch.setattr(heartbeat, "_TIMEOUT_S", 2.0)
     monkeypatch.setattr(heartbeat, "_PATIENCE_S", 0.05)
     replica = Replica(settings(bundle))
@@ -295,6 +326,18 @@ def test_a_probe_does_not_wait_for_a_heartbeat(bundle: Path, monkeypatch: pytest
         assert (await replica.report()).faults == ()
 
     asyncio.run(go())
+
+
+def test_a_closed_model_gives_its_memory_back_whoever_still_knows_it(bundle: Path) -> None:
+    """Ray takes what a replica begins with out of garbage collection."""
+    (model,) = Replica(settings(bundle)).registry
+    session = weakref.ref(model._batcher._run.__self__)  # type: ignore[attr-defined]
+    gc.disable()
+    try:
+        model.close()
+        wait_until(lambda: session() is None, "the session stays", within_s=20)
+    finally:
+        gc.enable()
 
 
 def test_too_much_memory_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +377,15 @@ def test_without_a_model_the_service_is_not_ready_and_says_so(bundle: Path) -> N
     with pytest.raises(ApiError, match="no model is in service") as caught:
         deployment.replicas[0].registry.find(None)
     assert caught.value.status == 503
+
+
+def test_a_replica_that_lacks_what_another_serves_is_not_ready(bundle: Path) -> None:
+    deployment = Deployment(bundle)
+    lacking = deployment.replicas[1]
+    lacking.registry.forget("tiny").current.close()  # type: ignore[union-attr]
+    told = asyncio.run(deployment.get("/readyz")).json()
+    assert (told["status"], told["replicas_ready"], told["models"]) == ("degraded", 1, ["tiny"])
+    assert "tiny is not in service on this replica" in told["faults"][lacking.id]
 
 
 def test_a_pinned_version_is_described_itself_during_a_switch(bundle: Path) -> None:

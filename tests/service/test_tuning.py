@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from jepakit import golden
 from jepakit.bundle import GOLDEN, open_bundle
+from jepakit.errors import InferenceError
 from jepakit.images import Pixels
 from jepakit.runtime import Chosen
 from jepakit.session import Session
@@ -80,6 +82,47 @@ def test_on_a_gpu_two_lanes_share_the_session_unless_they_lose(
     plan, session, whole = tuned_by(seconds, bundle, monkeypatch, provider="cuda")
     assert (plan.lanes, plan.max_batch, plan.few) == (lanes, size, 0)
     assert session is whole
+
+
+def without_room(monkeypatch: pytest.MonkeyPatch, lanes: int, size: int) -> None:
+    """From now on a session has no memory for batches of so many images in so many lanes."""
+    timed = tuning._pass
+
+    def fitting(session: Session, batch: Pixels, at_a_time: int) -> float:
+        if at_a_time >= lanes and len(batch) >= size:
+            raise InferenceError("out of memory")
+        return timed(session, batch, at_a_time)
+
+    monkeypatch.setattr(tuning, "_pass", fitting)
+
+
+def test_a_batch_for_which_there_is_no_memory_is_not_chosen(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_LEAST_S", 0.001)
+    opened = open_bundle(bundle)
+    session = Session.open(opened, provider="cpu", threads=2)
+    inputs = golden.unpack(opened.read(GOLDEN)).inputs(opened.manifest.preprocess)
+    without_room(monkeypatch, 1, 4)
+    plan, *_ = tune(session, opened, inputs, ServeSettings(bundles=("x",), threads=2))
+    assert plan.max_batch < 4
+    with pytest.raises(InferenceError, match="out of memory"):
+        tune(session, opened, inputs, ServeSettings(bundles=("x",), threads=2, max_batch=8))
+
+
+def test_what_fails_in_a_second_lane_is_not_lost(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.open(open_bundle(bundle), provider="cpu", threads=1)
+    main, run, once = threading.Barrier(2), session.run, iter([True])
+
+    def failing(images: Pixels) -> object:
+        if next(once, False):
+            return run(images)
+        if main.wait(10) == 0:
+            raise InferenceError("out of memory")
+        return run(images)
+
+    monkeypatch.setattr(session, "run", failing)
+    monkeypatch.setattr(tuning, "_LEAST_S", 0.0)
+    with pytest.raises(InferenceError, match="out of memory"):
+        tuning._pass(session, golden.unpack(open_bundle(bundle).read(GOLDEN)).inputs(session.manifest.preprocess), 2)
 
 
 def test_the_vectors_are_the_same_however_they_are_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
