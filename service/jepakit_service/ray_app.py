@@ -292,7 +292,7 @@ def _named_once(gate: Gate) -> ASGIApp:
 async def _ask_all() -> Sequence[Report | None]:
     """The reports of the deployment's replicas, from within one of them; None for one that ended.
 
-    If one does not answer, Ray gives no other's report either: a single None.
+    If one does not answer, or Ray knows of none just now, it gives no other's report either: a single None.
     """
     from ray import serve
 
@@ -300,7 +300,7 @@ async def _ask_all() -> Sequence[Report | None]:
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
         answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
-    except TimeoutError:
+    except Exception:  # Ray's own, of many kinds
         return [None]
     return [None if isinstance(answer, BaseException) else answer for answer in answers]
 

@@ -27,6 +27,8 @@ class Versions:
     absent: int = 0
     """Looks in a row that found no such bundle."""
     incomplete: Incomplete | None = None
+    expected: bool = False
+    """Whether it lay here, not whole, when the replica started: others may have it in service."""
 
     def loaded(self) -> list[LoadedModel]:
         """All versions that can answer."""
@@ -112,6 +114,8 @@ class Registry:
                 404, "model_not_found", f"{name} is {versions.current.manifest.model_id} here, not {pinned[:32]!r}",
                 param="model",
             )  # fmt: skip
+        if versions.expected:
+            raise unavailable("not_ready", f"{name} is not in service here yet: its bundle on disk does not pass")
         if versions.update is not None:
             raise _not_in_service(name, versions.update)
         raise ApiError(

@@ -100,4 +100,7 @@ class Replica:
         return [await self.report()]
 
     async def _states(self) -> list[dict[str, VersionsState] | None]:
-        return [None if report is None else report.models for report in await self._ask_all()]
+        reports = await self._ask_all()
+        if not any(report is not None and report.replica == self.id for report in reports):
+            return [None]  # who does not hear itself does not hear all others either
+        return [None if report is None else report.models for report in reports]

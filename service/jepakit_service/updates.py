@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jepakit.bundle import Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
+from jepakit.runtime import Provider
 from jepakit_service import memory
 from jepakit_service.bundles import bundle_folders, check_expected
 from jepakit_service.metrics import Metrics
@@ -40,9 +43,13 @@ class Updates:
         self._retired: list[LoadedModel] = []
 
     def whole(self) -> list[Bundle]:
-        """The bundles on disk that pass now. `step` looks at the others again, and logs them."""
+        """The bundles on disk that pass now. `step` looks at the others again, and logs them; until then they are expected."""
         found = [_look(Path(given)) for given in self._settings.bundles]
-        return [bundle for bundle in self._wanted(found).values() if self._passes(bundle)]
+        wanted = self._wanted(found)
+        passing = [bundle for bundle in wanted.values() if self._passes(bundle)]
+        for name in wanted.keys() - {bundle.manifest.name for bundle in passing}:
+            self._registry.versions(name).expected = True
+        return passing
 
     def _passes(self, bundle: Bundle) -> bool:
         try:
@@ -70,8 +77,10 @@ class Updates:
         wanted = self._wanted(found)
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
+        closed = {folder for _, rejected in found for folder in rejected}
+        self._forget_refusals(wanted, closed)
         if all(bundles for bundles, _ in found):  # else a mount is lost, and nobody knows what it held
-            self._withdraw(wanted, {folder for _, rejected in found for folder in rejected})
+            self._withdraw(wanted, closed)
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
             states = await self._peers()
             answered = [state for state in states if state is not None]
@@ -115,8 +124,7 @@ class Updates:
         try:
             check_expected(bundle, self._settings)
             provider = self._settings.provider if versions.current is None else versions.current.provider
-            _check_memory(bundle, most_sessions(provider, self._settings.threads))
-            versions.next = await asyncio.to_thread(LoadedModel, bundle, self._settings, self._metrics)
+            versions.next = await asyncio.to_thread(self._load_if_it_fits, bundle, provider)
         except JepakitError as error:
             self._refuse(versions, bundle.digest, str(error))
             return
@@ -125,6 +133,12 @@ class Updates:
             self._refuse(versions, bundle.digest, reason)
             return
         versions.update = Update(bundle.digest, "waiting")
+
+    def _load_if_it_fits(self, bundle: Bundle, provider: Provider) -> LoadedModel:
+        """Raises DataError where the memory for it is not there."""
+        with _in_turn(bundle.path):
+            _check_memory(bundle, most_sessions(provider, self._settings.threads), self._settings.max_memory_mb)
+            return LoadedModel(bundle, self._settings, self._metrics)
 
     async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
         """Whether every file passes; asked again only when a file has changed."""
@@ -182,6 +196,13 @@ class Updates:
             self._retired.append(versions.next)
             versions.next = None
 
+    def _forget_refusals(self, there: Collection[str], closed: Collection[Path]) -> None:
+        """Of versions that were taken out again: whoever brings one back wants it tried again."""
+        for name in self._registry.names():
+            versions = self._registry.versions(name)
+            if name not in there and versions.folder not in closed:
+                versions.update, versions.failed = None, {}
+
     def _withdraw(self, there: Collection[str], closed: Collection[Path]) -> None:
         """Take names out of service whose bundle has been gone for some looks: a swap of folders takes fewer.
 
@@ -215,12 +236,26 @@ def _look(given: Path) -> _Found:
     return found
 
 
-def _check_memory(bundle: Bundle, sessions: int) -> None:
-    needed, available = memory.needed_mb(bundle, sessions), memory.available_mb()
+@contextlib.contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Hold a bundle against the other replicas of this machine: each sees what memory the one before has left."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_memory(bundle: Bundle, sessions: int, limit: int | None) -> None:
+    needed, available, of = memory.needed_mb(bundle, sessions), memory.available_mb(), "free"
+    if limit is not None and limit - memory.used_mb() < available:
+        available, of = limit - memory.used_mb(), f"left of max_memory_mb = {limit}"
     if needed > available:
         raise DataError(
-            f"{bundle.path} needs about {needed:.0f} MB beside the version in service, and {available:.0f} MB are free: "
-            "give the service more memory, or stop it and start it with the new version"
+            f"{bundle.path} needs about {needed:.0f} MB beside the version in service, and {max(available, 0):.0f} MB are "
+            f"{of}: give the service more memory, or stop it and start it with the new version"
         )
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -541,6 +542,9 @@ def test_a_replica_joins_the_others_while_a_bundle_is_being_copied(second: Path,
     deployment.replicas.append(Replica(settings(folder), deployment.ask_all))
     joined = deployment.replicas[1]
     assert [model.manifest.name for model in joined.registry] == ["tiny"]
+    with pytest.raises(ApiError, match="second is not in service here yet") as caught:
+        joined.registry.find("second")
+    assert caught.value.status == 503, "others may have it, so that asking again helps"
 
     async def go() -> None:
         assert await joined.faults() == ()
@@ -695,6 +699,73 @@ def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path) -> N
 
     asyncio.run(go())
     assert replica.registry.names() == ["tiny"]
+
+
+def test_a_version_that_was_refused_and_taken_out_is_tried_again_when_it_comes_back(
+    second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder.parent / "empty").mkdir()
+    replica = Replica(settings(folder, folder.parent / "empty"), Deployment(folder, 1).ask_all)
+
+    async def go() -> None:
+        with monkeypatch.context() as little:
+            little.setattr(memory, "available_mb", lambda: 1.0)
+            shutil.copytree(second, folder / "second")
+            await step(replica)
+        with pytest.raises(ApiError, match="MB are free") as caught:
+            replica.registry.find("second")
+        assert caught.value.code == "model_refused"
+        shutil.rmtree(folder / "second")
+        await step(replica)
+        shutil.copytree(second, folder / "second")
+        await step(replica)
+        assert replica.registry.versions("second").loaded()
+
+    asyncio.run(go())
+
+
+def test_a_version_that_would_exceed_the_replicas_own_memory_is_refused(other: Path, folder: Path) -> None:
+    replica = Replica(settings(folder, max_memory_mb=int(memory.used_mb()) + 50))
+    replace(folder, other)
+    asyncio.run(step(replica))
+    update = replica.registry.versions("tiny").update
+    assert update is not None
+    assert update.state == "failed"
+    assert "left of max_memory_mb" in (update.reason or "")
+
+
+def test_replicas_of_one_machine_load_a_version_one_after_the_other(
+    other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would take the memory that is free for its own."""
+    replicas = Deployment(folder, 2).replicas
+    loading: list[int] = [0]
+
+    def load(*args: Any) -> LoadedModel:
+        loading[0] += 1
+        assert loading[0] == 1, "both at a time"
+        loaded = LoadedModel(*args)
+        time.sleep(0.2)
+        loading[0] -= 1
+        return loaded
+
+    async def go() -> None:
+        replace(folder, other)
+        monkeypatch.setattr(updates, "LoadedModel", load)
+        await asyncio.gather(*map(step, replicas))
+
+    asyncio.run(go())
+    assert all(replica.registry.versions("tiny").failed == {} for replica in replicas)
+
+
+def test_a_replica_that_does_not_hear_itself_agrees_to_nothing(folder: Path) -> None:
+    first, second = Deployment(folder, 2).replicas
+
+    async def others() -> list[Report | None]:
+        return [await second.report()]
+
+    first._ask_all = others
+    assert asyncio.run(first._states()) == [None]
 
 
 def test_a_copy_of_a_bundle_beside_it_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
