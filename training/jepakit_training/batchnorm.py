@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jepakit_training.distributed import mean_over_ranks, world_size
+from jepakit_training.distributed import group_size, mean_over_ranks
 
 _EPS = 1e-5  # torch's own for BatchNorm
 
@@ -27,7 +27,7 @@ class GlobalBatchNorm1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, features] → the same, each feature normalised over the rows of all ranks."""
         x = x.float()
-        if world_size() == 1:  # a quarter of the time
+        if group_size() == 1:  # a quarter of the time
             return batch_norm(x, None, None, self.weight, self.bias, training=True, eps=_EPS)
         mean, variance = _moments(x, dims=(0,))
         return (x - mean) * (variance + _EPS).rsqrt() * self.weight + self.bias
@@ -61,7 +61,7 @@ class _GlobalStatistics(_BatchNorm):
         x = input.float()
         dims = (0, *range(2, x.ndim))
         mean, variance = _moments(x, dims)
-        self._remember(mean.detach(), variance.detach(), rows=x.numel() // x.shape[1] * world_size())
+        self._remember(mean.detach(), variance.detach(), rows=x.numel() // x.shape[1] * group_size())
         shape = (-1, *[1] * (x.ndim - 2))
         scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
         shift = (0 if self.bias is None else self.bias) - mean * scale

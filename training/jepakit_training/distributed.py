@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world_size() -> int:
+def group_size() -> int:
     """How many ranks share the batch; 1 where there is no process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of every rank's `x`, with the gradient that it has on all of them."""
-    if world_size() == 1:
+    if group_size() == 1:
         return x
     total: Tensor = _AllReduceSum.apply(x)
-    return total / world_size()
+    return total / group_size()
 
 
 class SharedFlag:
@@ -29,12 +29,12 @@ class SharedFlag:
     """
 
     def __init__(self) -> None:
-        alone = world_size() == 1 or dist.get_backend() == "gloo"
+        alone = group_size() == 1 or dist.get_backend() == "gloo"
         self._group = None if alone else dist.new_group(backend="gloo")
 
     def any(self, flag: bool) -> bool:
         """Whether any rank has called this with True; waits until all have called."""
-        if world_size() == 1:
+        if group_size() == 1:
             return flag
         flags_up = torch.tensor(int(flag))
         dist.all_reduce(flags_up, group=self._group)  # type: ignore[arg-type]  # every rank is in it

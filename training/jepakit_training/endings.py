@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,9 @@ class Ending:
     def asked_for(self) -> bool:
         """Whether it stopped because it was told to."""
         return self.kind in ("KeyboardInterrupt", "SystemExit")
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
     def error(self) -> errors.JepakitError | None:
         """The same error in this process; None for one that jepakit did not raise on purpose."""
@@ -62,3 +65,9 @@ def read_endings(folder: Path) -> list[Ending]:
     """The endings reported so far, the earliest first: those after it are mostly of processes that lost their peer."""
     files = sorted(folder.glob("rank-*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [Ending(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
+def raise_first(endings: Iterable[Ending]) -> None:
+    """Raise here the first of the errors that jepakit raised on purpose, if there is one."""
+    for error in filter(None, (ending.error() for ending in endings)):
+        raise error

@@ -25,7 +25,8 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import Run
 from jepakit.sources import ImageList
-from jepakit_training.endings import read_endings
+from jepakit_training import ranks
+from jepakit_training.endings import raise_first, read_endings
 from jepakit_training.stopping import answering
 
 _GRACE_S = 10.0  # for the others to say why, or to end, after one process has failed
@@ -39,7 +40,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     settings or data are refused. Raises InputError for what the user can mend, TrainingError otherwise, the same
     whether one process trains or many.
     """
-    if "RANK" in os.environ:  # torchrun or accelerate has started this process as one of several
+    if ranks.has_launcher():  # torchrun or accelerate
         _check_launched(config, images)
         return run_rank(config, images, out)
     if images.in_memory and (config.launcher == "ray" or (config.processes or 1) > 1):
@@ -72,27 +73,25 @@ def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(torch|accelerate)\b")  # not the user's to act on
         met = PartialState(cpu=on_cpu).num_processes  # adapt_here's Accelerator shares it
-    if met != _world():
+    if met != ranks.world_size():
         raise TrainingError(
-            f"{met} processes train instead of {_world()}: start them with torchrun, or use --processes"
+            f"{met} processes train instead of {ranks.world_size()}: start them with torchrun, or use --processes"
         )
     return adapt_here(config, images, out)
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_launched(config: AdaptConfig, images: ImageList) -> None:
     if config.launcher == "ray":
         raise ConfigError("launcher = 'ray' starts its own processes: run it without torchrun or accelerate launch")
-    if config.processes not in (None, _world()):
+    if config.processes not in (None, ranks.world_size()):
         raise ConfigError(
-            f"processes = {config.processes}, but the launcher has started {_world()}: leave processes out, or run it "
+            f"processes = {config.processes}, but the launcher has started {ranks.world_size()}: leave processes out, or run it "
             "without a launcher"
         )
-    if images.in_memory and _world() > 1:
-        raise ConfigError(f"images in memory cannot be shared between {_world()} processes: save them to a folder")
+    if images.in_memory and ranks.world_size() > 1:
+        raise ConfigError(
+            f"images in memory cannot be shared between {ranks.world_size()} processes: save them to a folder"
+        )
 
 
 def processes(config: AdaptConfig, images: ImageList) -> int:
@@ -234,8 +233,7 @@ class _Group:
 def _raise_ending(group: _Group) -> NoReturn:
     """Raise here what one process would have raised by itself: the cause, not what followed from it."""
     endings = read_endings(group.folder)
-    for error in filter(None, (ending.error() for ending in endings)):
-        raise error
+    raise_first(endings)
     if group.signals and group.signals[-1] == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM)
     if group.signals:
@@ -247,8 +245,8 @@ def _raise_ending(group: _Group) -> NoReturn:
             raise TrainingError(f"process {rank} of {many} was ended by {signal.Signals(-code).name}{why}; {go_on}")
     if endings:
         first = endings[0]
-        print(first.traceback, file=sys.stderr)
-        raise TrainingError(f"process {first.rank} of {many} failed: {first.kind}: {first.message}; {go_on}")
+        print(first.traceback, file=sys.stderr, end="")
+        raise TrainingError(f"process {first.rank} of {many} failed: {first}; {go_on}")
     rank, code = next((rank, code) for rank, code in group.ended.items() if code)
     words = group.log(rank).read_text(encoding="utf-8", errors="replace").strip()
     raise TrainingError(f"process {rank} of {many} ended with exit code {code}: {words[-500:] or 'it said nothing'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -37,6 +36,7 @@ from jepakit.errors import BundleError, ConfigError, DataError, TrainingError
 from jepakit.evaluate import Comparison
 from jepakit.run import BUNDLE, CHECKPOINTS, SKIPPED, START, Run
 from jepakit.sources import ImageList
+from jepakit_training import ranks
 from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
@@ -59,7 +59,7 @@ from jepakit_training.views import ViewMaker
 
 def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """`launch.adapt` in this process, alone or as the rank of several that the environment says."""
-    first_rank = int(os.environ.get("RANK", "0")) == 0  # the launcher's; accelerate has not started yet
+    first_rank = ranks.rank() == 0  # accelerate has not started yet
     run = Run(out)
     with locked(out, enabled=first_rank), warnings.catch_warnings(), freed_memory_kept(), own_precision():
         if first_rank:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from jepakit.config import (
 )
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import ImageList
+from jepakit_training import ranks
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.data import ENOUGH_GROUPS, Split, split
 from jepakit_training.memory import GB, main_memory
@@ -273,7 +273,7 @@ def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, 
     One for each core of this process's share, less one for the model; 8 at most, or 16 where a GPU has to be fed. Fewer where
     the batches made ahead would take over a quarter of this process's share of main memory.
     """
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sharing = ranks.local_world_size()
     room = int(_QUEUED_SHARE * main_memory() / sharing / batch_bytes)
     workers, notes = config.workers, []
     if workers is None:

@@ -30,7 +30,8 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run
 from jepakit.sources import ImageList
-from jepakit_training.endings import read_endings, reporting_ending
+from jepakit_training import ranks
+from jepakit_training.endings import raise_first, read_endings, reporting_ending
 from jepakit_training.run_folder import RAY_FOLDER
 from jepakit_training.stopping import GRACE_S, answering, asked_by
 
@@ -142,13 +143,12 @@ def _fit(job: _Job) -> None:
     )
     failure = _waited_for(trainer, job.stop)
     endings = read_endings(job.folder)
-    for error in filter(None, (ending.error() for ending in endings)):
-        raise error
+    raise_first(endings)
     if failure is None:
         return
-    if endings and endings[0].traceback:
-        print(endings[0].traceback, file=sys.stderr)
-    why = f"{endings[0].kind}: {endings[0].message}" if endings else lines_of(failure)[-1]
+    if endings:
+        print(endings[0].traceback, file=sys.stderr, end="")
+    why = endings[0] if endings else lines_of(failure)[-1]
     raise TrainingError(
         f"training on Ray failed {_MOST_LOSSES + 1} times, the last time by {why}; the same command goes on from the "
         "last checkpoint"
@@ -193,7 +193,7 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
 def _train(settings: dict[str, Any]) -> None:
     """What every worker runs, RANK and its like having been set by Ray Train."""
     job: _Job = settings["job"]
-    rank = int(os.environ["RANK"])
+    rank = ranks.rank()
     if any(ending.error() for ending in read_endings(job.folder)):
         return  # an error of the user's or of training itself: to start again would not help
     if job.stop.exists():
@@ -204,7 +204,7 @@ def _train(settings: dict[str, Any]) -> None:
 
     from jepakit_training.launch import run_rank
 
-    torch.set_num_threads(max(1, usable_cpus() // int(os.environ["LOCAL_WORLD_SIZE"])))  # Ray allows one
+    torch.set_num_threads(max(1, usable_cpus() // ranks.local_world_size()))  # Ray allows one
     with (
         contextlib.suppress(SystemExit),  # a stop that was asked for: no reason for Ray to start again
         asked_by(job.stop.exists),

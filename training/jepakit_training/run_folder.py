@@ -24,6 +24,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, is_run
 from jepakit.sources import ImageList
+from jepakit_training import ranks
 
 # These may differ between a run and its resumption: they change nothing in the result, or its rounding alone. What the
 # images are, their digest says; where they lie changes nothing.
@@ -137,7 +138,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         "platform": platform.platform(),
         "data": images.digest(),
         "images": len(images),
-        "processes": _processes(),
+        "processes": ranks.world_size(),
     }
     with must_write(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -193,9 +194,9 @@ def _strangers(out: Path) -> list[str]:
 
 def _check_same(out: Path, images: ImageList) -> None:
     go_on, environment = _go_on(out), _environment(out)
-    if (processes := environment.get("processes", _processes())) != _processes():
+    if (processes := environment.get("processes", ranks.world_size())) != ranks.world_size():
         raise ConfigError(
-            f"{out} was started by {processes} processes, now there are {_processes()}: say --processes {processes}, or {go_on}"
+            f"{out} was started by {processes} processes, now there are {ranks.world_size()}: say --processes {processes}, or {go_on}"
         )
     if environment.get("data") != images.digest():
         raise DataError(
@@ -249,11 +250,6 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is gone or damaged ({error}): put it back, or {_go_on(path.parent)}") from None
     return values
-
-
-def _processes() -> int:
-    """How many processes train, as torch's launchers, accelerate and Ray Train say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepakit_training.distributed import world_size
+from jepakit_training.distributed import group_size
 from jepakit_training.randomness import derive_seed
 from jepakit_training.transfer import to_device
 
@@ -114,7 +114,7 @@ class _Sigreg(torch.autograd.Function):
         for block in _blocks(proj_VNK, len(steps_SK)):
             for stats, wave in zip(stats_T2VS, _waves(_angles(proj_VNK, steps_SK, block), n_nodes), strict=True):
                 torch.mean(wave, dim=-1, out=stats[:, *block])
-        world = world_size()
+        world = group_size()
         if world > 1:
             dist.all_reduce(stats_T2VS)
             stats_T2VS /= world

@@ -12,6 +12,7 @@ import sys
 import threading
 
 from jepakit.errors import JepakitError
+from jepakit_training import ranks
 from jepakit_training.endings import reporting_ending
 from jepakit_training.launch import run_rank
 
@@ -22,7 +23,7 @@ def main() -> int:
     config, images, out, folder = pickle.load(sys.stdin.buffer)  # from our own parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        with reporting_ending(folder, int(os.environ["RANK"])):
+        with reporting_ending(folder, ranks.rank()):
             run_rank(config, images, out)
             _leave_group()
     except JepakitError as error:

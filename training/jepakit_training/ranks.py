@@ -1,0 +1,26 @@
+"""Which process of how many this one is, as torch's launchers, accelerate and Ray Train say it in the environment. Needs no
+torch."""
+
+from __future__ import annotations
+
+import os
+
+
+def has_launcher() -> bool:
+    """Whether a launcher has started this process as one of several, if of one alone."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes train; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many of them share this machine; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
