@@ -22,7 +22,8 @@ from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import Measurement
 from jepakit.run import DryRun
 from jepakit_training import dryrun, evaluation
-from jepakit_training.evaluation import Features, MeasuringSet
+from jepakit_training.evaluation import Features
+from jepakit_training.holdout import MeasuringSet
 from jepakit_training.loop import Setup, prepare
 
 SETTINGS = ["--backbone", "test_vit", "--image-size", "64", "--batch-size", "8", "--steps", "50", "--workers", "0"]

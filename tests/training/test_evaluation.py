@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ import jepakit
 from jepakit.backbone import build
 from jepakit.bundle import Preprocess
 from jepakit.errors import DataError, MissingExtraError
-from jepakit.evaluate import Measurement, Scores, compare
+from jepakit.evaluate import Measurement, Scores
 from jepakit.run import Run
-from jepakit.sources import ImageList, list_images
+from jepakit.sources import list_images
 from jepakit_training import evaluation, loop
-from jepakit_training.data import ENOUGH_GROUPS, Split, split
-from jepakit_training.evaluation import Features, MeasuringSet, extract, measure_vectors, pick_pooling
+from jepakit_training.evaluation import Features, extract, measure_vectors, pick_pooling
+from jepakit_training.holdout import MeasuringSet
 
 SPEC = Preprocess(
     size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
@@ -134,82 +133,6 @@ def test_a_class_of_one_patient_is_named_where_the_other_class_alone_is_held_out
     assert run.verdict.word == "cannot tell"
     assert "only class 'texture0' is held out" in run.verdict.reason
     assert "have fewer: 'texture1' (0): label images of more groups" in run.verdict.reason
-
-
-def test_a_rare_class_has_enough_images_to_fit_probes_on() -> None:
-    labels = np.repeat(["common", "other", "rare", "rarer"], [70_000, 29_940, 30, 30])[
-        np.random.default_rng(0).permutation(100_000)
-    ]
-    pixels = np.zeros((4, 4), np.uint8)
-    images = replace(list_images([pixels] * 100_000, "none"), labels=tuple(labels.tolist()))
-    parts = split(100_000, labels.tolist(), share=0.2, most=2000, seed=0)
-    chosen = MeasuringSet.choose(images, parts, 2000)
-    assert chosen.labels is not None
-    fit, held_out = Counter(chosen.labels[chosen.is_fit]), Counter(chosen.labels[~chosen.is_fit])
-    assert fit["rare"] == fit["rarer"] == 20
-    assert held_out["rare"] == held_out["rarer"] == 3
-    assert fit.total() == held_out.total() == 2000
-    assert fit["common"] == pytest.approx(0.7 * 2000, rel=0.05)
-    assert set(chosen.indices[chosen.is_fit]) <= set(parts.train)
-    assert len(set(chosen.indices)) == 4000
-
-
-def listed(labels: NDArray[Any], groups: NDArray[Any] | None = None) -> ImageList:
-    """Images in memory of these labels and groups."""
-    images = list_images([np.zeros((4, 4), np.uint8)] * len(labels), "none")
-    return replace(
-        images, labels=tuple(map(str, labels)), groups=None if groups is None else tuple(map(str, groups))
-    )  # fmt: skip
-
-
-def test_more_classes_than_images_to_fit_on_are_spread_alone_and_held_out_ones_are_judged() -> None:
-    images = listed(np.arange(360) % 60)
-    chosen = MeasuringSet.choose(images, Split(np.arange(120), np.arange(120, 360)), 20)
-    assert chosen.is_fit.sum() == 20
-    assert chosen.labels is not None
-    assert Counter(Counter(chosen.labels[~chosen.is_fit]).values()) == {3: 60}
-
-
-@pytest.mark.parametrize("n_classes", [700, 1000])
-def test_a_thousand_classes_are_all_judged(n_classes: int) -> None:
-    labels = np.arange(30 * n_classes) % n_classes
-    images = listed(labels)
-    parts = split(len(images), images.labels, share=0.2, most=2000, seed=0)
-    chosen = MeasuringSet.choose(images, parts, 2000)
-    assert chosen.labels is not None
-    fit, truth = chosen.labels[chosen.is_fit], chosen.labels[~chosen.is_fit]
-    right = np.random.default_rng(0).random((2, 2, len(truth))) < np.array([0.3, 0.6])[:, None, None]
-    none = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
-    before, after = (Measurement(none, each) for each in right)
-    judged = compare(before, after, truth, n_train=len(fit), train_labels=np.unique(images.labels or ()))
-    assert judged.n_held_out == 3 * n_classes
-    assert judged.verdict.word == "better"
-
-
-def test_slides_of_many_tiles_are_all_measured_and_evenly() -> None:
-    """120 of 1000 slides are held out; some have 5 tiles, some 1500."""
-    sizes = np.random.default_rng(0).choice([5, 200, 1500], 1000, p=[0.1, 0.6, 0.3])
-    slide_of = np.repeat(np.arange(1000), sizes)
-    images = listed(slide_of % 2, slide_of)
-    parts = split(
-        len(images), images.labels, groups=images.groups, share=0.2, most=2000, seed=0, enough_groups=ENOUGH_GROUPS
-    )
-    chosen = MeasuringSet.choose(images, parts, 2000)
-    assert chosen.groups is not None
-    held_out = Counter(chosen.groups[~chosen.is_fit].tolist())
-    assert held_out.keys() == set(slide_of[parts.held_out].astype(str).tolist())
-    assert all(min(int(sizes[int(slide)]), 16) <= count <= 20 for slide, count in held_out.items())
-    assert len(chosen.groups[chosen.is_fit]) == held_out.total() == 2000
-    truth = chosen.labels[~chosen.is_fit] if chosen.labels is not None else pytest.fail("no labels")
-    alike = Measurement(Scores(linear=1, linear_balanced=1, knn=1, knn_balanced=1), np.ones((2, 2000), bool))
-    assert compare(alike, alike, truth, n_train=2000, groups=chosen.groups[~chosen.is_fit]).verdict.word == "same"
-
-
-def test_fewer_images_than_groups_are_of_as_many_groups() -> None:
-    images = listed(np.zeros(400), np.arange(400) // 4)
-    chosen = MeasuringSet.choose(images, Split(np.arange(200), np.arange(200, 400)), 20)
-    assert chosen.groups is not None
-    assert Counter(Counter(chosen.groups).values()) == {1: 40}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -42,7 +42,7 @@ def make(images: ImageList, weights_file: Callable[[str], Path]) -> Callable[...
         config = AdaptConfig(images="x", backbone=name, weights=weights, **{**TINY, **settings})
         torch.manual_seed(0)
         backbone, _ = start_backbone(name, weights, config.image_size)
-        plan = make_plan(config, images, backbone, 1)
+        plan = make_plan(config, images, backbone, 1, bands=3, value_bytes=1)
         return Learner(
             config, plan, backbone, stock_preprocess(backbone, config.image_size), Accelerator(cpu=True)
         ), backbone

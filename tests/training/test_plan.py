@@ -27,7 +27,14 @@ from jepakit_training.precision import cpu_has_bf16, mixed_precision
 def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:
     listed = list_images([np.zeros((8, 8), np.uint8)] * images, "none")
     arguments: dict[str, Any] = {"dynamic_img_size": True} if backbone == "test_vit" else {}
-    return make_plan(AdaptConfig(images="x", backbone=backbone, **settings), listed, build(backbone, arguments), world)
+    return make_plan(
+        AdaptConfig(images="x", backbone=backbone, **settings),
+        listed,
+        build(backbone, arguments),
+        world,
+        bands=3,
+        value_bytes=1,
+    )
 
 
 def test_defaults_follow_the_backbone_and_the_views() -> None:
@@ -136,12 +143,12 @@ def test_batches_made_ahead_take_a_quarter_of_the_memory_at_most(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = AdaptConfig(images="x", backbone="test_vit", batch_size=512, workers=workers)
     listed = list_images([np.zeros((8, 8), np.uint8)] * 1000, "none")
-    made = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 1, value_bytes=4)
+    made = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 1, bands=3, value_bytes=4)
     assert made.batch_bytes == 512 * (2 * 224**2 + 4 * 96**2) * 3 * 4
     assert (made.workers, made.prefetch) == expected
     assert made.queued_bytes == expected[0] * expected[1] * made.batch_bytes
     assert any("of views ready" in note and "lower --workers" in note for note in made.notes) == warned
-    halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, value_bytes=4)
+    halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, bands=3, value_bytes=4)
     assert halved.batch_bytes == made.batch_bytes // 2
 
 
@@ -193,7 +200,9 @@ def test_groups_are_held_out_past_the_images_to_measure_on_where_labels_can_judg
     listed = list_images([np.zeros((8, 8), np.uint8)] * 1000, "none")
     images = replace(listed, labels=labels, groups=tuple(str(number // 10) for number in range(1000)))
     config = AdaptConfig(images="x", backbone="test_resnet", measure_on=20)
-    assert len(make_plan(config, images, build("test_resnet", {}), 1).split.held_out) == held_out
+    assert (
+        len(make_plan(config, images, build("test_resnet", {}), 1, bands=3, value_bytes=1).split.held_out) == held_out
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,11 +233,11 @@ def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
     )  # fmt: skip
     write_bundle(tmp_path / "first", manifest, lambda folder: save_file(backbone.state_dict(), folder / WEIGHTS))
     config = AdaptConfig(images="x", backbone="test_resnet", weights=str(tmp_path / "first"), **settings)
-    notes = " ".join(make_plan(config, images, backbone, 1).notes)
+    notes = " ".join(make_plan(config, images, backbone, 1, bands=3, value_bytes=1).notes)
     warns = warns or (steps > 0 and first != "pretrained")
     assert ("may be others" in notes and "split column" in notes) == warns
     chosen = replace(images, held_out=np.arange(100) < 20)
-    assert "may be others" not in " ".join(make_plan(config, chosen, backbone, 1).notes)
+    assert "may be others" not in " ".join(make_plan(config, chosen, backbone, 1, bands=3, value_bytes=1).notes)
 
 
 def test_bfloat16_is_refused_where_it_would_crawl() -> None:

@@ -92,7 +92,7 @@ def steps(name: str, weights: Path, **settings: Any) -> dict[str, Any]:
     )
     backbone, _ = start_backbone(name, str(weights), 64)
     listed = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
-    plan = make_plan(config, listed, backbone, world())
+    plan = make_plan(config, listed, backbone, world(), bands=3, value_bytes=1)
     learner = Learner(config, plan, backbone, stock_preprocess(backbone, 64), accelerator)
     learner.optimizer = accelerator.prepare(torch.optim.SGD(learner._raw_optimizer.param_groups, lr=0.05))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from jepakit._groups import main_class
 from jepakit.bundle import Preprocess
 from jepakit.errors import DataError, ImageError, InputError
-from jepakit.evaluate import FEWEST_PER_CLASS
 from jepakit.images import Pixels, read_image
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
@@ -23,65 +21,6 @@ from jepakit_training.randomness import derive_seed
 from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
 _MOST_SUBSTITUTES = 20
-ENOUGH_GROUPS = 120
-"""Held-out groups that let the verdict say "same": it takes 90 of even weight, and a third more as groups are uneven."""
-
-
-class Split(NamedTuple):
-    """Indices of the images that are trained on, and of those never trained on."""
-
-    train: NDArray[np.intp]
-    held_out: NDArray[np.intp]
-
-
-def split(
-    count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None,
-    enough_groups: int = 0,
-) -> Split:  # fmt: skip
-    """Hold out `share` of the images, of each stratum in proportion.
-
-    Of many images fewer are held out: `most`, or what about `enough_groups` of the groups hold if that is more. At least one
-    group of a stratum is held out, and as many as the verdict needs to judge the class where those are at most a third of
-    the stratum's. A stratum of a single group stays in training.
-
-    strata         a name for each image, e.g. its class; None: all are one stratum
-    groups         a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
-                   the stratum of most of its images; None: every image is a group of its own
-    enough_groups  over all strata, an equal part of each; it means nothing without groups
-    """
-    random = np.random.default_rng(derive_seed(seed, "split"))
-    group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    stratum_of = np.zeros(count, np.intp) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
-    sizes = np.bincount(group_of)
-    stratum_of_group = main_class(group_of, stratum_of)
-    lone = np.bincount(stratum_of_group)[stratum_of_group] == 1
-    if 2 * sizes[lone].sum() > count:  # too many to stay: they are one stratum together
-        stratum_of_group[lone] = -1
-    chosen = np.zeros(len(sizes), bool)
-    names, n_groups = np.unique(stratum_of_group, return_counts=True)
-    enough = 0.0 if groups is None else enough_groups / max(1, int(np.count_nonzero(n_groups > 1)))
-    for stratum in names:
-        members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
-        can_judge = stratum >= 0 and len(members) >= 3 * FEWEST_PER_CLASS
-        if len(members) > 1:
-            part = min(share, max(most / count, enough / len(members)))
-            chosen[_near_share(members, sizes, part, FEWEST_PER_CLASS if can_judge else 1)] = True
-    held_out = chosen[group_of]
-    return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
-
-
-def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float, fewest: int) -> list[int]:
-    """In their order, the groups that bring the images held out nearer to `share` of all; then the smallest others, up to
-    `fewest` groups."""
-    wanted, taken, chosen = round(share * sizes[groups].sum()), 0, []
-    for group in groups.tolist():
-        if taken + sizes[group] / 2 <= wanted:
-            chosen.append(group)
-            taken += int(sizes[group])
-    if len(chosen) < fewest:
-        others = groups[~np.isin(groups, chosen)]
-        chosen += others[np.argsort(sizes[others], kind="stable")][: fewest - len(chosen)].tolist()
-    return chosen
 
 
 class Key(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,16 +18,13 @@ from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError, InputError
-from jepakit.evaluate import FEWEST_PER_CLASS, NO_LABELS, Comparison, Measurement, compare, measure, no_labels
+from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
-from jepakit.sources import ImageList, evenly_spread
-from jepakit_training.data import Split
+from jepakit.sources import ImageList
+from jepakit_training.holdout import MeasuringSet, Split
 from jepakit_training.records import SkippedFiles
 
 _BATCH = 16
-_OF_EACH_CLASS = 20
-"""Images of a class that a probe, and a k-NN of as many neighbours, need; evenly spread ones may hold one or none of a rare
-class."""
 
 
 @dataclass
@@ -42,83 +38,6 @@ class Features:
     by_pooling: dict[Pooling, NDArray[np.float32]]
     readable: NDArray[np.bool_]
     skipped: list[tuple[int, str]]
-
-
-@dataclass
-class MeasuringSet:
-    """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge.
-
-    `labels` and `groups` are None where there are none.
-    """
-
-    indices: NDArray[np.intp]
-    is_fit: NDArray[np.bool_]
-    labels: NDArray[np.str_] | None
-    groups: NDArray[np.str_] | None
-
-    @classmethod
-    def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
-        """At most `most` images of each part, evenly spread over groups where there are some, rare classes first.
-
-        Held-out images may be more: those that the verdict needs of every class.
-        """
-        labels = None if images.labels is None else np.asarray(images.labels)
-        # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
-        alone = images.groups is None or len(set(images.groups)) == 1
-        groups = None if alone else np.asarray(images.groups)
-        fit = _spread(split.train, labels, groups, most, least=0)
-        held_out = _spread(split.held_out, labels, groups, most, least=FEWEST_PER_CLASS)
-        chosen = np.concatenate([fit, held_out])
-        return cls(
-            chosen,
-            np.arange(len(chosen)) < len(fit),
-            None if labels is None else labels[chosen],
-            None if groups is None else groups[chosen],
-        )
-
-    def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
-        """Some of them, e.g. those that could be read."""
-        labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
-        return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
-
-
-def _spread(
-    part: NDArray[np.intp], labels: NDArray[np.str_] | None, groups: NDArray[np.str_] | None, most: int, *, least: int
-) -> NDArray[np.intp]:
-    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS of every class, where there is room for all; the rest of
-    all classes alike.
-
-    least  of every class, even if that passes `most`
-    """
-    if len(part) <= most:
-        return part
-    group_of = None if groups is None else np.unique(groups[part], return_inverse=True)[1]
-    taken = np.empty(0, np.intp)
-    if labels is not None:
-        names, class_of = np.unique(labels[part], return_inverse=True)
-        each = max(least, min(_OF_EACH_CLASS, most // len(names)))
-        members = (np.flatnonzero(class_of == number) for number in range(len(names)))
-        taken = np.concatenate([_thinned(places, group_of, each) for places in members])
-    others = np.delete(np.arange(len(part)), taken)
-    rest = _thinned(others, group_of, max(0, most - len(taken)))
-    chosen: NDArray[np.intp] = part[np.sort(np.concatenate([taken, rest]))]
-    return chosen
-
-
-def _thinned(places: NDArray[np.intp], group_of: NDArray[np.intp] | None, most: int) -> NDArray[np.intp]:
-    """At most `most` of the places, evenly spread, and as many of each group as of any other, or all that it has.
-
-    group_of  the group of every place there is; None: none belong together
-    """
-    if group_of is None:
-        return places[evenly_spread(len(places), most)]
-    numbers, sizes = np.unique(group_of[places], return_inverse=True, return_counts=True)[1:]
-    each = bisect_right(range(1, most + 1), most, key=lambda each: int(np.minimum(sizes, each).sum()))
-    quotas = np.minimum(sizes, each)
-    larger = np.flatnonzero(sizes > each)
-    quotas[larger[evenly_spread(len(larger), most - int(quotas.sum()))]] += 1
-    of_group = np.split(places[np.argsort(numbers, kind="stable")], np.cumsum(sizes)[:-1])
-    return np.concatenate([one[evenly_spread(len(one), quota)] for one, quota in zip(of_group, quotas, strict=True)])
 
 
 def extract(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from jepakit._machine import usable_cpus
 from jepakit._messages import counted
-from jepakit.backbone import fitting_size, from_bundle, is_hierarchical, round_size, size_multiple
-from jepakit.bundle import START_WORDS, open_bundle
+from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import (
     DEFAULT_STEPS,
     LAMBDA_PER_VIEW,
@@ -26,14 +23,13 @@ from jepakit.config import (
     AdaptConfig,
     ViewsConfig,
 )
-from jepakit.errors import ConfigError, DataError
+from jepakit.errors import ConfigError
 from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.batchnorm import batch_norms
-from jepakit_training.data import ENOUGH_GROUPS, Split, split
+from jepakit_training.holdout import Split, hold_out
 from jepakit_training.memory import GB, main_memory
 
-FEWEST_IMAGES = 16
 _FEW_IMAGES = 64
 _QUEUED_SHARE = 0.25
 
@@ -77,14 +73,14 @@ class Plan:
 
 
 def make_plan(
-    config: AdaptConfig, images: ImageList, backbone: Any, world: int, *, bands: int = 3, value_bytes: int = 1
+    config: AdaptConfig, images: ImageList, backbone: Any, world: int, *, bands: int, value_bytes: int
 ) -> Plan:
     """Resolve `config` for these images and this backbone, over `world` processes; raises InputError where they cannot go
     together.
 
     bands, value_bytes  of the images' views
     """
-    parts, split_notes = _parts(config, images)
+    parts, split_notes = hold_out(config, images)
     batch_size, batch_notes = _batch(config, len(images), len(parts.train), world)
     steps = _steps(config, len(parts.train), batch_size)
     views = config.resolved_views()
@@ -98,7 +94,6 @@ def make_plan(
     from_random, trains = config.weights == "random", config.unfreeze != "none"
     notes = [
         *split_notes,
-        *_start_notes(config, images),
         *batch_notes,
         *size_notes,
         *loader_notes,
@@ -130,71 +125,6 @@ def make_plan(
 def local_size_of(image_size: int, views: ViewsConfig) -> int:
     """Pixels a side of local views, before they are rounded to the backbone's patch or stride."""
     return round(image_size * LOCAL_SHARE) if views.local_size is None else views.local_size
-
-
-def _parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
-    """What trains and what is held out, with notes; DataError where either is too little."""
-    if len(images) < FEWEST_IMAGES:
-        raise DataError(
-            f"{len(images)} images are too few to adapt on: {FEWEST_IMAGES} is the least, hundreds are better"
-        )
-    parts, notes = _split(config, images)
-    if len(parts.train) < FEWEST_IMAGES // 2 or not len(parts.held_out):
-        raise DataError(
-            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {FEWEST_IMAGES // 2} and 1 are the least; "
-            "mind the split column, or the groups"
-        )
-    return parts, notes
-
-
-def _split(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
-    """Held-out images: the manifest's own where it names some, else a share of whole groups, each stratum in proportion."""
-    groups, notes = images.groups, []
-    if images.held_out is not None:
-        parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
-        if groups is not None and (both := {groups[i] for i in parts.train} & {groups[i] for i in parts.held_out}):
-            notes.append(
-                f"warning: {len(both)} groups are on both sides of the manifest's split, e.g. {min(both)}: the verdict is optimistic"
-            )
-        return parts, notes
-    if groups is not None and len(set(groups)) == 1:
-        notes.append(
-            "warning: all images are one group, which cannot be held out whole: held-out images have siblings in "
-            "training, and the verdict is optimistic"
-        )
-        groups = None
-    parts = split(
-        len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed,
-        enough_groups=0 if images.labels is None else ENOUGH_GROUPS,
-    )  # fmt: skip
-    return parts, notes
-
-
-def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
-    """A warning where the start was trained on other images, and which of these were among them is not known."""
-    if not from_bundle(config.weights) or images.held_out is not None:
-        return []
-    if _held_out_alike(config.weights, config, images.digest()):
-        return []
-    return [
-        f"warning: {config.weights} was trained in a run whose held-out images may be others: where it has seen those held out "
-        "here, the verdict is optimistic; name them in a manifest's split column to keep them apart in every run"
-    ]
-
-
-def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool:
-    """Whether every run behind these start weights held out the images that this one holds out."""
-    if not from_bundle(weights):
-        return weights in START_WORDS or Path(weights).is_file()  # else a bundle that is gone since
-    provenance = open_bundle(weights).manifest.provenance
-    before = provenance.config
-    if provenance.steps == 0:
-        return True
-    return (
-        provenance.data_digest == data_digest
-        and all(before.get(name) == getattr(config, name) for name in ("seed", "held_out", "measure_on"))
-        and _held_out_alike(str(before.get("weights")), config, data_digest)
-    )
 
 
 def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tuple[int, list[str]]:

@@ -112,11 +112,11 @@ def recording(
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """A step's numbers in the words of the docs; SIGReg beside its floor, peak memory where it is known."""
-    memory = f"  peak memory {values['memory_gb']:.1f} GB" if "memory_gb" in values else ""
+    """A step's numbers in the words of the docs; SIGReg beside its floor."""
     return (
         f"loss {values['loss']:.4f}  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.2f} (floor {FLOOR})  "
-        f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}{memory}"
+        f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}  "
+        f"peak memory {values['memory_gb']:.1f} GB"
     )
 
 

@@ -1,0 +1,203 @@
+"""Which images are held out, and which are measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from jepakit._groups import main_class
+from jepakit.evaluate import Measurement, Scores, compare
+from jepakit.sources import ImageList, list_images
+from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, split
+
+
+def test_split_holds_each_class_out_in_proportion_and_never_overlaps() -> None:
+    labels = ["a"] * 100 + ["b"] * 50 + ["c"] * 10 + ["d"] * 2
+    parts = split(len(labels), labels, share=0.2, most=1000, seed=0)
+    held_out = Counter(labels[index] for index in parts.held_out)
+    assert held_out == {"a": 20, "b": 10, "c": 3, "d": 1}
+    assert sorted([*parts.train, *parts.held_out]) == list(range(len(labels)))
+
+
+def test_a_rare_class_holds_out_what_the_verdict_needs_where_it_can_spare_it() -> None:
+    labels = ["common"] * 50_000 + ["nine"] * 9 + ["eight"] * 8 + ["two"] * 2 + ["one", "other"]
+    for seed in range(20):
+        parts = split(len(labels), labels, share=0.2, most=2000, seed=seed)
+        held_out = Counter(labels[index] for index in parts.held_out)
+        assert held_out == {"common": 1999, "nine": 3, "eight": 1, "two": 1}
+
+
+def test_classes_of_one_image_each_are_one_stratum_where_there_are_no_others() -> None:
+    assert len(split(40, [str(number) for number in range(40)], share=0.2, most=1000, seed=0).held_out) == 8
+
+
+def test_a_class_of_nine_groups_holds_three_of_them_out() -> None:
+    groups = [f"p{number // 20}" for number in range(180)]
+    held_out = split(180, None, groups=groups, share=0.1, most=1000, seed=0).held_out
+    assert len({groups[index] for index in held_out}) == 3
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    one, again, other = (split(200, None, share=0.2, most=1000, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.held_out, again.held_out)
+    assert set(one.held_out) != set(other.held_out)
+    assert len(one.held_out) == len(other.held_out) == 40
+
+
+def test_split_is_capped() -> None:
+    assert len(split(10_000, None, share=0.2, most=300, seed=0).held_out) == 300
+    labels = ["a"] * 9000 + ["b"] * 1000
+    held_out = split(10_000, labels, share=0.2, most=300, seed=0).held_out
+    assert Counter(labels[index] for index in held_out) == {"a": 270, "b": 30}
+
+
+def test_groups_are_held_out_whole_and_each_stratum_in_proportion() -> None:
+    random = np.random.default_rng(0)
+    patients = [f"p{number}" for number in random.integers(0, 60, 600)]
+    labels = ["ill" if int(name[1:]) < 20 else "well" for name in patients]
+    parts = split(600, labels, groups=patients, share=0.25, most=1000, seed=0)
+    assert not {patients[index] for index in parts.held_out} & {patients[index] for index in parts.train}
+    held_out = Counter(labels[index] for index in parts.held_out)
+    for label, count in Counter(labels).items():
+        assert held_out[label] == pytest.approx(0.25 * count, abs=12)
+
+
+@pytest.mark.parametrize(("slides", "held_out"), [(100, 20), (450, 90), (1000, 120), (2000, 120)])
+def test_of_large_groups_as_many_are_held_out_as_the_verdict_needs(slides: int, held_out: int) -> None:
+    """1000 tiles a slide, of which 2000 tiles alone would be two slides."""
+    slide_of = np.repeat(np.arange(slides), 1000)
+    labels, groups = np.array(["a", "b"])[slide_of % 2], slide_of.astype(str)
+    parts = split(
+        len(slide_of),
+        labels.tolist(),
+        groups=groups.tolist(),
+        share=0.2,
+        most=2000,
+        seed=0,
+        enough_groups=ENOUGH_GROUPS,
+    )
+    assert Counter(np.unique(slide_of[parts.held_out]) % 2) == {0: held_out // 2, 1: held_out // 2}
+    assert len(parts.held_out) <= 0.2 * len(slide_of)
+
+
+def test_a_rare_class_holds_out_its_part_of_the_groups_and_no_more_than_its_share() -> None:
+    slide_of = np.repeat(np.arange(1000), 100)
+    for rare, expected in ((400, {"rare": 60, "common": 60}), (50, {"rare": 10, "common": 60})):
+        labels = np.where(slide_of < rare, "rare", "common")
+        parts = split(
+            100_000,
+            labels.tolist(),
+            groups=slide_of.astype(str).tolist(),
+            share=0.2,
+            most=2000,
+            seed=0,
+            enough_groups=ENOUGH_GROUPS,
+        )
+        assert (
+            Counter("rare" if slide < rare else "common" for slide in np.unique(slide_of[parts.held_out])) == expected
+        )
+
+
+def test_the_class_of_a_group_is_that_of_most_of_its_images_at_no_cost_of_memory() -> None:
+    groups, classes = np.array([0, 0, 0, 1, 1, 2, 2, 2]), np.array([2, 1, 2, 3, 0, 1, 1, 3])
+    assert main_class(groups, classes).tolist() == [2, 0, 1]
+    every = np.arange(1_000_000)  # a table of groups and classes would be 8 TB
+    np.testing.assert_array_equal(main_class(every, every[::-1]), every[::-1])
+
+
+def test_classes_of_one_group_each_are_not_held_out_as_a_whole_class_by_class() -> None:
+    scenes = [f"scene{number // 10}" for number in range(100)]
+    parts = split(100, scenes, groups=scenes, share=0.2, most=1000, seed=0)
+    assert len(parts.held_out) == 20
+
+
+def test_a_class_of_one_group_stays_in_training_and_so_does_a_giant() -> None:
+    labels = ["a"] * 50 + ["b"] * 50 + ["c"] * 10
+    groups = [f"p{number // 5}" for number in range(100)] + ["only"] * 10
+    giant = ["giant"] * 1000 + [f"p{number // 10}" for number in range(100)]
+    for seed in range(20):
+        assert not {100, 105} & set(
+            split(110, labels, groups=groups, share=0.2, most=1000, seed=seed).held_out.tolist()
+        )
+        assert 0 not in split(1100, None, groups=giant, share=0.2, most=1000, seed=seed).held_out
+
+
+def test_a_rare_class_has_enough_images_to_fit_probes_on() -> None:
+    labels = np.repeat(["common", "other", "rare", "rarer"], [70_000, 29_940, 30, 30])[
+        np.random.default_rng(0).permutation(100_000)
+    ]
+    pixels = np.zeros((4, 4), np.uint8)
+    images = replace(list_images([pixels] * 100_000, "none"), labels=tuple(labels.tolist()))
+    parts = split(100_000, labels.tolist(), share=0.2, most=2000, seed=0)
+    chosen = MeasuringSet.choose(images, parts, 2000)
+    assert chosen.labels is not None
+    fit, held_out = Counter(chosen.labels[chosen.is_fit]), Counter(chosen.labels[~chosen.is_fit])
+    assert fit["rare"] == fit["rarer"] == 20
+    assert held_out["rare"] == held_out["rarer"] == 3
+    assert fit.total() == held_out.total() == 2000
+    assert fit["common"] == pytest.approx(0.7 * 2000, rel=0.05)
+    assert set(chosen.indices[chosen.is_fit]) <= set(parts.train)
+    assert len(set(chosen.indices)) == 4000
+
+
+def listed(labels: NDArray[Any], groups: NDArray[Any] | None = None) -> ImageList:
+    """Images in memory of these labels and groups."""
+    images = list_images([np.zeros((4, 4), np.uint8)] * len(labels), "none")
+    return replace(
+        images, labels=tuple(map(str, labels)), groups=None if groups is None else tuple(map(str, groups))
+    )  # fmt: skip
+
+
+def test_more_classes_than_images_to_fit_on_are_spread_alone_and_held_out_ones_are_judged() -> None:
+    images = listed(np.arange(360) % 60)
+    chosen = MeasuringSet.choose(images, Split(np.arange(120), np.arange(120, 360)), 20)
+    assert chosen.is_fit.sum() == 20
+    assert chosen.labels is not None
+    assert Counter(Counter(chosen.labels[~chosen.is_fit]).values()) == {3: 60}
+
+
+@pytest.mark.parametrize("n_classes", [700, 1000])
+def test_a_thousand_classes_are_all_judged(n_classes: int) -> None:
+    labels = np.arange(30 * n_classes) % n_classes
+    images = listed(labels)
+    parts = split(len(images), images.labels, share=0.2, most=2000, seed=0)
+    chosen = MeasuringSet.choose(images, parts, 2000)
+    assert chosen.labels is not None
+    fit, truth = chosen.labels[chosen.is_fit], chosen.labels[~chosen.is_fit]
+    right = np.random.default_rng(0).random((2, 2, len(truth))) < np.array([0.3, 0.6])[:, None, None]
+    none = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
+    before, after = (Measurement(none, each) for each in right)
+    judged = compare(before, after, truth, n_train=len(fit), train_labels=np.unique(images.labels or ()))
+    assert judged.n_held_out == 3 * n_classes
+    assert judged.verdict.word == "better"
+
+
+def test_slides_of_many_tiles_are_all_measured_and_evenly() -> None:
+    """120 of 1000 slides are held out; some have 5 tiles, some 1500."""
+    sizes = np.random.default_rng(0).choice([5, 200, 1500], 1000, p=[0.1, 0.6, 0.3])
+    slide_of = np.repeat(np.arange(1000), sizes)
+    images = listed(slide_of % 2, slide_of)
+    parts = split(
+        len(images), images.labels, groups=images.groups, share=0.2, most=2000, seed=0, enough_groups=ENOUGH_GROUPS
+    )
+    chosen = MeasuringSet.choose(images, parts, 2000)
+    assert chosen.groups is not None
+    held_out = Counter(chosen.groups[~chosen.is_fit].tolist())
+    assert held_out.keys() == set(slide_of[parts.held_out].astype(str).tolist())
+    assert all(min(int(sizes[int(slide)]), 16) <= count <= 20 for slide, count in held_out.items())
+    assert len(chosen.groups[chosen.is_fit]) == held_out.total() == 2000
+    truth = chosen.labels[~chosen.is_fit] if chosen.labels is not None else pytest.fail("no labels")
+    alike = Measurement(Scores(linear=1, linear_balanced=1, knn=1, knn_balanced=1), np.ones((2, 2000), bool))
+    assert compare(alike, alike, truth, n_train=2000, groups=chosen.groups[~chosen.is_fit]).verdict.word == "same"
+
+
+def test_fewer_images_than_groups_are_of_as_many_groups() -> None:
+    images = listed(np.zeros(400), np.arange(400) // 4)
+    chosen = MeasuringSet.choose(images, Split(np.arange(200), np.arange(200, 400)), 20)
+    assert chosen.groups is not None
+    assert Counter(Counter(chosen.groups).values()) == {1: 40}

@@ -1,0 +1,227 @@
+"""Held-out images: which are never trained on, and on which the start and the result are measured."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit._groups import main_class
+from jepakit.backbone import from_bundle
+from jepakit.bundle import START_WORDS, open_bundle
+from jepakit.config import AdaptConfig
+from jepakit.errors import DataError
+from jepakit.evaluate import FEWEST_PER_CLASS
+from jepakit.sources import ImageList, evenly_spread
+from jepakit_training.randomness import derive_seed
+
+_FEWEST_IMAGES = 16
+ENOUGH_GROUPS = 120
+"""Held-out groups that let the verdict say "same": it takes 90 of even weight, and a third more as groups are uneven."""
+_OF_EACH_CLASS = 20
+"""Images of a class that a probe, and a k-NN of as many neighbours, need; evenly spread ones may hold one or none of a rare
+class."""
+
+
+class Split(NamedTuple):
+    """Indices of the images that are trained on, and of those never trained on."""
+
+    train: NDArray[np.intp]
+    held_out: NDArray[np.intp]
+
+
+def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
+    """What trains and what is held out, with notes on what makes the verdict optimistic; DataError where either is too little."""
+    if len(images) < _FEWEST_IMAGES:
+        raise DataError(
+            f"{len(images)} images are too few to adapt on: {_FEWEST_IMAGES} is the least, hundreds are better"
+        )
+    parts, notes = _chosen_parts(config, images)
+    if len(parts.train) < _FEWEST_IMAGES // 2 or not len(parts.held_out):
+        raise DataError(
+            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the least; "
+            "mind the split column, or the groups"
+        )
+    return parts, [*notes, *_start_notes(config, images)]
+
+
+def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
+    """Held-out images: the manifest's own where it names some, else a share of whole groups, each stratum in proportion."""
+    groups, notes = images.groups, []
+    if images.held_out is not None:
+        parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
+        if groups is not None and (both := {groups[i] for i in parts.train} & {groups[i] for i in parts.held_out}):
+            notes.append(
+                f"warning: {len(both)} groups are on both sides of the manifest's split, e.g. {min(both)}: the verdict is optimistic"
+            )
+        return parts, notes
+    if groups is not None and len(set(groups)) == 1:
+        notes.append(
+            "warning: all images are one group, which cannot be held out whole: held-out images have siblings in "
+            "training, and the verdict is optimistic"
+        )
+        groups = None
+    parts = split(
+        len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed,
+        enough_groups=0 if images.labels is None else ENOUGH_GROUPS,
+    )  # fmt: skip
+    return parts, notes
+
+
+def split(
+    count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None,
+    enough_groups: int = 0,
+) -> Split:  # fmt: skip
+    """Hold out `share` of the images, of each stratum in proportion.
+
+    Of many images fewer are held out: `most`, or what about `enough_groups` of the groups hold if that is more. At least one
+    group of a stratum is held out, and as many as the verdict needs to judge the class where those are at most a third of
+    the stratum's. A stratum of a single group stays in training.
+
+    strata         a name for each image, e.g. its class; None: all are one stratum
+    groups         a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
+                   the stratum of most of its images; None: every image is a group of its own
+    enough_groups  over all strata, an equal part of each; it means nothing without groups
+    """
+    random = np.random.default_rng(derive_seed(seed, "split"))
+    group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    stratum_of = np.zeros(count, np.intp) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
+    sizes = np.bincount(group_of)
+    stratum_of_group = main_class(group_of, stratum_of)
+    lone = np.bincount(stratum_of_group)[stratum_of_group] == 1
+    if 2 * sizes[lone].sum() > count:  # too many to stay: they are one stratum together
+        stratum_of_group[lone] = -1
+    chosen = np.zeros(len(sizes), bool)
+    names, n_groups = np.unique(stratum_of_group, return_counts=True)
+    enough = 0.0 if groups is None else enough_groups / max(1, int(np.count_nonzero(n_groups > 1)))
+    for stratum in names:
+        members = random.permutation(np.flatnonzero(stratum_of_group == stratum))
+        can_judge = stratum >= 0 and len(members) >= 3 * FEWEST_PER_CLASS
+        if len(members) > 1:
+            part = min(share, max(most / count, enough / len(members)))
+            chosen[_near_share(members, sizes, part, FEWEST_PER_CLASS if can_judge else 1)] = True
+    held_out = chosen[group_of]
+    return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
+
+
+def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float, fewest: int) -> list[int]:
+    """In their order, the groups that bring the images held out nearer to `share` of all; then the smallest others, up to
+    `fewest` groups."""
+    wanted, taken, chosen = round(share * sizes[groups].sum()), 0, []
+    for group in groups.tolist():
+        if taken + sizes[group] / 2 <= wanted:
+            chosen.append(group)
+            taken += int(sizes[group])
+    if len(chosen) < fewest:
+        others = groups[~np.isin(groups, chosen)]
+        chosen += others[np.argsort(sizes[others], kind="stable")][: fewest - len(chosen)].tolist()
+    return chosen
+
+
+def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
+    """A warning where the start was trained on other images, and which of these were among them is not known."""
+    if not from_bundle(config.weights) or images.held_out is not None:
+        return []
+    if _held_out_alike(config.weights, config, images.digest()):
+        return []
+    return [
+        f"warning: {config.weights} was trained in a run whose held-out images may be others: where it has seen those held out "
+        "here, the verdict is optimistic; name them in a manifest's split column to keep them apart in every run"
+    ]
+
+
+def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool:
+    """Whether every run behind these start weights held out the images that this one holds out."""
+    if not from_bundle(weights):
+        return weights in START_WORDS or Path(weights).is_file()  # else a bundle that is gone since
+    provenance = open_bundle(weights).manifest.provenance
+    before = provenance.config
+    if provenance.steps == 0:
+        return True
+    return (
+        provenance.data_digest == data_digest
+        and all(before.get(name) == getattr(config, name) for name in ("seed", "held_out", "measure_on"))
+        and _held_out_alike(str(before.get("weights")), config, data_digest)
+    )
+
+
+@dataclass
+class MeasuringSet:
+    """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge.
+
+    `labels` and `groups` are None where there are none.
+    """
+
+    indices: NDArray[np.intp]
+    is_fit: NDArray[np.bool_]
+    labels: NDArray[np.str_] | None
+    groups: NDArray[np.str_] | None
+
+    @classmethod
+    def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
+        """At most `most` images of each part, evenly spread over groups where there are some, rare classes first.
+
+        Held-out images may be more: those that the verdict needs of every class.
+        """
+        labels = None if images.labels is None else np.asarray(images.labels)
+        # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
+        alone = images.groups is None or len(set(images.groups)) == 1
+        groups = None if alone else np.asarray(images.groups)
+        fit = _spread_over_classes(split.train, labels, groups, most, least=0)
+        held_out = _spread_over_classes(split.held_out, labels, groups, most, least=FEWEST_PER_CLASS)
+        chosen = np.concatenate([fit, held_out])
+        return cls(
+            chosen,
+            np.arange(len(chosen)) < len(fit),
+            None if labels is None else labels[chosen],
+            None if groups is None else groups[chosen],
+        )
+
+    def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
+        """Some of them, e.g. those that could be read."""
+        labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
+        return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
+
+
+def _spread_over_classes(
+    part: NDArray[np.intp], labels: NDArray[np.str_] | None, groups: NDArray[np.str_] | None, most: int, *, least: int
+) -> NDArray[np.intp]:
+    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS of every class, where there is room for all; the rest of
+    all classes alike.
+
+    least  of every class, even if that passes `most`
+    """
+    if len(part) <= most:
+        return part
+    group_of = None if groups is None else np.unique(groups[part], return_inverse=True)[1]
+    taken = np.empty(0, np.intp)
+    if labels is not None:
+        names, class_of = np.unique(labels[part], return_inverse=True)
+        each = max(least, min(_OF_EACH_CLASS, most // len(names)))
+        members = (np.flatnonzero(class_of == number) for number in range(len(names)))
+        taken = np.concatenate([_spread_over_groups(places, group_of, each) for places in members])
+    others = np.delete(np.arange(len(part)), taken)
+    rest = _spread_over_groups(others, group_of, max(0, most - len(taken)))
+    chosen: NDArray[np.intp] = part[np.sort(np.concatenate([taken, rest]))]
+    return chosen
+
+
+def _spread_over_groups(places: NDArray[np.intp], group_of: NDArray[np.intp] | None, most: int) -> NDArray[np.intp]:
+    """At most `most` of the places, evenly spread, and as many of each group as of any other, or all that it has.
+
+    group_of  the group of every place there is; None: none belong together
+    """
+    if group_of is None:
+        return places[evenly_spread(len(places), most)]
+    numbers, sizes = np.unique(group_of[places], return_inverse=True, return_counts=True)[1:]
+    each = bisect_right(range(1, most + 1), most, key=lambda each: int(np.minimum(sizes, each).sum()))
+    quotas = np.minimum(sizes, each)
+    larger = np.flatnonzero(sizes > each)
+    quotas[larger[evenly_spread(len(larger), most - int(quotas.sum()))]] += 1
+    of_group = np.split(places[np.argsort(numbers, kind="stable")], np.cumsum(sizes)[:-1])
+    return np.concatenate([one[evenly_spread(len(one), quota)] for one, quota in zip(of_group, quotas, strict=True)])
