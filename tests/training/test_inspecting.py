@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tests.training.full_disk import files_no_longer_than
 from typer.testing import CliRunner
 
 import jepakit
@@ -51,10 +52,20 @@ def test_an_earlier_sheet_is_drawn_anew_and_no_other_file(images: Path) -> None:
 
 
 def test_a_sheet_that_cannot_be_written_is_told_without_a_traceback(images: Path) -> None:
-    with pytest.raises(
-        WriteError, match=r"sheet /proc/sheet\.png cannot be written \(.+\): make room, or name another"
-    ):
+    with pytest.raises(WriteError, match=r"^/proc/sheet\.png cannot be written \(.+\): make room, or name another"):
         inspect("set", "/proc/sheet.png")
+
+
+def test_where_there_is_no_room_for_a_sheet_the_earlier_one_stays_whole(images: Path) -> None:
+    sheet = inspect("set", "out/sheet.png")
+    drawn = sheet.read_bytes()
+    with (
+        files_no_longer_than(1000),
+        pytest.raises(WriteError, match=r"sheet\.png cannot be written \(File too large\)"),
+    ):
+        inspect("set", "out/sheet.png")
+    assert sheet.read_bytes() == drawn
+    assert [file.name for file in sheet.parent.iterdir()] == ["sheet.png"]
 
 
 @pytest.mark.parametrize("source", ["set", "set/*.png", "**/*.png", "set/sheet.png", ["set/sheet.png"]], ids=str)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import WriteError
 from jepakit.inspection import SAMPLE, Inspection, printable, report
 from jepakit.scan import scan
 from jepakit.sources import ImageList
@@ -33,13 +32,7 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     spec = choose_preprocess(found, config, _any_backbone(config.image_size))
     sizes = config.image_size, local_size_of(config.image_size, recipe)
     title = f"{found.kind}; views of domain {domain} at {sizes[0]} and {sizes[1]} px"
-    try:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        write_sheet(sheet, images, spec, recipe, sizes, title)
-    except OSError as error:
-        raise WriteError(
-            f"sheet {sheet} cannot be written ({error.strerror}): make room, or name another place"
-        ) from None
+    write_sheet(sheet, images, spec, recipe, sizes, title)
     return seen.model_copy(update={"sheet": printable(str(sheet))})
 
 

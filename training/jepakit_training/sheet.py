@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from jepakit._files import written
 from jepakit.bundle import Preprocess
 from jepakit.config import ViewsConfig
 from jepakit.errors import ImageError
@@ -31,7 +32,10 @@ _LONGEST_CAPTION = 150
 def write_sheet(
     path: Path, images: ImageList, spec: Preprocess, recipe: ViewsConfig, sizes: tuple[int, int], title: str
 ) -> None:
-    """Draw 8 evenly spread images and their views, global and local ones at the sizes of training, to a PNG."""
+    """Draw 8 evenly spread images and their views, global and local ones at the sizes of training, to a PNG.
+
+    WriteError where it cannot be written; an earlier one stays then.
+    """
     recipe = recipe.model_copy(update={"n_global": N_GLOBAL, "n_local": N_LOCAL})
     make_views = ViewMaker(recipe, *sizes, spec.scaling)
     rows = []
@@ -62,7 +66,8 @@ def _draw(path: Path, rows: list[tuple[str, list[NDArray[np.uint8]]]], title: st
         draw.text((_GAP, top + _CELL + 1), _caption(name), "black", font)
     mark = PngInfo()
     mark.add_text(*MARK)
-    sheet.save(path, "PNG", pnginfo=mark)
+    with written(path) as file:
+        sheet.save(file, "PNG", pnginfo=mark)
 
 
 def _left(column: int) -> int:
