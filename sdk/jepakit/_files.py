@@ -1,10 +1,11 @@
-"""Paths that users name, and files written so that a crash leaves the old one or the new one, never half of it."""
+"""Paths that users name, and files and folders written so that a crash leaves the old one or the new one, never half of it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def prepare_place(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): name another --out") from None
+        raise ConfigError(f"{path} cannot be written ({reason_of(error)}): name another --out") from None
 
 
 @contextmanager
@@ -43,9 +44,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
         with replacing(path) as file:
             yield file
     except OSError as error:
-        raise WriteError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or name another place"
-        ) from None
+        raise WriteError(f"{path} cannot be written ({reason_of(error)}): make room, or name another place") from None
 
 
 @contextmanager
@@ -59,6 +58,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """Fill the yielded folder with files; flushed to the disk, it is renamed to `path` when the block ends well.
+
+    OSError where anything cannot be written, or `path` is there already and not an empty folder.
+    """
+    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            fsync(file)
+        fsync(temporary)
+        temporary.rename(path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def reason_of(error: OSError) -> str:
+    """Why it failed, in the system's words where the system gave some."""
+    return error.strerror or str(error)
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jepakit._files import as_path, replacing
+from jepakit._files import as_path, making_folder, reason_of, replacing
 
 
 def test_two_writers_of_one_process_id_do_not_write_into_each_others_file(tmp_path: Path) -> None:
@@ -50,3 +50,27 @@ def test_a_tilde_is_the_home_folder_and_an_unknown_home_is_a_name(
     assert as_path("~/a.npz", "out") == as_path(Path("~/a.npz"), "out") == tmp_path / "a.npz"
     assert as_path("~nobody-of-this-name/a", "out") == Path("~nobody-of-this-name/a")
     assert as_path("a/~/b", "out") == Path("a/~/b")
+
+
+def test_a_folder_has_its_name_when_it_is_whole_and_nothing_is_left_of_a_block_that_fails(tmp_path: Path) -> None:
+    path = tmp_path / "whole"
+
+    def fail() -> None:
+        with making_folder(path) as folder:
+            (folder / "a").write_bytes(b"half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with making_folder(path) as folder:
+        (folder / "a").write_bytes(b"whole")
+        assert not path.exists()
+    with pytest.raises(OSError, match="not empty"), making_folder(path):
+        pass
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["whole", "whole/a"]
+
+
+def test_the_reason_of_an_error_that_the_system_did_not_name_is_its_own_words() -> None:
+    assert reason_of(OSError(28, "No space left on device", "a")) == "No space left on device"
+    assert reason_of(OSError("encoder error")) == "encoder error"

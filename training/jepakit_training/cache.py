@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._files import replacing
+from jepakit._files import reason_of, replacing
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
@@ -55,7 +55,9 @@ class ImageCache:
             with self._ledger() as ledger:
                 _write(ledger, self._tidied())
         except OSError as error:
-            raise ConfigError(f"{folder} cannot hold the image cache ({error.strerror}): name another folder") from None
+            raise ConfigError(
+                f"{folder} cannot hold the image cache ({reason_of(error)}): name another folder"
+            ) from None
 
     def key(self, stamp: str) -> str:
         """The name of an item's pixels, by its `ImageList.stamp`: no byte of the item has to be read for it."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepakit._files import file_sha256, fsync
+from jepakit._files import file_sha256, making_folder, reason_of
 from jepakit.errors import CheckpointError, TrainingError
 
 _KEEP = 2
@@ -90,24 +90,16 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(folder, step, state)
     except OSError as error:
-        raise _unwritten(folder, step, needed, error.strerror or str(error)) from error
+        raise _unwritten(folder, step, needed, error) from error
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
-    temporary = folder / f".tmp-{step}-{os.getpid()}"
-    try:
-        temporary.mkdir()
+    target = folder / _name(step)
+    with making_folder(target) as temporary:
         _save_state(state, temporary / "state.pt")
         manifest = {"step": step, "sha256": file_sha256(temporary / "state.pt")}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
-        for path in (temporary / "state.pt", temporary / "manifest.json", temporary):
-            fsync(path)
-        target = folder / _name(step)
         shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        fsync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for older in _newest_first(folder)[_KEEP:]:
         shutil.rmtree(older, ignore_errors=True)
 
@@ -132,7 +124,7 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
                 return step, torch.load(candidate / "state.pt", map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or folder} could not be read ({error.strerror or error}), and may be sound: once it can be "
+            f"{error.filename or folder} could not be read ({reason_of(error)}), and may be sound: once it can be "
             "read, run the same command again. To go on without this checkpoint, remove its folder"
         ) from error
     return None
@@ -153,7 +145,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
             damaged.rename(aside)
         except OSError as error:
             raise CheckpointError(
-                f"{damaged} is damaged or incomplete, and could not be renamed to {aside.name} ({error.strerror or error}): "
+                f"{damaged} is damaged or incomplete, and could not be renamed to {aside.name} ({reason_of(error)}): "
                 "move it away, then run the same command again"
             ) from error
         print(
@@ -172,13 +164,13 @@ def _whole_step(checkpoint: Path) -> int | None:
         return None
 
 
-def _unwritten(folder: Path, step: int, needed: int, why: str) -> CheckpointError:
+def _unwritten(folder: Path, step: int, needed: int, error: OSError) -> CheckpointError:
     try:
         free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
     except OSError:
         free = "the folder cannot be reached"
     return CheckpointError(
-        f"the checkpoint of step {step} could not be written to {folder} ({why}): it needs {needed / 1e6:,.1f} MB "
+        f"the checkpoint of step {step} could not be written to {folder} ({reason_of(error)}): it needs {needed / 1e6:,.1f} MB "
         f"beside the older ones, and {free}; make room there"
     )
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepakit._files import reason_of
 from jepakit._machine import usable_cpus
 from jepakit._messages import lines_of
 from jepakit.config import AdaptConfig
@@ -115,7 +116,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise TrainingError(
-            f"no Ray cluster at RAY_ADDRESS = {address} ({error.strerror or error}): start one there, or unset RAY_ADDRESS "
+            f"no Ray cluster at RAY_ADDRESS = {address} ({reason_of(error)}): start one there, or unset RAY_ADDRESS "
             "for one of this machine alone"
         ) from None
 

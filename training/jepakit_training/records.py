@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from jepakit._files import reason_of
 from jepakit.errors import DataError
 from jepakit.run import SKIPPED, read_metrics
 from jepakit_training.run_folder import must_write, write_atomically
@@ -34,7 +35,7 @@ class TolerateWriteErrors:
             return False
         if not self._warned:
             print(
-                f"warning: {self._what} could not be written ({error.strerror or error}): make room there; training goes on, and "
+                f"warning: {self._what} could not be written ({reason_of(error)}): make room there; training goes on, and "
                 "what has no room is missing there",
                 file=sys.stderr,
             )

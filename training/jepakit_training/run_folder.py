@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli_w
 
-from jepakit._files import replacing
+from jepakit._files import reason_of, replacing
 from jepakit.bundle import versions_of
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
@@ -59,7 +59,7 @@ def locked(out: Path, *, enabled: bool = True) -> Iterator[None]:
             f"{out} is being trained on by {_holder(out)}: wait for it or stop it, or name another --out"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written to ({error.strerror}): name another --out") from error
+        raise ConfigError(f"{out} cannot be written to ({reason_of(error)}): name another --out") from error
     _held.add(descriptor)
     try:
         yield
@@ -155,7 +155,7 @@ def must_write(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(
-            f"{out} cannot be written to ({error.strerror or error}): make room there, then run the same command again, or name "
+            f"{out} cannot be written to ({reason_of(error)}): make room there, then run the same command again, or name "
             "another --out"
         ) from error
 
