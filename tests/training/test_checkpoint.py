@@ -233,7 +233,7 @@ def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path, monkeypatch: pyt
 
 def fill(folder: Path, most_bytes: int, *, must_at: int) -> None:
     """Save step after step under a limit on the size of files, which the third state is larger than."""
-    saver = Saver(folder, 0.0, 0, enabled=True)
+    saver = Saver(folder, 0.0, 0, main=True)
     for step in range(1, 7):
         size = 1000 if step in (3, 4, 6) else 64
         state: dict[str, Any] = {"weights": torch.full((size, size), float(step)), "step": step}
@@ -270,7 +270,7 @@ def test_a_full_disk_is_outlived_in_the_middle_and_an_error_at_the_end(tmp_path:
 
 def test_a_folder_that_cannot_be_written_to_is_outlived_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    saver = Saver(tmp_path / "file" / "checkpoints", 0.0, 0, enabled=True)
+    saver = Saver(tmp_path / "file" / "checkpoints", 0.0, 0, main=True)
     saver.after_step(1, lambda: state_of(1))
     assert "(Not a directory)" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="will begin anew"):
@@ -303,7 +303,7 @@ def test_when_it_is_time_to_save(
 ) -> None:
     clock, asked = Clock(), []
     monkeypatch.setattr(checkpoint, "time", clock)
-    saver = Saver(tmp_path, every_s, 0, enabled=True)
+    saver = Saver(tmp_path, every_s, 0, main=True)
 
     def state(step: int) -> dict[str, Any]:
         asked.append(step)
@@ -318,6 +318,6 @@ def test_when_it_is_time_to_save(
 
 
 def test_other_ranks_save_nothing(tmp_path: Path) -> None:
-    saver = Saver(tmp_path / "checkpoints", 0.0, 0, enabled=False)
+    saver = Saver(tmp_path / "checkpoints", 0.0, 0, main=False)
     saver.after_step(1, lambda: pytest.fail("asked for its state"), must=True)
     assert not (tmp_path / "checkpoints").exists()

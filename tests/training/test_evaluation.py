@@ -147,7 +147,7 @@ def test_a_missing_extra_is_raised_as_it_is_and_not_as_a_traceback_of_a_loader(
     with pytest.raises(MissingExtraError, match=r"^DICOM files need jepakit\[dicom\]$"):
         extract(
             build("test_vit", {}), images, np.arange(2), SPEC, ("head",),
-            device=torch.device("cpu"), workers=workers, what="measure", show=False,
+            device=torch.device("cpu"), workers=workers, what="measure", progress=False,
         )  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def test_every_error_comes_back_as_it_was(kind: type[JepakitError], tmp_path: Pa
 def test_a_full_disk_is_told_in_its_own_class(tmp_path: Path) -> None:
     """One that does not come back is taken for a lost worker, and tried again."""
     (tmp_path / "file").touch()
-    saver = checkpoint.Saver(tmp_path / "file" / "checkpoints", 0.0, 0, enabled=True)
+    saver = checkpoint.Saver(tmp_path / "file" / "checkpoints", 0.0, 0, main=True)
     with pytest.raises(errors.CheckpointError), reporting_ending(tmp_path, 0):
         saver.after_step(2, lambda: {"step": 2}, must=True)
     (ending,) = read_endings(tmp_path)

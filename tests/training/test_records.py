@@ -15,7 +15,7 @@ from jepakit_training.records import SkippedFiles, StepLog
 
 def test_a_disk_too_full_for_metrics_is_tolerated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / METRICS
-    log = StepLog(path, 0, enabled=True)
+    log = StepLog(path, 0, main=True)
     log.write({"step": 9})
     with files_no_longer_than(path.stat().st_size):
         for step in (19, 29):
@@ -32,7 +32,7 @@ def test_a_disk_too_full_for_metrics_is_tolerated(tmp_path: Path, capsys: pytest
 
 def test_a_disk_too_full_for_skipped_files_is_tolerated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / SKIPPED
-    skipped = SkippedFiles(path, 100, most=0.03, enabled=True)
+    skipped = SkippedFiles(path, 100, most=0.03, main=True)
     with files_no_longer_than(0):
         skipped.add("a.png", "a.png: cannot be read")
         skipped.add("b.png", "b.png: cannot be read")
@@ -48,6 +48,6 @@ def test_a_disk_too_full_for_skipped_files_is_tolerated(tmp_path: Path, capsys: 
 def test_names_that_are_not_utf_8_are_listed_and_known_again(tmp_path: Path) -> None:
     name = os.fsdecode(b"bad\xfe.png")
     for _ in range(2):
-        skipped = SkippedFiles(tmp_path / SKIPPED, 9, most=0.5, enabled=True)
+        skipped = SkippedFiles(tmp_path / SKIPPED, 9, most=0.5, main=True)
         skipped.add(name, f"{name}: cannot be read")
     assert (tmp_path / SKIPPED).read_bytes().count(b"\nbad\xfe.png,") == 1

@@ -117,7 +117,7 @@ def test_a_holder_that_lets_go_while_it_is_looked_up_is_another_process(tmp_path
 
 
 def test_only_the_first_rank_locks(tmp_path: Path) -> None:
-    with locked(tmp_path), locked(tmp_path, enabled=False):
+    with locked(tmp_path), locked(tmp_path, main=False):
         assert (tmp_path / LOCK).exists()
 
 
@@ -161,10 +161,10 @@ def test_a_disk_that_is_full_at_the_start_is_told(begin: Begin, tmp_path: Path) 
     with files_no_longer_than(0), pytest.raises(WriteError, match=f"run {words}"):
         begin("run")
     run = begin("run")
-    with closing(StepLog(run.path / METRICS, 0, enabled=True)) as log:
+    with closing(StepLog(run.path / METRICS, 0, main=True)) as log:
         log.write({"step": 9})
     with files_no_longer_than(0), pytest.raises(WriteError, match=f"run {words}"):
-        StepLog(run.path / METRICS, 10, enabled=True)
+        StepLog(run.path / METRICS, 10, main=True)
     assert run.metrics() == [{"step": 9}]
 
 

@@ -18,8 +18,8 @@ from jepakit_training.trackers import Trackers, _flat
 SETTINGS = {"lr": 1e-4, "views": {"n_local": 4, "global_area": (0.3, 1.0)}, "labels": None}
 
 
-def log(run: Path, steps: range, scale: float = 1.0, *, enabled: bool = True, names: Any = ("tensorboard",)) -> None:
-    trackers = Trackers(names, run, SETTINGS, steps.start, enabled=enabled)
+def log(run: Path, steps: range, scale: float = 1.0, *, main: bool = True, names: Any = ("tensorboard",)) -> None:
+    trackers = Trackers(names, run, SETTINGS, steps.start, main=main)
     for step in steps:
         trackers.log(step, {"loss": scale / (step + 1), "sigreg": scale * step})
     trackers.close()
@@ -67,7 +67,7 @@ def test_a_full_disk_is_outlived(
 
 def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
     log(tmp_path, range(3), names=())
-    log(tmp_path, range(3), enabled=False)
+    log(tmp_path, range(3), main=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -53,7 +53,7 @@ class ImageCache:
             # The pixels may be a patient's. A folder that exists keeps its mode.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._ledger() as ledger:
-                _write(ledger, self._tidied())
+                _write_ledger(ledger, self._tidied())
         except OSError as error:
             raise ConfigError(
                 f"{folder} cannot hold the image cache ({reason_of(error)}): name another folder"
@@ -104,7 +104,7 @@ class ImageCache:
             used = int(text) if text.isdigit() else sum(size for _, size, _ in self._stored())
             if used + size > self._limit:
                 return False
-            _write(ledger, used + size)
+            _write_ledger(ledger, used + size)
             return True
 
     def _stored(self) -> list[tuple[float, int, Path]]:
@@ -146,6 +146,6 @@ def downscale(pixels_HWC: NDArray[Any], least_side: int) -> NDArray[Any]:
     return shrunk.permute(1, 2, 0).contiguous().numpy()
 
 
-def _write(ledger: BinaryIO, used: int) -> None:
+def _write_ledger(ledger: BinaryIO, used: int) -> None:
     ledger.truncate(0)
     ledger.write(b"%d" % used)

@@ -37,11 +37,11 @@ class Saver:
     every_s  seconds between checkpoints. A step that itself took longer than 10 s is saved at once: a SIGTERM's
              grace ends before the next one does (see `stopping`)
     first    the step the run goes on from; 0 at its start
-    enabled  whether this process is the one that saves
+    main     whether this process is the one that saves
     """
 
-    def __init__(self, folder: Path, every_s: float, first: int, *, enabled: bool) -> None:
-        self._folder, self._every_s, self._enabled = folder, every_s, enabled
+    def __init__(self, folder: Path, every_s: float, first: int, *, main: bool) -> None:
+        self._folder, self._every_s, self._main = folder, every_s, main
         self.newest = first
         self._saved_at = self._step_began = time.monotonic()
         self._save_took, self._warned = 0.0, False
@@ -54,7 +54,7 @@ class Saver:
         now = time.monotonic()
         # A save that takes longer than the step is not worth it after every single one.
         slow = now - self._step_began > max(_SLOW_STEP_S, self._save_took)
-        if self._enabled and (must or slow or now - self._saved_at >= self._every_s):
+        if self._main and (must or slow or now - self._saved_at >= self._every_s):
             self._save(done, state(), must=must)
             self._saved_at = time.monotonic()
             self._save_took = self._saved_at - now
@@ -88,12 +88,12 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
             shutil.rmtree(stale, ignore_errors=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _write(folder, step, state)
+        _write_checkpoint(folder, step, state)
     except OSError as error:
         raise _unwritten(folder, step, needed, error) from error
 
 
-def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
+def _write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     target = folder / _name(step)
     with making_folder(target) as temporary:
         _save_state(state, temporary / "state.pt")

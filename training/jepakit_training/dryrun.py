@@ -73,7 +73,7 @@ def _seconds_to_measure(config: AdaptConfig, images: ImageList, setup: Setup) ->
     sampling = _Sampling()
     measuring = Measuring(
         config, images, setup.plan.split, setup.spec,
-        device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, show=False, extract=sampling,
+        device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, progress=False, extract=sampling,
     )  # fmt: skip
     began = time.perf_counter()
     before = measuring.start(setup.backbone)

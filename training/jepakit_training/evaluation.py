@@ -42,7 +42,7 @@ class Features:
 
 def extract(
     backbone: Any, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, poolings: Sequence[Pooling], *,
-    device: torch.device, workers: int, what: str, show: bool,
+    device: torch.device, workers: int, what: str, progress: bool,
 ) -> Features:  # fmt: skip
     """Pool the backbone's features of some images, read by the one preprocess, in float32."""
     plain = Embedder(backbone, spec, _bare_spec("head")).to(device).eval()
@@ -52,7 +52,7 @@ def extract(
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
     readable, skipped = np.ones(len(indices), bool), []
     starts = range(0, len(indices), _BATCH)
-    for start, items in zip(track(starts, what, enabled=show), loader, strict=True):
+    for start, items in zip(track(starts, what, enabled=progress), loader, strict=True):
         for place, item in enumerate(items, start):
             if isinstance(item, InputError):
                 raise item
@@ -86,7 +86,7 @@ def specify(pooling: Pooling, standardize: Literal["auto", Standardize], fit: ND
     return EmbeddingSpec(dim=fit.shape[1], pooling=pooling, standardize="none").standardized_by(fit, standardize)
 
 
-def apply(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
+def apply_spec(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
     """`Embedder`'s last steps on pooled features, in numpy: so that one pass serves every spec."""
     center = np.float32(0) if spec.center is None else np.array(spec.center, np.float32)
     scale = np.float32(1) if spec.scale is None else np.array(spec.scale, np.float32)
@@ -119,7 +119,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
     def score(pooling: Pooling) -> float:
         raw = features.by_pooling[pooling][images.is_fit]
-        vectors = apply(specify(pooling, standardize, raw), raw)
+        vectors = apply_spec(specify(pooling, standardize, raw), raw)
         scores = [measure_vectors(vectors, part).scores for part in parts]
         return float(np.mean([(one.linear_balanced, one.knn_balanced) for one in scores]))
 
@@ -142,11 +142,11 @@ class Measuring:
 
     def __init__(
         self, config: AdaptConfig, images: ImageList, parts: Split, spec: Preprocess, *,
-        device: torch.device, workers: int, skipped: SkippedFiles, show: bool, extract: Callable[..., Features] = extract,
+        device: torch.device, workers: int, skipped: SkippedFiles, progress: bool, extract: Callable[..., Features] = extract,
     ) -> None:  # fmt: skip
         self.images = MeasuringSet.choose(images, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
-        self._skipped, self._show, self._take = skipped, show, extract
+        self._skipped, self._progress, self._take = skipped, progress, extract
         self._why_no_labels = NO_LABELS
 
     def start(self, backbone: Any) -> Measured:
@@ -200,7 +200,7 @@ class Measuring:
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
         return self._take(
             backbone, self._source, self.images.indices, self._spec, poolings,
-            device=self._device, workers=self._workers, what=what, show=self._show,
+            device=self._device, workers=self._workers, what=what, progress=self._progress,
         )  # fmt: skip
 
     def _measured(self, features: Features, pooling: Pooling) -> Measured:
@@ -208,7 +208,7 @@ class Measuring:
         embedding = specify(pooling, self._config.standardize, raw[self.images.is_fit])
         if self.images.labels is None:
             return Measured(embedding, None)
-        return Measured(embedding, measure_vectors(apply(embedding, raw), self.images))
+        return Measured(embedding, measure_vectors(apply_spec(embedding, raw), self.images))
 
 
 class _Preprocessed(Dataset[Any]):

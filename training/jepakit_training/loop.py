@@ -61,7 +61,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """`launch.adapt` in this process, alone or as the rank of several that the environment says."""
     first_rank = ranks.rank() == 0  # accelerate has not started yet
     run = Run(out)
-    with locked(out, enabled=first_rank), warnings.catch_warnings(), freed_memory_kept(), own_precision():
+    with locked(out, main=first_rank), warnings.catch_warnings(), freed_memory_kept(), own_precision():
         if first_rank:
             open_folder(out, config, images)
         if run.finished:
@@ -177,7 +177,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     main = accelerator.is_main_process
     _check_same_images(images, accelerator)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    found = look_at(images, config, show=main)
+    found = look_at(images, config, progress=main)
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
     check_trainable(backbone, config)
     plan = make_plan(
@@ -191,13 +191,13 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     cache = open_cache(config, make_views.least_side, spec)
     dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
     listing = None if run is None else run.path / SKIPPED
-    skipped = SkippedFiles(listing, len(images), most=config.most_skipped, enabled=main)
+    skipped = SkippedFiles(listing, len(images), most=config.most_skipped, main=main)
     for index, reason in found.unreadable:
         skipped.add(images.ids[index], reason)
     backbone = backbone.to(accelerator.device, memory_format=layout_of(backbone))  # type: ignore[call-overload]
     measuring = Measuring(
         config, images, plan.split, spec,
-        device=accelerator.device, workers=plan.workers, skipped=skipped, show=main,
+        device=accelerator.device, workers=plan.workers, skipped=skipped, progress=main,
     )  # fmt: skip
     return Setup(accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
 
@@ -220,7 +220,7 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
     accelerator, plan = setup.accelerator, setup.plan
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
     first = _restore(run.path / CHECKPOINTS, learner, accelerator)
-    saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, enabled=accelerator.is_main_process)
+    saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, main=accelerator.is_main_process)
     skips = SharedSkippedFiles(setup.skipped, setup.dataset.images.ids, accelerator.num_processes)
     told_to_stop = SharedFlag()
     with (

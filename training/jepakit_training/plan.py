@@ -82,7 +82,7 @@ def make_plan(
     """
     parts, split_notes = hold_out(config, images)
     batch_size, batch_notes = _batch(config, len(images), len(parts.train), world)
-    steps = _steps(config, len(parts.train), batch_size)
+    steps = _count_steps(config, len(parts.train), batch_size)
     views = config.resolved_views()
     image_size, local_size, size_notes = _sizes(config, views, backbone, bands)
     norm_statistics = _norm_statistics(config, backbone)
@@ -143,7 +143,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     return batch_size, notes
 
 
-def _steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
+def _count_steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
     """Enough for every image to be seen `epochs` times; where neither length is set, once, in 300 steps at least."""
     passes = math.ceil((config.epochs or 1) * trained_on / batch_size)
     return config.steps or (passes if config.epochs else max(DEFAULT_STEPS, passes))

@@ -135,7 +135,7 @@ def _fit(job: _Job) -> None:
     if have < workers:
         print(f"waiting for {workers} {kind}s: the cluster has {have} now", file=sys.stderr)
     trainer = TorchTrainer(
-        _train,
+        _run_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
         run_config=RunConfig(
@@ -191,7 +191,7 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
     raise KeyboardInterrupt(line) if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
 
 
-def _train(settings: dict[str, Any]) -> None:
+def _run_worker(settings: dict[str, Any]) -> None:
     """What every worker runs, RANK and its like having been set by Ray Train."""
     job: _Job = settings["job"]
     rank = ranks.rank()

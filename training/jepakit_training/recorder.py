@@ -62,7 +62,7 @@ class Recorder:
 
     plan: Plan
     accelerator: Accelerator
-    show: Steps
+    progress: Steps
     log: StepLog
     trackers: Trackers
     alarms: Alarms
@@ -83,7 +83,7 @@ class Recorder:
             for line in self.alarms.check(step, values) if self.accelerator.is_main_process else ():
                 print(line, file=sys.stderr)
             numbers = describe(values)
-        self.show.update(step + 1, numbers)
+        self.progress.update(step + 1, numbers)
 
     def _values(self, step: int, outcome: Outcome) -> dict[str, float]:
         return {
@@ -102,13 +102,13 @@ def recording(
     """
     main, epochs = accelerator.is_main_process, plan.steps * plan.batch_size / len(plan.split.train)
     with (
-        Steps(plan.steps, first=first, enabled=main, epochs=epochs, extra_s=extra_s) as show,
-        closing(StepLog(run.path / METRICS, first, enabled=main)) as log,
+        Steps(plan.steps, first=first, enabled=main, epochs=epochs, extra_s=extra_s) as progress,
+        closing(StepLog(run.path / METRICS, first, main=main)) as log,
         closing(
-            Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, enabled=main)
+            Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, main=main)
         ) as trackers,
     ):
-        yield Recorder(plan, accelerator, show, log, trackers, _alarms(config, plan, accelerator, run))
+        yield Recorder(plan, accelerator, progress, log, trackers, _alarms(config, plan, accelerator, run))
 
 
 def describe(values: Mapping[str, float]) -> str:

@@ -46,12 +46,14 @@ class TolerateWriteErrors:
 class StepLog:
     """metrics.jsonl: a line per logged step. A resumed run drops the lines of steps it does again.
 
+    main  whether this process is the one that writes it
+
     Raises WriteError where it cannot be begun; a disk that is full later gives a warning.
     """
 
-    def __init__(self, path: Path, first_step: int, *, enabled: bool) -> None:
+    def __init__(self, path: Path, first_step: int, *, main: bool) -> None:
         self._file, self._tolerate = None, TolerateWriteErrors(path)
-        if enabled:
+        if main:
             kept = [line for line in read_metrics(path) if line["step"] < first_step] if path.is_file() else []
             with must_write(path.parent):
                 write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
@@ -73,15 +75,15 @@ class StepLog:
 class SkippedFiles:
     """Images that could not be read, each once, with the reason; stops above a share `most` of them.
 
-    path     skipped.csv, where they are listed; None: nowhere
-    enabled  whether this process is the one that writes it
+    path  skipped.csv, where they are listed; None: nowhere
+    main  whether this process is the one that writes it
 
     A full disk gives a warning.
     """
 
-    def __init__(self, path: Path | None, n_images: int, *, most: float, enabled: bool) -> None:
+    def __init__(self, path: Path | None, n_images: int, *, most: float, main: bool) -> None:
         self._path, self._of, self._share = path, n_images, most
-        self._writes_to = path if enabled else None
+        self._writes_to = path if main else None
         self._most = int(most * n_images)
         self._seen: dict[str, str] = {}
         self._tolerate = TolerateWriteErrors(path or SKIPPED)

@@ -42,13 +42,15 @@ _held: set[int] = set()
 
 
 @contextmanager
-def locked(out: Path, *, enabled: bool = True) -> Iterator[None]:
+def locked(out: Path, *, main: bool = True) -> Iterator[None]:
     """Hold the run's folder, made where it is missing, so that no other trainer can write to it.
+
+    main  whether this process is the one that holds it for all
 
     The system lets go of it when the process ends, however it ends. Raises ConfigError when another process holds
     it, or when nothing can be written there.
     """
-    if not enabled:
+    if not main:
         yield
         return
     try:
@@ -98,13 +100,13 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
 
 
-def _let_go() -> None:
+def _close_locks() -> None:
     """In a forked child: loader processes outlive a killed trainer by seconds, and would hold the folder for it."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def check_folder(out: Path, config: AdaptConfig) -> None:
@@ -113,7 +115,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
     Raises ConfigError naming what is in the way or differs.
     """
     if _has_begun(out):
-        if changed := _changed(out, _as_toml(config)):
+        if changed := _changed_settings(out, _as_toml(config)):
             raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {_go_on(out)}")
         return
     if out.exists() and not out.is_dir():
@@ -175,7 +177,7 @@ def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
     try:
         return (
             not (out / BUNDLE).exists()
-            and not _changed(out, settings)
+            and not _changed_settings(out, settings)
             and _environment(out).get("data") == images.digest()
         )
     except DataError:
@@ -215,7 +217,7 @@ def _as_toml(config: AdaptConfig) -> str:
     return tomli_w.dumps(settings).encode("utf-8", "replace").decode()
 
 
-def _changed(out: Path, settings: str) -> list[str]:
+def _changed_settings(out: Path, settings: str) -> list[str]:
     """In words, what of `settings` differs from those the run in `out` was started with.
 
     Raises DataError where its config.toml is gone or damaged.

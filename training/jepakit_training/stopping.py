@@ -158,7 +158,7 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
             raise SystemExit(128 + stop.number) from error
 
 
-def _let_go() -> None:
+def _close_pipes() -> None:
     """In a forked child: Ctrl-C reaches the loader's processes too, and must not count there as a second one."""
     if _pipes:
         signal.set_wakeup_fd(-1)
@@ -166,4 +166,4 @@ def _let_go() -> None:
         os.close(_pipes.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_pipes)

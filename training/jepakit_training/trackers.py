@@ -25,16 +25,16 @@ class Trackers:
     run       the run's folder, in which all of them keep their files
     settings  the run's, for the trackers' own tables
     first     the step the run goes on from: what was logged of later ones is done again
-    enabled   whether this process is the one that logs
+    main      whether this process is the one that logs
 
     A disk that is full while the run trains gives a warning. W&B stays offline and MLflow in the run's folder unless
     WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
     """
 
     def __init__(
-        self, names: Iterable[Tracker], run: Path, settings: Mapping[str, Any], first: int, *, enabled: bool
+        self, names: Iterable[Tracker], run: Path, settings: Mapping[str, Any], first: int, *, main: bool
     ) -> None:
-        self._trackers = [_tracker(name, run, first) for name in names] if enabled else []
+        self._trackers = [_tracker(name, run, first) for name in names] if main else []
         if self._trackers:
             PartialState()  # the trackers' own logging wants it
         self._tolerate = {tracker.name: TolerateWriteErrors(f"{tracker.name} in {run}") for tracker in self._trackers}

@@ -10,9 +10,9 @@ from jepakit.scan import Scan, outlier_notes, refuse_mixed, scan, window_notes
 from jepakit.sources import ImageList
 
 
-def look_at(images: ImageList, config: AdaptConfig, *, show: bool) -> Scan:
+def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:
     """Scan a sample; DataError when none can be read or they are of several kinds, ConfigError when views cannot fit."""
-    found = scan(images, value_range=config.value_range, frame=chosen_frame(config), progress=show)
+    found = scan(images, value_range=config.value_range, frame=chosen_frame(config), progress=progress)
     refuse_mixed(found, images.ids, config.most_skipped)
     config.resolved_views().check_bands(found.kind.bands)
     return found
