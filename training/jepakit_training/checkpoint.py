@@ -176,7 +176,7 @@ def _unwritten(folder: Path, step: int, needed: int, error: OSError) -> Checkpoi
 
 
 def _check_finite(step: int, state: dict[str, Any]) -> None:
-    """One reduction over all tensors, and one wait for the device."""
+    """TrainingError where a number is not finite, by one reduction over all tensors, and one wait for the device."""
     numbers = [tensor for tensor in _tensors(state) if tensor.is_floating_point() and tensor.numel()]
     if not torch.nn.utils.get_total_norm(numbers, norm_type=math.inf).isfinite():
         raise TrainingError(

@@ -207,7 +207,7 @@ class _Group:
             time.sleep(0.05)
 
     def stop(self, number: int) -> None:
-        """Note a signal, for `wait`: a handler may come in the middle of anything, `Popen.poll` with its lock among it."""
+        """Note a signal, for `wait`: a handler may come in the middle of anything, even inside `Popen.poll`, which holds a lock."""
         self.signals.append(number)
 
     def _pass_on(self, done: int) -> int:

@@ -250,7 +250,7 @@ class Learner:
         return noise.to(self._accelerator.device, memory_format=layout_of(self._backbone))
 
     def _moved(self) -> bool:
-        """Published runs have saved the untouched start; this one must not."""
+        """Whether any weight or statistic is another than at the start: published runs have saved the untouched start."""
         now = self._backbone.state_dict()
         return any(not torch.equal(now[name].cpu(), value) for name, value in self._start.items())
 

@@ -125,7 +125,8 @@ def write_run_bundle(
 
 
 def _check_start(config: AdaptConfig, setup: Setup, run: Run) -> None:
-    """A resumed run goes on from the weights it began with: the verdict and `mix` compare with them."""
+    """ConfigError where a resumed run would go on from other weights than it began with: the verdict and `mix` compare with
+    them."""
     if not (run.path / START).exists():
         return
     before, now = _start_weights(run), tensors_of(setup.backbone)
@@ -203,7 +204,8 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
 
 
 def _check_same_images(images: ImageList, accelerator: Accelerator) -> None:
-    """The split is drawn on every rank from its own list: of two lists, one's training images may be the other's held-out ones."""
+    """DataError where ranks have different images: each draws the split from its own list, and one's training images may be
+    the other's held-out ones."""
     if accelerator.num_processes == 1:
         return
     found = gather_object([(images.digest(), len(images))])
@@ -293,6 +295,7 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
 
 
 def _check_same_step(step: int, run: Path, accelerator: Accelerator) -> None:
+    """TrainingError where other ranks would go on from another step."""
     if accelerator.num_processes == 1:
         return
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()

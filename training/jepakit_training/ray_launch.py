@@ -108,7 +108,7 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes where nobody listens."""
+    """TrainingError where nobody listens at `address`: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return
