@@ -1,1 +1,5 @@
-"""The embedding service: `engine` and `api` know nothing of Ray, `app` puts them on Ray Serve or plain uvicorn."""
+"""The embedding service, to be read as a request comes: gate → api → engine → batcher.
+
+`replica` is one process of it, `updates` brings new versions in, `app` picks what runs it: `ray_app` or, in one process,
+`single`. Only `ray_app` knows Ray.
+"""

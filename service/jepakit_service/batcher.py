@@ -230,7 +230,7 @@ class Batcher:
             while True:
                 todo = decide(self._state(), self._capacity)
                 if todo == "stop":
-                    self._lock.notify_all()  # those that wait for what this thread found to be nothing
+                    self._lock.notify_all()  # the others may stop too
                     return None
                 if todo == "wait":
                     self._lock.wait()

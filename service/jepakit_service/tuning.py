@@ -24,7 +24,7 @@ _LONGEST_BATCH_S = 0.25
 _NEARLY = 0.97
 """The smallest batch is taken that is as fast as any: the images of a larger one wait for each other."""
 _BETTER = 1.1
-"""All cores together must answer so much more than lanes to be chosen for a backlog too: what is measured on a busy machine strays."""
+"""All cores together must answer so much more than lanes to be chosen for a backlog too: timings on a busy machine vary."""
 _PASSES, _LEAST_S = 3, 0.05
 
 
