@@ -23,6 +23,8 @@ from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, ImageData, va
 
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
+_MOST_OUTPUTS = 16
+"""There is one, which may be asked for repeatedly; every wrong element of a list is an error object, half a kilobyte."""
 JSON_LENGTH = "Inference-Header-Content-Length"
 Datatype = Literal["BYTES", "UINT8", "UINT16", "INT16", "UINT32", "INT32", "FP32"]
 _DTYPES = {
@@ -84,7 +86,7 @@ class InferRequest(_Part):
     id: str | None = None
     parameters: InferParameters | None = None
     inputs: list[InferInput] = Field(min_length=1, max_length=1)
-    outputs: list[InferOutput] | None = None
+    outputs: list[InferOutput] | None = Field(None, max_length=_MOST_OUTPUTS)
 
 
 class TensorMetadata(TypedDict):

@@ -6,6 +6,7 @@ import base64
 import json
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ WRONG = {
     "a huge shape": pixels(shape=[1, 2**40, 2**40, 3]),
     "bytes announced that do not come": request(data=None, parameters={"binary_data_size": 9}),
     "another output": {**request(), "outputs": [{"name": "tokens"}]},
+    "too many outputs": {**request(), "outputs": [{"name": "embeddings"}] * 17},
     "a list": [1],
 }
 
@@ -156,6 +158,21 @@ def test_wrong_requests_are_told_in_the_protocols_shape(http: httpx.Client, kind
     assert list(answer.json()) == ["error"]
     assert len(answer.json()["error"]) > 10
     assert answer.headers["x-request-id"]
+
+
+def test_a_long_list_of_wrong_outputs_is_not_judged_one_by_one() -> None:
+    body = json.dumps({"inputs": [], "outputs": [1] * 100_000}).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="inputs"):
+            oip.read(body, None, "tiny", 4)
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(body)
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_output_may_be_asked_for_repeatedly(http: httpx.Client) -> None:
+    assert http.post(INFER, json={**request(), "outputs": [{"name": "embeddings"}] * 2}).status_code == 200
 
 
 def test_numbers_in_json_may_be_nested_or_flat(http: httpx.Client, expected: dict[str, np.ndarray[Any, Any]]) -> None:
