@@ -158,14 +158,15 @@ class Gate:
         return name
 
     def _reserve(self, headers: Headers, *, is_open: bool) -> int:
-        """Take room for a body before it is read: as much as it declares, or the most there may be.
+        """Take room for a body before it is read: as much as it declares, or (in chunks) the most there may be.
 
         Whoever has no key gets none: an open path takes no body.
         """
         most = self._settings.max_body_mb << 20
         declared = headers.get("content-length", "")
-        chunked = "transfer-encoding" in headers
-        size = int(declared) if declared.isdigit() else most if chunked else 0
+        size = int(declared) if declared.isascii() and declared.isdigit() else 0
+        if "transfer-encoding" in headers:  # whatever length is declared beside it
+            size = most
         if size and is_open:
             raise ApiError(413, "body_too_large", "no body is read here: send GET without one")
         if size > most:

@@ -30,6 +30,7 @@ import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
 from jepakit_service import gate, heartbeat, logs, memory, models, operations, tracing
+from jepakit_service.api import build_app
 from jepakit_service.listeners import open_listeners
 from jepakit_service.metrics import merge
 from jepakit_service.replica import Replica, Report
@@ -436,6 +437,27 @@ def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) ->
 
     with running(settings(bundle, max_body_mb=1, max_bodies_mb=1)) as url:
         assert asyncio.run(go(url)) == [429, 415]
+
+
+@pytest.mark.parametrize("declared", [b"1", b"\xb2"])
+def test_the_length_of_a_body_in_chunks_is_not_believed(bundle: Path, declared: bytes) -> None:
+    """Some servers hand both headers on."""
+
+    async def go() -> int:
+        async def slowly() -> Any:
+            yield b"\x89PNG"
+            await asyncio.sleep(0.3)
+
+        app = build_app(settings(bundle, max_body_mb=1, max_bodies_mb=1))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            both = [(b"Content-Length", declared), (b"Transfer-Encoding", b"chunked"), (b"Content-Type", b"image/png")]
+            held = asyncio.create_task(http.post("/v1/embeddings", content=slowly(), headers=both))
+            await asyncio.sleep(0.1)
+            refused = await http.post("/v1/embeddings", content=b"\0" * (600 << 10), headers=PNG)
+            assert (await held).status_code == 415
+            return refused.status_code
+
+    assert asyncio.run(go()) == 429
 
 
 def test_log_lines_are_json_and_hold_no_content(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
