@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from typing_extensions import TypedDict
 
 from jepakit_service.engine import max_images_in_time
 from jepakit_service.metrics import merge
@@ -17,6 +17,49 @@ from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import unavailable
+
+
+class ModelLimits(TypedDict):
+    """What one request may hold; `max_images_in_time` is of all requests at work together."""
+
+    max_body_mb: int
+    max_images: int
+    max_images_in_time: int
+    max_pixels: int
+
+
+class ModelDescription(TypedDict):
+    """OpenAI's model (`id`, `object`, `created`, `owned_by`), and what a client needs to know of it.
+
+    `created` is always 0: a bundle keeps no time, so that the same export is the same bundle.
+    """
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    model_id: str
+    digest: str
+    dim: int
+    precision: str
+    provider: str
+    backbone: str
+    license: str
+    preprocess: dict[str, Any]
+    embedding: dict[str, Any]
+    verdict: str | None
+    max_batch: int
+    lanes: int
+    limits: ModelLimits
+    serving: list[str]
+    update: Update | None
+
+
+class ModelList(TypedDict):
+    """The models in service."""
+
+    object: Literal["list"]
+    data: list[ModelDescription]
 
 
 def router(replica: Replica) -> APIRouter:
@@ -43,7 +86,7 @@ def router(replica: Replica) -> APIRouter:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """The models in service."""
         reports = await replica.reports()
         return {
@@ -52,7 +95,7 @@ def router(replica: Replica) -> APIRouter:
         }
 
     @routes.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> ModelDescription:
         """One model in service.
 
         `limits` tells what one request may hold, and `max_images_in_time` how many images all requests at a time;
@@ -86,13 +129,14 @@ def _faults(report: Report, in_service: Collection[str]) -> list[str]:
     return [*report.faults, *(f"{name} is not in service on this replica" for name in sorted(set(in_service) - mine))]
 
 
-def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> dict[str, Any]:
+def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> ModelDescription:
     """What a client needs to know of a model, and which versions of it the replicas have."""
     manifest = model.manifest
     states = [report.models[manifest.name] for report in reports if manifest.name in report.models]
     return {
         "id": manifest.name,
         "object": "model",
+        "created": 0,
         "owned_by": "jepakit",
         "model_id": manifest.model_id,
         "digest": manifest.digest,
@@ -117,10 +161,10 @@ def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Rep
     }
 
 
-def _worst(updates: Sequence[Update]) -> dict[str, Any] | None:
+def _worst(updates: Sequence[Update]) -> Update | None:
     """A failure on one replica is what the operator must know first."""
     for state in ("failed", "incomplete", "loading", "waiting"):
         for update in updates:
             if update.state == state:
-                return dataclasses.asdict(update)
+                return update
     return None

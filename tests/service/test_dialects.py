@@ -79,7 +79,7 @@ def test_the_openai_client_asks_for_base64_by_itself_and_may_ask_for_floats_and_
             client.embeddings.create(model="tiny", input=URIS, dimensions=dim - 1)
         assert caught.value.code == "dimensions_not_supported"
         assert f"tiny gives {dim}" in caught.value.message
-        assert [model.id for model in client.models.list()] == ["tiny"]
+        assert [(model.id, model.created) for model in client.models.list()] == [("tiny", 0)]
 
 
 def test_jinas_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:

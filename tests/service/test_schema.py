@@ -100,6 +100,12 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
     assert used == set(document["components"]["schemas"])
 
 
+def test_the_document_tells_all_that_the_service_says_of_a_model(service: str, document: dict[str, Any]) -> None:
+    told, schemas = httpx.get(f"{service}/v1/models/tiny").json(), document["components"]["schemas"]
+    assert set(told) == set(schemas["ModelDescription"]["properties"]) == set(schemas["ModelDescription"]["required"])
+    assert set(told["limits"]) == set(schemas["ModelLimits"]["properties"])
+
+
 def test_the_document_says_that_a_key_is_wanted_where_one_is(document: dict[str, Any]) -> None:
     assert "security" not in document
 
