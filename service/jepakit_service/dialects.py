@@ -164,10 +164,11 @@ class EmbeddingAnswer(TypedDict):
 
 
 class VoyageUsage(TypedDict):
-    """`image_pixels` is the sum over the decoded images; there are no tokens."""
+    """`image_pixels` is the sum over the decoded images; there are no tokens and no videos."""
 
     text_tokens: int
     image_pixels: int
+    video_pixels: int
     total_tokens: int
 
 
@@ -267,7 +268,7 @@ def write_voyage(ask: Ask, computed: Computed) -> VoyageAnswer:
         "data": _rows(ask, computed.results),
         "model": computed.manifest.name,
         "model_id": computed.manifest.model_id,
-        "usage": {"text_tokens": 0, "image_pixels": computed.pixels, "total_tokens": 0},
+        "usage": {"text_tokens": 0, "image_pixels": computed.pixels, "video_pixels": 0, "total_tokens": 0},
     }
 
 

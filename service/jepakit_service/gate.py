@@ -223,7 +223,9 @@ async def _discard(receive: Receive) -> bool:
 
 def error_body(error: ApiError, scope: Scope) -> bytes:
     """An error in the shape of the route's family."""
-    return oip.write_error(error) if routes.is_oip(scope["path"]) else error.body(scope["state"]["request_id"])
+    if routes.is_oip(scope["path"]):
+        return oip.write_error(error)
+    return error.body(scope["state"]["request_id"], with_detail=scope["path"] == routes.VOYAGE)
 
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mimetypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.utils import get_openapi
@@ -74,9 +74,10 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Every answer other than 200, in OpenAI's shape."""
+    """Every answer other than 200, in OpenAI's shape. `detail` is the message once more, on Voyage's route alone."""
 
     error: ErrorDetail
+    detail: NotRequired[str]
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.param = status, code, message, param
         self.headers = dict(headers or {})
 
-    def body(self, request_id: str) -> bytes:
-        """OpenAI's error shape, with the request id."""
+    def body(self, request_id: str, *, with_detail: bool = False) -> bytes:
+        """OpenAI's error shape, with the request id; `detail` beside it is where Voyage's client reads the message."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         error = {
             "message": self.message,
@@ -67,7 +67,7 @@ class ApiError(Exception):
             "param": self.param,
             "request_id": request_id,
         }
-        return json.dumps({"error": error}).encode()
+        return json.dumps({"error": error, **({"detail": self.message} if with_detail else {})}).encode()
 
 
 def unavailable(code: str, message: str, status: int = 503) -> ApiError:

@@ -15,6 +15,7 @@ from pydantic_core import to_json
 
 import jepakit
 from jepakit_service import dialects, wire
+from jepakit_service.keys import new_key
 from jepakit_service.settings import ServeSettings
 
 from .conftest import picture, running
@@ -107,10 +108,24 @@ def test_voyages_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> 
     }
     body = http.post("/v1/multimodalembeddings", json=asked).json()
     assert_vectors([row["embedding"] for row in body["data"]], expected)
-    assert body["usage"] == {"text_tokens": 0, "image_pixels": 3 * PIXELS, "total_tokens": 0}
+    assert body["usage"] == {"text_tokens": 0, "image_pixels": 3 * PIXELS, "video_pixels": 0, "total_tokens": 0}
     body = http.post("/v1/multimodalembeddings", json={**asked, "encoding_format": "base64"}).json()
     assert all(isinstance(row["embedding"], str) for row in body["data"])
     assert_vectors([row["embedding"] for row in body["data"]], expected)
+
+
+def test_voyages_client_finds_the_message_of_every_error(bundle: Path, tmp_path: Path) -> None:
+    """What it reads is `detail`, and no other route has one."""
+    keys, (key, line) = tmp_path / "keys", new_key("a")
+    keys.write_text(f"{line}\n")
+    with running(ServeSettings(bundles=(str(bundle),), port=1, api_key_file=str(keys))) as url:
+        for path, there in (("/v1/multimodalembeddings", True), ("/v1/embeddings", False), ("/v2/embed", False)):
+            refused = [
+                httpx.post(url + path, json={}, headers=headers) for headers in ({}, {"Authorization": f"Bearer {key}"})
+            ]
+            assert [answer.status_code for answer in refused] == [401, 400]
+            for told in (answer.json() for answer in refused):
+                assert told.get("detail") == (told["error"]["message"] if there else None)
 
 
 @pytest.mark.parametrize("types", [None, ["float"], ["base64"], ["base64", "float"]])
