@@ -81,6 +81,11 @@ class _Settings:
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
         import httpx
 
+        if isinstance(url, str) and "@" in url:  # whatever it is, it is not repeated: it may hold a password
+            raise ConfigError(
+                "the url holds an @: give the service's address without a user and a password (the key is api_key=…, or "
+                "JEPAKIT_API_KEY; an @ in a path is written %40)"
+            )
         if not isinstance(url, str) or not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
         if url.rstrip("/").endswith("/v1"):

@@ -379,6 +379,16 @@ def test_a_key_that_no_header_can_hold_is_told_at_once_and_not_shown(kind: type[
     assert "jk_" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://user:secret@127.0.0.1:8000", "http://secret@host", "user:secret@host:8000", "http://u:sec/ret@host"]
+)
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_password_in_the_address_is_refused_and_not_shown(kind: type[Any], url: str) -> None:
+    with pytest.raises(ConfigError, match="without a user and a password") as error:
+        kind(url, api_key="key")
+    assert "ret" not in str(error.value)
+
+
 def test_https_asked_of_a_service_without_is_told_at_once() -> None:
     with (
         _answering([MODELS]) as url,
