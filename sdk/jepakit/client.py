@@ -23,6 +23,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._loopback import is_loopback
 from jepakit._progress import Steps
 from jepakit.embeddings import Embeddings
 from jepakit.errors import (
@@ -105,6 +106,9 @@ class _Settings:
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "timeout": timeout_s,
             "follow_redirects": False,
+            # No proxy stands between this machine and itself. SSL_CERT_FILE holds there too, so it is read here.
+            "trust_env": not is_loopback(httpx.URL(url).host),
+            "verify": httpx.create_ssl_context(),
             "limits": httpx.Limits(max_connections=_MOST_AT_ONCE),
         }
 

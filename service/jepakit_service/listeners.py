@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import psutil
 
+from jepakit._loopback import is_loopback
 from jepakit.errors import ConfigError
 from jepakit_service.logs import say
-from jepakit_service.settings import ServeSettings, is_loopback
+from jepakit_service.settings import ServeSettings
 
 _START_TIMEOUT_S = 300.0
 _WHY_NOT = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from pydantic_settings import (
 )
 
 from jepakit._files import with_home
+from jepakit._loopback import is_loopback
 from jepakit._machine import usable_cpus
 from jepakit._messages import did_you_mean, parse
 from jepakit.errors import ConfigError
@@ -177,14 +177,3 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         if names.count(name) > 1:
             raise ConfigError(f"{file} sets {name!r} {names.count(name)} times: keep one line")
     return {str(name): value for name, value in values.items()}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -398,22 +398,61 @@ def test_https_asked_of_a_service_without_is_told_at_once() -> None:
         client.models()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
-@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
-def test_a_certificate_that_is_not_trusted_is_told_at_once(kind: type[Any], tmp_path: Path) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that holds a certificate of this machine, signed by itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    file = tmp_path_factory.mktemp("tls") / "certificate.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost",
-         "-keyout", key, "-out", certificate],
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", file, "-out", file.with_suffix(".crt")],
         check=True, capture_output=True,
     )  # fmt: skip
+    file.write_bytes(file.read_bytes() + file.with_suffix(".crt").read_bytes())
+    return file
+
+
+def context_of(certificate: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate)
+    return context
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_certificate_that_is_not_trusted_is_told_at_once(kind: type[Any], certificate: Path) -> None:
     with (
-        _answering([MODELS], context=context) as url,
+        _answering([MODELS], context=context_of(certificate)) as url,
         pytest.raises(ConnectionFailedError, match=r"not trusted \(self-signed certificate\): set SSL_CERT_FILE"),
     ):
         asked(kind, url, lambda client: client.models(), deadline_s=2)
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_certificate_named_by_the_environment_is_trusted(
+    kind: type[Any], certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with _answering([MODELS], context=context_of(certificate)) as url:
+        assert asked(kind, url, lambda client: client.models(), deadline_s=2) == []
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_proxy_of_the_environment_sees_nothing_of_what_stays_on_this_machine(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with _answering([MODELS]) as url:
+        for host in ("127.0.0.1", "localhost"):
+            here = url.replace("127.0.0.1", host)
+            assert asked(kind, here, lambda client: client.models(), deadline_s=2) == []
+        monkeypatch.setenv("http_proxy", url)
+        monkeypatch.setenv("HTTP_PROXY", url)
+        assert asked(kind, "http://elsewhere.invalid", lambda client: client.models(), deadline_s=2) == []
+    assert _Scripted.seen == 3
 
 
 MODELS: tuple[int, dict[str, str], bytes] = (200, {}, b'{"data": []}')
