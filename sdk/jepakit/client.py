@@ -167,12 +167,18 @@ class Client:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
     ) -> None:
+        self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._described: list[ModelInfo] | None = None
+        self._connect()
+
+    def _connect(self) -> None:
+        """Begin without connections. What a process inherits from its parent may be in use there: on one connection,
+        each would read the other's answers."""
         import httpx
 
-        self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.Client(**self._settings.http)
         self._places = threading.Semaphore(_MOST_AT_ONCE)
-        self._described: list[ModelInfo] | None = None
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -181,8 +187,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        """Close the connections of this process."""
+        if self._process == os.getpid():
+            self._http.close()
 
     def models(self) -> list[ModelInfo]:
         """The models that the service has loaded."""
@@ -266,6 +273,8 @@ class Client:
         """One request, tried again against the deadline; CancelledError after `stop`."""
         import httpx
 
+        if self._process != os.getpid():
+            self._connect()
         with self._places:  # the deadline is the service's: what waits for this client's own requests has not begun
             attempts = _Attempts(self._settings)
             pause: float | None = 0.0
@@ -286,14 +295,19 @@ class AsyncClient:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
     ) -> None:
+        self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._described: list[ModelInfo] | None = None
+        self._connect()
+
+    def _connect(self) -> None:
+        """As `Client._connect`."""
         import asyncio
 
         import httpx
 
-        self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._http = httpx.AsyncClient(**self._settings.http)
         self._places = asyncio.Semaphore(_MOST_AT_ONCE)
-        self._described: list[ModelInfo] | None = None
+        self._process = os.getpid()
 
     async def __aenter__(self) -> Self:
         return self
@@ -302,8 +316,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
+        """Close the connections of this process."""
+        if self._process == os.getpid():
+            await self._http.aclose()
 
     async def models(self) -> list[ModelInfo]:
         """As `Client.models`."""
@@ -361,6 +376,8 @@ class AsyncClient:
 
         import httpx
 
+        if self._process != os.getpid():
+            self._connect()
         async with self._places:
             attempts = _Attempts(self._settings)
             while True:

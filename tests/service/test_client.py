@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -749,6 +750,75 @@ def test_vectors_of_two_spaces_are_never_mixed() -> None:
         pytest.raises(ModelChangedError, match="b" * 16),
     ):
         client.embed([picture(0)] * 64, progress=False)
+
+
+FORKED = """
+import asyncio, os, sys
+import jepakit
+
+async def ask(client, name):
+    found = client.model(name)
+    return (await found if asyncio.iscoroutine(found) else found).name
+
+async def close(client):
+    closed = client.close()
+    if closed is not None:
+        await closed
+    return "closed" if client._http.is_closed else "left"
+
+async def main():
+    client = getattr(jepakit, sys.argv[1])(sys.argv[2], timeout_s=5, deadline_s=10)
+    assert await ask(client, "before") == "before"
+    for inside in (ask(client, "child"), close(client)):
+        child = os.fork()
+        if child == 0:
+            print(asyncio.run(inside), flush=True)
+            os._exit(0)
+        inside.close()
+        os.waitpid(child, 0)
+        print(await ask(client, "parent"), flush=True)
+    print(await close(client))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("kind", ["Client", "AsyncClient"])
+def test_a_forked_process_shares_no_connection_with_its_parent(kind: str) -> None:
+    """On one connection, each would now and then read the answer to the other's request."""
+    ports: dict[str, set[int]] = {}
+
+    class Model(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+
+        def do_GET(self) -> None:
+            name = self.path.rpartition("/")[2]
+            ports.setdefault(name, set()).add(self.client_address[1])
+            row = {"id": name, "model_id": "a" * 16, "digest": "", "dim": 2, "precision": "fp32", "provider": "cpu"}
+            body = json.dumps(row).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, kind, f"http://127.0.0.1:{server.server_address[1]}"],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["child", "closed", "left", "parent", "parent"], done.stderr
+    assert ports["parent"] == ports["before"]
+    assert len(ports["child"] - ports["before"]) == 1
 
 
 def test_redirects_are_not_followed() -> None:
