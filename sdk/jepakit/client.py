@@ -101,6 +101,8 @@ class _Settings:
                 "give it as it was made, without the end of the line it was read from"
             )
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
+        self.patience_s = min(timeout_s, deadline_s)
+        """For the answer to one attempt."""
         self.http: dict[str, Any] = {
             "base_url": self.url,
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
@@ -139,14 +141,17 @@ class _Limits:
     """Of one image."""
 
     @classmethod
-    def of(cls, models: list[ModelInfo], asked: str | None) -> _Limits:
-        """No more than the service takes of the model asked for, and so few that it lets all requests at once in."""
+    def of(cls, models: list[ModelInfo], asked: str | None, patience_s: float) -> _Limits:
+        """No more than the service takes of the model asked for, and so few that it lets all requests at once in and
+        answers them in `patience_s`, where that is less than it gives itself."""
         try:
             told = _named(models, asked)[0].raw["limits"]
             body = told["max_body_mb"] << 20
-            images = min(cls.images, told["max_images"], max(1, told["max_images_in_time"] // _AT_ONCE))
+            share = min(1.0, patience_s / told.get("request_timeout_s", patience_s))
+            in_time = int(share * told["max_images_in_time"]) // _AT_ONCE
+            images = min(cls.images, told["max_images"], max(1, in_time))
             return cls(images, min(cls.bytes, body), body)
-        except (IndexError, KeyError, TypeError):
+        except (IndexError, KeyError, TypeError, ZeroDivisionError):
             return cls()
 
 
@@ -155,7 +160,8 @@ class Client:
 
     url         e.g. http://127.0.0.1:8000
     api_key     or the environment's JEPAKIT_API_KEY
-    timeout_s   seconds each step (connect, send, read) may go without progress
+    timeout_s   seconds each step (connect, send, read) may go without progress. By default longer than the service's
+                own `request_timeout_s` (60), so that its reason arrives; with less than that, requests hold fewer images
     deadline_s  seconds for one request with all its attempts; no step waits longer than what is left of them.
                 Connection errors, 408, 429 and 5xx are tried again until then, with growing, jittered pauses (or the
                 service's own Retry-After); what a second attempt cannot mend, such as a certificate that is not
@@ -165,7 +171,7 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
+        self, url: str, *, api_key: str | None = None, timeout_s: float = 75.0, deadline_s: float = 120.0
     ) -> None:
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._described: list[ModelInfo] | None = None
@@ -254,7 +260,7 @@ class Client:
         """Asked of the service once, and not for a single image, which no limit can cut."""
         if self._described is None and count > 1:
             self._described = self.models()
-        return _Limits.of(self._described or [], model)
+        return _Limits.of(self._described or [], model, self._settings.patience_s)
 
     def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
         """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
@@ -293,7 +299,7 @@ class AsyncClient:
     """`Client` for asyncio: the same arguments, methods and errors, awaited."""
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout_s: float = 60.0, deadline_s: float = 120.0
+        self, url: str, *, api_key: str | None = None, timeout_s: float = 75.0, deadline_s: float = 120.0
     ) -> None:
         self._settings = _Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._described: list[ModelInfo] | None = None
@@ -369,7 +375,7 @@ class AsyncClient:
     async def _limits_for(self, count: int, model: str | None) -> _Limits:
         if self._described is None and count > 1:
             self._described = await self.models()
-        return _Limits.of(self._described or [], model)
+        return _Limits.of(self._described or [], model, self._settings.patience_s)
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio

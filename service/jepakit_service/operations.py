@@ -20,12 +20,16 @@ from jepakit_service.wire import unavailable
 
 
 class ModelLimits(TypedDict):
-    """What one request may hold; `max_images_in_time` is of all requests at work together."""
+    """What one request may hold; `max_images_in_time` is of all requests at work together.
+
+    `request_timeout_s` is how long a request may take: who waits for less is not served so many images in time.
+    """
 
     max_body_mb: int
     max_images: int
     max_images_in_time: int
     max_pixels: int
+    request_timeout_s: float
 
 
 class ModelDescription(TypedDict):
@@ -98,8 +102,8 @@ def router(replica: Replica) -> APIRouter:
     async def model(name: str) -> ModelDescription:
         """One model in service.
 
-        `limits` tells what one request may hold, and `max_images_in_time` how many images all requests at a time;
-        `update` tells of a newer version that is not in service yet, or was refused.
+        `limits` tells what one request may hold, `max_images_in_time` how many images all requests at a time, and
+        `request_timeout_s` how long they may take; `update` tells of a newer version that is not in service yet, or was refused.
         """
         reports = await replica.reports()  # a switch may come meanwhile: what is described is not older than they are
         return _describe(replica.registry.find(name), replica.settings, reports)
@@ -155,6 +159,7 @@ def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Rep
             "max_images": settings.max_images,
             "max_images_in_time": max_images_in_time(model.plan, settings),
             "max_pixels": settings.max_pixels,
+            "request_timeout_s": settings.request_timeout_s,
         },
         "serving": sorted({state.current for state in states if state.current}),
         "update": _worst([state.update for state in states if state.update]),

@@ -115,6 +115,7 @@ def test_models_and_health(http: httpx.Client, bundle: Path) -> None:
     assert model["digest"] == manifest.digest
     assert model["model_id"] == manifest.model_id
     assert model["dim"] == manifest.embedding.dim
+    assert model["limits"]["request_timeout_s"] == 60
     assert (model["serving"], model["update"]) == ([manifest.digest], None)
     assert http.get("/v1/models/tiny").json() == model
     assert http.get("/healthz").status_code == 200

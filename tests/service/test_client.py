@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
 import os
@@ -650,33 +651,62 @@ def test_limits_are_asked_for_once_and_not_for_a_single_image() -> None:
 @pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
 def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
     info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
-    assert _Limits.of([info], None) == _Limits.of([], None) == _Limits(32, 16 << 20)
+    assert _Limits.of([info], None, 75) == _Limits.of([], None, 75) == _Limits(32, 16 << 20)
 
 
-def described(name: str, in_time: int) -> ModelInfo:
-    limits = {"max_images": 64, "max_body_mb": 8, "max_images_in_time": in_time}
+def described(name: str, in_time: int, **more: Any) -> ModelInfo:
+    limits = {"max_images": 64, "max_body_mb": 8, "max_images_in_time": in_time, **more}
     return ModelInfo(name, "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
 
 
 def test_requests_are_cut_by_the_speed_of_the_model_that_is_meant() -> None:
     models = [described("slow", 30), described("slowest", 1), described("fast", 9999)]
-    images = {asked: _Limits.of(models, asked).images for asked in ("slow", "slow@id", "slowest", "fast")}
+    images = {asked: _Limits.of(models, asked, 75).images for asked in ("slow", "slow@id", "slowest", "fast")}
     assert images == {"slow": 7, "slow@id": 7, "slowest": 1, "fast": 32}
-    assert _Limits.of(models[:1], None).images == 7
+    assert _Limits.of(models[:1], None, 75).images == 7
+
+
+@pytest.mark.parametrize(("patience_s", "images"), [(300, 25), (60, 25), (30, 12), (1, 1), (0.001, 1)])
+def test_requests_are_cut_by_how_long_the_client_waits_where_that_is_less(patience_s: float, images: int) -> None:
+    assert _Limits.of([described("tiny", 100, request_timeout_s=60.0)], None, patience_s).images == images
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_client_waits_longer_than_the_service_and_less_long_than_its_proxy(kind: type[Any]) -> None:
+    proxy = (Path(__file__).parents[2] / "docker" / "proxy" / "nginx.conf").read_text()
+    proxys = re.search(r"proxy_read_timeout (\d+)s", proxy)
+    assert proxys
+    timeout_s = inspect.signature(kind).parameters["timeout_s"].default
+    assert ServeSettings.model_fields["request_timeout_s"].default < timeout_s < int(proxys[1])
+
+
+def slow_service(bundle: Path, images_a_second: float, takes_s: float, **settings: Any) -> running:
+    """A service of a model that was measured at so many images a second, and takes so long for each."""
+    service = running(ServeSettings(bundles=(str(bundle),), port=1, **settings))
+    model = service.gate.replica.registry.find("tiny")
+    model.plan = model.plan._replace(rate=images_a_second)
+    run = model._batcher._run
+
+    def slowly(images: Any) -> Any:
+        time.sleep(takes_s * len(images))
+        return run(images)
+
+    model._batcher._run = model._batcher._whole = slowly
+    return service
+
+
+@pytest.mark.parametrize("patience", [{"timeout_s": 2, "deadline_s": 6}, {"deadline_s": 2}], ids=str)
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_an_impatient_client_is_answered_by_a_slow_model(bundle: Path, kind: type[Any], patience: Any) -> None:
+    """In one request, as many as it may hold, the images would take 3 s."""
+    with slow_service(bundle, images_a_second=10, takes_s=0.1, threads=1) as url:
+        found = asked(kind, url, lambda client: client.embed([picture(0)] * 30, progress=False), **patience)
+    assert len(found) == 30
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
 def test_a_slow_model_refuses_nothing_of_its_only_client(bundle: Path, kind: type[Any]) -> None:
-    service = running(ServeSettings(bundles=(str(bundle),), port=1, request_timeout_s=2))
-    model = service.gate.replica.registry.find("tiny")
-    model.plan = model.plan._replace(rate=8.0)
-    run = model._batcher._run
-
-    def slowly(images: Any) -> Any:
-        time.sleep(0.02 * len(images))
-        return run(images)
-
-    model._batcher._run = model._batcher._whole = slowly
+    service = slow_service(bundle, images_a_second=8, takes_s=0.02, request_timeout_s=2)
     with service as url:
         (told,) = httpx.get(f"{url}/v1/models").json()["data"]
         assert told["limits"]["max_images_in_time"] == 8
