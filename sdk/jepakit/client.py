@@ -29,6 +29,7 @@ from jepakit.embeddings import Embeddings
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
+    ClientError,
     ConfigError,
     ConnectionFailedError,
     ImageError,
@@ -232,18 +233,28 @@ class Client:
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
         job = _Job(listed, model, self._limits_for(len(listed), model), spec)
-        stop = threading.Event()
         with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
             try:
-                for part in _windows(job.parts(), _AT_ONCE):
-                    answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
-                    for chunk, answer in answers:
-                        with job.naming(chunk):
-                            job.accept(chunk, answer.result())
-                        show.update(job.done)
-            finally:
-                stop.set()
+                self._embed_rest(job, show)
+            except ClientError as error:
+                self._described = None
+                if not _too_much(error) or not job.cut_by(self._limits_for(len(job), model)):
+                    raise
+                self._embed_rest(job, show)
         return job.result()
+
+    def _embed_rest(self, job: _Job, show: Steps) -> None:
+        """Send what has no vectors yet."""
+        stop = threading.Event()
+        try:
+            for part in _windows(job.parts(), _AT_ONCE):
+                answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
+                for chunk, answer in answers:
+                    with job.naming(chunk):
+                        job.accept(chunk, answer.result())
+                    show.update(job.done)
+        finally:
+            stop.set()
 
     def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
         """Send the bundle's golden inputs through the service; returns the relative error to torch's vectors.
@@ -257,7 +268,7 @@ class Client:
         return _judge_golden(job, expected)
 
     def _limits_for(self, count: int, model: str | None) -> _Limits:
-        """Asked of the service once, and not for a single image, which no limit can cut."""
+        """Asked of the service until an `embed` fails, and not for a single image, which no limit can cut."""
         if self._described is None and count > 1:
             self._described = self.models()
         return _Limits.of(self._described or [], model, self._settings.patience_s)
@@ -346,23 +357,35 @@ class AsyncClient:
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress
         )
         job = _Job(listed, model, await self._limits_for(len(listed), model), spec)
-        windows = _windows(job.parts(), _AT_ONCE)
-        answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
         with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
             try:
-                # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
-                while part := await asyncio.to_thread(lambda: next(windows, None)):
-                    answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
-                    for chunk, answer in answers:
-                        with job.naming(chunk):
-                            job.accept(chunk, await answer)
-                        show.update(job.done)
-            finally:
-                # What is still on its way when one request fails, or this call is cancelled, ends with it.
-                for _, answer in answers:
-                    answer.cancel()
-                await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
+                await self._embed_rest(job, show)
+            except ClientError as error:
+                self._described = None
+                if not _too_much(error) or not job.cut_by(await self._limits_for(len(job), model)):
+                    raise
+                await self._embed_rest(job, show)
         return job.result()
+
+    async def _embed_rest(self, job: _Job, show: Steps) -> None:
+        """As `Client._embed_rest`."""
+        import asyncio
+
+        windows = _windows(job.parts(), _AT_ONCE)
+        answers: list[tuple[_Chunk, asyncio.Task[httpx.Response]]] = []
+        try:
+            # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
+            while part := await asyncio.to_thread(lambda: next(windows, None)):
+                answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
+                for chunk, answer in answers:
+                    with job.naming(chunk):
+                        job.accept(chunk, await answer)
+                    show.update(job.done)
+        finally:
+            # What is still on its way when one request fails, or this call is cancelled, ends with it.
+            for _, answer in answers:
+                answer.cancel()
+            await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
 
     async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
@@ -514,10 +537,16 @@ class _Job:
     def __len__(self) -> int:
         return len(self._images)
 
+    def cut_by(self, limits: _Limits) -> bool:
+        """Cut what is left by these limits; returns whether they are others than before."""
+        before, self._limits = self._limits, limits
+        return limits != before
+
     def parts(self) -> Iterator[_Chunk]:
-        """Requests of up to 32 images or 16 MB, or as many as the service takes; files are read when their turn comes."""
-        first, items, size = 0, list[Any](), 0
-        for place in range(len(self._images)):
+        """Requests of up to 32 images or 16 MB, or as many as the service takes, for what has no vectors yet; files are
+        read when their turn comes."""
+        first, items, size = self.done, list[Any](), 0
+        for place in range(self.done, len(self._images)):
             item = _encode(self._images[place], self._spec, self._limits.largest)
             _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
             weight = _BYTES_BESIDE + _bytes_of(item)
@@ -678,6 +707,11 @@ def _spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pr
     spec = Preprocess.model_validate(named[0].raw["preprocess"])
     check_tile(tile, spec)
     return spec
+
+
+def _too_much(error: ClientError) -> bool:
+    """Whether a request of several images was more than the service takes: it may take less than it did once."""
+    return isinstance(error, ResponseError) and error.status == 413
 
 
 def _meaning(response: httpx.Response, note: str) -> ResponseError:

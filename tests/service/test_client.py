@@ -648,6 +648,48 @@ def test_limits_are_asked_for_once_and_not_for_a_single_image() -> None:
     assert _Scripted.seen == 4
 
 
+def rows(number: int, model_id: str = "a" * 16) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"X-Embedding-Shape": f"{number},1", "X-Model-Id": model_id}, np.arange(number, dtype="<f4").tobytes()
+
+
+def told(max_images: int) -> tuple[int, dict[str, str], bytes]:
+    """A list of the one model, with this limit."""
+    limits = {"max_images": max_images, "max_body_mb": 8, "max_images_in_time": 999}
+    row = {"id": "tiny", "model_id": "a" * 16, "digest": "", "dim": 1, "precision": "fp32", "provider": "cpu"}
+    return 200, {}, json.dumps({"data": [{**row, "limits": limits}]}).encode()
+
+
+REFUSED = (413, dict[str, str](), b'{"error": {"message": "too many", "code": "too_many_images"}}')
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_limits_that_have_become_lower_are_asked_for_anew_and_the_rest_is_cut_by_them(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jepakit.client._AT_ONCE", 1)
+    with _answering([told(4), rows(4), REFUSED, told(2), rows(2), rows(2)]) as url:
+        found = asked(kind, url, lambda client: client.embed([picture(0)] * 8, progress=False))
+    assert found.vectors[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert _Scripted.seen == 6
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_refusal_by_the_same_limits_is_told(kind: type[Any]) -> None:
+    with _answering([told(4), REFUSED, told(4)]) as url, pytest.raises(ResponseError, match="too many"):
+        asked(kind, url, lambda client: client.embed([picture(0)] * 2, progress=False))
+    assert _Scripted.seen == 3
+
+
+def test_limits_are_asked_for_anew_after_a_model_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jepakit.client._AT_ONCE", 1)
+    answers = [told(2), rows(2), rows(2, "b" * 16), told(4), rows(4, "b" * 16)]
+    with _answering(answers) as url, jepakit.Client(url) as client:
+        with pytest.raises(ModelChangedError):
+            client.embed([picture(0)] * 4, progress=False)
+        assert len(client.embed([picture(0)] * 4, progress=False)) == 4
+    assert _Scripted.seen == 5
+
+
 @pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
 def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
     info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
