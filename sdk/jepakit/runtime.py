@@ -33,6 +33,8 @@ _ORT_PROVIDERS = {
 ON_GPU: tuple[Chosen, ...] = ("cuda", "tensorrt")
 # TensorRT builds an engine for each shape it meets: batches are filled up to one of these.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+# It quantises a whole batch by one range: an image's vector would depend on which others ride with it.
+_OF_THE_BATCH = b"DynamicQuantizeLinear"
 
 # What ONNX Runtime and CUDA's libraries say when there is no room left.
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
@@ -43,7 +45,7 @@ class Runtime(Protocol):
 
     provider: Chosen
     buckets: tuple[int, ...] | None
-    """Batch sizes that a provider of fixed shapes should see; None: any."""
+    """Batch sizes that the graph should see, on this provider; None: any."""
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
         """The graph's outputs, in their order, for images [B, H, W, C]. Safe to call from several threads.
@@ -66,14 +68,15 @@ def open_runtime(
     """
     check_provider(provider, arithmetic)
     check_external(graph, data)
+    alone = (1,) if _OF_THE_BATCH in graph else None
     if provider == "openvino":
-        return _OpenVino(graph, threads, arithmetic, data)
+        return _OpenVino(graph, threads, arithmetic, data, alone)
     wanted: tuple[Chosen, ...] = ("cuda", "cpu") if provider == "auto" else (provider,)
     for choice in wanted:
         if _missing(choice) is None:
             session = _ort_session(graph, choice, threads, data)
             if session.get_providers()[0] == _ORT_PROVIDERS[choice]:
-                return _OnnxRuntime(session, choice)
+                return _OnnxRuntime(session, choice, alone or (_BUCKETS if choice == "tensorrt" else None))
     raise _unusable(provider, "ONNX Runtime lists it but cannot load it")
 
 
@@ -105,9 +108,8 @@ def _unusable(provider: Provider, reason: str) -> InferenceError:
 
 
 class _OnnxRuntime:
-    def __init__(self, session: Any, provider: Chosen) -> None:
-        self._session, self.provider = session, provider
-        self.buckets: tuple[int, ...] | None = _BUCKETS if provider == "tensorrt" else None
+    def __init__(self, session: Any, provider: Chosen, buckets: tuple[int, ...] | None) -> None:
+        self._session, self.provider, self.buckets = session, provider, buckets
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
         try:
@@ -124,11 +126,13 @@ class _OnnxRuntime:
 
 class _OpenVino:
     provider: Chosen = "openvino"
-    buckets: tuple[int, ...] | None = None
 
-    def __init__(self, graph: bytes, threads: int, arithmetic: Arithmetic, data: bytes | None) -> None:
+    def __init__(
+        self, graph: bytes, threads: int, arithmetic: Arithmetic, data: bytes | None, buckets: tuple[int, ...] | None
+    ) -> None:
         import openvino
 
+        self.buckets = buckets
         # Left to itself it computes in bfloat16 where the CPU can, with errors of half a percent.
         hint = {"model": "f32", "bf16": "bf16"}[arithmetic]
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}

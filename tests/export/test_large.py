@@ -108,6 +108,16 @@ def test_int8_of_weights_outside_the_graph_is_int8_of_those_inside(
     np.testing.assert_array_equal(alone, beside)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_an_image_has_the_same_int8_vector_whatever_rides_with_it(
+    name: str, weights_file: Callable[[str], Path], exported: Callable[[str, bool], Bundle], provider: Provider
+) -> None:
+    session = Session(quantised(weights_file(name)).graph, exported("fp32", False).manifest, provider=provider)
+    alone = np.concatenate([session.run(IMAGES[[n]]) for n in range(len(IMAGES))])
+    extremes = np.stack([np.zeros_like(IMAGES[0]), np.full_like(IMAGES[0], 255)])
+    assert golden.relative_error(session.run(np.concatenate([extremes, IMAGES]))[2:], alone) <= 1e-6
+
+
 def quantised(weights: Path) -> jepakit_export.convert.Sealed:
     backbone, described = start_backbone(weights.stem, str(weights), SIZE)
     spec = stock_preprocess(backbone, SIZE)
