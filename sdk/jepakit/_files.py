@@ -66,7 +66,7 @@ def making_folder(path: Path) -> Iterator[Path]:
 
     OSError where anything cannot be written, or `path` is there already and not an empty folder.
     """
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
         yield temporary

@@ -18,9 +18,7 @@ import errno
 import hashlib
 import json
 import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from jepakit._files import as_path, file_sha256, fsync, prepare_place
+from jepakit._files import as_path, file_sha256, making_folder, prepare_place
 from jepakit._frozen import Frozen
 from jepakit._messages import explain
 from jepakit._vectors import float32_tuple
@@ -276,28 +274,22 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
     from safetensors import SafetensorError
 
     check_new(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:
-        write_files(folder)
-        files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-        manifest = manifest.model_copy(update={"files": files})
-        manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
-        (folder / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
-        for file in folder.iterdir():
+        with making_folder(path) as folder:
+            write_files(folder)
+            files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+            manifest = manifest.model_copy(update={"files": files})
+            manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
+            (folder / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
             # safetensors writes 0600; a service that runs as another user must be able to read it.
-            file.chmod(0o644)
-            fsync(file)
-        folder.chmod(0o755)
-        fsync(folder)
-        folder.rename(path)
-        fsync(path.parent)
+            for file in folder.iterdir():
+                file.chmod(0o644)
+            folder.chmod(0o755)
     except (OSError, SafetensorError) as error:
         raise WriteError(
             f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): make room in {path.parent}, and run "
             "the same command again"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._files import as_path, written
+from jepakit._files import as_path, reason_of, written
 from jepakit.errors import DataError
 
 
@@ -105,7 +105,7 @@ class Embeddings:
         except KeyError as error:
             raise DataError(f"{path} is not a file of embeddings: {error.args[0]}") from None
         except OSError as error:
-            raise DataError(f"{path} is not a file of embeddings ({error.strerror or error})") from None
+            raise DataError(f"{path} is not a file of embeddings ({reason_of(error)})") from None
         except Exception:  # a damaged archive can raise anything, in words that are numpy's
             raise DataError(
                 f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
