@@ -6,17 +6,17 @@ Nothing is told to the service over HTTP: it sees the folder, checks what is in 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from jepakit._files import reason_of
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
+from jepakit_service.bundles import holding
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
@@ -44,7 +44,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
                     return _wait_for_switch(client, bundle, timeout_s)
         except OSError as error:
             raise WriteError(
-                f"nothing was changed, {folder} cannot be written to ({error.strerror or error}): "
+                f"nothing was changed, {folder} cannot be written to ({reason_of(error)}): "
                 "make room there, or deploy as a user who may write there"
             ) from None
 
@@ -52,17 +52,12 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder against other deploys: two would undo each other's work. ServeError when one is at work."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(holding(folder, wait=False))
         except BlockingIOError:
             raise ServeError(f"another deploy is at work in {folder}: wait for it, or stop it") from None
-        except OSError:  # some network file systems lock no folders
-            pass
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _place(bundle: Bundle, folder: Path) -> Path:

@@ -50,9 +50,9 @@ class Heartbeat:
     async def __call__(self) -> str | None:
         """Why the model does not answer rightly; None when it does, as far as half a second shows.
 
-        A batch that ran within 5 s (or the time of three) and golden vectors reproduced within a minute are proof enough, else a golden image
-        goes through the same queue as everybody's: one at a time, however many ask. While it takes longer, what the one
-        before it found is told.
+        A batch that ran within 5 s (or the time of three) and golden vectors reproduced within a minute are proof enough,
+        else a golden image goes through the same queue as everybody's: one at a time, however many ask. While it takes
+        longer, what the one before it found is told.
         """
         if not self._is_proven():
             with contextlib.suppress(TimeoutError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
@@ -112,7 +112,7 @@ def router(replica: Replica) -> APIRouter:
 
 
 def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
-    in_service = {name for report in reports for name, state in report.models.items() if state.current}
+    in_service = {name for report in reports for name in report.in_service}
     faults = {report.replica: found for report in reports if (found := _faults(report, in_service))}
     ready = len(reports) - len(faults)
     if ready == 0:
@@ -127,10 +127,10 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
     }
 
 
-def _faults(report: Report, in_service: Collection[str]) -> list[str]:
+def _faults(report: Report, in_service: set[str]) -> list[str]:
     """What is wrong with a replica: what it says itself, and models that others have in service."""
-    mine = {name for name, state in report.models.items() if state.current}
-    return [*report.faults, *(f"{name} is not in service on this replica" for name in sorted(set(in_service) - mine))]
+    lacking = sorted(in_service - report.in_service)
+    return [*report.faults, *(f"{name} is not in service on this replica" for name in lacking)]
 
 
 def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> ModelDescription:

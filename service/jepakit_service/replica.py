@@ -30,6 +30,11 @@ class Report:
     models: dict[str, VersionsState]
     families: list[Metric]
 
+    @property
+    def in_service(self) -> set[str]:
+        """Names of the models that it answers for."""
+        return {name for name, state in self.models.items() if state.current}
+
 
 AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
 """The reports of the replicas; None for one that ended, or for all together where one of them does not answer."""

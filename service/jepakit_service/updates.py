@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from jepakit.bundle import Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit.runtime import Provider
 from jepakit_service import memory
-from jepakit_service.bundles import bundle_folders, check_expected
+from jepakit_service.bundles import bundle_folders, check_expected, holding
 from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
@@ -77,10 +75,11 @@ class Updates:
         wanted = self._wanted(found)
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
-        closed = {folder for _, rejected in found for folder in rejected}
-        self._forget_refusals(wanted, closed)
+        gone = self._gone(wanted, {folder for _, rejected in found for folder in rejected})
+        for name in gone:  # whoever brings a refused version back wants it tried again
+            self._registry.versions(name).update, self._registry.versions(name).failed = None, {}
         if all(bundles for bundles, _ in found):  # else a mount is lost, and nobody knows what it held
-            self._withdraw(wanted, closed)
+            self._withdraw(gone)
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
             states = await self._peers()
             answered = [state for state in states if state is not None]
@@ -135,8 +134,8 @@ class Updates:
         versions.update = Update(bundle.digest, "waiting")
 
     def _load_if_it_fits(self, bundle: Bundle, provider: Provider) -> LoadedModel:
-        """Raises DataError where the memory for it is not there."""
-        with _in_turn(bundle.path):
+        """Raises DataError where the memory for it is not there: each replica of this machine sees what the one before has left."""
+        with holding(bundle.path, wait=True):
             _check_memory(bundle, most_sessions(provider, self._settings.threads), self._settings.max_memory_mb)
             return LoadedModel(bundle, self._settings, self._metrics)
 
@@ -196,21 +195,16 @@ class Updates:
             self._retired.append(versions.next)
             versions.next = None
 
-    def _forget_refusals(self, there: Collection[str], closed: Collection[Path]) -> None:
-        """Of versions that were taken out again: whoever brings one back wants it tried again."""
+    def _gone(self, there: Collection[str], closed: Collection[Path]) -> list[str]:
+        """Names whose bundle is not there. One in a folder whose manifest does not pass is not gone."""
+        names = self._registry.names()
+        return [name for name in names if name not in there and self._registry.versions(name).folder not in closed]
+
+    def _withdraw(self, gone: Collection[str]) -> None:
+        """Take names out of service whose bundle has been gone for some looks: a swap of folders takes fewer."""
         for name in self._registry.names():
             versions = self._registry.versions(name)
-            if name not in there and versions.folder not in closed:
-                versions.update, versions.failed = None, {}
-
-    def _withdraw(self, there: Collection[str], closed: Collection[Path]) -> None:
-        """Take names out of service whose bundle has been gone for some looks: a swap of folders takes fewer.
-
-        One in a folder whose manifest does not pass is not gone.
-        """
-        for name in self._registry.names():
-            versions = self._registry.versions(name)
-            versions.absent = 0 if name in there or versions.folder in closed else versions.absent + 1
+            versions.absent = versions.absent + 1 if name in gone else 0
             if versions.absent >= _ABSENT_LOOKS:
                 self._retired += self._registry.forget(name).loaded()
                 _log.info("%s is no longer served: its bundle is gone", name)
@@ -234,18 +228,6 @@ def _look(given: Path) -> _Found:
                 if is_bundle(folder):  # else gone since
                     found.rejected[folder] = str(error)
     return found
-
-
-@contextlib.contextmanager
-def _in_turn(folder: Path) -> Iterator[None]:
-    """Hold a bundle against the other replicas of this machine: each sees what memory the one before has left."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_memory(bundle: Bundle, sessions: int, limit: int | None) -> None:
