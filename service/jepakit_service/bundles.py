@@ -1,11 +1,7 @@
-"""The bundles that the settings name, and a lock on their folders."""
+"""The bundles that the settings name."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from jepakit.bundle import Bundle, bundles_inside, is_bundle, open_bundle
@@ -44,22 +40,3 @@ def bundle_folders(given: Path) -> list[Path]:
     if not inside:
         raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
     return inside
-
-
-@contextlib.contextmanager
-def holding(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a folder against other processes that would; against none on network file systems that lock no folders.
-
-    BlockingIOError where another holds it, unless it is waited for.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)

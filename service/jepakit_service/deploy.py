@@ -16,7 +16,7 @@ from jepakit._files import reason_of
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
-from jepakit_service.bundles import holding
+from jepakit_service.locks import holding
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 

@@ -18,7 +18,8 @@ from jepakit.bundle import Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit.runtime import Provider
 from jepakit_service import memory
-from jepakit_service.bundles import bundle_folders, check_expected, holding
+from jepakit_service.bundles import bundle_folders, check_expected
+from jepakit_service.locks import holding
 from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
