@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from jepakit._messages import first_few
+from jepakit._messages import first_few, lines_of
 from jepakit._timm_names import check_name
 from jepakit.bundle import (
     MANIFEST,
@@ -43,6 +43,8 @@ with warnings.catch_warnings():
 
 _CONVNET_STRIDE = 32
 _STAGES_LAST = 4
+# What `start_backbone` gives to timm: a stranger's bundle might name a file to load, or a place to fetch it from.
+_ARGUMENTS = ("img_size", "dynamic_img_size", "in_chans")
 
 
 def start_backbone(name: str, weights: str, image_size: int | None, bands: int = 3) -> tuple[nn.Module, Backbone]:
@@ -88,8 +90,24 @@ def build(name: str, arguments: dict[str, Any]) -> Any:
 
 
 def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
-    """The backbone of a bundle, with the bundle's weights, in eval mode."""
-    module = build(backbone.name, backbone.arguments)
+    """The backbone of a bundle, with the bundle's weights, in eval mode.
+
+    Raises BackboneError for a name or an argument that no bundle of ours has, and for weights that do not fit.
+    """
+    check_name(backbone.name)
+    for argument in backbone.arguments:
+        if argument not in _ARGUMENTS:
+            raise BackboneError(
+                f"the bundle builds {backbone.name} with {argument[:80]!r}, which jepakit writes into none (only "
+                f"{', '.join(_ARGUMENTS)}): do not trust it"
+            )
+    try:
+        module = build(backbone.name, backbone.arguments)
+    except Exception as error:  # each architecture raises its own
+        raise BackboneError(
+            f"timm cannot build {backbone.name} as the bundle says, with {str(backbone.arguments)[:200]}: {lines_of(error)[0]}; "
+            "get the bundle again, or export it anew with this version of timm"
+        ) from error
     _load(module, state, Path(WEIGHTS))
     return module.eval()  # type: ignore[no-any-return]
 

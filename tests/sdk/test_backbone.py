@@ -1,0 +1,52 @@
+"""The backbone that a bundle describes: built from what we write into bundles, whoever made this one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import timm
+
+from jepakit.backbone import restore, start_backbone, tensors_of
+from jepakit.bundle import Backbone, StartWeights
+from jepakit.errors import BackboneError
+
+RANDOM = StartWeights(source="random", license="none needed")
+
+
+def described(name: str, **arguments: Any) -> Backbone:
+    return Backbone(name=name, arguments=arguments, start=RANDOM)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (described("hf-hub:someone/x"), "timm has no backbone 'hf-hub:someone/x'"),
+        (described("local-dir:/tmp/x"), "timm has no backbone 'local-dir:/tmp/x'"),
+        (described("test_vit", checkpoint_path="/tmp/x.pth"), "with 'checkpoint_path', which jepakit writes into none"),
+        (described("test_vit", pretrained_cfg="x"), "with 'pretrained_cfg', which jepakit writes into none"),
+    ],
+)
+def test_what_a_strangers_bundle_may_not_ask_of_timm_is_refused_before_timm_sees_it(
+    backbone: Backbone, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(BackboneError, match=re.escape(message)):
+        restore(backbone, {})
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [described("test_resnet", img_size=64), described("test_vit", img_size=-1), described("test_vit", in_chans="3")],
+)
+def test_what_timm_cannot_build_is_told_with_its_reason(backbone: Backbone) -> None:
+    with pytest.raises(BackboneError, match=rf"timm cannot build {backbone.name} as the bundle says, with .*: .+; get"):
+        restore(backbone, {})
+
+
+@pytest.mark.parametrize(("name", "bands"), [("test_vit", 3), ("test_vit", 4), ("test_resnet", 1)])
+def test_what_we_build_is_built_again_from_its_description(name: str, bands: int) -> None:
+    module, backbone = start_backbone(name, "random", 64, bands)
+    again = restore(backbone, tensors_of(module))
+    assert all((value == again.state_dict()[key]).all() for key, value in module.state_dict().items())
