@@ -23,6 +23,8 @@ from jepakit_export.convert import Sealed
 BATCH_SIZES = (1, 2, 7, 33)
 MOST_IMAGES, FEWEST_IMAGES, MOST_SKIPPED = 256, 16, 0.01
 _BATCH = 16
+# Of one graph, in batches of one size: what is computed of each image is the very same, and its order too.
+_SAME = 1e-5
 _WITHOUT_VNNI = (
     "; this CPU has no VNNI instructions, without which sums of 8-bit products overflow: export on a machine like the one "
     "that will serve, or use --precision fp32"
@@ -83,15 +85,34 @@ def expect(embedder: Embedder, images: Pixels) -> Expected:
 def check(made: Sealed, manifest: Manifest, precision: Precision, expected: Expected) -> golden.Agreement:
     """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), at the optimisation level that serves.
 
-    Raises ExportError below the tolerance table's limit for `precision`, or when the graph has fixed the batch size.
+    Raises ExportError below the tolerance table's limit for `precision`, when the graph has fixed the batch size, or when
+    an image's vector depends on which others are in its batch.
     """
     session = Session(made.graph, manifest, provider="cpu", data=made.data)
     found = [_compare(session, precision, expected, size) for size in BATCH_SIZES]
+    _check_mates(session, expected.images)
     return golden.Agreement(
         max(one.relative_error for one in found),
         min(one.centred_cosine for one in found),
         min(one.same_neighbour for one in found),
     )
+
+
+def _check_mates(session: Session, images: Pixels) -> None:
+    """ExportError when images have other outputs beside extremes than beside others like them."""
+    few = images[: len(images) // 2][:4]
+    alike = images[len(few) :][:3]
+    low, high = images.min(), images.max()
+    noise = np.random.default_rng(0).uniform(low, high, few[0].shape)
+    extremes = np.stack([np.full_like(few[0], low), np.full_like(few[0], high), noise.astype(few.dtype)])
+    beside_alike, beside_extremes = (session.run_all(np.concatenate([few, mates])) for mates in (alike, extremes))
+    for got, expected in zip(beside_extremes, beside_alike, strict=True):
+        error = golden.relative_error(got[: len(few)], expected[: len(few)])
+        if not error <= _SAME:
+            raise ExportError(
+                f"an image's vector depends on which others are in its batch (relative error {error:.2g} beside black, white "
+                f"and noise, at most {_SAME:g} is allowed): the backbone mixes the images of a batch; take another one"
+            )
 
 
 def int8_is_exact_here() -> bool:

@@ -22,14 +22,16 @@ import torch
 from safetensors.numpy import load, save
 
 import jepakit
+import jepakit.runtime
 import jepakit_export.convert
 from jepakit import golden
 from jepakit.backbone import Embedder, start_backbone, stock_preprocess
 from jepakit.bundle import DATA, GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, EmbeddingSpec, open_bundle, write_bundle
-from jepakit.errors import BundleError
+from jepakit.errors import BundleError, ExportError
 from jepakit.runtime import Provider, open_runtime
 from jepakit.session import Session
 from jepakit_export.quantize import to_int8
+from jepakit_export.verify import _check_mates
 
 SIZE = 64
 IMAGES = golden.synthetic_images(5, SIZE, 3, seed=3)
@@ -116,6 +118,16 @@ def test_an_image_has_the_same_int8_vector_whatever_rides_with_it(
     alone = np.concatenate([session.run(IMAGES[[n]]) for n in range(len(IMAGES))])
     extremes = np.stack([np.zeros_like(IMAGES[0]), np.full_like(IMAGES[0], 255)])
     assert golden.relative_error(session.run(np.concatenate([extremes, IMAGES]))[2:], alone) <= 1e-6
+
+
+def test_a_graph_whose_vectors_depend_on_the_batch_is_refused(
+    weights_file: Callable[[str], Path], exported: Callable[[str, bool], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, manifest = quantised(weights_file("test_vit")).graph, exported("fp32", False).manifest
+    _check_mates(Session(graph, manifest, provider="cpu"), IMAGES)
+    monkeypatch.setattr(jepakit.runtime, "_OF_THE_BATCH", b"no such operator")
+    with pytest.raises(ExportError, match=r"depends on which others are in its batch \(relative error 0\.\d+ beside"):
+        _check_mates(Session(graph, manifest, provider="cpu"), IMAGES)
 
 
 def quantised(weights: Path) -> jepakit_export.convert.Sealed:
