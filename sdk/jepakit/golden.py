@@ -6,6 +6,7 @@ Checked at export, at service start, and from afar (`client.verify(bundle)`), by
 from __future__ import annotations
 
 import io
+import zipfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Vectors = NDArray[np.float32]
 
 N_GOLDEN = 8
+# What a stranger's file may hold. Golden images are mostly noise, which hardly shrinks: to less than half in no case.
+_MOST_GOLDEN, _MOST_INFLATED = 64, 10
 
 
 class Tolerance(NamedTuple):
@@ -79,6 +82,18 @@ class Golden(NamedTuple):
     def inputs(self, spec: Preprocess) -> Pixels:
         """The images cropped as the graph takes them, [N, size, size, C]."""
         return centre_crop(self.images, spec.size)
+
+    def check(self, spec: Preprocess, dim: int) -> None:
+        """BundleError when these are not golden inputs of a model that is fed by `spec` and embeds in `dim` numbers."""
+        wanted = f"{spec.dtype} {[len(self.images), spec.resize_to, spec.resize_to, spec.bands]}"
+        for name, array, kind in (
+            ("images", self.images, wanted),
+            ("vectors", self.vectors, f"float32 {[len(self.images), dim]}"),
+        ):
+            if (found := _kind(array)) != kind:
+                raise BundleError(
+                    f"golden.npz holds {name} of {found}, the manifest wants {kind}: refuse the bundle, jepakit did not make it"
+                )
 
 
 def make_images(spec: Preprocess) -> Pixels:
@@ -154,9 +169,27 @@ def pack(golden: Golden) -> bytes:
 
 
 def unpack(data: bytes) -> Golden:
-    """Read `golden.npz` (no pickle is ever loaded)."""
+    """Read `golden.npz`, whoever made it: no pickle is ever loaded, and no more inflated than golden inputs may take.
+
+    Raises BundleError where it cannot be read, or holds other than up to 64 images and a float32 vector for each.
+    """
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _MOST_INFLATED * len(data):
+            raise ValueError(f"{len(data):,} bytes would inflate to {size:,}, over {_MOST_INFLATED} times as many")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return Golden(arrays["images"], arrays["vectors"])
+            images, vectors = arrays["images"], arrays["vectors"]
     except Exception as error:  # a damaged archive can raise anything
         raise BundleError(f"golden.npz cannot be read: {error}") from None
+    fits = images.ndim == 4 and vectors.ndim == 2 and vectors.dtype == np.float32 and len(images) == len(vectors)
+    if not fits or not 1 <= len(images) <= _MOST_GOLDEN:
+        raise BundleError(
+            f"golden.npz holds images of {_kind(images)} and vectors of {_kind(vectors)}, wanted are 1 to {_MOST_GOLDEN} "
+            "images [N, S, S, bands] and vectors float32 [N, dim]: refuse the bundle, jepakit did not make it"
+        )
+    return Golden(images, vectors)
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return f"{str(array.dtype)[:60]} {list(array.shape)}"

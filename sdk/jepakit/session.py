@@ -62,13 +62,15 @@ class Session:
         """Verify the whole bundle, open its graph, and check that it reproduces the golden inputs."""
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         files = bundle.read_all()
-        if GRAPH not in files:
-            bundle.read(GRAPH)  # says that it has to be exported first
+        for name in {GRAPH, GOLDEN} - set(files):
+            bundle.read(name)  # says that there is none, and of a graph that it has to be exported first
+        expected = golden.unpack(files[GOLDEN])
+        expected.check(bundle.manifest.preprocess, bundle.manifest.embedding.dim)
         session = cls(
             files.pop(GRAPH), bundle.manifest, provider=provider, threads=threads, arithmetic=arithmetic,
             data=files.pop(DATA, None),
         )  # fmt: skip
-        session.check_golden(golden.unpack(files[GOLDEN]))
+        session.check_golden(expected)
         return session
 
     @property

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -526,6 +527,61 @@ def npz(**arrays: Any) -> bytes:
 def test_golden_inputs_that_cannot_be_read_are_a_bundle_error(data: bytes) -> None:
     with pytest.raises(BundleError, match=GOLDEN):
         unpack(data)
+
+
+@pytest.mark.parametrize(
+    ("images", "vectors"),
+    [
+        (np.zeros((0, 18, 18, 3), np.uint8), np.zeros((0, 4), np.float32)),
+        (np.zeros((65, 8, 8, 3), np.uint8), np.zeros((65, 4), np.float32)),
+        (np.zeros((2, 18, 18), np.uint8), np.zeros((2, 4), np.float32)),
+        (np.zeros((2, 18, 18, 3), np.uint8), np.zeros((1, 4), np.float32)),
+        (np.zeros((2, 18, 18, 3), np.uint8), np.zeros((2, 4, 1), np.float32)),
+        (np.zeros((2, 18, 18, 3), np.uint8), np.zeros((2, 4), np.float64)),
+    ],
+    ids=["none", "many", "no bands", "fewer vectors", "three axes", "doubles"],
+)
+def test_golden_inputs_are_a_few_images_with_a_vector_each(
+    images: np.ndarray[Any, Any], vectors: np.ndarray[Any, Any]
+) -> None:
+    with pytest.raises(BundleError, match=r"golden\.npz holds images of uint8 \[.*\] and vectors of float.*: refuse"):
+        unpack(npz(images=images, vectors=vectors))
+
+
+def test_golden_inputs_that_would_fill_the_memory_are_refused_before_they_are_inflated() -> None:
+    bomb = pack(Golden(np.zeros((64, 512, 512, 3), np.uint8), np.zeros((64, 4), np.float32)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError, match=r"bytes would inflate to 50,33\d,\d+, over 10 times as many"):
+            unpack(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("images", "vectors", "message"),
+    [
+        (
+            synthetic_images(2, 16, 3),
+            np.ones((2, 4), np.float32),
+            r"images of uint8 \[2, 16, 16, 3\], .* \[2, 18, 18, 3\]",
+        ),
+        (
+            synthetic_images(2, 18, 1),
+            np.ones((2, 4), np.float32),
+            r"images of uint8 \[2, 18, 18, 1\], .* \[2, 18, 18, 3\]",
+        ),
+        (np.ones((2, 18, 18, 3), np.float32), np.ones((2, 4), np.float32), r"images of float32 .* wants uint8"),
+        (synthetic_images(2, 18, 3), np.ones((2, 1), np.float32), r"vectors of float32 \[2, 1\], .* float32 \[2, 4\]"),
+    ],
+    ids=["size", "bands", "dtype", "dim"],
+)
+def test_golden_inputs_of_another_model_are_refused_by_what_the_manifest_says(
+    images: np.ndarray[Any, Any], vectors: np.ndarray[Any, Any], message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        Golden(images, vectors).check(PREPROCESS, EMBEDDING.dim)
 
 
 def test_damaged_golden_inputs_are_never_another_error() -> None:

@@ -18,7 +18,7 @@ import jepakit
 import jepakit.session
 from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit.bundle import Bundle
+from jepakit.bundle import Bundle, write_bundle
 from jepakit.errors import BundleError, DataError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.runtime import Arithmetic, Provider
@@ -152,6 +152,32 @@ def test_a_runtime_that_computes_other_vectors_is_refused(session: Session, imag
     expected = golden.Golden(images[:8], session.run(images[:8]) + np.float32(0.01))
     with pytest.raises(BundleError, match="computes other vectors here than torch did at export: relative error"):
         session.check_golden(expected)
+
+
+def test_a_bundle_is_held_to_the_dimension_in_its_manifest(bundle: Bundle, tmp_path: Path) -> None:
+    """Else the one number a graph gives would be taken for every number of the vector."""
+    said = bundle.manifest.embedding.model_copy(update={"dim": bundle.manifest.embedding.dim + 1})
+    with pytest.raises(
+        BundleError, match=rf"golden\.npz holds vectors of float32 \[8, {said.dim - 1}\], .* \[8, {said.dim}\]"
+    ):
+        Session.open(copied(bundle, tmp_path / "b", set(bundle.manifest.files), embedding=said), provider="cpu")
+
+
+@pytest.mark.parametrize("missing", ["golden.npz", "model.onnx"])
+def test_a_bundle_without_what_proves_or_computes_it_is_refused(bundle: Bundle, tmp_path: Path, missing: str) -> None:
+    with pytest.raises(BundleError, match=f"has no {missing}"):
+        Session.open(copied(bundle, tmp_path / "b", set(bundle.manifest.files) - {missing}), provider="cpu")
+
+
+def copied(bundle: Bundle, out: Path, names: set[str], **changes: Any) -> Path:
+    """The bundle with these of its files, and another manifest that fits them."""
+
+    def write_files(folder: Path) -> None:
+        for name in names:
+            (folder / name).write_bytes(bundle.read(name))
+
+    write_bundle(out, bundle.manifest.model_copy(update=changes), write_files)
+    return out
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 12, 13, 31])
