@@ -31,6 +31,8 @@ Floats = NDArray[np.float64]
 Labels = NDArray[Any]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# A number of smaller deviation is constant: relative to its own largest value, and to the largest of the vectors.
+_ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 _KNN_TEMPERATURE = 0.07
 _KNN_PAIRS = 1 << 24
 """Most similarities at a time; each takes 16 bytes, with its place in the order."""
@@ -416,5 +418,12 @@ def _some(labels: Labels) -> str:
 
 
 def _safe_std(vectors: Floats) -> Floats:
-    std = vectors.std(axis=0)
-    return np.where(std > 1e-12, std, 1.0)
+    """What each of D numbers is divided by, [D]: its standard deviation, or the largest value of all where it is constant.
+
+    Constant is also what varies no more than by float32's rounding: it would be blown up, and another provider rounds
+    otherwise.
+    """
+    std, peaks = vectors.std(axis=0), np.abs(vectors).max(axis=0)
+    largest = peaks.max()
+    constant = std <= np.maximum(_ROUNDING * peaks, _ROUNDING_OF_ALL * largest)
+    return np.where(constant, largest or 1.0, std)

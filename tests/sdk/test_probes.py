@@ -90,6 +90,21 @@ def test_a_number_that_never_changes_does_no_harm() -> None:
     np.testing.assert_allclose(LinearProbe(C=1.0).fit(constant, labels).predict_proba(constant), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("C", [1.0, None])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_numbers_that_change_by_rounding_alone_carry_no_weight(scale: float, C: float | None) -> None:
+    """On another provider they are rounded otherwise, by far more than they vary on this one."""
+    vectors, labels = blobs(n=300)
+    random = np.random.default_rng(1)
+    jitter = random.standard_normal((len(vectors), 100))
+    here = np.column_stack([vectors, 0.1 + 1e-8 * jitter[:, :50], 1e-9 * jitter[:, 50:]])
+    there = np.column_stack([vectors, 0.1 + 1e-5 * jitter[:, :50], 1e-6 * jitter[:, 50:]])
+    probe = LinearProbe(C=C).fit(scale * here, labels)
+    expected = probe.predict_proba(scale * here)
+    np.testing.assert_allclose(probe.predict_proba(scale * there), expected, atol=1e-3)
+    np.testing.assert_allclose(expected, LinearProbe(C=probe.C_).fit(vectors, labels).predict_proba(vectors), atol=1e-2)
+
+
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_the_knn_probe_is_scikit_learns_with_the_weights_of_dino(k: int) -> None:
     def weights(cosine_distance: Floats) -> Floats:
