@@ -86,8 +86,8 @@ def export(config: ExportConfig) -> Bundle:
     inputs = centre_crop(images, source.preprocess.size)
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
-    manifest = _manifest(config, source, tensors)
     graph = _graph(config, source, embedder, inputs, users)
+    manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
         sealed = seal(graph, _stamp(manifest, config.precision))
     agreement = check(sealed, manifest, config.precision, expected)
@@ -106,13 +106,16 @@ def export(config: ExportConfig) -> Bundle:
     return open_bundle(out)
 
 
-def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Tensor]) -> Manifest:
-    """The manifest but for the facts of a graph that is not yet made."""
+def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Tensor], graph: ir.Model) -> Manifest:
+    """The manifest but for the facts of a graph that is not yet verified."""
+    named = {name: value.numpy() for name, value in tensors.items()}
+    if config.precision == "int8":  # its rounding and calibrated ranges are part of the space
+        held = {name: value.const_value for name, value in graph.graph.initializers.items()}
+        named |= {f"graph/{name}": tensor.numpy() for name, tensor in held.items() if tensor is not None}
     return Manifest(
         name=config.name or name_for(Path(config.out)),
         model_id=compute_model_id(
-            source.described, source.preprocess, source.embedding,
-            {name: value.numpy() for name, value in tensors.items()},
+            source.described, source.preprocess, source.embedding, named,
             "int8" if config.precision == "int8" else "float",
         ),
         backbone=source.described, preprocess=source.preprocess, embedding=source.embedding,

@@ -233,7 +233,7 @@ def compute_model_id(
 
     SHA-256 over the canonical JSON of architecture, preprocess, embedding and precision class, then by
     sorted name each tensor's name, dtype, shape and little-endian bytes. Never of file bytes: fp32 and fp16
-    graphs of the same weights share one space, int8 has its own.
+    graphs of the same weights share one space. Each int8 graph has its own: `tensors` are then the graph's, too.
     """
     spec = {
         "backbone": {"name": backbone.name, "arguments": backbone.arguments},

@@ -24,7 +24,7 @@ from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import preprocess
 from jepakit.session import Session
-from jepakit_export import quantize
+from jepakit_export import exporter, quantize
 from jepakit_export.verify import int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
@@ -139,6 +139,23 @@ def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file:
     assert small.manifest.graph.centred_cosine >= 0.99
     session = Session.open(small)
     assert session.precision == "int8"
+
+
+def test_each_int8_graph_is_a_space_of_its_own_and_float_ones_are_not(
+    export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, weights_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whether they are near enough to torch depends on the CPU, and is not asked here."""
+    monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0))
+    source = f"test_resnet:{weights_file('test_resnet')}"
+    some, others = str(films(tmp_path / "some", 16)), str(films(tmp_path / "others", 17, frames=1))
+
+    def model_id(precision: str, images: str | None) -> str:
+        return export(source, precision=precision, verify_images=images).manifest.model_id
+
+    first, again, other, none = (model_id("int8", images) for images in (some, some, others, None))
+    assert first == again
+    assert len({first, other, none}) == 3
+    assert model_id("fp16", some) == model_id("fp32", others)
 
 
 def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
