@@ -55,7 +55,7 @@ from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, START, is_run
 from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
-from jepakit_export.verify import BATCH_SIZES, Expected, check, expect, read_users_images
+from jepakit_export.verify import BATCH_SIZES, Expected, check, check_sizes, expect, read_users_images
 
 _PACKAGES = ("jepakit", "torch", "timm", "onnx", "onnxscript")
 
@@ -94,6 +94,8 @@ def export(config: ExportConfig) -> Bundle:
     if users is not None:
         agreement = check(sealed, manifest, config.precision, expect(embedder, users))
     manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
+    if config.dynamic_size:
+        check_sizes(sealed, manifest, config.precision, embedder, inputs)
 
     def write_files(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jepakit import golden
 from jepakit._messages import lines_of
-from jepakit.backbone import Embedder
+from jepakit.backbone import Embedder, round_size, size_multiple
 from jepakit.bundle import Manifest, Precision, Preprocess
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
@@ -96,6 +96,21 @@ def check(made: Sealed, manifest: Manifest, precision: Precision, expected: Expe
         min(one.centred_cosine for one in found),
         min(one.same_neighbour for one in found),
     )
+
+
+def check_sizes(made: Sealed, manifest: Manifest, precision: Precision, embedder: Embedder, images: Pixels) -> None:
+    """ExportError when a graph of dynamic size does not reproduce torch at a smaller size, or at one that is not square."""
+    session = Session(made.graph, manifest, provider="cpu", data=made.data)
+    size = manifest.preprocess.size
+    small = round_size(size // 2, size_multiple(embedder.backbone))
+    wide = np.concatenate([images, images], axis=2)
+    for height, width in ((small, small), (size, size + small)):
+        try:
+            _compare(session, precision, expect(embedder, wide[:, :height, :width]), len(images))
+        except Exception as error:  # torch's and ONNX Runtime's have no common base worth naming
+            raise ExportError(
+                f"at {height} × {width} px: {lines_of(error)[0]}; export without --dynamic-size"
+            ) from error
 
 
 def _check_mates(session: Session, images: Pixels) -> None:

@@ -24,7 +24,7 @@ from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import preprocess
 from jepakit.session import Session
-from jepakit_export import exporter, quantize
+from jepakit_export import exporter, quantize, verify
 from jepakit_export.verify import int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
@@ -262,6 +262,33 @@ def test_a_graph_of_dynamic_size_takes_other_sizes(export: Callable[..., Bundle]
         images = synthetic_images(2, 160, 3)[:, :height, :width]
         module, x = backbone_and_input(bundle, images)
         assert agreement(run_graph(bundle, images)[0], module(x).numpy()).relative_error < 1e-4
+
+
+@pytest.mark.parametrize(("wrong_at", "told"), [((32, 32), "32 × 32"), ((64, 96), "64 × 96")])
+def test_a_graph_that_is_wrong_at_another_size_is_refused(
+    export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong_at: tuple[int, int], told: str
+) -> None:
+    class Elsewhere(Session):
+        def run_all(self, images: NDArray[Any]) -> list[NDArray[np.float32]]:
+            wrong = images.shape[1:3] == wrong_at
+            return [output + np.float32(wrong) for output in super().run_all(images)]
+
+    monkeypatch.setattr(verify, "Session", Elsewhere)
+    message = rf"at {told} px: the exported graph does not reproduce torch .* relative error .*; export without --dynamic-size"
+    with pytest.raises(ExportError, match=message):
+        export(dynamic_size=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_that_fixes_its_size_is_caught(export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    import jepakit_export.convert as convert
+
+    as_asked = convert._export
+    monkeypatch.setattr(
+        convert, "_export", lambda embedder, example, opset, _: as_asked(embedder, example, opset, False)
+    )
+    with pytest.raises(ExportError, match="at 32 × 32 px: the exported graph fails at batch size 8"):
+        export(dynamic_size=True)
 
 
 def test_a_fixed_size_is_fixed(export: Callable[..., Bundle]) -> None:
