@@ -59,6 +59,8 @@ def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
         series: Any = tif.series[0] if slide is None else slide
         layout = _layout(series, encoded)
         page = series.keyframe
+        if slide is None:
+            _refuse_preview(tif, page, name)
         as_usual = None
         if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
             as_usual = [kept.index for kept in series.pages]
@@ -271,6 +273,16 @@ def _is_exact(page: Any) -> bool:
         page.photometric == _YCBCR and page.compression == _JPEG
     )
     return in_colour and page.bitspersample == 8 and not page.extrasamples and page.compression in _COMPRESSIONS
+
+
+def _refuse_preview(tif: Any, page: Any, name: str) -> None:
+    """Refuse a file whose first image is a reduced copy, unless that is all it holds."""
+    if page.is_reduced and (len(tif.pages) > 1 or page.subifds):
+        raise ImageError(
+            f"{name}: a TIFF that begins with a reduced copy ({page.imagewidth} × {page.imagelength} pixels) of another of "
+            "its pages: save the image itself as the first page (a camera's raw file: develop it to TIFF)",
+            code="unsupported_mode",
+        )
 
 
 def _refuse_inexact(page: Any, name: str) -> None:

@@ -147,6 +147,24 @@ def test_reduced_copies_and_thumbnails_are_no_frames() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("below", [True, False], ids=["image below it", "image after it"])
+def test_a_file_that_begins_with_a_reduced_copy_is_refused(dtype: str, below: bool, refused: Refused) -> None:
+    """As cameras' raw files and scanners' previews do: the image itself is another page, or one below the first."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(make(16, 24, 3, dtype=dtype), photometric="rgb", subfiletype=1, subifds=int(below), metadata=None)
+        file.write(make(64, 96, 3, dtype=dtype), photometric="rgb", metadata=None)
+    message = refused(buffer.getvalue(), "unsupported_mode")
+    assert "begins with a reduced copy (24 × 16 pixels)" in message
+    assert "save the image itself" in message
+
+
+def test_a_reduced_copy_that_is_all_there_is_is_read() -> None:
+    pixels = make(16, 24)
+    np.testing.assert_array_equal(read(encode(pixels, subfiletype=1))[..., 0], pixels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_white_as_zero_is_turned_round(dtype: str) -> None:
     pixels = make(40, 30, dtype=dtype)
     data = encode(pixels, photometric="miniswhite", tile=(16, 16))
