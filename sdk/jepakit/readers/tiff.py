@@ -261,10 +261,16 @@ def _is_usual(page: Any) -> bool:
         and isinstance(page.bitspersample, int)
         and page.bitspersample <= 8
         and page.compression in _COMPRESSIONS_OF_PILLOW
+        and not _is_bare_subsampled(page)
         and (page.planarconfig == 1 or page.samplesperpixel == 1)
         and page.samplesperpixel == (colours or 0) + len(extra)
         and (not extra or (len(extra) == 1 and extra[0] in _ALPHA))
     )
+
+
+def _is_bare_subsampled(page: Any) -> bool:
+    """Whether it is YCbCr of reduced colour resolution without a compression, which Pillow takes to be of full resolution."""
+    return bool(page.photometric == _YCBCR and page.compression == 1 and page.is_subsampled)
 
 
 def _is_exact(page: Any) -> bool:
@@ -314,6 +320,8 @@ def _refuse_unread(page: Any, name: str) -> None:
     if page.dtype is None or page.dtype.name not in READ_AS or not isinstance(page.bitspersample, int):
         kind = page.dtype or f"{page.bitspersample} bits"
         raise refusal(f"values of type {kind}: store them as one of {', '.join(READ_AS)}")
+    if _is_bare_subsampled(page):
+        raise refusal("uncompressed YCbCr of reduced colour resolution: save it as RGB")
     of_jpeg = page.photometric == _YCBCR and page.compression == _JPEG and page.dtype.name == "uint8"
     if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) and not of_jpeg:
         raise refusal(f"photometric kind {int(page.photometric)} in {page.dtype}: save it as grey, RGB or plain bands")

@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,27 @@ def test_a_cut_out_with_soft_edges_lies_on_white() -> None:
     got = read(encode(pixels))
     assert (got[:8] == 255).all()
     np.testing.assert_array_equal(got[9:], pixels[9:, :, :3])
+
+
+def make_subsampled(compression: int, compress: Callable[[bytes], bytes]) -> bytes:
+    """16 × 16 pixels of YCbCr whose colour is kept once for 2 × 2 of them: grey of two brightnesses, left and right."""
+    blocks = [bytes([value] * 4 + [128, 128]) for value in (50, 200) for _ in range(4)] * 8
+    data = compress(b"".join(blocks))
+    tags = [
+        (256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 3, 500), (259, 4, 1, compression), (262, 4, 1, 6), (273, 4, 1, 600),
+        (277, 4, 1, 3), (278, 4, 1, 16), (279, 4, 1, len(data)), (530, 3, 2, 2 | 2 << 16),
+    ]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return (head.ljust(500, b"\0") + struct.pack("<3H", 8, 8, 8)).ljust(600, b"\0") + data + bytes(400)
+
+
+def test_colour_of_reduced_resolution_is_read_where_a_decoder_knows_it_and_else_refused(refused: Refused) -> None:
+    pixels = read(make_subsampled(8, zlib.compress))
+    assert (pixels[:, :8] == 50).all()
+    assert (pixels[:, 8:] == 200).all()
+    message = refused(make_subsampled(1, bytes), "unsupported_mode")
+    assert "uncompressed YCbCr" in message
+    assert "save it as RGB" in message
 
 
 def test_volumes_and_unknown_compressions_are_refused_by_name(refused: Refused) -> None:
