@@ -61,6 +61,7 @@ def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
         page = series.keyframe
         if slide is None:
             _refuse_preview(tif, page, name)
+            _refuse_mask(tif, name)
         as_usual = None
         if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
             as_usual = [kept.index for kept in series.pages]
@@ -287,6 +288,16 @@ def _refuse_preview(tif: Any, page: Any, name: str) -> None:
         raise ImageError(
             f"{name}: a TIFF that begins with a reduced copy ({page.imagewidth} × {page.imagelength} pixels) of another of "
             "its pages: save the image itself as the first page (a camera's raw file: develop it to TIFF)",
+            code="unsupported_mode",
+        )
+
+
+def _refuse_mask(tif: Any, name: str) -> None:
+    """Refuse a file with a mask: no one value can stand for what it hides, as any may be a real one."""
+    if any(series.keyframe.is_mask for series in tif.series):
+        raise ImageError(
+            f"{name}: a TIFF with a mask beside its image, which is not honoured: give the masked pixels a value that no other "
+            "pixel has, and name it (gdal_translate -mask none -a_nodata VALUE)",
             code="unsupported_mode",
         )
 

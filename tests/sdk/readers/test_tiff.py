@@ -224,6 +224,22 @@ def test_nodata_that_would_be_passed_over_is_refused(options: dict[str, Any], re
     assert "-unsetnodata" in message
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"subifds": 1}], ids=["strips", "tiles", "pyramid"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_mask_that_would_be_passed_over_is_refused(dtype: str, options: dict[str, Any], refused: Refused) -> None:
+    """GDAL's internal mask: a page of one bit a pixel behind the image."""
+    pixels, mask = make(64, 64, 3, dtype=dtype), np.ones((64, 64), bool)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(pixels, photometric="rgb", metadata=None, **options)
+        if "subifds" in options:
+            file.write(pixels[::2, ::2].copy(), photometric="rgb", subfiletype=1, metadata=None)
+        file.write(mask, photometric="mask", subfiletype=4, metadata=None)
+    message = refused(buffer.getvalue(), "unsupported_mode")
+    assert "a mask" in message
+    assert "gdal_translate -mask none -a_nodata" in message
+
+
 def test_a_window_does_not_read_what_lies_outside_it(tmp_path: Path) -> None:
     """Everything outside the tiles that the window needs is spoilt, and the window comes out whole."""
     pixels = make(64, 64)
