@@ -11,15 +11,24 @@ from jepakit.errors import ImageError
 
 _BIGTIFF = 43
 
+_MOST_PAGES = 65_535
+"""What libtiff could count for decades: stacks of tens of thousands of planes are real, and open in seconds."""
+_MOST_TAGS = 256
+"""Of one page: about as many as are defined at all; real pages have 10 to 80."""
+_MOST_MIXED = 1024
+"""Pages and images below them in a file of several kinds, which tifffile compares each with each: seconds for so many."""
+
 
 def check_structure(tif: Any, name: str) -> None:
-    """Refuse broken or circular chains of pages, tags cut short, and OME descriptions that lie.
+    """Refuse broken or circular chains of pages, tags cut short, OME descriptions that lie, and more pages than any has.
 
-    Raises ImageError for circles; ValueError and struct.error, which mean damage, for the rest.
+    Raises ImageError for circles, for pages without tags or with too many, and for too many pages; ValueError and
+    struct.error, which mean damage, for the rest. Pages of several kinds are counted once `tif.series` is asked for.
     """
     pages = _count_pages(tif, name)
     _check_tags(tif)
     _check_ome(tif, pages)
+    _bound_mixed_pages(tif, name)
 
 
 def _count_pages(tif: Any, name: str) -> int:
@@ -35,10 +44,38 @@ def _count_pages(tif: Any, name: str) -> int:
     while offset:
         if offset in seen:
             raise ImageError(f"{name}: damaged: its pages run in a circle", code="unreadable")
+        if len(seen) == _MOST_PAGES:
+            raise ImageError(
+                f"{name}: a TIFF of over {_MOST_PAGES:,} pages: save it as several files", code="too_large"
+            )
         seen.add(offset)
         tags = number(offset, kind.tagnoformat, kind.tagnosize)
+        if not 1 <= tags <= _MOST_TAGS:
+            raise ImageError(
+                f"{name}: damaged: a page of {tags} tags, where 1 to {_MOST_TAGS} can be", code="unreadable"
+            )
         offset = number(offset + kind.tagnosize + tags * kind.tagsize, kind.offsetformat, kind.offsetsize)
     return len(seen)
+
+
+def _bound_mixed_pages(tif: Any, name: str) -> None:
+    """Have tifffile's search for series among pages of several kinds refuse too many, by an ImageError, before it begins."""
+    search = tif._series_generic
+
+    def bounded() -> Any:
+        tif.pages.useframes = False
+        images = len(tif.pages)
+        if images <= _MOST_MIXED:
+            images += sum(len(page.subifds or ()) for page in tif.pages)
+        if images > _MOST_MIXED:
+            raise ImageError(
+                f"{name}: a TIFF of {images:,} pages of several kinds, the limit for such is {_MOST_MIXED:,}: save those of "
+                "one size, type and compression as a file of their own",
+                code="too_large",
+            )
+        return search()
+
+    tif._series_generic = bounded
 
 
 def _check_tags(tif: Any) -> None:

@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -394,18 +395,56 @@ def test_the_usual_eight_bit_kinds_come_from_pillow() -> None:
         np.testing.assert_array_equal(read(buffer.getvalue(), frame=place), np.asarray(frame.convert("RGB")))
 
 
-def test_pages_that_run_in_a_circle_are_refused(refused: Refused) -> None:
-    tags = [(256, 20), (257, 20), (258, 16), (259, 1), (262, 1), (273, 20_000), (277, 1), (278, 20), (279, 800)]
+TAGS = [(256, 20), (257, 20), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 20), (279, 800)]
 
-    def page(following: int) -> bytes:
+
+def chain(pages: list[list[tuple[int, int]]], *, last: int = 0) -> bytes:
+    """A TIFF of pages of these (tag, value); `last` is where the last page says that the next one lies."""
+    data, at = (b"II*\0" + struct.pack("<I", 808)).ljust(808, b"\0"), 808
+    for place, tags in enumerate(pages):
+        at += 6 + 12 * len(tags)
         entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in tags)
-        return struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+        data += struct.pack("<H", len(tags)) + entries + struct.pack("<I", at if place < len(pages) - 1 else last)
+    return data
 
-    size = len(page(0))
+
+def test_pages_that_run_in_a_circle_are_refused(refused: Refused) -> None:
     for length in (1, 2, 150):
-        pages = b"".join(page(8 + size * (place + 1) if place < length - 1 else 8) for place in range(length))
-        data = (b"II*\0" + struct.pack("<I", 8) + pages).ljust(20_000, b"\0") + bytes(800)
-        assert "circle" in refused(data, "unreadable")
+        assert "circle" in refused(chain([TAGS] * length, last=808), "unreadable")
+
+
+def test_a_page_without_tags_or_with_more_than_any_is_refused(refused: Refused) -> None:
+    assert "a page of 0 tags" in refused(chain([TAGS, [], TAGS]), "unreadable")
+    many = [(code, 0) for code in range(40_000, 40_300)]
+    assert "a page of 309 tags" in refused(chain([TAGS, TAGS + many]), "unreadable")
+
+
+def test_a_file_of_more_pages_than_any_is_refused_at_once(refused: Refused) -> None:
+    small = struct.pack("<HHHIII", 1, 256, 4, 1, 20, 0)
+    pages = bytearray(small * 70_000)
+    for place in range(70_000 - 1):
+        struct.pack_into("<I", pages, 18 * place + 14, 8 + 18 * (place + 1))
+    began = time.process_time()
+    assert "over 65,535 pages" in refused(b"II*\0" + struct.pack("<I", 8) + pages, "too_large")
+    assert time.process_time() - began < 5
+
+
+def test_many_pages_of_one_kind_are_read_and_of_many_kinds_refused(refused: Refused) -> None:
+    """tifffile compares each with each where they differ: a file of 7 MB kept it for minutes."""
+    stack = [TAGS] * 3000
+    with open_raster(chain(stack)) as raster:
+        assert raster.header.frames == 3000
+    mixed = [[(256, 20 + place % 7), *TAGS[1:]] for place in range(3000)]
+    assert "3,000 pages of several kinds" in refused(chain(mixed), "too_large")
+
+
+def test_images_below_a_page_count_as_pages(refused: Refused) -> None:
+    below = chain([TAGS, [(256, 24), *TAGS[1:]]])
+    offsets = struct.pack("<I", 808) * 3000
+    tags = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in TAGS)
+    first = tags + struct.pack("<HHII", 330, 4, 3000, len(below)) + struct.pack("<I", 808)
+    data = b"II*\0" + struct.pack("<I", len(below) + len(offsets)) + below[8:] + offsets + first
+    assert "3,003 pages of several kinds" in refused(data, "too_large")
 
 
 NODATA: dict[str, Any] = {"photometric": "rgb", "extratags": [(42113, 2, 0, "0", True)]}
