@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import re
 import struct
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Never
 
 from jepakit.errors import ImageError
 
 _BIGTIFF = 43
+_DESCRIPTION, _SUBIFDS = 270, 330
+_OFFSETS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
+"""The types that places in a file have: LONG, IFD, and BigTIFF's two."""
 
 _MOST_PAGES = 65_535
 """What libtiff could count for decades: stacks of tens of thousands of planes are real, and open in seconds."""
@@ -22,79 +26,110 @@ _MOST_MIXED = 1024
 def check_structure(tif: Any, name: str) -> None:
     """Refuse broken or circular chains of pages, tags cut short, OME descriptions that lie, and more pages than any has.
 
-    Raises ImageError for circles, for pages without tags or with too many, and for too many pages; ValueError and
-    struct.error, which mean damage, for the rest. Pages of several kinds are counted once `tif.series` is asked for.
+    Raises ImageError for circles, for pages without tags or with too many, and for too many pages; KeyError, ValueError
+    and struct.error, which mean damage, for the rest. Pages of several kinds are refused once `tif.series` is asked for.
     """
-    pages = _count_pages(tif, name)
-    _check_tags(tif)
+    pages = images = described = 0
+    for tags in _pages(tif, name):
+        if pages == 0:
+            _check_tags(tif, tags)
+        pages += 1
+        images += 1
+        _refuse_many(images, name)
+        described += any(tag.code == _DESCRIPTION for tag in tags)
+        for offset in _images_below(tif, tags):
+            _count_tags(tif, offset, name)
+            images += 1
+            _refuse_many(images, name)
     _check_ome(tif, pages)
-    _bound_mixed_pages(tif, name)
+    _bound_search(tif, "generic", images, "pages of several kinds", name)
+    _bound_search(tif, "shaped", described, "pages saved one by one", name)
 
 
-def _count_pages(tif: Any, name: str) -> int:
-    """How many pages the file has; a chain that comes back to where it was is refused, tifffile follows it for ever."""
-    kind, file = tif.tiff, tif.filehandle
+class _Tag(NamedTuple):
+    code: int
+    type: int
+    number: int
+    value: bytes
+    """The values, or where they are."""
+
+
+def _pages(tif: Any, name: str) -> Iterator[list[_Tag]]:
+    """The tags of each page in its turn; a chain that comes back to where it was is refused, tifffile follows it for ever."""
+    kind = tif.tiff
     seen: set[int] = set()
-
-    def number(at: int, format: str, size: int) -> int:
-        file.seek(at)
-        return int(struct.unpack(format, file.read(size))[0])
-
-    offset = number(8 if kind.version == _BIGTIFF else 4, kind.offsetformat, kind.offsetsize)
+    offset = _number(tif, 8 if kind.version == _BIGTIFF else 4, kind.offsetformat, kind.offsetsize)
     while offset:
         if offset in seen:
             raise ImageError(f"{name}: damaged: its pages run in a circle", code="unreadable")
-        if len(seen) == _MOST_PAGES:
-            raise ImageError(
-                f"{name}: a TIFF of over {_MOST_PAGES:,} pages: save it as several files", code="too_large"
-            )
         seen.add(offset)
-        tags = number(offset, kind.tagnoformat, kind.tagnosize)
-        if not 1 <= tags <= _MOST_TAGS:
-            raise ImageError(
-                f"{name}: damaged: a page of {tags} tags, where 1 to {_MOST_TAGS} can be", code="unreadable"
-            )
-        offset = number(offset + kind.tagnosize + tags * kind.tagsize, kind.offsetformat, kind.offsetsize)
-    return len(seen)
+        size = _count_tags(tif, offset, name) * kind.tagsize
+        half = (kind.tagsize - 4) // 2
+        format = f"{kind.byteorder}HH{'Q' if half == 8 else 'I'}{half}s"
+        yield [_Tag(*tag) for tag in struct.iter_unpack(format, tif.filehandle.read(size))]
+        offset = _number(tif, offset + kind.tagnosize + size, kind.offsetformat, kind.offsetsize)
 
 
-def _bound_mixed_pages(tif: Any, name: str) -> None:
-    """Have tifffile's search for series among pages of several kinds refuse too many, by an ImageError, before it begins."""
-    search = tif._series_generic
-
-    def bounded() -> Any:
-        tif.pages.useframes = False
-        images = len(tif.pages)
-        if images <= _MOST_MIXED:
-            images += sum(len(page.subifds or ()) for page in tif.pages)
-        if images > _MOST_MIXED:
-            raise ImageError(
-                f"{name}: a TIFF of {images:,} pages of several kinds, the limit for such is {_MOST_MIXED:,}: save those of "
-                "one size, type and compression as a file of their own",
-                code="too_large",
-            )
-        return search()
-
-    tif._series_generic = bounded
+def _count_tags(tif: Any, offset: int, name: str) -> int:
+    """How many tags a page has, or an image below one; they are what is read next."""
+    tags = _number(tif, offset, tif.tiff.tagnoformat, tif.tiff.tagnosize)
+    if not 1 <= tags <= _MOST_TAGS:
+        raise ImageError(f"{name}: damaged: a page of {tags} tags, where 1 to {_MOST_TAGS} can be", code="unreadable")
+    return tags
 
 
-def _check_tags(tif: Any) -> None:
+def _images_below(tif: Any, tags: list[_Tag]) -> Iterator[int]:
+    """Where a page's SubIFDs lie."""
+    kind, file = tif.tiff, tif.filehandle
+    for tag in tags:
+        if tag.code == _SUBIFDS:
+            format = kind.byteorder + _OFFSETS[tag.type]
+            size = struct.calcsize(format)
+            data = tag.value
+            if size * tag.number > len(data):
+                file.seek(*struct.unpack(kind.offsetformat, data))
+                data = file.read(size * min(tag.number, _MOST_PAGES))  # with their page that is over the limit
+            yield from (offset for (offset,) in struct.iter_unpack(format, data[: size * tag.number]) if offset >= 8)
+
+
+def _number(tif: Any, at: int, format: str, size: int) -> int:
+    tif.filehandle.seek(at)
+    return int(struct.unpack(format, tif.filehandle.read(size))[0])
+
+
+def _refuse_many(images: int, name: str) -> None:
+    if images > _MOST_PAGES:
+        raise ImageError(
+            f"{name}: a TIFF of over {_MOST_PAGES:,} pages and images below them: save it as several files",
+            code="too_large",
+        )
+
+
+def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
+    """Have one of tifffile's searches for series refuse too many pages, by an ImageError, before it begins."""
+
+    def refuse() -> Never:
+        raise ImageError(
+            f"{name}: a TIFF of {seen:,} {what}, the limit for such is {_MOST_MIXED:,}: save those of one size, type and "
+            "compression as a file of their own",
+            code="too_large",
+        )
+
+    if seen > _MOST_MIXED:
+        setattr(tif, f"_series_{kind}", refuse)
+
+
+def _check_tags(tif: Any, tags: list[_Tag]) -> None:
     """Refuse a first page with a tag beyond the file's end: tifffile leaves it out, and with it what axes mean."""
     import tifffile
 
-    kind, file = tif.tiff, tif.filehandle
+    kind = tif.tiff
     if kind.offsetsize == 8 and kind.version != _BIGTIFF:
         # NDPI's own mixture keeps the upper halves of its offsets elsewhere.
         return
-    file.seek(tif.pages.first.offset)
-    (tags,) = struct.unpack(kind.tagnoformat, file.read(kind.tagnosize))
-    count_format = "Q" if kind.offsetsize == 8 else "I"
-    for _ in range(tags):
-        _, dtype, count, value = struct.unpack(
-            f"{kind.byteorder}HH{count_format}{kind.offsetsize}s", file.read(kind.tagsize)
-        )
-        size = count * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(dtype, "1B"))
-        if size > kind.offsetsize and struct.unpack(kind.offsetformat, value)[0] + size > file.size:
+    for tag in tags:
+        size = tag.number * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(tag.type, "1B"))
+        if size > kind.offsetsize and struct.unpack(kind.offsetformat, tag.value)[0] + size > tif.filehandle.size:
             raise ValueError("a tag is cut short")
 
 

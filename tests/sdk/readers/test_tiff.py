@@ -447,6 +447,42 @@ def test_images_below_a_page_count_as_pages(refused: Refused) -> None:
     assert "3,003 pages of several kinds" in refused(data, "too_large")
 
 
+def test_images_below_a_page_have_no_more_tags_than_pages_have(refused: Refused) -> None:
+    """tifffile reads each of them: 1,000 times the same one of 4,000 tags kept it for 20 s."""
+    below = chain([TAGS + [(code, 0) for code in range(40_000, 44_000)]])
+    offsets = struct.pack("<I", 808) * 1000
+    tags = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in TAGS)
+    first = tags + struct.pack("<HHII", 330, 4, 1000, len(below)) + struct.pack("<I", 0)
+    data = b"II*\0" + struct.pack("<I", len(below) + len(offsets)) + below[8:] + offsets + first
+    assert "a page of 4009 tags" in refused(data, "unreadable")
+
+
+def test_many_pages_saved_one_by_one_are_refused(refused: Refused) -> None:
+    """tifffile compares each with each: 8,000 of them, in 1 MB, kept it for a minute."""
+    described = [*TAGS[:5], (270, 8), *TAGS[5:]]
+    with_text = chain([described] * 2000).replace(
+        struct.pack("<HHII", 270, 4, 1, 8), struct.pack("<HHII", 270, 2, 19, 8)
+    )
+    assert "2,000 pages saved one by one" in refused(
+        with_text[:8] + b'{"shape": [20, 20]}' + with_text[27:], "too_large"
+    )
+
+
+@pytest.mark.parametrize("writer", [{}, {"byteorder": ">"}, {"bigtiff": True, "byteorder": ">"}], ids=str)
+def test_stacks_with_reduced_copies_below_or_beside_their_pages_are_read(writer: dict[str, Any]) -> None:
+    stack = make(20, 32, 48)
+    for below in (0, 1, 12):
+        buffer = io.BytesIO()
+        with tifffile.TiffWriter(buffer, **writer) as file:
+            for plane in stack:
+                file.write(plane, subifds=below, metadata=None)
+                for _ in range(max(1, below)):
+                    file.write(plane[::2, ::2].copy(), subfiletype=1, metadata=None)
+        with open_raster(buffer.getvalue()) as raster:
+            assert raster.header.frames == 20
+            np.testing.assert_array_equal(raster.read(frame=19)[..., 0], stack[19])
+
+
 NODATA: dict[str, Any] = {"photometric": "rgb", "extratags": [(42113, 2, 0, "0", True)]}
 
 
