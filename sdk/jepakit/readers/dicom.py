@@ -2,8 +2,8 @@
 
 Grey comes back as float32 [H, W, 1]: stored values through the modality LUT or rescale (Hounsfield units in
 CT). MONOCHROME1, whose lowest value is white, is inverted first, within the range that its stored bits can
-hold. With the file's own window grey is 0 (black) to 1 (white), however the file stores it. One-bit
-segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
+hold. With the file's own window grey is 0 (black) to 1 (white), however the file stores it. Padding, a value or
+a range of them, is no data. One-bit segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
 
 Only the tags that pixels need are ever read, so that none about a patient can leave: `dicom_group` alone
 reads the PatientID, and gives its digest.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from jepakit.readers.sniff import unsupported
 
 _TAGS = [
     "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType",
     "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
     "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
@@ -41,6 +42,9 @@ _TAGS = [
 ]  # fmt: skip
 _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 """Functional groups of enhanced objects, which keep the rescale and the window there, frame by frame."""
+
+_AMBIGUOUS = ("ModalityLUTSequence", "PerFrameFunctionalGroupsSequence")
+"""With a table, or a rescale for each frame, a value in real units does not tell which stored one it was."""
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _VERBATIM = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
@@ -93,10 +97,11 @@ class DicomRaster(BaseRaster):
     def __init__(self, encoded: Encoded, limits: Limits, dataset: Any, pixels_at: int, *, voi: bool) -> None:
         self._encoded, self._dataset, self._pixels_at, self._voi = encoded, dataset, pixels_at, voi
         self._grey = dataset.PhotometricInterpretation in _GREY
+        self._padding = _padding(dataset) if self._grey else None
         self._syntax = str(dataset.file_meta.TransferSyntaxUID)
         frames = int(dataset.get("NumberOfFrames") or 1)
         bands, dtype = (1, "float32") if self._grey else (3, "uint8")
-        header = Header("DICOM", int(dataset.Rows), int(dataset.Columns), bands, dtype, frames, self._nodata(dataset))
+        header = Header("DICOM", int(dataset.Rows), int(dataset.Columns), bands, dtype, frames, self._nodata())
         pixel_bytes = encoded.size - pixels_at
         super().__init__(header, encoded.name, limits, encoded.file, pixel_bytes)
         self._refuse_lies(frames, pixel_bytes)
@@ -119,6 +124,14 @@ class DicomRaster(BaseRaster):
         return stored
 
     def _in_real_units(self, stored: Pixels, frame: int) -> Pixels:
+        """A frame's values as `read` gives them, all of its padding as the header's no-data value."""
+        values, nodata = self._units(stored, frame), self.header.nodata
+        if self._padding is None or nodata is None:
+            return values
+        padded = (stored >= min(self._padding)) & (stored <= max(self._padding))
+        return np.where(padded, nodata, values)
+
+    def _units(self, stored: Pixels, frame: int) -> Pixels:
         from pydicom.pixels.processing import apply_modality_lut
 
         dataset = _of_frame(self._dataset, frame)
@@ -147,16 +160,13 @@ class DicomRaster(BaseRaster):
         shown: Pixels = (apply_windowing(values, dataset) - black) / (white - black)
         return shown
 
-    def _nodata(self, dataset: Any) -> float | None:
-        """The padding value as `read` gives the first frame; None with a window, where it may equal real values."""
-        padding = dataset.get("PixelPaddingValue")
-        if padding is None or not self._grey or self._voi:
+    def _nodata(self) -> float | None:
+        """The padding value as `read` gives it; NaN where other pixels, or other frames', may come out equal to it."""
+        if self._padding is None:
             return None
-        highest = 2 ** (dataset.BitsAllocated - 1) - 1
-        if dataset.PixelRepresentation == 1 and padding > highest:
-            # Some writers give signed padding an unsigned type.
-            padding -= 2**dataset.BitsAllocated
-        return float(np.float32(self._in_real_units(np.array([padding], np.int64), 0)[0]))
+        if self._voi or any(tag in self._dataset for tag in _AMBIGUOUS):
+            return math.nan
+        return float(np.float32(self._units(np.array(self._padding[:1], np.int64), 0)[0]))
 
     def _refuse_lies(self, frames: int, pixel_bytes: int) -> None:
         """Refuse a header that claims more pixels than the file could hold."""
@@ -302,6 +312,21 @@ def _of_frame(dataset: Any, frame: int) -> Any:
     for tags in (dataset, *items):
         own.update(tags)
     return own
+
+
+def _padding(dataset: Any) -> tuple[int, int] | None:
+    """The stored values that stand for no data, from the padding value to its limit; None where there are none."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return None
+    limit = dataset.get("PixelPaddingRangeLimit")
+    return _as_stored(value, dataset), _as_stored(value if limit is None else limit, dataset)
+
+
+def _as_stored(value: int, dataset: Any) -> int:
+    """A stored value out of the header: some writers give signed ones an unsigned type."""
+    signed = dataset.PixelRepresentation == 1
+    return value - 2**dataset.BitsAllocated if signed and value >= 2 ** (dataset.BitsAllocated - 1) else value
 
 
 def _inverted(stored: Pixels, dataset: Any) -> Pixels:

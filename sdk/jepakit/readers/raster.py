@@ -61,7 +61,7 @@ class Header:
     so is a DICOM image of one band, whose modality LUT gives real units."""
     frames: int = 1
     nodata: float | None = None
-    """The value that stands for "no data" (GDAL's tag; NaN allowed)."""
+    """The value that stands for "no data" (GDAL's tag, DICOM's padding); NaN allowed."""
     windowed: bool = False
     """Whether a window is read without decoding the rest of the file."""
 

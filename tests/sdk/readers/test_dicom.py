@@ -203,6 +203,58 @@ def test_padding_is_nodata_after_the_modality_lut() -> None:
         assert raster.header.nodata is None
 
 
+@pytest.mark.parametrize(("value", "limit"), [(0, 10), (10, 0)], ids=["rising", "falling"])
+def test_a_range_of_padding_is_one_nodata_value(value: int, limit: int) -> None:
+    tags: dict[str, Any] = {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
+    with open_raster(make(ramp(), RescaleSlope=2, RescaleIntercept=-5, **tags)) as raster:
+        assert raster.header.nodata == 2 * value - 5
+        got = raster.read()[..., 0]
+    assert (got == 2 * value - 5)[ramp() <= 10].all()
+    np.testing.assert_array_equal(got[ramp() > 10], ramp()[ramp() > 10] * 2.0 - 5)
+    signed = make(ramp("int16", -100), PixelPaddingValue=value - 100, PixelPaddingRangeLimit=limit - 100)
+    unsigned = signed.replace(b"\x28\0\x20\x01SS", b"\x28\0\x20\x01US").replace(
+        b"\x28\0\x21\x01SS", b"\x28\0\x21\x01US"
+    )
+    assert unsigned != signed
+    for data in (signed, unsigned):
+        with open_raster(data) as raster:
+            assert raster.header.nodata == value - 100
+            assert (raster.read() == raster.header.nodata).sum() == 11
+
+
+def test_padding_is_nodata_in_every_frame_whatever_its_rescale() -> None:
+    """The first frame's padding, 0, is a real value of the second, and the second's is one of the first."""
+    groups = [
+        item(PixelValueTransformationSequence=[item(RescaleSlope=1, RescaleIntercept=low, RescaleType="US")])
+        for low in (0, -7)
+    ]
+    stack = np.stack([ramp(), ramp()])
+    data = make(stack, NumberOfFrames=2, PixelPaddingValue=0, PerFrameFunctionalGroupsSequence=groups)
+    with open_raster(data) as raster:
+        assert np.isnan(raster.header.nodata or 0)
+        for frame, low in enumerate((0, -7)):
+            np.testing.assert_array_equal(
+                raster.read(frame=frame)[..., 0], np.where(ramp() == 0, np.nan, ramp("int64") + low)
+            )
+
+
+def test_padding_is_nodata_where_a_table_gives_other_pixels_the_same_value() -> None:
+    lut = item(LUTDescriptor=[319, 1, 16], ModalityLUTType="US", LUTData=[7, *range(2, 320)])
+    lut["LUTDescriptor"].VR = lut["LUTData"].VR = "US"
+    got = read(make(ramp(), PixelPaddingValue=0, ModalityLUTSequence=[lut]))[0, :3, 0]
+    np.testing.assert_array_equal(got, [np.nan, 7, 2])
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_nodata_in_a_window_too(kind: str) -> None:
+    window: dict[str, Any] = {"WindowCenter": 200, "WindowWidth": 150}
+    plain = read(make(ramp(), kind=kind, bits=12, **window), voi=True)[..., 0]
+    data = make(ramp(), kind=kind, bits=12, PixelPaddingValue=0, PixelPaddingRangeLimit=10, **window)
+    with open_raster(data, voi=True) as raster:
+        assert np.isnan(raster.header.nodata or 0)
+        np.testing.assert_array_equal(raster.read()[..., 0], np.where(ramp() <= 10, np.nan, plain))
+
+
 def test_frames_are_read_one_at_a_time(refused: Refused) -> None:
     stack = np.stack([ramp(low=100 * frame) for frame in range(3)])
     data = make(stack, NumberOfFrames=3)
