@@ -113,7 +113,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) ->
     images    as in `adapt`
     sheet     a PNG to write: some images, and the views that training would make of them
     settings  as for `adapt`; those that say how images are read count: domain, views, image_size, tile, overlap,
-              min_valid, frame, value_range, labels, group
+              min_valid, frame, value_range, labels, group, most_skipped
 
     Raises ConfigError for a wrong setting and DataError for unusable images.
     """
@@ -216,7 +216,7 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
 
     return list_images(
         images, config.labels, group=config.group, tile=config.tile, overlap=config.overlap,
-        min_valid=config.min_valid, frame=config.frame,
+        min_valid=config.min_valid, frame=config.frame, most_unreadable=config.most_skipped,
     )  # fmt: skip
 
 

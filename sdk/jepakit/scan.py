@@ -20,7 +20,7 @@ from jepakit._vectors import float32_tuple
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import CT_WINDOWS, ValueRange
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.images import choose_frame, describe_kind, usable
+from jepakit.images import MOST_CLIPPED, choose_frame, describe_kind, usable
 from jepakit.readers import DEFAULT_LIMITS, Header, open_raster
 from jepakit.sources import ImageList, evenly_spread
 
@@ -294,6 +294,6 @@ def window_notes(found: Scan, scaling: Scaling | None) -> list[str]:
     outside = found.outside(scaling.low[0], scaling.high[0])
     return (
         [f"{outside:.0%} of the values lie outside the chosen range and become black or white"]
-        if outside > 0.01
+        if outside > MOST_CLIPPED
         else []
     )

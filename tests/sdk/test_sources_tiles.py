@@ -309,11 +309,11 @@ def test_a_tile_larger_than_every_image_is_said_to_be_so(make: Make) -> None:
 
 def test_files_that_cannot_be_opened_are_counted_and_few_are_left_out(make: Make) -> None:
     good = {f"good{place:03}": scene(8, 8) for place in range(99)}
-    listed = list_images(make(**good, bad=None), tile=8)
+    listed = list_images(make(**good, bad=None), tile=8, most_unreadable=0.01)
     assert len(listed) == 99
     assert "1 file that cannot be opened left out (bad.tif: damaged)" in listed.note
     with pytest.raises(DataError, match=r"2 of 101 files cannot be opened; the first: bad\.tif: damaged"):
-        list_images(make(worse=None), tile=8)
+        list_images(make(worse=None), tile=8, most_unreadable=0.01)
 
 
 @pytest.mark.parametrize("how", [{"tile": 8}, {"frame": "each"}])
@@ -321,7 +321,7 @@ def test_of_what_is_embedded_no_file_is_left_out(make: Make, how: dict[str, Any]
     folder = make(**{f"good{place:03}": scene(8, 8) for place in range(198)}, bad=None, worse=None)
     with pytest.raises(ImageError, match=r"^bad\.tif: damaged$"):
         gather(folder, **how)
-    assert len(list_images(folder, **how)) == 198
+    assert len(list_images(folder, **how, most_unreadable=0.01)) == 198
 
 
 def test_a_file_that_opens_but_cannot_be_read_keeps_its_tiles_for_the_reader_to_judge(make: Make) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit.cli import app
-from jepakit.errors import ConfigError, WriteError
+from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit_training.place import _is_among, is_sheet
 from jepakit_training.sheet import _caption
 
@@ -49,6 +49,14 @@ def test_an_earlier_sheet_is_drawn_anew_and_no_other_file(images: Path) -> None:
         with pytest.raises(ConfigError, match=r"is there already, and no earlier|would lie among the images"):
             inspect(source, name)
         assert Path(name).read_bytes() == before
+
+
+def test_scenes_that_cannot_be_opened_are_left_out_up_to_the_share_that_is_set(images: Path) -> None:
+    (images / "torn.png").write_bytes(b"torn")
+    tiles = jepakit.inspect("set", tile=32, image_size=32, most_skipped=0.2)
+    assert tiles.n_images == 4 * 9
+    with pytest.raises(DataError, match=r"^1 of 5 files cannot be opened; .+; 19 % may be left out: .+ most_skipped="):
+        jepakit.inspect("set", tile=32, image_size=32, most_skipped=0.19)
 
 
 def test_a_sheet_that_cannot_be_written_is_told_without_a_traceback(images: Path) -> None:

@@ -20,7 +20,7 @@ from jepakit.sources.tiles import Cut, cut
 def list_images(
     images: Any, labels: str | Path = "auto", *,
     group: str | Path = "auto", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None,
+    frame: int | Literal["each"] | None = None, most_unreadable: float = 0.0,
 ) -> ImageList:  # fmt: skip
     """List the images of a source, in a stable order.
 
@@ -35,30 +35,33 @@ def list_images(
     tile       pixels a side of the tiles to cut scenes into; neighbours share `overlap` pixels
     min_valid  tiles with a smaller share of pixels that have data are left out
     frame      which frame of multi-frame files, from 0; "each": every frame is an image
+    most_unreadable
+               share of the files that tiles or frames are to be cut from that may be left out since they cannot be
+               opened; with 0, ImageError names the first
 
     Hidden files and bundles are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
     contradicts itself, ConfigError for settings that are wrong by themselves.
     """
-    return _list(images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, lenient=True)
+    return _list(
+        images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, most_unreadable=most_unreadable
+    )
 
 
 def gather(
     images: Any, labels: str | Path = "auto", *,
     group: str | Path = "none", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, tell: bool = False, lenient: bool = False,
+    frame: int | Literal["each"] | None = None, tell: bool = False, most_unreadable: float = 0.0,
 ) -> ImageList:  # fmt: skip
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
 
     labels   "auto": what the source brings, else the first-level folders whatever their number, and none where an
              image lies outside them; "folder": those alone; "none"; or a table's file
     tell     say on standard error what was assumed, and what was left out
-    lenient  leave out files that tiles or frames are to be cut from and that cannot be opened, up to 1 %, as training
-             does; otherwise ImageError names the first
     """
     one = is_one_image(images) and not isinstance(images, str | Path)
     listed = _list(
         [images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=True,
-        lenient=lenient,
+        most_unreadable=most_unreadable,
     )  # fmt: skip
     if tell and listed.note:
         print(listed.note, file=sys.stderr, flush=True)
@@ -71,11 +74,15 @@ def _check_listed_once(found: Found) -> None:
         raise DataError(f"the list names {twice} more than once: give each image once")
 
 
-def _list(images: Any, labels: str | Path, group: str | Path, how: Cut, *, embedding: bool, lenient: bool) -> ImageList:
+def _list(
+    images: Any, labels: str | Path, group: str | Path, how: Cut, *, embedding: bool, most_unreadable: float
+) -> ImageList:
     found = find(images, with_labels=labels == "auto", with_groups=group == "auto")
     if not embedding:
         _check_listed_once(found)
     chosen, label_note = choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
     note = "; ".join(filter(None, (label_note, group_note, found.note)))
-    return cut(ImageList(found.ids, chosen, groups, found.held_out, note, found.store), how, lenient=lenient)
+    return cut(
+        ImageList(found.ids, chosen, groups, found.held_out, note, found.store), how, most_unreadable=most_unreadable
+    )

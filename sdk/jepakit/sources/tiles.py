@@ -23,7 +23,6 @@ from jepakit.sources.imagelist import ImageList, Pieces
 MIN_TILE = 8
 WHOLE = -1
 """In `Pieces.frame`: no frame was chosen."""
-_MAX_UNREADABLE = 0.01
 _WINDOWS_AT_ONCE = 64
 _SLOW = 16
 _LARGE_BYTES = 64 << 20
@@ -74,10 +73,10 @@ class Cut:
         object.__setattr__(self, name, whole)
 
 
-def cut(images: ImageList, how: Cut, *, lenient: bool) -> ImageList:
+def cut(images: ImageList, how: Cut, *, most_unreadable: float) -> ImageList:
     """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
 
-    lenient  leave out files that cannot be opened, if they are at most 1 %
+    most_unreadable  the share of files that may be left out since they cannot be opened
 
     Headers are read only for tiles and "each"; the pixels of tiles are looked at once, and tiles that show nothing
     are left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
@@ -88,7 +87,7 @@ def cut(images: ImageList, how: Cut, *, lenient: bool) -> ImageList:
     if how.tile is None and isinstance(how.frame, int):
         count = len(images)
         return replace(images, pieces=Pieces(np.arange(count), np.full(count, how.frame, np.int32), None))
-    headers, unreadable = _headers(images, lenient=lenient)
+    headers, unreadable = _headers(images, most_unreadable)
     pieces = _all_pieces(headers, how)
     if how.tile is None:
         return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, how))
@@ -113,7 +112,7 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
     return [*range(0, length - tile, stride), max(0, length - tile)]
 
 
-def _headers(images: ImageList, *, lenient: bool) -> tuple[dict[int, Header], list[ImageError]]:
+def _headers(images: ImageList, most_unreadable: float) -> tuple[dict[int, Header], list[ImageError]]:
     """The headers by place, and the errors of files that cannot be opened."""
 
     def header(place: int) -> Header | ImageError:
@@ -121,14 +120,18 @@ def _headers(images: ImageList, *, lenient: bool) -> tuple[dict[int, Header], li
             with _open(images, place) as raster:
                 return raster.header
         except ImageError as error:
-            if not lenient:
+            if not most_unreadable:
                 raise
             return error
 
     answers = in_threads(header, range(len(images)), "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
-    if len(unreadable) > _MAX_UNREADABLE * len(answers):
-        raise DataError(f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}")
+    if len(unreadable) > most_unreadable * len(answers):
+        raise DataError(
+            f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}; "
+            f"{100 * most_unreadable:g} % may be left out: mend or remove them (or, to train, allow a larger share: "
+            "--set most_skipped=SHARE)"
+        )
     return {place: answer for place, answer in enumerate(answers) if isinstance(answer, Header)}, unreadable
 
 
