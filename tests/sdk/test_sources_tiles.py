@@ -5,45 +5,40 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 
-import jepakit.readers
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.readers import Header, ImageRef, Window
+from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, Window
+from jepakit.readers.base import BaseRaster, crop
 from jepakit.sources import ImageList, gather, list_images
 
 
-@dataclass
-class Scene:
-    """A raster in memory that stands for a file; `reads` are the windows it was asked for."""
+class Scene(BaseRaster):
+    """A raster in memory that stands for a file; `decoded` are the windows and frames it was decoded for."""
 
-    pixels: Any
-    header: Header
-    reads: list[tuple[Window | None, int]] = field(default_factory=list)
+    def __init__(self, pixels: Any, header: Header) -> None:
+        super().__init__(header, "scene", DEFAULT_LIMITS)
+        self.pixels = pixels
+        self.decoded: list[tuple[Window, int]] = []
 
-    def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> Any:
-        self.reads.append((window, frame))
-        x, y, width, height = window or (0, 0, self.header.width, self.header.height)
-        return self.pixels[frame, y : y + height, x : x + width]
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Any:
+        self.decoded.append((window, frame))
+        return crop(self.pixels[frame], window)
 
 
 def scene(height: int, width: int, frames: int = 1, **header: Any) -> Scene:
-    """Of ones and twos in turn, [frames, height, width, 2]."""
+    return Scene(*parts(height, width, frames, **header))
+
+
+def parts(height: int, width: int, frames: int = 1, **header: Any) -> tuple[Any, Header]:
+    """Pixels of ones and twos in turn, [frames, height, width, 2], and their header."""
     pixels = np.ones((frames, height, width, 2), header.pop("dtype", "int16"))
     pixels[:, :, 1::2] = 2
-    return Scene(pixels, Header("TIFF", height, width, 2, str(pixels.dtype), frames, **header))
+    return pixels, Header("TIFF", height, width, 2, str(pixels.dtype), frames, **header)
 
 
 Make = Callable[..., Path]
@@ -59,7 +54,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
             raise ImageError(f"{name}: damaged", code="unreadable")
         return scenes[Path(source).name]
 
-    monkeypatch.setattr(jepakit.readers, "open_raster", open_raster, raising=False)
+    monkeypatch.setattr("jepakit.sources.tiles.open_raster", open_raster)
 
     def folder(**named: Scene | None) -> Path:
         for name, each in named.items():
@@ -161,31 +156,31 @@ def test_large_files_are_decoded_one_after_the_other(make: Make, monkeypatch: py
     reading, most = 0, 0
 
     class Slow(Scene):
-        def read(self, *args: Any, **options: Any) -> Any:
+        def _decode(self, *args: Any) -> Any:
             nonlocal reading, most
             reading += 1
             most = max(most, reading)
             time.sleep(0.01)
             reading -= 1
-            return super().read(*args, **options)
+            return super()._decode(*args)
 
-    list_images(make(**{f"s{place}": Slow(**vars(scene(8, 8))) for place in range(6)}), tile=8)
+    list_images(make(**{f"s{place}": Slow(*parts(8, 8)) for place in range(6)}), tile=8)
     assert most == 1
 
 
 def test_a_file_is_read_by_windows_where_it_can_be_and_once_where_it_cannot(make: Make) -> None:
     by_windows, whole = scene(32, 32, nodata=0, windowed=True), scene(32, 32, nodata=0)
     list_images(make(a=by_windows, b=whole), tile=8)
-    assert sorted(window for window, _ in by_windows.reads if window) == sorted(
+    assert sorted(window for window, _ in by_windows.decoded) == sorted(
         Window(x, y, 8, 8) for x in range(0, 32, 8) for y in range(0, 32, 8)
     )
-    assert whole.reads == [(None, 0)]
+    assert whole.decoded == [(Window(0, 0, 32, 32), 0)]
 
 
 def test_pixels_are_read_only_of_tiles_that_are_full_enough(make: Make) -> None:
     small = scene(8, 8, windowed=True)
     list_images(make(a=small, b=scene(16, 16)), tile=16)
-    assert small.reads == []
+    assert small.decoded == []
 
 
 def test_large_files_that_must_be_decoded_whole_for_each_tile_are_pointed_out(make: Make) -> None:
@@ -326,8 +321,8 @@ def test_of_what_is_embedded_no_file_is_left_out(make: Make, how: dict[str, Any]
 
 def test_a_file_that_opens_but_cannot_be_read_keeps_its_tiles_for_the_reader_to_judge(make: Make) -> None:
     class Torn(Scene):
-        def read(self, *_: Any, **__: Any) -> Any:
+        def _decode(self, *_: Any) -> Any:
             raise ImageError("torn", code="unreadable")
 
-    torn = Torn(**vars(replace(scene(16, 8, nodata=0))))
+    torn = Torn(*parts(16, 8, nodata=0))
     assert len(list_images(make(a=torn), tile=8)) == 2

@@ -28,6 +28,14 @@ class Pieces:
     window: NDArray[np.int32] | None
     """[N, 4]: x, y, width, height; None: whole images."""
 
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def where(self, chosen: NDArray[np.bool_] | slice) -> Pieces:
+        """Those chosen by a mask [N] or a slice."""
+        window = None if self.window is None else self.window[chosen]
+        return Pieces(self.image[chosen], self.frame[chosen], window)
+
 
 @dataclass(frozen=True, eq=False)
 class ImageList:

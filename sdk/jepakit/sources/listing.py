@@ -14,7 +14,7 @@ from jepakit.sources.imagelist import ImageList
 from jepakit.sources.labels import choose_labels
 from jepakit.sources.memory import is_one_image
 from jepakit.sources.store import Found, repeated
-from jepakit.sources.tiles import Cut, cut
+from jepakit.sources.tiles import Cut, cut_into_pieces
 
 
 def list_images(
@@ -75,14 +75,13 @@ def _check_listed_once(found: Found) -> None:
 
 
 def _list(
-    images: Any, labels: str | Path, group: str | Path, how: Cut, *, embedding: bool, most_unreadable: float
+    source: Any, labels: str | Path, group: str | Path, cut: Cut, *, embedding: bool, most_unreadable: float
 ) -> ImageList:
-    found = find(images, with_labels=labels == "auto", with_groups=group == "auto")
+    found = find(source, with_labels=labels == "auto", with_groups=group == "auto")
     if not embedding:
         _check_listed_once(found)
     chosen, label_note = choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
     note = "; ".join(filter(None, (label_note, group_note, found.note)))
-    return cut(
-        ImageList(found.ids, chosen, groups, found.held_out, note, found.store), how, most_unreadable=most_unreadable
-    )
+    images = ImageList(found.ids, chosen, groups, found.held_out, note, found.store)
+    return cut_into_pieces(images, cut, most_unreadable=most_unreadable)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,7 +17,7 @@ from jepakit._messages import counted, did_you_mean
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, valid_pixels
-from jepakit.readers import Header, Raster, Window
+from jepakit.readers import Header, Raster, Window, open_raster
 from jepakit.sources.imagelist import ImageList, Pieces
 
 MIN_TILE = 8
@@ -73,7 +73,7 @@ class Cut:
         object.__setattr__(self, name, whole)
 
 
-def cut(images: ImageList, how: Cut, *, most_unreadable: float) -> ImageList:
+def cut_into_pieces(images: ImageList, cut: Cut, *, most_unreadable: float) -> ImageList:
     """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
 
     most_unreadable  the share of files that may be left out since they cannot be opened
@@ -82,17 +82,16 @@ def cut(images: ImageList, how: Cut, *, most_unreadable: float) -> ImageList:
     are left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
     of them where none may be left out.
     """
-    if how.tile is None and how.frame is None:
+    if cut.tile is None and cut.frame is None:
         return images
-    if how.tile is None and isinstance(how.frame, int):
+    if cut.tile is None and isinstance(cut.frame, int):
         count = len(images)
-        return replace(images, pieces=Pieces(np.arange(count), np.full(count, how.frame, np.int32), None))
-    headers, unreadable = _headers(images, most_unreadable)
-    pieces = _all_pieces(headers, how)
-    if how.tile is None:
-        return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, how))
-    left_out, pieces = _worthwhile(images, headers, pieces, how)
-    return _select(images, pieces, how, _notes(images, headers, unreadable, pieces, how, left_out))
+        return replace(images, pieces=Pieces(np.arange(count), np.full(count, cut.frame, np.int32), None))
+    opened = _open_all(images, most_unreadable)
+    pieces, left_out = _all_pieces(opened, cut), _LeftOut(0, 0)
+    if cut.tile is not None:
+        pieces, left_out = _keep_valid_tiles(opened, pieces, cut.tile, cut.min_valid)
+    return _list_pieces(images, pieces, cut, _note(opened, pieces, cut, left_out))
 
 
 def grid(height: int, width: int, tile: int, overlap: int) -> list[Window]:
@@ -112,19 +111,26 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
     return [*range(0, length - tile, stride), max(0, length - tile)]
 
 
-def _headers(images: ImageList, most_unreadable: float) -> tuple[dict[int, Header], list[ImageError]]:
-    """The headers by place, and the errors of files that cannot be opened."""
+@dataclass(frozen=True)
+class _Opened:
+    """The images, the headers of those that can be opened, by their indices, and the others' errors."""
 
-    def header(place: int) -> Header | ImageError:
+    images: ImageList
+    headers: dict[int, Header]
+    unreadable: list[ImageError]
+
+
+def _open_all(images: ImageList, most_unreadable: float) -> _Opened:
+    def read_header(index: int) -> Header | ImageError:
         try:
-            with _open(images, place) as raster:
+            with _open(images, index) as raster:
                 return raster.header
         except ImageError as error:
             if not most_unreadable:
                 raise
             return error
 
-    answers = in_threads(header, range(len(images)), "headers", threads=images.threads(THREADS))
+    answers = in_threads(read_header, range(len(images)), "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
     if len(unreadable) > most_unreadable * len(answers):
         raise DataError(
@@ -132,100 +138,103 @@ def _headers(images: ImageList, most_unreadable: float) -> tuple[dict[int, Heade
             f"{100 * most_unreadable:g} % may be left out: mend or remove them (or, to train, allow a larger share: "
             "--set most_skipped=SHARE)"
         )
-    return {place: answer for place, answer in enumerate(answers) if isinstance(answer, Header)}, unreadable
+    headers = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Header)}
+    return _Opened(images, headers, unreadable)
 
 
-def _open(images: ImageList, place: int) -> Raster:
-    from jepakit.readers import open_raster
-
-    ref = images[place]
+def _open(images: ImageList, index: int) -> Raster:
+    ref = images[index]
     return open_raster(ref.data, name=ref.name)
 
 
-def _all_pieces(headers: dict[int, Header], how: Cut) -> Pieces:
+def _all_pieces(opened: _Opened, cut: Cut) -> Pieces:
     image: list[int] = []
     frame: list[int] = []
     windows: list[Window] = []
-    for place, header in headers.items():
-        cells = None if how.tile is None else grid(header.height, header.width, how.tile, how.overlap)
-        for number in _frames(header, how):
-            windows += cells or []
-            image += [place] * (1 if cells is None else len(cells))
-            frame += [number] * (1 if cells is None else len(cells))
-    windows_N4 = None if how.tile is None else np.array(windows, np.int32).reshape(-1, 4)
+    for index, header in opened.headers.items():
+        tiles = [] if cut.tile is None else grid(header.height, header.width, cut.tile, cut.overlap)
+        for number in _frames(header, cut):
+            count = 1 if cut.tile is None else len(tiles)
+            image += [index] * count
+            frame += [number] * count
+            windows += tiles
+    windows_N4 = None if cut.tile is None else np.array(windows, np.int32).reshape(-1, 4)
     return Pieces(np.array(image, np.int64), np.array(frame, np.int32), windows_N4)
 
 
-def _frames(header: Header, how: Cut) -> Sequence[int]:
-    if how.frame == "each":
+def _frames(header: Header, cut: Cut) -> Sequence[int]:
+    if cut.frame == "each":
         return range(header.frames) if header.frames > 1 else [WHOLE]
-    return [WHOLE if how.frame is None else how.frame]
+    return [WHOLE if cut.frame is None else cut.frame]
 
 
 class _LeftOut(NamedTuple):
-    """How many tiles were not worth keeping, and why."""
+    """How many tiles were left out: for too few valid pixels, and as blank."""
 
     invalid: int
     blank: int
 
 
-def _worthwhile(images: ImageList, headers: dict[int, Header], pieces: Pieces, how: Cut) -> tuple[_LeftOut, Pieces]:
+def _keep_valid_tiles(opened: _Opened, tiles: Pieces, tile: int, min_valid: float) -> tuple[Pieces, _LeftOut]:
     """The tiles that have enough valid pixels and show anything; DataError when none does."""
-    assert how.tile is not None
-    assert pieces.window is not None
-    total = len(pieces.image)
-    full = pieces.window[:, 2].astype(float) * pieces.window[:, 3] / how.tile**2
-    pieces = _only(pieces, full >= how.min_valid)
-    if total and not len(pieces.image):
-        wide, high = max(((header.width, header.height) for header in headers.values()), key=prod)
+    assert tiles.window is not None
+    count = len(tiles)
+    tiles = tiles.where(tiles.window[:, 2:].prod(axis=1, dtype=np.int64) / tile**2 >= min_valid)
+    if count and not len(tiles):
+        wide, high = max(((header.width, header.height) for header in opened.headers.values()), key=prod)
         raise DataError(
-            f"tile = {how.tile} is larger than the images (the largest of {len(headers):,} is {wide} × {high}), which "
-            f"fill less than {how.min_valid:.0%} of a tile: lower tile or min_valid"
+            f"tile = {tile} is larger than the images (the largest of {len(opened.headers):,} is {wide} × {high}), "
+            f"which fill less than {min_valid:.0%} of a tile: lower tile or min_valid"
         )
-    share, blank = _look(images, headers, pieces, how.tile)
-    enough = share >= how.min_valid
-    left_out = _LeftOut(total - int(enough.sum()), int((enough & blank).sum()))
-    pieces = _only(pieces, enough & ~blank)
-    if not len(pieces.image):
+    n_valid_N, blank_N = _measure_tiles(opened, tiles)
+    enough_N = n_valid_N / tile**2 >= min_valid
+    left_out = _LeftOut(count - int(enough_N.sum()), int((enough_N & blank_N).sum()))
+    tiles = tiles.where(enough_N & ~blank_N)
+    if not len(tiles):
         raise DataError(
-            f"none of the {counted(total, 'tile')} of {how.tile} × {how.tile} in {counted(len(headers), 'image')} can "
-            f"be used ({_describe_left_out(left_out, how)}): lower min_valid if they hold what you look for, or choose "
-            "other images"
+            f"none of the {counted(count, 'tile')} of {tile} × {tile} in {counted(len(opened.headers), 'image')} can "
+            f"be used ({_describe_left_out(left_out, min_valid)}): lower min_valid if they hold what you look for, or "
+            "choose other images"
         )
-    return left_out, pieces
+    return tiles, left_out
 
 
-def _look(
-    images: ImageList, headers: dict[int, Header], pieces: Pieces, tile: int
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The share of a full tile that each piece's valid pixels fill, and whether the piece is blank.
+def _measure_tiles(opened: _Opened, tiles: Pieces) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Each tile's number of valid pixels, and whether it is blank.
 
-    A piece that cannot be read passes: whoever reads it later reports it.
+    One that cannot be read has infinitely many: it is kept, and whoever reads it later reports it.
     """
-    share, blank = np.ones(len(pieces.image)), np.zeros(len(pieces.image), np.bool_)
-    jobs: list[tuple[Header, range]] = []
-    for place, header in headers.items():
-        first, end = (int(np.searchsorted(pieces.image, place, side)) for side in ("left", "right"))
+    n_valid_N, blank_N = np.full(len(tiles), np.inf), np.zeros(len(tiles), np.bool_)
+    jobs: list[tuple[Header, slice]] = []
+    for index, header in opened.headers.items():
+        first, end = (int(np.searchsorted(tiles.image, index, side)) for side in ("left", "right"))
         # A file that cannot be read by windows is decoded once for all of them.
         step = _WINDOWS_AT_ONCE if header.windowed else max(1, end - first)
-        jobs += [(header, range(start, min(start + step, end))) for start in range(first, end, step)]
-    looked = in_threads(
-        lambda job: _measure(images, pieces, *job), jobs, "look for empty tiles", threads=images.threads(THREADS)
-    )
-    for (_, places), seen in zip(jobs, looked, strict=True):
-        if seen is not None:
-            share[places.start : places.stop] = np.array([valid for valid, _ in seen]) / tile**2
-            blank[places.start : places.stop] = [nothing for _, nothing in seen]
-    return share, blank
+        jobs += [(header, slice(start, min(start + step, end))) for start in range(first, end, step)]
+    measured = in_threads(
+        lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1])),
+        jobs, "look for empty tiles", threads=opened.images.threads(THREADS),
+    )  # fmt: skip
+    for (_, part), numbers in zip(jobs, measured, strict=True):
+        if numbers is not None:
+            n_valid_N[part], blank_N[part] = zip(*numbers, strict=True)
+    return n_valid_N, blank_N
 
 
-def _measure(images: ImageList, pieces: Pieces, header: Header, places: range) -> list[tuple[int, bool]] | None:
-    """Of each of one image's pieces the number of valid pixels and whether it is blank; None if one cannot be read."""
+def _measure_tiles_of_one(images: ImageList, header: Header, tiles: Pieces) -> list[tuple[int, bool]] | None:
+    """The same of tiles of one image; None if one of them cannot be read."""
+    assert tiles.window is not None
+    numbers = []
     try:
-        with _room_for(header), _open(images, int(pieces.image[places.start])) as raster:
-            return [_judge(pixels_HWC, header.nodata) for pixels_HWC in _pixels(raster, pieces, header, places)]
+        with _room_for(header), _open(images, int(tiles.image[0])) as raster:
+            for window, frame in zip(tiles.window.tolist(), tiles.frame.tolist(), strict=True):
+                pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
+                valid_HW = valid_pixels(pixels_HWC, header.nodata)
+                n_valid = window[2] * window[3] if valid_HW is None else int(valid_HW.sum())
+                numbers.append((n_valid, is_blank(pixels_HWC, valid_HW)))
     except ImageError:
         return None
+    return numbers
 
 
 def _room_for(header: Header) -> AbstractContextManager[Any]:
@@ -233,54 +242,28 @@ def _room_for(header: Header) -> AbstractContextManager[Any]:
     return _one_large if not header.windowed and size > _LARGE_BYTES else nullcontext()
 
 
-def _pixels(raster: Raster, pieces: Pieces, header: Header, places: range) -> Iterator[NDArray[Any]]:
-    """The pixels of each piece, [H, W, C]."""
-    assert pieces.window is not None
-    whole: tuple[int, NDArray[Any]] | None = None
-    for place in places:
-        x, y, wide, high = map(int, pieces.window[place])
-        frame = max(0, int(pieces.frame[place]))
-        if header.windowed:
-            yield raster.read(Window(x, y, wide, high), frame=frame)
-            continue
-        if whole is None or whole[0] != frame:
-            whole = frame, raster.read(frame=frame)
-        yield whole[1][y : y + high, x : x + wide]
-
-
-def _judge(pixels_HWC: NDArray[Any], nodata: float | None) -> tuple[int, bool]:
-    valid = valid_pixels(pixels_HWC, nodata)
-    count = pixels_HWC.shape[0] * pixels_HWC.shape[1] if valid is None else int(valid.sum())
-    return count, is_blank(pixels_HWC, valid)
-
-
-def _only(pieces: Pieces, keep: NDArray[np.bool_]) -> Pieces:
-    window = None if pieces.window is None else pieces.window[keep]
-    return Pieces(pieces.image[keep], pieces.frame[keep], window)
-
-
-def _select(images: ImageList, pieces: Pieces, how: Cut, note: str) -> ImageList:
+def _list_pieces(images: ImageList, pieces: Pieces, cut: Cut, note: str) -> ImageList:
     """The list whose items are the pieces: names, labels, groups and split follow the image."""
-    cut_up = len(np.unique(pieces.image)) < len(pieces.image)
+    cut_up = len(np.unique(pieces.image)) < len(pieces)
     groups = images.groups if images.groups is not None or not cut_up else tuple(images.ids)
     return replace(
         images,
-        ids=_names(images.ids, pieces, how),
-        labels=_follow(images.labels, pieces),
-        groups=_follow(groups, pieces),
+        ids=_piece_ids(images.ids, pieces, cut),
+        labels=_of_each_piece(images.labels, pieces),
+        groups=_of_each_piece(groups, pieces),
         held_out=None if images.held_out is None else images.held_out[pieces.image],
         note=note,
         pieces=pieces,
     )
 
 
-def _follow(values: tuple[str, ...] | None, pieces: Pieces) -> tuple[str, ...] | None:
-    return None if values is None else tuple(values[place] for place in pieces.image.tolist())
+def _of_each_piece(values: tuple[str, ...] | None, pieces: Pieces) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values[index] for index in pieces.image.tolist())
 
 
-def _names(ids: Sequence[str], pieces: Pieces, how: Cut) -> tuple[str, ...]:
-    names = [ids[place] for place in pieces.image.tolist()]
-    if how.frame == "each":
+def _piece_ids(ids: Sequence[str], pieces: Pieces, cut: Cut) -> tuple[str, ...]:
+    names = [ids[index] for index in pieces.image.tolist()]
+    if cut.frame == "each":
         frames = pieces.frame.tolist()
         names = [name if frame == WHOLE else f"{name}#frame={frame}" for name, frame in zip(names, frames, strict=True)]
     if pieces.window is not None:
@@ -289,20 +272,17 @@ def _names(ids: Sequence[str], pieces: Pieces, how: Cut) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _notes(
-    images: ImageList, headers: dict[int, Header], unreadable: list[ImageError], pieces: Pieces, how: Cut,
-    left_out: _LeftOut | None = None,
-) -> str:  # fmt: skip
-    count, of_images = len(pieces.image), counted(len(headers), "image")
-    of_tiles = "" if how.tile is None else f" of {how.tile} × {how.tile}"
-    notes = [images.note, f"{counted(count, 'frame' if how.tile is None else 'tile')}{of_tiles} of {of_images}"]
-    if left_out is not None and any(left_out):
-        notes.append(f"left out: {_describe_left_out(left_out, how)}")
-    if images.groups is None and count > len(np.unique(pieces.image)):
+def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
+    images, headers, unreadable = opened.images, opened.headers, opened.unreadable
+    what, of_size = ("frame", "") if cut.tile is None else ("tile", f" of {cut.tile} × {cut.tile}")
+    notes = [images.note, f"{counted(len(pieces), what)}{of_size} of {counted(len(headers), 'image')}"]
+    if any(left_out):
+        notes.append(f"left out: {_describe_left_out(left_out, cut.min_valid)}")
+    if images.groups is None and len(pieces) > len(np.unique(pieces.image)):
         notes.append("the pieces of an image are one group")
     counts = np.bincount(pieces.image, minlength=len(images))
-    slow = [images.ids[place] for place, header in headers.items() if not header.windowed and counts[place] > _SLOW]
-    if how.tile is not None and slow:
+    slow = [images.ids[index] for index, header in headers.items() if not header.windowed and counts[index] > _SLOW]
+    if cut.tile is not None and slow:
         notes.append(
             f"{slow[0]} is decoded whole for each of its tiles ({counted(len(slow), 'such file')}): tiled TIFF is faster"
         )
@@ -311,7 +291,7 @@ def _notes(
     return "; ".join(filter(None, notes))
 
 
-def _describe_left_out(left_out: _LeftOut, how: Cut) -> str:
-    invalid = f"{counted(left_out.invalid, 'tile')} with under {how.min_valid:.0%} valid pixels"
+def _describe_left_out(left_out: _LeftOut, min_valid: float) -> str:
+    invalid = f"{counted(left_out.invalid, 'tile')} with under {min_valid:.0%} valid pixels"
     blank = f"{counted(left_out.blank, 'blank tile')}, of one value everywhere"
     return " and ".join(words for words, number in ((invalid, left_out.invalid), (blank, left_out.blank)) if number)
