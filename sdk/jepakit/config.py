@@ -13,7 +13,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from jepakit._files import with_home
+from jepakit._frozen import Frozen
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize
@@ -63,8 +63,8 @@ def _check_value_range(value: object) -> object:
     return value
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+class _Settings(Frozen):
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ViewsConfig(_Settings):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,9 +31,7 @@ def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise ImageError(f"{source}: damaged", code="unreadable")
         return f"hash of {text}" if text else None
 
-    module = ModuleType("jepakit.readers.dicom")
-    module.dicom_group = dicom_group  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jepakit.readers.dicom", module)
+    monkeypatch.setattr("jepakit.sources.patients.dicom_group", dicom_group)
     return asked
 
 

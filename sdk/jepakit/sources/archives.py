@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jepakit.errors import ImageError
 from jepakit.readers import DEFAULT_LIMITS, ImageSource
-from jepakit.readers.checks import RATIO_MATTERS_ABOVE
+from jepakit.readers.checks import check_encoded, check_ratio
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 TAR, STORED, DEFLATED = range(3)
@@ -72,14 +72,8 @@ class Archives:
 
     def image(self, index: int) -> ImageSource:
         name, stored, size = self.names[index], int(self.stored[index]), int(self.size[index])
-        limits = DEFAULT_LIMITS
-        if size > limits.max_encoded_bytes:
-            raise ImageError(f"{name}: {size:,} bytes, the limit is {limits.max_encoded_bytes:,}", code="too_large")
-        if size > RATIO_MATTERS_ABOVE and size > limits.max_ratio * stored:
-            raise ImageError(
-                f"{name}: {stored:,} bytes that claim to unpack to {size:,}, the limit is {limits.max_ratio} times",
-                code="too_large",
-            )
+        check_encoded(name, size, DEFAULT_LIMITS)
+        check_ratio(name, size, stored, DEFAULT_LIMITS)
         try:
             data = self._read(index, stored)
             if self.kind[index] == DEFLATED:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jepakit._threads import in_threads
 from jepakit.errors import ImageError
+from jepakit.readers import dicom_group
 from jepakit.sources.store import Found
 
 _PER_FOLDER = 4
@@ -15,7 +16,6 @@ _PER_FOLDER = 4
 
 def patients(found: Found, places: Sequence[int]) -> list[str | None]:
     """A hash of the PatientID of each place; None where there is none, or the file cannot be read."""
-    from jepakit.readers.dicom import dicom_group
 
     def patient(place: int) -> str | None:
         try:

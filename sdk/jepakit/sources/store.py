@@ -31,7 +31,11 @@ def stamp_of(path: str | Path, *part: int) -> str | None:
 def repeated(names: Sequence[str]) -> str | None:
     """The first name that comes a second time."""
     seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 class Store(Protocol):
