@@ -31,8 +31,8 @@ from jepakit._files import as_path, file_sha256, making_folder, prepare_place
 from jepakit._frozen import Frozen
 from jepakit._messages import explain
 from jepakit._vectors import float32_tuple
+from jepakit.comparison import Comparison
 from jepakit.errors import BundleError, WriteError
-from jepakit.evaluate import Comparison
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._frozen import Frozen
 from jepakit._groups import in_cells, numbered
 from jepakit._messages import first_few
+from jepakit.comparison import Comparison as Comparison
+from jepakit.comparison import Scores as Scores
+from jepakit.comparison import Verdict as Verdict
+from jepakit.comparison import Word
 from jepakit.probes import KNNProbe, LinearProbe
 
 _RESAMPLES = 2000
@@ -24,71 +27,9 @@ NO_LABELS = (
     "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders "
     "and compare start and adapted embeddings with a linear probe before you switch"
 )
-_SCORES = {
-    "linear": "linear probe",
-    "knn": "k-NN",
-    "linear_balanced": "linear, balanced",
-    "knn_balanced": "k-NN, balanced",
-}
 SAME_WITHIN = 0.01
 FEWEST_PER_CLASS = 3
 """Held-out images of a class, or groups where there are some. A class of fewer is left out of the verdict."""
-
-
-class Scores(Frozen):
-    """Accuracy, 0 to 1, of probes fitted on training images and judged on held-out ones."""
-
-    linear: float
-    linear_balanced: float
-    knn: float
-    knn_balanced: float
-
-
-class Verdict(Frozen):
-    """Which embeddings to keep.
-
-    difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
-    low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups where there are
-                some; at least 3 / N to either side, more where classes differ in size
-
-    A harmed group that happens not to be held out cannot show. By the rule of three, up to 3/G of all groups may be harmed
-    without one of them among the G held out. "same" is said only if that could shift the result by at most SAME_WITHIN:
-    from 90 groups of equal size, assuming that a harmed group loses 0.3. "better" and "worse" rest on what was seen, by the
-    interval alone.
-    """
-
-    word: Literal["better", "same", "worse", "cannot tell"]
-    reason: str
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.word}: {self.reason}"
-
-
-class Comparison(Frozen):
-    """Before and after adaptation, on images never trained on. Scores are None without labels. Print it for a table.
-
-    n_train     images that the probes were fitted on
-    n_held_out  images that the scores and the verdict are about, without those of classes that the verdict leaves out
-    """
-
-    before: Scores | None
-    after: Scores | None
-    verdict: Verdict
-    n_train: int
-    n_held_out: int
-
-    def __str__(self) -> str:
-        """The scores as a table, where there are some, then the verdict."""
-        if self.before is None or self.after is None:
-            return str(self.verdict)
-        table = [
-            f"{words:<16} {getattr(self.before, score):>6.1%}  {getattr(self.after, score):>6.1%}"
-            for score, words in _SCORES.items()
-        ]
-        return "\n".join(["                 before   after   (held-out images)", *table, str(self.verdict)])
 
 
 class Measurement(NamedTuple):
@@ -148,17 +89,23 @@ def compare(
     truth = np.asarray(held_out_labels)
     fitted = truth if train_labels is None else np.asarray(train_labels)
     group_of = numbered(groups, len(truth))
-    can_judge, is_judged, left_out = _choose_classes(truth, fitted, group_of, "images" if groups is None else "groups")
-    if not is_judged.all():
-        truth, group_of = truth[is_judged], group_of[is_judged]
-        before, after = (_measurement(measured.right[:, is_judged], truth) for measured in (before, after))
+    classes = _choose_classes(truth, fitted, group_of)
+    if not classes.is_judged.all():
+        truth, group_of = truth[classes.is_judged], group_of[classes.is_judged]
+        before, after = (_measurement(measured.right[:, classes.is_judged], truth) for measured in (before, after))
     gain = (after.right.astype(np.float64) - before.right).mean(axis=0)
-    difference, low, high = _bootstrap(gain, truth, group_of)
-    if can_judge:
-        n_groups, needed = len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of)
-        verdict = _judge(difference, low, high, left_out, n_groups, needed)
+    result = _Result(
+        *_bootstrap(gain, truth, group_of), len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of)
+    )
+    by_group = groups is not None
+    if classes.can_judge:
+        reason = _describe_result(result, classes, by_group=by_group)
+        verdict = Verdict(
+            word=result.word, reason=reason, difference=result.difference, low=result.low, high=result.high
+        )
     else:
-        verdict = _too_few(difference, np.unique(truth), left_out)
+        reason = _describe_too_few(np.unique(truth).tolist(), classes, by_group=by_group)
+        verdict = Verdict(word="cannot tell", reason=reason, difference=result.difference)
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
 
 
@@ -173,33 +120,22 @@ def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Compari
     )
 
 
-class _LeftOut(NamedTuple):
-    """Classes that cannot be judged, with the number of their held-out images (groups, if `unit` says so)."""
+class _Classes(NamedTuple):
+    """Which classes can be judged.
 
-    few: dict[str, int]
-    unfitted: dict[str, int]
-    unit: str
-
-    def __str__(self) -> str:
-        text = f"; classes of fewer than {FEWEST_PER_CLASS} held-out {self.unit} are left out: {_some(self.few)}"
-        more = f"; classes without images to fit probes on are left out: {_some(self.unfitted)}"
-        return (text if self.few else "") + (more if self.unfitted else "")
-
-
-class _Choice(NamedTuple):
-    """Whether two classes can be judged, bool [N] of the held-out images that are, and the classes left out.
-
-    Where fewer than two can, nothing is left out of the images.
+    can_judge  whether two can
+    is_judged  bool [N], the held-out images of those that can; all of them where fewer than two classes can
+    few        the classes of too few held-out images (groups, where there are some), with their number
+    unfitted   the classes that the probes were not fitted on, with the same number
     """
 
     can_judge: bool
     is_judged: NDArray[np.bool_]
-    left_out: _LeftOut
+    few: dict[str, int]
+    unfitted: dict[str, int]
 
 
-def _choose_classes(
-    truth: NDArray[np.str_], fitted: NDArray[np.str_], group_of: NDArray[np.intp], unit: str
-) -> _Choice:
+def _choose_classes(truth: NDArray[np.str_], fitted: NDArray[np.str_], group_of: NDArray[np.intp]) -> _Classes:
     """The classes to judge, of the held-out images' labels `truth` [N] and the labels `fitted` that the probes have seen."""
     names = np.union1d(truth, fitted)
     class_of = np.searchsorted(names, truth)
@@ -207,44 +143,71 @@ def _choose_classes(
     is_fitted, is_few = np.isin(names, fitted), sizes < FEWEST_PER_CLASS
     enough = is_fitted & ~is_few
     can_judge = bool(enough.sum() >= 2)
-    left_out = _LeftOut(_counts(names, sizes, is_few), _counts(names, sizes, ~is_fitted & ~is_few), unit)
-    return _Choice(can_judge, enough[class_of] if can_judge else np.ones(len(truth), bool), left_out)
+    is_judged = enough[class_of] if can_judge else np.ones(len(truth), bool)
+    return _Classes(can_judge, is_judged, _counts(names, sizes, is_few), _counts(names, sizes, ~is_fitted & ~is_few))
 
 
-def _judge(difference: float, low: float, high: float, left_out: _LeftOut, n_groups: int, needed: int) -> Verdict:
-    unit = left_out.unit
-    over = " over groups" if unit == "groups" else ""
-    points = f"{100 * difference:+.1f} points (95 % interval{over} {100 * low:+.1f} to {100 * high:+.1f})"
-    word: Literal["better", "same", "worse", "cannot tell"]
-    within = low >= -SAME_WITHIN and high <= SAME_WITHIN
-    if low > 0:
-        word, advice = "better", "keep the adapted backbone"
-    elif high < 0:
-        word, advice = "worse", "keep the original (`jepakit export RUN --which start`)"
-    elif within and n_groups >= needed:
-        word, advice = "same", "either will do; the original is the simpler choice"
-    elif within:
-        word, advice = "cannot tell", (
-            f"{n_groups} groups are too few to call it the same, as the groups that it harms may all be missing among them: "
-            f"label images of more groups, until about {needed} are held out"
-        )  # fmt: skip
+class _Result(NamedTuple):
+    """The difference and its 95 % interval, the number of groups, and how many it takes to call it the same."""
+
+    difference: float
+    low: float
+    high: float
+    n_groups: int
+    n_needed: int
+
+    @property
+    def is_small(self) -> bool:
+        return self.low >= -SAME_WITHIN and self.high <= SAME_WITHIN
+
+    @property
+    def word(self) -> Word:
+        if self.low > 0:
+            return "better"
+        if self.high < 0:
+            return "worse"
+        return "same" if self.is_small and self.n_groups >= self.n_needed else "cannot tell"
+
+
+def _describe_result(result: _Result, classes: _Classes, *, by_group: bool) -> str:
+    if result.word == "better":
+        advice = "keep the adapted backbone"
+    elif result.word == "worse":
+        advice = "keep the original (`jepakit export RUN --which start`)"
+    elif result.word == "same":
+        advice = "either will do; the original is the simpler choice"
+    elif result.is_small:
+        advice = (
+            f"{result.n_groups} groups are too few to call it the same, as the groups that it harms may all be missing among "
+            f"them: label images of more groups, until about {result.n_needed} are held out"
+        )
     else:
-        more = "label more images" if unit == "images" else "label images of more groups"
-        word, advice = "cannot tell", f"the interval holds 0: {more}, or train longer, before you switch"
-    return Verdict(word=word, reason=f"{points}; {advice}{left_out}", difference=difference, low=low, high=high)
+        advice = f"the interval holds 0: {_label_more(by_group)}, or train longer, before you switch"
+    interval = f"{100 * result.low:+.1f} to {100 * result.high:+.1f}"
+    over, unit = (" over groups", "groups") if by_group else ("", "images")
+    reason = f"{100 * result.difference:+.1f} points (95 % interval{over} {interval}); {advice}"
+    if classes.few:
+        reason += f"; classes of fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(classes.few)}"
+    if classes.unfitted:
+        reason += f"; classes without images to fit probes on are left out: {_some(classes.unfitted)}"
+    return reason
 
 
-def _too_few(difference: float, held_out: NDArray[np.str_], left_out: _LeftOut) -> Verdict:
+def _describe_too_few(held_out: list[str], classes: _Classes, *, by_group: bool) -> str:
     """One or two images a class say nothing about their spread, and one class nothing about telling it from another."""
-    few, unfitted, unit = left_out
-    alone = f"only class {str(held_out[0])!r} is held out; " if len(held_out) == 1 else ""
-    fewer = f", and these have fewer: {_some(few)}" if few else ""
-    none = f"; these have no images to fit probes on: {_some(unfitted)}" if unfitted else ""
-    reason = (
-        f"{alone}two classes of {FEWEST_PER_CLASS} held-out {unit} are the least to judge by{fewer}{none}: "
-        f"label {'more images' if unit == 'images' else 'images of more groups'}"
-    )
-    return Verdict(word="cannot tell", reason=reason, difference=difference)
+    unit = "groups" if by_group else "images"
+    reason = f"two classes of {FEWEST_PER_CLASS} held-out {unit} are the least to judge by"
+    if len(held_out) == 1:
+        reason = f"only class {held_out[0]!r} is held out; {reason}"
+    if classes.few:
+        reason += f", and these have fewer: {_some(classes.few)}"
+    if classes.unfitted:
+        reason += f"; these have no images to fit probes on: {_some(classes.unfitted)}"
+    return f"{reason}: {_label_more(by_group)}"
+
+
+def _label_more(by_group: bool) -> str:
+    return "label images of more groups" if by_group else "label more images"
 
 
 def _counts(names: NDArray[np.str_], sizes: NDArray[np.intp], chosen: NDArray[np.bool_]) -> dict[str, int]:

@@ -22,8 +22,8 @@ from jepakit._files import as_path
 from jepakit._frozen import Frozen
 from jepakit._progress import human_time
 from jepakit.bundle import Bundle, open_bundle
+from jepakit.comparison import Comparison, Verdict
 from jepakit.errors import DataError
-from jepakit.evaluate import Comparison, Verdict
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"

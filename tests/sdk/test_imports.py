@@ -42,6 +42,11 @@ def test_touching_the_client_loads_no_package_but_what_it_is_built_on() -> None:
     assert packages(TOUCH) - built_on == {"jepakit"}
 
 
+def test_a_bundle_is_read_without_what_measures() -> None:
+    loaded = in_a_fresh_process("import json, sys; import jepakit.bundle; print(json.dumps(list(sys.modules)))")
+    assert {"jepakit.evaluate", "jepakit.probes"}.isdisjoint(loaded)
+
+
 def test_all_is_what_is_visible() -> None:
     """Judged in a fresh process: submodules that other tests imported are not what a user sees first."""
     visible = in_a_fresh_process("import json, jepakit; print(json.dumps(dir(jepakit)))")

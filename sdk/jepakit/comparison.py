@@ -1,0 +1,71 @@
+"""Before and after adaptation as records: what `jepakit.evaluate` finds, and a bundle's manifest keeps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jepakit._frozen import Frozen
+
+Word = Literal["better", "same", "worse", "cannot tell"]
+_SCORES = {
+    "linear": "linear probe",
+    "knn": "k-NN",
+    "linear_balanced": "linear, balanced",
+    "knn_balanced": "k-NN, balanced",
+}
+
+
+class Scores(Frozen):
+    """Accuracy, 0 to 1, of probes fitted on training images and judged on held-out ones."""
+
+    linear: float
+    linear_balanced: float
+    knn: float
+    knn_balanced: float
+
+
+class Verdict(Frozen):
+    """Which embeddings to keep.
+
+    difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
+    low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups where there are
+                some; at least 3 / N to either side, more where classes differ in size
+
+    A harmed group that happens not to be held out cannot show. By the rule of three, up to 3/G of all groups may be harmed
+    without one of them among the G held out. "same" is said only if that could shift the result by at most SAME_WITHIN:
+    from 90 groups of equal size, assuming that a harmed group loses 0.3. "better" and "worse" rest on what was seen, by the
+    interval alone.
+    """
+
+    word: Word
+    reason: str
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.reason}"
+
+
+class Comparison(Frozen):
+    """Before and after adaptation, on images never trained on. Scores are None without labels. Print it for a table.
+
+    n_train     images that the probes were fitted on
+    n_held_out  images that the scores and the verdict are about, without those of classes that the verdict leaves out
+    """
+
+    before: Scores | None
+    after: Scores | None
+    verdict: Verdict
+    n_train: int
+    n_held_out: int
+
+    def __str__(self) -> str:
+        """The scores as a table, where there are some, then the verdict."""
+        if self.before is None or self.after is None:
+            return str(self.verdict)
+        table = [
+            f"{words:<16} {getattr(self.before, score):>6.1%}  {getattr(self.after, score):>6.1%}"
+            for score, words in _SCORES.items()
+        ]
+        return "\n".join(["                 before   after   (held-out images)", *table, str(self.verdict)])
