@@ -185,16 +185,13 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
     return run_deploy(as_path(bundle, "bundle"), as_path(folder, "folder"), url, timeout_s=timeout_s)
 
 
-def new_api_key(name: str, key_file: str | None) -> None:
-    """Make an API key; print it once, and its line for the key file (appended to `key_file` where given)."""
+def new_api_key(name: str, key_file: str | None) -> tuple[str, str, int]:
+    """A new API key, its line for the key file (appended to `key_file` where given), and how many others of its name are there."""
     from jepakit_service.keys import append, new_key
 
     key, line = new_key(name)
-    others = append(line, as_path(key_file, "api_key_file")) if key_file is not None else 0
-    print(f"key for clients (shown once): {key}")
-    print(f"line for the key file:        {line}" if key_file is None else f"added to {key_file}")
-    if others:
-        print(f"older keys named {name!r} in it that still open the service, until their lines are deleted: {others}")
+    n_others = append(line, as_path(key_file, "api_key_file")) if key_file is not None else 0
+    return key, line, n_others
 
 
 def require(extra: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -219,7 +220,13 @@ def serve(
     from jepakit._frontdoor import serve as run_serve
 
     if new_key is not None:
-        new_api_key(new_key, api_key_file)
+        key, line, n_others = new_api_key(new_key, api_key_file)
+        print(f"key for clients (shown once): {key}")
+        print(f"line for the key file:        {line}" if api_key_file is None else f"added to {api_key_file}")
+        if n_others:
+            print(
+                f"older keys named {new_key!r} in it that still open the service, until their lines are deleted: {n_others}"
+            )
         return
     settings = _settings(
         set_, bundles=tuple(bundles) if bundles else None, host=host, port=port, api_key_file=api_key_file,
@@ -240,21 +247,9 @@ def deploy(
 
     JEPAKIT_API_KEY holds the key where the service asks for one.
     """
-    import signal
-
     from jepakit._frontdoor import deploy as run_deploy
 
-    # A signal that is ignored stays so, as nohup wants it of SIGHUP.
-    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-
-    def stop(number: int, _: object) -> None:
-        """Undo what was begun, as Ctrl-C does; a terminal that closes may send several signals."""
-        for other in ends:
-            signal.signal(other, signal.SIG_IGN)
-        sys.exit(128 + number)
-
-    for number in ends:
-        signal.signal(number, stop)
+    _exit_on_signals()
     model = run_deploy(bundle, folder, url, timeout_s=timeout)
     print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
 
@@ -342,6 +337,23 @@ def probe_predict(
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
     for name, row in zip(vectors.ids, fitted.predict_proba(vectors), strict=True):
         print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
+
+
+def _exit_on_signals() -> None:
+    """From now on SIGTERM and SIGHUP raise SystemExit, so that what was begun is undone, as on Ctrl-C.
+
+    One that is ignored stays so, as nohup wants it of SIGHUP.
+    """
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def stop(number: int, _: object) -> None:
+        # A terminal that closes may send several.
+        for other in ends:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in ends:
+        signal.signal(number, stop)
 
 
 def _check_out(file: Path, suffix: str) -> None:
