@@ -14,9 +14,9 @@ _PLAIN_EVERY_S = 15.0
 _PACE_EVERY_S, _PACE_POINTS = 1.0, 30
 
 
-def track(items: Sequence[_Item], what: str, *, enabled: bool = True) -> Iterator[_Item]:
+def track(items: Sequence[_Item], what: str, *, progress: bool = True) -> Iterator[_Item]:
     """Yield the items, showing how far it is."""
-    with Steps(len(items), what=what, enabled=enabled) as steps:
+    with Steps(len(items), what=what, progress=progress) as steps:
         for done, item in enumerate(items, 1):
             yield item
             steps.update(done)
@@ -25,23 +25,24 @@ def track(items: Sequence[_Item], what: str, *, enabled: bool = True) -> Iterato
 class Steps:
     """Shows `step of total`, chosen values beside it, and the time that is left, until its block ends.
 
-    total    how many steps there are
-    first    how many of them were done before
-    what     what a step is called
-    epochs   passes over the data that all the steps make; None: they are not mentioned
-    extra_s  seconds of work expected after the last step, which count as time left
+    total     how many steps there are
+    first     how many of them were done before
+    what      what a step is called
+    progress  whether anything is shown
+    epochs    passes over the data that all the steps make; None: they are not mentioned
+    extra_s   seconds of work expected after the last step, which count as time left
     """
 
     def __init__(
-        self, total: int, *, first: int = 0, what: str = "step", enabled: bool = True,
+        self, total: int, *, first: int = 0, what: str = "step", progress: bool = True,
         epochs: float | None = None, extra_s: float = 0.0,
     ) -> None:  # fmt: skip
-        self._total, self._first, self._what, self._enabled = total, first, what, enabled
+        self._total, self._first, self._what, self._progress = total, first, what, progress
         self._epochs, self._extra_s = epochs, extra_s
         self._start = self._last_line = time.monotonic()
         self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_POINTS)
         self._values, self._spoke = "", False
-        self._bar = _bar(what, total, first) if enabled and sys.stderr.isatty() else None
+        self._bar = _bar(what, total, first) if progress and sys.stderr.isatty() else None
 
     def update(self, done: int, values: str = "") -> None:
         """Say that `done` steps are done; the values, in words, are shown until there are newer ones."""
@@ -53,7 +54,7 @@ class Steps:
         shown = "  ".join(part for part in (self._epoch(done), self._values) if part)
         if self._bar is not None:
             self._bar.update(0, completed=done, left=self._left(done, now), values=shown)
-        elif self._enabled and (
+        elif self._progress and (
             now - self._last_line > _PLAIN_EVERY_S or (done == self._total and (values or self._spoke))
         ):
             self._last_line, self._spoke = now, True

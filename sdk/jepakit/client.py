@@ -233,7 +233,7 @@ class Client:
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
         job = _Job(listed, model, self._limits_for(len(listed), model), spec)
-        with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
+        with Steps(len(job), what="embed", progress=progress and len(job) > _IMAGES_PER_REQUEST) as show:
             try:
                 self._embed_rest(job, show)
             except ClientError as error:
@@ -357,7 +357,7 @@ class AsyncClient:
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress
         )
         job = _Job(listed, model, await self._limits_for(len(listed), model), spec)
-        with Steps(len(job), what="embed", enabled=progress and len(job) > _IMAGES_PER_REQUEST) as show:
+        with Steps(len(job), what="embed", progress=progress and len(job) > _IMAGES_PER_REQUEST) as show:
             try:
                 await self._embed_rest(job, show)
             except ClientError as error:

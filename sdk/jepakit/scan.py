@@ -195,7 +195,7 @@ def scan(
     chosen = evenly_spread(len(images), sample).tolist()
     looked = in_threads(
         lambda index: _look(images, index, value_range, frame), chosen, "look at values",
-        threads=images.threads(_THREADS), show=progress,
+        threads=images.threads(_THREADS), progress=progress,
     )  # fmt: skip
     seen = [one for one in looked if isinstance(one, Seen)]
     unreadable = [one for one in looked if not isinstance(one, Seen)]

@@ -166,7 +166,7 @@ class Model:
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         done = 0
         with (
-            Steps(len(listed), what="embed", enabled=progress) as show,
+            Steps(len(listed), what="embed", progress=progress) as show,
             closing(_batches(listed, self.manifest.preprocess, self._session.batch)) as batches,
         ):
             for pixels in batches:

@@ -103,7 +103,7 @@ def test_slow_items_end_with_a_line(clock: Clock, capsys: pytest.CaptureFixture[
 
 
 def test_disabled_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Steps(2, enabled=False) as steps:
+    with Steps(2, progress=False) as steps:
         clock.now += 100
         steps.update(2, VALUES)
     assert capsys.readouterr().err == ""

@@ -52,7 +52,7 @@ def extract(
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
     readable, skipped = np.ones(len(indices), bool), []
     starts = range(0, len(indices), _BATCH)
-    for start, items in zip(track(starts, what, enabled=progress), loader, strict=True):
+    for start, items in zip(track(starts, what, progress=progress), loader, strict=True):
         for place, item in enumerate(items, start):
             if isinstance(item, InputError):
                 raise item

@@ -102,7 +102,7 @@ def recording(
     """
     main, epochs = accelerator.is_main_process, plan.steps * plan.batch_size / len(plan.split.train)
     with (
-        Steps(plan.steps, first=first, enabled=main, epochs=epochs, extra_s=extra_s) as progress,
+        Steps(plan.steps, first=first, progress=main, epochs=epochs, extra_s=extra_s) as progress,
         closing(StepLog(run.path / METRICS, first, main=main)) as log,
         closing(
             Trackers(config.trackers, run.path, config.resolved().model_dump(mode="json"), first, main=main)

@@ -27,7 +27,7 @@ _MAX_SIDECAR_BYTES = 1_000_000
 
 def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
     """The images of one or many shards, with the labels that stand beside them if all have one."""
-    indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", enabled=len(paths) > 1)]
+    indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", progress=len(paths) > 1)]
     members = [each for each, _ in indexes]
     labels = [label for _, of_shard in indexes for label in of_shard]
     known = tuple(label for label in labels if label is not None)

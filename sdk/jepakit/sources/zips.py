@@ -17,7 +17,7 @@ _ENCRYPTED = 0x1
 
 def find_in_zips(paths: Sequence[str], *, whole: bool) -> Found:
     """The images of one or many ZIPs; `whole`: it is one, and its folders are the source's, as if unpacked."""
-    members = [_index(path) for path in track(paths, "ZIPs", enabled=len(paths) > 1)]
+    members = [_index(path) for path in track(paths, "ZIPs", progress=len(paths) > 1)]
     inner = tuple(member.name for each in members for member in each)
     ids = inner if whole else names_in_shards(paths, members)
     return Found(Archives.of(paths, ids, members), ids, folders=inner)
