@@ -23,7 +23,7 @@ def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
-    rule = check_rule("group", rule, GROUP_RULES)
+    rule = check_rule("group", rule, GROUP_RULES, column="group")
     if rule == "none":
         return None, ""
     if rule == "folder":

@@ -30,7 +30,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
-    rule = check_rule("labels", rule, LABEL_RULES)
+    rule = check_rule("labels", rule, LABEL_RULES, column="label")
     if rule == "none":
         return None, "" if embedding else "no labels, as asked"
     if rule not in LABEL_RULES:

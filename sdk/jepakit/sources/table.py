@@ -69,7 +69,7 @@ def is_rule(rule: str, rules: Sequence[str]) -> bool:
     return rule in rules or (suffix(rule) in TABLES and Path(with_home(rule)).is_file())
 
 
-def check_rule(setting: str, rule: str | Path, rules: Sequence[str]) -> str:
+def check_rule(setting: str, rule: str | Path, rules: Sequence[str], *, column: str) -> str:
     """`rule` as text: one of the rules, or the name of a table that is there; ConfigError otherwise."""
     text = with_home(rule)
     if is_rule(text, rules):
@@ -77,7 +77,7 @@ def check_rule(setting: str, rule: str | Path, rules: Sequence[str]) -> str:
     missing = " (there is no such file)" if suffix(text) in TABLES else ""
     raise ConfigError(
         f"{setting} = {text!r}{missing}: wanted {', '.join(rules)}, or a file {', '.join(TABLES)} "
-        f"with a column path and a column {setting.removesuffix('s')}{did_you_mean(text, rules)}"
+        f"with a column path and a column {column}{did_you_mean(text, rules)}"
     )
 
 
