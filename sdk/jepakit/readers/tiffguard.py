@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import struct
@@ -21,26 +22,28 @@ _MOST_TAGS = 256
 """Of one page: about as many as are defined at all; real pages have 10 to 80."""
 _MOST_MIXED = 1024
 """Pages and images below them in a file of several kinds, which tifffile compares each with each: seconds for so many."""
+_MOST_SHARED = 1 << 24
+"""Bytes that pages may have in common, such as those of a palette: they are read anew for each of them."""
 
 
 def check_structure(tif: Any, name: str) -> None:
     """Refuse broken or circular chains of pages, tags cut short, OME descriptions that lie, and more pages than any has.
 
-    Raises ImageError for circles, for pages without tags or with too many, and for too many pages; KeyError, ValueError
-    and struct.error, which mean damage, for the rest. Pages of several kinds are refused once `tif.series` is asked for.
+    Raises ImageError for circles, for pages without tags or with too many, for too many pages, and for pages that share
+    values of more than the file's size; KeyError, ValueError and struct.error, which mean damage, for the rest. Pages of
+    several kinds are refused once `tif.series` is asked for.
     """
-    pages = images = described = 0
+    pages = images = described = held = 0
     for tags in _pages(tif, name):
         if pages == 0:
             _check_tags(tif, tags)
         pages += 1
-        images += 1
-        _refuse_many(images, name)
         described += any(tag.code == _DESCRIPTION for tag in tags)
-        for offset in _images_below(tif, tags):
-            _count_tags(tif, offset, name)
+        below = (_tags(tif, offset, name) for offset in _images_below(tif, tags))
+        for each in itertools.chain([tags], below):
             images += 1
-            _refuse_many(images, name)
+            held += _held(tif, each)
+            _refuse_many(images, held - tif.filehandle.size, name)
     _check_ome(tif, pages)
     _bound_search(tif, "generic", images, "pages of several kinds", name)
     _bound_search(tif, "shaped", described, "pages saved one by one", name)
@@ -63,19 +66,28 @@ def _pages(tif: Any, name: str) -> Iterator[list[_Tag]]:
         if offset in seen:
             raise ImageError(f"{name}: damaged: its pages run in a circle", code="unreadable")
         seen.add(offset)
-        size = _count_tags(tif, offset, name) * kind.tagsize
-        half = (kind.tagsize - 4) // 2
-        format = f"{kind.byteorder}HH{'Q' if half == 8 else 'I'}{half}s"
-        yield [_Tag(*tag) for tag in struct.iter_unpack(format, tif.filehandle.read(size))]
-        offset = _number(tif, offset + kind.tagnosize + size, kind.offsetformat, kind.offsetsize)
+        tags = _tags(tif, offset, name)
+        yield tags
+        end = offset + kind.tagnosize + len(tags) * kind.tagsize
+        offset = _number(tif, end, kind.offsetformat, kind.offsetsize)
 
 
-def _count_tags(tif: Any, offset: int, name: str) -> int:
-    """How many tags a page has, or an image below one; they are what is read next."""
-    tags = _number(tif, offset, tif.tiff.tagnoformat, tif.tiff.tagnosize)
-    if not 1 <= tags <= _MOST_TAGS:
-        raise ImageError(f"{name}: damaged: a page of {tags} tags, where 1 to {_MOST_TAGS} can be", code="unreadable")
-    return tags
+def _tags(tif: Any, offset: int, name: str) -> list[_Tag]:
+    """The tags of a page, or of an image below one."""
+    kind = tif.tiff
+    number = _number(tif, offset, kind.tagnoformat, kind.tagnosize)
+    if not 1 <= number <= _MOST_TAGS:
+        raise ImageError(f"{name}: damaged: a page of {number} tags, where 1 to {_MOST_TAGS} can be", code="unreadable")
+    half = (kind.tagsize - 4) // 2
+    format = f"{kind.byteorder}HH{'Q' if half == 8 else 'I'}{half}s"
+    return [_Tag(*tag) for tag in struct.iter_unpack(format, tif.filehandle.read(number * kind.tagsize))]
+
+
+def _size(tag: _Tag) -> int:
+    """Bytes of a tag's values."""
+    import tifffile
+
+    return tag.number * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(tag.type, "1B"))
 
 
 def _images_below(tif: Any, tags: list[_Tag]) -> Iterator[int]:
@@ -97,7 +109,18 @@ def _number(tif: Any, at: int, format: str, size: int) -> int:
     return int(struct.unpack(format, tif.filehandle.read(size))[0])
 
 
-def _refuse_many(images: int, name: str) -> None:
+def _held(tif: Any, tags: list[_Tag]) -> int:
+    """Bytes of a page's tags, and of those of their values that lie elsewhere in the file."""
+    sizes = (_size(tag) for tag in tags)
+    elsewhere = (size for size in sizes if tif.tiff.tagoffsetthreshold < size <= tif.filehandle.size)
+    return len(tags) * int(tif.tiff.tagsize) + sum(elsewhere)
+
+
+def _refuse_many(images: int, shared: int, name: str) -> None:
+    if shared > _MOST_SHARED:
+        raise ImageError(
+            f"{name}: damaged: its pages have {shared:,} bytes of tags and values in common", code="too_large"
+        )
     if images > _MOST_PAGES:
         raise ImageError(
             f"{name}: a TIFF of over {_MOST_PAGES:,} pages and images below them: save it as several files",
@@ -121,14 +144,12 @@ def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
 
 def _check_tags(tif: Any, tags: list[_Tag]) -> None:
     """Refuse a first page with a tag beyond the file's end: tifffile leaves it out, and with it what axes mean."""
-    import tifffile
-
     kind = tif.tiff
     if kind.offsetsize == 8 and kind.version != _BIGTIFF:
         # NDPI's own mixture keeps the upper halves of its offsets elsewhere.
         return
     for tag in tags:
-        size = tag.number * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(tag.type, "1B"))
+        size = _size(tag)
         if size > kind.offsetsize and struct.unpack(kind.offsetformat, tag.value)[0] + size > tif.filehandle.size:
             raise ValueError("a tag is cut short")
 
