@@ -6,12 +6,26 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self, TypeVar
 
 _Item = TypeVar("_Item")
 _PLAIN_EVERY_S = 15.0
 # The time left follows the pace of the last half minute or more: training is slower once the backbone trains too.
 _PACE_EVERY_S, _PACE_POINTS = 1.0, 30
+
+_is_shown: ContextVar[bool] = ContextVar("_is_shown", default=True)
+
+
+@contextmanager
+def shown(progress: bool) -> Iterator[None]:
+    """Within the block progress is shown only if `progress` is true, whichever function would show it."""
+    before = _is_shown.set(progress and _is_shown.get())
+    try:
+        yield
+    finally:
+        _is_shown.reset(before)
 
 
 def track(items: Sequence[_Item], what: str, *, progress: bool = True) -> Iterator[_Item]:
@@ -37,12 +51,13 @@ class Steps:
         self, total: int, *, first: int = 0, what: str = "step", progress: bool = True,
         epochs: float | None = None, extra_s: float = 0.0,
     ) -> None:  # fmt: skip
-        self._total, self._first, self._what, self._progress = total, first, what, progress
+        self._progress = progress and _is_shown.get()
+        self._total, self._first, self._what = total, first, what
         self._epochs, self._extra_s = epochs, extra_s
         self._start = self._last_line = time.monotonic()
         self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_POINTS)
         self._values, self._spoke = "", False
-        self._bar = _bar(what, total, first) if progress and sys.stderr.isatty() else None
+        self._bar = _bar(what, total, first) if self._progress and sys.stderr.isatty() else None
 
     def update(self, done: int, values: str = "") -> None:
         """Say that `done` steps are done; the values, in words, are shown until there are newer ones."""

@@ -16,12 +16,10 @@ THREADS = 8
 _AT_ONCE = 64
 
 
-def in_threads(
-    work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS, progress: bool = True
-) -> list[_Out]:
-    """`[work(item) for item in items]`, the first error raised; `progress`: say on standard error how far it is."""
+def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS) -> list[_Out]:
+    """`[work(item) for item in items]`, the first error raised, showing how far it is."""
     done: list[_Out] = []
-    with Steps(len(items), what=what, progress=progress) as steps, ThreadPoolExecutor(threads) as pool:
+    with Steps(len(items), what=what) as steps, ThreadPoolExecutor(threads) as pool:
         while len(done) < len(items):
             for answer in pool.map(work, items[len(done) : len(done) + _AT_ONCE]):
                 done.append(answer)

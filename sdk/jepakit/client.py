@@ -231,7 +231,7 @@ class Client:
         model's, ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
         spec = None if tile is None and frame is None else _spec_of(self.models(), model, tile)
-        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
+        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress)
         job = _Job(listed, model, self._limits_for(len(listed), model), spec)
         with Steps(len(job), what="embed", progress=progress and len(job) > _IMAGES_PER_REQUEST) as show:
             try:
@@ -354,7 +354,7 @@ class AsyncClient:
 
         spec = None if tile is None and frame is None else _spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
-            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress
+            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress
         )
         job = _Job(listed, model, await self._limits_for(len(listed), model), spec)
         with Steps(len(job), what="embed", progress=progress and len(job) > _IMAGES_PER_REQUEST) as show:

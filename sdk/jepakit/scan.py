@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._progress import shown
 from jepakit._threads import in_threads
 from jepakit._vectors import float32_tuple
 from jepakit.bundle import Preprocess, Scaling
@@ -193,10 +194,11 @@ def scan(
 ) -> Scan:  # fmt: skip
     """Measure an evenly spread sample of `images`. Raises DataError when none of them can be read."""
     chosen = evenly_spread(len(images), sample).tolist()
-    looked = in_threads(
-        lambda index: _look(images, index, value_range, frame), chosen, "look at values",
-        threads=images.threads(_THREADS), progress=progress,
-    )  # fmt: skip
+    with shown(progress):
+        looked = in_threads(
+            lambda index: _look(images, index, value_range, frame), chosen, "look at values",
+            threads=images.threads(_THREADS),
+        )  # fmt: skip
     seen = [one for one in looked if isinstance(one, Seen)]
     unreadable = [one for one in looked if not isinstance(one, Seen)]
     if not seen:

@@ -162,7 +162,7 @@ class Model:
         than the model's.
         """
         check_tile(tile, self.manifest.preprocess)
-        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, tell=progress)
+        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         done = 0
         with (

@@ -341,7 +341,7 @@ def test_gather_tells_what_it_left_out_if_it_is_to_tell(tmp_path: Path, capsys: 
     touch(tmp_path, "cat/1.png", "dog/2.png", "dog/3.heic", "stray.png")
     gather(tmp_path)
     assert capsys.readouterr().err == ""
-    gather(tmp_path, tell=True)
+    gather(tmp_path, progress=True)
     assert capsys.readouterr().err == (
         "no labels: images lie outside class folders (1 of 3, stray.png first); "
         "1 .heic file passed over: HEIC and AVIF are not read, save them as JPEG or PNG\n"

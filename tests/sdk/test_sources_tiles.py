@@ -319,6 +319,22 @@ def test_of_what_is_embedded_no_file_is_left_out(make: Make, how: dict[str, Any]
     assert len(list_images(folder, **how, most_unreadable=0.01)) == 198
 
 
+def test_listing_says_how_far_it_is_only_where_that_is_wanted(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jepakit._progress._PLAIN_EVERY_S", -1.0)
+    folder = make(a=scene(16, 8), b=scene(8, 8))
+    gather(folder, tile=8)
+    assert capsys.readouterr().err == ""
+    list_images(folder, tile=8)
+    assert capsys.readouterr().err.startswith("headers 1/2")
+    gather(folder, tile=8, progress=True)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("headers 1/2")
+    assert "look for empty tiles 2/2" in told[-2]
+    assert "3 tiles of 8 × 8 of 2 images" in told[-1]
+
+
 def test_a_file_that_opens_but_cannot_be_read_keeps_its_tiles_for_the_reader_to_judge(make: Make) -> None:
     class Torn(Scene):
         def _decode(self, *_: Any) -> Any:

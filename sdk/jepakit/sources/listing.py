@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from jepakit._progress import shown
 from jepakit.errors import DataError
 from jepakit.sources.find import LISTED, find
 from jepakit.sources.groups import choose_groups
@@ -50,20 +51,21 @@ def list_images(
 def gather(
     images: Any, labels: str | Path = "auto", *,
     group: str | Path = "none", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, tell: bool = False, most_unreadable: float = 0.0,
+    frame: int | Literal["each"] | None = None, progress: bool = False, most_unreadable: float = 0.0,
 ) -> ImageList:  # fmt: skip
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
 
-    labels   "auto": what the source brings, else the first-level folders whatever their number, and none where an
-             image lies outside them; "folder": those alone; "none"; or a table's file
-    tell     say on standard error what was assumed, and what was left out
+    labels    "auto": what the source brings, else the first-level folders whatever their number, and none where an
+              image lies outside them; "folder": those alone; "none"; or a table's file
+    progress  show on standard error how far it is, what was assumed, and what was left out
     """
     one = is_one_image(images) and not isinstance(images, str | Path)
-    listed = _list(
-        [images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=True,
-        most_unreadable=most_unreadable,
-    )  # fmt: skip
-    if tell and listed.note:
+    with shown(progress):
+        listed = _list(
+            [images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=True,
+            most_unreadable=most_unreadable,
+        )  # fmt: skip
+    if progress and listed.note:
         print(listed.note, file=sys.stderr, flush=True)
     return listed
 
