@@ -741,10 +741,11 @@ def _golden(bundle: str | Path, model: str | None) -> tuple[ImageList, str, NDAr
     from jepakit.bundle import GOLDEN, open_bundle
 
     opened = open_bundle(bundle)
-    images, vectors = golden.unpack(opened.read(GOLDEN))
+    inputs = golden.unpack(opened.read(GOLDEN))
+    inputs.check(opened.manifest.preprocess, opened.manifest.embedding.dim)
     name = model or opened.manifest.name
     pinned = name if "@" in name else f"{name}@{opened.manifest.model_id}"
-    return gather(images, "none"), pinned, vectors
+    return gather(inputs.images, "none"), pinned, inputs.vectors
 
 
 def _judge_golden(job: _Job, expected: NDArray[np.float32]) -> float:
