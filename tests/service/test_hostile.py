@@ -477,6 +477,7 @@ def alone(bundle: Path) -> Iterator[str]:
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive(), "the service did not start"
             time.sleep(0.01)
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from numpy.typing import NDArray
 
@@ -15,6 +15,7 @@ from jepakit.config import AdaptConfig, Domain, ViewsConfig
 from jepakit_training.views import ViewMaker, Views, collate, finish
 
 COLOUR: list[Domain] = ["general", "natural", "satellite", "histology", "radiology", "microscopy"]
+EXAMPLES = settings(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @some.composite
@@ -35,7 +36,7 @@ def alike(one: Views, other: Views) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(EXAMPLES, max_examples=60)
 @given(case=cases(), seed=some.integers(0, 2**63 - 1))
 def test_views_are_a_function_of_image_recipe_and_seed(case: tuple[NDArray[Any], ViewMaker], seed: int) -> None:
     pixels, maker = case
@@ -50,7 +51,7 @@ def test_views_are_a_function_of_image_recipe_and_seed(case: tuple[NDArray[Any],
             assert views.max() <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(EXAMPLES, max_examples=30)
 @given(case=cases(), seeds=some.lists(some.integers(0, 2**32), min_size=2, max_size=5, unique=True))
 def test_8_bit_views_do_not_depend_on_their_batch(case: tuple[NDArray[Any], ViewMaker], seeds: list[int]) -> None:
     pixels, maker = case
