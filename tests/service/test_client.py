@@ -31,8 +31,9 @@ from PIL import Image
 
 import jepakit
 from jepakit import Embeddings
+from jepakit._job import Limits
 from jepakit.bundle import Manifest
-from jepakit.client import ModelInfo, _Limits
+from jepakit.client import ModelInfo
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
@@ -463,7 +464,7 @@ VECTOR = np.array([1, 2], "<f4").tobytes()
 
 
 def test_overload_outage_and_foreign_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jepakit.client._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("jepakit._attempts._FIRST_PAUSE_S", 0.01)
     answers = [
         (429, {"Retry-After": "0"}, b'{"error": {"message": "later", "code": "overloaded"}}'),
         (503, {"Retry-After": "0"}, b"<html>nginx</html>"),
@@ -666,7 +667,7 @@ REFUSED = (413, dict[str, str](), b'{"error": {"message": "too many", "code": "t
 def test_limits_that_have_become_lower_are_asked_for_anew_and_the_rest_is_cut_by_them(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jepakit.client._AT_ONCE", 1)
+    monkeypatch.setattr("jepakit.client.AT_ONCE", 1)
     with _answering([told(4), rows(4), REFUSED, told(2), rows(2), rows(2)]) as url:
         found = asked(kind, url, lambda client: client.embed([picture(0)] * 8, progress=False))
     assert found.vectors[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
@@ -681,7 +682,7 @@ def test_a_refusal_by_the_same_limits_is_told(kind: type[Any]) -> None:
 
 
 def test_limits_are_asked_for_anew_after_a_model_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jepakit.client._AT_ONCE", 1)
+    monkeypatch.setattr("jepakit.client.AT_ONCE", 1)
     answers = [told(2), rows(2), rows(2, "b" * 16), told(4), rows(4, "b" * 16)]
     with _answering(answers) as url, jepakit.Client(url) as client:
         with pytest.raises(ModelChangedError):
@@ -693,7 +694,7 @@ def test_limits_are_asked_for_anew_after_a_model_has_changed(monkeypatch: pytest
 @pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
 def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
     info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
-    assert _Limits.of([info], None, 75) == _Limits.of([], None, 75) == _Limits(32, 16 << 20)
+    assert Limits.of([info], None, 75) == Limits.of([], None, 75) == Limits(32, 16 << 20)
 
 
 def described(name: str, in_time: int, **more: Any) -> ModelInfo:
@@ -703,14 +704,14 @@ def described(name: str, in_time: int, **more: Any) -> ModelInfo:
 
 def test_requests_are_cut_by_the_speed_of_the_model_that_is_meant() -> None:
     models = [described("slow", 30), described("slowest", 1), described("fast", 9999)]
-    images = {asked: _Limits.of(models, asked, 75).images for asked in ("slow", "slow@id", "slowest", "fast")}
+    images = {asked: Limits.of(models, asked, 75).images for asked in ("slow", "slow@id", "slowest", "fast")}
     assert images == {"slow": 7, "slow@id": 7, "slowest": 1, "fast": 32}
-    assert _Limits.of(models[:1], None, 75).images == 7
+    assert Limits.of(models[:1], None, 75).images == 7
 
 
 @pytest.mark.parametrize(("patience_s", "images"), [(300, 25), (60, 25), (30, 12), (1, 1), (0.001, 1)])
 def test_requests_are_cut_by_how_long_the_client_waits_where_that_is_less(patience_s: float, images: int) -> None:
-    assert _Limits.of([described("tiny", 100, request_timeout_s=60.0)], None, patience_s).images == images
+    assert Limits.of([described("tiny", 100, request_timeout_s=60.0)], None, patience_s).images == images
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])

@@ -1,0 +1,184 @@
+"""How a service is asked: its address, key and times, when a request is tried again, and what a refusal means."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from jepakit._loopback import is_loopback
+from jepakit.errors import (
+    AuthenticationError,
+    ConfigError,
+    ConnectionFailedError,
+    NotFoundError,
+    OverloadedError,
+    ProtocolError,
+    ResponseError,
+)
+
+if TYPE_CHECKING:
+    import httpx
+
+# httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
+MOST_AT_ONCE = 8
+"""Requests of all calls of one client together."""
+_RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
+_LONGEST_S = 1e6
+_KEY = re.compile(r"[!-~]+")
+
+
+class Settings:
+    """What both clients are told, and how they speak."""
+
+    def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
+        import httpx
+
+        if isinstance(url, str) and "@" in url:  # whatever it is, it is not repeated: it may hold a password
+            raise ConfigError(
+                "the url holds an @: give the service's address without a user and a password (the key is api_key=…, or "
+                "JEPAKIT_API_KEY; an @ in a path is written %40)"
+            )
+        if not isinstance(url, str) or not _is_address(url):
+            raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
+        if url.rstrip("/").endswith("/v1"):
+            raise ConfigError(f"url = {url!r}: give the service's address without /v1, which belongs to its routes")
+        for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
+            if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_S:
+                raise ConfigError(f"{name} = {seconds!r}: give seconds, more than 0 and at most {_LONGEST_S:g}")
+        key = api_key or os.environ.get("JEPAKIT_API_KEY")
+        if key and not _KEY.fullmatch(key):
+            raise ConfigError(
+                "the API key (api_key, or JEPAKIT_API_KEY) holds a space, a line break or a letter that is not ASCII: "
+                "give it as it was made, without the end of the line it was read from"
+            )
+        self.url, self.deadline_s = url.rstrip("/"), deadline_s
+        self.patience_s = min(timeout_s, deadline_s)
+        """For the answer to one attempt."""
+        self.http: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "timeout": timeout_s,
+            "follow_redirects": False,
+            # No proxy stands between this machine and itself. SSL_CERT_FILE holds there too, so it is read here.
+            "trust_env": not is_loopback(httpx.URL(url).host),
+            "verify": httpx.create_ssl_context(),
+            "limits": httpx.Limits(max_connections=MOST_AT_ONCE),
+        }
+
+
+def _is_address(url: str) -> bool:
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 1 << 16
+
+
+class Attempts:
+    """When to try again: embedding is pure, so every attempt is safe to repeat."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._url, self._deadline_s = settings.url, settings.deadline_s
+        self._timeout_s: float = settings.http["timeout"]
+        self._refusal: ResponseError | None = None
+        self._deadline = time.monotonic() + settings.deadline_s
+        self._pause = _FIRST_PAUSE_S
+
+    def begin(self, request: httpx.Request) -> httpx.Request:
+        """The request, not to wait for anything beyond the deadline."""
+        import httpx
+
+        left = max(_LEAST_WAIT_S, self._deadline - time.monotonic())
+        request.extensions["timeout"] = httpx.Timeout(min(self._timeout_s, left)).as_dict()
+        return request
+
+    def pause_after(self, response: httpx.Response) -> float | None:
+        """Seconds to wait before the next attempt, None for a good answer; raises what the answer means otherwise."""
+        if response.status_code == 200:
+            return None
+        self._refusal = _meaning(response, f" (deadline_s = {self._deadline_s:g})" if _may_pass(response) else "")
+        if not _may_pass(response) or (pause := self._next(response.headers.get("retry-after"))) is None:
+            raise self._refusal
+        return pause
+
+    def pause_after_failure(self, error: httpx.RequestError) -> float:
+        """Seconds to wait before the next attempt; raises what the failure means when none is left, or none can help."""
+        import httpx
+
+        _raise_if_lasting(error, self._url)
+        pause = self._next(None)
+        if pause is None:
+            if self._refusal is not None and isinstance(error, httpx.TimeoutException):
+                raise self._refusal  # the deadline cut the last attempt short: it tells nothing new
+            cause = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise ConnectionFailedError(
+                f"{self._url} gave no answer within {self._deadline_s:g} s ({cause}): is the service running, and is "
+                "this its address, http or https?"
+            ) from error
+        return pause
+
+    def _next(self, retry_after: str | None) -> float | None:
+        try:
+            pause = max(_FIRST_PAUSE_S, min(float(retry_after or ""), 60.0))
+        except ValueError:
+            pause = random.uniform(0.5, 1.0) * self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        return pause if time.monotonic() + pause < self._deadline else None
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether the same request may be answered in a moment. Ray's proxy knows no routes while it starts anew."""
+    return response.status_code in _RETRYABLE or (response.status_code == 404 and b"/-/routes" in response.content)
+
+
+def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
+    """Raise what a failure means that every further attempt would meet again."""
+    import ssl
+
+    import httpx
+
+    if isinstance(error, httpx.LocalProtocolError):
+        raise ConnectionFailedError(f"the request to {url} cannot be sent: {error}") from error
+    if not isinstance(error, httpx.TransportError):
+        raise ProtocolError(
+            f"{url} sent an answer that cannot be read ({error}): is this a jepakit service?"
+        ) from error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        raise ConnectionFailedError(
+            f"the certificate of {url} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to the file of the "
+            "certificate, or of the authority that signed it"
+        ) from error
+    # Its subclasses tell of connections that broke, as they do while a service starts anew.
+    if type(cause) is ssl.SSLError:
+        raise ConnectionFailedError(f"{url} does not speak https ({cause.reason}): is it http://…?") from error
+
+
+def _meaning(response: httpx.Response, note: str) -> ResponseError:
+    """The service's own words where it sent them, and `note`; a bare 5xx comes from something in front of it."""
+    message, told = f"the service answered {response.status_code} without a reason", dict[str, Any]()
+    with suppress(ValueError, KeyError, TypeError):
+        error = response.json()["error"]
+        message, told = str(error["message"]), error
+    code, param, request_id = (
+        told[name] if isinstance(told.get(name), str) else None for name in ("code", "param", "request_id")
+    )
+    kind = {
+        401: AuthenticationError,
+        403: AuthenticationError,
+        404: NotFoundError,
+        429: OverloadedError,
+        503: OverloadedError,
+    }
+    return kind.get(response.status_code, ResponseError)(
+        message + note, status=response.status_code, code=code, param=param, request_id=request_id
+    )

@@ -1,0 +1,230 @@
+"""One call of `embed`: what is sent, and what the answers mean."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit._files import reason_of
+from jepakit._models import ModelInfo, named
+from jepakit.embeddings import Embeddings
+from jepakit.errors import ImageError, ModelChangedError, ProtocolError, ResponseError
+from jepakit.readers import DEFAULT_LIMITS
+from jepakit.sources import ImageList
+
+if TYPE_CHECKING:
+    import httpx
+
+    from jepakit.bundle import Preprocess
+    from jepakit.readers import ImageRef
+
+IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
+AT_ONCE = 4
+"""Requests of one call."""
+# What a part of multipart adds to its file, at most; also more than the header of `.npy`.
+_BYTES_BESIDE = 256
+_BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
+_SERVICES_NAME = re.compile(r"^input\[\d+\]: (?:(?:image|array): )?")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request holds at most."""
+
+    images: int = IMAGES_PER_REQUEST
+    bytes: int = _BYTES_PER_REQUEST
+    """Of several images together; a larger one rides alone."""
+    largest: int = DEFAULT_LIMITS.max_encoded_bytes
+    """Of one image."""
+
+    @classmethod
+    def of(cls, models: list[ModelInfo], asked: str | None, patience_s: float) -> Limits:
+        """No more than the service takes of the model asked for, and so few that it lets all requests at once in and
+        answers them in `patience_s`, where that is less than it gives itself."""
+        try:
+            told = named(models, asked)[0].raw["limits"]
+            body = told["max_body_mb"] << 20
+            share = min(1.0, patience_s / told.get("request_timeout_s", patience_s))
+            in_time = int(share * told["max_images_in_time"]) // AT_ONCE
+            images = min(cls.images, told["max_images"], max(1, in_time))
+            return cls(images, min(cls.bytes, body), body)
+        except (IndexError, KeyError, TypeError, ZeroDivisionError):
+            return cls()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The images of one request; `first` is the place of its first image in the job."""
+
+    first: int
+    items: list[Any]
+    model: str | None
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        params = {"model": self.model} if self.model else {}
+        options: dict[str, Any] = {"params": params, "headers": {"Accept": "application/octet-stream"}}
+        if isinstance(self.items[0], np.ndarray):
+            buffer = io.BytesIO()
+            np.save(buffer, np.stack(self.items), allow_pickle=False)
+            options["headers"]["Content-Type"] = "application/x-npy"
+            return http.build_request("POST", "/v1/embeddings", content=buffer.getvalue(), **options)
+        # Names stay here: the service learns nothing of where an image came from.
+        files = [("files", (str(place), data)) for place, data in enumerate(self.items)]
+        return http.build_request("POST", "/v1/embeddings", files=files, **options)
+
+
+class Job:
+    """One call of `embed`: cuts the images into requests, puts the answers together in order."""
+
+    def __init__(self, images: ImageList, model: str | None, limits: Limits, spec: Preprocess | None = None) -> None:
+        self._images, self._model, self._limits, self._spec = images, model, limits, spec
+        self._vectors: list[NDArray[np.float32]] = []
+        self._model_id: str | None = None
+        self.computed = ("fp32", "cpu")
+        """Precision and provider of the last answer."""
+        self.done = 0
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def cut_by(self, limits: Limits) -> bool:
+        """Cut what is left by these limits; returns whether they are others than before."""
+        before, self._limits = self._limits, limits
+        return limits != before
+
+    def parts(self) -> Iterator[Chunk]:
+        """Requests of up to 32 images or 16 MB, or as many as the service takes, for what has no vectors yet; files are
+        read when their turn comes."""
+        first, items, size = self.done, list[Any](), 0
+        for place in range(self.done, len(self._images)):
+            item = _encode(self._images[place], self._spec, self._limits.largest)
+            _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
+            weight = _BYTES_BESIDE + _bytes_of(item)
+            full = len(items) >= self._limits.images or size + weight > self._limits.bytes
+            if items and (full or not _alike(items[0], item)):
+                yield Chunk(first, items, self._model)
+                first, items, size = place, [], 0
+            items.append(item)
+            size += weight
+        yield Chunk(first, items, self._model)
+
+    def accept(self, chunk: Chunk, response: httpx.Response) -> None:
+        """Take one answer; the service names a bad image by its place, which becomes the image's name here."""
+        model_id = response.headers.get("x-model-id")
+        shape = response.headers.get("x-embedding-shape", "")
+        rows, _, dim = shape.partition(",")
+        if (
+            not model_id
+            or rows != str(len(chunk.items))
+            or not dim.isdecimal()
+            or len(response.content) != 4 * len(chunk.items) * int(dim)
+        ):
+            raise ProtocolError(
+                f"the answer for {len(chunk.items)} images has shape {shape!r} and {len(response.content)} bytes: "
+                "is this a jepakit service?"
+            )
+        if self._model_id not in (None, model_id):
+            raise ModelChangedError(
+                f"the service switched from model {self._model_id} to {model_id} in the middle: vectors of two spaces "
+                "are never mixed; run it again, or pin one with model='NAME@MODEL_ID'"
+            )
+        self._model_id = model_id
+        self.computed = (response.headers.get("x-precision", "fp32"), response.headers.get("x-provider", "cpu"))
+        self._vectors.append(np.frombuffer(response.content, "<f4").reshape(len(chunk.items), int(dim)))
+        self.done += len(chunk.items)
+
+    @contextmanager
+    def naming(self, chunk: Chunk) -> Iterator[None]:
+        """The service names a bad image by its place in the request; tell it by the caller's own name for it."""
+        try:
+            yield
+        except ResponseError as error:
+            if error.status == 413 and error.code in (None, "body_too_large") and len(chunk.items) == 1:
+                limit = str(error).partition(":")[0]
+                raise _too_large(self._images.ids[chunk.first], _bytes_of(chunk.items[0]), limit) from None
+            place = _BAD_IMAGE.fullmatch(error.param or "")
+            if place is None or int(place[1]) >= len(chunk.items) or error.status not in (413, 415, 422):
+                raise
+            name = self._images.ids[chunk.first + int(place[1])]
+            reason = _SERVICES_NAME.sub("", str(error))
+            raise ImageError(f"{name}: {reason}", code=error.code or "unreadable") from None
+
+    def result(self) -> Embeddings:
+        assert self._model_id is not None
+        vectors = np.concatenate(self._vectors).astype(np.float32, copy=False)
+        return Embeddings(vectors, self._model_id, tuple(self._images.ids), self._images.labels)
+
+
+def windows(chunks: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:
+    """A few chunks at a time, so that memory does not grow with the job."""
+    window: list[Chunk] = []
+    for chunk in chunks:
+        window.append(chunk)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDArray[Any]:
+    """A file travels as it is, and is not read if it is larger than `largest` bytes; a part of one, and what is in
+    memory, is read here, by the same reader as there."""
+    if ref.window is not None or ref.frame is not None:
+        from jepakit.images import read_image
+
+        assert spec is not None
+        return read_image(ref, spec)
+    image = ref.data
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | Path):
+        try:
+            _refuse_larger(ref.name, Path(image).stat().st_size, largest)
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{image}: cannot be read ({reason_of(error)})", code="unreadable") from None
+    return _read_here(ref)
+
+
+def _read_here(ref: ImageRef) -> NDArray[Any]:
+    """An array or a Pillow image as [H, W, C]: upright, and several frames refused, as in process."""
+    from jepakit.images import choose_frame
+    from jepakit.readers import open_raster
+    from jepakit.readers.quiet import quiet
+
+    with quiet(), open_raster(ref.data, name=ref.name) as raster:
+        return raster.read(frame=choose_frame(raster.header, None, ref.name))
+
+
+def _bytes_of(item: bytes | NDArray[Any]) -> int:
+    return item.nbytes if isinstance(item, np.ndarray) else len(item)
+
+
+def _refuse_larger(name: str, size: int, largest: int) -> None:
+    """An image that no request can hold is named here; the service knows only that a body was too large."""
+    if size > largest:
+        raise _too_large(name, size, f"a request holds at most {largest:,}")
+
+
+def _too_large(name: str, size: int, limit: str) -> ImageError:
+    return ImageError(
+        f"{name}: {size:,} bytes, and {limit}: save it smaller, cut it into tiles (tile=…), or let the service take more "
+        "(max_body_mb)",
+        code="too_large",
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two images can ride in one request: files with files, arrays with arrays of the same shape."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return bool(a.shape == b.shape and a.dtype == b.dtype)
+    return isinstance(a, bytes) and isinstance(b, bytes)

@@ -1,0 +1,69 @@
+"""What a service says of its models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from jepakit.errors import ConfigError, ProtocolError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from jepakit.bundle import Preprocess
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the service says of one model. `raw` holds all of it."""
+
+    name: str
+    model_id: str
+    digest: str
+    dim: int
+    precision: str
+    provider: str
+    raw: dict[str, Any] = field(repr=False)
+
+
+def path_of(name: str) -> str:
+    """Where the service tells of one model, whatever letters its name has."""
+    return f"/v1/models/{quote(name, safe='')}"
+
+
+def read_models(response: httpx.Response) -> list[ModelInfo]:
+    try:
+        return [_model_info(row) for row in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        raise ProtocolError("the answer to /v1/models is not a list of models: is this a jepakit service?") from None
+
+
+def read_model(response: httpx.Response) -> ModelInfo:
+    try:
+        return _model_info(response.json())
+    except (ValueError, KeyError, TypeError):
+        raise ProtocolError("the answer to /v1/models/… is not a model: is this a jepakit service?") from None
+
+
+def _model_info(row: dict[str, Any]) -> ModelInfo:
+    return ModelInfo(row["id"], row["model_id"], row["digest"], row["dim"], row["precision"], row["provider"], row)
+
+
+def named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
+    """The models that NAME or NAME@MODEL_ID may mean; all of them where none is named."""
+    return [one for one in models if asked is None or one.name == asked.partition("@")[0]]
+
+
+def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:
+    """How the model that is meant wants its images, from the service's own description; `tile` must be its own."""
+    from jepakit.bundle import Preprocess
+    from jepakit.session import check_tile
+
+    meant = named(models, asked)
+    if len(meant) != 1:
+        known = ", ".join(one.name for one in models)
+        raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
+    spec = Preprocess.model_validate(meant[0].raw["preprocess"])
+    check_tile(tile, spec)
+    return spec
