@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jepakit_service import logs, oip, routes, tracing
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
-from jepakit_service.wire import ApiError, unavailable
+from jepakit_service.wire import ApiError, fault, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
@@ -66,13 +66,11 @@ class Gate:
         state = _state(scope)
         state["request_id"] = request_id
         route = routes.label(scope["path"])
-        status: int | None = None
         start = time.perf_counter()
 
         async def counted_send(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                state["status"] = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -81,10 +79,11 @@ class Gate:
             try:
                 await self._answer(scope, headers, receive, counted_send)
             except asyncio.CancelledError:  # so Ray tells that the client left
-                status, state["code"] = status or 499, "disconnected"
+                state.setdefault("status", 499)
+                state["code"] = "disconnected"
                 raise
             finally:
-                self._log_and_count(scope, route, status or 500, time.perf_counter() - start, span)
+                self._log_and_count(scope, route, state.get("status", 500), time.perf_counter() - start, span)
 
     def _log_and_count(self, scope: Scope, route: str, status: int, seconds: float, span: Any) -> None:
         """Record a request that is over."""
@@ -128,8 +127,12 @@ class Gate:
                 raise
             state["code"] = "draining"
             await send_error(send, _stopping(), scope)
-        except Exception as error:  # answered 500 by the application; its text may hold what was sent
+        except Exception as error:  # its text may hold what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
+            if "status" not in state:
+                failure = fault(error)
+                state["code"] = failure.code
+                await send_error(send, failure, scope)
         finally:
             self.in_flight -= not is_open
             self._held -= held

@@ -21,6 +21,7 @@ from jepakit.errors import ImageError
 from jepakit_service import wire
 from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, ImageData, validate
 
+TITLE = "Open Inference Protocol v2"
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
 _MOST_OUTPUTS = 16

@@ -75,6 +75,11 @@ def unavailable(code: str, message: str, status: int = 503) -> ApiError:
     return ApiError(status, code, message, headers={"Retry-After": "1"})
 
 
+def fault(error: Exception) -> ApiError:
+    """A fault of the service. The error's text stays here: it may hold what was sent."""
+    return ApiError(500, "internal_error", f"the service failed ({type(error).__name__}); the fault is ours")
+
+
 class Dimensions(NamedTuple):
     """The length of vector asked for, and the field that asked."""
 

@@ -22,7 +22,7 @@ import pytest
 
 import jepakit
 from jepakit.errors import ConfigError
-from jepakit_service import api, dialects, routes, wire
+from jepakit_service import api, dialects, posts, routes, wire
 from jepakit_service.api import build_app
 from jepakit_service.keys import new_key
 from jepakit_service.metrics import merge
@@ -362,7 +362,7 @@ def test_long_answers_are_written_beside_the_event_loop(bundle: Path, monkeypatc
             return await client.post("/v1/embeddings", files=files)
 
     few = asyncio.run(ask(2))
-    monkeypatch.setattr(api, "_LONG_ANSWER", 100)
+    monkeypatch.setattr(posts, "_LONG_ANSWER", 100)
     many = asyncio.run(ask(2))
     assert few.json()["data"] == many.json()["data"]
     assert threads[0] == "MainThread"
@@ -372,10 +372,10 @@ def test_long_answers_are_written_beside_the_event_loop(bundle: Path, monkeypatc
 @pytest.mark.parametrize("first", ["the answer", "the client", "the server"])
 def test_an_answer_and_its_client_may_go_at_the_same_moment(first: str) -> None:
     """Within one turn of the loop; what comes second cancels nothing that is still to be sent."""
-    reply = api.Reply(b"", "", {})
+    reply = posts.Reply(b"", "", {})
 
-    async def request(answered: asyncio.Future[api.Reply], left: asyncio.Future[Any]) -> object:
-        async def answering() -> api.Reply:
+    async def request(answered: asyncio.Future[posts.Reply], left: asyncio.Future[Any]) -> object:
+        async def answering() -> posts.Reply:
             return await answered
 
         async def receive() -> Any:

@@ -1,0 +1,61 @@
+"""What the Open Inference Protocol asks besides inference."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+import jepakit
+from jepakit_service import oip
+from jepakit_service.replica import Replica
+from jepakit_service.wire import unavailable
+
+
+def router(replica: Replica) -> APIRouter:
+    """`/v2` but for its POSTs."""
+    routes = APIRouter(prefix="/v2", tags=[oip.TITLE])
+
+    @routes.get("")
+    async def server() -> oip.ServerMetadata:
+        """What this server is."""
+        return {"name": "jepakit", "version": jepakit.__version__, "extensions": ["binary_tensor_data"]}
+
+    @routes.get("/health/live")
+    async def server_live() -> oip.Live:
+        """Whether the process that answers is alive."""
+        return {"live": True}
+
+    @routes.get("/health/ready")
+    async def server_ready() -> oip.Ready:
+        """Whether some replica answers rightly; 503 otherwise."""
+        if replica.draining or all(report.faults for report in await replica.reports()):
+            raise unavailable("not_ready", "no replica takes requests")
+        return {"ready": True}
+
+    @routes.get("/models/{name}")
+    async def model(name: str) -> oip.ModelMetadata:
+        """What a model takes and gives."""
+        return oip.describe(replica.registry.find(name).manifest)
+
+    @routes.get("/models/{name}/versions/{version}")
+    async def model_version(name: str, version: str) -> oip.ModelMetadata:
+        """What a version of a model takes and gives."""
+        return oip.describe(replica.registry.find(f"{name}@{version}").manifest)
+
+    @routes.get("/models/{name}/ready")
+    async def model_ready(name: str) -> oip.ModelReady:
+        """Whether a model answers rightly; 503 otherwise."""
+        return await _ready(replica, name)
+
+    @routes.get("/models/{name}/versions/{version}/ready")
+    async def model_version_ready(name: str, version: str) -> oip.ModelReady:
+        """Whether a version of a model answers rightly; 503 otherwise."""
+        return await _ready(replica, f"{name}@{version}")
+
+    return routes
+
+
+async def _ready(replica: Replica, asked: str) -> oip.ModelReady:
+    model = replica.registry.find(asked)
+    if fault := await model.heartbeat():
+        raise unavailable("not_ready", fault)
+    return {"name": model.manifest.name, "ready": True}

@@ -1,0 +1,159 @@
+"""Handlers of the POSTs that carry images: from a body's bytes to the answer's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic_core import to_json
+
+from jepakit.errors import ImageError
+from jepakit_service import dialects, oip, routes, wire
+from jepakit_service.replica import Replica
+from jepakit_service.wire import ApiError, Ask, Computed
+
+_JSON, _OCTETS = "application/json", "application/octet-stream"
+_LONG_BODY, _LONG_ANSWER = 1 << 18, 20_000
+"""Bytes that are read, and numbers that are written, on a thread: everybody else waits for the event loop."""
+
+
+class Call(NamedTuple):
+    """One POST: what its handler needs of it. Header names are in lower case."""
+
+    path: str
+    query: Mapping[str, list[str]]
+    headers: Mapping[bytes, bytes]
+    body: bytes
+    request_id: str
+
+    def header(self, name: str) -> str:
+        """A header's value, or an empty string."""
+        return self.headers.get(name.encode("ascii"), b"").decode("latin-1")
+
+    def wants(self, name: str) -> bool:
+        """Whether the query switches `name` on."""
+        value = self.query.get(name, ["false"])[-1].lower()
+        if value not in ("true", "1", "false", "0"):
+            raise ApiError(400, "invalid_request", f"{name} = {value[:20]!r}: give true or false", param=name)
+        return value in ("true", "1")
+
+
+class Reply(NamedTuple):
+    """A good answer, but for its status, length and request id."""
+
+    body: bytes
+    content_type: str
+    headers: Mapping[str, str]
+
+
+_T = TypeVar("_T")
+_Asked = TypeVar("_Asked", Ask, oip.Inference)
+Handler = Callable[[Call], Coroutine[Any, Any, Reply]]
+
+
+class Posts:
+    """Handlers of the routes that take images."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._registry, self._engine = replica.registry, replica.engine
+        self._max_images = replica.settings.max_images
+        self._by_path: dict[str, Handler] = {
+            routes.EMBEDDINGS: self._embeddings,
+            routes.VOYAGE: self._voyage,
+            routes.COHERE: self._cohere,
+        }
+
+    def handler(self, path: str) -> Handler | None:
+        """What answers a POST to `path`; None where FastAPI does."""
+        return self._by_path.get(path) or (self._infer if routes.model_of_inference(path) else None)
+
+    async def _embeddings(self, call: Call) -> Reply:
+        content_type = call.header("content-type")
+        if wire.media_type(content_type)[0] == _JSON:
+            ask = await _read(call, dialects.read_openai, self._max_images)
+        else:
+            ask = await _read(call, partial(wire.read_binary, content_type), self._max_images)
+        computed = await self._compute(ask, call)
+        vectors = [result for result in computed.results if not isinstance(result, ImageError)]
+        if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):
+            return Reply(raw.body, raw.content_type, _facts(computed))
+        return await _json(computed, lambda: dialects.write_openai(ask, computed))
+
+    async def _voyage(self, call: Call) -> Reply:
+        _only_json(call)
+        ask = await _read(call, dialects.read_voyage, self._max_images)
+        computed = await self._compute(ask, call)
+        return await _json(computed, lambda: dialects.write_voyage(ask, computed))
+
+    async def _cohere(self, call: Call) -> Reply:
+        _only_json(call)
+        ask = await _read(call, dialects.read_cohere, self._max_images)
+        computed = await self._compute(ask, call, all_or_nothing=True)
+        return await _json(computed, lambda: dialects.write_cohere(ask, computed))
+
+    async def _infer(self, call: Call) -> Reply:
+        asked = routes.model_of_inference(call.path)
+        assert asked is not None
+        length = call.header(oip.JSON_LENGTH.lower()) or None
+        inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
+        computed = await self._compute(inference.ask, call, all_or_nothing=True)
+        written = await _write(computed, lambda: oip.write(inference, computed))
+        if written.json_length is None:
+            return Reply(written.body, _JSON, _facts(computed))
+        headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
+        return Reply(written.body, _OCTETS, headers)
+
+    async def _compute(self, ask: Ask, call: Call, *, all_or_nothing: bool = False) -> Computed:
+        """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
+        allow_partial = not all_or_nothing and call.wants("partial")
+        asked = ask.model or call.query.get("model", [""])[-1] or None
+        model = self._registry.find(asked)
+        dialects.check_space(ask, model.manifest)
+        answer = await self._engine.answer(model, ask.images)
+        if not allow_partial:
+            for index, result in enumerate(answer.results):
+                if isinstance(result, ImageError):
+                    raise wire.bad_image(result, f"{ask.field}[{index}]")
+        return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
+
+
+async def _read(call: Call, read: Callable[[bytes, int], _Asked], max_images: int) -> _Asked:
+    """Parse a body."""
+    if len(call.body) < _LONG_BODY:
+        return read(call.body, max_images)
+    return await asyncio.to_thread(read, call.body, max_images)
+
+
+async def _write(computed: Computed, write: Callable[[], _T]) -> _T:
+    """What `write` makes of the vectors."""
+    if len(computed.results) * computed.manifest.embedding.dim < _LONG_ANSWER:
+        return write()
+    return await asyncio.to_thread(write)
+
+
+async def _json(computed: Computed, write: Callable[[], Mapping[str, Any]]) -> Reply:
+    return Reply(await _write(computed, lambda: to_json(write())), _JSON, _facts(computed))
+
+
+def _facts(computed: Computed) -> dict[str, str]:
+    """What every good answer says in its headers."""
+    manifest = computed.manifest
+    return {
+        "x-model-id": manifest.model_id,
+        "x-embedding-shape": f"{len(computed.results)},{manifest.embedding.dim}",
+        "x-embedding-dtype": "float32",
+        "x-precision": computed.precision,
+        "x-provider": computed.provider,
+    }
+
+
+def _only_json(call: Call) -> None:
+    media = wire.media_type(call.header("content-type"))[0]
+    if media != _JSON:
+        raise ApiError(
+            415,
+            "unsupported_media_type",
+            f"content type {media[:100] or 'none'} is not read at {call.path}: send application/json",
+        )
