@@ -43,15 +43,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import jepakit
 from jepakit import golden
-from jepakit.backbone import (
-    Embedder,
-    fitting_size,
-    pool,
-    poolings_of,
-    start_backbone,
-    stock_preprocess,
-    tensors_of,
-)
+from jepakit.backbone import fitting_size, start_backbone, stock_preprocess, tensors_of
 from jepakit.bundle import (
     GOLDEN,
     GRAPH,
@@ -64,6 +56,7 @@ from jepakit.bundle import (
     compute_model_id,
     write_bundle,
 )
+from jepakit.embedder import Embedder, pool, poolings_of
 from jepakit.errors import JepakitError
 from jepakit.run import BUNDLE, START
 from jepakit_export.verify import BATCH_SIZES

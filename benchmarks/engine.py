@@ -38,8 +38,9 @@ import jepakit
 from _blocks import Block, measure, ratio, timed
 from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit.backbone import Embedder, restore
+from jepakit.backbone import restore
 from jepakit.bundle import GRAPH, WEIGHTS, Bundle
+from jepakit.embedder import Embedder
 from jepakit.errors import MissingExtraError
 from jepakit.session import Model, Session
 from jepakit_service.batcher import Batcher, Decoded

@@ -34,8 +34,9 @@ from _blocks import measure
 from engine import Nobody, Run, batched, clocked, flops_an_image, through
 from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit.backbone import Embedder, restore
+from jepakit.backbone import restore
 from jepakit.bundle import WEIGHTS
+from jepakit.embedder import Embedder
 from jepakit.session import Session
 from jepakit_service.batcher import Batcher, Decoded
 from trainer import weights_of

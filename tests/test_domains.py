@@ -28,8 +28,9 @@ def trainers_own(run: jepakit.Run, paths: list[Path]) -> NDArray[np.float32]:
     import torch
     from safetensors.torch import load
 
-    from jepakit.backbone import Embedder, restore
+    from jepakit.backbone import restore
     from jepakit.bundle import WEIGHTS
+    from jepakit.embedder import Embedder
 
     manifest = run.bundle.manifest
     embedder = Embedder(

@@ -18,8 +18,8 @@ import torch
 from safetensors.numpy import save_file
 
 from jepakit._external import as_inputs, placed_tensors
-from jepakit.backbone import Embedder
 from jepakit.bundle import DATA
+from jepakit.embedder import Embedder
 from jepakit.errors import ExportError
 
 INPUT, OUTPUT, TOKENS = "images", "embeddings", "tokens"

@@ -17,17 +17,7 @@ from safetensors.torch import load, save_file
 from jepakit import golden
 from jepakit._export_source import name_and_weights
 from jepakit._messages import lines_of
-from jepakit.backbone import (
-    Embedder,
-    check_pooling,
-    fitting_size,
-    from_bundle,
-    pool,
-    restore,
-    start_backbone,
-    stock_preprocess,
-    tensors_of,
-)
+from jepakit.backbone import fitting_size, from_bundle, restore, start_backbone, stock_preprocess, tensors_of
 from jepakit.bundle import (
     DATA,
     GOLDEN,
@@ -49,6 +39,7 @@ from jepakit.bundle import (
     write_bundle,
 )
 from jepakit.config import ExportConfig
+from jepakit.embedder import Embedder, check_pooling, pool
 from jepakit.errors import BundleError, ConfigError, ExportError, WriteError
 from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop

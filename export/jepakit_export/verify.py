@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from jepakit import golden
 from jepakit._messages import lines_of
-from jepakit.backbone import Embedder, round_size, size_multiple
+from jepakit.backbone import round_size, size_multiple
 from jepakit.bundle import Manifest, Precision, Preprocess
+from jepakit.embedder import Embedder
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session

@@ -1,10 +1,4 @@
-"""The torch side of a bundle: a timm backbone, its weights, and `Embedder`, the model that defines the vector.
-
-Imports torch and timm; only training and export use it. Both go through `Embedder`, so the vector that
-training measures is the vector that export writes.
-
-Shapes: B images, H × W pixels, C bands, D numbers of the embedding.
-"""
+"""The torch side of a bundle: a timm backbone and its weights. Imports torch and timm; only training and export use it."""
 
 from __future__ import annotations
 
@@ -15,7 +9,7 @@ import os
 import socket
 import warnings
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -28,21 +22,18 @@ from jepakit.bundle import (
     START_WORDS,
     WEIGHTS,
     Backbone,
-    EmbeddingSpec,
-    Pooling,
     Preprocess,
     StartWeights,
     is_bundle,
     open_bundle,
 )
-from jepakit.errors import BackboneError, ConfigError
+from jepakit.errors import BackboneError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's and timm's deprecation chatter at import is not the user's business
     import timm
 
 _CONVNET_STRIDE = 32
-_STAGES_LAST = 4
 # What `start_backbone` gives to timm: a stranger's bundle might name a file to load, or a place to fetch it from.
 _ARGUMENTS = ("img_size", "dynamic_img_size", "in_chans")
 
@@ -186,132 +177,9 @@ def fitting_size(module: Any, size: int) -> int:
     return size if size == own else round_size(size, size_multiple(module))
 
 
-class Embedder(nn.Module):
-    """Images to embeddings: the definition of the vector, run by training's evaluation and by export.
-
-    forward(images [B, H, W, C], uint8 or raw float32) → float32 [B, D]: value scaling, mean, std, backbone,
-    pooling, centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
-    each of the last four feature levels (a ViT's last four blocks), concatenated; `cls` the class token and
-    `mean` the mean patch token of the last layer; `last2` the class tokens of the last two layers, normed (as in
-    LeJEPA's own probe). With `tokens` the answer is (embeddings, patch tokens float32 [B, N, E]).
-    """
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
-    pixel_low: Tensor | None
-    pixel_high: Tensor | None
-    center: Tensor | None
-    scale: Tensor | None
-
-    def __init__(
-        self, backbone: nn.Module, preprocess: Preprocess, embedding: EmbeddingSpec, *, tokens: bool = False
-    ) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.backbone: Any = backbone
-        self.pooling = embedding.pooling
-        self.normalize = embedding.normalize
-        scaling, unit = preprocess.scaling, preprocess.unit
-        self.register_buffer("pixel_mean", unit * torch.tensor(preprocess.mean), persistent=False)
-        self.register_buffer("pixel_std", unit * torch.tensor(preprocess.std), persistent=False)
-        self.register_buffer("pixel_low", _as_tensor(None if scaling is None else scaling.low), persistent=False)
-        self.register_buffer("pixel_high", _as_tensor(None if scaling is None else scaling.high), persistent=False)
-        self.register_buffer("center", _as_tensor(embedding.center), persistent=False)
-        self.register_buffer("scale", _as_tensor(embedding.scale), persistent=False)
-
-    def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        # Half-precision weights take half-precision pixels; everything before and after them stays float32.
-        x = self.normalised(images_BHWC).to(next(self.backbone.parameters()).dtype)
-        features, pooled = features_and_pooled(self.backbone, x, self.pooling)
-        vectors = pooled.float()
-        if self.center is not None:
-            vectors = vectors - self.center
-        if self.scale is not None:
-            vectors = vectors / self.scale
-        if self.normalize:
-            vectors = nn.functional.normalize(vectors, dim=1)
-        return (vectors, patch_tokens(self.backbone, features).float()) if self.tokens else vectors
-
-    def normalised(self, images_BHWC: Tensor) -> Tensor:
-        """uint8 or raw float32 [B, H, W, C] to what the backbone takes, float32 [B, C, H, W]."""
-        values = images_BHWC.float()
-        if self.pixel_low is not None and self.pixel_high is not None:
-            values = ((values - self.pixel_low) / (self.pixel_high - self.pixel_low)).clamp(0, 1)
-        return ((values - self.pixel_mean) / self.pixel_std).permute(0, 3, 1, 2)
-
-
-def pool(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> Tensor:
-    """The backbone's pooled output [B, D], before centring."""
-    return features_and_pooled(backbone, x_BCHW, pooling)[1]
-
-
-def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
-    """The backbone's last features in timm's own layout, and what `pooling` makes of one pass, [B, D]."""
-    if pooling == "stages":
-        count = min(_STAGES_LAST, len(backbone.feature_info))
-        features, levels = backbone.forward_intermediates(x_BCHW, indices=count, output_fmt="NCHW")
-        return features, torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
-    if pooling == "last2":
-        features, levels = backbone.forward_intermediates(
-            x_BCHW, indices=2, norm=True, output_fmt="NLC", return_prefix_tokens=True
-        )
-        return features, torch.cat([prefix[:, 0] for _, prefix in levels], dim=1)
-    features = backbone.forward_features(x_BCHW)
-    if pooling == "head":
-        return features, backbone.forward_head(features)
-    parts = [
-        features[:, 0] if name == "cls" else patch_tokens(backbone, features).mean(dim=1) for name in pooling.split("+")
-    ]
-    return features, torch.cat(parts, dim=1)
-
-
-def patch_tokens(backbone: Any, features: Tensor) -> Tensor:
-    """Last features in timm's own layout to [B, N, D], without class and register tokens.
-
-    Raises BackboneError where there is no one map of last features.
-    """
-    if not isinstance(features, Tensor):
-        raise BackboneError(
-            f"{type(backbone).__name__} ends in {len(features)} maps of several scales: it has no patch tokens"
-        )
-    if features.ndim == 3:
-        return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    # Swin keeps its channels last: flattened as NCHW its tokens would come out wrong without a word.
-    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
-        return features.flatten(1, 2)
-    return features.flatten(2).transpose(1, 2)
-
-
-def poolings_of(backbone: Any) -> tuple[Pooling, ...]:
-    """The poolings that this backbone has: stages where timm hands out its features, mean where the last of them are
-    one map (CrossViT and EfficientViM end in several), cls where it has the token.
-    """
-    found: list[Pooling] = ["head"]
-    intermediates = getattr(backbone, "forward_intermediates", None)
-    if intermediates is not None:
-        found.append("stages")
-    if get_origin(inspect.signature(backbone.forward_features).return_annotation) is not list:
-        found.append("mean")
-    if getattr(backbone, "cls_token", None) is not None and getattr(backbone, "num_prefix_tokens", 0) > 0:
-        found += ["cls", "cls+mean"]
-        if intermediates is not None and "return_prefix_tokens" in inspect.signature(intermediates).parameters:
-            found.append("last2")
-    return tuple(found)
-
-
-def check_pooling(backbone: Any, name: str, pooling: Pooling) -> None:
-    """ConfigError when the backbone has no such pooling."""
-    if pooling not in (known := poolings_of(backbone)):
-        raise ConfigError(f"pooling = {pooling!r}: {name} has {', '.join(known)}")
-
-
 def from_bundle(weights: str) -> bool:
     """Whether start weights are those of a bundle, named by its folder."""
     return weights not in START_WORDS and is_bundle(Path(weights))
-
-
-def _as_tensor(values: tuple[float, ...] | None) -> Tensor | None:
-    return None if values is None else torch.tensor(values, dtype=torch.float32)
 
 
 def _size_arguments(name: str, image_size: int | None) -> dict[str, Any]:

@@ -23,9 +23,10 @@ import jepakit_export.convert
 import jepakit_export.exporter
 import jepakit_export.verify
 from jepakit import golden
-from jepakit.backbone import Embedder, restore
+from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
 from jepakit.config import ExportConfig
+from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.evaluate import Verdict
 from jepakit.images import preprocess

@@ -25,8 +25,9 @@ import jepakit
 import jepakit.runtime
 import jepakit_export.convert
 from jepakit import golden
-from jepakit.backbone import Embedder, start_backbone, stock_preprocess
+from jepakit.backbone import start_backbone, stock_preprocess
 from jepakit.bundle import DATA, GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, EmbeddingSpec, open_bundle, write_bundle
+from jepakit.embedder import Embedder
 from jepakit.errors import BundleError, ExportError
 from jepakit.runtime import Provider, open_runtime
 from jepakit.session import Session

@@ -17,16 +17,9 @@ from torch import Tensor, nn
 
 import jepakit
 from jepakit import backbone as backbone_module
-from jepakit.backbone import (
-    Embedder,
-    build,
-    poolings_of,
-    round_size,
-    size_multiple,
-    start_backbone,
-    stock_preprocess,
-)
+from jepakit.backbone import build, round_size, size_multiple, start_backbone, stock_preprocess
 from jepakit.bundle import EmbeddingSpec
+from jepakit.embedder import Embedder, poolings_of
 from jepakit.errors import BackboneError
 
 

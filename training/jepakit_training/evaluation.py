@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from jepakit._groups import assign_folds, numbered
 from jepakit._messages import counted
 from jepakit._progress import track
-from jepakit.backbone import Embedder, check_pooling, pool, poolings_of
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.config import AdaptConfig
+from jepakit.embedder import Embedder, check_pooling, pool, poolings_of
 from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
