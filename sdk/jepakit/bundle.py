@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from jepakit._files import as_path, file_sha256, making_folder, prepare_place
+from jepakit._files import as_path, file_sha256, making_folder, prepare_place, reason_of
 from jepakit._frozen import Frozen
 from jepakit._messages import explain
 from jepakit._vectors import float32_tuple
@@ -325,7 +325,7 @@ class Bundle:
             taken = take(file)
         except OSError as error:
             raise BundleError(
-                f"{file} cannot be read ({error.strerror}): the bundle is incomplete, copy it again"
+                f"{file} cannot be read ({reason_of(error)}): the bundle is incomplete, copy it again"
             ) from None
         if digest(taken) != self.manifest.files[name]:
             raise BundleError(

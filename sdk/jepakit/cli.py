@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from jepakit import __version__
-from jepakit._files import as_path, prepare_place
+from jepakit._files import as_path, prepare_place, reason_of
 from jepakit.errors import ConfigError, JepakitError
 
 _IMAGES = "folder, glob or file of images; CSV or Parquet manifest; .tar shards; ZIP"
@@ -380,7 +380,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 

@@ -119,7 +119,7 @@ def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
             old.rename(target)
     except OSError as error:
         raise ServeError(
-            f"{target} could not be made as it was ({error.strerror}): put the old version back yourself, it is in {old}"
+            f"{target} could not be made as it was ({reason_of(error)}): put the old version back yourself, it is in {old}"
         ) from None
     shutil.rmtree(new, ignore_errors=True)
 

@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
+from jepakit._files import reason_of
 from jepakit._messages import first_few
 from jepakit.errors import ConfigError
 
@@ -41,7 +42,7 @@ def append(line: str, path: Path) -> int:
             file.write(f"{between}{line}\n".encode())
     except OSError as error:
         raise ConfigError(
-            f"the API key file {path} cannot be written ({error.strerror}): name a file in a folder that is there and yours"
+            f"the API key file {path} cannot be written ({reason_of(error)}): name a file in a folder that is there and yours"
         ) from None
     before, _ = _parse(written.decode("utf-8", "replace"))
     return [key.name for key in before].count(line.partition(":")[0])
@@ -131,4 +132,4 @@ def _parse(text: str) -> tuple[list[_Key], list[str]]:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"the API key file {path} cannot be read ({error.strerror}): no key counts until this user can read it"
+    return f"the API key file {path} cannot be read ({reason_of(error)}): no key counts until this user can read it"

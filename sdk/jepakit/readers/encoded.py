@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._files import reason_of
 from jepakit.errors import ImageError
 
 HEAD = 4096
@@ -60,5 +61,5 @@ def _open_path(path: Path, name: str) -> Encoded:
             encoded = Encoded(name, file, size, file.read(HEAD))
             if_it_fails.pop_all()
     except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror})", code="unreadable") from None
+        raise ImageError(f"{name}: cannot be read ({reason_of(error)})", code="unreadable") from None
     return encoded

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jepakit._files import with_home
+from jepakit._files import reason_of, with_home
 from jepakit._messages import counted
 from jepakit.errors import DataError
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
@@ -94,7 +94,7 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
             else:
                 others.append(name)
     except OSError as error:
-        raise DataError(f"{error.filename or folder} cannot be listed ({error.strerror})") from None
+        raise DataError(f"{error.filename or folder} cannot be listed ({reason_of(error)})") from None
     if names:
         ids = tuple(names)
         return Found(Files(folder, ids), ids, folders=ids, note=_passed_over(archives, others))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jepakit._files import with_home
+from jepakit._files import reason_of, with_home
 from jepakit._messages import did_you_mean
 from jepakit.errors import ConfigError, DataError, MissingExtraError
 from jepakit.sources.files import Files, suffix
@@ -187,7 +187,7 @@ def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
 def _unreadable(file: str, error: OSError | UnicodeDecodeError) -> DataError:
     if isinstance(error, UnicodeDecodeError):
         return DataError(f"{file} is not UTF-8 text: save it as CSV UTF-8")
-    return DataError(f"{file} cannot be read ({error.strerror})")
+    return DataError(f"{file} cannot be read ({reason_of(error)})")
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from jepakit._files import reason_of
 from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.errors import DataError
@@ -66,7 +67,7 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                     if label is not None:
                         labels.setdefault(_key(name), sys.intern(label))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+        raise DataError(f"{path} cannot be read ({reason_of(error)})") from None
     return members, [labels.get(_key(member.name)) for member in members]
 
 
