@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jepakit_service.gate import Gate
     from jepakit_service.replica import Report
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
 _OBJECT_STORE_BYTES = 100 << 20
 _REPORT_TIMEOUT_S = 3.5
@@ -46,6 +46,8 @@ _ONGOING = 100_000
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
 """For Ray's own files. The gate logs requests; Ray's access log would only be a second one."""
 _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
+_CORE = ("gcs_server", "raylet")
+"""Ray's control store and node: what they keep going is lost with either, and Ray starts neither anew."""
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
 
@@ -74,6 +76,7 @@ def run(settings: ServeSettings) -> None:
     if driver == 0:
         os.setsid()
         _end_with(parent)
+        _adopt_orphans()
         _drive(settings)
         return
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -89,6 +92,12 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _adopt_orphans() -> None:
+    """Whatever Ray's processes leave behind when they die becomes this one's child, to be ended with the others."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _drive(settings: ServeSettings) -> None:
@@ -113,6 +122,7 @@ def _drive(settings: ServeSettings) -> None:
         )  # fmt: skip
         stop.watch()  # ray.init put its own in place
         _end_idle_helpers()
+        core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}
         options = HTTPOptions(host=settings.host, port=settings.port)
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -122,6 +132,7 @@ def _drive(settings: ServeSettings) -> None:
         if announce_when_ready(settings, lambda: stop.requested):
             print_listeners(settings)
         while not stop.requested:
+            _check_core(core)
             time.sleep(0.2)
         _drain(handle, settings)
     except ServeError:
@@ -136,6 +147,19 @@ def _drive(settings: ServeSettings) -> None:
         _end(children)
         collector.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_core(core: Mapping[str, Any]) -> None:
+    """Raise ServeError once one of Ray's own processes, given by their names, has ended."""
+    import psutil
+
+    for name, process in core.items():
+        try:
+            ended = process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            ended = True
+        if ended:
+            raise ServeError(f"Ray's {name} has ended, and with it the service: start it again")
 
 
 def _drain(handle: Any, settings: ServeSettings) -> None:

@@ -248,14 +248,39 @@ def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:
     assert "the service did not start: BundleError: tiny computes other vectors here" in refused.stderr
 
 
-def test_nothing_of_ray_outlives_a_killed_service(bundle: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def started(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A service that is ready, its output in `out`, and every process below it; whatever happens, all of them end."""
     with (tmp_path / "out").open("w") as out:
         command = [str(PROGRAM), "serve", str(bundle), "--port", str(free_port())]
         process = subprocess.Popen(command, stdout=out, stderr=out)
-    wait_until(lambda: "ready:" in (tmp_path / "out").read_text(), "the service does not start")
-    family = psutil.Process(process.pid).children(recursive=True)
+    try:
+        wait_until(lambda: "ready:" in (tmp_path / "out").read_text(), "the service does not start")
+        yield process, psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+
+
+def test_nothing_of_ray_outlives_a_killed_service(
+    started: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    process, family = started
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert any("gcs_server" in one.name() for one in family)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_the_death_of_ray_s_control_store_or_node_ends_the_service(
+    started: tuple[subprocess.Popen[bytes], list[psutil.Process]], name: str, tmp_path: Path
+) -> None:
+    """Whoever started it starts it anew: nothing else would."""
+    process, family = started
+    (killed,) = (one for one in family if one.name() == name)
+    killed.kill()
+    assert process.wait(timeout=120) == 1
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert "Traceback" not in (tmp_path / "out").read_text()
