@@ -3,7 +3,8 @@
 What is a frame and what is a band follows tifffile's axes: samples (S) and channels (C) are bands, every
 other axis counts frames. So pages saved one after the other as (n, H, W) are n frames, while planar
 samples, or the channels of an ImageJ or OME hyperstack, are bands. Only the first series counts, or the
-slide's own: reduced copies, thumbnails and labels are neither frames nor bands.
+slide's own: reduced copies, thumbnails and labels are neither frames nor bands, and files of several
+images are refused.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
         if slide is None:
             _refuse_preview(tif, page, name)
             _refuse_mask(tif, name)
+            _refuse_others(tif, page, name)
         as_usual = None
         if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
             as_usual = [kept.index for kept in series.pages]
@@ -300,6 +302,22 @@ def _refuse_mask(tif: Any, name: str) -> None:
             "pixel has, and name it (gdal_translate -mask none -a_nodata VALUE)",
             code="unsupported_mode",
         )
+
+
+def _refuse_others(tif: Any, page: Any, name: str) -> None:
+    """Refuse a file of several images, of which only the first would be read. Smaller ones count as copies of it."""
+    others = [series.keyframe for series in tif.series if series.keyframe.index != page.index]
+    for other in others:
+        if not other.is_reduced and other.imagelength * other.imagewidth >= page.imagelength * page.imagewidth:
+            raise ImageError(
+                f"{name}: a TIFF of several images: beside {_kind(page)} another of {_kind(other)}: save each as a file, or all "
+                "as one stack of one size, type and compression (tifffile.imwrite(FILE, numpy.stack(IMAGES)))",
+                code="unsupported_mode",
+            )
+
+
+def _kind(page: Any) -> str:
+    return f"{page.imagewidth} × {page.imagelength} pixels of {page.dtype}"
 
 
 def _refuse_inexact(page: Any, name: str) -> None:

@@ -395,6 +395,26 @@ def test_the_usual_eight_bit_kinds_come_from_pillow() -> None:
         np.testing.assert_array_equal(read(buffer.getvalue(), frame=place), np.asarray(frame.convert("RGB")))
 
 
+def images_of_one_file(*arrays: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, **options) as writer:
+        for array in arrays:
+            writer.write(array, photometric="minisblack")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("ome", [False, True])
+def test_several_images_in_one_file_are_refused_for_only_the_first_would_be_read(refused: Refused, ome: bool) -> None:
+    """As a loop over `TiffWriter.write` makes them, or a microscope that saves its positions."""
+    small, same, large = (np.ones(shape, np.uint16) for shape in ((20, 30), (20, 30), (40, 60)))
+    for other in (same, large, same.astype(np.float32)):
+        message = refused(images_of_one_file(small, other, ome=ome), "unsupported_mode")
+        height, width = other.shape
+        assert f"beside 30 × 20 pixels of uint16 another of {width} × {height} pixels of {other.dtype}" in message
+    with open_raster(images_of_one_file(large, small, ome=ome)) as raster:
+        assert (raster.header.height, raster.header.frames) == (40, 1), "a smaller one is a copy, reduced"
+
+
 TAGS = [(256, 20), (257, 20), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 20), (279, 800)]
 
 
