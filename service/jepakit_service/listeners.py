@@ -95,20 +95,25 @@ def free_port() -> int:
         return port
 
 
-def print_listeners(settings: ServeSettings) -> None:
-    """Say at start what other machines could reach."""
+def print_listeners(settings: ServeSettings, fallback: int | None = None) -> None:
+    """Say at start what other machines could reach.
+
+    fallback  another port with all of the service's HTTP
+    """
     listeners = open_listeners()
     if not listeners:
         return
     say("ports that other machines could reach:")
     for listener in listeners:
-        say(f"  {listener.address}:{listener.port}  {listener.process}: {_guard(listener, settings)}")
+        say(f"  {listener.address}:{listener.port}  {listener.process}: {_guard(listener, settings, fallback)}")
 
 
-def _guard(listener: Listener, settings: ServeSettings) -> str:
+def _guard(listener: Listener, settings: ServeSettings, fallback: int | None) -> str:
     keys = "API keys" if settings.api_key_file else "nothing guards it but this host's firewall"
     if listener.port == settings.port:
         return keys
+    if listener.port == fallback:
+        return f"{keys}: what answers while no replica is up"
     if listener.process == "haproxy":
         return "HAProxy's statistics and metrics, open: publish no port but the service's"
     if listener.process.startswith("ray::ServeReplica"):

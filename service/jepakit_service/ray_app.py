@@ -48,6 +48,7 @@ _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
 _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
 _CORE = ("gcs_server", "raylet")
 """Ray's control store and node: what they keep going is lost with either, and Ray starts neither anew."""
+_FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
 
@@ -117,7 +118,7 @@ def _drive(settings: ServeSettings) -> None:
     try:
         ray.init(
             include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
-            logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
+            logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder / "ray"), num_gpus=_gpus(settings),
             num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
         )  # fmt: skip
         stop.watch()  # ray.init put its own in place
@@ -130,7 +131,7 @@ def _drive(settings: ServeSettings) -> None:
         application = _application(settings, collector.path)
         handle = serve.run(application, name=_APPLICATION, route_prefix="/", logging_config=_LOGGING)
         if announce_when_ready(settings, lambda: stop.requested):
-            print_listeners(settings)
+            print_listeners(settings, fallback=int(os.environ.get(_FALLBACK_PORT, 0)))
         while not stop.requested:
             _check_core(core)
             time.sleep(0.2)
@@ -218,16 +219,22 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.4",
         "RAY_COLOR_PREFIX": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        **(_haproxy(folder) if settings.proxy == "haproxy" else {}),
+        **(_haproxy(folder, settings) if settings.proxy == "haproxy" else {}),
     }
 
 
-def _haproxy(folder: Path) -> dict[str, str]:
+def _haproxy(folder: Path, settings: ServeSettings) -> dict[str, str]:
     """HAProxy's files in our folder rather than in /tmp for all to read, and ports of its own for each service.
 
-    Ray has it log every request, its client and query, to port 514 of this machine: here to a socket that nobody opens.
+    While no replica is up, it sends requests to the fallback, whose port other services would share: one would answer the
+    other's. Ray has it log every request, its client and query, to port 514 of this machine: here to a socket that nobody
+    opens.
     """
     return {
+        _FALLBACK_PORT: str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        # Of a client that sends nothing, by default an hour; longer than the gate waits for a body, or anybody for an answer.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max(settings.body_timeout_s, settings.request_timeout_s)) + 15),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -246,6 +247,44 @@ def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:
     refused = jepakit_cli("serve", tmp_path / "other", "--port", free_port())
     assert refused.returncode == 1
     assert "the service did not start: BundleError: tiny computes other vectors here" in refused.stderr
+
+
+def test_two_services_of_a_machine_never_answer_for_each_other(bundle: Path, tmp_path: Path) -> None:
+    """Not even while one of them has no replica."""
+    jepakit.export("test_vit:random", tmp_path / "tiny", image_size=48)
+    mine, other = (jepakit.open_bundle(path).manifest.model_id for path in (bundle, tmp_path / "tiny"))
+    with serving(bundle) as url:
+        (replica,) = (one for one in psutil.Process().children(recursive=True) if "ServeRepl" in one.name())
+        folder = Path(replica.environ()["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent
+        with serving(tmp_path / "tiny") as theirs, httpx.Client(timeout=60) as http:
+            answer = http.post(f"{theirs}/v1/embeddings", content=picture(0), headers=PNG)
+            assert answer.headers["x-model-id"] == other
+            replica.kill()
+            seen: dict[object, int] = {}
+            while seen.get(mine, 0) < 100:
+                try:
+                    answer = http.post(f"{url}/v1/embeddings", content=picture(0), headers=PNG)
+                    told: object = answer.headers.get("x-model-id", answer.status_code)
+                except httpx.TransportError:
+                    told = "no answer"
+                seen[told] = seen.get(told, 0) + 1
+                time.sleep(0.03)
+        assert other not in seen
+        assert len(seen) > 1, "its death was not noticed"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, "whoever is on this machine can speak to HAProxy"
+
+
+def test_a_client_that_never_sends_its_body_is_let_go(bundle: Path) -> None:
+    """HAProxy alone would keep it for an hour."""
+    with (
+        serving(bundle, "--set", "body_timeout_s=2", "--set", "request_timeout_s=2") as url,
+        socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=60) as client,
+    ):
+        client.sendall(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        answer = b""
+        while part := client.recv(1 << 16):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 413")
 
 
 @pytest.fixture
