@@ -7,7 +7,7 @@ model does. Everything else, and the OpenAPI document of it all, is FastAPI's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -26,7 +26,8 @@ from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError, fault
 
-_QUERY = ("model", "partial")
+_QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
+"""What each route takes there. The models of inferences are named in their paths."""
 
 
 def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
@@ -67,14 +68,23 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
             415, "unsupported_content_encoding", "compressed bodies are not read: image files are compressed already"
         )
     query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True) if scope["query_string"] else {}
-    for name in query:
-        if name not in _QUERY:
-            raise ApiError(
-                400, "invalid_request", f"unknown parameter {name[:40]!r} in the query{did_you_mean(name[:40], _QUERY)}",
-                param=name[:40],
-            )  # fmt: skip
+    _check_query(query, _QUERY.get(scope["path"], ()))
     body = (await receive())["body"]
     return Call(scope["path"], query, headers, body, scope["state"]["request_id"])
+
+
+def _check_query(query: Mapping[str, Sequence[str]], known: Sequence[str]) -> None:
+    """Refuse by name what would be passed over: a mistyped `model` must not go to some other model."""
+    for name, values in query.items():
+        if name not in known:
+            raise ApiError(
+                400, "invalid_request", f"unknown parameter {name[:40]!r} in the query{did_you_mean(name[:40], known)}",
+                param=name[:40],
+            )  # fmt: skip
+        if len(values) > 1:
+            raise ApiError(
+                400, "invalid_request", f"{name} is in the query {len(values)} times: give it once", param=name
+            )
 
 
 async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:

@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     def wants(self, name: str) -> bool:
         """Whether the query switches `name` on."""
-        value = self.query.get(name, ["false"])[-1].lower()
+        value = self.query.get(name, ["false"])[0].lower()
         if value not in ("true", "1", "false", "0"):
             raise ApiError(400, "invalid_request", f"{name} = {value[:20]!r}: give true or false", param=name)
         return value in ("true", "1")
@@ -108,8 +108,7 @@ class Posts:
     async def _compute(self, ask: Ask, call: Call, *, all_or_nothing: bool = False) -> Computed:
         """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
         allow_partial = not all_or_nothing and call.wants("partial")
-        asked = ask.model or call.query.get("model", [""])[-1] or None
-        model = self._registry.find(asked)
+        model = self._registry.find(_model_asked(ask, call))
         dialects.check_space(ask, model.manifest)
         answer = await self._engine.answer(model, ask.images)
         if not allow_partial:
@@ -117,6 +116,17 @@ class Posts:
                 if isinstance(result, ImageError):
                     raise wire.bad_image(result, f"{ask.field}[{index}]")
         return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
+
+
+def _model_asked(ask: Ask, call: Call) -> str | None:
+    """The model that the body or the query names; both may, if it is the same."""
+    in_query = call.query.get("model", [""])[0]
+    if ask.model and in_query and ask.model != in_query:
+        raise ApiError(
+            400, "invalid_request",
+            f"model is {ask.model[:40]!r} in the body and {in_query[:40]!r} in the query: name it once", param="model",
+        )  # fmt: skip
+    return ask.model or in_query or None
 
 
 async def _read(call: Call, read: Callable[[bytes, int], _Asked], max_images: int) -> _Asked:

@@ -29,7 +29,7 @@ def is_open(path: str) -> bool:
 
 def is_oip(path: str) -> bool:
     """Whether errors have the shape of the Open Inference Protocol."""
-    return path == "/v2" or path.startswith(("/v2/models/", "/v2/health/"))
+    return path in ("/v2", "/v2/models", "/v2/health") or path.startswith(("/v2/models/", "/v2/health/"))
 
 
 def label(path: str) -> str:

@@ -528,3 +528,25 @@ def test_a_mistyped_parameter_or_field_is_refused_and_never_passed_over(http: ht
     refused = http.post("/v1/embeddings", files={"files": ("a.png", picture(0))}, data={"modle": "other"})
     assert refused.status_code == 400
     assert "field 'modle' is no file" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/embeddings?model=tiny&model=tiny", "model is in the query 2 times"),
+        ("/v1/embeddings?model=other", "'tiny' in the body and 'other' in the query"),
+        ("/v2/embed?partial=true", "unknown parameter 'partial'"),
+        ("/v2/models/tiny/infer?model=other", "unknown parameter 'model'"),
+    ],
+)
+def test_what_the_query_says_is_never_passed_over(service: str, path: str, said: str) -> None:
+    refused = httpx.post(f"{service}{path}", json={"model": "tiny", "input": [base64.b64encode(picture(0)).decode()]})
+    assert refused.status_code == 400
+    assert said in refused.text
+
+
+@pytest.mark.parametrize("path", ["/v2/models", "/v2/health", "/v2/models/nobody"])
+def test_errors_of_the_inference_protocol_are_in_its_shape(http: httpx.Client, path: str) -> None:
+    answer = http.get(path)
+    assert answer.status_code == 404
+    assert isinstance(answer.json()["error"], str)

@@ -80,10 +80,10 @@ def test_the_documents_examples_are_answered_and_fit_the_document(
     answer = requests.post(service + place, json=example, timeout=60)
     assert answer.status_code == 200, answer.text
     operation.validate_response(answer)
-    answer = requests.post(
-        f"{service}{place}?partial=true", json=json.loads(json.dumps(example).replace("iVBOR", "aGVsb")), timeout=60
-    )
-    assert answer.status_code == (200 if path.startswith("/v1") else 415), answer.text
+    in_parts = path.startswith("/v1")
+    bad = json.loads(json.dumps(example).replace("iVBOR", "aGVsb"))
+    answer = requests.post(f"{service}{place}{'?partial=true' if in_parts else ''}", json=bad, timeout=60)
+    assert answer.status_code == (200 if in_parts else 415), answer.text
     operation.validate_response(answer)
 
 
