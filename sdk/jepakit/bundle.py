@@ -287,8 +287,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
             folder.chmod(0o755)
     except (OSError, SafetensorError) as error:
         raise WriteError(
-            f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): make room in {path.parent}, and run "
-            "the same command again"
+            f"{path} cannot be written ({reason_of(error)}): make room in {path.parent}, and run the same command again"
         ) from error
     return manifest
 
@@ -324,9 +323,12 @@ class Bundle:
         try:
             taken = take(file)
         except OSError as error:
-            raise BundleError(
-                f"{file} cannot be read ({reason_of(error)}): the bundle is incomplete, copy it again"
-            ) from None
+            remedy = (
+                "let this user read it"
+                if isinstance(error, PermissionError)
+                else "the bundle is incomplete, copy it again"
+            )
+            raise BundleError(f"{file} cannot be read ({reason_of(error)}): {remedy}") from None
         if digest(taken) != self.manifest.files[name]:
             raise BundleError(
                 f"{file} is damaged: its SHA-256 is not the manifest's {self.manifest.files[name][:12]}…; "
@@ -398,7 +400,7 @@ def open_bundle(path: str | Path) -> Bundle:
         hint = f"; did you mean {path / 'bundle'}?" if is_bundle(path / "bundle") else ""
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}") from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{file} cannot be read: {error}") from None
+        raise BundleError(f"{file} cannot be read: {reason_of(error)}") from None
     return Bundle(path, _parse_manifest(text, file))
 
 

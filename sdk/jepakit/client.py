@@ -38,7 +38,7 @@ class Client:
     timeout_s   seconds each step (connect, send, read) may go without progress. By default longer than the service's
                 own `request_timeout_s` (60), so that its reason arrives; with less than that, requests hold fewer images
     deadline_s  seconds for one request with all its attempts; no step waits longer than what is left of them.
-                Connection errors, 408, 429 and 5xx are tried again until then, with growing, jittered pauses (or the
+                Connection errors, 408, 429, 500, 502, 503 and 504 are tried again until then, with growing, jittered pauses (or the
                 service's own Retry-After); what a second attempt cannot mend, such as a certificate that is not
                 trusted, fails at once
 
