@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from jepakit.config import ViewsConfig
 from jepakit.errors import DataError
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
-from jepakit_training.data import Key, StepBatches, ViewDataset, make_loader, views_on
+from jepakit_training.data import Key, StepBatches, ViewDataset, iterating, make_loader, views_on
 from jepakit_training.views import ViewMaker, Views, finish
 
 SPEC = Preprocess(
@@ -106,6 +107,25 @@ def test_a_folder_of_rubbish_stops_with_the_first_files_name(tmp_path: Path) -> 
     )
     with pytest.raises(DataError, match=r"^20 images in a row cannot be read; the first: \d\.png"):
         views_on(torch.device("cpu"), next(iter(loader)))
+
+
+def test_a_loaders_processes_end_with_its_block_whoever_keeps_the_error(tmp_path: Path) -> None:
+    """They ignore SIGTERM: an exit would wait for them for ever."""
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"rubbish")
+    loader = make_loader(
+        make_dataset(tmp_path), StepBatches(4, 2, 0, range(9)), 1, prefetch=2, pin=False, finished=True
+    )
+    before = set(multiprocessing.active_children())
+
+    def train() -> None:
+        with iterating(loader) as batches:
+            batch = next(batches)
+            views_on(torch.device("cpu"), batch)
+
+    with pytest.raises(DataError, match="20 images in a row"):
+        train()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_views_depend_on_the_runs_seed_and_on_the_pass_over_the_data(image_folder: Callable[..., Path]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +136,23 @@ def make_loader(
         worker_init_fn=_start_worker if workers else None,
         timeout=600 if workers else 0,
     )
+
+
+@contextmanager
+def iterating(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    """The loader's batches; its processes end with the block.
+
+    Whoever keeps an error keeps its frames, and the iterator in them: an exit would then wait for ever for processes that
+    ignore SIGTERM.
+    """
+    batches: Any = iter(loader)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # what torch does when nobody holds the iterator any more
+            batches._shutdown_workers()
+            for process in batches._workers:
+                process.kill()  # one that still reads
 
 
 def _collate(items: list[Item]) -> Batch:

@@ -18,7 +18,7 @@ from jepakit.config import AdaptConfig
 from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
-from jepakit_training.data import views_on
+from jepakit_training.data import iterating, views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import processes
 from jepakit_training.learner import Learner
@@ -59,11 +59,12 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: range) -> float:
     """Seconds from one step's end to the next one's; the first, which waits for the loader's processes, counts alone."""
     ends = [time.perf_counter()]
-    for step, batch in zip(steps, step_loader(config, setup, steps), strict=True):
-        learner.step(step, views_on(setup.accelerator.device, batch))
-        if setup.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
+    with iterating(step_loader(config, setup, steps)) as batches:
+        for step, batch in zip(steps, batches, strict=True):
+            learner.step(step, views_on(setup.accelerator.device, batch))
+            if setup.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
     seconds = [after - before for before, after in pairwise(ends)]
     return median(seconds[1:] or seconds or [0.0])
 

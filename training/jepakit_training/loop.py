@@ -39,7 +39,7 @@ from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.cache import open_cache
 from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
-from jepakit_training.data import Batch, StepBatches, ViewDataset, make_loader, views_on
+from jepakit_training.data import Batch, StepBatches, ViewDataset, iterating, make_loader, views_on
 from jepakit_training.distributed import SharedFlag
 from jepakit_training.evaluation import Measuring
 from jepakit_training.learner import Learner
@@ -229,8 +229,9 @@ def _train(config: AdaptConfig, setup: Setup, run: Run, measuring_s: float) -> N
         stopping(lambda: saver.newest) as stop,
         explaining_out_of_memory(config, plan, setup.backbone, accelerator),
         recording(config, plan, accelerator, run, first, extra_s=measuring_s) as recorder,
+        iterating(step_loader(config, setup, range(first, plan.steps))) as loaded,
     ):
-        batches = recorder.clock.waiting(step_loader(config, setup, range(first, plan.steps)))
+        batches = recorder.clock.waiting(loaded)
         for step, batch in zip(range(first, plan.steps), batches, strict=True):
             skips.note(batch.skipped)
             outcome = learner.step(step, views_on(accelerator.device, batch))

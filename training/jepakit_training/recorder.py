@@ -32,9 +32,8 @@ class Clock:
         self._images, self._waited = 0, 0.0
         self._start = time.perf_counter()
 
-    def waiting(self, loader: Any) -> Iterator[Any]:
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the loader's batches, timing the wait for each."""
-        batches = iter(loader)
         while True:
             start = time.perf_counter()
             try:
