@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import TensorBoardTracker
 
-from jepakit_training.trackers import Trackers, _flat
+from jepakit_training.trackers import Trackers, _flat, _tracker
 
 SETTINGS = {"lr": 1e-4, "views": {"n_local": 4, "global_area": (0.3, 1.0)}, "labels": None}
 
@@ -81,3 +81,13 @@ def test_nested_settings_become_one_table() -> None:
     assert _flat(SETTINGS) == {
         "lr": 1e-4, "views.n_local": 4, "views.global_area": "(0.3, 1.0)", "labels": "None"
     }  # fmt: skip
+
+
+def test_no_tracker_reports_to_its_makers_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(variable, "")  # so that what is set here ends with the test
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
+    _tracker("tensorboard", tmp_path, 0)
+    told = {name: os.environ[name] for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY")}
+    assert told == {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}

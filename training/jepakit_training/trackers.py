@@ -16,6 +16,8 @@ from jepakit_training.records import TolerateWriteErrors
 
 _PROJECT = "jepakit"
 _MLFLOW_RUN = "mlflow-run.txt"
+_SILENT = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""Read by the trackers' packages when they are imported: each of them reports to its makers otherwise."""
 
 
 class Trackers:
@@ -62,13 +64,16 @@ class Trackers:
 
 
 def _tracker(name: Tracker, run: Path, first: int) -> GeneralTracker:
+    for variable, value in _SILENT.items():
+        os.environ.setdefault(variable, value)
     title = run.resolve().name
     if name == "tensorboard":
         # With `purge_step` TensorBoard forgets what was logged of the steps that are done again.
         return TensorBoardTracker("tensorboard", run, purge_step=first or None)
     if name == "wandb":
-        mode = os.environ.get("WANDB_MODE", "offline")
-        return WandBTracker(_PROJECT, name=title, dir=run, mode=mode, id=_wandb_id(run), resume="allow")
+        return WandBTracker(
+            _PROJECT, name=title, dir=run, mode=os.environ["WANDB_MODE"], id=_wandb_id(run), resume="allow"
+        )
     if "MLFLOW_TRACKING_URI" not in os.environ:
         import mlflow
 
