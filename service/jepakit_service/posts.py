@@ -90,7 +90,7 @@ class Posts:
     async def _cohere(self, call: Call) -> Reply:
         _only_json(call)
         ask = await _read(call, dialects.read_cohere, self._max_images)
-        computed = await self._compute(ask, call, all_or_nothing=True)
+        computed = await self._compute(ask, call)
         return await _json(computed, lambda: dialects.write_cohere(ask, computed))
 
     async def _infer(self, call: Call) -> Reply:
@@ -98,16 +98,16 @@ class Posts:
         assert asked is not None
         length = call.header(oip.JSON_LENGTH.lower()) or None
         inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
-        computed = await self._compute(inference.ask, call, all_or_nothing=True)
+        computed = await self._compute(inference.ask, call)
         written = await _write(computed, lambda: oip.write(inference, computed))
         if written.json_length is None:
             return Reply(written.body, _JSON, _facts(computed))
         headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
         return Reply(written.body, _OCTETS, headers)
 
-    async def _compute(self, ask: Ask, call: Call, *, all_or_nothing: bool = False) -> Computed:
+    async def _compute(self, ask: Ask, call: Call) -> Computed:
         """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
-        allow_partial = not all_or_nothing and call.wants("partial")
+        allow_partial = call.wants("partial")
         model = self._registry.find(_model_asked(ask, call))
         dialects.check_space(ask, model.manifest)
         answer = await self._engine.answer(model, ask.images)

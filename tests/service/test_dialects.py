@@ -205,9 +205,10 @@ def test_a_normalised_model_gives_no_other_vectors(bundle: Path) -> None:
 def test_a_bad_image_is_named_in_the_dialects_own_words(http: httpx.Client, field: str) -> None:
     broken = base64.b64encode(b"broken").decode()
     items = [PLAIN[0], broken] if field == "images" else [{"image": PLAIN[0]}, {"image": broken}]
-    for path in ("/v2/embed", "/v2/embed?partial=true"):  # Cohere's answer has no place for a reason
-        answer = http.post(path, json={field: items})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (415, f"{field}[1]")
+    answer = http.post("/v2/embed", json={field: items})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (415, f"{field}[1]")
+    answer = http.post("/v2/embed?partial=true", json={field: items})  # Cohere's answer has no place for a reason
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "partial")
 
 
 def test_voyages_answer_may_be_partial(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
