@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     import httpx
 
 # httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
-MOST_AT_ONCE = 8
-"""Requests of all calls of one client together."""
+AT_ONCE = 4
+"""Requests of one call."""
+MOST_AT_ONCE = 2 * AT_ONCE
+"""Of all calls of one client together."""
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _LONGEST_S = 1e6

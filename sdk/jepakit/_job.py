@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._attempts import AT_ONCE
 from jepakit._files import reason_of
 from jepakit._models import ModelInfo, named
 from jepakit.embeddings import Embeddings
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from jepakit.readers import ImageRef
 
 IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
-AT_ONCE = 4
-"""Requests of one call."""
 # What a part of multipart adds to its file, at most; also more than the header of `.npy`.
 _BYTES_BESIDE = 256
 _BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")

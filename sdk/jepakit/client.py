@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._attempts import MOST_AT_ONCE, Attempts, Settings
-from jepakit._job import AT_ONCE, IMAGES_PER_REQUEST, Chunk, Job, Limits, windows
+from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts, Settings
+from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, Limits, windows
 from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
@@ -38,9 +38,9 @@ class Client:
     timeout_s   seconds each step (connect, send, read) may go without progress. By default longer than the service's
                 own `request_timeout_s` (60), so that its reason arrives; with less than that, requests hold fewer images
     deadline_s  seconds for one request with all its attempts; no step waits longer than what is left of them.
-                Connection errors, 408, 429, 500, 502, 503 and 504 are tried again until then, with growing, jittered pauses (or the
-                service's own Retry-After); what a second attempt cannot mend, such as a certificate that is not
-                trusted, fails at once
+                Connection errors, 408, 429, 500, 502, 503 and 504 are tried again until then, with growing, jittered
+                pauses (or the service's own Retry-After); what a second attempt cannot mend, such as a certificate that
+                is not trusted, fails at once
 
     with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
     """
