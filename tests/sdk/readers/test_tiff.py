@@ -458,22 +458,22 @@ def test_many_pages_of_one_kind_are_read_and_of_many_kinds_refused(refused: Refu
     assert "3,000 pages of several kinds" in refused(chain(mixed), "too_large")
 
 
-def test_images_below_a_page_count_as_pages(refused: Refused) -> None:
-    below = chain([TAGS, [(256, 24), *TAGS[1:]]])
-    offsets = struct.pack("<I", 808) * 3000
+def with_images_below(below: bytes, times: int, *, following: int = 0) -> bytes:
+    """A TIFF whose first page has the first page of `below` beneath it, so many times; `following`: where the next one lies."""
+    offsets = struct.pack("<I", 808) * times
     tags = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in TAGS)
-    first = tags + struct.pack("<HHII", 330, 4, 3000, len(below)) + struct.pack("<I", 808)
-    data = b"II*\0" + struct.pack("<I", len(below) + len(offsets)) + below[8:] + offsets + first
+    first = tags + struct.pack("<HHII", 330, 4, times, len(below)) + struct.pack("<I", following)
+    return b"II*\0" + struct.pack("<I", len(below) + len(offsets)) + below[8:] + offsets + first
+
+
+def test_images_below_a_page_count_as_pages(refused: Refused) -> None:
+    data = with_images_below(chain([TAGS, [(256, 24), *TAGS[1:]]]), 3000, following=808)
     assert "3,003 pages of several kinds" in refused(data, "too_large")
 
 
 def test_images_below_a_page_have_no_more_tags_than_pages_have(refused: Refused) -> None:
     """tifffile reads each of them: 1,000 times the same one of 4,000 tags kept it for 20 s."""
-    below = chain([TAGS + [(code, 0) for code in range(40_000, 44_000)]])
-    offsets = struct.pack("<I", 808) * 1000
-    tags = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in TAGS)
-    first = tags + struct.pack("<HHII", 330, 4, 1000, len(below)) + struct.pack("<I", 0)
-    data = b"II*\0" + struct.pack("<I", len(below) + len(offsets)) + below[8:] + offsets + first
+    data = with_images_below(chain([TAGS + [(code, 0) for code in range(40_000, 44_000)]]), 1000)
     assert "a page of 4009 tags" in refused(data, "unreadable")
 
 
