@@ -24,7 +24,7 @@ from jepakit_service.gate import Gate, error_body, send_whole
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError, fault
+from jepakit_service.wire import JSON, ApiError, fault
 
 _QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
 """What each route takes there. The models of inferences are named in their paths."""
@@ -130,7 +130,7 @@ def _rest(replica: Replica) -> ASGIApp:
 
     @app.get("/openapi.json", include_in_schema=False)
     async def document() -> Response:
-        return Response(described, media_type="application/json")
+        return Response(described, media_type=JSON)
 
     return app
 
@@ -139,7 +139,7 @@ def _answer_errors_in_one_shape(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:
         request.scope["state"]["code"] = error.code  # for the gate's record
-        return Response(error_body(error, request.scope), error.status, error.headers, media_type="application/json")
+        return Response(error_body(error, request.scope), error.status, error.headers, media_type=JSON)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:

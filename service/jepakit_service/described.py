@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jepakit_service import dialects, oip, routes
+from jepakit_service import dialects, oip, routes, wire
 from jepakit_service.openapi import BINARY, Parameter, Post
 
-_JSON, _OCTETS, _NPY = "application/json", "application/octet-stream", "application/x-npy"
 _WORD: Mapping[str, Any] = {"type": "string"}
 _FACTS = {
     "X-Model-Id": "the vector space",
@@ -40,8 +39,8 @@ def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post
         name,
         "Embed images, as the Open Inference Protocol v2 has it.",
         oip.TITLE,
-        takes={_JSON: oip.InferRequest, _OCTETS: BINARY},
-        gives={_JSON: oip.InferAnswer, _OCTETS: BINARY},
+        takes={wire.JSON: oip.InferRequest, wire.OCTETS: BINARY},
+        gives={wire.JSON: oip.InferAnswer, wire.OCTETS: BINARY},
         parameters=(*parameters, _LENGTH),
         answer_headers={**_FACTS, oip.JSON_LENGTH: "bytes of JSON, where the tensor follows"},
     )
@@ -54,14 +53,14 @@ POSTS = (
         "Embed images: OpenAI's or Jina's JSON, one file's bytes, many files in a form, or an array.",
         "embeddings",
         takes={
-            _JSON: dialects.EmbeddingRequest,
+            wire.JSON: dialects.EmbeddingRequest,
             "image/*": BINARY,
             "application/dicom": BINARY,
-            _OCTETS: BINARY,
+            wire.OCTETS: BINARY,
             "multipart/form-data": _FORM,
-            _NPY: _ARRAY,
+            wire.NPY: _ARRAY,
         },
-        gives={_JSON: dialects.EmbeddingAnswer, _OCTETS: BINARY, _NPY: BINARY},
+        gives={wire.JSON: dialects.EmbeddingAnswer, wire.OCTETS: BINARY, wire.NPY: BINARY},
         parameters=(_MODEL, _PARTIAL),
         answer_headers=_FACTS,
     ),
@@ -70,8 +69,8 @@ POSTS = (
         "embed_voyage",
         "Embed images, as Voyage has it.",
         "embeddings",
-        takes={_JSON: dialects.VoyageRequest},
-        gives={_JSON: dialects.VoyageAnswer},
+        takes={wire.JSON: dialects.VoyageRequest},
+        gives={wire.JSON: dialects.VoyageAnswer},
         parameters=(_MODEL, _PARTIAL),
         answer_headers=_FACTS,
     ),
@@ -80,8 +79,8 @@ POSTS = (
         "embed_cohere",
         "Embed images, as Cohere has it. All or nothing.",
         "embeddings",
-        takes={_JSON: dialects.CohereRequest},
-        gives={_JSON: dialects.CohereAnswer},
+        takes={wire.JSON: dialects.CohereRequest},
+        gives={wire.JSON: dialects.CohereAnswer},
         parameters=(_MODEL,),
         answer_headers=_FACTS,
     ),

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jepakit_service import logs, oip, routes, tracing
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
-from jepakit_service.wire import ApiError, fault, unavailable
+from jepakit_service.wire import JSON, ApiError, fault, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
@@ -234,7 +234,7 @@ def error_body(error: ApiError, scope: Scope) -> bytes:
 async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:
     """Answer with an error in the shape of the route's family; if not `ended`, as `send_whole`, and close afterwards."""
     headers = error.headers if ended else {**error.headers, "Connection": "close"}
-    await send_whole(send, error.status, error_body(error, scope), "application/json", headers, ended=ended)
+    await send_whole(send, error.status, error_body(error, scope), JSON, headers, ended=ended)
 
 
 async def send_whole(

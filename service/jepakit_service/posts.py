@@ -14,7 +14,6 @@ from jepakit_service import dialects, oip, routes, wire
 from jepakit_service.replica import Replica
 from jepakit_service.wire import ApiError, Ask, Computed
 
-_JSON, _OCTETS = "application/json", "application/octet-stream"
 _LONG_BODY, _LONG_ANSWER = 1 << 18, 20_000
 """Bytes that are read, and numbers that are written, on a thread: everybody else waits for the event loop."""
 
@@ -71,7 +70,7 @@ class Posts:
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
-        if wire.media_type(content_type)[0] == _JSON:
+        if wire.media_type(content_type)[0] == wire.JSON:
             ask = await _read(call, dialects.read_openai, self._max_images)
         else:
             ask = await _read(call, partial(wire.read_binary, content_type), self._max_images)
@@ -101,9 +100,9 @@ class Posts:
         computed = await self._compute(inference.ask, call)
         written = await _write(computed, lambda: oip.write(inference, computed))
         if written.json_length is None:
-            return Reply(written.body, _JSON, _facts(computed))
+            return Reply(written.body, wire.JSON, _facts(computed))
         headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
-        return Reply(written.body, _OCTETS, headers)
+        return Reply(written.body, wire.OCTETS, headers)
 
     async def _compute(self, ask: Ask, call: Call) -> Computed:
         """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
@@ -144,7 +143,7 @@ async def _write(computed: Computed, write: Callable[[], _T]) -> _T:
 
 
 async def _json(computed: Computed, write: Callable[[], Mapping[str, Any]]) -> Reply:
-    return Reply(await _write(computed, lambda: to_json(write())), _JSON, _facts(computed))
+    return Reply(await _write(computed, lambda: to_json(write())), wire.JSON, _facts(computed))
 
 
 def _facts(computed: Computed) -> dict[str, str]:
@@ -161,7 +160,7 @@ def _facts(computed: Computed) -> dict[str, str]:
 
 def _only_json(call: Call) -> None:
     media = wire.media_type(call.header("content-type"))[0]
-    if media != _JSON:
+    if media != wire.JSON:
         raise ApiError(
             415,
             "unsupported_media_type",

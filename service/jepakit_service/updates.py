@@ -78,7 +78,8 @@ class Updates:
             await self._prepare(name, bundle)
         gone = self._gone(wanted, {folder for _, rejected in found for folder in rejected})
         for name in gone:  # whoever brings a refused version back wants it tried again
-            self._registry.versions(name).update, self._registry.versions(name).failed = None, {}
+            versions = self._registry.versions(name)
+            versions.update, versions.failed = None, {}
         if all(bundles for bundles, _ in found):  # else a mount is lost, and nobody knows what it held
             self._withdraw(gone)
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):

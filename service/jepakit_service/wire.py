@@ -38,6 +38,7 @@ EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCL
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
 _FIELDS_BESIDE_FILES = 8
+JSON, OCTETS, NPY = "application/json", "application/octet-stream", "application/x-npy"
 _STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415}
 
 
@@ -182,9 +183,9 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
     media, options = media_type(content_type)
     if media == "multipart/form-data":
         ask = _read_multipart(body, options.get(b"boundary", b""), max_images)
-    elif media == "application/x-npy":
+    elif media == NPY:
         ask = Ask(_read_npy(body, max_images))
-    elif media.startswith("image/") or media in ("application/octet-stream", "application/dicom"):
+    elif media.startswith("image/") or media in (OCTETS, "application/dicom"):
         ask = Ask([body])
     else:
         raise ApiError(
@@ -352,9 +353,9 @@ class Raw(NamedTuple):
 def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Raw | None:
     """The answer as raw little-endian float32 [N, D] or `.npy`, where `Accept` asks for one of them."""
     wanted = _most_wanted(accept)
-    if wanted == "application/octet-stream":
+    if wanted == OCTETS:
         return Raw(write_tensor(vectors), wanted)
-    if wanted == "application/x-npy":
+    if wanted == NPY:
         buffer = io.BytesIO()
         np.save(buffer, np.stack(vectors).astype("<f4", copy=False), allow_pickle=False)
         return Raw(buffer.getvalue(), wanted)
