@@ -46,15 +46,22 @@ class RawEngine:
         cores = usable_cpus()
         opened = open_bundle(bundle)
         self._image, self._spec = image, opened.manifest.preprocess
-        self._sessions = {threads: Session.open(opened, provider=provider, threads=threads) for threads in {1, cores}}
+        # On a GPU an inference has no threads to spread: workers alone.
+        self._spread = (
+            {(cores, 1), (2 * cores, 1), (1, cores), (2, cores)}
+            if provider == "cpu"
+            else {(1, cores), (2, cores), (4, cores), (cores, cores)}
+        )
+        self._sessions = {
+            threads: Session.open(opened, provider=provider, threads=threads)
+            for threads in {cores, *(threads for _, threads in self._spread)}
+        }
         self._cores, self._way = cores, Way(1, cores, 1)
         self._pool = ThreadPoolExecutor(2 * cores)
 
     def choose(self, seconds: float) -> dict[str, Any]:
         """Images/s of every way, the best of three passes, and the fastest, which `loop` uses from now on."""
-        cores = self._cores
-        spread = {(cores, 1), (2 * cores, 1), (1, cores), (2, cores)}
-        ways = [Way(workers, threads, batch) for workers, threads in sorted(spread) for batch in BATCHES]
+        ways = [Way(workers, threads, batch) for workers, threads in sorted(self._spread) for batch in BATCHES]
         rates = dict.fromkeys(ways, 0.0)
         for _ in range(_PASSES):
             for way in ways:

@@ -1,9 +1,9 @@
 """How much of the raw engine a service leaves, and how it stands beside other servers, in one run on one machine.
 
-    python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR] [--provider cuda]
+    python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR] [--provider cuda] [--replicas N]
 
 The same image, graph and clients for all: the raw loop (decode, preprocess, ONNX Runtime, no HTTP), `jepakit serve`
-with and without Ray, and with --peers FastAPI + ONNX Runtime, LitServe and BentoML, each in an environment in DIR that
+with and without Ray (with --replicas on Ray with so many, too), and with --peers FastAPI + ONNX Runtime, LitServe and BentoML, each in an environment in DIR that
 is made where it is missing; all of them on the CPU, or all on one GPU. Every server gives the raw loop's vector before it is timed.
 
 Blocks of a few seconds go round in random order, the raw loop beside every one of them; a block's images/s are compared
@@ -57,7 +57,7 @@ from jepakit._machine import usable_cpus
 
 RAY, NO_RAY = "jepakit on Ray", "jepakit --no-ray"
 VARIANTS: dict[str, tuple[str, ...]] = {RAY: (), NO_RAY: ("--no-ray",)}
-"""Options of `jepakit serve`, by the name in the tables. One without --no-ray has the goals of Ray."""
+"""Options of `jepakit serve`, by the name in the tables."""
 CLIENTS = (1, 8, 32)
 MOST = CLIENTS[-1]
 LONGER = 3
@@ -139,10 +139,10 @@ class Bench:
         """Of the raw loop, an image."""
         self.cells: dict[Cell, Measured] = {}
         for server in servers:
-            kinds = case.kinds if server.name in VARIANTS else case.peer_kinds
+            kinds = case.peer_kinds if server.name in PEERS else case.kinds
             wanted = [(kind, clients) for kind in kinds if kind in server.wires for clients in CLIENTS]
             if quick:
-                wanted = [(RAW, 1), (RAW, MOST), *([(MANY, MOST)] if server.name in VARIANTS else [])]
+                wanted = [(RAW, 1), (RAW, MOST), *([] if server.name in PEERS else [(MANY, MOST)])]
             self.cells |= {Cell(server.name, kind, clients): Measured() for kind, clients in wanted}
 
     def idle(self, seconds: float) -> dict[str, float]:
@@ -244,7 +244,7 @@ def goals(case: ModelCase, cells: dict[Cell, Measured], variants: list[str], pee
 
 def goals_of(variant: str) -> str:
     """Whose goals a variant has."""
-    return NO_RAY if "--no-ray" in VARIANTS[variant] else RAY
+    return NO_RAY if variant == NO_RAY else RAY
 
 
 def shares(measured: Measured) -> list[float]:
@@ -312,6 +312,9 @@ def model_figures(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Start all servers with one model, measure, stop them."""
+    variants = VARIANTS | (
+        {f"{RAY}, {options.replicas} replicas": ("--replicas", str(options.replicas))} if options.replicas else {}
+    )
     bundle = jepakit.export(f"{case.backbone}:random", folder / "bundle", image_size=case.size)
     (folder / "image.jpg").write_bytes(image)
     with ExitStack() as stack:
@@ -323,7 +326,7 @@ def model_figures(
             stack.enter_context(
                 jepakit_server(name, (*arguments, "--provider", options.provider), bundle.path, image, expected, folder)
             )
-            for name, arguments in VARIANTS.items()
+            for name, arguments in variants.items()
         ]
         for name in peers:
             assert environments is not None
@@ -354,7 +357,7 @@ def model_figures(
             {"server": cell.server, "request": cell.kind, "clients": cell.clients, **figures(measured)}
             for cell, measured in cells.items()
         ],
-        "goals": [goal._asdict() for goal in goals(case, cells, list(VARIANTS), list(peers))],
+        "goals": [goal._asdict() for goal in goals(case, cells, list(variants), list(peers))],
     }  # fmt: skip
 
 
@@ -409,6 +412,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(MODELS), help="one model alone; repeatable")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="environments of the peers, made where missing")
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu", help="what all of them compute on [cpu]")
+    parser.add_argument("--replicas", type=int, metavar="N", help="`jepakit serve` on Ray with N replicas beside one")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 5)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped too

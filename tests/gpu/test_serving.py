@@ -21,6 +21,7 @@ from jepakit.errors import InferenceError
 from jepakit.session import Session
 from jepakit_service.settings import ServeSettings
 from tests.service.conftest import picture, running
+from tests.service.load import Load, processes, wait_until
 from tests.test_pipeline import jepakit_cli, serving
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -151,6 +152,25 @@ def test_two_replicas_on_ray_share_a_gpu(tiny: Path) -> None:
             answer = http.post("/v1/embeddings", content=picture(seed), headers=PNG)
             assert answer.status_code == 200
             assert answer.headers["x-provider"] == "cuda"
+
+
+def test_a_killed_replica_is_replaced_on_the_gpu_and_no_image_is_lost(tiny: Path) -> None:
+    files = [picture(seed) for seed in range(40)]
+    right = jepakit.load(tiny, provider="cuda").embed(files, progress=False)
+    with (
+        serving(tiny, "--replicas", "2", "--provider", "cuda") as url,
+        Load(url, files, {right.model_id: right.vectors}) as load,
+    ):
+        load.wait_for(2)
+        before = {process.pid: process for process in processes("ray::ServeReplica")}
+        next(iter(before.values())).kill()
+        load.wait_for(5)
+        wait_until(
+            lambda: any(process.pid not in before for process in processes("ray::ServeReplica")), "it was not replaced"
+        )
+        wait_until(lambda: httpx.get(f"{url}/readyz").json()["replicas_ready"] == 2, "the new one is not ready")
+        load.wait_for(2)
+    assert load.failures == []
 
 
 def test_replicas_that_ask_for_no_gpu_of_ray_have_it_all_the_same(tiny: Path) -> None:

@@ -251,16 +251,19 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 def test_trained_position_embeddings_go_on_to_what_any_run_may_end_with(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of their resampling to local views is a sum in no fixed order on a GPU: not even two whole runs are equal."""
+    """The gradient of their resampling to local views is a sum in no fixed order on a GPU: two whole runs may differ in bits.
+
+    AdamW makes much of them where a gradient is nearly zero, so all weights are judged together, by how far they went.
+    """
     settings = {"image_size": 224, "unfreeze": "all"}
     name = "vit_tiny_patch16_224"
-    whole, again = (weights_of(adapt(tmp_path / out, name, **settings)) for out in ("whole", "again"))
+    whole = adapt(tmp_path / "whole", name, **settings)
     resumed = weights_of(stopped_and_resumed(adapt, tmp_path / "stopped", monkeypatch, name, **settings))
-
-    def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-        return max(distance(one[key], other[key]) for key in one if other[key].norm() > 0)
-
-    assert apart(resumed, whole) <= 10 * apart(again, whole)
+    start, ended = weights_of(whole, START), weights_of(whole)
+    way = torch.cat([(ended[key] - start[key]).flatten() for key in start])
+    apart = torch.cat([(resumed[key] - ended[key]).flatten() for key in start])
+    print(f"{(apart.norm() / way.norm()).item():.1e} of the way")
+    assert apart.norm() < 0.01 * way.norm()
 
 
 def test_out_of_memory_says_what_to_change(
