@@ -15,6 +15,8 @@ import uvicorn
 from PIL import Image
 
 import jepakit
+from jepakit import golden
+from jepakit.bundle import GOLDEN, write_bundle
 from jepakit_service import tuning
 from jepakit_service.api import build_app
 from jepakit_service.settings import ServeSettings
@@ -41,6 +43,20 @@ def service(bundle: Path) -> Iterator[str]:
     """The URL of a running service with one model."""
     with running(ServeSettings(bundles=(str(bundle),), port=1, max_images=64, max_body_mb=8)) as url:
         yield url
+
+
+def promising_others(bundle: Path, out: Path) -> Path:
+    """A copy of a bundle, whole by its digests, that promises other vectors than its graph computes."""
+    source = jepakit.open_bundle(bundle)
+    expected = golden.unpack(source.read(GOLDEN))
+
+    def write(folder: Path) -> None:
+        for name in source.manifest.files:
+            (folder / name).write_bytes(source.read(name))
+        (folder / GOLDEN).write_bytes(golden.pack(expected._replace(vectors=expected.vectors[:, ::-1])))
+
+    write_bundle(out, source.manifest, write)
+    return out
 
 
 class running:  # noqa: N801 (used like a function)

@@ -49,7 +49,7 @@ from jepakit.errors import (
 from jepakit.session import Model, Session
 from jepakit_service.settings import ServeSettings
 
-from .conftest import picture, running
+from .conftest import picture, promising_others, running
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,22 @@ def test_a_model_of_one_frame_of_films_takes_films_arrays_and_its_golden_inputs(
         close(client.embed(tmp_path / "films" / "00.tif", progress=False).vectors)
         with pytest.raises(ImageError, match="has 1 frame, there is no frame 1"):
             client.embed(picture(0), progress=False)
+
+
+def test_vectors_that_a_bundle_does_not_promise_are_noticed(service: str, bundle: Path, tmp_path: Path) -> None:
+    other = promising_others(bundle, tmp_path / "other")
+
+    async def verify(path: Path) -> float:
+        async with jepakit.AsyncClient(service) as client:
+            return await client.verify(path)
+
+    with jepakit.Client(service) as client:
+        assert max(client.verify(bundle), asyncio.run(verify(bundle))) < 1e-5
+        told = "the service computes other vectors than the bundle promises"
+        with pytest.raises(BundleError, match=told):
+            client.verify(other)
+        with pytest.raises(BundleError, match=told):
+            asyncio.run(verify(other))
 
 
 def test_a_bad_array_is_named_once_and_by_the_callers_name(service: str, bundle: Path) -> None:

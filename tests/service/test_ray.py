@@ -23,12 +23,10 @@ import pytest
 from PIL import Image
 
 import jepakit
-from jepakit import golden
-from jepakit.bundle import GOLDEN, write_bundle
 from jepakit_service.listeners import free_port
 from tests.test_pipeline import PROGRAM, jepakit_cli, serving
 
-from .conftest import picture
+from .conftest import picture, promising_others
 from .load import Load, processes, wait_until
 
 PNG = {"Content-Type": "image/png"}
@@ -141,6 +139,8 @@ def test_what_serves_has_the_priority_of_who_started_it_and_idle_helpers_of_ray_
         ]  # fmt: skip
         assert len(serves) >= 3
         assert {process.nice() for process in serves} == {mine}
+        asked = [*serves, *processes("gcs_server"), *processes("raylet")]
+        assert {process.environ()["RAY_USAGE_STATS_ENABLED"] for process in asked} == {"0"}
         scripts = {
             argument for process in processes("python") for argument in process.cmdline()[:4] if "/ray/" in argument
         }
@@ -235,16 +235,7 @@ def test_a_stop_answers_what_is_in_flight_though_nobody_reads_what_the_service_p
 
 
 def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:
-    source = jepakit.open_bundle(bundle)
-    expected = golden.unpack(source.read(GOLDEN))
-
-    def write(folder: Path) -> None:
-        for name in source.manifest.files:
-            (folder / name).write_bytes(source.read(name))
-        (folder / GOLDEN).write_bytes(golden.pack(expected._replace(vectors=expected.vectors[:, ::-1])))
-
-    write_bundle(tmp_path / "other", source.manifest, write)
-    refused = jepakit_cli("serve", tmp_path / "other", "--port", free_port())
+    refused = jepakit_cli("serve", promising_others(bundle, tmp_path / "other"), "--port", free_port())
     assert refused.returncode == 1
     assert "the service did not start: BundleError: tiny computes other vectors here" in refused.stderr
 
