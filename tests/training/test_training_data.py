@@ -75,7 +75,7 @@ def views_of(dataset: ViewDataset, key: Key) -> Views:
     return finish(crops)
 
 
-def test_an_unreadable_file_is_replaced_by_its_neighbour_and_reported(image_folder: Callable[..., Path]) -> None:
+def test_an_unreadable_file_is_replaced_by_another_and_reported(image_folder: Callable[..., Path]) -> None:
     folder = image_folder(classes=0, per_class=6)
     whole = make_dataset(folder)
     untouched = views_of(whole, Key(0, 0))
@@ -93,10 +93,14 @@ def test_an_unreadable_file_is_replaced_by_its_neighbour_and_reported(image_fold
     assert broken[Key(0, 4)].skipped == []
 
 
-def test_the_last_file_is_replaced_by_the_first(image_folder: Callable[..., Path]) -> None:
-    folder = image_folder(classes=0, per_class=4)
-    (folder / "003.png").write_bytes(b"")
-    assert [index for index, _ in make_dataset(folder)[Key(0, 3)].skipped] == [3]
+def test_a_damaged_slide_stops_nothing_though_its_tiles_are_neighbours(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(classes=0, per_class=80)
+    for number in range(40):
+        (folder / f"{number:03d}.png").write_bytes(b"a tile of one slide")
+    dataset = make_dataset(folder)
+    for place in range(40):
+        assert dataset[Key(0, place)].fault is None
+    assert all(index < 40 for index, _ in dataset[Key(0, 0)].skipped)
 
 
 def test_a_folder_of_rubbish_stops_with_the_first_files_name(tmp_path: Path) -> None:

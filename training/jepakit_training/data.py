@@ -60,7 +60,7 @@ class StepBatches(Sampler[list[Key]]):
 class Item(NamedTuple):
     crops: Crops | None
     skipped: list[tuple[int, str]]
-    """(index, reason) of files that could not be read and whose place a neighbour took."""
+    """(index, reason) of files that could not be read and whose place another took."""
     fault: InputError | None = None
     """Why there are no crops: it is raised by whoever takes the batch, not in a worker, which would add a traceback."""
 
@@ -80,7 +80,7 @@ class ViewDataset(Dataset[Item]):
     spec    the model's preprocess: what kind of pixels is wanted
     cache   decoded and downscaled images, or None
 
-    An unreadable file is replaced by the next readable one, the same on every rank and at every resume.
+    An unreadable file is replaced by one drawn from all, the same on every rank and at every resume.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class ViewDataset(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         skipped = []
-        for offset in range(_MOST_SUBSTITUTES):
-            index = int(self._indices[(key.place + offset) % len(self._indices)])
+        for place in self._places(key):
+            index = int(self._indices[place])
             try:
                 pixels = self._read(index)
             except ImageError as error:
@@ -104,6 +104,12 @@ class ViewDataset(Dataset[Item]):
             return Item(self._make_views(pixels, derive_seed(self._seed, "views", key.epoch, key.place)), skipped)
         fault = DataError(f"{_MOST_SUBSTITUTES} images in a row cannot be read; the first: {skipped[0][1]}")
         return Item(None, skipped, fault)
+
+    def _places(self, key: Key) -> Iterator[int]:
+        """The key's own, then those that may take it: not its neighbours, which can be tiles of the same damaged slide."""
+        yield key.place
+        random = np.random.default_rng(derive_seed(self._seed, "substitutes", key.epoch, key.place))
+        yield from random.integers(len(self._indices), size=_MOST_SUBSTITUTES - 1).tolist()
 
     def _read(self, index: int) -> Pixels:
         least_side = self._make_views.least_side
