@@ -6,10 +6,13 @@ import os
 import random
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from jepakit._files import reason_of
 from jepakit._loopback import is_loopback
+from jepakit._messages import lines_of
 from jepakit.errors import (
     AuthenticationError,
     ConfigError,
@@ -21,8 +24,11 @@ from jepakit.errors import (
 )
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
+_C = TypeVar("_C")
 # httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
 AT_ONCE = 4
 """Requests of one call."""
@@ -32,6 +38,8 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _LONGEST_S = 1e6
 _KEY = re.compile(r"[!-~]+")
+_ROUTES = ("/v1", "/v1/embeddings", "/v1/models", "/v2", "/docs", "/readyz", "/healthz", "/metrics")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class Settings:
@@ -47,18 +55,23 @@ class Settings:
             )
         if not isinstance(url, str) or not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
-        if url.rstrip("/").endswith("/v1"):
-            raise ConfigError(f"url = {url!r}: give the service's address without /v1, which belongs to its routes")
+        if route := next((route for route in _ROUTES if url.rstrip("/").endswith(route)), None):
+            raise ConfigError(f"url = {url!r}: give the service's address without {route}, which belongs to its routes")
         for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
             if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_S:
                 raise ConfigError(f"{name} = {seconds!r}: give seconds, more than 0 and at most {_LONGEST_S:g}")
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
+        if key and not isinstance(key, str):
+            raise ConfigError(f"the API key is of type {type(key).__name__}: give text")
         if key and not _KEY.fullmatch(key):
             raise ConfigError(
                 "the API key (api_key, or JEPAKIT_API_KEY) holds a space, a line break or a letter that is not ASCII: "
                 "give it as it was made, without the end of the line it was read from"
             )
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
+        loopback = is_loopback(httpx.URL(url).host)
+        self.proxy = None if loopback else _proxy_of(httpx.URL(url))
+        """The environment's variable that names what stands between."""
         self.patience_s = min(timeout_s, deadline_s)
         """For the answer to one attempt."""
         self.http: dict[str, Any] = {
@@ -67,10 +80,47 @@ class Settings:
             "timeout": timeout_s,
             "follow_redirects": False,
             # No proxy stands between this machine and itself. SSL_CERT_FILE holds there too, so it is read here.
-            "trust_env": not is_loopback(httpx.URL(url).host),
-            "verify": httpx.create_ssl_context(),
+            "trust_env": not loopback,
+            "verify": _trusted(),
             "limits": httpx.Limits(max_connections=MOST_AT_ONCE),
         }
+
+    def connect(self, kind: Callable[..., _C]) -> _C:
+        """One of httpx's clients that speaks so; ConfigError where the environment names a proxy that cannot be used."""
+        import httpx
+
+        try:
+            return kind(**self.http)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            told = next((name for name in os.environ if name.lower() in _PROXIES), "a proxy's variable")
+            raise ConfigError(
+                f"the proxy that {told} names cannot be used ({lines_of(error)[0]}): correct it, unset it, or name the "
+                "service's host in NO_PROXY"
+            ) from None
+
+
+def _trusted() -> ssl.SSLContext:
+    """The certificates that are trusted; ConfigError where the environment names others, and they cannot be read."""
+    import httpx
+
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # of which ssl.SSLError is one
+        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
+        raise ConfigError(
+            f"{name} = {os.environ.get(name)!r}: no certificates can be read there ({reason_of(error)}): name a file of "
+            "certificates in PEM, or unset it"
+        ) from None
+
+
+def _proxy_of(url: httpx.URL) -> str | None:
+    """The variable that names a proxy for an address; its value, which may hold a password, is nobody's business."""
+    from urllib.request import getproxies, proxy_bypass
+
+    known = getproxies()
+    if proxy_bypass(url.host):
+        return None
+    return next((f"{kind}_proxy".upper() for kind in (url.scheme, "all") if kind in known), None)
 
 
 def _is_address(url: str) -> bool:
@@ -88,6 +138,7 @@ class Attempts:
 
     def __init__(self, settings: Settings) -> None:
         self._url, self._deadline_s = settings.url, settings.deadline_s
+        self._through = f" through the proxy that {settings.proxy} names" if settings.proxy else ""
         self._timeout_s: float = settings.http["timeout"]
         self._refusal: ResponseError | None = None
         self._deadline = time.monotonic() + settings.deadline_s
@@ -121,8 +172,8 @@ class Attempts:
                 raise self._refusal  # the deadline cut the last attempt short: it tells nothing new
             cause = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise ConnectionFailedError(
-                f"{self._url} gave no answer within {self._deadline_s:g} s ({cause}): is the service running, and is "
-                "this its address, http or https?"
+                f"{self._url} gave no answer within {self._deadline_s:g} s{self._through} ({cause}): is the service "
+                "running, and is this its address, http or https?"
             ) from error
         return pause
 

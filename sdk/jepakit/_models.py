@@ -27,8 +27,16 @@ class ModelInfo:
     raw: dict[str, Any] = field(repr=False)
 
 
+def check_asked(model: str | None) -> None:
+    """Raise ConfigError for what names no model: an empty text, or one that leaves its pin open, asks for any."""
+    if model is not None and (not isinstance(model, str) or not model or model.endswith("@")):
+        raise ConfigError(f"model = {model!r}: give NAME or NAME@MODEL_ID")
+
+
 def path_of(name: str) -> str:
-    """Where the service tells of one model, whatever letters its name has."""
+    """Where the service tells of one model, whatever letters its name has. Raises ConfigError where it has none."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name = {name!r}: give a model's name")
     return f"/v1/models/{quote(name, safe='')}"
 
 

@@ -397,6 +397,8 @@ def open_bundle(path: str | Path) -> Bundle:
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise BundleError(f"{path} does not exist: give a bundle's folder") from None
         hint = f"; did you mean {path / 'bundle'}?" if is_bundle(path / "bundle") else ""
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}") from None
     except (OSError, ValueError) as error:

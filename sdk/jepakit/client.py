@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts, Settings
 from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, Limits, windows
 from jepakit._models import ModelInfo as ModelInfo
-from jepakit._models import path_of, read_model, read_models, spec_of
+from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ClientError, ResponseError
 from jepakit.sources import ImageList, gather
 
 if TYPE_CHECKING:
+    import asyncio
+
     import httpx
 
+_CLOSED = "this client is closed: make another"
 _NEVER = threading.Event()
 
 
@@ -57,7 +60,7 @@ class Client:
         each would read the other's answers."""
         import httpx
 
-        self._http = httpx.Client(**self._settings.http)
+        self._http = self._settings.connect(httpx.Client)
         self._places = threading.Semaphore(MOST_AT_ONCE)
         self._process = os.getpid()
 
@@ -104,6 +107,7 @@ class Client:
         Raises ImageError naming the first image that cannot be read, ConfigError for tiles of another size than the
         model's, ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
+        check_asked(model)
         spec = None if tile is None and frame is None else spec_of(self.models(), model, tile)
         listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress)
         job = Job(listed, model, self._limits_for(len(listed), model), spec)
@@ -164,6 +168,8 @@ class Client:
         """One request, tried again against the deadline; CancelledError after `stop`."""
         import httpx
 
+        if self._http.is_closed:
+            raise ClientError(_CLOSED)
         if self._process != os.getpid():
             self._connect()
         with self._places:  # the deadline is the service's: what waits for this client's own requests has not begun
@@ -190,15 +196,17 @@ class AsyncClient:
         self._described: list[ModelInfo] | None = None
         self._connect()
 
+    _loop: asyncio.AbstractEventLoop | None
+
     def _connect(self) -> None:
         """As `Client._connect`."""
         import asyncio
 
         import httpx
 
-        self._http = httpx.AsyncClient(**self._settings.http)
+        self._http = self._settings.connect(httpx.AsyncClient)
         self._places = asyncio.Semaphore(MOST_AT_ONCE)
-        self._process = os.getpid()
+        self._process, self._loop = os.getpid(), None
 
     async def __aenter__(self) -> Self:
         return self
@@ -226,6 +234,7 @@ class AsyncClient:
         """As `Client.embed`."""
         import asyncio
 
+        check_asked(model)
         spec = None if tile is None and frame is None else spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress
@@ -279,8 +288,15 @@ class AsyncClient:
 
         import httpx
 
+        if self._http.is_closed:
+            raise ClientError(_CLOSED)
         if self._process != os.getpid():
             self._connect()
+        self._loop = self._loop or asyncio.get_running_loop()
+        if self._loop is not asyncio.get_running_loop():
+            raise ClientError(
+                "an AsyncClient belongs to the event loop of its first request: make one in each asyncio.run"
+            )
         async with self._places:
             attempts = Attempts(self._settings)
             while True:
@@ -304,6 +320,7 @@ def _golden(bundle: str | Path, model: str | None) -> tuple[ImageList, str, NDAr
     from jepakit import golden
     from jepakit.bundle import GOLDEN, open_bundle
 
+    check_asked(model)
     opened = open_bundle(bundle)
     inputs = golden.unpack(opened.read(GOLDEN))
     inputs.check(opened.manifest.preprocess, opened.manifest.embedding.dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,17 @@ from numpy.typing import NDArray
 
 from jepakit._files import as_path, reason_of, written
 from jepakit.errors import DataError
+
+
+def is_embeddings(path: str) -> bool:
+    """Whether a file is what `Embeddings.save` wrote, by the names of its arrays. Files of other suffixes are not opened."""
+    if not path.endswith(".npz"):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"vectors.npy", "model_id.npy", "ids.npy"} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 @dataclass(frozen=True, eq=False)

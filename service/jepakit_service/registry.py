@@ -101,7 +101,9 @@ class Registry:
             raise ApiError(
                 400, "model_missing", f"several models are loaded, name one of them: {self._known()}", param="model"
             )
-        name, _, pinned = asked.partition("@")
+        name, at, pinned = asked.partition("@")
+        if at and not pinned:
+            raise ApiError(400, "invalid_request", f"{asked[:100]!r} pins no MODEL_ID behind its @", param="model")
         versions = self._by_name.get(name, Versions())
         if pinned:
             for model in versions.loaded():

@@ -338,8 +338,10 @@ def test_a_file_outside_the_bundle_is_refused(bundle: Bundle, outside: str) -> N
 
 
 def test_what_is_no_bundle_says_so_and_points_into_a_run(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"nowhere is not a bundle: it has no manifest\.json"):
+    with pytest.raises(BundleError, match="nowhere does not exist: give a bundle's folder"):
         open_bundle(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
+        open_bundle(tmp_path)
     with pytest.raises(BundleError, match="is not a bundle"):
         open_bundle(bundle.path / WEIGHTS)
     (tmp_path / "run").mkdir()

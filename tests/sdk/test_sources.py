@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError, InputError
 from jepakit.readers import open_raster
 from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, gather, list_images
@@ -111,6 +112,17 @@ def test_bundles_among_the_images_are_passed_over_and_other_manifests_are_not(tm
     after = list_images(tmp_path)
     assert (after.ids, after.labels, after.digest()) == (before.ids, before.labels, before.digest())
     assert len(set(after.labels or ())) == 2
+
+
+def test_embeddings_that_were_saved_among_the_images_are_passed_over(tmp_path: Path) -> None:
+    classes(tmp_path, {"cat": 10, "dog": 10})
+    np.savez(tmp_path / "cat" / "scan.npz", pixels=np.zeros((9, 9, 3), np.uint8))
+    before = list_images(tmp_path)
+    assert "cat/scan.npz" in before.ids
+    Embeddings(np.zeros((1, 2), np.float32), "0" * 16, ("a.png",)).save(tmp_path / "vectors.npz")
+    after = list_images(tmp_path)
+    assert (after.ids, after.labels) == (before.ids, before.labels)
+    assert not any(name.endswith("vectors.npz") for name in list_images(f"{tmp_path}/**").ids)
 
 
 def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:

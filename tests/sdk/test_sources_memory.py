@@ -205,6 +205,24 @@ def test_what_is_no_source_is_refused_with_what_would_be(wrong: Any) -> None:
             take(wrong)
 
 
+def test_an_open_file_is_no_list_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    with (tmp_path / "a.png").open("rb") as file:
+        for opened in (file, io.BytesIO(png())):
+            for take in (list_images, gather):
+                with pytest.raises(DataError, match=r"give an open file's path, or its bytes \(\.read\(\)\)"):
+                    take(opened)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("", "images = '': give a folder"), ("A" * 400, "too long for a file's name")]
+)
+def test_a_text_that_can_be_no_path_is_refused(wrong: str, told: str) -> None:
+    for take in (list_images, gather):
+        with pytest.raises(DataError, match=told):
+            take(wrong)
+
+
 def test_a_stack_of_grey_images_is_told_which_shape_is_wanted() -> None:
     with pytest.raises(DataError, match=r"ndarray, \[5, 9, 9\]: give \[N, H, W, C\] .*or a list of arrays"):
         list_images(np.zeros((5, 9, 9), np.uint8))

@@ -180,6 +180,13 @@ def test_a_damaged_parquet_is_refused(tmp_path: Path) -> None:
         list_images(touch(tmp_path, "m.parquet") / "m.parquet")
 
 
+def test_a_manifest_of_nothing_but_held_out_images_is_embedded(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    found = gather(csv(tmp_path / "m.csv", "path,split", "1.png,test", "2.png,test"))
+    assert found.ids == ("1.png", "2.png")
+    assert found.held_out is None
+
+
 def test_a_split_that_holds_out_nothing_is_as_good_as_none(tmp_path: Path) -> None:
     touch(tmp_path, "1.png")
     assert list_images(csv(tmp_path / "m.csv", "path,split", "1.png,train")).held_out is None
@@ -237,6 +244,9 @@ def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         ({"labels": "fodler"}, r"labels = 'fodler': wanted auto, folder, none, or a file .*; did you mean folder\?"),
         ({"labels": "gone.csv"}, r"labels = 'gone.csv' \(there is no such file\)"),
         ({"group": "patients"}, r"group = 'patients': wanted auto, folder, none"),
+        ({"labels": ["cat"]}, r"labels is of type list: wanted auto, .*; labels of your own go to the probe, fit\("),
+        ({"labels": None}, "labels is of type NoneType: wanted auto"),
+        ({"group": 3}, r"group is of type int: wanted auto, folder, none, or a file [^;]*$"),
     ],
 )
 def test_a_rule_that_is_neither_a_rule_nor_a_file_is_refused(

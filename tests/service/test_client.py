@@ -37,6 +37,7 @@ from jepakit.client import ModelInfo
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
+    ClientError,
     ConfigError,
     ConnectionFailedError,
     ImageError,
@@ -202,6 +203,55 @@ def test_vectors_that_a_bundle_does_not_promise_are_noticed(service: str, bundle
             client.verify(other)
         with pytest.raises(BundleError, match=told):
             asyncio.run(verify(other))
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+@pytest.mark.parametrize("model", ["", "tiny@", 5])
+def test_what_names_no_model_or_pins_none_is_refused(kind: type[Any], service: str, bundle: Path, model: Any) -> None:
+    for call in (
+        lambda client: client.embed(picture(0), model=model, progress=False),
+        lambda client: client.verify(bundle, model=model),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f"model = {model!r}: give NAME or NAME@MODEL_ID")):
+            asked(kind, service, call)
+    if model != "tiny@":
+        with pytest.raises(ConfigError, match="give a model's name"):
+            asked(kind, service, lambda client: client.model(model))
+
+
+def test_a_pin_without_a_model_id_is_refused_by_the_service_too(service: str) -> None:
+    answer = httpx.post(
+        f"{service}/v1/embeddings", params={"model": "tiny@"}, content=picture(0), headers={"Content-Type": "image/png"}
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+    assert "'tiny@' pins no MODEL_ID" in answer.json()["error"]["message"]
+
+
+def test_a_closed_client_says_so(service: str) -> None:
+    with jepakit.Client(service) as client:
+        client.models()
+    with pytest.raises(ClientError, match="this client is closed: make another"):
+        client.models()
+
+    async def ask() -> None:
+        async with jepakit.AsyncClient(service) as client:
+            await client.models()
+        await client.models()
+
+    with pytest.raises(ClientError, match="this client is closed: make another"):
+        asyncio.run(ask())
+
+
+def test_an_async_client_belongs_to_one_event_loop(service: str) -> None:
+    client = jepakit.AsyncClient(service)
+    with asyncio.Runner() as runner:
+        runner.run(client.models())
+        with (
+            asyncio.Runner() as other,
+            pytest.raises(ClientError, match="belongs to the event loop of its first request"),
+        ):
+            other.run(client.models())
+        runner.run(client.close())
 
 
 def test_a_bad_array_is_named_once_and_by_the_callers_name(service: str, bundle: Path) -> None:
@@ -454,6 +504,29 @@ def test_a_certificate_named_by_the_environment_is_trusted(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with _answering([MODELS], context=context_of(certificate)) as url:
         assert asked(kind, url, lambda client: client.models(), deadline_s=2) == []
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_what_the_environment_names_wrongly_is_said_by_its_variable(
+    kind: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "certificate.pem").write_text("not one")
+    for file in (tmp_path / "certificate.pem", tmp_path / "nowhere.pem"):
+        with monkeypatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(file))
+            with pytest.raises(ConfigError, match=rf"SSL_CERT_FILE = '{file}': no certificates can be read there \("):
+                kind("http://127.0.0.1:8000")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for proxy in ("socks5://127.0.0.1:9", "foo://127.0.0.1:9", "http://127.0.0.1:port"):
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        with pytest.raises(ConfigError, match="the proxy that ALL_PROXY names cannot be used") as error:
+            kind("http://embed.example:8000")
+        assert "NO_PROXY" in str(error.value)
+    monkeypatch.setenv("ALL_PROXY", "http://user:secret@127.0.0.1:9")
+    with pytest.raises(ConnectionFailedError, match=r"within 0\.2 s through the proxy that ALL_PROXY names") as dead:
+        asked(kind, "http://embed.example:8000", lambda client: client.models(), deadline_s=0.2)
+    assert "secret" not in str(dead.value)
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
@@ -1004,7 +1077,9 @@ def test_the_examples_of_the_page_run(service: str, folder: Path, tmp_path: Path
     [
         (None, {}, "url = None: give the service's address"),
         (8000, {}, "url = 8000: give the service's address"),
-        ("http://127.0.0.1:8000/v1", {}, "without /v1"),
+        ("http://127.0.0.1:8000/v1", {}, "without /v1, which"),
+        ("http://127.0.0.1:8000/v1/embeddings/", {}, "without /v1/embeddings"),
+        ("http://127.0.0.1:8000/docs", {}, "without /docs"),
         ("http://127.0.0.1:8000", {"timeout_s": "a"}, "timeout_s = 'a': give seconds"),
         ("http://127.0.0.1:8000", {"timeout_s": -1}, "timeout_s = -1: give seconds"),
         ("http://127.0.0.1:8000", {"deadline_s": float("nan")}, "deadline_s = nan: give seconds"),

@@ -45,7 +45,9 @@ def reading(name: str) -> Iterator[None]:
             code="too_large",
         ) from None
     except Exception as error:
-        raise ImageError(f"{name}: damaged or cut short ({type(error).__name__})", code="unreadable") from None
+        raise ImageError(
+            f"{name}: damaged or cut short ({type(error).__name__}): copy it again, or leave it out", code="unreadable"
+        ) from None
 
 
 def check_header(header: Header, name: str, limits: Limits) -> None:
@@ -57,7 +59,8 @@ def check_header(header: Header, name: str, limits: Limits) -> None:
         )
     if min(header.width, header.height) < MIN_SIDE:
         raise ImageError(
-            f"{name}: {header.width} × {header.height} pixels, the least is {MIN_SIDE} a side", code="too_small"
+            f"{name}: {header.width} × {header.height} pixels, the least is {MIN_SIDE} a side: leave it out",
+            code="too_small",
         )
 
 

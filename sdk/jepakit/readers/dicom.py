@@ -295,6 +295,9 @@ def _refuse_unread(dataset: Any, name: str) -> None:
         raise ImageError(f"{name}: DICOM colour of {bits} bits: convert it to 8 bits", code="unsupported_mode")
     if kind == _PALETTE and "RedPaletteColorLookupTableData" not in dataset:
         raise ImageError(f"{name}: a DICOM palette in segments or by name: convert it to RGB", code="unsupported_mode")
+    for tag in ("RescaleSlope", "RescaleIntercept"):
+        if tag in dataset and dataset.get(tag) in (None, ""):
+            raise ImageError(f"{name}: its {tag} is empty: give it a number, or remove it", code="unsupported_mode")
 
 
 def _of_frame(dataset: Any, frame: int) -> Any:

@@ -35,6 +35,7 @@ _REFUSED: tuple[tuple[bytes, tuple[str, str]], ...] = (
     (b"\x89HDF\r\n\x1a\n", ("an HDF5 file", "save each image as TIFF or .npy")),
     (b"\x1f\x8b", ("a gzip file", "unpack it")),
     (b"%PDF", ("a PDF file", "render it to PNG")),
+    (b"version https://git-lfs", ("a pointer to the image, which Git LFS keeps", "fetch it: git lfs pull")),
     (b"\x80\x02", _PICKLE),
     (b"\x80\x03", _PICKLE),
     (b"\x80\x04", _PICKLE),
@@ -56,6 +57,8 @@ def sniff(head: bytes, name: str) -> Family:
             return family
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "pillow"
+    if not head:
+        raise ImageError(f"{name}: an empty file: copy it again, or leave it out", code="unsupported_format")
     known = _known(head, PurePath(name).name.lower())
     if known is not None:
         kind, remedy = known
@@ -71,7 +74,9 @@ def unsupported(name: str, kind: str, remedy: str) -> ImageError:
 def not_an_image(name: str) -> ImageError:
     """The refusal of what no reader knows."""
     return ImageError(
-        f"{name}: not an image this version reads ({FORMATS}), or its header is damaged", code="unsupported_format"
+        f"{name}: not an image this version reads ({FORMATS}), or its header is damaged: save it as one of these, or leave "
+        "it out",
+        code="unsupported_format",
     )
 
 
@@ -83,9 +88,11 @@ def _known(head: bytes, filename: str) -> tuple[str, str] | None:
             return refusal
     if head[4:8] == b"ftyp":
         return "a HEIC, AVIF or video file", "save it as JPEG or PNG"
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page", "download the image itself"
     if head.lstrip()[:5] == b"<?xml" or b"<svg" in head[:1024]:
         return "an SVG or XML file", "render it to PNG"
-    if head and filename.endswith((".dcm", ".dicom")):
+    if filename.endswith((".dcm", ".dicom")):
         return (
             "perhaps a DICOM file, but without its preamble",
             "rewrite it (pydicom: dcmread(file, force=True).save_as(file, enforce_file_format=True))",

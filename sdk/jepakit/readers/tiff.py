@@ -241,7 +241,15 @@ class TiffRaster(BaseRaster):
         tag = self._series.keyframe.tags.get(_GDAL_NODATA)
         if tag is None:
             return None
-        value = float(str(tag.value).strip(" \0"))
+        text = str(tag.value).strip(" \0")
+        try:
+            value = float(text)
+        except ValueError:
+            raise ImageError(
+                f"{self._encoded.name}: its no-data value (GDAL_NODATA) is {text[:20]!r}, no number: correct it "
+                "(gdal_edit.py -a_nodata VALUE), or leave it out (gdal_edit.py -unsetnodata)",
+                code="unsupported_mode",
+            ) from None
         if self._white_is_zero:
             return self._top - value
         with np.errstate(over="ignore"):

@@ -13,6 +13,7 @@ import numpy as np
 
 from jepakit._files import reason_of, with_home
 from jepakit._messages import counted
+from jepakit.embeddings import is_embeddings
 from jepakit.errors import DataError
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
@@ -26,16 +27,19 @@ from jepakit.sources.zips import find_in_zips
 LISTED = "a list of files"
 _ARCHIVES = (".tar", ".zip")
 _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LONGEST_NAME = 255  # letters of a file or folder, on Linux
 _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an archive (.tar, .zip) or an image file"
 
 
-def find(images: Any, *, with_labels: bool, with_groups: bool) -> Found:
-    """The images that `images` names. Labels and groups that have to be read are looked for only if asked for.
+def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool) -> Found:
+    """The images that `images` names. Labels, groups and splits that have to be read are looked for only if asked for.
 
     Raises DataError when it is of no known kind, does not exist, or holds no images.
     """
     if isinstance(images, str | Path):
-        return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups)
+        return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups, with_splits=with_splits)
+    if hasattr(images, "read"):
+        raise DataError(f"images of type {type(images).__name__}: give an open file's path, or its bytes (.read())")
     if isinstance(images, Iterator) or _is_column(images):
         images = list(images)
     if isinstance(images, np.ndarray) and images.ndim in (2, 3):
@@ -68,13 +72,17 @@ def _is_sequence(images: Any) -> bool:
     return hasattr(images, "__len__") and hasattr(images, "__getitem__")
 
 
-def _find_at(source: str, *, with_labels: bool, with_groups: bool) -> Found:
+def _find_at(source: str, *, with_labels: bool, with_groups: bool, with_splits: bool) -> Found:
     path = Path(source)
+    if not source:
+        raise DataError(f"images = '': give {_KINDS}")
+    if max(map(len, path.parts)) > _LONGEST_NAME:
+        raise DataError(f"images = {source[:40]!r}…: too long for a file's name; give {_KINDS}, or a file's bytes")
     if path.is_dir():
         return _find_in_folder(source, with_labels=with_labels)
     if path.is_file():
         if suffix(source) in TABLES:
-            return find_in_manifest(source, with_labels=with_labels, with_groups=with_groups)
+            return find_in_manifest(source, with_labels=with_labels, with_groups=with_groups, with_splits=with_splits)
         if _is_archive(source):
             return _find_in_archives([source], with_labels=with_labels)
         return Found(Files(str(path.parent), (path.name,)), (path.name,), kind="a single file")
@@ -87,7 +95,7 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
     names, archives, others = [], [], []
     try:
         for name in walk(folder):
-            if suffix(name) in SUFFIXES:
+            if suffix(name) in SUFFIXES and not is_embeddings(os.path.join(folder, name)):  # noqa: PTH118
                 names.append(name)
             elif _is_archive(name):
                 archives.append(name)
@@ -112,7 +120,7 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
     # What lies in hidden folders that the pattern itself names is wanted.
     strangers = set(not_files("", matches))
     files = [name for name in matches if name not in strangers]
-    ids = tuple(name for name in files if is_image(name.rpartition("/")[2]))
+    ids = tuple(name for name in files if is_image(name.rpartition("/")[2]) and not is_embeddings(name))
     archives = [name for name in files if _is_archive(name)]
     others = [name for name in files if suffix(name) not in SUFFIXES and not _is_archive(name)]
     if ids:

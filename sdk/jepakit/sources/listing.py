@@ -40,7 +40,7 @@ def list_images(
                share of the files that tiles or frames are to be cut from that may be left out since they cannot be
                opened; with 0, ImageError names the first
 
-    Hidden files and bundles are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
+    Hidden files, bundles and saved embeddings are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
     contradicts itself, ConfigError for settings that are wrong by themselves.
     """
     return _list(
@@ -79,7 +79,7 @@ def _check_listed_once(found: Found) -> None:
 def _list(
     source: Any, labels: str | Path, group: str | Path, cut: Cut, *, embedding: bool, most_unreadable: float
 ) -> ImageList:
-    found = find(source, with_labels=labels == "auto", with_groups=group == "auto")
+    found = find(source, with_labels=labels == "auto", with_groups=group == "auto", with_splits=not embedding)
     if not embedding:
         _check_listed_once(found)
     chosen, label_note = choose_labels(found, labels, embedding=embedding)

@@ -15,12 +15,13 @@ from jepakit.sources.store import Found, repeated
 from jepakit.sources.table import Table, read_table
 
 
-def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool) -> Found:
+def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool, with_splits: bool) -> Found:
     """The images of a manifest, in its order; paths are relative to the manifest's folder.
 
-    Columns of labels and groups are read only if asked for. Raises DataError for rows that cannot be used.
+    Columns of labels, groups and splits are read only if asked for. Raises DataError for rows that cannot be used.
     """
-    asked = [role for role, wanted in (("label", with_labels), ("group", with_groups), ("split", True)) if wanted]
+    roles = (("label", with_labels), ("group", with_groups), ("split", with_splits))
+    asked = [role for role, wanted in roles if wanted]
     table = read_table(file, ("path",), asked)
     ids = tuple(posixpath.normpath(path) for path in table.columns["path"])
     root = os.path.dirname(file)  # noqa: PTH120 (stays text)

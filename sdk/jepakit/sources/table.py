@@ -71,6 +71,11 @@ def is_rule(rule: str, rules: Sequence[str]) -> bool:
 
 def check_rule(setting: str, rule: str | Path, rules: Sequence[str], *, column: str) -> str:
     """`rule` as text: one of the rules, or the name of a table that is there; ConfigError otherwise."""
+    if not isinstance(rule, str | os.PathLike):
+        own = "; labels of your own go to the probe, fit(vectors, labels)" if setting == "labels" else ""
+        raise ConfigError(
+            f"{setting} is of type {type(rule).__name__}: wanted {', '.join(rules)}, or a file {', '.join(TABLES)}{own}"
+        )
     text = with_home(rule)
     if is_rule(text, rules):
         return text

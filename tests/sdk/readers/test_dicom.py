@@ -86,6 +86,13 @@ def item(**tags: Any) -> Dataset:
 # Grey
 
 
+@pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept"])
+def test_an_empty_rescale_is_refused_by_its_name(empty: str) -> None:
+    tags: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": -1024, empty: None}
+    with pytest.raises(ImageError, match=f"its {empty} is empty: give it a number, or remove it"):
+        read(make(ramp("int16", -100), **tags))
+
+
 def test_grey_comes_back_in_real_units() -> None:
     stored = ramp("int16", -100)
     got = read(make(stored, RescaleSlope=2, RescaleIntercept=-1024))

@@ -46,6 +46,9 @@ def png(width: int = 30, height: int = 20) -> bytes:
         (b"\x89HDF\r\n\x1a\n", "HDF5"),
         (gzip.compress(b"x"), "gzip"),
         (b"%PDF-1.7", "PDF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        (b"<html><body>404</body></html>", "web page"),
         (b'<?xml version="1.0"?><svg/>', "SVG"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b"\x80\x04\x95", "pickle"),
@@ -58,6 +61,12 @@ def test_known_formats_that_are_not_read_are_named(data: bytes, word: str, tmp_p
     file.write_bytes(data + b"\1" * 200)
     for source in (file, data + b"\1" * 200):
         assert word in refused(source, "unsupported_format")
+
+
+def test_an_empty_file_is_called_that(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "scan.png").write_bytes(b"")
+    for source in (tmp_path / "scan.png", b""):
+        assert "an empty file: copy it again" in refused(source, "unsupported_format")
 
 
 @pytest.mark.parametrize(("name", "word"), [("brain.nii.gz", "NIfTI"), ("brain.nii", "NIfTI"), ("old.DCM", "DICOM")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -196,6 +197,13 @@ def test_orientation_turns_the_whole_and_its_windows(orientation: int, dtype: st
     upright = read(buffer.getvalue())
     np.testing.assert_array_equal(read(data), upright)
     np.testing.assert_array_equal(read(data, Window(2, 5, 9, 11)), upright[5:16, 2:11])
+
+
+@pytest.mark.parametrize("text", ["none", "n/a", "0 0 0", "1.#QNAN", " "])
+def test_a_nodata_value_that_is_no_number_is_refused_by_what_it_is(text: str) -> None:
+    data = encode(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, text, True)])
+    with pytest.raises(ImageError, match=rf"GDAL_NODATA\) is '{re.escape(text.strip())}', no number: .*-unsetnodata"):
+        open_raster(data)
 
 
 def test_nodata_is_the_value_that_pixels_hold() -> None:
