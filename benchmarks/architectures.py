@@ -460,7 +460,7 @@ def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list
         "# What works", "",
         f"**{len(fine)} of {len(listed)} timm architectures export, and ONNX Runtime gives torch's vectors, with 3 and "
         f"with 5 bands**: at batch sizes {batches} by a relative error of at most {worst:.1e} (1e-4 is the most that "
-        "`jepakit export` lets through).", "",
+        "`jepakit export` lets through in fp32).", "",
         *([f"**{sum(row.trains for row in tried)} of {len(tried)} train.**", ""] if tried else []),
         f"Measured with {', '.join(f'{name} {version}' for name, version in versions.items())}, on a CPU, by", "",
         f"    {command}", "",

@@ -53,7 +53,7 @@ def main() -> None:
         assert bundle.manifest.graph is not None
         print(f"     {bundle.path}  relative error {bundle.manifest.graph.relative_error:.1e}")
 
-    say("4/6  starting the service (Ray Serve, loopback only)")
+    say("4/6  starting the service (Ray Serve, its HTTP on loopback)")
     with service(OUT / "bundles", OUT / "service.log") as url, jepakit.Client(url) as client:
         say("5/6  embedding over HTTP, fitting probes in the client")
         embedded, rate = {}, 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
 import tomllib
@@ -116,6 +117,8 @@ def adapt(
         if not str(stop):
             print("stopped", file=sys.stderr)
         raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") != "0":  # of several under a launcher one speaks
+        return
     comparison = run.comparison
     if as_json:
         print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))

@@ -1,4 +1,4 @@
-"""The ONE preprocess, which training, export, service and client all call.
+"""The ONE way from a file to pixels, for training, export, service and client.
 
 `read_image` turns a file (or bytes, or an array) into the kind of pixels that a model takes, uint8 or raw
 float32, and refuses by name what it cannot read correctly: nothing is ever silently white. `fit` resizes and

@@ -1,7 +1,7 @@
 """A run of adaptation on disk: its settings, its log and its result.
 
 RUN/
-  config.toml       the resolved settings
+  config.toml       the resolved settings (holds paths: keep it private)
   environment.json  versions, and a fingerprint of the data
   metrics.jsonl     a line per logged step
   skipped.csv       images that could not be read, and why (holds paths: keep it private)

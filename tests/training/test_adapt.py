@@ -26,6 +26,7 @@ from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit_training import checkpoint
+from jepakit_training.learner import Learner
 
 STEPS, WARMUP_STEPS = 22, 6
 BACKBONES = ("test_resnet", "test_vit")
@@ -56,6 +57,28 @@ def finished(adapt: Adapt, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_that_broke_off_before_a_checkpoint_begins_anew_and_says_so(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real = Learner.step
+
+    def step(self: Learner, number: int, views: Any) -> Any:
+        if number == 12:
+            raise RuntimeError("the power is cut")
+        return real(self, number, views)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        with pytest.raises(RuntimeError, match="power"):
+            adapt(tmp_path / "run")
+    assert "beginning anew" not in capsys.readouterr().err
+    assert not list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))
+    run = adapt(tmp_path / "run")
+    assert "no checkpoint had been saved: beginning anew" in capsys.readouterr().err
+    assert equal(weights_of(run), weights_of(finished("test_vit")))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -27,7 +27,8 @@ from jepakit import errors
 from jepakit.bundle import WEIGHTS
 from jepakit.errors import ConfigError, ImageError, JepakitError
 from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
-from jepakit_training import checkpoint, launch
+from jepakit.sources import list_images
+from jepakit_training import checkpoint, launch, run_folder
 from jepakit_training.endings import read_endings, reporting_ending
 
 JEPAKIT = Path(sys.executable).with_name("jepakit")
@@ -128,7 +129,13 @@ def test_an_error_in_a_process_is_the_same_error_here(scripted: Scripted, source
     assert scripted.stdout[1].startswith(f"refused {source.weights} does not fit test_resnet: missing:")
 
 
-def test_another_number_of_processes_does_not_go_on_with_a_run(scripted: Scripted, source: Source) -> None:
+def test_another_number_of_processes_does_not_go_on_with_a_run(
+    scripted: Scripted, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        with pytest.raises(ConfigError, match="started by 2 processes, now there are 1: have the launcher start 2, or"):
+            run_folder._check_same(scripted.out / "two", list_images(source.images))
     with pytest.raises(ConfigError, match=r"started by 2 processes, now there are 1: say --processes 2"):
         jepakit.adapt(source.images, out=scripted.out / "two", weights=str(source.weights), **SETTINGS)
 
@@ -311,6 +318,9 @@ def training(source: Source, tmp_path: Path) -> Iterator[Training]:
             time.sleep(0.1)
         ranks = psutil.Process(process.pid).children()
         assert len(ranks) == 2
+        for one in (psutil.Process(process.pid), *ranks):
+            heard = [link.laddr.ip for link in one.net_connections("inet") if link.status == psutil.CONN_LISTEN]
+            assert all(ip in ("127.0.0.1", "::ffff:127.0.0.1") for ip in heard), heard
         yield Training(out, process, sorted(ranks, key=lambda each: int(each.environ()["RANK"])))
     finally:
         for each in ranks:
@@ -414,6 +424,7 @@ def test_torchrun_needs_nothing_else(source: Source, tmp_path: Path) -> None:
         env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("next: jepakit export") == 1
     run = jepakit.open_run(tmp_path / "run")
     assert json.loads((run.path / ENVIRONMENT).read_text())["processes"] == 2
     one = jepakit.adapt(source.images, out=tmp_path / "one", weights=str(source.weights), **SETTINGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,8 +114,11 @@ def processes(config: AdaptConfig, images: ImageList) -> int:
 def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path) -> Run:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
-    # The store where they meet lies in this process: a port that one of them had to bind might be taken by then.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # The store where they meet lies in this process: a port that one of them had to bind might be taken by then. It is given
+    # a socket of ours, for by itself it listens on every interface, and takes whoever comes.
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     with tempfile.TemporaryDirectory(prefix="jepakit-") as folder:
         group = _Group(processes, store.port, Path(folder), str(out))
         try:

@@ -34,7 +34,7 @@ from jepakit.bundle import (
 from jepakit.config import AdaptConfig
 from jepakit.errors import BundleError, ConfigError, DataError, TrainingError
 from jepakit.evaluate import Comparison
-from jepakit.run import BUNDLE, CHECKPOINTS, SKIPPED, START, Run
+from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.cache import open_cache
@@ -292,6 +292,8 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
         learner.load_state_dict(found[1])
         if accelerator.is_main_process:
             print(f"going on from step {step}", file=sys.stderr)
+    elif accelerator.is_main_process and (folder.parent / METRICS).exists():
+        print("no checkpoint had been saved: beginning anew", file=sys.stderr)
     return step
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import tomli_w
 
 from jepakit._files import reason_of, replacing
+from jepakit._messages import counted
 from jepakit.bundle import versions_of
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
@@ -197,8 +198,9 @@ def _strangers(out: Path) -> list[str]:
 def _check_same(out: Path, images: ImageList) -> None:
     go_on, environment = _go_on(out), _environment(out)
     if (processes := environment.get("processes", ranks.world_size())) != ranks.world_size():
+        again = f"have the launcher start {processes}" if ranks.has_launcher() else f"say --processes {processes}"
         raise ConfigError(
-            f"{out} was started by {processes} processes, now there are {ranks.world_size()}: say --processes {processes}, or {go_on}"
+            f"{out} was started by {counted(processes, 'process')}, now there are {ranks.world_size()}: {again}, or {go_on}"
         )
     if environment.get("data") != images.digest():
         raise DataError(
