@@ -3,8 +3,8 @@
     python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR] [--provider cuda] [--replicas N]
 
 The same image, graph and clients for all: the raw loop (decode, preprocess, ONNX Runtime, no HTTP), `jepakit serve`
-with and without Ray (with --replicas on Ray with so many, too), and with --peers FastAPI + ONNX Runtime, LitServe and BentoML, each in an environment in DIR that
-is made where it is missing; all of them on the CPU, or all on one GPU. Every server gives the raw loop's vector before it is timed.
+with and without Ray (with --replicas on Ray with so many, too), and with --peers FastAPI + ONNX Runtime, LitServe and
+BentoML, each in an environment in DIR that is made where it is missing; all of them on the CPU, or all on one GPU. Every server gives the raw loop's vector before it is timed.
 
 Blocks of a few seconds go round in random order, the raw loop beside every one of them; a block's images/s are compared
 with those of the raw loop next to it. Servers stay up, stopped outside their own blocks. Prints Markdown tables, the goals and whether they

@@ -130,6 +130,13 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
     assert list_images(tmp_path / ".data").ids == ("a.png",)
 
 
+def test_the_folder_one_is_in_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.png")
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "./", Path()):
+        assert list_images(name).ids == ("a.png",)
+
+
 def test_a_folder_named_like_an_image_is_still_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "set.png/a.png")
     assert list_images(tmp_path).ids == ("set.png/a.png",)

@@ -215,7 +215,7 @@ def test_an_open_file_is_no_list_of_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("", "images = '': give a folder"), ("A" * 400, "too long for a file's name")]
+    ("wrong", "told"), [("", "images = '': give a folder"), ("A" * 400, "images = 'A{200}': File name too long; give")]
 )
 def test_a_text_that_can_be_no_path_is_refused(wrong: str, told: str) -> None:
     for take in (list_images, gather):

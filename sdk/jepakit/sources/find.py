@@ -27,7 +27,6 @@ from jepakit.sources.zips import find_in_zips
 LISTED = "a list of files"
 _ARCHIVES = (".tar", ".zip")
 _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_LONGEST_NAME = 255  # letters of a file or folder, on Linux
 _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an archive (.tar, .zip) or an image file"
 
 
@@ -76,9 +75,11 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool, with_splits: 
     path = Path(source)
     if not source:
         raise DataError(f"images = '': give {_KINDS}")
-    if max(map(len, path.parts)) > _LONGEST_NAME:
-        raise DataError(f"images = {source[:40]!r}…: too long for a file's name; give {_KINDS}, or a file's bytes")
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # of a name that is too long, or a folder that may not be entered
+        raise DataError(f"images = {source[:200]!r}: {reason_of(error)}; give {_KINDS}, or a file's bytes") from None
+    if is_folder:
         return _find_in_folder(source, with_labels=with_labels)
     if path.is_file():
         if suffix(source) in TABLES:

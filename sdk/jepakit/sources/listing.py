@@ -40,8 +40,8 @@ def list_images(
                share of the files that tiles or frames are to be cut from that may be left out since they cannot be
                opened; with 0, ImageError names the first
 
-    Hidden files, bundles and saved embeddings are passed over; nothing is decoded. Raises DataError when there is nothing to read or the source
-    contradicts itself, ConfigError for settings that are wrong by themselves.
+    Hidden files, bundles and saved embeddings are passed over; nothing is decoded. Raises DataError when there is nothing to
+    read or the source contradicts itself, ConfigError for settings that are wrong by themselves.
     """
     return _list(
         images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, most_unreadable=most_unreadable
