@@ -317,7 +317,7 @@ class Bundle:
 
     def _verified(self, name: str, take: Callable[[Path], _Taken], digest: Callable[[_Taken], str]) -> _Taken:
         if name not in self.manifest.files:
-            hint = "; run `jepakit export` on it first" if name == GRAPH else ""
+            hint = "; run `jepakit export` on it first" if self.manifest.graph is None else ""
             raise BundleError(f"bundle {self.path} has no {name}{hint}")
         file = self.path / name
         try:
@@ -398,7 +398,7 @@ def open_bundle(path: str | Path) -> Bundle:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         if not path.exists():
-            raise BundleError(f"{path} does not exist: give a bundle's folder") from None
+            raise BundleError(f"{path} is not a bundle: there is no such folder") from None
         hint = f"; did you mean {path / 'bundle'}?" if is_bundle(path / "bundle") else ""
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}") from None
     except (OSError, ValueError) as error:

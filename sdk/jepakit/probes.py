@@ -395,7 +395,9 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
     if y is None and isinstance(X, Embeddings):
         y = X.labels
     if y is None:
-        raise DataError("no labels: embed a folder with one subfolder per class, or pass y")
+        raise DataError(
+            "no labels: embed a folder with one subfolder per class, or with labels from a CSV file, or pass y"
+        )
     try:
         labels = np.asarray(y)
     except ValueError:

@@ -309,8 +309,9 @@ def test_an_extra_folder_is_named(bundle: Bundle) -> None:
 
 def test_asking_for_a_graph_before_export_says_how_to_get_one(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", make_manifest(graph=None), lambda folder: save_file(TENSORS, folder / WEIGHTS))
-    with pytest.raises(BundleError, match=r"has no model\.onnx; run `jepakit export`"):
-        open_bundle(tmp_path / "b").read(GRAPH)
+    for name in (GRAPH, GOLDEN):
+        with pytest.raises(BundleError, match=rf"has no {name}; run `jepakit export`"):
+            open_bundle(tmp_path / "b").read(name)
 
 
 def test_another_schema_version_is_told_from_damage(bundle: Bundle) -> None:
@@ -338,7 +339,7 @@ def test_a_file_outside_the_bundle_is_refused(bundle: Bundle, outside: str) -> N
 
 
 def test_what_is_no_bundle_says_so_and_points_into_a_run(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="nowhere does not exist: give a bundle's folder"):
+    with pytest.raises(BundleError, match="nowhere is not a bundle: there is no such folder"):
         open_bundle(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json"):
         open_bundle(tmp_path)

@@ -207,6 +207,8 @@ def test_a_file_listed_twice_is_no_two_images_to_train_on(tmp_path: Path) -> Non
 
 def test_missing_files_of_a_list_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
+    with pytest.raises(DataError, match=r"\*\.png is no file: give a glob alone, not in a list \(1 of 1 files"):
+        list_images([tmp_path / "*.png"])
     with pytest.raises(DataError, match=r"x\.png does not exist \(2 of 3 files are missing\)"):
         list_images([tmp_path / "a.png", tmp_path / "x.png", tmp_path / "y.png"])
 

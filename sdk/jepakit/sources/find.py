@@ -140,7 +140,11 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
 def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
     missing = not_files("", paths)
     if missing:
-        what = "is a folder: give its images, or it alone" if Path(missing[0]).is_dir() else "does not exist"
+        what = "does not exist"
+        if Path(missing[0]).is_dir():
+            what = "is a folder: give its images, or it alone"
+        elif glob.has_magic(missing[0]):
+            what = "is no file: give a glob alone, not in a list"
         raise DataError(f"{missing[0]} {what} ({len(missing)} of {len(paths)} files are missing)")
     archives = [path for path in paths if _is_archive(path)]
     if archives and len(archives) == len(paths):
