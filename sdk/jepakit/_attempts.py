@@ -92,10 +92,10 @@ class Settings:
         try:
             return kind(**self.http)
         except (ImportError, ValueError, httpx.InvalidURL) as error:
-            told = next((name for name in os.environ if name.lower() in _PROXIES), "a proxy's variable")
+            told = ", ".join(name for name in os.environ if name.lower() in _PROXIES)
             raise ConfigError(
-                f"the proxy that {told} names cannot be used ({lines_of(error)[0]}): correct it, unset it, or name the "
-                "service's host in NO_PROXY"
+                f"the environment's proxy ({told}) cannot be used ({lines_of(error)[0]}): correct it, unset it, or name "
+                "the service's host in NO_PROXY"
             ) from None
 
 

@@ -520,7 +520,7 @@ def test_what_the_environment_names_wrongly_is_said_by_its_variable(
         monkeypatch.delenv(name, raising=False)
     for proxy in ("socks5://127.0.0.1:9", "foo://127.0.0.1:9", "http://127.0.0.1:port"):
         monkeypatch.setenv("ALL_PROXY", proxy)
-        with pytest.raises(ConfigError, match="the proxy that ALL_PROXY names cannot be used") as error:
+        with pytest.raises(ConfigError, match=r"the environment's proxy \(ALL_PROXY\) cannot be used") as error:
             kind("http://embed.example:8000")
         assert "NO_PROXY" in str(error.value)
     monkeypatch.setenv("ALL_PROXY", "http://user:secret@127.0.0.1:9")
