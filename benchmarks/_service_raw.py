@@ -54,7 +54,7 @@ class RawEngine:
         )
         self._sessions = {
             threads: Session.open(opened, provider=provider, threads=threads)
-            for threads in {cores, *(threads for _, threads in self._spread)}
+            for threads in {threads for _, threads in self._spread}
         }
         self._cores, self._way = cores, Way(1, cores, 1)
         self._pool = ThreadPoolExecutor(2 * cores)
