@@ -18,7 +18,10 @@ from jepakit import __version__
 from jepakit._files import as_path, prepare_place, reason_of
 from jepakit.errors import ConfigError, JepakitError
 
-_IMAGES = "folder, glob or file of images; CSV or Parquet manifest; .tar shards; ZIP"
+_Images = Annotated[
+    list[str],
+    typer.Argument(help="folder, glob or files of images; CSV or Parquet manifest; .tar shards; ZIP"),
+]
 _TILE = "pixels a side of the tiles that large images are cut into"
 _OVERLAP = "pixels that neighbouring tiles share"
 _FRAME = "of multi-frame files: which, from 0, or each"
@@ -64,7 +67,7 @@ def options(
 
 @app.command()
 def adapt(
-    images: Annotated[str, typer.Argument(help=_IMAGES)],
+    images: _Images,
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
     backbone: Annotated[str | None, typer.Option(help="timm name [vit_small_patch14_reg4_dinov2.lvd142m]")] = None,
     weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle")] = None,
@@ -108,11 +111,11 @@ def adapt(
     )  # fmt: skip
     settings.pop("images", None)
     if dry_run:
-        estimate = run_dry(images, **{key: value for key, value in settings.items() if key != "out"})
+        estimate = run_dry(_source(images), **{key: value for key, value in settings.items() if key != "out"})
         print(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
         return
     try:
-        run = run_adapt(images, **settings)
+        run = run_adapt(_source(images), **settings)
     except KeyboardInterrupt as stop:  # one with a message has been reported: where training stopped
         if not str(stop):
             print("stopped", file=sys.stderr)
@@ -132,7 +135,7 @@ def adapt(
 
 @app.command()
 def inspect(
-    images: Annotated[str, typer.Argument(help=_IMAGES)],
+    images: _Images,
     sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
     domain: Annotated[str | None, typer.Option(help="preset of views to draw [the suggested one]")] = None,
@@ -152,7 +155,7 @@ def inspect(
         set_, domain=domain, image_size=image_size, tile=tile, overlap=overlap, labels=labels, group=group,
         frame=_number_or_word(frame), value_range=_range_or_word(value_range),
     )  # fmt: skip
-    seen = run_inspection(images, sheet=sheet, **settings)
+    seen = run_inspection(_source(images), sheet=sheet, **settings)
     print(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
 
@@ -259,7 +262,7 @@ def deploy(
 
 @app.command()
 def embed(
-    images: Annotated[str, typer.Argument(help=_IMAGES)],
+    images: _Images,
     out: Annotated[Path, typer.Option(help="the .npz file to write")],
     url: Annotated[str | None, typer.Option(help="a service")] = None,
     bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
@@ -283,12 +286,12 @@ def embed(
         from jepakit.client import Client
 
         with Client(url) as client:
-            embeddings = client.embed(images, model=model, **options)
+            embeddings = client.embed(_source(images), model=model, **options)
     else:
         from jepakit.session import load
 
         assert bundle is not None
-        embeddings = load(bundle).embed(images, **options)
+        embeddings = load(bundle).embed(_source(images), **options)
     embeddings.save(out)
     labels = "no labels" if embeddings.labels is None else f"{len(set(embeddings.labels))} labels"
     print(
@@ -340,6 +343,11 @@ def probe_predict(
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
     for name, row in zip(vectors.ids, fitted.predict_proba(vectors), strict=True):
         print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
+
+
+def _source(images: list[str]) -> str | list[str]:
+    """One argument may be any source; several, as the shell makes of a glob without quotes, are a list of files."""
+    return images[0] if len(images) == 1 else images
 
 
 def _exit_on_signals() -> None:

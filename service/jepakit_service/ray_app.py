@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from jepakit._messages import parse
-from jepakit.errors import ServeError
+from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
 from jepakit_service.listeners import announce_when_ready, free_port, print_listeners
 from jepakit_service.settings import ServeSettings
@@ -105,9 +105,13 @@ def _drive(settings: ServeSettings) -> None:
     folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-"))
     os.environ.update(_environment(settings, folder))  # Ray reads it at import
     import psutil
-    import ray
-    from ray import serve
-    from ray.serve.config import HTTPOptions
+
+    try:
+        import ray
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+    except ImportError as error:
+        raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
 
     # For the processes that Ray starts: this one has no loop that Ray could share.
     os.environ.update(_REPLICAS)

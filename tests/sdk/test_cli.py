@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from jepakit import Embeddings
 from jepakit._frontdoor import _NEEDS
@@ -100,6 +102,15 @@ def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(t
         run("embed", tmp_path, "--bundle", tmp_path, "--model", "x", "--out", tmp_path / "e.npz")
     with pytest.raises(AssertionError, match=r"e.csv: what is written is a .npz file"):
         run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "e.csv")
+
+
+def test_a_glob_that_the_shell_has_resolved_is_a_list_of_files(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.effect_noise((40, 40), 50).save(tmp_path / name)
+    told = run("inspect", *sorted(tmp_path.glob("?.png")), "--json", "--sheet", tmp_path / "sheet.png")
+    assert json.loads(told)["n_images"] == 3
+    with pytest.raises(AssertionError, match=r"is a folder: give its images, or it alone \(1 of 2 files are missing\)"):
+        run("embed", tmp_path / "a.png", tmp_path, "--url", "http://127.0.0.1:1", "--out", tmp_path / "e.npz")
 
 
 @pytest.mark.parametrize(

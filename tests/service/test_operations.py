@@ -31,7 +31,7 @@ from jepakit import _machine
 from jepakit.images import Pixels
 from jepakit_service import gate, heartbeat, logs, memory, models, operations, tracing
 from jepakit_service.api import build_app
-from jepakit_service.listeners import open_listeners
+from jepakit_service.listeners import free_port, open_listeners
 from jepakit_service.metrics import merge
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
@@ -641,6 +641,19 @@ def test_traces_without_their_extra_are_refused_by_its_name(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp", None)  # as where Ray brought other exporters alone
     with pytest.raises(jepakit.errors.MissingExtraError, match="tracing"):
         tracing.wanted()
+
+
+def test_a_ray_without_serve_is_told_in_a_line(bundle: Path) -> None:
+    """As after `pip install ray`, or where one of its own parts is missing."""
+    program = "import sys; sys.modules['ray.serve'] = None; from jepakit.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "serve", bundle, "--port", str(free_port())],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: Ray Serve cannot be imported (")
+    assert ended.stderr.endswith("pip install 'jepakit[serve]'\n")
+    assert "Traceback" not in ended.stderr
 
 
 def test_one_process_listens_on_its_one_port_alone(bundle: Path) -> None:

@@ -93,6 +93,13 @@ def test_a_small_folder_shrinks_the_batch_and_says_so() -> None:
         plan(images=15)
 
 
+def test_an_image_size_that_is_rounded_says_so() -> None:
+    rounded = plan(image_size=47)
+    assert rounded.image_size == 48
+    assert "image_size = 48 instead of 47: test_vit takes multiples of 16" in rounded.notes
+    assert not any("instead of" in note for note in plan(image_size=48).notes)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_rank_holds_equally_many_images(world: int) -> None:
     assert plan(world=world).batch_size % world == 0

@@ -152,6 +152,12 @@ def _count_steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
 def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
     """Pixels a side of global and of local views, with notes; ConfigError where the backbone does not take them."""
     image_size = fitting_size(backbone, config.image_size)
+    notes = []
+    if image_size != config.image_size:
+        multiple = size_multiple(backbone)
+        notes.append(
+            f"image_size = {image_size} instead of {config.image_size}: {config.backbone} takes multiples of {multiple}"
+        )
     if not _takes(backbone, bands, image_size):
         own = backbone.pretrained_cfg["input_size"][-1]
         raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take it; its own is {own}")
@@ -161,9 +167,9 @@ def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -
             f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
         )
     if views.n_local and not _takes(backbone, bands, local_size):
-        note = f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px"
-        return image_size, image_size, [note]
-    return image_size, local_size, []
+        notes.append(f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px")
+        return image_size, image_size, notes
+    return image_size, local_size, notes
 
 
 def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "trained"]:
