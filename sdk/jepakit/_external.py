@@ -8,6 +8,7 @@ The file is safetensors, whose own table says again what lies where: graph and t
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cache
 from mmap import mmap
@@ -75,7 +76,7 @@ def as_inputs(graph: bytes, data: bytes) -> tuple[bytes, dict[str, NDArray[Any]]
     for name, placed in placed_tensors(data).items():
         if name in tensors:
             kind = dict(_TYPES.values())[placed.dtype]
-            count = int(np.prod(placed.shape, dtype=np.int64))
+            count = math.prod(placed.shape)
             arrays[name] = np.frombuffer(data, kind, count, placed.offset).reshape(placed.shape)
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in tensors]
     del model.graph.initializer[:]
@@ -134,7 +135,7 @@ def _check(tensor: Any, table: dict[str, Placed] | None, size: int) -> None:
             f"{DATA} has no tensor {tensor.name[:80]!r}, which the graph asks for: export the bundle anew"
         )
     dtype, numpys = _TYPES.get(tensor.data_type, ("", "V0"))
-    needed = int(np.prod(tensor.dims, dtype=np.float64)) * np.dtype(numpys).itemsize
+    needed = math.prod(tensor.dims) * np.dtype(numpys).itemsize
     agree = (
         tensor.data_location == _EXTERNAL
         and sorted(entries) == [("length", str(placed.length)), ("location", DATA), ("offset", str(placed.offset))]

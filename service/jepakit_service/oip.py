@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, get_args
 
@@ -285,7 +286,7 @@ def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> li
 
 def _files(given: InferInput, tensor: memoryview | None) -> list[ImageData]:
     count = given.shape[0]
-    if wire.number_of(given.shape) != count:
+    if math.prod(given.shape) != count:
         raise _wrong(f"shape {given.shape} of {FILES!r}: send [N] or [N, 1]", "inputs[0].shape")
     if tensor is None:
         texts = list(_flat(given.data or []))
@@ -319,7 +320,7 @@ def _pixels(given: InferInput, tensor: memoryview | None) -> np.ndarray[Any, Any
     """[N, H, W, C], a view of the body or from JSON's numbers."""
     if len(given.shape) != 4:
         raise _wrong(f"shape {given.shape} of {PIXELS!r}: send [N, H, W, C]", "inputs[0].shape")
-    dtype, count = _DTYPES[given.datatype], wire.number_of(given.shape)
+    dtype, count = _DTYPES[given.datatype], math.prod(given.shape)
     if tensor is not None:
         if count * dtype.itemsize != len(tensor):
             raise _wrong(

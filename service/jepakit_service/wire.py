@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -322,7 +323,7 @@ def _read_npy(body: bytes, max_images: int) -> list[ImageData]:
         or header.fortran
         or len(header.shape) not in (2, 3, 4)
         or min(header.shape) < 1
-        or number_of(header.shape) * header.dtype.itemsize != size
+        or math.prod(header.shape) * header.dtype.itemsize != size
     ):
         raise ApiError(
             400,
@@ -333,14 +334,6 @@ def _read_npy(body: bytes, max_images: int) -> list[ImageData]:
         check_number(header.shape[0], max_images, "input")
     pixels = np.frombuffer(body, header.dtype, offset=file.tell()).reshape(header.shape)
     return list(pixels) if pixels.ndim == 4 else [pixels]
-
-
-def number_of(shape: Sequence[int]) -> int:
-    """How many values a shape holds, whatever its size (numpy's own product wraps round at 2^63)."""
-    count = 1
-    for axis in shape:
-        count *= axis
-    return count
 
 
 class Raw(NamedTuple):

@@ -197,6 +197,10 @@ def turn_round(model: onnx.ModelProto) -> None:
     tensor.dims.extend([*sizes, 1])
 
 
+def blow_up(model: onnx.ModelProto) -> None:
+    first_external(model).dims.extend([2**62] * 17)
+
+
 def retype(model: onnx.ModelProto) -> None:
     first_external(model).data_type = onnx.TensorProto.INT32
 
@@ -241,6 +245,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "offset far away": (set_entry("offset", str(2**63)), "disagree about tensor"),
     "length": (set_entry("length", "4"), "disagree about tensor"),
     "shape": (turn_round, "disagree about tensor"),
+    "shape beyond every number": (blow_up, "disagree about tensor"),
     "type": (retype, "disagree about tensor"),
     "name": (rename, "has no tensor 'absent'"),
     "two locations": (name_twice, "in another file in [0-9]+ places"),

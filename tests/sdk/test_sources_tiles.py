@@ -13,11 +13,11 @@ import pytest
 
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, Window
-from jepakit.readers.base import BaseRaster, crop
+from jepakit.readers.base import Raster, crop
 from jepakit.sources import ImageList, gather, list_images
 
 
-class Scene(BaseRaster):
+class Scene(Raster):
     """A raster in memory that stands for a file; `decoded` are the windows and frames it was decoded for."""
 
     def __init__(self, pixels: Any, header: Header) -> None:

@@ -1,4 +1,4 @@
-"""What the readers share: `read` with its checks, so that each reader is only how its format decodes."""
+"""`Raster`: `read` with its checks, so that each reader is only how its format decodes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ from jepakit.readers.raster import Header, Limits, Pixels, Window
 _BY_TILES = "read it in tiles (tile=512)"
 
 
-class BaseRaster(ABC):
-    """Checks, then decodes; a subclass says how in `_decode`."""
+class Raster(ABC):
+    """One open image file. A context manager; raises ImageError, or MissingExtraError where a decoder is not installed.
+
+    Checks, then decodes; a subclass says how in `_decode`.
+    """
+
+    header: Header
 
     def __init__(
         self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
@@ -44,6 +49,13 @@ class BaseRaster(ABC):
                 check_ratio(name, size, encoded, limits)
 
     def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> Pixels:
+        """Pixels [height, width, bands] of `header.dtype`, C-contiguous, the caller's to keep.
+
+        window    what to read; None: all of it
+        frame     0-based
+        at_least  the image may come back reduced by 2, 4 or 8 if its shorter side stays at least this long
+                  (JPEG's scaled decoding; other readers ignore it). For views only, never for measuring
+        """
         check_frame(frame, self.header, self._name)
         area = check_window(window, self.header, self._name)
         with reading(self._name):
@@ -80,6 +92,7 @@ class BaseRaster(ABC):
         """A window of one frame, [height, width, bands]; all of it unless the header says `windowed`."""
 
     def close(self) -> None:
+        """Let go of the file."""
         self._kept = None
         if self._file is not None:
             self._file.close()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.base import BaseRaster
+from jepakit.readers.base import Raster
 from jepakit.readers.checks import check_encoded, reading
 from jepakit.readers.codestream import claimed_size
 from jepakit.readers.encoded import Encoded, open_encoded
@@ -91,7 +91,7 @@ def open_dicom(encoded: Encoded, limits: Limits, *, voi: bool) -> DicomRaster:
         return DicomRaster(encoded, limits, dataset, pixels_at, voi=voi)
 
 
-class DicomRaster(BaseRaster):
+class DicomRaster(Raster):
     """One DICOM object; frames are decoded one at a time."""
 
     def __init__(self, encoded: Encoded, limits: Limits, dataset: Any, pixels_at: int, *, voi: bool) -> None:

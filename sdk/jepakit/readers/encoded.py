@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Encoded:
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
         """The values at `offset`, mapped and not read: ValueError when the file ends before them."""
-        count = int(np.prod(shape, dtype=object))
+        count = math.prod(shape)
         if offset < 0 or offset + count * dtype.itemsize > self.size:
             raise ValueError("the file ends before its pixels do")
         if self.data is None:

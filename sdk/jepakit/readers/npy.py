@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from jepakit._messages import first_few
 from jepakit.errors import ImageError
-from jepakit.readers.base import BaseRaster, crop
+from jepakit.readers.base import Raster, crop
 from jepakit.readers.checks import MIN_SIDE, READ_AS, check_encoded, check_header, check_pixels, check_ratio, reading
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.raster import Header, Limits, Pixels, Window
@@ -22,7 +22,7 @@ _MAX_KEYS_SHOWN = 5
 _MOST_BANDS_OF_AN_IMAGE = 32
 
 
-class ArrayRaster(BaseRaster):
+class ArrayRaster(Raster):
     """An array in memory, or one mapped from a file: only what a window needs is touched."""
 
     def __init__(self, array: NDArray[Any], header: Header, name: str, limits: Limits, file: BinaryIO | None) -> None:
@@ -88,6 +88,11 @@ class NpyHeader(NamedTuple):
 def read_npy_header(file: Any) -> NpyHeader:
     """Read the header of a .npy file, and leave `file` where the values begin. Numpy parses it as a literal, of at most
     10,000 characters, and raises whatever exception damage leads to."""
+    return _parse_header(file)
+
+
+def _parse_header(file: Any) -> NpyHeader:
+    """A function of its own, so that numpy's warnings name this module as their place, whoever reads a header."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return NpyHeader(*np.lib.format.read_array_header_1_0(file))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.base import BaseRaster
+from jepakit.readers.base import Raster
 from jepakit.readers.checks import CUT, reading, too_many_pixels
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.orientation import SWAPPED, upright
@@ -30,7 +30,7 @@ _MOST_HALF_TRANSPARENT = 0.05
 """Of a TIFF's alpha: the soft edges of a cut-out are a few per cent of it."""
 
 
-class PillowFile(BaseRaster):
+class PillowFile(Raster):
     """A file that Pillow decodes; reopened for each read, since Pillow closes what it has decoded."""
 
     def __init__(self, encoded: Encoded, limits: Limits, formats: tuple[str, ...], pages: list[int] | None) -> None:
@@ -64,7 +64,7 @@ class PillowFile(BaseRaster):
         return to_pixels(image, self._name)
 
 
-class PillowImage(BaseRaster):
+class PillowImage(Raster):
     """An image that the caller holds; it is left as it was."""
 
     def __init__(self, image: Image, name: str, limits: Limits) -> None:

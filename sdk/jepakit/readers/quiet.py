@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# numpy warns of a .npy header in the name of its reader's caller; `<unknown>` is the header itself, parsed.
-_MODULES = r"(PIL|tifffile|imagecodecs|pydicom|numpy|jepakit\.readers|jepakit_service\.wire|<unknown>)(\.|$)"
+# numpy warns of a .npy header in the name of `readers.npy`; `<unknown>` is the header itself, parsed.
+_MODULES = r"(PIL|tifffile|imagecodecs|pydicom|numpy|jepakit\.readers|<unknown>)(\.|$)"
 # Pillow logs nothing above DEBUG while it reads.
 _LOGGERS = ("tifffile", "pydicom")
 _SILENT = logging.CRITICAL + 1

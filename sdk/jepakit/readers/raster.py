@@ -1,11 +1,10 @@
-"""What every reader speaks: a header, a window, the limits, and the raster itself. Imports nothing heavy."""
+"""What every reader speaks: a header, a window, the limits. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -64,32 +63,6 @@ class Header:
     """The value that stands for "no data" (GDAL's tag, DICOM's padding); NaN allowed."""
     windowed: bool = False
     """Whether a window is read without decoding the rest of the file."""
-
-
-class Raster(Protocol):
-    """One open image file. A context manager; raises ImageError, or MissingExtraError where a decoder is not installed."""
-
-    header: Header
-
-    def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> NDArray[Any]:
-        """Pixels [height, width, bands] of `header.dtype`, C-contiguous, the caller's to keep.
-
-        window    what to read; None: all of it
-        frame     0-based
-        at_least  the image may come back reduced by 2, 4 or 8 if its shorter side stays at least this long
-                  (JPEG's scaled decoding; other readers ignore it). For views only, never for measuring
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of the file."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.base import BaseRaster, crop
+from jepakit.readers.base import Raster, crop
 from jepakit.readers.checks import CUT, MIN_SIDE, READ_AS, check_pixels, check_ratio, reading
 from jepakit.readers.codestream import claimed_size
 from jepakit.readers.encoded import Encoded
@@ -42,7 +42,7 @@ _COMPRESSIONS_OF_PILLOW = frozenset({1, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 3
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
-def open_tiff(encoded: Encoded, limits: Limits) -> BaseRaster:
+def open_tiff(encoded: Encoded, limits: Limits) -> Raster:
     """A TIFF or BigTIFF file, or a slide, as a raster."""
     try:
         import tifffile
@@ -137,7 +137,7 @@ def _layout(series: Any, encoded: Encoded) -> _Layout:
     return _Layout(order.reshape(-1, n_planes), samples)
 
 
-class TiffRaster(BaseRaster):
+class TiffRaster(Raster):
     """Planes read by windows: mapped where they lie bare in the file, else only the strips or tiles needed."""
 
     def __init__(
