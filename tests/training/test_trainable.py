@@ -236,6 +236,32 @@ def test_low_rank_additions_merge_beside_convolutions_of_timms_own(name: str) ->
         assert (backbone(images) - changed).norm() < 1e-4 * changed.norm()
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("beit_base_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}),
+        ("eva_giant_patch14_224", {"img_size": 28, "depth": 1, "embed_dim": 32, "num_heads": 2}),
+        ("swinv2_tiny_window8_256", {"img_size": 64, "depths": (1,), "num_heads": (2,), "embed_dim": 32}),
+    ],
+)
+def test_low_rank_additions_are_learnt_where_attention_takes_its_layers_weight(
+    name: str, arguments: dict[str, Any]
+) -> None:
+    backbone: Any = build(name, arguments).eval()
+    images, weights = torch.randn(2, 3, arguments["img_size"], arguments["img_size"]), torch.randn(2, 32)
+    with torch.no_grad():
+        for key, parameter in backbone.named_parameters():
+            if "norm" in key and key.endswith("weight"):  # Swin V2's blocks are nothing at first
+                parameter.fill_(1)
+        before = backbone(images)
+        add_lora(backbone, rank=4, seed=0)
+        torch.testing.assert_close(backbone(images), before)
+    (backbone(images) * weights).sum().backward()
+    learnt = {key: p.grad for key, p in backbone.named_parameters() if "qkv.lora_B" in key}
+    assert learnt
+    assert all(grad is not None and grad.abs().max() > 0 for grad in learnt.values())
+
+
 def test_low_rank_additions_to_nothing_are_refused() -> None:
     with torch.device("meta"):
         backbone = build("resnetv2_50x1_bit", {})

@@ -87,11 +87,17 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
 
     Weight-standardised convolutions get none: they standardise their weights in every forward, and the sum of two such is
     not the one of the summed weights. Raises ConfigError where no layer is left.
+
+    Attention that would take its qkv layer's weight (BEiT, EVA, Swin V2), past what is added, calls the layer from now on:
+    the same sums in another order.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
     layers = _layers_for_lora(backbone)
+    for part in backbone.modules():
+        if hasattr(part, "qkv_bias_separate"):
+            part.qkv_bias_separate = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), _LORA)
