@@ -609,3 +609,16 @@ def test_a_bundle_is_a_folder_with_a_manifest(bundle: Bundle, tmp_path: Path, mo
     monkeypatch.setattr(Path, "stat", closed)
     monkeypatch.setattr(Path, "is_file", lambda path: False)  # as from Python 3.14 on
     assert is_bundle(bundle.path), "opening it says that it is closed"
+
+
+def test_a_number_that_hardly_moves_is_divided_by_the_typical_spread() -> None:
+    """Like a channel behind a ReLU that fires in one image of thousands."""
+    vectors = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32) * 0.5
+    vectors[:, 0], vectors[:, 1] = 0, 3
+    vectors[7, 0] = 1e-3
+    plain = EmbeddingSpec(dim=8, pooling="stages", standardize="none")
+    scale = np.array(plain.standardized_by(vectors, "scale").scale)
+    np.testing.assert_allclose(scale[2:], vectors[:, 2:].std(axis=0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(scale[:2], 0.5, rtol=0.05)
+    still = plain.standardized_by(np.ones((5, 8), np.float32), "scale")
+    assert still.scale == (1,) * 8
