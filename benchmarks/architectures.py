@@ -34,7 +34,6 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,6 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import jepakit
 from jepakit import golden
+from jepakit._ort import import_ort
 from jepakit.backbone import fitting_size, start_backbone, stock_preprocess, tensors_of
 from jepakit.bundle import (
     GOLDEN,
@@ -60,6 +60,8 @@ from jepakit.embedder import Embedder, pool, poolings_of
 from jepakit.errors import JepakitError
 from jepakit.run import BUNDLE, START
 from jepakit_export.verify import BATCH_SIZES
+
+onnxruntime = import_ort()
 
 FAMILIES = {
     "BEiT": ("beit_base_patch16_224", "beitv2_base_patch16_224"),

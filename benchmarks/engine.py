@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -38,6 +37,7 @@ import jepakit
 from _blocks import Block, measure, ratio, timed
 from jepakit import golden
 from jepakit._machine import usable_cpus
+from jepakit._ort import import_ort
 from jepakit.backbone import restore
 from jepakit.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.embedder import Embedder
@@ -45,6 +45,8 @@ from jepakit.errors import MissingExtraError
 from jepakit.session import Model, Session
 from jepakit_service.batcher import Batcher, Decoded
 from jepakit_training.precision import cpu_has_bf16
+
+ort = import_ort()
 
 MODELS = {"ViT-S/16": "vit_small_patch16_224", "ResNet-50": "resnet50"}
 IMAGES, BATCHES = 8, (1, 2, 4, 8)

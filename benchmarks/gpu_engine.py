@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
@@ -34,12 +33,15 @@ from _blocks import measure
 from engine import Nobody, Run, batched, clocked, flops_an_image, through
 from jepakit import golden
 from jepakit._machine import usable_cpus
+from jepakit._ort import import_ort
 from jepakit.backbone import restore
 from jepakit.bundle import WEIGHTS
 from jepakit.embedder import Embedder
 from jepakit.session import Session
 from jepakit_service.batcher import Batcher, Decoded
 from trainer import weights_of
+
+ort = import_ort()
 
 MODELS = {"ViT-S/16": "vit_small_patch16_224", "ViT-B/16": "vit_base_patch16_224", "ResNet-50": "resnet50"}
 EXPORTS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import psutil
 import skimage.data
 from PIL import Image
@@ -54,6 +53,9 @@ from _service_servers import (
     peer_server,
 )
 from jepakit._machine import usable_cpus
+from jepakit._ort import import_ort
+
+onnxruntime = import_ort()
 
 RAY, NO_RAY = "jepakit on Ray", "jepakit --no-ray"
 VARIANTS: dict[str, tuple[str, ...]] = {RAY: (), NO_RAY: ("--no-ray",)}

@@ -13,6 +13,8 @@ from PIL import Image
 
 # Tiny models: on a busy machine threads that wait for each other take ten times as long as one. Children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some tests import ONNX Runtime themselves.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

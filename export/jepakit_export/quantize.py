@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from jepakit._ort import import_ort
 from jepakit.images import Pixels
 from jepakit.sources import evenly_spread
 from jepakit_export.convert import is_large, quiet
@@ -29,6 +30,7 @@ _MATRICES = ("MatMul", "Gemm")
 
 def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
     """The graph with 8-bit weights and products; `images` [N, H, W, C] in the graph's own dtype calibrate convolutions."""
+    import_ort()
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

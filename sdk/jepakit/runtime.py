@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jepakit._external import as_inputs, check_external, names_other_files
 from jepakit._messages import did_you_mean, lines_of
+from jepakit._ort import import_ort
 from jepakit.bundle import DATA
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.images import Pixels
@@ -169,8 +170,7 @@ def _openvino_model(core: Any, graph: bytes, data: bytes | None) -> Any:
 
 
 def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None) -> Any:
-    import onnxruntime as ort
-
+    ort = import_ort()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -196,7 +196,7 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
 def _missing(choice: Chosen) -> str | None:
     """Why a provider cannot be used here; None when nothing speaks against it."""
     try:
-        import onnxruntime as ort
+        ort = import_ort()
     except ImportError:
         raise MissingExtraError("running a model needs ONNX Runtime: pip install 'jepakit[serve]'") from None
     if choice == "cpu":

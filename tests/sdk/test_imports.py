@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,19 @@ TOUCH = "import jepakit; jepakit.Client; jepakit.LinearProbe; jepakit.Embeddings
 def test_importing_loads_nothing_heavy(program: str) -> None:
     loaded = in_a_fresh_process(f"import json, sys; {program}; print(json.dumps([name for name in sys.modules]))")
     assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_onnx_runtime_is_imported_with_its_telemetry_off() -> None:
+    """Whoever imports it goes through `_ort`, as the first of its module."""
+    root = Path(jepakit.__file__).parents[2]
+    importing = {
+        path.name: path.read_text(encoding="utf-8")
+        for package in ("sdk", "service", "training", "export")
+        for path in (root / package).rglob("*.py")
+        if re.search(r"^ *(import|from) onnxruntime", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert importing.keys() == {"_ort.py", "quantize.py"}
+    assert "\n    import_ort()\n    from onnxruntime" in importing["quantize.py"]
 
 
 def test_touching_the_client_loads_no_package_but_what_it_is_built_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ def provider(request: pytest.FixtureRequest) -> Provider:
 
 def agreement_of(session: Session, bundle: Bundle) -> golden.Agreement:
     return session.check_golden(golden.unpack(bundle.read(GOLDEN)))
+
+
+def test_onnx_runtime_reports_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    """By default its wheels write a device id at home and send events: all that shows before they are sent."""
+    program = "import sys, jepakit; jepakit.load(sys.argv[1])"
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [sys.executable, "-c", program, bundle.path], check=True,
+        env={**environment, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert list(tmp_path.rglob("*")) == []
 
 
 @needs_no_gpu
