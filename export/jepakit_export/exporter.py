@@ -44,6 +44,7 @@ from jepakit.errors import BundleError, ConfigError, ExportError, WriteError
 from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, START, is_run
+from jepakit.session import Session
 from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import BATCH_SIZES, Expected, check, check_sizes, expect, read_users_images
@@ -81,12 +82,13 @@ def export(config: ExportConfig) -> Bundle:
     manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
         sealed = seal(graph, _stamp(manifest, config.precision))
-    agreement = check(sealed, manifest, config.precision, expected)
+    session = Session(sealed.graph, manifest, provider="cpu", data=sealed.data)
+    agreement = check(session, config.precision, expected)
     if users is not None:
-        agreement = check(sealed, manifest, config.precision, expect(embedder, users))
-    manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
+        agreement = check(session, config.precision, expect(embedder, users))
     if config.dynamic_size:
-        check_sizes(sealed, manifest, config.precision, embedder, inputs)
+        check_sizes(session, config.precision, embedder, inputs)
+    manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
 
     def write_files(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS)

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._messages import lines_of
 from jepakit.backbone import round_size, size_multiple
-from jepakit.bundle import Manifest, Precision, Preprocess
+from jepakit.bundle import Precision, Preprocess
 from jepakit.embedder import Embedder
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
 from jepakit.sources import evenly_spread, gather
-from jepakit_export.convert import Sealed
 
 BATCH_SIZES = (1, 2, 7, 33)
 MOST_IMAGES, FEWEST_IMAGES, MOST_SKIPPED = 256, 16, 0.01
@@ -83,13 +82,12 @@ def expect(embedder: Embedder, images: Pixels) -> Expected:
     return Expected(images, stacked, np.concatenate(tokens) if tokens else None)
 
 
-def check(made: Sealed, manifest: Manifest, precision: Precision, expected: Expected) -> golden.Agreement:
+def check(session: Session, precision: Precision, expected: Expected) -> golden.Agreement:
     """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), at the optimisation level that serves.
 
     Raises ExportError below the tolerance table's limit for `precision`, when the graph has fixed the batch size, or when
     an image's vector depends on which others are in its batch.
     """
-    session = Session(made.graph, manifest, provider="cpu", data=made.data)
     found = [_compare(session, precision, expected, size) for size in BATCH_SIZES]
     _check_mates(session, expected.images)
     return golden.Agreement(
@@ -99,10 +97,9 @@ def check(made: Sealed, manifest: Manifest, precision: Precision, expected: Expe
     )
 
 
-def check_sizes(made: Sealed, manifest: Manifest, precision: Precision, embedder: Embedder, images: Pixels) -> None:
+def check_sizes(session: Session, precision: Precision, embedder: Embedder, images: Pixels) -> None:
     """ExportError when a graph of dynamic size does not reproduce torch at a smaller size, or at one that is not square."""
-    session = Session(made.graph, manifest, provider="cpu", data=made.data)
-    size = manifest.preprocess.size
+    size = images.shape[1]
     small = round_size(size // 2, size_multiple(embedder.backbone))
     wide = np.concatenate([images, images], axis=2)
     for height, width in ((small, small), (size, size + small)):

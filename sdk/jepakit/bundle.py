@@ -85,6 +85,18 @@ class Scaling(Frozen):
     high: tuple[float, ...]
     measured: bool
 
+    def to_unit(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Values [..., C] in the files' own units as float64 from 0 to 1."""
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        shares: np.ndarray[Any, Any] = (values - low) / (high - low)
+        return shares.clip(0, 1)
+
+    def from_unit(self, shares: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """What `shares` [..., C] of the range are in the files' own units, float32."""
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        values: np.ndarray[Any, Any] = low + shares * (high - low)
+        return values.astype(np.float32)
+
 
 class Preprocess(Frozen):
     """How an image file becomes the graph's input, and the constants of the graph's first layers.

@@ -100,10 +100,7 @@ def make_images(spec: Preprocess) -> Pixels:
     """The golden images of a model, [N, S, S, C]: uint8, or float32 that fill its value scaling."""
     if spec.scaling is None:
         return synthetic_images(N_GOLDEN, spec.resize_to, spec.bands)
-    low, high = np.asarray(spec.scaling.low), np.asarray(spec.scaling.high)
-    shares = _synthetic(N_GOLDEN, spec.resize_to, spec.bands, seed=0) / 255
-    values: NDArray[np.float32] = (low + shares * (high - low)).astype(np.float32)
-    return values
+    return spec.scaling.from_unit(_synthetic(N_GOLDEN, spec.resize_to, spec.bands, seed=0) / 255)
 
 
 def synthetic_images(count: int, size: int, bands: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -191,9 +191,7 @@ def neutral(spec: Preprocess) -> NDArray[Any]:
     mean = np.asarray(spec.mean)
     if spec.scaling is None:
         return (255 * mean).round().astype(np.uint8)
-    low, high = np.asarray(spec.scaling.low), np.asarray(spec.scaling.high)
-    fill: NDArray[np.float32] = (low + mean * (high - low)).astype(np.float32)
-    return fill
+    return spec.scaling.from_unit(mean)
 
 
 def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) -> Pixels:

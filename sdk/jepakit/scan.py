@@ -160,11 +160,7 @@ class Scan:
         """Mean and std per band of the sampled pixels, once scaled to 0..1. Raises DataError for a band without any data."""
         self._check_bands()
         values = np.concatenate([one.values for one in self.seen]).astype(np.float64)
-        if scaling is None:
-            scaled = values / 255
-        else:
-            low, high = np.asarray(scaling.low), np.asarray(scaling.high)
-            scaled = ((values - low) / (high - low)).clip(0, 1)
+        scaled = values / 255 if scaling is None else scaling.to_unit(values)
         # A band of one value must not be divided by 0; it then carries nothing, as it should.
         return float32_tuple(np.nanmean(scaled, axis=0)), float32_tuple(np.nanstd(scaled, axis=0).clip(1e-3))
 

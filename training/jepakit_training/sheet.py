@@ -89,8 +89,7 @@ def _of_tensor(view: Tensor) -> NDArray[np.uint8]:
 
 def _as_picture(pixels: NDArray[np.uint8] | NDArray[np.float32], spec: Preprocess) -> NDArray[np.uint8]:
     if spec.scaling is not None:
-        low, high = np.asarray(spec.scaling.low), np.asarray(spec.scaling.high)
-        return _three_bands((255 * ((pixels - low) / (high - low)).clip(0, 1)).round().astype(np.uint8))
+        return _three_bands((255 * spec.scaling.to_unit(pixels)).round().astype(np.uint8))
     return _three_bands(pixels.astype(np.uint8, copy=False))
 
 
