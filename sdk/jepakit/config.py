@@ -184,7 +184,8 @@ class AdaptConfig(_Settings):
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Pixels a side of global views and of the exported model; rounded to the patch or stride."""
     pooling: Literal["auto"] | Pooling = "auto"
-    """What the embedding pools; `auto` takes what serves the untrained backbone better on labels, else `head`."""
+    """What the embedding pools; `auto`: with labels, whichever of `head` and `stages` scores better before training, else
+    `head`."""
     standardize: Literal["auto", Standardize] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
     graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
@@ -211,7 +212,7 @@ class AdaptConfig(_Settings):
     cache: TextOrPath | None = None
     """A folder that keeps decoded and downscaled images, for files that are slow to read; None: no cache."""
     cache_gb: Annotated[float, Field(gt=0)] = 20.0
-    """Most that `cache` may hold."""
+    """Maximum size of `cache`."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more. At 300 SIGReg is still on its way
@@ -251,7 +252,7 @@ class AdaptConfig(_Settings):
     """Share of the steps that trains the projector alone, the backbone frozen (none from random weights): the
     gradient of a random projector would only shake the backbone."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Most that the gradient's norm may be."""
+    """Maximum norm of the gradient, which is scaled down to it."""
     n_slices: Annotated[int, Field(ge=1)] = 256
     """Random directions of SIGReg, drawn afresh every step. Published: 1024."""
     projector: tuple[Width, Width, Width] = (1024, 1024, 64)
