@@ -35,6 +35,7 @@ from jepakit_training.batchnorm import freeze_norm_statistics
 from jepakit_training.data import Batch, views_on
 from jepakit_training.memory import freed_memory_kept, peak_gb
 from jepakit_training.randomness import derive_seed
+from jepakit_training.setup import Setup, prepare
 from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.trainable import freeze, parameter_groups
 
@@ -89,23 +90,23 @@ class Turns:
         return float(logged[-1]["loss"]) if logged else float(self.loss)
 
 
-def product(config: AdaptConfig, setup: loop.Setup, run: Run, turns: Turns, memory: bool) -> None:
+def product(setup: Setup, run: Run, turns: Turns, memory: bool) -> None:
     """The product's own loop, with everything in it that is on by default."""
     real = loop.step_loader
 
-    def step_loader(config: AdaptConfig, setup: loop.Setup, steps: range) -> Any:
-        loader = real(config, setup, steps)
+    def step_loader(setup: Setup, steps: range) -> Any:
+        loader = real(setup, steps)
         return turns.of(_held(loader) if memory else loader)
 
     turns.run = run.path
     # A step that has waited for its turn is not a slow one, which would be saved at once.
     with patch.object(loop, "step_loader", step_loader), patch.object(checkpoint, "_SLOW_STEP_S", math.inf):
-        loop._train(config, setup, run, 0.0)
+        loop._train(setup, run, 0.0)
 
 
-def bare(config: AdaptConfig, setup: loop.Setup, run: Run, turns: Turns, memory: bool) -> None:
+def bare(setup: Setup, run: Run, turns: Turns, memory: bool) -> None:
     """The same model, loss, optimizer and batches in the plainest loop that trains the same weights."""
-    backbone, plan, spec, device = setup.backbone, setup.plan, setup.spec, _device()
+    config, backbone, plan, spec, device = setup.config, setup.backbone, setup.plan, setup.spec, _device()
     freeze(backbone, config.unfreeze, from_random=config.weights == "random")  # type: ignore[arg-type]
     backbone.train()
     if plan.norm_statistics == "frozen":
@@ -120,7 +121,7 @@ def bare(config: AdaptConfig, setup: loop.Setup, run: Run, turns: Turns, memory:
     )  # fmt: skip
     trained = [weights for weights in (*backbone.parameters(), *projector.parameters()) if weights.requires_grad]
     mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (spec.mean, spec.std))
-    loader: Iterable[Batch] = loop.step_loader(config, setup, range(plan.steps))
+    loader: Iterable[Batch] = loop.step_loader(setup, range(plan.steps))
     for step, batch in enumerate(turns.of(_held(loader) if memory else loader)):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * plan.ramp(step)
@@ -169,10 +170,10 @@ def main() -> None:
     run.path.mkdir()
     # torch.compile gives up for good on what it first sees while operations are counted.
     turns = Turns(int(steps), count_flops=source == "memory" and not config.compile)
-    setup = loop.prepare(config, images, run)
+    setup = prepare(config, images, run)
     kept = contextlib.nullcontext() if kind == "returning" else freed_memory_kept()
     with contextlib.suppress(OverError), kept:
-        (product if kind == "product" else bare)(config, setup, run, turns, source == "memory")
+        (product if kind == "product" else bare)(setup, run, turns, source == "memory")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from jepakit.run import DryRun
 from jepakit_training import dryrun, evaluation
 from jepakit_training.evaluation import Features
 from jepakit_training.holdout import MeasuringSet
-from jepakit_training.loop import Setup, prepare
+from jepakit_training.setup import Setup, prepare
 
 SETTINGS = ["--backbone", "test_vit", "--image-size", "64", "--batch-size", "8", "--steps", "50", "--workers", "0"]
 

@@ -3,7 +3,8 @@
 To read it, in the order of a run:
 
     launch       which processes train: this one, several, or those of a Ray cluster (ray_launch)
-    loop         what each of them does: measure, train, measure again, with checkpoints (checkpoint)
+    loop         what each of them does: measure, train, measure again, with checkpoints (checkpoint) and bundles (run_bundles)
+    setup        from settings and images to what a run is made of
     plan         what is left to the data and the backbone: sizes, steps, rates, held-out images (holdout)
     data, views  from files to batches of views, and their colours (photometric)
     learner      one step; what of the backbone trains (trainable), and the twin that trains in its place (frozen)

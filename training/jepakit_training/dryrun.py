@@ -22,9 +22,10 @@ from jepakit_training.data import iterating, views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import processes
 from jepakit_training.learner import Learner
-from jepakit_training.loop import Setup, explaining_out_of_memory, prepare, step_loader
+from jepakit_training.loop import explaining_out_of_memory, step_loader
 from jepakit_training.memory import GB, freed_memory_kept, memory_gb, peak_gb
 from jepakit_training.precision import own_precision
+from jepakit_training.setup import Setup, prepare
 
 _STEPS = 4
 _MEASURED_IMAGES = 40
@@ -45,8 +46,8 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
             learner = Learner(config, plan, setup.backbone, setup.spec, setup.accelerator)
             frozen = range(min(_STEPS, plan.warmup_steps))
             training = range(plan.warmup_steps, min(plan.warmup_steps + _STEPS, plan.steps))
-            warmup_s, step_s = (_seconds_a_step(config, setup, learner, steps) for steps in (frozen, training))
-            measuring_s = _seconds_to_measure(config, images, setup)
+            warmup_s, step_s = (_seconds_a_step(setup, learner, steps) for steps in (frozen, training))
+            measuring_s = _seconds_to_measure(setup)
         device = setup.accelerator.device
         queued_gb = plan.queued_bytes / GB if device.type == "cpu" else 0.0
         return DryRun(
@@ -56,10 +57,10 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
         )  # fmt: skip
 
 
-def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: range) -> float:
+def _seconds_a_step(setup: Setup, learner: Learner, steps: range) -> float:
     """Seconds from one step's end to the next one's; the first, which waits for the loader's processes, counts alone."""
     ends = [time.perf_counter()]
-    with iterating(step_loader(config, setup, steps)) as batches:
+    with iterating(step_loader(setup, steps)) as batches:
         for step, batch in zip(steps, batches, strict=True):
             learner.step(step, views_on(setup.accelerator.device, batch))
             if setup.accelerator.device.type == "cuda":
@@ -69,11 +70,11 @@ def _seconds_a_step(config: AdaptConfig, setup: Setup, learner: Learner, steps: 
     return median(seconds[1:] or seconds or [0.0])
 
 
-def _seconds_to_measure(config: AdaptConfig, images: ImageList, setup: Setup) -> float:
+def _seconds_to_measure(setup: Setup) -> float:
     """To measure the start and the result: every pass over the images, from a few of them, and the probes in full."""
     sampling = _Sampling()
     measuring = Measuring(
-        config, images, setup.plan.split, setup.spec,
+        setup.config, setup.images, setup.plan.split, setup.spec,
         device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, progress=False, extract=sampling,
     )  # fmt: skip
     began = time.perf_counter()

@@ -95,6 +95,7 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
     from peft.tuners.lora import LoraModel
 
     layers = _layers_for_lora(backbone)
+    part: Any
     for part in backbone.modules():
         if hasattr(part, "qkv_bias_separate"):
             part.qkv_bias_separate = True

@@ -1,0 +1,89 @@
+"""The bundles of a run: the start, which a resumed run is held against, and the result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save_file
+
+from jepakit.backbone import tensors_of
+from jepakit.bundle import (
+    WEIGHTS,
+    EmbeddingSpec,
+    Manifest,
+    Provenance,
+    compute_model_id,
+    open_bundle,
+    write_bundle,
+)
+from jepakit.comparison import Comparison
+from jepakit.errors import BundleError, ConfigError
+from jepakit.run import START, Run
+from jepakit_training.run_folder import FREE_SETTINGS, versions
+from jepakit_training.setup import Setup
+
+
+def write_run_bundle(
+    path: Path, setup: Setup, embedding: EmbeddingSpec, *, name: str, steps: int, comparison: Comparison | None = None
+) -> None:
+    """Write a bundle without a graph: the backbone's weights after `steps` steps and everything needed to export them.
+
+    Half-written files that a killed process left in the run's folder are removed: the folder is locked, so they are nobody's.
+    """
+    for stale in path.parent.glob(".tmp-*"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    tensors = tensors_of(setup.backbone)
+    named = {key: value.numpy() for key, value in tensors.items()}
+    manifest = Manifest(
+        name=name,
+        model_id=compute_model_id(setup.described, setup.spec, embedding, named),
+        backbone=setup.described,
+        preprocess=setup.spec,
+        embedding=embedding,
+        provenance=_provenance(setup, steps),
+        comparison=comparison,
+    )
+    write_bundle(path, manifest, lambda folder: save_file(tensors, folder / WEIGHTS))
+
+
+def check_start(setup: Setup, run: Run) -> None:
+    """ConfigError where a resumed run would go on from other weights than it began with: the verdict and `mix` compare with
+    them."""
+    if not (run.path / START).exists():
+        return
+    before, now = _start_weights(run), tensors_of(setup.backbone)
+    if before.keys() != now.keys() or not all(torch.equal(now[name], value) for name, value in before.items()):
+        raise ConfigError(
+            f"{run.path} was started with other weights: weights = {setup.config.weights} has changed since. Put it back, or name "
+            "another --out"
+        )
+
+
+def _start_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The weights that a run began with; BundleError where they are damaged."""
+    start = run.path / START
+    try:
+        data = open_bundle(start).read(WEIGHTS)
+    except BundleError as error:
+        raise BundleError(
+            f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another --out"
+        ) from None
+    weights: dict[str, torch.Tensor] = load(data)
+    return weights
+
+
+def _provenance(setup: Setup, steps: int) -> Provenance:
+    settings = setup.config.resolved().model_dump(
+        mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS}
+    )
+    for setting in ("weights", "labels", "group"):  # a bundle is for sharing: no path of this machine
+        settings[setting] = Path(settings[setting]).name
+    return Provenance(
+        config=settings,
+        steps=steps,
+        images_seen=steps * setup.plan.batch_size,
+        data_digest=setup.images.digest(),
+        versions=versions(),
+    )

@@ -1,0 +1,99 @@
+"""`prepare`: from settings and images to what a run is made of, before its first step."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from torch import nn
+
+from jepakit._messages import counted
+from jepakit.backbone import start_backbone, start_preprocess
+from jepakit.bundle import Backbone, Preprocess
+from jepakit.config import AdaptConfig
+from jepakit.errors import DataError
+from jepakit.run import SKIPPED, Run
+from jepakit.sources import ImageList
+from jepakit_training.cache import open_cache
+from jepakit_training.data import ViewDataset
+from jepakit_training.evaluation import Measuring
+from jepakit_training.model import layout_of
+from jepakit_training.plan import Plan, make_plan
+from jepakit_training.precision import mixed_precision
+from jepakit_training.randomness import derive_seed
+from jepakit_training.records import SkippedFiles
+from jepakit_training.trainable import check_trainable
+from jepakit_training.values import choose_preprocess, describe_values, look_at
+from jepakit_training.views import ViewMaker
+
+
+@dataclass
+class Setup:
+    """What a run is made of, before its first step."""
+
+    config: AdaptConfig
+    images: ImageList
+    accelerator: Accelerator
+    backbone: nn.Module
+    described: Backbone
+    spec: Preprocess
+    plan: Plan
+    dataset: ViewDataset
+    skipped: SkippedFiles
+    measuring: Measuring
+
+
+def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
+    """Look at the images, build the backbone, make the plan and print it; raises InputError where they do not go together.
+
+    run  where images that cannot be read are listed; None: nowhere
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(config.precision),
+        # A backbone may hold parameters that its pooled output does not depend on. Its buffers are the same on every
+        # rank: frozen, or of statistics that are reduced over the ranks.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+    )
+    main = accelerator.is_main_process
+    _check_same_images(images, accelerator)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    found = look_at(images, config, progress=main)
+    backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
+    check_trainable(backbone, config)
+    plan = make_plan(
+        config, images, backbone, accelerator.num_processes, bands=found.kind.bands, value_bytes=1 if found.is_8_bit else 4
+    )  # fmt: skip
+    spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
+    for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
+        print(note, file=sys.stderr)
+
+    make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
+    cache = open_cache(config, make_views.least_side, spec)
+    dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
+    listing = None if run is None else run.path / SKIPPED
+    skipped = SkippedFiles(listing, len(images), most=config.most_skipped, main=main)
+    for index, reason in found.unreadable:
+        skipped.add(images.ids[index], reason)
+    backbone = backbone.to(accelerator.device, memory_format=layout_of(backbone))  # type: ignore[call-overload]
+    measuring = Measuring(
+        config, images, plan.split, spec,
+        device=accelerator.device, workers=plan.workers, skipped=skipped, progress=main,
+    )  # fmt: skip
+    return Setup(config, images, accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
+
+
+def _check_same_images(images: ImageList, accelerator: Accelerator) -> None:
+    """DataError where ranks have different images: each draws the split from its own list, and one's training images may be
+    the other's held-out ones."""
+    if accelerator.num_processes == 1:
+        return
+    found = gather_object([(images.digest(), len(images))])
+    if len(set(found)) > 1:
+        counts = ", ".join(f"process {rank} finds {counted(count, 'image')}" for rank, (_, count) in enumerate(found))
+        raise DataError(
+            f"the images are not the same on all nodes ({counts}; names, labels or contents differ): put the same ones on each, "
+            "or all on a file system that the nodes share, then run the same command again"
+        )
