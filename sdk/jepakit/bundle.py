@@ -22,7 +22,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -396,10 +396,16 @@ def is_bundle(path: Path) -> bool:
     Raises OSError where that cannot be known, as on a lost mount.
     """
     try:
-        # Not `is_file`, which says False of a closed folder from Python 3.14 on.
-        return stat.S_ISREG((path / MANIFEST).stat().st_mode)
+        return _has_manifest(path)
     except PermissionError:
         return True
+
+
+def _has_manifest(path: Path) -> bool:
+    """Whether a path is a folder with a manifest. Raises OSError where that cannot be known."""
+    try:
+        # Not `is_file`, which says False of a closed folder from Python 3.14 on.
+        return stat.S_ISREG((path / MANIFEST).stat().st_mode)
     except ValueError:  # a path with a null byte
         return False
     except OSError as error:
@@ -408,9 +414,24 @@ def is_bundle(path: Path) -> bool:
         raise
 
 
-def bundles_inside(folder: Path) -> list[Path]:
-    """The bundles in a folder of bundles, by name. Hidden folders are bundles on their way in or out. Raises OSError."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and is_bundle(path))
+class Inside(NamedTuple):
+    """What a folder of bundles holds, by name."""
+
+    bundles: list[Path]
+    closed: dict[Path, str]
+    """Folders that cannot be looked into, and why: another user's (such as `lost+found`), or a lost mount."""
+
+
+def bundles_inside(folder: Path) -> Inside:
+    """The bundles in a folder of bundles. Hidden folders are bundles on their way in or out. Raises OSError."""
+    inside = Inside([], {})
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        try:
+            if _has_manifest(path):
+                inside.bundles.append(path)
+        except OSError as error:
+            inside.closed[path] = f"{path} cannot be read: {reason_of(error)}"
+    return inside
 
 
 def open_bundle(path: str | Path) -> Bundle:

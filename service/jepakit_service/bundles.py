@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepakit.bundle import Bundle, bundles_inside, is_bundle, open_bundle
+from jepakit._files import reason_of
+from jepakit.bundle import Bundle, Inside, bundles_inside, is_bundle, open_bundle
 from jepakit.errors import BundleError, DataError
 from jepakit_service.settings import ServeSettings
 
 
 def find_bundles(settings: ServeSettings) -> list[Bundle]:
-    """The bundles that the settings name, manifests checked, pinned digests honoured, names unique."""
+    """The bundles that the settings name, manifests checked, pinned digests honoured, names unique.
+
+    Folders beside them that cannot be looked into are passed over. Raises BundleError, or DataError where there is no bundle.
+    """
     by_name: dict[str, Bundle] = {}
-    for path in (path for given in settings.bundles for path in bundle_folders(Path(given))):
+    for path in (path for given in settings.bundles for path in _some_bundles(Path(given))):
         bundle = open_bundle(path)
         check_expected(bundle, settings)
         other = by_name.setdefault(bundle.manifest.name, bundle)
@@ -32,11 +36,22 @@ def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
         )
 
 
-def bundle_folders(given: Path) -> list[Path]:
-    """The bundles that one path of the settings names: itself, or those in it. DataError for a folder without any."""
+def bundle_folders(given: Path) -> Inside:
+    """The bundles that one path of the settings names: itself, or those in it. Raises OSError."""
     if is_bundle(given) or not given.is_dir():
-        return [given]
-    inside = bundles_inside(given)
-    if not inside:
-        raise DataError(f"{given} holds no bundle: make one with `jepakit export … --out {given / 'NAME'}`")
-    return inside
+        return Inside([given], {})
+    return bundles_inside(given)
+
+
+def _some_bundles(given: Path) -> list[Path]:
+    """As `bundle_folders`; DataError where there is none."""
+    try:
+        bundles, closed = bundle_folders(given)
+    except OSError as error:
+        raise DataError(
+            f"{given} cannot be read ({reason_of(error)}): let this user read it, or mount it again"
+        ) from None
+    if not bundles:
+        why = f" that can be read ({'; '.join(closed.values())})" if closed else ""
+        raise DataError(f"{given} holds no bundle{why}: make one with `jepakit export … --out {given / 'NAME'}`")
+    return bundles

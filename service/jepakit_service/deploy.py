@@ -62,7 +62,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _place(bundle: Bundle, folder: Path) -> Path:
     """The folder that holds this name now, else a new one of the name."""
-    for inside in bundles_inside(folder):
+    for inside in bundles_inside(folder).bundles:
         with contextlib.suppress(InputError):  # a damaged one
             if open_bundle(inside).manifest.name == bundle.manifest.name:
                 return inside

@@ -8,7 +8,6 @@ asked for by NAME@MODEL_ID of any replica. A version that fails on one replica i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
@@ -217,19 +216,30 @@ class _Found(NamedTuple):
 
     bundles: list[Bundle]
     rejected: dict[Path, str]
-    """Folders whose manifest does not pass, and why."""
+    """Folders whose manifest does not pass or cannot be read, and why."""
 
 
 def _look(given: Path) -> _Found:
-    found = _Found([], {})
-    with contextlib.suppress(OSError, DataError):
-        for folder in bundle_folders(given):
-            try:
-                found.bundles.append(open_bundle(folder))
-            except InputError as error:
-                if is_bundle(folder):  # else gone since
-                    found.rejected[folder] = str(error)
+    try:
+        folders, closed = bundle_folders(given)
+    except OSError:
+        return _Found([], {})
+    found = _Found([], dict(closed))
+    for folder in folders:
+        try:
+            found.bundles.append(open_bundle(folder))
+        except (InputError, OSError) as error:
+            if not _is_gone(folder):
+                found.rejected[folder] = str(error)
     return found
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether there is no bundle any more; one that cannot be looked into is there."""
+    try:
+        return not is_bundle(folder)
+    except OSError:
+        return False
 
 
 def _check_memory(bundle: Bundle, sessions: int, limit: int | None) -> None:

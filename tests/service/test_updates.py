@@ -20,7 +20,15 @@ import pytest
 import jepakit
 from jepakit import cli
 from jepakit.client import ModelInfo
-from jepakit.errors import BundleError, ConnectionFailedError, DataError, NotFoundError, ServeError, WriteError
+from jepakit.errors import (
+    BundleError,
+    ConnectionFailedError,
+    DataError,
+    InputError,
+    NotFoundError,
+    ServeError,
+    WriteError,
+)
 from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import deploy
@@ -578,29 +586,68 @@ def test_an_empty_folder_takes_nothing_out_and_keeps_no_update_of_another_back(
     assert {model.digest for model in replica.registry} == {digest(other), digest(second)}
 
 
-def test_a_bundle_that_may_not_be_read_keeps_no_other_back(
-    other: Path, second: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Make a folder one that cannot be looked into: `broken(folder, errno)`."""
+
+    def make(folder: Path, number: int) -> None:
+        def refusing(of: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Path, *args: Any, **named: Any) -> Any:
+                if path.parent == folder:
+                    raise OSError(number, os.strerror(number), str(path))
+                return of(path, *args, **named)
+
+            return call
+
+        for name in ("stat", "read_text"):
+            monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+        monkeypatch.setattr(Path, "is_file", lambda path: False)  # as from Python 3.14 on
+
+    return make
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN], ids=errno.errorcode.get)
+def test_a_folder_among_the_bundles_that_cannot_be_looked_into_keeps_no_other_back_and_is_told_once(
+    other: Path,
+    folder: Path,
+    broken: Callable[[Path, int], None],
+    caplog: pytest.LogCaptureFixture,
+    number: int,
 ) -> None:
+    """Such as `lost+found` of a volume, or a mount that is lost."""
+    (folder / "lost+found").mkdir()
+    broken(folder / "lost+found", number)
+    assert [found.path.name for found in find_bundles(settings(folder))] == ["tiny"]
     replica = Replica(settings(folder))
-    stat, read_text = Path.stat, Path.read_text
-
-    def closed(of: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Path, *args: Any, **named: Any) -> Any:
-            if path.parent.name == "second":
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return of(path, *args, **named)
-
-        return call
-
     replace(folder, other)
-    shutil.copytree(second, folder / "second")
-    monkeypatch.setattr(Path, "stat", closed(stat))
-    monkeypatch.setattr(Path, "is_file", lambda path: False)  # as from Python 3.14 on
-    monkeypatch.setattr(Path, "read_text", closed(read_text))
-    asyncio.run(step(replica))
+    with caplog.at_level(logging.ERROR, "jepakit.service"):
+        for _ in range(2):
+            asyncio.run(step(replica))
     assert [model.digest for model in replica.registry] == [digest(other)]
-    with pytest.raises(BundleError, match="Permission denied"):
-        find_bundles(settings(folder))
+    (record,) = caplog.records
+    assert record.message == f"{folder / 'lost+found'} cannot be read: {os.strerror(number)}: it is passed over"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+def test_a_bundle_that_cannot_be_read_for_a_while_stays_in_service(
+    bundle: Path, second: Path, folder: Path, broken: Callable[[Path, int], None], number: int
+) -> None:
+    shutil.copytree(second, folder / "second")
+    replica = Replica(settings(folder))
+    broken(folder / "tiny", number)
+    for _ in range(updates._ABSENT_LOOKS + 1):
+        asyncio.run(step(replica))
+    assert replica.registry.find("tiny").digest == digest(bundle)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+def test_what_was_named_and_cannot_be_read_is_refused_in_words_at_start(
+    folder: Path, broken: Callable[[Path, int], None], number: int
+) -> None:
+    broken(folder / "tiny", number)
+    for named in (folder / "tiny", folder):
+        with pytest.raises(InputError, match=rf"tiny.* cannot be read.*{os.strerror(number)}"):
+            find_bundles(settings(named))
 
 
 def test_a_new_name_that_is_incomplete_is_told_once(
