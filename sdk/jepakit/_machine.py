@@ -12,18 +12,19 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class _Memory(NamedTuple):
-    """Where a version of control groups tells of memory: files, and the line that counts cached files nobody reads."""
+    """Where a version of control groups tells of memory: files, and the lines that count cached files, read once or more often."""
 
     limit: str
     used: str
     kinds: str
-    cached: str
+    cached: tuple[str, str]
 
 
-_V2 = _Memory("memory.max", "memory.current", "memory.stat", "inactive_file")
+_V2 = _Memory("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file"))
 _V1 = _Memory(
-    "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"
-)
+    "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+    ("total_inactive_file", "total_active_file"),
+)  # fmt: skip
 
 
 def usable_cpus() -> int:
@@ -45,12 +46,12 @@ def memory_limit() -> int | None:
 
 
 def memory_room() -> int | None:
-    """Bytes that the control group still grants, as `memory_limit`. Cached files that nobody reads make room: they are free."""
+    """Bytes that the control group still grants, as `memory_limit`. Cached files make room: they are free; a tmpfs is not."""
     limit, files = memory_limit(), _memory()
     try:
         used = int((_CGROUP / files.used).read_text())
         kinds = dict(line.split() for line in (_CGROUP / files.kinds).read_text().splitlines())
-        return None if limit is None else limit - used + int(kinds[files.cached])
+        return None if limit is None else limit - used + sum(int(kinds[name]) for name in files.cached)
     except (OSError, ValueError, KeyError):
         return None
 

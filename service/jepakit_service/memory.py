@@ -14,7 +14,7 @@ def used_mb() -> float:
 
 
 def available_mb() -> float:
-    """Memory that could still be taken, MiB. Cached files that nobody reads count as free: they make room."""
+    """Memory that could still be taken, MiB. Cached files count as free: they make room."""
     available, room = psutil.virtual_memory().available, memory_room()
     return float(available if room is None else min(available, room)) / 2**20
 

@@ -85,12 +85,12 @@ def test_without_control_groups_the_affinity_decides() -> None:
 MEMORY_2 = {
     "memory.max": "1000\n",
     "memory.current": "900\n",
-    "memory.stat": "anon 300\ninactive_file 600\nactive_file 0\n",
+    "memory.stat": "anon 100\nfile 700\nshmem 100\ninactive_file 200\nactive_file 400\n",
 }
 MEMORY_1 = {
     "memory/memory.limit_in_bytes": "1000\n",
     "memory/memory.usage_in_bytes": "900\n",
-    "memory/memory.stat": "cache 600\ninactive_file 1\ntotal_inactive_file 600\n",
+    "memory/memory.stat": "cache 600\ninactive_file 1\ntotal_inactive_file 200\ntotal_active_file 400\n",
 }
 
 
@@ -110,6 +110,7 @@ def test_memory_is_what_the_control_group_grants_and_cached_files_make_room(
         ({**MEMORY_2, "memory.max": ""}, None),
         ({"memory.max": "1000\n"}, 1000),
         ({**MEMORY_2, "memory.stat": "anon 300\n"}, 1000),
+        ({**MEMORY_2, "memory.stat": "inactive_file 300\n"}, 1000),
     ],
 )
 def test_without_a_limit_or_what_is_used_of_it_there_is_no_room_to_tell(
