@@ -47,10 +47,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Incomplete:
-    """A version on disk whose files do not pass, as they are in `stamp`."""
+    """A version on disk whose files do not pass, as they are in `stamp`; found at the time `since` (`time.monotonic`)."""
 
     update: Update
     stamp: Stamp
+    since: float
 
 
 @dataclass(frozen=True)

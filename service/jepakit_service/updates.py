@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from jepakit_service.tuning import most_sessions
 
 _log = logging.getLogger("jepakit.service")
 _ABSENT_LOOKS = 5
+_AGAIN_S = 60.0
+"""After so long files that did not pass are verified again though none has changed: a mount can fail for a moment."""
 
 Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState] | None]]]
 """The states of all replicas, this one's among them; None for one that does not answer."""
@@ -141,16 +144,18 @@ class Updates:
             return LoadedModel(bundle, self._settings, self._metrics)
 
     async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
-        """Whether every file passes; asked again only when a file has changed."""
+        """Whether every file passes; asked again when a file has changed, and after `_AGAIN_S`."""
         stamp = await asyncio.to_thread(_stamp, bundle.path)
         seen = versions.incomplete
-        if seen is None or seen.stamp != stamp:
+        if seen is None or seen.stamp != stamp or time.monotonic() - seen.since >= _AGAIN_S:
             try:
                 await asyncio.to_thread(bundle.verify)
             except (JepakitError, OSError) as error:
                 if seen is None:
                     _log.warning("a new version is incomplete, and waited for: %s", error)
-                versions.incomplete = Incomplete(Update(bundle.digest, "incomplete", str(error)), stamp)
+                versions.incomplete = Incomplete(
+                    Update(bundle.digest, "incomplete", str(error)), stamp, time.monotonic()
+                )
             else:
                 versions.incomplete = None
         if versions.incomplete is None:

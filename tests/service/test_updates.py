@@ -19,6 +19,7 @@ import pytest
 
 import jepakit
 from jepakit import cli
+from jepakit.bundle import Bundle
 from jepakit.client import ModelInfo
 from jepakit.errors import (
     BundleError,
@@ -664,6 +665,34 @@ def test_a_new_name_that_is_incomplete_is_told_once(
     with pytest.raises(ApiError, match=r"second is not in service, version .* is incomplete: .*model.onnx") as caught:
         replica.registry.find("second")
     assert caught.value.status == 404
+
+
+@pytest.mark.parametrize(
+    "error", [BundleError("cannot be read"), OSError(errno.EMFILE, "Too many open files")], ids=repr
+)
+def test_files_that_could_not_be_read_for_a_moment_are_verified_again_after_a_while(
+    other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (replica,) = Deployment(folder, 1).replicas
+    verify, tries = Bundle.verify, []
+
+    def fail_once(bundle: Bundle) -> None:
+        tries.append(bundle)
+        if len(tries) == 1:
+            raise error
+        verify(bundle)
+
+    async def go() -> None:
+        replace(folder, other)
+        monkeypatch.setattr(Bundle, "verify", fail_once)
+        for _ in range(3):
+            await step(replica)
+        assert len(tries) == 1, "no file has changed, and no time has passed"
+        monkeypatch.setattr(updates, "_AGAIN_S", 0.0)
+        await step(replica)
+        assert replica.registry.find("tiny").digest == digest(other)
+
+    asyncio.run(go())
 
 
 def test_a_manifest_that_is_refused_costs_no_model_in_service_and_is_told_once(
