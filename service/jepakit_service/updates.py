@@ -30,6 +30,8 @@ _log = logging.getLogger("jepakit.service")
 _ABSENT_LOOKS = 5
 _AGAIN_S = 60.0
 """After so long files that did not pass are verified again though none has changed: a mount can fail for a moment."""
+_LEAVING_LOOKS = 10
+"""Looks that a version is given to let go of its memory, here and in the machine's other replicas."""
 
 Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState] | None]]]
 """The states of all replicas, this one's among them; None for one that does not answer."""
@@ -42,6 +44,8 @@ class Updates:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
         self._logged: set[str] = set()
         self._retired: list[LoadedModel] = []
+        self._leaving = 0
+        """Looks in which a version that left may still hold memory."""
 
     def whole(self) -> list[Bundle]:
         """The bundles on disk that pass now. `step` looks at the others again, and logs them; until then they are expected."""
@@ -73,7 +77,7 @@ class Updates:
         """Look once: load what is new, switch and retire what all replicas agree on."""
         for model in self._retired:  # since the last look nobody could find them any more
             model.close()
-        self._retired = []
+        self._retired, self._leaving = [], max(0, self._leaving - 1)
         found = await asyncio.to_thread(lambda: [_look(Path(given)) for given in self._settings.bundles])
         wanted = self._wanted(found)
         for name, bundle in wanted.items():
@@ -122,14 +126,17 @@ class Updates:
             await self._load(bundle, versions)
 
     async def _load(self, bundle: Bundle, versions: Versions) -> None:
-        """Load the next version beside those in service, or refuse it."""
+        """Load the next version beside those in service, or refuse it. While another leaves, it is waited for where memory lacks."""
         versions.update = Update(bundle.digest, "loading")
         try:
             check_expected(bundle, self._settings)
             provider = self._settings.provider if versions.current is None else versions.current.provider
             versions.next = await asyncio.to_thread(self._load_if_it_fits, bundle, provider)
         except JepakitError as error:
-            self._refuse(versions, bundle.digest, str(error))
+            if isinstance(error, _NoRoomError) and self._leaving:
+                versions.update = Update(bundle.digest, "loading", str(error))
+            else:
+                self._refuse(versions, bundle.digest, str(error))
             return
         except Exception as error:  # the runtime's own, or no memory: as wrong at the next look
             reason = f"{bundle.path} cannot be loaded ({type(error).__name__}: {error})"
@@ -138,7 +145,7 @@ class Updates:
         versions.update = Update(bundle.digest, "waiting")
 
     def _load_if_it_fits(self, bundle: Bundle, provider: Provider) -> LoadedModel:
-        """Raises DataError where the memory for it is not there: each replica of this machine sees what the one before has left."""
+        """Raises _NoRoomError where the memory for it is not there: each replica of this machine sees what the one before has left."""
         with holding(bundle.path, wait=True):
             _check_memory(bundle, most_sessions(provider, self._settings.threads), self._settings.max_memory_mb)
             return LoadedModel(bundle, self._settings, self._metrics)
@@ -179,13 +186,14 @@ class Updates:
                 and versions.current is not None
                 and all(state is not None and state.current == versions.current.digest for state in of_all)
             ):
-                self._retired.append(versions.previous)
+                self._retire(versions.previous)
                 versions.previous = None
 
     def _switch(self, name: str, versions: Versions) -> None:
         assert versions.next is not None
         if versions.previous is not None:
-            self._retired.append(versions.previous)
+            self._retire(versions.previous)
+        self._leaving = _LEAVING_LOOKS  # what was in service goes once all have switched
         versions.current, versions.previous, versions.next = versions.next, versions.current, None
         versions.update, versions.failed = None, {}
         _log.info("%s is now %s (digest %s)", name, versions.current.manifest.model_id, versions.current.digest)
@@ -198,8 +206,13 @@ class Updates:
 
     def _give_up(self, versions: Versions) -> None:
         if versions.next is not None:
-            self._retired.append(versions.next)
+            self._retire(versions.next)
             versions.next = None
+
+    def _retire(self, *models: LoadedModel) -> None:
+        """Close them in the next look."""
+        self._retired += models
+        self._leaving = _LEAVING_LOOKS
 
     def _gone(self, there: Collection[str], closed: Collection[Path]) -> list[str]:
         """Names whose bundle is not there. One in a folder whose manifest does not pass is not gone."""
@@ -212,8 +225,12 @@ class Updates:
             versions = self._registry.versions(name)
             versions.absent = versions.absent + 1 if name in gone else 0
             if versions.absent >= _ABSENT_LOOKS:
-                self._retired += self._registry.forget(name).loaded()
+                self._retire(*self._registry.forget(name).loaded())
                 _log.info("%s is no longer served: its bundle is gone", name)
+
+
+class _NoRoomError(DataError):
+    """There is not the memory to load a version beside the others."""
 
 
 class _Found(NamedTuple):
@@ -252,7 +269,7 @@ def _check_memory(bundle: Bundle, sessions: int, limit: int | None) -> None:
     if limit is not None and limit - memory.used_mb() < available:
         available, of = limit - memory.used_mb(), f"left of max_memory_mb = {limit}"
     if needed > available:
-        raise DataError(
+        raise _NoRoomError(
             f"{bundle.path} needs about {needed:.0f} MB beside the version in service, and {max(available, 0):.0f} MB are "
             f"{of}: give the service more memory, or stop it and start it with the new version"
         )

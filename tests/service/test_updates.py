@@ -51,6 +51,14 @@ def other(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One more."""
+    out = tmp_path_factory.mktemp("third") / "tiny"
+    jepakit.export("test_vit:random", out, image_size=64)
+    return out
+
+
 @pytest.fixture
 def folder(bundle: Path, tmp_path: Path) -> Path:
     """A folder of bundles that holds the first version."""
@@ -178,20 +186,73 @@ def test_a_replica_that_does_not_answer_agrees_to_nothing(bundle: Path, other: P
 
 
 def test_a_version_overtaken_by_the_next_but_one_is_closed(
-    bundle: Path, other: Path, folder: Path, tmp_path: Path
+    bundle: Path, other: Path, third: Path, folder: Path
 ) -> None:
-    jepakit.export("test_vit:random", tmp_path / "third", image_size=64, name="tiny")
     (replica,) = Deployment(folder, 1).replicas
     oldest = replica.registry.find("tiny")
 
     async def go() -> None:
-        for version in (other, tmp_path / "third"):
+        for version in (other, third):
             replace(folder, version)
             await step(replica)
-        assert replica.registry.find("tiny").digest == digest(tmp_path / "third")
+        assert replica.registry.find("tiny").digest == digest(third)
         await step(replica)
         with pytest.raises(RuntimeError, match="closed"):
             await oldest.embed([picture(0)], 5)
+
+    asyncio.run(go())
+
+
+def test_a_version_waits_for_the_memory_of_one_that_leaves_but_not_for_ever(
+    bundle: Path, other: Path, third: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without limit it would wait where the other's replicas do not let go of it."""
+    (replica,) = Deployment(folder, 1).replicas
+    versions = replica.registry.versions("tiny")
+    before = replica.registry.find("tiny")
+
+    async def go() -> None:
+        replace(folder, other)
+        await step(replica)
+        assert versions.previous is before
+        replace(folder, third)
+        monkeypatch.setattr(memory, "available_mb", lambda: 1.0)
+        for _ in range(3):
+            await step(replica)
+            assert versions.update is not None
+            assert (versions.update.digest, versions.update.state) == (digest(third), "loading")
+        assert versions.previous is None, "it has left meanwhile"
+        with monkeypatch.context() as enough:
+            enough.setattr(memory, "available_mb", lambda: 1e6)
+            await step(replica)
+        assert replica.registry.find("tiny").digest == digest(third)
+        replace(folder, bundle)
+        for _ in range(2 * updates._LEAVING_LOOKS):
+            await step(replica)
+        assert "MB are free" in versions.failed[digest(bundle)]
+
+    asyncio.run(go())
+
+
+def test_a_version_waits_for_the_memory_of_one_that_was_given_up_for_it(
+    other: Path, third: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = Deployment(folder, 2)
+    replica = deployment.replicas[0]
+    versions = replica.registry.versions("tiny")
+
+    async def go() -> None:
+        replace(folder, other)
+        await step(replica)
+        given_up = versions.next
+        assert given_up is not None
+        replace(folder, third)
+        monkeypatch.setattr(memory, "available_mb", lambda: 1e6 if given_up._batcher._closed else 1.0)
+        for _ in range(2):
+            await step(replica)
+        assert versions.next is not None
+        assert versions.next.digest == digest(third)
+        assert versions.failed == {}
 
     asyncio.run(go())
 
