@@ -24,6 +24,7 @@ from jepakit_service.gate import Gate, error_body, send_whole
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
+from jepakit_service.tasks import is_cancelled
 from jepakit_service.wire import JSON, ApiError, fault
 
 _QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
@@ -98,17 +99,11 @@ async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive)
     try:
         return await answer
     except asyncio.CancelledError:
-        if not leaving.done() or _is_cancelled():
+        if not leaving.done() or is_cancelled():  # by the server, once it has waited for `drain_s`
             raise
         raise ApiError(499, "disconnected", "the client left before its answer") from None
     finally:
         leaving.cancel()
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody wants this request itself to end: the server, once it has waited for `drain_s`."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _rest(replica: Replica) -> ASGIApp:

@@ -29,6 +29,7 @@ from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
 from jepakit_service.listeners import announce_when_ready, free_port, print_listeners
 from jepakit_service.settings import ServeSettings
+from jepakit_service.tasks import is_cancelled
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -335,6 +336,10 @@ async def _ask_all() -> Sequence[Report | None]:
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
         answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+    except asyncio.CancelledError:  # Ray tells so of a call that ended in another replica, too
+        if is_cancelled():
+            raise
+        return [None]
     except Exception:  # Ray's own, of many kinds
         return [None]
     return [None if isinstance(answer, BaseException) else answer for answer in answers]

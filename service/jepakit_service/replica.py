@@ -63,8 +63,8 @@ class Replica:
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """Look for new bundles from now on, on the running event loop. More calls change nothing."""
-        if self._watching is None:
+        """Look for new bundles from now on, on the running event loop. More calls change nothing while that goes on."""
+        if self._watching is None or self._watching.done():  # a CancelledError of what it awaited ends it
             self._watching = asyncio.get_running_loop().create_task(self._updates.run())
 
     async def faults(self) -> tuple[str, ...]:

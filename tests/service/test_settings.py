@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Self
 
 import pytest
@@ -192,6 +194,37 @@ def test_one_replica_that_is_dead_at_the_end_costs_the_others_no_answer(
     with pytest.raises(ServeError, match=r"requests in flight may be lost: (ActorDiedError|TimeoutError)"):
         ray_app._drain(handle, ServeSettings(bundles=("a",)))
     assert lingered == [ray_app._LINGER_S]
+
+
+def test_a_peer_whose_call_was_cancelled_is_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jepakit_service import ray_app
+
+    class Handle:
+        def broadcast(self, _method: str) -> Self:
+            return self
+
+        async def results_async(self, **_: object) -> list[object]:
+            asked.set()
+            if not hangs:
+                raise asyncio.CancelledError
+            await asyncio.sleep(60)
+            return []
+
+    context = SimpleNamespace(deployment="", app_name="")
+    serve = SimpleNamespace(get_replica_context=lambda: context, get_deployment_handle=lambda *_: Handle())
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
+    asked, hangs = asyncio.Event(), False
+    assert asyncio.run(ray_app._ask_all()) == [None]
+
+    async def end() -> None:
+        asking = asyncio.create_task(ray_app._ask_all())
+        await asyncio.wait_for(asked.wait(), 10)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled(), "who asks may be ended"
+
+    asked, hangs = asyncio.Event(), True
+    asyncio.run(end())
 
 
 def test_requests_in_flight_are_answered_though_nothing_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -895,6 +895,31 @@ def test_replicas_of_one_machine_load_a_version_one_after_the_other(
     assert all(replica.registry.versions("tiny").failed == {} for replica in replicas)
 
 
+def test_looks_that_were_ended_go_on(folder: Path, other: Path) -> None:
+    async def ended() -> list[Report | None]:
+        raise asyncio.CancelledError
+
+    replica = Replica(settings(folder), ended)
+
+    async def go() -> None:
+        replace(folder, other)
+        replica.watch()
+        first = replica._watching
+        assert first is not None
+        await asyncio.wait_for(asyncio.wait([first]), 30)
+        assert first.cancelled()
+        replica._ask_all = replica._ask_alone
+        replica.watch()
+        second = replica._watching
+        replica.watch()
+        assert replica._watching is second, "one is enough"
+        async with asyncio.timeout(30):
+            while replica.registry.find("tiny").digest != digest(other):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(go())
+
+
 def test_a_replica_that_does_not_hear_itself_agrees_to_nothing(folder: Path) -> None:
     first, second = Deployment(folder, 2).replicas
 
