@@ -4,8 +4,11 @@ import http.client
 import os
 import sys
 
+port = os.environ["JEPAKIT_SERVE_PORT"]
+if "://" in port:  # what Kubernetes tells of a service `jepakit-serve`, and the service passes over
+    port = "8000"
 # Not urllib, which would send the question to a proxy that the environment names.
-connection = http.client.HTTPConnection("127.0.0.1", int(os.environ["JEPAKIT_SERVE_PORT"]), timeout=5)
+connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
 try:
     connection.request("GET", "/readyz")
     sys.exit(connection.getresponse().status != 200)

@@ -33,6 +33,8 @@ AccessLog = Literal["all", "errors", "none"]
 _PREFIX = "JEPAKIT_SERVE_"
 # What Kubernetes tells of a service whose name begins like our variables, such as KubeRay's `jepakit-serve-svc`.
 _OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port(_\d+_.*)?$")
+_LINK = re.compile(r"(tcp|udp|sctp)://")
+"""What it tells in `JEPAKIT_SERVE_PORT` of a service `jepakit-serve`."""
 
 
 class ServeSettings(BaseSettings):
@@ -134,11 +136,19 @@ class ServeSettings(BaseSettings):
 def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
     """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong."""
     values = {} if file is None else _read_yaml(file)
-    _check_variables()
-    merged = {**values, **EnvSettingsSource(ServeSettings)(), **given}
+    merged = {**values, **_variables(), **given}
     if not merged.get("bundles"):
         raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
     return parse(ServeSettings, merged)
+
+
+def _variables() -> dict[str, Any]:
+    """What JEPAKIT_SERVE_* variables set; ConfigError for one that sets nothing."""
+    _check_variables()
+    found = EnvSettingsSource(ServeSettings)()
+    if _LINK.match(str(found.get("port"))):
+        del found["port"]
+    return found
 
 
 def _check_variables() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from jepakit_service import app, keys, listeners
 from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.listeners import announce_when_ready, check_port_is_free, own_url
 from jepakit_service.settings import ServeSettings, as_yaml, load
+
+HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck.py"
 
 
 def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +101,36 @@ def test_what_kubernetes_tells_of_its_services_is_no_mistake(monkeypatch: pytest
         monkeypatch.setenv(f"JEPAKIT_SERVE_SVC_{name}", "x")
     monkeypatch.setenv("JEPAKIT_SERVE_SERVICE_HOST", "x")
     assert load({"bundles": ("a",)})
+
+
+def test_what_kubernetes_tells_of_a_service_named_like_our_variables_is_no_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JEPAKIT_SERVE_PORT", "tcp://10.96.3.7:9")
+    (tmp_path / "serve.yaml").write_text("port: 1001\n")
+    assert load({"bundles": ("a",)}).port == 8000
+    assert load({"bundles": ("a",)}, tmp_path / "serve.yaml").port == 1001
+    asked = subprocess.run([sys.executable, HEALTHCHECK], capture_output=True, text=True, check=False)
+    assert "Traceback" not in asked.stderr
+
+
+def test_the_health_check_asks_whether_the_service_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [503, 200]
+
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answers.pop() if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("JEPAKIT_SERVE_PORT", str(server.server_port))
+        for code in (0, 1):
+            assert subprocess.run([sys.executable, HEALTHCHECK], check=False).returncode == code
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
