@@ -50,7 +50,8 @@ class Api:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = self._posts.handler(scope["path"]) if scope["type"] == "http" else None
         if handler is None:
-            await self._rest(scope, receive, send)
+            # HEAD is answered as GET, and its body left out, by the server.
+            await self._rest({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
             return
         call = await _read_call(scope, receive)
         reply = await _while_wanted(handler(call), receive)

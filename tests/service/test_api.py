@@ -264,6 +264,18 @@ def test_a_declared_length_over_the_limit_is_refused_unread(service: str) -> Non
     assert status_of_a_declared_body(service, 100 << 30) == 413
 
 
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/v1/models/tiny", "/no"]
+)
+def test_head_is_answered_as_get_without_a_body(http: httpx.Client, path: str) -> None:
+    """As monitors and load balancers ask."""
+    whole, head = http.get(path), http.head(path)
+    assert head.content == b""
+    assert head.status_code == whole.status_code
+    assert head.headers["content-length"] == str(len(whole.content))
+    assert http.head("/v1/embeddings").status_code == 405
+
+
 def test_draining_refuses_new_requests_and_readiness_says_so(bundle: Path) -> None:
     server = running(ServeSettings(bundles=(str(bundle),), port=1))
     with server as url, httpx.Client(base_url=url) as http:
