@@ -18,12 +18,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from jepakit._files import reason_of
 from jepakit._messages import parse
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
@@ -50,6 +51,8 @@ _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "r
 _CORE = ("gcs_server", "raylet")
 """Ray's control store and node: what they keep going is lost with either, and Ray starts neither anew."""
 _FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+_LONGEST_PLACE = (103 if sys.platform == "darwin" else 107) - 89
+"""Bytes of the path of a folder for temporary files: Ray makes sockets up to 89 bytes below it, whose paths are so short."""
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
 
@@ -103,27 +106,52 @@ def _adopt_orphans() -> None:
 
 
 def _drive(settings: ServeSettings) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-"))
-    os.environ.update(_environment(settings, folder))  # Ray reads it at import
-    import psutil
+    with _own_folder() as folder:
+        os.environ.update(_environment(settings, folder))  # Ray reads it at import
+        try:
+            import ray  # noqa: F401
+            from ray import serve  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
+        # For the processes that Ray starts: this one has no loop that Ray could share.
+        os.environ.update(_REPLICAS)
+        stop = _Stop()
+        stop.watch()
+        logs.say("starting Ray Serve …")
+        with contextlib.closing(logs.Collector(folder / "logs.sock")) as collector:
+            _serve(settings, folder / "ray", collector.path, stop)
 
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A new folder that goes with us: in /tmp where the usual place has too long a name for the sockets in it."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > _LONGEST_PLACE:
+        place = "/tmp"
     try:
-        import ray
-        from ray import serve
-        from ray.serve.config import HTTPOptions
-    except ImportError as error:
-        raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
+        folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-", dir=place))
+    except OSError as error:
+        raise ServeError(
+            f"Ray's sockets cannot be made in {place} ({reason_of(error)}): "
+            f"set TMPDIR to a folder whose path has at most {_LONGEST_PLACE} bytes"
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    # For the processes that Ray starts: this one has no loop that Ray could share.
-    os.environ.update(_REPLICAS)
-    stop = _Stop()
-    stop.watch()
-    logs.say("starting Ray Serve …")
-    collector = logs.Collector(folder / "logs.sock")
+
+def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) -> None:
+    """Start Ray, with its files in `folder`, serve until it is to stop, and end all of Ray."""
+    import psutil
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
     try:
         ray.init(
             include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
-            logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder / "ray"), num_gpus=_gpus(settings),
+            logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
             num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
         )  # fmt: skip
         stop.watch()  # ray.init put its own in place
@@ -133,7 +161,7 @@ def _drive(settings: ServeSettings) -> None:
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
         serve.start(http_options=options, logging_config=_LOGGING)
-        application = _application(settings, collector.path)
+        application = _application(settings, log_socket)
         handle = serve.run(application, name=_APPLICATION, route_prefix="/", logging_config=_LOGGING)
         if announce_when_ready(settings, lambda: stop.requested):
             print_listeners(settings, fallback=int(os.environ.get(_FALLBACK_PORT, 0)))
@@ -151,8 +179,6 @@ def _drive(settings: ServeSettings) -> None:
         children = psutil.Process().children(recursive=True)
         ray.shutdown()
         _end(children)
-        collector.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_core(core: Mapping[str, Any]) -> None:
