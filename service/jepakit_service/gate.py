@@ -80,7 +80,7 @@ class Gate:
                 await self._answer(scope, headers, receive, counted_send)
             except asyncio.CancelledError:  # so Ray tells that the client left
                 state.setdefault("status", 499)
-                state["code"] = "disconnected"
+                state.setdefault("code", "disconnected")
                 raise
             finally:
                 self._log_and_count(scope, route, state.get("status", 500), time.perf_counter() - start, span)
@@ -126,6 +126,8 @@ class Gate:
             if not self.replica.draining:
                 raise
             state["code"] = "draining"
+            if "status" in state:  # a second answer in the midst of one would be none
+                raise
             await send_error(send, _stopping(), scope)
         except Exception as error:  # its text may hold what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)

@@ -286,6 +286,38 @@ def test_draining_refuses_new_requests_and_readiness_says_so(bundle: Path) -> No
         assert http.get("/healthz").status_code == 200
 
 
+def test_an_answer_that_is_not_taken_before_the_service_ends_is_not_followed_by_another(bundle: Path) -> None:
+    gate = build_app(ServeSettings(bundles=(str(bundle),), port=1))
+    sent: list[dict[str, Any]] = []
+
+    async def ask() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def stop_in_the_middle() -> None:
+        begun = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body":
+                begun.set()
+                await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "query_string": b""}
+        request = asyncio.create_task(gate(scope, ask, send))
+        await asyncio.wait_for(begun.wait(), 30)
+        gate.drain()
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
+
+    asyncio.run(stop_in_the_middle())
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    counted = {(*sample.labels.values(),): sample.value for family in gate.replica.metrics.families()
+               for sample in family.samples if sample.name == "jepakit_requests_total"}  # fmt: skip
+    assert counted == {("/v1/models", "200"): 1.0}
+    assert gate.in_flight == 0
+
+
 @pytest.mark.parametrize("draining", [False, True])
 def test_a_body_that_is_still_arriving_when_the_service_ends_is_told_so(bundle: Path, draining: bool) -> None:
     """As uvicorn does it: a request that outlasts `drain_s` is cancelled. It came before the drain, or after."""
