@@ -19,8 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import jepakit
 from jepakit._messages import did_you_mean
 from jepakit_service import oip_routes, openapi, operations
+from jepakit_service.answers import error_body, send_whole
 from jepakit_service.described import POSTS
-from jepakit_service.gate import Gate, error_body, send_whole
+from jepakit_service.gate import Gate
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings

@@ -12,22 +12,21 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jepakit_service import logs, oip, routes, tracing
+from jepakit_service import logs, routes, tracing
+from jepakit_service.answers import send_error
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
-from jepakit_service.wire import JSON, ApiError, fault, unavailable
+from jepakit_service.wire import ApiError, fault, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
-_SLICE, _TAKEN_S = 1 << 16, 60.0
-"""Bytes of an answer that are sent at a time, and how long a client may take to make room for them."""
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
@@ -224,33 +223,6 @@ async def _discard(receive: Receive) -> bool:
                     return bool(message["type"] == "http.request")
     except (TimeoutError, asyncio.CancelledError):  # the latter from a server that ends: the answer goes out at once
         return False
-
-
-def error_body(error: ApiError, scope: Scope) -> bytes:
-    """An error in the shape of the route's family."""
-    if routes.is_oip(scope["path"]):
-        return oip.write_error(error)
-    return error.body(scope["state"]["request_id"], with_detail=scope["path"] == routes.VOYAGE)
-
-
-async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:
-    """Answer with an error in the shape of the route's family; if not `ended`, as `send_whole`, and close afterwards."""
-    headers = error.headers if ended else {**error.headers, "Connection": "close"}
-    await send_whole(send, error.status, error_body(error, scope), JSON, headers, ended=ended)
-
-
-async def send_whole(
-    send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str], *, ended: bool = True
-) -> None:
-    """Answer with one body; if not `ended` an empty message must follow. The names of `headers` are put in lower case."""
-    headers = {"content-type": content_type, "content-length": str(len(body)), **headers}
-    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    # In slices, so that a stop waits for a reader who is slow; and not for ever.
-    for start in range(0, max(1, len(body)), _SLICE):
-        more = not ended or start + _SLICE < len(body)
-        async with asyncio.timeout(_TAKEN_S):
-            await send({"type": "http.response.body", "body": body[start : start + _SLICE], "more_body": more})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
-from jepakit_service import gate, heartbeat, logs, memory, models, operations, tracing
+from jepakit_service import answers, heartbeat, logs, memory, models, operations, tracing
 from jepakit_service.api import build_app
 from jepakit_service.listeners import free_port, open_listeners
 from jepakit_service.metrics import merge
@@ -191,14 +191,14 @@ def test_a_large_answer_is_sent_as_it_is_taken_and_not_waited_with_for_ever(monk
         await asyncio.sleep(0 if message["type"] == "http.response.start" else 60)
 
     body = bytes(range(256)) * 1000
-    asyncio.run(gate.send_whole(send, 200, body, "application/octet-stream", {}))
+    asyncio.run(answers.send_whole(send, 200, body, "application/octet-stream", {}))
     start, *parts = sent
     assert dict(start["headers"])[b"content-length"] == b"256000"
     assert b"".join(part["body"] for part in parts) == body
     assert [part["more_body"] for part in parts] == [True, True, True, False]
-    monkeypatch.setattr(gate, "_TAKEN_S", 0.05)
+    monkeypatch.setattr(answers, "_TAKEN_S", 0.05)
     with pytest.raises(TimeoutError):
-        asyncio.run(gate.send_whole(never, 200, body, "application/octet-stream", {}))
+        asyncio.run(answers.send_whole(never, 200, body, "application/octet-stream", {}))
 
 
 def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
