@@ -43,7 +43,7 @@ from jepakit.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.embedder import Embedder
 from jepakit.errors import MissingExtraError
 from jepakit.session import Model, Session
-from jepakit_service.batcher import Batcher, Decoded
+from jepakit_service.batcher import Batcher, Capacity, Decoded
 from jepakit_training.precision import cpu_has_bf16
 
 ort = import_ort()
@@ -205,9 +205,9 @@ class Bench:
         files, model = jpegs(IMAGES), Model(session)
         cases[EMBED] = self._block(lambda: model.embed(files, progress=False))
         batcher = Batcher(
-            lambda image: Decoded(np.asarray(image), 0), session.run, max_batch=best[ENGINE], lanes=1,
-            whole=session.run, few=0, cores=self._threads, lane_cores=self._threads, batch_s=math.inf,
-            observer=Nobody(),
+            lambda image: Decoded(np.asarray(image), 0), session.run, session.run,
+            Capacity(best[ENGINE], lanes=1, few=0, cores=self._threads, lane_cores=self._threads, batch_s=math.inf),
+            Nobody(),
         )  # fmt: skip
         with asyncio.Runner() as loop:
             cases[ENGINE] = self._block(lambda: loop.run(through(batcher, self._images)))

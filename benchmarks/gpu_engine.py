@@ -38,7 +38,7 @@ from jepakit.backbone import restore
 from jepakit.bundle import WEIGHTS
 from jepakit.embedder import Embedder
 from jepakit.session import Session
-from jepakit_service.batcher import Batcher, Decoded
+from jepakit_service.batcher import Batcher, Capacity, Decoded
 from trainer import weights_of
 
 ort = import_ort()
@@ -103,8 +103,8 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
         for name in EXPORTS:
             for lanes in (1, 2):
                 batcher = Batcher(
-                    lambda image: Decoded(np.asarray(image), 0), runs[name], max_batch=32, lanes=lanes, whole=runs[name],
-                    few=0, cores=usable_cpus(), lane_cores=0, batch_s=math.inf, observer=Nobody(),
+                    lambda image: Decoded(np.asarray(image), 0), runs[name], runs[name],
+                    Capacity(32, lanes, few=0, cores=usable_cpus(), lane_cores=0, batch_s=math.inf), Nobody(),
                 )  # fmt: skip
                 batchers.callback(batcher.close)
                 cases[f"{name}, service's batcher, {lanes} lanes", 32] = clocked(

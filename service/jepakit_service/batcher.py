@@ -96,14 +96,20 @@ class State(NamedTuple):
 
 
 class Capacity(NamedTuple):
-    """See `Batcher`."""
+    """How much a batcher does at a time."""
 
     max_batch: int
+    """Images of the largest batch."""
     lanes: int
+    """Batches that run at the same time."""
     few: int
+    """Images that go to all cores together while nothing else is there."""
     cores: int
+    """Of this machine, for decoding and for lanes that run there."""
     lane_cores: int
+    """Cores that a running lane keeps busy; 0 where it waits for a GPU."""
     batch_s: float
+    """Seconds that a full batch takes."""
 
 
 class RunBatch(NamedTuple):
@@ -140,27 +146,19 @@ def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait
 class Batcher:
     """Turns encoded images into vectors.
 
-    decode     one encoded image → `Decoded`; ImageError for one that cannot be read
-    run        [B, H, W, C] → [B, D]; called by at most `lanes` threads at a time
-    max_batch  the largest batch
-    lanes      batches that run at the same time
-    whole      as `run`, by all cores: takes all lanes
-    few        images that go to `whole` while nothing else is there
-    cores      of this machine, for decoding and for lanes that run there
-    lane_cores of them that a running lane keeps busy; 0 where it waits for a GPU
-    batch_s    seconds that a full batch takes
+    decode  one encoded image → `Decoded`; ImageError for one that cannot be read
+    run     [B, H, W, C] → [B, D]; called by at most `capacity.lanes` threads at a time
+    whole   as `run`, by all cores: takes all lanes
 
     Images are taken from the requests in turn, one of each: a request of hundreds does not hold up one of one.
     """
 
     def __init__(
-        self, decode: Callable[[ImageData], Decoded], run: _Model, *,
-        max_batch: int, lanes: int, whole: _Model, few: int, cores: int, lane_cores: int, batch_s: float,
-        observer: Observer,
-    ) -> None:  # fmt: skip
+        self, decode: Callable[[ImageData], Decoded], run: _Model, whole: _Model, capacity: Capacity, observer: Observer
+    ) -> None:
         self._decode, self._observer = decode, observer
         self._run, self._whole = run, whole
-        self._capacity = Capacity(max_batch, lanes, few, cores, lane_cores, batch_s)
+        self._capacity = capacity
         self._requests: deque[_Request] = deque()
         self._ready: deque[_Ready] = deque()
         self._running = 0  # lanes
@@ -169,7 +167,7 @@ class Batcher:
         self._closed = False
         self._lock = threading.Condition()
         # A lane and its decoders: while all lanes run, there is someone to prepare the next batch.
-        count = max(cores, lanes + 1)
+        count = max(capacity.cores, capacity.lanes + 1)
         self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
         self._at_hand = count  # threads
         for thread in self._threads:

@@ -17,7 +17,7 @@ from jepakit.images import fit, read_image
 from jepakit.readers import Limits
 from jepakit.runtime import ON_GPU, Provider
 from jepakit.session import Session
-from jepakit_service.batcher import Batcher, Decoded, Result
+from jepakit_service.batcher import Batcher, Capacity, Decoded, Result
 from jepakit_service.heartbeat import Heartbeat
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
@@ -52,13 +52,12 @@ class LoadedModel:
         self.heartbeat = Heartbeat(
             self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.counted
         )
-        # It alone holds the sessions, and lets go of them once it is closed and empty.
-        self._batcher = Batcher(
-            self._decode, session.run, max_batch=self.plan.max_batch, lanes=self.plan.lanes,
-            whole=whole.run, few=self.plan.few, cores=settings.threads,
+        capacity = Capacity(
+            self.plan.max_batch, self.plan.lanes, self.plan.few, cores=settings.threads,
             lane_cores=0 if self.provider in ON_GPU else self.plan.threads, batch_s=self.plan.batch_s,
-            observer=self.heartbeat,
         )  # fmt: skip
+        # It alone holds the sessions, and lets go of them once it is closed and empty.
+        self._batcher = Batcher(self._decode, session.run, whole.run, capacity, self.heartbeat)
 
     @property
     def digest(self) -> str:

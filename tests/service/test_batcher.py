@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,15 @@ def batcher(
     cores: int = 1,
     batch_s: float = 60.0,
 ) -> Batcher:
-    return Batcher(
-        model.decode, model.run, max_batch=max_batch, lanes=lanes, whole=(whole or model).run, few=few,
-        cores=cores, lane_cores=cores // lanes, batch_s=batch_s, observer=model,
-    )  # fmt: skip
+    capacity = Capacity(max_batch, lanes, few, cores, lane_cores=cores // lanes, batch_s=batch_s)
+    return Batcher(model.decode, model.run, (whole or model).run, capacity, model)
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    """Let the batcher's threads work until they are so far; TimeoutError when that takes too long."""
+    async with asyncio.timeout(10):
+        while not reached():
+            await asyncio.sleep(0.001)
 
 
 def test_many_requests_get_their_own_vectors_in_order() -> None:
@@ -94,8 +99,7 @@ def test_a_backlog_fills_the_batches_and_a_lone_image_waits_for_nobody() -> None
         await embed(packed, [b"\1"])
         model.gate.clear()
         first = asyncio.create_task(embed(packed, [b"\2"]))
-        while model.decodes < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: model.decodes >= 2)
         others = [asyncio.create_task(embed(packed, [bytes([n])])) for n in range(10, 18)]
         await asyncio.sleep(0.1)
         model.gate.set()
@@ -135,8 +139,7 @@ def test_an_image_does_not_wait_for_a_batch_of_others_to_be_decoded() -> None:
 
     async def ask() -> None:
         large = asyncio.create_task(embed(packed, [b"\7"] * 64))
-        while not packed._requests:
-            await asyncio.sleep(0.001)
+        await until(lambda: bool(packed._requests))
         await embed(packed, [b"\1"])
         assert model.decodes < 60, "of 65"
         await large
@@ -164,11 +167,9 @@ def test_a_few_images_go_to_all_cores_while_nothing_else_is_there() -> None:
         await embed(packed, [b"\1"])
         whole.gate.clear()
         alone = asyncio.create_task(embed(packed, [b"\2"]))
-        while lanes.decodes < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: lanes.decodes >= 2)
         backlog = asyncio.create_task(embed(packed, [bytes([n]) for n in range(10, 14)]))
-        while len(packed._ready) < 4:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(packed._ready) >= 4)
         assert lanes.batches == [], "no lane beside all cores"
         whole.gate.set()
         await asyncio.gather(alone, backlog)
@@ -186,11 +187,9 @@ def test_without_a_backlog_lanes_share_alike_with_those_that_run() -> None:
     async def ask() -> None:
         model.gate.clear()
         first = asyncio.create_task(embed(packed, [b"\1", b"\2"]))
-        while packed._at_work < 2:  # each of them in a lane, or both in one
-            await asyncio.sleep(0.01)
+        await until(lambda: packed._at_work >= 2)  # each of them in a lane, or both in one
         others = asyncio.create_task(embed(packed, [bytes([n]) for n in range(10, 16)]))
-        while packed._at_work + len(packed._ready) < 8:
-            await asyncio.sleep(0.01)
+        await until(lambda: packed._at_work + len(packed._ready) >= 8)
         model.gate.set()
         await asyncio.gather(first, others)
 
@@ -226,8 +225,7 @@ def test_what_a_client_that_left_had_asked_for_is_not_computed() -> None:
     async def ask() -> None:
         model.gate.clear()
         running = asyncio.create_task(embed(packed, [b"\1"]))
-        while model.decodes < 1:
-            await asyncio.sleep(0.01)
+        await until(lambda: model.decodes >= 1)
         left = asyncio.create_task(embed(packed, [b"\2"] * 20))
         await asyncio.sleep(0.05)
         left.cancel()
@@ -287,8 +285,7 @@ def test_an_image_that_is_ready_does_not_wait_for_those_whose_client_left() -> N
 
     async def ask() -> None:
         slow, image = (asyncio.create_task(embed(packed, [image])) for image in model.released)
-        while len(model.started) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(model.started) >= 2)
         left = asyncio.create_task(embed(packed, [b"\3"]))
         await asyncio.sleep(0)
         left.cancel()
@@ -369,12 +366,10 @@ def test_nothing_is_kept_of_a_request_that_nobody_waits_for() -> None:
         await embed(packed, [b"\5"])
         model.gate.clear()
         first = asyncio.create_task(embed(packed, [b"\1"]))
-        while model.decodes < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: model.decodes >= 2)
         images: Any = [Image([n]) for n in range(2, 9)]
         left = asyncio.create_task(embed(packed, images))
-        while len(packed._ready) < 2:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(packed._ready) >= 2)
         watched = [weakref.ref(image) for image in images]
         del images
         left.cancel()
@@ -393,10 +388,8 @@ def test_nothing_is_kept_of_a_request_that_nobody_waits_for() -> None:
 
 def test_a_closed_batcher_holds_the_model_no_longer() -> None:
     model, observer = Recorder(), Recorder()
-    packed = Batcher(
-        observer.decode, model.run, max_batch=1, lanes=1, whole=model.run, few=0, cores=2, lane_cores=1, batch_s=1,
-        observer=observer,
-    )  # fmt: skip
+    capacity = Capacity(1, lanes=1, few=0, cores=2, lane_cores=1, batch_s=1)
+    packed = Batcher(observer.decode, model.run, model.run, capacity, observer)
     asyncio.run(embed(packed, [b"\1"]))
     held = weakref.ref(model)
     packed.close()
