@@ -488,6 +488,7 @@ def test_wrong_settings_are_told_in_one_line(settings: dict[str, Any], words: st
 
 def test_the_answer_to_json_is_valid_json_with_finite_numbers(http: httpx.Client) -> None:
     answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
+    assert answer.status_code == 200
     json.loads(answer.text, parse_constant=lambda text: pytest.fail(text))
 
 
