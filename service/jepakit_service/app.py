@@ -20,7 +20,7 @@ def run(settings: ServeSettings) -> None:
         bundle.verify()
     if settings.api_key_file is not None:
         keys.check(Path(settings.api_key_file))
-    tracing.wanted()
+    tracing.check()
     check_port_is_free(settings)
     for bundle in bundles:
         say(f"{bundle.manifest.name}  model_id {bundle.manifest.model_id}  digest {bundle.digest}")

@@ -17,21 +17,26 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 
 
 def wanted() -> bool:
-    """Whether the environment asks for traces; MissingExtraError when it does and the exporter is not installed."""
+    """Whether the environment asks for traces."""
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
-    if exporter != "otlp" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return False
+    return exporter == "otlp" and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+
+
+def check() -> None:
+    """Raise MissingExtraError when traces are wanted and the exporter is not installed."""
+    if not wanted():
+        return
     try:  # Ray brings other parts of opentelemetry.exporter
         importlib.import_module("opentelemetry.exporter.otlp.proto.http")
     except ModuleNotFoundError:
         raise MissingExtraError("OTEL_* variables ask for traces, which need: pip install 'jepakit[tracing]'") from None
-    return True
 
 
 class Tracer:
-    """A span a request, as a child of the caller's where it sent `traceparent`."""
+    """A span a request, as a child of the caller's where it sent `traceparent`. Raises what `check` raises."""
 
     def __init__(self) -> None:
+        check()
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider

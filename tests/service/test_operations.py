@@ -640,7 +640,7 @@ def test_traces_without_their_extra_are_refused_by_its_name(monkeypatch: pytest.
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp", None)  # as where Ray brought other exporters alone
     with pytest.raises(jepakit.errors.MissingExtraError, match="tracing"):
-        tracing.wanted()
+        tracing.check()
 
 
 def test_a_ray_without_serve_is_told_in_a_line(bundle: Path) -> None:
