@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jepakit._messages import counted
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError, InputError
 from jepakit.readers import open_raster
@@ -155,12 +157,80 @@ def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
     assert list_images(tmp_path / "set").ids == ("2.png", "linked/1.png")
 
 
-def test_a_link_that_leads_nowhere_does_not_stop_the_listing(tmp_path: Path) -> None:
+def link(root: Path, links: dict[str, str]) -> Path:
+    for name, target in links.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(target)
+    return root
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"z": "y"},
+        {"a": "y"},
+        {"x/again": "../y"},
+        {"z/deeper": "../y", "b": "z"},
+        {"z": "y", "a": "y", "y/again": "../x"},
+        {f"z/{i:03}.png": f"../y/{i:03}.png" for i in range(12)},
+        {f"a/{i:03}.png": f"../z/{i}.png" for i in range(12)} | {f"z/{i}.png": f"../y/{i:03}.png" for i in range(12)},
+        {f"b/{i:03}.png": f"../a/{i:03}.png" for i in range(12)} | {"a": "y"},
+    ],
+    ids=["folder", "earlier name", "inside", "deeper", "several", "files", "links to links", "through a linked folder"],
+)
+def test_what_links_lead_to_is_listed_once_under_its_own_name(tmp_path: Path, links: dict[str, str]) -> None:
+    link(classes(tmp_path, {"x": 12, "y": 12}), links)
+    for listed in (list_images(tmp_path), gather(tmp_path)):
+        assert listed.ids == tuple(f"{folder}/{i:03}.png" for folder in "xy" for i in range(12))
+        assert listed.labels == ("x",) * 12 + ("y",) * 12
+        assert f"{counted(len(links), 'link')} passed over: what they lead to is listed already" in listed.note
+
+
+def test_what_several_links_lead_to_is_listed_under_the_first(tmp_path: Path) -> None:
+    touch(tmp_path, "store/x/1.png", "store/2.png")
+    links = {"d": "../store", "c/x": "../../store/x", "b/2.png": "../../store/2.png", "a": "../store/x"}
+    link(tmp_path / "set", links)
+    assert list_images(tmp_path / "set").ids == ("a/1.png", "d/2.png")
+
+
+def test_the_order_is_that_of_the_names_whether_links_or_not(tmp_path: Path) -> None:
+    touch(tmp_path, "store/2.png", "store/1.png", "set/b/1.png", "set/d/1.png", "set/c-.png", "set/c0.png")
+    link(tmp_path / "set", {"c": "../store", "a": "../store/gone"})
+    assert list_images(tmp_path / "set").ids == ("b/1.png", "c/1.png", "c/2.png", "c-.png", "c0.png", "d/1.png")
+
+
+def test_images_that_are_links_to_files_of_other_names_are_images(tmp_path: Path) -> None:
+    """As in a cache of Hugging Face, whose files have no suffix and lie beside their names."""
+    touch(tmp_path, "blobs/1f", "blobs/2e", "blobs/.3d.png")
+    link(tmp_path, {f"snapshot/{i}.png": f"../blobs/{blob}" for i, blob in enumerate(["1f", "2e", "2e", ".3d.png"])})
+    assert list_images(tmp_path).ids == ("snapshot/0.png", "snapshot/1.png", "snapshot/3.png")
+
+
+def test_a_shard_that_links_lead_to_is_listed_once(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("1.png", b"x")
+    listed = list_images(link(tmp_path, {"a.zip": "b.zip"}))
+    assert listed.ids == ("b.zip/1.png",)
+    assert "1 link passed over" in listed.note
+
+
+def test_an_image_whose_link_leads_nowhere_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
-    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    link(tmp_path, {"b.png": "gone/1.png", "c.dcm": "gone/2.dcm"})
     listed = list_images(tmp_path)
-    assert "a.png" in listed.ids
+    assert listed.ids == ("a.png", "b.png", "c.dcm")
     assert listed.digest()
+    with pytest.raises(InputError, match=r"b\.png.*No such file"):
+        open_raster(listed[1].data, name=listed[1].name)
+
+
+def test_other_links_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+    link(tmp_path, {"cat": "/nowhere/cat", "dog": "/nowhere/dog", "null": os.devnull})
+    told = "2 links to nowhere passed over (cat first)"
+    with pytest.raises(DataError, match=rf"holds no images .*; {re.escape(told)}"):
+        list_images(tmp_path)
+    touch(tmp_path, "a.png")
+    assert list_images(tmp_path).note.endswith(told)
 
 
 def test_a_glob_lists_matching_images_sorted(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".npy", ".npz", ".svs", ".ndpi", ".scn"}
 )
+_FILE, _FOLDER, _NOWHERE, _OTHER = range(4)
 
 
 @dataclass(frozen=True)
@@ -54,30 +56,93 @@ def is_image(name: str) -> bool:
     )
 
 
-def walk(folder: str, inside: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Names of the visible files below `folder`, relative to it, sorted folder by folder; bundles are left out.
+@dataclass
+class Listing:
+    """What is visible below a folder; names are relative to it."""
 
-    Links are followed, but never back into a folder they are in. One stat a folder and none a file: the
-    listing itself says what is a folder, and over a network a million stats take an hour. Raises OSError.
+    folder: str
+    names: list[str] = field(default_factory=list)
+    """Files, and links that lead nowhere, sorted folder by folder."""
+    links: set[str] = field(default_factory=set)
+    """Those of them that are links."""
+    broken: set[str] = field(default_factory=set)
+    """Those of the links that lead nowhere."""
+    repeats: int = 0
+    """Folders left out since they are listed under another name."""
+
+    def once(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that name a file first: links to another of them, or to what an earlier one leads to, are left out."""
+        linked = self.links.intersection(names)
+        if not linked:
+            return list(names)
+        first: dict[str, str] = {}
+        for name in names:
+            if name in linked:
+                first.setdefault(os.path.realpath(os.path.join(self.folder, name)), name)  # noqa: PTH118
+        real_folder = cache(os.path.realpath)
+        for name in names:
+            if name not in linked:
+                inside, base = os.path.split(os.path.join(self.folder, name))  # noqa: PTH118 (hot loop)
+                first.pop(os.path.join(real_folder(inside), base), None)  # noqa: PTH118
+        left_out = linked.difference(first.values())
+        return [name for name in names if name not in left_out]
+
+
+def walk(folder: str) -> Listing:
+    """List the visible files below `folder`; bundles are left out.
+
+    Links are followed, but no folder is listed twice: it keeps the name under which it lies in `folder`, else the first of
+    the links to it. One stat a folder and a link, none a file: the listing itself says what is a folder, and over a network
+    a million stats take an hour. Raises OSError.
     """
-    here = os.path.join(folder, inside)  # noqa: PTH118 (hot loop)
+    listing = Listing(folder)
+    seen: set[tuple[int, int]] = set()
+    linked = _visit(listing, "", seen)
+    followed = bool(linked)
+    while linked:
+        linked = [deeper for inside in linked for deeper in _visit(listing, inside, seen)]
+    if followed:
+        # In the order of each folder's names: the end of one comes before every character, "/" behind "-" and ".".
+        listing.names.sort(key=lambda name: name.replace("/", "\0"))
+    return listing
+
+
+def _visit(listing: Listing, inside: str, seen: set[tuple[int, int]]) -> list[str]:
+    """Add the files of a folder and those in it that are no links to the listing; the linked folders, for later."""
+    here = os.path.join(listing.folder, inside)  # noqa: PTH118 (hot loop)
     status = os.stat(here)  # noqa: PTH116
     place = (status.st_dev, status.st_ino)
-    if place in above:
-        return
+    if place in seen:
+        listing.repeats += 1
+        return []
+    seen.add(place)
     with os.scandir(here) as entries:
-        found = sorted(
-            (entry.name, entry.is_dir())
-            for entry in entries
-            if entry.name[0] != "." and (entry.is_dir() or entry.is_file())
-        )
-    if (MANIFEST, False) in found and (WEIGHTS, False) in found:
-        return  # its golden.npz is no image of the user's
-    for name, is_folder in found:
-        if is_folder:
-            yield from walk(folder, f"{inside}{name}/", above | {place})
-        else:
-            yield inside + name
+        found = sorted((entry.name, _kind(entry), entry.is_symlink()) for entry in entries if entry.name[0] != ".")
+    if sum(kind == _FILE and name in (MANIFEST, WEIGHTS) for name, kind, _ in found) == 2:
+        return []  # its golden.npz is no image of the user's
+    linked = []
+    for base, kind, is_link in found:
+        name = inside + base
+        if kind == _FOLDER and is_link:
+            linked.append(f"{name}/")
+        elif kind == _FOLDER:
+            linked += _visit(listing, f"{name}/", seen)
+        elif kind != _OTHER:
+            listing.names.append(name)
+            if is_link:
+                listing.links.add(name)
+            if kind == _NOWHERE:
+                listing.broken.add(name)
+    return linked
+
+
+def _kind(entry: os.DirEntry[str]) -> int:
+    """What an entry is, or leads to; devices and the like are _OTHER."""
+    if entry.is_dir():
+        return _FOLDER
+    if entry.is_file():
+        return _FILE
+    return _NOWHERE if not os.path.exists(entry.path) else _OTHER  # noqa: PTH110
 
 
 def not_files(root: str, names: Sequence[str]) -> list[str]:

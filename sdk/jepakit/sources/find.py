@@ -18,7 +18,7 @@ from jepakit.errors import DataError
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import find_in_memory, is_one_image
-from jepakit.sources.passed import passed_over
+from jepakit.sources.passed import links_passed_over, passed_over
 from jepakit.sources.store import Found
 from jepakit.sources.table import TABLES
 from jepakit.sources.tars import find_in_tars
@@ -93,25 +93,32 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool, with_splits: 
 
 
 def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
-    names, archives, others = [], [], []
+    names, archives, others, lost = [], [], [], []
     try:
-        for name in walk(folder):
-            if suffix(name) in SUFFIXES and not is_embeddings(os.path.join(folder, name)):  # noqa: PTH118
-                names.append(name)
-            elif _is_archive(name):
-                archives.append(name)
-            else:
-                others.append(name)
+        listing = walk(folder)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be listed ({reason_of(error)})") from None
+    for name in listing.names:
+        if suffix(name) in SUFFIXES and not is_embeddings(os.path.join(folder, name)):  # noqa: PTH118
+            names.append(name)
+        elif _is_archive(name):
+            archives.append(name)
+        elif name in listing.broken:
+            lost.append(name)
+        else:
+            others.append(name)
+    wanted = names or archives
+    once = listing.once(wanted)
+    repeats = listing.repeats + len(wanted) - len(once)
+    note = _joined(passed_over(others), links_passed_over(repeats, lost))
     if names:
-        ids = tuple(names)
-        return Found(Files(folder, ids), ids, folders=ids, note=_passed_over(archives, others))
+        ids = tuple(once)
+        return Found(Files(folder, ids), ids, folders=ids, note=_joined(_beside(archives), note))
     if archives:
-        paths = [os.path.join(folder, name) for name in archives]  # noqa: PTH118
+        paths = [os.path.join(folder, name) for name in once]  # noqa: PTH118
         found = _find_in_archives(paths, with_labels=with_labels, folder=folder)
-        return replace(found, note="; ".join(filter(None, (found.note, passed_over(others)))))
-    raise _nothing(folder, others)
+        return replace(found, note=_joined(found.note, note))
+    raise _nothing(folder, note)
 
 
 def _find_matching(pattern: str, *, with_labels: bool) -> Found:
@@ -130,11 +137,11 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
             ids,
             kind="a glob",
             label_note="no labels: a glob has no class folders",
-            note=_passed_over(archives, others),
+            note=_joined(_beside(archives), passed_over(others)),
         )
     if archives:
         return _find_in_archives(archives, with_labels=with_labels)
-    raise _nothing(pattern, others)
+    raise _nothing(pattern, passed_over(others))
 
 
 def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
@@ -173,13 +180,14 @@ def _is_archive(name: str) -> bool:
     return name.lower().endswith((*_ARCHIVES, *_COMPRESSED_TARS))
 
 
-def _passed_over(archives: Sequence[str], others: Sequence[str]) -> str:
-    beside = f"{counted(len(archives), 'archive')} beside the images passed over" if archives else ""
-    return "; ".join(filter(None, (beside, passed_over(others))))
+def _beside(archives: Sequence[str]) -> str:
+    return f"{counted(len(archives), 'archive')} beside the images passed over" if archives else ""
 
 
-def _nothing(source: str, others: Sequence[str] = ()) -> DataError:
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _nothing(source: str, note: str = "") -> DataError:
     looked_for = ", ".join(sorted({*SUFFIXES, *_ARCHIVES}))
-    known = passed_over(others)
-    hint = f"; {known}" if known else ""
-    return DataError(f"{source} holds no images (looked for {looked_for}, in subfolders too){hint}")
+    return DataError(_joined(f"{source} holds no images (looked for {looked_for}, in subfolders too)", note))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jepakit._messages import counted
 from jepakit.sources.files import suffix
@@ -28,6 +28,13 @@ def passed_over(names: Iterable[str]) -> str:
         for kind, remedy in _REMEDIES.items()
         if counts[kind]
     )
+
+
+def links_passed_over(repeats: int, lost: Sequence[str]) -> str:
+    """What is to be said of links to what is listed under another name, and of those that lead nowhere; empty without any."""
+    again = f"{counted(repeats, 'link')} passed over: what they lead to is listed already" if repeats else ""
+    nowhere = f"{counted(len(lost), 'link')} to nowhere passed over ({lost[0]} first)" if lost else ""
+    return "; ".join(filter(None, (again, nowhere)))
 
 
 def _kind(name: str) -> str:
