@@ -103,6 +103,17 @@ def test_a_shards_labels_come_from_cls_or_json_of_the_same_key(tmp_path: Path) -
     assert list_images(tmp_path / "a.tar", "none").labels is None
 
 
+def test_a_member_that_was_added_again_replaces_the_earlier_with_its_label(tmp_path: Path) -> None:
+    shard = tar(tmp_path / "a.tar", {"1.jpg": b"old", "1.cls": b"cat", "2.jpg": b"2", "2.cls": b"dog", "2.json": b"{}"})
+    tar(shard, {"./1.jpg": b"new", "1.cls": b"dog", "2.json": b'{"label": "cat"}'}, "a")
+    listed = list_images(shard)
+    assert contents(listed) == {"a.tar/1.jpg": b"new", "a.tar/2.jpg": b"2"}
+    assert listed.labels == ("dog", "dog"), "of 2 the .cls, which comes first"
+    assert len(listed) == 2
+    tar(shard, {"1.cls": b""}, "a")
+    assert "1 of 2 images have no .cls" in list_images(shard).note
+
+
 def test_a_shard_without_all_labels_has_none_and_says_how_many_lack(tmp_path: Path) -> None:
     listed = list_images(tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.json": b"[]"}))
     assert listed.labels is None
@@ -191,6 +202,15 @@ def test_a_zip_behind_other_bytes_is_read(tmp_path: Path) -> None:
     file = zip_of(tmp_path / "a.zip", {"1.png": b"pixels"})
     file.write_bytes(b"self-extracting stub" + file.read_bytes())
     assert contents(list_images(file)) == {"1.png": b"pixels"}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_a_name_that_is_in_a_zip_twice_is_the_later_file_as_when_it_is_unpacked(tmp_path: Path) -> None:
+    file = zip_of(tmp_path / "a.zip", {"b.png": b"old", "a.png": b"a"})
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("b.png", b"new")
+    listed = list_images(file)
+    assert (listed.ids, contents(listed)) == (("a.png", "b.png"), {"a.png": b"a", "b.png": b"new"})
 
 
 def test_an_encrypted_member_is_refused_by_name(tmp_path: Path) -> None:

@@ -50,10 +50,11 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
     """The image members of an uncompressed tar in its order, and the label of each.
 
     A label is what `KEY.cls` holds, or "label" in `KEY.json`, where KEY is the image's name up to the first dot;
-    None where there is neither, or labels are not asked for. Raises DataError for compressed or damaged tars.
+    None where there is neither, or labels are not asked for. Of members of one name the last counts, as when a tar is
+    unpacked. Raises DataError for compressed or damaged tars.
     """
-    members: list[Member] = []
-    labels: dict[str, str] = {}
+    members: dict[str, Member] = {}
+    sidecars: dict[str, str | None] = {}
     try:
         with Path(path).open("rb") as file:
             for entry in _entries(path, file):
@@ -61,14 +62,16 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                 if is_image(name):
                     if entry.issparse():
                         raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
-                    members.append(Member(name, entry.offset_data, entry.size, entry.size, TAR, 0))
+                    members[name] = Member(name, entry.offset_data, entry.size, entry.size, TAR, 0)
                 elif with_labels and name.endswith((".cls", ".json")):
-                    label = _label(path, name, entry, file)
-                    if label is not None:
-                        labels.setdefault(_key(name), sys.intern(label))
+                    sidecars[name] = _label(path, name, entry, file)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from None
-    return members, [labels.get(_key(member.name)) for member in members]
+    labels: dict[str, str] = {}
+    for name, label in sidecars.items():
+        if label is not None:
+            labels.setdefault(_key(name), label)
+    return list(members.values()), [labels.get(_key(name)) for name in members]
 
 
 def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -118,11 +121,11 @@ def _label(path: str, name: str, entry: tarfile.TarInfo, file: BinaryIO) -> str 
     data = file.read(entry.size)
     try:
         if name.endswith(".cls"):
-            return data.decode("utf-8").strip() or None
+            return sys.intern(data.decode("utf-8").strip()) or None
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {name} cannot be read ({error}): mend it, or use labels none") from None
     label = values.get("label") if isinstance(values, dict) else None
     if label is not None and not isinstance(label, str | int):
         raise DataError(f"{path}: the label in {name} is {label!r:.80}: wanted text or a whole number")
-    return None if label is None else str(label)
+    return None if label is None else sys.intern(str(label))

@@ -24,7 +24,7 @@ def find_in_zips(paths: Sequence[str], *, whole: bool) -> Found:
 
 
 def _index(path: str) -> list[Member]:
-    """The image members of a ZIP, in the order that the same files in a folder would have.
+    """The image members of a ZIP, in the order that the same files in a folder would have; of one name the last counts.
 
     Raises DataError for what is no ZIP, or holds encrypted or unusually compressed images.
     """
@@ -35,7 +35,8 @@ def _index(path: str) -> list[Member]:
         # Over a damaged directory zipfile stumbles in many ways, decoding errors among them.
         raise DataError(f"{path} is not a ZIP, or is cut short ({error}): copy it again") from None
     members = [_member(path, entry) for entry in entries if is_image(entry.filename)]
-    return sorted(members, key=lambda member: member.name.split("/"))
+    last = {member.name: member for member in members}
+    return sorted(last.values(), key=lambda member: member.name.split("/"))
 
 
 def _member(path: str, entry: zipfile.ZipInfo) -> Member:
