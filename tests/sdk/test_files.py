@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jepakit._files import as_path, making_folder, reason_of, replacing
+from jepakit._files import as_path, fsync, making_folder, reason_of, replacing
 
 
 def test_two_writers_of_one_process_id_do_not_write_into_each_others_file(tmp_path: Path) -> None:
@@ -74,3 +75,25 @@ def test_a_folder_has_its_name_when_it_is_whole_and_nothing_is_left_of_a_block_t
 def test_the_reason_of_an_error_that_the_system_did_not_name_is_its_own_words() -> None:
     assert reason_of(OSError(28, "No space left on device", "a")) == "No space left on device"
     assert reason_of(OSError("encoder error")) == "encoder error"
+
+
+def test_on_windows_a_folder_is_not_flushed_and_a_file_is_opened_for_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a folder cannot be opened, and what is open for reading alone not be flushed."""
+    file = tmp_path / "a"
+    file.touch()
+    real, opened = os.open, []
+
+    def noticing(path: Path, flags: int, *args: Any, **options: Any) -> int:
+        opened.append((path, flags))
+        return real(path, flags, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", noticing)
+        fsync(tmp_path)
+        fsync(file)
+        patch.setattr(os, "name", "nt")
+        fsync(tmp_path)
+        fsync(file)
+    assert opened == [(tmp_path, os.O_RDONLY), (file, os.O_RDONLY), (file, os.O_RDWR)]
