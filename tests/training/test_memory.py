@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -134,3 +135,9 @@ def test_peak_memory_grows_by_what_is_held() -> None:
     held = torch.ones(int(before * 1e9) // 4 + 50_000_000)
     assert peak_gb(torch.device("cpu")) >= before + 0.2
     assert held.sum() > 0
+
+
+def test_where_there_is_no_proc_peak_memory_is_what_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(resource, "getrusage", lambda _: resource.struct_rusage([0, 0, 1_500_000_000, *[0] * 13]))
+    assert peak_gb(torch.device("cpu")) == 1.5

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +79,9 @@ def peak_gb(device: torch.device) -> float:
     """The most memory that this process has held so far, in GB: of the GPU it trains on, or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
+    if sys.platform == "darwin":
+        # In bytes there. On Linux it would count the process that started this one, too.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GB
 
