@@ -37,6 +37,9 @@ _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
 # It quantises a whole batch by one range: an image's vector would depend on which others ride with it.
 _OF_THE_BATCH = b"DynamicQuantizeLinear"
 
+# Where a driver shows: NVIDIA's on Linux; in WSL 2, where Windows has it, that of any GPU.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+
 # What ONNX Runtime and CUDA's libraries say when there is no room left.
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 
@@ -203,7 +206,7 @@ def _missing(choice: Chosen) -> str | None:
         return None
     if _ORT_PROVIDERS[choice] not in ort.get_available_providers():
         return "this ONNX Runtime was built without it"
-    if not Path("/dev/nvidiactl").exists():
+    if not any(Path(device).exists() for device in _DRIVERS):
         return "no NVIDIA driver is loaded"
     ort.preload_dlls()
     return None

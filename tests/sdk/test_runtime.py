@@ -20,7 +20,7 @@ from jepakit import golden
 from jepakit._messages import lines_of
 from jepakit.bundle import GOLDEN, GRAPH, Bundle
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
-from jepakit.runtime import Provider, open_runtime
+from jepakit.runtime import Provider, check_provider, open_runtime
 from jepakit.session import Session
 
 SIZE = 64
@@ -68,6 +68,17 @@ def test_a_gpu_that_is_not_there_is_an_error_and_never_a_cpu(bundle: Bundle, ask
         InferenceError, match=rf"provider {asked} .* cannot be used here: .*nvidia-smi.*use provider cpu"
     ):
         Session.open(bundle, provider=asked)
+
+
+@pytest.mark.parametrize("device", ["/dev/nvidiactl", "/dev/dxg"])
+def test_a_driver_is_found_on_linux_and_in_wsl(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == device)
+    check_provider("cuda")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(InferenceError, match="no NVIDIA driver is loaded"):
+        check_provider("cuda")
 
 
 def test_a_runtime_that_was_built_without_the_provider_is_named(
