@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ class Embeddings:
         arrays: dict[str, NDArray[Any]] = {
             "vectors": self.vectors,
             "model_id": np.array(self.model_id),
-            "ids": np.array(self.ids, dtype=np.str_),
+            **_packed("ids", self.ids),
         }
         if self.labels is not None:
-            arrays["labels"] = np.array(self.labels, dtype=np.str_)
+            arrays |= _packed("labels", self.labels)
         with written(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -107,8 +108,8 @@ class Embeddings:
                 return cls(
                     vectors=arrays["vectors"],
                     model_id=str(arrays["model_id"]),
-                    ids=tuple(arrays["ids"].tolist()),
-                    labels=tuple(arrays["labels"].tolist()) if "labels" in arrays else None,
+                    ids=_unpacked(arrays, "ids"),
+                    labels=_unpacked(arrays, "labels") if "labels" in arrays else None,
                 )
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: make it with `jepakit embed … --out {path}`") from None
@@ -122,3 +123,23 @@ class Embeddings:
             raise DataError(
                 f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
             ) from None
+
+
+def _packed(name: str, words: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Text as two arrays: `name`, the UTF-8 bytes of all words (uint8), and `name_ends`, where each ends in them (int64 [N]).
+
+    numpy's own arrays of text give every word the room of the longest, four bytes a character.
+    """
+    encoded = [str(word).encode("utf-8", "surrogatepass") for word in words]
+    ends = np.cumsum([len(word) for word in encoded], dtype=np.int64)
+    return {name: np.frombuffer(b"".join(encoded), np.uint8), f"{name}_ends": ends}
+
+
+def _unpacked(arrays: Mapping[str, NDArray[Any]], name: str) -> tuple[str, ...]:
+    """What `_packed` was given, or the one array of text that earlier versions wrote. DataError where the ends do not fit."""
+    if f"{name}_ends" not in arrays:
+        return tuple(arrays[name].tolist())
+    data, bounds = arrays[name].tobytes(), [0, *arrays[f"{name}_ends"].tolist()]
+    if bounds != sorted(bounds) or bounds[-1] != len(data):
+        raise DataError(f"{name} and {name}_ends do not fit together")
+    return tuple(data[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(bounds))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import jepakit
 from jepakit import Embeddings
 from jepakit.cli import app
+from jepakit.embeddings import is_embeddings
 from jepakit.errors import ConfigError, DataError, InputError, WriteError
 
 VECTORS = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
@@ -109,7 +110,35 @@ def test_saving_replaces_an_older_file_at_once(tmp_path: Path) -> None:
 def test_a_saved_file_holds_no_pickle(tmp_path: Path) -> None:
     make().save(tmp_path / "e.npz")
     with np.load(tmp_path / "e.npz", allow_pickle=False) as stored:
-        assert all(stored[name].dtype.kind in "fU" for name in stored)
+        kinds = {name: stored[name].dtype.str[1:] for name in stored}
+    text = {"ids": "u1", "ids_ends": "i8", "labels": "u1", "labels_ends": "i8"}
+    assert kinds == {"vectors": "f4", "model_id": "U16", **text}
+
+
+@pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
+def test_files_of_earlier_versions_are_read(tmp_path: Path, labels: tuple[str, ...] | None) -> None:
+    np.savez(tmp_path / "e.npz", **arrays(**({} if labels is None else {"labels": np.array(labels)})))
+    loaded = Embeddings.load(tmp_path / "e.npz")
+    assert (loaded.ids, loaded.labels) == (IDS, labels)
+    assert is_embeddings(str(tmp_path / "e.npz"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("", "a", ""), ("caf\udce9.png", "\ud83d", "\ude00"), ("a\0", "\0", "😀" * 300)],
+    ids=["empty", "surrogates", "nulls"],
+)
+def test_names_of_any_characters_come_back(tmp_path: Path, names: tuple[str, ...]) -> None:
+    Embeddings(VECTORS, MODEL_ID, names, names).save(tmp_path / "e.npz")
+    loaded = Embeddings.load(tmp_path / "e.npz")
+    assert (loaded.ids, loaded.labels) == (names, names)
+    assert is_embeddings(str(tmp_path / "e.npz"))
+
+
+def test_one_long_name_among_many_takes_its_own_room_alone(tmp_path: Path) -> None:
+    ids = ("long/" * 400, *map(str, range(9_999)))
+    Embeddings(np.zeros((10_000, 1), np.float32), MODEL_ID, ids, ids).save(tmp_path / "e.npz")
+    assert (tmp_path / "e.npz").stat().st_size < 500_000
 
 
 @pytest.mark.parametrize(
@@ -202,8 +231,29 @@ def test_a_single_array_is_refused_by_name(tmp_path: Path) -> None:
         {"vectors": VECTORS[0]},
         {"ids": np.array(1)},
         {"ids": np.array(IDS[:2])},
+        *(
+            {"ids": np.zeros(9, np.uint8), "ids_ends": np.array(ends)}
+            for ends in ([1, 2], [4, 2, 9], [1, 2, 3], [1.0, 2, 9])
+        ),
+        {"ids": np.full(9, 0xFF, np.uint8), "ids_ends": np.array([3, 6, 9])},
+        {"ids": np.array(IDS), "ids_ends": np.array([3, 6, 9])},
     ],
-    ids=["object vectors", "object ids", "object labels", "text", "one number", "one vector", "one id", "too few ids"],
+    ids=[
+        "object vectors",
+        "object ids",
+        "object labels",
+        "text",
+        "one number",
+        "one vector",
+        "one id",
+        "too few ids",
+        "too few ends",
+        "ends that go back",
+        "ends before the end",
+        "ends of no whole number",
+        "no UTF-8",
+        "ends of text",
+    ],
 )
 def test_arrays_that_are_no_embeddings_are_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
     np.savez(tmp_path / "e.npz", **arrays(**changes))
