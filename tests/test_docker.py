@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
 import json
 import re
+import shlex
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -18,14 +20,22 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import jepakit
+from jepakit.cli import app
 from jepakit_service.metrics import Metrics
 from jepakit_service.ray_app import NODE_ENVIRONMENT
 from jepakit_service.settings import ServeSettings
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"
+
+
+def systemd_unit() -> str:
+    """The unit of systemd that docs/operate.md gives."""
+    (unit,) = re.findall(r"^```ini\n(.*?)^```$", (ROOT / "docs" / "operate.md").read_text(), re.MULTILINE | re.DOTALL)
+    return str(unit)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +200,19 @@ def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_ano
             for name in names:
                 assert name.startswith("DCGM_") or re.sub("_(bucket|total)$", "", name) in counted, name
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_the_unit_of_systemd_starts_with_the_machine_and_a_service_that_wants_keys(tmp_path: Path) -> None:
+    unit = configparser.ConfigParser()
+    unit.read_string(systemd_unit())
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    assert unit["Service"]["KillMode"] == "mixed", "Ray's processes must not get the signal"
+    assert unit.getint("Service", "TimeoutStopSec") > 2 * default("drain_s")
+    (tmp_path / "keys").touch()
+    given = unit["Service"]["ExecStart"].replace("/etc/jepakit", str(tmp_path))
+    _, *arguments = shlex.split(given)
+    done = CliRunner().invoke(app, [*arguments, "--print-config"], catch_exceptions=False)
+    assert yaml.safe_load(done.output)["api_key_file"] == str(tmp_path / "keys")
 
 
 @pytest.mark.slow

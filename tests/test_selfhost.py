@@ -1,6 +1,6 @@
 """The shipped proxy and monitoring configurations, run for real: Debian's nginx, prometheus and promtool.
 
-apt-get install --no-install-recommends nginx prometheus openssl
+apt-get install --no-install-recommends nginx prometheus openssl systemd
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import jepakit
 from jepakit_service.listeners import free_port
 from jepakit_service.metrics import Metrics, merge
 from tests.service.conftest import picture
+from tests.test_docker import systemd_unit
 from tests.test_pipeline import serving
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ CONNECTIONS = 32  # `limit_conn per_address` of the shipped file
 def program(name: str) -> str:
     """The path of a Debian program; its absence is a failure, not a skip."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-    assert found, f"{name} is not installed: apt-get install --no-install-recommends nginx prometheus openssl"
+    assert found, f"{name} is not installed: apt-get install --no-install-recommends nginx prometheus openssl systemd"
     return found
 
 
@@ -461,3 +462,10 @@ def asked(api: httpx.Client, query: str) -> list[float]:
         return []
     assert answer.status_code == 200, answer.text
     return [float(row["value"][1]) for row in answer.json()["data"]["result"]]
+
+
+def test_systemd_finds_nothing_in_the_unit_of_the_docs(tmp_path: Path) -> None:
+    unit = tmp_path / "jepakit.service"
+    unit.write_text(replaced(systemd_unit(), {"/opt/jepakit/bin/jepakit": program("true")}))
+    checked = subprocess.run([program("systemd-analyze"), "verify", unit], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
