@@ -184,8 +184,33 @@ def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_networ
     assert NODE_ENVIRONMENT.keys() >= {"RAY_ROTATION_MAX_BYTES", "RAY_ROTATION_BACKUP_COUNT", "RAY_event_stats"}
 
 
-def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_another() -> None:
+def check_counted(expression: str) -> None:
+    """Assert that a PromQL expression asks for metrics, and only for such as the service or NVIDIA's exporter has."""
     counted = {family.name for family in Metrics().families()}
+    names = re.findall(r"\b(?:jepakit|process|DCGM)_\w+", expression)
+    assert names
+    for name in names:
+        assert name.startswith("DCGM_") or re.sub("_(bucket|total)$", "", name) in counted, name
+
+
+def test_alerts_ask_for_what_the_service_counts_and_their_numbers_are_the_shipped_ones(compose: Any) -> None:
+    (group,) = yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yml").read_text())["groups"]
+    alerts = {rule["alert"]: rule["expr"] for rule in group["rules"]}
+    for expression in alerts.values():
+        check_counted(expression)
+    documented = re.findall(r"^\| `(Jepakit\w+)` \|", (ROOT / "docs" / "operate.md").read_text(), re.MULTILINE)
+    assert documented == list(alerts)
+    assert alerts["JepakitMissing"].endswith(f" < {default('replicas')}")
+    assert float(alerts["JepakitSlow"].split(">")[1]) == default("request_timeout_s") / 2
+    limit = re.fullmatch(r"\$\{JEPAKIT_MEMORY:-(\d+)g\}", compose["services"]["jepakit"]["mem_limit"])
+    most = re.search(r"> ([\d.]+) \* 1024 \^ 3$", alerts["JepakitMemory"])
+    assert limit is not None
+    assert most is not None
+    assert 1 < int(limit[1]) - float(most[1]) < 2
+    assert "./docker/prometheus:/etc/prometheus:ro" in compose["services"]["prometheus"]["volumes"]
+
+
+def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_another() -> None:
     dashboard = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "jepakit.json").read_text())
     cells: set[tuple[int, int]] = set()
     for panel in dashboard["panels"]:
@@ -195,10 +220,7 @@ def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_ano
         assert max(x for x, _ in mine) < 24
         cells |= mine
         for target in panel["targets"]:
-            names = re.findall(r"\b(?:jepakit|process|DCGM)_\w+", target["expr"])
-            assert names
-            for name in names:
-                assert name.startswith("DCGM_") or re.sub("_(bucket|total)$", "", name) in counted, name
+            check_counted(target["expr"])
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 

@@ -26,6 +26,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import jepakit
@@ -429,11 +430,8 @@ def test_prometheus_scrapes_with_its_key_and_every_panel_of_the_dashboard_has_da
         }
         text = replaced((DOCKER / "prometheus" / "prometheus.yml").read_text(), put_in)
         (tmp_path / "prometheus.yml").write_text(text)
-        checked = subprocess.run(
-            [program("promtool"), "check", "config", tmp_path / "prometheus.yml"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert checked.returncode == 0, checked.stderr
+        shutil.copy(DOCKER / "prometheus" / "rules.yml", tmp_path)
+        promtool("check", "config", tmp_path / "prometheus.yml")
         listen = free_port()
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
@@ -450,6 +448,32 @@ def test_prometheus_scrapes_with_its_key_and_every_panel_of_the_dashboard_has_da
         finally:
             process.terminate()
             process.wait(timeout=20)
+
+
+def promtool(*arguments: str | Path) -> None:
+    done = subprocess.run([program("promtool"), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_fires_for_its_fault_and_not_for_less() -> None:
+    file = Path(__file__).with_name("prometheus_rules.yml")
+    promtool("test", "rules", file)
+    (group,) = yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())["groups"]
+    wanted = {True: set[str](), False: set[str]()}
+    for case in yaml.safe_load(file.read_text())["tests"]:
+        for rule in case["alert_rule_test"]:
+            wanted["exp_alerts" in rule].add(rule["alertname"])
+    assert wanted[True] == wanted[False] == {rule["alert"] for rule in group["rules"]}
+
+
+def test_prometheus_takes_the_lines_that_send_alerts_on(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    put_in = {"# alerting:": "alerting:", "/run/secrets/jepakit.key": str(tmp_path / "key")}
+    text = replaced((DOCKER / "prometheus" / "prometheus.yml").read_text(), put_in)
+    assert yaml.safe_load(text)["alerting"]["alertmanagers"]
+    (tmp_path / "prometheus.yml").write_text(text)
+    shutil.copy(DOCKER / "prometheus" / "rules.yml", tmp_path)
+    promtool("check", "config", tmp_path / "prometheus.yml")
 
 
 def asked(api: httpx.Client, query: str) -> list[float]:
