@@ -62,7 +62,9 @@ def replaced(text: str, changes: Mapping[str, str]) -> str:
 class Proxy:
     """nginx with the shipped configuration, but for its paths, its port and the upstream's address."""
 
-    def __init__(self, folder: Path, upstream: int, changes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, upstream: int, changes: Mapping[str, str] | None = None, listen: str = "ssl"
+    ) -> None:
         self.folder, self.port = folder, free_port()
         self.certificate = folder / "tls" / "fullchain.pem"
         for name in ("tls", "tmp"):
@@ -77,7 +79,7 @@ class Proxy:
             " /tls/": f" {folder}/tls/",
             " /tmp/": f" {folder}/tmp/",
             "/dev/stdout": f"{folder}/access.log",
-            "listen 8443 ssl": f"listen 127.0.0.1:{self.port} ssl",
+            "listen 8443 ssl": f"listen 127.0.0.1:{self.port} {listen}",
             "server jepakit:8000": f"server 127.0.0.1:{upstream}",
         }
         text = replaced((DOCKER / "proxy" / "nginx.conf").read_text(), put_in | dict(changes or {}))
@@ -301,6 +303,44 @@ def test_more_requests_at_once_than_one_address_may_have_are_told_to_come_back(p
     wait_for(lambda: proxy.get("/v1/models"), lambda got: got[0] == 200)
     # Not one of the slow bodies has kept the service busy.
     assert {size for _, size in echo.seen} == {0}
+
+
+BALANCER = {"# set_real_ip_from 192.0.2.1": "set_real_ip_from 127.0.0.1", "# real_ip_header": "real_ip_header"}
+POST = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+
+
+def test_clients_behind_one_balancer_have_limits_of_their_own(tmp_path: Path, echo: Echo) -> None:
+    with Proxy(tmp_path, echo.port, BALANCER) as proxy, ExitStack() as open_requests:
+        for _ in range(CONNECTIONS):
+            connection = open_requests.enter_context(proxy.raw())
+            connection.sendall(POST + b"X-Forwarded-For: 10.0.0.1\r\n\r\n")
+        # What a client had put there itself comes before what the balancer adds, and does not count.
+        for sent in ("10.0.0.1", "10.0.0.2, 10.0.0.1"):
+            mine = {"X-Forwarded-For": sent}
+            wait_for(partial(proxy.get, "/v1/models", mine), lambda got: got[0] == 429)
+        status, body = proxy.get("/v1/models", {"X-Forwarded-For": "10.0.0.2"})
+        assert status == 200
+        assert dict(json.loads(body))["x-forwarded-for"] == "10.0.0.2"
+        lines = wait_for(proxy.log, lambda lines: lines and lines[-1]["status"] == 200)
+    assert lines[-1]["client"] == "10.0.0.2"
+
+
+def test_the_address_that_a_stranger_gives_himself_does_not_count(proxy: Proxy) -> None:
+    _, body = proxy.get("/v1/models", {"X-Forwarded-For": "10.0.0.2"})
+    assert dict(json.loads(body))["x-forwarded-for"] == "127.0.0.1"
+
+
+def test_a_balancer_may_tell_the_clients_address_by_the_proxy_protocol(tmp_path: Path, echo: Echo) -> None:
+    changes = {**BALANCER, "# real_ip_header X-Forwarded-For": "real_ip_header proxy_protocol"}
+    del changes["# real_ip_header"]
+    with Proxy(tmp_path, echo.port, changes, listen="ssl proxy_protocol") as proxy:
+        plain = socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+        plain.sendall(b"PROXY TCP4 10.0.0.2 127.0.0.1 4444 8443\r\n")
+        with proxy.trust.wrap_socket(plain, server_hostname="localhost") as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        (line,) = wait_for(proxy.log, lambda lines: len(lines) == 1)
+    assert line["client"] == "10.0.0.2"
 
 
 def wait_for(ask: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 10) -> Any:
