@@ -81,6 +81,12 @@ def test_compose_files_are_of_the_published_schema(name: str) -> None:
     jsonschema.Draft7Validator(schema).validate(yaml.safe_load((ROOT / name).read_text()))
 
 
+@pytest.mark.parametrize("name", ["compose.yaml", "docker/compose.gpu.yaml"])
+def test_a_build_can_be_given_a_name_so_that_the_one_before_stays(name: str) -> None:
+    image = yaml.safe_load((ROOT / name).read_text())["services"]["jepakit"]["image"]
+    assert re.fullmatch(r"jepakit:\$\{JEPAKIT_TAG:-(latest|gpu)\}", image)
+
+
 def test_every_container_is_hardened_and_only_loopback_is_published(compose: Any) -> None:
     for name, service in compose["services"].items():
         assert service["read_only"], name

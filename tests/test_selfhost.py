@@ -10,12 +10,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +107,14 @@ class Proxy:
         self._process.terminate()
         assert self._process.wait(timeout=10) == 0
 
+    def reload(self, changes: Mapping[str, str]) -> None:
+        """What `nginx -s reload` does, with a changed file; returns once no old worker takes new connections."""
+        file, master = self.folder / "nginx.conf", psutil.Process(self._process.pid)
+        file.write_text(replaced(file.read_text(), changes))
+        before = master.children()
+        master.send_signal(signal.SIGHUP)
+        wait_for(lambda: all(map(_is_going, before)), bool)
+
     @property
     def trust(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=self.certificate)
@@ -136,6 +146,14 @@ class Proxy:
                 if target.startswith(f"{self.folder}/tmp/") and not target.endswith("nginx.pid"):
                     found.append(target)
         return found
+
+
+def _is_going(worker: psutil.Process) -> bool:
+    """Whether an nginx worker has ended, or only answers what it had begun."""
+    try:
+        return "shutting down" in " ".join(worker.cmdline()) or worker.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class Echo:
@@ -341,6 +359,28 @@ def test_a_balancer_may_tell_the_clients_address_by_the_proxy_protocol(tmp_path:
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         (line,) = wait_for(proxy.log, lambda lines: len(lines) == 1)
     assert line["client"] == "10.0.0.2"
+
+
+def test_a_machine_is_taken_out_and_put_back_without_a_lost_request(tmp_path: Path, echo: Echo) -> None:
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        arrived.set()
+        assert go_on.wait(20)
+
+    with Echo() as other:
+        one, two = (f"server 127.0.0.1:{server.port}" for server in (echo, other))
+        with Proxy(tmp_path, 0, {"server jepakit:8000": f"{one}; {two} down"}) as proxy, ThreadPoolExecutor(1) as slow:
+            echo.while_answering = stay
+            at_work = slow.submit(proxy.get, "/v1/embeddings", {}, b"x")
+            assert arrived.wait(10)
+            proxy.reload({f"{one}; {two} down": f"{one} down; {two}"})
+            assert [proxy.get("/v1/models")[0] for _ in range(4)] == [200] * 4
+            assert [len(server.seen) for server in (echo, other)] == [1, 4]
+            go_on.set()
+            assert at_work.result(timeout=10)[0] == 200
+            proxy.reload({f"{one} down; {two}": f"{one}; {two}"})
+            wait_for(lambda: (proxy.get("/v1/models")[0], len(echo.seen)), lambda told: told == (200, 2))
 
 
 def wait_for(ask: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 10) -> Any:
