@@ -20,6 +20,7 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import jepakit
@@ -44,10 +45,19 @@ def compose() -> Any:
 
 
 @pytest.fixture(scope="module")
-def ray_service() -> Any:
-    first, _ = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
-    assert (first["apiVersion"], first["kind"]) == ("ray.io/v1", "RayService")
-    return first
+def kubernetes() -> Any:
+    """What kuberay.yaml and deploy-job.yaml make, by kind."""
+    files = [(DEPLOY / name).read_text() for name in ("kuberay.yaml", "deploy-job.yaml")]
+    made = {item["kind"]: item for text in files for item in yaml.safe_load_all(text)}
+    assert {kind: item["apiVersion"] for kind, item in made.items()} == {
+        "RayService": "ray.io/v1", "PodDisruptionBudget": "policy/v1", "NetworkPolicy": "networking.k8s.io/v1", "Job": "batch/v1",
+    }  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def ray_service(kubernetes: Any) -> Any:
+    return kubernetes["RayService"]
 
 
 def default(setting: str) -> Any:
@@ -176,18 +186,68 @@ def pods(ray_service: Any) -> Iterator[Any]:
         yield group["template"]
 
 
-def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_network_policy(ray_service: Any) -> None:
+def check_hardened(pod: Any) -> Any:
+    """The only container of a pod that is not root's and cannot write to its own root."""
+    assert pod["spec"]["securityContext"]["runAsUser"] == 10001
+    (container,) = pod["spec"]["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    return container
+
+
+def mounts(pod: Any, claim: str) -> list[tuple[str, bool]]:
+    """Where a pod sees a claim, and whether it may write there."""
+    volumes = {volume["name"]: volume.get("persistentVolumeClaim", {}) for volume in pod["spec"]["volumes"]}
+    return [
+        (mount["mountPath"], not (mount.get("readOnly") or volumes[mount["name"]].get("readOnly")))
+        for mount in pod["spec"]["containers"][0]["volumeMounts"]
+        if volumes[mount["name"]].get("claimName") == claim
+    ]
+
+
+def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_network_policy(kubernetes: Any) -> None:
+    ray_service, policy = kubernetes["RayService"], kubernetes["NetworkPolicy"]
     assert ray_service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
-    _, policy = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
     for pod in pods(ray_service):
         assert pod["metadata"]["labels"].items() >= policy["spec"]["podSelector"]["matchLabels"].items()
-        assert pod["spec"]["securityContext"]["runAsUser"] == 10001
-        (container,) = pod["spec"]["containers"]
-        assert container["securityContext"]["readOnlyRootFilesystem"]
-        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        container = check_hardened(pod)
+        assert mounts(pod, "jepakit-bundles") == [("/bundles", False)]
         assert {entry["name"]: entry["value"] for entry in container["env"]} == NODE_ENVIRONMENT
     # Ray's log files lie in /tmp, which is memory there.
     assert NODE_ENVIRONMENT.keys() >= {"RAY_ROTATION_MAX_BYTES", "RAY_ROTATION_BACKUP_COUNT", "RAY_event_stats"}
+
+
+def test_a_worker_stays_while_nodes_are_emptied_and_workers_lie_on_different_nodes(kubernetes: Any) -> None:
+    budget = kubernetes["PodDisruptionBudget"]["spec"]
+    (group,) = kubernetes["RayService"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert 0 < budget["minAvailable"] < group["minReplicas"]
+    chosen = budget["selector"]["matchLabels"].items()
+    head, worker = pods(kubernetes["RayService"])
+    assert worker["metadata"]["labels"].items() >= chosen
+    assert not head["metadata"]["labels"].items() >= chosen, "the head serves nothing"
+    (spread,) = worker["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() == chosen
+
+
+def test_the_job_deploys_into_the_folder_that_the_service_watches(kubernetes: Any) -> None:
+    pod = kubernetes["Job"]["spec"]["template"]
+    schema = strict(json.loads((DEPLOY / "schemas" / "rayservice-v1.json").read_text()))
+    spec = copy.deepcopy(kubernetes["RayService"]["spec"])
+    spec["rayClusterConfig"]["headGroupSpec"]["template"] = pod
+    jsonschema.validate(spec, schema)
+    command, *arguments = check_hardened(pod)["args"]
+    given = get_command(app).commands[command].make_context(command, arguments).params  # type: ignore[attr-defined]
+    assert mounts(pod, "jepakit-bundles") == [(str(given["folder"]), True)]
+    assert yaml.safe_load((DEPLOY / "serve.yaml").read_text())["applications"][0]["args"]["bundles"] == [
+        str(given["folder"])
+    ]
+    assert given["url"] == f"http://{kubernetes['RayService']['metadata']['name']}-serve-svc:8000"
+    assert mounts(pod, "jepakit-exports") == [(str(given["bundle"].parent), False)]
+    assert kubernetes["Job"]["spec"]["backoffLimit"] == 0
+    allowed = kubernetes["NetworkPolicy"]["spec"]["ingress"][1]
+    (among,) = allowed["from"][0]["podSelector"]["matchExpressions"]
+    assert pod["metadata"]["labels"][among["key"]] in among["values"]
+    assert allowed["ports"] == [{"port": 8000}]
 
 
 def check_counted(expression: str) -> None:
