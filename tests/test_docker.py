@@ -27,7 +27,7 @@ import jepakit
 from jepakit.cli import app
 from jepakit_service.metrics import Metrics
 from jepakit_service.ray_app import NODE_ENVIRONMENT
-from jepakit_service.settings import ServeSettings
+from jepakit_service.settings import ServeSettings, load
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"
@@ -71,6 +71,20 @@ def test_every_stage_that_is_run_is_not_roots_and_wants_keys() -> None:
     for name in ("serve", "train"):
         assert re.search(r"^USER 10001:10001$", final[name], re.MULTILINE)
     assert "JEPAKIT_SERVE_API_KEY_FILE=/keys/keys" in final["serve"]
+
+
+def test_what_the_image_sets_goes_before_a_file_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = (ROOT / "Dockerfile").read_text()
+    variables = dict(re.findall(r"(JEPAKIT_SERVE_\w+)=(\S+)", image))
+    documented = (ROOT / "docs" / "operate.md").read_text()
+    assert len(variables) == 3
+    monkeypatch.setattr("os.environ", variables | {"JEPAKIT_SERVE_API_KEY_FILE": __file__})
+    (tmp_path / "settings.yaml").write_text("{bundles: [b], host: 127.0.0.1, port: 1, api_key_file: none, replicas: 3}")
+    settings = load({}, tmp_path / "settings.yaml")
+    assert (settings.host, settings.port, settings.api_key_file, settings.replicas) == ("0.0.0.0", 8000, __file__, 3)
+    for name in variables:
+        assert f"`{name}`" in documented
+        assert f"`{name.removeprefix('JEPAKIT_SERVE_').lower()}`" in documented
 
 
 def test_the_build_is_given_what_the_package_is_made_of_and_nothing_else() -> None:
