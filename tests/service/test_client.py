@@ -1061,15 +1061,25 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_examples_of_the_page_run(service: str, folder: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
-    for name in ("labelled", "more"):
-        (tmp_path / name).symlink_to(folder)
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text().replace("http://127.0.0.1:8000", service)
+    files = sorted(folder.rglob("*.png"))
+    for side, chosen in (("train", files[1::2]), ("test", files[::2])):
+        for file in chosen:
+            place = tmp_path / "labelled" / side / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+    (tmp_path / "more").symlink_to(folder)
     (tmp_path / "notes.txt").write_text("not an image")
-    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)).replace("http://127.0.0.1:8000", service)
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "notes.txt" in done.stdout
-    assert "accuracy" in done.stdout
+    assert "on 35 images" in done.stdout, "a probe is judged on images that it was not fitted on"
+    (shell,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    programs = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-ec", shell], cwd=tmp_path, env=programs, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "on 35 images" in done.stdout
 
 
 @pytest.mark.parametrize(
