@@ -48,6 +48,13 @@ def fit_logistic(
     return _lbfgs(loss_and_gradient, first).reshape(dim + 1, classes)
 
 
+def cross_entropy(logits: Floats, targets: NDArray[np.intp]) -> Floats:
+    """−log of the probability that logits [N, K] give each vector's own class, [N]."""
+    below = logits - logits.max(axis=1, keepdims=True)
+    result: Floats = np.log(np.exp(below).sum(axis=1)) - below[np.arange(len(targets)), targets]
+    return result
+
+
 def softmax(logits: Floats) -> Floats:
     """Row-wise softmax, [N, K]."""
     exps = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import as_path, written
 from jepakit._groups import as_given, assign_folds, in_cells, main_class, numbered
-from jepakit._logistic import fit_logistic, softmax
+from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few
 from jepakit._vectors import unit_length
 from jepakit.embeddings import Embeddings
@@ -197,9 +197,10 @@ class LinearProbe(_Probe):
     """Multinomial logistic regression with an L2 penalty on standardised vectors.
 
     C      inverse of the penalty's strength, as in scikit-learn; None chooses from 0.001 … 10 what gives the best balanced
-           accuracy in stratified cross-validation on the training vectors (`C_` holds the choice): in 5 folds, or as many
-           as the commonest class has groups (images, without groups); a rarer class lies in as many of them as it has
-           groups. 1.0 where fewer than two classes have two: no fold could tell
+           accuracy in stratified cross-validation on the training vectors, of equally good ones that of the least
+           cross-entropy there (`C_` holds the choice): in 5 folds, or as many as the commonest class has groups (images,
+           without groups); a rarer class lies in as many of them as it has groups. 1.0 where fewer than two classes have
+           two: no fold could tell
     seed   of the folds, 0 or more
     """
 
@@ -239,19 +240,23 @@ class LinearProbe(_Probe):
         if folds is None or (groups_of_class >= 2).sum() < 2:
             return 1.0
         n_classes = len(groups_of_class)
-        right = np.zeros((len(C_GRID), n_classes), np.intp)
+        right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
         for held_out in folds:
             inside = ~held_out
             mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
             train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
+            truth = targets[held_out]
+            # How improbable a class is that the fold was not fitted on says nothing of C.
+            fitted = np.isin(truth, targets[inside])
             weights = None
             for i, C in enumerate(C_GRID):
                 weights = fit_logistic(train, targets[inside], C, start=weights, n_classes=n_classes)
-                hit = (test @ weights[:-1] + weights[-1]).argmax(axis=1) == targets[held_out]
-                right[i] += np.bincount(targets[held_out][hit], minlength=n_classes)
-        balanced = (right / np.bincount(targets)).mean(axis=1)
-        # Rounded, as sums that are equal may differ in their last bit: of equally good choices the first is taken.
-        return C_GRID[int(balanced.round(9).argmax())]
+                logits = test @ weights[:-1] + weights[-1]
+                right[i] += np.bincount(truth[logits.argmax(axis=1) == truth], minlength=n_classes)
+                missed[i] += cross_entropy(logits[fitted], truth[fitted]).sum()
+        # Rounded, as sums that are equal may differ in their last bit.
+        balanced = (right / np.bincount(targets)).mean(axis=1).round(9)
+        return C_GRID[int(np.where(balanced == balanced.max(), missed, np.inf).argmin())]
 
     def _check_params(self) -> None:
         if self.C is not None and not (isinstance(self.C, Real) and 0 < self.C < np.inf):
