@@ -18,16 +18,19 @@ def fit_logistic(
     targets: NDArray[np.intp],
     C: float,
     *,
+    importance: Floats | None = None,
     start: Floats | None = None,
     n_classes: int | None = None,
 ) -> Floats:
-    """Minimise C · Σ cross-entropy + ½‖W‖², scikit-learn's objective; the bias is not penalised.
+    """Minimise C · Σ importance · cross-entropy + ½‖W‖², scikit-learn's objective; the bias is not penalised.
 
-    vectors [N, D], targets [N] in 0 … K-1; returns weights [D + 1, K], the bias in the last row.
+    vectors [N, D], targets [N] in 0 … K-1, importance [N] (None: 1 each); returns weights [D + 1, K], the bias in the
+    last row.
     """
     n, dim = vectors.shape
     classes = n_classes or int(targets.max()) + 1
-    one_hot = np.eye(classes)[targets]
+    counted = np.ones((n, 1)) if importance is None else importance[:, None]
+    wanted = counted * np.eye(classes)[targets]
     # For two classes scikit-learn penalises one vector w; our two columns ±w/2 hold half of its square.
     penalty = (2 if classes == 2 else 1) / (C * n)
 
@@ -37,8 +40,9 @@ def fit_logistic(
         logits -= logits.max(axis=1, keepdims=True)
         exps = np.exp(logits)
         sums = exps.sum(axis=1, keepdims=True)
-        loss = float((np.log(sums).sum() - (logits * one_hot).sum()) / n + penalty / 2 * np.square(weights[:-1]).sum())
-        residual = (exps / sums - one_hot) / n
+        missed = (counted * np.log(sums)).sum() - (logits * wanted).sum()
+        loss = float(missed / n + penalty / 2 * np.square(weights[:-1]).sum())
+        residual = (counted * exps / sums - wanted) / n
         gradient = np.empty_like(weights)
         gradient[:-1] = vectors.T @ residual + penalty * weights[:-1]
         gradient[-1] = residual.sum(axis=0)

@@ -304,6 +304,9 @@ def probe_fit(
     embeddings: Annotated[Path, typer.Argument(help="labelled embeddings, from `jepakit embed`")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     kind: Annotated[str, typer.Option(help="linear or knn")] = "linear",
+    class_weight: Annotated[
+        str | None, typer.Option(help="balanced: a rare class counts as much as a common one (linear)")
+    ] = None,
 ) -> None:
     """Fit a probe on labelled embeddings."""
     from jepakit import Embeddings, KNNProbe, LinearProbe
@@ -311,8 +314,11 @@ def probe_fit(
     kinds = {"linear": LinearProbe, "knn": KNNProbe}
     if kind not in kinds:
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
+    if class_weight is not None and kind != "linear":
+        raise ConfigError(f"--class-weight {class_weight} is for linear probes, and this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
-    probe = kinds[kind]().fit(Embeddings.load(embeddings))
+    options = {} if class_weight is None else {"class_weight": class_weight}
+    probe = kinds[kind](**options).fit(Embeddings.load(embeddings))
     probe.save(out)
     print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
 
@@ -336,12 +342,19 @@ def probe_evaluate(
 def probe_predict(
     probe: Annotated[Path, typer.Argument()],
     embeddings: Annotated[Path, typer.Argument()],
+    every: Annotated[bool, typer.Option("--all", help="a column for each class, under its name")] = False,
 ) -> None:
     """Print id, class and probability of each image, separated by tabs."""
     from jepakit import Embeddings, load_probe
 
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
-    for name, row in zip(vectors.ids, fitted.predict_proba(vectors), strict=True):
+    probabilities = fitted.predict_proba(vectors)
+    if every:
+        print("id", *fitted.classes_, sep="\t")
+        for name, row in zip(vectors.ids, probabilities, strict=True):
+            print(name, *(f"{value:.4f}" for value in row), sep="\t")
+        return
+    for name, row in zip(vectors.ids, probabilities, strict=True):
         print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
 
 

@@ -196,19 +196,22 @@ class _Probe(ABC):
 class LinearProbe(_Probe):
     """Multinomial logistic regression with an L2 penalty on standardised vectors.
 
-    C      inverse of the penalty's strength, as in scikit-learn; None chooses from 0.001 … 10 what gives the best balanced
-           accuracy in stratified cross-validation on the training vectors, of equally good ones that of the least
-           cross-entropy there (`C_` holds the choice): in 5 folds, or as many as the commonest class has groups (images,
-           without groups); a rarer class lies in as many of them as it has groups. 1.0 where fewer than two classes have
-           two: no fold could tell
-    seed   of the folds, 0 or more
+    C             inverse of the penalty's strength, as in scikit-learn; None chooses from 0.001 … 10 what gives the best
+                  balanced accuracy in stratified cross-validation on the training vectors, of equally good ones that of
+                  the least cross-entropy there: in 5 folds, or as many as the commonest class has groups (images, without
+                  groups); a rarer class lies in as many of them as it has groups. 1.0 where fewer than two classes have
+                  two: no fold could tell
+    seed          of the folds, 0 or more
+    class_weight  as in scikit-learn: "balanced" lets each class count alike in the fit, a vector N / (K · vectors of its
+                  class); None each vector
     """
 
     kind = "linear"
 
-    def __init__(self, *, C: float | None = None, seed: int = 0) -> None:
+    def __init__(self, *, C: float | None = None, seed: int = 0, class_weight: str | None = None) -> None:
         self.C = C
         self.seed = seed
+        self.class_weight = class_weight
 
     def fit(
         self, X: Embeddings | ArrayLike, y: ArrayLike | None = None, *, groups: ArrayLike | None = None
@@ -221,7 +224,7 @@ class LinearProbe(_Probe):
         group_of = numbered(groups, len(vectors))
         C = self.C if self.C is not None else self._choose_c(vectors, targets, group_of)
         mean, std = vectors.mean(axis=0), _safe_std(vectors)
-        weights = fit_logistic((vectors - mean) / std, targets, C)
+        weights = fit_logistic((vectors - mean) / std, targets, C, importance=self._importance(targets))
         self.classes_, self.model_id_, self.C_ = classes, _space_of(X), C
         self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1], weights[-1]
         return self
@@ -245,12 +248,14 @@ class LinearProbe(_Probe):
             inside = ~held_out
             mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
             train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
-            truth = targets[held_out]
+            truth, importance = targets[held_out], self._importance(targets[inside])
             # How improbable a class is that the fold was not fitted on says nothing of C.
             fitted = np.isin(truth, targets[inside])
             weights = None
             for i, C in enumerate(C_GRID):
-                weights = fit_logistic(train, targets[inside], C, start=weights, n_classes=n_classes)
+                weights = fit_logistic(
+                    train, targets[inside], C, importance=importance, start=weights, n_classes=n_classes
+                )
                 logits = test @ weights[:-1] + weights[-1]
                 right[i] += np.bincount(truth[logits.argmax(axis=1) == truth], minlength=n_classes)
                 missed[i] += cross_entropy(logits[fitted], truth[fitted]).sum()
@@ -258,11 +263,21 @@ class LinearProbe(_Probe):
         balanced = (right / np.bincount(targets)).mean(axis=1).round(9)
         return C_GRID[int(np.where(balanced == balanced.max(), missed, np.inf).argmin())]
 
+    def _importance(self, targets: NDArray[np.intp]) -> Floats | None:
+        """How much each vector counts in a fit, [N]; None: all alike."""
+        if self.class_weight is None:
+            return None
+        counts = np.bincount(targets)
+        importance: Floats = len(targets) / (np.count_nonzero(counts) * counts[targets])
+        return importance
+
     def _check_params(self) -> None:
         if self.C is not None and not (isinstance(self.C, Real) and 0 < self.C < np.inf):
             raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
         if not isinstance(self.seed, Integral) or self.seed < 0:
             raise ConfigError(f"seed = {self.seed!r}: give a whole number, 0 or more")
+        if self.class_weight not in (None, "balanced"):
+            raise ConfigError(f"class_weight = {self.class_weight!r}: give 'balanced' or None")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {

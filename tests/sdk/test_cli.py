@@ -15,6 +15,7 @@ import pytest
 import typer
 from PIL import Image
 
+import jepakit
 from jepakit import Embeddings
 from jepakit._frontdoor import _NEEDS
 from jepakit.cli import _settings, app
@@ -79,6 +80,23 @@ def test_any_encoding_shows_any_name_once_the_work_is_done(tmp_path: Path, encod
     assert len(told) == 20
     cat = "猫" if encoding == "utf-8" else r"\u732b"
     assert told[0] == rf"gr\udcf6\udcdfe.png	{cat}	1.0000"
+
+
+def test_classes_of_a_probe_can_count_alike_and_all_probabilities_be_printed(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((60, 4)).astype(np.float32)
+    labels = ("good",) * 50 + ("crack",) * 10
+    Embeddings(vectors, "0" * 16, tuple(map(str, range(60))), labels).save(tmp_path / "e.npz")
+    run("probe", "fit", tmp_path / "e.npz", "--class-weight", "balanced", "--out", tmp_path / "p.safetensors")
+    probe = jepakit.load_probe(tmp_path / "p.safetensors")
+    assert probe.get_params()["class_weight"] == "balanced"
+    head, *rows = run("probe", "predict", tmp_path / "p.safetensors", tmp_path / "e.npz", "--all").splitlines()
+    assert head == "id\tcrack\tgood"
+    table = np.array([row.split("\t") for row in rows], float)
+    np.testing.assert_allclose(table[:, 1:], probe.predict_proba(vectors), atol=1e-4)
+    with pytest.raises(AssertionError, match="--class-weight balanced is for linear probes, and this one is knn"):
+        run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--class-weight=balanced", "--out", tmp_path / "k")
+    with pytest.raises(AssertionError, match="class_weight = 'even': give 'balanced' or None"):
+        run("probe", "fit", tmp_path / "e.npz", "--class-weight=even", "--out", tmp_path / "k")
 
 
 def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:

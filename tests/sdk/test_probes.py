@@ -105,6 +105,27 @@ def test_numbers_that_change_by_rounding_alone_carry_no_weight(scale: float, C: 
     np.testing.assert_allclose(expected, LinearProbe(C=probe.C_).fit(vectors, labels).predict_proba(vectors), atol=1e-2)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_balanced_classes_count_as_in_scikit_learn(classes: int) -> None:
+    vectors, labels = blobs(n=300, classes=classes, noise=4.0)
+    rare = np.concatenate([np.flatnonzero(labels > 0), np.flatnonzero(labels == 0)[:9]])
+    vectors, labels = vectors[rare], labels[rare]
+    scaled = StandardScaler().fit_transform(vectors)
+    theirs = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000, class_weight="balanced").fit(scaled, labels)
+    ours = LinearProbe(C=0.1, class_weight="balanced").fit(vectors, labels)
+    np.testing.assert_allclose(ours.predict_proba(vectors), theirs.predict_proba(scaled), atol=0.005)
+    plain = LinearProbe(C=0.1).fit(vectors, labels)
+    assert ours.evaluate(vectors, labels).per_class["0"] > plain.evaluate(vectors, labels).per_class["0"] + 0.2
+
+
+def test_balanced_classes_count_so_in_the_choice_of_c_too() -> None:
+    """With the strongest penalty a rare class is found only where it counts as much as the others."""
+    random = np.random.default_rng(0)
+    labels = (np.arange(300) % 20 == 0).astype(np.intp)
+    vectors = random.standard_normal((300, 64)) + 0.2 * labels[:, None]
+    assert LinearProbe(class_weight="balanced").fit(vectors, labels).C_ < LinearProbe().fit(vectors, labels).C_
+
+
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_the_knn_probe_is_scikit_learns_with_the_weights_of_dino(k: int) -> None:
     def weights(cosine_distance: Floats) -> Floats:
@@ -302,7 +323,7 @@ def test_groups_of_another_number_are_refused_and_leave_the_probe_as_it_was() ->
 # Inside scikit-learn
 
 
-@pytest.mark.parametrize("probe", [*PROBES, LinearProbe(seed=4), KNNProbe()], ids=repr)
+@pytest.mark.parametrize("probe", [*PROBES, LinearProbe(seed=4, class_weight="balanced"), KNNProbe()], ids=repr)
 def test_scikit_learn_can_clone_it(probe: LinearProbe | KNNProbe) -> None:
     copy = clone(probe)
     assert copy is not probe
@@ -327,8 +348,8 @@ def test_grid_search_works_and_its_winner_can_be_saved(tmp_path: Path) -> None:
 
 
 def test_parameters_are_set_by_name_and_typos_refused() -> None:
-    assert LinearProbe().set_params(C=3.0, seed=2).get_params() == {"C": 3.0, "seed": 2}
-    with pytest.raises(ConfigError, match="LinearProbe has no parameter 'c'; it has C, seed"):
+    assert LinearProbe().set_params(C=3.0, seed=2).get_params() == {"C": 3.0, "seed": 2, "class_weight": None}
+    with pytest.raises(ConfigError, match="LinearProbe has no parameter 'c'; it has C, seed, class_weight"):
         LinearProbe().set_params(c=3.0)
 
 
@@ -475,6 +496,7 @@ def test_groups_that_are_lists_of_different_lengths_are_refused() -> None:
         LinearProbe(seed=-1),
         LinearProbe(seed=0.5),  # type: ignore[arg-type]
         LinearProbe(seed=None),  # type: ignore[arg-type]
+        LinearProbe(class_weight="balance"),
         KNNProbe(k=0),
         KNNProbe(k=-1),
         KNNProbe(k=2.5),  # type: ignore[arg-type]
@@ -568,7 +590,7 @@ def test_plain_arrays_have_no_space_to_check(probe: LinearProbe | KNNProbe) -> N
 # On disk
 
 
-@pytest.mark.parametrize("probe", [*PROBES, LinearProbe(seed=3)], ids=repr)
+@pytest.mark.parametrize("probe", [*PROBES, LinearProbe(seed=3, class_weight="balanced")], ids=repr)
 def test_a_probe_comes_back_as_it_was_saved(tmp_path: Path, probe: LinearProbe | KNNProbe) -> None:
     fitted = clone(probe).fit(embeddings())
     path = tmp_path / "deep" / "probe.safetensors"
@@ -589,6 +611,15 @@ def test_the_chosen_c_survives_the_disk(tmp_path: Path) -> None:
     fitted.save(tmp_path / "p.safetensors")
     loaded = LinearProbe.load(tmp_path / "p.safetensors")
     assert (loaded.C, loaded.C_) == (None, fitted.C_)
+
+
+def test_a_probe_that_was_saved_before_classes_could_count_alike_still_opens(tmp_path: Path) -> None:
+    header = {"jepakit_probe": "linear", "params": '{"C": null, "seed": 1}', "classes": '["a", "b"]', "model_id": ""}
+    arrays = {"coef": np.eye(2), "intercept": np.zeros(2), "mean": np.zeros(2), "std": np.ones(2), "C": np.array(0.1)}
+    save_file(arrays, tmp_path / "p.safetensors", metadata=header)
+    probe = load_probe(tmp_path / "p.safetensors")
+    assert probe.get_params() == {"C": None, "seed": 1, "class_weight": None}
+    assert probe.predict([[1.0, 0.0]]).tolist() == ["a"]
 
 
 def test_a_probe_of_the_other_kind_is_refused(tmp_path: Path) -> None:
@@ -657,6 +688,6 @@ def test_a_saved_probe_is_plain_safetensors_with_a_readable_header(tmp_path: Pat
     data = (tmp_path / "p.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     assert header["jepakit_probe"] == "linear"
-    assert json.loads(header["params"]) == {"C": 2.0, "seed": 0}
+    assert json.loads(header["params"]) == {"C": 2.0, "seed": 0, "class_weight": None}
     assert json.loads(header["classes"]) == ["class 0", "class 1", "class 2"]
     assert header["model_id"] == SPACE
