@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from jepakit._attempts import AT_ONCE
 from jepakit._files import reason_of
 from jepakit._models import ModelInfo, named
+from jepakit._skipped import Skipped
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ImageError, ModelChangedError, ProtocolError, ResponseError
 from jepakit.readers import DEFAULT_LIMITS
@@ -31,7 +32,7 @@ IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 # What a part of multipart adds to its file, at most; also more than the header of `.npy`.
 _BYTES_BESIDE = 256
 _BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
-_SERVICES_NAME = re.compile(r"^input\[\d+\]: (?:(?:image|array): )?")
+_SERVICES_NAME = re.compile(r"^(?:input\[\d+\]: )?(?:(?:image|array): )?")
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images of one request; `first` is the place of its first image in the job."""
+    """The images of one request, and their places in the job; with `partial`, bad ones cost the others nothing."""
 
-    first: int
+    places: list[int]
     items: list[Any]
     model: str | None
+    partial: bool = False
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         params = {"model": self.model} if self.model else {}
+        if self.partial:
+            params["partial"] = "true"
         options: dict[str, Any] = {"params": params, "headers": {"Accept": "application/octet-stream"}}
         if isinstance(self.items[0], np.ndarray):
             buffer = io.BytesIO()
@@ -81,10 +85,17 @@ class Chunk:
 
 
 class Job:
-    """One call of `embed`: cuts the images into requests, puts the answers together in order."""
+    """One call of `embed`: cuts the images into requests, puts the answers together in order.
 
-    def __init__(self, images: ImageList, model: str | None, limits: Limits, spec: Preprocess | None = None) -> None:
+    most_skipped  the share of the images that may be left out, since they cannot be embedded
+    """
+
+    def __init__(
+        self, images: ImageList, model: str | None, limits: Limits, spec: Preprocess | None = None,
+        *, most_skipped: float = 0.0,
+    ) -> None:  # fmt: skip
         self._images, self._model, self._limits, self._spec = images, model, limits, spec
+        self.skipped = Skipped(images, most_skipped)
         self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
         self.computed = ("fp32", "cpu")
@@ -102,30 +113,42 @@ class Job:
     def parts(self) -> Iterator[Chunk]:
         """Requests of up to 32 images or 16 MB, or as many as the service takes, for what has no vectors yet; files are
         read when their turn comes."""
-        first, items, size = self.done, list[Any](), 0
+        places, items, size = list[int](), list[Any](), 0
         for place in range(self.done, len(self._images)):
-            item = _encode(self._images[place], self._spec, self._limits.largest)
-            _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
+            if (item := self._read(place)) is None:
+                continue
             weight = _BYTES_BESIDE + _bytes_of(item)
             full = len(items) >= self._limits.images or size + weight > self._limits.bytes
             if items and (full or not _alike(items[0], item)):
-                yield Chunk(first, items, self._model)
-                first, items, size = place, [], 0
+                yield Chunk(places, items, self._model)
+                places, items, size = [], [], 0
+            places.append(place)
             items.append(item)
             size += weight
-        yield Chunk(first, items, self._model)
+        if items:
+            yield Chunk(places, items, self._model)
+
+    def _read(self, place: int) -> bytes | NDArray[Any] | None:
+        """What is sent of an image; None of one that is left out."""
+        if place in self.skipped:
+            return None
+        try:
+            item = _encode(self._images[place], self._spec, self._limits.largest)
+            _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
+        except ImageError as error:
+            self.skipped.add(place, error)
+            return None
+        return item
 
     def accept(self, chunk: Chunk, response: httpx.Response) -> None:
-        """Take one answer; the service names a bad image by its place, which becomes the image's name here."""
+        """Take one answer, to all images of a chunk or, where it is `partial`, to those that are not bad."""
         model_id = response.headers.get("x-model-id")
         shape = response.headers.get("x-embedding-shape", "")
         rows, _, dim = shape.partition(",")
-        if (
-            not model_id
-            or rows != str(len(chunk.items))
-            or not dim.isdecimal()
-            or len(response.content) != 4 * len(chunk.items) * int(dim)
-        ):
+        read = _rows_in_part if chunk.partial else _rows_of_all
+        fits = model_id and rows == str(len(chunk.items)) and dim.isdecimal()
+        found = read(response, len(chunk.items), int(dim)) if fits else None
+        if found is None:
             raise ProtocolError(
                 f"the answer for {len(chunk.items)} images has shape {shape!r} and {len(response.content)} bytes: "
                 "is this a jepakit service?"
@@ -137,8 +160,22 @@ class Job:
             )
         self._model_id = model_id
         self.computed = (response.headers.get("x-precision", "fp32"), response.headers.get("x-provider", "cpu"))
-        self._vectors.append(np.frombuffer(response.content, "<f4").reshape(len(chunk.items), int(dim)))
-        self.done += len(chunk.items)
+        vectors, refused = found
+        for place, message, code in refused:
+            self.skipped.add(chunk.places[place], self._named(chunk.places[place], message, code))
+        self._vectors.append(vectors)
+        self.done = chunk.places[-1] + 1
+
+    def tolerate(self, chunk: Chunk, error: ImageError) -> Chunk | None:
+        """What to ask for next where one image of a chunk was refused; None where it was alone, and is left out.
+
+        Raises `error` where nothing may be left out.
+        """
+        if len(chunk.items) > 1 and self.skipped.allowed:
+            return replace(chunk, partial=True)
+        self.skipped.add(chunk.places[0], error)
+        self.done = chunk.places[0] + 1
+        return None
 
     @contextmanager
     def naming(self, chunk: Chunk) -> Iterator[None]:
@@ -148,18 +185,44 @@ class Job:
         except ResponseError as error:
             if error.status == 413 and error.code in (None, "body_too_large") and len(chunk.items) == 1:
                 limit = str(error).partition(":")[0]
-                raise _too_large(self._images.ids[chunk.first], _bytes_of(chunk.items[0]), limit) from None
+                raise _too_large(self._images.ids[chunk.places[0]], _bytes_of(chunk.items[0]), limit) from None
             place = _BAD_IMAGE.fullmatch(error.param or "")
             if place is None or int(place[1]) >= len(chunk.items) or error.status not in (413, 415, 422):
                 raise
-            name = self._images.ids[chunk.first + int(place[1])]
-            reason = _SERVICES_NAME.sub("", str(error))
-            raise ImageError(f"{name}: {reason}", code=error.code or "unreadable") from None
+            raise self._named(chunk.places[int(place[1])], str(error), error.code) from None
+
+    def _named(self, place: int, message: str, code: str | None) -> ImageError:
+        """The service's refusal of one image, by the caller's name for it."""
+        return ImageError(f"{self._images.ids[place]}: {_SERVICES_NAME.sub('', message)}", code=code or "unreadable")
 
     def result(self) -> Embeddings:
         assert self._model_id is not None
-        vectors = np.concatenate(self._vectors).astype(np.float32, copy=False)
-        return Embeddings(vectors, self._model_id, tuple(self._images.ids), self._images.labels)
+        return self.skipped.embeddings(np.concatenate(self._vectors).astype(np.float32, copy=False), self._model_id)
+
+
+Rows = tuple[NDArray[np.float32], list[tuple[int, str, str]]]
+"""Vectors float32 [N, D], and of the images that gave none their places in the request, messages and codes."""
+
+
+def _rows_of_all(response: httpx.Response, count: int, dim: int) -> Rows | None:
+    """A raw answer; None where it is not as long as it says."""
+    if len(response.content) != 4 * count * dim:
+        return None
+    return np.frombuffer(response.content, "<f4").reshape(count, dim), []
+
+
+def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None:
+    """An answer to `?partial=true`, which is JSON; None where it is not one row for each image, in order."""
+    try:
+        rows = response.json()["data"]
+        good = [row["embedding"] for row in rows if "error" not in row]
+        refused = [
+            (row["index"], str(row["error"]["message"]), str(row["error"]["code"])) for row in rows if "error" in row
+        ]
+        vectors = np.array(good, np.float32).reshape(len(good), dim)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (vectors, refused) if [row["index"] for row in rows] == list(range(count)) else None
 
 
 def windows(chunks: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:

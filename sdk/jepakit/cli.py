@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from jepakit import __version__
-from jepakit._files import as_path, prepare_place, reason_of
+from jepakit._files import as_path, prepare_place, reason_of, written
 from jepakit.errors import ConfigError, JepakitError
 
 _Images = Annotated[
@@ -272,6 +273,9 @@ def embed(
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
     min_valid: Annotated[float, typer.Option(help="least valid share of a tile")] = 0.5,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
+    most_skipped: Annotated[
+        float, typer.Option(help="share of the images that may be left out; OUT.skipped.csv then tells which and why")
+    ] = 0.0,
 ) -> None:
     """Embed images through a service or a bundle, into one file."""
     if (url is None) == (bundle is None):
@@ -279,8 +283,10 @@ def embed(
     if bundle is not None and model is not None:
         raise ConfigError(f"--model {model} chooses among a service's models, and a bundle is one: leave it out")
     _check_out(out, ".npz")
+    skipped: list[tuple[str, str]] = []
     options: dict[str, Any] = {
         "labels": labels, "tile": tile, "overlap": overlap, "min_valid": min_valid, "frame": _number_or_word(frame),
+        "most_skipped": most_skipped, "on_skipped": lambda *row: skipped.append(row),
     }  # fmt: skip
     if url is not None:
         from jepakit.client import Client
@@ -293,6 +299,8 @@ def embed(
         assert bundle is not None
         embeddings = load(bundle).embed(_source(images), **options)
     embeddings.save(out)
+    if most_skipped:
+        _write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
     labels = "no labels" if embeddings.labels is None else f"{len(set(embeddings.labels))} labels"
     print(
         f"{out}: {len(embeddings)} vectors of {embeddings.vectors.shape[1]} numbers, {labels}, model {embeddings.model_id}"
@@ -388,6 +396,14 @@ def _check_out(file: Path, suffix: str) -> None:
     if file.suffix not in ("", suffix):
         raise ConfigError(f"--out {file}: what is written is a {suffix} file, name one")
     prepare_place(file)
+
+
+def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:
+    """Write rows of text, whatever names hold; WriteError where that cannot be."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    with written(as_path(file, "out")) as stream:
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _settings(assignments: list[str] | None = None, file: Path | None = None, **options: Any) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, Limits, windows
 from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
+from jepakit._skipped import OnSkipped, check_share
 from jepakit.embeddings import Embeddings
-from jepakit.errors import BundleError, ClientError, ResponseError
+from jepakit.errors import BundleError, ClientError, ImageError, ResponseError
 from jepakit.sources import ImageList, gather
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Client:
     def embed(
         self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
+        most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip
         """Embed images; order kept.
 
@@ -101,16 +103,25 @@ class Client:
         overlap    pixels that neighbouring tiles share
         min_valid  tiles with less valid area are left out
         frame      of multi-frame files: which, or "each"
-        progress   show on standard error how far it is, what was left out (blank tiles, files of other kinds) and
-                   why there are no labels
+        progress   show progress on standard error, and what was left out (blank tiles, files of other kinds, images
+                   that cannot be embedded) and why there are no labels
+        most_skipped
+                   share of the images that may be left out, 0 to 1, where they cannot be read or the model does not take
+                   them; the others stay in order. Of files that `tile` or `frame="each"` cannot open, as large a share
+        on_skipped called in the end with the id and the reason of each image that was left out
 
-        Raises ImageError naming the first image that cannot be read, ConfigError for tiles of another size than the
-        model's, ResponseError when the service refuses, ConnectionFailedError after the deadline.
+        Raises ImageError naming the first image that cannot be embedded, or for more of them than `most_skipped`;
+        ConfigError for tiles of another size than the model's, ResponseError when the service refuses,
+        ConnectionFailedError after the deadline.
         """
         check_asked(model)
+        check_share(most_skipped)
         spec = None if tile is None and frame is None else spec_of(self.models(), model, tile)
-        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress)
-        job = Job(listed, model, self._limits_for(len(listed), model), spec)
+        listed = gather(
+            images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
+            most_unreadable=most_skipped,
+        )  # fmt: skip
+        job = Job(listed, model, self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
             try:
                 self._embed_rest(job, show)
@@ -119,6 +130,7 @@ class Client:
                 if not _too_much(error) or not job.cut_by(self._limits_for(len(job), model)):
                     raise
                 self._embed_rest(job, show)
+        job.skipped.tell(on_skipped, progress=progress)
         return job.result()
 
     def _embed_rest(self, job: Job, show: Steps) -> None:
@@ -128,8 +140,12 @@ class Client:
             for part in windows(job.parts(), AT_ONCE):
                 answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
                 for chunk, answer in answers:
-                    with job.naming(chunk):
-                        job.accept(chunk, answer.result())
+                    try:
+                        with job.naming(chunk):
+                            job.accept(chunk, answer.result())
+                    except ImageError as error:
+                        if (rest := job.tolerate(chunk, error)) is not None:
+                            job.accept(rest, self._begin(rest.request(self._http), stop).result())
                     show.update(job.done)
         finally:
             stop.set()
@@ -230,16 +246,19 @@ class AsyncClient:
     async def embed(
         self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
+        most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip
         """As `Client.embed`."""
         import asyncio
 
         check_asked(model)
+        check_share(most_skipped)
         spec = None if tile is None and frame is None else spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
-            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress
-        )
-        job = Job(listed, model, await self._limits_for(len(listed), model), spec)
+            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
+            most_unreadable=most_skipped,
+        )  # fmt: skip
+        job = Job(listed, model, await self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
             try:
                 await self._embed_rest(job, show)
@@ -248,6 +267,7 @@ class AsyncClient:
                 if not _too_much(error) or not job.cut_by(await self._limits_for(len(job), model)):
                     raise
                 await self._embed_rest(job, show)
+        job.skipped.tell(on_skipped, progress=progress)
         return job.result()
 
     async def _embed_rest(self, job: Job, show: Steps) -> None:
@@ -261,8 +281,12 @@ class AsyncClient:
             while part := await asyncio.to_thread(lambda: next(parts, None)):
                 answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
                 for chunk, answer in answers:
-                    with job.naming(chunk):
-                        job.accept(chunk, await answer)
+                    try:
+                        with job.naming(chunk):
+                            job.accept(chunk, await answer)
+                    except ImageError as error:
+                        if (rest := job.tolerate(chunk, error)) is not None:
+                            job.accept(rest, await self._send(rest.request(self._http)))
                     show.update(job.done)
         finally:
             # What is still on its way when one request fails, or this call is cancelled, ends with it.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
+from jepakit._skipped import OnSkipped, Skipped, check_share
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError
@@ -155,25 +156,32 @@ class Model:
     def embed(
         self, images: Any, *, labels: str = "auto", tile: int | None = None, overlap: int = 0,
         min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
+        most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip
         """Embed what `Client.embed` takes, with the same arguments, and keep the order.
 
-        Raises ImageError for the first image that cannot be read correctly, ConfigError for tiles of another size
-        than the model's.
+        Raises ImageError for the first image that cannot be embedded, or for more of them than `most_skipped`;
+        ConfigError for tiles of another size than the model's.
         """
         check_tile(tile, self.manifest.preprocess)
-        listed = gather(images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress)
+        check_share(most_skipped)
+        listed = gather(
+            images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
+            most_unreadable=most_skipped,
+        )  # fmt: skip
+        skipped = Skipped(listed, most_skipped)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         done = 0
         with (
             Steps(len(listed), what="embed", progress=progress) as show,
-            closing(_batches(listed, self.manifest.preprocess, self._session.batch)) as batches,
+            closing(_batches(listed, self.manifest.preprocess, self._session.batch, skipped)) as batches,
         ):
             for pixels in batches:
                 vectors[done : done + len(pixels)] = self._session.run(pixels)
                 done += len(pixels)
-                show.update(done)
-        return Embeddings(vectors, self.model_id, tuple(listed.ids), listed.labels)
+                show.update(done + len(skipped))
+        skipped.tell(on_skipped, progress=progress)
+        return skipped.embeddings(vectors[:done], self.model_id)
 
 
 def check_tile(tile: int | None, spec: Preprocess) -> None:
@@ -184,20 +192,28 @@ def check_tile(tile: int | None, spec: Preprocess) -> None:
         )
 
 
-def _batches(listed: ImageList, spec: Preprocess, size: int) -> Generator[Pixels, None, None]:
-    """Preprocessed images [B, S, S, C], `size` at a time and in order, decoded ahead by threads while others run.
+def _batches(listed: ImageList, spec: Preprocess, size: int, skipped: Skipped) -> Generator[Pixels, None, None]:
+    """Preprocessed images [B, S, S, C], up to `size` at a time and in order, decoded ahead by threads while others run.
 
-    Raises ImageError for the first image, by its place, that cannot be read correctly.
+    Those that cannot be read correctly are added to `skipped`, by their places, which raises ImageError for the first
+    that is one too many.
     """
     pool = ThreadPoolExecutor(listed.threads(min(usable_cpus(), _MOST_DECODERS)), "decode")
-    places, waiting = iter(range(len(listed))), deque[Future[Pixels]]()
+    places, waiting = iter(range(len(listed))), deque[tuple[int, Future[Pixels]]]()
     try:
         while True:
             for place in islice(places, _BATCHES_AHEAD * size - len(waiting)):
-                waiting.append(pool.submit(_read, listed, place, spec))
+                waiting.append((place, pool.submit(_read, listed, place, spec)))
             if not waiting:
                 return
-            yield np.stack([waiting.popleft().result() for _ in range(min(size, len(waiting)))])
+            batch = []
+            for place, image in (waiting.popleft() for _ in range(min(size, len(waiting)))):
+                try:
+                    batch.append(image.result())
+                except ImageError as error:
+                    skipped.add(place, error)
+            if batch:
+                yield np.stack(batch)
     finally:
         pool.shutdown(cancel_futures=True)
 

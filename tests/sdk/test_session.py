@@ -19,7 +19,7 @@ import jepakit.session
 from jepakit import golden
 from jepakit._machine import usable_cpus
 from jepakit.bundle import Bundle, write_bundle
-from jepakit.errors import BundleError, DataError, ImageError
+from jepakit.errors import BundleError, ConfigError, DataError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.runtime import Arithmetic, Provider
 from jepakit.session import Model, Session, _by_buckets
@@ -249,6 +249,47 @@ def test_the_first_bad_image_is_named_though_a_later_one_fails_sooner(
     with pytest.raises(ImageError, match=r"005\.png"):
         model.embed(files, progress=False)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_images_that_cannot_be_embedded_are_left_out_up_to_a_share(
+    model: Model, image_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(classes=2, per_class=10)
+    files = sorted(folder.rglob("*.png"))
+    whole = model.embed(folder, progress=False)
+    for place in (3, 4, 19):
+        files[place].write_bytes(b"no image")
+    told: list[tuple[str, str]] = []
+    found = model.embed(folder, most_skipped=0.15, on_skipped=lambda *row: told.append(row))
+    kept = [place for place in range(20) if place not in (3, 4, 19)]
+    assert found.ids == whole[kept].ids
+    assert found.labels == whole[kept].labels
+    assert golden.relative_error(found.vectors, whole[kept].vectors) <= 1e-5
+    assert [name for name, _ in told] == [whole.ids[place] for place in (3, 4, 19)]
+    assert all(name in reason for name, reason in told)
+    first, reason = told[0]
+    names = f"{first}, {whole.ids[4]}, {whole.ids[19]}"
+    assert f"3 images left out, as they cannot be embedded: {names}; the first: {reason}" in capsys.readouterr().err
+    with pytest.raises(
+        ImageError, match=rf"{first}: .*; 3 of 20 images cannot be embedded so far, and at most a share of 0.1"
+    ):
+        model.embed(folder, most_skipped=0.1, progress=False)
+    with pytest.raises(ImageError, match=rf"^(?!.*most_skipped){first}"):
+        model.embed(folder, progress=False)
+
+
+def test_some_image_must_be_left(model: Model, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"a\.png: .*; 2 of 2 images cannot be embedded") as caught:
+        model.embed(tmp_path, most_skipped=1.0, progress=False)
+    assert caught.value.code == "unsupported_format"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "0.1", None])
+def test_what_is_no_share_of_the_images_is_refused(model: Model, images: NDArray[np.uint8], share: Any) -> None:
+    with pytest.raises(ConfigError, match=r"most_skipped = .*: give a share of the images, 0 to 1"):
+        model.embed(images, most_skipped=share, progress=False)
 
 
 def test_a_dataset_is_never_asked_by_two_threads_at_once(model: Model, images: NDArray[np.uint8]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import inspect
 import io
 import json
@@ -28,11 +29,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
 from jepakit._job import Limits
 from jepakit.bundle import Manifest
+from jepakit.cli import app
 from jepakit.client import ModelInfo
 from jepakit.errors import (
     AuthenticationError,
@@ -341,6 +344,136 @@ def test_an_image_that_cannot_be_opened_is_never_left_out_of_an_embedding(
             for how in ({"tile": 16}, {"frame": "each"}):
                 with pytest.raises(ImageError, match=r"^042\.png: "):
                     embed(tmp_path, progress=False, **how)
+
+
+@pytest.fixture
+def spoilt(folder: Path, tmp_path: Path) -> Path:
+    """The folder with damage: a file that is none, all of one value, and one that no request holds."""
+    shutil.copytree(folder, tmp_path / "spoilt")
+    for place, data in (
+        (8, b"no image"),
+        (9, picture(9)[:100]),
+        (40, blank()),
+        (42, b"no image"),
+        (69, bytes(9 << 20)),
+    ):
+        next((tmp_path / "spoilt").rglob(f"{place:03}.png")).write_bytes(data)
+    return tmp_path / "spoilt"
+
+
+def blank() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 40), (7, 7, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def embedding_everywhere(service: str, bundle: Path) -> list[Callable[..., Embeddings]]:
+    """`embed` of both clients and of the bundle in process."""
+    return [
+        jepakit.load(bundle).embed,
+        lambda images, **how: asked(jepakit.Client, service, lambda client: client.embed(images, **how)),
+        lambda images, **how: asked(jepakit.AsyncClient, service, lambda client: client.embed(images, **how)),
+    ]
+
+
+def test_bad_images_are_left_out_up_to_a_share_here_and_there(
+    service: str, bundle: Path, folder: Path, spoilt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local, *remote = embedding_everywhere(service, bundle)
+    whole = local(folder, progress=False)
+    bad = [place for place, name in enumerate(whole.ids) if name[-7:-4] in ("008", "009", "040", "042", "069")]
+    kept = [place for place in range(70) if place not in bad]
+    for embed in (local, *remote):
+        told: list[tuple[str, str]] = []
+        found = embed(spoilt, most_skipped=5 / 70, progress=False, on_skipped=lambda *row, told=told: told.append(row))
+        assert (found.ids, found.labels, found.model_id) == (whole[kept].ids, whole[kept].labels, whole.model_id)
+        np.testing.assert_allclose(found.vectors, whole[kept].vectors, rtol=0, atol=1e-5 * np.abs(whole.vectors).max())
+        assert [name for name, _ in told] == [whole.ids[place] for place in bad]
+        assert not [reason for _, reason in told if "input[" in reason or "image: " in reason]
+        assert capsys.readouterr().err == ""
+        embed(spoilt, most_skipped=0.5)
+        assert "5 images left out, as they cannot be embedded: cats/009.png, " in capsys.readouterr().err
+        with pytest.raises(
+            ImageError, match=r"\.png.*; \d of 70 images cannot be embedded so far, and at most a share of 0.05"
+        ):
+            embed(spoilt, most_skipped=0.05, progress=False)
+        with pytest.raises(ImageError, match=r"0[06]9\.png: (?!.*most_skipped)"):
+            embed(spoilt / "cats", progress=False)
+
+
+def test_images_of_which_none_is_left_are_an_error(service: str, bundle: Path) -> None:
+    for embed in embedding_everywhere(service, bundle):
+        for images in ([blank()] * 3, [blank()], [b"no image", blank()]):
+            with pytest.raises(ImageError, match=rf"^0: .*; {len(images)} of .* and at most a share of 1 .* never all"):
+                embed(images, most_skipped=1.0, progress=False)
+
+
+def test_images_that_a_model_does_not_take_are_left_out_of_arrays_and_of_single_requests(bundle: Path) -> None:
+    good = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    images = [good, np.zeros_like(good), good, good[:, :, :2].copy(), picture(1), blank()]
+    with running(ServeSettings(bundles=(str(bundle),), port=1, max_images=2)) as url:
+        for embed in embedding_everywhere(url, bundle):
+            assert embed(images, most_skipped=0.5, progress=False).ids == ("0", "2", "4")
+
+
+@pytest.mark.parametrize("tile", [{"tile": 16}, {"frame": "each"}], ids=str)
+def test_files_that_cannot_be_cut_are_left_out_up_to_the_share(
+    service: str, bundle: Path, tmp_path: Path, tile: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in range(10):
+        (tmp_path / f"{place}.png").write_bytes(picture(place, (16, 16)))
+    (tmp_path / "4.png").write_bytes(b"no image")
+    for embed in embedding_everywhere(service, bundle):
+        assert len(embed(tmp_path, most_skipped=0.1, **tile)) == 9
+        assert "1 file that cannot be opened left out (4.png: " in capsys.readouterr().err
+
+
+def test_an_error_of_the_service_or_the_way_to_it_is_never_taken_for_a_bad_image() -> None:
+    for status, error in ((500, ResponseError), (401, AuthenticationError)):
+        for kind in (jepakit.Client, jepakit.AsyncClient):
+            call = partial(kind.embed, images=[picture(0)] * 2, most_skipped=1.0, progress=False)
+            with _answering([MODELS, (status, {}, b"")]) as url, pytest.raises(error):
+                asked(kind, url, call, deadline_s=0.5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[]",
+        b'{"data": [{"index": 0, "embedding": [1.0]}]}',
+        b'{"data": [{"index": 1, "embedding": [1.0]}, {"index": 0, "error": {"code": "constant", "message": ""}}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0, 2.0]}, {"index": 1, "error": {"code": "constant", "message": ""}}]}',
+        b'{"data": [{"index": 0, "embedding": [1.0]}, {"index": 1, "error": "constant"}]}',
+    ],
+    ids=["no rows", "one row", "another order", "another length", "no message"],
+)
+def test_a_partial_answer_that_is_not_the_protocols_is_a_typed_error(data: bytes) -> None:
+    refusal = b'{"error": {"message": "input[1]: of one value", "code": "constant", "param": "input[1]"}}'
+    good = {"X-Embedding-Shape": "2,1", "X-Model-Id": "a" * 16}
+    with (
+        _answering([MODELS, (422, {}, refusal), (200, good, data)]) as url,
+        jepakit.Client(url) as client,
+        pytest.raises(ProtocolError, match="the answer for 2 images"),
+    ):
+        client.embed([picture(0)] * 2, most_skipped=0.5, progress=False)
+
+
+def test_the_command_line_lists_what_is_left_out(service: str, bundle: Path, spoilt: Path, tmp_path: Path) -> None:
+    for where in (["--url", service], ["--bundle", str(bundle)]):
+        command = ["embed", str(spoilt), *where, "--out", str(tmp_path / "e.npz"), "--most-skipped"]
+        assert CliRunner().invoke(app, [*command, "0.1"]).exit_code == 0
+        assert len(Embeddings.load(tmp_path / "e.npz")) == 65
+        with (tmp_path / "e.npz.skipped.csv").open(newline="") as file:
+            head, *rows = csv.reader(file)
+        assert head == ["id", "reason"]
+        assert [name for name, _ in rows] == [
+            "cats/009.png",
+            "cats/069.png",
+            *(f"dogs/{n}.png" for n in ("008", "040", "042")),
+        ]
+        (tmp_path / "e.npz.skipped.csv").unlink()
+        assert isinstance(CliRunner().invoke(app, [*command, "0.01"]).exception, ImageError)
+        assert not (tmp_path / "e.npz.skipped.csv").exists()
 
 
 def with_tile(bundle: Path, tile: int) -> Manifest:

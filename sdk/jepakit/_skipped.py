@@ -1,0 +1,79 @@
+"""Images that an embedding may leave out, since they cannot be embedded: `most_skipped`, in process and from afar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from numbers import Real
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepakit._messages import counted, first_few
+from jepakit.embeddings import Embeddings
+from jepakit.errors import ConfigError, ImageError
+from jepakit.sources import ImageList
+
+OnSkipped = Callable[[str, str], object]
+_NAMED = 3
+
+
+def check_share(most_skipped: float) -> None:
+    """Raise ConfigError for what is no share of the images."""
+    if isinstance(most_skipped, bool) or not isinstance(most_skipped, Real) or not 0 <= most_skipped <= 1:
+        raise ConfigError(f"most_skipped = {most_skipped!r}: give a share of the images, 0 to 1, e.g. 0.01")
+
+
+class Skipped:
+    """The images of one `embed` that are left out, by their places; at most a share `most` of them."""
+
+    def __init__(self, images: ImageList, most: float) -> None:
+        self._images, self._most = images, most
+        self._errors: dict[int, ImageError] = {}
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+    def __contains__(self, place: int) -> bool:
+        return place in self._errors
+
+    @property
+    def allowed(self) -> bool:
+        """Whether any image may be left out."""
+        return self._most > 0
+
+    def add(self, place: int, error: ImageError) -> None:
+        """Leave out one image. Raises `error` where none may be; ImageError where too many are, or none is left."""
+        if not self.allowed:
+            raise error
+        self._errors[place] = error
+        found, of = len(self._errors), len(self._images)
+        if found / of > self._most or found == of:
+            first = self._errors[min(self._errors)]
+            raise ImageError(
+                f"{first}; {found:,} of {counted(of, 'image')} cannot be embedded so far, and at most a share of "
+                f"{self._most:g} may be left out, never all: mend or remove them, or allow a larger one (most_skipped)",
+                code=first.code,
+            )
+
+    def embeddings(self, vectors: NDArray[np.float32], model_id: str) -> Embeddings:
+        """The others, of which these are the vectors, in order."""
+        ids, labels = self._images.ids, self._images.labels
+        kept = [place for place in range(len(ids)) if place not in self._errors]
+        return Embeddings(
+            vectors, model_id, tuple(ids[place] for place in kept),
+            None if labels is None else tuple(labels[place] for place in kept),
+        )  # fmt: skip
+
+    def tell(self, on_skipped: OnSkipped | None, *, progress: bool) -> None:
+        """Call `on_skipped` with each one's id and reason, in order; with `progress`, name the first on standard error."""
+        told = [(self._images.ids[place], str(error)) for place, error in sorted(self._errors.items())]
+        if told and progress:
+            names = first_few([name for name, _ in told], _NAMED)
+            line = (
+                f"{counted(len(told), 'image')} left out, as they cannot be embedded: {names}; the first: {told[0][1]}"
+            )
+            print(line, file=sys.stderr, flush=True)
+        if on_skipped is not None:
+            for name, reason in told:
+                on_skipped(name, reason)
