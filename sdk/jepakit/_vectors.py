@@ -7,11 +7,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_QUERIES, _VECTORS = 256, 4096
+"""Most to compare at a time; each pair takes some 40 bytes."""
+
 
 def unit_length(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """`vectors` [N, D] scaled to length 1; zeros stay zeros."""
     unit: NDArray[np.float64] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit
+
+
+def most_similar(queries: NDArray[Any], vectors: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Of each of the queries [Q, D] the k most similar vectors [N, D]: places and cosines [Q, k], in falling order.
+
+    Of equally similar ones, the lowest places. Memory grows with Q · k alone.
+    """
+    places, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+    for first in range(0, len(queries), _QUERIES):
+        block = slice(first, first + _QUERIES)
+        places[block], cosines[block] = _most_similar(unit_length(queries[block].astype(np.float64)), vectors, k)
+    return places, cosines
+
+
+def _most_similar(
+    queries: NDArray[np.float64], vectors: NDArray[Any], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    best, best_cosines = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+    for first in range(0, len(vectors), _VECTORS):
+        block = unit_length(vectors[first : first + _VECTORS].astype(np.float64))
+        # In double precision, so that vectors that are the same differ in no bit of their float32 cosine.
+        cosines = np.hstack([best_cosines, (queries @ block.T).astype(np.float32)])
+        here = np.broadcast_to(np.arange(first, first + len(block)), (len(queries), len(block)))
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(np.hstack([best, here]), order, axis=1)
+        best_cosines = np.take_along_axis(cosines, order, axis=1)
+    return best, best_cosines
 
 
 def float32_tuple(values: NDArray[Any]) -> tuple[float, ...]:

@@ -307,6 +307,21 @@ def embed(
     )
 
 
+@app.command()
+def nearest(
+    queries: Annotated[Path, typer.Argument(help="embeddings of what to look for, from `jepakit embed`")],
+    index: Annotated[Path, typer.Argument(help="embeddings to look among, of the same model")],
+    k: Annotated[int, typer.Option("-k", help="how many for each query")] = 5,
+) -> None:
+    """Print each query's id, a rank, the id of that rank and its cosine, separated by tabs."""
+    from jepakit import Embeddings
+
+    asked, known = Embeddings.load(queries), Embeddings.load(index)
+    for query, places, cosines in zip(asked.ids, *known.nearest(asked, k), strict=True):
+        for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1):
+            print(f"{query}\t{rank}\t{known.ids[place]}\t{cosine:.4f}")
+
+
 @probe_app.command("fit")
 def probe_fit(
     embeddings: Annotated[Path, typer.Argument(help="labelled embeddings, from `jepakit embed`")],

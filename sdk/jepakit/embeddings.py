@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._files import as_path, reason_of, written
-from jepakit.errors import DataError
+from jepakit._vectors import most_similar
+from jepakit.errors import DataError, SpaceError
 
 
 def is_embeddings(path: str) -> bool:
@@ -85,6 +87,21 @@ class Embeddings:
         count, width = self.vectors.shape
         labels = "no labels" if self.labels is None else f"labels of {len(set(self.labels))} classes"
         return f"<Embeddings: {count} vectors of {width} numbers, model_id={self.model_id!r}, {labels}>"
+
+    def nearest(self, queries: Embeddings, k: int = 5) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The k vectors of this set that are most similar to each of Q queries, compared with every one of them.
+
+        Gives their places, int64 [Q, k], and cosines, float32 [Q, k], the most similar first; of equally similar ones
+        the one of the lower place. Raises SpaceError for queries of another model, DataError for a k that is not 1 to N.
+        """
+        if queries.model_id != self.model_id or queries.vectors.shape[1] != self.vectors.shape[1]:
+            raise SpaceError(
+                f"these are vectors of model {self.model_id} ({self.vectors.shape[1]} numbers), the queries of "
+                f"{queries.model_id} ({queries.vectors.shape[1]}): embed both with one model"
+            )
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(self):
+            raise DataError(f"k = {k!r}: give a whole number, 1 to {len(self)}, which is how many vectors there are")
+        return most_similar(queries.vectors, self.vectors, int(k))
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file, atomically; plain arrays, no pickle. Raises WriteError where that cannot be."""
