@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from jepakit.client import Client as Client
     from jepakit.embeddings import Embeddings as Embeddings
     from jepakit.errors import JepakitError as JepakitError
+    from jepakit.inspection import Inspection as Inspection
     from jepakit.probes import KNNProbe as KNNProbe
     from jepakit.probes import LinearProbe as LinearProbe
+    from jepakit.probes import ProbeReport as ProbeReport
     from jepakit.probes import load_probe as load_probe
     from jepakit.run import DryRun as DryRun
     from jepakit.run import Run as Run
@@ -36,10 +38,12 @@ _HOME = {
     "Client": "client",
     "DryRun": "run",
     "Embeddings": "embeddings",
+    "Inspection": "inspection",
     "JepakitError": "errors",
     "KNNProbe": "probes",
     "LinearProbe": "probes",
     "Model": "session",
+    "ProbeReport": "probes",
     "Run": "run",
     "adapt": "_frontdoor",
     "dry_run": "_frontdoor",
@@ -52,7 +56,8 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 (sorted as _HOME is)
-    "AsyncClient", "Bundle", "Client", "DryRun", "Embeddings", "JepakitError", "KNNProbe", "LinearProbe", "Model", "Run",
+    "AsyncClient", "Bundle", "Client", "DryRun", "Embeddings", "Inspection", "JepakitError", "KNNProbe", "LinearProbe",
+    "Model", "ProbeReport", "Run",
     "adapt", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
 ]  # fmt: skip
 

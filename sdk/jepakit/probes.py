@@ -204,6 +204,16 @@ class LinearProbe(_Probe):
     seed          of the folds, 0 or more
     class_weight  as in scikit-learn: "balanced" lets each class count alike in the fit, a vector N / (K · vectors of its
                   class); None each vector
+
+    Once fitted, for vectors of D numbers and K classes:
+
+    classes_          [K], sorted, of the labels' own type
+    coef_             float64 [D, K], a column for each class, of two classes too: scikit-learn's `coef_` is [K, D], and
+                      [1, D] of two classes
+    intercept_        float64 [K]
+    mean_, std_       float64 [D]: `coef_` is for (vectors - mean_) / std_
+    C_                what C was, given or chosen
+    model_id_         the vector space; None of plain arrays
     """
 
     kind = "linear"
@@ -300,6 +310,13 @@ class KNNProbe(_Probe):
     """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / 0.07) (as DINO does).
 
     k  neighbours; fewer training vectors than that all vote
+
+    Once fitted, on N vectors of D numbers and K classes:
+
+    classes_   [K], sorted, of the labels' own type
+    vectors_   float32 [N, D], of length 1
+    targets_   int [N], the place of each vector's class in `classes_`
+    model_id_  the vector space; None of plain arrays
     """
 
     kind = "knn"
@@ -352,7 +369,7 @@ _KINDS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, 
 
 
 def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
-    """Read a saved probe of either kind."""
+    """Read a saved probe of either kind; raises DataError for a file that is missing or is none."""
     from safetensors import SafetensorError, safe_open
 
     path = as_path(path, "path")

@@ -60,7 +60,12 @@ class Session:
         cls, bundle: Bundle | str | Path, *, provider: Provider = "auto", threads: int | None = None,
         arithmetic: Arithmetic = "model",
     ) -> Session:  # fmt: skip
-        """Verify the whole bundle, open its graph, and check that it reproduces the golden inputs."""
+        """Verify the whole bundle, open its graph, and check that it reproduces the golden inputs.
+
+        Raises BundleError for what is no exported bundle, is damaged, or computes other vectors here than torch did;
+        ConfigError for a provider or arithmetic that there is not, InferenceError for a provider that does not work here,
+        MissingExtraError without its package.
+        """
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         files = bundle.read_all()
         for name in {GRAPH, GOLDEN} - set(files):
@@ -225,5 +230,12 @@ def _read(listed: ImageList, place: int, spec: Preprocess) -> Pixels:
 def load(
     bundle: str | Path, *, provider: Provider = "auto", threads: int | None = None, arithmetic: Arithmetic = "model"
 ) -> Model:
-    """Open an exported bundle in this process; `.embed(images)` gives `Embeddings` as the client does."""
+    """Open an exported bundle in this process; `.embed(images)` gives `Embeddings` as the client does.
+
+    provider    `auto` takes CUDA where it works, else the CPU; any other is taken or refused, never replaced
+    threads     of one inference; None: one a core this process may use, by its container's quota too
+    arithmetic  `bf16` with OpenVINO; else what the graph says
+
+    Raises what `Session.open` raises.
+    """
     return Model(Session.open(bundle, provider=provider, threads=threads, arithmetic=arithmetic))
