@@ -58,7 +58,7 @@ class Skipped:
 
     def embeddings(self, vectors: NDArray[np.float32], model_id: str) -> Embeddings:
         """The others, of which these are the vectors, in order."""
-        ids, labels = self._images.ids, self._images.labels
+        ids, labels = self._images.ids, self._images.labels_given()
         kept = [place for place in range(len(ids)) if place not in self._errors]
         return Embeddings(
             vectors, model_id, tuple(ids[place] for place in kept),

@@ -88,7 +88,10 @@ def adapt(
     lamb: Annotated[float | None, typer.Option(help="weight of SIGReg")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate of the backbone")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="auto, folder, none: whether folders are classes, to measure by; or a CSV file")
+        str | None,
+        typer.Option(
+            help="auto, folder, none: whether folders are classes, to measure by; or a CSV file, of some images too"
+        ),
     ] = None,
     group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole")] = None,
     seed: Annotated[int | None, typer.Option()] = None,

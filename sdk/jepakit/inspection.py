@@ -96,7 +96,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
         low=_rounded(np.nanmin([one.low for one in found.seen], axis=0)),
         high=_rounded(np.nanmax([one.high for one in found.seen], axis=0)),
         scaling=scaling, mean=_rounded(mean), std=_rounded(std),
-        labels=None if images.labels is None else dict(Counter(images.labels).most_common()),
+        labels=None if images.labels is None else dict(Counter(images.labels_given()).most_common()),
         n_groups=None if images.groups is None else len(set(images.groups)), source=images.note,
         n_unreadable=len(unreadable), unreadable=tuple(unreadable[:_LISTED]),
         n_odd=len(odd), odd=tuple(odd[:_LISTED]),
@@ -160,7 +160,7 @@ def _advice(
         )
     if images.labels is None:
         advice.append(
-            "without labels no verdict can be given: a few hundred labelled images suffice (class folders, or --labels FILE)"
+            "without labels no verdict can be given: a few hundred labelled images suffice (class folders, or --labels FILE, which need not name the others)"
         )
     frames = max(one.header.frames for one in found.seen)
     if frames > 1:

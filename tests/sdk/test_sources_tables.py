@@ -137,7 +137,8 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["paht,label", "1.png,a"], r"no column 'path' \(nor file, .*\); its columns are paht, label; did you mean paht\?"),
         (["path,label", "1.png,a,b"], r"m\.csv, line 2: 3 fields, its first line has 2"),
         (["path,label", "1.png,a", "", "2.png"], r"m\.csv, line 4: 1 fields"),
-        (["path,label", "1.png,"], r"m\.csv, line 2: the column 'label' is empty"),
+        (["path,patient", "1.png,"], r"m\.csv, line 2: the column 'patient' is empty"),
+        (["path,split", "1.png,"], r"m\.csv, line 2: the column 'split' is empty"),
         (["path,label", "1.png,a", ",b"], r"m\.csv, line 3: the column 'path' is empty"),
         (["path,label"], "a header but no rows"),
         ([], "is empty or begins with an empty line"),
@@ -221,13 +222,67 @@ def test_a_table_may_name_images_as_seen_from_its_own_folder_or_absolutely(tmp_p
     assert list_images(f"{tmp_path}/images/*", labels).labels == ("cat", "dog")
 
 
-def test_images_that_a_table_lacks_are_named_and_counted(tmp_path: Path) -> None:
+def test_images_that_a_table_of_groups_lacks_are_named_and_counted(tmp_path: Path) -> None:
     touch(tmp_path, "images/1.png", "images/2.png", "images/3.png")
-    labels = csv(tmp_path / "labels.csv", "path,label", "1.png,cat", "2.pgn,cat")
+    groups = csv(tmp_path / "groups.csv", "path,group", "1.png,p1", "2.pgn,p1")
     with pytest.raises(
-        DataError, match=r"2\.png is not in .*labels\.csv \(2 of 3 images are not\).*; did you mean 2\.pgn"
+        DataError, match=r"2\.png is not in .*groups\.csv \(2 of 3 images are not\).*; did you mean 2\.pgn"
     ):
-        list_images(tmp_path / "images", labels)
+        list_images(tmp_path / "images", group=groups)
+
+
+def test_images_that_labels_leave_out_have_none_and_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png", "3.png", "4.png")
+    rows = ["path,label", "4.png,dog", "1.png,cat", "gone.png,cow", "2.png,", "3.png,cat"]
+    table = csv(tmp_path / "labels.csv", *rows[:5])
+    listed = list_images(tmp_path, table)
+    assert listed.labels == ("cat", None, None, "dog")
+    assert listed.labels_given() == listed.strata() == ("cat", "dog")
+    assert listed.judges().tolist() == [0, 3]
+    assert listed.note == f"labels: 2 classes from {table}; 2 of 4 images are labelled"
+    manifest = csv(tmp_path / "m.csv", *(row for row in rows if "gone" not in row))
+    listed = list_images(manifest)
+    assert listed.labels == ("dog", "cat", None, "cat")
+    assert listed.note == "labels: 2 classes from the manifest's column label; 3 of 4 images are labelled"
+    same = {"path": listed.ids, "label": ["dog", "cat", None, "cat"]}
+    assert list_images(parquet(tmp_path / "m.parquet", same)).digest() == listed.digest()
+
+
+def test_an_image_without_a_label_is_another_thing_than_any_label(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png", "3.png")
+    digests = {
+        list_images(csv(tmp_path / "m.csv", "path,label", "1.png,a", f"2.png,{second}", f"3.png,{third}")).digest()
+        for second, third in (("", "b"), ("b", ""), ("None", "b"), ("b", "b"), ("\x00b", ""))
+    }
+    assert len(digests) == 5
+
+
+def test_labels_that_name_none_of_the_images_are_refused_with_both_names(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png")
+    table = csv(tmp_path / "labels.csv", "path,label", "scans/1.png,cat", "2.jpg,dog", "1.png,")
+    with pytest.raises(
+        DataError, match=r"labels\.csv gives none of 2 images a label: its first path is scans/1\.png, .* 1\.png: write"
+    ):
+        list_images(tmp_path / "images", table)
+
+
+def test_a_manifest_whose_labels_are_all_empty_has_none(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    manifest = csv(tmp_path / "m.csv", "path,class", "1.png,", "2.png, ")
+    listed = list_images(manifest)
+    assert (listed.labels, listed.note) == (None, "no labels: the manifest's column class is empty")
+    assert gather(manifest).labels is None
+
+
+def test_what_is_embedded_has_a_label_for_each_image_or_none_at_all(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png", "3.png")
+    table = csv(tmp_path / "m.csv", "path,label", "1.png,cat", "2.png,", "3.png,")
+    for source, labels in ((table, "auto"), (tmp_path, table)):
+        with pytest.raises(
+            DataError, match=r"^2\.png has no label \(2 of 3 images have none\): to embed, .* or use labels none$"
+        ):
+            gather(source, labels)
+    assert gather(table, "none").labels is None
 
 
 def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def siblings(n_groups: int, per_group: int) -> MeasuringSet:
     """Groups of one class each, two classes, two of three groups to fit on."""
     groups = np.repeat(np.arange(n_groups), per_group)
     labels = np.array(["a", "b"])[groups // 3 % 2]
-    return MeasuringSet(np.arange(len(groups)), groups % 3 < 2, labels, groups.astype(str))
+    return MeasuringSet(np.arange(len(groups)), groups % 3 < 2, np.ones(len(groups), bool), labels, groups.astype(str))
 
 
 def test_the_pooling_is_chosen_by_groups_that_the_probes_have_not_seen() -> None:
@@ -133,6 +133,70 @@ def test_a_class_of_one_patient_is_named_where_the_other_class_alone_is_held_out
     assert run.verdict.word == "cannot tell"
     assert "only class 'texture0' is held out" in run.verdict.reason
     assert "have fewer: 'texture1' (0): label images of more groups" in run.verdict.reason
+
+
+def test_images_without_a_label_centre_the_embedding_and_are_never_probed() -> None:
+    """They would turn every probe's answer: their vectors lie far out, under a third label."""
+    images, random = siblings(36, 10), np.random.default_rng(0)
+    assert images.labels is not None
+    telling = np.where(images.labels == "a", 1.0, -1.0)[:, None] + 0.1 * random.standard_normal((360, 2))
+    images.is_labelled[::2] = ~images.is_fit[::2]
+    images.labels = np.where(images.is_labelled, images.labels, "")
+    telling[~images.is_labelled] += 100
+    vectors = telling.astype(np.float32)
+    measured = measure_vectors(vectors, images)
+    assert measured.scores.linear == measured.scores.knn == 1
+    assert measured.right.shape == (2, int((~images.is_fit).sum()))
+    noise = random.standard_normal((360, 2)).astype(np.float32)
+    assert (
+        pick_pooling(Features({"head": noise, "stages": vectors}, np.ones(360, bool), []), images, "none") == "stages"
+    )
+
+
+def labels_for(folder: Path, file: Path, *columns: str, of: Callable[[int], Sequence[str]]) -> Path:
+    """A manifest of the images of class folders, with what `of` makes of each image's number within its class."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    rows = (",".join([f"{folder}/{name}", name[:8], *of(int(name[-7:-4]))]) for name in names)
+    file.write_text("\n".join([",".join(["path", "label", *columns]), *rows]))
+    return file
+
+
+def test_a_set_that_is_labelled_in_part_has_a_verdict(
+    image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(per_class=30)
+    table = labels_for(folder, tmp_path / "labels.csv", of=lambda _: [])
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *rows[:15], *rows[30:45]]))
+    settings: dict[str, Any] = {
+        "backbone": "test_vit", "weights": "random", "image_size": 64, "steps": 1, "batch_size": 8, "workers": 0,
+    }  # fmt: skip
+    run = jepakit.adapt(folder, out=tmp_path / "run", labels=str(table), **settings)
+    told = capsys.readouterr().err
+    assert "30 of 60 images are labelled" in told
+    assert "54 images train, 6 held out" in told
+    assert (run.comparison.n_train, run.comparison.n_held_out) == (24, 6)
+    assert run.verdict.low is not None
+    assert jepakit.adapt(folder, out=tmp_path / "run", labels=str(table), **settings).comparison == run.comparison
+    table.write_text("\n".join([header, *rows[:14], *rows[30:45]]))
+    with pytest.raises(DataError, match=r"are not those .* labels or groups were"):
+        jepakit.adapt(folder, out=tmp_path / "run", labels=str(table), **settings)
+
+
+@pytest.mark.parametrize(("labelled", "named"), [("train", "held out"), ("test", "to fit probes on")])
+def test_labels_on_one_side_of_the_split_alone_give_no_verdict(
+    image_folder: Callable[..., Path], tmp_path: Path, labelled: str, named: str
+) -> None:
+    folder, manifest = image_folder(), tmp_path / "m.csv"
+    labels_for(folder, manifest, "split", of=lambda number: ["test" if number % 4 == 0 else "train"])
+    rows = (row.split(",") for row in manifest.read_text().splitlines())
+    kept = ([path, label if split in (labelled, "split") else "", split] for path, label, split in rows)
+    manifest.write_text("\n".join(map(",".join, kept)))
+    run = jepakit.adapt(
+        manifest, out=tmp_path / "run", backbone="test_vit", weights="random", image_size=64, steps=1, batch_size=8, workers=0,
+    )  # fmt: skip
+    assert run.verdict.word == "cannot tell"
+    assert run.verdict.reason.startswith(f"none of the images {named} is labelled (")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -11,9 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from jepakit._groups import main_class
+from jepakit.config import AdaptConfig
+from jepakit.errors import DataError
 from jepakit.evaluate import Measurement, Scores, compare
 from jepakit.sources import ImageList, list_images
-from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, split
+from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, hold_out, split
 
 
 def test_split_holds_each_class_out_in_proportion_and_never_overlaps() -> None:
@@ -165,14 +167,14 @@ def test_more_classes_than_images_to_fit_on_are_spread_alone_and_held_out_ones_a
 def test_a_thousand_classes_are_all_judged(n_classes: int) -> None:
     labels = np.arange(30 * n_classes) % n_classes
     images = listed(labels)
-    parts = split(len(images), images.labels, share=0.2, most=2000, seed=0)
+    parts = split(len(images), images.strata(), share=0.2, most=2000, seed=0)
     chosen = MeasuringSet.choose(images, parts, 2000)
     assert chosen.labels is not None
     fit, truth = chosen.labels[chosen.is_fit], chosen.labels[~chosen.is_fit]
     right = np.random.default_rng(0).random((2, 2, len(truth))) < np.array([0.3, 0.6])[:, None, None]
     none = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
     before, after = (Measurement(none, each) for each in right)
-    judged = compare(before, after, truth, n_train=len(fit), train_labels=np.unique(images.labels or ()))
+    judged = compare(before, after, truth, n_train=len(fit), train_labels=np.unique(images.labels_given() or ()))
     assert judged.n_held_out == 3 * n_classes
     assert judged.verdict.word == "better"
 
@@ -183,7 +185,7 @@ def test_slides_of_many_tiles_are_all_measured_and_evenly() -> None:
     slide_of = np.repeat(np.arange(1000), sizes)
     images = listed(slide_of % 2, slide_of)
     parts = split(
-        len(images), images.labels, groups=images.groups, share=0.2, most=2000, seed=0, enough_groups=ENOUGH_GROUPS
+        len(images), images.strata(), groups=images.groups, share=0.2, most=2000, seed=0, enough_groups=ENOUGH_GROUPS
     )
     chosen = MeasuringSet.choose(images, parts, 2000)
     assert chosen.groups is not None
@@ -201,3 +203,61 @@ def test_fewer_images_than_groups_are_of_as_many_groups() -> None:
     chosen = MeasuringSet.choose(images, Split(np.arange(200), np.arange(200, 400)), 20)
     assert chosen.groups is not None
     assert Counter(Counter(chosen.groups).values()) == {1: 40}
+
+
+def partly_labelled(count: int, groups: NDArray[Any] | None = None) -> ImageList:
+    """Every tenth image has a label: two of three of them "a", the others "b"."""
+    images = listed(np.arange(count), groups)
+    labels = (None if place % 10 else "b" if place % 3 == 0 else "a" for place in range(count))
+    return replace(images, labels=tuple(labels))
+
+
+def test_of_a_set_that_is_labelled_in_part_the_labelled_images_are_held_out_in_proportion() -> None:
+    """However many others there are: 2000 of 30,000 would be 20 of 300."""
+    images = partly_labelled(3000)
+    parts, notes = hold_out(AdaptConfig(images="x", measure_on=300), images)
+    labels = np.array(images.labels)
+    assert Counter(labels[parts.held_out]) == {"a": 40, "b": 20}
+    assert sorted([*parts.train, *parts.held_out]) == list(range(3000))
+    assert notes == []
+    fully = listed(np.array(images.labels_given()))
+    of_labelled, _ = hold_out(AdaptConfig(images="x", measure_on=300), fully)
+    np.testing.assert_array_equal(parts.held_out, 10 * of_labelled.held_out)
+
+
+def test_a_group_of_labelled_and_other_images_is_held_out_whole() -> None:
+    groups = np.arange(3000) // 20
+    parts, _ = hold_out(AdaptConfig(images="x"), partly_labelled(3000, groups))
+    assert len(parts.held_out) == 600
+    assert not set(groups[parts.held_out]) & set(groups[parts.train])
+
+
+def test_labelled_images_of_one_group_among_many_are_held_out_with_a_warning() -> None:
+    groups = np.where(np.arange(3000) % 10, np.arange(3000) // 20, 7)
+    images = partly_labelled(3000, groups)
+    parts, (warning,) = hold_out(AdaptConfig(images="x"), images)
+    assert "all labelled images are one group" in warning
+    assert len(parts.held_out) == 60
+    assert MeasuringSet.choose(images, parts, 2000).groups is None
+
+
+def test_labelled_images_judge_and_others_fill_up_what_the_embedding_is_centred_on() -> None:
+    images = partly_labelled(30_000)
+    parts, _ = hold_out(AdaptConfig(images="x"), images)
+    for most, labelled in ((2800, 2400), (2000, 2000)):
+        chosen = MeasuringSet.choose(images, parts, most)
+        assert len(chosen.indices) == most + 600
+        assert chosen.is_labelled[~chosen.is_fit].all()
+        assert chosen.is_labelled[chosen.is_fit].sum() == labelled
+        assert chosen.labels is not None
+        assert images.labels is not None
+        for place, label in zip(chosen.indices[chosen.is_labelled], chosen.labels[chosen.is_labelled], strict=True):
+            assert images.labels[place] == label
+        assert set(chosen.indices[chosen.is_fit]) <= set(parts.train.tolist())
+        assert (np.diff(chosen.indices[chosen.is_fit]) > 0).all()
+
+
+def test_one_labelled_image_cannot_be_held_out() -> None:
+    images = replace(listed(np.arange(40)), labels=(*[None] * 39, "a"))
+    with pytest.raises(DataError, match=r"0 are held out: .* or the labels$"):
+        hold_out(AdaptConfig(images="x"), images)

@@ -112,3 +112,11 @@ def test_a_caption_holds_what_the_sheet_s_font_can_draw() -> None:
     assert _caption("a b/im 1.jpg") == "a b/im 1.jpg"
     assert _caption("Köln/目.tif") == r"K\xf6ln/\u76ee.tif"
     assert _caption("x" * 200 + ".tif") == "..." + "x" * 143 + ".tif"
+
+
+def test_of_a_set_that_is_labelled_in_part_the_labelled_images_are_counted(images: Path) -> None:
+    (images / "man.csv").write_text("path,label\n000.png,a\n001.png,\n002.png,b\n003.png,a")
+    seen = jepakit.inspect("set/man.csv", sheet=None, image_size=64)
+    assert seen.labels == {"a": 2, "b": 1}
+    assert seen.source == "labels: 2 classes from the manifest's column label; 3 of 4 images are labelled"
+    assert not any("label" in words for words in seen.advice)

@@ -94,7 +94,8 @@ def apply_spec(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.floa
 
 
 def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measurement:
-    """Probes fitted on the `fit` rows, judged on the held-out rows."""
+    """Probes fitted on the labelled `fit` rows, judged on the labelled held-out rows."""
+    vectors, images = vectors[images.is_labelled], images.only(images.is_labelled)
     fit, held_out = images.only(images.is_fit), images.only(~images.is_fit)
     assert fit.labels is not None
     assert held_out.labels is not None
@@ -108,7 +109,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
     The first one where there are too few labels, or groups, to tell.
     """
-    poolings, fit = list(features.by_pooling), images.only(images.is_fit)
+    poolings, fit = list(features.by_pooling), images.only(images.is_fit & images.is_labelled)
     if len(poolings) == 1 or fit.labels is None:
         return poolings[0]
     classes = np.unique(fit.labels, return_inverse=True)[1]
@@ -119,7 +120,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
     def score(pooling: Pooling) -> float:
         raw = features.by_pooling[pooling][images.is_fit]
-        vectors = apply_spec(specify(pooling, standardize, raw), raw)
+        vectors = apply_spec(specify(pooling, standardize, raw), raw)[images.is_labelled[images.is_fit]]
         scores = [measure_vectors(vectors, part).scores for part in parts]
         return float(np.mean([(one.linear_balanced, one.knn_balanced) for one in scores]))
 
@@ -172,30 +173,27 @@ class Measuring:
 
     def conclude(self, before: Measured, after: Measured) -> Comparison:
         """The verdict on held-out images; "cannot tell" without labels."""
-        fit, held_out = self.images.only(self.images.is_fit), self.images.only(~self.images.is_fit)
-        n_fit = len(fit.indices)
-        if before.measurement is None or after.measurement is None or held_out.labels is None:
-            return no_labels(n_fit, len(held_out.indices), self._why_no_labels)
+        is_fit, is_labelled = self.images.is_fit, self.images.is_labelled
+        if before.measurement is None or after.measurement is None:
+            return no_labels(int(is_fit.sum()), int((~is_fit).sum()), self._why_no_labels)
+        fit, held_out = self.images.only(is_fit & is_labelled), self.images.only(~is_fit & is_labelled)
+        assert held_out.labels is not None
         return compare(
             before.measurement, after.measurement, held_out.labels,
-            n_train=n_fit, groups=held_out.groups, train_labels=fit.labels,
+            n_train=len(fit.indices), groups=held_out.groups, train_labels=fit.labels,
         )  # fmt: skip
 
     def _check_images(self) -> None:
-        """DataError where one part could not be read at all. Labels of one class cannot be probed: they are left out."""
+        """DataError where one part could not be read at all. Labels that cannot be probed are left out: those of one class, or
+        of images on one side alone."""
         for name, part in (("to train on", self.images.is_fit), ("held out", ~self.images.is_fit)):
             if not part.any():
                 raise DataError(
                     f"none of the images {name} that were to be measured can be read ({len(self._skipped)}, {self._skipped.where}): "
                     "mend them or their rows in the manifest"
                 )
-        labels = self.images.labels
-        if labels is not None and len(names := np.unique(labels[self.images.is_fit])) < 2:
-            self.images.labels = None
-            self._why_no_labels = (
-                f"all {self.images.is_fit.sum()} images to fit probes on are labelled {str(names[0])!r}, and a probe tells two "
-                "classes apart: label some of another class, or leave labels out (--labels none)"
-            )
+        if self.images.labels is not None and (why := _why_not_probed(self.images.labels, self.images)):
+            self.images.labels, self._why_no_labels = None, why
 
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
         return self._take(
@@ -209,6 +207,23 @@ class Measuring:
         if self.images.labels is None:
             return Measured(embedding, None)
         return Measured(embedding, measure_vectors(apply_spec(embedding, raw), self.images))
+
+
+def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
+    """Why probes cannot be fitted on these labels, or judged by them; empty where they can."""
+    for name, part in (("to fit probes on", images.is_fit), ("held out", ~images.is_fit)):
+        if not (part & images.is_labelled).any():
+            return (
+                f"none of the images {name} is labelled ({part.sum()}), and a verdict needs labelled ones on both sides: label "
+                "some of them, or mind the manifest's split"
+            )
+    fitted = labels[images.is_fit & images.is_labelled]
+    if len(np.unique(fitted)) > 1:
+        return ""
+    return (
+        f"all {len(fitted)} images to fit probes on are labelled {str(fitted[0])!r}, and a probe tells two "
+        "classes apart: label some of another class, or leave labels out (--labels none)"
+    )
 
 
 class _Preprocessed(Dataset[Any]):

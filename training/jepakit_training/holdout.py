@@ -45,13 +45,14 @@ def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
     if len(parts.train) < _FEWEST_IMAGES // 2 or not len(parts.held_out):
         raise DataError(
             f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the least; "
-            "mind the split column, or the groups"
+            "mind the split column, the groups, or the labels"
         )
     return parts, [*notes, *_start_notes(config, images)]
 
 
 def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
-    """Held-out images: the manifest's own where it names some, else a share of whole groups, each stratum in proportion."""
+    """Held-out images: the manifest's own where it names some, else a share of the labelled ones (of all, without labels) and
+    of their groups as wholes, each stratum in proportion."""
     groups, notes = images.groups, []
     if images.held_out is not None:
         parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
@@ -60,17 +61,34 @@ def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[s
                 f"warning: {len(both)} groups are on both sides of the manifest's split, e.g. {min(both)}: the verdict is optimistic"
             )
         return parts, notes
-    if groups is not None and len(set(groups)) == 1:
+    judges = images.judges()
+    if _are_one_group(judges, groups):
+        which = "images" if len(judges) == len(images) else "labelled images"
         notes.append(
-            "warning: all images are one group, which cannot be held out whole: held-out images have siblings in "
+            f"warning: all {which} are one group, which cannot be held out whole: held-out images have siblings in "
             "training, and the verdict is optimistic"
         )
         groups = None
     parts = split(
-        len(images), images.strata(), groups=groups, share=config.held_out, most=config.measure_on, seed=config.seed,
+        len(judges), images.strata(), groups=None if groups is None else [groups[place] for place in judges],
+        share=config.held_out, most=config.measure_on, seed=config.seed,
         enough_groups=0 if images.labels is None else ENOUGH_GROUPS,
     )  # fmt: skip
-    return parts, notes
+    return _with_siblings(judges[parts.held_out], groups, len(images)), notes
+
+
+def _are_one_group(places: NDArray[np.intp], groups: Sequence[str] | None) -> bool:
+    return groups is not None and len({groups[place] for place in places}) == 1
+
+
+def _with_siblings(held_out: NDArray[np.intp], groups: Sequence[str] | None, count: int) -> Split:
+    """The split of `count` images that holds out these, and all others of their groups."""
+    is_held_out = np.zeros(count, bool)
+    is_held_out[held_out] = True
+    if groups is not None:
+        names = {groups[place] for place in held_out}
+        is_held_out |= np.array([group in names for group in groups])
+    return Split(np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))
 
 
 def split(
@@ -152,13 +170,15 @@ def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool
 
 @dataclass
 class MeasuringSet:
-    """The images to measure on: `fit` of them fit the probes (they may be trained on), `held_out` judge.
+    """The images to measure on: `fit` of them (they may be trained on) centre the embedding, and fit the probes if they are
+    labelled; `held_out` judge.
 
-    `labels` and `groups` are None where there are none.
+    `labels` and `groups` are None where there are none; the label of an image that is not labelled says nothing.
     """
 
     indices: NDArray[np.intp]
     is_fit: NDArray[np.bool_]
+    is_labelled: NDArray[np.bool_]
     labels: NDArray[np.str_] | None
     groups: NDArray[np.str_] | None
 
@@ -166,18 +186,26 @@ class MeasuringSet:
     def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
         """At most `most` images of each part, evenly spread over groups where there are some, rare classes first.
 
-        Held-out images may be more: those that the verdict needs of every class.
+        Held-out images may be more: those that the verdict needs of every class. Of a set that is labelled in part they are
+        the labelled ones, and images to fit on that are not labelled take the room that labelled ones leave.
         """
-        labels = None if images.labels is None else np.asarray(images.labels)
+        judges = images.judges()
+        labels = None if images.labels is None else np.array([label or "" for label in images.labels])
         # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
-        alone = images.groups is None or len(set(images.groups)) == 1
+        alone = images.groups is None or _are_one_group(judges, images.groups)
         groups = None if alone else np.asarray(images.groups)
-        fit = _spread_over_classes(split.train, labels, groups, most, least=0)
-        held_out = _spread_over_classes(split.held_out, labels, groups, most, least=FEWEST_PER_CLASS)
+        train, others = _divide(split.train, judges)
+        fit = _spread_over_classes(train, labels, groups, most, least=0)
+        rest = _spread_over_classes(others, None, groups, most - len(fit), least=0)
+        fit = np.sort(np.concatenate([fit, rest]))
+        held_out, others = _divide(split.held_out, judges)
+        held_out = held_out if len(held_out) else others
+        held_out = _spread_over_classes(held_out, labels, groups, most, least=FEWEST_PER_CLASS)
         chosen = np.concatenate([fit, held_out])
         return cls(
             chosen,
             np.arange(len(chosen)) < len(fit),
+            np.zeros(len(chosen), bool) if labels is None else np.isin(chosen, judges),
             None if labels is None else labels[chosen],
             None if groups is None else groups[chosen],
         )
@@ -185,7 +213,13 @@ class MeasuringSet:
     def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
         """Some of them, e.g. those that could be read."""
         labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
-        return MeasuringSet(self.indices[kept], self.is_fit[kept], labels, groups)
+        return MeasuringSet(self.indices[kept], self.is_fit[kept], self.is_labelled[kept], labels, groups)
+
+
+def _divide(part: NDArray[np.intp], judges: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Those of `part` that are among `judges`, and the others."""
+    is_judge = np.isin(part, judges)
+    return part[is_judge], part[~is_judge]
 
 
 def _spread_over_classes(

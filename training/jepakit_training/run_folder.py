@@ -204,7 +204,7 @@ def _check_same(out: Path, images: ImageList) -> None:
         )
     if environment.get("data") != images.digest():
         raise DataError(
-            f"the images are not those {out} was started with (files were added, removed or changed); {go_on}"
+            f"the images are not those {out} was started with (files, labels or groups were added, removed or changed); {go_on}"
         )
 
 

@@ -41,6 +41,7 @@ class Pieces:
 class ImageList:
     """Images in a stable order. `ids` name them; `labels` and `groups` are None where there are none.
 
+    labels    None for an image that has none; some other has one
     held_out  bool [N] from a manifest's split column: rows that are not "train"
     note      in words, what was assumed about labels, groups and tiles
 
@@ -49,12 +50,16 @@ class ImageList:
     """
 
     ids: Sequence[str]
-    labels: tuple[str, ...] | None
+    labels: tuple[str | None, ...] | None
     groups: tuple[str, ...] | None
     held_out: NDArray[np.bool_] | None
     note: str
     store: Store = field(repr=False)
     pieces: Pieces | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and all(label is None for label in self.labels):
+            object.__setattr__(self, "labels", None)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,7 +108,8 @@ class ImageList:
         digest = hashlib.sha256()
         for words in (self.ids, self.labels, self.groups):
             for word in words or ():
-                digest.update(word.encode("utf-8", "surrogatepass") + b"\0")
+                # No text holds the byte 0xff.
+                digest.update((b"\xff" if word is None else word.encode("utf-8", "surrogatepass")) + b"\0")
             digest.update(b"\n")
         if self.held_out is not None:
             digest.update(self.held_out.tobytes())
@@ -111,9 +117,20 @@ class ImageList:
             digest.update(hashlib.sha256(self.store.fingerprint(place)).digest())
         return digest.hexdigest()[:16]
 
+    def labels_given(self) -> tuple[str, ...] | None:
+        """The labels of the images that have one: of all of them, where the list is to be embedded."""
+        return None if self.labels is None else tuple(label for label in self.labels if label is not None)
+
+    def judges(self) -> NDArray[np.intp]:
+        """Places of the images that can be held out to judge by, rising: those with a label, or all where none has one."""
+        if self.labels is None:
+            return np.arange(len(self))
+        return np.flatnonzero([label is not None for label in self.labels])
+
     def strata(self) -> tuple[str, ...] | None:
-        """What to hold out of in proportion: the labels, else the first-level folders if they are at most 50."""
+        """What to hold out of in proportion, for each of `judges`: the labels, else the first-level folders if they are
+        at most 50."""
         if self.labels is not None:
-            return self.labels
+            return self.labels_given()
         tops = tuple(name.rpartition("/")[0].partition("/")[0] for name in self.ids)
         return tops if len(set(tops)) <= MAX_CLASSES else None

@@ -12,7 +12,7 @@ from jepakit._messages import first_few
 from jepakit.errors import DataError
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
-from jepakit.sources.table import check_rule, look_up
+from jepakit.sources.table import check_rule, look_up_some
 
 LabelRule = Literal["auto", "folder", "none"]
 LABEL_RULES: tuple[str, ...] = get_args(LabelRule)
@@ -20,22 +20,35 @@ LABEL_RULES: tuple[str, ...] = get_args(LabelRule)
 MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
-Labels = tuple[str, ...] | None
+Labels = tuple[str | None, ...] | None
 
 
 def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[Labels, str]:
     """The labels by the rule, or None, and in words what was assumed.
 
-    embedding  "auto" takes folders as classes whatever their number, and says nothing where no labels are expected
+    embedding  every image has a label, or none has; "auto" takes folders as classes whatever their number, and says nothing
+               where no labels are expected
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
-    rule = check_rule("labels", rule, LABEL_RULES, column="label")
+    labels, note = _choose(found, check_rule("labels", rule, LABEL_RULES, column="label"), embedding=embedding)
+    if labels is None or None not in labels:
+        return labels, note
+    n_images, n_labelled = len(labels), len(labels) - labels.count(None)
+    if embedding:
+        raise DataError(
+            f"{found.ids[labels.index(None)]} has no label ({n_images - n_labelled:,} of {n_images:,} images have none): to embed, "
+            "give each image one, or use labels none"
+        )
+    return labels, f"{note}; {n_labelled:,} of {n_images:,} images are labelled"
+
+
+def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
         return None, "" if embedding else "no labels, as asked"
     if rule not in LABEL_RULES:
-        listed = look_up(rule, "label", found)
-        return listed, f"labels: {len(set(listed))} classes from {rule}"
+        listed = look_up_some(rule, "label", found)
+        return listed, f"labels: {len(set(listed) - {None})} classes from {rule}"
     if rule == "auto" and found.label_note:
         return found.labels, found.label_note
     if found.folders is None:
@@ -51,7 +64,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     return labels, note
 
 
-def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[Labels, str]:
+def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[tuple[str, ...] | None, str]:
     # One string a class, not one an image.
     tops = [sys.intern(name.partition("/")[0]) if "/" in name else None for name in names]
     counts = Counter(tops)

@@ -26,14 +26,15 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool, with_sp
     ids = tuple(posixpath.normpath(path) for path in table.columns["path"])
     root = os.path.dirname(file)  # noqa: PTH120 (stays text)
     _check_paths(file, root, ids)
+    labels, label_note = _labels(table)
     held_out, note = _held_out(file, table)
     return Found(
         Files(root, ids),
         ids,
         folders=ids,
-        labels=_column(table, "label"),
-        label_note=_describe(table, "label", "class") or "no labels: the manifest has no column label",
-        groups=_column(table, "group"),
+        labels=labels,
+        label_note=label_note,
+        groups=tuple(table.columns["group"]) if "group" in table.columns else None,
         group_note=_describe(table, "group", "group"),
         held_out=held_out,
         note=note,
@@ -66,12 +67,18 @@ def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
     return held_out, f"{int(held_out.sum())} of {len(splits)} images held out by the manifest's split"
 
 
-def _column(table: Table, role: str) -> tuple[str, ...] | None:
-    values = table.columns.get(role)
-    return None if values is None else tuple(values)
+def _labels(table: Table) -> tuple[tuple[str | None, ...] | None, str]:
+    """The labels, None where a cell is empty, and where they are from; or no labels, and why."""
+    if "label" not in table.columns:
+        return None, "no labels: the manifest has no column label"
+    labels = tuple(label or None for label in table.columns["label"])
+    if not any(labels):
+        return None, f"no labels: the manifest's column {table.names['label']} is empty"
+    return labels, _describe(table, "label", "class")
 
 
 def _describe(table: Table, role: str, what: str) -> str:
     if role not in table.columns:
         return ""
-    return f"{role}s: {counted(len(set(table.columns[role])), what)} from the manifest's column {table.names[role]}"
+    number = len(set(filter(None, table.columns[role])))
+    return f"{role}s: {counted(number, what)} from the manifest's column {table.names[role]}"

@@ -72,7 +72,7 @@ class Found:
     """Names whose first-level folders may be classes; None where a source has no such folders."""
     kind: str = "the source"
     """What messages call a source without such folders."""
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str | None, ...] | None = None
     label_note: str = ""
     """Of the labels that the source brings, or why it brings none; empty: the folders decide."""
     groups: tuple[str, ...] | None = None

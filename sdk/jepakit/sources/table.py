@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jepakit._files import reason_of, with_home
-from jepakit._messages import did_you_mean
+from jepakit._messages import counted, did_you_mean
 from jepakit.errors import ConfigError, DataError, MissingExtraError
 from jepakit.sources.files import Files, suffix
 from jepakit.sources.store import Found
@@ -39,7 +39,8 @@ class Table:
 def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
     """The columns of a .csv, .tsv or .parquet file that serve the roles asked for (keys of `COLUMNS`).
 
-    Raises DataError with the line for what is not a table or has an empty cell, MissingExtraError without pyarrow.
+    Raises DataError with the line for what is not a table or has an empty cell, which only a label may be;
+    MissingExtraError without pyarrow.
     """
     unit, header, rows = _open_parquet(file) if suffix(file) == ".parquet" else _open_csv(file)
     places = {role: place for role in (*needed, *optional) if (place := _find_column(header, role)) is not None}
@@ -56,7 +57,7 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
     columns: dict[str, list[str]] = {role: [] for role in places}
     for number, values in rows(list(places.values())):
         for role, value in zip(places, values, strict=True):
-            if not value:
+            if not value and role != "label":
                 raise DataError(f"{file}, {unit} {number}: the column {header[places[role]]!r} is empty")
             columns[role].append(value)
     if not columns[needed[0]]:
@@ -91,11 +92,7 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
 
     Raises DataError when an image is not in the table, or is in it twice with different values.
     """
-    table = read_table(file, ("path", role))
-    values: dict[str, str] = {}
-    for path, value in zip(table.columns["path"], table.columns[role], strict=True):
-        if values.setdefault(posixpath.normpath(path), value) != value:
-            raise DataError(f"{file} gives {path} two values ({values[posixpath.normpath(path)]}, {value}): keep one")
+    values = _values(file, role)
     found_values = [_value(values, place, found, file) for place in range(len(found.ids))]
     missing = [name for name, value in zip(found.ids, found_values, strict=True) if value is None]
     if missing:
@@ -104,6 +101,32 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
             + did_you_mean(missing[0], list(values)[:1000])
         )
     return tuple(value for value in found_values if value is not None)
+
+
+def look_up_some(file: str, role: str, found: Found) -> tuple[str | None, ...]:
+    """The same where the table may leave images out, or their cells empty: None for those.
+
+    Raises DataError when it says nothing of any image, or gives one different values.
+    """
+    values = _values(file, role)
+    found_values = tuple(_value(values, place, found, file) or None for place in range(len(found.ids)))
+    if not any(found_values):
+        first = found.ids[0]
+        raise DataError(
+            f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {next(iter(values))}, and "
+            f"the first image's {first}: write them alike{did_you_mean(first, list(values)[:1000])}"
+        )
+    return found_values
+
+
+def _values(file: str, role: str) -> dict[str, str]:
+    """A table's values by normalised path; DataError for a path of two values."""
+    table = read_table(file, ("path", role))
+    values: dict[str, str] = {}
+    for path, value in zip(table.columns["path"], table.columns[role], strict=True):
+        if (first := values.setdefault(posixpath.normpath(path), value)) != value:
+            raise DataError(f"{file} gives {path} two values ({first or 'none'}, {value or 'none'}): keep one")
+    return values
 
 
 def _value(values: dict[str, str], place: int, found: Found, file: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import Header, Raster, Window, open_raster
 from jepakit.sources.imagelist import ImageList, Pieces
+
+_Name = TypeVar("_Name")
 
 MIN_TILE = 8
 WHOLE = -1
@@ -257,7 +259,7 @@ def _list_pieces(images: ImageList, pieces: Pieces, cut: Cut, note: str) -> Imag
     )
 
 
-def _of_each_piece(values: tuple[str, ...] | None, pieces: Pieces) -> tuple[str, ...] | None:
+def _of_each_piece(values: tuple[_Name, ...] | None, pieces: Pieces) -> tuple[_Name, ...] | None:
     return None if values is None else tuple(values[index] for index in pieces.image.tolist())
 
 
