@@ -131,10 +131,13 @@ def adapt(
         print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
         return
     print(comparison)
-    keep_start = comparison.after is not None and run.verdict.word != "better"
-    which = " --which start" if keep_start else ""
-    source, target = quote(str(run.path)), quote(f"bundles/{run.path.name}")
-    print(f"next: jepakit export {source}{which} --out {target}")
+    source, target = quote(str(run.path)), f"bundles/{run.path.name}"
+    if comparison.after is None:  # nobody can tell: both, to be compared
+        exports = [(" --which start", f"{target}-start"), ("", target)]
+    else:
+        exports = [("" if run.verdict.word == "better" else " --which start", target)]
+    for which, bundle in exports:
+        print(f"next: jepakit export {source}{which} --out {quote(bundle)}")
 
 
 @app.command()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
-from jepakit import evaluate
+from jepakit import _frontdoor, evaluate
+from jepakit.cli import app
+from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import DataError
-from jepakit.evaluate import SAME_WITHIN, Comparison, Measurement, Scores, Verdict, compare, measure, no_labels
+from jepakit.evaluate import SAME_WITHIN, Measurement, compare, measure, no_labels
 
 NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
 
@@ -433,3 +439,28 @@ def test_where_no_two_classes_can_be_judged_the_rare_ones_are_named() -> None:
         "two classes of 3 held-out images are the least to judge by, and these have fewer: 'b' (2), 'c' (1), 'd' (1) and "
         "1 more: label more images"
     )
+
+
+# What `jepakit adapt` says to do next
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (None, ["runs/a --which start --out bundles/a-start", "runs/a --out bundles/a"]),
+        (1.0, ["runs/a --out bundles/a"]),
+        (0.2, ["runs/a --which start --out bundles/a"]),
+    ],
+)
+def test_where_nobody_can_tell_both_are_to_be_exported(
+    monkeypatch: pytest.MonkeyPatch, after: float | None, told: list[str]
+) -> None:
+    truth, random = np.tile(["a", "b"], 200), np.random.default_rng(0)
+    found = no_labels(8, 2)
+    if after is not None:
+        before, adapted = (measurement(random.random(400) < share) for share in (0.6, after))
+        found = compare(before, adapted, truth, n_train=8)
+    run = SimpleNamespace(path=Path("runs/a"), comparison=found, verdict=found.verdict)
+    monkeypatch.setattr(_frontdoor, "adapt", lambda *_, **__: run)
+    shown = CliRunner().invoke(app, ["adapt", "scans"]).stdout.splitlines()
+    assert [line for line in shown if line.startswith("next")] == [f"next: jepakit export {words}" for words in told]
