@@ -38,10 +38,10 @@ from jepakit.bundle import (
     versions_of,
     write_bundle,
 )
+from jepakit.comparison import Comparison
 from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder, check_pooling, pool
 from jepakit.errors import BundleError, ConfigError, ExportError, WriteError
-from jepakit.evaluate import Comparison
 from jepakit.images import Pixels, centre_crop
 from jepakit.run import BUNDLE, START, is_run
 from jepakit.session import Session

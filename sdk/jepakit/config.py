@@ -16,7 +16,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -27,9 +26,7 @@ from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize
 from jepakit.errors import ConfigError
-from jepakit.sources.groups import GROUP_RULES
-from jepakit.sources.labels import LABEL_RULES
-from jepakit.sources.table import is_rule
+from jepakit.sources.table import RULES, is_rule
 from jepakit.sources.tiles import Cut
 
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
@@ -312,11 +309,10 @@ class AdaptConfig(_Settings):
 
     @field_validator("labels", "group")
     @classmethod
-    def _rule_or_file(cls, rule: str, info: ValidationInfo) -> str:
-        rules = LABEL_RULES if info.field_name == "labels" else GROUP_RULES
-        if not is_rule(rule, rules):
+    def _rule_or_file(cls, rule: str) -> str:
+        if not is_rule(rule):
             raise ValueError(
-                f"no such file, or no table; give a CSV or Parquet file, or one of {', '.join(rules)}{did_you_mean(rule, rules)}"
+                f"no such file, or no table; give a CSV or Parquet file, or one of {', '.join(RULES)}{did_you_mean(rule, RULES)}"
             )
         return rule
 

@@ -9,10 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jepakit._groups import in_cells, numbered
 from jepakit._messages import first_few
-from jepakit.comparison import Comparison as Comparison
-from jepakit.comparison import Scores as Scores
-from jepakit.comparison import Verdict as Verdict
-from jepakit.comparison import Word
+from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
 
 _RESAMPLES = 2000

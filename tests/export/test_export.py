@@ -25,10 +25,10 @@ import jepakit_export.verify
 from jepakit import golden
 from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
+from jepakit.comparison import Verdict
 from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
-from jepakit.evaluate import Verdict
 from jepakit.images import preprocess
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, START, Run
 from jepakit.session import Session

@@ -38,8 +38,8 @@ from jepakit.bundle import (
     open_bundle,
     write_bundle,
 )
+from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import BundleError, ConfigError, WriteError
-from jepakit.evaluate import Comparison, Scores, Verdict
 from jepakit.golden import Golden, pack, relative_error, synthetic_images, unpack
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {

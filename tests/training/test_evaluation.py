@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit.backbone import build
 from jepakit.bundle import Preprocess
+from jepakit.comparison import Scores
 from jepakit.errors import DataError, MissingExtraError
-from jepakit.evaluate import Measurement, Scores
+from jepakit.evaluate import Measurement
 from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training import evaluation, loop

@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from jepakit._groups import main_class
+from jepakit.comparison import Scores
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
-from jepakit.evaluate import Measurement, Scores, compare
+from jepakit.evaluate import Measurement, compare
 from jepakit.sources import ImageList, list_images
 from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, hold_out, split
 

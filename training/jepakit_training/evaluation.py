@@ -15,10 +15,11 @@ from jepakit._groups import assign_folds, numbered
 from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
+from jepakit.comparison import Comparison
 from jepakit.config import AdaptConfig
 from jepakit.embedder import Embedder, check_pooling, pool, poolings_of
 from jepakit.errors import DataError, ImageError, InputError
-from jepakit.evaluate import NO_LABELS, Comparison, Measurement, compare, measure, no_labels
+from jepakit.evaluate import NO_LABELS, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split

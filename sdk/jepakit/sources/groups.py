@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal, get_args
 
 from jepakit._messages import counted
 from jepakit.errors import DataError
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
-from jepakit.sources.table import check_rule, look_up
-
-GroupRule = Literal["auto", "folder", "none"]
-GROUP_RULES: tuple[str, ...] = get_args(GroupRule)
+from jepakit.sources.table import RULES, check_rule, look_up
 
 Groups = tuple[str, ...] | None
 
@@ -23,12 +19,12 @@ def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
-    rule = check_rule("group", rule, GROUP_RULES, column="group")
+    rule = check_rule("group", rule, column="group")
     if rule == "none":
         return None, ""
     if rule == "folder":
         return _deepest_folders(found)
-    if rule not in GROUP_RULES:
+    if rule not in RULES:
         groups = look_up(rule, "group", found)
         return groups, f"groups: {len(set(groups))} from {rule}"
     if found.groups is not None:

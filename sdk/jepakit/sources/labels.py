@@ -6,16 +6,12 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 from jepakit._messages import first_few
 from jepakit.errors import DataError
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
-from jepakit.sources.table import check_rule, look_up_some
-
-LabelRule = Literal["auto", "folder", "none"]
-LABEL_RULES: tuple[str, ...] = get_args(LabelRule)
+from jepakit.sources.table import RULES, check_rule, look_up_some
 
 MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
@@ -31,7 +27,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
-    labels, note = _choose(found, check_rule("labels", rule, LABEL_RULES, column="label"), embedding=embedding)
+    labels, note = _choose(found, check_rule("labels", rule, column="label"), embedding=embedding)
     if labels is None or None not in labels:
         return labels, note
     n_images, n_labelled = len(labels), len(labels) - labels.count(None)
@@ -46,7 +42,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
         return None, "" if embedding else "no labels, as asked"
-    if rule not in LABEL_RULES:
+    if rule not in RULES:
         listed = look_up_some(rule, "label", found)
         return listed, f"labels: {len(set(listed) - {None})} classes from {rule}"
     if rule == "auto" and found.label_note:

@@ -49,8 +49,7 @@ def list_images(
 
 
 def gather(
-    images: Any, labels: str | Path = "auto", *,
-    group: str | Path = "none", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
+    images: Any, labels: str | Path = "auto", *, tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
     frame: int | Literal["each"] | None = None, progress: bool = False, most_unreadable: float = 0.0,
 ) -> ImageList:  # fmt: skip
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
@@ -62,7 +61,7 @@ def gather(
     one = is_one_image(images) and not isinstance(images, str | Path)
     with shown(progress):
         listed = _list(
-            [images] if one else images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=True,
+            [images] if one else images, labels, "none", Cut(tile, overlap, min_valid, frame), embedding=True,
             most_unreadable=most_unreadable,
         )  # fmt: skip
     if progress and listed.note:

@@ -17,6 +17,8 @@ from jepakit.sources.files import Files, suffix
 from jepakit.sources.store import Found
 
 TABLES = (".csv", ".tsv", ".parquet")
+RULES = ("auto", "folder", "none")
+"""Where labels or groups are to come from, if not from a table's file."""
 COLUMNS = {
     "path": ("path", "file", "filename", "filepath", "image", "image_path"),
     "label": ("label", "class", "target", "category"),
@@ -65,25 +67,25 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
     return Table(columns, {role: header[place] for role, place in places.items()})
 
 
-def is_rule(rule: str, rules: Sequence[str]) -> bool:
-    """Whether `rule` is one of the rules, or the name of a table that is there."""
-    return rule in rules or (suffix(rule) in TABLES and Path(with_home(rule)).is_file())
+def is_rule(rule: str) -> bool:
+    """Whether `rule` is one of `RULES`, or the name of a table that is there."""
+    return rule in RULES or (suffix(rule) in TABLES and Path(with_home(rule)).is_file())
 
 
-def check_rule(setting: str, rule: str | Path, rules: Sequence[str], *, column: str) -> str:
-    """`rule` as text: one of the rules, or the name of a table that is there; ConfigError otherwise."""
+def check_rule(setting: str, rule: str | Path, *, column: str) -> str:
+    """`rule` as text: one of `RULES`, or the name of a table that is there; ConfigError otherwise."""
     if not isinstance(rule, str | os.PathLike):
         own = "; labels of your own go to the probe, fit(vectors, labels)" if setting == "labels" else ""
         raise ConfigError(
-            f"{setting} is of type {type(rule).__name__}: wanted {', '.join(rules)}, or a file {', '.join(TABLES)}{own}"
+            f"{setting} is of type {type(rule).__name__}: wanted {', '.join(RULES)}, or a file {', '.join(TABLES)}{own}"
         )
     text = with_home(rule)
-    if is_rule(text, rules):
+    if is_rule(text):
         return text
     missing = " (there is no such file)" if suffix(text) in TABLES else ""
     raise ConfigError(
-        f"{setting} = {text!r}{missing}: wanted {', '.join(rules)}, or a file {', '.join(TABLES)} "
-        f"with a column path and a column {column}{did_you_mean(text, rules)}"
+        f"{setting} = {text!r}{missing}: wanted {', '.join(RULES)}, or a file {', '.join(TABLES)} "
+        f"with a column path and a column {column}{did_you_mean(text, RULES)}"
     )
 
 
