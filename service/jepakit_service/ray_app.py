@@ -406,12 +406,14 @@ def _end(processes: list[Any]) -> None:
 
 def _reason(error: BaseException) -> str:
     """Why the application did not start. Only Ray's status says what a replica raised."""
+    import ray
     from ray import serve
 
-    with contextlib.suppress(Exception):
-        status = serve.status().applications[_APPLICATION].deployments[_DEPLOYMENT]
-        if status.message:
-            return _innermost(status.message)
+    if ray.is_initialized():  # else asking would start a Ray of its own
+        with contextlib.suppress(Exception):
+            status = serve.status().applications[_APPLICATION].deployments[_DEPLOYMENT]
+            if status.message:
+                return _innermost(status.message)
     return _innermost(error)
 
 

@@ -643,17 +643,29 @@ def test_traces_without_their_extra_are_refused_by_its_name(monkeypatch: pytest.
         tracing.check()
 
 
-def test_a_ray_without_serve_is_told_in_a_line(bundle: Path) -> None:
-    """As after `pip install ray`, or where one of its own parts is missing."""
-    program = "import sys; sys.modules['ray.serve'] = None; from jepakit.cli import main; main()"
-    ended = subprocess.run(
-        [sys.executable, "-c", program, "serve", bundle, "--port", str(free_port())],
+def serve_after(program: str, bundle: Path) -> subprocess.CompletedProcess[str]:
+    """`jepakit serve` in a process that has run `program` first."""
+    return subprocess.run(
+        [sys.executable, "-c", f"{program}from jepakit.cli import main; main()", "serve", bundle, "--port", str(free_port())],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def test_a_ray_without_serve_is_told_in_a_line(bundle: Path) -> None:
+    """As after `pip install ray`, or where one of its own parts is missing."""
+    ended = serve_after("import sys; sys.modules['ray.serve'] = None; ", bundle)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("error: Ray Serve cannot be imported (")
     assert ended.stderr.endswith("pip install 'jepakit[serve]'\n")
     assert "Traceback" not in ended.stderr
+
+
+def test_a_ray_that_does_not_start_is_asked_once_and_told_in_a_line(bundle: Path) -> None:
+    """Serve's status would start one of its own to ask it."""
+    program = "import ray\ndef init(*_, **__):\n print('asked')\n raise OSError('no room')\nray.init = init\n"
+    ended = serve_after(program, bundle)
+    assert (ended.returncode, ended.stdout.count("asked")) == (1, 1), ended.stderr
+    assert ended.stderr.splitlines()[-1] == "error: the service did not start: no room"
 
 
 def test_one_process_listens_on_its_one_port_alone(bundle: Path) -> None:
