@@ -28,7 +28,7 @@ RUN sh docker/install.sh /opt/jepakit "${TRAIN_EXTRAS}"
 # read-only with a tmpfs on /tmp, which is also the user's home.
 FROM ${BASE} AS common
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin jepakit
-ENV PATH=/opt/jepakit/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 DO_NOT_TRACK=1
+ENV PATH=/opt/jepakit/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 DO_NOT_TRACK=1 ORT_DISABLE_TELEMETRY=1
 LABEL org.opencontainers.image.title=jepakit org.opencontainers.image.licenses=Apache-2.0
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["jepakit"]

@@ -1,4 +1,4 @@
-"""Whether a model answers rightly: from what its batcher does, or by an image sent through it."""
+"""Whether a model answers correctly: from what its batcher does, or by an image sent through it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 0.5
 
 
 class Heartbeat:
-    """Finds out, when called, why a model does not answer rightly. It observes the batcher, and passes on what it hears.
+    """Finds out, when called, why a model does not answer correctly. It observes the batcher, and passes on what it hears.
 
     name      the model's, for messages
     embed     the first golden image's vector [D], or why there is none; given seconds, raises TimeoutError after them
@@ -48,7 +48,7 @@ class Heartbeat:
         self._beat = Shared(self._take)
 
     async def __call__(self) -> str | None:
-        """Why the model does not answer rightly; None when it does, as far as half a second shows.
+        """Why the model does not answer correctly; None when it does, as far as half a second shows.
 
         A batch that ran within 5 s (or the time of three) and golden vectors reproduced within a minute are proof enough,
         else a golden image goes through the same queue as everybody's: one at a time, however many ask. While it takes

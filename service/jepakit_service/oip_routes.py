@@ -26,7 +26,7 @@ def router(replica: Replica) -> APIRouter:
 
     @routes.get("/health/ready")
     async def server_ready() -> oip.Ready:
-        """Whether some replica answers rightly; 503 otherwise."""
+        """Whether some replica answers correctly; 503 otherwise."""
         if replica.draining or all(report.faults for report in await replica.reports()):
             raise unavailable("not_ready", "no replica takes requests")
         return {"ready": True}
@@ -43,12 +43,12 @@ def router(replica: Replica) -> APIRouter:
 
     @routes.get("/models/{name}/ready")
     async def model_ready(name: str) -> oip.ModelReady:
-        """Whether a model answers rightly; 503 otherwise."""
+        """Whether a model answers correctly; 503 otherwise."""
         return await _ready(replica, name)
 
     @routes.get("/models/{name}/versions/{version}/ready")
     async def model_version_ready(name: str, version: str) -> oip.ModelReady:
-        """Whether a version of a model answers rightly; 503 otherwise."""
+        """Whether a version of a model answers correctly; 503 otherwise."""
         return await _ready(replica, f"{name}@{version}")
 
     return routes

@@ -55,7 +55,7 @@ _REASONS = {
     408: "the body took too long to arrive",
     413: "too large a body, an image, or too many of them",
     415: "not a format that is read here",
-    422: "an image cannot be read rightly",
+    422: "an image cannot be read correctly",
     429: "too much is waiting: try again after Retry-After seconds",
     500: "a fault of the service",
     503: "stopping or too slow: try again after Retry-After seconds",

@@ -77,7 +77,7 @@ def router(replica: Replica) -> APIRouter:
 
     @routes.get("/readyz")
     async def readyz() -> dict[str, Any]:
-        """Whether models answer rightly: `ready`, `degraded` when some replica does not, 503 when none does."""
+        """Whether models answer correctly: `ready`, `degraded` when some replica does not, 503 when none does."""
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
         return _readiness(await replica.reports(), replica.settings.replicas if replica.settings.ray else 1)

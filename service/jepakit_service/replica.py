@@ -23,7 +23,7 @@ from jepakit_service.updates import Updates
 
 @dataclass(frozen=True)
 class Report:
-    """What one replica says of itself; can be pickled. `faults` is empty when it answers rightly."""
+    """What one replica says of itself; can be pickled. `faults` is empty when it answers correctly."""
 
     replica: str
     faults: tuple[str, ...]

@@ -168,7 +168,7 @@ def _place(loc: tuple[int | str, ...]) -> str:
 
 
 def bad_image(error: ImageError, where: str) -> ApiError:
-    """The refusal of a whole request for one image that cannot be read rightly."""
+    """The refusal of a whole request for one image that cannot be read correctly."""
     status = _STATUS_OF_IMAGE_ERROR.get(error.code, 422)
     return ApiError(status, error.code, f"{where}: {error}", param=where)
 

@@ -75,7 +75,7 @@ def make_png(
     return b"\x89PNG\r\n\x1a\n" + before + header + after + body
 
 
-# What cannot be read rightly
+# What cannot be read correctly
 
 
 def test_a_header_that_claims_65000_by_65000_is_refused_before_decoding(tmp_path: Path) -> None:
