@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from safetensors.torch import load, save_file
 from jepakit import golden
 from jepakit._export_source import name_and_weights
 from jepakit._messages import lines_of
-from jepakit.backbone import fitting_size, from_bundle, restore, start_backbone, stock_preprocess, tensors_of
+from jepakit.backbone import fitting_size, is_bundle_weights, restore, start_backbone, stock_preprocess, tensors_of
 from jepakit.bundle import (
     DATA,
     GOLDEN,
@@ -42,7 +43,7 @@ from jepakit.comparison import Comparison
 from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder, check_pooling, pool
 from jepakit.errors import BundleError, ConfigError, ExportError, WriteError
-from jepakit.images import Pixels, centre_crop
+from jepakit.images import Pixels, center_crop
 from jepakit.run import BUNDLE, START, is_run
 from jepakit.session import Session
 from jepakit_export.convert import seal, to_onnx
@@ -75,20 +76,21 @@ def export(config: ExportConfig) -> Bundle:
     source = source._replace(embedding=_standardized(source, config, users))
     embedder = Embedder(source.backbone, source.preprocess, source.embedding, tokens=config.tokens).eval()
     images = golden.make_images(source.preprocess)
-    inputs = centre_crop(images, source.preprocess.size)
+    inputs = center_crop(images, source.preprocess.size)
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     graph = _graph(config, source, embedder, inputs, users)
     manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
         sealed = seal(graph, _stamp(manifest, config.precision))
-    session = Session(sealed.graph, manifest, provider="cpu", data=sealed.data)
+    opened = partial(Session, sealed.graph, provider="cpu", data=sealed.data)
+    session = opened(manifest)
     agreement = check(session, config.precision, expected)
     if users is not None:
         agreement = check(session, config.precision, expect(embedder, users))
-    if config.dynamic_size:
-        check_sizes(session, config.precision, embedder, inputs)
     manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
+    if config.dynamic_size:
+        check_sizes(opened(manifest), config.precision, embedder, inputs)
 
     def write_files(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS)
@@ -218,7 +220,7 @@ def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
 def _of_timm(config: ExportConfig) -> Source:
     name, weights = name_and_weights(config.source)
     weights = weights or "pretrained"
-    if from_bundle(weights):
+    if is_bundle_weights(weights):
         raise ConfigError(
             f"{weights} is a bundle, which says itself how its images are fed and pooled: jepakit export {weights}"
         )

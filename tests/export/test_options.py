@@ -24,7 +24,7 @@ from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import preprocess
 from jepakit.session import Session
-from jepakit_export import exporter, quantize, verify
+from jepakit_export import exporter, quantize
 from jepakit_export.verify import int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
@@ -273,7 +273,7 @@ def test_a_graph_that_is_wrong_at_another_size_is_refused(
             wrong = images.shape[1:3] == wrong_at
             return [output + np.float32(wrong) for output in super().run_all(images)]
 
-    monkeypatch.setattr(verify, "Session", Elsewhere)
+    monkeypatch.setattr(exporter, "Session", Elsewhere)
     message = rf"at {told} px: the exported graph does not reproduce torch .* relative error .*; export without --dynamic-size"
     with pytest.raises(ExportError, match=message):
         export(dynamic_size=True)
