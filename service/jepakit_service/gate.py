@@ -45,6 +45,11 @@ class Gate:
         """Answer 503 to new requests from now on."""
         self.replica.draining = True
 
+    async def flush(self) -> None:
+        """Send what is left of traces: for a server that is ended without the lifespan's end."""
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.flush)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)

@@ -329,6 +329,7 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
             deadline = time.monotonic() + settings.drain_s
             while self._gate.in_flight and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
+            await self._gate.flush()
 
     return Embeddings.bind()  # type: ignore[attr-defined]  # serve.deployment's decorator is untyped here
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jepakit.errors import MissingExtraError
 
+_FLUSH_MS = 2000
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -59,6 +60,10 @@ class Tracer:
         ) as span:  # fmt: skip
             yield span
 
+    def flush(self) -> None:
+        """Send what is left, within two seconds."""
+        self._provider.force_flush(_FLUSH_MS)
+
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left; there is no span after it."""
         self._provider.shutdown()

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
-from jepakit._job import Limits
+from jepakit._job import RequestLimits
 from jepakit.bundle import Manifest
 from jepakit.cli import app
 from jepakit.client import ModelInfo
@@ -916,7 +916,7 @@ def test_limits_are_asked_for_anew_after_a_model_has_changed(monkeypatch: pytest
 @pytest.mark.parametrize("limits", [None, [], {}, {"max_images": "8"}, {"max_images": 8, "max_body_mb": None}], ids=str)
 def test_a_service_that_tells_no_limits_is_sent_what_most_take(limits: Any) -> None:
     info = ModelInfo("tiny", "a" * 16, "", 2, "fp32", "cpu", {"limits": limits})
-    assert Limits.of([info], None, 75) == Limits.of([], None, 75) == Limits(32, 16 << 20)
+    assert RequestLimits.of([info], None, 75) == RequestLimits.of([], None, 75) == RequestLimits(32, 16 << 20)
 
 
 def described(name: str, in_time: int, **more: Any) -> ModelInfo:
@@ -926,14 +926,14 @@ def described(name: str, in_time: int, **more: Any) -> ModelInfo:
 
 def test_requests_are_cut_by_the_speed_of_the_model_that_is_meant() -> None:
     models = [described("slow", 30), described("slowest", 1), described("fast", 9999)]
-    images = {asked: Limits.of(models, asked, 75).images for asked in ("slow", "slow@id", "slowest", "fast")}
+    images = {asked: RequestLimits.of(models, asked, 75).images for asked in ("slow", "slow@id", "slowest", "fast")}
     assert images == {"slow": 7, "slow@id": 7, "slowest": 1, "fast": 32}
-    assert Limits.of(models[:1], None, 75).images == 7
+    assert RequestLimits.of(models[:1], None, 75).images == 7
 
 
 @pytest.mark.parametrize(("patience_s", "images"), [(300, 25), (60, 25), (30, 12), (1, 1), (0.001, 1)])
 def test_requests_are_cut_by_how_long_the_client_waits_where_that_is_less(patience_s: float, images: int) -> None:
-    assert Limits.of([described("tiny", 100, request_timeout_s=60.0)], None, patience_s).images == images
+    assert RequestLimits.of([described("tiny", 100, request_timeout_s=60.0)], None, patience_s).images == images
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])

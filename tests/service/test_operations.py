@@ -16,7 +16,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.sharing import Shared
 from jepakit_service.wire import ApiError
 
-from .conftest import picture, running
+from .conftest import Spans, picture, running
 from .load import wait_until
 
 PNG = {"Content-Type": "image/png"}
@@ -596,38 +595,12 @@ def test_the_log_is_ended_once_though_two_loggers_write_to_it(tmp_path: Path, mo
     assert "info the last line\n" in (tmp_path / "log").read_text()
 
 
-class Traces(BaseHTTPRequestHandler):
-    """A collector of traces: keeps the bodies it is sent."""
-
-    bodies: list[bytes] = []  # noqa: RUF012 (one collector a test)
-
-    def do_POST(self) -> None:
-        self.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_traces_follow_the_usual_variables(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zlib
-
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    server = HTTPServer(("127.0.0.1", 0), Traces)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+def test_traces_follow_the_usual_variables(bundle: Path, spans: Spans) -> None:
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     with running(settings(bundle)) as url:
         headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", **PNG}
         assert httpx.post(f"{url}/v1/embeddings", content=picture(0), headers=headers).status_code == 200
-    server.shutdown()
-    server.server_close()
-    request = ExportTraceServiceRequest()
-    (body,) = Traces.bodies
-    request.ParseFromString(body if body[:2] != b"\x1f\x8b" else zlib.decompress(body, 31))
-    (span,) = request.resource_spans[0].scope_spans[0].spans
+    (span,) = spans()
     assert span.name == "POST /v1/embeddings"
     assert span.trace_id.hex() == trace_id
     attributes = {item.key: item.value.int_value or item.value.string_value for item in span.attributes}

@@ -26,7 +26,7 @@ import jepakit
 from jepakit_service.listeners import free_port
 from tests.test_pipeline import PROGRAM, jepakit_cli, serving
 
-from .conftest import picture, promising_others
+from .conftest import Spans, picture, promising_others
 from .load import Load, processes, wait_until
 
 PNG = {"Content-Type": "image/png"}
@@ -45,6 +45,7 @@ def test_two_replicas_are_one_deployment(bundle: Path, tmp_path: Path, proxy: st
             lambda: (seen := http.get("/readyz").json())["replicas_ready"] == 2 and seen, "no second replica"
         )
         assert ready["status"] == "ready"
+        assert (http.head("/readyz").status_code, http.head("/readyz").content) == (200, b"")
         for seed in range(40):
             answer = http.post("/v1/embeddings", content=picture(seed), headers=PNG)
             assert (answer.status_code, len(answer.headers.get_list("x-request-id"))) == (200, 1)
@@ -232,6 +233,19 @@ def test_a_stop_answers_what_is_in_flight_though_nobody_reads_what_the_service_p
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
+
+
+def test_traces_of_the_last_requests_are_sent_before_the_end(
+    bundle: Path, spans: Spans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here with temporary files in a place whose name is too long for Ray's sockets."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert len(str(tmp_path)) > 30
+    with serving(bundle) as url:
+        for seed in range(3):
+            assert httpx.post(f"{url}/v1/embeddings", content=picture(seed), headers=PNG).status_code == 200
+    posts = [span for span in spans() if span.name == "POST /v1/embeddings"]
+    assert len(posts) == 3
 
 
 def test_why_a_model_cannot_start_is_said(bundle: Path, tmp_path: Path) -> None:
