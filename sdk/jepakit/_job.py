@@ -36,7 +36,7 @@ _SERVICES_NAME = re.compile(r"^(?:input\[\d+\]: )?(?:(?:image|array): )?")
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request holds at most."""
 
     images: int = IMAGES_PER_REQUEST
@@ -46,7 +46,7 @@ class Limits:
     """Of one image."""
 
     @classmethod
-    def of(cls, models: list[ModelInfo], asked: str | None, patience_s: float) -> Limits:
+    def of(cls, models: list[ModelInfo], asked: str | None, patience_s: float) -> RequestLimits:
         """No more than the service takes of the model asked for, and so few that it lets all requests at once in and
         answers them in `patience_s`, where that is less than it gives itself."""
         try:
@@ -91,7 +91,7 @@ class Job:
     """
 
     def __init__(
-        self, images: ImageList, model: str | None, limits: Limits, spec: Preprocess | None = None,
+        self, images: ImageList, model: str | None, limits: RequestLimits, spec: Preprocess | None = None,
         *, most_skipped: float = 0.0,
     ) -> None:  # fmt: skip
         self._images, self._model, self._limits, self._spec = images, model, limits, spec
@@ -105,7 +105,7 @@ class Job:
     def __len__(self) -> int:
         return len(self._images)
 
-    def cut_by(self, limits: Limits) -> bool:
+    def cut_by(self, limits: RequestLimits) -> bool:
         """Cut what is left by these limits; returns whether they are others than before."""
         before, self._limits = self._limits, limits
         return limits != before

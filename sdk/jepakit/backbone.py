@@ -50,7 +50,7 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     Weights are never random unless asked for.
     """
     check_name(name)
-    if from_bundle(weights):
+    if is_bundle_weights(weights):
         bundle = open_bundle(weights)
         bundle.check(WEIGHTS)
         license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
@@ -116,7 +116,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
     """How the start weights expect their images: as the bundle they came from says, else as timm says."""
-    if not from_bundle(weights):
+    if not is_bundle_weights(weights):
         return stock_preprocess(module, image_size)
     spec = open_bundle(weights).manifest.preprocess
     resize_to = math.floor(image_size * spec.resize_to / spec.size)
@@ -177,7 +177,7 @@ def fitting_size(module: Any, size: int) -> int:
     return size if size == own else round_size(size, size_multiple(module))
 
 
-def from_bundle(weights: str) -> bool:
+def is_bundle_weights(weights: str) -> bool:
     """Whether start weights are those of a bundle, named by its folder."""
     return weights not in START_WORDS and is_bundle(Path(weights))
 

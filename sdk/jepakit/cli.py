@@ -90,7 +90,7 @@ def adapt(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="auto, folder, none: whether folders are classes, to measure by; or a CSV file, of some images too"
+            help="auto, folder, none: whether folders are classes, to measure by; or a CSV file, which may name a part"
         ),
     ] = None,
     group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole")] = None,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts, Settings
-from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, Limits, windows
+from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, RequestLimits, windows
 from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
@@ -161,11 +161,11 @@ class Client:
             job.accept(chunk, self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
 
-    def _limits_for(self, count: int, model: str | None) -> Limits:
+    def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         """Asked of the service until an `embed` fails, and not for a single image, which no limit can cut."""
         if self._described is None and count > 1:
             self._described = self.models()
-        return Limits.of(self._described or [], model, self._settings.patience_s)
+        return RequestLimits.of(self._described or [], model, self._settings.patience_s)
 
     def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
         """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
@@ -302,10 +302,10 @@ class AsyncClient:
             job.accept(chunk, await self._send(chunk.request(self._http)))
         return _judge_golden(job, expected)
 
-    async def _limits_for(self, count: int, model: str | None) -> Limits:
+    async def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         if self._described is None and count > 1:
             self._described = await self.models()
-        return Limits.of(self._described or [], model, self._settings.patience_s)
+        return RequestLimits.of(self._described or [], model, self._settings.patience_s)
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio

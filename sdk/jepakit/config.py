@@ -188,7 +188,7 @@ class AdaptConfig(_Settings):
     graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
     labels: TextOrPath = "auto"
     """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
-    labels. Only ever used to measure, never to train."""
+    labels, which may name a part of the images. Only ever used to measure, never to train."""
     group: TextOrPath = "auto"
     """Which images belong together (patient, scene), so that held-out ones have no sibling in training: `auto`
     (a manifest's column, DICOM's PatientID, or a tile's scene), `none`, `folder`, or a CSV or Parquet file."""

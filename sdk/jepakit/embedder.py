@@ -54,7 +54,7 @@ class Embedder(nn.Module):
 
     def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         # Half-precision weights take half-precision pixels; everything before and after them stays float32.
-        x = self.normalised(images_BHWC).to(next(self.backbone.parameters()).dtype)
+        x = self.to_network_input(images_BHWC).to(next(self.backbone.parameters()).dtype)
         features, pooled = features_and_pooled(self.backbone, x, self.pooling)
         vectors = pooled.float()
         if self.center is not None:
@@ -65,7 +65,7 @@ class Embedder(nn.Module):
             vectors = nn.functional.normalize(vectors, dim=1)
         return (vectors, patch_tokens(self.backbone, features).float()) if self.tokens else vectors
 
-    def normalised(self, images_BHWC: Tensor) -> Tensor:
+    def to_network_input(self, images_BHWC: Tensor) -> Tensor:
         """uint8 or raw float32 [B, H, W, C] to what the backbone takes, float32 [B, C, H, W]."""
         values = images_BHWC.float()
         if self.pixel_low is not None and self.pixel_high is not None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jepakit._vectors import unit_length
 from jepakit.errors import BundleError
-from jepakit.images import Pixels, centre_crop
+from jepakit.images import Pixels, center_crop
 
 if TYPE_CHECKING:
     from jepakit.bundle import Preprocess
@@ -81,7 +81,7 @@ class Golden(NamedTuple):
 
     def inputs(self, spec: Preprocess) -> Pixels:
         """The images cropped as the graph takes them, [N, size, size, C]."""
-        return centre_crop(self.images, spec.size)
+        return center_crop(self.images, spec.size)
 
     def check(self, spec: Preprocess, dim: int) -> None:
         """BundleError when these are not golden inputs of a model that is fed by `spec` and embeds in `dim` numbers."""

@@ -81,7 +81,7 @@ def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) ->
         )
     if new_size != (width, height):
         pixels = resize(pixels, new_size, spec.interpolation)
-    return centre_crop(pixels, spec.size)
+    return center_crop(pixels, spec.size)
 
 
 def resize(pixels: Pixels, size: tuple[int, int], interpolation: str) -> Pixels:
@@ -99,7 +99,7 @@ def resize(pixels: Pixels, size: tuple[int, int], interpolation: str) -> Pixels:
     return np.stack(bands, axis=2)
 
 
-def centre_crop(pixels: Pixels, size: int) -> Pixels:
+def center_crop(pixels: Pixels, size: int) -> Pixels:
     """The middle [size, size, C] of [H, W, C] (or of a stack of them)."""
     height, width = pixels.shape[-3:-1]
     # Python's round: half to even, as torchvision's centre crop does; one pixel off costs cosine 0.8 to 0.9.

@@ -23,10 +23,10 @@ from jepakit.run import CHECKPOINTS, START, Run
 from jepakit_training import loop, photometric
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.data import Batch, views_on
-from jepakit_training.frozen import twin_of
 from jepakit_training.learner import Learner
 from jepakit_training.precision import own_precision
 from jepakit_training.sigreg import directions, sigreg
+from jepakit_training.twin import twin_of
 from jepakit_training.views import Views
 from tests.training.runs import TINY, Adapt, adapting, stopping_in_step, weights_of
 

@@ -7,7 +7,7 @@ To read it, in the order of a run:
     setup        from settings and images to what a run is made of
     plan         what is left to the data and the backbone: sizes, steps, rates, held-out images (holdout)
     data, views  from files to batches of views, and their colours (photometric)
-    learner      one step; what of the backbone trains (trainable), and the twin that trains in its place (frozen)
+    learner      one step; what of the backbone trains (trainable), and the twin that trains in its place (twin)
     model        views to features to projections
     sigreg       the loss
     evaluation   which pooling serves, and the verdict's measurements

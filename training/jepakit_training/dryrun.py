@@ -20,7 +20,7 @@ from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
 from jepakit_training.data import iterating, views_on
 from jepakit_training.evaluation import Features, Measuring
-from jepakit_training.launch import processes
+from jepakit_training.launch import count_processes
 from jepakit_training.learner import Learner
 from jepakit_training.loop import explaining_out_of_memory, step_loader
 from jepakit_training.memory import GB, freed_memory_kept, memory_gb, peak_gb
@@ -36,7 +36,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
     Raises what `adapt` would raise before and in its first steps: InputError, and TrainingError when memory runs out.
     """
-    count = (config.processes or 1) if config.launcher == "ray" else processes(config, images)
+    count = (config.processes or 1) if config.launcher == "ray" else count_processes(config, images)
     if count > 1:
         print(f"one process does the dry run, on the whole batch; the run would have {count}", file=sys.stderr)
     with freed_memory_kept(), own_precision():

@@ -64,7 +64,7 @@ def extract(
         if not pixels:
             continue
         with torch.inference_mode():
-            x = plain.normalised(torch.from_numpy(np.stack(pixels)).to(device))
+            x = plain.to_network_input(torch.from_numpy(np.stack(pixels)).to(device))
             for pooling in poolings:
                 rows[pooling].append(pool(backbone, x, pooling).float().cpu().numpy())
     nothing = np.empty((0, 0), np.float32)

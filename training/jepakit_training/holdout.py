@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._groups import main_class
-from jepakit.backbone import from_bundle
+from jepakit.backbone import is_bundle_weights
 from jepakit.bundle import START_WORDS, open_bundle
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
@@ -143,7 +143,7 @@ def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float,
 
 def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
     """A warning where the start was trained on other images, and which of these were among them is not known."""
-    if not from_bundle(config.weights) or images.held_out is not None:
+    if not is_bundle_weights(config.weights) or images.held_out is not None:
         return []
     if _held_out_alike(config.weights, config, images.digest()):
         return []
@@ -155,7 +155,7 @@ def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
 
 def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool:
     """Whether every run behind these start weights held out the images that this one holds out."""
-    if not from_bundle(weights):
+    if not is_bundle_weights(weights):
         return weights in START_WORDS or Path(weights).is_file()  # else a bundle that is gone since
     provenance = open_bundle(weights).manifest.provenance
     before = provenance.config

@@ -53,7 +53,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         from jepakit_training.ray_launch import adapt_on_ray
 
         return adapt_on_ray(config, images, out)
-    count = processes(config, images)
+    count = count_processes(config, images)
     if count == 1:
         from jepakit_training.loop import adapt_here
 
@@ -95,7 +95,7 @@ def _check_launched(config: AdaptConfig, images: ImageList) -> None:
         )
 
 
-def processes(config: AdaptConfig, images: ImageList) -> int:
+def count_processes(config: AdaptConfig, images: ImageList) -> int:
     """How many processes are to train on this machine; ConfigError where it has fewer GPUs."""
     if config.processes == 1 or images.in_memory:
         return 1

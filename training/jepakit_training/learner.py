@@ -15,7 +15,6 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit_training.averaging import Average, mix_with_start
 from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
-from jepakit_training.frozen import twin_of
 from jepakit_training.model import Encoder, Projector, TwoPass, layout_of, split_views
 from jepakit_training.plan import Plan
 from jepakit_training.precision import cpu_has_bf16
@@ -28,6 +27,7 @@ from jepakit_training.trainable import (
     parameter_groups,
     switch_off_stochastic_depth,
 )
+from jepakit_training.twin import twin_of
 from jepakit_training.views import Views
 
 if TYPE_CHECKING:

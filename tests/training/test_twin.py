@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from jepakit.backbone import start_backbone
 from jepakit_training.batchnorm import batch_norms
-from jepakit_training.frozen import twin_of
 from jepakit_training.trainable import freeze
+from jepakit_training.twin import twin_of
 
 NAMES = ("test_resnet", "mobilenetv2_050", "test_vit", "densenet121")
 
