@@ -13,19 +13,17 @@ import ctypes
 import logging
 import os
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from jepakit._files import reason_of
 from jepakit._messages import parse
+from jepakit._ray import SILENT, own_folder, without_dashboard
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
 from jepakit_service.listeners import announce_when_ready, free_port, print_listeners
@@ -51,8 +49,6 @@ _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "r
 _CORE = ("gcs_server", "raylet")
 """Ray's control store and node: what they keep going is lost with either, and Ray starts neither anew."""
 _FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
-_LONGEST_PLACE = (103 if sys.platform == "darwin" else 107) - 89
-"""Bytes of the path of a folder for temporary files: Ray makes sockets up to 89 bytes below it, whose paths are so short."""
 _LINGER_S = 1.0
 """The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
 
@@ -106,7 +102,7 @@ def _adopt_orphans() -> None:
 
 
 def _drive(settings: ServeSettings) -> None:
-    with _own_folder() as folder:
+    with own_folder() as folder:
         os.environ.update(_environment(settings, folder))  # Ray reads it at import
         try:
             import ray  # noqa: F401
@@ -122,25 +118,6 @@ def _drive(settings: ServeSettings) -> None:
             _serve(settings, folder / "ray", collector.path, stop)
 
 
-@contextlib.contextmanager
-def _own_folder() -> Iterator[Path]:
-    """A new folder that goes with us: in /tmp where the usual place has too long a name for the sockets in it."""
-    place = tempfile.gettempdir()
-    if len(os.fsencode(place)) > _LONGEST_PLACE:
-        place = "/tmp"
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-", dir=place))
-    except OSError as error:
-        raise ServeError(
-            f"Ray's sockets cannot be made in {place} ({reason_of(error)}): "
-            f"set TMPDIR to a folder whose path has at most {_LONGEST_PLACE} bytes"
-        ) from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) -> None:
     """Start Ray, with its files in `folder`, serve until it is to stop, and end all of Ray."""
     import psutil
@@ -149,11 +126,12 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
     from ray.serve.config import HTTPOptions
 
     try:
-        ray.init(
-            include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
-            logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
-            num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
-        )  # fmt: skip
+        with without_dashboard():
+            ray.init(
+                include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
+                logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
+                num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
+            )  # fmt: skip
         stop.watch()  # ray.init put its own in place
         _end_idle_helpers()
         core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}
@@ -218,7 +196,7 @@ def build(args: dict[str, Any]) -> Any:
 
 
 _CLUSTER = {
-    "RAY_USAGE_STATS_ENABLED": "0",
+    **SILENT,
     "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
     "RAY_worker_niceness": "0",  # by itself 15: whatever else runs on the machine goes before the service
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",

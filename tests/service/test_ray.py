@@ -146,6 +146,15 @@ def test_what_serves_has_the_priority_of_who_started_it_and_idle_helpers_of_ray_
             argument for process in processes("python") for argument in process.cmdline()[:4] if "/ray/" in argument
         }
         assert {Path(script).name for script in scripts} == set()
+        # A dashboard would have asked clouds' metadata services, before it could be ended.
+        (session,) = {
+            Path(argument.partition("=")[2])
+            for argument in processes("raylet")[0].cmdline()
+            if argument.startswith("--session_dir=")
+        }
+        logs = {path.name for path in (session / "logs").iterdir()}
+        assert "raylet.out" in logs
+        assert "dashboard.log" not in logs
 
 
 def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bundle: Path, tmp_path: Path) -> None:

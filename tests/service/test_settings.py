@@ -6,7 +6,6 @@ import asyncio
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -196,27 +195,6 @@ def test_a_serve_config_without_keys_is_for_loopback_alone(monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="api-key-file"):
         ray_app.build({"bundles": ["a"]})
     assert ray_app.build({"bundles": ["a"], "host": "127.0.0.1"}).api_key_file is None
-
-
-def test_ray_s_sockets_lie_where_their_paths_are_short_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jepakit_service import ray_app
-
-    long = tmp_path / ("x" * 30)
-    long.mkdir()
-    for place, taken in ((str(long), "/tmp"), ("/tmp/.", "/tmp/.")):
-        monkeypatch.setattr(tempfile, "tempdir", place)
-        with ray_app._own_folder() as folder:
-            socket_path = folder / "ray" / "session_2026-11-27_22-32-44_123456_4194304" / "sockets" / "plasma_store"
-            assert len(str(socket_path)) <= 107
-            assert folder.parent == Path(taken)
-        assert not folder.exists()
-    assert list(long.iterdir()) == []
-    monkeypatch.setattr(tempfile, "mkdtemp", denied)
-    with (
-        pytest.raises(ServeError, match=r"Permission denied.*set TMPDIR to a folder whose path"),
-        ray_app._own_folder(),
-    ):
-        pass
 
 
 class Replicas:

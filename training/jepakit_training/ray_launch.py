@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from jepakit._files import reason_of
 from jepakit._machine import usable_cpus
 from jepakit._messages import lines_of
+from jepakit._ray import SILENT, own_folder, without_dashboard
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run
@@ -40,7 +41,7 @@ _MOST_LOSSES = 3
 _OBJECT_STORE_BYTES = 100 << 20
 # Ray reads them at import. Training's own files say all that a run has to say, in the folders that we name.
 _SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
+    **SILENT,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -91,13 +92,14 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once a process
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="jepakit-ray-", ignore_cleanup_errors=True) as folder:
+    with own_folder() as folder:
         local: dict[str, Any] = {
-            "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": folder,
-            "num_cpus": max(usable_cpus(), config.processes or 1),
+            "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": str(folder), "num_cpus": max(usable_cpus(), config.processes or 1),
         }  # fmt: skip
         try:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **(local if address is None else {}))
+            with without_dashboard():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **(local if address is None else {}))
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "on this machine" if address is None else f"at RAY_ADDRESS = {address}"
             raise TrainingError(f"no Ray cluster {where}: {lines_of(error)[0]}") from error
