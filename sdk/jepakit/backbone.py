@@ -230,6 +230,7 @@ def _hub_in_reach(repository: str | None) -> bool:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # else a download tells which torch and other packages are here
     cached = repository and any(
         isinstance(try_to_load_from_cache(repository.split("@")[0], file), str)
         for file in ("model.safetensors", "pytorch_model.bin")

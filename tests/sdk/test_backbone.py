@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import timm
+from huggingface_hub import constants
+from huggingface_hub.utils._headers import build_hf_headers
 
-from jepakit.backbone import restore, start_backbone, tensors_of
+from jepakit.backbone import _hub_in_reach, restore, start_backbone, tensors_of
 from jepakit.bundle import Backbone, StartWeights
 from jepakit.errors import BackboneError
 
@@ -50,3 +52,12 @@ def test_what_we_build_is_built_again_from_its_description(name: str, bands: int
     module, backbone = start_backbone(name, "random", 64, bands)
     again = restore(backbone, tensors_of(module))
     assert all((value == again.state_dict()[key]).all() for key, value in module.state_dict().items())
+
+
+def test_a_download_tells_nothing_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address is this machine's, where nobody listens."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1")
+    assert "torch/" in build_hf_headers()["user-agent"]
+    _hub_in_reach(None)
+    assert "torch/" not in build_hf_headers()["user-agent"]
