@@ -402,7 +402,7 @@ def test_an_error_of_one_process_is_told_once_and_with_a_traceback_if_unforeseen
     done = begun_again(source, out)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert done.stderr.splitlines()[-1].startswith("error: process 0 of 2 failed: IsADirectoryError")
+    assert done.stderr.splitlines()[-1].startswith("error: process 0 of 2 failed: UnicodeDecodeError")
 
 
 @pytest.mark.slow
