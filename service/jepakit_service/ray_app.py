@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import importlib
 import logging
 import os
 import secrets
@@ -105,8 +106,7 @@ def _drive(settings: ServeSettings) -> None:
     with own_folder() as folder:
         os.environ.update(_environment(settings, folder))  # Ray reads it at import
         try:
-            import ray  # noqa: F401
-            from ray import serve  # noqa: F401
+            importlib.import_module("ray.serve")
         except ImportError as error:
             raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
         # For the processes that Ray starts: this one has no loop that Ray could share.
