@@ -152,16 +152,15 @@ def _count_steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
 def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
     """Pixels a side of global and of local views, with notes; ConfigError where the backbone does not take them."""
     image_size = fitting_size(backbone, config.image_size)
-    notes = []
+    notes, multiple = [], size_multiple(backbone)
     if image_size != config.image_size:
-        multiple = size_multiple(backbone)
         notes.append(
             f"image_size = {image_size} instead of {config.image_size}: {config.backbone} takes multiples of {multiple}"
         )
     if not _takes(backbone, bands, image_size):
         own = backbone.pretrained_cfg["input_size"][-1]
         raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take it; its own is {own}")
-    local_size = round_size(local_size_of(image_size, views), size_multiple(backbone))
+    local_size = round_size(local_size_of(image_size, views), multiple)
     if views.n_local and local_size >= image_size:
         raise ConfigError(
             f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
