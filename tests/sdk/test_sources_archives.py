@@ -76,6 +76,13 @@ def test_many_shards_are_one_source(tmp_path: Path, how: str) -> None:
     assert ("the source: 3 archives in" in listed.note) == (how == "folder")
 
 
+def test_a_shard_listed_twice_is_no_twice_as_many_images(tmp_path: Path) -> None:
+    shard = tar(tmp_path / "a.tar", {"1.png": noise(9)})
+    for listing in (list_images, gather):
+        with pytest.raises(DataError, match=r"a\.tar more than once: give each archive once"):
+            listing([shard, f"{tmp_path}/./a.tar"])
+
+
 def test_shards_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

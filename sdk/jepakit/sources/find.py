@@ -19,7 +19,7 @@ from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, 
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import find_in_memory, is_one_image
 from jepakit.sources.passed import links_passed_over, passed_over
-from jepakit.sources.store import Found
+from jepakit.sources.store import Found, repeated
 from jepakit.sources.table import TABLES
 from jepakit.sources.tars import find_in_tars
 from jepakit.sources.zips import find_in_zips
@@ -155,6 +155,8 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
         raise DataError(f"{missing[0]} {what} ({len(missing)} of {len(paths)} files are missing)")
     archives = [path for path in paths if _is_archive(path)]
     if archives and len(archives) == len(paths):
+        if (twice := repeated([os.path.normpath(path) for path in paths])) is not None:
+            raise DataError(f"the list names {twice} more than once: give each archive once")
         return _find_in_archives(paths, with_labels=with_labels)
     strange = archives or [path for path in paths if suffix(path) in TABLES]
     if strange:
