@@ -237,10 +237,7 @@ class Manifest(Frozen):
     graph: Graph | None = None
     files: dict[str, Digest] = Field(default_factory=dict)
     digest: str = ""
-
-    def computed_digest(self) -> str:
-        """SHA-256 of the manifest's canonical JSON without the field `digest`."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json", exclude={"digest"}))).hexdigest()
+    """SHA-256 of the canonical JSON of the file's other fields."""
 
 
 def canonical_json(value: object) -> bytes:
@@ -263,8 +260,9 @@ def compute_model_id(
     """
     spec = {
         "backbone": {"name": backbone.name, "arguments": backbone.arguments},
-        "preprocess": preprocess.model_dump(mode="json"),
-        "embedding": embedding.model_dump(mode="json"),
+        # Without defaults: a field that a later version adds leaves the spaces of today their names.
+        "preprocess": preprocess.model_dump(mode="json", exclude_defaults=True),
+        "embedding": embedding.model_dump(mode="json", exclude_defaults=True),
         "precision": precision_class,
     }
     digest = hashlib.sha256(canonical_json(spec))
@@ -304,9 +302,9 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
         with making_folder(path) as folder:
             write_files(folder)
             files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
-            manifest = manifest.model_copy(update={"files": files})
-            manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
-            (folder / MANIFEST).write_text(_render_manifest(manifest), encoding="utf-8")
+            values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
+            values["digest"] = _digest_of(values)
+            (folder / MANIFEST).write_text(_render(values), encoding="utf-8")
             # safetensors writes 0600; a service that runs as another user must be able to read it.
             for file in folder.iterdir():
                 file.chmod(0o644)
@@ -315,7 +313,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
         raise WriteError(
             f"{path} cannot be written ({reason_of(error)}): make room in {path.parent}, and run the same command again"
         ) from error
-    return manifest
+    return Manifest.model_validate(values)
 
 
 class Bundle:
@@ -454,33 +452,44 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def _parse_manifest(text: str, file: Path) -> Manifest:
-    """The manifest, every byte of it checked: the values by the digest, the rest by rendering them again."""
+    """The manifest, every byte of it checked: the values by the digest, the rest by rendering them again.
+
+    Both are of the file's own values, so that a manifest from before a field was added stays as whole as it was.
+    """
     again = "copy the bundle again or export it anew"
     try:
         values = json.loads(text)
-        if isinstance(values, dict) and values.get("schema_version") != 1:
-            version = values.get("schema_version")
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        if (version := values.get("schema_version")) != 1:
             raise BundleError(f"{file} has schema version {version!r}, this jepakit reads version 1: upgrade jepakit")
-        manifest = Manifest.model_validate(values)
-        strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
-        if strangers:
-            raise BundleError(
-                f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): refuse it, jepakit did not make it"
-            )
-        whole = manifest.digest == manifest.computed_digest() and text == _render_manifest(manifest)
-    except BundleError:
-        raise
-    except ValidationError as error:
-        raise BundleError(f"{file} is damaged ({explain(error, Manifest)[:300]}): {again}") from None
+        whole = values.get("digest") == _digest_of(values) and text == _render(values)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is damaged ({str(error)[:300]}): {again}") from None
     if not whole:
         raise BundleError(f"{file} is damaged, it does not match its own digest: {again}")
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        raise BundleError(
+            f"{file} is whole, but not as this jepakit writes it ({explain(error, Manifest)[:300]}): upgrade jepakit, "
+            "or export the bundle anew"
+        ) from None
+    strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
+    if strangers:
+        raise BundleError(
+            f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): refuse it, jepakit did not make it"
+        )
     return manifest
 
 
-def _render_manifest(manifest: Manifest) -> str:
-    return manifest.model_dump_json(indent=1) + "\n"
+def _digest_of(values: Mapping[str, Any]) -> str:
+    """What a manifest of these values must have as its digest."""
+    return sha256(canonical_json({name: value for name, value in values.items() if name != "digest"}))
+
+
+def _render(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def sha256(data: bytes) -> str:

@@ -765,7 +765,7 @@ def test_a_manifest_that_is_refused_costs_no_model_in_service_and_is_told_once(
     async def go() -> None:
         await step(replica)
         manifest = folder / "tiny" / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"schema_version"', '"of_tomorrow": 1, "schema_version"', 1))
+        manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2', 1))
         for _ in range(8):
             await step(replica)
         assert replica.registry.find("tiny").digest == digest_before
@@ -774,7 +774,7 @@ def test_a_manifest_that_is_refused_costs_no_model_in_service_and_is_told_once(
     with caplog.at_level(logging.ERROR, "jepakit.service"):
         asyncio.run(go())
     (record,) = caplog.records
-    assert "of_tomorrow" in record.message
+    assert "has schema version 2" in record.message
     assert record.message.endswith("it is passed over")
 
 
