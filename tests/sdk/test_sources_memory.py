@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from jepakit.errors import DataError, ImageError
-from jepakit.scan import scan
 from jepakit.sources import gather, list_images
+from jepakit_training.scan import scan
 
 
 def array(seed: int = 0) -> Any:

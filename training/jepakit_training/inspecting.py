@@ -1,19 +1,30 @@
-"""`inspect`: look at a sample of the images, report what was found, draw the contact sheet."""
+"""`inspect`: look at a sample of the images, report counts, kinds, values, doubts and advice, draw the contact sheet."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from jepakit.bundle import Preprocess
-from jepakit.config import AdaptConfig
-from jepakit.inspection import SAMPLE, Inspection, printable, report
-from jepakit.scan import scan
+import numpy as np
+
+from jepakit._messages import counted
+from jepakit.bundle import Preprocess, Scaling
+from jepakit.config import AdaptConfig, Domain, ValueRange
+from jepakit.inspection import Inspection, Named, printable
 from jepakit.sources import ImageList
 from jepakit_training.plan import local_size_of
+from jepakit_training.scan import Scan, outlier_notes, scan, window_notes
 from jepakit_training.sheet import write_sheet
 from jepakit_training.values import choose_preprocess, chosen_frame
 
+SAMPLE = 1024
+_LISTED = 20
+_SAME_BITS = 10  # of 256: photographs of the same part differ by less, other images by 60 and more
+_TILE_ABOVE = 4
+_SMALL_SIDE = 96
+_FAINT = 0.02
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,3 +53,113 @@ def _any_backbone(size: int) -> Preprocess:
         size=size, resize_to=math.floor(size / 0.9), resize="shorter", interpolation="bicubic", bands=3, dtype="uint8",
         mean=_IMAGENET_MEAN, std=_IMAGENET_STD,
     )  # fmt: skip
+
+
+def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None, value_range: ValueRange) -> Inspection:
+    """Put a scan's findings, near-duplicates and advice together."""
+    sizes = sorted((one.size for one in found.seen), key=lambda size: size[0] * size[1])
+    median = sizes[len(sizes) // 2]
+    scaling = found.scaling(value_range)
+    mean, std = found.statistics(scaling)
+    domain, because = _suggest_domain(found, mean)
+    pairs = near_duplicates(found)
+    odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
+    unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
+    advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
+    advice += [*_faint(images, found, scaling), *outlier_notes(found, images.ids), *window_notes(found, scaling)]
+    return Inspection(
+        n_images=len(images), n_looked_at=len(found.seen) + len(odd) + len(unreadable),
+        formats=dict(Counter(one.header.format for one in found.seen).most_common()),
+        holds=str(found.kind), bands=found.kind.bands, stored_as=found.kind.stored_as,
+        smallest=sizes[0], median=median, largest=sizes[-1],
+        low=_rounded(np.nanmin([one.low for one in found.seen], axis=0)),
+        high=_rounded(np.nanmax([one.high for one in found.seen], axis=0)),
+        scaling=scaling, mean=_rounded(mean), std=_rounded(std),
+        labels=None if images.labels is None else dict(Counter(images.labels_given()).most_common()),
+        n_groups=None if images.groups is None else len(set(images.groups)), source=images.note,
+        n_unreadable=len(unreadable), unreadable=tuple(unreadable[:_LISTED]),
+        n_odd=len(odd), odd=tuple(odd[:_LISTED]),
+        n_duplicates=len(pairs), duplicates=tuple((images.ids[a], images.ids[b]) for a, b in pairs[:_LISTED]),
+        domain=domain, domain_because=because,
+        advice=tuple(advice),
+    )  # fmt: skip
+
+
+def near_duplicates(found: Scan) -> list[tuple[int, int]]:
+    """Pairs of sampled images (indices) whose difference hashes are all but equal."""
+    bits = np.array([one.fingerprint for one in found.seen])
+    signs = np.where(bits, 1, -1).astype(np.int16)
+    apart = (bits.shape[1] - signs @ signs.T) // 2
+    # An image of a few smooth patches has a hash that says nothing: its bits are nearly all alike.
+    telling = np.abs(signs.sum(axis=1)) < 0.9 * bits.shape[1]
+    first, second = np.nonzero(np.triu((apart <= _SAME_BITS) & telling[:, None] & telling[None, :], k=1))
+    return [(found.seen[a].index, found.seen[b].index) for a, b in zip(first, second, strict=True)]
+
+
+def _suggest_domain(found: Scan, mean: Sequence[float]) -> tuple[Domain, str]:
+    """A guess from formats, bands and colours."""
+    headers = [one.header for one in found.seen]
+    if any(header.format == "DICOM" for header in headers):
+        return "radiology", "DICOM files"
+    if found.kind.bands > 3 or found.kind.bands == 2:
+        return "multispectral", f"{found.kind.bands} bands"
+    if any(header.format == "SLIDE" for header in headers):
+        return "histology", "whole slides"
+    if any(header.nodata is not None for header in headers):
+        return (
+            "multispectral" if found.kind.bands > 1 else "satellite"
+        ), "a no-data value, as rasters of the earth have"
+    if found.kind.bands == 1 or _is_grey(found):
+        return "microscopy", "grey images; radiographs want `radiology`, which mirrors and turns them little"
+    red, green, blue = mean
+    if red - green > 0.06 and blue - green > 0.04:
+        return "histology", "pink and purple prevail, as in stained tissue"
+    return "general", "nothing in formats or colours says more"
+
+
+def _is_grey(found: Scan) -> bool:
+    return all((one.values == one.values[:, :1]).all() for one in found.seen)
+
+
+def _advice(
+    images: ImageList, found: Scan, median: tuple[int, int], largest: tuple[int, int], n_duplicates: int,
+    image_size: int, tile: int | None,
+) -> list[str]:  # fmt: skip
+    advice = []
+    if tile is None and min(largest) > _TILE_ABOVE * image_size:
+        advice.append(
+            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them, --tile {2 * image_size}"
+        )
+    if min(median) < _SMALL_SIDE < image_size:
+        advice.append(f"images are {median[0]} × {median[1]} pixels: --image-size {_SMALL_SIDE} trains faster")
+    if n_duplicates and images.groups is None:
+        advice.append(
+            f"{n_duplicates} pairs of near-duplicates among {len(found.seen)} images: name what belongs together "
+            "(--group), or held-out images have siblings in training and the verdict is optimistic"
+        )
+    if images.labels is None:
+        advice.append(
+            "without labels no verdict can be given: a few hundred labelled images suffice (class folders, or --labels FILE, which need not name the others)"
+        )
+    frames = max(one.header.frames for one in found.seen)
+    if frames > 1:
+        advice.append(f"files hold up to {frames} frames: choose one, or --frame each")
+    return advice
+
+
+def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]:
+    """Images that would be all but one grey once scaled: of another modality, or in other units."""
+    if scaling is None:
+        return []
+    range_C = np.asarray(scaling.high) - np.asarray(scaling.low)
+    faint = [one for one in found.seen if np.nanmax((one.high - one.low) / range_C) < _FAINT]
+    if not faint:
+        return []
+    return [
+        f"less than {_FAINT:.0%} of the value range is used by {counted(len(faint), 'image')}, e.g. "
+        f"{images.ids[faint[0].index]}: of the same kind as the others?"
+    ]
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in values)

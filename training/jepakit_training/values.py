@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.scan import Scan, outlier_notes, refuse_mixed, scan, window_notes
 from jepakit.sources import ImageList
+from jepakit_training.scan import Scan, outlier_notes, refuse_mixed, scan, window_notes
 
 
 def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:

@@ -19,9 +19,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from jepakit.bundle import Preprocess
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import read_image
-from jepakit.inspection import near_duplicates, report
-from jepakit.scan import Kind, Scan, outlier_notes, refuse_mixed, scan, window_notes
 from jepakit.sources import list_images
+from jepakit_training.inspecting import near_duplicates, report
+from jepakit_training.scan import Kind, Scan, outlier_notes, refuse_mixed, scan, window_notes
 
 STOCK = Preprocess(
     size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),
