@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from jepakit.errors import MissingExtraError
 
-_FLUSH_MS = 2000
+_LONGEST_S = 2.0
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -44,7 +45,7 @@ class Tracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         name = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "jepakit"}
-        self._provider = TracerProvider(resource=Resource.create(name))
+        self._provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("jepakit")
 
@@ -61,9 +62,16 @@ class Tracer:
             yield span
 
     def flush(self) -> None:
-        """Send what is left, within two seconds."""
-        self._provider.force_flush(_FLUSH_MS)
+        """Send what is left, for two seconds at most."""
+        _for_a_while(self._provider.force_flush)
 
     def close(self) -> None:
-        """Send what is left; there is no span after it."""
-        self._provider.shutdown()
+        """Send what is left, for two seconds at most; there is no span after it."""
+        _for_a_while(self._provider.shutdown)
+
+
+def _for_a_while(send: Callable[[], object]) -> None:
+    """A collector that hangs must not hold up the end: OpenTelemetry's own limits are not kept."""
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    thread.join(_LONGEST_S)

@@ -607,6 +607,20 @@ def test_traces_follow_the_usual_variables(bundle: Path, spans: Spans) -> None:
     assert attributes["http.response.status_code"] == 200
 
 
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_a_collector_that_never_answers_holds_up_no_stop(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(tracing, "_LONGEST_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+        tracer = tracing.Tracer()
+        with tracer.request("POST", "/v1/embeddings", {}):
+            pass
+        begun = time.monotonic()
+        getattr(tracer, end)()
+        assert time.monotonic() - begun < 30
+
+
 def test_traces_without_their_extra_are_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     for name in [name for name in sys.modules if name.startswith("opentelemetry.exporter.otlp")]:
