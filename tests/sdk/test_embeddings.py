@@ -135,6 +135,19 @@ def test_names_of_any_characters_come_back(tmp_path: Path, names: tuple[str, ...
     assert is_embeddings(str(tmp_path / "e.npz"))
 
 
+@pytest.mark.parametrize(("place", "value"), [(6, 100), (9, 8)], ids=["version", "encoding"])
+def test_a_damaged_archive_is_no_file_of_embeddings_but_one_that_its_reader_names(
+    tmp_path: Path, place: int, value: int
+) -> None:
+    np.savez(tmp_path / "d.npz", café=np.zeros((32, 32, 3), np.uint8))
+    data = bytearray((tmp_path / "d.npz").read_bytes())
+    entry = data.rfind(b"PK\x01\x02")
+    data[entry + place] = value
+    data[data.rfind("\u00e9".encode())] = 255
+    (tmp_path / "d.npz").write_bytes(data)
+    assert not is_embeddings(str(tmp_path / "d.npz"))
+
+
 def test_one_long_name_among_many_takes_its_own_room_alone(tmp_path: Path) -> None:
     ids = ("long/" * 400, *map(str, range(9_999)))
     Embeddings(np.zeros((10_000, 1), np.float32), MODEL_ID, ids, ids).save(tmp_path / "e.npz")
