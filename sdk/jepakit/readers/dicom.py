@@ -54,6 +54,7 @@ _IMAGECODECS = "imagecodecs"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _GREY = ("MONOCHROME1", "MONOCHROME2")
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _PALETTE = "PALETTE COLOR"
 
@@ -295,9 +296,10 @@ def _refuse_unread(dataset: Any, name: str) -> None:
         raise ImageError(f"{name}: DICOM colour of {bits} bits: convert it to 8 bits", code="unsupported_mode")
     if kind == _PALETTE and "RedPaletteColorLookupTableData" not in dataset:
         raise ImageError(f"{name}: a DICOM palette in segments or by name: convert it to RGB", code="unsupported_mode")
-    for tag in ("RescaleSlope", "RescaleIntercept"):
-        if tag in dataset and dataset.get(tag) in (None, ""):
-            raise ImageError(f"{name}: its {tag} is empty: give it a number, or remove it", code="unsupported_mode")
+    if kind in _GREY and all(tag in dataset for tag in _RESCALE):  # one alone is never applied
+        for tag in _RESCALE:
+            if dataset.get(tag) in (None, ""):
+                raise ImageError(f"{name}: its {tag} is empty: give it a number, or remove it", code="unsupported_mode")
 
 
 def _of_frame(dataset: Any, frame: int) -> Any:
