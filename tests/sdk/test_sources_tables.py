@@ -266,6 +266,13 @@ def test_labels_that_name_none_of_the_images_are_refused_with_both_names(tmp_pat
         list_images(tmp_path / "images", table)
 
 
+def test_labels_that_are_empty_for_every_image_are_said_to_be_so(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png")
+    table = csv(tmp_path / "labels.csv", "path,label", "1.png,", "2.png,", "3.png,cat")
+    with pytest.raises(DataError, match=r"labels\.csv: the column of the labels is empty for all of 2 images"):
+        list_images(tmp_path / "images", table)
+
+
 def test_a_manifest_whose_labels_are_all_empty_has_none(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "2.png")
     manifest = csv(tmp_path / "m.csv", "path,class", "1.png,", "2.png, ")
