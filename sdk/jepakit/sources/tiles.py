@@ -134,11 +134,10 @@ def _open_all(images: ImageList, most_unreadable: float) -> _Opened:
 
     answers = in_threads(read_header, range(len(images)), "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
-    if len(unreadable) > most_unreadable * len(answers):
+    if unreadable and len(unreadable) / len(answers) > most_unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}; "
-            f"{100 * most_unreadable:g} % may be left out: mend or remove them (or, to train, allow a larger share: "
-            "--set most_skipped=SHARE)"
+            f"{100 * most_unreadable:g} % may be left out: mend or remove them, or allow a larger share (most_skipped)"
         )
     headers = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Header)}
     return _Opened(images, headers, unreadable)
