@@ -157,6 +157,16 @@ def test_a_linked_folder_is_followed(tmp_path: Path) -> None:
     assert list_images(tmp_path / "set").ids == ("2.png", "linked/1.png")
 
 
+def test_two_folders_of_one_number_are_two_where_no_link_leads_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a/1.png", "b/2.png", "b/deep/3.png")
+    same, stat = (tmp_path / "a").stat(), os.stat
+    of_one_number = {str(tmp_path / name) + "/" for name in ("a", "b", "b/deep")}
+    monkeypatch.setattr(os, "stat", lambda path, **how: same if path in of_one_number else stat(path, **how))
+    assert list_images(tmp_path).ids == ("a/1.png", "b/2.png")
+
+
 def link(root: Path, links: dict[str, str]) -> Path:
     for name, target in links.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -91,13 +91,13 @@ class Listing:
 def walk(folder: str) -> Listing:
     """List the visible files below `folder`; bundles are left out.
 
-    Links are followed, but no folder is listed twice: it keeps the name under which it lies in `folder`, else the first of
+    Links are followed, but to no folder that is listed: it keeps the name under which it lies in `folder`, else the first of
     the links to it. One stat a folder and a link, none a file: the listing itself says what is a folder, and over a network
     a million stats take an hour. Raises OSError.
     """
     listing = Listing(folder)
     seen: set[tuple[int, int]] = set()
-    linked = _visit(listing, "", seen)
+    linked = _visit(listing, "", seen, frozenset())
     followed = bool(linked)
     while linked:
         linked = [deeper for inside in linked for deeper in _visit(listing, inside, seen)]
@@ -107,15 +107,22 @@ def walk(folder: str) -> Listing:
     return listing
 
 
-def _visit(listing: Listing, inside: str, seen: set[tuple[int, int]]) -> list[str]:
-    """Add the files of a folder and those in it that are no links to the listing; the linked folders, for later."""
+def _visit(
+    listing: Listing, inside: str, seen: set[tuple[int, int]], above: frozenset[tuple[int, int]] | None = None
+) -> list[str]:
+    """Add the files of a folder and those in it that are no links to the listing; the linked folders, for later.
+
+    A folder in `seen` is left out where a link leads there. Without one (`above`: the folders that it lies in) a number that
+    was seen is a second mount, or one of those that not every file system gives once.
+    """
     here = os.path.join(listing.folder, inside)  # noqa: PTH118 (hot loop)
     status = os.stat(here)  # noqa: PTH116
     place = (status.st_dev, status.st_ino)
-    if place in seen:
+    if place in (seen if above is None else above):
         listing.repeats += 1
         return []
     seen.add(place)
+    deeper = None if above is None else above | {place}
     with os.scandir(here) as entries:
         found = sorted((entry.name, _kind(entry), entry.is_symlink()) for entry in entries if entry.name[0] != ".")
     if sum(kind == _FILE and name in (MANIFEST, WEIGHTS) for name, kind, _ in found) == 2:
@@ -126,7 +133,7 @@ def _visit(listing: Listing, inside: str, seen: set[tuple[int, int]]) -> list[st
         if kind == _FOLDER and is_link:
             linked.append(f"{name}/")
         elif kind == _FOLDER:
-            linked += _visit(listing, f"{name}/", seen)
+            linked += _visit(listing, f"{name}/", seen, deeper)
         elif kind != _OTHER:
             listing.names.append(name)
             if is_link:
