@@ -39,6 +39,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _LONGEST_S = 1e6
 _KEY = re.compile(r"[!-~]+")
 _ROUTES = ("/v1", "/v1/embeddings", "/v1/models", "/v2", "/docs", "/readyz", "/healthz", "/metrics")
+_OURS = _ROUTES[:3]
+"""Those that are taken off behind a gateway's own path too: no other service's path ends so."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -55,7 +57,10 @@ class Settings:
             )
         if not isinstance(url, str) or not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
-        if route := next((route for route in _ROUTES if url.rstrip("/").endswith(route)), None):
+        path = httpx.URL(url).path.rstrip("/")
+        if route := next(
+            (route for route in _ROUTES if path == route or (route in _OURS and path.endswith(route))), None
+        ):
             raise ConfigError(f"url = {url!r}: give the service's address without {route}, which belongs to its routes")
         for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
             if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_S:

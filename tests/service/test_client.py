@@ -1234,6 +1234,11 @@ def test_what_a_client_cannot_be_made_of_is_said_when_it_is_made(url: Any, how: 
             kind(url, **how)
 
 
+@pytest.mark.parametrize("url", ["http://docs", "https://metrics/", "https://gateway.example/models/v2"])
+def test_an_address_that_only_looks_like_a_route_is_one(url: str) -> None:
+    jepakit.Client(url).close()
+
+
 def test_tiles_of_no_number_are_refused(service: str, folder: Path) -> None:
     with jepakit.Client(service) as client, pytest.raises(ConfigError, match="tile = 'a': wanted a number of pixels"):
         client.embed(folder, tile="a")  # type: ignore[arg-type]
