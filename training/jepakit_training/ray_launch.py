@@ -92,14 +92,17 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once a process
     import ray
 
-    with own_folder() as folder:
-        local: dict[str, Any] = {
-            "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
-            "_temp_dir": str(folder), "num_cpus": max(usable_cpus(), config.processes or 1),
-        }  # fmt: skip
+    with contextlib.ExitStack() as places:
+        local: dict[str, Any] = {}
+        if address is None:
+            local = {
+                "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
+                "_temp_dir": str(places.enter_context(own_folder())),
+                "num_cpus": max(usable_cpus(), config.processes or 1),
+            }  # fmt: skip
         try:
             with without_dashboard():
-                ray.init(logging_level=logging.ERROR, log_to_driver=False, **(local if address is None else {}))
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "on this machine" if address is None else f"at RAY_ADDRESS = {address}"
             raise TrainingError(f"no Ray cluster {where}: {lines_of(error)[0]}") from error
