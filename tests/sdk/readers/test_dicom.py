@@ -96,7 +96,7 @@ def test_an_empty_rescale_is_refused_by_its_name(empty: str) -> None:
 @pytest.mark.parametrize("empty", ["RescaleSlope", "RescaleIntercept"])
 def test_an_empty_rescale_that_is_never_applied_hinders_nothing(empty: str) -> None:
     stored = ramp("int16", -100)
-    np.testing.assert_array_equal(read(make(stored, **{empty: None}))[..., 0], stored)
+    np.testing.assert_array_equal(read(make(stored, **dict[str, Any]({empty: None})))[..., 0], stored)
     colour = np.arange(16 * 20 * 3, dtype=np.uint8).reshape(16, 20, 3)
     both: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": -1024, empty: None}
     np.testing.assert_array_equal(read(make(colour, kind="RGB", **both)), colour)
