@@ -53,3 +53,16 @@ def test_the_mix_lies_between_the_start_and_what_was_trained() -> None:
     mix_with_start(module, start, 0.25)
     torch.testing.assert_close(module.weight.detach(), start["weight"] + 1)
     assert torch.equal(module.bias, start["bias"])
+
+
+def test_a_layer_of_several_names_is_mixed_once() -> None:
+    layer, norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+    module = nn.Sequential(layer, norm, layer)
+    assert norm.running_mean is not None
+    start = {name: value.clone() for name, value in module.state_dict().items() if value.is_floating_point()}
+    with torch.no_grad():
+        for value in (*module.parameters(), norm.running_mean):
+            value += 1
+    mix_with_start(module, start, 0.5)
+    moved = {name: float((value - start[name]).mean()) for name, value in module.state_dict().items() if name in start}
+    assert moved == pytest.approx({name: 0.0 if name == "1.running_var" else 0.5 for name in start}, abs=1e-6)

@@ -59,6 +59,7 @@ class Average:
 @torch.no_grad()
 def mix_with_start(backbone: nn.Module, start: dict[str, Tensor], mix: float) -> None:
     """Make every weight start + mix · (trained - start) (WiSE-FT, arXiv 2109.01903)."""
-    for name, value in backbone.state_dict(keep_vars=True).items():
+    # Each tensor once, whatever number of names it has.
+    for name, value in (*backbone.named_parameters(), *backbone.named_buffers()):
         if name in start:
             value.copy_(torch.lerp(start[name].to(value), value, mix))
