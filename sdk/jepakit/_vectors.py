@@ -13,7 +13,8 @@ _QUERIES, _VECTORS = 256, 4096
 
 def unit_length(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """`vectors` [N, D] scaled to length 1; zeros stay zeros."""
-    unit: NDArray[np.float64] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: NDArray[np.float64] = vectors / np.where(lengths > 0, lengths, 1)
     return unit
 
 

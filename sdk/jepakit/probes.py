@@ -309,7 +309,7 @@ class LinearProbe(_Probe):
 class KNNProbe(_Probe):
     """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / 0.07) (as DINO does).
 
-    k  neighbours; fewer training vectors than that all vote
+    k  neighbours; fewer training vectors than that all vote. Of several as near as the k-th, their order decides which do
 
     Once fitted, on N vectors of D numbers and K classes:
 

@@ -90,6 +90,15 @@ def test_a_number_that_never_changes_does_no_harm() -> None:
     np.testing.assert_allclose(LinearProbe(C=1.0).fit(constant, labels).predict_proba(constant), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e6])
+def test_a_k_nn_sees_no_scale(scale: float) -> None:
+    plain, scaled = (
+        KNNProbe().fit(DIGITS[:500], DIGIT_LABELS[:500]),
+        KNNProbe().fit(scale * DIGITS[:500], DIGIT_LABELS[:500]),
+    )
+    np.testing.assert_allclose(scaled.predict_proba(scale * DIGITS[500:]), plain.predict_proba(DIGITS[500:]), atol=1e-4)
+
+
 @pytest.mark.parametrize("C", [1.0, None])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 def test_numbers_that_change_by_rounding_alone_carry_no_weight(scale: float, C: float | None) -> None:
