@@ -7,12 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import in_cells, numbered
+from jepakit._groups import assign_folds, in_cells, numbered
 from jepakit._messages import first_few
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
 
 _RESAMPLES = 2000
+_LEFT_OUT = 10
+"""Parts of the images to fit on, each of which is left out in turn."""
+_NORMAL_95 = 1.96
 _RULE_OF_THREE = 3.0
 """What happened to none of N images may still happen to 3 in N of all (95 %)."""
 _STUDENT_WIDENING = 1.21
@@ -34,6 +37,9 @@ class Measurement(NamedTuple):
 
     scores: Scores
     right: NDArray[np.bool_]
+    right_without: NDArray[np.bool_] | None = None
+    """The same of probes that were fitted without one part of the images, bool [parts, 2, N]; None where the images to fit on
+    are no fewer than those held out."""
 
 
 def measure(
@@ -43,18 +49,49 @@ def measure(
     held_out_labels: ArrayLike,
     *,
     train_groups: ArrayLike | None = None,
+    held_out_groups: ArrayLike | None = None,
 ) -> Measurement:
     """Fit a linear probe and a k-NN on `train` [N, D], judge them on `held_out` [M, D].
 
-    train_groups  a name for each training image: the linear probe's folds keep a group on one side
+    train_groups     a name for each training image: the linear probe's folds keep a group on one side
+    held_out_groups  the same for those held out. Where there are more groups (images, without groups) to judge by than to fit
+                     on, the probes are fitted again without a tenth of these, for each tenth: what `compare` needs there
     """
-    truth = np.asarray(held_out_labels)
-    linear = LinearProbe().fit(train, train_labels, groups=train_groups).predict(held_out) == truth
-    knn = KNNProbe().fit(train, train_labels).predict(held_out) == truth
-    return _measurement(np.stack([linear, knn]), truth)
+    labels, truth = np.asarray(train_labels), np.asarray(held_out_labels)
+    group_of = numbered(train_groups, len(train))
+    linear, knn = LinearProbe().fit(train, labels, groups=group_of), KNNProbe().fit(train, labels)
+    right = _right((linear, knn), held_out, truth)
+    without = None
+    if len(np.unique(numbered(held_out_groups, len(truth)))) > len(np.unique(group_of)):
+        refitted = [
+            _right(
+                (LinearProbe(C=linear.C_).fit(train[kept], labels[kept]), KNNProbe().fit(train[kept], labels[kept])),
+                held_out,
+                truth,
+            )
+            for kept in _leaving_out(labels, group_of)
+        ]
+        without = np.stack(refitted) if refitted else None
+    return _measurement(right, truth, without)
 
 
-def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> Measurement:
+def _right(
+    probes: tuple[LinearProbe, KNNProbe], held_out: NDArray[np.float32], truth: NDArray[np.str_]
+) -> NDArray[np.bool_]:
+    return np.stack([probe.predict(held_out) == truth for probe in probes])
+
+
+def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
+    """Which images stay, bool [N], where one part of all groups is left out; only parts without which two classes stay."""
+    classes = np.unique(labels, return_inverse=True)[1]
+    part_of = assign_folds(group_of, classes, _LEFT_OUT, np.random.default_rng(0))
+    kept = [part_of != part for part in np.unique(part_of)]
+    return [stay for stay in kept if len(np.unique(classes[stay])) > 1]
+
+
+def _measurement(
+    right: NDArray[np.bool_], truth: NDArray[np.str_], without: NDArray[np.bool_] | None = None
+) -> Measurement:
     linear, knn = right
     scores = Scores(
         linear=linear.mean(),
@@ -62,7 +99,13 @@ def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> Measureme
         knn=knn.mean(),
         knn_balanced=_balanced(knn, truth),
     )
-    return Measurement(scores, right)
+    return Measurement(scores, right, without)
+
+
+def _only(measured: Measurement, chosen: NDArray[np.bool_], truth: NDArray[np.str_]) -> Measurement:
+    """The measurement on the `chosen` held-out images, of labels `truth`."""
+    without = measured.right_without
+    return _measurement(measured.right[:, chosen], truth, None if without is None else without[..., chosen])
 
 
 def compare(
@@ -89,11 +132,13 @@ def compare(
     classes = _choose_classes(truth, fitted, group_of)
     if not classes.is_judged.all():
         truth, group_of = truth[classes.is_judged], group_of[classes.is_judged]
-        before, after = (_measurement(measured.right[:, classes.is_judged], truth) for measured in (before, after))
+        before, after = (_only(measured, classes.is_judged, truth) for measured in (before, after))
     gain = (after.right.astype(np.float64) - before.right).mean(axis=0)
-    result = _Result(
-        *_bootstrap(gain, truth, group_of), len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of)
-    )
+    interval = _bootstrap(gain, truth, group_of)
+    if before.right_without is not None and after.right_without is not None:
+        gains = (after.right_without.astype(np.float64) - before.right_without).mean(axis=1)
+        interval = _widened(interval, _variance_of_fits(gains, truth, group_of))
+    result = _Result(*interval, len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of))
     by_group = groups is not None
     if classes.can_judge:
         reason = _describe_result(result, classes, by_group=by_group)
@@ -258,6 +303,34 @@ def _bootstrap(
     low, high = difference + np.quantile(np.concatenate(deviations).mean(axis=0), [0.025, 0.975])
     least = _RULE_OF_THREE * sum((1 / images).tolist()) / n_classes**2
     return difference, max(-1.0, min(low, difference - least)), min(1.0, max(high, difference + least))
+
+
+def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> float:
+    """How much the difference would vary with other images to fit on: the jackknife's estimate, from the gains [parts, N]
+    without each part of them.
+
+    The jackknife also counts the single held-out images that tip over by chance, which the bootstrap has counted: what they
+    would add to each part's mean, by the spread between held-out groups, is taken off.
+    """
+    class_of = np.unique(truth, return_inverse=True)[1]
+    counts = in_cells(group_of, class_of, np.ones(len(truth)))
+    images, groups = counts.sum(axis=0), (counts > 0).sum(axis=0)
+    factor = np.sqrt(groups / np.maximum(1, groups - 1))
+    of_fits = 0.0
+    for moved in gains - gains.mean(axis=0):
+        sums = in_cells(group_of, class_of, moved)
+        means = sums.sum(axis=0) / images
+        of_groups = ((sums - counts * means) / images * factor).mean(axis=1)
+        of_fits += float(means.mean() ** 2 - np.square(of_groups).sum())
+    return max(0.0, of_fits * (len(gains) - 1) / len(gains))
+
+
+def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
+    """A mean and its 95 % interval with more variance."""
+    mean, low, high = interval
+    known = ((high - low) / 2 / _NORMAL_95) ** 2
+    factor = float(np.sqrt(1 + variance / known))
+    return mean, max(-1.0, mean - (mean - low) * factor), min(1.0, mean + (high - mean) * factor)
 
 
 def _deviations(

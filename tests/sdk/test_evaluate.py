@@ -397,6 +397,73 @@ def test_a_class_of_many_images_of_two_groups_is_left_out_and_named() -> None:
     assert "label images of more groups" in verdict.reason
 
 
+# Few images to fit on
+
+
+def noisy_twice(
+    random: np.random.Generator, n: int, n_held_out: int, *, noise: tuple[float, float] = (2.5, 2.5), size: int = 1
+) -> tuple[Comparison, Comparison]:
+    """The verdict on two noisy versions of the same vectors, and what it is over the held-out images alone.
+
+    size  images of a group; groups are moved by chance where they are of several
+    """
+    groups = [np.repeat(np.arange(count // size), size) for count in (n, n_held_out)]
+    truth = [np.array(["ant", "bee"])[group % 2] for group in groups]
+    centres = 0.6 * np.array([np.ones(16), -np.ones(16)])
+    versions = []
+    for spread in noise:
+        fit, held_out = (
+            (centres[group % 2] + spread * random.standard_normal((len(group), 16))
+             + (size > 1) * random.standard_normal((len(group) // size, 16))[group]).astype(np.float32)
+            for group in groups
+        )  # fmt: skip
+        versions.append(measure(fit, truth[0], held_out, truth[1], train_groups=groups[0], held_out_groups=groups[1]))
+    before, after = versions
+    assert before.right_without is not None
+    assert after.right_without is not None
+    alone = before._replace(right_without=None), after._replace(right_without=None)
+    return (
+        compare(before, after, truth[1], n_train=n, groups=groups[1]),
+        compare(*alone, truth[1], n_train=n, groups=groups[1]),
+    )
+
+
+def called(comparisons: list[Comparison]) -> int:
+    return sum(comparison.verdict.word in ("better", "worse") for comparison in comparisons)
+
+
+def test_what_another_draw_of_few_images_to_fit_on_would_turn_round_is_seldom_called() -> None:
+    random = np.random.default_rng(0)
+    told, alone = zip(*(noisy_twice(random, 40, 800) for _ in range(30)), strict=True)
+    assert called(list(alone)) >= 10, "the held-out images alone call chance a difference"
+    assert called(list(told)) <= 3
+    told, _ = zip(*(noisy_twice(random, 80, 800, size=10) for _ in range(20)), strict=True)
+    assert called(list(told)) <= 2
+
+
+def test_a_gain_that_few_images_to_fit_on_show_is_still_told() -> None:
+    random = np.random.default_rng(0)
+    told = [noisy_twice(random, 40, 800, noise=(2.5, 1.0))[0] for _ in range(10)]
+    assert [comparison.verdict.word for comparison in told].count("better") >= 8
+
+
+def test_with_no_fewer_images_to_fit_on_nothing_is_fitted_again() -> None:
+    vectors, labels = made_vectors(60, 0.5)
+    assert measure(vectors, labels, vectors, labels).right_without is None
+    groups = np.arange(60) % 20  # of 60 images to fit on there are 20 groups, of 30 to judge by 30
+    assert measure(vectors, labels, vectors[:30], labels[:30], train_groups=groups).right_without is not None
+
+
+def test_a_class_of_one_image_to_fit_on_costs_no_verdict() -> None:
+    vectors, labels = made_vectors(12, 0.1, classes=2)
+    one_bee = np.concatenate([np.flatnonzero(labels == "ant"), np.flatnonzero(labels == "bee")[:1]])
+    held_out, truth = made_vectors(60, 0.1, classes=2, seed=1)
+    result = measure(vectors[one_bee], labels[one_bee], held_out, truth)
+    assert result.right_without is not None
+    assert len(result.right_without) == 5, "without the part of the one bee there would be one class"
+    assert compare(result, result, truth, n_train=7).verdict.difference == 0
+
+
 def test_groups_that_are_not_one_a_held_out_image_are_refused() -> None:
     right, truth = np.ones(6, bool), np.repeat(["a", "b"], 3)
     with pytest.raises(DataError, match=r"6 images, but groups of shape \[5\]"):

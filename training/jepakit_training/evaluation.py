@@ -101,8 +101,9 @@ def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measu
     assert fit.labels is not None
     assert held_out.labels is not None
     return measure(
-        vectors[images.is_fit], fit.labels, vectors[~images.is_fit], held_out.labels, train_groups=fit.groups
-    )
+        vectors[images.is_fit], fit.labels, vectors[~images.is_fit], held_out.labels,
+        train_groups=fit.groups, held_out_groups=held_out.groups,
+    )  # fmt: skip
 
 
 def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal["auto", Standardize]) -> Pooling:
