@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,40 @@ def test_targets_that_are_no_classes_give_no_labels_and_decode_nothing() -> None
     assert listed.labels is None
     assert "targets of type dict are no classes" in listed.note
     assert dataset.asked == [0]
+
+
+@pytest.mark.parametrize(
+    "missing", [None, float("nan"), np.float32("nan"), pd.NA], ids=["None", "NaN", "float32", "NA"]
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_image_without_a_label_costs_the_others_none(missing: Any, place: int) -> None:
+    targets: list[Any] = ["cat", "dog", "cat"]
+    targets[place] = missing
+    listed = list_images(list(zip([array()] * 3, targets, strict=True)))
+    assert listed.labels == tuple(None if target is missing else target for target in targets)
+    assert "2 of 3 images are labelled" in listed.note
+    numbers = pd.Series([1, None, 2])  # whole numbers become floats where one is missing
+    assert list_images(list(zip([array()] * 3, numbers, strict=True))).labels == ("1", None, "2")
+    assert "the list gives no target" in list_images([(array(), missing)] * 3).note
+
+
+def test_files_with_labels_in_a_list_are_files_of_that_name(tmp_path: Path) -> None:
+    for name in "abc":
+        Image.fromarray(array()).save(tmp_path / f"{name}.png")
+    pairs = [(tmp_path / f"{name}.png", label) for name, label in zip("abc", [0, None, 1], strict=True)]
+    listed = list_images(pairs)
+    assert listed.ids == tuple(path.as_posix() for path, _ in pairs)
+    assert listed.labels == ("0", None, "1")
+    assert not listed.store.in_memory
+    assert gather(pairs, "none").labels is None
+    with pytest.raises(DataError, match=r"a\.png more than once: give each image once"):
+        list_images([*pairs, (f"{tmp_path}/./a.png", 1)])
+    with pytest.raises(DataError, match=r"b\.png does not exist"):
+        list_images([(tmp_path / "a.png", 0), (tmp_path / "nowhere" / "b.png", 1)])
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+    with pytest.raises(DataError, match=r"a\.tar stands beside a label, and is an archive"):
+        list_images([(tmp_path / "a.tar", 0)])
 
 
 def test_a_torchvision_dataset_is_taken_as_it_is() -> None:

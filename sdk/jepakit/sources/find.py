@@ -17,7 +17,7 @@ from jepakit.embeddings import is_embeddings
 from jepakit.errors import DataError
 from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
-from jepakit.sources.memory import find_in_memory, is_one_image
+from jepakit.sources.memory import are_labelled_files, find_in_memory, is_one_image, read_labels
 from jepakit.sources.passed import links_passed_over, passed_over
 from jepakit.sources.store import Found, repeated
 from jepakit.sources.table import TABLES
@@ -55,6 +55,8 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
         raise DataError("no images were given")
     if isinstance(images, list | tuple) and all(isinstance(item, str | Path) for item in images):
         return _find_listed([with_home(item) for item in images], with_labels=with_labels)
+    if are_labelled_files(images):
+        return _find_labelled(images, with_labels=with_labels)
     return find_in_memory(list(images) if isinstance(images, tuple) else images, with_labels=with_labels)
 
 
@@ -163,6 +165,17 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
         raise DataError(f"{strange[0]} stands in a list of image files: give it alone, or in a list of its own kind")
     ids = tuple(Path(path).as_posix() for path in paths)
     return Found(Files("", ids), ids, kind=LISTED)
+
+
+def _find_labelled(pairs: Sequence[tuple[str | Path, Any]], *, with_labels: bool) -> Found:
+    """The files of a list of (path, label)."""
+    found = _find_listed([with_home(path) for path, _ in pairs], with_labels=False)
+    if found.kind != LISTED:
+        raise DataError(f"{pairs[0][0]} stands beside a label, and is an archive: give archives alone")
+    if not with_labels:
+        return found
+    labels, note = read_labels([label for _, label in pairs], of="list")
+    return replace(found, labels=labels, label_note=note)
 
 
 def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | None = None) -> Found:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,7 +73,8 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     when the first item is no image.
     """
     try:
-        first, label = _split(items[0])
+        item = items[0]
+        first, label = _split(item)
     except Exception as error:
         raise DataError(f"the {_kind(items)} has no item 0 ({type(error).__name__}: {error}): give a list") from None
     if not is_one_image(first):
@@ -84,17 +86,12 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
             Path(item).as_posix() if isinstance(item, str | Path) else place
             for place, item in zip(ids, items, strict=True)
         )
-    store = Items(items)
-    if label is None or not with_labels:
-        return Found(store, ids, kind=_IN_MEMORY)
-    labels = None if _label(label, None) is None else _labels(items)
-    if labels is None:
-        return Found(
-            store, ids, kind=_IN_MEMORY, label_note=f"no labels: targets of type {_kind(label)} are no classes"
-        )
-    return Found(
-        store, ids, labels=labels, label_note=f"labels: {counted(len(set(labels)), 'class')} from the {_kind(items)}"
-    )
+    if not with_labels or not any(map(_has_label, items if isinstance(items, list) else [item])):
+        return Found(Items(items), ids, kind=_IN_MEMORY)
+    # What cannot be a label in the first item need not be decoded of all.
+    targets, classes = ([label], None) if _is_strange(label) else _targets(items)
+    labels, note = read_labels(targets, classes, of=_kind(items))
+    return Found(Items(items), ids, kind=_IN_MEMORY, labels=labels, label_note=note)
 
 
 def is_one_image(value: Any) -> bool:
@@ -106,6 +103,28 @@ def is_one_image(value: Any) -> bool:
     return isinstance(value, EncodedSource) or (pillow is not None and isinstance(value, pillow.Image))
 
 
+def are_labelled_files(items: Any) -> bool:
+    """Whether it is a list of (path, label)."""
+    return isinstance(items, list | tuple) and all(
+        _has_label(item) and len(item) == 2 and isinstance(item[0], str | Path) for item in items
+    )
+
+
+def read_labels(targets: Sequence[Any], classes: Any = None, *, of: str) -> tuple[tuple[str | None, ...] | None, str]:
+    """Targets as labels, and in words what they are; None for a target that is missing (None, NaN), as of a data frame.
+
+    classes  names for targets that are numbers
+    of       the type that they came in
+    """
+    labels = tuple(_label(target, classes) for target in targets)
+    for label, target in zip(labels, targets, strict=True):
+        if label is None and _is_strange(target):
+            return None, f"no labels: targets of type {_kind(target)} are no classes"
+    if set(labels) == {None}:
+        return None, f"no labels: the {of} gives no target"
+    return labels, f"labels: {counted(len(set(labels) - {None}), 'class')} from the {of}"
+
+
 def _split(item: Any) -> tuple[Any, Any]:
     """(image, label) of an item; the label is None where it has none."""
     if isinstance(item, tuple | list) and item:
@@ -113,26 +132,44 @@ def _split(item: Any) -> tuple[Any, Any]:
     return item, None
 
 
-def _labels(items: Any) -> tuple[str, ...] | None:
+def _has_label(item: Any) -> bool:
+    return isinstance(item, tuple | list) and len(item) > 1
+
+
+def _targets(items: Any) -> tuple[Sequence[Any], Any]:
+    """Each item's target, and the names of those that are numbers."""
     targets: Any = getattr(items, "targets", None)
     classes: Any = getattr(items, "classes", None)
     if getattr(items, "target_transform", None) is not None:
         targets = classes = None
     if not isinstance(targets, Sized) or len(targets) != len(items):
         targets = [_split(items[place])[1] for place in track(range(len(items)), "labels")]
-    labels = [_label(target, classes) for target in targets]
-    return None if None in labels else tuple(str(label) for label in labels)
+    return list(targets), classes
+
+
+def _is_strange(target: Any) -> bool:
+    """Whether a target is there and is no class."""
+    plain = _plain(target)
+    missing = plain is None or _kind(plain) in ("NAType", "NaTType") or (isinstance(plain, float) and math.isnan(plain))
+    return not missing and _label(plain, None) is None
 
 
 def _label(target: Any, classes: Any) -> str | None:
-    if hasattr(target, "item") and getattr(target, "ndim", 0) == 0:
-        target = target.item()
+    """The target's name; None of what is missing or no class. Whole numbers may be floats: a column that lacks some is."""
+    target = _plain(target)
+    if isinstance(target, float) and target.is_integer():
+        target = int(target)
     if isinstance(target, str):
         return sys.intern(str(target))
     if not isinstance(target, int):
         return None
     named = isinstance(classes, list | tuple) and 0 <= target < len(classes)
     return sys.intern(str(classes[target] if named else target))
+
+
+def _plain(target: Any) -> Any:
+    """A number or a text of Python's own, where it is numpy's or a tensor of one."""
+    return target.item() if hasattr(target, "item") and getattr(target, "ndim", 0) == 0 else target
 
 
 def _kind(value: Any) -> str:
