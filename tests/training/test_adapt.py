@@ -421,6 +421,22 @@ def test_a_warm_up_leaves_the_backbone_a_step(adapt: Adapt, tmp_path: Path) -> N
     assert not equal(weights_of(run), weights_of(run, START))
 
 
+def test_a_run_goes_on_with_weights_and_labels_that_were_moved(
+    adapt: Adapt, weights_file: Callable[[str], Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"{path.relative_to(images).as_posix()},{path.parent.name}" for path in sorted(images.rglob("*.png"))]
+    (tmp_path / "a.csv").write_text("\n".join(["path,label", *rows]))
+    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", labels=str(tmp_path / "a.csv"))
+    (tmp_path / "moved").mkdir()
+    weights = shutil.copy(weights_file("test_vit"), tmp_path / "moved" / "w.safetensors")
+    labels = shutil.move(tmp_path / "a.csv", tmp_path / "moved" / "b.csv")
+    run = adapt(tmp_path / "run", weights=str(weights), labels=str(labels))
+    assert run.finished
+    with pytest.raises(ConfigError, match=r"weights was .*w\.safetensors"):  # a finished run's are not compared
+        adapt(tmp_path / "run", weights=str(shutil.move(weights, tmp_path / "w.safetensors")), labels=str(labels))
+
+
 def test_other_weights_under_the_same_name_are_refused_in_the_middle_of_a_run(
     adapt: Adapt, weights_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

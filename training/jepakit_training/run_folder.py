@@ -20,11 +20,12 @@ import tomli_w
 
 from jepakit._files import reason_of, replacing
 from jepakit._messages import counted
-from jepakit.bundle import versions_of
+from jepakit.bundle import START_WORDS, versions_of
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, is_run
 from jepakit.sources import ImageList
+from jepakit.sources.table import RULES
 from jepakit_training import ranks
 
 # These may differ between a run and its resumption: they change nothing in the result, or its rounding alone. What the
@@ -116,7 +117,9 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
     Raises ConfigError naming what is in the way or differs.
     """
     if _has_begun(out):
-        if changed := _changed_settings(out, _as_toml(config)):
+        # The tensors of an unfinished run's weights are compared before it goes on (`run_bundles.check_start`).
+        unfinished = not (out / BUNDLE).exists()
+        if changed := _changed_settings(out, _as_toml(config), weights_may_move=unfinished):
             raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {_go_on(out)}")
         return
     if out.exists() and not out.is_dir():
@@ -178,7 +181,7 @@ def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
     try:
         return (
             not (out / BUNDLE).exists()
-            and not _changed_settings(out, settings)
+            and not _changed_settings(out, settings, weights_may_move=False)
             and _environment(out).get("data") == images.digest()
         )
     except DataError:
@@ -219,12 +222,15 @@ def _as_toml(config: AdaptConfig) -> str:
     return tomli_w.dumps(settings).encode("utf-8", "replace").decode()
 
 
-def _changed_settings(out: Path, settings: str) -> list[str]:
+def _changed_settings(out: Path, settings: str, *, weights_may_move: bool) -> list[str]:
     """In words, what of `settings` differs from those the run in `out` was started with.
+
+    weights_may_move  whether another path of the weights is no difference
 
     Raises DataError where its config.toml is gone or damaged.
     """
-    before, now = (_compared(each) for each in (_read(out / CONFIG, tomllib.loads), tomllib.loads(settings)))
+    both = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
+    before, now = (_compared(each, weights_may_move=weights_may_move) for each in both)
     return [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*before, *now})
@@ -232,12 +238,15 @@ def _changed_settings(out: Path, settings: str) -> list[str]:
     ]
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+def _compared(settings: dict[str, Any], *, weights_may_move: bool) -> dict[str, Any]:
     """Of a config.toml, what a resumed run must have in common with its beginning; views each by its own name."""
     views = settings.get("views", {})
     flat = {**settings, **{f"views.{name}": value for name, value in views.items()}}
     # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
     flat["cache"] = "cache" in settings
+    # Nor where the tables lie: the images' digest knows what they say.
+    movable = {"labels": RULES, "group": RULES, **({"weights": START_WORDS} if weights_may_move else {})}
+    flat |= {name: "a file" for name, words in movable.items() if flat.get(name) not in words}
     return {key: value for key, value in flat.items() if key != "views" and key not in FREE_SETTINGS}
 
 
