@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -315,6 +316,18 @@ class AdaptConfig(_Settings):
                 f"no such file, or no table; give a CSV or Parquet file, or one of {', '.join(RULES)}{did_you_mean(rule, RULES)}"
             )
         return rule
+
+    @field_validator("labels", "group", mode="before")
+    @classmethod
+    def _rule_or_table(cls, given: object, info: ValidationInfo) -> object:
+        if isinstance(given, str | os.PathLike):
+            return given
+        name = str(info.field_name)
+        go = "go with the images, list(zip(images, labels)), or into" if name == "labels" else "go into"
+        raise ValueError(
+            f"wanted {', '.join(RULES)}, or a file; {name.removesuffix('s')}s of your own {go} a CSV of path (0, 1, … for images "
+            f"in memory) and {name.removesuffix('s')}"
+        )
 
     @model_validator(mode="after")
     def _tiles_and_values(self) -> Self:

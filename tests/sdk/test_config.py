@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -321,3 +322,13 @@ def test_a_file_that_is_no_table_is_refused_with_the_other_settings(tmp_path: Pa
 )
 def test_a_setting_says_what_its_default_of_none_stands_for(settings: Any, name: str, words: str) -> None:
     assert words in settings.model_fields[name].description
+
+
+@pytest.mark.parametrize("given", [["a", "b"], {"0.png": "a"}, np.array(["a"])], ids=["list", "dict", "array"])
+def test_labels_and_groups_that_are_given_themselves_are_told_where_they_go(given: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"labels of your own go with the images, list\(zip\(images, labels\)\), or into a CSV"
+    ):
+        adapt(labels=given)
+    with pytest.raises(ConfigError, match=r"groups of your own go into a CSV of path \(0, 1, … .*\) and group"):
+        adapt(group=given)
