@@ -141,9 +141,6 @@ def _advice(
         advice.append(
             "without labels no verdict can be given: a few hundred labelled images suffice (class folders, or --labels FILE, which need not name the others)"
         )
-    frames = max(one.header.frames for one in found.seen)
-    if frames > 1:
-        advice.append(f"files hold up to {frames} frames: choose one, or --frame each")
     return advice
 
 

@@ -112,7 +112,8 @@ def _header(format: str, dtype: np.dtype[Any], shape: tuple[int, ...], name: str
         raise ImageError(f"{what}: wanted [H, W] or [H, W, bands]", code="wrong_shape")
     if len(shape) == 3 and _bands_first(shape, limits.max_bands):
         raise ImageError(
-            f"{what}: it looks like [bands, H, W]: store it as [H, W, bands] (numpy.moveaxis(array, 0, -1))",
+            f"{what}: it looks like [bands, H, W] or [slices, H, W]: store bands as [H, W, bands] "
+            "(numpy.moveaxis(array, 0, -1)), and each slice or frame as an image of its own, or all as one TIFF, with frame=",
             code="wrong_shape",
         )
     if len(shape) == 3 and _volume(shape):
