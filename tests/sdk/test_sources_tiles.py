@@ -314,7 +314,7 @@ def test_files_that_cannot_be_opened_are_counted_and_few_are_left_out(make: Make
 def test_the_very_share_that_may_be_left_out_is(make: Make) -> None:
     good, bad = {f"good{place:02}": scene(8, 8) for place in range(71)}, {f"bad{place:02}": None for place in range(29)}
     assert len(gather(make(**good, **bad), tile=8, most_unreadable=0.29)) == 71
-    with pytest.raises(DataError, match=r"29 of 100 .* 28 % may be left out: .*a larger share \(most_skipped\)"):
+    with pytest.raises(DataError, match=r"29 of 100 .* 28 % may be left out: .*a larger share, most_skipped=SHARE"):
         gather(make(), tile=8, most_unreadable=0.28)
 
 
