@@ -336,18 +336,28 @@ def probe_fit(
     class_weight: Annotated[
         str | None, typer.Option(help="balanced: a rare class counts as much as a common one (linear)")
     ] = None,
+    group: Annotated[
+        Path | None,
+        typer.Option(help="CSV or Parquet of path and group (patient, slide): none lies in two folds (linear)"),
+    ] = None,
 ) -> None:
     """Fit a probe on labelled embeddings."""
     from jepakit import Embeddings, KNNProbe, LinearProbe
+    from jepakit.sources.groups import groups_of
 
-    kinds = {"linear": LinearProbe, "knn": KNNProbe}
-    if kind not in kinds:
+    if kind not in ("linear", "knn"):
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
-    if class_weight is not None and kind != "linear":
-        raise ConfigError(f"--class-weight {class_weight} is for linear probes, and this one is {kind}: leave it out")
+    for option, given in (("--class-weight", class_weight), ("--group", group)):
+        if given is not None and kind != "linear":
+            raise ConfigError(f"{option} {given} is for linear probes, and this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
-    options = {} if class_weight is None else {"class_weight": class_weight}
-    probe = kinds[kind](**options).fit(Embeddings.load(embeddings))
+    vectors = Embeddings.load(embeddings)
+    probe: LinearProbe | KNNProbe
+    if kind == "knn":
+        probe = KNNProbe().fit(vectors)
+    else:
+        groups = None if group is None else groups_of(vectors.ids, group)
+        probe = LinearProbe(class_weight=class_weight).fit(vectors, groups=groups)
     probe.save(out)
     print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
 

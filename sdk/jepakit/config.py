@@ -192,7 +192,8 @@ class AdaptConfig(_Settings):
     labels, which may name a part of the images. Only ever used to measure, never to train."""
     group: TextOrPath = "auto"
     """Which images belong together (patient, scene), so that held-out ones have no sibling in training: `auto`
-    (a manifest's column, DICOM's PatientID, or a tile's scene), `none`, `folder`, or a CSV or Parquet file."""
+    (a manifest's column, DICOM's PatientID, or a tile's scene), `none` (tiles of a scene stay together all the same),
+    `folder`, or a CSV or Parquet file."""
     tile: Annotated[int, Field(ge=32)] | None = None
     """Pixels a side of the tiles that large images are cut into; None: images are used whole."""
     overlap: Annotated[int, Field(ge=0)] = 0

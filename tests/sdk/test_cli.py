@@ -95,8 +95,36 @@ def test_classes_of_a_probe_can_count_alike_and_all_probabilities_be_printed(tmp
     np.testing.assert_allclose(table[:, 1:], probe.predict_proba(vectors), atol=1e-4)
     with pytest.raises(AssertionError, match="--class-weight balanced is for linear probes, and this one is knn"):
         run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--class-weight=balanced", "--out", tmp_path / "k")
+    with pytest.raises(AssertionError, match=r"--group g\.csv is for linear probes, and this one is knn"):
+        run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--group=g.csv", "--out", tmp_path / "k")
     with pytest.raises(AssertionError, match="class_weight = 'even': give 'balanced' or None"):
         run("probe", "fit", tmp_path / "e.npz", "--class-weight=even", "--out", tmp_path / "k")
+
+
+def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fold(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    slides = [f"s#{number}.svs" for number in range(12)]
+    ids = tuple(f"{slide}#{left},0,32,32" for slide in slides for left in range(0, 160, 32))
+    own = np.repeat(
+        random.standard_normal((12, 8)), 5, axis=0
+    )  # a slide's tiles are alike, and say nothing of the class
+    vectors = (own + 0.1 * random.standard_normal((60, 8))).astype(np.float32)
+    Embeddings(vectors, "0" * 16, ids, tuple("ab"[number % 2] for number in range(12) for _ in range(5))).save(
+        tmp_path / "e.npz"
+    )
+    rows = [f"{slide},patient{number // 2}" for number, slide in enumerate(slides)]
+    (tmp_path / "g.csv").write_text("\n".join(["path,patient", *rows]))
+    run("probe", "fit", tmp_path / "e.npz", "--group", tmp_path / "g.csv", "--out", tmp_path / "p.safetensors")
+    groups = [number // 2 for number in range(12) for _ in range(5)]
+    expected = jepakit.LinearProbe().fit(Embeddings.load(tmp_path / "e.npz"), groups=groups)
+    probe = jepakit.load_probe(tmp_path / "p.safetensors")
+    assert isinstance(probe, jepakit.LinearProbe)
+    assert probe.C_ == expected.C_ != jepakit.LinearProbe().fit(Embeddings.load(tmp_path / "e.npz")).C_
+    (tmp_path / "few.csv").write_text("\n".join(["path,patient", *rows[1:]]))
+    with pytest.raises(AssertionError, match=r"s#0\.svs is not in .*few\.csv \(5 of 60 images are not\)"):
+        run("probe", "fit", tmp_path / "e.npz", "--group", tmp_path / "few.csv", "--out", tmp_path / "k")
+    with pytest.raises(AssertionError, match="embeddings know no groups, give a CSV or Parquet file"):
+        run("probe", "fit", tmp_path / "e.npz", "--group", "auto", "--out", tmp_path / "k.safetensors")
 
 
 def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:

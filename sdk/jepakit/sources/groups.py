@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jepakit._messages import counted
-from jepakit.errors import DataError
+from jepakit.errors import ConfigError, DataError
+from jepakit.sources.files import Files
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import RULES, check_rule, look_up
+from jepakit.sources.tiles import image_of
 
 Groups = tuple[str, ...] | None
 
@@ -30,6 +33,18 @@ def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
     if found.groups is not None:
         return found.groups, found.group_note
     return _patients(found)
+
+
+def groups_of(ids: Sequence[str], file: str | Path) -> tuple[str, ...]:
+    """What a table of paths and groups says of embedded images; of tiles and frames by the image that they are of.
+
+    Raises ConfigError where `file` is no table, DataError where an image is not in it.
+    """
+    table = check_rule("group", file, column="group")
+    if table in RULES:
+        raise ConfigError(f"group = {table!r}: embeddings know no groups, give a CSV or Parquet file of path and group")
+    images = tuple(map(image_of, ids))
+    return look_up(table, "group", Found(Files("", images), images))
 
 
 def _deepest_folders(found: Found) -> tuple[Groups, str]:
