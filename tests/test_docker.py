@@ -256,7 +256,8 @@ def test_the_job_deploys_into_the_folder_that_the_service_watches(kubernetes: An
         str(given["folder"])
     ]
     assert given["url"] == f"http://{kubernetes['RayService']['metadata']['name']}-serve-svc:8000"
-    assert mounts(pod, "jepakit-exports") == [(str(given["bundle"].parent), False)]
+    assert mounts(pod, "jepakit-exports") == [("/exports", False)]
+    assert given["bundle"].is_relative_to("/exports")
     assert kubernetes["Job"]["spec"]["backoffLimit"] == 0
     allowed = kubernetes["NetworkPolicy"]["spec"]["ingress"][1]
     (among,) = allowed["from"][0]["podSelector"]["matchExpressions"]

@@ -15,11 +15,11 @@ from jepakit.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
     from jepakit.bundle import Bundle
-    from jepakit.client import ModelInfo
     from jepakit.config import AdaptConfig
     from jepakit.inspection import Inspection
     from jepakit.run import DryRun, Run
     from jepakit.sources import ImageList
+    from jepakit_service.deploy import Deployed
 
 # What each extra brings, several of them the same: the first missing one is named, with the extra to install.
 _NEEDS = {
@@ -175,7 +175,7 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
     run(parsed)
 
 
-def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
+def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> Deployed:
     """Put a bundle into the folder that a service watches, wait until it has switched, or put the old one back.
 
     Raises BundleError for a bundle that is not whole, ServeError when the service refuses it or takes too long.

@@ -17,6 +17,7 @@ import typer
 
 from jepakit import __version__
 from jepakit._files import as_path, prepare_place, reason_of, written
+from jepakit._messages import first_few
 from jepakit.errors import ConfigError, JepakitError
 
 _Images = Annotated[
@@ -263,8 +264,13 @@ def deploy(
     from jepakit._frontdoor import deploy as run_deploy
 
     _exit_on_signals()
-    model = run_deploy(bundle, folder, url, timeout_s=timeout)
+    model, replaced, beside = run_deploy(bundle, folder, url, timeout_s=timeout)
     print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
+    if beside and not replaced:
+        print(
+            f"{model.name} is a new model beside {first_few(beside, 3)}: where it is meant to replace one of them, deploy it "
+            "under that name (`jepakit export --name`), and remove this one from the folder"
+        )
 
 
 @app.command()

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from jepakit._files import reason_of
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
@@ -21,8 +22,17 @@ from jepakit_service.locks import holding
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
 
-def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelInfo:
-    """Copy, swap, wait, and keep or undo; returns what the service then says of the model.
+class Deployed(NamedTuple):
+    """What the service says of the model once every replica serves it, and whether it replaced a version of its name."""
+
+    model: ModelInfo
+    replaced: bool
+    beside: tuple[str, ...]
+    """Names of the other models in service."""
+
+
+def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deployed:
+    """Copy, swap, wait, and keep or undo; returns what is then in service.
 
     Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is not one or
     not the one that is watched, WriteError when it cannot be written to, ConnectionFailedError when there is no service,
@@ -41,7 +51,9 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> ModelIn
                 target = _place(bundle, folder)
                 _check_watched(before, bundle, target)
                 with _swapped(bundle, target):
-                    return _wait_for_switch(client, bundle, timeout_s)
+                    model = _wait_for_switch(client, bundle, timeout_s)
+                names = {served.name for served in before}
+                return Deployed(model, model.name in names, tuple(sorted(names - {model.name})))
         except OSError as error:
             raise WriteError(
                 f"nothing was changed, {folder} cannot be written to ({reason_of(error)}): "

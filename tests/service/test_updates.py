@@ -32,7 +32,7 @@ from jepakit.errors import (
 )
 from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
-from jepakit_service.deploy import deploy
+from jepakit_service.deploy import Deployed, deploy
 from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
@@ -303,8 +303,8 @@ def test_deploy_switches_a_running_service_without_a_failed_request(served: str,
         stop = asyncio.Event()
         clients = [asyncio.create_task(load(stop)) for _ in range(4)]
         await asyncio.sleep(0.2)
-        model = await asyncio.to_thread(deploy, other, folder, served, timeout_s=60)
-        assert model.digest == digest(other)
+        deployed = await asyncio.to_thread(deploy, other, folder, served, timeout_s=60)
+        assert (deployed.model.digest, deployed.replaced, deployed.beside) == (digest(other), True, ())
         await asyncio.sleep(0.2)
         stop.set()
         return [seen for client in clients for seen in await client]
@@ -381,7 +381,8 @@ def test_a_half_copied_bundle_is_passed_over_until_its_digests_pass(served: str,
 
 def test_new_names_appear_and_removed_ones_go(served: str, second: Path, folder: Path) -> None:
     with httpx.Client(base_url=served) as http:
-        deploy(second, folder, served, timeout_s=60)
+        deployed = deploy(second, folder, served, timeout_s=60)
+        assert (deployed.replaced, deployed.beside) == (False, ("tiny",))
         assert http.get("/readyz").json()["models"] == ["second", "tiny"]
         assert http.post("/v1/embeddings", content=picture(0), headers=PNG).status_code == 400
         shutil.rmtree(folder / "tiny")
@@ -561,13 +562,24 @@ def test_a_signal_ends_a_deploy_as_ctrl_c_does_and_a_second_one_cuts_nothing_sho
 def test_a_deploy_under_nohup_outlives_its_terminal(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deployed(*_: object, **__: object) -> ModelInfo:
+    def deployed(*_: object, **__: object) -> Deployed:
         os.kill(os.getpid(), signal.SIGHUP)
-        return told(bundle)
+        return Deployed(told(bundle), replaced=True, beside=())
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
     cli.deploy(tmp_path, tmp_path)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize(("replaced", "beside"), [(True, ("cells",)), (False, ("cells",)), (False, ())])
+def test_a_deploy_says_where_a_bundle_is_one_more_model(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    replaced: bool, beside: tuple[str, ...],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced, beside))
+    cli.deploy(tmp_path, tmp_path)
+    assert ("tiny is a new model beside cells" in capfd.readouterr().out) == (not replaced and bool(beside))
 
 
 def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(
