@@ -191,7 +191,7 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
     else:
         raise ApiError(
             415, "unsupported_media_type",
-            f"content type {media[:100] or 'none'} is not read here: send application/json, image/*, application/dicom, multipart/form-data or application/x-npy",
+            f"content type {media[:100] or 'none'} is not read here: send application/json, image/*, application/dicom, application/octet-stream, multipart/form-data or application/x-npy",
         )  # fmt: skip
     check_number(len(ask.images), max_images, ask.field)
     return ask
@@ -248,6 +248,8 @@ def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
         if b"filename" in options:
             images.append(bytes(data))
         elif (name := options.get(b"name", b"")) == b"model":
+            if model is not None:
+                raise ApiError(400, "invalid_request", "the form has two fields `model`: send one", param="model")
             model = data.decode("utf-8", "replace")
         else:
             raise ApiError(

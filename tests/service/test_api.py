@@ -21,11 +21,14 @@ import openai
 import pytest
 
 import jepakit
-from jepakit.errors import ConfigError
+from jepakit.bundle import open_bundle
+from jepakit.errors import ConfigError, ImageError
 from jepakit_service import api, dialects, posts, routes, wire
 from jepakit_service.api import build_app
+from jepakit_service.described import POSTS
 from jepakit_service.keys import new_key
-from jepakit_service.metrics import merge
+from jepakit_service.metrics import Metrics, merge
+from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import ApiError
 
@@ -139,6 +142,9 @@ def npy(array: np.ndarray[Any, Any]) -> bytes:
     return buffer.getvalue()
 
 
+TWO_MODELS = b"".join(
+    b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n' + name + b"\r\n" for name in (b"other", b"tiny")
+) + b"--x--\r\n"  # fmt: skip
 BAD_REQUESTS = [
     ("text in place of an image", "application/json", b'{"input": "hello world"}', 400, "invalid_base64"),
     ("a URL", "application/json", b'{"input": "http://127.0.0.1:1/x.png"}', 400, "url_not_supported"),
@@ -157,12 +163,13 @@ BAD_REQUESTS = [
     ("another type", "text/plain", b"hi", 415, "unsupported_media_type"),
     ("a broken form", "multipart/form-data; boundary=x", b"nonsense", 400, "invalid_multipart"),
     ("a form without boundary", "multipart/form-data", b"nonsense", 400, "invalid_multipart"),
+    ("two models in a form", "multipart/form-data; boundary=x", TWO_MODELS, 400, "invalid_request"),
     ("a form without files", "multipart/form-data; boundary=x", b"--x--\r\n", 400, "no_images"),
     ("float arrays", "application/x-npy", npy(np.zeros((1, 40, 40, 3))), 400, "invalid_npy"),
     ("pickled arrays", "application/x-npy", npy(np.array([print], dtype=object)), 400, "invalid_npy"),
     ("a cut array", "application/x-npy", npy(np.zeros((1, 40, 40, 3), np.uint8))[:-9], 400, "invalid_npy"),
     ("four bands", "application/x-npy", npy(np.zeros((1, 40, 40, 4), np.uint8)), 422, "unsupported_mode"),
-    ("too large a body", "image/png", b"\0" * (9 << 20), 413, "body_too_large"),
+    ("a body over the limit", "image/png", b"\0" * (9 << 20), 413, "body_too_large"),
 ]  # fmt: skip
 
 
@@ -178,6 +185,22 @@ def test_bad_requests_are_named_and_never_a_fault(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
     assert http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"}).status_code == 200
+
+
+def test_the_refusal_of_another_type_names_all_that_are_read(http: httpx.Client) -> None:
+    answer = http.post("/v1/embeddings", content=b"hi", headers={"Content-Type": "text/plain"})
+    (takes,) = [post.takes for post in POSTS if post.path == "/v1/embeddings"]
+    assert [media for media in takes if media not in answer.json()["error"]["message"]] == []
+
+
+def test_an_image_over_the_services_own_limits_is_told_their_setting(bundle: Path) -> None:
+    limited = ServeSettings(bundles=(str(bundle),), threads=1, max_pixels=1600)
+    model = LoadedModel(open_bundle(bundle), limited, Metrics())
+    try:
+        with pytest.raises(ImageError, match=r"the limit is 1,600 \(by the service's setting max_pixels\): "):
+            model._decode(np.zeros((41, 40, 3), np.uint8))
+    finally:
+        model.close()
 
 
 def test_too_many_images_are_refused(http: httpx.Client) -> None:
