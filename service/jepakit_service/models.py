@@ -24,6 +24,9 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import tune
 from jepakit_service.wire import ImageData
 
+BYTES_A_PIXEL = 8
+"""Of an image once decoded, times `max_pixels`: what one image may take."""
+
 
 class LoadedModel:
     """One bundle, verified, its golden vectors reproduced, ready to embed. Raises BundleError when it is not right."""
@@ -42,7 +45,11 @@ class LoadedModel:
         """What is really computed: fp32, fp16, int8 or bf16."""
         self.plan, session, whole = tune(session, bundle, inputs, settings)
         trim_heap()  # opening a session leaves as much free memory behind as its graph is large
-        self._limits = Limits(max_pixels=settings.max_pixels, max_decoded_bytes=8 * settings.max_pixels)
+        self._limits = Limits(
+            max_pixels=settings.max_pixels,
+            max_decoded_bytes=BYTES_A_PIXEL * settings.max_pixels,
+            set_by="the service's setting max_pixels",
+        )
         self._warm_up()
         self.counted = metrics.of_model(self.manifest.name)
         self.inside = 0

@@ -84,7 +84,7 @@ class ServeSettings(BaseSettings):
     max_images: Positive = 256
     """Images in one request."""
     max_pixels: Positive = DEFAULT_LIMITS.max_pixels
-    """Pixels in one image, judged by its header."""
+    """Pixels in one image, judged by its header; it may take 8 bytes for each of them once decoded, all bands together."""
     max_waiting: Positive = 1024
     """Images waiting or running in a replica; more are answered 429, as are those that, at the speed measured at start,
     half of `request_timeout_s` would not do for."""

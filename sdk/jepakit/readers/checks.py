@@ -72,7 +72,7 @@ def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, 
     size = prod(shape) * np.dtype(dtype).itemsize
     if size > limits.max_decoded_bytes:
         raise ImageError(
-            f"{name}: {size:,} bytes once decoded, the limit is {limits.max_decoded_bytes:,}: {remedy}",
+            f"{name}: {size:,} bytes once decoded, the limit is {limits.max_decoded_bytes:,}{_set_by(limits)}: {remedy}",
             code="too_large",
         )
     return size
@@ -80,7 +80,13 @@ def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, 
 
 def too_many_pixels(name: str, seen: str, limits: Limits, remedy: str) -> ImageError:
     """The refusal of an image, or of a window, with more pixels than the limit."""
-    return ImageError(f"{name}: {seen} pixels, the limit is {limits.max_pixels:,}: {remedy}", code="too_large")
+    return ImageError(
+        f"{name}: {seen} pixels, the limit is {limits.max_pixels:,}{_set_by(limits)}: {remedy}", code="too_large"
+    )
+
+
+def _set_by(limits: Limits) -> str:
+    return f" (by {limits.set_by})" if limits.set_by else ""
 
 
 def check_encoded(name: str, encoded: int, limits: Limits) -> None:

@@ -40,6 +40,8 @@ class Limits:
     """Of a file that has to be read whole; a file read by windows may be larger."""
     max_ratio: int = 500
     """Decoded bytes over encoded ones, for what decodes to more than 16 MB: a bomb is not an image."""
+    set_by: str = ""
+    """The setting that `max_pixels` and `max_decoded_bytes` come from, for messages; empty: none."""
 
 
 DEFAULT_LIMITS = Limits()

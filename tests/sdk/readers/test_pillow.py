@@ -231,6 +231,8 @@ def test_budgets_are_judged_on_the_header(refused: Refused) -> None:
     for source in (encode(Image.fromarray(make(20, 30, 3)), "PNG"), Image.fromarray(make(20, 30, 3))):
         assert "30 × 20" in refused(source, "too_large", limits=Limits(max_pixels=599))
         assert "1,800 bytes" in refused(source, "too_large", limits=Limits(max_decoded_bytes=1799))
+        named = Limits(max_decoded_bytes=1799, set_by="a setting")
+        assert "the limit is 1,799 (by a setting): " in refused(source, "too_large", limits=named)
         refused(source, "too_large", limits=Limits(max_bands=2))
     refused(encode(Image.fromarray(make(20, 30, 3)), "PNG"), "too_large", limits=Limits(max_encoded_bytes=100))
     refused(encode(Image.new("L", (7, 100)), "PNG"), "too_small")
