@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, switched on by the usual variables (OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_TRACES_EXPORTER=otlp).
+"""OpenTelemetry traces by OTLP over HTTP, switched on by OTEL_TRACES_EXPORTER=otlp or the address of a collector.
 
 Everything else (headers, sampling, service name, resource) is OpenTelemetry's own to read. Spans hold no content.
 """
@@ -12,20 +12,35 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from jepakit.errors import MissingExtraError
+from jepakit.errors import ConfigError, MissingExtraError
 
 _LONGEST_S = 2.0
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_PROTOCOL = "http/protobuf"
 
 
 def wanted() -> bool:
-    """Whether the environment asks for traces."""
-    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
-    return exporter == "otlp" and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+    """Whether the environment asks for traces. ConfigError where it asks for such as cannot be sent."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    # OpenTelemetry takes an empty variable for one that is not set.
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
+    if exporter not in ("otlp", "none"):
+        raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}: traces are sent by otlp alone; set otlp or none")
+    if exporter == "none":
+        return False
+    variable = next(filter(os.environ.get, _PROTOCOLS), None)  # the first of them counts
+    if variable is not None and (protocol := os.environ[variable]) != _PROTOCOL:
+        raise ConfigError(
+            f"{variable} = {protocol!r}: traces are sent by {_PROTOCOL} alone, which collectors take on port 4318; "
+            f"set OTEL_EXPORTER_OTLP_TRACES_PROTOCOL={_PROTOCOL}, and the address of that port"
+        )
+    return True
 
 
 def check() -> None:
-    """Raise MissingExtraError when traces are wanted and the exporter is not installed."""
+    """Raise what `wanted` raises, and MissingExtraError when traces are wanted and the exporter is not installed."""
     if not wanted():
         return
     try:  # Ray brings other parts of opentelemetry.exporter

@@ -630,6 +630,44 @@ def test_traces_without_their_extra_are_refused_by_its_name(monkeypatch: pytest.
         tracing.check()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
+        ("OTEL_TRACES_EXPORTER", "console"),
+        ("OTEL_TRACES_EXPORTER", "otlp,zipkin"),
+    ],
+)
+def test_traces_that_could_not_be_sent_as_asked_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(jepakit.errors.ConfigError, match=re.escape(f"{variable} = {value!r}")):
+        tracing.check()
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    tracing.check()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sent"),
+    [
+        ({}, True),
+        ({"OTEL_TRACES_EXPORTER": "", "OTEL_EXPORTER_OTLP_PROTOCOL": ""}, True),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}, True),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_TRACES_EXPORTER": "none"}, False),
+    ],
+)
+def test_traces_are_wanted_where_the_variables_say_so(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sent: bool
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert tracing.wanted() == sent
+
+
 def serve_after(program: str, bundle: Path) -> subprocess.CompletedProcess[str]:
     """`jepakit serve` in a process that has run `program` first."""
     return subprocess.run(
