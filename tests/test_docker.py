@@ -111,6 +111,12 @@ def test_a_build_can_be_given_a_name_so_that_the_one_before_stays(name: str) -> 
     assert re.fullmatch(r"jepakit:\$\{JEPAKIT_TAG:-(latest|gpu)\}", image)
 
 
+def test_extras_can_be_chosen_for_either_image(compose: Any) -> None:
+    gpu = yaml.safe_load((ROOT / "docker/compose.gpu.yaml").read_text())
+    for file, extras in ((compose, "serve,codecs,tracing"), (gpu, "serve,codecs,tracing,gpu")):
+        assert file["services"]["jepakit"]["build"]["args"] == {"EXTRAS": f"${{JEPAKIT_EXTRAS:-{extras}}}"}
+
+
 def test_every_container_is_hardened_and_only_loopback_is_published(compose: Any) -> None:
     for name, service in compose["services"].items():
         assert service["read_only"], name
