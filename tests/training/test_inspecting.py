@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit.cli import app
+from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit_training.place import _is_among, is_sheet
 from jepakit_training.sheet import _caption
@@ -112,6 +113,15 @@ def test_a_caption_holds_what_the_sheet_s_font_can_draw() -> None:
     assert _caption("a b/im 1.jpg") == "a b/im 1.jpg"
     assert _caption("Köln/目.tif") == r"K\xf6ln/\u76ee.tif"
     assert _caption("x" * 200 + ".tif") == "..." + "x" * 143 + ".tif"
+
+
+def test_what_is_said_of_grey_images_is_what_the_preset_of_radiographs_does(images: Path) -> None:
+    for file in images.glob("*.png"):
+        Image.open(file).convert("L").save(file)
+    seen = jepakit.inspect("set", sheet=None, image_size=64)
+    recipe = AdaptConfig(images="set", domain="radiology").resolved_views()
+    assert (seen.domain, recipe.horizontal_flip, recipe.vertical_flip) == ("microscopy", 0, 0)
+    assert f"`radiology`: no mirror, turns of at most {recipe.rotation_degrees:g}°" in seen.domain_because
 
 
 def test_of_a_set_that_is_labelled_in_part_the_labelled_images_are_counted(images: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jepakit._messages import counted
 from jepakit.bundle import Preprocess, Scaling
-from jepakit.config import AdaptConfig, Domain, ValueRange
+from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import Inspection, Named, printable
 from jepakit.sources import ImageList
 from jepakit_training.plan import local_size_of
@@ -110,7 +110,8 @@ def _suggest_domain(found: Scan, mean: Sequence[float]) -> tuple[Domain, str]:
             "multispectral" if found.kind.bands > 1 else "satellite"
         ), "a no-data value, as rasters of the earth have"
     if found.kind.bands == 1 or _is_grey(found):
-        return "microscopy", "grey images; radiographs want `radiology`, which mirrors and turns them little"
+        degrees = PRESETS["radiology"]["rotation_degrees"]
+        return "microscopy", f"grey images; for radiographs use `radiology`: no mirror, turns of at most {degrees:g}°"
     red, green, blue = mean
     if red - green > 0.06 and blue - green > 0.04:
         return "histology", "pink and purple prevail, as in stained tissue"
