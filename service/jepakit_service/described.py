@@ -37,7 +37,7 @@ def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post
     return Post(
         path,
         name,
-        "Embed images, as the Open Inference Protocol v2 has it.",
+        "Embed images by the Open Inference Protocol v2.",
         oip.TITLE,
         takes={wire.JSON: oip.InferRequest, wire.OCTETS: BINARY},
         gives={wire.JSON: oip.InferAnswer, wire.OCTETS: BINARY},
@@ -67,7 +67,7 @@ POSTS = (
     Post(
         routes.VOYAGE,
         "embed_voyage",
-        "Embed images, as Voyage has it.",
+        "Embed images in Voyage's format.",
         "embeddings",
         takes={wire.JSON: dialects.VoyageRequest},
         gives={wire.JSON: dialects.VoyageAnswer},
@@ -77,7 +77,7 @@ POSTS = (
     Post(
         routes.COHERE,
         "embed_cohere",
-        "Embed images, as Cohere has it. All or nothing.",
+        "Embed images in Cohere's format. All or nothing.",
         "embeddings",
         takes={wire.JSON: dialects.CohereRequest},
         gives={wire.JSON: dialects.CohereAnswer},

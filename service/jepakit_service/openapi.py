@@ -53,7 +53,7 @@ _REASONS = {
     404: "no such model or route",
     405: "the route takes another method",
     408: "the body took too long to arrive",
-    413: "too large a body, an image, or too many of them",
+    413: "the body or an image is too large, or there are too many images",
     415: "not a format that is read here",
     422: "an image cannot be read correctly",
     429: "too much is waiting: try again after Retry-After seconds",
@@ -90,7 +90,7 @@ class Parameter:
     schema: Mapping[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """As OpenAPI has it."""
+        """In OpenAPI's form."""
         required = {"required": True} if self.place == "path" else {}
         return {"name": self.name, "in": self.place, "description": self.about, "schema": dict(self.schema), **required}
 

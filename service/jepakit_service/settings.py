@@ -54,31 +54,35 @@ class ServeSettings(BaseSettings):
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback needs an API key file."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port to listen on."""
     api_key_file: UserPath | None = None
-    """Lines `name:sha256`, made by `jepakit serve --new-key NAME`; reread when it changes."""
+    """File of lines `name:sha256`, made by `jepakit serve --new-key NAME`; reread when it changes. null: no key is asked for."""
     provider: Provider = "auto"
+    """What computes: `cpu`, `cuda`, `tensorrt` or `openvino`; `auto`: CUDA where ONNX Runtime can use it, else the CPU."""
     arithmetic: Arithmetic = "model"
-    """`bf16`: OpenVINO computes in bfloat16, twice as fast on CPUs with bfloat16 instructions, at a stated error."""
+    """`model`: as the bundle says; `bf16`: OpenVINO computes in bfloat16, twice as fast on CPUs with bfloat16 instructions, at a stated error."""
     expect: Annotated[tuple[str, ...], NoDecode] = ()
     """Digests of bundles; a bundle of another digest is refused."""
     ray: bool = True
     """Ray Serve; false serves the same application in this one process."""
     proxy: Literal["python", "haproxy"] = "haproxy" if sys.platform == "linux" else "python"
-    """What takes the connections in front of Ray's replicas. HAProxy answers about twice as many small requests
+    """What takes the connections in front of Ray's replicas: `haproxy` or `python`. HAProxy answers about twice as many small requests
     (docs/serving-speed.md); Ray brings it along on Linux."""
     replicas: Positive = 1
     """Processes that each hold all models (Ray Serve only)."""
     max_replicas: Positive | None = None
-    """With a number, Ray scales between `replicas` and it."""
+    """With a number, Ray scales between `replicas` and it; null: no scaling."""
     target_ongoing_requests: Positive = 16
-    """Requests a replica that scaling aims at."""
+    """Scaling aims at this many requests at work in each replica."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of each replica, for Ray's placement; 0.49 leaves room for a second one on the same GPU."""
+    """GPUs that Ray sets aside for each replica: 1 gives each a GPU of its own, 0.49 lets two share one. With 0 all replicas
+    compute on the first GPU."""
     threads: Positive = Field(default_factory=usable_cpus)
-    """Threads of decoding and inference in each replica."""
+    """Threads of decoding and inference in each replica; left out: one for each core."""
     max_batch: Positive | None = None
-    """Largest batch of one inference; None: measured at start."""
+    """Largest batch of one inference; null: measured at start."""
     max_body_mb: Positive = 64
+    """Size of one request's body, MB."""
     max_bodies_mb: Positive = 512
     """Bodies held in a replica at a time, MB together; more are answered 429."""
     max_images: Positive = 256
@@ -86,10 +90,10 @@ class ServeSettings(BaseSettings):
     max_pixels: Positive = DEFAULT_LIMITS.max_pixels
     """Pixels in one image, judged by its header; it may take 8 bytes for each of them once decoded, all bands together."""
     max_waiting: Positive = 1024
-    """Images waiting or running in a replica; more are answered 429, as are those that, at the speed measured at start,
-    half of `request_timeout_s` would not do for."""
+    """Images waiting or running in a replica; more are answered 429, as are more than the model can answer in half of
+    `request_timeout_s` at the speed measured at start."""
     max_memory_mb: Positive | None = None
-    """Resident memory above which a replica counts as ill: Ray replaces it, /readyz says so. None: no limit."""
+    """Resident memory, MB, above which a replica is unhealthy: Ray replaces it, and /readyz says so. null: no limit."""
     body_timeout_s: Seconds = 30.0
     """Seconds for a request's body to arrive."""
     request_timeout_s: Seconds = 60.0
@@ -99,8 +103,10 @@ class ServeSettings(BaseSettings):
     watch_s: Seconds = 1.0
     """Seconds between two looks for new bundles."""
     log_format: Literal["text", "json"] = "text"
+    """How log lines are written: `text` or `json`."""
     access_log: AccessLog = "errors"
-    """Requests to log: their id, route, status, size and time, never a name or content of what was sent."""
+    """Requests that leave a line in the log: `all`, `errors` (those refused or failed) or `none`. A line has the id, route,
+    status, size and time, never a name or content of what was sent."""
 
     @classmethod
     def settings_customise_sources(

@@ -11,7 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Self
+from typing import Literal, Self, get_args, get_origin
 
 import pytest
 import yaml
@@ -272,11 +272,14 @@ def test_requests_in_flight_are_answered_though_nothing_can_be_printed(monkeypat
     assert handle.asked == "drain"
 
 
-def test_every_setting_says_what_it_is_or_is_plain() -> None:
-    plain = {"host", "port", "provider", "replicas", "max_body_mb"}
-    for name, field in ServeSettings.model_fields.items():
-        assert field.description or name in plain | {"log_format"}, name
-    assert as_yaml(ServeSettings(bundles=("a",)))
+@pytest.mark.parametrize("name", ServeSettings.model_fields)
+def test_every_setting_says_what_it_is_and_what_it_may_be(name: str) -> None:
+    field = ServeSettings.model_fields[name]
+    assert field.description
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    assert [choice for choice in choices if f"`{choice}`" not in field.description] == []
+    assert ("null: " in field.description) == (field.default is None), "what a value of null stands for"
+    assert "None" not in as_yaml(ServeSettings(bundles=("a",)))
 
 
 @pytest.fixture
