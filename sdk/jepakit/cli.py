@@ -72,35 +72,47 @@ def adapt(
     images: _Images,
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
     backbone: Annotated[str | None, typer.Option(help="timm name [vit_small_patch14_reg4_dinov2.lvd142m]")] = None,
-    weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle")] = None,
+    weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")] = None,
     domain: Annotated[
-        str | None, typer.Option(help="general, natural, satellite, histology, radiology, microscopy, multispectral")
+        str | None,
+        typer.Option(help="general, natural, satellite, histology, radiology, microscopy, multispectral [general]"),
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
-    epochs: Annotated[int | None, typer.Option()] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the training images, in place of --steps")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images in one SIGReg test [128]")] = None,
-    unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks")] = None,
-    pooling: Annotated[str | None, typer.Option(help="auto, head, stages, cls, mean, cls+mean, last2")] = None,
-    lamb: Annotated[float | None, typer.Option(help="weight of SIGReg")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate of the backbone")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks [auto]")] = None,
+    pooling: Annotated[str | None, typer.Option(help="auto, head, stages, cls, mean, cls+mean, last2 [auto]")] = None,
+    lamb: Annotated[float | None, typer.Option(help="weight of SIGReg [0.005 times the number of views]")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="learning rate of the backbone [1e-4 for a ViT, 3e-4 for a ConvNet; 5e-4 from random weights]"
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(
-            help="auto, folder, none: whether folders are classes, to measure by; or a CSV file, which may name a part"
+            help="auto, folder, none: whether folders are classes, to measure by; or a CSV file, which may name a part [auto]"
         ),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    workers: Annotated[int | None, typer.Option(help="loader processes")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole [auto]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything that is random [0]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="loader processes [one a core but one, 8 at most, with a GPU 16]")
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="training processes [one a GPU, else 1]")] = None,
     launcher: Annotated[str | None, typer.Option(help="local, or ray for a cluster [local]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. views.n_local=6")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any setting, e.g. views.n_local=6; wins over its option")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="a few steps, to say how long it would take")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the result for machines")] = False,
 ) -> None:
@@ -152,9 +164,11 @@ def inspect(
     overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
-    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file")] = None,
-    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting of adapt")] = None,
+    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file [auto]")] = None,
+    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file [auto]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; wins over its option")
+    ] = None,
 ) -> None:
     """Say what training would see of your images, and draw it, before anything is trained."""
     from jepakit._frontdoor import inspect as run_inspection
@@ -187,7 +201,7 @@ def export(
     ] = None,
     normalize: Annotated[bool | None, typer.Option("--normalize/--no-normalize", help="vectors of length 1")] = None,
     image_size: Annotated[int | None, typer.Option(help="of a timm name: pixels a side")] = None,
-    opset: Annotated[int | None, typer.Option()] = None,
+    opset: Annotated[int | None, typer.Option(help="of ONNX, 18 to 24 [20]")] = None,
 ) -> None:
     """Export to ONNX, verified against torch."""
     from jepakit._frontdoor import export as run_export
@@ -212,22 +226,26 @@ def export(
 @app.command()
 def serve(
     bundles: Annotated[list[str] | None, typer.Argument(help="bundles, or folders of bundles")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings, as --print-config prints it")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings, as --print-config prints it; options win")
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="print all settings, and stop")] = False,
-    host: Annotated[str | None, typer.Option(help="[127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="[8000]")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen on [8000]")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="lines name:sha256")] = None,
     new_key: Annotated[str | None, typer.Option(help="make a key of this name, print it, and stop")] = None,
-    provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda, tensorrt, openvino")] = None,
+    provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda, tensorrt, openvino [auto]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="model, or bf16 with openvino [model]")] = None,
     expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="one process, without Ray Serve")] = False,
     proxy: Annotated[
         str | None, typer.Option(help="in front of Ray's replicas: haproxy, python [haproxy on Linux]")
     ] = None,
-    replicas: Annotated[int | None, typer.Option(help="[1]")] = None,
+    replicas: Annotated[int | None, typer.Option(help="processes that each hold all models [1]")] = None,
     log_format: Annotated[str | None, typer.Option(help="text, json [text]")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="any other setting, e.g. max_images=64")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any setting, e.g. max_images=64; wins over its option")
+    ] = None,
 ) -> None:
     """Serve exported bundles over HTTP. JEPAKIT_SERVE_<SETTING> variables count for what is not given here."""
     from jepakit._frontdoor import new_api_key

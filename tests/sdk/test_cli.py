@@ -19,7 +19,7 @@ import jepakit
 from jepakit import Embeddings
 from jepakit._frontdoor import _NEEDS
 from jepakit.cli import _settings, app
-from jepakit.config import DEFAULT_STEPS, AdaptConfig, ExportConfig
+from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
 from jepakit_service.settings import ServeSettings
 
 NOT_UTF_8 = os.fsdecode(b"gr\xf6\xdfe.png")
@@ -39,6 +39,11 @@ DEFAULTS_IN_WORDS = {
         "out": "runs/<folder>-<date>",
         "steps": f"{DEFAULT_STEPS}, or one epoch if that is more",
         "processes": "one a GPU, else 1",
+        "lamb": f"{LAMBDA_PER_VIEW} times the number of views",
+        "lr": f"{LR_VIT:.0e} for a ViT, {LR_CONVNET:.0e} for a ConvNet; {LR_SCRATCH:.0e} from random weights".replace(
+            "e-0", "e-"
+        ),
+        "workers": "one a core but one, 8 at most, with a GPU 16",
     },
     "inspect": {"domain": "the suggested one"},
     "export": {"name": "the folder's", "pooling": "head", "verify_images": "golden inputs"},
@@ -172,6 +177,12 @@ def test_a_default_that_the_help_names_is_the_settings_own(command: str, setting
     }
     in_words = DEFAULTS_IN_WORDS[command]
     assert named == {name: str(settings.model_fields[name].default) for name in named} | in_words
+
+
+def test_every_option_of_adapt_export_and_serve_has_a_help() -> None:
+    commands: Any = typer.main.get_command(app)
+    options = [option for name in ("adapt", "inspect", "export", "serve") for option in commands.commands[name].params]
+    assert [option.name for option in options if not re.match(r"[^\[]", option.help or "")] == []
 
 
 def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> None:
