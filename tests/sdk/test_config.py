@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -332,3 +333,25 @@ def test_labels_and_groups_that_are_given_themselves_are_told_where_they_go(give
         adapt(labels=given)
     with pytest.raises(ConfigError, match=r"groups of your own go into a CSV of path \(0, 1, … .*\) and group"):
         adapt(group=given)
+
+
+def settings_of_the_page() -> dict[str, str]:
+    """The rows of docs/training.md's table: each setting and what is said to be its default."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    found: dict[str, str] = {}
+    for row in re.findall(r"^\| (`.+) \| (.+) \| .+ \|$", page.partition("## Every setting")[2], re.MULTILINE):
+        names = row[0].split(", ")
+        defaults = row[1].split("; ") if len(names) > 1 else [row[1]]
+        found |= zip(names, defaults * (len(names) // len(defaults)), strict=True)
+    return {name.strip("`"): default for name, default in found.items()}
+
+
+def test_the_page_on_training_has_every_setting_with_its_default() -> None:
+    said = settings_of_the_page()
+    fields = {name: field.default for name, field in AdaptConfig.model_fields.items() if name != "views"}
+    fields |= {f"views.{name}": field.default for name, field in ViewsConfig.model_fields.items()}
+    assert set(said) == set(fields)
+    for name, default in fields.items():
+        if default is not None and default != () and name != "images":
+            value = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            assert said[name] == f"`{value.lower() if isinstance(default, bool) else value}`", name

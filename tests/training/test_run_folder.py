@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import signal
 import socket
 import time
@@ -23,7 +24,7 @@ from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit.sources import list_images
 from jepakit_training.records import StepLog
-from jepakit_training.run_folder import LOCK, RAY_FOLDER, locked, open_folder
+from jepakit_training.run_folder import FREE_SETTINGS, LOCK, RAY_FOLDER, locked, open_folder
 
 Begin = Callable[..., Run]
 
@@ -245,3 +246,10 @@ def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begi
     assert folder(out="here") == Path("here")
     Path("set/d.png").write_text("d")
     assert folder() == today
+
+
+def test_the_page_names_the_settings_that_may_change_when_a_run_goes_on() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    sentence = page.partition("may differ when a run goes on: ")[2].partition("All others are refused")[0]
+    # Where images and run lie is said in words there, and how many processes a run has may not change.
+    assert set(re.findall(r"`(\w+)`", sentence)) == FREE_SETTINGS - {"images", "out", "processes"}
