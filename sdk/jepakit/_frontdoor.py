@@ -46,9 +46,9 @@ _NEEDS = {
 def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run:
     """Adapt a backbone to your own images and measure whether it helped; returns the finished `Run`.
 
-    images    a folder (read recursively), a glob, a list of paths, a CSV or Parquet manifest, WebDataset shards,
-              a ZIP, or images in memory: a map-style dataset or a sequence of arrays or Pillow images. Classes
-              (first-level folders, a column) are used to measure, never to train
+    images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV or Parquet manifest,
+              WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
+              or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
     out       the run's folder; runs/<folder>-<date> when left out. The same call again resumes the run, on a later
               day too.
     settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
@@ -219,10 +219,14 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
 
 def _describe_source(images: Any) -> str | tuple[str, ...]:
     """What the run's settings call its images; those in memory have no name."""
+    from jepakit.sources.memory import are_labelled_files
+
     if isinstance(images, str | Path):
         return with_home(images)
     if isinstance(images, Sized) and not len(images):
         raise DataError("images is empty: give a folder, a glob, a list of paths, or images")
+    if are_labelled_files(images):
+        images = [path for path, _ in images]
     if isinstance(images, Sequence) and all(isinstance(item, str | Path) for item in images):
         return tuple(map(with_home, images))
     return f"{len(images)} images in memory" if isinstance(images, Sized) else "images in memory"

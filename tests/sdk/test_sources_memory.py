@@ -172,7 +172,7 @@ def test_targets_that_are_no_classes_give_no_labels_and_decode_nothing() -> None
 
 
 @pytest.mark.parametrize(
-    "missing", [None, float("nan"), np.float32("nan"), pd.NA], ids=["None", "NaN", "float32", "NA"]
+    "missing", [None, "", float("nan"), np.float32("nan"), pd.NA], ids=["None", "empty", "NaN", "float32", "NA"]
 )
 @pytest.mark.parametrize("place", [0, 2])
 def test_an_image_without_a_label_costs_the_others_none(missing: Any, place: int) -> None:
@@ -184,6 +184,7 @@ def test_an_image_without_a_label_costs_the_others_none(missing: Any, place: int
     numbers = pd.Series([1, None, 2])  # whole numbers become floats where one is missing
     assert list_images(list(zip([array()] * 3, numbers, strict=True))).labels == ("1", None, "2")
     assert "the list gives no target" in list_images([(array(), missing)] * 3).note
+    assert "targets of type ndarray are no classes" in list_images([(array(), "cat"), (array(), np.eye(3))]).note
 
 
 def test_files_with_labels_in_a_list_are_files_of_that_name(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ def list_images(
 ) -> ImageList:  # fmt: skip
     """List the images of a source, in a stable order.
 
-    images     a folder (recursive) or a glob (sorted by name), a file, a list of paths (in its own order), a
-               manifest (.csv, .tsv, .parquet), one or many .tar shards, a ZIP, or a sequence or map-style dataset
-               of arrays, Pillow images, bytes or (image, label)
+    images     a folder (recursive) or a glob (sorted by name), a file, a list of paths or of (path, label) (in its own
+               order), a manifest (.csv, .tsv, .parquet), one or many .tar shards, a ZIP, or a sequence or map-style
+               dataset of arrays, Pillow images, bytes or (image, label)
     labels     "auto": what the source brings (manifest, shards, dataset), else the first-level folders if all images
                lie in 2 to 50 of them with at least 10 images each; "folder": the first-level folders, whatever
                their number; "none"; or a table's file with the columns path and label

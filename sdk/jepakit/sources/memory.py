@@ -151,7 +151,7 @@ def _is_strange(target: Any) -> bool:
     """Whether a target is there and is no class."""
     plain = _plain(target)
     missing = plain is None or _kind(plain) in ("NAType", "NaTType") or (isinstance(plain, float) and math.isnan(plain))
-    return not missing and _label(plain, None) is None
+    return not missing and not isinstance(plain, str) and _label(plain, None) is None
 
 
 def _label(target: Any, classes: Any) -> str | None:
@@ -160,7 +160,7 @@ def _label(target: Any, classes: Any) -> str | None:
     if isinstance(target, float) and target.is_integer():
         target = int(target)
     if isinstance(target, str):
-        return sys.intern(str(target))
+        return sys.intern(str(target)) or None
     if not isinstance(target, int):
         return None
     named = isinstance(classes, list | tuple) and 0 <= target < len(classes)
