@@ -21,7 +21,7 @@ import jepakit
 import jepakit_training.learner
 import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
-from jepakit.bundle import WEIGHTS
+from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
@@ -435,6 +435,27 @@ def test_a_run_goes_on_with_weights_and_labels_that_were_moved(
     assert run.finished
     with pytest.raises(ConfigError, match=r"weights was .*w\.safetensors"):  # a finished run's are not compared
         adapt(tmp_path / "run", weights=str(shutil.move(weights, tmp_path / "w.safetensors")), labels=str(labels))
+
+
+def test_a_run_does_not_go_on_with_other_pixel_values(
+    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = finished("test_vit").path / START
+    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", weights=str(start))
+    whole = open_bundle(start)
+    other = whole.manifest.preprocess.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+
+    def write_files(folder: Path) -> None:
+        for name in whole.manifest.files:
+            (folder / name).write_bytes(whole.read(name))
+
+    write_bundle(tmp_path / "other", whole.manifest.model_copy(update={"preprocess": other}), write_files)
+    with pytest.raises(
+        ConfigError, match=r"another scaling or normalisation of values: weights = .*other is another bundle"
+    ):
+        adapt(tmp_path / "run", weights=str(tmp_path / "other"))
+    assert adapt(tmp_path / "run", weights=str(start)).finished
 
 
 def test_other_weights_under_the_same_name_are_refused_in_the_middle_of_a_run(

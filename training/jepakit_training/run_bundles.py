@@ -13,6 +13,7 @@ from jepakit.bundle import (
     WEIGHTS,
     EmbeddingSpec,
     Manifest,
+    Preprocess,
     Provenance,
     compute_model_id,
     open_bundle,
@@ -49,11 +50,17 @@ def write_run_bundle(
 
 
 def check_start(setup: Setup, run: Run) -> None:
-    """ConfigError where a resumed run would go on from other weights than it began with: the verdict and `mix` compare with
-    them."""
+    """ConfigError where a resumed run would go on from other weights than it began with, as the verdict and `mix` compare with
+    them, or with other pixel values."""
     if not (run.path / START).exists():
         return
-    before, now = _start_weights(run), tensors_of(setup.backbone)
+    preprocess, before = _start_of(run)
+    if preprocess != setup.spec:
+        raise ConfigError(
+            f"{run.path} was started with another scaling or normalisation of values: weights = {setup.config.weights} is another "
+            "bundle, or some of the images that were measured then cannot be read now. Put them back, or name another --out"
+        )
+    now = tensors_of(setup.backbone)
     if before.keys() != now.keys() or not all(torch.equal(now[name], value) for name, value in before.items()):
         raise ConfigError(
             f"{run.path} was started with other weights: weights = {setup.config.weights} has changed since. Put it back, or name "
@@ -61,17 +68,18 @@ def check_start(setup: Setup, run: Run) -> None:
         )
 
 
-def _start_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The weights that a run began with; BundleError where they are damaged."""
+def _start_of(run: Run) -> tuple[Preprocess, dict[str, torch.Tensor]]:
+    """The preprocess and the weights that a run began with; BundleError where they are damaged."""
     start = run.path / START
     try:
-        data = open_bundle(start).read(WEIGHTS)
+        bundle = open_bundle(start)
+        data = bundle.read(WEIGHTS)
     except BundleError as error:
         raise BundleError(
             f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another --out"
         ) from None
     weights: dict[str, torch.Tensor] = load(data)
-    return weights
+    return bundle.manifest.preprocess, weights
 
 
 def _provenance(setup: Setup, steps: int) -> Provenance:
