@@ -60,8 +60,9 @@ class _Request:
         self._settle(TimeoutError())
 
     def settle(self, error: BaseException | None = None) -> None:
-        """Wake whoever waits; from any thread."""
-        self.loop.call_soon_threadsafe(self._settle, error)
+        """Wake whoever waits; from any thread. Of one that is gone the loop may have ended."""
+        if not self.gone:
+            self.loop.call_soon_threadsafe(self._settle, error)
 
     def _settle(self, error: BaseException | None) -> None:
         if self.future.done():

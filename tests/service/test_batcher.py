@@ -16,6 +16,8 @@ import pytest
 from jepakit.errors import ImageError
 from jepakit_service.batcher import Batcher, Capacity, Decoded, RunBatch, State, decide
 
+from .load import wait_until
+
 SHAPE = (2, 2, 1)
 
 
@@ -263,6 +265,24 @@ def test_closing_answers_what_was_taken_in_and_ends_the_threads(lanes: int, core
     while any(thread.is_alive() for thread in own):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_request_whose_loop_ended_while_its_batch_ran_costs_no_thread() -> None:
+    model = Recorder()
+    packed = batcher(model)
+
+    async def leave() -> None:
+        model.gate.clear()
+        waiting = asyncio.create_task(embed(packed, [b"\1"]))
+        await until(lambda: packed._running > 0)
+        assert not waiting.done()
+
+    asyncio.run(leave())  # which cancels what still waits
+    model.gate.set()
+    results, _ = asyncio.run(embed(packed, [b"\2"]))
+    assert results[0][0] == 2
+    wait_until(lambda: packed._running == 0, "a batch is lost")
+    assert all(thread.is_alive() for thread in packed._threads)
 
 
 class Held(Recorder):
