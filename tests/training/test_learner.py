@@ -149,7 +149,9 @@ def test_an_average_lags_behind(make: Callable[..., Any], kind: str) -> None:
 def test_an_anchor_holds_the_features_near_the_start(make: Callable[..., Any]) -> None:
     ends = {}
     for weight in (0.001, 100.0):
-        anchors = [float(one.anchor) for one in train(make("test_vit", anchor=weight)[0]) if one.anchor is not None]
+        # Elsewhere the frozen layers of a CPU with bfloat16 round, and the start that is compared with does not.
+        learner, _ = make("test_vit", anchor=weight, precision="fp32")
+        anchors = [float(one.anchor) for one in train(learner) if one.anchor is not None]
         assert anchors[:2] == [0, 0]  # the projector warms up
         assert anchors[2] == pytest.approx(0, abs=1e-5)  # before the first change
         ends[weight] = anchors[-1]
