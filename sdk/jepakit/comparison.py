@@ -29,7 +29,8 @@ class Verdict(Frozen):
 
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
     low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups where there are
-                some; at least 3 / N to either side, more where classes differ in size
+                some; at least 3 / N to either side, more where classes differ in size. Where the probes were fitted on fewer than
+                were held out, widened by what other images to fit on would change (jackknife)
 
     A harmed group that happens not to be held out cannot show. By the rule of three, up to 3/G of all groups may be harmed
     without one of them among the G held out. "same" is said only if that could shift the result by at most SAME_WITHIN:
