@@ -38,9 +38,9 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _LONGEST_S = 1e6
 _KEY = re.compile(r"[!-~]+")
-_ROUTES = ("/v1", "/v1/embeddings", "/v1/models", "/v2", "/docs", "/readyz", "/healthz", "/metrics")
-_OURS = _ROUTES[:3]
-"""Those that are taken off behind a gateway's own path too: no other service's path ends so."""
+_OURS = ("/v1", "/v1/embeddings", "/v1/models")
+"""Those that are refused behind a gateway's own path, too."""
+_ROUTES = (*_OURS, "/v2", "/docs", "/readyz", "/healthz", "/metrics")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 

@@ -323,11 +323,11 @@ class AdaptConfig(_Settings):
     def _rule_or_table(cls, given: object, info: ValidationInfo) -> object:
         if isinstance(given, str | os.PathLike):
             return given
-        name = str(info.field_name)
-        go = "go with the images, list(zip(images, labels)), or into" if name == "labels" else "go into"
+        column = str(info.field_name).removesuffix("s")
+        go = "go with the images, list(zip(images, labels)), or into" if column == "label" else "go into"
         raise ValueError(
-            f"wanted {', '.join(RULES)}, or a file; {name.removesuffix('s')}s of your own {go} a CSV of path (0, 1, … for images "
-            f"in memory) and {name.removesuffix('s')}"
+            f"wanted {', '.join(RULES)}, or a file; {column}s of your own {go} a CSV of path (0, 1, … for images in memory) "
+            f"and {column}"
         )
 
     @model_validator(mode="after")

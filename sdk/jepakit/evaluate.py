@@ -59,26 +59,17 @@ def measure(
     """
     labels, truth = np.asarray(train_labels), np.asarray(held_out_labels)
     group_of = numbered(train_groups, len(train))
+
+    def right(linear: LinearProbe, knn: KNNProbe) -> NDArray[np.bool_]:
+        return np.stack([linear.predict(held_out) == truth, knn.predict(held_out) == truth])
+
     linear, knn = LinearProbe().fit(train, labels, groups=group_of), KNNProbe().fit(train, labels)
-    right = _right((linear, knn), held_out, truth)
-    without = None
-    if len(np.unique(numbered(held_out_groups, len(truth)))) > len(np.unique(group_of)):
-        refitted = [
-            _right(
-                (LinearProbe(C=linear.C_).fit(train[kept], labels[kept]), KNNProbe().fit(train[kept], labels[kept])),
-                held_out,
-                truth,
-            )
-            for kept in _leaving_out(labels, group_of)
-        ]
-        without = np.stack(refitted) if refitted else None
-    return _measurement(right, truth, without)
-
-
-def _right(
-    probes: tuple[LinearProbe, KNNProbe], held_out: NDArray[np.float32], truth: NDArray[np.str_]
-) -> NDArray[np.bool_]:
-    return np.stack([probe.predict(held_out) == truth for probe in probes])
+    without = []
+    if numbered(held_out_groups, len(truth)).max() > group_of.max():
+        for kept in _leaving_out(labels, group_of):
+            some = train[kept], labels[kept]
+            without.append(right(LinearProbe(C=linear.C_).fit(*some), KNNProbe().fit(*some)))
+    return _measurement(right(linear, knn), truth, np.stack(without) if without else None)
 
 
 def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
@@ -314,8 +305,7 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
     """
     class_of = np.unique(truth, return_inverse=True)[1]
     counts = in_cells(group_of, class_of, np.ones(len(truth)))
-    images, groups = counts.sum(axis=0), (counts > 0).sum(axis=0)
-    factor = np.sqrt(groups / np.maximum(1, groups - 1))
+    images, factor = counts.sum(axis=0), _unbiasing(counts)
     of_fits = 0.0
     for moved in gains - gains.mean(axis=0):
         sums = in_cells(group_of, class_of, moved)
@@ -323,6 +313,13 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
         of_groups = ((sums - counts * means) / images * factor).mean(axis=1)
         of_fits += float(means.mean() ** 2 - np.square(of_groups).sum())
     return max(0.0, of_fits * (len(gains) - 1) / len(gains))
+
+
+def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """√(n / (n - 1)) of each class, [classes], by the n groups that have images of it; `counts` [groups, classes]."""
+    groups = (counts > 0).sum(axis=0)
+    factor: NDArray[np.float64] = np.sqrt(groups / np.maximum(1, groups - 1))
+    return factor
 
 
 def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
@@ -347,9 +344,8 @@ def _deviations(
     times = np.bincount(drawn.ravel(), minlength=n * _RESAMPLES).reshape(_RESAMPLES, n).astype(np.float64)
     images, mean = times @ counts, sums.sum(axis=0) / counts.sum(axis=0)
     means = np.divide(times @ sums, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
-    groups = (counts > 0).sum(axis=0)
-    factor = np.sqrt(groups / np.maximum(1, groups - 1))
+    factor = _unbiasing(counts)
     if counts.sum() > n:
-        factor *= 1 + _STUDENT_WIDENING / np.maximum(1, groups - 1)
+        factor *= 1 + _STUDENT_WIDENING / np.maximum(1, (counts > 0).sum(axis=0) - 1)
     deviations: NDArray[np.float64] = ((means - mean) * factor).T
     return deviations

@@ -24,7 +24,7 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import tune
 from jepakit_service.wire import ImageData
 
-BYTES_A_PIXEL = 8
+_BYTES_A_PIXEL = 8
 """Of an image once decoded, times `max_pixels`: what one image may take."""
 
 
@@ -47,7 +47,7 @@ class LoadedModel:
         trim_heap()  # opening a session leaves as much free memory behind as its graph is large
         self._limits = Limits(
             max_pixels=settings.max_pixels,
-            max_decoded_bytes=BYTES_A_PIXEL * settings.max_pixels,
+            max_decoded_bytes=_BYTES_A_PIXEL * settings.max_pixels,
             set_by="the service's setting max_pixels",
         )
         self._warm_up()

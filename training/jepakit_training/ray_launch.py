@@ -92,14 +92,11 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once a process
     import ray
 
-    with contextlib.ExitStack() as places:
-        local: dict[str, Any] = {}
-        if address is None:
-            local = {
-                "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
-                "_temp_dir": str(places.enter_context(own_folder())),
-                "num_cpus": max(usable_cpus(), config.processes or 1),
-            }  # fmt: skip
+    with own_folder() if address is None else contextlib.nullcontext() as folder:
+        local: dict[str, Any] = {} if folder is None else {
+            "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": str(folder), "num_cpus": max(usable_cpus(), config.processes or 1),
+        }  # fmt: skip
         try:
             with without_dashboard():
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)

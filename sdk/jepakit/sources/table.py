@@ -111,16 +111,16 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[str | None, ...]:
     Raises DataError when it says nothing of any image, or gives one different values.
     """
     values = _values(file, role)
-    found_values = tuple(_value(values, place, found, file) or None for place in range(len(found.ids)))
+    found_values = [_value(values, place, found, file) for place in range(len(found.ids))]
     if not any(found_values):
         first = found.ids[0]
-        if None not in (_value(values, place, found, file) for place in range(len(found.ids))):
+        if None not in found_values:
             raise DataError(f"{file}: the column of the {role}s is empty for all of {counted(len(found.ids), 'image')}")
         raise DataError(
             f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {next(iter(values))}, and "
             f"the first image's {first}: write them alike{did_you_mean(first, list(values)[:1000])}"
         )
-    return found_values
+    return tuple(value or None for value in found_values)
 
 
 def _values(file: str, role: str) -> dict[str, str]:
