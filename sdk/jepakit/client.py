@@ -10,7 +10,7 @@ import os
 import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 _CLOSED = "this client is closed: make another"
 _NEVER = threading.Event()
+
+
+def _no_copy(client: Client | AsyncClient) -> TypeError:
+    kind = type(client).__name__
+    return TypeError(f"a {kind} cannot be copied or sent to another process, as its connections cannot: make one there")
 
 
 class Client:
@@ -64,6 +69,12 @@ class Client:
         self._http = self._settings.connect(httpx.Client)
         self._places = threading.Semaphore(MOST_AT_ONCE)
         self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._settings.url}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise _no_copy(self)
 
     def __enter__(self) -> Self:
         return self
@@ -223,6 +234,12 @@ class AsyncClient:
         self._http = self._settings.connect(httpx.AsyncClient)
         self._places = asyncio.Semaphore(MOST_AT_ONCE)
         self._process, self._loop = os.getpid(), None
+
+    def __repr__(self) -> str:
+        return f"<AsyncClient of {self._settings.url}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise _no_copy(self)
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,6 +152,15 @@ class Model:
     def __init__(self, session: Session) -> None:
         self._session = session
         self.manifest = session.manifest
+
+    def __repr__(self) -> str:
+        name, dim, provider = self.manifest.name, self.manifest.embedding.dim, self._session.provider
+        return f"<Model {name!r}: vectors of {dim} numbers, model_id={self.model_id!r}, on {provider}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Model cannot be copied or sent to another process, as its runtime cannot: load the bundle there"
+        )
 
     @property
     def model_id(self) -> str:

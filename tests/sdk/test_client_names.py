@@ -1,8 +1,10 @@
-"""A model's name on its way into an address."""
+"""What clients are called and call: models in addresses, and themselves."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from typing import Any
 
 import httpx
@@ -34,3 +36,12 @@ def test_a_name_is_one_part_of_the_path_whatever_is_in_it(kind: type[Any], name:
     with pytest.raises(NotFoundError):
         client.model(name) if kind is jepakit.Client else asyncio.run(client.model(name))
     assert asked == [path]
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_client_tells_its_service_and_that_no_other_process_can_have_it(kind: type[Any]) -> None:
+    client = kind("http://127.0.0.1:8000/", api_key="jk_secret")
+    assert repr(client) == f"<{kind.__name__} of http://127.0.0.1:8000>"
+    for send in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=rf"a {kind.__name__} cannot be copied or sent .*: make one there"):
+            send(client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,13 @@ def test_embedding_keeps_the_order_of_the_images(model: Model, image_folder: Cal
     assert [Path(name).name for name in embedded.ids] == [file.name for file in files]
     pixels = np.stack([preprocess(file, model.manifest.preprocess) for file in files])
     assert golden.relative_error(embedded.vectors, one_by_one(model._session, pixels)) <= 1e-5
+
+
+def test_a_model_tells_what_it_is_and_that_no_other_process_can_have_it(model: Model) -> None:
+    dim = model.manifest.embedding.dim
+    assert repr(model) == f"<Model 'vit': vectors of {dim} numbers, model_id='{model.model_id}', on cpu>"
+    with pytest.raises(TypeError, match=r"a Model cannot be copied or sent .*: load the bundle there"):
+        pickle.dumps(model)
 
 
 def test_nothing_to_embed_is_said(model: Model) -> None:
