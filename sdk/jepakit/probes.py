@@ -152,8 +152,8 @@ class _Probe(ABC):
 
     @property
     @abstractmethod
-    def _dim(self) -> int:
-        """Numbers in each of the vectors that it was fitted on."""
+    def n_features_in_(self) -> int:
+        """Numbers in each of the vectors that it was fitted on (scikit-learn's name)."""
 
     @abstractmethod
     def _shares(self, vectors: Floats) -> Floats:
@@ -188,8 +188,10 @@ class _Probe(ABC):
                 "fit it again, or embed with the model it was fitted on"
             )
         vectors = _vectors_of(X)
-        if vectors.shape[1] != self._dim:
-            raise SpaceError(f"this probe takes vectors of {self._dim} numbers, these have {vectors.shape[1]}")
+        if vectors.shape[1] != self.n_features_in_:
+            raise SpaceError(
+                f"this probe takes vectors of {self.n_features_in_} numbers, these have {vectors.shape[1]}"
+            )
         return vectors
 
 
@@ -208,8 +210,7 @@ class LinearProbe(_Probe):
     Once fitted, for vectors of D numbers and K classes:
 
     classes_          [K], sorted, of the labels' own type
-    coef_             float64 [D, K], a column for each class, of two classes too: scikit-learn's `coef_` is [K, D], and
-                      [1, D] of two classes
+    coef_             float64 [K, D], a row for each class as in scikit-learn, but two of two classes
     intercept_        float64 [K]
     mean_, std_       float64 [D]: `coef_` is for (vectors - mean_) / std_
     C_                what C was, given or chosen
@@ -223,9 +224,7 @@ class LinearProbe(_Probe):
         self.seed = seed
         self.class_weight = class_weight
 
-    def fit(
-        self, X: Embeddings | ArrayLike, y: ArrayLike | None = None, *, groups: ArrayLike | None = None
-    ) -> LinearProbe:
+    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None, *, groups: ArrayLike | None = None) -> Self:
         """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N].
 
         groups  a name for each vector, [N]: those of a group (a patient, a scene) fall into one fold
@@ -236,15 +235,15 @@ class LinearProbe(_Probe):
         mean, std = vectors.mean(axis=0), _safe_std(vectors)
         weights = fit_logistic((vectors - mean) / std, targets, C, importance=self._importance(targets))
         self.classes_, self.model_id_, self.C_ = classes, _space_of(X), C
-        self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1], weights[-1]
+        self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1].T, weights[-1]
         return self
 
     @property
-    def _dim(self) -> int:
+    def n_features_in_(self) -> int:
         return len(self.mean_)
 
     def _shares(self, vectors: Floats) -> Floats:
-        return softmax(((vectors - self.mean_) / self.std_) @ self.coef_ + self.intercept_)
+        return softmax(((vectors - self.mean_) / self.std_) @ self.coef_.T + self.intercept_)
 
     def _choose_c(self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]) -> float:
         groups_of_class = (in_cells(groups, targets, np.ones(len(targets))) > 0).sum(axis=0)
@@ -291,7 +290,7 @@ class LinearProbe(_Probe):
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {
-            "coef": self.coef_,
+            "coef": self.coef_.T,
             "intercept": self.intercept_,
             "mean": self.mean_,
             "std": self.std_,
@@ -299,10 +298,10 @@ class LinearProbe(_Probe):
         }
 
     def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
-        self.coef_, self.intercept_ = arrays["coef"], arrays["intercept"]
+        self.coef_, self.intercept_ = arrays["coef"].T, arrays["intercept"]
         self.mean_, self.std_, self.C_ = arrays["mean"], arrays["std"], float(arrays["C"].item())
-        shape = (len(self.mean_), len(self.classes_))
-        if self.coef_.shape != shape or self.intercept_.shape != shape[1:] or self.std_.shape != self.mean_.shape:
+        shape = (len(self.classes_), len(self.mean_))
+        if self.coef_.shape != shape or self.intercept_.shape != shape[:1] or self.std_.shape != self.mean_.shape:
             raise ValueError("its arrays do not fit together")
 
 
@@ -324,7 +323,7 @@ class KNNProbe(_Probe):
     def __init__(self, *, k: int = 20) -> None:
         self.k = k
 
-    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> KNNProbe:
+    def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> Self:
         """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
         vectors, classes, targets = self._examples(X, y)
         self.classes_, self.model_id_ = classes, _space_of(X)
@@ -332,7 +331,7 @@ class KNNProbe(_Probe):
         return self
 
     @property
-    def _dim(self) -> int:
+    def n_features_in_(self) -> int:
         return int(self.vectors_.shape[1])
 
     def _shares(self, vectors: Floats) -> Floats:

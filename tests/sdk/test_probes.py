@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from sklearn.base import clone, is_classifier
 from sklearn.datasets import load_digits
+from sklearn.feature_selection import RFE, SelectFromModel
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -59,13 +60,31 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(C: float) -> None
     scaler = StandardScaler().fit(DIGITS[TRAIN])
     theirs = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(scaler.transform(DIGITS[TRAIN]), DIGIT_LABELS[TRAIN])
     # The bias is free up to a number common to all classes.
-    np.testing.assert_allclose(ours.coef_.T, theirs.coef_, atol=0.01)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=0.01)
     np.testing.assert_allclose(
         ours.intercept_ - ours.intercept_.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=0.05
     )
     test = scaler.transform(DIGITS[TEST])
     np.testing.assert_allclose(ours.predict_proba(DIGITS[TEST]), theirs.predict_proba(test), atol=0.03)
     assert (ours.predict(DIGITS[TEST]) == theirs.predict(test)).mean() > 0.998
+
+
+def test_scikit_learn_finds_the_numbers_that_tell_classes_apart() -> None:
+    random = np.random.default_rng(0)
+    vectors, names = random.normal(size=(90, 8)), np.repeat(["a", "b", "c"], 30)
+    vectors[:30, 6] += 3
+    vectors[30:60, 7] += 3
+    assert RFE(LinearProbe(C=1.0), n_features_to_select=2).fit(vectors, names).get_support(indices=True).tolist() == [
+        6,
+        7,
+    ]
+    assert SelectFromModel(LinearProbe(C=1.0)).fit(vectors, names).get_support(indices=True).tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("probe", [LinearProbe(C=1.0), KNNProbe()], ids=repr)
+def test_a_fitted_probe_tells_scikit_learn_how_many_numbers_it_takes(probe: LinearProbe | KNNProbe) -> None:
+    assert make_pipeline(clone(probe)).fit(DIGITS[TRAIN], DIGIT_LABELS[TRAIN]).n_features_in_ == DIGITS.shape[1]
+    assert not hasattr(clone(probe), "n_features_in_")
 
 
 def test_two_classes_are_scikit_learns_too() -> None:
