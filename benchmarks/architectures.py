@@ -56,7 +56,7 @@ from jepakit.bundle import (
     compute_model_id,
     write_bundle,
 )
-from jepakit.embedder import Embedder, pool, poolings_of
+from jepakit.embedder import Embedder, pool, pool_all, poolings_of
 from jepakit.errors import JepakitError
 from jepakit.run import BUNDLE, START
 from jepakit_export.verify import BATCH_SIZES
@@ -263,6 +263,11 @@ def check_poolings(backbone: Any, spec: Preprocess) -> None:
         wanted = backbone.num_features if pooling in ("cls", "mean") else vectors.shape[-1]
         if vectors.shape != (2, wanted) or not vectors.isfinite().all():
             raise RuntimeError(f"pooling {pooling}: {list(vectors.shape)} instead of [2, {wanted}], or not finite")
+    if "stages" in poolings_of(backbone):
+        with torch.inference_mode():
+            both = pool_all(backbone, images, ("head", "stages"))
+            if not all(torch.equal(vectors, pool(backbone, images, pooling)) for pooling, vectors in both.items()):
+                raise RuntimeError("poolings head and stages of one pass are not those of two")
 
 
 def _exported(row: Row, case: Case) -> Row:

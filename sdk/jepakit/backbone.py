@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
         for key, value in state.items()
     }
     state = {key: value for key, value in state.items() if not (classifier and key.startswith(classifier))}
-    state = _with_bands(module, _resampled(module, state))
+    state = _with_bands(module, _resampled(module, state, file))
     own = module.state_dict()
     # Counters of BatchNorm's training steps carry nothing that evaluation uses; some files leave them out.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -294,7 +295,12 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
         if keys
     ]
     if complaints:
-        raise BackboneError(f"{file} does not fit {module.pretrained_cfg.get('architecture')}: {'; '.join(complaints)}")
+        remedy = "name the backbone that the weights are of"
+        if not missing and not left_over:
+            remedy += ", and their image size where it cannot take another"
+        raise BackboneError(
+            f"{file} does not fit {module.pretrained_cfg.get('architecture')}: {'; '.join(complaints)}; {remedy}"
+        )
     module.load_state_dict(state, strict=False)
 
 
@@ -316,13 +322,21 @@ def _with_bands(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _resampled(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Position embeddings of another grid are interpolated by timm, as it does for its own weights."""
-    from timm.layers import resample_abs_pos_embed
-
-    own, theirs = getattr(module, "pos_embed", None), state.get("pos_embed")
-    if own is None or theirs is None or own.shape == theirs.shape or own.ndim != 3 or own.shape[2] != theirs.shape[2]:
+def _resampled(module: Any, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The weights as timm would load its own: position embeddings of another grid are interpolated, keys of other libraries
+    renamed. A convolution of another size stays as it is, to be refused: it is another model's.
+    """
+    fit = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if fit is None:
         return state
-    prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
-    grid = list(module.patch_embed.grid_size)
-    return {**state, "pos_embed": resample_abs_pos_embed(theirs, new_size=grid, num_prefix_tokens=prefix)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of how timm resizes
+            fitted: dict[str, Tensor] = fit(dict(state), module)
+    except Exception as error:  # of many kinds, where the weights are another model's, or timm cannot resize this one's
+        raise BackboneError(
+            f"{file} does not fit {module.pretrained_cfg.get('architecture')}, or not at this image size: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    kernels = {key for key, value in state.items() if key in fitted and key.endswith(".weight") and value.ndim == 4}
+    return {key: state[key] if key in kernels else value for key, value in fitted.items()}

@@ -8,6 +8,7 @@ Shapes: B images, H × W pixels, C bands, D numbers of the embedding.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, get_origin
 
 import torch
@@ -76,6 +77,14 @@ class Embedder(nn.Module):
 def pool(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> Tensor:
     """The backbone's pooled output [B, D], before centring."""
     return features_and_pooled(backbone, x_BCHW, pooling)[1]
+
+
+def pool_all(backbone: Any, x_BCHW: Tensor, poolings: Sequence[Pooling]) -> dict[Pooling, Tensor]:
+    """The same for several poolings; `head` and `stages` come from one pass."""
+    if set(poolings) != {"head", "stages"}:
+        return {pooling: pool(backbone, x_BCHW, pooling) for pooling in poolings}
+    features, stages = features_and_pooled(backbone, x_BCHW, "stages")
+    return {"head": backbone.forward_head(features), "stages": stages}
 
 
 def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:

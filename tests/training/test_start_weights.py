@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
+from timm.models import maxxvit
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ import jepakit
 from jepakit import backbone as backbone_module
 from jepakit.backbone import build, round_size, size_multiple, start_backbone, stock_preprocess
 from jepakit.bundle import EmbeddingSpec
-from jepakit.embedder import Embedder, poolings_of
+from jepakit.embedder import Embedder, pool, pool_all, poolings_of
 from jepakit.errors import BackboneError
 
 
@@ -34,6 +35,10 @@ def write(folder: Path, state: dict[str, Any], name: str = "weights.safetensors"
 
 def same_weights(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value.float(), state[key].float()) for key, value in module.state_dict().items())
+
+
+def same_shapes(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(value.shape == state[key].shape for key, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -186,6 +191,45 @@ def test_a_vits_position_embedding_is_resampled_as_timm_does(weights_file: Calla
     assert ours.state_dict()["pos_embed"].shape != load_file(file)["pos_embed"].shape
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of how timm resizes
+def test_relative_positions_are_resampled_as_timm_does(weights_file: Callable[[str], Path]) -> None:
+    file = weights_file("test_maxvit")
+    ours, _ = start_backbone("test_maxvit", str(file), 96)
+    theirs = timm.create_model("test_maxvit", num_classes=0, img_size=96).eval()
+    theirs.load_state_dict(maxxvit.checkpoint_filter_fn(load_file(file), theirs))
+    assert same_weights(ours, theirs.state_dict())
+    assert not same_shapes(ours, load_file(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("convit_tiny", 256, r"pos_embed \[1, 196, 192\] instead of \[1, 256, 192\]; name .* image size where it cannot take another"),
+        ("hiera_tiny_224", 256, r"pos_embed .* instead of"),
+    ],
+)  # fmt: skip
+def test_a_backbone_that_timm_cannot_resize_says_so(tmp_path: Path, name: str, size: int, said: str) -> None:
+    file = write(tmp_path, timm.create_model(name, num_classes=0).state_dict())
+    with pytest.raises(BackboneError, match=rf"does not fit {name}: of another shape: {said}"):
+        start_backbone(name, file, size)
+
+
+def test_weights_of_another_patch_size_are_not_resampled(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
+    state = load_file(weights_file("test_vit"))
+    patches = state["patch_embed.proj.weight"]
+    file = write(tmp_path, state | {"patch_embed.proj.weight": patches[..., ::2, ::2].contiguous()})
+    with pytest.raises(BackboneError, match=r"does not fit test_vit: of another shape: patch_embed\.proj\.weight"):
+        start_backbone("test_vit", file, None)
+
+
+def test_what_timm_makes_of_a_file_that_it_cannot_convert_is_one_line(
+    tmp_path: Path, weights_file: Callable[[str], Path]
+) -> None:
+    file = write(tmp_path, load_file(weights_file("test_vit")) | {"patch_embed.proj.weight": torch.zeros(3, 7)})
+    with pytest.raises(BackboneError, match="does not fit test_vit, or not at this image size: RuntimeError: shape"):
+        start_backbone("test_vit", file, None)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
 def test_pooling_head_is_timms_own_output_on_timms_own_normalisation(
     weights_file: Callable[[str], Path], name: str
@@ -209,6 +253,15 @@ def test_pooling_head_is_timms_own_output_on_timms_own_normalisation(
         vectors = Embedder(module, spec, shifted).eval()(images)
     torch.testing.assert_close(vectors, nn.functional.normalize((expected - center) / scale), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
+def test_head_and_stages_of_one_pass_are_those_of_two(weights_file: Callable[[str], Path], name: str) -> None:
+    module, _ = start_backbone(name, str(weights_file(name)), 64)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        both = pool_all(module, x, ("head", "stages"))
+        assert all(torch.equal(vectors, pool(module, x, pooling)) for pooling, vectors in both.items())
 
 
 def test_pooling_stages_is_the_mean_of_each_of_the_last_four_levels(weights_file: Callable[[str], Path]) -> None:

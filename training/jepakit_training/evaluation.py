@@ -17,7 +17,7 @@ from jepakit._progress import track
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.comparison import Comparison
 from jepakit.config import AdaptConfig
-from jepakit.embedder import Embedder, check_pooling, pool, poolings_of
+from jepakit.embedder import Embedder, check_pooling, pool_all, poolings_of
 from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import NO_LABELS, Measurement, compare, measure, no_labels
 from jepakit.images import Pixels, preprocess
@@ -65,8 +65,8 @@ def extract(
             continue
         with torch.inference_mode():
             x = plain.to_network_input(torch.from_numpy(np.stack(pixels)).to(device))
-            for pooling in poolings:
-                rows[pooling].append(pool(backbone, x, pooling).float().cpu().numpy())
+            for pooling, vectors in pool_all(backbone, x, poolings).items():
+                rows[pooling].append(vectors.float().cpu().numpy())
     nothing = np.empty((0, 0), np.float32)
     pooled = {pooling: np.concatenate(parts) if parts else nothing for pooling, parts in rows.items()}
     return Features(pooled, readable, skipped)
