@@ -276,12 +276,12 @@ def _exported(row: Row, case: Case) -> Row:
         if row.bands == 3:
             file = folder / "weights.safetensors"
             save_file(tensors_of(case.backbone), file)
-            source, settings = f"{row.name}:{file}", {"image_size": case.asked}
+            source, size = f"{row.name}:{file}", case.asked
         else:
             write_start(folder / "start", case)
-            source, settings = str(folder / "start"), {}
+            source, size = str(folder / "start"), None
         start = time.process_time()
-        bundle = jepakit.export(source, folder / "bundle", **settings)
+        bundle = jepakit.export(source, folder / "bundle", image_size=size)
         cpu_s = time.process_time() - start
         vectors = golden.unpack(bundle.read(GOLDEN)).vectors
         file_mb = len(bundle.read(GRAPH)) / 1e6

@@ -48,8 +48,8 @@ def main() -> None:
     print(f"     verdict on held-out training tiles: {run.verdict}")
 
     say("3/6  exporting start and result to ONNX, verified against torch")
-    for name, which in (("before", "start"), ("after", "last")):
-        bundle = run.export(OUT / "bundles" / name, which=which)
+    exports = run.export(OUT / "bundles" / "before", which="start"), run.export(OUT / "bundles" / "after")
+    for bundle in exports:
         assert bundle.manifest.graph is not None
         print(f"     {bundle.path}  relative error {bundle.manifest.graph.relative_error:.1e}")
 

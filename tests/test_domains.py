@@ -42,9 +42,7 @@ def trainers_own(run: jepakit.Run, paths: list[Path]) -> NDArray[np.float32]:
     return vectors
 
 
-def walk_the_road(
-    images: Path, out: Path, weights: Path, **settings: object
-) -> tuple[jepakit.Run, NDArray[np.float32]]:
+def walk_the_road(images: Path, out: Path, weights: Path, **settings: Any) -> tuple[jepakit.Run, NDArray[np.float32]]:
     """Adapt, export, serve; the vectors of the first three files by HTTP, and by the trainer, must be equal."""
     run = jepakit.adapt(
         images, out=out / "run", backbone="test_vit", weights=str(weights), image_size=64, steps=2, batch_size=8,

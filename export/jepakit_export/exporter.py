@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -42,9 +42,9 @@ from jepakit.bundle import (
 from jepakit.comparison import Comparison
 from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder, check_pooling, pool
-from jepakit.errors import BundleError, ConfigError, ExportError, WriteError
+from jepakit.errors import ConfigError, ExportError, WriteError
 from jepakit.images import Pixels, center_crop
-from jepakit.run import BUNDLE, START, is_run
+from jepakit.run import START, Run, is_run
 from jepakit.session import Session
 from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
@@ -182,22 +182,16 @@ def _standardized(source: Source, config: ExportConfig, users: Pixels | None) ->
 def _source(config: ExportConfig) -> Source:
     path = Path(config.source)
     if is_run(path):
-        return _of_run(path, config)
+        return _of_bundle(_of_run(Run(path), config.which), config)
     return _of_bundle(open_bundle(path), config) if is_bundle(path) else _of_timm(config)
 
 
-def _of_run(path: Path, config: ExportConfig) -> Source:
-    if not (path / BUNDLE).is_dir():
-        raise BundleError(f"{path} has not finished: run its `jepakit adapt` command again to go on")
-    return _of_bundle(open_bundle(path / _which(path, config)), config)
-
-
-def _which(path: Path, config: ExportConfig) -> str:
-    """`best` follows the verdict: what was trained where that is better, else the start."""
-    if config.which == "best":
-        comparison = open_bundle(path / BUNDLE).manifest.comparison
-        return BUNDLE if comparison is not None and comparison.verdict.word == "better" else START
-    return START if config.which == "start" else BUNDLE
+def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
+    """One of a finished run's two bundles; `best` follows the verdict: what was trained where that is better, else the start."""
+    trained = run.bundle
+    if which == "start" or (which == "best" and run.verdict.word != "better"):
+        return open_bundle(run.path / START)
+    return trained
 
 
 def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jepakit import config as config
+    from jepakit import errors as errors
     from jepakit._frontdoor import adapt as adapt
     from jepakit._frontdoor import dry_run as dry_run
     from jepakit._frontdoor import export as export
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from jepakit.bundle import open_bundle as open_bundle
     from jepakit.client import AsyncClient as AsyncClient
     from jepakit.client import Client as Client
+    from jepakit.client import ModelInfo as ModelInfo
+    from jepakit.comparison import Comparison as Comparison
+    from jepakit.comparison import Verdict as Verdict
     from jepakit.embeddings import Embeddings as Embeddings
     from jepakit.errors import JepakitError as JepakitError
     from jepakit.inspection import Inspection as Inspection
@@ -36,6 +41,7 @@ _HOME = {
     "AsyncClient": "client",
     "Bundle": "bundle",
     "Client": "client",
+    "Comparison": "comparison",
     "DryRun": "run",
     "Embeddings": "embeddings",
     "Inspection": "inspection",
@@ -43,8 +49,10 @@ _HOME = {
     "KNNProbe": "probes",
     "LinearProbe": "probes",
     "Model": "session",
+    "ModelInfo": "client",
     "ProbeReport": "probes",
     "Run": "run",
+    "Verdict": "comparison",
     "adapt": "_frontdoor",
     "dry_run": "_frontdoor",
     "export": "_frontdoor",
@@ -55,14 +63,18 @@ _HOME = {
     "open_run": "run",
 }
 
+_MODULES = ("config", "errors")
+
 __all__ = [  # noqa: RUF022 (sorted as _HOME is)
-    "AsyncClient", "Bundle", "Client", "DryRun", "Embeddings", "Inspection", "JepakitError", "KNNProbe", "LinearProbe",
-    "Model", "ProbeReport", "Run",
+    "AsyncClient", "Bundle", "Client", "Comparison", "DryRun", "Embeddings", "Inspection", "JepakitError", "KNNProbe",
+    "LinearProbe", "Model", "ModelInfo", "ProbeReport", "Run", "Verdict", "config", "errors",
     "adapt", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"jepakit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jepakit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"jepakit.{_HOME[name]}"), name)

@@ -7,13 +7,14 @@ import importlib.util
 import os
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from jepakit._files import as_path, with_home
 from jepakit._messages import parse
 from jepakit.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
+    from jepakit._signatures import AdaptSettings, ExportSettings
     from jepakit.bundle import Bundle
     from jepakit.config import AdaptConfig
     from jepakit.inspection import Inspection
@@ -43,7 +44,7 @@ _NEEDS = {
 }
 
 
-def adapt(images: Any, *, out: str | Path | None = None, **settings: Any) -> Run:
+def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Run:
     """Adapt a backbone to your own images and measure whether it helped; returns the finished `Run`.
 
     images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV or Parquet manifest,
@@ -77,18 +78,18 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
     return find_unfinished(begun, config, images) or runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
 
 
-def dry_run(images: Any, **settings: Any) -> DryRun:
+def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> DryRun:
     """Say what `adapt` with the same arguments would take, from a few steps of it in one process; nothing is kept.
 
     Raises what `adapt` raises for a wrong setting, unusable images, weights that cannot be loaded, or memory that runs out.
     """
-    config, listed = _to_adapt(images, None, settings)
+    config, listed = _to_adapt(images, out, settings)
     from jepakit_training.dryrun import dry_run as run_dry
 
     return run_dry(config, listed)
 
 
-def _to_adapt(images: Any, out: str | Path | None, settings: dict[str, Any]) -> tuple[AdaptConfig, ImageList]:
+def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> tuple[AdaptConfig, ImageList]:
     """The checked settings and the images; what is not installed is reported before torch is imported."""
     from jepakit.config import AdaptConfig
 
@@ -107,7 +108,7 @@ def _to_adapt(images: Any, out: str | Path | None, settings: dict[str, Any]) -> 
     return config, listed
 
 
-def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) -> Inspection:
+def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Inspection:
     """Say what the trainer would see of these images, without training: print the result, or read its fields.
 
     images    as in `adapt`
@@ -132,7 +133,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Any) ->
     return run_inspection(config, listed, place)
 
 
-def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Any) -> Bundle:
+def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
     """Export a run, a bundle or a timm backbone to ONNX, verified against torch; returns the new `Bundle`.
 
     source    a run or bundle, opened or its folder, or NAME[:pretrained|:random|:FILE] for any timm backbone

@@ -128,7 +128,7 @@ def adapt(
     )  # fmt: skip
     settings.pop("images", None)
     if dry_run:
-        estimate = run_dry(_source(images), **{key: value for key, value in settings.items() if key != "out"})
+        estimate = run_dry(_source(images), **settings)
         print(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
         return
     try:
@@ -221,6 +221,11 @@ def export(
     )
     print(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
     print(f"next: jepakit serve {quote(str(bundle.path))}")
+    if which is None and manifest.comparison is not None and manifest.comparison.verdict.word == "worse":
+        print(
+            "warning: the run's verdict on these weights is worse; --which start exports the ones that it began with",
+            file=sys.stderr,
+        )
 
 
 @app.command()
@@ -298,6 +303,11 @@ def embed(
     url: Annotated[str | None, typer.Option(help="a service")] = None,
     bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
     model: Annotated[str | None, typer.Option(help="of a service with several models")] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="of a bundle: auto, cpu, cuda, tensorrt, openvino [auto]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="of a bundle: of one inference [one a core]")] = None,
+    arithmetic: Annotated[str | None, typer.Option(help="of a bundle: model, or bf16 with openvino [model]")] = None,
     labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV file")] = "auto",
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
@@ -312,6 +322,11 @@ def embed(
         raise ConfigError("say where to embed, by one of --url http://127.0.0.1:8000 and --bundle bundles/NAME")
     if bundle is not None and model is not None:
         raise ConfigError(f"--model {model} chooses among a service's models, and a bundle is one: leave it out")
+    runtime = _given(provider=provider, threads=threads, arithmetic=arithmetic)
+    if url is not None and runtime:
+        raise ConfigError(
+            f"--{next(iter(runtime))} is for a bundle in this process, a service has its own: leave it out"
+        )
     _check_out(out, ".npz")
     skipped: list[tuple[str, str]] = []
     options: dict[str, Any] = {
@@ -327,7 +342,7 @@ def embed(
         from jepakit.session import load
 
         assert bundle is not None
-        embeddings = load(bundle).embed(_source(images), **options)
+        embeddings = load(bundle, **runtime).embed(_source(images), **options)
     embeddings.save(out)
     if most_skipped:
         _write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
@@ -364,6 +379,11 @@ def probe_fit(
         Path | None,
         typer.Option(help="CSV or Parquet of path and group (patient, slide): none lies in two folds (linear)"),
     ] = None,
+    c: Annotated[
+        float | None, typer.Option("-C", "--c", help="inverse strength of the penalty (linear) [cross-validated]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of the folds (linear) [0]")] = None,
+    k: Annotated[int | None, typer.Option("-k", "--k", help="neighbours (knn) [20]")] = None,
 ) -> None:
     """Fit a probe on labelled embeddings."""
     from jepakit import Embeddings, KNNProbe, LinearProbe
@@ -371,17 +391,21 @@ def probe_fit(
 
     if kind not in ("linear", "knn"):
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
-    for option, given in (("--class-weight", class_weight), ("--group", group)):
-        if given is not None and kind != "linear":
-            raise ConfigError(f"{option} {given} is for linear probes, and this one is {kind}: leave it out")
+    of_kind: dict[str, dict[str, object]] = {
+        "linear": {"--class-weight": class_weight, "--group": group, "-C": c, "--seed": seed}, "knn": {"-k": k}
+    }  # fmt: skip
+    other = "knn" if kind == "linear" else "linear"
+    for option, given in of_kind[other].items():
+        if given is not None:
+            raise ConfigError(f"{option} {given} is for {other} probes, and this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe
     if kind == "knn":
-        probe = KNNProbe().fit(vectors)
+        probe = KNNProbe(**_given(k=k)).fit(vectors)
     else:
         groups = None if group is None else groups_of(vectors.ids, group)
-        probe = LinearProbe(class_weight=class_weight).fit(vectors, groups=groups)
+        probe = LinearProbe(**_given(C=c, seed=seed, class_weight=class_weight)).fit(vectors, groups=groups)
     probe.save(out)
     print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
 
@@ -461,10 +485,15 @@ def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _settings(assignments: list[str] | None = None, file: Path | None = None, **options: Any) -> dict[str, Any]:
-    """Settings by name: those of a TOML file, over them the `options` that were given (not None), over both `--set`."""
+    """Settings by name: those of a TOML file, over them the `options` that were given, over both `--set`."""
     settings = _read_toml(file) if file else {}
-    settings.update({name: value for name, value in options.items() if value is not None})
+    settings.update(_given(**options))
     for assignment in assignments or []:
         _assign(settings, assignment)
     return settings

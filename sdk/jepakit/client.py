@@ -96,7 +96,7 @@ class Client:
         return read_model(self._send(self._http.build_request("GET", path_of(name))))
 
     def embed(
-        self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
+        self, images: Any, *, model: str | None = None, labels: str | Path = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
         most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip
@@ -221,9 +221,8 @@ class AsyncClient:
     ) -> None:
         self._settings = Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._described: list[ModelInfo] | None = None
+        self._loop: asyncio.AbstractEventLoop | None
         self._connect()
-
-    _loop: asyncio.AbstractEventLoop | None
 
     def _connect(self) -> None:
         """As `Client._connect`."""
@@ -261,7 +260,7 @@ class AsyncClient:
         return read_model(await self._send(self._http.build_request("GET", path_of(name))))
 
     async def embed(
-        self, images: Any, *, model: str | None = None, labels: str = "auto", tile: int | None = None,
+        self, images: Any, *, model: str | None = None, labels: str | Path = "auto", tile: int | None = None,
         overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
         most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip

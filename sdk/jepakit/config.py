@@ -179,6 +179,7 @@ class AdaptConfig(_Settings):
     domain: Domain = "general"
     """Preset of views that keeps what the domain's signal is."""
     views: ViewsConfig = ViewsConfig()
+    """How views are cut and changed; what is set here wins over the domain."""
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Pixels a side of global views and of the exported model; rounded to the patch or stride."""
     pooling: Literal["auto"] | Pooling = "auto"
@@ -295,18 +296,12 @@ class AdaptConfig(_Settings):
     """Where to log beside metrics.jsonl, in files of the run's folder; W&B and MLflow send nothing unless WANDB_MODE
     or MLFLOW_TRACKING_URI says so."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of everything that is random."""
 
     @field_validator("backbone")
     @classmethod
     def _known_backbone(cls, name: str) -> str:
         check_name(name)
-        return name
-
-    @field_validator("domain", mode="before")
-    @classmethod
-    def _known_domain(cls, name: object) -> object:
-        if isinstance(name, str) and name not in PRESETS:
-            raise ValueError(f"unknown domain{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
         return name
 
     @field_validator("labels", "group")
@@ -414,3 +409,4 @@ class ExportConfig(_Settings):
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
     """Of a timm name: pixels a side; None: what its weights were trained at."""
     opset: Annotated[int, Field(ge=18, le=24)] = 20
+    """Of ONNX."""

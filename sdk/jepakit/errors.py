@@ -140,7 +140,7 @@ class ResponseError(ClientError):
 
 
 class AuthenticationError(ResponseError):
-    """401: the service wants an API key, or another one."""
+    """401 or 403: the service, or what stands before it, wants an API key, or another one."""
 
 
 class NotFoundError(ResponseError):

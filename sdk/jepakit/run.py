@@ -16,14 +16,17 @@ import json
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from jepakit._files import as_path
 from jepakit._frozen import Frozen
 from jepakit._progress import human_time
 from jepakit.bundle import Bundle, open_bundle
 from jepakit.comparison import Comparison, Verdict
-from jepakit.errors import DataError
+from jepakit.errors import BundleError, DataError
+
+if TYPE_CHECKING:
+    from jepakit._signatures import ExportSettings
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
@@ -59,6 +62,8 @@ class Run:
     @cached_property
     def bundle(self) -> Bundle:
         """The adapted weights; BundleError when the run has not finished."""
+        if not self.finished:
+            raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to go on")
         return open_bundle(self.path / BUNDLE)
 
     @property
@@ -78,7 +83,7 @@ class Run:
         proj_std, proj_rank, memory_gb (the most so far); and anchor, where it has a weight."""
         return read_metrics(self.path / METRICS)
 
-    def export(self, out: str | Path, **settings: Any) -> Bundle:
+    def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
         """Export to ONNX, verified against torch; the settings are `jepakit.export`'s."""
         from jepakit._frontdoor import export
 

@@ -168,7 +168,7 @@ class Model:
         return self.manifest.model_id
 
     def embed(
-        self, images: Any, *, labels: str = "auto", tile: int | None = None, overlap: int = 0,
+        self, images: Any, *, labels: str | Path = "auto", tile: int | None = None, overlap: int = 0,
         min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
         most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip

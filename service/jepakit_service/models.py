@@ -15,7 +15,7 @@ from jepakit.bundle import GOLDEN, Bundle
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.readers import Limits
-from jepakit.runtime import ON_GPU, Provider
+from jepakit.runtime import ON_GPU
 from jepakit.session import Session
 from jepakit_service.batcher import Batcher, Capacity, Decoded, Result
 from jepakit_service.heartbeat import Heartbeat
@@ -39,7 +39,7 @@ class LoadedModel:
         expected = golden.unpack(bundle.read(GOLDEN))
         self._golden_image = expected.images[0]
         inputs = expected.inputs(self.manifest.preprocess)
-        self.provider: Provider = session.provider
+        self.provider = session.provider
         """What really runs: cpu, cuda, tensorrt or openvino."""
         self.precision = session.precision
         """What is really computed: fp32, fp16, int8 or bf16."""

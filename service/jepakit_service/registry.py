@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jepakit_service.models import LoadedModel
 from jepakit_service.wire import ApiError, unavailable
 
 Stamp = tuple[tuple[str, int, int], ...]
 """A folder's files: names, sizes, times of their last change."""
+UpdateState = Literal["incomplete", "loading", "waiting", "failed"]
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Update:
     """Another version than the one in service, and how far it is."""
 
     digest: str
-    state: str
+    state: UpdateState
     """`incomplete` on disk, `loading`, `waiting` for the other replicas, or `failed`."""
     reason: str | None = None
 

@@ -17,16 +17,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
+from typer.testing import CliRunner
 
 import jepakit
+import jepakit._frontdoor
 import jepakit_export.convert
 import jepakit_export.exporter
 import jepakit_export.verify
 from jepakit import golden
 from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
-from jepakit.comparison import Verdict
-from jepakit.config import ExportConfig
+from jepakit.cli import app
+from jepakit.comparison import Comparison, Verdict
 from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.images import preprocess
@@ -218,13 +220,26 @@ def test_one_flipped_byte_in_any_file_is_refused(exported: Callable[[str], Bundl
 def test_best_follows_the_verdict(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, which: str
 ) -> None:
-    bundle = run.bundle
     verdict = Verdict.model_validate({"word": word, "reason": ""})
     comparison = run.comparison.model_copy(update={"verdict": verdict})
+    monkeypatch.setattr(Run, "comparison", comparison)
+    best = jepakit_export.exporter._of_run(run, "best")
+    assert best.path == run.path / {"start": START, "last": BUNDLE}[which]
+
+
+@pytest.mark.parametrize(("word", "which"), [("worse", None), ("worse", "last"), ("better", None)])
+def test_weights_that_the_verdict_calls_worse_are_not_exported_without_a_word(
+    exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, word: str, which: str | None
+) -> None:
+    bundle = exported("file")
+    verdict = Verdict.model_validate({"word": word, "reason": ""})
+    comparison = Comparison(before=None, after=None, verdict=verdict, n_train=9, n_held_out=9)
     told = Bundle(bundle.path, bundle.manifest.model_copy(update={"comparison": comparison}))
-    monkeypatch.setattr(jepakit_export.exporter, "open_bundle", lambda path: told)
-    best = jepakit_export.exporter._which(run.path, ExportConfig(source=str(run.path), out="b", which="best"))
-    assert best == {"start": START, "last": BUNDLE}[which]
+    monkeypatch.setattr(jepakit._frontdoor, "export", lambda *_, **__: told)
+    done = CliRunner().invoke(app, ["export", "runs/x", "--out", "b", *([] if which is None else ["--which", which])])
+    assert ("warning: the run's verdict on these weights is worse; --which start" in done.stderr) == (
+        word == "worse" and which is None
+    )
 
 
 def test_golden_vectors_of_another_model_are_noticed(exported: Callable[[str], Bundle], tmp_path: Path) -> None:
@@ -347,6 +362,8 @@ def test_a_run_that_has_not_finished_is_refused(run: Run, tmp_path: Path) -> Non
     shutil.copytree(run.path, unfinished, ignore=shutil.ignore_patterns(BUNDLE, CHECKPOINTS))
     with pytest.raises(BundleError, match="has not finished: run its `jepakit adapt` command again"):
         jepakit.export(unfinished, tmp_path / "bundle")
+    with pytest.raises(BundleError, match="has not finished: run its `jepakit adapt` command again"):
+        _ = jepakit.open_run(unfinished).verdict
 
 
 def test_the_start_of_a_run_that_has_hardly_begun_is_refused(run: Run, tmp_path: Path) -> None:
@@ -381,7 +398,7 @@ def test_what_a_run_has_measured_is_not_changed_at_export(
 
 @pytest.mark.parametrize("which", ["best", "last", "start"])
 @pytest.mark.parametrize("source", [BUNDLE, "test_vit:random"])
-def test_what_is_asked_of_a_run_is_refused_of_anything_else(run: Run, tmp_path: Path, source: str, which: str) -> None:
+def test_what_is_asked_of_a_run_is_refused_of_anything_else(run: Run, tmp_path: Path, source: str, which: Any) -> None:
     with pytest.raises(ConfigError, match=f"which = '{which}' chooses weights of a run, and .* is none"):
         jepakit.export(run.path / BUNDLE if source == BUNDLE else source, tmp_path / "bundle", which=which)
 

@@ -26,7 +26,18 @@ import jepakit.runtime
 import jepakit_export.convert
 from jepakit import golden
 from jepakit.backbone import start_backbone, stock_preprocess
-from jepakit.bundle import DATA, GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, EmbeddingSpec, open_bundle, write_bundle
+from jepakit.bundle import (
+    DATA,
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    EmbeddingSpec,
+    Precision,
+    open_bundle,
+    write_bundle,
+)
 from jepakit.embedder import Embedder
 from jepakit.errors import BundleError, ExportError
 from jepakit.runtime import Provider, open_runtime
@@ -47,13 +58,13 @@ def exported(
     folder = tmp_path_factory.mktemp("bundles")
 
     @cache
-    def make(precision: str, outside: bool) -> Bundle:
+    def make(precision: Precision, outside: bool) -> Bundle:
         return export_vit(weights_file("test_vit"), folder / f"{precision}-{outside}", precision, outside=outside)
 
     return make
 
 
-def export_vit(weights: Path, out: Path, precision: str, *, outside: bool) -> Bundle:
+def export_vit(weights: Path, out: Path, precision: Precision, *, outside: bool) -> Bundle:
     with pytest.MonkeyPatch.context() as patch:
         if outside:
             patch.setattr(jepakit_export.convert, "INLINE_LIMIT", 100_000)

@@ -102,8 +102,26 @@ def test_classes_of_a_probe_can_count_alike_and_all_probabilities_be_printed(tmp
         run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--class-weight=balanced", "--out", tmp_path / "k")
     with pytest.raises(AssertionError, match=r"--group g\.csv is for linear probes, and this one is knn"):
         run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--group=g.csv", "--out", tmp_path / "k")
+    with pytest.raises(AssertionError, match="-k 3 is for knn probes, and this one is linear"):
+        run("probe", "fit", tmp_path / "e.npz", "-k", "3", "--out", tmp_path / "k")
     with pytest.raises(AssertionError, match="class_weight = 'even': give 'balanced' or None"):
         run("probe", "fit", tmp_path / "e.npz", "--class-weight=even", "--out", tmp_path / "k")
+
+
+def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) -> None:
+    vectors = np.repeat(np.eye(2, dtype=np.float32), 10, axis=0)
+    Embeddings(vectors, "0" * 16, tuple(map(str, range(20))), ("cat",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
+    run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "-k", "3", "--out", tmp_path / "k.safetensors")
+    run("probe", "fit", tmp_path / "e.npz", "-C", "0.5", "--seed", "2", "--out", tmp_path / "l.safetensors")
+    assert jepakit.load_probe(tmp_path / "k.safetensors").get_params() == {"k": 3}
+    assert jepakit.load_probe(tmp_path / "l.safetensors").get_params() == {"C": 0.5, "seed": 2, "class_weight": None}
+
+
+def test_a_runtime_is_chosen_for_a_bundle_alone(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="--threads is for a bundle in this process, a service has its own"):
+        run("embed", tmp_path, "--url", "http://127.0.0.1:1", "--threads", "1", "--out", tmp_path / "e.npz")
+    with pytest.raises(AssertionError, match="is not a bundle"):
+        run("embed", tmp_path, "--bundle", tmp_path, "--provider", "cpu", "--out", tmp_path / "e.npz")
 
 
 def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fold(tmp_path: Path) -> None:

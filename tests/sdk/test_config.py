@@ -101,7 +101,7 @@ def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, me
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"domain": "histolgy"}, ["domain = 'histolgy'", "did you mean histology?", "known: general, natural"]),
+        ({"domain": "histolgy"}, ["domain = 'histolgy'", "did you mean histology?", "'general', 'natural'"]),
         ({"backbone": "resnet5"}, ["timm has no backbone 'resnet5'", "did you mean resnet50"]),
         ({"backbone": "vit_small_patch14_reg4_dinov2.lvd"}, ["has no weights 'lvd'", "lvd142m"]),
         ({"weights": "nowhere.pth"}, ["weights = 'nowhere.pth'", "no such file"]),

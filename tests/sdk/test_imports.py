@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import jepakit
+from jepakit._signatures import AdaptSettings, ExportSettings
+from jepakit.config import AdaptConfig, ExportConfig
 
 HEAVY = ("torch", "torchvision", "PIL", "ray", "timm", "sklearn", "onnxruntime", "onnx", "pandas", "scipy")
 
@@ -74,6 +76,17 @@ def test_every_exported_name_is_there_and_has_a_docstring() -> None:
     for name in jepakit.__all__:
         value = getattr(jepakit, name)
         assert name == "__version__" or value.__doc__, name
+
+
+def test_errors_and_settings_are_reached_from_the_package_itself() -> None:
+    assert in_a_fresh_process(
+        "import json, jepakit; jepakit.config; print(json.dumps(jepakit.errors.ImageError.__name__))"
+    )
+
+
+def test_editors_see_every_setting() -> None:
+    assert AdaptSettings.__annotations__.keys() == AdaptConfig.model_fields.keys() - {"images", "out"}
+    assert ExportSettings.__annotations__.keys() == ExportConfig.model_fields.keys() - {"source", "out"}
 
 
 def test_another_name_is_an_attribute_error() -> None:

@@ -22,6 +22,7 @@ import pytest
 from numpy.typing import NDArray
 
 import jepakit
+from jepakit.bundle import Pooling
 from tests.test_pipeline import jepakit_cli, serving
 
 from .conftest import picture
@@ -269,7 +270,7 @@ def memory_mb(family: list[psutil.Process]) -> Iterator[float]:
 def test_a_new_model_is_deployed_under_load_without_a_failed_request(options: tuple[str, ...], tmp_path: Path) -> None:
     images = IMAGES[:32]  # one request a call: no call can meet both models
 
-    def exported(out: Path, pooling: str) -> tuple[str, NDArray[np.float32]]:
+    def exported(out: Path, pooling: Pooling) -> tuple[str, NDArray[np.float32]]:
         jepakit.export("test_vit:random", out, image_size=32, pooling=pooling, name="tiny")
         found = jepakit.load(out).embed(images, progress=False)
         return found.model_id, found.vectors

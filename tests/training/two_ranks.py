@@ -38,7 +38,7 @@ from jepakit_training.plan import make_plan
 from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.views import Views
 
-ADAPT = {
+ADAPT: dict[str, Any] = {
     "image_size": 64, "steps": 3, "warmup": 0.3, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16,
     "views": {"n_local": 1}, "workers": 0,
 }  # fmt: skip

@@ -22,7 +22,7 @@ from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import CT_WINDOWS, ValueRange
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import MOST_CLIPPED, choose_frame, describe_kind, usable
-from jepakit.readers import DEFAULT_LIMITS, Header, open_raster
+from jepakit.readers import Header, open_raster
 from jepakit.sources import ImageList, evenly_spread
 
 SAMPLE = 256
@@ -222,7 +222,7 @@ def refuse_mixed(found: Scan, ids: Sequence[str], most: float) -> None:
 def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | None) -> Seen | tuple[int, str]:
     try:
         ref = images[index]
-        with open_raster(ref.data, name=ref.name, limits=DEFAULT_LIMITS, voi=value_range == "file") as raster:
+        with open_raster(ref.data, name=ref.name, voi=value_range == "file") as raster:
             header = raster.header
             stored = raster.read(
                 ref.window, frame=choose_frame(header, ref.frame if ref.frame is not None else frame, ref.name)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -56,7 +57,7 @@ class Cut:
             raise ConfigError(f"tile = {self.tile}: the least is {MIN_TILE} pixels")
         if self.tile is not None and not 0 <= self.overlap < self.tile:
             raise ConfigError(f"overlap = {self.overlap}: wanted 0 or more, and less than tile = {self.tile}")
-        if not isinstance(self.min_valid, int | float) or not 0 <= self.min_valid <= 1:
+        if isinstance(self.min_valid, bool) or not isinstance(self.min_valid, Real) or not 0 <= self.min_valid <= 1:
             raise ConfigError(f"min_valid = {self.min_valid}: wanted a share from 0 to 1")
         if isinstance(self.frame, str) and self.frame != "each":
             raise ConfigError(f"frame = {self.frame!r}: wanted a number or each{did_you_mean(self.frame, ['each'])}")

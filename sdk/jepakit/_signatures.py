@@ -1,0 +1,80 @@
+"""The settings of `adapt` and `export` as editors and type checkers see them; `jepakit.config` says what each means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from jepakit.bundle import Pooling, Precision, Standardize
+from jepakit.config import Domain, Tracker, ValueRange, ViewsConfig
+
+
+class AdaptSettings(TypedDict, total=False):
+    """The fields of `AdaptConfig` but `images` and `out`, which are arguments of their own."""
+
+    backbone: str
+    weights: str | Path
+    domain: Domain
+    views: ViewsConfig | dict[str, Any]
+    image_size: int
+    pooling: Literal["auto"] | Pooling
+    standardize: Literal["auto"] | Standardize
+    labels: str | Path
+    group: str | Path
+    tile: int | None
+    overlap: int
+    min_valid: float
+    frame: int | Literal["each"] | None
+    value_range: ValueRange | Sequence[float]
+    augment_on: Literal["auto", "cpu", "device"]
+    cache: str | Path | None
+    cache_gb: float
+    steps: int | None
+    epochs: int | None
+    batch_size: int
+    micro_batch: int | None
+    unfreeze: int | Literal["auto", "none", "all", "lora"]
+    lora_rank: int
+    norm_statistics: Literal["auto", "frozen", "trained"]
+    lamb: float | None
+    lr: float | None
+    layer_decay: float | None
+    projector_lr: float
+    weight_decay: float
+    warmup: float
+    clip_norm: float
+    n_slices: int
+    projector: Sequence[int]
+    anchor: float
+    mix: float
+    average: Literal["none", "ema", "swa"]
+    average_over: float
+    precision: Literal["auto", "fp32", "bf16"]
+    activation_checkpointing: bool
+    compile: bool
+    most_skipped: float
+    held_out: float
+    measure_on: int
+    save_every_s: float
+    workers: int | None
+    processes: int | None
+    launcher: Literal["local", "ray"]
+    trackers: Tracker | Sequence[Tracker]
+    seed: int
+
+
+class ExportSettings(TypedDict, total=False):
+    """The fields of `ExportConfig` but `source` and `out`."""
+
+    which: Literal["best", "last", "start"]
+    name: str | None
+    precision: Precision
+    pooling: Pooling | None
+    standardize: Standardize | None
+    tokens: bool
+    dynamic_size: bool
+    verify_images: str | Path | None
+    normalize: bool | None
+    image_size: int | None
+    opset: int
