@@ -146,6 +146,8 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["path," + "x" * 200_000, "1.png,a"], r"m\.csv, line 1: field larger than field limit"),
         (["path,label", '"1.png,a'], r"m\.csv, line 2: unexpected end of data"),
         (["path", "1.png", "x.png", "y.png"], r"lists x\.png, which is no file in .* \(2 of 3 are missing\)"),
+        (["path", "1.png", "d\\x.png"], r"lists d\\x\.png, .*: paths are written with / here, not with \\"),
+        (["path", "s3://b/x.png"], r"lists s3:/b/x\.png, .*: images are read from disks alone: download them"),
         (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),
         (["path,label,Label,label", "1.png,a,b,c"], r"has two columns named 'label'"),
         (["path", "1.png", "a\0/b.png"], r"lists a\0/b\.png, which is no file"),
@@ -161,6 +163,17 @@ def test_a_manifest_that_cannot_be_used_says_where_and_why(tmp_path: Path, lines
 def test_a_manifest_that_is_not_utf_8_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"m\.csv is not UTF-8 text: save it as CSV UTF-8"):
         list_images(csv(tmp_path / "m.csv", "path", "ärzte.png", encoding="latin-1"))
+
+
+def test_empty_rows_of_a_spreadsheet_are_none(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    listed = list_images(csv(tmp_path / "m.csv", "path,label,", "1.png,a,", ",,", "2.png,b,", " ,,", ""))
+    assert (listed.ids, listed.labels) == (("1.png", "2.png"), ("a", "b"))
+
+
+def test_an_address_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="s3://b/x is an address: images are read from disks alone, so download them"):
+        list_images("s3://b/x")
 
 
 def test_columns_that_are_not_asked_for_may_be_empty(tmp_path: Path) -> None:

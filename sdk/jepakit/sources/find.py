@@ -91,6 +91,8 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool, with_splits: 
         return Found(Files(str(path.parent), (path.name,)), (path.name,), kind="a single file")
     if glob.has_magic(source):
         return _find_matching(source, with_labels=with_labels)
+    if "://" in source:
+        raise DataError(f"{source} is an address: images are read from disks alone, so download them and give {_KINDS}")
     raise DataError(f"{source} does not exist: give {_KINDS}")
 
 

@@ -48,8 +48,16 @@ def _check_paths(file: str, root: str, ids: tuple[str, ...]) -> None:
     if missing:
         raise DataError(
             f"{file} lists {missing[0]}, which is no file in {root or 'this folder'} "
-            f"({len(missing)} of {len(ids)} are missing): paths are relative to the manifest's folder"
+            f"({len(missing)} of {len(ids)} are missing): {_how_to_write(missing[0])}"
         )
+
+
+def _how_to_write(path: str) -> str:
+    if "\\" in path:
+        return "paths are written with / here, not with \\"
+    if ":/" in path:
+        return "images are read from disks alone: download them, and give their paths"
+    return "paths are relative to the manifest's folder"
 
 
 def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:

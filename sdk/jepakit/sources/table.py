@@ -60,7 +60,9 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
     for number, values in rows(list(places.values())):
         for role, value in zip(places, values, strict=True):
             if not value and role != "label":
-                raise DataError(f"{file}, {unit} {number}: the column {header[places[role]]!r} is empty")
+                raise DataError(
+                    f"{file}, {unit} {number}: the column {header[places[role]]!r} is empty: fill it in, or leave the row out"
+                )
             columns[role].append(value)
     if not columns[needed[0]]:
         raise DataError(f"{file} has a header but no rows")
@@ -168,7 +170,7 @@ def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
                 reader = csv.reader(stream, delimiter=delimiter, strict=True)
                 next(reader)
                 for row in reader:
-                    if not row:
+                    if not "".join(row).strip():  # spreadsheets write the commas of empty rows too
                         continue
                     if len(row) != len(header):
                         raise DataError(
