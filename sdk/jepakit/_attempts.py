@@ -55,6 +55,8 @@ class Settings:
                 "the url holds an @: give the service's address without a user and a password (the key is api_key=…, or "
                 "JEPAKIT_API_KEY; an @ in a path is written %40)"
             )
+        if isinstance(url, str) and "?" in url:
+            raise ConfigError("the url holds a query, what follows its ?: give the service's address without it")
         if not isinstance(url, str) or not _is_address(url):
             raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
         path = httpx.URL(url).path.rstrip("/")
@@ -224,6 +226,12 @@ def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
 def _meaning(response: httpx.Response, note: str) -> ResponseError:
     """The service's own words where it sent them, and `note`; a bare 5xx comes from something in front of it."""
     message, told = f"the service answered {response.status_code} without a reason", dict[str, Any]()
+    if response.next_request is not None:  # not followed: the key would go along
+        to = response.next_request.url
+        message = (
+            f"the service answered {response.status_code}, a redirect to {to.scheme}://{to.netloc.decode('ascii')}{to.path}: "
+            "give what stands there before /v1 as url"
+        )
     with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]
         message, told = str(error["message"]), error

@@ -94,7 +94,8 @@ class Job:
         self, images: ImageList, model: str | None, limits: RequestLimits, spec: Preprocess | None = None,
         *, most_skipped: float = 0.0,
     ) -> None:  # fmt: skip
-        self._images, self._model, self._limits, self._spec = images, model, limits, spec
+        self._images, self._model, self._spec = images, model, spec
+        self._told = self._limits = limits
         self.skipped = Skipped(images, most_skipped)
         self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
@@ -105,10 +106,16 @@ class Job:
     def __len__(self) -> int:
         return len(self._images)
 
-    def cut_by(self, limits: RequestLimits) -> bool:
-        """Cut what is left by these limits; returns whether they are others than before."""
-        before, self._limits = self._limits, limits
-        return limits != before
+    def cut_after(self, refusal: ResponseError, limits: RequestLimits) -> bool:
+        """Cut what is left by the limits that the service tells now; by half, where they are those of before and the refusal
+        has no code: it then came from something in front of the service. Returns whether anything has changed."""
+        if limits != self._told:
+            self._told = self._limits = limits
+            return True
+        if refusal.code is not None or self._limits.images == 1:
+            return False
+        self._limits = replace(limits, images=self._limits.images // 2, bytes=self._limits.bytes // 2)
+        return True
 
     def parts(self) -> Iterator[Chunk]:
         """Requests of up to 32 images or 16 MB, or as many as the service takes, for what has no vectors yet; files are
@@ -184,8 +191,11 @@ class Job:
             yield
         except ResponseError as error:
             if error.status == 413 and error.code in (None, "body_too_large") and len(chunk.items) == 1:
-                limit = str(error).partition(":")[0]
-                raise _too_large(self._images.ids[chunk.places[0]], _bytes_of(chunk.items[0]), limit) from None
+                limit, taker = str(error).partition(":")[0], "the service take more (max_body_mb)"
+                if error.code is None:
+                    limit = "something in front of the service takes less (it answered 413)"
+                    taker = "it take more (nginx: client_max_body_size)"
+                raise _too_large(self._images.ids[chunk.places[0]], _bytes_of(chunk.items[0]), limit, taker) from None
             place = _BAD_IMAGE.fullmatch(error.param or "")
             if place is None or int(place[1]) >= len(chunk.items) or error.status not in (413, 415, 422):
                 raise
@@ -277,10 +287,9 @@ def _refuse_larger(name: str, size: int, largest: int) -> None:
         raise _too_large(name, size, f"a request holds at most {largest:,}")
 
 
-def _too_large(name: str, size: int, limit: str) -> ImageError:
+def _too_large(name: str, size: int, limit: str, taker: str = "the service take more (max_body_mb)") -> ImageError:
     return ImageError(
-        f"{name}: {size:,} bytes, and {limit}: save it smaller, cut it into tiles (tile=…), or let the service take more "
-        "(max_body_mb)",
+        f"{name}: {size:,} bytes, and {limit}: save it smaller, cut it into tiles (tile=…), or let {taker}",
         code="too_large",
     )
 

@@ -362,9 +362,10 @@ def nearest(
     from jepakit import Embeddings
 
     asked, known = Embeddings.load(queries), Embeddings.load(index)
+    table = _table()
     for query, places, cosines in zip(asked.ids, *known.nearest(asked, k), strict=True):
         for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1):
-            print(f"{query}\t{rank}\t{known.ids[place]}\t{cosine:.4f}")
+            table.writerow((query, rank, known.ids[place], f"{cosine:.4f}"))
 
 
 @probe_app.command("fit")
@@ -436,13 +437,20 @@ def probe_predict(
 
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
     probabilities = fitted.predict_proba(vectors)
+    table = _table()
     if every:
-        print("id", *fitted.classes_, sep="\t")
-        for name, row in zip(vectors.ids, probabilities, strict=True):
-            print(name, *(f"{value:.4f}" for value in row), sep="\t")
+        table.writerow(("id", *fitted.classes_))
+        table.writerows(
+            (name, *(f"{value:.4f}" for value in row)) for name, row in zip(vectors.ids, probabilities, strict=True)
+        )
         return
     for name, row in zip(vectors.ids, probabilities, strict=True):
-        print(f"{name}\t{fitted.classes_[row.argmax()]}\t{row.max():.4f}")
+        table.writerow((name, fitted.classes_[row.argmax()], f"{row.max():.4f}"))
+
+
+def _table() -> Any:
+    """Tab-separated rows on standard output; what holds a tab, a line break or a quote is quoted."""
+    return csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
 
 
 def _source(images: list[str]) -> str | list[str]:

@@ -10,7 +10,7 @@ import os
 import threading
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     import httpx
 
-_CLOSED = "this client is closed: make another"
 _NEVER = threading.Event()
 
 
@@ -134,13 +133,14 @@ class Client:
         )  # fmt: skip
         job = Job(listed, model, self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
-            try:
-                self._embed_rest(job, show)
-            except ClientError as error:
-                self._described = None
-                if not _too_much(error) or not job.cut_by(self._limits_for(len(job), model)):
-                    raise
-                self._embed_rest(job, show)
+            while True:
+                try:
+                    self._embed_rest(job, show)
+                    break
+                except ClientError as error:
+                    self._described = None
+                    if not _too_much(error) or not job.cut_after(error, self._limits_for(len(job), model)):
+                        raise
         job.skipped.tell(on_skipped, progress=progress)
         return job.result()
 
@@ -195,8 +195,7 @@ class Client:
         """One request, tried again against the deadline; CancelledError after `stop`."""
         import httpx
 
-        if self._http.is_closed:
-            raise ClientError(_CLOSED)
+        _check_open(self._http)
         if self._process != os.getpid():
             self._connect()
         with self._places:  # the deadline is the service's: what waits for this client's own requests has not begun
@@ -208,6 +207,9 @@ class Client:
                     pause = attempts.pause_after(response)
                 except httpx.RequestError as error:
                     pause = attempts.pause_after_failure(error)
+                except RuntimeError:  # httpx's, of a client that was closed meanwhile
+                    _check_open(self._http)
+                    raise
                 if pause is None:
                     return response
             raise CancelledError
@@ -247,8 +249,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections of this process."""
+        """Close the connections of this process; ClientError on another event loop than that of the first request."""
         if self._process == os.getpid():
+            self._check_loop()
             await self._http.aclose()
 
     async def models(self) -> list[ModelInfo]:
@@ -276,13 +279,14 @@ class AsyncClient:
         )  # fmt: skip
         job = Job(listed, model, await self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
-            try:
-                await self._embed_rest(job, show)
-            except ClientError as error:
-                self._described = None
-                if not _too_much(error) or not job.cut_by(await self._limits_for(len(job), model)):
-                    raise
-                await self._embed_rest(job, show)
+            while True:
+                try:
+                    await self._embed_rest(job, show)
+                    break
+                except ClientError as error:
+                    self._described = None
+                    if not _too_much(error) or not job.cut_after(error, await self._limits_for(len(job), model)):
+                        raise
         job.skipped.tell(on_skipped, progress=progress)
         return job.result()
 
@@ -323,20 +327,24 @@ class AsyncClient:
             self._described = await self.models()
         return RequestLimits.of(self._described or [], model, self._settings.patience_s)
 
+    def _check_loop(self) -> None:
+        import asyncio
+
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise ClientError(
+                "an AsyncClient belongs to the event loop of its first request: make one in each asyncio.run"
+            )
+
     async def _send(self, request: httpx.Request) -> httpx.Response:
         import asyncio
 
         import httpx
 
-        if self._http.is_closed:
-            raise ClientError(_CLOSED)
+        _check_open(self._http)
         if self._process != os.getpid():
             self._connect()
         self._loop = self._loop or asyncio.get_running_loop()
-        if self._loop is not asyncio.get_running_loop():
-            raise ClientError(
-                "an AsyncClient belongs to the event loop of its first request: make one in each asyncio.run"
-            )
+        self._check_loop()
         async with self._places:
             attempts = Attempts(self._settings)
             while True:
@@ -345,12 +353,20 @@ class AsyncClient:
                     pause = attempts.pause_after(response)
                 except httpx.RequestError as error:
                     pause = attempts.pause_after_failure(error)
+                except RuntimeError:  # as in Client
+                    _check_open(self._http)
+                    raise
                 if pause is None:
                     return response
                 await asyncio.sleep(pause)
 
 
-def _too_much(error: ClientError) -> bool:
+def _check_open(http: httpx.Client | httpx.AsyncClient) -> None:
+    if http.is_closed:
+        raise ClientError("this client is closed: make another")
+
+
+def _too_much(error: ClientError) -> TypeGuard[ResponseError]:
     """Whether a request of several images was more than the service takes: it may take less than it did once."""
     return isinstance(error, ResponseError) and error.status == 413
 

@@ -70,7 +70,7 @@ class Embeddings:
         Raises DataError for a mask of another length or a place that is not there.
         """
         try:
-            places = np.arange(len(self))[which]
+            places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
         except IndexError as error:
             raise DataError(
                 f"{error}: of {len(self)} embeddings, take a slice, a mask of {len(self)}, or places below it"

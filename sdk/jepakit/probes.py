@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 Labels = NDArray[Any]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# A number of smaller deviation is constant: relative to its own largest value, and to the largest of the vectors.
+# A number of smaller deviation is constant: relative to its own largest value, and to that of most other numbers.
 _ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 _KNN_TEMPERATURE = 0.07
 _KNN_PAIRS = 1 << 24
@@ -335,6 +335,7 @@ class KNNProbe(_Probe):
         return int(self.vectors_.shape[1])
 
     def _shares(self, vectors: Floats) -> Floats:
+        self._check_params()  # unlike C, it counts now
         queries = unit_length(vectors).astype(np.float32)
         k = min(self.k, len(self.vectors_))
         step = min(1024, max(1, _KNN_PAIRS // len(self.vectors_)))
@@ -456,12 +457,13 @@ def _some(labels: Labels) -> str:
 
 
 def _safe_std(vectors: Floats) -> Floats:
-    """What each of D numbers is divided by, [D]: its standard deviation, or the largest value of all where it is constant.
+    """What each of D numbers is divided by, [D]: its standard deviation, or a large value of the others where it is constant.
 
     Constant is also what varies no more than by float32's rounding: it would be blown up, and another provider rounds
-    otherwise.
+    otherwise. Rounding is judged by the values that nine of ten numbers stay below, so that a single huge one, such as a
+    file's size put beside an embedding, hides none of the others.
     """
     std, peaks = vectors.std(axis=0), np.abs(vectors).max(axis=0)
-    largest = peaks.max()
+    largest = np.quantile(peaks[peaks > 0], 0.9, method="lower") if peaks.any() else 0.0
     constant = std <= np.maximum(_ROUNDING * peaks, _ROUNDING_OF_ALL * largest)
     return np.where(constant, largest or 1.0, std)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -115,6 +117,20 @@ def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) 
     run("probe", "fit", tmp_path / "e.npz", "-C", "0.5", "--seed", "2", "--out", tmp_path / "l.safetensors")
     assert jepakit.load_probe(tmp_path / "k.safetensors").get_params() == {"k": 3}
     assert jepakit.load_probe(tmp_path / "l.safetensors").get_params() == {"C": 0.5, "seed": 2, "class_weight": None}
+
+
+def test_rows_stay_rows_whatever_names_hold(tmp_path: Path) -> None:
+    ids = ("x\ny.png", "p\tq.png", 'say "a".png')
+    Embeddings(np.eye(3, dtype=np.float32), "0" * 16, ids, ("cat", "dog", "a\tb")).save(tmp_path / "e.npz")
+    run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--out", tmp_path / "p.safetensors")
+    for command, length in (
+        (("nearest", tmp_path / "e.npz", tmp_path / "e.npz", "-k", "1"), 4),
+        (("probe", "predict", tmp_path / "p.safetensors", tmp_path / "e.npz"), 3),
+        (("probe", "predict", tmp_path / "p.safetensors", tmp_path / "e.npz", "--all"), 4),
+    ):
+        rows = list(csv.reader(io.StringIO(run(*command), newline=""), delimiter="\t"))
+        assert [row[0] for row in rows if row[0] != "id"] == list(ids)
+        assert {len(row) for row in rows} == {length}
 
 
 def test_a_runtime_is_chosen_for_a_bundle_alone(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_they_are_equal_to_themselves_alone_and_can_be_keys() -> None:
         (np.array([2, 0, 2]), [2, 0, 2]),
         ([-1], [2]),
         ([], []),
+        ((2, 0), [2, 0]),
+        ((True, False, True), [0, 2]),
     ],
 )
 @pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
@@ -81,7 +83,7 @@ def test_a_part_keeps_vectors_ids_and_labels_together(
     assert part.model_id == MODEL_ID
 
 
-@pytest.mark.parametrize("which", [[3], [0.5], "cat", np.array([True, False]), (0, 1)], ids=repr)
+@pytest.mark.parametrize("which", [[3], [0.5], "cat", np.array([True, False]), (0, 3)], ids=repr)
 def test_a_part_that_is_not_there_is_refused(which: Any) -> None:
     with pytest.raises(DataError, match="of 3 embeddings, take a slice, a mask of 3, or places below it"):
         make()[which]

@@ -69,6 +69,16 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(C: float) -> None
     assert (ours.predict(DIGITS[TEST]) == theirs.predict(test)).mean() > 0.998
 
 
+@pytest.mark.parametrize("huge", [1e6, 1.7e9])
+def test_one_huge_number_beside_an_embedding_hides_none_of_it(huge: float) -> None:
+    random = np.random.default_rng(0)
+    targets = np.arange(200) % 2
+    vectors = random.normal(size=(200, 16))
+    vectors[:, 0] += 4 * targets
+    vectors = np.column_stack([vectors, random.uniform(huge, 1.1 * huge, 200)])
+    assert LinearProbe().fit(vectors[:100], targets[:100]).score(vectors[100:], targets[100:]) > 0.9
+
+
 def test_scikit_learn_finds_the_numbers_that_tell_classes_apart() -> None:
     random = np.random.default_rng(0)
     vectors, names = random.normal(size=(90, 8)), np.repeat(["a", "b", "c"], 30)
@@ -554,6 +564,12 @@ def test_a_missing_label_or_group_among_text_is_no_class_of_its_own(missing: Any
         KNNProbe().fit([[1.0], [2.0]], ["dog", missing])
     with pytest.raises(DataError, match=r"image 1 has no group"):
         LinearProbe().fit([[1.0], [2.0]] * 4, ["cat", "dog"] * 4, groups=["a", missing] * 4)
+
+
+def test_a_number_of_neighbours_that_is_set_after_the_fit_is_checked_too() -> None:
+    probe = KNNProbe(k=2).fit([[1.0], [2.0]], ["cat", "dog"]).set_params(k=0)
+    with pytest.raises(ConfigError, match="k = 0: give a whole number of neighbours"):
+        probe.predict([[1.0]])
 
 
 def test_numbers_in_a_list_may_be_of_any_library() -> None:

@@ -245,6 +245,25 @@ def test_a_closed_client_says_so(service: str) -> None:
         asyncio.run(ask())
 
 
+def test_a_client_closed_in_the_middle_says_so() -> None:
+    busy = (503, {"Retry-After": "0"}, b"")
+    with _answering([busy], before=lambda: client.close()) as url:
+        client = jepakit.Client(url)
+        with pytest.raises(ClientError, match="this client is closed: make another"):
+            client.models()
+
+    async def ask(url: str) -> None:
+        client = jepakit.AsyncClient(url)
+        asking = asyncio.create_task(client.models())
+        while not _Scripted.seen:
+            await asyncio.sleep(0.01)
+        await client.close()
+        await asking
+
+    with _answering([busy]) as url, pytest.raises(ClientError, match="this client is closed: make another"):
+        asyncio.run(ask(url))
+
+
 def test_an_async_client_belongs_to_one_event_loop(service: str) -> None:
     client = jepakit.AsyncClient(service)
     with asyncio.Runner() as runner:
@@ -254,6 +273,11 @@ def test_an_async_client_belongs_to_one_event_loop(service: str) -> None:
             pytest.raises(ClientError, match="belongs to the event loop of its first request"),
         ):
             other.run(client.models())
+        with (
+            asyncio.Runner() as other,
+            pytest.raises(ClientError, match="belongs to the event loop of its first request"),
+        ):
+            other.run(client.close())
         runner.run(client.close())
 
 
@@ -894,6 +918,45 @@ def test_limits_that_have_become_lower_are_asked_for_anew_and_the_rest_is_cut_by
         found = asked(kind, url, lambda client: client.embed([picture(0)] * 8, progress=False))
     assert found.vectors[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert _Scripted.seen == 6
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_a_proxy_that_takes_less_than_the_service_is_sent_less(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jepakit.client.AT_ONCE", 1)
+    page = (413, dict[str, str](), b"<h1>413 Request Entity Too Large</h1>")
+    with _answering([told(4), page, told(4), rows(2), page, told(4), rows(1), rows(1)]) as url:
+        found = asked(kind, url, lambda client: client.embed([picture(0)] * 4, progress=False))
+    assert found.vectors[:, 0].tolist() == [0, 1, 0, 0]
+    assert _Scripted.seen == 8
+    with (
+        _answering([page]) as url,
+        pytest.raises(ImageError, match=r"front of the service takes less .*client_max_body_size"),
+    ):
+        asked(kind, url, lambda client: client.embed([picture(0)], progress=False))
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+@pytest.mark.parametrize(
+    ("location", "told_"),
+    [
+        ("https://user:pass@pics.example/v1/models?key=1", r"301, a redirect to https://pics\.example/v1/models: give what stands"),
+        ("/login", r"301, a redirect to http://127\.0\.0\.1:\d+/login: give what stands there before /v1 as url"),
+    ],
+)  # fmt: skip
+def test_a_redirect_is_told_with_where_it_leads(kind: type[Any], location: str, told_: str) -> None:
+    with _answering([(301, {"Location": location}, b"")]) as url, pytest.raises(ResponseError, match=told_) as caught:
+        asked(kind, url, lambda client: client.models())
+    assert "pass" not in str(caught.value)
+    assert "key" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_an_address_with_a_query_is_refused_and_not_repeated(kind: type[Any]) -> None:
+    with pytest.raises(ConfigError, match=r"the url holds a query, what follows its \?") as caught:
+        kind("http://127.0.0.1:1/?key=secret")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
