@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import assign_folds, in_cells, numbered
+from jepakit._groups import in_cells, main_class, numbered
 from jepakit._messages import first_few
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
@@ -39,7 +39,7 @@ class Measurement(NamedTuple):
     right: NDArray[np.bool_]
     right_without: NDArray[np.bool_] | None = None
     """The same of probes that were fitted without one part of the images, bool [parts, 2, N]; None where the images to fit on
-    are no fewer than those held out."""
+    are no fewer than those held out. No parts where any would leave a single class: then nothing can be told."""
 
 
 def measure(
@@ -64,19 +64,25 @@ def measure(
         return np.stack([linear.predict(held_out) == truth, knn.predict(held_out) == truth])
 
     linear, knn = LinearProbe().fit(train, labels, groups=group_of), KNNProbe().fit(train, labels)
-    without = []
+    without = None
     if numbered(held_out_groups, len(truth)).max() > group_of.max():
-        for kept in _leaving_out(labels, group_of):
-            some = train[kept], labels[kept]
-            without.append(right(LinearProbe(C=linear.C_).fit(*some), KNNProbe().fit(*some)))
-    return _measurement(right(linear, knn), truth, np.stack(without) if without else None)
+        parts = [
+            right(LinearProbe(C=linear.C_).fit(train[kept], labels[kept]), KNNProbe().fit(train[kept], labels[kept]))
+            for kept in _leaving_out(labels, group_of)
+        ]
+        without = np.array(parts, np.bool_).reshape(-1, 2, len(truth))
+    return _measurement(right(linear, knn), truth, without)
 
 
 def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
     """Which images stay, bool [N], where one part of all groups is left out; only parts without which two classes stay."""
     classes = np.unique(labels, return_inverse=True)[1]
-    part_of = assign_folds(group_of, classes, _LEFT_OUT, np.random.default_rng(0))
-    kept = [part_of != part for part in np.unique(part_of)]
+    class_of_group = main_class(group_of, classes)
+    # Counted from class to class: else the only images of each would all lie in the first part.
+    order = np.lexsort((np.random.default_rng(0).permutation(len(class_of_group)), class_of_group))
+    part_of_group = np.empty(len(order), np.intp)
+    part_of_group[order] = np.arange(len(order)) % _LEFT_OUT
+    kept = [part_of_group[group_of] != part for part in np.unique(part_of_group)]
     return [stay for stay in kept if len(np.unique(classes[stay])) > 1]
 
 
@@ -301,8 +307,10 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
     without each part of them.
 
     The jackknife also counts the single held-out images that tip over by chance, which the bootstrap has counted: what they
-    would add to each part's mean, by the spread between held-out groups, is taken off.
+    would add to each part's mean, by the spread between held-out groups, is taken off. Without parts, infinite.
     """
+    if not len(gains):
+        return np.inf
     class_of = np.unique(truth, return_inverse=True)[1]
     counts = in_cells(group_of, class_of, np.ones(len(truth)))
     images, factor = counts.sum(axis=0), _unbiasing(counts)

@@ -8,6 +8,7 @@ batches of all lanes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
@@ -62,7 +63,8 @@ class _Request:
     def settle(self, error: BaseException | None = None) -> None:
         """Wake whoever waits; from any thread. Of one that is gone the loop may have ended."""
         if not self.gone:
-            self.loop.call_soon_threadsafe(self._settle, error)
+            with contextlib.suppress(RuntimeError):  # a loop that was closed with this request pending
+                self.loop.call_soon_threadsafe(self._settle, error)
 
     def _settle(self, error: BaseException | None) -> None:
         if self.future.done():

@@ -460,8 +460,32 @@ def test_a_class_of_one_image_to_fit_on_costs_no_verdict() -> None:
     held_out, truth = made_vectors(60, 0.1, classes=2, seed=1)
     result = measure(vectors[one_bee], labels[one_bee], held_out, truth)
     assert result.right_without is not None
-    assert len(result.right_without) == 5, "without the part of the one bee there would be one class"
+    assert len(result.right_without) == 6, "without the part of the one bee there would be one class"
     assert compare(result, result, truth, n_train=7).verdict.difference == 0
+
+
+def few_of_many(random: np.random.Generator, classes: int, each: int) -> str:
+    """The verdict on two noisy versions of the same vectors, with so many images of each class to fit on and 60 to judge by."""
+    centres = 0.6 * random.standard_normal((classes, 16))
+    of_fit, of_held_out = (np.repeat(np.arange(classes), count) for count in (each, 60))
+    before, after = (
+        measure(
+            (centres[of_fit] + random.standard_normal((len(of_fit), 16))).astype(np.float32), of_fit.astype(str),
+            (centres[of_held_out] + random.standard_normal((len(of_held_out), 16))).astype(np.float32), of_held_out.astype(str),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    return compare(before, after, of_held_out.astype(str), n_train=len(of_fit)).verdict.word
+
+
+def test_one_image_of_each_class_to_fit_on_seldom_calls_chance_a_difference() -> None:
+    random = np.random.default_rng(0)
+    words = [few_of_many(random, 5, 1) for _ in range(30)]
+    assert words.count("better") + words.count("worse") <= 4, "13 by the held-out images alone"
+
+
+def test_two_images_to_fit_on_tell_nothing() -> None:
+    assert {few_of_many(np.random.default_rng(seed), 2, 1) for seed in range(3)} == {"cannot tell"}
 
 
 def test_groups_that_are_not_one_a_held_out_image_are_refused() -> None:

@@ -285,6 +285,23 @@ def test_a_request_whose_loop_ended_while_its_batch_ran_costs_no_thread() -> Non
     assert all(thread.is_alive() for thread in packed._threads)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncio's, of the task left behind
+def test_a_loop_that_was_closed_with_a_request_pending_costs_no_thread() -> None:
+    model = Recorder()
+    packed = batcher(model)
+    model.gate.clear()
+    loop = asyncio.new_event_loop()
+    left = loop.create_task(embed(packed, [b"\1"]))
+    loop.run_until_complete(until(lambda: packed._running > 0))
+    loop.close()
+    model.gate.set()
+    results, _ = asyncio.run(embed(packed, [b"\2"]))
+    assert results[0][0] == 2
+    wait_until(lambda: packed._running == 0, "a batch is lost")
+    assert all(thread.is_alive() for thread in packed._threads)
+    assert not left.done()
+
+
 class Held(Recorder):
     """A model whose images are decoded when a test lets them be."""
 

@@ -433,6 +433,7 @@ def test_a_run_goes_on_with_weights_and_labels_that_were_moved(
     labels = shutil.move(tmp_path / "a.csv", tmp_path / "moved" / "b.csv")
     run = adapt(tmp_path / "run", weights=str(weights), labels=str(labels))
     assert run.finished
+    adapt(tmp_path / "run", weights=str(weights), labels=str(labels))  # the same command again
     with pytest.raises(ConfigError, match=r"weights was .*w\.safetensors"):  # a finished run's are not compared
         adapt(tmp_path / "run", weights=str(shutil.move(weights, tmp_path / "w.safetensors")), labels=str(labels))
 

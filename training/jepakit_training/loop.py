@@ -29,7 +29,7 @@ from jepakit_training.precision import own_precision
 from jepakit_training.recorder import recording
 from jepakit_training.records import SharedSkippedFiles
 from jepakit_training.run_bundles import check_start, write_run_bundle
-from jepakit_training.run_folder import locked, open_folder
+from jepakit_training.run_folder import keep_settings, locked, open_folder
 from jepakit_training.setup import Setup, prepare
 from jepakit_training.stopping import stopping
 from jepakit_training.trainable import can_checkpoint_activations
@@ -54,6 +54,8 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     setup = prepare(config, images, run)
     main, name = setup.accelerator.is_main_process, name_for(run.path)
     check_start(setup, run)
+    if main:
+        keep_settings(run.path, config)
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began

@@ -154,6 +154,17 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         write_atomically(out / CONFIG, _as_toml(config))
 
 
+def keep_settings(out: Path, config: AdaptConfig) -> None:
+    """Write down the settings of a run that goes on, where weights or tables have moved: once finished it is found by them.
+
+    Raises WriteError where nothing can be written there.
+    """
+    text = _as_toml(config)
+    if (out / CONFIG).read_text(encoding="utf-8") != text:
+        with must_write(out):
+            write_atomically(out / CONFIG, text)
+
+
 @contextmanager
 def must_write(out: Path) -> Iterator[None]:
     """A block that writes to the run's folder; WriteError where that fails."""
