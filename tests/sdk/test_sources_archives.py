@@ -110,6 +110,19 @@ def test_a_shards_labels_come_from_cls_or_json_of_the_same_key(tmp_path: Path) -
     assert list_images(tmp_path / "a.tar", "none").labels is None
 
 
+def test_an_image_whose_name_has_dots_has_the_label_of_its_own_name(tmp_path: Path) -> None:
+    members = {f"scan.{day}.{ending}": data for day, word in (("01", b"cat"), ("02", b"dog")) for ending, data in
+               (("png", b"?"), ("cls", word), ("json", b'{"label": "fox"}'))}  # fmt: skip
+    shard = tar(tmp_path / "s.tar", {**members, "._scan.01.cls": b"\xa3", "one.cls": b"bee", "one.left.png": b"?"})
+    assert list_images(shard).labels == ("cat", "dog", "bee")
+    torn = tar(tmp_path / "t.tar", {"1.a.cls": b"cat", "1.b.cls": b"dog", "1.c.png": b"?"})
+    with pytest.raises(
+        DataError, match=r"1\.c\.png may have either of the labels cat, dog: give it a \.cls file of its own"
+    ):
+        list_images(torn)
+    assert list_images(torn, "none").labels is None
+
+
 def test_a_member_that_was_added_again_replaces_the_earlier_with_its_label(tmp_path: Path) -> None:
     shard = tar(tmp_path / "a.tar", {"1.jpg": b"old", "1.cls": b"cat", "2.jpg": b"2", "2.cls": b"dog", "2.json": b"{}"})
     tar(shard, {"./1.jpg": b"new", "1.cls": b"dog", "2.json": b'{"label": "cat"}'}, "a")

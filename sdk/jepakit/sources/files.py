@@ -51,9 +51,12 @@ def suffix(name: str) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a name, folders included, is a visible image by its suffix."""
-    return suffix(name) in SUFFIXES and not any(
-        part.startswith(".") and part not in (".", "..") for part in name.split("/")
-    )
+    return suffix(name) in SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a name begins with a dot, as those that a Mac writes beside its files."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 @dataclass

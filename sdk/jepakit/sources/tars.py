@@ -14,7 +14,7 @@ from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.errors import DataError
 from jepakit.sources.archives import TAR, Archives, Member, names_in_shards
-from jepakit.sources.files import is_image
+from jepakit.sources.files import is_hidden, is_image
 from jepakit.sources.store import Found
 
 _COMPRESSED = {
@@ -49,9 +49,10 @@ def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
 def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None]]:
     """The image members of an uncompressed tar in its order, and the label of each.
 
-    A label is what `KEY.cls` holds, or "label" in `KEY.json`, where KEY is the image's name up to the first dot;
-    None where there is neither, or labels are not asked for. Of members of one name the last counts, as when a tar is
-    unpacked. Raises DataError for compressed or damaged tars.
+    A label is what `KEY.cls` holds, else "label" in `KEY.json`, where KEY is the image's name up to its last dot, or, where
+    there is none of that name, up to the first; None where there is neither, or labels are not asked for. Of members of
+    one name the last counts, as when a tar is unpacked. Raises DataError for compressed or damaged tars, and for an image
+    that may have either of two labels.
     """
     members: dict[str, Member] = {}
     sidecars: dict[str, str | None] = {}
@@ -63,15 +64,35 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                     if entry.issparse():
                         raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
                     members[name] = Member(name, entry.offset_data, entry.size, entry.size, TAR, 0)
-                elif with_labels and name.endswith((".cls", ".json")):
+                elif with_labels and name.endswith((".cls", ".json")) and not is_hidden(name):
                     sidecars[name] = _label(path, name, entry, file)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from None
-    labels: dict[str, str] = {}
-    for name, label in sidecars.items():
-        if label is not None:
-            labels.setdefault(_key(name), label)
-    return list(members.values()), [labels.get(_key(name)) for name in members]
+    return list(members.values()), _labels_of(path, list(members), sidecars)
+
+
+def _labels_of(path: str, images: list[str], sidecars: dict[str, str | None]) -> list[str | None]:
+    """The label of each image, by the labels of the files beside them."""
+    own: dict[str, str] = {}
+    of_key: dict[str, set[str]] = {}
+    for name, label in sorted(sidecars.items()):  # of one name .cls before .json
+        stem = name.rpartition(".")[0]
+        if label is not None and stem not in own:
+            own[stem] = label
+            of_key.setdefault(_key(name), set()).add(label)
+
+    def label_of(image: str) -> str | None:
+        if (label := own.get(image.rpartition(".")[0])) is not None:
+            return label
+        labels = of_key.get(_key(image), set())
+        if len(labels) > 1:
+            raise DataError(
+                f"{path}: {image} may have either of the labels {', '.join(sorted(labels)[:3])}: give it a .cls file of its own "
+                "name, or use labels none"
+            )
+        return next(iter(labels), None)
+
+    return [label_of(image) for image in images]
 
 
 def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
