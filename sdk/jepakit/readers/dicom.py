@@ -126,6 +126,7 @@ class DicomRaster(Raster):
 
     def _in_real_units(self, stored: Pixels, frame: int) -> Pixels:
         """A frame's values as `read` gives them, all of its padding as the header's no-data value."""
+        stored = _in_stored_bits(stored, self._dataset)
         values, nodata = self._units(stored, frame), self.header.nodata
         if self._padding is None or nodata is None:
             return values
@@ -252,6 +253,16 @@ class DicomRaster(Raster):
                 code="unreadable",
             )
         return data
+
+
+def _in_stored_bits(stored: Pixels, dataset: Any) -> Pixels:
+    """Values by their BitsStored alone: decoders leave in the bits above what is there, and take it for more, or for no sign."""
+    size = stored.dtype.itemsize
+    spare = 8 * size - int(dataset.BitsStored)
+    if stored.dtype.kind not in "iu" or spare <= 0:
+        return stored
+    values: Pixels = stored.astype(f"{'i' if dataset.PixelRepresentation else 'u'}{size}") << spare >> spare
+    return values
 
 
 def import_pydicom() -> None:

@@ -18,7 +18,13 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, SecondaryCaptureImageStorage
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+)
 
 from jepakit.errors import ImageError
 from jepakit.readers import Window, dicom_group, open_raster
@@ -107,6 +113,19 @@ def test_grey_comes_back_in_real_units() -> None:
     got = read(make(stored, RescaleSlope=2, RescaleIntercept=-1024))
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got[..., 0], stored * 2.0 - 1024)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless])
+@pytest.mark.parametrize("dtype", ["int16", "uint16"])
+def test_bits_above_those_stored_change_no_value_of_a_compressed_file(syntax: Any, dtype: str) -> None:
+    import imagecodecs
+
+    encode = imagecodecs.jpegls_encode if syntax == JPEGLSLossless else imagecodecs.jpeg2k_encode
+    options: dict[str, Any] = {} if syntax == JPEGLSLossless else {"level": 0, "codecformat": "j2k"}
+    values = (ramp() % 4096).astype(dtype) - (2048 if dtype == "int16" else 0)
+    above = 0 if dtype == "int16" else 0x8000  # no sign, or an overlay
+    frame = bytes(encode((values & 0xFFF).astype("uint16") | above, **options))
+    np.testing.assert_array_equal(read(compress(make(values, bits=12), syntax, [frame]))[..., 0], values)
 
 
 def test_a_modality_table_is_applied() -> None:
