@@ -188,10 +188,9 @@ def _source(config: ExportConfig) -> Source:
 
 def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
     """One of a finished run's two bundles; `best` follows the verdict: what was trained where that is better, else the start."""
-    trained = run.bundle
-    if which == "start" or (which == "best" and run.verdict.word != "better"):
-        return open_bundle(run.path / START)
-    return trained
+    run.check_finished()
+    start = which == "start" or (which == "best" and run.verdict.word != "better")
+    return open_bundle(run.path / START) if start else run.bundle
 
 
 def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:

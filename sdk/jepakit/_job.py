@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
 # What a part of multipart adds to its file, at most; also more than the header of `.npy`.
 _BYTES_BESIDE = 256
+_SERVICE = "the service take more (max_body_mb)"
 _BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
 _SERVICES_NAME = re.compile(r"^(?:input\[\d+\]: )?(?:(?:image|array): )?")
 
@@ -191,7 +192,7 @@ class Job:
             yield
         except ResponseError as error:
             if error.status == 413 and error.code in (None, "body_too_large") and len(chunk.items) == 1:
-                limit, taker = str(error).partition(":")[0], "the service take more (max_body_mb)"
+                limit, taker = str(error).partition(":")[0], _SERVICE
                 if error.code is None:
                     limit = "something in front of the service takes less (it answered 413)"
                     taker = "it take more (nginx: client_max_body_size)"
@@ -287,7 +288,7 @@ def _refuse_larger(name: str, size: int, largest: int) -> None:
         raise _too_large(name, size, f"a request holds at most {largest:,}")
 
 
-def _too_large(name: str, size: int, limit: str, taker: str = "the service take more (max_body_mb)") -> ImageError:
+def _too_large(name: str, size: int, limit: str, taker: str = _SERVICE) -> ImageError:
     return ImageError(
         f"{name}: {size:,} bytes, and {limit}: save it smaller, cut it into tiles (tile=…), or let {taker}",
         code="too_large",

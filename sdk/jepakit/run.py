@@ -59,11 +59,15 @@ class Run:
         """Whether the adapted bundle has been written."""
         return (self.path / BUNDLE).is_dir()
 
+    def check_finished(self) -> None:
+        """Raise BundleError when the run has not finished."""
+        if not self.finished:
+            raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to go on")
+
     @cached_property
     def bundle(self) -> Bundle:
         """The adapted weights; BundleError when the run has not finished."""
-        if not self.finished:
-            raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to go on")
+        self.check_finished()
         return open_bundle(self.path / BUNDLE)
 
     @property

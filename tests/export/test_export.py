@@ -227,6 +227,12 @@ def test_best_follows_the_verdict(
     assert best.path == run.path / {"start": START, "last": BUNDLE}[which]
 
 
+def test_the_start_is_exported_whatever_became_of_the_trained_bundle(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns(CHECKPOINTS))
+    (tmp_path / "run" / BUNDLE / MANIFEST).write_text("{")
+    assert jepakit_export.exporter._of_run(Run(tmp_path / "run"), "start").path == tmp_path / "run" / START
+
+
 @pytest.mark.parametrize(("word", "which"), [("worse", None), ("worse", "last"), ("better", None)])
 def test_weights_that_the_verdict_calls_worse_are_not_exported_without_a_word(
     exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, word: str, which: str | None
