@@ -117,7 +117,10 @@ class DicomRaster(Raster):
 
             return self._in_real_units(jpeg_decode(compressed), frame)
         self._encoded.file.seek(0)
-        stored = pixel_array(self._encoded.file, index=frame, decoding_plugin=self._plugin)
+        # Bits above those stored are kept, in grey: padding may be told by them alone.
+        stored = pixel_array(
+            self._encoded.file, index=frame, decoding_plugin=self._plugin, correct_unused_bits=not self._grey
+        )
         if self._grey:
             return self._in_real_units(stored, frame)
         if self._dataset.PhotometricInterpretation == _PALETTE:
@@ -126,12 +129,13 @@ class DicomRaster(Raster):
 
     def _in_real_units(self, stored: Pixels, frame: int) -> Pixels:
         """A frame's values as `read` gives them, all of its padding as the header's no-data value."""
-        stored = _in_stored_bits(stored, self._dataset)
+        whole, stored = stored, _in_stored_bits(stored, self._dataset)
         values, nodata = self._units(stored, frame), self.header.nodata
         if self._padding is None or nodata is None:
             return values
-        padded = (stored >= min(self._padding)) & (stored <= max(self._padding))
-        return np.where(padded, nodata, values)
+        low, high = sorted(self._padding)
+        marked = stored if _are_stored(low, high, self._dataset) else whole
+        return np.where((marked >= low) & (marked <= high), nodata, values)
 
     def _units(self, stored: Pixels, frame: int) -> Pixels:
         from pydicom.pixels.processing import apply_modality_lut
@@ -340,9 +344,15 @@ def _padding(dataset: Any) -> tuple[int, int] | None:
 
 
 def _as_stored(value: int, dataset: Any) -> int:
-    """A stored value out of the header: some writers give signed ones an unsigned type."""
-    signed = dataset.PixelRepresentation == 1
+    """A stored value out of the header: some writers give signed ones an unsigned type, or the other way round."""
+    signed, value = dataset.PixelRepresentation == 1, value % 2**dataset.BitsAllocated
     return value - 2**dataset.BitsAllocated if signed and value >= 2 ** (dataset.BitsAllocated - 1) else value
+
+
+def _are_stored(low: int, high: int, dataset: Any) -> bool:
+    """Whether values from `low` to `high` fit in the stored bits: some writers pad with what only the bits above can tell."""
+    bits, signed = int(dataset.BitsStored), dataset.PixelRepresentation == 1
+    return (-(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1)) if signed else high < 2**bits
 
 
 def _inverted(stored: Pixels, dataset: Any) -> Pixels:

@@ -238,6 +238,32 @@ def test_padding_is_nodata_after_the_modality_lut() -> None:
         assert raster.header.nodata is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits", "padding", "tag"),
+    [
+        ("uint16", 12, 0xFFFF, 0xFFFF),
+        ("uint16", 12, 0x8000, 0x8000),  # in the stored bits it is 0, a value of the ramp
+        ("int16", 12, -0x8000, -0x8000),
+        ("uint16", 16, 63536, -2000),
+        ("int16", 16, -2000, 63536),
+    ],
+)
+def test_padding_is_told_by_bits_above_those_stored_and_by_either_sign(
+    dtype: str, bits: int, padding: int, tag: int
+) -> None:
+    stored = ramp(dtype)
+    stored[3, 4] = padding
+    data = make(stored, bits=bits, RescaleSlope=2, RescaleIntercept=-1024)
+    changed = pydicom.dcmread(io.BytesIO(data))
+    changed.add_new("PixelPaddingValue", "SS" if tag < 0 else "US", tag)
+    buffer = io.BytesIO()
+    changed.save_as(buffer, enforce_file_format=True)
+    with open_raster(buffer.getvalue()) as raster:
+        padded = raster.read()[..., 0] == raster.header.nodata
+    assert padded[3, 4]
+    assert padded.sum() == 1
+
+
 @pytest.mark.parametrize(("value", "limit"), [(0, 10), (10, 0)], ids=["rising", "falling"])
 def test_a_range_of_padding_is_one_nodata_value(value: int, limit: int) -> None:
     tags: dict[str, Any] = {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
