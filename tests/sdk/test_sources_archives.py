@@ -178,8 +178,11 @@ def damaged_header(data: bytes) -> bytes:
         (lambda data: data[:1700], "cut short in the middle of 1.jpg"),
         (lambda data: b"no tar" * 200, "not a tar"),
         (lambda data: b"", "not a tar"),
+        (lambda data: data[:1024] + bytes(512) + data[1536:], r"goes on after the zeros .* \(byte 1,024\)"),
+        (lambda data: data + data, r"goes on after the zeros .* \(byte 3,072\)"),
+        (lambda data: data[:1024] + bytes(20_000_000), "ends at byte 1,024 of 20,001,024: copy it again"),
     ],
-    ids=["header", "cut in a header", "cut in an image", "text", "empty"],
+    ids=["header", "cut in a header", "cut in an image", "text", "empty", "zeroed", "joined", "unfinished"],
 )
 def test_damaged_tars_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     file = tar(tmp_path / "a.tar", {f"{i}.jpg": noise(400) for i in range(3)})
@@ -194,7 +197,26 @@ def test_links_and_dangerous_names_in_a_tar_harm_nobody(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
             archive.addfile(entry)
-    assert contents(list_images(tmp_path / "a.tar")) == {"a.tar/../../etc/x.jpg": b"", "a.tar//abs/y.jpg": b""}
+    listed = list_images(tmp_path / "a.tar")
+    assert contents(listed) == {"a.tar/../../etc/x.jpg": b"", "a.tar//abs/y.jpg": b""}
+    assert "1 symbolic link passed over (z.jpg first)" in listed.note
+
+
+def test_a_hard_link_is_the_image_or_label_that_it_names_and_refused_where_that_is_missing(tmp_path: Path) -> None:
+    def made(*links: tuple[str, str]) -> Path:
+        file = tar(tmp_path / "a.tar", {"./1.png": noise(700), "./1.cls": b"cat"})
+        with tarfile.open(file, "a") as archive:
+            for name, to in links:
+                entry = tarfile.TarInfo(name)
+                entry.type, entry.linkname = tarfile.LNKTYPE, to
+                archive.addfile(entry)
+        return file
+
+    listed = list_images(made(("./2.png", "./1.png"), ("./2.cls", "./1.cls"), ("notes.txt", "gone.txt")))
+    assert contents(listed) == {"a.tar/1.png": noise(700), "a.tar/2.png": noise(700)}
+    assert listed.labels == ("cat", "cat")
+    with pytest.raises(DataError, match=r"2\.png is a hard link to gone\.png, which is no image before it"):
+        list_images(made(("2.png", "gone.png")))
 
 
 # ZIPs

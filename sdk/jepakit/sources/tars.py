@@ -24,13 +24,16 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _MAX_SIDECAR_BYTES = 1_000_000
+_MOST_ZEROS = 16 * 2**20
+"""At the end of a tar, after its last member; more than any record that a tar is padded to."""
 
 
 def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
     """The images of one or many shards, with the labels that stand beside them if all have one."""
     indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", progress=len(paths) > 1)]
-    members = [each for each, _ in indexes]
-    labels = [label for _, of_shard in indexes for label in of_shard]
+    members = [each for each, _, _ in indexes]
+    labels = [label for _, of_shard, _ in indexes for label in of_shard]
+    links = [link for _, _, of_shard in indexes for link in of_shard]
     known = tuple(label for label in labels if label is not None)
     ids = names_in_shards(paths, members)
     if len(known) == len(labels):
@@ -43,24 +46,32 @@ def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
         folders=[member.name for each in members for member in each],
         labels=known if len(known) == len(labels) else None,
         label_note=note,
+        note=f"{counted(len(links), 'symbolic link')} passed over ({links[0]} first): tar them with --dereference"
+        if links
+        else "",
     )
 
 
-def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None]]:
-    """The image members of an uncompressed tar in its order, and the label of each.
+def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None], list[str]]:
+    """The image members of an uncompressed tar in its order, the label of each, and images that are symbolic links.
 
     A label is what `KEY.cls` holds, else "label" in `KEY.json`, where KEY is the image's name up to its last dot, or, where
     there is none of that name, up to the first; None where there is neither, or labels are not asked for. Of members of
-    one name the last counts, as when a tar is unpacked. Raises DataError for compressed or damaged tars, and for an image
-    that may have either of two labels.
+    one name the last counts, as when a tar is unpacked; a hard link is the earlier member that it names. Raises DataError
+    for compressed or damaged tars, and for an image that may have either of two labels.
     """
     members: dict[str, Member] = {}
     sidecars: dict[str, str | None] = {}
+    links: list[str] = []
     try:
         with Path(path).open("rb") as file:
             for entry in _entries(path, file):
                 name = entry.name.removeprefix("./")
-                if is_image(name):
+                if entry.issym():
+                    links += [name] if is_image(name) else []
+                elif entry.islnk():
+                    _link(path, name, entry.linkname.removeprefix("./"), members, sidecars)
+                elif is_image(name):
                     if entry.issparse():
                         raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
                     members[name] = Member(name, entry.offset_data, entry.size, entry.size, TAR, 0)
@@ -68,7 +79,19 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                     sidecars[name] = _label(path, name, entry, file)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from None
-    return list(members.values()), _labels_of(path, list(members), sidecars)
+    return list(members.values()), _labels_of(path, list(members), sidecars), links
+
+
+def _link(path: str, name: str, to: str, members: dict[str, Member], sidecars: dict[str, str | None]) -> None:
+    """Add a hard link as the image or the label that it is another name of."""
+    if to in members and is_image(name):
+        members[name] = members[to]._replace(name=name)
+    elif to in sidecars:
+        sidecars[name] = sidecars[to]
+    elif is_image(name):
+        raise DataError(
+            f"{path}: {name} is a hard link to {to}, which is no image before it: tar with --hard-dereference"
+        )
 
 
 def _labels_of(path: str, images: list[str], sidecars: dict[str, str | None]) -> list[str | None]:
@@ -96,7 +119,7 @@ def _labels_of(path: str, images: list[str], sidecars: dict[str, str | None]) ->
 
 
 def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Files of a tar. `tarfile` itself takes a damaged header for the end of the archive, and keeps every member."""
+    """Files and links of a tar. `tarfile` itself takes a damaged header for its end, and keeps every member."""
     start = file.read(6)
     for magic, method in _COMPRESSED.items():
         if start.startswith(magic):
@@ -115,6 +138,7 @@ def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     while True:
         file.seek(here)
         if not file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            _check_end(path, file, here, end)
             return
         file.seek(here)
         try:
@@ -125,9 +149,22 @@ def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise DataError(f"{path} is damaged at byte {here:,} (a size below 0): copy or make it again")
         if entry.offset_data + (entry.size if entry.isreg() else 0) > end:
             raise DataError(f"{path} is cut short in the middle of {entry.name}: copy or make it again")
-        if entry.isreg():
+        if entry.isreg() or entry.issym() or entry.islnk():
             yield entry
         here = tar.offset
+
+
+def _check_end(path: str, file: BinaryIO, here: int, end: int) -> None:
+    """Refuse what is no end: after zeros at byte `here` more zeros fill the last record, and nothing else follows."""
+    if end - here > _MOST_ZEROS:
+        raise DataError(
+            f"{path} ends at byte {here:,} of {end:,}: copy it again; of two tars in one file make two, or one anew"
+        )
+    file.seek(here)
+    if file.read().strip(b"\0"):
+        raise DataError(
+            f"{path} goes on after the zeros that end a tar (byte {here:,}): it is damaged, or two tars in one file: make it anew"
+        )
 
 
 def _key(name: str) -> str:
