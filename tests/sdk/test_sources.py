@@ -94,6 +94,10 @@ def test_only_images_are_listed_whatever_the_case_of_their_suffix(tmp_path: Path
         "k.svs",
         "l.ndpi",
         "m.scn",
+        "n.jpe",
+        "o.jfif",
+        "p.dicom",
+        "q.ima",
     )
     touch(tmp_path, *images, "notes.txt", "png", "m.gif", "n.png.txt", "labels.csv")
     assert list_images(tmp_path, group="none").ids == images
@@ -251,6 +255,14 @@ def test_a_glob_lists_matching_images_sorted(tmp_path: Path) -> None:
     assert [path.name for path in paths(list_images(f"{tmp_path}/**/*.png"))] == ["3.png", "1.png", "2.png"]
 
 
+def test_a_glob_that_goes_round_a_loop_of_links_lists_each_image_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.png", "a/b/2.png")
+    (tmp_path / "a/b/back").symlink_to(tmp_path / "a")
+    listed = list_images(f"{tmp_path}/**/*.png")
+    assert paths(listed) == [tmp_path / "a/1.png", tmp_path / "a/b/2.png"]
+    assert "links passed over: what they lead to is listed already" in listed.note
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
     touch(tmp_path, "scan[1].png", "scan1.png")
     assert list_images(tmp_path / "scan[1].png").ids == ("scan[1].png",)
@@ -279,7 +291,7 @@ def test_a_missing_source_is_named(tmp_path: Path, source: str) -> None:
 
 def test_a_file_listed_twice_is_no_two_images_to_train_on(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.png")
-    twice = [tmp_path / "a.png", tmp_path / "b.png", f"{tmp_path}/./a.png"]
+    twice = [tmp_path / "a.png", tmp_path / "b.png", os.path.relpath(tmp_path / "a.png")]
     with pytest.raises(DataError, match=r"a\.png more than once: give each image once"):
         list_images(twice)
     assert len(gather(twice)) == 3, "embedded as often as asked"
@@ -296,7 +308,7 @@ def test_missing_files_of_a_list_are_counted(tmp_path: Path) -> None:
 def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt")
     for source in (tmp_path, f"{tmp_path}/*.png"):
-        with pytest.raises(DataError, match=r"holds no images \(looked for \.bmp, \.dcm, \.jpeg"):
+        with pytest.raises(DataError, match=r"holds no images \(looked for \.bmp, \.dcm, \.dicom, \.ima, \.jfif"):
             list_images(source)
     with pytest.raises(DataError):
         list_images([])

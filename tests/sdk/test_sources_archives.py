@@ -108,6 +108,9 @@ def test_a_shards_labels_come_from_cls_or_json_of_the_same_key(tmp_path: Path) -
     assert listed.labels == ("7", "cat", "4")
     assert "3 classes from .cls and .json" in listed.note
     assert list_images(tmp_path / "a.tar", "none").labels is None
+    same = {"1.jpg": b"", "1.cls": "\ufeffcat".encode(), "2.jpg": b"", "2.json": b'{"label": " cat "}'}
+    assert list_images(tar(tmp_path / "b.tar", same)).labels == ("cat", "cat")
+    assert list_images(tar(tmp_path / "c.tar", {"1.jpg": b"", "1.json": b'{"label": ""}'})).labels is None
 
 
 def test_an_image_whose_name_has_dots_has_the_label_of_its_own_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,12 @@ def test_parquet_says_the_same_as_csv(tmp_path: Path) -> None:
     assert from_parquet.digest() == from_csv.digest()
 
 
+def test_numbers_that_an_empty_cell_made_fractions_are_labels_as_they_were(tmp_path: Path) -> None:
+    touch(tmp_path, *"123")
+    file = parquet(tmp_path / "m.parquet", {"path": ["1", "2", "3"], "label": [1.0, None, 2.5]})
+    assert list_images(file).labels == ("1", None, "2.5")
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "m.parquet")
     real = builtins.__import__
@@ -148,7 +155,10 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["path", "1.png", "x.png", "y.png"], r"lists x\.png, which is no file in .* \(2 of 3 are missing\)"),
         (["path", "1.png", "d\\x.png"], r"lists d\\x\.png, .*: paths are written with / here, not with \\"),
         (["path", "s3://b/x.png"], r"lists s3:/b/x\.png, .*: images are read from disks alone: download them"),
+        (["path", "C:/x.png"], r"lists C:/x\.png, .*: paths are relative to the manifest's folder"),
+        (["path", "file:///x.png"], r"lists file:/x\.png, .*: paths are written without file://"),
         (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),
+        (["path,Label,label", "1.png,a,b"], r"has two columns named 'Label'"),
         (["path,label,Label,label", "1.png,a,b,c"], r"has two columns named 'label'"),
         (["path", "1.png", "a\0/b.png"], r"lists a\0/b\.png, which is no file"),
         (["path,split", "1.png,test", "2.png,val"], r"no row's split is train \(found test, val\)"),
@@ -158,6 +168,34 @@ def test_a_manifest_that_cannot_be_used_says_where_and_why(tmp_path: Path, lines
     touch(tmp_path, "1.png", "2.png")
     with pytest.raises(DataError, match=message):
         list_images(csv(tmp_path / "m.csv", *lines))
+
+
+def test_a_file_named_relatively_and_absolutely_is_listed_twice(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png")
+    with pytest.raises(DataError, match=r"lists .*/1\.png more than once"):
+        list_images(csv(tmp_path / "m.csv", "path", "1.png", f"{tmp_path}/1.png"))
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_in_another_form_of_unicode_is_told_apart(tmp_path: Path, on_disk: Any, written: Any) -> None:
+    touch(tmp_path, unicodedata.normalize(on_disk, "K\u00f6ln.png"))
+    with pytest.raises(DataError, match=f"the file's own name is in Unicode's form {on_disk}: write it so"):
+        list_images(csv(tmp_path / "m.csv", "path", unicodedata.normalize(written, "K\u00f6ln.png")))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "row"),
+    [
+        ("m.csv", "path;label;a, b, c, d", "1.png;cat;7"),
+        ("m.csv", '"a;b;c;d",path,label', "7,1.png,cat"),
+        ("m.tsv", "path\tlabel\tsize, in mm, of a, b", "1.png\tcat\t7"),
+    ],
+)
+def test_the_delimiter_is_the_one_that_gives_a_column_of_paths(
+    tmp_path: Path, name: str, header: str, row: str
+) -> None:
+    touch(tmp_path, "1.png")
+    assert list_images(csv(tmp_path / name, header, row)).labels == ("cat",)
 
 
 def test_a_manifest_that_is_not_utf_8_says_so(tmp_path: Path) -> None:

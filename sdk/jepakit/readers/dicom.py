@@ -351,8 +351,8 @@ def _as_stored(value: int, dataset: Any) -> int:
 
 def _are_stored(low: int, high: int, dataset: Any) -> bool:
     """Whether values from `low` to `high` fit in the stored bits: some writers pad with what only the bits above can tell."""
-    bits, signed = int(dataset.BitsStored), dataset.PixelRepresentation == 1
-    return (-(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1)) if signed else high < 2**bits
+    span = 1 << int(dataset.BitsStored)
+    return -span // 2 <= low and high < span // 2 if dataset.PixelRepresentation == 1 else high < span
 
 
 def _inverted(stored: Pixels, dataset: Any) -> Pixels:

@@ -200,7 +200,7 @@ def _orientation(image: Image) -> int:
 
 def _is_deep_colour(image: Image) -> bool:
     """Whether the file holds 16 bits a band where Pillow, without a word, gives 8."""
-    if image.mode in _DEEP_MODES:
+    if image.mode in _DEEP_MODES or image.format == "BMP":  # its 16 bits are those of all three bands
         return False
     if image.format == "TIFF":
         return bool(max(image.tag_v2.get(258, (1,))) > 8)  # type: ignore[attr-defined]

@@ -14,8 +14,11 @@ from jepakit.readers import ImageSource
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".npy", ".npz", ".svs", ".ndpi", ".scn"}
-)
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".ima", ".npy", ".npz",
+        ".svs", ".ndpi", ".scn",
+    }
+)  # fmt: skip
 _FILE, _FOLDER, _NOWHERE, _OTHER = range(4)
 
 

@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
     )
     # What lies in hidden folders that the pattern itself names is wanted.
     strangers = set(not_files("", matches))
-    files = [name for name in matches if name not in strangers]
+    there = [name for name in matches if name not in strangers]
+    files = _once(there)
+    repeats = links_passed_over(len(there) - len(files), [])
     ids = tuple(name for name in files if is_image(name.rpartition("/")[2]) and not is_embeddings(name))
     archives = [name for name in files if _is_archive(name)]
     others = [name for name in files if suffix(name) not in SUFFIXES and not _is_archive(name)]
@@ -141,11 +144,22 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
             ids,
             kind="a glob",
             label_note="no labels: a glob has no class folders",
-            note=_joined(_beside(archives), passed_over(others)),
+            note=_joined(_beside(archives), passed_over(others), repeats),
         )
     if archives:
         return _find_in_archives(archives, with_labels=with_labels)
     raise _nothing(pattern, passed_over(others))
+
+
+def _once(files: Sequence[str]) -> list[str]:
+    """Each file under its shortest name, where linked folders give it several: `**` goes round a loop of them forty times."""
+    real_folder = cache(os.path.realpath)
+    shortest: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: name.count("/")):
+        folder, base = os.path.split(name)
+        shortest.setdefault(os.path.join(real_folder(folder), base), name)  # noqa: PTH118 (hot loop)
+    kept = set(shortest.values())
+    return [name for name in files if name in kept]
 
 
 def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
@@ -159,7 +173,7 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
         raise DataError(f"{missing[0]} {what} ({len(missing)} of {len(paths)} files are missing)")
     archives = [path for path in paths if _is_archive(path)]
     if archives and len(archives) == len(paths):
-        if (twice := repeated([os.path.normpath(path) for path in paths])) is not None:
+        if (twice := repeated(paths)) is not None:
             raise DataError(f"the list names {twice} more than once: give each archive once")
         return _find_in_archives(paths, with_labels=with_labels)
     strange = archives or [path for path in paths if suffix(path) in TABLES]

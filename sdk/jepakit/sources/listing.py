@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +70,7 @@ def gather(
 
 def _check_listed_once(found: Found) -> None:
     """Raise DataError for a file that a list names twice: it could be trained on and held out."""
-    if found.kind == LISTED and (twice := repeated([os.path.normpath(name) for name in found.ids])) is not None:
+    if found.kind == LISTED and (twice := repeated(found.ids)) is not None:
         raise DataError(f"the list names {twice} more than once: give each image once")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import posixpath
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,21 +44,27 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool, with_sp
 
 
 def _check_paths(file: str, root: str, ids: tuple[str, ...]) -> None:
-    if (twice := repeated(ids)) is not None:
+    if (twice := repeated(ids, root)) is not None:
         raise DataError(f"{file} lists {twice} more than once: an image is one row")
     missing = not_files(root, ids)
     if missing:
         raise DataError(
             f"{file} lists {missing[0]}, which is no file in {root or 'this folder'} "
-            f"({len(missing)} of {len(ids)} are missing): {_how_to_write(missing[0])}"
+            f"({len(missing)} of {len(ids)} are missing): {_how_to_write(root, missing[0])}"
         )
 
 
-def _how_to_write(path: str) -> str:
+def _how_to_write(root: str, path: str) -> str:
+    scheme, colon, _ = path.partition(":/")
     if "\\" in path:
         return "paths are written with / here, not with \\"
-    if ":/" in path:
+    if scheme == "file":
+        return "paths are written without file://"
+    if colon and len(scheme) > 1:
         return "images are read from disks alone: download them, and give their paths"
+    for form in ("NFC", "NFD"):
+        if Path(root, unicodedata.normalize(form, path)).is_file():
+            return f"the file's own name is in Unicode's form {form}: write it so, or rename the file"
     return "paths are relative to the manifest's folder"
 
 

@@ -28,13 +28,15 @@ def stamp_of(path: str | Path, *part: int) -> str | None:
     return json.dumps([os.fsdecode(path), stat.st_size, stat.st_mtime_ns, *part])
 
 
-def repeated(names: Sequence[str]) -> str | None:
-    """The first name that comes a second time."""
+def repeated(names: Sequence[str], root: str = "") -> str | None:
+    """The first of some files, relative to `root`, that is named a second time, however it is spelt."""
     seen: set[str] = set()
+    here = os.path.abspath(root)  # noqa: PTH100
     for name in names:
-        if name in seen:
+        path = os.path.normpath(os.path.join(here, name))  # noqa: PTH118 (hot loop)
+        if path in seen:
             return name
-        seen.add(name)
+        seen.add(path)
     return None
 
 

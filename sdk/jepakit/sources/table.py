@@ -53,7 +53,8 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
                 f"{file} has no column {role!r} (nor {', '.join(COLUMNS[role][1:])}); "
                 f"its columns are {', '.join(header)}{hint}"
             )
-    twice = [header[place] for place in places.values() if header.count(header[place]) > 1]
+    names = [name.casefold() for name in header]
+    twice = [header[place] for place in places.values() if names.count(names[place]) > 1]
     if twice:
         raise DataError(f"{file} has two columns named {twice[0]!r}: rename or drop one")
     columns: dict[str, list[str]] = {role: [] for role in places}
@@ -156,9 +157,8 @@ def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
             first = stream.readline()
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, error) from None
-    delimiter = max(",;\t", key=first.count)
     try:
-        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        delimiter, header = max((_header(first, each) for each in ",;\t"), key=_likeness)
     except csv.Error as error:
         raise DataError(f"{file}, line 1: {error}") from None
     if not any(header):
@@ -184,6 +184,16 @@ def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
             raise DataError(f"{file}, line {reader.line_num}: {error}") from None
 
     return "line", header, rows
+
+
+def _header(line: str, delimiter: str) -> tuple[str, list[str]]:
+    return delimiter, [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+
+
+def _likeness(header: tuple[str, list[str]]) -> tuple[bool, int]:
+    """The delimiter that gives a column of paths is the file's, else that of the most columns: names may hold others."""
+    _, names = header
+    return _find_column(names, "path") is not None, len(names)
 
 
 def _open_parquet(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
@@ -214,8 +224,14 @@ def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
     strange = next((value for value in values if value is not None and not isinstance(value, str | int | float)), None)
     if strange is not None:
         raise DataError(f"{file}: the column {name!r} holds {type(strange).__name__}: wanted text or numbers")
-    # NaN is what pandas makes of an empty cell.
-    return ["" if value is None or value != value else str(value).strip() for value in values]
+    return [_text(value) for value in values]
+
+
+def _text(value: str | float | None) -> str:
+    """A cell as text. Of a column of whole numbers with an empty cell pandas makes fractions, and NaN of the cell."""
+    if value is None or value != value:
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _unreadable(file: str, error: OSError | UnicodeDecodeError) -> DataError:

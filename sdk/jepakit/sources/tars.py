@@ -179,11 +179,11 @@ def _label(path: str, name: str, entry: tarfile.TarInfo, file: BinaryIO) -> str 
     data = file.read(entry.size)
     try:
         if name.endswith(".cls"):
-            return sys.intern(data.decode("utf-8").strip()) or None
+            return sys.intern(data.decode("utf-8-sig").strip()) or None
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {name} cannot be read ({error}): mend it, or use labels none") from None
     label = values.get("label") if isinstance(values, dict) else None
     if label is not None and not isinstance(label, str | int):
         raise DataError(f"{path}: the label in {name} is {label!r:.80}: wanted text or a whole number")
-    return None if label is None else sys.intern(str(label))
+    return None if label is None else sys.intern(str(label).strip()) or None

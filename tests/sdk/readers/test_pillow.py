@@ -135,6 +135,21 @@ def test_a_pillow_image_that_lost_its_16_bits_is_refused(refused: Refused) -> No
     assert "give the file" in refused(image, "unsupported_mode")
 
 
+def test_a_bmp_of_16_bits_a_pixel_is_plain_rgb() -> None:
+    colours = (
+        np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2").repeat(4, 0).repeat(4, 1)
+    )  # 5, 6 and 5 bits of red, green, blue
+    rows = b"".join(row.tobytes() for row in colours[::-1])
+    info = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 16, 3, len(rows), 0, 0, 0, 0) + struct.pack(
+        "<3I", 0xF800, 0x7E0, 0x1F
+    )
+    data = struct.pack("<2sIHHI", b"BM", 14 + len(info) + len(rows), 0, 0, 14 + len(info)) + info + rows
+    with open_raster(data) as raster:
+        assert raster.header.dtype == "uint8"
+        expected = [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]
+        np.testing.assert_array_equal(raster.read()[::4, ::4], expected)
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP"])
 def test_grey_is_three_equal_bands(format: str) -> None:
     data = encode(Image.fromarray(make(20, 30)), format)
