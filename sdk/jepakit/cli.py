@@ -144,6 +144,7 @@ def adapt(
         print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
         return
     print(comparison)
+    print(f"to see for yourself: {run.neighbours}")
     source, target = quote(str(run.path)), f"bundles/{run.path.name}"
     if comparison.after is None:  # nobody can tell: both, to be compared
         exports = [(" --which start", f"{target}-start"), ("", target)]

@@ -6,6 +6,7 @@ RUN/
   metrics.jsonl     a line per logged step
   skipped.csv       images that could not be read, and why (holds paths: keep it private)
   checkpoints/      from which the same command goes on
+  neighbours.png    held-out images and those most similar to them, before and after (shows images: keep it private)
   start/            the weights it started from, as a bundle without a graph
   bundle/           the adapted weights, as a bundle without a graph; its manifest holds the verdict
 """
@@ -33,6 +34,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.csv"
 CHECKPOINTS = "checkpoints"
+NEIGHBOURS = "neighbours.png"
 START = "start"
 BUNDLE = "bundle"
 
@@ -81,6 +83,11 @@ class Run:
     def verdict(self) -> Verdict:
         """better, same, worse or cannot tell, with the numbers behind it."""
         return self.comparison.verdict
+
+    @property
+    def neighbours(self) -> Path:
+        """The picture of held-out images beside those most similar to them, before and after."""
+        return self.path / NEIGHBOURS
 
     def metrics(self) -> list[dict[str, float]]:
         """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait (a share of the time),

@@ -551,7 +551,9 @@ def test_where_nobody_can_tell_both_are_to_be_exported(
     if after is not None:
         before, adapted = (measurement(random.random(400) < share) for share in (0.6, after))
         found = compare(before, adapted, truth, n_train=8)
-    run = SimpleNamespace(path=Path("runs/a"), comparison=found, verdict=found.verdict)
+    picture = Path("runs/a/neighbours.png")
+    run = SimpleNamespace(path=Path("runs/a"), neighbours=picture, comparison=found, verdict=found.verdict)
     monkeypatch.setattr(_frontdoor, "adapt", lambda *_, **__: run)
     shown = CliRunner().invoke(app, ["adapt", "scans"]).stdout.splitlines()
+    assert f"to see for yourself: {picture}" in shown
     assert [line for line in shown if line.startswith("next")] == [f"next: jepakit export {words}" for words in told]

@@ -24,7 +24,7 @@ from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
-from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
+from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, SKIPPED, START, Run
 from jepakit_training import checkpoint
 from jepakit_training.learner import Learner
 
@@ -84,7 +84,10 @@ def test_a_run_that_broke_off_before_a_checkpoint_begins_anew_and_says_so(
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, images: Path) -> None:
     run = finished(backbone)
-    assert {path.name for path in run.path.iterdir()} == {CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, START, BUNDLE}
+    assert {path.name for path in run.path.iterdir()} == {
+        CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, NEIGHBOURS, START, BUNDLE,
+    }  # fmt: skip
+    assert run.neighbours.read_bytes().startswith(b"\x89PNG")
     assert run.finished
     assert run.config["backbone"] == backbone
     assert run.config["steps"] == STEPS

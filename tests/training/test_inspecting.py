@@ -18,8 +18,8 @@ import jepakit
 from jepakit.cli import app
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
+from jepakit_training.pictures import _fitting
 from jepakit_training.place import _is_among, is_sheet
-from jepakit_training.sheet import _caption
 
 
 @pytest.fixture
@@ -110,9 +110,9 @@ def test_any_encoding_shows_any_name(images: Path, charset: str, options: list[s
 
 
 def test_a_caption_holds_what_the_sheet_s_font_can_draw() -> None:
-    assert _caption("a b/im 1.jpg") == "a b/im 1.jpg"
-    assert _caption("Köln/目.tif") == r"K\xf6ln/\u76ee.tif"
-    assert _caption("x" * 200 + ".tif") == "..." + "x" * 143 + ".tif"
+    assert _fitting("a b/im 1.jpg", 150) == "a b/im 1.jpg"
+    assert _fitting("Köln/目.tif", 150) == r"K\xf6ln/\u76ee.tif"
+    assert _fitting("x" * 200 + ".tif", 150) == "..." + "x" * 143 + ".tif"
 
 
 def test_what_is_said_of_grey_images_is_what_the_preset_of_radiographs_does(images: Path) -> None:

@@ -131,9 +131,10 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
 @dataclass
 class Measured:
-    """An embedding's spec, and how its vectors did (None without labels)."""
+    """An embedding's spec, the vectors [N, D] of the images to measure on, and how these did (None without labels)."""
 
     embedding: EmbeddingSpec
+    vectors: NDArray[np.float32]
     measurement: Measurement | None
 
 
@@ -206,9 +207,10 @@ class Measuring:
     def _measured(self, features: Features, pooling: Pooling) -> Measured:
         raw = features.by_pooling[pooling]
         embedding = specify(pooling, self._config.standardize, raw[self.images.is_fit])
-        if self.images.labels is None:
-            return Measured(embedding, None)
-        return Measured(embedding, measure_vectors(apply_spec(embedding, raw), self.images))
+        vectors = apply_spec(embedding, raw)
+        return Measured(
+            embedding, vectors, None if self.images.labels is None else measure_vectors(vectors, self.images)
+        )
 
 
 def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:

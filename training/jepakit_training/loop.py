@@ -24,6 +24,7 @@ from jepakit_training.data import Batch, StepBatches, iterating, make_loader, vi
 from jepakit_training.distributed import SharedFlag
 from jepakit_training.learner import Learner
 from jepakit_training.memory import freed_memory_kept, memory_errors
+from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
 from jepakit_training.precision import own_precision
 from jepakit_training.recorder import recording
@@ -70,6 +71,8 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     after = setup.measuring.end(setup.backbone, before.embedding.pooling)
     if main:
         comparison = setup.measuring.conclude(before, after)
+        measured = setup.measuring.images
+        write_neighbours(run.neighbours, images, measured, before.vectors, after.vectors, setup.spec)
         write_run_bundle(
             run.path / BUNDLE, setup, after.embedding, name=name, steps=setup.plan.steps, comparison=comparison
         )
