@@ -61,7 +61,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
             f"{'; ' if unread else ''}{unread}"
         )
     if len(skipped) > MOST_SKIPPED * len(places):
-        raise DataError(f"{source}: {unread}; {MOST_SKIPPED:.0%} may be left out: mend or remove them")
+        raise DataError(f"{source}: {unread}; {MOST_SKIPPED:.0%} may be left out: repair or remove them")
     if skipped:
         print(f"{source}: {unread}: left out of what is verified on", file=sys.stderr)
     return np.stack(pixels)

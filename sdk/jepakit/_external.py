@@ -110,7 +110,7 @@ def _external_tensors(model: Any, locations: int, data: bytes | None) -> list[An
     if len(external) != locations:
         raise BundleError(
             f"the graph keeps tensors in another file in {locations} places, of which {len(external)} are weights: "
-            "jepakit did not make it, refuse it"
+            "do not use this bundle, jepakit did not make it"
         )
     table = None if data is None else placed_tensors(data)
     for tensor in external:

@@ -52,7 +52,7 @@ class Skipped:
             first = self._errors[min(self._errors)]
             raise ImageError(
                 f"{first}; {found:,} of {counted(of, 'image')} cannot be embedded so far, and at most a share of "
-                f"{self._most:g} may be left out, never all: mend or remove them, or allow a larger one (most_skipped)",
+                f"{self._most:g} may be left out, never all: repair or remove them, or allow a larger one (most_skipped)",
                 code=first.code,
             )
 

@@ -478,7 +478,7 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
     strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
     if strangers:
         raise BundleError(
-            f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): refuse it, jepakit did not make it"
+            f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): do not use it, jepakit did not make it"
         )
     return manifest
 

@@ -26,8 +26,8 @@ _Images = Annotated[
 ]
 _TILE = "pixels a side of the tiles that large images are cut into"
 _OVERLAP = "pixels that neighbouring tiles share"
-_FRAME = "of multi-frame files: which, from 0, or each"
-_VALUE_RANGE = "of other than 8-bit images: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
+_FRAME = "for multi-frame files: the frame's number, from 0, or each"
+_VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -58,7 +58,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it and stop")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     """What comes before any command."""
@@ -84,7 +84,9 @@ def adapt(
     value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the training images, in place of --steps")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images in one SIGReg test [128]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="images in one step, over all processes: one SIGReg test [128]")
+    ] = None,
     unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks [auto]")] = None,
     pooling: Annotated[str | None, typer.Option(help="auto, head, stages, cls, mean, cls+mean, last2 [auto]")] = None,
     lamb: Annotated[float | None, typer.Option(help="weight of SIGReg [0.005 times the number of views]")] = None,
@@ -97,24 +99,24 @@ def adapt(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="auto, folder, none: whether folders are classes, to measure by; or a CSV file, which may name a part [auto]"
+            help="auto, folder, none: whether folders are classes, for measuring only; or a CSV file, which may label only some images [auto]"
         ),
     ] = None,
     group: Annotated[
-        str | None, typer.Option(help="auto, folder, none, or a CSV file: what is held out whole [auto]")
+        str | None, typer.Option(help="auto, folder, none, or a CSV file: which images are held out together [auto]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of everything that is random [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed of the whole run [0]")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="loader processes [one a core but one, 8 at most, with a GPU 16]")
+        int | None, typer.Option(help="loader processes [cores minus one, at most 8, with a GPU at most 16]")
     ] = None,
-    processes: Annotated[int | None, typer.Option(help="training processes [one a GPU, else 1]")] = None,
+    processes: Annotated[int | None, typer.Option(help="training processes [one per GPU, else 1]")] = None,
     launcher: Annotated[str | None, typer.Option(help="local, or ray for a cluster [local]")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting, e.g. views.n_local=6; wins over its option")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="a few steps, to say how long it would take")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the result for machines")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="run a few steps, and estimate time and memory")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Adapt a backbone to your own images, and measure whether it helped."""
     from jepakit._frontdoor import adapt as run_adapt
@@ -158,7 +160,7 @@ def adapt(
 def inspect(
     images: _Images,
     sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     domain: Annotated[str | None, typer.Option(help="preset of views to draw [the suggested one]")] = None,
     image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
@@ -171,7 +173,7 @@ def inspect(
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; wins over its option")
     ] = None,
 ) -> None:
-    """Say what training would see of your images, and draw it, before anything is trained."""
+    """Report what training would see in your images, and draw it, before anything is trained."""
     from jepakit._frontdoor import inspect as run_inspection
 
     settings = _settings(
@@ -184,13 +186,13 @@ def inspect(
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="a run, a bundle, or NAME[:pretrained|:random|:FILE] of timm")],
+    source: Annotated[str, typer.Argument(help="a run, a bundle, or NAME[:pretrained|:random|:FILE] for a timm model")],
     out: Annotated[str, typer.Option(help="the bundle to write")],
-    which: Annotated[str | None, typer.Option(help="of a run: best, last or start [last]")] = None,
+    which: Annotated[str | None, typer.Option(help="for a run: best, last or start [last]")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in the service [the folder's]")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or int8 [fp32]")] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="of a timm name: head, stages, cls, mean, cls+mean, last2 [head]")
+        str | None, typer.Option(help="for a timm name: head, stages, cls, mean, cls+mean, last2 [head]")
     ] = None,
     standardize: Annotated[
         str | None, typer.Option(help="none, center, scale: measured on --verify-images, inside the graph")
@@ -201,8 +203,8 @@ def export(
         str | None, typer.Option(help="your own images to verify on, and to calibrate int8 [golden inputs]")
     ] = None,
     normalize: Annotated[bool | None, typer.Option("--normalize/--no-normalize", help="vectors of length 1")] = None,
-    image_size: Annotated[int | None, typer.Option(help="of a timm name: pixels a side")] = None,
-    opset: Annotated[int | None, typer.Option(help="of ONNX, 18 to 24 [20]")] = None,
+    image_size: Annotated[int | None, typer.Option(help="for a timm name: pixels a side")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 24 [20]")] = None,
 ) -> None:
     """Export to ONNX, verified against torch."""
     from jepakit._frontdoor import export as run_export
@@ -235,11 +237,11 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings, as --print-config prints it; options win")
     ] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="print all settings, and stop")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="print all settings, and exit")] = False,
     host: Annotated[str | None, typer.Option(help="address to listen on [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen on [8000]")] = None,
-    api_key_file: Annotated[str | None, typer.Option(help="lines name:sha256")] = None,
-    new_key: Annotated[str | None, typer.Option(help="make a key of this name, print it, and stop")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="file of lines name:sha256")] = None,
+    new_key: Annotated[str | None, typer.Option(help="make a key with this name, print it, and exit")] = None,
     provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda, tensorrt, openvino [auto]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="model, or bf16 with openvino [model]")] = None,
     expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
@@ -253,7 +255,7 @@ def serve(
         list[str] | None, typer.Option("--set", help="any setting, e.g. max_images=64; wins over its option")
     ] = None,
 ) -> None:
-    """Serve exported bundles over HTTP. JEPAKIT_SERVE_<SETTING> variables count for what is not given here."""
+    """Serve exported bundles over HTTP. Settings not given here are read from JEPAKIT_SERVE_<SETTING> variables."""
     from jepakit._frontdoor import new_api_key
     from jepakit._frontdoor import serve as run_serve
 
@@ -281,9 +283,9 @@ def deploy(
     url: Annotated[str, typer.Option(help="the service that is to switch")] = "http://127.0.0.1:8000",
     timeout: Annotated[float, typer.Option(help="seconds to wait for every replica")] = 300.0,
 ) -> None:
-    """Replace a served model by a new version without a failed request; the old one stays if the new one fails.
+    """Replace a served model with a new version without a failed request; the old one stays if the new one fails.
 
-    JEPAKIT_API_KEY holds the key where the service asks for one.
+    Set JEPAKIT_API_KEY to a key if the service asks for one.
     """
     from jepakit._frontdoor import deploy as run_deploy
 
@@ -303,16 +305,16 @@ def embed(
     out: Annotated[Path, typer.Option(help="the .npz file to write")],
     url: Annotated[str | None, typer.Option(help="a service")] = None,
     bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
-    model: Annotated[str | None, typer.Option(help="of a service with several models")] = None,
+    model: Annotated[str | None, typer.Option(help="for a service with several models: which")] = None,
     provider: Annotated[
-        str | None, typer.Option(help="of a bundle: auto, cpu, cuda, tensorrt, openvino [auto]")
+        str | None, typer.Option(help="for a bundle: auto, cpu, cuda, tensorrt, openvino [auto]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="of a bundle: of one inference [one a core]")] = None,
-    arithmetic: Annotated[str | None, typer.Option(help="of a bundle: model, or bf16 with openvino [model]")] = None,
+    threads: Annotated[int | None, typer.Option(help="for a bundle: threads of one inference [one per core]")] = None,
+    arithmetic: Annotated[str | None, typer.Option(help="for a bundle: model, or bf16 with openvino [model]")] = None,
     labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV file")] = "auto",
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
-    min_valid: Annotated[float, typer.Option(help="least valid share of a tile")] = 0.5,
+    min_valid: Annotated[float, typer.Option(help="share of a tile that must be valid, at least")] = 0.5,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     most_skipped: Annotated[
         float, typer.Option(help="share of the images that may be left out; OUT.skipped.csv then tells which and why")
@@ -359,7 +361,7 @@ def nearest(
     index: Annotated[Path, typer.Argument(help="embeddings to look among, of the same model")],
     k: Annotated[int, typer.Option("-k", help="how many for each query")] = 5,
 ) -> None:
-    """Print each query's id, a rank, the id of that rank and its cosine, separated by tabs."""
+    """Find the most similar images: prints query id, rank, id and cosine, separated by tabs."""
     from jepakit import Embeddings
 
     asked, known = Embeddings.load(queries), Embeddings.load(index)
@@ -379,12 +381,14 @@ def probe_fit(
     ] = None,
     group: Annotated[
         Path | None,
-        typer.Option(help="CSV or Parquet of path and group (patient, slide): none lies in two folds (linear)"),
+        typer.Option(
+            help="CSV or Parquet table of path and group (patient, slide): no group is split between folds (linear)"
+        ),
     ] = None,
     c: Annotated[
         float | None, typer.Option("-C", "--c", help="inverse strength of the penalty (linear) [cross-validated]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of the folds (linear) [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed of the folds (linear) [0]")] = None,
     k: Annotated[int | None, typer.Option("-k", "--k", help="neighbours (knn) [20]")] = None,
 ) -> None:
     """Fit a probe on labelled embeddings."""
@@ -416,9 +420,9 @@ def probe_fit(
 def probe_evaluate(
     probe: Annotated[Path, typer.Argument()],
     embeddings: Annotated[Path, typer.Argument(help="labelled embeddings of other images")],
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Judge a probe on labelled embeddings."""
+    """Evaluate a probe on labelled embeddings."""
     from dataclasses import asdict
 
     from jepakit import Embeddings, load_probe

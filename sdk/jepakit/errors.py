@@ -21,7 +21,7 @@
         ├── ProtocolError             an answer that does not follow the protocol
         ├── ModelChangedError         another model answered in the middle of a job
         └── ResponseError             the service refused: `.status`, `.code`, `.param`, `.request_id`
-            ├── AuthenticationError   401
+            ├── AuthenticationError   401 or 403
             ├── NotFoundError         404
             └── OverloadedError       429 or 503 until the deadline
 

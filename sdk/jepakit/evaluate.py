@@ -221,7 +221,7 @@ def _describe_result(result: _Result, classes: _Classes, *, by_group: bool) -> s
             f"them: label images of more groups, until about {result.n_needed} are held out"
         )
     else:
-        advice = f"the interval holds 0: {_label_more(by_group)}, or train longer, before you switch"
+        advice = f"the interval includes 0: {_label_more(by_group)}, or train longer, before you switch"
     interval = f"{100 * result.low:+.1f} to {100 * result.high:+.1f}"
     over, unit = (" over groups", "groups") if by_group else ("", "images")
     reason = f"{100 * result.difference:+.1f} points (95 % interval{over} {interval}); {advice}"
@@ -235,7 +235,7 @@ def _describe_result(result: _Result, classes: _Classes, *, by_group: bool) -> s
 def _describe_too_few(held_out: list[str], classes: _Classes, *, by_group: bool) -> str:
     """One or two images a class say nothing about their spread, and one class nothing about telling it from another."""
     unit = "groups" if by_group else "images"
-    reason = f"two classes of {FEWEST_PER_CLASS} held-out {unit} are the least to judge by"
+    reason = f"judging takes at least two classes of {FEWEST_PER_CLASS} held-out {unit} each"
     if len(held_out) == 1:
         reason = f"only class {held_out[0]!r} is held out; {reason}"
     if classes.few:

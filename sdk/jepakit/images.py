@@ -169,7 +169,7 @@ def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any
         bad = ~np.isfinite(stored) if holes is None else ~np.isfinite(stored) & ~holes
         if bad.any():
             raise ImageError(
-                f"{name}: {int(bad.sum())} of {stored.size} values are NaN or infinite: mend them, or declare them as "
+                f"{name}: {int(bad.sum())} of {stored.size} values are NaN or infinite: replace them, or declare them as "
                 "no data in the file",
                 code="not_finite",
             )

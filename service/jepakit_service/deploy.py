@@ -131,7 +131,7 @@ def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
             old.rename(target)
     except OSError as error:
         raise ServeError(
-            f"{target} could not be made as it was ({reason_of(error)}): put the old version back yourself, it is in {old}"
+            f"{target} could not be restored ({reason_of(error)}): put the old version back yourself, it is in {old}"
         ) from None
     shutil.rmtree(new, ignore_errors=True)
 
@@ -147,7 +147,7 @@ def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelI
         last = told or last
         time.sleep(_POLL_S)
     raise ServeError(
-        f"{bundle.manifest.name}: not every replica had switched within {timeout_s:g} s, and the folder was made as it was: "
+        f"{bundle.manifest.name}: not every replica had switched within {timeout_s:g} s, and the folder was restored: "
         f"{last}"
     )
 

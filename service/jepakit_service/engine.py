@@ -76,4 +76,4 @@ def _finite(result: Result) -> Result:
     """A vector, or the reason why there is none: half precision can overflow."""
     if isinstance(result, ImageError) or np.isfinite(result).all():
         return result
-    return ImageError("the model's numbers for this image are not finite: export it in fp32", code="not_finite")
+    return ImageError("the model's vector for this image is not finite: export the model in fp32", code="not_finite")

@@ -40,12 +40,12 @@ DEFAULTS_IN_WORDS = {
     "adapt": {
         "out": "runs/<folder>-<date>",
         "steps": f"{DEFAULT_STEPS}, or one epoch if that is more",
-        "processes": "one a GPU, else 1",
+        "processes": "one per GPU, else 1",
         "lamb": f"{LAMBDA_PER_VIEW} times the number of views",
         "lr": f"{LR_VIT:.0e} for a ViT, {LR_CONVNET:.0e} for a ConvNet; {LR_SCRATCH:.0e} from random weights".replace(
             "e-0", "e-"
         ),
-        "workers": "one a core but one, 8 at most, with a GPU 16",
+        "workers": "cores minus one, at most 8, with a GPU at most 16",
     },
     "inspect": {"domain": "the suggested one"},
     "export": {"name": "the folder's", "pooling": "head", "verify_images": "golden inputs"},

@@ -112,7 +112,7 @@ def test_a_small_difference_on_many_images_is_the_same_and_on_few_cannot_be_told
     before, after = np.random.default_rng(1).random((2, 60)) < 0.8
     verdict = judged(before, after, few)
     assert verdict.word == "cannot tell"
-    assert "the interval holds 0" in verdict.reason
+    assert "the interval includes 0" in verdict.reason
     assert (verdict.low or 0) < 0 < (verdict.high or 0)
     assert (verdict.high or 0) - (verdict.low or 0) > SAME_WITHIN
 
@@ -131,7 +131,9 @@ def test_one_held_out_class_carries_no_verdict_and_the_others_are_named() -> Non
     wrong, right = measurement(np.zeros(40, bool)), measurement(np.ones(40, bool))
     alone = compare(wrong, right, truth, n_train=10).verdict
     assert alone.word == "cannot tell"
-    assert alone.reason.startswith("only class 'tumour' is held out; two classes of 3 held-out images are the least")
+    assert alone.reason.startswith(
+        "only class 'tumour' is held out; judging takes at least two classes of 3 held-out images each"
+    )
     groups, fitted = np.repeat(list("abcd"), 10), ["tumour"] * 6 + ["normal"] * 4
     named = compare(wrong, right, truth, n_train=10, groups=groups, train_labels=fitted).verdict
     assert (named.word, named.low) == ("cannot tell", None)
@@ -527,7 +529,7 @@ def test_where_no_two_classes_can_be_judged_the_rare_ones_are_named() -> None:
     assert comparison.verdict.low is None
     assert comparison.n_held_out == 56
     assert comparison.verdict.reason == (
-        "two classes of 3 held-out images are the least to judge by, and these have fewer: 'b' (2), 'c' (1), 'd' (1) and "
+        "judging takes at least two classes of 3 held-out images each, and these have fewer: 'b' (2), 'c' (1), 'd' (1) and "
         "1 more: label more images"
     )
 

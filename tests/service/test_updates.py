@@ -449,7 +449,7 @@ def test_a_second_deploy_into_a_folder_is_refused_at_once(
             deploy(other, folder, "http://x", timeout_s=5)
         return absent()
 
-    with pytest.raises(ServeError, match="the folder was made as it was"):
+    with pytest.raises(ServeError, match="the folder was restored"):
         to(other, folder, ask)
     assert is_as_before(folder, bundle)
     to(other, folder, lambda: told(other))
@@ -474,7 +474,7 @@ def test_the_old_version_survives_that_the_new_one_is_removed_meanwhile(
         shutil.rmtree(folder / "tiny", ignore_errors=True)
         return absent()
 
-    with pytest.raises(ServeError, match="the folder was made as it was"):
+    with pytest.raises(ServeError, match="the folder was restored"):
         to(other, folder, ask)
     assert is_as_before(folder, bundle)
 

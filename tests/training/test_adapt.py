@@ -415,7 +415,7 @@ def test_random_weights_train_everything_without_warm_up(adapt: Adapt, tmp_path:
 
 def test_too_few_images(adapt: Adapt, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = image_folder(classes=0, per_class=15)
-    with pytest.raises(DataError, match="15 images are too few to adapt on: 16 is the least"):
+    with pytest.raises(DataError, match="15 images are too few to adapt on: at least 16 are needed"):
         adapt(tmp_path / "run", folder=folder)
 
 
@@ -593,7 +593,7 @@ def test_over_one_percent_of_broken_files_stops_the_run_naming_one(
     assert any(file.relative_to(folder).as_posix() in str(raised.value) for file in broken)
     assert not jepakit.open_run(tmp_path / "run").finished
 
-    # The message says: "mend or remove them, then run the same command again".
+    # The message says: "repair or remove them, then run the same command again".
     for file in broken:
         file.unlink()
     assert adapt(tmp_path / "run", "test_resnet", folder=folder, steps=2).finished

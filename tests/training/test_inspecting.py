@@ -47,7 +47,7 @@ def test_an_earlier_sheet_is_drawn_anew_and_no_other_file(images: Path) -> None:
     Image.new("RGB", (9, 9)).save("theirs.png")
     for name, source in (("theirs.png", "set"), ("set/man.csv", "set/man.csv"), ("set/man.csv", "set/*.png")):
         before = Path(name).read_bytes()
-        with pytest.raises(ConfigError, match=r"is there already, and no earlier|would lie among the images"):
+        with pytest.raises(ConfigError, match=r"already exists, and is not an earlier|would lie among the images"):
             inspect(source, name)
         assert Path(name).read_bytes() == before
 

@@ -51,7 +51,9 @@ def test_a_second_trainer_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     process = start(hold, out, log=tmp_path / "log")
     wait_for(tmp_path / "held")
     with (
-        pytest.raises(ConfigError, match=f"run is being trained on by process {process.pid} on {socket.gethostname()}"),
+        pytest.raises(
+            ConfigError, match=f"run is in use by process {process.pid} on {socket.gethostname()}, which trains there"
+        ),
         locked(out),
     ):
         pass
@@ -98,7 +100,7 @@ def test_a_lock_that_the_last_holder_removed_is_not_taken_for_one(tmp_path: Path
         patch.setattr(fcntl, "flock", remove_first)
         with locked(tmp_path):
             patch.undo()
-            with pytest.raises(ConfigError, match="is being trained on"), locked(tmp_path):
+            with pytest.raises(ConfigError, match="is in use by"), locked(tmp_path):
                 pass
 
 
@@ -113,7 +115,10 @@ def test_a_holder_that_lets_go_while_it_is_looked_up_is_another_process(tmp_path
 
     with locked(tmp_path), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", let_go_after)
-        with pytest.raises(ConfigError, match="is being trained on by another process: wait for it"), locked(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="is in use by another process, which trains there: wait for it"),
+            locked(tmp_path),
+        ):
             pass
 
 

@@ -39,13 +39,13 @@ def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
     """What trains and what is held out, with notes on what makes the verdict optimistic; DataError where either is too little."""
     if len(images) < _FEWEST_IMAGES:
         raise DataError(
-            f"{len(images)} images are too few to adapt on: {_FEWEST_IMAGES} is the least, hundreds are better"
+            f"{len(images)} images are too few to adapt on: at least {_FEWEST_IMAGES} are needed, hundreds are better"
         )
     parts, notes = _chosen_parts(config, images)
     if len(parts.train) < _FEWEST_IMAGES // 2 or not len(parts.held_out):
         raise DataError(
             f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the least; "
-            "mind the split column, the groups, or the labels"
+            "check the split column, the groups, or the labels"
         )
     return parts, [*notes, *_start_notes(config, images)]
 

@@ -132,7 +132,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     batch_size, notes = min(config.batch_size, trained_on) // world * world, []
     if batch_size == 0:
         raise ConfigError(
-            f"batch_size = {config.batch_size} over {world} processes leaves none an image: raise --batch-size"
+            f"batch_size = {config.batch_size} over {world} processes is less than one image for each: raise --batch-size"
         )
     if config.batch_size % world:
         notes.append(f"batch of {batch_size} images instead of {config.batch_size}: a multiple of {world} processes")

@@ -119,7 +119,7 @@ class SkippedFiles:
             more = f", and {len(self._seen) - 1} more, {self.where}" if len(self._seen) > 1 else ""
             raise DataError(
                 f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} of {self._of} so far): "
-                "mend or remove them, then run the same command again, with another --out if the run had begun to train (or "
+                "repair or remove them, then run the same command again, with another --out if the run had begun to train (or "
                 "allow a larger share: --set most_skipped=SHARE)"
             )
 

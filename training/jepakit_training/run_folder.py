@@ -60,7 +60,7 @@ def locked(out: Path, *, main: bool = True) -> Iterator[None]:
         descriptor = _lock(out / LOCK)
     except BlockingIOError:
         raise ConfigError(
-            f"{out} is being trained on by {_holder(out)}: wait for it or stop it, or name another --out"
+            f"{out} is in use by {_holder(out)}, which trains there: wait for it or stop it, or name another --out"
         ) from None
     except OSError as error:
         raise ConfigError(f"{out} cannot be written to ({reason_of(error)}): name another --out") from error

@@ -140,7 +140,7 @@ def _open_all(images: ImageList, most_unreadable: float) -> _Opened:
     if unreadable and len(unreadable) / len(answers) > most_unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}; "
-            f"{100 * most_unreadable:g} % may be left out: mend or remove them, or allow a larger share, most_skipped=SHARE"
+            f"{100 * most_unreadable:g} % may be left out: repair or remove them, or allow a larger share, most_skipped=SHARE"
         )
     headers = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Header)}
     return _Opened(images, headers, unreadable)
