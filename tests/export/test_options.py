@@ -324,3 +324,15 @@ def test_agreement_tells_what_falls_short() -> None:
     assert "nearest" in str(Agreement(0, 1, 0.5).misses(Tolerance(cosine=0.9, neighbour=0.95)))
     wrong = agreement(np.full((3, 2), np.nan), np.ones((3, 2)))
     assert wrong == Agreement(float("inf"), -1.0, 0.0)
+
+
+def test_what_is_taken_off_does_not_depend_on_the_length_afterwards(
+    export: Callable[..., Bundle], image_folder: Callable[..., Path], weights_file: Callable[[str], Path]
+) -> None:
+    source, folder = f"test_vit:{weights_file('test_vit')}", str(image_folder())
+    plain, unit = (
+        export(source, standardize="center", normalize=normalize, verify_images=folder).manifest.embedding
+        for normalize in (False, True)
+    )
+    center = np.array(plain.center)
+    np.testing.assert_allclose(np.array(unit.center), center, atol=1e-5 * np.abs(center).max())

@@ -15,7 +15,16 @@ from jepakit import _frontdoor, evaluate
 from jepakit.cli import app
 from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import DataError
-from jepakit.evaluate import SAME_WITHIN, Measurement, compare, measure, no_labels
+from jepakit.evaluate import (
+    SAME_WITHIN,
+    Measurement,
+    _groups_to_call_it_the_same,
+    _leaving_out,
+    _variance_of_fits,
+    compare,
+    measure,
+    no_labels,
+)
 
 NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
 
@@ -559,3 +568,20 @@ def test_where_nobody_can_tell_both_are_to_be_exported(
     shown = CliRunner().invoke(app, ["adapt", "scans"]).stdout.splitlines()
     assert f"to see for yourself: {picture}" in shown
     assert [line for line in shown if line.startswith("next")] == [f"next: jepakit export {words}" for words in told]
+
+
+def test_single_images_that_tip_over_are_not_counted_twice() -> None:
+    random, truth = np.random.default_rng(0), np.repeat(["ant", "bee"], 1000)
+    changes = (random.integers(-1, 2, (10, 2000)).astype(float) for _ in range(20))
+    # Without what single images add it is 3e-3.
+    assert np.mean([_variance_of_fits(each, truth, np.arange(2000)) for each in changes]) < 1e-3
+
+
+def test_each_part_that_is_left_out_has_its_share_of_every_class() -> None:
+    labels = np.repeat(["ant", "bee"], [200, 10])
+    assert [int((labels[~kept] == "bee").sum()) for kept in _leaving_out(labels, np.arange(210))] == [1] * 10
+
+
+def test_groups_of_classes_that_are_left_out_raise_no_number_of_groups() -> None:
+    truth, groups = np.repeat(["ant", "bee"], 50), np.arange(100)
+    assert _groups_to_call_it_the_same(truth, groups) == _groups_to_call_it_the_same(truth, 3 * groups) == 90

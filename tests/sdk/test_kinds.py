@@ -14,7 +14,7 @@ from PIL import Image
 
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.errors import ImageError
-from jepakit.images import fit, preprocess, read_image
+from jepakit.images import fit, neutral, preprocess, read_image
 from jepakit.readers import ImageRef, Window
 
 
@@ -193,3 +193,21 @@ def test_the_same_values_give_the_same_input_from_tiff_png_npy_and_array(tmp_pat
     expected = preprocess(stored, spec())
     for source in (tiff(stored), png.getvalue(), buffer.getvalue(), stored[:, :, 0]):
         np.testing.assert_array_equal(preprocess(source, spec()), expected)
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_bands_are_resized_by_the_specs_own_filter(name: str) -> None:
+    stored = values(64, 64, bands=2, dtype="float32")
+    one = np.asarray(Image.fromarray(stored[:, :, 1]).resize((32, 32), Image.Resampling[name.upper()]))
+    np.testing.assert_array_equal(fit(stored, spec(2, "float32", interpolation=name))[:, :, 1], one)
+
+
+@pytest.mark.parametrize("wrong", [10, 60000])
+def test_one_band_of_many_in_other_units_is_refused_by_its_number(wrong: int) -> None:
+    stored = values(40, 50, bands=4)
+    stored[0, :21, 2] = wrong  # 1.05 % of band 3, 0.3 % of all
+    assert "1.1% of band 3" in str(refused(tiff(stored, planarconfig="contig"), spec(4)))
+
+
+def test_missing_8_bit_pixels_become_the_nearest_level_to_the_mean() -> None:
+    assert neutral(spec(3, "uint8", mean=(0.485, 0.456, 0.406))).tolist() == [124, 116, 104]

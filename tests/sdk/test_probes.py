@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe, probes
+from jepakit._logistic import fit_logistic
 from jepakit.errors import ConfigError, DataError, InputError, SpaceError
 from jepakit.probes import C_GRID, ProbeReport, stratified_folds
 
@@ -735,3 +736,16 @@ def test_a_saved_probe_is_plain_safetensors_with_a_readable_header(tmp_path: Pat
     assert json.loads(header["params"]) == {"C": 2.0, "seed": 0, "class_weight": None}
     assert json.loads(header["classes"]) == ["class 0", "class 1", "class 2"]
     assert header["model_id"] == SPACE
+
+
+def test_a_fold_is_standardised_by_the_vectors_inside_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    means = []
+
+    def noting(vectors: Floats, *args: Any, **options: Any) -> Any:
+        means.append(np.abs(vectors.mean(axis=0)).max())
+        return fit_logistic(vectors, *args, **options)
+
+    monkeypatch.setattr(probes, "fit_logistic", noting)
+    LinearProbe().fit(np.random.default_rng(0).standard_normal((60, 8)), np.repeat(["ant", "bee"], 30))
+    assert len(means) == 5 * len(C_GRID) + 1
+    assert max(means) < 1e-9

@@ -373,3 +373,24 @@ def test_what_this_machine_cannot_have_is_refused_before_ray_starts(
     with pytest.raises(ConfigError, match="arithmetic = bf16 is OpenVINO's alone: use provider openvino"):
         app.run(ServeSettings(bundles=(str(bundle),), arithmetic="bf16"))
     assert capfd.readouterr().out == ""
+
+
+def test_a_key_exchanged_in_place_for_one_as_long_opens_nothing_any_more(tmp_path: Path) -> None:
+    (old, line), (new, other) = new_key("ann"), new_key("ann")
+    path = tmp_path / "keys"
+    path.write_text(line + "\n")
+    held = KeyFile(path)
+    assert held.name_of(old) == "ann"
+    with path.open("r+") as file:  # the same inode, the same size
+        file.write(other + "\n")
+    assert held.name_of(old) is None
+    assert held.name_of(new) == "ann"
+
+
+def test_a_key_is_added_behind_a_last_line_without_its_end(tmp_path: Path) -> None:
+    (old, line), (new, other) = new_key("ann"), new_key("bob")
+    path = tmp_path / "keys"
+    path.write_text(line)
+    keys.append(other, path)
+    held = KeyFile(path)
+    assert (held.name_of(old), held.name_of(new)) == ("ann", "bob")

@@ -16,12 +16,13 @@ import jepakit
 from jepakit.backbone import build
 from jepakit.bundle import Preprocess
 from jepakit.comparison import Scores
+from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, MissingExtraError
 from jepakit.evaluate import Measurement
 from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training import evaluation, loop
-from jepakit_training.evaluation import Features, extract, measure_vectors, pick_pooling
+from jepakit_training.evaluation import Features, Measuring, extract, measure_vectors, pick_pooling
 from jepakit_training.holdout import MeasuringSet
 
 SPEC = Preprocess(
@@ -252,3 +253,25 @@ def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_i
     run = adapt()
     assert "going on from step 2" in capsys.readouterr().err
     assert run.comparison.n_train + run.comparison.n_held_out == 28
+
+
+IS_FIT = np.arange(40) < 30
+
+
+def test_held_out_images_have_no_say_in_the_centre() -> None:
+    raw = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32) + 100 * ~IS_FIT[:, None]
+    measuring = object.__new__(Measuring)
+    measuring.images = MeasuringSet(np.arange(40), IS_FIT, IS_FIT, None, None)
+    measuring._config = AdaptConfig(images="x")
+    embedding = measuring._measured(Features({"head": raw}, np.ones(40, bool), []), "head").embedding
+    assert embedding.center is not None
+    np.testing.assert_allclose(embedding.center, raw[:30].mean(axis=0), atol=1e-5)
+
+
+def test_probes_are_told_the_groups_they_are_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **groups: told.update(groups))
+    labels, groups = np.tile(["a", "b"], 20), np.repeat([f"g{number}" for number in range(20)], 2)
+    images = MeasuringSet(np.arange(40), IS_FIT, np.ones(40, bool), labels, groups)
+    measure_vectors(np.zeros((40, 4), np.float32), images)
+    assert told["train_groups"].tolist() == groups[:30].tolist()

@@ -16,7 +16,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
 from jepakit.evaluate import Measurement, compare
 from jepakit.sources import ImageList, list_images
-from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, hold_out, split
+from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, _near_share, hold_out, split
 
 
 def test_split_holds_each_class_out_in_proportion_and_never_overlaps() -> None:
@@ -262,3 +262,19 @@ def test_one_labelled_image_cannot_be_held_out() -> None:
     images = replace(listed(np.arange(40)), labels=(*[None] * 39, "a"))
     with pytest.raises(DataError, match=r"0 are held out: .* or the labels$"):
         hold_out(AdaptConfig(images="x"), images)
+
+
+def test_the_seed_of_a_run_says_which_images_are_held_out() -> None:
+    source = list_images([np.zeros((8, 8), np.uint8)] * 100, "none")
+    first, second = (hold_out(AdaptConfig(images="x", seed=seed), source)[0].held_out for seed in (0, 1))
+    assert set(first) != set(second)
+
+
+def test_groups_on_both_sides_of_a_manifests_split_are_told() -> None:
+    source = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
+    source = replace(source, groups=tuple(f"g{place % 10}" for place in range(40)), held_out=np.arange(40) < 12)
+    assert "10 groups are on both sides" in " ".join(hold_out(AdaptConfig(images="x"), source)[1])
+
+
+def test_the_group_that_brings_the_share_nearer_is_held_out() -> None:
+    assert len(_near_share(np.arange(10), np.full(10, 10), 0.27, 1)) == 3  # 30 of 100 is nearer to 27 than 20

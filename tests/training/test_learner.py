@@ -19,7 +19,7 @@ from jepakit.errors import ConfigError, TrainingError
 from jepakit.sources import ImageList, list_images
 from jepakit_training.learner import Learner, Outcome
 from jepakit_training.plan import make_plan
-from jepakit_training.sigreg import lejepa_loss
+from jepakit_training.sigreg import directions, lejepa_loss
 from jepakit_training.views import Views
 
 TINY: dict[str, Any] = {
@@ -227,3 +227,26 @@ def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> Non
 def test_a_compiled_backbone_takes_the_same_steps(make: Callable[..., Any]) -> None:
     plain, compiled = (torch.stack([one.loss for one in train(make(compile=on)[0], range(4))]) for on in (False, True))
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_every_step_has_directions_and_random_numbers_of_its_own(
+    make: Callable[..., tuple[Learner, nn.Module]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    seeds: list[int] = []
+    manual_seed = torch.manual_seed
+
+    def noting(*args: Any, **options: Any) -> Tensor:
+        drawn.append(directions(*args, **options))
+        return drawn[-1]
+
+    def noting_seed(seed: int) -> Any:
+        seeds.append(seed)
+        return manual_seed(seed)
+
+    monkeypatch.setattr(jepakit_training.learner, "directions", noting)
+    learner, _ = make()
+    monkeypatch.setattr(torch, "manual_seed", noting_seed)
+    train(learner, range(3))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert len(set(seeds)) == 3

@@ -318,3 +318,30 @@ def test_bands_without_data_stay_out_and_no_warning_filter_is_left_changed(tmp_p
     assert list(warnings.filters) == kept
     assert [bool(np.isnan(one.low[1])) for one in found.seen] == [True, False] * 20
     assert not any(np.isnan(one.high[0]) for one in found.seen)
+
+
+def test_three_bands_of_16_bits_have_statistics_of_their_own(tmp_path: Path) -> None:
+    spec = look(write(tmp_path / "a", noise(4, (40, 40, 3), 100, 3000, "uint16"), photometric="rgb")).preprocess(STOCK)
+    assert spec.mean != STOCK.mean
+    assert spec.mean[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_signed_values_have_room_below_zero(tmp_path: Path) -> None:
+    scaling = look(write(tmp_path / "a", noise(4, (40, 40), -1000, 1000, "int16"))).scaling("auto")
+    assert scaling is not None
+    assert scaling.low[0] == pytest.approx(-1500, abs=20)
+
+
+def test_one_file_far_below_the_others_does_not_set_the_range(tmp_path: Path) -> None:
+    stored = noise(20, (40, 40), 100, 3000, "float32") + noise(1, (40, 40), -65000, 3000, "float32")
+    found = look(write(tmp_path / "a", stored))
+    scaling = found.scaling("auto")
+    assert scaling is not None
+    assert found.outliers() == (20,)
+    assert scaling.low[0] > -1000
+
+
+def test_8_bit_rgb_keeps_its_frame_and_tile(tmp_path: Path) -> None:
+    found = look(write(tmp_path / "a", noise(5, (40, 40, 3), 0, 256, "uint8"), photometric="rgb"))
+    spec = found.preprocess(STOCK, frame=1, tile=32)
+    assert (spec.frame, spec.tile) == (1, 32)
