@@ -11,14 +11,17 @@ import sys
 import tomllib
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jepakit import __version__
 from jepakit._files import as_path, prepare_place, reason_of, written
-from jepakit._messages import first_few
+from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, JepakitError
+
+if TYPE_CHECKING:
+    from jepakit.run import Run
 
 _Images = Annotated[
     list[str],
@@ -118,7 +121,7 @@ def adapt(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="run a few steps, and estimate time and memory")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Adapt a backbone to your own images, and measure whether it helped."""
+    """Adapt a backbone to your images, and measure whether it helped."""
     from jepakit._frontdoor import adapt as run_adapt
     from jepakit._frontdoor import dry_run as run_dry
 
@@ -141,6 +144,21 @@ def adapt(
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":  # of several under a launcher one speaks
         return
+    _report(run, as_json=as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Say again what a finished run found."""
+    from jepakit.run import open_run
+
+    _report(open_run(run), as_json=as_json)
+
+
+def _report(run: Run, *, as_json: bool) -> None:
     comparison = run.comparison
     if as_json:
         print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
@@ -173,7 +191,7 @@ def inspect(
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; wins over its option")
     ] = None,
 ) -> None:
-    """Report what training would see in your images, and draw it, before anything is trained."""
+    """Look at your images as training would see them."""
     from jepakit._frontdoor import inspect as run_inspection
 
     settings = _settings(
@@ -255,7 +273,10 @@ def serve(
         list[str] | None, typer.Option("--set", help="any setting, e.g. max_images=64; wins over its option")
     ] = None,
 ) -> None:
-    """Serve exported bundles over HTTP. Settings not given here are read from JEPAKIT_SERVE_<SETTING> variables."""
+    """Serve exported bundles over HTTP.
+
+    Settings not given here are read from JEPAKIT_SERVE_<SETTING> variables.
+    """
     from jepakit._frontdoor import new_api_key
     from jepakit._frontdoor import serve as run_serve
 
@@ -263,6 +284,7 @@ def serve(
         key, line, n_others = new_api_key(new_key, api_key_file)
         print(f"key for clients (shown once): {key}")
         print(f"line for the key file:        {line}" if api_key_file is None else f"added to {api_key_file}")
+        print("next: jepakit serve … --api-key-file FILE; a client reads its key from JEPAKIT_API_KEY")
         if n_others:
             print(
                 f"older keys named {new_key!r} in it that still open the service, until their lines are deleted: {n_others}"
@@ -283,7 +305,9 @@ def deploy(
     url: Annotated[str, typer.Option(help="the service that is to switch")] = "http://127.0.0.1:8000",
     timeout: Annotated[float, typer.Option(help="seconds to wait for every replica")] = 300.0,
 ) -> None:
-    """Replace a served model with a new version without a failed request; the old one stays if the new one fails.
+    """Replace a served model without a failed request.
+
+    The old version stays if the new one fails.
 
     Set JEPAKIT_API_KEY to a key if the service asks for one.
     """
@@ -320,7 +344,10 @@ def embed(
         float, typer.Option(help="share of the images that may be left out; OUT.skipped.csv then tells which and why")
     ] = 0.0,
 ) -> None:
-    """Embed images through a service or a bundle, into one file."""
+    """Embed images through a service or a bundle, into one file.
+
+    Set JEPAKIT_API_KEY to a key if the service asks for one.
+    """
     if (url is None) == (bundle is None):
         raise ConfigError("say where to embed, by one of --url http://127.0.0.1:8000 and --bundle bundles/NAME")
     if bundle is not None and model is not None:
@@ -349,24 +376,31 @@ def embed(
     embeddings.save(out)
     if most_skipped:
         _write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
-    labels = "no labels" if embeddings.labels is None else f"{len(set(embeddings.labels))} labels"
+    labels = "no labels" if embeddings.labels is None else f"labels of {counted(len(set(embeddings.labels)), 'class')}"
     print(
-        f"{out}: {len(embeddings)} vectors of {embeddings.vectors.shape[1]} numbers, {labels}, model {embeddings.model_id}"
+        f"{out}: {counted(len(embeddings), 'vector')} of {embeddings.vectors.shape[1]} numbers, {labels}, "
+        f"model {embeddings.model_id}"
     )
 
 
 @app.command()
 def nearest(
     queries: Annotated[Path, typer.Argument(help="embeddings of what to look for, from `jepakit embed`")],
-    index: Annotated[Path, typer.Argument(help="embeddings to look among, of the same model")],
+    index: Annotated[
+        Path | None, typer.Argument(help="embeddings to look among, of the same model [the queries' others]")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="how many for each query")] = 5,
 ) -> None:
-    """Find the most similar images: prints query id, rank, id and cosine, separated by tabs."""
+    """Find the most similar images.
+
+    Prints query id, rank, id and cosine, separated by tabs.
+    """
     from jepakit import Embeddings
 
-    asked, known = Embeddings.load(queries), Embeddings.load(index)
+    asked = Embeddings.load(queries)
+    known = asked if index is None else Embeddings.load(index)
     table = _table()
-    for query, places, cosines in zip(asked.ids, *known.nearest(asked, k), strict=True):
+    for query, places, cosines in zip(asked.ids, *known.nearest(None if index is None else asked, k), strict=True):
         for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1):
             table.writerow((query, rank, known.ids[place], f"{cosine:.4f}"))
 
@@ -413,7 +447,10 @@ def probe_fit(
         groups = None if group is None else groups_of(vectors.ids, group)
         probe = LinearProbe(**_given(C=c, seed=seed, class_weight=class_weight)).fit(vectors, groups=groups)
     probe.save(out)
-    print(f"{out}: {kind} probe, {len(probe.classes_)} classes")
+    told = f"{out}: {kind} probe, {len(probe.classes_)} classes, fitted on {counted(len(vectors), 'image')}"
+    if isinstance(probe, LinearProbe) and probe.cv_balanced_accuracy_ is not None:
+        told += f"; balanced accuracy in cross-validation {probe.cv_balanced_accuracy_:.1%} (C = {probe.C_:g})"
+    print(told)
 
 
 @probe_app.command("evaluate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from jepakit._frozen import Frozen
+from jepakit._messages import counted
 
 Word = Literal["better", "same", "worse", "cannot tell"]
 _SCORES = {
@@ -69,4 +70,10 @@ class Comparison(Frozen):
             f"{words:<16} {getattr(self.before, score):>6.1%}  {getattr(self.after, score):>6.1%}"
             for score, words in _SCORES.items()
         ]
-        return "\n".join(["                 before   after   (held-out images)", *table, str(self.verdict)])
+        return "\n".join(
+            [
+                f"                 before   after   (on {counted(self.n_held_out, 'held-out image')})",
+                *table,
+                str(self.verdict),
+            ]
+        )

@@ -88,12 +88,17 @@ class Embeddings:
         labels = "no labels" if self.labels is None else f"labels of {len(set(self.labels))} classes"
         return f"<Embeddings: {count} vectors of {width} numbers, model_id={self.model_id!r}, {labels}>"
 
-    def nearest(self, queries: Embeddings, k: int = 5) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def nearest(self, queries: Embeddings | None = None, k: int = 5) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The k vectors of this set that are most similar to each of Q queries, compared with every one of them.
 
+        queries  None: this set's own N vectors, each of which finds the others alone
+
         Gives their places, int64 [Q, k], and cosines, float32 [Q, k], the most similar first; of equally similar ones
-        the one of the lower place. Raises SpaceError for queries of another model, DataError for a k that is not 1 to N.
+        the one of the lower place. Raises SpaceError for queries of another model, DataError for a k that is not 1 to N
+        (N - 1 without queries).
         """
+        if queries is None:
+            return self._nearest_others(k)
         if queries.model_id != self.model_id or queries.vectors.shape[1] != self.vectors.shape[1]:
             raise SpaceError(
                 f"these are vectors of model {self.model_id} ({self.vectors.shape[1]} numbers), the queries of "
@@ -102,6 +107,14 @@ class Embeddings:
         if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(self):
             raise DataError(f"k = {k!r}: give a whole number, 1 to {len(self)}, which is how many vectors there are")
         return most_similar(queries.vectors, self.vectors, int(k))
+
+    def _nearest_others(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(self):
+            raise DataError(f"k = {k!r}: give a whole number, 1 to {len(self) - 1}, which is how many others there are")
+        places, cosines = most_similar(self.vectors, self.vectors, int(k) + 1)
+        others = places != np.arange(len(self))[:, None]
+        others[others.all(axis=1), -1] = False  # itself is not among so many that are equal to it
+        return places[others].reshape(-1, k), cosines[others].reshape(-1, k)
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file, atomically; plain arrays, no pickle. Raises WriteError where that cannot be."""

@@ -12,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -40,15 +41,25 @@ _KNN_PAIRS = 1 << 24
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy."""
+    """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy.
+
+    n            vectors that it was judged on
+    n_fitted_on  those of them that it was fitted on: what it says of these says nothing of new ones
+    """
 
     accuracy: float
     balanced_accuracy: float
     per_class: dict[str, float]
     n: int
+    n_fitted_on: int = 0
 
     def __str__(self) -> str:
         lines = [f"accuracy {self.accuracy:.1%}   balanced {self.balanced_accuracy:.1%}   on {self.n} images"]
+        if self.n_fitted_on:
+            lines.append(
+                f"warning: the probe was fitted on {self.n_fitted_on} of these {self.n} images, so new ones will do worse: evaluate "
+                "on others"
+            )
         width = max(map(len, self.per_class))
         lines += [f"  {name:<{width}}  {value:.1%}" for name, value in self.per_class.items()]
         return "\n".join(lines)
@@ -58,6 +69,8 @@ class _Probe(ABC):
     kind: ClassVar[str]
     classes_: Labels
     model_id_: str | None
+    fitted_on_: NDArray[np.uint64]
+    """[N], a digest of each vector that it was fitted on; empty in a file of an earlier version."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The hyper-parameters by name (scikit-learn's contract)."""
@@ -116,7 +129,9 @@ class _Probe(ABC):
                 f"not one label is a class of this probe: the labels are {_some(truth)}, its classes {_some(self.classes_)}"
             )
         per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
-        return ProbeReport(float(right.mean()), float(np.mean(list(per_class.values()))), per_class, len(truth))
+        balanced = float(np.mean(list(per_class.values())))
+        n_fitted_on = int(np.isin(_digests(vectors), self.fitted_on_).sum())
+        return ProbeReport(float(right.mean()), balanced, per_class, len(truth), n_fitted_on)
 
     def save(self, path: str | Path) -> None:
         """Write the fitted probe as one safetensors file; WriteError where that cannot be."""
@@ -130,7 +145,8 @@ class _Probe(ABC):
             "model_id": self.model_id_ or "",
         }
         path = as_path(path, "path")
-        arrays = {name: np.ascontiguousarray(value) for name, value in self._arrays().items()}
+        learned = {**self._arrays(), "fitted_on": self.fitted_on_}
+        arrays = {name: np.ascontiguousarray(value) for name, value in learned.items()}
         with written(path) as file:
             file.write(save(arrays, metadata=header))
 
@@ -214,6 +230,8 @@ class LinearProbe(_Probe):
     intercept_        float64 [K]
     mean_, std_       float64 [D]: `coef_` is for (vectors - mean_) / std_
     C_                what C was, given or chosen
+    cv_balanced_accuracy_  that of the chosen C in the cross-validation, from 0 to 1; None where C was given, or no fold could
+                      tell. It is the best of five, so a little too high
     model_id_         the vector space; None of plain arrays
     """
 
@@ -231,10 +249,10 @@ class LinearProbe(_Probe):
         """
         vectors, classes, targets = self._examples(X, y)
         group_of = numbered(groups, len(vectors))
-        C = self.C if self.C is not None else self._choose_c(vectors, targets, group_of)
+        C, self.cv_balanced_accuracy_ = self._choose_c(vectors, targets, group_of) if self.C is None else (self.C, None)
         mean, std = vectors.mean(axis=0), _safe_std(vectors)
         weights = fit_logistic((vectors - mean) / std, targets, C, importance=self._importance(targets))
-        self.classes_, self.model_id_, self.C_ = classes, _space_of(X), C
+        self.classes_, self.model_id_, self.fitted_on_, self.C_ = classes, _space_of(X), _digests(vectors), C
         self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1].T, weights[-1]
         return self
 
@@ -245,12 +263,15 @@ class LinearProbe(_Probe):
     def _shares(self, vectors: Floats) -> Floats:
         return softmax(((vectors - self.mean_) / self.std_) @ self.coef_.T + self.intercept_)
 
-    def _choose_c(self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]) -> float:
+    def _choose_c(
+        self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]
+    ) -> tuple[float, float | None]:
+        """C, and the balanced accuracy that it has in the folds."""
         groups_of_class = (in_cells(groups, targets, np.ones(len(targets))) > 0).sum(axis=0)
         most = int(np.bincount(main_class(groups, targets)).max())
         folds = stratified_folds(targets, groups, n_folds=min(5, most), seed=self.seed)
         if folds is None or (groups_of_class >= 2).sum() < 2:
-            return 1.0
+            return 1.0, None
         n_classes = len(groups_of_class)
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
         for held_out in folds:
@@ -270,7 +291,7 @@ class LinearProbe(_Probe):
                 missed[i] += cross_entropy(logits[fitted], truth[fitted]).sum()
         # Rounded, as sums that are equal may differ in their last bit.
         balanced = (right / np.bincount(targets)).mean(axis=1).round(9)
-        return C_GRID[int(np.where(balanced == balanced.max(), missed, np.inf).argmin())]
+        return C_GRID[int(np.where(balanced == balanced.max(), missed, np.inf).argmin())], float(balanced.max())
 
     def _importance(self, targets: NDArray[np.intp]) -> Floats | None:
         """How much each vector counts in a fit, [N]; None: all alike."""
@@ -295,11 +316,16 @@ class LinearProbe(_Probe):
             "mean": self.mean_,
             "std": self.std_,
             "C": np.array(self.C_),
+            "cv_balanced_accuracy": np.array(
+                np.nan if self.cv_balanced_accuracy_ is None else self.cv_balanced_accuracy_
+            ),
         }
 
     def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
         self.coef_, self.intercept_ = arrays["coef"].T, arrays["intercept"]
         self.mean_, self.std_, self.C_ = arrays["mean"], arrays["std"], float(arrays["C"].item())
+        judged = float(arrays.get("cv_balanced_accuracy", np.array(np.nan)).item())
+        self.cv_balanced_accuracy_ = None if np.isnan(judged) else judged
         shape = (len(self.classes_), len(self.mean_))
         if self.coef_.shape != shape or self.intercept_.shape != shape[:1] or self.std_.shape != self.mean_.shape:
             raise ValueError("its arrays do not fit together")
@@ -326,7 +352,7 @@ class KNNProbe(_Probe):
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> Self:
         """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
         vectors, classes, targets = self._examples(X, y)
-        self.classes_, self.model_id_ = classes, _space_of(X)
+        self.classes_, self.model_id_, self.fitted_on_ = classes, _space_of(X), _digests(vectors)
         self.vectors_, self.targets_ = unit_length(vectors).astype(np.float32), targets
         return self
 
@@ -380,6 +406,7 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
         probe = _KINDS[header["jepakit_probe"]](**json.loads(header["params"]))
         probe.classes_ = np.array(json.loads(header["classes"]))
         probe.model_id_ = header["model_id"] or None
+        probe.fitted_on_ = arrays.pop("fitted_on", np.empty(0, np.uint64))
         probe._restore(arrays)
         return probe
     except FileNotFoundError:
@@ -422,6 +449,12 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
     if not np.isfinite(vectors).all():
         raise DataError("the vectors hold NaN or infinite numbers")
     return vectors
+
+
+def _digests(vectors: Floats) -> NDArray[np.uint64]:
+    """A number for each vector, [N], by which it is known again, and nothing else is."""
+    rows = np.ascontiguousarray(vectors, np.float32)
+    return np.array([int.from_bytes(blake2b(row, digest_size=8).digest(), "little") for row in rows], np.uint64)
 
 
 def _space_of(X: Embeddings | ArrayLike) -> str | None:

@@ -42,8 +42,8 @@ BUNDLE = "bundle"
 class Run:
     """A run's folder, opened. See the module for what lies in it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = as_path(path, "path")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

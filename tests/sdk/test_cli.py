@@ -80,7 +80,7 @@ def test_any_encoding_shows_any_name_once_the_work_is_done(tmp_path: Path, encod
     ids = (NOT_UTF_8, *map(str, range(19)))
     Embeddings(vectors, "0" * 16, ids, ("猫",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
     probe = tmp_path / os.fsdecode(b"\xf6.safetensors")
-    assert r"\udcf6.safetensors: knn probe, 2 classes" in run(
+    assert r"\udcf6.safetensors: knn probe, 2 classes, fitted on 20 images" in run(
         "probe", "fit", tmp_path / "e.npz", "--kind", "knn", "--out", probe, encoding=encoding
     )
     told = run("probe", "predict", probe, tmp_path / "e.npz", encoding=encoding).splitlines()
@@ -108,6 +108,15 @@ def test_classes_of_a_probe_can_count_alike_and_all_probabilities_be_printed(tmp
         run("probe", "fit", tmp_path / "e.npz", "-k", "3", "--out", tmp_path / "k")
     with pytest.raises(AssertionError, match="class_weight = 'even': give 'balanced' or None"):
         run("probe", "fit", tmp_path / "e.npz", "--class-weight=even", "--out", tmp_path / "k")
+
+
+def test_a_probe_judged_by_what_it_was_fitted_on_says_so(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    vectors[:10] += 3
+    Embeddings(vectors, "0" * 16, tuple(map(str, range(20))), ("cat",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
+    told = run("probe", "fit", tmp_path / "e.npz", "--out", tmp_path / "p.safetensors")
+    assert "linear probe, 2 classes, fitted on 20 images; balanced accuracy in cross-validation" in told
+    assert "fitted on 20 of these 20 images" in run("probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz")
 
 
 def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) -> None:

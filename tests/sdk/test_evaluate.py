@@ -218,7 +218,7 @@ def test_a_comparison_prints_its_scores_as_a_table_and_the_verdict() -> None:
     verdict = Verdict(word="better", reason="keep it")
     comparison = Comparison(before=before, after=after, verdict=verdict, n_train=80, n_held_out=20)
     assert str(comparison).splitlines() == [
-        "                 before   after   (held-out images)",
+        "                 before   after   (on 20 held-out images)",
         "linear probe      50.0%  100.0%",
         "k-NN              12.5%   62.5%",
         "linear, balanced  25.0%   75.0%",

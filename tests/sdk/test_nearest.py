@@ -76,3 +76,21 @@ def test_the_command_line_prints_a_line_for_each_neighbour(tmp_path: Path) -> No
         "new0\t1\tknown0\t1.0000", "new0\t2\tknown1\t0.7071", "new1\t1\tknown1\t0.7071", "new1\t2\tknown0\t0.0000",
     ]  # fmt: skip
     assert isinstance(CliRunner().invoke(app, [*command, "9"]).exception, DataError)
+
+
+def test_without_queries_each_finds_the_others() -> None:
+    vectors = np.array([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.1], [1.0, 0.0], [1.0, 0.0]])
+    places, cosines = embeddings(vectors).nearest(k=2)
+    np.testing.assert_array_equal(places, [[3, 4], [0, 3], [1, 0], [0, 4], [0, 3]])
+    np.testing.assert_allclose(cosines[:2], [[1, 1], [0.5**0.5] * 2], atol=1e-6)
+    same = embeddings(np.ones((6, 2))).nearest(k=2)[0]
+    assert not (same == np.arange(6)[:, None]).any(), "nor where more are equal to it than are asked for"
+    for k in (0, 5, True):
+        with pytest.raises(DataError, match="give a whole number, 1 to 4, which is how many others there are"):
+            embeddings(vectors).nearest(k=k)
+
+
+def test_the_command_line_takes_one_file_too(tmp_path: Path) -> None:
+    embeddings(np.array([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]), "im").save(tmp_path / "e.npz")
+    done = CliRunner().invoke(app, ["nearest", str(tmp_path / "e.npz"), "-k", "1"])
+    assert done.output.splitlines() == ["im0\t1\tim1\t0.7071", "im1\t1\tim0\t0.7071", "im2\t1\tim1\t-0.7071"]

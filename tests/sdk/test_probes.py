@@ -418,7 +418,7 @@ def test_classes_keep_their_type_also_on_disk(tmp_path: Path, probe: LinearProbe
 
 def test_a_report_tells_accuracy_from_balanced_accuracy() -> None:
     probe = LinearProbe(C=1.0).fit([[-1.0], [-1.1], [1.0], [1.1]], ["no", "no", "yes", "yes"])
-    report = probe.evaluate([[-1.0], [-1.0], [-1.0], [-1.0]], ["no", "no", "no", "yes"])
+    report = probe.evaluate([[-1.05], [-1.05], [-1.05], [-1.05]], ["no", "no", "no", "yes"])
     assert report == ProbeReport(accuracy=0.75, balanced_accuracy=0.5, per_class={"no": 1.0, "yes": 0.0}, n=4)
     assert str(report).splitlines() == ["accuracy 75.0%   balanced 50.0%   on 4 images", "  no   100.0%", "  yes  0.0%"]
     assert probe.score([[-1.0], [1.0]], ["no", "no"]) == 0.5
@@ -749,3 +749,31 @@ def test_a_fold_is_standardised_by_the_vectors_inside_it_alone(monkeypatch: pyte
     LinearProbe().fit(np.random.default_rng(0).standard_normal((60, 8)), np.repeat(["ant", "bee"], 30))
     assert len(means) == 5 * len(C_GRID) + 1
     assert max(means) < 1e-9
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_images_that_a_probe_was_fitted_on_are_told_when_it_is_judged_by_them(probe: Any, tmp_path: Path) -> None:
+    vectors, labels = blobs(60, seed=3)
+    fitted = clone(probe).fit(vectors[:40], labels[:40])
+    fitted.save(tmp_path / "p.safetensors")
+    for judged in (fitted, load_probe(tmp_path / "p.safetensors")):
+        assert judged.evaluate(vectors[:50], labels[:50]).n_fitted_on == 40
+        assert "fitted on 40 of these 50 images, so new ones will do worse" in str(
+            judged.evaluate(vectors[:50], labels[:50])
+        )
+        report = judged.evaluate(vectors[40:], labels[40:])
+        assert report.n_fitted_on == 0
+        assert "warning" not in str(report)
+
+
+def test_a_probe_knows_how_it_did_in_cross_validation(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat(["ant", "bee"], 100)
+    vectors = random.standard_normal((200, 5)) + 1.0 * (labels == "ant")[:, None]
+    probe = LinearProbe().fit(vectors, labels)
+    new = random.standard_normal((2000, 5)) + np.repeat([1.0, 0.0], 1000)[:, None]
+    on_new = probe.evaluate(new, np.repeat(["ant", "bee"], 1000)).balanced_accuracy
+    assert probe.cv_balanced_accuracy_ == pytest.approx(on_new, abs=0.05)
+    probe.save(tmp_path / "p.safetensors")
+    assert LinearProbe.load(tmp_path / "p.safetensors").cv_balanced_accuracy_ == probe.cv_balanced_accuracy_
+    assert LinearProbe(C=1.0).fit(vectors, labels).cv_balanced_accuracy_ is None

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.training.runs import TINY, Adapt, adapting, stopping_in_step, weights_of
 from torch import Tensor
+from typer.testing import CliRunner
 
 import jepakit
 import jepakit_training.learner
 import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
+from jepakit.cli import app
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, SKIPPED, START, Run
@@ -112,6 +114,10 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     assert again.comparison.before is not None
     assert again.comparison.after is not None
     assert again.comparison.n_held_out == 6
+    told = CliRunner().invoke(app, ["report", str(run.path)]).stdout
+    assert told.startswith(str(run.comparison))
+    assert f"next: jepakit export {run.path}" in told
+    assert json.loads(CliRunner().invoke(app, ["report", str(run.path), "--json"]).stdout)["run"] == str(run.path)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
