@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -37,6 +38,8 @@ MOST_AT_ONCE = 2 * AT_ONCE
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _LONGEST_S = 1e6
+_TOLD_AFTER_S = 2.0
+_LOG = logging.getLogger("jepakit")
 _KEY = re.compile(r"[!-~]+")
 _OURS = ("/v1", "/v1/embeddings", "/v1/models")
 """Those that are refused behind a gateway's own path, too."""
@@ -81,6 +84,8 @@ class Settings:
         """The environment's variable that names what stands between."""
         self.patience_s = min(timeout_s, deadline_s)
         """For the answer to one attempt."""
+        self.told_of_waiting = False
+        """Whether it has been said that nothing listens at the address."""
         self.http: dict[str, Any] = {
             "base_url": self.url,
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
@@ -144,7 +149,7 @@ class Attempts:
     """When to try again: embedding is pure, so every attempt is safe to repeat."""
 
     def __init__(self, settings: Settings) -> None:
-        self._url, self._deadline_s = settings.url, settings.deadline_s
+        self._settings, self._url, self._deadline_s = settings, settings.url, settings.deadline_s
         self._through = f" through the proxy that {settings.proxy} names" if settings.proxy else ""
         self._timeout_s: float = settings.http["timeout"]
         self._refusal: ResponseError | None = None
@@ -182,7 +187,22 @@ class Attempts:
                 f"{self._url} gave no answer within {self._deadline_s:g} s{self._through} ({cause}): is the service "
                 "running, and is this its address, http or https?"
             ) from error
+        if isinstance(error, httpx.ConnectError):
+            self._tell_of_waiting(error)
         return pause
+
+    def _tell_of_waiting(self, error: httpx.ConnectError) -> None:
+        """Once a client, after a while: a service that starts anew is back sooner, one that was never started is not."""
+        left_s = self._deadline - time.monotonic()
+        if self._deadline_s - left_s < _TOLD_AFTER_S or self._settings.told_of_waiting:
+            return
+        self._settings.told_of_waiting = True
+        _LOG.warning(
+            "%s gives no answer yet (%s): trying for %.0f s more. Is `jepakit serve` running there?",
+            self._url,
+            error,
+            left_s,
+        )
 
     def _next(self, retry_after: str | None) -> float | None:
         try:
@@ -235,6 +255,8 @@ def _meaning(response: httpx.Response, note: str) -> ResponseError:
     with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]
         message, told = str(error["message"]), error
+    if response.status_code == 401:
+        message += " (give it as api_key=…, or in JEPAKIT_API_KEY)"
     code, param, request_id = (
         told[name] if isinstance(told.get(name), str) else None for name in ("code", "param", "request_id")
     )

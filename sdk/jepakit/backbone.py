@@ -220,9 +220,16 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
         return timm.create_model(name, pretrained=True, num_classes=0, **arguments)
     except Exception as error:  # hub clients raise whatever their HTTP library does
         raise BackboneError(
-            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}): without a network give "
-            "--weights FILE (.safetensors or .pth; to export NAME:FILE), fetched on another machine"
+            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}): fetch model.safetensors or "
+            f"pytorch_model.bin from {_address(module.pretrained_cfg)} on another machine, and give --weights FILE (to export, "
+            f"{name}:FILE)"
         ) from None
+
+
+def _address(config: dict[str, Any]) -> str:
+    """Where people find a backbone's pretrained weights."""
+    hub = config.get("hf_hub_id")
+    return f"https://huggingface.co/{hub.split('@')[0]}" if hub else str(config["url"])
 
 
 def _hub_in_reach(repository: str | None) -> bool:

@@ -242,9 +242,16 @@ def export(
     )
     print(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
     print(f"next: jepakit serve {quote(str(bundle.path))}")
-    if which is None and manifest.comparison is not None and manifest.comparison.verdict.word == "worse":
+    comparison = manifest.comparison
+    if (
+        which is None
+        and comparison is not None
+        and comparison.after is not None
+        and comparison.verdict.word != "better"
+    ):
         print(
-            "warning: the run's verdict on these weights is worse; --which start exports the ones that it began with",
+            f"warning: the run's verdict on these weights is {comparison.verdict.word}; --which best follows it, --which start "
+            "exports the weights that the run began with",
             file=sys.stderr,
         )
 

@@ -48,8 +48,11 @@ def check_port_is_free(settings: ServeSettings) -> None:
         raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {why}") from None
 
 
-def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool]) -> bool:
-    """Wait for our own readiness, which is true only after the golden check, then say where the service is."""
+def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:
+    """Wait for our own readiness, which is true only after the golden check, then say what is open, and where the service is.
+
+    fallback  another port with all of the service's HTTP
+    """
     import httpx
 
     url = own_url(settings)
@@ -57,14 +60,14 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool]) -
     while time.monotonic() < deadline and not stopping():
         try:
             if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
-                say(f"ready: {url}")
-                return True
+                _print_listeners(settings, fallback)
+                say(f"ready: {url} (its routes: {url}/docs)")
+                return
         except httpx.TransportError:
             pass
         time.sleep(0.1)
     if not stopping():
         say(f"not ready after {_START_TIMEOUT_S:.0f} s", sys.stderr)
-    return False
 
 
 def own_url(settings: ServeSettings) -> str:
@@ -95,11 +98,8 @@ def free_port() -> int:
         return port
 
 
-def print_listeners(settings: ServeSettings, fallback: int | None = None) -> None:
-    """Say at start what other machines could reach.
-
-    fallback  another port with all of the service's HTTP
-    """
+def _print_listeners(settings: ServeSettings, fallback: int | None) -> None:
+    """Say what other machines could reach."""
     listeners = open_listeners()
     if not listeners:
         return

@@ -12,6 +12,7 @@ from typing import Any, NotRequired
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import RedirectResponse
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from swagger_ui_bundle import swagger_ui_path
@@ -137,6 +138,10 @@ def docs_router() -> APIRouter:
     folder = swagger_ui_path
     assets = {name: (folder / name).read_bytes() for name in _ASSETS}
     assets["start.js"] = _START.encode()
+
+    @router.get("/")
+    async def front() -> Response:
+        return RedirectResponse("docs")
 
     @router.get("/docs")
     async def page() -> Response:

@@ -27,7 +27,7 @@ from jepakit._messages import parse
 from jepakit._ray import SILENT, own_folder, without_dashboard
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
-from jepakit_service.listeners import announce_when_ready, free_port, print_listeners
+from jepakit_service.listeners import announce_when_ready, free_port
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled
 
@@ -141,8 +141,7 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
         serve.start(http_options=options, logging_config=_LOGGING)
         application = _application(settings, log_socket)
         handle = serve.run(application, name=_APPLICATION, route_prefix="/", logging_config=_LOGGING)
-        if announce_when_ready(settings, lambda: stop.requested):
-            print_listeners(settings, fallback=int(os.environ.get(_FALLBACK_PORT, 0)))
+        announce_when_ready(settings, lambda: stop.requested, fallback=int(os.environ.get(_FALLBACK_PORT, 0)))
         while not stop.requested:
             _check_core(core)
             time.sleep(0.2)

@@ -7,7 +7,7 @@ import re
 EMBEDDINGS, VOYAGE, COHERE = "/v1/embeddings", "/v1/multimodalembeddings", "/v2/embed"
 INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
-_OPEN = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
+_OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
 _STEADY = (
     "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", EMBEDDINGS, VOYAGE, "/v1/models", COHERE, "/v2/health",
     "/v2/models", "/v2",

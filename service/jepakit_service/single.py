@@ -13,7 +13,7 @@ import uvicorn
 from jepakit_service import logs
 from jepakit_service.api import build_app
 from jepakit_service.gate import Gate
-from jepakit_service.listeners import announce_when_ready, print_listeners
+from jepakit_service.listeners import announce_when_ready
 from jepakit_service.settings import ServeSettings
 
 _KEEP_ALIVE_S = 90
@@ -46,8 +46,7 @@ def run(settings: ServeSettings) -> None:
         server.should_exit = True  # uvicorn then waits for the requests in flight
 
     def announce() -> None:
-        if announce_when_ready(settings, lambda: server.should_exit):
-            print_listeners(settings)
+        announce_when_ready(settings, lambda: server.should_exit)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

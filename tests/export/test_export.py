@@ -28,7 +28,7 @@ from jepakit import golden
 from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
 from jepakit.cli import app
-from jepakit.comparison import Comparison, Verdict
+from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.images import preprocess
@@ -233,19 +233,25 @@ def test_the_start_is_exported_whatever_became_of_the_trained_bundle(run: Run, t
     assert jepakit_export.exporter._of_run(Run(tmp_path / "run"), "start").path == tmp_path / "run" / START
 
 
-@pytest.mark.parametrize(("word", "which"), [("worse", None), ("worse", "last"), ("better", None)])
-def test_weights_that_the_verdict_calls_worse_are_not_exported_without_a_word(
-    exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, word: str, which: str | None
-) -> None:
+@pytest.mark.parametrize(
+    ("word", "which", "labelled", "warned"),
+    [
+        ("worse", None, True, True), ("worse", "last", True, False), ("better", None, True, False),
+        ("cannot tell", None, True, True), ("cannot tell", None, False, False),
+    ],
+)  # fmt: skip
+def test_weights_that_the_verdict_does_not_call_better_are_not_exported_without_a_word(
+    exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, word: str, which: str | None, *, labelled: bool,
+    warned: bool,
+) -> None:  # fmt: skip
     bundle = exported("file")
     verdict = Verdict.model_validate({"word": word, "reason": ""})
-    comparison = Comparison(before=None, after=None, verdict=verdict, n_train=9, n_held_out=9)
+    scores = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0) if labelled else None
+    comparison = Comparison(before=scores, after=scores, verdict=verdict, n_train=9, n_held_out=9)
     told = Bundle(bundle.path, bundle.manifest.model_copy(update={"comparison": comparison}))
     monkeypatch.setattr(jepakit._frontdoor, "export", lambda *_, **__: told)
     done = CliRunner().invoke(app, ["export", "runs/x", "--out", "b", *([] if which is None else ["--which", which])])
-    assert ("warning: the run's verdict on these weights is worse; --which start" in done.stderr) == (
-        word == "worse" and which is None
-    )
+    assert (f"warning: the run's verdict on these weights is {word}; --which best follows it" in done.stderr) == warned
 
 
 def test_golden_vectors_of_another_model_are_noticed(exported: Callable[[str], Bundle], tmp_path: Path) -> None:

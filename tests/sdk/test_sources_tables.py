@@ -290,13 +290,20 @@ def test_images_that_labels_leave_out_have_none_and_are_counted(tmp_path: Path) 
     assert listed.labels == ("cat", None, None, "dog")
     assert listed.labels_given() == listed.strata() == ("cat", "dog")
     assert listed.judges().tolist() == [0, 3]
-    assert listed.note == f"labels: 2 classes from {table}; 2 of 4 images are labelled"
+    unused = "1 row of no image here, gone.png first"
+    assert listed.note == f"labels: 2 classes from {table} ({unused}); 2 of 4 images are labelled"
     manifest = csv(tmp_path / "m.csv", *(row for row in rows if "gone" not in row))
     listed = list_images(manifest)
     assert listed.labels == ("dog", "cat", None, "cat")
     assert listed.note == "labels: 2 classes from the manifest's column label; 3 of 4 images are labelled"
     same = {"path": listed.ids, "label": ["dog", "cat", None, "cat"]}
     assert list_images(parquet(tmp_path / "m.parquet", same)).digest() == listed.digest()
+
+
+def test_classes_that_differ_by_case_alone_are_told(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png", "3.png")
+    manifest = csv(tmp_path / "m.csv", "path,label", "1.png,Cat", "2.png,cat", "3.png,dog")
+    assert "warning: Cat and cat are two classes, though only their letters' case differs" in list_images(manifest).note
 
 
 def test_an_image_without_a_label_is_another_thing_than_any_label(tmp_path: Path) -> None:

@@ -578,6 +578,7 @@ def test_an_open_path_of_the_page_needs_no_key(bundle: Path, tmp_path: Path) -> 
     ):
         for path in ("/healthz", "/readyz", "/docs", "/docs/swagger-ui.css", "/openapi.json"):
             assert http.get(path).status_code == 200
+        assert http.get("/", follow_redirects=True).url.path == "/docs", "what a browser opens first"
         document = http.get("/openapi.json").json()
         assert document["security"] == [{"key": []}]
         assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}

@@ -787,6 +787,18 @@ def test_what_waits_for_the_clients_own_requests_is_not_late(kind: type[Any]) ->
         assert len(asyncio.run(go(url))) == 48
 
 
+def test_a_service_that_was_never_started_is_told_while_one_waits(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jepakit._attempts._TOLD_AFTER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with jepakit.Client(url, deadline_s=1.5) as client, pytest.raises(ConnectionFailedError, match="gave no answer"):
+        client.models()
+    (line,) = caplog.messages
+    assert line.startswith(f"{url} gives no answer yet ([Errno 111] Connection refused): trying for 1 s more.")
+
+
 def test_a_refusal_is_not_tried_again() -> None:
     refusal: tuple[int, dict[str, str], bytes] = (
         401,
@@ -796,7 +808,7 @@ def test_a_refusal_is_not_tried_again() -> None:
     with (
         _answering([refusal] * 3) as url,
         jepakit.Client(url) as client,
-        pytest.raises(AuthenticationError, match="no key"),
+        pytest.raises(AuthenticationError, match=r"no key \(give it as api_key=…, or in JEPAKIT_API_KEY\)"),
     ):
         client.models()
     assert _Scripted.seen == 1

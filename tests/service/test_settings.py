@@ -163,9 +163,10 @@ def test_readiness_is_asked_for_past_any_proxy(
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         settings = ServeSettings(bundles=("a",), port=server.server_port)
-        assert announce_when_ready(settings, lambda: False)
+        announce_when_ready(settings, lambda: False)
         server.shutdown()
-    assert f"ready: http://127.0.0.1:{settings.port}" in capfd.readouterr().out
+    url = f"http://127.0.0.1:{settings.port}"
+    assert capfd.readouterr().out.splitlines()[-1] == f"ready: {url} (its routes: {url}/docs)"
 
 
 @pytest.mark.parametrize(

@@ -594,9 +594,11 @@ def test_over_one_percent_of_broken_files_stops_the_run_naming_one(
     folder = tmp_path / "images"
     shutil.copytree(many_images, folder)
     broken = spoil(folder, 4)
-    with pytest.raises(DataError, match=r"over 1 % of the images cannot be read \(3 of 200 so far\)") as raised:
+    with pytest.raises(DataError, match=r"over 1 % of the images cannot be read \(4 of 200 so far\)") as raised:
         adapt(tmp_path / "run", "test_resnet", folder=folder, steps=2)
     assert any(file.relative_to(folder).as_posix() in str(raised.value) for file in broken)
+    listed = (tmp_path / "run" / SKIPPED).read_text()
+    assert all(file.relative_to(folder).as_posix() in listed for file in broken), "all that were looked at, in one go"
     assert not jepakit.open_run(tmp_path / "run").finished
 
     # The message says: "repair or remove them, then run the same command again".

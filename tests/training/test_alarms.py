@@ -58,7 +58,7 @@ def run(
 
 def test_more_steps_are_advised_only_where_the_backbone_trains() -> None:
     wide = lambda step: gaussian(step, shift=0.35)  # noqa: E731
-    assert any("more steps will likely help" in line for lines in run(wide).values() for line in lines)
+    assert any("more steps may help" in line for lines in run(wide).values() for line in lines)
     assert not any("more steps" in line for lines in run(wide, trains=False).values() for line in lines)
 
 
@@ -104,7 +104,7 @@ def test_a_short_run_that_ends_far_from_the_floor_is_told_to_take_more_steps() -
     said = run(lambda step: gaussian(step, std=0.7), steps=40, warmup_steps=4)
     assert said.keys() == {39}
     assert "SIGReg ends at" in said[39][0]
-    assert "steps = 80" in said[39][0]
+    assert "steps = 300" in said[39][0]
 
 
 def test_the_first_steps_are_left_alone() -> None:

@@ -34,20 +34,20 @@ def test_a_disk_too_full_for_skipped_files_is_tolerated(tmp_path: Path, capsys: 
     path = tmp_path / SKIPPED
     skipped = SkippedFiles(path, 100, most=0.03, main=True)
     with files_no_longer_than(0):
-        skipped.add("a.png", "a.png: cannot be read")
-        skipped.add("b.png", "b.png: cannot be read")
-    skipped.add("c.png", "c.png: cannot be read")
+        skipped.add(("a.png", "a.png: cannot be read"))
+        skipped.add(("b.png", "b.png: cannot be read"))
+    skipped.add(("c.png", "c.png: cannot be read"))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {path} could not be written (File too large)")
     assert path.read_text().splitlines()[0].startswith("# holds paths of your images")
     assert path.read_text().splitlines()[1:] == ["path,reason", "c.png,c.png: cannot be read"]
     with pytest.raises(DataError, match="over 3 % of the images cannot be read"):  # those without room count
-        skipped.add("d.png", "d.png: cannot be read")
+        skipped.add(("d.png", "d.png: cannot be read"))
 
 
 def test_names_that_are_not_utf_8_are_listed_and_known_again(tmp_path: Path) -> None:
     name = os.fsdecode(b"bad\xfe.png")
     for _ in range(2):
         skipped = SkippedFiles(tmp_path / SKIPPED, 9, most=0.5, main=True)
-        skipped.add(name, f"{name}: cannot be read")
+        skipped.add((name, f"{name}: cannot be read"))
     assert (tmp_path / SKIPPED).read_bytes().count(b"\nbad\xfe.png,") == 1

@@ -163,7 +163,10 @@ def test_without_the_hub_the_error_names_the_way_out(
     monkeypatch: pytest.MonkeyPatch, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(backbone_module, "_hub_in_reach", lambda repository: False)
-    with pytest.raises(BackboneError, match=r"test_vit\.r160_in1k .*without a network give --weights FILE"):
+    with pytest.raises(
+        BackboneError,
+        match=r"test_vit\.r160_in1k .*fetch model.safetensors or .*from https://huggingface.co/timm/test_vit.r160_in1k on another machine, and give --weights FILE",
+    ):
         start_backbone("test_vit.r160_in1k", "pretrained", 64)
     with pytest.raises(BackboneError, match="--weights FILE"):
         jepakit.adapt(image_folder(), out=tmp_path / "run", backbone="test_vit")

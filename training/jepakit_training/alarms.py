@@ -180,6 +180,6 @@ class Alarms:
 
     def _unfinished(self, sigreg: float) -> dict[str, str]:
         return {
-            "unfinished": f"note: SIGReg ends at {sigreg:.1f}, still far from its floor of {FLOOR}; more steps will likely help: "
-            f"steps = {2 * self.steps}, in a new run"
+            "unfinished": f"note: SIGReg ends at {sigreg:.1f}, still far from its floor of {FLOOR}; more steps may help: "
+            f"steps = {max(2 * self.steps, 300)}, in a new run"
         }

@@ -157,8 +157,7 @@ class Measuring:
         """Before: the better of the untrained poolings, chosen without looking at held-out images."""
         poolings = choose_poolings(self._config, backbone, has_labels=self.images.labels is not None)
         features = self._extract(backbone, poolings, "measure the start")
-        for index, reason in features.skipped:
-            self._skipped.add(self._source.ids[index], reason)
+        self._skipped.add(*((self._source.ids[index], reason) for index, reason in features.skipped))
         self.images = self.images.only(features.readable)
         self._check_images()
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))

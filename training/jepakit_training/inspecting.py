@@ -138,6 +138,12 @@ def _advice(
             f"{n_duplicates} pairs of near-duplicates among {len(found.seen)} images: name what belongs together "
             "(--group), or held-out images have siblings in training and the verdict is optimistic"
         )
+    share = len(found.unreadable) / (len(found.seen) + len(found.odd) + len(found.unreadable))
+    if share > (most := AdaptConfig.model_fields["most_skipped"].default):
+        advice.append(
+            f"{share:.1%} of them cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more, "
+            "--set most_skipped=SHARE"
+        )
     if images.labels is None:
         advice.append(
             "without labels no verdict can be given: a few hundred labelled images suffice (class folders, or --labels FILE, which need not name the others)"

@@ -101,26 +101,27 @@ class SkippedFiles:
             return f"listed in {self._path}"
         return f"among them {', '.join(list(self._seen)[:_NAMED])}"
 
-    def add(self, name: str, reason: str) -> None:
-        """Note one image by its id; DataError when there are too many."""
-        if name in self._seen:
+    def add(self, *found: tuple[str, str]) -> None:
+        """Note images by (id, reason); DataError when there are too many."""
+        new = {name: reason for name, reason in found if name not in self._seen}
+        if not new:
             return
-        self._seen[name] = reason
+        self._seen |= new
         if self._writes_to is not None:
             with (
                 self._tolerate,
                 self._writes_to.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file,
             ):
-                new = not file.tell()
-                if new:
+                is_empty = not file.tell()
+                if is_empty:
                     file.write("# holds paths of your images: keep it to yourself\n")
-                csv.writer(file).writerows([*([("path", "reason")] if new else []), (name, reason)])
+                csv.writer(file).writerows([*([("path", "reason")] if is_empty else []), *new.items()])
         if len(self._seen) > self._most:
             more = f", and {len(self._seen) - 1} more, {self.where}" if len(self._seen) > 1 else ""
             raise DataError(
-                f"{reason}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} of {self._of} so far): "
-                "repair or remove them, then run the same command again, with another --out if the run had begun to train (or "
-                "allow a larger share: --set most_skipped=SHARE)"
+                f"{next(iter(new.values()))}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} "
+                f"of {self._of} so far): repair or remove them, then run the same command again, with another --out if the run "
+                "had begun to train (or allow a larger share: --set most_skipped=SHARE)"
             )
 
 
@@ -140,11 +141,10 @@ class SharedSkippedFiles:
         """Note (index, reason) of what this rank could not read; DataError when there is too much of it."""
         for index, reason in found:
             self._own.append((self._ids[index], reason))
-            self._skipped.add(*self._own[-1])
+            self._skipped.add(self._own[-1])
 
     def share(self) -> None:
         """Note on every rank what each could not read since the last call; DataError on all when that is too much."""
         if self._n_ranks > 1:
-            for name, reason in gather_object(self._own):
-                self._skipped.add(name, reason)
+            self._skipped.add(*gather_object(self._own))
         self._own.clear()

@@ -61,6 +61,9 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     _check_same_images(images, accelerator)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     found = look_at(images, config, progress=main)
+    listing = None if run is None else run.path / SKIPPED
+    skipped = SkippedFiles(listing, len(images), most=config.most_skipped, main=main)
+    skipped.add(*((images.ids[index], reason) for index, reason in found.unreadable))
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
     check_trainable(backbone, config)
     plan = make_plan(
@@ -73,10 +76,6 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
     cache = open_cache(config, make_views.least_side, spec)
     dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
-    listing = None if run is None else run.path / SKIPPED
-    skipped = SkippedFiles(listing, len(images), most=config.most_skipped, main=main)
-    for index, reason in found.unreadable:
-        skipped.add(images.ids[index], reason)
     backbone = backbone.to(accelerator.device, memory_format=layout_of(backbone))  # type: ignore[call-overload]
     measuring = Measuring(
         config, images, plan.split, spec,

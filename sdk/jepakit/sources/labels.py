@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepakit._messages import first_few
+from jepakit._messages import counted, first_few
 from jepakit.errors import DataError
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
@@ -28,6 +28,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
     labels, note = _choose(found, check_rule("labels", rule, column="label"), embedding=embedding)
+    note += _alike(labels)
     if labels is None or None not in labels:
         return labels, note
     n_images, n_labelled = len(labels), len(labels) - labels.count(None)
@@ -39,12 +40,24 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     return labels, f"{note}; {n_labelled:,} of {n_images:,} images are labelled"
 
 
+def _alike(labels: Labels) -> str:
+    """A remark on classes that differ by upper and lower case alone; empty where there are none."""
+    spellings: dict[str, str] = {}
+    for label in sorted(filter(None, set(labels or ()))):
+        if (first := spellings.setdefault(label.casefold(), label)) != label:
+            return f"; warning: {first} and {label} are two classes, though only their letters' case differs"
+    return ""
+
+
 def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
         return None, "" if embedding else "no labels, as asked"
     if rule not in RULES:
-        listed = look_up_some(rule, "label", found)
-        return listed, f"labels: {len(set(listed) - {None})} classes from {rule}"
+        listed, strangers = look_up_some(rule, "label", found)
+        note = f"labels: {counted(len(set(listed) - {None}), 'class')} from {rule}"
+        if strangers:
+            note += f" ({counted(len(strangers), 'row')} of no image here, {min(strangers)} first)"
+        return listed, note
     if rule == "auto" and found.label_note:
         return found.labels, found.label_note
     if found.folders is None:

@@ -98,7 +98,8 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
     Raises DataError when an image is not in the table, or is in it twice with different values.
     """
     values = _values(file, role)
-    found_values = [_value(values, place, found, file) for place in range(len(found.ids))]
+    keys = [_key(values, place, found, file) for place in range(len(found.ids))]
+    found_values = [None if key is None else values[key] for key in keys]
     missing = [name for name, value in zip(found.ids, found_values, strict=True) if value is None]
     if missing:
         raise DataError(
@@ -108,13 +109,14 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
     return tuple(value for value in found_values if value is not None)
 
 
-def look_up_some(file: str, role: str, found: Found) -> tuple[str | None, ...]:
-    """The same where the table may leave images out, or their cells empty: None for those.
+def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, ...], list[str]]:
+    """The same where the table may leave images out, or their cells empty: None for those; and its paths of no image.
 
     Raises DataError when it says nothing of any image, or gives one different values.
     """
     values = _values(file, role)
-    found_values = [_value(values, place, found, file) for place in range(len(found.ids))]
+    keys = [_key(values, place, found, file) for place in range(len(found.ids))]
+    found_values = [None if key is None else values[key] for key in keys]
     if not any(found_values):
         first = found.ids[0]
         if None not in found_values:
@@ -123,7 +125,7 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[str | None, ...]:
             f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {next(iter(values))}, and "
             f"the first image's {first}: write them alike{did_you_mean(first, list(values)[:1000])}"
         )
-    return tuple(value or None for value in found_values)
+    return tuple(value or None for value in found_values), [key for key in values.keys() - set(keys) if values[key]]
 
 
 def _values(file: str, role: str) -> dict[str, str]:
@@ -136,13 +138,13 @@ def _values(file: str, role: str) -> dict[str, str]:
     return values
 
 
-def _value(values: dict[str, str], place: int, found: Found, file: str) -> str | None:
-    value = values.get(posixpath.normpath(found.ids[place]))
-    if value is None and isinstance(found.store, Files):
+def _key(values: dict[str, str], place: int, found: Found, file: str) -> str | None:
+    """Under which of its names the table has an image; None where it has not."""
+    names = [posixpath.normpath(found.ids[place])]
+    if isinstance(found.store, Files):
         path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
-        beside = os.path.relpath(path, os.path.dirname(os.path.abspath(file)))  # noqa: PTH100, PTH120
-        value = values.get(beside, values.get(path))
-    return value
+        names += [os.path.relpath(path, os.path.dirname(os.path.abspath(file))), path]  # noqa: PTH100, PTH120
+    return next((name for name in names if name in values), None)
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
