@@ -131,6 +131,7 @@ def test_every_container_is_hardened_and_only_loopback_is_published(compose: Any
     assert "ports" not in compose["services"]["jepakit"]
     assert list(compose["services"]["jepakit"]["networks"]) == ["inner"]
     assert compose["networks"]["inner"]["internal"]
+    assert compose["networks"]["inner"]["driver_opts"] == {"com.docker.network.bridge.inhibit_ipv4": "true"}
 
 
 def test_limits_of_the_container_and_the_proxy_fit_the_services_own(compose: Any) -> None:

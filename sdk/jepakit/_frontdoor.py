@@ -141,8 +141,9 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
               dynamic_size, verify_images, normalize, image_size, opset
 
-    Raises ConfigError, BackboneError or BundleError for an unusable source, ExportError when the graph does not reproduce
-    torch, WriteError where there is no room for it; there is no bundle then.
+    Raises ConfigError, BackboneError or BundleError for an unusable source, DataError for `verify_images` that cannot be
+    used, ExportError when the graph does not reproduce torch, WriteError where there is no room for it, MissingExtraError
+    without torch; there is no bundle then.
     """
     from jepakit._export_source import check_source
     from jepakit.bundle import Bundle, check_new

@@ -102,11 +102,12 @@ def adapt(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="auto, folder, none: whether folders are classes, for measuring only; or a CSV file, which may label only some images [auto]"
+            help="auto, folder, none: whether folders are classes, for measuring only; or a CSV or Parquet file, which may label only some images [auto]"
         ),
     ] = None,
     group: Annotated[
-        str | None, typer.Option(help="auto, folder, none, or a CSV file: which images are held out together [auto]")
+        str | None,
+        typer.Option(help="auto, folder, none, or a CSV or Parquet file: which images are held out together [auto]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="random seed of the whole run [0]")] = None,
     workers: Annotated[
@@ -185,8 +186,8 @@ def inspect(
     overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
-    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file [auto]")] = None,
-    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV file [auto]")] = None,
+    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
+    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; wins over its option")
     ] = None,
@@ -218,7 +219,8 @@ def export(
     tokens: Annotated[bool, typer.Option("--tokens", help="patch tokens as a second output")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph that takes other sizes too")] = False,
     verify_images: Annotated[
-        str | None, typer.Option(help="your own images to verify on, and to calibrate int8 [golden inputs]")
+        str | None,
+        typer.Option(help="16 or more of your own images to verify on, and to calibrate int8 [golden inputs]"),
     ] = None,
     normalize: Annotated[bool | None, typer.Option("--normalize/--no-normalize", help="vectors of length 1")] = None,
     image_size: Annotated[int | None, typer.Option(help="for a timm name: pixels a side")] = None,
@@ -342,7 +344,7 @@ def embed(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="for a bundle: threads of one inference [one per core]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="for a bundle: model, or bf16 with openvino [model]")] = None,
-    labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV file")] = "auto",
+    labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV or Parquet file")] = "auto",
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
     min_valid: Annotated[float, typer.Option(help="share of a tile that must be valid, at least")] = 0.5,

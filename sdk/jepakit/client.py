@@ -50,7 +50,8 @@ class Client:
                 pauses (or the service's own Retry-After); what a second attempt cannot mend, such as a certificate that
                 is not trusted, fails at once
 
-    with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError.
+    with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError, and
+    InputError for what it was given.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Client:
         model      NAME or NAME@MODEL_ID; may be left out when the service has one model
         labels     `auto` takes what the source brings (a manifest's column, shards' .cls or .json, a dataset's),
                    for a folder or ZIP its first-level folders; `folder` takes those or raises DataError, `none` takes
-                   none; or a CSV file of paths and labels
+                   none; or a CSV or Parquet file of paths and labels
         tile       pixels a side of the tiles that large images are cut into, here; ids are then `path#x,y,w,h`. A
                    model of tiles takes its own size alone. Needs `jepakit[images]`, as `frame` does
         overlap    pixels that neighbouring tiles share
@@ -121,7 +122,7 @@ class Client:
         on_skipped called in the end with the id and the reason of each image that was left out
 
         Raises ImageError naming the first image that cannot be embedded, or for more of them than `most_skipped`;
-        ConfigError for tiles of another size than the model's, ResponseError when the service refuses,
+        ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones, ResponseError when the service refuses,
         ConnectionFailedError after the deadline.
         """
         check_asked(model)

@@ -395,7 +395,7 @@ class ExportConfig(_Settings):
     precision: Precision = "fp32"
     """Of the graph: `fp16` halves the file, for GPUs; `int8` is for CPUs, a vector space of its own."""
     pooling: Pooling | None = None
-    """What the embedding pools; None: `head`, or what the run chose."""
+    """Of a timm name: what the embedding pools; None: `head`. A run keeps what it chose."""
     standardize: Standardize | None = None
     """Centre, or centre and scale, each number by statistics of `verify_images`; None: no, or what the run chose."""
     tokens: bool = False
@@ -403,7 +403,7 @@ class ExportConfig(_Settings):
     dynamic_size: bool = False
     """A graph that takes other image sizes too, where the backbone allows it."""
     verify_images: TextOrPath | None = None
-    """The user's own images to verify on (and to calibrate int8 with); None: the golden inputs."""
+    """The user's own images to verify on (and to calibrate int8 with), 16 or more; None: the golden inputs."""
     normalize: bool | None = None
     """Scale vectors to length 1 inside the graph; None: no, or what the bundle says."""
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None

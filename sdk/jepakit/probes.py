@@ -103,7 +103,11 @@ class _Probe(ABC):
         """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N]."""
 
     def predict(self, X: Embeddings | ArrayLike) -> Labels:
-        """The most probable class of each vector, [N]."""
+        """The most probable class of each vector, [N], of the dtype of `classes_`.
+
+        Raises SpaceError for vectors of another model or length, DataError for what is no [N, D] of finite numbers, or
+        before `fit`; so do the other methods that take vectors.
+        """
         return self._predicted(self._checked(X))
 
     def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:

@@ -172,10 +172,10 @@ class Model:
         min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
         most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
     ) -> Embeddings:  # fmt: skip
-        """Embed what `Client.embed` takes, with the same arguments, and keep the order.
+        """Embed what `Client.embed` takes, with the same arguments but `model`, and keep the order.
 
         Raises ImageError for the first image that cannot be embedded, or for more of them than `most_skipped`;
-        ConfigError for tiles of another size than the model's.
+        ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones.
         """
         check_tile(tile, self.manifest.preprocess)
         check_share(most_skipped)

@@ -105,8 +105,8 @@ class ServeSettings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     """How log lines are written: `text` or `json`."""
     access_log: AccessLog = "errors"
-    """Requests that leave a line in the log: `all`, `errors` (those refused or failed) or `none`. A line has the id, route,
-    status, size and time, never a name or content of what was sent."""
+    """Requests that leave a line in the log: `all`, `errors` (those refused or failed) or `none`; of those for routes that
+    need no key only failures. A line has the id, route, status, size and time, never a name or content of what was sent."""
 
     @classmethod
     def settings_customise_sources(
