@@ -101,4 +101,5 @@ def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _join(where: str, words: list[str]) -> str:
     first, *others = words
-    return " or ".join([first, *(word.removeprefix(f"{where} = ").partition(": ")[2] or word for word in others)])
+    wanted = (word.removeprefix(f"{where} = ").partition(": ")[2] or word for word in others)
+    return " or ".join([first, *(word.removeprefix("input should be ") for word in wanted)])

@@ -390,6 +390,8 @@ def embed(
         f"{out}: {counted(len(embeddings), 'vector')} of {embeddings.vectors.shape[1]} numbers, {labels}, "
         f"model {embeddings.model_id}"
     )
+    if embeddings.labels is not None:
+        print(f"next: jepakit probe fit {quote(str(out))} --out probe.safetensors")
 
 
 @app.command()
@@ -459,7 +461,9 @@ def probe_fit(
     told = f"{out}: {kind} probe, {len(probe.classes_)} classes, fitted on {counted(len(vectors), 'image')}"
     if isinstance(probe, LinearProbe) and probe.cv_balanced_accuracy_ is not None:
         told += f"; balanced accuracy in cross-validation {probe.cv_balanced_accuracy_:.1%} (C = {probe.C_:g})"
-    print(told)
+    print(
+        f"{told}\nnext: jepakit probe evaluate {quote(str(out))} OTHER.npz, embeddings of labelled images that it was not fitted on"
+    )
 
 
 @probe_app.command("evaluate")

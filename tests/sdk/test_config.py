@@ -105,7 +105,7 @@ def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, me
         ({"backbone": "resnet5"}, ["timm has no backbone 'resnet5'", "did you mean resnet50"]),
         ({"backbone": "vit_small_patch14_reg4_dinov2.lvd"}, ["has no weights 'lvd'", "lvd142m"]),
         ({"weights": "nowhere.pth"}, ["weights = 'nowhere.pth'", "no such file"]),
-        ({"pooling": "haed"}, ["pooling = 'haed'", "'auto' or input should be 'head', 'stages'", "did you mean head?"]),
+        ({"pooling": "haed"}, ["pooling = 'haed'", "'auto' or 'head', 'stages'", "did you mean head?"]),
         ({"labels": "yes"}, ["labels = 'yes'", "no such file", "folder"]),
         ({"lr": 0}, ["lr = 0", "greater than 0"]),
         ({"lr": float("nan")}, ["lr = nan"]),

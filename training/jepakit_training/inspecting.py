@@ -14,7 +14,7 @@ from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import Inspection, Named, printable
 from jepakit.sources import ImageList
-from jepakit_training.plan import local_size_of
+from jepakit_training.plan import FEW_IMAGES, local_size_of
 from jepakit_training.scan import Scan, outlier_notes, scan, window_notes
 from jepakit_training.sheet import write_sheet
 from jepakit_training.values import choose_preprocess, chosen_frame
@@ -127,6 +127,8 @@ def _advice(
     image_size: int, tile: int | None,
 ) -> list[str]:  # fmt: skip
     advice = []
+    if len(images) < FEW_IMAGES:
+        advice.append(f"{counted(len(images), 'image')} are very few to learn from, and to judge by")
     if tile is None and min(largest) > _TILE_ABOVE * image_size:
         advice.append(
             f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them, --tile {2 * image_size}"

@@ -30,7 +30,7 @@ from jepakit_training.batchnorm import batch_norms
 from jepakit_training.holdout import Split, hold_out
 from jepakit_training.memory import GB, main_memory
 
-_FEW_IMAGES = 64
+FEW_IMAGES = 64
 _QUEUED_SHARE = 0.25
 
 
@@ -138,7 +138,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
         notes.append(f"batch of {batch_size} images instead of {config.batch_size}: a multiple of {world} processes")
     elif batch_size < config.batch_size:
         notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
-    if images < _FEW_IMAGES:
+    if images < FEW_IMAGES:
         notes.append(f"warning: {images} images are very few to learn from, and to judge by")
     return batch_size, notes
 

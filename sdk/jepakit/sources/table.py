@@ -51,7 +51,7 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
             hint = next(filter(None, (did_you_mean(name, header) for name in COLUMNS[role])), "")
             raise DataError(
                 f"{file} has no column {role!r} (nor {', '.join(COLUMNS[role][1:])}); "
-                f"its columns are {', '.join(header)}{hint}"
+                f"its columns are {', '.join(header)}{hint or f': name the one that is meant {role}'}"
             )
     names = [name.casefold() for name in header]
     twice = [header[place] for place in places.values() if names.count(names[place]) > 1]
