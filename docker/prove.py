@@ -4,8 +4,8 @@
     python docker/prove.py train IMAGES
 
 It makes a base image with debootstrap, builds the target over it with buildah (chroot isolation, vfs storage) and runs
-it with crun, under the user, capabilities, read-only root, tmpfs, /dev/shm and limits that compose.yaml gives to
-`jepakit`, in a network of its own that has only loopback.
+it with crun, under the user, capabilities, read-only root, tmpfs, /dev/shm and limit of open files that compose.yaml
+gives to `jepakit`, in a network of its own that has only loopback.
 
 `serve` makes a key, starts the service with one bundle, waits for the image's health check, embeds a PNG, sends it
 without a key, tries to write to the root, and ends the service with SIGTERM. `train` adapts a tiny model for two steps

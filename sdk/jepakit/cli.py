@@ -96,7 +96,7 @@ def adapt(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="learning rate of the backbone [1e-4 for a ViT, 3e-4 for a ConvNet; 5e-4 from random weights]"
+            help="learning rate of the backbone [1e-4 for a ViT, 3e-4 for a ConvNet or Swin; 5e-4 from random weights]"
         ),
     ] = None,
     labels: Annotated[
@@ -132,7 +132,9 @@ def adapt(
         labels=labels, group=group, seed=seed, workers=workers, tile=tile, overlap=overlap, frame=_number_or_word(frame),
         value_range=_range_or_word(value_range), processes=processes, launcher=launcher,
     )  # fmt: skip
-    settings.pop("images", None)
+    if "images" in _settings(set_, None):
+        raise ConfigError("images is no setting of --set: name them first, jepakit adapt IMAGES")
+    settings.pop("images", None)  # a run's config.toml has them
     if dry_run:
         estimate = run_dry(_source(images), **settings)
         print(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
 from jepakit._frontdoor import _NEEDS
 from jepakit.cli import _settings, app
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
+from jepakit.errors import ConfigError
 from jepakit_service.settings import ServeSettings
 
 NOT_UTF_8 = os.fsdecode(b"gr\xf6\xdfe.png")
@@ -42,7 +44,7 @@ DEFAULTS_IN_WORDS = {
         "steps": f"{DEFAULT_STEPS}, or one epoch if that is more",
         "processes": "one per GPU, else 1",
         "lamb": f"{LAMBDA_PER_VIEW} times the number of views",
-        "lr": f"{LR_VIT:.0e} for a ViT, {LR_CONVNET:.0e} for a ConvNet; {LR_SCRATCH:.0e} from random weights".replace(
+        "lr": f"{LR_VIT:.0e} for a ViT, {LR_CONVNET:.0e} for a ConvNet or Swin; {LR_SCRATCH:.0e} from random weights".replace(
             "e-0", "e-"
         ),
         "workers": "cores minus one, at most 8, with a GPU at most 16",
@@ -232,3 +234,9 @@ def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> 
     (tmp_path / "settings.toml").write_text("steps = 1\nseed = 1\nlr = 1\n[views]\nn_local = 1\n")
     made = _settings(["steps=3", "views.blur=0.5"], tmp_path / "settings.toml", steps=2, seed=2, out=None)
     assert made == {"steps": 3, "seed": 2, "lr": 1, "views": {"n_local": 1, "blur": 0.5}}
+
+
+def test_images_are_named_first_and_by_no_setting(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["adapt", str(tmp_path), "--set", "images=other"])
+    assert isinstance(done.exception, ConfigError)
+    assert "images is no setting of --set" in str(done.exception)

@@ -52,6 +52,20 @@ def test_dicom_files_are_grouped_by_patient_whatever_their_folders(tmp_path: Pat
     assert len(headers_read) == 4
 
 
+def test_patients_are_known_whatever_dicom_files_are_called(tmp_path: Path, headers_read: list[Any]) -> None:
+    names = ["a/1.ima", "a/2.DICOM", "a/1.2.840.17", "b/3.dcm"]
+    for name, patient in zip(names, ("ann", "bob", "ann", "bob"), strict=True):
+        touch(tmp_path, name, content=patient)
+    listed = list_images([tmp_path / name for name in names])
+    assert listed.groups == ("hash of ann", "hash of bob", "hash of ann", "hash of bob")
+
+
+def test_files_without_a_suffix_that_are_no_dicom_have_no_groups_and_no_note(tmp_path: Path) -> None:
+    listed = list_images([touch(tmp_path, "scan1", "scan2") / name for name in ("scan1", "scan2")])
+    assert listed.groups is None
+    assert "DICOM" not in listed.note
+
+
 @pytest.mark.usefixtures("headers_read")
 def test_images_of_no_known_patient_stay_on_their_own(tmp_path: Path) -> None:
     touch(tmp_path, "1.dcm", "2.dcm", content="Ann")

@@ -17,10 +17,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from jepakit.bundle import Preprocess
+from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import read_image
 from jepakit.sources import list_images
-from jepakit_training.inspecting import near_duplicates, report
+from jepakit_training.inspecting import inspect, near_duplicates, report
 from jepakit_training.scan import Kind, Scan, outlier_notes, refuse_mixed, scan, window_notes
 
 STOCK = Preprocess(
@@ -345,3 +346,18 @@ def test_8_bit_rgb_keeps_its_frame_and_tile(tmp_path: Path) -> None:
     found = look(write(tmp_path / "a", noise(5, (40, 40, 3), 0, 256, "uint8"), photometric="rgb"))
     spec = found.preprocess(STOCK, frame=1, tile=32)
     assert (spec.frame, spec.tile) == (1, 32)
+
+
+def test_inspect_says_the_range_that_training_would_measure_and_who_is_beyond_it(tmp_path: Path) -> None:
+    looked_at = set(np.linspace(0, 399, 256).astype(int).tolist())
+    stored = [
+        image if number in looked_at else image * 3
+        for number, image in enumerate(noise(400, (16, 16), 100, 1000, "uint16"))
+    ]
+    images = list_images(write(tmp_path / "a", stored), "none")
+    seen = inspect(AdaptConfig(images="x"), images, None)
+    assert seen.n_looked_at == 400
+    assert seen.scaling == scan(images, progress=False).scaling("auto")
+    (told,) = [line for line in seen.advice if "beyond the range" in line]
+    assert told.startswith("144 images, e.g. ")
+    assert "measure on 256 of them, and may be refused: give one, --value-range LOW:HIGH" in told

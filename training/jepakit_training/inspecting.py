@@ -13,13 +13,14 @@ from jepakit._messages import counted
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import Inspection, Named, printable
-from jepakit.sources import ImageList
+from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.plan import FEW_IMAGES, local_size_of
-from jepakit_training.scan import Scan, outlier_notes, scan, window_notes
+from jepakit_training.scan import Scan, outlier_notes, sampled, scan, window_notes
 from jepakit_training.sheet import write_sheet
 from jepakit_training.values import choose_preprocess, chosen_frame
 
-SAMPLE = 1024
+_OTHERS = 768
+"""Images looked at beside those that training looks at."""
 _LISTED = 20
 _SAME_BITS = 10  # of 256: photographs of the same part differ by less, other images by 60 and more
 _TILE_ABOVE = 4
@@ -33,14 +34,16 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
 
     sheet  where to draw it, checked by `check_place`; WriteError where that cannot be written
     """
-    found = scan(images, value_range=config.value_range, frame=chosen_frame(config), sample=SAMPLE)
+    trained_on, others = sampled(images), evenly_spread(len(images), _OTHERS)
+    places = np.union1d(trained_on, others)
+    found = scan(images, value_range=config.value_range, frame=chosen_frame(config), places=places)
     seen = report(images, found, image_size=config.image_size, tile=config.tile, value_range=config.value_range)
     if sheet is None:
         return seen
     domain = config.domain if "domain" in config.model_fields_set else seen.domain
     recipe = config.model_copy(update={"domain": domain}).resolved_views()
     recipe.check_bands(found.kind.bands)
-    spec = choose_preprocess(found, config, _any_backbone(config.image_size))
+    spec = choose_preprocess(found.only(trained_on), config, _any_backbone(config.image_size))
     sizes = config.image_size, local_size_of(config.image_size, recipe)
     title = f"{found.kind}; views of domain {domain} at {sizes[0]} and {sizes[1]} px"
     write_sheet(sheet, images, spec, recipe, sizes, title)
@@ -59,14 +62,16 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
     """Put a scan's findings, near-duplicates and advice together."""
     sizes = sorted((one.size for one in found.seen), key=lambda size: size[0] * size[1])
     median = sizes[len(sizes) // 2]
-    scaling = found.scaling(value_range)
-    mean, std = found.statistics(scaling)
+    measured = found.only(sampled(images))
+    scaling = measured.scaling(value_range)
+    mean, std = measured.statistics(scaling)
     domain, because = _suggest_domain(found, mean)
     pairs = near_duplicates(found)
     odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
     advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
-    advice += [*_faint(images, found, scaling), *outlier_notes(found, images.ids), *window_notes(found, scaling)]
+    advice += [*_faint(images, found, scaling), *_beyond(images, found, scaling)]
+    advice += [*outlier_notes(measured, images.ids), *window_notes(measured, scaling)]
     return Inspection(
         n_images=len(images), n_looked_at=len(found.seen) + len(odd) + len(unreadable),
         formats=dict(Counter(one.header.format for one in found.seen).most_common()),
@@ -164,6 +169,20 @@ def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]
     return [
         f"less than {_FAINT:.0%} of the value range is used by {counted(len(faint), 'image')}, e.g. "
         f"{images.ids[faint[0].index]}: of the same kind as the others?"
+    ]
+
+
+def _beyond(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]:
+    """Images, of those that training does not look at, whose values lie beyond the range that it would measure."""
+    if scaling is None or not scaling.measured:
+        return []
+    low, high, looked_at = np.asarray(scaling.low), np.asarray(scaling.high), set(sampled(images).tolist())
+    beyond = [one for one in found.seen if one.index not in looked_at and ((one.low < low) | (one.high > high)).any()]
+    if not beyond:
+        return []
+    return [
+        f"{counted(len(beyond), 'image')}, e.g. {images.ids[beyond[0].index]}, hold values beyond the range that training would "
+        f"measure on {len(looked_at)} of them, and may be refused: give one, --value-range LOW:HIGH"
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,16 @@ class Scan:
     def is_8_bit(self) -> bool:
         """Whether pixels stay uint8 up to the graph."""
         return self.kind.stored_as == "uint8"
+
+    def only(self, places: NDArray[np.intp]) -> Scan:
+        """What a scan of these places alone would have found."""
+        chosen = set(places.tolist())
+        return replace(
+            self,
+            seen=tuple(one for one in self.seen if one.index in chosen),
+            odd=tuple(one for one in self.odd if one.index in chosen),
+            unreadable=tuple((index, why) for index, why in self.unreadable if index in chosen),
+        )
 
     def scaling(self, value_range: ValueRange) -> Scaling | None:
         """Low and high per band: measured, or a window for all bands; None for 8-bit data.
@@ -184,12 +194,17 @@ class Scan:
         )  # fmt: skip
 
 
+def sampled(images: ImageList) -> NDArray[np.intp]:
+    """Places of the images that training looks at to know their values: at most 256, evenly spread."""
+    return evenly_spread(len(images), SAMPLE)
+
+
 def scan(
-    images: ImageList, *, value_range: ValueRange = "auto", frame: int | None = None, sample: int = SAMPLE,
-    progress: bool = True,
+    images: ImageList, *, value_range: ValueRange = "auto", frame: int | None = None,
+    places: NDArray[np.intp] | None = None, progress: bool = True,
 ) -> Scan:  # fmt: skip
-    """Measure an evenly spread sample of `images`. Raises DataError when none of them can be read."""
-    chosen = evenly_spread(len(images), sample).tolist()
+    """Measure the images at `places` (None: those that training looks at). Raises DataError when none of them can be read."""
+    chosen = (sampled(images) if places is None else places).tolist()
     with shown(progress):
         looked = in_threads(
             lambda index: _look(images, index, value_range, frame), chosen, "look at values",

@@ -65,11 +65,13 @@ def dicom_group(source: str | Path | bytes) -> str | None:
     For keeping a patient's images on one side of a split. Computed in memory; not proof against someone who
     tries all likely IDs, so it is not to be published.
     """
-    import_pydicom()
     encoded = open_encoded(source, None)
     with encoded.file, quiet():
+        if encoded.head[128:132] != b"DICM":
+            return None
+        import_pydicom()
         try:
-            if encoded.head[128:132] != b"DICM" or _transfer_syntax(encoded) == _DEFLATED:
+            if _transfer_syntax(encoded) == _DEFLATED:
                 return None
             patient = _dataset(encoded, ["PatientID"]).get("PatientID")
         except Exception:

@@ -13,12 +13,10 @@ from jepakit.bundle import MANIFEST, WEIGHTS
 from jepakit.readers import ImageSource
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
-SUFFIXES = frozenset(
-    {
-        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".dicom", ".ima", ".npy", ".npz",
-        ".svs", ".ndpi", ".scn",
-    }
-)  # fmt: skip
+_DICOM = frozenset({".dcm", ".dicom", ".ima"})
+SUFFIXES = _DICOM | {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".svs", ".ndpi", ".scn",
+}  # fmt: skip
 _FILE, _FOLDER, _NOWHERE, _OTHER = range(4)
 
 
@@ -55,6 +53,16 @@ def suffix(name: str) -> str:
 def is_image(name: str) -> bool:
     """Whether a name, folders included, is a visible image by its suffix."""
     return suffix(name) in SUFFIXES and not is_hidden(name)
+
+
+def is_dicom(name: str) -> bool:
+    """Whether a name is that of a DICOM file by its suffix."""
+    return suffix(name) in _DICOM
+
+
+def may_be_dicom(name: str) -> bool:
+    """Whether a file that is listed as an image may be DICOM: by its suffix, or having none of an image."""
+    return is_dicom(name) or suffix(name) not in SUFFIXES
 
 
 def is_hidden(name: str) -> bool:

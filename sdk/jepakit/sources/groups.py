@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jepakit._messages import counted
 from jepakit.errors import ConfigError, DataError
-from jepakit.sources.files import Files
+from jepakit.sources.files import Files, is_dicom, may_be_dicom
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import RULES, check_rule, look_up
@@ -55,13 +55,14 @@ def _deepest_folders(found: Found) -> tuple[Groups, str]:
 
 
 def _patients(found: Found) -> tuple[Groups, str]:
-    places = [place for place, name in enumerate(found.ids) if name.lower().endswith(".dcm")]
+    places = [place for place, name in enumerate(found.ids) if may_be_dicom(name)]
     if not places or found.store.in_memory:
         return None, ""
     named = dict(zip(places, patients(found, places), strict=True))
     known = {patient for patient in named.values() if patient is not None}
     if not known:
-        return None, f"no groups: none of {len(places)} DICOM files names its patient"
+        by_name = sum(is_dicom(found.ids[place]) for place in places)
+        return None, f"no groups: none of {by_name} DICOM files names its patient" if by_name else ""
     groups = tuple(named.get(place) or name for place, name in enumerate(found.ids))
     alone = sum(named.get(place) is None for place in range(len(groups)))
     rest = f", {counted(alone, 'image')} without one each on their own" if alone else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from jepakit._threads import in_threads
 from jepakit.errors import ImageError
 from jepakit.readers import dicom_group
+from jepakit.sources.files import may_be_dicom
 from jepakit.sources.store import Found
 
 _PER_FOLDER = 4
@@ -31,7 +32,7 @@ def patients(found: Found, places: Sequence[int]) -> list[str | None]:
 
 def folders_are_patients(found: Found, labels: Sequence[str]) -> bool:
     """Whether each class would be exactly one patient, another in each; judged on a few DICOM files of each."""
-    if not all(name.lower().endswith(".dcm") for name in found.ids):
+    if not all(map(may_be_dicom, found.ids)):
         return False
     members: dict[str, list[int]] = defaultdict(list)
     for place, label in enumerate(labels):
