@@ -167,7 +167,8 @@ def _report(run: Run, *, as_json: bool) -> None:
         print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
         return
     print(comparison)
-    print(f"to see for yourself: {run.neighbours}")
+    if run.neighbours.is_file():
+        print(f"to see for yourself: {run.neighbours}")
     source, target = quote(str(run.path)), f"bundles/{run.path.name}"
     if comparison.after is None:  # nobody can tell: both, to be compared
         exports = [(" --which start", f"{target}-start"), ("", target)]

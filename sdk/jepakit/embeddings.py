@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._files import as_path, reason_of, written
+from jepakit._messages import counted
 from jepakit._vectors import most_similar
 from jepakit.errors import DataError, SpaceError
 
@@ -109,6 +110,8 @@ class Embeddings:
         return most_similar(queries.vectors, self.vectors, int(k))
 
     def _nearest_others(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if len(self) < 2:
+            raise DataError(f"{counted(len(self), 'vector')} alone: there are no others to find, so give queries")
         if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(self):
             raise DataError(f"k = {k!r}: give a whole number, 1 to {len(self) - 1}, which is how many others there are")
         places, cosines = most_similar(self.vectors, self.vectors, int(k) + 1)

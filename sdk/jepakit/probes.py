@@ -44,7 +44,7 @@ class ProbeReport:
     """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy.
 
     n            vectors that it was judged on
-    n_fitted_on  those of them that it was fitted on: what it says of these says nothing of new ones
+    n_fitted_on  those of them that it was fitted on, or that are equal to one: how it does there says nothing of new ones
     """
 
     accuracy: float
@@ -57,8 +57,8 @@ class ProbeReport:
         lines = [f"accuracy {self.accuracy:.1%}   balanced {self.balanced_accuracy:.1%}   on {self.n} images"]
         if self.n_fitted_on:
             lines.append(
-                f"warning: the probe was fitted on {self.n_fitted_on} of these {self.n} images, so new ones will do worse: evaluate "
-                "on others"
+                f"warning: the probe was fitted on the vectors of {self.n_fitted_on} of these {self.n} images, so new ones will do "
+                "worse: evaluate on others"
             )
         width = max(map(len, self.per_class))
         lines += [f"  {name:<{width}}  {value:.1%}" for name, value in self.per_class.items()]
@@ -138,7 +138,10 @@ class _Probe(ABC):
         return ProbeReport(float(right.mean()), balanced, per_class, len(truth), n_fitted_on)
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted probe as one safetensors file; WriteError where that cannot be."""
+        """Write the fitted probe as one safetensors file; WriteError where that cannot be.
+
+        It holds a digest of each vector that was fitted on: whoever has an image and the model can tell that it was.
+        """
         from safetensors.numpy import save
 
         self._check_fitted()
@@ -235,7 +238,7 @@ class LinearProbe(_Probe):
     mean_, std_       float64 [D]: `coef_` is for (vectors - mean_) / std_
     C_                what C was, given or chosen
     cv_balanced_accuracy_  that of the chosen C in the cross-validation, from 0 to 1; None where C was given, or no fold could
-                      tell. It is the best of five, so a little too high
+                      tell. It is the best of five, so a little too high. A class counts where its fold's fit knew it
     model_id_         the vector space; None of plain arrays
     """
 
@@ -278,6 +281,7 @@ class LinearProbe(_Probe):
             return 1.0, None
         n_classes = len(groups_of_class)
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
+        n_judged = np.zeros(n_classes, np.intp)
         for held_out in folds:
             inside = ~held_out
             mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
@@ -285,6 +289,7 @@ class LinearProbe(_Probe):
             truth, importance = targets[held_out], self._importance(targets[inside])
             # How improbable a class is that the fold was not fitted on says nothing of C.
             fitted = np.isin(truth, targets[inside])
+            n_judged += np.bincount(truth[fitted], minlength=n_classes)
             weights = None
             for i, C in enumerate(C_GRID):
                 weights = fit_logistic(
@@ -295,7 +300,9 @@ class LinearProbe(_Probe):
                 missed[i] += cross_entropy(logits[fitted], truth[fitted]).sum()
         # Rounded, as sums that are equal may differ in their last bit.
         balanced = (right / np.bincount(targets)).mean(axis=1).round(9)
-        return C_GRID[int(np.where(balanced == balanced.max(), missed, np.inf).argmin())], float(balanced.max())
+        best = int(np.where(balanced == balanced.max(), missed, np.inf).argmin())
+        judged = n_judged > 0
+        return C_GRID[best], float((right[best, judged] / n_judged[judged]).mean())
 
     def _importance(self, targets: NDArray[np.intp]) -> Floats | None:
         """How much each vector counts in a fit, [N]; None: all alike."""
@@ -456,9 +463,9 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
 
 
 def _digests(vectors: Floats) -> NDArray[np.uint64]:
-    """A number for each vector, [N], by which it is known again, and nothing else is."""
-    rows = np.ascontiguousarray(vectors, np.float32)
-    return np.array([int.from_bytes(blake2b(row, digest_size=8).digest(), "little") for row in rows], np.uint64)
+    """A number for each vector, rising, [N]: whoever has a vector can tell by them that it is among these."""
+    rows = np.ascontiguousarray(vectors)
+    return np.sort([int.from_bytes(blake2b(row, digest_size=8).digest(), "little") for row in rows]).astype(np.uint64)
 
 
 def _space_of(X: Embeddings | ArrayLike) -> str | None:

@@ -118,7 +118,9 @@ def test_a_probe_judged_by_what_it_was_fitted_on_says_so(tmp_path: Path) -> None
     Embeddings(vectors, "0" * 16, tuple(map(str, range(20))), ("cat",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
     told = run("probe", "fit", tmp_path / "e.npz", "--out", tmp_path / "p.safetensors")
     assert "linear probe, 2 classes, fitted on 20 images; balanced accuracy in cross-validation" in told
-    assert "fitted on 20 of these 20 images" in run("probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz")
+    assert "fitted on the vectors of 20 of these 20 images" in run(
+        "probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz"
+    )
 
 
 def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) -> None:

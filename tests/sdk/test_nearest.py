@@ -90,6 +90,11 @@ def test_without_queries_each_finds_the_others() -> None:
             embeddings(vectors).nearest(k=k)
 
 
+def test_one_vector_has_no_others() -> None:
+    with pytest.raises(DataError, match="1 vector alone: there are no others to find"):
+        embeddings(np.ones((1, 2))).nearest()
+
+
 def test_the_command_line_takes_one_file_too(tmp_path: Path) -> None:
     embeddings(np.array([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]), "im").save(tmp_path / "e.npz")
     done = CliRunner().invoke(app, ["nearest", str(tmp_path / "e.npz"), "-k", "1"])

@@ -758,7 +758,7 @@ def test_images_that_a_probe_was_fitted_on_are_told_when_it_is_judged_by_them(pr
     fitted.save(tmp_path / "p.safetensors")
     for judged in (fitted, load_probe(tmp_path / "p.safetensors")):
         assert judged.evaluate(vectors[:50], labels[:50]).n_fitted_on == 40
-        assert "fitted on 40 of these 50 images, so new ones will do worse" in str(
+        assert "fitted on the vectors of 40 of these 50 images, so new ones will do worse" in str(
             judged.evaluate(vectors[:50], labels[:50])
         )
         report = judged.evaluate(vectors[40:], labels[40:])
@@ -777,3 +777,17 @@ def test_a_probe_knows_how_it_did_in_cross_validation(tmp_path: Path) -> None:
     probe.save(tmp_path / "p.safetensors")
     assert LinearProbe.load(tmp_path / "p.safetensors").cv_balanced_accuracy_ == probe.cv_balanced_accuracy_
     assert LinearProbe(C=1.0).fit(vectors, labels).cv_balanced_accuracy_ is None
+
+
+def test_a_class_that_no_fold_could_know_does_not_count_in_cross_validation() -> None:
+    labels = np.repeat(["a", "b", "c"], 30)
+    vectors = 10 * np.eye(3)[np.repeat([0, 1, 2], 30)] + np.random.default_rng(0).standard_normal((90, 3))
+    groups = [f"{label}{0 if label == 'c' else number % 10}" for number, label in enumerate(labels)]
+    assert LinearProbe().fit(vectors, labels, groups=groups).cv_balanced_accuracy_ == 1
+
+
+def test_digests_of_double_precision_tell_what_single_would_not() -> None:
+    vectors = np.array([[1e8 + place, 0.0] for place in range(20)])
+    probe = KNNProbe(k=1).fit(vectors[:10], ["a", "b"] * 5)
+    assert probe.evaluate(vectors[10:], ["a", "b"] * 5).n_fitted_on == 0
+    assert (np.diff(probe.fitted_on_.astype(object)) > 0).all(), "and their order tells nothing of the images'"

@@ -203,6 +203,14 @@ def test_links_and_dangerous_names_in_a_tar_harm_nobody(tmp_path: Path) -> None:
     listed = list_images(tmp_path / "a.tar")
     assert contents(listed) == {"a.tar/../../etc/x.jpg": b"", "a.tar//abs/y.jpg": b""}
     assert "1 symbolic link passed over (z.jpg first)" in listed.note
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        entry = tarfile.TarInfo("z.jpg")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "y.jpg"
+        archive.addfile(entry)
+    with pytest.raises(
+        DataError, match=r"b\.tar holds no images .* 1 symbolic link passed over .*: tar them with --deref"
+    ):
+        list_images(tmp_path / "b.tar")
 
 
 def test_a_hard_link_is_the_image_or_label_that_it_names_and_refused_where_that_is_missing(tmp_path: Path) -> None:

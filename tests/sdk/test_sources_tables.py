@@ -120,8 +120,10 @@ def test_parquet_says_the_same_as_csv(tmp_path: Path) -> None:
 
 def test_numbers_that_an_empty_cell_made_fractions_are_labels_as_they_were(tmp_path: Path) -> None:
     touch(tmp_path, *"123")
-    file = parquet(tmp_path / "m.parquet", {"path": ["1", "2", "3"], "label": [1.0, None, 2.5]})
-    assert list_images(file).labels == ("1", None, "2.5")
+    for cells, labels in (([1.0, None, 2.0], ("1", None, "2")), ([1.0, None, 2.5], ("1.0", None, "2.5"))):
+        file = parquet(tmp_path / "m.parquet", {"path": ["1", "2", "3"], "label": cells})
+        rows = [f"{path},{'' if cell is None else cell}" for path, cell in zip("123", cells, strict=True)]
+        assert list_images(file).labels == list_images(csv(tmp_path / "m.csv", "path,label", *rows)).labels == labels
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     told = CliRunner().invoke(app, ["report", str(run.path)]).stdout
     assert told.startswith(str(run.comparison))
     assert f"next: jepakit export {run.path}" in told
+    assert f"to see for yourself: {run.neighbours}" in told
     assert json.loads(CliRunner().invoke(app, ["report", str(run.path), "--json"]).stdout)["run"] == str(run.path)
 
 

@@ -346,9 +346,14 @@ def _padding(dataset: Any) -> tuple[int, int] | None:
 
 
 def _as_stored(value: int, dataset: Any) -> int:
-    """A stored value out of the header: some writers give signed ones an unsigned type, or the other way round."""
-    signed, value = dataset.PixelRepresentation == 1, value % 2**dataset.BitsAllocated
-    return value - 2**dataset.BitsAllocated if signed and value >= 2 ** (dataset.BitsAllocated - 1) else value
+    """A stored value out of the header: some writers give signed ones an unsigned type, or the other way round.
+
+    What no pixel can hold, such as a CT's -2000 left in 8 bits, stays as it is, and is no pixel's.
+    """
+    span = 1 << int(dataset.BitsAllocated)
+    if dataset.PixelRepresentation == 1:
+        return value - span if span // 2 <= value < span else value
+    return value + span if -span // 2 <= value < 0 else value
 
 
 def _are_stored(low: int, high: int, dataset: Any) -> bool:

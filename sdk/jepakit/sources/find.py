@@ -203,7 +203,7 @@ def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | 
     else:
         found = find_in_tars(paths, with_labels=with_labels)
     if not found.ids:
-        raise _nothing(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more")
+        raise _nothing(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", found.note)
     if folder is None:
         return found
     return replace(found, note=_joined(f"the source: {counted(len(paths), 'archive')} in {folder}", found.note))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ COLUMNS = {
 }
 """What a column is for, and the names it may have; the first that is there is taken."""
 
+_WHOLE = re.compile(r"[+-]?\d+\.0+")
 Rows = Iterator[tuple[int, list[str]]]
 
 
@@ -67,6 +69,8 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
             columns[role].append(value)
     if not columns[needed[0]]:
         raise DataError(f"{file} has a header but no rows")
+    for role in {"label", "group"} & columns.keys():
+        columns[role] = _without_points(columns[role])
     return Table(columns, {role: header[place] for role, place in places.items()})
 
 
@@ -98,7 +102,7 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
     Raises DataError when an image is not in the table, or is in it twice with different values.
     """
     values = _values(file, role)
-    keys = [_key(values, place, found, file) for place in range(len(found.ids))]
+    keys = _keys(values, found, file)
     found_values = [None if key is None else values[key] for key in keys]
     missing = [name for name, value in zip(found.ids, found_values, strict=True) if value is None]
     if missing:
@@ -115,7 +119,7 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, 
     Raises DataError when it says nothing of any image, or gives one different values.
     """
     values = _values(file, role)
-    keys = [_key(values, place, found, file) for place in range(len(found.ids))]
+    keys = _keys(values, found, file)
     found_values = [None if key is None else values[key] for key in keys]
     if not any(found_values):
         first = found.ids[0]
@@ -138,13 +142,18 @@ def _values(file: str, role: str) -> dict[str, str]:
     return values
 
 
+def _keys(values: dict[str, str], found: Found, file: str) -> list[str | None]:
+    """Under which of its names the table has each image; None where it has not."""
+    return [_key(values, place, found, file) for place in range(len(found.ids))]
+
+
 def _key(values: dict[str, str], place: int, found: Found, file: str) -> str | None:
-    """Under which of its names the table has an image; None where it has not."""
-    names = [posixpath.normpath(found.ids[place])]
-    if isinstance(found.store, Files):
-        path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
-        names += [os.path.relpath(path, os.path.dirname(os.path.abspath(file))), path]  # noqa: PTH100, PTH120
-    return next((name for name in names if name in values), None)
+    name = posixpath.normpath(found.ids[place])
+    if name in values or not isinstance(found.store, Files):
+        return name if name in values else None
+    path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
+    beside = os.path.relpath(path, os.path.dirname(os.path.abspath(file)))  # noqa: PTH100, PTH120
+    return next((name for name in (beside, path) if name in values), None)
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
@@ -226,14 +235,15 @@ def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
     strange = next((value for value in values if value is not None and not isinstance(value, str | int | float)), None)
     if strange is not None:
         raise DataError(f"{file}: the column {name!r} holds {type(strange).__name__}: wanted text or numbers")
-    return [_text(value) for value in values]
+    # NaN is what pandas makes of an empty cell.
+    return ["" if value is None or value != value else str(value).strip() for value in values]
 
 
-def _text(value: str | float | None) -> str:
-    """A cell as text. Of a column of whole numbers with an empty cell pandas makes fractions, and NaN of the cell."""
-    if value is None or value != value:
-        return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+def _without_points(cells: list[str]) -> list[str]:
+    """Whole numbers without their point: pandas writes 1.0 for 1 where another cell of the column is empty."""
+    if not all(_WHOLE.fullmatch(cell) for cell in cells if cell):
+        return cells
+    return [cell.partition(".")[0] for cell in cells]
 
 
 def _unreadable(file: str, error: OSError | UnicodeDecodeError) -> DataError:

@@ -53,7 +53,7 @@ def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
 
 
 def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None], list[str]]:
-    """The image members of an uncompressed tar in its order, the label of each, and images that are symbolic links.
+    """The image members of an uncompressed tar in its order, the label of each, and what are symbolic links.
 
     A label is what `KEY.cls` holds, else "label" in `KEY.json`, where KEY is the image's name up to its last dot, or, where
     there is none of that name, up to the first; None where there is neither, or labels are not asked for. Of members of
@@ -67,15 +67,16 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
         with Path(path).open("rb") as file:
             for entry in _entries(path, file):
                 name = entry.name.removeprefix("./")
+                is_sidecar = with_labels and name.endswith((".cls", ".json")) and not is_hidden(name)
                 if entry.issym():
-                    links += [name] if is_image(name) else []
+                    links += [name] if is_sidecar or is_image(name) else []
                 elif entry.islnk():
                     _link(path, name, entry.linkname.removeprefix("./"), members, sidecars)
                 elif is_image(name):
                     if entry.issparse():
                         raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
                     members[name] = Member(name, entry.offset_data, entry.size, entry.size, TAR, 0)
-                elif with_labels and name.endswith((".cls", ".json")) and not is_hidden(name):
+                elif is_sidecar:
                     sidecars[name] = _label(path, name, entry, file)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from None

@@ -264,6 +264,17 @@ def test_padding_is_told_by_bits_above_those_stored_and_by_either_sign(
     assert padded.sum() == 1
 
 
+@pytest.mark.parametrize("left_over", [-2000, -1024, 256, 65535])
+def test_padding_that_no_pixel_can_hold_is_no_pixels(left_over: int) -> None:
+    changed = pydicom.dcmread(io.BytesIO(make(ramp("uint8"))))
+    changed.add_new("PixelPaddingValue", "SS" if left_over < 0 else "US", left_over)
+    buffer = io.BytesIO()
+    changed.save_as(buffer, enforce_file_format=True)
+    with open_raster(buffer.getvalue()) as raster:
+        np.testing.assert_array_equal(raster.read()[..., 0], ramp("uint8"))
+        assert raster.header.nodata not in range(256)
+
+
 @pytest.mark.parametrize(("value", "limit"), [(0, 10), (10, 0)], ids=["rising", "falling"])
 def test_a_range_of_padding_is_one_nodata_value(value: int, limit: int) -> None:
     tags: dict[str, Any] = {"PixelPaddingValue": value, "PixelPaddingRangeLimit": limit}
