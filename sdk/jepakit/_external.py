@@ -100,7 +100,7 @@ def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
             for first, last in [entry["data_offsets"]]
         }  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BundleError(f"{DATA} is no safetensors file: export the bundle anew") from None
+        raise BundleError(f"{DATA} is no safetensors file: export the bundle again") from None
     return placed
 
 
@@ -125,14 +125,14 @@ def _check(tensor: Any, table: dict[str, Placed] | None, size: int) -> None:
     if location != DATA:
         raise BundleError(
             f"the graph keeps tensor {tensor.name[:80]!r} in another file, {str(location)[:80]!r}: a bundle's graph holds "
-            f"its tensors itself or in {DATA}; export it anew"
+            f"its tensors itself or in {DATA}; export it again"
         )
     if table is None:
-        raise BundleError(f"the graph keeps its tensors in {DATA}, which the bundle lacks: export it anew")
+        raise BundleError(f"the graph keeps its tensors in {DATA}, which the bundle lacks: export it again")
     placed = table.get(tensor.name)
     if placed is None:
         raise BundleError(
-            f"{DATA} has no tensor {tensor.name[:80]!r}, which the graph asks for: export the bundle anew"
+            f"{DATA} has no tensor {tensor.name[:80]!r}, which the graph asks for: export the bundle again"
         )
     dtype, numpys = _TYPES.get(tensor.data_type, ("", "V0"))
     needed = math.prod(tensor.dims) * np.dtype(numpys).itemsize
@@ -147,7 +147,7 @@ def _check(tensor: Any, table: dict[str, Placed] | None, size: int) -> None:
     if not agree:
         raise BundleError(
             f"the graph and {DATA} disagree about tensor {tensor.name[:80]!r} (type, shape, offset or length): export the "
-            "bundle anew"
+            "bundle again"
         )
 
 
@@ -162,7 +162,7 @@ def _parse(graph: bytes) -> Any:
     try:
         return _model_class().FromString(graph)
     except DecodeError:
-        raise BundleError("the graph cannot be read: export the bundle anew") from None
+        raise BundleError("the graph cannot be read: export the bundle again") from None
 
 
 @cache

@@ -98,7 +98,7 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
     except Exception as error:  # each architecture raises its own
         raise BackboneError(
             f"timm cannot build {backbone.name} as the bundle says, with {str(backbone.arguments)[:200]}: {lines_of(error)[0]}; "
-            "get the bundle again, or export it anew with this version of timm"
+            "get the bundle again, or export it again with this version of timm"
         ) from error
     _load(module, state, Path(WEIGHTS))
     return module.eval()  # type: ignore[no-any-return]

@@ -356,7 +356,7 @@ class Bundle:
         if digest(taken) != self.manifest.files[name]:
             raise BundleError(
                 f"{file} is damaged: its SHA-256 is not the manifest's {self.manifest.files[name][:12]}…; "
-                "copy the bundle again or export it anew"
+                "copy the bundle again or export it again"
             )
         return taken
 
@@ -456,7 +456,7 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
 
     Both are of the file's own values, so that a manifest from before a field was added stays as whole as it was.
     """
-    again = "copy the bundle again or export it anew"
+    again = "copy the bundle again or export it again"
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
@@ -473,7 +473,7 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
     except ValidationError as error:
         raise BundleError(
             f"{file} is whole, but not as this jepakit writes it ({explain(error, Manifest)[:300]}): upgrade jepakit, "
-            "or export the bundle anew"
+            "or export the bundle again"
         ) from None
     strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
     if strangers:

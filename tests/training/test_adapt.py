@@ -76,10 +76,10 @@ def test_a_run_that_broke_off_before_a_checkpoint_begins_anew_and_says_so(
         patch.setattr(Learner, "step", step)
         with pytest.raises(RuntimeError, match="power"):
             adapt(tmp_path / "run")
-    assert "beginning anew" not in capsys.readouterr().err
+    assert "starting over" not in capsys.readouterr().err
     assert not list((tmp_path / "run" / CHECKPOINTS).glob("step-*"))
     run = adapt(tmp_path / "run")
-    assert "no checkpoint had been saved: beginning anew" in capsys.readouterr().err
+    assert "no checkpoint had been saved: starting over" in capsys.readouterr().err
     assert equal(weights_of(run), weights_of(finished("test_vit")))
 
 

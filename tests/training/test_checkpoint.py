@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_to_is_outlived_too(tmp_path: Path, caps
     saver = Saver(tmp_path / "file" / "checkpoints", 0.0, 0, main=True)
     saver.after_step(1, lambda: state_of(1))
     assert "(Not a directory)" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="will begin anew"):
+    with pytest.raises(CheckpointError, match="will start over"):
         saver.after_step(2, lambda: state_of(2), must=True)
 
 

@@ -213,7 +213,7 @@ def test_a_full_disk_is_told_in_its_own_class(tmp_path: Path) -> None:
     (ending,) = read_endings(tmp_path)
     back = ending.error()
     assert type(back) is errors.CheckpointError
-    assert str(back).endswith("then the same command will begin anew")
+    assert str(back).endswith("then the same command will start over")
 
 
 def test_the_first_ending_is_told_first_and_an_unforeseen_one_with_where_it_was(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Saver:
         try:
             save(self._folder, done, state)
         except CheckpointError as error:
-            go_on = f"go on from step {self.newest}" if self.newest else "begin anew"
+            go_on = f"go on from step {self.newest}" if self.newest else "start over"
             if must:
                 raise CheckpointError(f"{error}; then the same command will {go_on}") from error
             if not self._warned:

@@ -155,7 +155,7 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
         if accelerator.is_main_process:
             print(f"going on from step {step}", file=sys.stderr)
     elif accelerator.is_main_process and (folder.parent / METRICS).exists():
-        print("no checkpoint had been saved: beginning anew", file=sys.stderr)
+        print("no checkpoint had been saved: starting over", file=sys.stderr)
     return step
 
 

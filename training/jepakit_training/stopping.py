@@ -83,7 +83,7 @@ class Stop:
     def in_a_step(self) -> str:
         """What a process says that leaves in the middle of a step."""
         newest = self._newest()
-        return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'begin anew'}"
+        return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'start over'}"
 
 
 class _Watchdog:

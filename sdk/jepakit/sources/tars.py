@@ -159,12 +159,12 @@ def _check_end(path: str, file: BinaryIO, here: int, end: int) -> None:
     """Refuse what is no end: after zeros at byte `here` more zeros fill the last record, and nothing else follows."""
     if end - here > _MOST_ZEROS:
         raise DataError(
-            f"{path} ends at byte {here:,} of {end:,}: copy it again; of two tars in one file make two, or one anew"
+            f"{path} ends at byte {here:,} of {end:,}: copy it again; of two tars in one file make two, or make it again"
         )
     file.seek(here)
     if file.read().strip(b"\0"):
         raise DataError(
-            f"{path} goes on after the zeros that end a tar (byte {here:,}): it is damaged, or two tars in one file: make it anew"
+            f"{path} goes on after the zeros that end a tar (byte {here:,}): it is damaged, or two tars in one file: make it again"
         )
 
 
