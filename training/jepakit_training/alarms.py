@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepakit.config import DEFAULT_STEPS
+
 FLOOR = 1.05
 _TOTAL_COLLAPSE = 0.40205
 """SIGReg an image where all projections are 0: N images have N times that, and no floor beside it."""
@@ -181,5 +183,5 @@ class Alarms:
     def _unfinished(self, sigreg: float) -> dict[str, str]:
         return {
             "unfinished": f"note: SIGReg ends at {sigreg:.1f}, still far from its floor of {FLOOR}; more steps may help: "
-            f"steps = {max(2 * self.steps, 300)}, in a new run"
+            f"steps = {max(2 * self.steps, DEFAULT_STEPS)}, in a new run"
         }
