@@ -225,7 +225,12 @@ def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> Non
 
 @pytest.mark.slow
 def test_a_compiled_backbone_takes_the_same_steps(make: Callable[..., Any]) -> None:
-    plain, compiled = (torch.stack([one.loss for one in train(make(compile=on)[0], range(4))]) for on in (False, True))
+    # Where a CPU has bfloat16, frozen layers compute in it, and fused kernels round elsewhere.
+
+    plain, compiled = (
+        torch.stack([one.loss for one in train(make(compile=on, precision="fp32")[0], range(4))])
+        for on in (False, True)
+    )
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
 
 
