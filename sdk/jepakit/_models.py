@@ -65,6 +65,8 @@ def named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
 
 def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:
     """How the model that is meant wants its images, from the service's own description; `tile` must be its own."""
+    from pydantic import ValidationError
+
     from jepakit.bundle import Preprocess
     from jepakit.session import check_tile
 
@@ -72,6 +74,12 @@ def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pre
     if len(meant) != 1:
         known = ", ".join(one.name for one in models)
         raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
-    spec = Preprocess.model_validate(meant[0].raw["preprocess"])
+    try:
+        spec = Preprocess.model_validate(meant[0].raw.get("preprocess"))
+    except ValidationError:
+        raise ProtocolError(
+            f"the service describes how {meant[0].name} wants its images in a way that this jepakit does not know: install "
+            "the service's version here"
+        ) from None
     check_tile(tile, spec)
     return spec

@@ -121,7 +121,7 @@ class Client:
                    them; the others stay in order. Of files that `tile` or `frame="each"` cannot open, as large a share
         on_skipped called in the end with the id and the reason of each image that was left out
 
-        Raises ImageError naming the first image that cannot be embedded, or for more of them than `most_skipped`;
+        Raises ImageError naming an image that cannot be embedded, or for more of them than `most_skipped`;
         ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones, ResponseError when the service refuses,
         ConnectionFailedError after the deadline.
         """
@@ -179,8 +179,14 @@ class Client:
             self._described = self.models()
         return RequestLimits.of(self._described or [], model, self._settings.patience_s)
 
+    def _own_connections(self) -> None:
+        """In a forked process, make others than the parent's: before threads that send do so, each for itself."""
+        if self._process != os.getpid():
+            self._connect()
+
     def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
         """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
+        self._own_connections()
         answer: Future[httpx.Response] = Future()
 
         def send() -> None:
@@ -197,8 +203,7 @@ class Client:
         import httpx
 
         _check_open(self._http)
-        if self._process != os.getpid():
-            self._connect()
+        self._own_connections()
         with self._places:  # the deadline is the service's: what waits for this client's own requests has not begun
             attempts = Attempts(self._settings)
             pause: float | None = 0.0

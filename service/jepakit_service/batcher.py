@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
 
 class Observer(Protocol):
-    """Told how long each stage took that went well; called from the batcher's threads."""
+    """Told how long each stage took, decoding also where it failed; called from the batcher's threads."""
 
     def decoded(self, seconds: float) -> None: ...
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jepakit._files import reason_of
+from jepakit._files import fsync, reason_of
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
@@ -99,7 +99,7 @@ def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> Non
 
 @contextlib.contextmanager
 def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
-    """A copy of the bundle in the target's place; taken out again when the block fails, by Ctrl-C too."""
+    """A copy of the bundle in the target's place, on the disk; taken out again when the block fails, by Ctrl-C too."""
     new = Path(tempfile.mkdtemp(prefix=".deploy-", dir=target.parent))
     old = new.with_suffix(".old")
     try:
@@ -107,6 +107,7 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
         if target.exists():
             target.rename(old)
         new.rename(target)
+        fsync(target.parent)
         yield
     except BaseException:  # what is not in service must not be what the next start finds
         _undo(bundle, target, new, old)
@@ -117,7 +118,9 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
 def _copy(bundle: Bundle, new: Path) -> None:
     for name in (*bundle.manifest.files, MANIFEST):
         shutil.copy(bundle.path / name, new / name)
+        fsync(new / name)
     shutil.copymode(bundle.path, new)
+    fsync(new)
     open_bundle(new).verify()
 
 

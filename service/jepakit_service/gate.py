@@ -173,14 +173,15 @@ class Gate:
         """
         most = self._settings.max_body_mb << 20
         declared = headers.get("content-length", "")
-        size = int(declared) if declared.isascii() and declared.isdigit() else 0
+        # 19 digits are more than any limit, and int() takes no number of thousands.
+        size = int(declared.lstrip("0")[:19] or 0) if declared.isascii() and declared.isdigit() else 0
         if "transfer-encoding" in headers:  # whatever length is declared beside it
             size = most
         if size and is_open:
             raise ApiError(413, "body_too_large", "no body is read here: send GET without one")
         if size > most:
             raise self._too_large()
-        if self._held and self._held + size > self._settings.max_bodies_mb << 20:
+        if size and self._held and self._held + size > self._settings.max_bodies_mb << 20:
             raise unavailable("overloaded", "too many bodies are being read or answered: try again shortly", 429)
         self._held += size
         return size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -33,19 +34,33 @@ class Listener(NamedTuple):
 
 
 def check_port_is_free(settings: ServeSettings) -> None:
-    """Raise ConfigError, which says why, where the service could not listen."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    """Raise ConfigError, which says why, where the service could not listen: on any of the host's addresses that are this
+    machine's."""
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((settings.host, settings.port))
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         raise ConfigError(
             f"cannot listen on {settings.host!r}: it is no address, nor a name that this machine knows"
         ) from None
+    errors = [_why_not_free(family, address) for family, _, _, _, address in found]
+    numbers = [number for number in errors if number not in (None, errno.EADDRNOTAVAIL)]
+    if None not in errors or numbers:
+        number = (numbers or [errno.EADDRNOTAVAIL])[0]
+        why = _WHY_NOT.get(number or 0, os.strerror(number or 0))
+        raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {why}")
+
+
+def _why_not_free(family: int, address: Any) -> int | None:
+    """The error's number where nothing can listen at an address; None where something can."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
     except OSError as error:
-        why = _WHY_NOT.get(error.errno or 0, error.strerror)
-        raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {why}") from None
+        return error.errno
+    return None
 
 
 def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:

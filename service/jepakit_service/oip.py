@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,7 +51,7 @@ class InferInput(_Part):
     """`image`: BYTES [N], files (base64 in JSON); `images`: [N, H, W, C] pixels."""
 
     name: str
-    shape: list[int] = Field(min_length=1, max_length=4)
+    shape: list[Annotated[int, Field(le=1 << 31)]] = Field(min_length=1, max_length=4)
     datatype: Datatype
     parameters: InputParameters | None = None
     data: list[Any] | None = None
@@ -280,8 +280,7 @@ def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> li
     wire.check_number(given.shape[0], max_images, "inputs[0]")
     if given.name == FILES:
         return _files(given, tensor)
-    pixels = _pixels(given, tensor)
-    return list(pixels)
+    return list(_pixels(given, tensor))
 
 
 def _files(given: InferInput, tensor: memoryview | None) -> list[ImageData]:

@@ -168,8 +168,5 @@ def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Rep
 
 def _worst(updates: Sequence[Update]) -> Update | None:
     """A failure on one replica is what the operator must know first."""
-    for state in ("failed", "incomplete", "loading", "waiting"):
-        for update in updates:
-            if update.state == state:
-                return update
-    return None
+    order = ("failed", "incomplete", "loading", "waiting")
+    return min(updates, key=lambda update: order.index(update.state), default=None)

@@ -70,10 +70,9 @@ class Posts:
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
-        if wire.media_type(content_type)[0] == wire.JSON:
-            ask = await _read(call, dialects.read_openai, self._max_images)
-        else:
-            ask = await _read(call, partial(wire.read_binary, content_type), self._max_images)
+        is_json = wire.media_type(content_type)[0] == wire.JSON
+        read = dialects.read_openai if is_json else partial(wire.read_binary, content_type)
+        ask = await _read(call, read, self._max_images)
         computed = await self._compute(ask, call)
         vectors = [result for result in computed.results if not isinstance(result, ImageError)]
         if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):

@@ -81,9 +81,16 @@ def run(settings: ServeSettings) -> None:
         _adopt_orphans()
         _drive(settings)
         return
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(driver, number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os.kill(driver, number))
+        signal.signal(number, pass_on)
     _, status = os.waitpid(driver, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the number may be another process's now
+        signal.signal(number, signal.SIG_IGN)
     code = os.waitstatus_to_exitcode(status)
     raise SystemExit(code if code >= 0 else 128 - code)
 

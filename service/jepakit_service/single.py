@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from jepakit.errors import ServeError
 from jepakit_service import logs
 from jepakit_service.api import build_app
 from jepakit_service.gate import Gate
@@ -36,7 +37,7 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is in flight."""
+    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError where it cannot listen any more."""
     logs.configure(settings)
     gate = build_app(settings)
     server = _Server(config(gate, settings))
@@ -51,4 +52,9 @@ def run(settings: ServeSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     threading.Thread(target=announce, daemon=True).start()
-    server.run()
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's, where it cannot listen: it was free before the models were loaded
+        raise ServeError(
+            f"cannot listen on {settings.host}, port {settings.port}: another program has taken it while the models were loaded"
+        ) from None

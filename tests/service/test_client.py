@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 import jepakit
 from jepakit import Embeddings
 from jepakit._job import RequestLimits
+from jepakit._models import spec_of
 from jepakit.bundle import Manifest
 from jepakit.cli import app
 from jepakit.client import ModelInfo
@@ -532,6 +533,13 @@ def test_a_model_of_tiles_refuses_another_tile_from_afar(bundle: Path, kind: typ
     ):
         asked(kind, url, lambda client: client.embed(scene, tile=20, progress=False))
     assert _Scripted.seen == 1, "no image was sent"
+
+
+@pytest.mark.parametrize("described", [{}, {"preprocess": None}, {"preprocess": {"from_a_later_version": 1}}], ids=str)
+def test_a_description_that_this_version_does_not_know_is_an_error_of_ours(described: dict[str, Any]) -> None:
+    model = ModelInfo("m", "0" * 16, "", 1, "fp32", "cpu", described)
+    with pytest.raises(ProtocolError, match="how m wants its images in a way that this jepakit does not know"):
+        spec_of([model], None, 64)
 
 
 def test_the_async_client_reads_images_outside_the_event_loops_thread(service: str) -> None:

@@ -144,6 +144,7 @@ WRONG = {
     "huge numbers": pixels(datatype="FP32", data=[10**400] * 12),
     "three axes": pixels(shape=[2, 2, 3]),
     "a huge shape": pixels(shape=[1, 2**40, 2**40, 3]),
+    "sides of thousands of digits": pixels(shape=[1, 10**3000, 10**3000, 3]),
     "bytes announced that do not come": request(data=None, parameters={"binary_data_size": 9}),
     "another output": {**request(), "outputs": [{"name": "tokens"}]},
     "too many outputs": {**request(), "outputs": [{"name": "embeddings"}] * 17},

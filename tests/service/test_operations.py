@@ -444,6 +444,34 @@ def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) ->
         assert asyncio.run(go(url)) == [429, 415]
 
 
+def test_probes_are_answered_while_one_body_holds_more_than_all_may(bundle: Path) -> None:
+    async def go(url: str) -> int:
+        async def slowly() -> Any:
+            yield b"\x89PNG"
+            await asyncio.sleep(0.7)
+
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            held = asyncio.create_task(http.post("/v1/embeddings", content=slowly(), headers=PNG))
+            await asyncio.sleep(0.3)
+            for path in ("/healthz", "/readyz", "/v1/models"):
+                assert (await http.get(path)).status_code == 200
+            return (await held).status_code
+
+    with running(settings(bundle, max_body_mb=3, max_bodies_mb=1)) as url:
+        assert asyncio.run(go(url)) == 415
+
+
+def test_a_length_of_thousands_of_digits_is_too_large_and_no_fault(bundle: Path) -> None:
+    async def go(length: bytes) -> int:
+        app = build_app(settings(bundle))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            headers = [(b"Content-Length", length), (b"Content-Type", b"image/png")]
+            return (await http.post("/v1/embeddings", content=b"\x89PNG", headers=headers)).status_code
+
+    assert asyncio.run(go(b"9" * 5000)) == 413
+    assert asyncio.run(go(b"0" * 5000 + b"4")) == 415
+
+
 @pytest.mark.parametrize("declared", [b"1", b"\xb2"])
 def test_the_length_of_a_body_in_chunks_is_not_believed(bundle: Path, declared: bytes) -> None:
     """Some servers hand both headers on."""

@@ -180,7 +180,9 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
             assert process.wait(timeout=60) == 0
     told = (tmp_path / "out").read_text()
     assert re.search(r":\d+  gcs_server: Ray's token of this run", told)
-    assert f":{port} " not in told.split("could reach:")[1], "the service's own port is on loopback"
+    ports, ready, _ = told.partition("could reach:")[2].partition("ready:")
+    assert ready, "where it is comes last"
+    assert f":{port} " not in ports, "the service's own port is on loopback"
     lines = [json.loads(line) for line in (tmp_path / "err").read_text().splitlines() if line.startswith("{")]
     assert any(line.get("request_id") == "from-a-test" and line["status"] == 200 for line in lines)
 

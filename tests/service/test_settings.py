@@ -11,14 +11,14 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 import pytest
 import yaml
 
 from jepakit._frontdoor import serve
 from jepakit.errors import ConfigError, ServeError
-from jepakit_service import app, keys, listeners
+from jepakit_service import app, keys, listeners, single
 from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.listeners import announce_when_ready, check_port_is_free, own_url
 from jepakit_service.settings import ServeSettings, as_yaml, load
@@ -181,6 +181,40 @@ def test_where_it_cannot_listen_is_told_with_the_reason(host: str, words: str) -
 def test_a_port_in_use_is_told_as_such() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="another program has it"):
         check_port_is_free(ServeSettings(bundles=("a",), port=taken.getsockname()[1]))
+
+
+def test_every_address_of_a_name_has_to_be_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `localhost` is 127.0.0.1 and ::1: what listens on either is found, and one that this machine has not is none of its."""
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = ServeSettings(bundles=("a",), host="localhost", port=port)
+
+        def resolving(*hosts: str) -> None:
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port)) for host in hosts]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+        resolving("127.0.0.1", "127.0.0.2")
+        with pytest.raises(ConfigError, match="another program has it"):
+            check_port_is_free(settings)
+        resolving("127.0.0.1", "203.0.113.1")
+        check_port_is_free(settings)
+        resolving("203.0.113.1")
+        with pytest.raises(ConfigError, match="this machine has no such address"):
+            check_port_is_free(settings)
+
+
+def test_a_port_taken_while_models_were_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gate(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            await send({"type": f"{(await receive())['type']}.complete"})
+
+    monkeypatch.setattr(single, "build_app", lambda _: gate)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(single, "announce_when_ready", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = ServeSettings(bundles=("a",), port=taken.getsockname()[1])
+        with pytest.raises(ServeError, match="another program has taken it while the models were loaded"):
+            single.run(settings)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

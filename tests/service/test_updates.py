@@ -19,7 +19,7 @@ import pytest
 
 import jepakit
 from jepakit import cli
-from jepakit.bundle import Bundle
+from jepakit.bundle import MANIFEST, Bundle
 from jepakit.client import ModelInfo
 from jepakit.errors import (
     BundleError,
@@ -32,7 +32,7 @@ from jepakit.errors import (
 )
 from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
-from jepakit_service.deploy import Deployed, deploy
+from jepakit_service.deploy import Deployed, _swapped, deploy
 from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
@@ -337,6 +337,20 @@ def test_a_damaged_bundle_never_reaches_the_folder(served: str, other: Path, fol
     with pytest.raises(BundleError, match="damaged"):
         deploy(tmp_path / "damaged", folder, served, timeout_s=60)
     assert digest(folder / "tiny") == before
+
+
+def test_what_is_deployed_is_on_the_disk_before_the_old_version_goes(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr("jepakit_service.deploy.fsync", lambda path: flushed.append(path.name))
+    shutil.copytree(bundle, tmp_path / "tiny")
+    opened = jepakit.open_bundle(bundle)
+    with _swapped(opened, tmp_path / "tiny"):
+        assert {*opened.manifest.files, MANIFEST} < set(flushed)
+        assert flushed[-1] == tmp_path.name, "and where it lies"
+        assert len(list(tmp_path.glob(".deploy-*.old"))) == 1
+    assert not list(tmp_path.glob(".deploy-*"))
 
 
 def test_deploying_without_a_service_changes_nothing(bundle: Path, other: Path, folder: Path, monkeypatch: Any) -> None:
