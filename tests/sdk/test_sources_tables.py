@@ -305,7 +305,10 @@ def test_images_that_labels_leave_out_have_none_and_are_counted(tmp_path: Path) 
 def test_classes_that_differ_by_case_alone_are_told(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "2.png", "3.png")
     manifest = csv(tmp_path / "m.csv", "path,label", "1.png,Cat", "2.png,cat", "3.png,dog")
-    assert "warning: Cat and cat are two classes, though only their letters' case differs" in list_images(manifest).note
+    told = "warning: Cat and cat are two classes, though only their letters' case differs"
+    assert f"column label; {told}" in list_images(manifest).note
+    pairs = [(tmp_path / f"{number}.png", label) for number, label in zip("123", ("Cat", "cat", "dog"), strict=True)]
+    assert told in list_images(pairs).note.split("; ")
 
 
 def test_an_image_without_a_label_is_another_thing_than_any_label(tmp_path: Path) -> None:

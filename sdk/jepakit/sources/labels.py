@@ -28,7 +28,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
     """
     labels, note = _choose(found, check_rule("labels", rule, column="label"), embedding=embedding)
-    note += _alike(labels)
+    note = "; ".join(filter(None, (note, _alike(labels))))
     if labels is None or None not in labels:
         return labels, note
     n_images, n_labelled = len(labels), len(labels) - labels.count(None)
@@ -45,7 +45,7 @@ def _alike(labels: Labels) -> str:
     spellings: dict[str, str] = {}
     for label in sorted(filter(None, set(labels or ()))):
         if (first := spellings.setdefault(label.casefold(), label)) != label:
-            return f"; warning: {first} and {label} are two classes, though only their letters' case differs"
+            return f"warning: {first} and {label} are two classes, though only their letters' case differs"
     return ""
 
 
