@@ -18,6 +18,8 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+AS_ASKED = "as asked"
+"""Why a domain that the user has named is the one."""
 Text = Annotated[str, AfterValidator(printable)]
 
 
@@ -57,6 +59,7 @@ class Inspection(Frozen):
     n_duplicates: int
     duplicates: tuple[tuple[Text, Text], ...]
     domain: Domain
+    """That was asked for, else a guess."""
     domain_because: str
     advice: tuple[Text, ...]
     sheet: Text | None = None
@@ -81,7 +84,8 @@ def _lines(seen: Inspection) -> list[str]:
     for title, count, named in (("unreadable", seen.n_unreadable, seen.unreadable), ("odd ones", seen.n_odd, seen.odd)):
         lines += [f"{title:<11} {count}"] if count else []
         lines += [f"            {one.what if one.id in one.what else f'{one.id}: {one.what}'}" for one in named]
-    lines.append(f"domain      {seen.domain}? ({seen.domain_because})")
+    guess = "" if seen.domain_because == AS_ASKED else "?"
+    lines.append(f"domain      {seen.domain}{guess} ({seen.domain_because})")
     lines += [f"advice      {words}" for words in seen.advice]
     lines += [f"picture     {seen.sheet}"] if seen.sheet else []
     return lines

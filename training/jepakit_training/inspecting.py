@@ -12,7 +12,7 @@ import numpy as np
 from jepakit._messages import counted
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
-from jepakit.inspection import Inspection, Named, printable
+from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.plan import FEW_IMAGES, local_size_of
 from jepakit_training.scan import Scan, outlier_notes, sampled, scan, window_notes
@@ -38,14 +38,15 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     places = np.union1d(trained_on, others)
     found = scan(images, value_range=config.value_range, frame=chosen_frame(config), places=places)
     seen = report(images, found, image_size=config.image_size, tile=config.tile, value_range=config.value_range)
+    if "domain" in config.model_fields_set:
+        seen = seen.model_copy(update={"domain": config.domain, "domain_because": AS_ASKED})
     if sheet is None:
         return seen
-    domain = config.domain if "domain" in config.model_fields_set else seen.domain
-    recipe = config.model_copy(update={"domain": domain}).resolved_views()
+    recipe = config.model_copy(update={"domain": seen.domain}).resolved_views()
     recipe.check_bands(found.kind.bands)
     spec = choose_preprocess(found.only(trained_on), config, _any_backbone(config.image_size))
     sizes = config.image_size, local_size_of(config.image_size, recipe)
-    title = f"{found.kind}; views of domain {domain} at {sizes[0]} and {sizes[1]} px"
+    title = f"{found.kind}; views of domain {seen.domain} at {sizes[0]} and {sizes[1]} px"
     write_sheet(sheet, images, spec, recipe, sizes, title)
     return seen.model_copy(update={"sheet": printable(str(sheet))})
 
