@@ -59,7 +59,9 @@ def main() -> None:
         embedded, rate = {}, 0.0
         for name in ("before", "after"):
             start = time.monotonic()
-            embedded[name] = [client.embed(OUT / "images" / side, model=name) for side in ("train", "test")]
+            embedded[name] = [
+                client.embed(OUT / "images" / side, model=name, progress=False) for side in ("train", "test")
+            ]
             rate = sum(map(len, embedded[name])) / (time.monotonic() - start)
 
     say("6/6  drawing the map")
@@ -76,7 +78,7 @@ def main() -> None:
         print(f"{words:<30} {linear:>11.1%} {knn:>7.1%}")
     print(f"\nverdict    {run.verdict}")
     print(f"served     {rate:.0f} images/s over HTTP on {len(os.sched_getaffinity(0))} cores")
-    print(f"bundle     {OUT / 'bundles' / 'after'}    map {OUT / 'map.png'}")
+    print(f"bundle     {OUT / 'bundles' / 'after'}    map {OUT / 'map.png'}    neighbours {run.neighbours}")
     print(f"took       {time.monotonic() - started:.0f} s\n")
     print("the same with your own folder of images (class folders, if you have some, only measure):")
     print(
