@@ -132,8 +132,6 @@ def adapt(
         labels=labels, group=group, seed=seed, workers=workers, tile=tile, overlap=overlap, frame=_number_or_word(frame),
         value_range=_range_or_word(value_range), processes=processes, launcher=launcher,
     )  # fmt: skip
-    if "images" in _settings(set_, None):
-        raise ConfigError("images is no setting of --set: name them first, jepakit adapt IMAGES")
     settings.pop("images", None)  # a run's config.toml has them
     if dry_run:
         estimate = run_dry(_source(images), **settings)
@@ -593,6 +591,8 @@ def _assign(settings: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"--set {assignment}: write KEY=VALUE, e.g. --set views.n_local=6")
+    if key == "images":
+        raise ConfigError(f"--set {assignment}: images is no setting of --set, name them as the command's arguments")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -238,7 +238,8 @@ def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> 
     assert made == {"steps": 3, "seed": 2, "lr": 1, "views": {"n_local": 1, "blur": 0.5}}
 
 
-def test_images_are_named_first_and_by_no_setting(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["adapt", str(tmp_path), "--set", "images=other"])
+@pytest.mark.parametrize("command", ["adapt", "inspect"])
+def test_images_are_named_first_and_by_no_setting(tmp_path: Path, command: str) -> None:
+    done = CliRunner().invoke(app, [command, str(tmp_path), "--set", "images=other"])
     assert isinstance(done.exception, ConfigError)
     assert "images is no setting of --set" in str(done.exception)
