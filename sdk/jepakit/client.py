@@ -122,8 +122,8 @@ class Client:
         on_skipped called in the end with the id and the reason of each image that was left out
 
         Raises ImageError naming an image that cannot be embedded, or for more of them than `most_skipped`;
-        ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones, ResponseError when the service refuses,
-        ConnectionFailedError after the deadline.
+        ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones,
+        ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
         check_asked(model)
         check_share(most_skipped)

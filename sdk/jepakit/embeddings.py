@@ -105,16 +105,13 @@ class Embeddings:
                 f"these are vectors of model {self.model_id} ({self.vectors.shape[1]} numbers), the queries of "
                 f"{queries.model_id} ({queries.vectors.shape[1]}): embed both with one model"
             )
-        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= len(self):
-            raise DataError(f"k = {k!r}: give a whole number, 1 to {len(self)}, which is how many vectors there are")
-        return most_similar(queries.vectors, self.vectors, int(k))
+        return most_similar(queries.vectors, self.vectors, _checked_k(k, len(self), "vectors"))
 
     def _nearest_others(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if len(self) < 2:
             raise DataError(f"{counted(len(self), 'vector')} alone: there are no others to find, so give queries")
-        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k < len(self):
-            raise DataError(f"k = {k!r}: give a whole number, 1 to {len(self) - 1}, which is how many others there are")
-        places, cosines = most_similar(self.vectors, self.vectors, int(k) + 1)
+        k = _checked_k(k, len(self) - 1, "others")
+        places, cosines = most_similar(self.vectors, self.vectors, k + 1)
         others = places != np.arange(len(self))[:, None]
         others[others.all(axis=1), -1] = False  # itself is not among so many that are equal to it
         return places[others].reshape(-1, k), cosines[others].reshape(-1, k)
@@ -156,6 +153,12 @@ class Embeddings:
             raise DataError(
                 f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
             ) from None
+
+
+def _checked_k(k: int, most: int, what: str) -> int:
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= most:
+        raise DataError(f"k = {k!r}: give a whole number, 1 to {most}, which is how many {what} there are")
+    return int(k)
 
 
 def _packed(name: str, words: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -42,16 +42,16 @@ def check_port_is_free(settings: ServeSettings) -> None:
         raise ConfigError(
             f"cannot listen on {settings.host!r}: it is no address, nor a name that this machine knows"
         ) from None
-    errors = [_why_not_free(family, address) for family, _, _, _, address in found]
-    numbers = [number for number in errors if number not in (None, errno.EADDRNOTAVAIL)]
-    if None not in errors or numbers:
-        number = (numbers or [errno.EADDRNOTAVAIL])[0]
-        why = _WHY_NOT.get(number or 0, os.strerror(number or 0))
+    errors = [_error_at(family, address) for family, _, _, _, address in found]
+    refused = [number for number in errors if number not in (0, errno.EADDRNOTAVAIL)]
+    if refused or 0 not in errors:
+        number = refused[0] if refused else errno.EADDRNOTAVAIL
+        why = _WHY_NOT.get(number, os.strerror(number))
         raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {why}")
 
 
-def _why_not_free(family: int, address: Any) -> int | None:
-    """The error's number where nothing can listen at an address; None where something can."""
+def _error_at(family: int, address: Any) -> int:
+    """The error's number where nothing can listen at an address; 0 where something can."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -59,8 +59,8 @@ def _why_not_free(family: int, address: Any) -> int | None:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(address)
     except OSError as error:
-        return error.errno
-    return None
+        return error.errno or errno.EADDRNOTAVAIL
+    return 0
 
 
 def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:

@@ -5,6 +5,7 @@ Without labels nobody can compute which embeddings are better, but people who kn
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,19 @@ def write_neighbours(
 
     before, after  the vectors [N, D] of the N images of `measured`, by which neighbours are looked for among all of them
     """
+
+    @cache  # an image is often near to several, before and after
+    def picture(place: int) -> NDArray[np.uint8]:
+        return as_picture(fit(read_image(images[int(measured.indices[place])], spec), spec), spec)
+
     rows = []
     held_out = np.flatnonzero(~measured.is_fit)
     for query in held_out[evenly_spread(len(held_out), ROWS)].tolist():
         shown = [query, *nearest(query, before, measured), *nearest(query, after, measured)]
         try:
-            rows.append([None if place is None else _cell(place, query, images, measured, spec) for place in shown])
+            rows.append(
+                [None if place is None else _cell(picture(place), place, query, images, measured) for place in shown]
+            )
         except ImageError:
             continue  # it was measured, and is gone or damaged since
     title = f"The nearest of {len(measured.indices):,} images, by cosine"
@@ -61,12 +69,10 @@ def nearest(query: int, vectors: NDArray[np.float32], measured: MeasuringSet) ->
     return [*places[found[0]].tolist(), *[None] * (NEIGHBOURS - found.shape[1])]
 
 
-def _cell(place: int, query: int, images: ImageList, measured: MeasuringSet, spec: Preprocess) -> Cell:
+def _cell(picture: NDArray[np.uint8], place: int, query: int, images: ImageList, measured: MeasuringSet) -> Cell:
     """An image with its label, red where that is not the query's, or with its name."""
-    index = int(measured.indices[place])
-    picture = as_picture(fit(read_image(images[index], spec), spec), spec)
     labels = measured.labels
     if labels is None or not measured.is_labelled[place]:
-        return Cell(picture, images.ids[index])
+        return Cell(picture, images.ids[int(measured.indices[place])])
     other = bool(measured.is_labelled[query]) and labels[place] != labels[query]
     return Cell(picture, str(labels[place]), _OTHER_CLASS if other else "black")
