@@ -69,6 +69,9 @@ def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     for line in shell.replace("--steps 300", "--steps 2 --image-size 64 --batch-size 16").splitlines():
         run([f"{programs}/{shlex.split(line)[0]}", *shlex.split(line)[1:]], tmp_path)
 
+    (compare,) = re.findall(r"`jepakit (compare .*?)`", README)
+    assert "points" in run([f"{programs}/jepakit", *shlex.split(compare)], tmp_path)
+
     (serve,) = blocks("sh", under="3. Serve")
     assert serve == "jepakit serve bundles\n"
     with serving(tmp_path / "bundles", "--no-ray") as url:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jepakit._frontdoor import inspect as inspect
     from jepakit.bundle import Bundle as Bundle
     from jepakit.bundle import open_bundle as open_bundle
+    from jepakit.choosing import compare as compare
     from jepakit.client import AsyncClient as AsyncClient
     from jepakit.client import Client as Client
     from jepakit.client import ModelInfo as ModelInfo
@@ -54,6 +55,7 @@ _HOME = {
     "Run": "run",
     "Verdict": "comparison",
     "adapt": "_frontdoor",
+    "compare": "choosing",
     "dry_run": "_frontdoor",
     "export": "_frontdoor",
     "inspect": "_frontdoor",
@@ -68,7 +70,7 @@ _MODULES = ("config", "errors")
 __all__ = [  # noqa: RUF022 (sorted as _HOME is)
     "AsyncClient", "Bundle", "Client", "Comparison", "DryRun", "Embeddings", "Inspection", "JepakitError", "KNNProbe",
     "LinearProbe", "Model", "ModelInfo", "ProbeReport", "Run", "Verdict", "config", "errors",
-    "adapt", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
+    "adapt", "compare", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from jepakit.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
     from jepakit._signatures import AdaptSettings, ExportSettings
-    from jepakit.bundle import Bundle
+    from jepakit.bundle import Bundle, StartWeights
     from jepakit.config import AdaptConfig
     from jepakit.inspection import Inspection
     from jepakit.run import DryRun, Run
@@ -194,6 +194,17 @@ def new_api_key(name: str, key_file: str | None) -> tuple[str, str, int]:
     key, line = new_key(name)
     n_others = append(line, as_path(key_file, "api_key_file")) if key_file is not None else 0
     return key, line, n_others
+
+
+def fetch_weights(name: str, out: Path) -> StartWeights:
+    """Fetch the pretrained weights of a timm backbone into a .safetensors file; says where they came from, and their licence."""
+    from jepakit._timm_names import check_name
+
+    check_name(name)
+    require("export")
+    from jepakit.backbone import fetch
+
+    return fetch(name, as_path(out, "out"))
 
 
 def require(extra: str) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from jepakit._files import written
 from jepakit._messages import first_few, lines_of
 from jepakit._timm_names import check_name
 from jepakit.bundle import (
@@ -63,17 +65,38 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
         arguments["in_chans"] = bands
     if weights == "pretrained":
         module = _build_pretrained(name, arguments)
-        license_ = module.pretrained_cfg.get("license")
-        source = f"timm {name}" if "." in name else f"timm {name}.{module.pretrained_cfg.get('tag', '')}".rstrip(".")
+        start = _described(name, module)
     elif weights == "random":
-        module, source, license_ = build(name, arguments), "random", "none needed"
+        module, start = build(name, arguments), StartWeights(source="random", license="none needed")
     else:
         state, header = _read_state(file)
         module = build(name, arguments)
         _load(module, state, file)
-        source, license_ = f"file {file.name}", license_ or header.get("license")
-    start = StartWeights(source=source, license=license_ or "unknown")
+        start = StartWeights(source=f"file {file.name}", license=license_ or header.get("license") or "unknown")
     return module.eval(), Backbone(name=name, arguments=arguments, start=start)
+
+
+def fetch(name: str, file: Path) -> StartWeights:
+    """Write the pretrained weights of `name`, without its classifier, to a .safetensors file, with their licence.
+
+    `start_backbone` takes the file on a machine that no hub can be reached from. Raises BackboneError for an unknown name or an
+    unreachable hub, WriteError where the file cannot be written.
+    """
+    check_name(name)
+    module = _build_pretrained(name, {})
+    start = _described(name, module)
+    with written(file) as stream:
+        stream.write(save(tensors_of(module), start.model_dump()))
+    return start
+
+
+def _described(name: str, module: Any) -> StartWeights:
+    """Pretrained weights as timm describes them, with their tag."""
+    tag = module.pretrained_cfg.get("tag", "")
+    return StartWeights(
+        source=f"timm {name}" if "." in name else f"timm {name}.{tag}".rstrip("."),
+        license=module.pretrained_cfg.get("license") or "unknown",
+    )
 
 
 def build(name: str, arguments: dict[str, Any]) -> Any:
@@ -220,9 +243,9 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
         return timm.create_model(name, pretrained=True, num_classes=0, **arguments)
     except Exception as error:  # hub clients raise whatever their HTTP library does
         raise BackboneError(
-            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}): fetch model.safetensors or "
-            f"pytorch_model.bin from {_address(module.pretrained_cfg)} on another machine, and give --weights FILE (to export, "
-            f"{name}:FILE)"
+            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}) from "
+            f"{_address(module.pretrained_cfg)}: on another machine run `jepakit weights fetch {name} --out FILE`, or fetch its "
+            f"model.safetensors or pytorch_model.bin, and give --weights FILE here (to export, {name}:FILE)"
         ) from None
 
 
@@ -247,8 +270,10 @@ def _hub_in_reach(repository: str | None) -> bool:
         return True
     if constants.HF_HUB_OFFLINE:
         return False
+    hub = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((urlsplit(constants.ENDPOINT).hostname or "", 443), timeout=10).close()
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname or "", port), timeout=10).close()
     except OSError:
         return False
     return True

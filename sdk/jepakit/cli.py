@@ -21,6 +21,7 @@ from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, JepakitError
 
 if TYPE_CHECKING:
+    from jepakit.embeddings import Embeddings
     from jepakit.run import Run
 
 _Images = Annotated[
@@ -38,6 +39,8 @@ app = typer.Typer(
 )  # fmt: skip
 probe_app = typer.Typer(no_args_is_help=True, help="Fit and use probes on embeddings.")
 app.add_typer(probe_app, name="probe")
+weights_app = typer.Typer(no_args_is_help=True, help="Pretrained weights for machines without network.")
+app.add_typer(weights_app, name="weights")
 
 
 def main() -> None:
@@ -174,6 +177,8 @@ def _report(run: Run, *, as_json: bool) -> None:
         exports = [("" if run.verdict.word == "better" else " --which start", target)]
     for which, bundle in exports:
         print(f"next: jepakit export {source}{which} --out {quote(bundle)}")
+    if comparison.after is None:
+        print(f"next: jepakit compare {quote(exports[0][1])} {quote(target)} --images LABELLED")
 
 
 @app.command()
@@ -396,6 +401,46 @@ def embed(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="an exported bundle, or a file of `jepakit embed`")],
+    second: Annotated[Path, typer.Argument(help="another one, of the same images")],
+    images: Annotated[
+        str | None, typer.Option(help="for bundles: labelled images, best ones that neither was trained on")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="for bundles: auto, folder, or a CSV or Parquet file")] = "auto",
+    group: Annotated[
+        Path | None,
+        typer.Option(help="CSV or Parquet table of path and group (patient, slide): no group is split between folds"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Say which of two models to keep, by labelled images."""
+    from jepakit.choosing import compare as judge
+    from jepakit.sources.groups import groups_of
+
+    before, after = (_embeddings_of(model, images, labels) for model in (first, second))
+    comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
+    if as_json:
+        print(json.dumps(comparison.model_dump(mode="json")))
+        return
+    print(comparison.table("first", "second"))
+
+
+def _embeddings_of(model: Path, images: str | None, labels: str) -> Embeddings:
+    """Those in a file, or those that a bundle gives of the images."""
+    from jepakit import Embeddings
+    from jepakit.session import load
+
+    if model.suffix == ".npz":
+        return Embeddings.load(model)
+    if images is None:
+        raise ConfigError(
+            f"{model} is no .npz file: where it is a bundle, name the images to embed with it, by --images"
+        )
+    return load(model).embed(images, labels=labels)
+
+
+@app.command()
 def nearest(
     queries: Annotated[Path, typer.Argument(help="embeddings of what to look for, from `jepakit embed`")],
     index: Annotated[
@@ -415,6 +460,20 @@ def nearest(
     for query, places, cosines in zip(asked.ids, *known.nearest(None if index is None else asked, k), strict=True):
         for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1):
             table.writerow((query, rank, known.ids[place], f"{cosine:.4f}"))
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    name: Annotated[str, typer.Argument(help="timm name, with or without the tag of its weights")],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+) -> None:
+    """Fetch a backbone's pretrained weights into a file, for a machine without network."""
+    from jepakit._frontdoor import fetch_weights
+
+    _check_out(out, ".safetensors")
+    start = fetch_weights(name, out)
+    print(f"{out}: {start.source}, licence: {start.license}")
+    print(f"next, on the other machine: jepakit adapt IMAGES --backbone {name} --weights {quote(str(out))}")
 
 
 @probe_app.command("fit")

@@ -52,7 +52,7 @@ class Verdict(Frozen):
 class Comparison(Frozen):
     """Before and after adaptation, on images never trained on. Scores are None without labels. Print it for a table.
 
-    n_train     images that the probes were fitted on
+    n_train     images that the probes were fitted on; in five folds, all of them, in turns
     n_held_out  images that the scores and the verdict are about, without those of classes that the verdict leaves out
     """
 
@@ -63,17 +63,17 @@ class Comparison(Frozen):
     n_held_out: int
 
     def __str__(self) -> str:
-        """The scores as a table, where there are some, then the verdict."""
+        return self.table("before", "after")
+
+    def table(self, before: str, after: str) -> str:
+        """The scores, where there are some, in two columns with these names; then the verdict."""
         if self.before is None or self.after is None:
             return str(self.verdict)
-        table = [
-            f"{words:<16} {getattr(self.before, score):>6.1%}  {getattr(self.after, score):>6.1%}"
+        widths = [max(6, len(name)) for name in (before, after)]
+        rows = [
+            f"{words:<16} {getattr(self.before, score):>{widths[0]}.1%}  {getattr(self.after, score):>{widths[1]}.1%}"
             for score, words in _SCORES.items()
         ]
-        return "\n".join(
-            [
-                f"                 before   after   (on {counted(self.n_held_out, 'held-out image')})",
-                *table,
-                str(self.verdict),
-            ]
-        )
+        names = f"{'':<16} {before:>{widths[0]}}  {after:>{widths[1]}}"
+        heading = f"{names}   (on {counted(self.n_held_out, 'held-out image')})"
+        return "\n".join([heading, *rows, str(self.verdict)])

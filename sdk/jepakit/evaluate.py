@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import in_cells, main_class, numbered
+from jepakit._groups import assign_folds, in_cells, main_class, numbered
 from jepakit._messages import first_few
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
@@ -15,6 +15,7 @@ from jepakit.probes import KNNProbe, LinearProbe
 _RESAMPLES = 2000
 _LEFT_OUT = 10
 """Parts of the images to fit on, each of which is left out in turn."""
+_FOLDS = 5
 _NORMAL_95 = 1.96
 _RULE_OF_THREE = 3.0
 """What happened to none of N images may still happen to 3 in N of all (95 %)."""
@@ -24,12 +25,29 @@ _PLAUSIBLE_GROUP_LOSS = 0.3
 """How much accuracy a group that adaptation harms may plausibly lose."""
 _NAMED = 3
 NO_LABELS = (
-    "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders "
-    "and compare start and adapted embeddings with a linear probe before you switch"
+    "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders, export the start "
+    "and the result, and let `jepakit compare` judge them by these images before you switch"
 )
 SAME_WITHIN = 0.01
 FEWEST_PER_CLASS = 3
 """Held-out images of a class, or groups where there are some. A class of fewer is left out of the verdict."""
+
+
+class Advice(NamedTuple):
+    """What to do after each verdict, in words; `undecided` ends a sentence that says what to label."""
+
+    better: str
+    worse: str
+    same: str
+    undecided: str
+
+
+_AFTER_ADAPTATION = Advice(
+    better="keep the adapted backbone",
+    worse="keep the original (`jepakit export RUN --which start`)",
+    same="either will do; the original is the simpler choice",
+    undecided=", or train longer, before you switch",
+)
 
 
 class Measurement(NamedTuple):
@@ -55,7 +73,7 @@ def measure(
 
     train_groups     a name for each training image: the linear probe's folds keep a group on one side
     held_out_groups  the same for those held out. Where there are more groups (images, without groups) to judge by than to fit
-                     on, the probes are fitted again without a tenth of these, for each tenth: what `compare` needs there
+                     on, the probes are fitted again without a tenth of these, for each tenth: what `judge` needs there
     """
     labels, truth = np.asarray(train_labels), np.asarray(held_out_labels)
     group_of = numbered(train_groups, len(train))
@@ -72,6 +90,40 @@ def measure(
         ]
         without = np.array(parts, np.bool_).reshape(-1, 2, len(truth))
     return _measurement(right(linear, knn), truth, without)
+
+
+def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: ArrayLike | None = None) -> Measurement:
+    """Judge each of N labelled `vectors` [N, D] by a linear probe and a k-NN that were fitted on four fifths without it.
+
+    groups  a name for each image: no group is split between folds
+
+    Each image is judged, and fitted on by the probes that judge others: so the probes are fitted again without a tenth of the
+    images, for each tenth, as `judge` needs it. Fewer than two classes to fit on: what is judged is of the class fitted on, or not.
+    """
+    truth = np.asarray(labels)
+    group_of = numbered(groups, len(truth))
+    fold = assign_folds(group_of, np.unique(truth, return_inverse=True)[1], _FOLDS, np.random.default_rng(0))
+    stays = [np.ones(len(truth), bool), *_leaving_out(truth, group_of)]
+    right = np.empty((len(stays), 2, len(truth)), np.bool_)
+    for judged in (fold == number for number in np.unique(fold)):
+        strength = None  # chosen with all images to fit on
+        for row, stay in zip(right, stays, strict=True):
+            fit = stay & ~judged
+            row[:, judged], strength = _right(vectors, truth, fit, judged, group_of, strength)
+    return _measurement(right[0], truth, right[1:])
+
+
+def _right(
+    vectors: NDArray[np.float32], truth: NDArray[np.str_], fit: NDArray[np.bool_], judged: NDArray[np.bool_],
+    group_of: NDArray[np.intp], strength: float | None,
+) -> tuple[NDArray[np.bool_], float | None]:  # fmt: skip
+    """Whether probes fitted on the one part are right about the other, bool [2, N]; and the linear one's strength, chosen if None."""
+    classes = np.unique(truth[fit])
+    if len(classes) < 2:
+        return np.tile(np.isin(truth[judged], classes), (2, 1)), strength
+    linear = LinearProbe(C=strength).fit(vectors[fit], truth[fit], groups=group_of[fit])
+    knn = KNNProbe().fit(vectors[fit], truth[fit])
+    return np.stack([probe.predict(vectors[judged]) == truth[judged] for probe in (linear, knn)]), linear.C_
 
 
 def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
@@ -105,7 +157,7 @@ def _only(measured: Measurement, chosen: NDArray[np.bool_], truth: NDArray[np.st
     return _measurement(measured.right[:, chosen], truth, None if without is None else without[..., chosen])
 
 
-def compare(
+def judge(
     before: Measurement,
     after: Measurement,
     held_out_labels: ArrayLike,
@@ -113,11 +165,13 @@ def compare(
     n_train: int,
     groups: ArrayLike | None = None,
     train_labels: ArrayLike | None = None,
+    advice: Advice = _AFTER_ADAPTATION,
 ) -> Comparison:
     """Judge `after` against `before`, both measured on the same held-out images in the same order.
 
     groups        a name for each held-out image: images of one group (a patient, a scene) are not independent, so they are
                   resampled together, and few groups cannot show that nothing changes. None: every image is its own group.
+    advice        what the verdict's reason recommends
     train_labels  those of the images that the probes were fitted on; None: these were of the held-out images' classes
 
     Classes of fewer than FEWEST_PER_CLASS held-out images (groups), and those that the probes were not fitted on, are named
@@ -138,7 +192,7 @@ def compare(
     result = _Result(*interval, len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of))
     by_group = groups is not None
     if classes.can_judge:
-        reason = _describe_result(result, classes, by_group=by_group)
+        reason = _describe_result(result, classes, advice, by_group=by_group)
         verdict = Verdict(
             word=result.word, reason=reason, difference=result.difference, low=result.low, high=result.high
         )
@@ -208,23 +262,23 @@ class _Result(NamedTuple):
         return "same" if self.is_small and self.n_groups >= self.n_needed else "cannot tell"
 
 
-def _describe_result(result: _Result, classes: _Classes, *, by_group: bool) -> str:
+def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_group: bool) -> str:
     if result.word == "better":
-        advice = "keep the adapted backbone"
+        todo = advice.better
     elif result.word == "worse":
-        advice = "keep the original (`jepakit export RUN --which start`)"
+        todo = advice.worse
     elif result.word == "same":
-        advice = "either will do; the original is the simpler choice"
+        todo = advice.same
     elif result.is_small:
-        advice = (
+        todo = (
             f"{result.n_groups} groups are too few to call it the same, as the groups that it harms may all be missing among "
             f"them: label images of more groups, until about {result.n_needed} are held out"
         )
     else:
-        advice = f"the interval includes 0: {_label_more(by_group)}, or train longer, before you switch"
+        todo = f"the interval includes 0: {_label_more(by_group)}{advice.undecided}"
     interval = f"{100 * result.low:+.1f} to {100 * result.high:+.1f}"
     over, unit = (" over groups", "groups") if by_group else ("", "images")
-    reason = f"{100 * result.difference:+.1f} points (95 % interval{over} {interval}); {advice}"
+    reason = f"{100 * result.difference:+.1f} points (95 % interval{over} {interval}); {todo}"
     if classes.few:
         reason += f"; classes of fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(classes.few)}"
     if classes.unfitted:

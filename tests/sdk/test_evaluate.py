@@ -21,7 +21,7 @@ from jepakit.evaluate import (
     _groups_to_call_it_the_same,
     _leaving_out,
     _variance_of_fits,
-    compare,
+    judge,
     measure,
     no_labels,
 )
@@ -51,7 +51,7 @@ def measurement(right: NDArray[np.bool_]) -> Measurement:
 
 
 def judged(before: NDArray[np.bool_], after: NDArray[np.bool_], truth: NDArray[np.str_]) -> Verdict:
-    return compare(measurement(before), measurement(after), truth, n_train=10).verdict
+    return judge(measurement(before), measurement(after), truth, n_train=10).verdict
 
 
 def test_separated_classes_are_measured_as_perfect() -> None:
@@ -84,7 +84,7 @@ def test_balanced_scores_give_each_class_the_same_weight() -> None:
 def test_clearer_vectors_are_better_and_the_other_way_round_worse() -> None:
     noisy, truth = measured(noise=2.0)
     clear, _ = measured(noise=0.3)
-    up, down = compare(noisy, clear, truth, n_train=120), compare(clear, noisy, truth, n_train=120)
+    up, down = judge(noisy, clear, truth, n_train=120), judge(clear, noisy, truth, n_train=120)
     assert (up.verdict.word, down.verdict.word) == ("better", "worse")
     assert up.verdict.difference == pytest.approx(-(down.verdict.difference or 0))
     assert (up.verdict.low or 0) > 0 > (down.verdict.high or 0)
@@ -95,7 +95,7 @@ def test_clearer_vectors_are_better_and_the_other_way_round_worse() -> None:
 def test_the_difference_is_the_mean_gain_of_both_balanced_scores() -> None:
     before, truth = measured(noise=2.0)
     after, _ = measured(noise=0.7)
-    verdict = compare(before, after, truth, n_train=120).verdict
+    verdict = judge(before, after, truth, n_train=120).verdict
     gains = (
         after.scores.linear_balanced - before.scores.linear_balanced,
         after.scores.knn_balanced - before.scores.knn_balanced,
@@ -105,7 +105,7 @@ def test_the_difference_is_the_mean_gain_of_both_balanced_scores() -> None:
 
 def test_the_same_vectors_are_the_same() -> None:
     result, truth = measured(noise=1.0)
-    verdict = compare(result, result, truth, n_train=120).verdict
+    verdict = judge(result, result, truth, n_train=120).verdict
     assert (verdict.word, verdict.difference) == ("same", 0)
 
 
@@ -138,13 +138,13 @@ def test_a_handful_of_images_cannot_carry_a_verdict(per_class: int) -> None:
 def test_one_held_out_class_carries_no_verdict_and_the_others_are_named() -> None:
     truth = np.repeat(["tumour"], 40)
     wrong, right = measurement(np.zeros(40, bool)), measurement(np.ones(40, bool))
-    alone = compare(wrong, right, truth, n_train=10).verdict
+    alone = judge(wrong, right, truth, n_train=10).verdict
     assert alone.word == "cannot tell"
     assert alone.reason.startswith(
         "only class 'tumour' is held out; judging takes at least two classes of 3 held-out images each"
     )
     groups, fitted = np.repeat(list("abcd"), 10), ["tumour"] * 6 + ["normal"] * 4
-    named = compare(wrong, right, truth, n_train=10, groups=groups, train_labels=fitted).verdict
+    named = judge(wrong, right, truth, n_train=10, groups=groups, train_labels=fitted).verdict
     assert (named.word, named.low) == ("cannot tell", None)
     assert "only class 'tumour' is held out" in named.reason
     assert "these have fewer: 'normal' (0): label images of more groups" in named.reason
@@ -153,7 +153,7 @@ def test_one_held_out_class_carries_no_verdict_and_the_others_are_named() -> Non
 def test_a_class_of_the_training_images_that_is_not_held_out_is_named_beside_two_that_are() -> None:
     truth = np.repeat(["a", "b"], 40)
     wrong, right = measurement(np.zeros(80, bool)), measurement(np.ones(80, bool))
-    verdict = compare(wrong, right, truth, n_train=9, train_labels=["a", "b", "c"] * 3).verdict
+    verdict = judge(wrong, right, truth, n_train=9, train_labels=["a", "b", "c"] * 3).verdict
     assert verdict.word == "better"
     assert verdict.reason.endswith("classes of fewer than 3 held-out images are left out: 'c' (0)")
 
@@ -161,11 +161,11 @@ def test_a_class_of_the_training_images_that_is_not_held_out_is_named_beside_two
 def test_a_class_that_no_probe_was_fitted_on_is_left_out_by_name() -> None:
     truth = np.repeat(["a", "b", "new"], 20)
     right = truth != "new"
-    known = compare(measurement(~right), measurement(right), truth, n_train=8, train_labels=["a", "b"] * 4)
+    known = judge(measurement(~right), measurement(right), truth, n_train=8, train_labels=["a", "b"] * 4)
     assert known.verdict.word == "better"
     assert known.verdict.reason.endswith("classes without images to fit probes on are left out: 'new' (20)")
     assert (known.n_held_out, known.verdict.difference) == (40, 1)
-    one = compare(measurement(~right), measurement(right), truth, n_train=8, train_labels=["a"] * 8).verdict
+    one = judge(measurement(~right), measurement(right), truth, n_train=8, train_labels=["a"] * 8).verdict
     assert one.word == "cannot tell"
     assert "these have no images to fit probes on: 'b' (20), 'new' (20)" in one.reason
 
@@ -268,7 +268,7 @@ def test_without_labels_nobody_can_tell() -> None:
 
 def test_a_comparison_survives_json_and_is_frozen() -> None:
     before, truth = measured(noise=2.0, n_held_out=60)
-    comparison = compare(before, before, truth, n_train=120)
+    comparison = judge(before, before, truth, n_train=120)
     assert Comparison.model_validate_json(comparison.model_dump_json()) == comparison
     with pytest.raises(ValidationError):
         comparison.n_train = 3  # type: ignore[misc]
@@ -288,7 +288,7 @@ def uneven_pair() -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.str_
 def by_groups(
     before: NDArray[np.bool_], after: NDArray[np.bool_], truth: NDArray[np.str_], groups: NDArray[np.str_]
 ) -> Verdict:
-    return compare(measurement(before), measurement(after), truth, n_train=10, groups=groups).verdict
+    return judge(measurement(before), measurement(after), truth, n_train=10, groups=groups).verdict
 
 
 def test_without_groups_the_interval_is_that_of_images_to_the_last_bit() -> None:
@@ -434,8 +434,8 @@ def noisy_twice(
     assert after.right_without is not None
     alone = before._replace(right_without=None), after._replace(right_without=None)
     return (
-        compare(before, after, truth[1], n_train=n, groups=groups[1]),
-        compare(*alone, truth[1], n_train=n, groups=groups[1]),
+        judge(before, after, truth[1], n_train=n, groups=groups[1]),
+        judge(*alone, truth[1], n_train=n, groups=groups[1]),
     )
 
 
@@ -472,7 +472,7 @@ def test_a_class_of_one_image_to_fit_on_costs_no_verdict() -> None:
     result = measure(vectors[one_bee], labels[one_bee], held_out, truth)
     assert result.right_without is not None
     assert len(result.right_without) == 6, "without the part of the one bee there would be one class"
-    assert compare(result, result, truth, n_train=7).verdict.difference == 0
+    assert judge(result, result, truth, n_train=7).verdict.difference == 0
 
 
 def few_of_many(random: np.random.Generator, classes: int, each: int) -> str:
@@ -486,7 +486,7 @@ def few_of_many(random: np.random.Generator, classes: int, each: int) -> str:
         )
         for _ in range(2)
     )  # fmt: skip
-    return compare(before, after, of_held_out.astype(str), n_train=len(of_fit)).verdict.word
+    return judge(before, after, of_held_out.astype(str), n_train=len(of_fit)).verdict.word
 
 
 def test_one_image_of_each_class_to_fit_on_seldom_calls_chance_a_difference() -> None:
@@ -516,8 +516,8 @@ def test_a_rare_class_is_left_out_of_scores_and_verdict_and_named() -> None:
     noise = np.random.default_rng(0).standard_normal(held_out.shape, np.float32)
     noisy = measure(train, train_labels, held_out[few] + 3 * noise[few], truth[few])
     clear = measure(train, train_labels, held_out[few], truth[few])
-    comparison = compare(noisy, clear, truth[few], n_train=120)
-    alone = compare(
+    comparison = judge(noisy, clear, truth[few], n_train=120)
+    alone = judge(
         measure(train, train_labels, held_out[kept] + 3 * noise[kept], truth[kept]),
         measure(train, train_labels, held_out[kept], truth[kept]),
         truth[kept], n_train=120,
@@ -533,7 +533,7 @@ def test_a_rare_class_is_left_out_of_scores_and_verdict_and_named() -> None:
 def test_where_no_two_classes_can_be_judged_the_rare_ones_are_named() -> None:
     truth = np.repeat(["a", "b", "c", "d", "e"], [50, 2, 1, 1, 2])
     right = np.ones(56, bool)
-    comparison = compare(measurement(right), measurement(right), truth, n_train=10)
+    comparison = judge(measurement(right), measurement(right), truth, n_train=10)
     assert comparison.verdict.word == "cannot tell"
     assert comparison.verdict.low is None
     assert comparison.n_held_out == 56
@@ -549,9 +549,16 @@ def test_where_no_two_classes_can_be_judged_the_rare_ones_are_named() -> None:
 @pytest.mark.parametrize(
     ("after", "told"),
     [
-        (None, ["runs/a --which start --out bundles/a-start", "runs/a --out bundles/a"]),
-        (1.0, ["runs/a --out bundles/a"]),
-        (0.2, ["runs/a --which start --out bundles/a"]),
+        (
+            None,
+            [
+                "export runs/a --which start --out bundles/a-start",
+                "export runs/a --out bundles/a",
+                "compare bundles/a-start bundles/a --images LABELLED",
+            ],
+        ),
+        (1.0, ["export runs/a --out bundles/a"]),
+        (0.2, ["export runs/a --which start --out bundles/a"]),
     ],
 )
 def test_where_nobody_can_tell_both_are_to_be_exported(
@@ -561,13 +568,13 @@ def test_where_nobody_can_tell_both_are_to_be_exported(
     found = no_labels(8, 2)
     if after is not None:
         before, adapted = (measurement(random.random(400) < share) for share in (0.6, after))
-        found = compare(before, adapted, truth, n_train=8)
+        found = judge(before, adapted, truth, n_train=8)
     picture = Path("runs/a/neighbours.png")
     run = SimpleNamespace(path=Path("runs/a"), neighbours=picture, comparison=found, verdict=found.verdict)
     monkeypatch.setattr(_frontdoor, "adapt", lambda *_, **__: run)
     shown = CliRunner().invoke(app, ["adapt", "scans"]).stdout.splitlines()
     assert not any("to see for yourself" in line for line in shown), "no picture is named that is not there"
-    assert [line for line in shown if line.startswith("next")] == [f"next: jepakit export {words}" for words in told]
+    assert [line for line in shown if line.startswith("next")] == [f"next: jepakit {words}" for words in told]
 
 
 def test_single_images_that_tip_over_are_not_counted_twice() -> None:

@@ -14,7 +14,7 @@ from jepakit._groups import main_class
 from jepakit.comparison import Scores
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
-from jepakit.evaluate import Measurement, compare
+from jepakit.evaluate import Measurement, judge
 from jepakit.sources import ImageList, list_images
 from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, _near_share, hold_out, split
 
@@ -175,7 +175,7 @@ def test_a_thousand_classes_are_all_judged(n_classes: int) -> None:
     right = np.random.default_rng(0).random((2, 2, len(truth))) < np.array([0.3, 0.6])[:, None, None]
     none = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
     before, after = (Measurement(none, each) for each in right)
-    judged = compare(before, after, truth, n_train=len(fit), train_labels=np.unique(images.labels_given() or ()))
+    judged = judge(before, after, truth, n_train=len(fit), train_labels=np.unique(images.labels_given() or ()))
     assert judged.n_held_out == 3 * n_classes
     assert judged.verdict.word == "better"
 
@@ -196,7 +196,7 @@ def test_slides_of_many_tiles_are_all_measured_and_evenly() -> None:
     assert len(chosen.groups[chosen.is_fit]) == held_out.total() == 2000
     truth = chosen.labels[~chosen.is_fit] if chosen.labels is not None else pytest.fail("no labels")
     alike = Measurement(Scores(linear=1, linear_balanced=1, knn=1, knn_balanced=1), np.ones((2, 2000), bool))
-    assert compare(alike, alike, truth, n_train=2000, groups=chosen.groups[~chosen.is_fit]).verdict.word == "same"
+    assert judge(alike, alike, truth, n_train=2000, groups=chosen.groups[~chosen.is_fit]).verdict.word == "same"
 
 
 def test_fewer_images_than_groups_are_of_as_many_groups() -> None:

@@ -165,7 +165,7 @@ def test_without_the_hub_the_error_names_the_way_out(
     monkeypatch.setattr(backbone_module, "_hub_in_reach", lambda repository: False)
     with pytest.raises(
         BackboneError,
-        match=r"test_vit\.r160_in1k .*fetch model.safetensors or .*from https://huggingface.co/timm/test_vit.r160_in1k on another machine, and give --weights FILE",
+        match=r"test_vit\.r160_in1k .* from https://huggingface.co/timm/test_vit.r160_in1k: on another machine run `jepakit weights fetch test_vit.r160_in1k --out FILE`, or .*, and give --weights FILE",
     ):
         start_backbone("test_vit.r160_in1k", "pretrained", 64)
     with pytest.raises(BackboneError, match="--weights FILE"):

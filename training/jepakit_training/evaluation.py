@@ -19,7 +19,7 @@ from jepakit.comparison import Comparison
 from jepakit.config import AdaptConfig
 from jepakit.embedder import Embedder, check_pooling, pool_all, poolings_of
 from jepakit.errors import DataError, ImageError, InputError
-from jepakit.evaluate import NO_LABELS, Measurement, compare, measure, no_labels
+from jepakit.evaluate import NO_LABELS, Measurement, judge, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split
@@ -180,7 +180,7 @@ class Measuring:
             return no_labels(int(is_fit.sum()), int((~is_fit).sum()), self._why_no_labels)
         fit, held_out = self.images.only(is_fit & is_labelled), self.images.only(~is_fit & is_labelled)
         assert held_out.labels is not None
-        return compare(
+        return judge(
             before.measurement, after.measurement, held_out.labels,
             n_train=len(fit.indices), groups=held_out.groups, train_labels=fit.labels,
         )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Which of two models to keep, by their embeddings of the same labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jepakit._messages import counted, first_few
+from jepakit.comparison import Comparison
+from jepakit.embeddings import Embeddings
+from jepakit.errors import DataError
+from jepakit.evaluate import Advice, cross_measure, judge
+
+
+def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None = None) -> Comparison:
+    """Judge `after` against `before`, two models' embeddings of the same labelled images, in any order.
+
+    groups  a name for each image of `before` (its patient, slide or scene): no group is split between folds, and the interval
+            is over groups
+
+    Each image is judged by probes that were fitted on the others, in five folds; how the interval is made: docs/verdict.md. Print
+    the result for a table. The images should be ones that neither model was trained on.
+
+    Raises DataError where these are not the same images with the same labels, where there are no labels, or groups that do
+    not fit.
+    """
+    after = after[_places(before.ids, after.ids)]
+    if before.labels is None or after.labels is None:
+        which = "the first" if before.labels is None else "the second"
+        raise DataError(f"{which} embeddings have no labels, and models are compared on labelled images: embed such")
+    for name, one, other in zip(before.ids, before.labels, after.labels, strict=True):
+        if one != other:
+            raise DataError(
+                f"{name} is labelled {one!r} in the first embeddings and {other!r} in the second: embed it again"
+            )
+    labels = np.array(before.labels)
+    measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (before, after))
+    return judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
+
+
+_ADVICE = Advice(
+    better="keep the second",
+    worse="keep the first",
+    same="either will do",
+    undecided=" before you switch",
+)
+
+
+def _places(wanted: Sequence[str], ids: Sequence[str]) -> list[int]:
+    """Where in `ids` each of the `wanted` is; DataError unless both name the same images, each once."""
+    place_of = {name: place for place, name in enumerate(ids)}
+    if alone := sorted(place_of.keys() ^ set(wanted)):
+        raise DataError(
+            f"these are not embeddings of the same images: {first_few(alone, 3)} "
+            f"{'is' if len(alone) == 1 else 'are'} in one of them alone; embed the same images with both models"
+        )
+    if not len(wanted) == len(ids) == len(place_of):
+        raise DataError(
+            f"{len(wanted):,} and {len(ids):,} embeddings are of {counted(len(place_of), 'image')}, some of them twice: embed each "
+            "image once"
+        )
+    return [place_of[name] for name in wanted]

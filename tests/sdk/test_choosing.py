@@ -1,0 +1,153 @@
+"""Which of two models' embeddings of the same images to keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+import jepakit
+from jepakit import Embeddings
+from jepakit.cli import app
+from jepakit.errors import ConfigError, DataError
+from jepakit.evaluate import cross_measure
+
+NAMES = np.array(["ant", "bee", "cat"])
+
+
+def embeddings(noise: float, n: int = 90, *, seed: int = 0, groups: NDArray[np.intp] | None = None) -> Embeddings:
+    """Centres that are the same for every seed, with noise round them, and round those of the groups where there are some."""
+    of_class = (np.arange(n) if groups is None else groups) % 3
+    random = np.random.default_rng(seed)
+    vectors = 0.6 * np.random.default_rng(99).standard_normal((3, 16))[of_class] + noise * random.standard_normal(
+        (n, 16)
+    )
+    if groups is not None:
+        vectors += random.standard_normal((groups.max() + 1, 16))[groups]
+    ids = tuple(f"{place}.png" for place in range(n))
+    return Embeddings(vectors.astype(np.float32), f"{seed:016x}", ids, tuple(NAMES[of_class].tolist()))
+
+
+def test_the_better_of_two_models_is_kept_whichever_comes_first() -> None:
+    noisy, clear = embeddings(2.0), embeddings(0.3, seed=1)
+    up, down = jepakit.compare(noisy, clear), jepakit.compare(clear, noisy)
+    assert (up.verdict.word, down.verdict.word) == ("better", "worse")
+    assert up.verdict.reason.endswith("; keep the second")
+    assert down.verdict.reason.endswith("; keep the first")
+    assert up.verdict.difference == pytest.approx(-(down.verdict.difference or 0))
+    assert (up.n_train, up.n_held_out) == (90, 90)
+    assert up.before == down.after
+
+
+def test_images_are_told_by_their_names_not_by_their_order() -> None:
+    one, other = embeddings(2.0), embeddings(1.0, seed=1)
+    turned = other[np.random.default_rng(0).permutation(len(other))]
+    assert jepakit.compare(one, turned) == jepakit.compare(one, other)
+
+
+def test_no_image_is_judged_by_probes_that_it_was_fitted_on() -> None:
+    noise = np.random.default_rng(0).standard_normal((60, 64)).astype(np.float32)
+    labels = NAMES[np.random.default_rng(1).permutation(60) % 2]
+    scores = cross_measure(noise, labels).scores
+    assert max(scores.linear, scores.knn) < 0.7, "in so many dimensions those fitted on would all be right"
+    pairs = np.arange(60) // 2
+    twins, of_pair = noise[pairs], labels[pairs]
+    assert cross_measure(twins, of_pair).scores.linear > 0.8, "the twin was fitted on"
+    assert cross_measure(twins, of_pair, groups=pairs).scores.linear < 0.7
+
+
+def test_chance_is_seldom_called_a_difference() -> None:
+    words = [
+        jepakit.compare(embeddings(1.5, seed=2 * seed), embeddings(1.5, seed=2 * seed + 1)).verdict.word
+        for seed in range(20)
+    ]
+    assert words.count("better") + words.count("worse") <= 3
+
+
+def test_groups_are_counted_as_wholes() -> None:
+    groups = np.arange(120) // 10
+    before, after = embeddings(2.0, 120, groups=groups), embeddings(1.0, 120, seed=1, groups=groups)
+    alone, together = jepakit.compare(before, after), jepakit.compare(before, after, groups=groups)
+    assert "interval over groups" in together.verdict.reason
+    assert together.after != alone.after
+    assert width(together) > width(alone)
+
+
+def width(comparison: jepakit.Comparison) -> float:
+    assert comparison.verdict.low is not None
+    assert comparison.verdict.high is not None
+    return comparison.verdict.high - comparison.verdict.low
+
+
+@pytest.mark.parametrize("labels", [["ant"] * 8 + ["bee"] * 2, ["ant"] * 10, ["ant"]])
+def test_two_classes_of_few_images_tell_nothing(labels: list[str]) -> None:
+    vectors = np.random.default_rng(0).standard_normal((len(labels), 4)).astype(np.float32)
+    few = Embeddings(vectors, "a", tuple(map(str, range(len(labels)))), tuple(labels))
+    assert jepakit.compare(few, few).verdict.word == "cannot tell"
+
+
+def test_a_class_that_no_fold_but_its_own_has_costs_no_verdict() -> None:
+    groups = np.array(
+        [*np.arange(60) // 2, 0, 5, 10]
+    )  # three images of a third class, in groups that are held out together
+    few = embeddings(0.5, 63)
+    labels = (*(NAMES[groups[:60] % 2].tolist()), "cat", "cat", "cat")
+    both = Embeddings(few.vectors, few.model_id, few.ids, labels)
+    assert jepakit.compare(both, both, groups=groups).verdict.difference == 0
+
+
+def test_only_the_same_labelled_images_can_be_compared() -> None:
+    known = embeddings(1.0)
+    with pytest.raises(DataError, match=r"not embeddings of the same images: 88.png, 89.png are in one of them alone"):
+        jepakit.compare(known, known[:88])
+    with pytest.raises(DataError, match=r"91 and 90 embeddings are of 90 images, some of them twice"):
+        jepakit.compare(known[[*range(90), 0]], known)
+    with pytest.raises(DataError, match=r"90 and 91 embeddings are of 90 images, some of them twice"):
+        jepakit.compare(known, known[[*range(90), 0]])
+    nameless = Embeddings(known.vectors, known.model_id, known.ids)
+    with pytest.raises(DataError, match="the second embeddings have no labels"):
+        jepakit.compare(known, nameless)
+    with pytest.raises(DataError, match="the first embeddings have no labels"):
+        jepakit.compare(nameless, known)
+    assert known.labels is not None
+    other = Embeddings(known.vectors, known.model_id, known.ids, ("bee", *known.labels[1:]))
+    with pytest.raises(DataError, match=r"0.png is labelled 'ant' in the first embeddings and 'bee' in the second"):
+        jepakit.compare(known, other)
+    with pytest.raises(DataError, match="90 images, but groups of shape"):
+        jepakit.compare(known, known, groups=["a"])
+
+
+def test_files_are_compared_in_the_shell(tmp_path: Path) -> None:
+    groups = np.arange(90) // 5
+    embeddings(2.0, groups=groups).save(tmp_path / "a.npz")
+    embeddings(0.3, seed=1, groups=groups).save(tmp_path / "b.npz")
+    (tmp_path / "groups.csv").write_text(
+        "path,group\n" + "".join(f"{n}.png,{group}\n" for n, group in enumerate(groups))
+    )
+    files = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
+    told = CliRunner().invoke(app, ["compare", *files])
+    assert told.exit_code == 0, told.output
+    assert "first  second   (on 90 held-out images)" in told.output.splitlines()[0]
+    assert "keep the second" in told.output
+    found = json.loads(
+        CliRunner().invoke(app, ["compare", *files, "--group", str(tmp_path / "groups.csv"), "--json"]).output
+    )
+    assert "over groups" in found["verdict"]["reason"]
+
+
+def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) -> None:
+    assert callable(image_folder)
+    images = image_folder(per_class=10)
+    for name in ("one", "other"):
+        jepakit.export("test_vit:random", tmp_path / name, image_size=64)
+    bundles = [str(tmp_path / "one"), str(tmp_path / "other")]
+    told = CliRunner().invoke(app, ["compare", *bundles, "--images", str(images)])
+    assert told.exit_code == 0, told.output
+    assert "+0.0 points" in told.output
+    missing = CliRunner().invoke(app, ["compare", *bundles])
+    assert isinstance(missing.exception, ConfigError)
+    assert "by --images" in str(missing.exception)
