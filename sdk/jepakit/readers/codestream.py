@@ -17,8 +17,8 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
             return _jpeg(data)
         if data[:4] == b"\xff\x4f\xff\x51":
             return _jpeg2000(data)
-        if data[4:8] == b"jP  " and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
-            return _jpeg2000(data[start : start + 64])
+        if data[4:8] == b"jP  ":
+            return _jp2(data)
     except struct.error:
         pass
     return None
@@ -39,6 +39,22 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
         if marker in (0xD9, 0xDA):
             return None
         at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+
+def _jp2(data: bytes) -> tuple[int, int] | None:
+    """By its boxes, as decoders find the stream: a search of ours could be led astray."""
+    at = 0
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        start = at + 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, start)
+            start += 8
+        if kind == b"jp2c":
+            return _jpeg2000(data[start : start + 64]) if data.startswith(b"\xff\x4f\xff\x51", start) else None
+        if at + length < start:  # 0 is a box to the end of the file, and others lie
+            return None
+        at += length
 
 
 def _jpeg2000(data: bytes) -> tuple[int, int]:

@@ -51,7 +51,9 @@ _VERBATIM = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _DECODERS = ("gdcm", "pillow", "pydicom")
 """pydicom's plugins, the first one at hand is used: named, lest an installed GPL one be picked up."""
 _IMAGECODECS = "imagecodecs"
-_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_JPEGS = "1.2.840.10008.1.2.4."
+"""What the syntaxes of JPEG, JPEG-LS and JPEG 2000 begin with: their streams say how large they are."""
+_JPEG_BASELINE, _JPEG_EXTENDED = f"{_JPEGS}50", f"{_JPEGS}51"
 _ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
@@ -227,6 +229,9 @@ class DicomRaster(Raster):
             available = decoder.available_plugins
             could = any(line.startswith(_DECODERS) for line in decoder.missing_dependencies)
         for plugin in (*_DECODERS, _IMAGECODECS):
+            # Of a damaged stream of these GDCM throws an error past Python, which ends the process.
+            if plugin == "gdcm" and self._syntax in (_JPEG_BASELINE, _JPEG_EXTENDED):
+                continue
             if plugin in available:
                 return plugin
         if not could:
@@ -252,6 +257,11 @@ class DicomRaster(Raster):
         file.seek(self._pixels_at + 12)
         data = get_frame(file, frame, number_of_frames=self.header.frames, extended_offsets=offsets)
         size = claimed_size(data)
+        if size is None and self._syntax.startswith(_JPEGS):
+            raise ImageError(
+                f"{self._name}: damaged: a frame is no JPEG or JPEG 2000 stream, or does not say how large it is",
+                code="unreadable",
+            )
         if size is not None and size != (self.header.width, self.header.height):
             raise ImageError(
                 f"{self._name}: damaged: a frame claims {size[0]} × {size[1]} pixels, the header "

@@ -10,7 +10,9 @@ images are refused.
 from __future__ import annotations
 
 import importlib.util
+import lzma
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,9 @@ _JPEG = 7
 _COMPRESSIONS = frozenset({1, 5, _JPEG, 8, 32773, 32946, 33005, 34712, 34925, 50000})
 """None, LZW, JPEG, deflate (2 codes), PackBits, JPEG 2000 (2 codes), LZMA, ZSTD: their output has a known bound."""
 _COMPRESSIONS_OF_PILLOW = frozenset({1, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 34925, 50000, 50001})
+_DEFLATE, _LZMA = frozenset({8, 32946}), 34925
+_READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
+"""Without imagecodecs. Its PackBits takes a list entry for each byte, whatever the strip's size."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
@@ -215,6 +220,8 @@ class TiffRaster(Raster):
             width, height = claimed_size(data) or (math.inf, math.inf)
             if width > page.chunks[1] or height > page.chunks[0]:
                 raise ValueError("a strip or tile claims another size")
+        if importlib.util.find_spec("imagecodecs") is None:
+            _refuse_bomb(data, page.compression, math.prod(page.chunks) * page.dtype.itemsize)
         return data
 
     def _paste(self, page: Any, index: int, data: bytes, window: Window, pixels: Pixels) -> None:
@@ -369,11 +376,23 @@ def _refuse_unread(page: Any, name: str) -> None:
             f"alpha beside {page.dtype} bands, which cannot be laid on white without a scaling: save it without alpha"
         )
     how = f"compression {int(page.compression)} and predictor {int(page.predictor)}"
-    by_itself = _can_decode(page) and page.compression != _JPEG and page.bitspersample % 8 == 0
+    by_itself = _can_decode(page) and page.compression in _READ_BY_TIFFFILE and page.bitspersample % 8 == 0
     if not by_itself and importlib.util.find_spec("imagecodecs") is None:
         raise MissingExtraError(f"{name}: a TIFF with {how} needs imagecodecs: pip install 'jepakit[codecs]'")
     if page.compression not in _COMPRESSIONS or not _can_decode(page):
         raise refusal(f"{how}, which is not read: save it with deflate or ZSTD")
+
+
+def _refuse_bomb(data: bytes, compression: int, most: int) -> None:
+    """ValueError for a strip or tile of more than `most` bytes: tifffile's own decoders inflate all that there is."""
+    if compression in _DEFLATE:
+        inflated = zlib.decompressobj().decompress(data, most + 1)
+    elif compression == _LZMA:
+        inflated = lzma.LZMADecompressor().decompress(data, most + 1)
+    else:
+        return
+    if len(inflated) > most:
+        raise ValueError("a strip or tile holds more than its size")
 
 
 def _grid(page: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import struct
@@ -14,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
@@ -21,6 +23,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGLSLossless,
     RLELossless,
     SecondaryCaptureImageStorage,
@@ -388,6 +391,46 @@ def test_a_compressed_frame_that_claims_another_size_is_refused_before_it_is_dec
     lying = stream[:8] + (65000).to_bytes(4, "big") * 2 + stream[16:]
     message = refused(compress(make(ramp()), JPEG2000Lossless, [lying]), "unreadable")
     assert "65000 × 65000" in message
+
+
+def boxed(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def test_a_jp2_is_judged_by_the_stream_that_is_decoded(refused: Refused) -> None:
+    import imagecodecs
+
+    stream = bytes(imagecodecs.jpeg2k_encode(ramp(height=300, width=200), codecformat="jp2", reversible=True))
+    whole = compress(make(ramp(height=300, width=200)), JPEG2000Lossless, [stream])
+    np.testing.assert_array_equal(read(whole)[..., 0], ramp(height=300, width=200))
+    small = bytes(imagecodecs.jpeg2k_encode(ramp(), codecformat="j2k", reversible=True))
+    head = stream.index(b"jp2h") - 4
+    hidden = stream[:head] + boxed(b"free", small) + stream[head:]
+    assert "claims 200 × 300 pixels" in refused(compress(make(ramp()), JPEG2000Lossless, [hidden]), "unreadable")
+    for bad in (stream[:head], stream[:head] + boxed(b"jp2c", b"none"), stream[:head] + bytes(8), stream[: head + 6]):
+        assert "does not say how large" in refused(compress(make(ramp()), JPEG2000Lossless, [bad]), "unreadable")
+
+
+@pytest.mark.parametrize("colour", [False, True], ids=["grey", "colour"])
+def test_a_damaged_jpeg_is_refused_or_read_and_never_ends_the_process(colour: bool) -> None:
+    """GDCM throws an error past Python for a quarter of these."""
+    pixels = np.tile(ramp("uint8", height=64, width=64)[..., None], 3) if colour else ramp("uint8", height=64, width=64)
+    jpeg = io.BytesIO()
+    Image.fromarray(pixels).save(jpeg, "JPEG")
+    stream, random = jpeg.getvalue(), np.random.default_rng(0)
+    whole = make(pixels, kind="YBR_FULL_422" if colour else "MONOCHROME2")
+    with pytest.raises(ImageError, match="does not say how large it is"):
+        read(compress(whole, JPEGBaseline8Bit, [stream[:2] + bytes(2) + stream[2:]]))
+    n_read = 0
+    for place in random.integers(2, len(stream) - 2, 100):
+        damaged = [
+            stream[:place] + bytes([stream[place] ^ 1 << random.integers(8)]) + stream[place + 1 :],
+            stream[:place] + random.bytes(2) + stream[place:],
+            stream[:place] + stream[place + 2 :],
+        ][place % 3]
+        with contextlib.suppress(ImageError):
+            n_read += read(compress(whole, JPEGBaseline8Bit, [damaged])).shape[:2] == (64, 64)
+    assert 0 < n_read < 100
 
 
 @pytest.mark.parametrize("syntax", [JPEG2000Lossless, RLELossless], ids=["JPEG 2000", "RLE"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import struct
 import subprocess
 import sys
@@ -204,6 +205,48 @@ print(json.dumps(codes))
     codes = json.loads(done.stdout.splitlines()[-1])
     assert set(codes) == set(bombs)
     assert set(codes.values()) <= {"too_large", "unreadable", "unsupported_format"}, codes
+
+
+def strip(compressed: bytes, compression: str) -> bytes:
+    """A TIFF of 64 × 64 pixels in 16 bits, whose one strip holds what it is given."""
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer, iter([compressed]), shape=(64, 64), dtype="uint16", compression=compression, rowsperstrip=64
+    )
+    return buffer.getvalue()
+
+
+def test_without_imagecodecs_a_tiff_is_inflated_no_further_than_its_size(tmp_path: Path) -> None:
+    """tifffile's own decoders inflate whatever a strip holds: 2 MB took 4 GB."""
+    pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    for name, compression, compress in (("deflate", "zlib", zlib.compress), ("lzma", "lzma", lzma.compress)):
+        (tmp_path / f"{name}.tif").write_bytes(strip(compress(pixels.tobytes()), compression))
+        (tmp_path / f"{name}-bomb.tif").write_bytes(strip(compress(pixels.tobytes() + bytes(200 << 20)), compression))
+    (tmp_path / "packbits.tif").write_bytes(strip(bytes(8), "packbits"))
+    program = f"""
+import json, sys
+from pathlib import Path
+sys.modules["imagecodecs"] = None
+from jepakit.errors import ImageError, MissingExtraError
+from jepakit.readers import open_raster
+found = {{}}
+for file in sorted(Path({str(tmp_path)!r}).iterdir()):
+    try:
+        with open_raster(file) as raster:
+            found[file.stem] = int(raster.read().sum())
+    except (ImageError, MissingExtraError) as error:
+        found[file.stem] = getattr(error, "code", "missing")
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(json.dumps([found, int(peak.split()[1])]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, peak_kb = json.loads(done.stdout.splitlines()[-1])
+    whole = int(pixels.sum())
+    assert found == {
+        "deflate": whole, "deflate-bomb": "unreadable", "lzma": whole, "lzma-bomb": "unreadable", "packbits": "missing"
+    }  # fmt: skip
+    assert peak_kb < 200 << 10
 
 
 def test_the_smallest_images_are_8_a_side() -> None:
