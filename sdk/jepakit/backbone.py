@@ -53,13 +53,6 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     Weights are never random unless asked for.
     """
     check_name(name)
-    if is_bundle_weights(weights):
-        bundle = open_bundle(weights)
-        bundle.check(WEIGHTS)
-        license_, file = bundle.manifest.backbone.start.license, Path(weights) / WEIGHTS
-    else:
-        license_, file = None, Path(weights)
-
     arguments = _size_arguments(name, image_size)
     if bands != 3:
         arguments["in_chans"] = bands
@@ -69,10 +62,10 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     elif weights == "random":
         module, start = build(name, arguments), StartWeights(source="random", license="none needed")
     else:
-        state, header = _read_state(file)
+        state, file, license_ = _given_state(weights)
         module = build(name, arguments)
         _load(module, state, file)
-        start = StartWeights(source=f"file {file.name}", license=license_ or header.get("license") or "unknown")
+        start = StartWeights(source=f"file {file.name}", license=license_ or "unknown")
     return module.eval(), Backbone(name=name, arguments=arguments, start=start)
 
 
@@ -277,6 +270,17 @@ def _hub_in_reach(repository: str | None) -> bool:
     except OSError:
         return False
     return True
+
+
+def _given_state(weights: str) -> tuple[dict[str, Tensor], Path, str | None]:
+    """The tensors of a bundle or a file, the file that they are in, and their licence, where it is known."""
+    if not is_bundle_weights(weights):
+        file = Path(weights)
+        state, header = _read_state(file)
+        return state, file, header.get("license")
+    bundle, file = open_bundle(weights), Path(weights) / WEIGHTS
+    bundle.check(WEIGHTS)
+    return _read_state(file)[0], file, bundle.manifest.backbone.start.license
 
 
 def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

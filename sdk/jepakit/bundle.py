@@ -345,6 +345,7 @@ class Bundle:
             raise BundleError(f"bundle {self.path} has no {name}{hint}")
         file = self.path / name
         try:
+            _check_regular(file)
             taken = take(file)
         except OSError as error:
             remedy = (
@@ -412,6 +413,13 @@ def _has_manifest(path: Path) -> bool:
         raise
 
 
+def _check_regular(file: Path) -> None:
+    """BundleError for a pipe, which would be read for ever, or a device, which never ends. Raises OSError."""
+    mode = file.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise BundleError(f"{file} is no regular file: do not use this bundle, jepakit did not make it")
+
+
 class Inside(NamedTuple):
     """What a folder of bundles holds, by name."""
 
@@ -440,6 +448,7 @@ def open_bundle(path: str | Path) -> Bundle:
     path = as_path(path, "path")
     file = path / MANIFEST
     try:
+        _check_regular(file)
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         if not path.exists():

@@ -179,6 +179,8 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
     options.log_severity_level = 3
     # A thread that waits by spinning takes the core from decoders, other sessions and neighbours (docs/engine.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Its own format is recognised by the bytes, and names other files in ways that nobody has checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     if data is not None:
         # Copied as the session is made. With this table no name is looked up on the disk, not even one that is missing here.
         options.add_external_initializers_from_files_in_memory([DATA], [data], [len(data)])

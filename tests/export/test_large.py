@@ -280,6 +280,46 @@ def test_a_graph_that_points_anywhere_else_is_refused(
         open_runtime(model.SerializeToString(), provider, 1, data=bundle.read(DATA))
 
 
+def varint(number: int) -> bytes:
+    low, rest = number & 127, number >> 7
+    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
+
+
+def field(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+@pytest.mark.parametrize(
+    "tag", [b"\x0a", b"\x8a\x00", b"\x8a\x80\x80\x80\x10"], ids=["plain", "padded", "of bits that are dropped"]
+)
+@pytest.mark.parametrize(
+    "length", [b"\x08", b"\x88\x00", b"\x88\x80\x80\x80\x10"], ids=["plain", "padded", "of bits that are dropped"]
+)
+def test_a_location_is_found_however_it_is_spelt(
+    exported: Callable[[str, bool], Bundle], provider: Provider, tag: bytes, length: bytes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Runtimes read numbers that Python's protobuf refuses: with such a spelling a file of the machine came out as a vector."""
+    (tmp_path / "secret").write_bytes(bytes(16))
+    monkeypatch.chdir(tmp_path)
+    location = field(13, tag + length + b"location" + field(2, b"secret"))
+    tensor = b"\x08\x04\x10\x01" + field(8, b"stolen") + location + b"\x70\x01"
+    with pytest.raises(BundleError, match=r"in another file|the graph cannot be read"):
+        open_runtime(exported("fp32", False).read(GRAPH) + field(7, field(5, tensor)), provider, 1)
+
+
+def test_a_graph_in_onnx_runtimes_own_format_is_refused(
+    exported: Callable[[str, bool], Bundle], tmp_path: Path
+) -> None:
+    """Nothing in it would be checked."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "model.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(exported("fp32", False).read(GRAPH), options)
+    with pytest.raises(BundleError, match="cannot open the graph"):
+        open_runtime((tmp_path / "model.ort").read_bytes(), "cpu", 1)
+
+
 def without_a_tensor(data: bytes) -> bytes:
     tensors = load(data)
     del tensors[min(name for name, array in tensors.items() if array.ndim == 2)]

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -299,6 +300,19 @@ def test_an_extra_file_is_named(bundle: Bundle, stranger: str) -> None:
     (bundle.path / stranger).write_bytes(b"")
     with pytest.raises(BundleError, match=rf"{stranger} does not belong to the bundle"):
         bundle.verify()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "golden.npz"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_would_be_read_for_ever_is_refused(bundle: Bundle, name: str, kind: str) -> None:
+    """Archives and copies keep pipes and links to devices."""
+    (bundle.path / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(bundle.path / name)
+    else:
+        (bundle.path / name).symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=rf"{name} is no regular file: do not use this bundle"):
+        open_bundle(bundle.path).verify()
 
 
 def test_an_extra_folder_is_named(bundle: Bundle) -> None:
