@@ -1,6 +1,6 @@
 """What every request passes first, as plain ASGI: request id, API key, size and pace of the body, drain; and its record.
 
-The key is judged before a byte of the body is read. The body is read here, counted and timed, so that the
+The key, or without keys the sender, is judged before a byte of the body is read. The body is read here, counted and timed, so that the
 application behind it only ever sees whole, small enough ones.
 """
 
@@ -15,10 +15,12 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jepakit._loopback import is_loopback
 from jepakit_service import logs, routes, tracing
 from jepakit_service.answers import send_error
 from jepakit_service.keys import KeyFile
@@ -27,6 +29,7 @@ from jepakit_service.wire import ApiError, fault, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
+_OTHER_SITES = ("same-site", "cross-site")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
@@ -154,8 +157,9 @@ class Gate:
         await send({"type": "lifespan.shutdown.complete"})
 
     def _check_key(self, headers: Headers) -> str | None:
-        """The name of the key that was sent, where keys are asked for."""
+        """The name of the key that was sent, where keys are asked for; else the sender is looked at."""
         if self._keys is None:
+            _refuse_other_sites(headers)
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         challenge = {"WWW-Authenticate": "Bearer"}
@@ -210,6 +214,22 @@ class Gate:
         return ApiError(
             413, "body_too_large",
             f"the body is larger than {self._settings.max_body_mb} MB: send fewer images a request",
+        )  # fmt: skip
+
+
+def _refuse_other_sites(headers: Headers) -> None:
+    """Refuse what a page of another site has the user's browser send: to a name of its own that leads here (DNS rebinding),
+    or across, as browsers say by Sec-Fetch-Site and Origin."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    try:
+        name, sender = urlsplit(f"//{host}").hostname or "", urlsplit(origin or f"//{host}").netloc
+    except ValueError:
+        name, sender = host, ""
+    if (host and not is_loopback(name)) or sender != host or headers.get("sec-fetch-site") in _OTHER_SITES:
+        raise ApiError(
+            403, "other_site",
+            "without API keys only programs and pages of this machine are answered, at an address of it such as 127.0.0.1: start "
+            "the service with --api-key-file",
         )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ _POLICY = (
 _REASONS = {
     400: "the request is wrong, and `code` says how",
     401: "an API key is missing or unknown",
+    403: "the service has no API keys, and the request is a page's of another site",
     404: "no such model or route",
     405: "the route takes another method",
     408: "the body took too long to arrive",
@@ -61,7 +62,7 @@ _REASONS = {
     500: "a fault of the service",
     503: "stopping or too slow: try again after Retry-After seconds",
 }
-_OF_GET = (400, 401, 404, 405, 500, 503)
+_OF_GET = (400, 401, 403, 404, 405, 500, 503)
 
 
 class ErrorDetail(TypedDict):

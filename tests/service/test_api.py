@@ -265,6 +265,12 @@ def test_the_key_is_judged_before_the_body_and_the_key_file_is_reread(bundle: Pa
             == "invalid_api_key"
         )
         assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        behind_a_proxy = {
+            "Authorization": f"Bearer {key}",
+            "Host": "embeddings.example",
+            "Sec-Fetch-Site": "cross-site",
+        }
+        assert http.get("/v1/models", headers=behind_a_proxy).status_code == 200
         assert status_of_a_declared_body(url, 100 << 30) == 401
         with jepakit.Client(url, api_key=key) as client:
             assert client.models()[0].name == "tiny"
@@ -274,11 +280,38 @@ def test_the_key_is_judged_before_the_body_and_the_key_file_is_reread(bundle: Pa
         assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Host": "localhost:8000", "Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "attacker.example"}, 403),
+        ({"Host": "127.0.0.1.attacker.example"}, 403),
+        ({"Host": "["}, 403),
+        ({"Origin": "https://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:3000"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+    ],
+)
+def test_without_keys_no_page_of_another_site_is_answered(
+    http: httpx.Client, headers: dict[str, str], status: int
+) -> None:
+    answer = http.post("/v1/embeddings", headers=headers, files=[("files", ("a.png", picture(0)))])
+    assert answer.status_code == status, answer.text
+    assert status == 200 or answer.json()["error"]["code"] == "other_site"
+    assert http.get("/v1/models", headers=headers).status_code == status
+    assert http.get("/healthz", headers=headers).status_code == 200
+
+
 def status_of_a_declared_body(url: str, length: int) -> int:
     """The status of a POST whose headers announce a body of which no byte is ever sent."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
         connection.sendall(head.encode())
         return int(connection.recv(4096).split()[1])
 
@@ -424,7 +457,7 @@ def test_long_answers_are_written_beside_the_event_loop(bundle: Path, monkeypatc
     monkeypatch.setattr(dialects, "write_openai", seen)
 
     async def ask(images: int) -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
             files = [("files", ("a.png", picture(0)))] * images
             return await client.post("/v1/embeddings", files=files)
 
@@ -519,7 +552,7 @@ def test_what_a_client_that_left_still_wanted_is_dropped(bundle: Path) -> None:
     server = running(ServeSettings(bundles=(str(bundle),), port=1, threads=1))
     images = 100
     files = [("files", (str(place), picture(place % 3, (400, 400), "JPEG"))) for place in range(images)]
-    request = httpx.Request("POST", "http://x/v1/embeddings", files=files)
+    request = httpx.Request("POST", "http://localhost/v1/embeddings", files=files)
     with server as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:

@@ -384,7 +384,7 @@ def answered(connection: socket.socket) -> int:
 
 
 def head(*headers: str) -> bytes:
-    lines = ["POST /v1/embeddings HTTP/1.1", "Host: x", "Content-Type: image/png", *headers]
+    lines = ["POST /v1/embeddings HTTP/1.1", "Host: localhost", "Content-Type: image/png", *headers]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -460,7 +460,7 @@ def test_strangers_take_no_room_from_those_with_a_key(bundle: Path) -> None:
 
 
 def test_a_websocket_is_refused(service: str) -> None:
-    lines = ["GET /v1/embeddings HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket"]
+    lines = ["GET /v1/embeddings HTTP/1.1", "Host: localhost", "Connection: Upgrade", "Upgrade: websocket"]
     key = ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
     answer = talk(service, ("\r\n".join([*lines, *key]) + "\r\n\r\n").encode())
     assert answer.startswith(b"HTTP/1.1 403")
@@ -489,7 +489,7 @@ def alone(bundle: Path) -> Iterator[str]:
 def test_strangers_write_nothing_into_the_log_and_uvicorn_writes_json(
     bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    upgrade = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    upgrade = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     with alone(bundle) as url:
         assert talk(url, b"rubbish\r\n\r\n").startswith(b"HTTP/1.1 400")
         assert talk(url, upgrade).startswith(b"HTTP/1.1 404")
@@ -509,7 +509,7 @@ def test_length_and_chunks_together_smuggle_nothing(victim: Victim) -> None:
     answer = talk(
         victim.url,
         head("Content-Length: 5", "Transfer-Encoding: chunked"),
-        b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
     )
     assert answer.split(b" ")[1] in (b"400", b"415"), answer
 
@@ -532,7 +532,7 @@ def test_large_parts_of_a_form_stay_in_memory(victim: Victim) -> None:
     assert httpx.post(f"{victim.url}/v1/embeddings", content=body, headers=headers).status_code == 415
     before, seen = victim.open_files(), set[str]()
     with connected(victim.url, timeout_s=30) as connection:
-        lines = f"POST /v1/embeddings?partial=true HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: {len(body)}\r\n\r\n"
+        lines = f"POST /v1/embeddings?partial=true HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(lines.encode())
         for at in range(0, len(body), MEGABYTE):
             connection.sendall(body[at : at + MEGABYTE])

@@ -64,7 +64,7 @@ class Deployment:
         """Ask the first replica."""
         app = FastAPI()
         app.include_router(operations.router(self.replicas[0]))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             return await http.get(path)
 
 
@@ -464,7 +464,7 @@ def test_probes_are_answered_while_one_body_holds_more_than_all_may(bundle: Path
 def test_a_length_of_thousands_of_digits_is_too_large_and_no_fault(bundle: Path) -> None:
     async def go(length: bytes) -> int:
         app = build_app(settings(bundle))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             headers = [(b"Content-Length", length), (b"Content-Type", b"image/png")]
             return (await http.post("/v1/embeddings", content=b"\x89PNG", headers=headers)).status_code
 
@@ -482,7 +482,7 @@ def test_the_length_of_a_body_in_chunks_is_not_believed(bundle: Path, declared: 
             await asyncio.sleep(0.3)
 
         app = build_app(settings(bundle, max_body_mb=1, max_bodies_mb=1))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             both = [(b"Content-Length", declared), (b"Transfer-Encoding", b"chunked"), (b"Content-Type", b"image/png")]
             held = asyncio.create_task(http.post("/v1/embeddings", content=slowly(), headers=both))
             await asyncio.sleep(0.1)

@@ -296,7 +296,7 @@ def test_a_client_that_never_sends_its_body_is_let_go(bundle: Path) -> None:
         serving(bundle, "--set", "body_timeout_s=2", "--set", "request_timeout_s=2") as url,
         socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=60) as client,
     ):
-        client.sendall(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        client.sendall(b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         answer = b""
         while part := client.recv(1 << 16):
             answer += part
