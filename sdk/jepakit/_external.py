@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from jepakit.bundle import DATA
 from jepakit.errors import BundleError
 
-# How a protobuf may spell the length of the key "location" of an external tensor, before the word: padded, and with bits that
-# runtimes drop. The tag before it is not looked at: it has as many spellings, and no graph of ours has such a string.
-_EXTERNAL_KEY = re.compile(rb"(\x08|\x88[\x80-\xff]*[\x00-\x7f])\Z", re.DOTALL)
+# How a protobuf may spell the key "location" of an external tensor: tag, length, word. Both numbers may be padded, and hold bits
+# that runtimes drop: whatever begins as they do is taken for them.
+_EXTERNAL_KEY = re.compile(rb"(\x0a|\x8a[\x80-\xff]*[\x00-\x7f])(\x08|\x88[\x80-\xff]*[\x00-\x7f])\Z", re.DOTALL)
 _EXTERNAL = 1
 # ONNX's number of a type: safetensors' name of it, numpy's.
 _TYPES = {

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ import typer
 from jepakit import __version__
 from jepakit._files import as_path, prepare_place, reason_of, written
 from jepakit._messages import counted, first_few
+from jepakit._one_line import one_line
 from jepakit.errors import ConfigError, JepakitError
 
 if TYPE_CHECKING:
@@ -456,10 +458,12 @@ def nearest(
 
     asked = Embeddings.load(queries)
     known = asked if index is None else Embeddings.load(index)
-    table = _table()
-    for query, places, cosines in zip(asked.ids, *known.nearest(None if index is None else asked, k), strict=True):
-        for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1):
-            table.writerow((query, rank, known.ids[place], f"{cosine:.4f}"))
+    found = zip(asked.ids, *known.nearest(None if index is None else asked, k), strict=True)
+    _print_rows(
+        (query, rank, known.ids[place], f"{cosine:.4f}")
+        for query, places, cosines in found
+        for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1)
+    )
 
 
 @weights_app.command("fetch")
@@ -552,20 +556,19 @@ def probe_predict(
 
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
     probabilities = fitted.predict_proba(vectors)
-    table = _table()
+    named = zip(vectors.ids, probabilities, strict=True)
     if every:
-        table.writerow(("id", *fitted.classes_))
-        table.writerows(
-            (name, *(f"{value:.4f}" for value in row)) for name, row in zip(vectors.ids, probabilities, strict=True)
-        )
-        return
-    for name, row in zip(vectors.ids, probabilities, strict=True):
-        table.writerow((name, fitted.classes_[row.argmax()], f"{row.max():.4f}"))
+        _print_rows([("id", *fitted.classes_)])
+        _print_rows((name, *(f"{value:.4f}" for value in row)) for name, row in named)
+    else:
+        _print_rows((name, fitted.classes_[row.argmax()], f"{row.max():.4f}") for name, row in named)
 
 
-def _table() -> Any:
-    """Tab-separated rows on standard output; what holds a tab, a line break or a quote is quoted."""
-    return csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+def _print_rows(rows: Iterable[tuple[object, ...]]) -> None:
+    """Tab-separated rows on standard output; what holds a tab, a line break or a quote is quoted, on a terminal escaped."""
+    show = one_line if sys.stdout.isatty() else str
+    table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+    table.writerows([show(str(cell)) for cell in row] for row in rows)
 
 
 def _source(images: list[str]) -> str | list[str]:

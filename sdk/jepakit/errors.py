@@ -30,11 +30,16 @@ Every message says what happened, with which value, and what to do next.
 
 from __future__ import annotations
 
+from jepakit._one_line import one_line
+
 
 class JepakitError(Exception):
-    """Base class of everything jepakit raises on purpose."""
+    """Base class of everything jepakit raises on purpose. Its text is one line, whatever the names in it hold."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class InputError(JepakitError, ValueError):

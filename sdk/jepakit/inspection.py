@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ConfigDict
 
 from jepakit._frozen import Frozen
 from jepakit._messages import first_few
+from jepakit._one_line import one_line
 from jepakit.bundle import Scaling
 from jepakit.config import Domain
 
@@ -65,7 +66,7 @@ class Inspection(Frozen):
     sheet: Text | None = None
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(map(one_line, _lines(self)))
 
 
 def _lines(seen: Inspection) -> list[str]:

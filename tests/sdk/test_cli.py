@@ -243,3 +243,38 @@ def test_images_are_named_first_and_by_no_setting(tmp_path: Path, command: str) 
     done = CliRunner().invoke(app, [command, str(tmp_path), "--set", "images=other"])
     assert isinstance(done.exception, ConfigError)
     assert "images is no setting of --set" in str(done.exception)
+
+
+# A title, a colour, and a line of the stranger's own.
+FORGED = "\x1b]0;owned\x07\x1b[31m\nerror: all is well\x9b.png"
+
+
+def test_a_strangers_names_cannot_write_on_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    Image.effect_noise((40, 40), 50).save(tmp_path / "scans" / "whole.png")
+    (tmp_path / "scans" / FORGED).write_text("damaged")
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "scans"), "--sheet", str(tmp_path / "sheet.png")])
+    assert r"\x1b]0;owned\x07\x1b[31m\x0aerror: all is well\x9b.png" in told.stdout
+    assert not set("\x1b\x07\x9b") & set(told.stdout + told.stderr)
+    with pytest.raises(jepakit.errors.DataError, match=r"owned\\x07\\x1b\[31m\\x0aerror"):
+        Embeddings.load(tmp_path / FORGED)
+
+
+def test_rows_are_escaped_on_a_terminal_alone(tmp_path: Path) -> None:
+    Embeddings(np.eye(2, dtype=np.float32), "0" * 16, (FORGED, "b")).save(tmp_path / "e.npz")
+    master, terminal = os.openpty()
+    program = [
+        sys.executable,
+        "-c",
+        "from jepakit.cli import main; main()",
+        "nearest",
+        str(tmp_path / "e.npz"),
+        "-k",
+        "1",
+    ]
+    subprocess.run(program, stdout=terminal, check=True)
+    os.close(terminal)
+    shown = os.read(master, 4096)
+    os.close(master)
+    assert rb"\x1b]0;owned" in shown
+    assert b"\x1b" not in shown

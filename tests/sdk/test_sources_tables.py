@@ -162,7 +162,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),
         (["path,Label,label", "1.png,a,b"], r"has two columns named 'Label'"),
         (["path,label,Label,label", "1.png,a,b,c"], r"has two columns named 'label'"),
-        (["path", "1.png", "a\0/b.png"], r"lists a\0/b\.png, which is no file"),
+        (["path", "1.png", "a\0/b.png"], r"lists a\\x00/b\.png, which is no file"),
         (["path,split", "1.png,test", "2.png,val"], r"no row's split is train \(found test, val\)"),
     ],
 )  # fmt: skip
