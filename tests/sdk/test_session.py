@@ -326,3 +326,15 @@ def test_bytes_files_and_arrays_embed_alike(model: Model, images: NDArray[np.uin
     vectors = [model.embed(one, progress=False).vectors for one in (tmp_path / "a.png", buffer.getvalue(), images[0])]
     np.testing.assert_array_equal(vectors[0], vectors[1])
     np.testing.assert_array_equal(vectors[0], vectors[2])
+
+
+def test_a_batch_is_filled_up_to_the_next_bucket_and_no_further(images: NDArray[np.uint8]) -> None:
+    seen = []
+
+    def run(batch: Pixels) -> list[NDArray[np.float32]]:
+        seen.append(len(batch))
+        return [np.zeros((len(batch), 2), np.float32)]
+
+    for count in (1, 3, 8, 9):
+        _by_buckets(run, images[:count], (1, 2, 4, 8))
+    assert seen == [1, 4, 8, 8, 1]

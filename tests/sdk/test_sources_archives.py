@@ -392,3 +392,12 @@ def test_members_are_read_rightly_in_forked_workers_at_once(tmp_path: Path) -> N
 
 def test_gather_takes_archives_too(tmp_path: Path) -> None:
     assert gather(zip_of(tmp_path / "a.zip", {"x/1.png": b"", "y/2.png": b""}), "folder").labels == ("x", "y")
+
+
+def test_a_cls_goes_before_a_json_that_stands_before_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("a.png", b"x"), ("a.json", b'{"label": "json"}'), ("a.cls", b"cls")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    assert list_images(tmp_path / "a.tar").labels == ("cls",)

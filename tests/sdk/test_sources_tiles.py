@@ -349,3 +349,10 @@ def test_a_file_that_opens_but_cannot_be_read_keeps_its_tiles_for_the_reader_to_
 
     torn = Torn(*parts(16, 8, nodata=0))
     assert len(list_images(make(a=torn), tile=8)) == 2
+
+
+@pytest.mark.parametrize(("share", "tiles"), [(1.0, 1), (0.5, 2)])
+def test_a_tile_of_just_as_much_valid_area_as_asked_for_is_taken(make: Make, share: float, tiles: int) -> None:
+    each = scene(8, 16, nodata=-1)
+    each.pixels[:, :4, 8:] = -1  # half of the second tile
+    assert len(list_images(make(a=each), tile=8, min_valid=share)) == tiles

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
-from jepakit._job import RequestLimits
+from jepakit._job import Job, RequestLimits
 from jepakit._models import spec_of
 from jepakit.bundle import Manifest
 from jepakit.cli import app
@@ -52,6 +52,7 @@ from jepakit.errors import (
     ResponseError,
 )
 from jepakit.session import Model, Session
+from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
 
 from .conftest import picture, promising_others, running
@@ -1325,3 +1326,13 @@ def test_an_address_that_only_looks_like_a_route_is_one(url: str) -> None:
 def test_tiles_of_no_number_are_refused(service: str, folder: Path) -> None:
     with jepakit.Client(service) as client, pytest.raises(ConfigError, match="tile = 'a': wanted a number of pixels"):
         client.embed(folder, tile="a")  # type: ignore[arg-type]
+
+
+def test_what_multipart_adds_to_a_file_counts_in_its_request() -> None:
+    listed = gather(
+        [bytes(500)] * 4, "none", tile=None, overlap=0, min_valid=0.5, frame=None, progress=False, most_unreadable=0
+    )
+    with httpx.Client(base_url="http://127.0.0.1") as http:
+        chunks = list(Job(listed, None, RequestLimits(bytes=2000, largest=2000)).parts())
+        assert max(len(chunk.request(http).read()) for chunk in chunks) <= 2000
+    assert [place for chunk in chunks for place in chunk.places] == [0, 1, 2, 3]

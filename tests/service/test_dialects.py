@@ -267,3 +267,9 @@ def test_a_short_json_cannot_become_large_in_memory(http: httpx.Client) -> None:
         body = '{"input":[' + ",".join([inner] * 100_000) + "]}"
         answer = http.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_values")
+
+
+def test_objects_count_as_lists_do() -> None:
+    wire.check_json_size(b"[{" * 5, 10)
+    with pytest.raises(wire.ApiError, match="11 lists and objects, at most 10"):
+        wire.check_json_size(b"{" * 11, 10)

@@ -7,8 +7,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tests.training.full_disk import files_no_longer_than
@@ -18,6 +20,7 @@ import jepakit
 from jepakit.cli import app
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
+from jepakit_training.inspecting import near_duplicates
 from jepakit_training.pictures import _fitting
 from jepakit_training.place import _is_among, is_sheet
 
@@ -133,3 +136,9 @@ def test_of_a_set_that_is_labelled_in_part_the_labelled_images_are_counted(image
     assert seen.labels == {"a": 2, "b": 1}
     assert seen.source == "labels: 2 classes from the manifest's column label; 3 of 4 images are labelled"
     assert not any("label" in words for words in seen.advice)
+
+
+def test_images_whose_hash_says_nothing_are_no_near_duplicates() -> None:
+    flat, noisy = np.ones(256, bool), np.arange(256) % 2 == 0
+    seen = [SimpleNamespace(index=place, fingerprint=bits) for place, bits in enumerate([flat, flat, noisy, noisy])]
+    assert near_duplicates(SimpleNamespace(seen=seen)) == [(2, 3)]  # type: ignore[arg-type]

@@ -255,3 +255,14 @@ def test_floats_stay_within_0_and_1() -> None:
     assert views.dtype == torch.float32
     assert 0 <= float(views.min()) < 0.05
     assert 0.95 < float(views.max()) <= 1
+
+
+def test_offsets_are_shares_of_the_full_range_of_float_values_too() -> None:
+    view = torch.full((2, 16, 16), 0.5)
+    assert torch.allclose(changed(view, offset=[0.02, -0.1])[:, 0, 0], torch.tensor([0.52, 0.4]))
+
+
+def test_drawn_angles_reach_the_degrees_asked_for_in_radians() -> None:
+    angles = drawn("radiology", views=2000).angle
+    assert np.abs(angles).max() == pytest.approx(np.radians(10), rel=0.01)
+    assert angles.min() < 0 < angles.max()

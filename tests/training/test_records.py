@@ -51,3 +51,19 @@ def test_names_that_are_not_utf_8_are_listed_and_known_again(tmp_path: Path) -> 
         skipped = SkippedFiles(tmp_path / SKIPPED, 9, most=0.5, main=True)
         skipped.add((name, f"{name}: cannot be read"))
     assert (tmp_path / SKIPPED).read_bytes().count(b"\nbad\xfe.png,") == 1
+
+
+def test_a_resumed_run_counts_the_images_listed_before_and_no_more(tmp_path: Path) -> None:
+    for _ in range(3):
+        skipped = SkippedFiles(tmp_path / SKIPPED, 100, most=0.02, main=True)
+        skipped.add(("a.png", "damaged"), ("b.png", "damaged"))
+        assert len(skipped) == 2
+    with pytest.raises(DataError, match=r"3 of 100 so far"):
+        skipped.add(("c.png", "damaged"))
+
+
+def test_a_resumed_log_drops_the_line_of_the_first_step_that_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    path.write_text('{"step": 9}\n{"step": 19}\n{"step": 29}\n')
+    StepLog(path, 19, main=True).close()
+    assert [row["step"] for row in read_metrics(path)] == [9]

@@ -92,3 +92,15 @@ def test_in_bfloat16_only_frozen_layers_before_the_first_trained_one_are(
     assert got.dtype == torch.float32
     error = float((got - expected).detach().norm() / expected.detach().norm())
     assert 1e-5 < error < 0.1
+
+
+def test_a_frozen_layer_that_is_used_again_behind_a_trained_one_stays_in_float32(noise: Tensor) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.trained = nn.Conv2d(3, 3, 1).requires_grad_(False), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(self.trained(self.shared(x)))  # type: ignore[no-any-return]
+
+    assert twin_of(Again(), noise, bf16=True).shared.weight.dtype == torch.float32  # type: ignore[union-attr]

@@ -268,3 +268,16 @@ def test_crops_go_to_a_device_and_their_changes_stay() -> None:
     moved = crops.to(torch.device("meta"))
     assert {group.device.type for group in moved.views} == {"meta"}
     assert moved.global_changes is crops.global_changes
+
+
+@pytest.mark.parametrize(("height", "width", "box"), [(30, 900, (30, 40)), (900, 30, (40, 30))])
+def test_crops_of_a_long_thin_image_are_the_largest_of_a_legal_aspect(
+    height: int, width: int, box: tuple[int, int]
+) -> None:
+    boxes = np.array(draw_boxes(np.random.default_rng(0), 50, height, width, (0.3, 1.0)))
+    assert np.array_equal(boxes[:, 2:] - boxes[:, :2], np.full((50, 2), box))
+
+
+def test_quarter_turns_alone_are_all_four() -> None:
+    seen = orientations("general", axis=1, horizontal_flip=0, quarter_turns=True)
+    assert seen == {"left", "right", "top", "bottom"}

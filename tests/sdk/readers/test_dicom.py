@@ -562,3 +562,12 @@ def test_a_real_12_bit_jpeg_is_read(shared: Path) -> None:
 def test_real_ct_padding_is_in_hounsfield_units(shared: Path) -> None:
     with open_raster(shared / "dicom" / "CT_small.dcm") as raster:
         assert raster.header.nodata == -3024
+
+
+def test_a_window_table_of_0_entries_has_65536() -> None:
+    stored = np.array([[0, 1], [32768, 65535]], np.uint16).repeat(8, axis=0).repeat(8, axis=1)
+    table = item(LUTDescriptor=[0, 0, 16], LUTData=np.arange(2**16, dtype="<u2").tobytes())
+    table["LUTData"].VR = "OW"
+    table["LUTDescriptor"].VR = "US"
+    shown = read(make(stored, VOILUTSequence=[table]), voi=True)[..., 0]
+    np.testing.assert_allclose(shown, stored / 65535, atol=1e-6)
