@@ -23,7 +23,7 @@ from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Pixels as Pixels
 
 if TYPE_CHECKING:
-    from jepakit.bundle import Preprocess
+    from jepakit.bundle import Preprocess, Scaling
 
 MOST_CLIPPED = 0.01
 
@@ -49,7 +49,7 @@ def read_image(
     Pillow image of one frame, is taken to be that frame. "No data" is filled with the domain's mean.
 
     Raises ImageError for another depth or number of bands than the model was made for, NaN or infinite pixels, an
-    image of one value, one of which measured scaling clips over 1 %, several frames without a choice, a file
+    image of one value, one of which measured scaling clips over 1 % or a chosen range everything, several frames without a choice, a file
     without the frame that is meant, a scene where tiles are wanted, and whatever cannot be read.
     """
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
@@ -197,9 +197,16 @@ def neutral(spec: Preprocess) -> NDArray[Any]:
 def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) -> Pixels:
     """Stored values to the graph's dtype, refused where they would be wrong, filled where they are missing."""
     valid = usable(stored, header.nodata, name)
+    if header.dtype != spec.stored_as:
+        _refuse_other_units(valid, spec, name)
     if spec.scaling is not None and spec.scaling.measured:
         _refuse_saturated(valid, spec, name)
+    elif spec.scaling is not None:
+        _refuse_unseen(valid, spec.scaling, name)
     pixels: Pixels = stored.astype(spec.dtype, copy=False)
+    if header.inverted:
+        assert spec.scaling is not None
+        pixels = np.asarray(spec.scaling.low, np.float32) + np.asarray(spec.scaling.high, np.float32) - pixels
     holes = missing(stored, header.nodata)
     return pixels if holes is None else np.where(holes, neutral(spec), pixels)
 
@@ -215,6 +222,27 @@ def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
             f"{name}: {outside[band]:.1%} of band {band + 1} lies outside {spec.scaling.low[band]:g} … "
             f"{spec.scaling.high[band]:g}, the range the model was made for (seen: {valid[:, band].min():g} … "
             f"{valid[:, band].max():g}): is it in the same units? If so, adapt with a wider value_range",
+            code="saturated",
+        )
+
+
+def _refuse_unseen(valid: NDArray[Any], scaling: Scaling, name: str) -> None:
+    """Refuse an image that a chosen range leaves all black or all white: clipped on purpose is not clipped away."""
+    lows, highs = np.fmin.reduce(valid, axis=0), np.fmax.reduce(valid, axis=0)
+    if not ((highs > np.asarray(scaling.low)) & (lows < np.asarray(scaling.high))).any():
+        raise ImageError(
+            f"{name}: every value lies outside {scaling.low[0]:g} … {scaling.high[0]:g}, the range that was chosen (seen: "
+            f"{np.nanmin(lows):g} … {np.nanmax(highs):g}): it shows nothing. Is it in the same units? If so, choose a wider value_range",
+            code="saturated",
+        )
+
+
+def _refuse_other_units(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
+    """Refuse float values, in an array, that would be one whole number in a file of the kind that the model was made for."""
+    if np.dtype(spec.stored_as).kind in "iu" and is_blank(valid[None].round(), None):
+        raise ImageError(
+            f"{name}: the values ({np.nanmin(valid):g} … {np.nanmax(valid):g}) are all one whole number, and the model was made "
+            f"for {spec.stored_as}: give them in the files' own units",
             code="saturated",
         )
 

@@ -19,7 +19,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.images import read_image
+from jepakit.images import preprocess, read_image
+from jepakit.readers import ImageRef
 from jepakit.sources import list_images
 from jepakit_training.inspecting import inspect, near_duplicates, report
 from jepakit_training.scan import Kind, Scan, outlier_notes, refuse_mixed, scan, window_notes
@@ -46,13 +47,13 @@ def write_with_nodata(folder: Path, images: list[NDArray[Any]]) -> Path:
     return write(folder, images, planarconfig="contig", extratags=[(42113, "s", 2, "0", True)])
 
 
-def write_dicom(path: Path, stored: NDArray[Any], bits: int, intercept: int) -> None:
+def write_dicom(path: Path, stored: NDArray[Any], bits: int, intercept: int, kind: str = "MONOCHROME2") -> None:
     """CT as `bits` of 16, with a soft-tissue window of its own."""
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, "1.2.3"
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, kind
     data.Rows, data.Columns = stored.shape
     data.BitsAllocated, data.BitsStored, data.HighBit = 16, bits, bits - 1
     data.PixelRepresentation = int(stored.dtype.kind == "i")
@@ -113,7 +114,7 @@ def test_one_file_in_other_units_does_not_set_the_range_and_is_named(tmp_path: P
     assert spec.scaling is not None
     assert spec.scaling.high[0] < 3800
     assert found.outliers() == (20,)
-    assert "020.tif" in outlier_notes(found, list_images(folder, "none").ids)[0]
+    assert "020.tif" in outlier_notes(found, list_images(folder, "none").ids, spec.scaling)[0]
     with pytest.raises(ImageError, match=r"outside 0 …"):
         read_image(folder / "020.tif", spec)
 
@@ -346,6 +347,73 @@ def test_8_bit_rgb_keeps_its_frame_and_tile(tmp_path: Path) -> None:
     found = look(write(tmp_path / "a", noise(5, (40, 40, 3), 0, 256, "uint8"), photometric="rgb"))
     spec = found.preprocess(STOCK, frame=1, tile=32)
     assert (spec.frame, spec.tile) == (1, 32)
+
+
+def test_of_tiles_the_whole_is_seen(tmp_path: Path) -> None:
+    """The middle alone, as most weights want it of photographs, would leave seams that no vector knows of."""
+    cropping = STOCK.model_copy(update={"resize_to": 37})
+    for dtype, options in (("uint8", {"photometric": "rgb"}), ("uint16", {})):
+        shape = (64, 64, 3) if dtype == "uint8" else (64, 64)
+        found = look(write(tmp_path / dtype, noise(3, shape, 0, 250, dtype), **options))
+        assert found.preprocess(cropping).resize_to == 37
+        spec = found.preprocess(cropping, tile=64)
+        scene = np.full(shape, 100, dtype)
+        scratched = scene.copy()
+        scratched[:, :2] = scratched[0, 0] = 240
+        scene[32] = scratched[32] = 9
+        seen = [preprocess(ImageRef(each, "scene"), spec) for each in (scene, scratched)]
+        assert (seen[0] != seen[1]).any()
+
+
+# Grey whose lowest value is white
+
+
+def test_monochrome1_is_turned_round_within_the_range_not_its_stored_bits(tmp_path: Path) -> None:
+    """Air of -1000 as 3047, as the stored bits would have it, is white in any window of real units, and so is all else."""
+    random = np.random.default_rng(0)
+    stored = [random.integers(700, 1500, (40, 40)).astype(np.uint16) for _ in range(4)]
+    for number, each in enumerate(stored):
+        write_dicom(tmp_path / f"{number}.dcm", each, 12, -1024, "MONOCHROME2" if number < 2 else "MONOCHROME1")
+    found = look(tmp_path)
+    for value_range in ("auto", "ct-soft-tissue", "file"):
+        spec = look(tmp_path, value_range=value_range).preprocess(STOCK, value_range=value_range)
+        assert spec.scaling is not None
+        write_dicom(tmp_path / "other.dcm", stored[0], 12, -1024, "MONOCHROME1")
+        plain, turned = (spec.scaling.to_unit(read_image(tmp_path / name, spec)) for name in ("0.dcm", "other.dcm"))
+        (tmp_path / "other.dcm").unlink()
+        np.testing.assert_allclose(turned, 1 - plain, atol=1e-6)
+        assert plain.std() > 0.1
+    assert found.outliers() == ()
+    low, high = found.scaling("auto").low[0], found.scaling("auto").high[0]  # type: ignore[union-attr]
+    assert -700 < low < -300
+    assert 450 < high < 900
+    falling = tmp_path / "falling"
+    falling.mkdir()
+    for number in range(3):
+        write_dicom(falling / f"{number}.dcm", (stored[number] // 4 + 700).astype(np.uint16), 12, -1024, "MONOCHROME1")
+    mean = look(falling).preprocess(STOCK, value_range=(-400, 400)).mean[0]
+    values = np.stack([(each // 4 + 700) - 1024.0 for each in stored[:3]])
+    assert mean == pytest.approx(1 - ((values + 400) / 800).clip(0, 1).mean(), abs=0.02)
+
+
+def test_an_image_of_which_a_chosen_range_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    images = noise(5, (40, 40), 100, 3000, "uint16")
+    spec = look(write(tmp_path / "a", images)).preprocess(STOCK, value_range=(500, 1500))
+    read_image(images[0], spec)
+    half = np.where(np.arange(1600).reshape(40, 40) % 2 == 0, 100, 3000).astype(np.uint16)
+    read_image(half, spec)  # black and white
+    for low, high in ((1500, 3000), (100, 500)):
+        with pytest.raises(ImageError, match=r"every value lies outside 500 … 1500, .* it shows nothing") as caught:
+            read_image(noise(1, (40, 40), low, high + 1, "uint16")[0], spec)
+        assert caught.value.code == "saturated"
+
+
+def test_float_values_that_no_file_of_integers_could_hold_are_refused(tmp_path: Path) -> None:
+    images = noise(5, (40, 40, 4), 100, 3000, "uint16")
+    spec = look(write(tmp_path / "a", images, planarconfig="contig")).preprocess(STOCK)
+    np.testing.assert_array_equal(read_image(images[0].astype(np.float32), spec), read_image(images[0], spec))
+    with pytest.raises(ImageError, match=r"are all one whole number, and the model was made for uint16"):
+        read_image((images[0] / 10_000).astype(np.float32), spec)
 
 
 def test_inspect_says_the_range_that_training_would_measure_and_who_is_beyond_it(tmp_path: Path) -> None:

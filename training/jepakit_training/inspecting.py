@@ -72,7 +72,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
     advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
     advice += [*_faint(images, found, scaling), *_beyond(images, found, scaling)]
-    advice += [*outlier_notes(measured, images.ids), *window_notes(measured, scaling)]
+    advice += [*outlier_notes(measured, images.ids, scaling), *window_notes(measured, scaling)]
     return Inspection(
         n_images=len(images), n_looked_at=len(found.seen) + len(odd) + len(unreadable),
         formats=dict(Counter(one.header.format for one in found.seen).most_common()),

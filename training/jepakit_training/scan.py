@@ -64,6 +64,11 @@ class Seen:
         """What the file holds."""
         return Kind(self.header.bands, self.header.dtype)
 
+    def shown(self, scaling: Scaling | None) -> NDArray[np.float64]:
+        """The sampled values from 0 (black) to 1 (white)."""
+        scaled = self.values / 255 if scaling is None else scaling.to_unit(self.values.astype(np.float64))
+        return 1 - scaled if self.header.inverted else scaled
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -169,8 +174,7 @@ class Scan:
     def statistics(self, scaling: Scaling | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std per band of the sampled pixels, once scaled to 0..1. Raises DataError for a band without any data."""
         self._check_bands()
-        values = np.concatenate([one.values for one in self.seen]).astype(np.float64)
-        scaled = values / 255 if scaling is None else scaling.to_unit(values)
+        scaled = np.concatenate([one.shown(scaling) for one in self.seen])
         # A band of one value must not be divided by 0; it then carries nothing, as it should.
         return float32_tuple(np.nanmean(scaled, axis=0)), float32_tuple(np.nanstd(scaled, axis=0).clip(1e-3))
 
@@ -179,8 +183,11 @@ class Scan:
     ) -> Preprocess:
         """`stock` (sizes, and the start weights' own statistics) made for these images.
 
-        Its statistics stay where they apply, 8-bit RGB or what a bundle was made for; elsewhere they are measured.
+        Its statistics stay where they apply, 8-bit RGB or what a bundle was made for; elsewhere they are measured. Of tiles
+        the whole is seen: a crop of their middle would leave seams between them that no vector knows of.
         """
+        if tile is not None:
+            stock = stock.model_copy(update={"resize_to": stock.size})
         if (stock.bands, stock.stored_as) == self.kind and value_range == "auto":
             return stock.model_copy(update={"frame": frame, "tile": tile})
         scaling = self.scaling(value_range)
@@ -247,7 +254,15 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
         return index, str(error)
     low, high = _percentiles(_thinned(valid, _PIXELS_JUDGED))
     size = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
-    return Seen(index, header, size, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored))
+    return Seen(
+        index,
+        header,
+        size,
+        _thinned(valid, _PIXELS_KEPT).copy(),
+        low,
+        high,
+        _fingerprint(-stored if header.inverted else stored),
+    )
 
 
 def _percentiles(valid_NC: NDArray[Any]) -> NDArray[Any]:
@@ -290,13 +305,17 @@ def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDA
     return far
 
 
-def outlier_notes(found: Scan, ids: Sequence[str]) -> list[str]:
+def outlier_notes(found: Scan, ids: Sequence[str], scaling: Scaling | None) -> list[str]:
     """A warning that names an image far out of the others' range, if there is one."""
-    if found.is_8_bit or not (far := found.outliers()):
+    if scaling is None or not (far := found.outliers()):
         return []
+    then = (
+        "they do not set the range, and are refused where it clips them"
+        if scaling.measured
+        else "are they in the same units? Refused are those of which the chosen range leaves nothing"
+    )
     return [
-        f"warning: {len(far)} of {len(found.seen)} images have values far beyond the others', e.g. {ids[far[0]]}: they do not "
-        "set the range, and are refused where it clips them"
+        f"warning: {len(far)} of {len(found.seen)} images have values far beyond the others', e.g. {ids[far[0]]}: {then}"
     ]
 
 

@@ -1,9 +1,8 @@
 """DICOM through pydicom: grey as the modality LUT's real units, colour as RGB.
 
 Grey comes back as float32 [H, W, 1]: stored values through the modality LUT or rescale (Hounsfield units in
-CT). MONOCHROME1, whose lowest value is white, is inverted first, within the range that its stored bits can
-hold. With the file's own window grey is 0 (black) to 1 (white), however the file stores it. Padding, a value or
-a range of them, is no data. One-bit segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
+CT), MONOCHROME1 too, whose lowest value is white: the header says so. With the file's own window grey is 0 to 1, the
+window's ends, however the file stores it. Padding, a value or a range of them, is no data. One-bit segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
 
 Only the tags that pixels need are ever read, so that none about a patient can leave: `dicom_group` alone
 reads the PatientID, and gives its digest.
@@ -106,7 +105,10 @@ class DicomRaster(Raster):
         self._syntax = str(dataset.file_meta.TransferSyntaxUID)
         frames = int(dataset.get("NumberOfFrames") or 1)
         bands, dtype = (1, "float32") if self._grey else (3, "uint8")
-        header = Header("DICOM", int(dataset.Rows), int(dataset.Columns), bands, dtype, frames, self._nodata())
+        inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+        header = Header(
+            "DICOM", int(dataset.Rows), int(dataset.Columns), bands, dtype, frames, self._nodata(), inverted=inverted
+        )
         pixel_bytes = encoded.size - pixels_at
         super().__init__(header, encoded.name, limits, encoded.file, pixel_bytes)
         self._refuse_lies(frames, pixel_bytes)
@@ -145,12 +147,7 @@ class DicomRaster(Raster):
         from pydicom.pixels.processing import apply_modality_lut
 
         dataset = _of_frame(self._dataset, frame)
-        inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-        if not self._voi:
-            return np.asarray(apply_modality_lut(_inverted(stored, dataset) if inverted else stored, dataset))
-        # A window is meant for values as they are stored: invert what comes out of it.
-        shown = self._through_window(stored, dataset)
-        return 1 - shown if inverted else shown
+        return self._through_window(stored, dataset) if self._voi else np.asarray(apply_modality_lut(stored, dataset))
 
     def _through_window(self, stored: Pixels, dataset: Any) -> Pixels:
         """What the file's own window shows, from 0 to 1; ImageError for a frame that has none."""
@@ -370,12 +367,6 @@ def _are_stored(low: int, high: int, dataset: Any) -> bool:
     """Whether values from `low` to `high` fit in the stored bits: some writers pad with what only the bits above can tell."""
     span = 1 << int(dataset.BitsStored)
     return -span // 2 <= low and high < span // 2 if dataset.PixelRepresentation == 1 else high < span
-
-
-def _inverted(stored: Pixels, dataset: Any) -> Pixels:
-    """MONOCHROME1 as MONOCHROME2, within what the stored bits can hold."""
-    signed = dataset.PixelRepresentation == 1
-    return (-1 if signed else 2**dataset.BitsStored - 1) - stored.astype(np.int64)
 
 
 def _has_table(dataset: Any) -> bool:

@@ -65,6 +65,8 @@ class Header:
     """The value that stands for "no data" (GDAL's tag, DICOM's padding); NaN allowed."""
     windowed: bool = False
     """Whether a window is read without decoding the rest of the file."""
+    inverted: bool = False
+    """Whether the lowest value is white (DICOM's MONOCHROME1). Values are as stored: only a range tells what black is."""
 
 
 @dataclass(frozen=True)
