@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit.errors import DataError
+
+_PIECE = re.compile(r"(#frame=\d+)?(#\d+(,\d+){3})?$")
+
+
+def image_of(piece_id: str) -> str:
+    """The id of the image that a tile or a frame was cut from; of an image that was not cut, its own."""
+    return _PIECE.sub("", piece_id)
 
 
 def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jepakit._groups import image_of
 from jepakit._messages import counted, first_few
 from jepakit.comparison import Comparison
 from jepakit.embeddings import Embeddings
@@ -18,7 +19,7 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     """Judge `after` against `before`, two models' embeddings of the same labelled images, in any order.
 
     groups  a name for each image of `before` (its patient, slide or scene): no group is split between folds, and the interval
-            is over groups
+            is over groups. None: the tiles and frames of an image are one group
 
     Each image is judged by probes that were fitted on the others, in five folds; how the interval is made: docs/verdict.md. Print
     the result for a table. The images should be ones that neither model was trained on.
@@ -35,6 +36,8 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
             raise DataError(
                 f"{name} is labelled {one!r} in the first embeddings and {other!r} in the second: embed it again"
             )
+    if groups is None and (images := tuple(map(image_of, before.ids))) != before.ids:
+        groups = images
     labels = np.array(before.labels)
     measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (before, after))
     return judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)

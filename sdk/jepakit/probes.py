@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import as_path, written
-from jepakit._groups import as_given, assign_folds, in_cells, main_class, numbered
+from jepakit._groups import as_given, assign_folds, image_of, in_cells, main_class, numbered
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few
 from jepakit._vectors import unit_length
@@ -252,9 +252,12 @@ class LinearProbe(_Probe):
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None, *, groups: ArrayLike | None = None) -> Self:
         """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N].
 
-        groups  a name for each vector, [N]: those of a group (a patient, a scene) fall into one fold
+        groups  a name for each vector, [N]: those of a group (a patient, a scene) fall into one fold. None: the tiles and frames
+                of an image are one, where `X` is `Embeddings`
         """
         vectors, classes, targets = self._examples(X, y)
+        if groups is None and isinstance(X, Embeddings):
+            groups = tuple(map(image_of, X.ids))
         group_of = numbered(groups, len(vectors))
         C, self.cv_balanced_accuracy_ = self._choose_c(vectors, targets, group_of) if self.C is None else (self.C, None)
         mean, std = vectors.mean(axis=0), _safe_std(vectors)

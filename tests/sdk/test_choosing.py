@@ -77,6 +77,14 @@ def test_groups_are_counted_as_wholes() -> None:
     assert width(together) > width(alone)
 
 
+def test_the_tiles_of_an_image_are_one_group_by_themselves() -> None:
+    groups = np.arange(120) // 10
+    before, after = embeddings(2.0, 120, groups=groups), embeddings(1.0, 120, seed=1, groups=groups)
+    ids = tuple(f"{group}.tif#{64 * (place % 10)},0,64,64" for place, group in enumerate(groups))
+    tiles = [Embeddings(each.vectors, each.model_id, ids, each.labels) for each in (before, after)]
+    assert jepakit.compare(*tiles) == jepakit.compare(before, after, groups=groups)
+
+
 def width(comparison: jepakit.Comparison) -> float:
     assert comparison.verdict.low is not None
     assert comparison.verdict.high is not None

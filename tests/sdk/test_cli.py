@@ -171,7 +171,10 @@ def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fo
     expected = jepakit.LinearProbe().fit(Embeddings.load(tmp_path / "e.npz"), groups=groups)
     probe = jepakit.load_probe(tmp_path / "p.safetensors")
     assert isinstance(probe, jepakit.LinearProbe)
-    assert probe.C_ == expected.C_ != jepakit.LinearProbe().fit(Embeddings.load(tmp_path / "e.npz")).C_
+    saved = Embeddings.load(tmp_path / "e.npz")
+    by_slide = jepakit.LinearProbe().fit(saved, groups=[number for number in range(12) for _ in range(5)])
+    assert jepakit.LinearProbe().fit(saved).C_ == by_slide.C_, "tiles of a slide are one group by themselves"
+    assert probe.C_ == expected.C_ != jepakit.LinearProbe().fit(saved.vectors, saved.labels).C_
     (tmp_path / "few.csv").write_text("\n".join(["path,patient", *rows[1:]]))
     with pytest.raises(AssertionError, match=r"s#0\.svs is not in .*few\.csv \(5 of 60 images are not\)"):
         run("probe", "fit", tmp_path / "e.npz", "--group", tmp_path / "few.csv", "--out", tmp_path / "k")

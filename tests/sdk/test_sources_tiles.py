@@ -224,6 +224,28 @@ def test_the_digest_knows_how_scenes_are_cut(make: Make) -> None:
 # Frames
 
 
+def test_tiles_can_have_labels_of_their_own(make: Make, tmp_path: Path) -> None:
+    """Of a part with one scratch most tiles are whole."""
+    folder, table = make(a=scene(8, 16), b=scene(8, 16)), tmp_path / "tiles.csv"
+    ids = [f"{name}.tif#{left},0,8,8" for name in "ab" for left in (0, 8)]
+    rows = [f'"{name}",{label}' for name, label in zip(ids, ("good", "scratch", "good", "good"), strict=True)]
+    table.write_text("\n".join(["path,label", *rows, '"c.tif#0,0,8,8",good']))
+    for listed in (list_images(folder, table, tile=8), gather(folder, table, tile=8)):
+        assert list(listed.ids) == ids
+        assert listed.labels == ("good", "scratch", "good", "good")
+        assert "2 classes from" in listed.note
+        assert "1 row of no image here, c.tif#0,0,8,8 first" in listed.note
+    assert list_images(folder, table, tile=8).groups == ("a.tif", "a.tif", "b.tif", "b.tif")
+    table.write_text("\n".join(["path,label", *rows[:2]]))
+    assert list_images(folder, table, tile=8).labels == ("good", "scratch", None, None)
+    with pytest.raises(DataError, match=r"b.tif#0,0,8,8 has no label \(2 of 4 images have none\)"):
+        gather(folder, table, tile=8)
+    with pytest.raises(
+        DataError, match=r"gives none of 2 images a label: its first path is a.tif#0,0,8,8, .* so cut the images"
+    ):
+        gather(folder, table)
+
+
 def test_each_frame_becomes_an_image_of_its_files_group(make: Make) -> None:
     listed = list_images(make(a=scene(8, 8, frames=3), b=scene(8, 8)), frame="each")
     assert listed.ids == ("a.tif#frame=0", "a.tif#frame=1", "a.tif#frame=2", "b.tif")

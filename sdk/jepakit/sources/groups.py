@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepakit._groups import image_of
 from jepakit._messages import counted
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources.files import Files, is_dicom, may_be_dicom
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import RULES, check_rule, look_up
-from jepakit.sources.tiles import image_of
 
 Groups = tuple[str, ...] | None
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepakit._groups import image_of
 from jepakit._messages import counted, first_few
 from jepakit.errors import DataError
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
-from jepakit.sources.table import RULES, check_rule, look_up_some
+from jepakit.sources.table import RULES, check_rule, look_up_some, read_table
 
 MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
@@ -38,6 +39,14 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
             "give each image one, or use labels none"
         )
     return labels, f"{note}; {n_labelled:,} of {n_images:,} images are labelled"
+
+
+def names_pieces(rule: str | Path) -> bool:
+    """Whether the rule is a table whose paths are those of tiles or frames, written as their ids are."""
+    file = check_rule("labels", rule, column="label")
+    return file not in RULES and any(
+        path != image_of(path) for path in read_table(file, ("path", "label")).columns["path"]
+    )
 
 
 def _alike(labels: Labels) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jepakit._progress import shown
 from jepakit.errors import DataError
+from jepakit.sources.files import Files
 from jepakit.sources.find import LISTED, find
 from jepakit.sources.groups import choose_groups
 from jepakit.sources.imagelist import ImageList
-from jepakit.sources.labels import choose_labels
+from jepakit.sources.labels import choose_labels, names_pieces
 from jepakit.sources.memory import is_one_image
 from jepakit.sources.store import Found, repeated
 from jepakit.sources.tiles import Cut, cut_into_pieces
@@ -29,7 +31,7 @@ def list_images(
                dataset of arrays, Pillow images, bytes or (image, label)
     labels     "auto": what the source brings (manifest, shards, dataset), else the first-level folders if all images
                lie in 2 to 50 of them with at least 10 images each; "folder": the first-level folders, whatever
-               their number; "none"; or a table's file with the columns path and label
+               their number; "none"; or a table's file with the columns path and label, whose paths may be the ids of tiles
     group      images that stay together when some are held out. "auto": the manifest's, else the patient of DICOM
                files; "folder": the folder an image lies in; "none"; or a table's file with path and group
     tile       pixels a side of the tiles to cut scenes into; neighbours share `overlap` pixels
@@ -80,8 +82,14 @@ def _list(
     found = find(source, with_labels=labels == "auto", with_groups=group == "auto", with_splits=not embedding)
     if not embedding:
         _check_listed_once(found)
-    chosen, label_note = choose_labels(found, labels, embedding=embedding)
+    of_pieces = cut.cuts and names_pieces(labels)
+    chosen, label_note = (None, "") if of_pieces else choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
     note = "; ".join(filter(None, (label_note, group_note, found.note)))
     images = ImageList(found.ids, chosen, groups, found.held_out, note, found.store)
-    return cut_into_pieces(images, cut, most_unreadable=most_unreadable)
+    pieces = cut_into_pieces(images, cut, most_unreadable=most_unreadable)
+    if not of_pieces:
+        return pieces
+    ids = tuple(pieces.ids)
+    chosen, label_note = choose_labels(Found(Files("", ids), ids), labels, embedding=embedding)
+    return replace(pieces, labels=chosen, note=f"{label_note}; {pieces.note}")

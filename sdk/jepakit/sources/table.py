@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jepakit._files import reason_of, with_home
+from jepakit._groups import image_of
 from jepakit._messages import counted, did_you_mean
 from jepakit.errors import ConfigError, DataError, MissingExtraError
 from jepakit.sources.files import Files, suffix
@@ -125,9 +126,15 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, 
         first = found.ids[0]
         if None not in found_values:
             raise DataError(f"{file}: the column of the {role}s is empty for all of {counted(len(found.ids), 'image')}")
+        path = next(iter(values))
+        hint = (
+            "they are of tiles or frames, so cut the images into such (tile, frame)"
+            if path != image_of(path)
+            else f"write them alike{did_you_mean(first, list(values)[:1000])}"
+        )
         raise DataError(
-            f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {next(iter(values))}, and "
-            f"the first image's {first}: write them alike{did_you_mean(first, list(values)[:1000])}"
+            f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {path}, and "
+            f"the first image's {first}: {hint}"
         )
     return tuple(value or None for value in found_values), [key for key in values.keys() - set(keys) if values[key]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,6 @@ _Name = TypeVar("_Name")
 MIN_TILE = 8
 WHOLE = -1
 """In `Pieces.frame`: no frame was chosen."""
-_PIECE = re.compile(r"(#frame=\d+)?(#\d+(,\d+){3})?$")
 _WINDOWS_AT_ONCE = 64
 _SLOW = 16
 _LARGE_BYTES = 64 << 20
@@ -63,6 +61,11 @@ class Cut:
             raise ConfigError(f"frame = {self.frame!r}: wanted a number or each{did_you_mean(self.frame, ['each'])}")
         if isinstance(self.frame, int) and self.frame < 0:
             raise ConfigError(f"frame = {self.frame}: frames are counted from 0")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether an image becomes several."""
+        return self.tile is not None or self.frame == "each"
 
     def _make_whole(self, name: str, wanted: str) -> None:
         """numpy's whole numbers become Python's; ConfigError for any other value, True and False too."""
@@ -274,11 +277,6 @@ def _piece_ids(ids: Sequence[str], pieces: Pieces, cut: Cut) -> tuple[str, ...]:
         windows = pieces.window.tolist()
         names = [f"{name}#{','.join(map(str, window))}" for name, window in zip(names, windows, strict=True)]
     return tuple(names)
-
-
-def image_of(piece_id: str) -> str:
-    """The id of the image that a piece was cut from; of an image that was not cut, its own."""
-    return _PIECE.sub("", piece_id)
 
 
 def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
