@@ -23,7 +23,7 @@ from jepakit.images import preprocess, read_image
 from jepakit.readers import ImageRef
 from jepakit.sources import list_images
 from jepakit_training.inspecting import inspect, near_duplicates, report
-from jepakit_training.scan import Kind, Scan, outlier_notes, refuse_mixed, scan, window_notes
+from jepakit_training.scan import Kind, Scan, fill_notes, outlier_notes, refuse_mixed, scan, window_notes
 
 STOCK = Preprocess(
     size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),
@@ -429,3 +429,28 @@ def test_inspect_says_the_range_that_training_would_measure_and_who_is_beyond_it
     (told,) = [line for line in seen.advice if "beyond the range" in line]
     assert told.startswith("144 images, e.g. ")
     assert "measure on 256 of them, and may be refused: give one, --value-range LOW:HIGH" in told
+
+
+# Values that stand for no data, and are not declared
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "fill", "named"),
+    [("int16", 200, -9999, True), ("uint16", 200, 65535, True), ("float32", 0, -9999, True), ("uint16", 0, 0, False)],
+)
+def test_a_collar_that_is_not_declared_is_told_before_it_widens_the_range(
+    tmp_path: Path, dtype: str, low: int, fill: int, named: bool
+) -> None:
+    images = noise(5, (40, 40), low, 3000, dtype)
+    for image in images[:2]:
+        image[:, :4] = fill
+    told = fill_notes(look(write(tmp_path / "a", images)))
+    assert [f"4% of band 1 is exactly {fill}, and all else" in note for note in told] == [True] * named
+    assert fill_notes(look(write(tmp_path / "b", noise(5, (40, 40), low, 3000, dtype)))) == []
+
+
+def test_images_of_one_group_are_told_before_training(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", noise(5, (40, 40), 0, 3000, "uint16"))
+    listed = list_images(folder, "none", group="folder")
+    seen = report(listed, scan(listed, progress=False), image_size=32, tile=None, value_range="auto")
+    assert any("all images are one group" in words for words in seen.advice)

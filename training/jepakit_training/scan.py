@@ -30,7 +30,7 @@ LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9
 _PIXELS_KEPT = 4096
 _PIXELS_JUDGED = 1 << 20
 _THREADS = 4
-_MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE = 0.25, 10, 0.2, 0.99
+_MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE, _GAP = 0.25, 10, 0.2, 0.99, 0.5
 
 
 class Kind(NamedTuple):
@@ -317,6 +317,23 @@ def outlier_notes(found: Scan, ids: Sequence[str], scaling: Scaling | None) -> l
     return [
         f"warning: {len(far)} of {len(found.seen)} images have values far beyond the others', e.g. {ids[far[0]]}: {then}"
     ]
+
+
+def fill_notes(found: Scan) -> list[str]:
+    """A remark on a value that looks like "no data" which the files do not declare: an end of a band, common and far from all else."""
+    if found.is_8_bit:
+        return []
+    for band, values in enumerate(np.concatenate([one.values for one in found.seen]).T, 1):
+        known = values[~np.isnan(values)].astype(np.float64)
+        for end in {known.min(), known.max()} if len(known) else ():
+            rest = known[known != end]
+            share = 1 - len(rest) / len(known)
+            if len(rest) and share > MOST_CLIPPED and np.abs(rest - end).min() > _GAP * np.ptp(rest):
+                return [
+                    f"{share:.0%} of band {band} is exactly {end:g}, and all else {rest.min():g} … {rest.max():g}: if it means no "
+                    f"data, declare it in the files (gdal_edit.py -a_nodata {end:g}), or it widens the value range"
+                ]
+    return []
 
 
 def window_notes(found: Scan, scaling: Scaling | None) -> list[str]:
