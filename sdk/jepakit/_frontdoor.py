@@ -226,7 +226,7 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
 
     return list_images(
         images, config.labels, group=config.group, tile=config.tile, overlap=config.overlap,
-        min_valid=config.min_valid, frame=config.frame, most_unreadable=config.most_skipped,
+        min_valid=config.min_valid, frame=config.frame, most_skipped=config.most_skipped,
     )  # fmt: skip
 
 

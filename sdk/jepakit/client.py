@@ -130,7 +130,7 @@ class Client:
         spec = None if tile is None and frame is None else spec_of(self.models(), model, tile)
         listed = gather(
             images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
-            most_unreadable=most_skipped,
+            most_skipped=most_skipped,
         )  # fmt: skip
         job = Job(listed, model, self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
@@ -281,7 +281,7 @@ class AsyncClient:
         spec = None if tile is None and frame is None else spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
             gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
-            most_unreadable=most_skipped,
+            most_skipped=most_skipped,
         )  # fmt: skip
         job = Job(listed, model, await self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:

@@ -19,8 +19,8 @@ from jepakit._messages import counted, first_few
 from jepakit.errors import ImageError
 from jepakit.nodata import is_blank, missing, valid_pixels
 from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, open_raster
+from jepakit.readers.header import Pixels as Pixels
 from jepakit.readers.quiet import quiet
-from jepakit.readers.raster import Pixels as Pixels
 
 if TYPE_CHECKING:
     from jepakit.bundle import Preprocess, Scaling

@@ -181,7 +181,7 @@ class Model:
         check_share(most_skipped)
         listed = gather(
             images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
-            most_unreadable=most_skipped,
+            most_skipped=most_skipped,
         )  # fmt: skip
         skipped = Skipped(listed, most_skipped)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)

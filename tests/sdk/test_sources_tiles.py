@@ -13,7 +13,7 @@ import pytest
 
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, Window
-from jepakit.readers.base import Raster, crop
+from jepakit.readers.raster import Raster, crop
 from jepakit.sources import ImageList, gather, list_images
 
 
@@ -326,18 +326,18 @@ def test_a_tile_larger_than_every_image_is_said_to_be_so(make: Make) -> None:
 
 def test_files_that_cannot_be_opened_are_counted_and_few_are_left_out(make: Make) -> None:
     good = {f"good{place:03}": scene(8, 8) for place in range(99)}
-    listed = list_images(make(**good, bad=None), tile=8, most_unreadable=0.01)
+    listed = list_images(make(**good, bad=None), tile=8, most_skipped=0.01)
     assert len(listed) == 99
     assert "1 file that cannot be opened left out (bad.tif: damaged)" in listed.note
     with pytest.raises(DataError, match=r"2 of 101 files cannot be opened; the first: bad\.tif: damaged"):
-        list_images(make(worse=None), tile=8, most_unreadable=0.01)
+        list_images(make(worse=None), tile=8, most_skipped=0.01)
 
 
 def test_the_very_share_that_may_be_left_out_is(make: Make) -> None:
     good, bad = {f"good{place:02}": scene(8, 8) for place in range(71)}, {f"bad{place:02}": None for place in range(29)}
-    assert len(gather(make(**good, **bad), tile=8, most_unreadable=0.29)) == 71
+    assert len(gather(make(**good, **bad), tile=8, most_skipped=0.29)) == 71
     with pytest.raises(DataError, match=r"29 of 100 .* 28 % may be left out: .*a larger share, most_skipped=SHARE"):
-        gather(make(), tile=8, most_unreadable=0.28)
+        gather(make(), tile=8, most_skipped=0.28)
 
 
 @pytest.mark.parametrize("how", [{"tile": 8}, {"frame": "each"}])
@@ -345,7 +345,7 @@ def test_of_what_is_embedded_no_file_is_left_out(make: Make, how: dict[str, Any]
     folder = make(**{f"good{place:03}": scene(8, 8) for place in range(198)}, bad=None, worse=None)
     with pytest.raises(ImageError, match=r"^bad\.tif: damaged$"):
         gather(folder, **how)
-    assert len(list_images(folder, **how, most_unreadable=0.01)) == 198
+    assert len(list_images(folder, **how, most_skipped=0.01)) == 198
 
 
 def test_listing_says_how_far_it_is_only_where_that_is_wanted(

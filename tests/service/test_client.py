@@ -1330,7 +1330,7 @@ def test_tiles_of_no_number_are_refused(service: str, folder: Path) -> None:
 
 def test_what_multipart_adds_to_a_file_counts_in_its_request() -> None:
     listed = gather(
-        [bytes(500)] * 4, "none", tile=None, overlap=0, min_valid=0.5, frame=None, progress=False, most_unreadable=0
+        [bytes(500)] * 4, "none", tile=None, overlap=0, min_valid=0.5, frame=None, progress=False, most_skipped=0
     )
     with httpx.Client(base_url="http://127.0.0.1") as http:
         chunks = list(Job(listed, None, RequestLimits(bytes=2000, largest=2000)).parts())

@@ -6,11 +6,11 @@ before a pixel is decoded, so that budgets are checked first; `read` gives the p
 8 bits. How values are scaled is decided later, by `jepakit.images`.
 """
 
-from jepakit.readers.base import Raster
 from jepakit.readers.dicom import dicom_group
 from jepakit.readers.encoded import EncodedSource
+from jepakit.readers.header import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, Window
 from jepakit.readers.opening import open_raster
-from jepakit.readers.raster import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, Window
+from jepakit.readers.raster import Raster
 
 __all__ = [
     "DEFAULT_LIMITS",

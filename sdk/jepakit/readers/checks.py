@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 
 from jepakit.errors import ImageError, InputError
+from jepakit.readers.header import Header, Limits, Window
 from jepakit.readers.quiet import quiet
-from jepakit.readers.raster import Header, Limits, Window
 
 MIN_SIDE = 8
 RATIO_MATTERS_ABOVE = 16 << 20

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.base import Raster
 from jepakit.readers.checks import check_encoded, reading
 from jepakit.readers.codestream import claimed_size
 from jepakit.readers.encoded import Encoded, open_encoded
+from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.quiet import quiet
-from jepakit.readers.raster import Header, Limits, Pixels, Window
+from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import unsupported
 
 _TAGS = [

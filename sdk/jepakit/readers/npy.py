@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from jepakit._messages import first_few
 from jepakit.errors import ImageError
-from jepakit.readers.base import Raster, crop
 from jepakit.readers.checks import MIN_SIDE, READ_AS, check_encoded, check_header, check_pixels, check_ratio, reading
 from jepakit.readers.encoded import Encoded
-from jepakit.readers.raster import Header, Limits, Pixels, Window
+from jepakit.readers.header import Header, Limits, Pixels, Window
+from jepakit.readers.raster import Raster, crop
 from jepakit.readers.sniff import not_an_image, unsupported
 
 _MAX_KEYS_SHOWN = 5

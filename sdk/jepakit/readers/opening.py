@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jepakit.readers.base import Raster
 from jepakit.readers.encoded import Encoded, EncodedSource, open_encoded
-from jepakit.readers.raster import DEFAULT_LIMITS, ImageSource, Limits
+from jepakit.readers.header import DEFAULT_LIMITS, ImageSource, Limits
+from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import sniff
 
 

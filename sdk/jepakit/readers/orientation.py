@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit.readers.raster import Window
+from jepakit.readers.header import Window
 
 SWAPPED = frozenset({5, 6, 7, 8})
 """Orientations whose rows are the upright image's columns."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.base import Raster
 from jepakit.readers.checks import CUT, reading, too_many_pixels
 from jepakit.readers.encoded import Encoded
+from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.orientation import SWAPPED, upright
 from jepakit.readers.png import decode_deep, has_late_chunks
 from jepakit.readers.quiet import quiet
-from jepakit.readers.raster import Header, Limits, Pixels, Window
+from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import not_an_image
 
 if TYPE_CHECKING:

@@ -1,82 +1,111 @@
-"""What every reader speaks: a header, a window, the limits. Imports nothing heavy."""
+"""`Raster`: `read` with its checks, so that each reader is only how its format decodes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import BinaryIO, Self
 
-from numpy.typing import NDArray
+import numpy as np
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from jepakit.readers.checks import (
+    CUT,
+    check_encoded,
+    check_frame,
+    check_header,
+    check_pixels,
+    check_ratio,
+    check_window,
+    reading,
+)
+from jepakit.readers.header import Header, Limits, Pixels, Window
 
-    ImageSource = str | Path | bytes | bytearray | memoryview | Image | NDArray[Any]
-else:
-    ImageSource = Any
-
-Pixels = NDArray[Any]
-"""[height, width, bands]."""
-
-
-class Window(NamedTuple):
-    """A rectangle of pixels of an upright image: left and top edge, width and height."""
-
-    x: int
-    y: int
-    width: int
-    height: int
+_BY_TILES = "read it in tiles (tile=512)"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Budgets, judged on headers before anything is decoded."""
+class Raster(ABC):
+    """One open image file. A context manager; raises ImageError, or MissingExtraError where a decoder is not installed.
 
-    max_pixels: int = 89_000_000
-    """Of one image, or of the window that is read."""
-    max_bands: int = 64
-    max_decoded_bytes: int = 2 << 30
-    max_encoded_bytes: int = 2 << 30
-    """Of a file that has to be read whole; a file read by windows may be larger."""
-    max_ratio: int = 500
-    """Decoded bytes over encoded ones, for what decodes to more than 16 MB: a bomb is not an image."""
-    set_by: str = ""
-    """The setting that `max_pixels` and `max_decoded_bytes` come from, for messages; empty: none."""
-
-
-DEFAULT_LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself, as `Raster.read` will return it: upright, one frame."""
-
-    format: str
-    """`JPEG`, `PNG`, `WEBP`, `BMP`, `TIFF`, `DICOM`, `NPY`, `NPZ`, `SLIDE`, `array` or `image` (Pillow's)."""
-    height: int
-    width: int
-    bands: int
-    """3 for colour (palettes, CMYK and YCbCr included) and for 8-bit alpha composited; else as stored."""
-    dtype: str
-    """numpy's name: `uint8`, `uint16`, `int16`, `uint32`, `int32`, `float32`; float64 is read as float32, and
-    so is a DICOM image of one band, whose modality LUT gives real units."""
-    frames: int = 1
-    nodata: float | None = None
-    """The value that stands for "no data" (GDAL's tag, DICOM's padding); NaN allowed."""
-    windowed: bool = False
-    """Whether a window is read without decoding the rest of the file."""
-    inverted: bool = False
-    """Whether the lowest value is white (DICOM's MONOCHROME1). Values are as stored: only a range tells what black is."""
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """One image of a source: where its bytes are, and which part of it is meant.
-
-    `name` is what messages call it; `window` and `frame` are None for the whole of a single-frame file.
+    Checks, then decodes; a subclass says how in `_decode`.
     """
 
-    data: ImageSource
-    name: str
-    window: Window | None = None
-    frame: int | None = None
+    header: Header
+
+    def __init__(
+        self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
+    ) -> None:
+        """`encoded`: bytes of the file if it has to be read whole, else None."""
+        self.header = header
+        self._name = name
+        self._limits = limits
+        self._file = file
+        self._kept: tuple[int, Pixels] | None = None
+        check_header(header, name, limits)
+        if not header.windowed:
+            shape = (header.height, header.width, header.bands)
+            size = check_pixels(name, shape, header.dtype, limits, CUT)
+            if encoded is not None:
+                check_encoded(name, encoded, limits)
+                check_ratio(name, size, encoded, limits)
+
+    def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> Pixels:
+        """Pixels [height, width, bands] of `header.dtype`, C-contiguous, the caller's to keep.
+
+        window    what to read; None: all of it
+        frame     0-based
+        at_least  the image may come back reduced by 2, 4 or 8 if its shorter side stays at least this long
+                  (JPEG's scaled decoding; other readers ignore it). For views only, never for measuring
+        """
+        check_frame(frame, self.header, self._name)
+        area = check_window(window, self.header, self._name)
+        with reading(self._name):
+            if self.header.windowed:
+                shape = (area.height, area.width, self.header.bands)
+                check_pixels(self._name, shape, self.header.dtype, self._limits, _BY_TILES)
+                pixels = self._finished(self._decode(area, frame, None))
+            elif window is None:
+                pixels = self._finished(self._decode(area, frame, at_least))
+            else:
+                pixels = self._finished(crop(self._whole(frame), area))
+            if at_least is None and pixels.shape != (area.height, area.width, self.header.bands):
+                raise ValueError("the pixels are not what the header says")
+        return pixels
+
+    def _whole(self, frame: int) -> Pixels:
+        """A frame decoded once for all the windows of it that follow."""
+        if self._kept is None or self._kept[0] != frame:
+            everything = Window(0, 0, self.header.width, self.header.height)
+            self._kept = (frame, self._decode(everything, frame, None))
+        return self._kept[1]
+
+    def _finished(self, pixels: Pixels) -> Pixels:
+        """The caller's own copy, in the header's type and this machine's byte order; one 8-bit band as three."""
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        if self.header.dtype == "uint8" and self.header.bands == 3 and pixels.shape[2] == 1:
+            pixels = np.repeat(pixels, 3, axis=2)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.array(pixels, self.header.dtype, order="C")
+
+    @abstractmethod
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        """A window of one frame, [height, width, bands]; all of it unless the header says `windowed`."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._kept = None
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def crop(pixels: Pixels, window: Window) -> Pixels:
+    """The window's part of [height, width] or [height, width, bands]."""
+    return pixels[window.y : window.y + window.height, window.x : window.x + window.width]

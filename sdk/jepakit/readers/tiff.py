@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.base import Raster, crop
 from jepakit.readers.checks import CUT, MIN_SIDE, READ_AS, check_pixels, check_ratio, reading
 from jepakit.readers.codestream import claimed_size
 from jepakit.readers.encoded import Encoded
+from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.orientation import SWAPPED, stored_window, upright
 from jepakit.readers.pillow import PillowFile
-from jepakit.readers.raster import Header, Limits, Pixels, Window
+from jepakit.readers.raster import Raster, crop
 from jepakit.readers.slides import slide_series
 from jepakit.readers.tiffguard import check_structure
 

@@ -22,7 +22,7 @@ from jepakit.sources.tiles import Cut, cut_into_pieces
 def list_images(
     images: Any, labels: str | Path = "auto", *,
     group: str | Path = "auto", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, most_unreadable: float = 0.0,
+    frame: int | Literal["each"] | None = None, most_skipped: float = 0.0,
 ) -> ImageList:  # fmt: skip
     """List the images of a source, in a stable order.
 
@@ -37,7 +37,7 @@ def list_images(
     tile       pixels a side of the tiles to cut scenes into; neighbours share `overlap` pixels
     min_valid  tiles with a smaller share of pixels that have data are left out
     frame      which frame of multi-frame files, from 0; "each": every frame is an image
-    most_unreadable
+    most_skipped
                share of the files that tiles or frames are to be cut from that may be left out since they cannot be
                opened; with 0, ImageError names the first
 
@@ -45,13 +45,13 @@ def list_images(
     read or the source contradicts itself, ConfigError for settings that are wrong by themselves.
     """
     return _list(
-        images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, most_unreadable=most_unreadable
+        images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, most_skipped=most_skipped
     )
 
 
 def gather(
     images: Any, labels: str | Path = "auto", *, tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, progress: bool = False, most_unreadable: float = 0.0,
+    frame: int | Literal["each"] | None = None, progress: bool = False, most_skipped: float = 0.0,
 ) -> ImageList:  # fmt: skip
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
 
@@ -63,7 +63,7 @@ def gather(
     with shown(progress):
         listed = _list(
             [images] if one else images, labels, "none", Cut(tile, overlap, min_valid, frame), embedding=True,
-            most_unreadable=most_unreadable,
+            most_skipped=most_skipped,
         )  # fmt: skip
     if progress and listed.note:
         print(listed.note, file=sys.stderr, flush=True)
@@ -77,7 +77,7 @@ def _check_listed_once(found: Found) -> None:
 
 
 def _list(
-    source: Any, labels: str | Path, group: str | Path, cut: Cut, *, embedding: bool, most_unreadable: float
+    source: Any, labels: str | Path, group: str | Path, cut: Cut, *, embedding: bool, most_skipped: float
 ) -> ImageList:
     found = find(source, with_labels=labels == "auto", with_groups=group == "auto", with_splits=not embedding)
     if not embedding:
@@ -87,7 +87,7 @@ def _list(
     groups, group_note = choose_groups(found, group)
     note = "; ".join(filter(None, (label_note, group_note, found.note)))
     images = ImageList(found.ids, chosen, groups, found.held_out, note, found.store)
-    pieces = cut_into_pieces(images, cut, most_unreadable=most_unreadable)
+    pieces = cut_into_pieces(images, cut, most_skipped=most_skipped)
     if not of_pieces:
         return pieces
     ids = tuple(pieces.ids)

@@ -81,10 +81,10 @@ class Cut:
         object.__setattr__(self, name, whole)
 
 
-def cut_into_pieces(images: ImageList, cut: Cut, *, most_unreadable: float) -> ImageList:
+def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> ImageList:
     """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
 
-    most_unreadable  the share of files that may be left out since they cannot be opened
+    most_skipped  the share of files that may be left out since they cannot be opened
 
     Headers are read only for tiles and "each"; the pixels of tiles are looked at once, and tiles that show nothing
     are left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
@@ -95,7 +95,7 @@ def cut_into_pieces(images: ImageList, cut: Cut, *, most_unreadable: float) -> I
     if cut.tile is None and isinstance(cut.frame, int):
         count = len(images)
         return replace(images, pieces=Pieces(np.arange(count), np.full(count, cut.frame, np.int32), None))
-    opened = _open_all(images, most_unreadable)
+    opened = _open_all(images, most_skipped)
     pieces, left_out = _all_pieces(opened, cut), _LeftOut(0, 0)
     if cut.tile is not None:
         pieces, left_out = _keep_valid_tiles(opened, pieces, cut.tile, cut.min_valid)
@@ -128,22 +128,22 @@ class _Opened:
     unreadable: list[ImageError]
 
 
-def _open_all(images: ImageList, most_unreadable: float) -> _Opened:
+def _open_all(images: ImageList, most_skipped: float) -> _Opened:
     def read_header(index: int) -> Header | ImageError:
         try:
             with _open(images, index) as raster:
                 return raster.header
         except ImageError as error:
-            if not most_unreadable:
+            if not most_skipped:
                 raise
             return error
 
     answers = in_threads(read_header, range(len(images)), "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
-    if unreadable and len(unreadable) / len(answers) > most_unreadable:
+    if unreadable and len(unreadable) / len(answers) > most_skipped:
         raise DataError(
             f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}; "
-            f"{100 * most_unreadable:g} % may be left out: repair or remove them, or allow a larger share, most_skipped=SHARE"
+            f"{100 * most_skipped:g} % may be left out: repair or remove them, or allow a larger share, most_skipped=SHARE"
         )
     headers = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Header)}
     return _Opened(images, headers, unreadable)
