@@ -45,8 +45,14 @@ def as_given(names: Any, array: NDArray[Any]) -> Iterable[Any]:
     return names if array.dtype.kind == "U" and isinstance(names, list | tuple) else array
 
 
-def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: NDArray[Any]) -> NDArray[np.float64]:
-    """Sums of `values` [N] by group and class, [groups, classes]; ones give the number of images."""
+def codes(names: ArrayLike) -> NDArray[np.intp]:
+    """Each name's place among the different ones in their order, [N]."""
+    numbers: NDArray[np.intp] = np.unique(np.asarray(names), return_inverse=True)[1]
+    return numbers
+
+
+def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: ArrayLike = 1) -> NDArray[np.float64]:
+    """Sums of `values` [N] by group and class, [groups, classes], or the number of images."""
     sums = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(sums, (groups, classes), values)
     return sums

@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class _Memory(NamedTuple):
-    """Where a version of control groups tells of memory: files, and the lines that count cached files, read once or more often."""
+    """Where one version of cgroups reports memory: its files, and the lines of memory.stat that count the page cache."""
 
     limit: str
     used: str

@@ -28,7 +28,7 @@ class ModelInfo:
 
 
 def check_asked(model: str | None) -> None:
-    """Raise ConfigError for what names no model: an empty text, or one that leaves its pin open, asks for any."""
+    """Raise ConfigError unless it is None, NAME or NAME@MODEL_ID: an empty text and `NAME@` would match any model."""
     if model is not None and (not isinstance(model, str) or not model or model.endswith("@")):
         raise ConfigError(f"model = {model!r}: give NAME or NAME@MODEL_ID")
 
@@ -68,7 +68,7 @@ def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pre
     from pydantic import ValidationError
 
     from jepakit.bundle import Preprocess
-    from jepakit.session import check_tile
+    from jepakit.images import check_tile
 
     meant = named(models, asked)
     if len(meant) != 1:

@@ -66,15 +66,15 @@ class Steps:
         if not self._pace or now - self._pace[-1][0] >= _PACE_EVERY_S or done == self._total:
             self._pace.append((now, done))
         self._values = values or self._values
-        shown = "  ".join(part for part in (self._epoch(done), self._values) if part)
+        words = "  ".join(part for part in (self._epoch(done), self._values) if part)
         if self._bar is not None:
-            self._bar.update(0, completed=done, left=self._left(done, now), values=shown)
+            self._bar.update(0, completed=done, left=self._left(done, now), values=words)
         elif self._progress and (
             now - self._last_line > _PLAIN_EVERY_S or (done == self._total and (values or self._spoke))
         ):
             self._last_line, self._spoke = now, True
             line = "  ".join(
-                part for part in (f"{self._what} {done}/{self._total}", self._left(done, now), shown) if part
+                part for part in (f"{self._what} {done}/{self._total}", self._left(done, now), words) if part
             )
             print(line, file=sys.stderr, flush=True)
 
@@ -103,13 +103,8 @@ class Steps:
 
 def human_time(seconds: float) -> str:
     """A duration in its two largest units: 45 s, 2 min 30 s, 1 h 12 min, 3 d 4 h."""
-    left = (
-        round(seconds)
-        if seconds < 600
-        else 60 * round(seconds / 60)
-        if seconds < 86_400
-        else 3600 * round(seconds / 3600)
-    )
+    step = 1 if seconds < 600 else 60 if seconds < 86_400 else 3600
+    left = step * round(seconds / step)
     parts = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, size)

@@ -393,9 +393,11 @@ def embed(
     embeddings.save(out)
     if most_skipped:
         _write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
-    labels = "no labels" if embeddings.labels is None else f"labels of {counted(len(set(embeddings.labels)), 'class')}"
+    labelled = (
+        "no labels" if embeddings.labels is None else f"labels of {counted(len(set(embeddings.labels)), 'class')}"
+    )
     print(
-        f"{out}: {counted(len(embeddings), 'vector')} of {embeddings.vectors.shape[1]} numbers, {labels}, "
+        f"{out}: {counted(len(embeddings), 'vector')} of {embeddings.vectors.shape[1]} numbers, {labelled}, "
         f"model {embeddings.model_id}"
     )
     if embeddings.labels is not None:
@@ -654,7 +656,7 @@ def _assign(settings: dict[str, Any], assignment: str) -> None:
     if not equals:
         raise ConfigError(f"--set {assignment}: write KEY=VALUE, e.g. --set views.n_local=6")
     if key == "images":
-        raise ConfigError(f"--set {assignment}: images is no setting of --set, name them as the command's arguments")
+        raise ConfigError(f"--set {assignment}: images cannot be set with --set: give them as arguments of the command")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

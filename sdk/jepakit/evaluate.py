@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import assign_folds, in_cells, main_class, numbered
+from jepakit._groups import assign_folds, codes, in_cells, main_class, numbered
 from jepakit._messages import first_few
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
@@ -102,7 +102,7 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
     """
     truth = np.asarray(labels)
     group_of = numbered(groups, len(truth))
-    fold = assign_folds(group_of, np.unique(truth, return_inverse=True)[1], _FOLDS, np.random.default_rng(0))
+    fold = assign_folds(group_of, codes(truth), _FOLDS, np.random.default_rng(0))
     stays = [np.ones(len(truth), bool), *_leaving_out(truth, group_of)]
     right = np.empty((len(stays), 2, len(truth)), np.bool_)
     for judged in (fold == number for number in np.unique(fold)):
@@ -128,7 +128,7 @@ def _right(
 
 def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
     """Which images stay, bool [N], where one part of all groups is left out; only parts without which two classes stay."""
-    classes = np.unique(labels, return_inverse=True)[1]
+    classes = codes(labels)
     class_of_group = main_class(group_of, classes)
     # Counted from class to class: else the only images of each would all lie in the first part.
     order = np.lexsort((np.random.default_rng(0).permutation(len(class_of_group)), class_of_group))
@@ -322,7 +322,7 @@ def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.in
 
     More where some groups hold most of the images.
     """
-    counts = in_cells(group_of, np.unique(truth, return_inverse=True)[1], np.ones(len(truth)))
+    counts = in_cells(group_of, codes(truth))
     weights = (counts / counts.sum(axis=0)).mean(axis=1)
     unevenness = np.count_nonzero(weights) * np.square(weights).sum()
     return round(float(unevenness) * _RULE_OF_THREE * _PLAUSIBLE_GROUP_LOSS / SAME_WITHIN)
@@ -344,8 +344,8 @@ def _bootstrap(
     most 8 (2 to 10 classes of 3 to 30 images); over 8 to 60 groups, each moved by chance, in 2 to 8.
     """
     random = np.random.default_rng(0)
-    class_of = np.unique(truth, return_inverse=True)[1]
-    counts, sums = in_cells(group_of, class_of, np.ones(len(gain))), in_cells(group_of, class_of, gain)
+    class_of = codes(truth)
+    counts, sums = in_cells(group_of, class_of), in_cells(group_of, class_of, gain)
     images, n_classes = counts.sum(axis=0), counts.shape[1]
     difference = float((sums.sum(axis=0) / images).mean())
     a_group_spans_classes = (counts > 0).sum(axis=1).max() > 1
@@ -365,8 +365,8 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
     """
     if not len(gains):
         return np.inf
-    class_of = np.unique(truth, return_inverse=True)[1]
-    counts = in_cells(group_of, class_of, np.ones(len(truth)))
+    class_of = codes(truth)
+    counts = in_cells(group_of, class_of)
     images, factor = counts.sum(axis=0), _unbiasing(counts)
     of_fits = 0.0
     for moved in gains - gains.mean(axis=0):

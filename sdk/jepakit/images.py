@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._messages import counted, first_few
-from jepakit.errors import ImageError
+from jepakit.errors import ConfigError, ImageError
 from jepakit.nodata import is_blank, missing, valid_pixels
 from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, open_raster
 from jepakit.readers.header import Pixels as Pixels
@@ -125,6 +125,14 @@ def check_kind(header: Header, spec: Preprocess, name: str) -> None:
         f"{name}: holds {seen}, the model was made for {wanted}: give it such images, or adapt a model on these",
         code="unsupported_mode",
     )
+
+
+def check_tile(tile: int | None, spec: Preprocess) -> None:
+    """Refuse to cut tiles of another size than the model was made for: padded or squeezed, they would be another scale."""
+    if tile is not None and spec.tile is not None and tile != spec.tile:
+        raise ConfigError(
+            f"tile = {tile}: the model was made for tiles of {spec.tile} × {spec.tile} pixels: give tile={spec.tile}"
+        )
 
 
 def describe_kind(bands: int, stored_as: str) -> str:

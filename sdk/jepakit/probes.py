@@ -277,7 +277,7 @@ class LinearProbe(_Probe):
         self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]
     ) -> tuple[float, float | None]:
         """C, and the balanced accuracy that it has in the folds."""
-        groups_of_class = (in_cells(groups, targets, np.ones(len(targets))) > 0).sum(axis=0)
+        groups_of_class = (in_cells(groups, targets) > 0).sum(axis=0)
         most = int(np.bincount(main_class(groups, targets)).max())
         folds = stratified_folds(targets, groups, n_folds=min(5, most), seed=self.seed)
         if folds is None or (groups_of_class >= 2).sum() < 2:

@@ -23,8 +23,8 @@ from jepakit._progress import Steps
 from jepakit._skipped import OnSkipped, Skipped, check_share
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
-from jepakit.errors import BundleError, ConfigError, ImageError
-from jepakit.images import Pixels, preprocess
+from jepakit.errors import BundleError, ImageError
+from jepakit.images import Pixels, check_tile, preprocess
 from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
 
@@ -107,7 +107,7 @@ class Session:
         return 64 if self.provider in ON_GPU else 4
 
     def _check_kind(self, images: Pixels) -> None:
-        """OpenVINO computes something for any shape and dtype, and says nothing."""
+        """Raise ImageError for a shape or dtype that the graph does not take: OpenVINO would compute something from any."""
         spec, graph = self.manifest.preprocess, self.manifest.graph
         side = spec.size
         fits = images.ndim == 4 and images.shape[3] == spec.bands and images.dtype == spec.dtype
@@ -196,14 +196,6 @@ class Model:
                 show.update(done + len(skipped))
         skipped.tell(on_skipped, progress=progress)
         return skipped.embeddings(vectors[:done], self.model_id)
-
-
-def check_tile(tile: int | None, spec: Preprocess) -> None:
-    """Refuse to cut tiles of another size than the model was made for: padded or squeezed, they would be another scale."""
-    if tile is not None and spec.tile is not None and tile != spec.tile:
-        raise ConfigError(
-            f"tile = {tile}: the model was made for tiles of {spec.tile} × {spec.tile} pixels: give tile={spec.tile}"
-        )
 
 
 def _batches(listed: ImageList, spec: Preprocess, size: int, skipped: Skipped) -> Generator[Pixels, None, None]:

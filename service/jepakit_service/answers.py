@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from starlette.types import Scope, Send
 
 from jepakit_service import oip, routes
-from jepakit_service.wire import JSON, ApiError
+from jepakit_service.faults import ApiError
+from jepakit_service.wire import JSON
 
 _SLICE, _TAKEN_S = 1 << 16, 60.0
 """Bytes of an answer that are sent at a time, and how long a client may take to make room for them."""

@@ -21,12 +21,13 @@ from jepakit._messages import did_you_mean
 from jepakit_service import oip_routes, openapi, operations
 from jepakit_service.answers import error_body, send_whole
 from jepakit_service.described import POSTS
+from jepakit_service.faults import ApiError, fault
 from jepakit_service.gate import Gate
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled
-from jepakit_service.wire import JSON, ApiError, fault
+from jepakit_service.wire import JSON
 
 _QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
 """What each route takes there. The models of inferences are named in their paths."""

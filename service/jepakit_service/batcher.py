@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from jepakit._machine import trim_heap
 from jepakit.errors import ImageError
 from jepakit.images import Pixels
-from jepakit_service.wire import ImageData
 
+ImageData = bytes | NDArray[Any]
+"""An image file's bytes, or its pixels [H, W] or [H, W, C]."""
 Result = NDArray[np.float32] | ImageError
 
 

@@ -18,7 +18,9 @@ from typing_extensions import TypedDict
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.wire import ApiError, Ask, Computed, Dimensions, Encoding, Results
+from jepakit_service.batcher import ImageData
+from jepakit_service.faults import ApiError
+from jepakit_service.wire import Ask, Computed, Dimensions, Encoding, Results
 
 MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out where one model is loaded"
 DIMENSIONS = "only the model's own length is taken: cutting vectors short would change the space"
@@ -329,7 +331,7 @@ def _parse(model: type[_Asked], body: bytes, max_images: int) -> _Asked:
     return wire.validate(model, body)
 
 
-def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[wire.ImageData]:
+def _images(items: Sequence[str | ImageInput], field: str, max_images: int) -> list[ImageData]:
     wire.check_number(len(items), max_images, field)
     return [_image(item, f"{field}[{index}]") for index, item in enumerate(items)]
 

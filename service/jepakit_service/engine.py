@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jepakit.errors import ImageError, InferenceError
-from jepakit_service.batcher import Result
+from jepakit_service.batcher import ImageData, Result
+from jepakit_service.faults import unavailable
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import Plan
-from jepakit_service.wire import ImageData, unavailable
 
 
 class Answer(NamedTuple):

@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jepakit._loopback import is_loopback
 from jepakit_service import logs, routes, tracing
 from jepakit_service.answers import send_error
+from jepakit_service.faults import ApiError, fault, unavailable
 from jepakit_service.keys import KeyFile
 from jepakit_service.replica import Replica
-from jepakit_service.wire import ApiError, fault, unavailable
 
 _log = logging.getLogger("jepakit.service")
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0

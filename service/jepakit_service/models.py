@@ -17,12 +17,11 @@ from jepakit.images import fit, read_image
 from jepakit.readers import Limits
 from jepakit.runtime import ON_GPU
 from jepakit.session import Session
-from jepakit_service.batcher import Batcher, Capacity, Decoded, Result
+from jepakit_service.batcher import Batcher, Capacity, Decoded, ImageData, Result
 from jepakit_service.heartbeat import Heartbeat
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import tune
-from jepakit_service.wire import ImageData
 
 _BYTES_A_PIXEL = 8
 """Of an image once decoded, times `max_pixels`: what one image may take."""

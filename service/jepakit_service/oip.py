@@ -20,7 +20,9 @@ from typing_extensions import TypedDict
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.wire import EXAMPLE, ApiError, Ask, Computed, ImageData, validate
+from jepakit_service.batcher import ImageData
+from jepakit_service.faults import ApiError
+from jepakit_service.wire import EXAMPLE, Ask, Computed, validate
 
 TITLE = "Open Inference Protocol v2"
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"

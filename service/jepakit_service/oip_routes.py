@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 import jepakit
 from jepakit_service import oip
+from jepakit_service.faults import unavailable
 from jepakit_service.replica import Replica
-from jepakit_service.wire import unavailable
 
 
 def router(replica: Replica) -> APIRouter:

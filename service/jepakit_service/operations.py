@@ -11,12 +11,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from typing_extensions import TypedDict
 
 from jepakit_service.engine import max_images_in_time
+from jepakit_service.faults import unavailable
 from jepakit_service.metrics import merge
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import unavailable
 
 
 class ModelLimits(TypedDict):

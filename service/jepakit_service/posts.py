@@ -11,8 +11,9 @@ from pydantic_core import to_json
 
 from jepakit.errors import ImageError
 from jepakit_service import dialects, oip, routes, wire
+from jepakit_service.faults import ApiError, bad_image
 from jepakit_service.replica import Replica
-from jepakit_service.wire import ApiError, Ask, Computed
+from jepakit_service.wire import Ask, Computed
 
 _LONG_BODY, _LONG_ANSWER = 1 << 18, 20_000
 """Bytes that are read, and numbers that are written, on a thread: everybody else waits for the event loop."""
@@ -112,7 +113,7 @@ class Posts:
         if not allow_partial:
             for index, result in enumerate(answer.results):
                 if isinstance(result, ImageError):
-                    raise wire.bad_image(result, f"{ask.field}[{index}]")
+                    raise bad_image(result, f"{ask.field}[{index}]")
         return Computed(model.manifest, model.precision, model.provider, answer.results, answer.pixels, call.request_id)
 
 

@@ -18,7 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from jepakit._files import with_home
+from jepakit._files import reason_of, with_home
 from jepakit._loopback import is_loopback
 from jepakit._machine import usable_cpus
 from jepakit._messages import did_you_mean, parse
@@ -180,9 +180,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {reason_of(error)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(

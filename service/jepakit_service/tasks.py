@@ -1,4 +1,4 @@
-"""Whether a task is to end, or has only met an end of another's."""
+"""Tells a task's own cancellation from one of what it awaited."""
 
 from __future__ import annotations
 

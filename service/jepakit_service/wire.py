@@ -1,4 +1,4 @@
-"""What every dialect shares: errors, what a request asks, bytes to images, vectors to bytes.
+"""What every dialect shares: what a request asks, bytes to images, vectors to bytes.
 
 Nothing here decodes an image, touches a disk, or fetches a URL.
 """
@@ -8,27 +8,26 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from python_multipart import MultipartParser
-from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet
+from jepakit_service.batcher import ImageData
+from jepakit_service.faults import ApiError
+from jepakit_service.forms import read_form
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-ImageData = bytes | NDArray[Any]
 Encoding = Literal["float", "base64"]
 Results = Sequence[NDArray[np.float32] | ImageError]
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -38,48 +37,7 @@ EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCL
 
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
-_FIELDS_BESIDE_FILES = 8
 JSON, OCTETS, NPY = "application/json", "application/octet-stream", "application/x-npy"
-_STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415}
-
-
-class ApiError(Exception):
-    """An answer other than 200: status, stable code, message, and the parameter at fault."""
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        *,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-        self.headers = dict(headers or {})
-
-    def body(self, request_id: str, *, with_detail: bool = False) -> bytes:
-        """OpenAI's error shape, with the request id; `detail` beside it is where Voyage's client reads the message."""
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
-        error = {
-            "message": self.message,
-            "type": kind,
-            "code": self.code,
-            "param": self.param,
-            "request_id": request_id,
-        }
-        return json.dumps({"error": error, **({"detail": self.message} if with_detail else {})}).encode()
-
-
-def unavailable(code: str, message: str, status: int = 503) -> ApiError:
-    """What passes by itself: the same request may succeed in a second."""
-    return ApiError(status, code, message, headers={"Retry-After": "1"})
-
-
-def fault(error: Exception) -> ApiError:
-    """A fault of the service. The error's text stays here: it may hold what was sent."""
-    return ApiError(500, "internal_error", f"the service failed ({type(error).__name__}); the fault is ours")
 
 
 class Dimensions(NamedTuple):
@@ -167,12 +125,6 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def bad_image(error: ImageError, where: str) -> ApiError:
-    """The refusal of a whole request for one image that cannot be read correctly."""
-    status = _STATUS_OF_IMAGE_ERROR.get(error.code, 422)
-    return ApiError(status, error.code, f"{where}: {error}", param=where)
-
-
 def media_type(content_type: str) -> tuple[str, dict[bytes, bytes]]:
     """`type/subtype` in lower case, and the options behind it."""
     kind, options = parse_options_header(content_type)
@@ -183,7 +135,7 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
     """A body that is not JSON: one image file, several in a form, or an array. Raises ApiError 400, 413, 415."""
     media, options = media_type(content_type)
     if media == "multipart/form-data":
-        ask = _read_multipart(body, options.get(b"boundary", b""), max_images)
+        ask = Ask(*read_form(body, options.get(b"boundary", b""), max_images))
     elif media == NPY:
         ask = Ask(_read_npy(body, max_images))
     elif media.startswith("image/") or media in (OCTETS, "application/dicom"):
@@ -230,82 +182,6 @@ def _read_broken_lines(text: str, where: str) -> bytes:
             f"{where} is neither a data URI nor base64 of an image (text cannot be embedded here)",
             param=where,
         ) from None
-
-
-def _read_multipart(body: bytes, boundary: bytes, max_images: int) -> Ask:
-    """Parts with a file name are images; the field `model` names the model."""
-    form = _Form(max_images)
-    try:
-        form.read(body, boundary)
-    except FormParserError:
-        raise ApiError(400, "invalid_multipart", "the multipart body is damaged or its boundary is missing") from None
-    if not form.is_whole:
-        raise ApiError(400, "invalid_multipart", "the multipart body ends before its last boundary: send all of it")
-    images: list[ImageData] = []
-    model = None
-    for headers, data in form.parts:
-        _, options = parse_options_header(headers.get(b"content-disposition", b""))
-        if b"filename" in options:
-            images.append(bytes(data))
-        elif (name := options.get(b"name", b"")) == b"model":
-            if model is not None:
-                raise ApiError(400, "invalid_request", "the form has two fields `model`: send one", param="model")
-            model = data.decode("utf-8", "replace")
-        else:
-            raise ApiError(
-                400, "invalid_request",
-                f"the form's field {name[:40].decode('utf-8', 'replace')!r} is no file: images are sent as files, and `model` "
-                "is the only other field",
-            )  # fmt: skip
-    return Ask(images, model)
-
-
-class _Form:
-    """The parts of a multipart body, each its headers (names in lower case) and its data. No disk is touched.
-
-    The methods named `on_…` are the parser's callbacks.
-    """
-
-    def __init__(self, max_images: int) -> None:
-        self.parts: list[tuple[dict[bytes, bytes], bytearray]] = []
-        self.is_whole = False
-        self._max_images = max_images
-        self._name, self._value = bytearray(), bytearray()
-
-    def read(self, body: bytes, boundary: bytes) -> None:
-        """Raises FormParserError for a damaged body, ApiError 413 for one of too many parts."""
-        parser = MultipartParser(boundary, {
-            "on_part_begin": self.on_part_begin,
-            "on_part_data": self.on_part_data,
-            "on_header_field": self.on_header_field,
-            "on_header_value": self.on_header_value,
-            "on_header_end": self.on_header_end,
-            "on_end": self.on_end,
-        })  # fmt: skip
-        parser.write(body)
-
-    def on_part_begin(self) -> None:
-        if len(self.parts) == self._max_images + _FIELDS_BESIDE_FILES:
-            raise ApiError(
-                413, "too_many_images", f"more than {self._max_images} images in one request: send several requests"
-            )
-        self.parts.append(({}, bytearray()))
-
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self.parts[-1][1].extend(data[start:end])
-
-    def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._name.extend(data[start:end])
-
-    def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value.extend(data[start:end])
-
-    def on_header_end(self) -> None:
-        self.parts[-1][0][bytes(self._name).lower()] = bytes(self._value)
-        self._name, self._value = bytearray(), bytearray()
-
-    def on_end(self) -> None:
-        self.is_whole = True
 
 
 def _read_npy(body: bytes, max_images: int) -> list[ImageData]:

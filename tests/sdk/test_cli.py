@@ -245,7 +245,7 @@ def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> 
 def test_images_are_named_first_and_by_no_setting(tmp_path: Path, command: str) -> None:
     done = CliRunner().invoke(app, [command, str(tmp_path), "--set", "images=other"])
     assert isinstance(done.exception, ConfigError)
-    assert "images is no setting of --set" in str(done.exception)
+    assert "images cannot be set with --set" in str(done.exception)
 
 
 # A title, a colour, and a line of the stranger's own.

@@ -26,11 +26,11 @@ from jepakit.errors import ConfigError, ImageError
 from jepakit_service import api, dialects, posts, routes, wire
 from jepakit_service.api import build_app
 from jepakit_service.described import POSTS
+from jepakit_service.faults import ApiError
 from jepakit_service.keys import new_key
 from jepakit_service.metrics import Metrics, merge
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
 from .load import wait_until

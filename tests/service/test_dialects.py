@@ -15,6 +15,7 @@ from pydantic_core import to_json
 
 import jepakit
 from jepakit_service import dialects, wire
+from jepakit_service.faults import ApiError
 from jepakit_service.keys import new_key
 from jepakit_service.settings import ServeSettings
 
@@ -197,7 +198,7 @@ def test_a_normalised_model_gives_no_other_vectors(bundle: Path) -> None:
     manifest = jepakit.open_bundle(bundle).manifest
     unit = manifest.model_copy(update={"embedding": manifest.embedding.model_copy(update={"normalize": True})})
     dialects.check_space(wire.Ask([], normalized=True), unit)
-    with pytest.raises(wire.ApiError, match="vectors of length 1"):
+    with pytest.raises(ApiError, match="vectors of length 1"):
         dialects.check_space(wire.Ask([], normalized=False), unit)
 
 
@@ -271,5 +272,5 @@ def test_a_short_json_cannot_become_large_in_memory(http: httpx.Client) -> None:
 
 def test_objects_count_as_lists_do() -> None:
     wire.check_json_size(b"[{" * 5, 10)
-    with pytest.raises(wire.ApiError, match="11 lists and objects, at most 10"):
+    with pytest.raises(ApiError, match="11 lists and objects, at most 10"):
         wire.check_json_size(b"{" * 11, 10)

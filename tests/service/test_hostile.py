@@ -34,9 +34,10 @@ from PIL import Image, PngImagePlugin
 from jepakit_service import logs, oip, single, wire
 from jepakit_service.api import build_app
 from jepakit_service.dialects import read_openai
+from jepakit_service.faults import ApiError
 from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError, Ask
+from jepakit_service.wire import Ask
 
 from .conftest import picture, running
 

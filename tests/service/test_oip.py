@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 import jepakit
 from jepakit_service import oip
-from jepakit_service.wire import ApiError
+from jepakit_service.faults import ApiError
 
 from .conftest import picture
 

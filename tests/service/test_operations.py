@@ -30,12 +30,12 @@ from jepakit import _machine
 from jepakit.images import Pixels
 from jepakit_service import answers, heartbeat, logs, memory, models, operations, tracing
 from jepakit_service.api import build_app
+from jepakit_service.faults import ApiError
 from jepakit_service.listeners import free_port, open_listeners
 from jepakit_service.metrics import merge
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 from jepakit_service.sharing import Shared
-from jepakit_service.wire import ApiError
 
 from .conftest import Spans, picture, running
 from .load import wait_until

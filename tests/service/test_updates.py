@@ -33,10 +33,10 @@ from jepakit.errors import (
 from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import Deployed, _swapped, deploy
+from jepakit_service.faults import ApiError
 from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import ApiError
 
 from .conftest import picture, running
 

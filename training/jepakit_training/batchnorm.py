@@ -84,5 +84,5 @@ class _GlobalStatistics(_BatchNorm):
 def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `dims` and all ranks, which hold equally many rows."""
     mean = mean_over_ranks(x.mean(dim=dims))
-    centred = x - mean.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 2 else x - mean
+    centred = x - mean.view(-1, *[1] * (x.ndim - 2))
     return mean, mean_over_ranks(centred.square().mean(dim=dims))

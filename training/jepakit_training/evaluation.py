@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit._groups import assign_folds, numbered
+from jepakit._groups import assign_folds, codes, numbered
 from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
@@ -114,7 +114,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
     poolings, fit = list(features.by_pooling), images.only(images.is_fit & images.is_labelled)
     if len(poolings) == 1 or fit.labels is None:
         return poolings[0]
-    classes = np.unique(fit.labels, return_inverse=True)[1]
+    classes = codes(fit.labels)
     third = assign_folds(numbered(fit.groups, len(fit.labels)), classes, 3)
     parts = [replace(fit, is_fit=third != fold) for fold in range(3)]
     if not all(len(np.unique(fit.labels[part.is_fit])) > 1 and not part.is_fit.all() for part in parts):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._groups import main_class
+from jepakit._groups import codes, main_class
 from jepakit.backbone import is_bundle_weights
 from jepakit.bundle import START_WORDS, open_bundle
 from jepakit.config import AdaptConfig
@@ -107,8 +107,8 @@ def split(
     enough_groups  over all strata, an equal part of each; it means nothing without groups
     """
     random = np.random.default_rng(derive_seed(seed, "split"))
-    group_of = np.arange(count) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    stratum_of = np.zeros(count, np.intp) if strata is None else np.unique(np.asarray(strata), return_inverse=True)[1]
+    group_of = np.arange(count) if groups is None else codes(groups)
+    stratum_of = np.zeros(count, np.intp) if strata is None else codes(strata)
     sizes = np.bincount(group_of)
     stratum_of_group = main_class(group_of, stratum_of)
     lone = np.bincount(stratum_of_group)[stratum_of_group] == 1
@@ -232,7 +232,7 @@ def _spread_over_classes(
     """
     if len(part) <= most:
         return part
-    group_of = None if groups is None else np.unique(groups[part], return_inverse=True)[1]
+    group_of = None if groups is None else codes(groups[part])
     taken = np.empty(0, np.intp)
     if labels is not None:
         names, class_of = np.unique(labels[part], return_inverse=True)

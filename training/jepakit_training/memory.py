@@ -87,7 +87,7 @@ def peak_gb(device: torch.device) -> float:
 
 
 def memory_gb(device: torch.device) -> float:
-    """What there is of it, in GB: on the GPU, or of main memory."""
+    """Total memory in GB: the GPU's, or main memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GB
     return main_memory() / GB

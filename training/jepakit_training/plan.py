@@ -62,14 +62,14 @@ class Plan:
         """Most that the batches made ahead take of main memory."""
         return self.workers * self.prefetch * self.batch_bytes
 
-    def ramp(self, step: int) -> float:
-        """The factor on the projector's learning rate: 10 steps up, then a cosine to 0."""
-        return min(1.0, (step + 1) / RAMP_STEPS) * _cosine(step / self.steps)
+    def ramp(self, step: int, *, first: int = 0) -> float:
+        """The factor on the projector's learning rate: 10 steps up, from step `first` on, then a cosine to 0."""
+        since = step - first
+        return 0.0 if since < 0 else min(1.0, (since + 1) / RAMP_STEPS) * _cosine(step / self.steps)
 
     def backbone_ramp(self, step: int) -> float:
         """The factor on the backbone's: 0 while the projector warms up, then as the projector's."""
-        since = step - self.warmup_steps
-        return 0.0 if since < 0 else min(1.0, (since + 1) / RAMP_STEPS) * _cosine(step / self.steps)
+        return self.ramp(step, first=self.warmup_steps)
 
 
 def make_plan(

@@ -7,7 +7,7 @@ import os
 
 
 def has_launcher() -> bool:
-    """Whether a launcher has started this process as one of several, if of one alone."""
+    """Whether torchrun, accelerate or Ray Train started this process, even as the only one."""
     return "RANK" in os.environ
 
 

@@ -59,7 +59,7 @@ class Stop:
         self.number: int | None = None
         """The last signal that asked."""
         self.seen = False
-        """Whether `at_boundary` has said so: saving may then take the time it takes."""
+        """Whether `at_boundary` has said so: the loop has noticed, and saving may take its time."""
 
     def at_boundary(self) -> bool:
         """Whether to leave: to be asked at the end of every step."""

@@ -59,10 +59,17 @@ def _fold_batch_norms(module: nn.Module, example_BCHW: Tensor) -> None:
     pairs: list[tuple[str, str]] = []
 
     def note_output(name: str) -> Callable[..., None]:
-        return lambda _, args, output: made_by.__setitem__(id(output), (name, output))
+        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
+            made_by[id(output)] = name, output
+
+        return hook
 
     def note_input(name: str) -> Callable[..., None]:
-        return lambda _, args: pairs.append((made_by[id(args[0])][0], name)) if id(args[0]) in made_by else None
+        def hook(_: nn.Module, args: Any) -> None:
+            if id(args[0]) in made_by:
+                pairs.append((made_by[id(args[0])][0], name))
+
+        return hook
 
     norms = set(map(id, batch_norms(module)))
     with _hooks() as hooks:

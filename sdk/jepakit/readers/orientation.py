@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from jepakit.readers.header import Window
 
+ORIENTATION = 274
+"""The tag, of EXIF as of TIFF."""
 SWAPPED = frozenset({5, 6, 7, 8})
 """Orientations whose rows are the upright image's columns."""
 
@@ -23,6 +25,11 @@ _STEPS = {
     7: (True, True, True),
     8: (True, True, False),
 }
+
+
+def valid_orientation(value: Any) -> int:
+    """An orientation as a file gives it; 1, upright, for what is none."""
+    return int(value) if value in range(1, 9) else 1
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, reading, too_many_pixels
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
-from jepakit.readers.orientation import SWAPPED, upright
+from jepakit.readers.orientation import ORIENTATION, SWAPPED, upright, valid_orientation
 from jepakit.readers.png import decode_deep, has_late_chunks
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
@@ -25,7 +25,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
-_ORIENTATION = 0x0112
 _MOST_HALF_TRANSPARENT = 0.05
 """Of a TIFF's alpha: the soft edges of a cut-out are a few per cent of it."""
 
@@ -194,8 +193,7 @@ def _turned(header: Header, orientation: int) -> Header:
 
 def _orientation(image: Image) -> int:
     # Not `image.getexif()`: PNG's decodes all pixels to look behind them.
-    value = import_pillow().Image.getexif(image).get(_ORIENTATION)
-    return value if value in range(1, 9) else 1
+    return valid_orientation(import_pillow().Image.getexif(image).get(ORIENTATION))
 
 
 def _is_deep_colour(image: Image) -> bool:

@@ -24,7 +24,7 @@ from jepakit.readers.checks import CUT, MIN_SIDE, READ_AS, check_pixels, check_r
 from jepakit.readers.codestream import claimed_size
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
-from jepakit.readers.orientation import SWAPPED, stored_window, upright
+from jepakit.readers.orientation import ORIENTATION, SWAPPED, stored_window, upright, valid_orientation
 from jepakit.readers.pillow import PillowFile
 from jepakit.readers.raster import Raster, crop
 from jepakit.readers.slides import slide_series
@@ -35,7 +35,6 @@ _COLOUR_SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, 3: 1, 5: 4, _Y
 """Samples a pixel, alpha aside, of the photometric kinds that Pillow makes RGB (3 palette, 5 CMYK, 8 CIELAB)."""
 _ALPHA = frozenset({1, 2})
 _GDAL_NODATA = 42113
-_ORIENTATION = 274
 
 _JPEG = 7
 _COMPRESSIONS = frozenset({1, 5, _JPEG, 8, 32773, 32946, 33005, 34712, 34925, 50000})
@@ -265,8 +264,8 @@ class TiffRaster(Raster):
 
 
 def _orientation(page: Any) -> int:
-    tag = page.tags.get(_ORIENTATION)
-    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+    tag = page.tags.get(ORIENTATION)
+    return 1 if tag is None else valid_orientation(tag.value)
 
 
 def _is_usual(page: Any) -> bool:
