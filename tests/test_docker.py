@@ -24,6 +24,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import jepakit
+from jepakit._ray import OWN
 from jepakit.cli import app
 from jepakit_service.metrics import Metrics
 from jepakit_service.ray_app import NODE_ENVIRONMENT
@@ -135,10 +136,8 @@ def test_every_container_is_hardened_and_only_loopback_is_published(compose: Any
 
 
 def test_limits_of_the_container_and_the_proxy_fit_the_services_own(compose: Any) -> None:
-    from jepakit_service.ray_app import _OBJECT_STORE_BYTES
-
     service = compose["services"]["jepakit"]
-    assert int(service["shm_size"].removesuffix("g")) << 30 > _OBJECT_STORE_BYTES
+    assert int(service["shm_size"].removesuffix("g")) << 30 > OWN["object_store_memory"]
     assert int(service["stop_grace_period"].removesuffix("s")) > 2 * default("drain_s")
     proxy = (ROOT / "docker" / "proxy" / "nginx.conf").read_text()
     for directive in ("client_max_body_size", "client_body_buffer_size"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jepakit._files import reason_of
 from jepakit.errors import WriteError
@@ -19,6 +21,8 @@ SILENT = {
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
 }
 """Ray reads these when it is imported."""
+OWN: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
+"""Options of a cluster of our own."""
 _LONGEST_PLACE = (103 if sys.platform == "darwin" else 107) - 89
 """Bytes of the path of a folder for temporary files: Ray makes sockets up to 89 bytes below it, whose paths are so short."""
 
@@ -45,8 +49,16 @@ def own_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def init(**options: Any) -> None:
+    """`ray.init` with these options, telling of errors alone, and without a dashboard."""
+    import ray
+
+    with _without_dashboard():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
 @contextmanager
-def without_dashboard() -> Iterator[None]:
+def _without_dashboard() -> Iterator[None]:
     """While inside, `ray.init` starts no dashboard.
 
     Ray starts one for its usage statistics though both are off, and it then asks the metadata services of three clouds,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from jepakit._messages import parse
-from jepakit._ray import SILENT, own_folder, without_dashboard
+from jepakit._ray import OWN, SILENT, init, own_folder
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
 from jepakit_service.listeners import announce_when_ready, free_port
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
-_OBJECT_STORE_BYTES = 100 << 20
 _REPORT_TIMEOUT_S = 3.5
 """Together with a heartbeat's patience, less than the 5 s that probes wait."""
 # The gate refuses, says why and keeps answering probes; Ray's own limit only has to lie beyond its.
@@ -133,12 +132,10 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
     from ray.serve.config import HTTPOptions
 
     try:
-        with without_dashboard():
-            ray.init(
-                include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, log_to_driver=False,
-                logging_level=logging.ERROR, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
-                num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
-            )  # fmt: skip
+        init(
+            **OWN, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
+            num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
+        )  # fmt: skip
         stop.watch()  # ray.init put its own in place
         _end_idle_helpers()
         core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from jepakit._files import reason_of
 from jepakit._machine import usable_cpus
 from jepakit._messages import lines_of
-from jepakit._ray import SILENT, own_folder, without_dashboard
+from jepakit._ray import OWN, SILENT, init, own_folder
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run
@@ -38,7 +38,6 @@ from jepakit_training.run_folder import RAY_FOLDER
 from jepakit_training.stopping import GRACE_S, answering, asked_by
 
 _MOST_LOSSES = 3
-_OBJECT_STORE_BYTES = 100 << 20
 # Ray reads them at import. Training's own files say all that a run has to say, in the folders that we name.
 _SETTINGS = {
     **SILENT,
@@ -94,12 +93,10 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
 
     with own_folder() if address is None else contextlib.nullcontext() as folder:
         local: dict[str, Any] = {} if folder is None else {
-            "address": "local", "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES,
-            "_temp_dir": str(folder), "num_cpus": max(usable_cpus(), config.processes or 1),
+            **OWN, "address": "local", "_temp_dir": str(folder), "num_cpus": max(usable_cpus(), config.processes or 1),
         }  # fmt: skip
         try:
-            with without_dashboard():
-                ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
+            init(**local)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "on this machine" if address is None else f"at RAY_ADDRESS = {address}"
             raise TrainingError(f"no Ray cluster {where}: {lines_of(error)[0]}") from error
