@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 from jepakit import golden
 from jepakit._export_source import name_and_weights
 from jepakit._messages import lines_of
+from jepakit._progress import stage
 from jepakit.backbone import fitting_size, is_bundle_weights, restore, start_backbone, stock_preprocess, tensors_of
 from jepakit.bundle import (
     DATA,
@@ -77,12 +78,14 @@ def export(config: ExportConfig) -> Bundle:
     embedder = Embedder(source.backbone, source.preprocess, source.embedding, tokens=config.tokens).eval()
     images = golden.make_images(source.preprocess)
     inputs = center_crop(images, source.preprocess.size)
+    stage(f"converting {source.described.name} to ONNX ({config.precision})")
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     graph = _graph(config, source, embedder, inputs, users)
     manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
         sealed = seal(graph, _stamp(manifest, config.precision))
+    stage("verifying it against torch")
     opened = partial(Session, sealed.graph, provider="cpu", data=sealed.data)
     session = opened(manifest)
     agreement = check(session, config.precision, expected)

@@ -45,6 +45,12 @@ def memory_limit() -> int | None:
         return None
 
 
+def main_memory() -> int:
+    """Bytes of main memory that the machine has, or this container where that is less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, memory_limit() or machine)
+
+
 def memory_room() -> int | None:
     """Bytes that the control group still grants, as `memory_limit`. Cached files make room: they are free; a tmpfs is not."""
     limit, files = memory_limit(), _memory()

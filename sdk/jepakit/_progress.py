@@ -28,6 +28,12 @@ def shown(progress: bool) -> Iterator[None]:
         _is_shown.reset(before)
 
 
+def stage(words: str) -> None:
+    """Say what begins now, of work that cannot be counted."""
+    if _is_shown.get():
+        print(f"{words} …", file=sys.stderr, flush=True)
+
+
 def track(items: Sequence[_Item], what: str, *, progress: bool = True) -> Iterator[_Item]:
     """Yield the items, showing how far it is."""
     with Steps(len(items), what=what, progress=progress) as steps:

@@ -154,6 +154,23 @@ def adapt(
 
 
 @app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="the TOML file to write")] = Path("jepakit.toml"),
+) -> None:
+    """Write a file of all settings of adapt, to be edited."""
+    from jepakit.template import template
+
+    if as_path(file, "file").exists():
+        raise ConfigError(f"{file} is there already: name another file")
+    prepare_place(file)
+    with written(file) as stream:
+        stream.write(template().encode())
+    print(
+        f"{file}: every setting with its default, commented out\nnext: jepakit adapt IMAGES --config {quote(str(file))}"
+    )
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
@@ -466,6 +483,20 @@ def nearest(
         for query, places, cosines in found
         for rank, (place, cosine) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True), 1)
     )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has for each part of jepakit, and what to mend; exit code 1 where there is something."""
+    from jepakit.doctor import examine
+
+    lines, problems = examine()
+    print("\n".join(lines))
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    print("nothing to mend")
 
 
 @weights_app.command("fetch")

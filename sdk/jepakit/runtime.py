@@ -198,6 +198,11 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
     return session
 
 
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded."""
+    return any(Path(device).exists() for device in _DRIVERS)
+
+
 def _missing(choice: Chosen) -> str | None:
     """Why a provider cannot be used here; None when nothing speaks against it."""
     try:
@@ -208,7 +213,7 @@ def _missing(choice: Chosen) -> str | None:
         return None
     if _ORT_PROVIDERS[choice] not in ort.get_available_providers():
         return "this ONNX Runtime was built without it"
-    if not any(Path(device).exists() for device in _DRIVERS):
+    if not has_nvidia_driver():
         return "no NVIDIA driver is loaded"
     ort.preload_dlls()
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jepakit._messages import counted
+from jepakit._progress import stage
 from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
@@ -46,6 +47,7 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     recipe.check_bands(found.kind.bands)
     spec = choose_preprocess(found.only(trained_on), config, _any_backbone(config.image_size))
     sizes = config.image_size, local_size_of(config.image_size, recipe)
+    stage("drawing the views")
     title = f"{found.kind}; views of domain {seen.domain} at {sizes[0]} and {sizes[1]} px"
     write_sheet(sheet, images, spec, recipe, sizes, title)
     return seen.model_copy(update={"sheet": printable(str(sheet))})

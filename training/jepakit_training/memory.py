@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import resource
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from jepakit._machine import memory_limit, trim_heap
+from jepakit._machine import main_memory, trim_heap
 from jepakit.errors import TrainingError
 
 GB = 10**9
@@ -91,12 +90,6 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GB
     return main_memory() / GB
-
-
-def main_memory() -> int:
-    """Bytes of main memory that the machine has, or this container where that is less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(machine, memory_limit() or machine)
 
 
 def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -> str:

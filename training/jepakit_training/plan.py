@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from jepakit._machine import usable_cpus
+from jepakit._machine import main_memory, usable_cpus
 from jepakit._messages import counted
 from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import (
@@ -28,7 +28,7 @@ from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.holdout import Split, hold_out
-from jepakit_training.memory import GB, main_memory
+from jepakit_training.memory import GB
 
 FEW_IMAGES = 64
 _QUEUED_SHARE = 0.25

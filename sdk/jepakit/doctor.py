@@ -1,0 +1,104 @@
+"""What this machine has for each part of jepakit, and what stands in its way. Nothing is sent anywhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from jepakit import __version__
+from jepakit._machine import main_memory, usable_cpus
+from jepakit.errors import JepakitError
+from jepakit.runtime import Provider, check_provider, has_nvidia_driver
+
+_PACKAGES = {
+    "train": ("torch", "timm", "torchvision", "accelerate"),
+    "export": ("onnx", "onnxscript"),
+    "serve": ("ray", "fastapi", "uvicorn"),
+    "images": ("pillow", "tifffile", "pydicom"),
+    "codecs": ("imagecodecs", "python-gdcm"),
+    "runtime": ("onnxruntime", "onnxruntime-gpu", "openvino"),
+}
+"""By the extra that brings them."""
+_LEAST_SHARED = 512 << 20
+_SHARED = Path("/dev/shm")
+
+
+class Examination(NamedTuple):
+    """`lines` say what there is, `problems` what to mend, each with its remedy."""
+
+    lines: list[str]
+    problems: list[str]
+
+
+def examine() -> Examination:
+    """Look at the machine and at what is installed. torch is imported only where there is a GPU to ask it for."""
+    lines = [
+        f"jepakit    {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"machine    {usable_cpus()} usable cores, {main_memory() / 1e9:.1f} GB of memory, "
+        f"{'an' if has_nvidia_driver() else 'no'} NVIDIA driver",
+        *(f"{extra:<10} {_installed(extra, names)}" for extra, names in _PACKAGES.items()),
+        f"providers  {', '.join(_usable_providers()) or 'none'}",
+    ]
+    return Examination(lines, [*_two_runtimes(), *_idle_gpu(), *_little_shared_memory()])
+
+
+def _installed(extra: str, names: Sequence[str]) -> str:
+    versions = {name: version for name in names if (version := _version(name))}
+    said = [f"{name} {version}" for name, version in versions.items()]
+    if not said:
+        return f"not installed (pip install 'jepakit[{'serve' if extra == 'runtime' else extra}]')"
+    lacking = [] if extra == "runtime" else [name for name in names if name not in versions]
+    return ", ".join(said + [f"no {name}" for name in lacking])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_providers() -> Iterator[str]:
+    for provider in get_args(Provider):
+        try:
+            check_provider(provider)
+        except JepakitError:
+            continue
+        if provider != "auto":
+            yield provider
+
+
+def _two_runtimes() -> Iterator[str]:
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        yield (
+            "onnxruntime and onnxruntime-gpu are both installed, in one folder: pip uninstall -y onnxruntime onnxruntime-gpu, then "
+            "pip install the one that jepakit needs again"
+        )
+
+
+def _idle_gpu() -> Iterator[str]:
+    if not has_nvidia_driver():
+        return
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            yield f"torch {torch.__version__} sees no GPU, so training would not use it: install torch for this driver's CUDA (nvidia-smi)"
+    if _version("onnxruntime-gpu") or _version("onnxruntime"):
+        try:
+            check_provider("cuda")
+        except JepakitError as error:
+            yield f"the service would not use the GPU: {error}"
+
+
+def _little_shared_memory() -> Iterator[str]:
+    if _version("ray") and _SHARED.is_dir() and (size := shutil.disk_usage(_SHARED).total) < _LEAST_SHARED:
+        yield (
+            f"{_SHARED} has {size >> 20} MB, so Ray would write images to a disk: give the container more (docker run --shm-size 1g), "
+            "or serve with --no-ray"
+        )

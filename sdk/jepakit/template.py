@@ -1,0 +1,37 @@
+"""Every setting of `adapt` as a TOML file to start from."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from jepakit.config import AdaptConfig, ViewsConfig
+
+_HEAD = "# Settings for `jepakit adapt IMAGES --config FILE`. Those that are commented out have their defaults; None: left out."
+_ELSEWHERE = ("images", "views")
+"""An argument of the command, and a table of its own."""
+_WIDTH = 118
+
+
+def template() -> str:
+    """The file: under what it means, each setting, commented out, with its default; empty for None, which TOML cannot say."""
+    return "\n".join([_HEAD, *_lines(AdaptConfig), "", "[views]", *_lines(ViewsConfig)]) + "\n"
+
+
+def _lines(settings: type[BaseModel]) -> Iterator[str]:
+    for name, field in settings.model_fields.items():
+        if name not in _ELSEWHERE:
+            yield ""
+            yield from textwrap.wrap(
+                " ".join((field.description or "").split()), _WIDTH, initial_indent="# ", subsequent_indent="# "
+            )
+            yield f"#{name} = {_toml(field.default)}".rstrip()
+
+
+def _toml(default: Any) -> str:
+    """JSON's numbers, texts, lists and truth values are TOML's too."""
+    return "" if default is None else json.dumps(default)

@@ -1,0 +1,72 @@
+"""`jepakit doctor`: what is there, and what to mend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+import jepakit
+from jepakit import doctor, runtime
+from jepakit.cli import app
+from jepakit.doctor import examine
+
+
+@pytest.fixture
+def sound(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine without a GPU and with room, whatever this one is."""
+    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
+    monkeypatch.setattr(doctor, "_LEAST_SHARED", 0)
+    return monkeypatch
+
+
+def test_what_is_there_is_told_with_its_version(sound: pytest.MonkeyPatch) -> None:
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == 0, told.output
+    assert told.stdout.startswith(f"jepakit    {jepakit.__version__}, Python 3.")
+    assert f"timm {importlib.metadata.version('timm')}" in told.stdout
+    assert "no NVIDIA driver" in told.stdout
+    assert "providers  cpu" in told.stdout
+    assert told.stdout.endswith("nothing to mend\n")
+
+
+def test_what_is_missing_is_told_with_what_installs_it(sound: pytest.MonkeyPatch) -> None:
+    there = doctor._version
+    gone = ("timm", "onnx", "onnxscript", "python-gdcm")
+    sound.setattr(doctor, "_version", lambda name: None if name in gone else there(name))
+    lines = "\n".join(examine().lines)
+    assert "accelerate" in lines
+    assert ", no timm" in lines
+    assert "export     not installed (pip install 'jepakit[export]')" in lines
+    assert ", no python-gdcm" in lines
+
+
+def test_problems_are_told_with_their_remedies(sound: pytest.MonkeyPatch) -> None:
+    sound.setattr(doctor, "_version", lambda name: "1.0")
+    sound.setattr(doctor, "_LEAST_SHARED", 512 << 20)
+    sound.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20))
+    problems = examine().problems
+    assert len(problems) == 2
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problems[0]
+    assert "/dev/shm has 64 MB" in problems[1]
+    assert "--shm-size 1g" in problems[1]
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == 1
+    assert told.stdout.count("problem: ") == 2
+
+
+def test_a_gpu_that_would_lie_idle_is_a_problem(sound: pytest.MonkeyPatch) -> None:
+    """torch here sees no GPU; ONNX Runtime is asked whether it can use CUDA."""
+    torch = pytest.importorskip("torch")
+    sound.setattr(doctor, "has_nvidia_driver", lambda: True)
+    sound.setattr(torch.cuda, "is_available", lambda: False)
+    sound.setattr(runtime, "_missing", lambda choice: "no CUDA library" if choice == "cuda" else None)
+    problems = examine().problems
+    assert any("sees no GPU, so training would not use it" in problem for problem in problems)
+    assert any("the service would not use the GPU: provider cuda was asked for" in problem for problem in problems)
+    sound.setattr(torch.cuda, "is_available", lambda: True)
+    sound.setattr(runtime, "_missing", lambda choice: None)
+    assert examine().problems == []

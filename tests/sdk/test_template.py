@@ -1,0 +1,38 @@
+"""`jepakit init`: a file of every setting, true to the settings."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from jepakit.cli import app
+from jepakit.config import AdaptConfig, ViewsConfig
+from jepakit.errors import ConfigError
+from jepakit.template import template
+
+
+def test_what_the_file_shows_are_all_settings_with_their_defaults() -> None:
+    shown = re.findall(r"^#(\w+) =", template(), re.MULTILINE)
+    assert shown == [name for name in AdaptConfig.model_fields if name not in ("images", "views")] + list(
+        ViewsConfig.model_fields
+    )
+    whole = re.sub(r"^#(\w+ = .+)", r"\1", template(), flags=re.MULTILINE)
+    assert AdaptConfig(images="scans", **tomllib.loads(whole)) == AdaptConfig(images="scans", views=ViewsConfig())
+    assert all(line.startswith("#") for line in template().splitlines() if line and line != "[views]")
+    assert max(map(len, template().splitlines())) <= 120
+
+
+def test_the_file_is_written_once_and_taken_by_adapt(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "own.toml"
+    done = CliRunner().invoke(app, ["init", str(file)])
+    assert f"next: jepakit adapt IMAGES --config {file}" in done.stdout
+    file.write_text(file.read_text().replace("#seed = 0", "seed = 7"))
+    again = CliRunner().invoke(app, ["init", str(file)])
+    assert isinstance(again.exception, ConfigError)
+    assert "seed = 7" in file.read_text()
+    images = tmp_path / "none"
+    taken = CliRunner().invoke(app, ["adapt", str(images), "--config", str(file)])
+    assert str(images) in str(taken.exception), "all of it is a right setting: what is missing are the images"
