@@ -18,6 +18,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
+from tests.files import npy
 
 from jepakit.bundle import (
     GOLDEN,
@@ -523,12 +524,6 @@ def test_golden_inputs_come_back_as_they_were_packed() -> None:
     np.testing.assert_array_equal(images, golden.images)
     np.testing.assert_array_equal(vectors, golden.vectors)
     assert vectors.dtype == np.float32
-
-
-def npy(array: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 def npz(**arrays: Any) -> bytes:

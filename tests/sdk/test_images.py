@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tests.files import encoded, png_chunk
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -37,12 +37,6 @@ def make_spec(size: int, resize_to: int, resize: str = "shorter", interpolation:
     return Preprocess(**values, bands=3, dtype="uint8", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def read(source: Any, limits: Limits = DEFAULT_LIMITS) -> Pixels:
     with open_raster(source, limits=limits) as raster:
         assert (raster.header.bands, raster.header.dtype) == (3, "uint8")
@@ -60,10 +54,6 @@ def refused(source: Any, code: str, name: str = "image", **options: Any) -> str:
 
 
 # Files made by hand, which Pillow cannot write
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def make_png(
@@ -92,7 +82,7 @@ def test_the_pixel_budget_holds_below_and_above_pillows_own_limit(side: int) -> 
 
 
 def test_the_pixel_budget_can_be_chosen() -> None:
-    data = encode(Image.fromarray(make_pixels(20, 30)), "PNG")
+    data = encoded(Image.fromarray(make_pixels(20, 30)), "PNG")
     assert "30 × 20" in refused(data, "too_large", limits=Limits(max_pixels=599))
     refused(Image.fromarray(make_pixels(20, 30)), "too_large", limits=Limits(max_pixels=599))
     read(data, limits=Limits(max_pixels=600))
@@ -153,7 +143,7 @@ def on_white(rgb: NDArray[Any], alpha: NDArray[Any]) -> NDArray[np.float64]:
 def test_gray_with_alpha_is_laid_on_white() -> None:
     pixels = make_pixels(20, 30, bands=2)
     bands = [Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in (0, 1)]
-    got = read(encode(Image.merge("LA", bands), "PNG"))
+    got = read(encoded(Image.merge("LA", bands), "PNG"))
     expected = on_white(np.repeat(pixels[..., :1], 3, axis=2), pixels[..., 1])
     np.testing.assert_allclose(got, expected, atol=1)
 
@@ -163,7 +153,7 @@ def test_a_palette_gives_its_colours(format: str) -> None:
     image = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30) % 3).convert("L")
     palette = Image.frombytes("P", image.size, image.tobytes())
     palette.putpalette([255, 0, 0, 0, 255, 0, 10, 20, 30])
-    got = read(encode(palette, format))
+    got = read(encoded(palette, format))
     assert got[0, :3].tolist() == [[255, 0, 0], [0, 255, 0], [10, 20, 30]]
 
 
@@ -171,7 +161,7 @@ def test_a_palette_gives_its_colours(format: str) -> None:
 def test_a_palette_with_transparency_is_laid_on_white(transparency: int | bytes) -> None:
     palette = Image.frombytes("P", (30, 20), bytes(range(3)) * 200)
     palette.putpalette([255, 0, 0, 0, 255, 0, 10, 20, 30])
-    got = read(encode(palette, "PNG", transparency=transparency)).astype(int)
+    got = read(encoded(palette, "PNG", transparency=transparency)).astype(int)
     assert got[0, 0].tolist() == [255, 0, 0]
     assert got[0, 1].tolist() == [255, 255, 255]
     third = [10, 20, 30] if isinstance(transparency, int) else [132, 137, 142]
@@ -181,27 +171,27 @@ def test_a_palette_with_transparency_is_laid_on_white(transparency: int | bytes)
 @pytest.mark.parametrize(("mode", "key", "seen"), [("L", 7, [7]), ("RGB", (7, 8, 9), [7, 8, 9]), ("1", 0, [0])])
 def test_a_transparent_key_colour_is_laid_on_white(mode: str, key: Any, seen: list[int]) -> None:
     image = Image.new(mode, (20, 20), key)
-    assert (read(encode(image, "PNG")) == seen).all()
-    assert (read(encode(image, "PNG", transparency=key)) == 255).all()
+    assert (read(encoded(image, "PNG")) == seen).all()
+    assert (read(encoded(image, "PNG", transparency=key)) == 255).all()
 
 
 def test_cmyk_jpegs_keep_their_colours() -> None:
     for colour in [(255, 255, 255), (0, 0, 0), (200, 40, 30), (20, 90, 180)]:
         cmyk = Image.new("RGB", (20, 20), colour).convert("CMYK")
-        for data in (encode(cmyk, "JPEG", quality=95), encode(cmyk, "TIFF")):
+        for data in (encoded(cmyk, "JPEG", quality=95), encoded(cmyk, "TIFF")):
             np.testing.assert_allclose(read(data).astype(int), np.broadcast_to(colour, (20, 20, 3)), atol=3)
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
 def test_gray_is_repeated_into_three_bands(format: str) -> None:
     gray = make_pixels(20, 30, bands=1)
-    np.testing.assert_array_equal(read(encode(Image.fromarray(gray), format)), np.repeat(gray[..., None], 3, axis=2))
+    np.testing.assert_array_equal(read(encoded(Image.fromarray(gray), format)), np.repeat(gray[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
 def test_one_bit_is_black_and_white(format: str) -> None:
     bits = make_pixels(20, 30, bands=1) > 127
-    got = read(encode(Image.fromarray(bits), format))
+    got = read(encoded(Image.fromarray(bits), format))
     np.testing.assert_array_equal(got, np.repeat(bits[..., None], 3, axis=2) * 255)
 
 

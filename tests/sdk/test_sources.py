@@ -14,20 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.files import touch
 
 from jepakit._messages import counted
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError, InputError
 from jepakit.readers import open_raster
 from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, gather, list_images
-
-
-def touch(root: Path, *names: str) -> Path:
-    """Files of a few bytes: listing never opens them."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-    return root
 
 
 def classes(root: Path, counts: dict[str, int]) -> Path:

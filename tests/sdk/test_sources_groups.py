@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.files import touch
 
 from jepakit.errors import DataError, ImageError
 from jepakit.sources import gather, list_images
-
-
-def touch(root: Path, *names: str, content: str | None = None) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name if content is None else content)
-    return root
 
 
 @pytest.fixture

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.files import touch
 
 from jepakit.errors import ConfigError, DataError, MissingExtraError
 from jepakit.sources import gather, list_images
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
-    return root
 
 
 def csv(file: Path, *lines: str, encoding: str = "utf-8") -> Path:

@@ -31,6 +31,7 @@ from jepakit_service.keys import new_key
 from jepakit_service.metrics import Metrics, merge
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
+from tests.files import npy
 
 from .conftest import picture, running
 from .load import wait_until
@@ -134,12 +135,6 @@ def test_a_model_can_be_pinned(http: httpx.Client, bundle: Path) -> None:
     refused = http.post("/v1/embeddings?model=tiny@0000000000000000", content=picture(0), headers=headers)
     assert refused.status_code == 404
     assert refused.json()["error"]["code"] == "model_not_found"
-
-
-def npy(array: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
 
 
 TWO_MODELS = b"".join(

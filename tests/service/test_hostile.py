@@ -38,6 +38,7 @@ from jepakit_service.faults import ApiError
 from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import Ask
+from tests.files import png_chunk
 
 from .conftest import picture, running
 
@@ -119,10 +120,6 @@ def noise(mode: str, size: tuple[int, int] = (48, 40)) -> Image.Image:
     if bands == 1:
         return Image.fromarray(pixels[..., 0]).convert(mode)
     return Image.frombytes(mode, size, pixels.tobytes())
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_claiming(width: int, height: int) -> bytes:

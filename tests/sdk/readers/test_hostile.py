@@ -21,6 +21,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.pixels.utils import set_pixel_data
+from tests.files import png_chunk
 
 from jepakit.errors import ImageError
 from jepakit.readers import Raster, Window, open_raster
@@ -135,10 +136,6 @@ def test_a_file_with_flipped_bits_is_never_another_error(kind: str) -> None:
             messages.append(str(error))
     assert messages
     assert not any("Doe" in message or "\n" in message for message in messages)
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def lying_tiff(compression: int, data: bytes, *, side: int, bits: int = 16) -> bytes:

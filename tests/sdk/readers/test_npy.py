@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.files import npy
 
 from jepakit.readers import Limits, Window, open_raster
 
@@ -21,12 +22,6 @@ Refused = Callable[..., str]
 
 def make(*shape: int, dtype: str = "uint16") -> NDArray[Any]:
     return np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
-
-
-def npy(array: NDArray[Any], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
 
 
 def npz(**arrays: Any) -> bytes:

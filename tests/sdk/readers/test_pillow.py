@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tests.files import encoded, png_chunk
 
 from jepakit.readers import Limits, Window, open_raster
 
@@ -24,12 +24,6 @@ def make(*shape: int, dtype: str = "uint8", seed: int = 0) -> NDArray[Any]:
     return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape).astype(dtype)
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def read(source: Any, **options: Any) -> NDArray[Any]:
     with open_raster(source) as raster:
         pixels = raster.read(**options)
@@ -37,10 +31,6 @@ def read(source: Any, **options: Any) -> NDArray[Any]:
         if not options:
             assert pixels.shape == (raster.header.height, raster.header.width, raster.header.bands)
     return pixels
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def with_chunk(png: bytes, made: bytes, *, late: bool) -> bytes:
@@ -73,8 +63,8 @@ def test_orientation_is_honoured_by_header_pixels_and_windows(
     format: str, options: dict[str, Any], orientation: int
 ) -> None:
     stored = Image.fromarray(make(20, 30, 3))
-    upright = UPRIGHT[orientation](read(encode(stored, format, **options)))
-    data = encode(stored, format, exif=oriented(orientation), **options)
+    upright = UPRIGHT[orientation](read(encoded(stored, format, **options)))
+    data = encoded(stored, format, exif=oriented(orientation), **options)
     np.testing.assert_array_equal(read(data), upright)
     np.testing.assert_array_equal(read(data, window=Window(2, 5, 10, 9)), upright[5:14, 2:12])
     np.testing.assert_array_equal(read(Image.open(io.BytesIO(data))), upright)
@@ -85,7 +75,7 @@ def test_orientation_is_honoured_by_header_pixels_and_windows(
 @pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "behind them"])
 def test_a_png_may_say_its_orientation_anywhere(orientation: int, dtype: str, late: bool) -> None:
     pixels = make(20, 30, 3, dtype=dtype)
-    exif = chunk(b"eXIf", oriented(orientation).tobytes()[6:])
+    exif = png_chunk(b"eXIf", oriented(orientation).tobytes()[6:])
     data = with_chunk(bytes(imagecodecs.png_encode(pixels)), exif, late=late)
     np.testing.assert_array_equal(read(data), UPRIGHT[orientation](pixels))
 
@@ -109,13 +99,13 @@ def test_16_bits_with_alpha_are_refused_with_the_remedy(bands: int, refused: Ref
 @pytest.mark.parametrize(("bands", "key"), [(1, b"\0\7"), (3, b"\0\7" * 3)])
 def test_16_bits_with_a_transparent_colour_are_refused(bands: int, key: bytes, refused: Refused) -> None:
     data = bytes(imagecodecs.png_encode(make(20, 30, bands, dtype="uint16").squeeze()))
-    assert "transparency" in refused(with_chunk(data, chunk(b"tRNS", key), late=False), "unsupported_mode")
+    assert "transparency" in refused(with_chunk(data, png_chunk(b"tRNS", key), late=False), "unsupported_mode")
 
 
 def test_significant_bits_change_no_value() -> None:
     pixels = make(20, 30, dtype="uint16")
     for array, bits in ((pixels, b"\x0c"), (np.repeat(pixels[..., None], 3, axis=2), b"\x0c\x0c\x0c")):
-        data = with_chunk(bytes(imagecodecs.png_encode(array)), chunk(b"sBIT", bits), late=False)
+        data = with_chunk(bytes(imagecodecs.png_encode(array)), png_chunk(b"sBIT", bits), late=False)
         np.testing.assert_array_equal(read(data), array.reshape(20, 30, -1))
 
 
@@ -152,7 +142,7 @@ def test_a_bmp_of_16_bits_a_pixel_is_plain_rgb() -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP"])
 def test_grey_is_three_equal_bands(format: str) -> None:
-    data = encode(Image.fromarray(make(20, 30)), format)
+    data = encoded(Image.fromarray(make(20, 30)), format)
     pixels = read(data)
     assert pixels.shape == (20, 30, 3)
     np.testing.assert_array_equal(pixels, np.repeat(pixels[..., :1], 3, axis=2))
@@ -162,7 +152,7 @@ def test_grey_is_three_equal_bands(format: str) -> None:
 def test_transparency_is_laid_on_white() -> None:
     pixels = make(20, 30, 4)
     pixels[:5, :, 3], pixels[5:10, :, 3] = 0, 255
-    got = read(encode(Image.fromarray(pixels), "PNG"))
+    got = read(encoded(Image.fromarray(pixels), "PNG"))
     share = pixels[..., 3:] / 255
     np.testing.assert_allclose(got, pixels[..., :3] * share + 255 * (1 - share), atol=1)
     np.testing.assert_array_equal(read(Image.fromarray(pixels)), got)
@@ -171,7 +161,7 @@ def test_transparency_is_laid_on_white() -> None:
 def test_cmyk_palettes_and_one_bit_become_rgb() -> None:
     image = Image.fromarray(make(20, 30, 3))
     for kind, format in ((image.convert("CMYK"), "JPEG"), (image.quantize(9), "PNG"), (image.convert("1"), "BMP")):
-        data = encode(kind, format)
+        data = encoded(kind, format)
         np.testing.assert_array_equal(read(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
@@ -180,7 +170,7 @@ def test_animations_have_frames(format: str, refused: Refused) -> None:
     frames = [make(20, 30, 3, seed=seed) for seed in range(3)]
     images = [Image.fromarray(frame) for frame in frames]
     options = {"lossless": True} if format == "WEBP" else {}
-    data = encode(images[0], format, save_all=True, append_images=images[1:], **options)
+    data = encoded(images[0], format, save_all=True, append_images=images[1:], **options)
     opened = Image.open(io.BytesIO(data))
     opened.seek(1)
     for source in (data, opened):
@@ -193,10 +183,10 @@ def test_animations_have_frames(format: str, refused: Refused) -> None:
 
 def test_the_previews_of_a_phones_photo_are_no_frames() -> None:
     images = [Image.fromarray(make(40, 50, 3, seed=seed)) for seed in range(2)]
-    data = encode(images[0], "MPO", save_all=True, append_images=images[1:])
+    data = encoded(images[0], "MPO", save_all=True, append_images=images[1:])
     with open_raster(data) as raster:
         assert (raster.header.format, raster.header.frames) == ("JPEG", 1)
-        np.testing.assert_array_equal(raster.read(), read(encode(images[0], "JPEG")))
+        np.testing.assert_array_equal(raster.read(), read(encoded(images[0], "JPEG")))
 
 
 @pytest.mark.parametrize(
@@ -204,17 +194,17 @@ def test_the_previews_of_a_phones_photo_are_no_frames() -> None:
     [(None, (800, 600)), (601, (800, 600)), (300, (400, 300)), (151, (400, 300)), (75, (100, 75)), (0, (100, 75))],
 )
 def test_a_jpeg_is_reduced_as_far_as_asked_for(at_least: int | None, size: tuple[int, int]) -> None:
-    data = encode(Image.fromarray(make(6, 8, 3)).resize((800, 600)), "JPEG")
+    data = encoded(Image.fromarray(make(6, 8, 3)).resize((800, 600)), "JPEG")
     with open_raster(data) as raster:
         assert raster.read(at_least=at_least).shape == (size[1], size[0], 3)
         assert raster.read().shape == (600, 800, 3)
         assert raster.read(Window(0, 0, 50, 40), at_least=at_least).shape == (40, 50, 3)
-    with open_raster(encode(Image.fromarray(make(600, 80, 3)), "PNG")) as raster:
+    with open_raster(encoded(Image.fromarray(make(600, 80, 3)), "PNG")) as raster:
         assert raster.read(at_least=10).shape == (600, 80, 3)
 
 
 def test_the_callers_pillow_image_is_left_as_it_was() -> None:
-    image = Image.open(io.BytesIO(encode(Image.fromarray(make(20, 30, 4)), "PNG", exif=oriented(6))))
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(make(20, 30, 4)), "PNG", exif=oriented(6))))
     before = image.copy()
     assert read(image).shape == (30, 20, 3)
     assert (image.mode, image.size, image.getexif()[0x0112]) == (before.mode, before.size, 6)
@@ -232,7 +222,7 @@ def test_windows_of_one_frame_decode_it_once(monkeypatch: pytest.MonkeyPatch) ->
         return to_pixels(image, name)
 
     monkeypatch.setattr(pillow, "to_pixels", counted)
-    with open_raster(encode(Image.fromarray(make(64, 64, 3)), "PNG")) as raster:
+    with open_raster(encoded(Image.fromarray(make(64, 64, 3)), "PNG")) as raster:
         parts = [raster.read(Window(x, 0, 16, 64)) for x in range(0, 64, 16)]
         parts[0][:] = 0
         np.testing.assert_array_equal(raster.read(Window(0, 0, 16, 64)), make(64, 64, 3)[:, :16])
@@ -240,31 +230,31 @@ def test_windows_of_one_frame_decode_it_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_budgets_are_judged_on_the_header(refused: Refused) -> None:
-    huge = with_size(encode(Image.fromarray(make(20, 30, 3)), "PNG"), 65000, 65000)
+    huge = with_size(encoded(Image.fromarray(make(20, 30, 3)), "PNG"), 65000, 65000)
     assert "limit is 89,000,000" in refused(huge, "too_large")
-    refused(with_size(encode(Image.fromarray(make(20, 30, 3)), "PNG"), 9300, 9300), "too_large")
-    for source in (encode(Image.fromarray(make(20, 30, 3)), "PNG"), Image.fromarray(make(20, 30, 3))):
+    refused(with_size(encoded(Image.fromarray(make(20, 30, 3)), "PNG"), 9300, 9300), "too_large")
+    for source in (encoded(Image.fromarray(make(20, 30, 3)), "PNG"), Image.fromarray(make(20, 30, 3))):
         assert "30 × 20" in refused(source, "too_large", limits=Limits(max_pixels=599))
         assert "1,800 bytes" in refused(source, "too_large", limits=Limits(max_decoded_bytes=1799))
         named = Limits(max_decoded_bytes=1799, set_by="a setting")
         assert "the limit is 1,799 (by a setting): " in refused(source, "too_large", limits=named)
         refused(source, "too_large", limits=Limits(max_bands=2))
-    refused(encode(Image.fromarray(make(20, 30, 3)), "PNG"), "too_large", limits=Limits(max_encoded_bytes=100))
-    refused(encode(Image.new("L", (7, 100)), "PNG"), "too_small")
+    refused(encoded(Image.fromarray(make(20, 30, 3)), "PNG"), "too_large", limits=Limits(max_encoded_bytes=100))
+    refused(encoded(Image.new("L", (7, 100)), "PNG"), "too_small")
 
 
 def with_size(png: bytes, width: int, height: int) -> bytes:
     """The PNG with a header that lies."""
     header = struct.pack(">II", width, height) + png[24:29]
-    return png[:8] + chunk(b"IHDR", header) + png[33:]
+    return png[:8] + png_chunk(b"IHDR", header) + png[33:]
 
 
 def test_a_picture_of_nothing_that_swells_is_refused_and_a_real_one_is_not(refused: Refused) -> None:
-    blank = encode(Image.new("RGB", (3000, 3000)), "PNG")
+    blank = encoded(Image.new("RGB", (3000, 3000)), "PNG")
     assert "over 500 times" in refused(blank, "too_large")
     with open_raster(blank, limits=Limits(max_ratio=2000)) as raster:
         assert raster.read().shape == (3000, 3000, 3)
-    assert read(encode(Image.new("RGB", (2000, 2000)), "PNG")).shape == (2000, 2000, 3)
+    assert read(encoded(Image.new("RGB", (2000, 2000)), "PNG")).shape == (2000, 2000, 3)
 
 
 def test_real_16_bit_pngs_equal_pillow(shared: Path) -> None:
