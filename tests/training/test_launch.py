@@ -199,7 +199,7 @@ def test_every_error_comes_back_as_it_was(kind: type[JepakitError], tmp_path: Pa
     (ending,) = read_endings(tmp_path)
     back = ending.error()
     assert type(back) is kind
-    assert str(back) == "seven of 8\nare ähnlich"
+    assert str(back) == r"seven of 8\x0aare ähnlich"
     assert vars(back) == extra
     assert ending.rank == 3
 
