@@ -27,6 +27,8 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     Raises DataError where these are not the same images with the same labels, where there are no labels, or groups that do
     not fit.
     """
+    if not len(before):
+        raise DataError("there are no embeddings to compare")
     after = after[_places(before.ids, after.ids)]
     if before.labels is None or after.labels is None:
         which = "the first" if before.labels is None else "the second"

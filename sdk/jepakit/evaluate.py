@@ -98,7 +98,7 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
     groups  a name for each image: no group is split between folds
 
     Each image is judged, and fitted on by the probes that judge others: so the probes are fitted again without a tenth of the
-    images, for each tenth, as `judge` needs it. Fewer than two classes to fit on: what is judged is of the class fitted on, or not.
+    images, for each tenth, as `judge` needs it. Where a single class is left to fit on, it is what they predict.
     """
     truth = np.asarray(labels)
     group_of = numbered(groups, len(truth))

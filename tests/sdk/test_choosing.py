@@ -116,6 +116,8 @@ def test_only_the_same_labelled_images_can_be_compared() -> None:
         jepakit.compare(known[[*range(90), 0]], known)
     with pytest.raises(DataError, match=r"90 and 91 embeddings are of 90 images, some of them twice"):
         jepakit.compare(known, known[[*range(90), 0]])
+    with pytest.raises(DataError, match="no embeddings to compare"):
+        jepakit.compare(known[:0], known)
     nameless = Embeddings(known.vectors, known.model_id, known.ids)
     with pytest.raises(DataError, match="the second embeddings have no labels"):
         jepakit.compare(known, nameless)
