@@ -26,7 +26,7 @@ from jepakit.errors import ConfigError
 from jepakit_training.memory import GB
 from jepakit_training.views import resize
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the same file would give other pixels."""
 _SUFFIX = ".jepakit.npy"
 """The cache removes files of this name alone: the folder may hold other arrays."""
