@@ -25,6 +25,7 @@ from jepakit.errors import ConfigError, JepakitError
 if TYPE_CHECKING:
     from jepakit.embeddings import Embeddings
     from jepakit.run import Run
+    from jepakit.session import Model
 
 _Images = Annotated[
     list[str],
@@ -436,10 +437,12 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Say which of two models to keep, by labelled images."""
+    from jepakit import Embeddings
     from jepakit.choosing import compare as judge
     from jepakit.sources.groups import groups_of
 
-    before, after = (_embeddings_of(model, images, labels) for model in (first, second))
+    opened = [_open_embeddings_or_bundle(each, images) for each in (first, second)]
+    before, after = (each if isinstance(each, Embeddings) else each.embed(images, labels=labels) for each in opened)
     comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
     if as_json:
         print(json.dumps(comparison.model_dump(mode="json")))
@@ -447,18 +450,18 @@ def compare(
     print(comparison.table("first", "second"))
 
 
-def _embeddings_of(model: Path, images: str | None, labels: str) -> Embeddings:
-    """Those in a file, or those that a bundle gives of the images."""
+def _open_embeddings_or_bundle(path: Path, images: str | None) -> Embeddings | Model:
+    """What `compare` is given; ConfigError for a bundle without images to embed."""
     from jepakit import Embeddings
     from jepakit.session import load
 
-    if model.suffix == ".npz":
-        return Embeddings.load(model)
+    if path.suffix == ".npz":
+        return Embeddings.load(path)
     if images is None:
         raise ConfigError(
-            f"{model} is no .npz file: where it is a bundle, name the images to embed with it, by --images"
+            f"{path} is no .npz file: where it is a bundle, name the images to embed with it, by --images"
         )
-    return load(model).embed(images, labels=labels)
+    return load(path)
 
 
 @app.command()
@@ -487,7 +490,10 @@ def nearest(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has for each part of jepakit, and what to mend; exit code 1 where there is something."""
+    """Say what this machine has, and what to mend.
+
+    Exit code 1 where there is something to mend.
+    """
     from jepakit.doctor import examine
 
     lines, problems = examine()

@@ -158,6 +158,9 @@ def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) ->
     told = CliRunner().invoke(app, ["compare", *bundles, "--images", str(images)])
     assert told.exit_code == 0, told.output
     assert "+0.0 points" in told.output
+    for arguments in ([bundles[0], str(tmp_path / "nothing")], [bundles[0], str(tmp_path / "nothing.npz")]):
+        gone = CliRunner().invoke(app, ["compare", *arguments, "--images", str(tmp_path / "no images")])
+        assert "nothing" in str(gone.exception), "both are opened before an image is embedded"
     missing = CliRunner().invoke(app, ["compare", *bundles])
     assert isinstance(missing.exception, ConfigError)
     assert "by --images" in str(missing.exception)
