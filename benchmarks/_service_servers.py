@@ -221,9 +221,12 @@ class Worker:
     def __init__(self, script: str, *arguments: str | Path) -> None:
         self._script = script
         self._process = subprocess.Popen(
-            [sys.executable, _HERE / script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, _HERE / script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> Worker:
         return self
@@ -266,9 +269,14 @@ def empty_server(answer_bytes: int) -> Iterator[int]:
 
 @contextmanager
 def _started(
-    name: str, command: list[Any], port: int, requests: Mapping[str, Request], expected: NDArray[np.float32],
-    folder: Path, environment: dict[str, str],
-) -> Iterator[Server]:  # fmt: skip
+    name: str,
+    command: list[Any],
+    port: int,
+    requests: Mapping[str, Request],
+    expected: NDArray[np.float32],
+    folder: Path,
+    environment: dict[str, str],
+) -> Iterator[Server]:
     log = folder / f"{port}.log"
     with log.open("w") as output:
         process = psutil.Popen(

@@ -114,11 +114,15 @@ def bare(setup: Setup, run: Run, turns: Turns, memory: bool) -> None:
     projector = plain_projector(backbone.num_features, config).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(
         parameter_groups(
-            backbone, projector, lr=plan.lr, projector_lr=config.projector_lr, weight_decay=config.weight_decay,
+            backbone,
+            projector,
+            lr=plan.lr,
+            projector_lr=config.projector_lr,
+            weight_decay=config.weight_decay,
             layer_decay=plan.layer_decay,
         ),
         betas=(0.9, 0.98),
-    )  # fmt: skip
+    )
     trained = [weights for weights in (*backbone.parameters(), *projector.parameters()) if weights.requires_grad]
     mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (spec.mean, spec.std))
     loader: Iterable[Batch] = loop.step_loader(setup, range(plan.steps))
@@ -127,10 +131,13 @@ def bare(setup: Setup, run: Run, turns: Turns, memory: bool) -> None:
             group["lr"] = group["base_lr"] * plan.ramp(step)
         views = views_on(device, batch)
         with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
-            features = torch.cat([
-                backbone((group.flatten(0, 1).float() - mean) / std).unflatten(0, group.shape[:2])
-                for group in views if len(group)
-            ])  # fmt: skip
+            features = torch.cat(
+                [
+                    backbone((group.flatten(0, 1).float() - mean) / std).unflatten(0, group.shape[:2])
+                    for group in views
+                    if len(group)
+                ]
+            )
             projections = projector(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         slices = directions(config.projector[-1], config.n_slices, seed=config.seed, step=step, device=device)
         loss, _, _ = lejepa_loss(projections, len(views.global_), plan.lamb, slices)
@@ -146,10 +153,14 @@ def plain_projector(features: int, config: AdaptConfig) -> nn.Sequential:
     first, second, outputs = config.projector
     torch.manual_seed(derive_seed(config.seed, "projector"))
     return nn.Sequential(
-        nn.Linear(features, first), nn.BatchNorm1d(first), nn.ReLU(),
-        nn.Linear(first, second), nn.BatchNorm1d(second), nn.ReLU(),
+        nn.Linear(features, first),
+        nn.BatchNorm1d(first),
+        nn.ReLU(),
+        nn.Linear(first, second),
+        nn.BatchNorm1d(second),
+        nn.ReLU(),
         nn.Linear(second, outputs),
-    )  # fmt: skip
+    )
 
 
 def _held(loader: Iterable[Batch] | DataLoader[Batch]) -> Iterator[Batch]:

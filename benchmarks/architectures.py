@@ -288,9 +288,12 @@ def _exported(row: Row, case: Case) -> Row:
     assert bundle.manifest.graph is not None
     spread = float(np.abs(vectors - vectors.mean(axis=0)).max() / np.abs(vectors).max())
     return row._replace(
-        relative_error=bundle.manifest.graph.relative_error, spread=spread, file_mb=file_mb, cpu_s=cpu_s,
+        relative_error=bundle.manifest.graph.relative_error,
+        spread=spread,
+        file_mb=file_mb,
+        cpu_s=cpu_s,
         problem=None if spread >= LEAST_SPREAD else f"nothing is proven: its vectors differ by {spread:.1g} only",
-    )  # fmt: skip
+    )
 
 
 def write_start(path: Path, case: Case) -> None:
@@ -301,10 +304,13 @@ def write_start(path: Path, case: Case) -> None:
     embedding = EmbeddingSpec(dim=dim, pooling="head", standardize="none")
     arrays = {name: value.numpy() for name, value in tensors.items()}
     manifest = Manifest(
-        name="start", backbone=case.described, preprocess=case.spec, embedding=embedding,
+        name="start",
+        backbone=case.described,
+        preprocess=case.spec,
+        embedding=embedding,
         model_id=compute_model_id(case.described, case.spec, embedding, arrays),
         provenance=Provenance(config={}, steps=0, images_seen=0, data_digest=None, versions={}),
-    )  # fmt: skip
+    )
     write_bundle(path, manifest, lambda folder: save_file(tensors, folder / WEIGHTS))
 
 
@@ -326,10 +332,19 @@ def _trained(name: str, bands: int, folder: Path) -> str:
     for number, pixels in enumerate(golden.synthetic_images(TRAIN_IMAGES, size, bands, seed=2)):
         Image.fromarray(pixels).save(folder / "images" / f"{number:02}.png")
     run = jepakit.adapt(
-        folder / "images", out=folder / "run", backbone=name, weights="random", image_size=size, labels="none",
-        steps=TRAIN_STEPS, batch_size=TRAIN_BATCH, views={"n_global": 2, "n_local": 1}, projector=(32, 32, 8),
-        n_slices=16, workers=0,
-    )  # fmt: skip
+        folder / "images",
+        out=folder / "run",
+        backbone=name,
+        weights="random",
+        image_size=size,
+        labels="none",
+        steps=TRAIN_STEPS,
+        batch_size=TRAIN_BATCH,
+        views={"n_global": 2, "n_local": 1},
+        projector=(32, 32, 8),
+        n_slices=16,
+        workers=0,
+    )
     last = run.metrics()[-1]
     if not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"])):
         raise RuntimeError(f"loss {last['loss']}, gradient norm {last['grad_norm']}")
@@ -464,13 +479,17 @@ def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list
     worst = max((row.relative_error or 0 for both in fine for row in both.rows), default=0)
     batches = f"{', '.join(map(str, BATCH_SIZES[:-1]))} and {BATCH_SIZES[-1]}"
     return [
-        "# What works", "",
+        "# What works",
+        "",
         f"**{len(fine)} of {len(listed)} timm architectures export, and ONNX Runtime gives torch's vectors, with 3 and "
         f"with 5 bands**: at batch sizes {batches} by a relative error of at most {worst:.1e} (1e-4 is the most that "
-        "`jepakit export` lets through in fp32).", "",
+        "`jepakit export` lets through in fp32).",
+        "",
         *([f"**{sum(row.trains for row in tried)} of {len(tried)} train.**", ""] if tried else []),
-        f"Measured with {', '.join(f'{name} {version}' for name, version in versions.items())}, on a CPU, by", "",
-        f"    {command}", "",
+        f"Measured with {', '.join(f'{name} {version}' for name, version in versions.items())}, on a CPU, by",
+        "",
+        f"    {command}",
+        "",
         "Weights are random, with norms, biases and layer scales moved off their starting values and BatchNorm statistics "
         "measured on images, so that agreement is not met trivially; pretrained weights change none of the graph. The smallest variant stands for "
         "its family, at a small image size; larger ones are built of the same layers. The error is the largest difference "
@@ -478,8 +497,9 @@ def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list
         "the right shape. Training is two optimizer steps of `jepakit adapt` from random weights at 3 bands, everything "
         f"trained, BatchNorm on its batches, batches of {TRAIN_BATCH} images with 2 global views and 1 local one, at this "
         "size: the loss is finite and the weights move. File, CPU seconds (building, converting, comparing at all batch sizes; one thread) and poolings "
-        "are those at 3 bands.", "",
-    ]  # fmt: skip
+        "are those at 3 bands.",
+        "",
+    ]
 
 
 def _problems(listed: list[Both]) -> list[str]:

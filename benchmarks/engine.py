@@ -138,11 +138,12 @@ def ort_gemm(size: int, threads: int) -> Callable[[], object]:
     """The same in ONNX Runtime: torch's fp32 product takes a slow path on some CPUs."""
     right = np.random.default_rng(0).random((size, size), np.float32)
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("MatMul", ["left", "right"], ["product"])], "gemm",
+        [onnx.helper.make_node("MatMul", ["left", "right"], ["product"])],
+        "gemm",
         [onnx.helper.make_tensor_value_info("left", onnx.TensorProto.FLOAT, [size, size])],
         [onnx.helper.make_tensor_value_info("product", onnx.TensorProto.FLOAT, [size, size])],
         [onnx.numpy_helper.from_array(right, "right")],
-    )  # fmt: skip
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -205,10 +206,12 @@ class Bench:
         files, model = jpegs(IMAGES), Model(session)
         cases[EMBED] = self._block(lambda: model.embed(files, progress=False))
         batcher = Batcher(
-            lambda image: Decoded(np.asarray(image), 0), session.run, session.run,
+            lambda image: Decoded(np.asarray(image), 0),
+            session.run,
+            session.run,
             Capacity(best[ENGINE], lanes=1, few=0, cores=self._threads, lane_cores=self._threads, batch_s=math.inf),
             Nobody(),
-        )  # fmt: skip
+        )
         with asyncio.Runner() as loop:
             cases[ENGINE] = self._block(lambda: loop.run(through(batcher, self._images)))
             seconds = measure(cases, rounds=self._rounds)
@@ -235,9 +238,13 @@ class Bench:
 
     def _best_batches(self, runs: dict[str, Run]) -> dict[str, int]:
         seconds = measure(
-            {f"{name} {batch}": self._block(batched(run, self._images, batch)) for name, run in runs.items() for batch in BATCHES},
+            {
+                f"{name} {batch}": self._block(batched(run, self._images, batch))
+                for name, run in runs.items()
+                for batch in BATCHES
+            },
             rounds=max(3, self._rounds // 3),
-        )  # fmt: skip
+        )
         return {name: min(BATCHES, key=lambda batch: np.median(seconds[f"{name} {batch}"])) for name in runs}
 
     def _numbers(self, seconds: dict[str, list[float]], best: dict[str, int]) -> dict[str, Any]:

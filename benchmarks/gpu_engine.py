@@ -80,9 +80,10 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
     images = golden.synthetic_images(IMAGES, 224, 3)
     plain = exports["fp32"]
     embedder = Embedder(
-        restore(plain.manifest.backbone, load_tensors(plain.read(WEIGHTS))), plain.manifest.preprocess,
+        restore(plain.manifest.backbone, load_tensors(plain.read(WEIGHTS))),
+        plain.manifest.preprocess,
         plain.manifest.embedding,
-    ).eval()  # fmt: skip
+    ).eval()
     flops = flops_an_image(embedder, images[0])
     embedder = embedder.cuda()
     runs: dict[str, Run] = {name: Session.open(bundle, provider="cuda").run for name, bundle in exports.items()}
@@ -98,14 +99,18 @@ def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
         }
         cases |= {
             (f"{name}, {TWO}", batch): clocked(two_at_a_time(pool, runs[name], images, batch))
-            for name in EXPORTS for batch in BATCHES[1:]
-        }  # fmt: skip
+            for name in EXPORTS
+            for batch in BATCHES[1:]
+        }
         for name in EXPORTS:
             for lanes in (1, 2):
                 batcher = Batcher(
-                    lambda image: Decoded(np.asarray(image), 0), runs[name], runs[name],
-                    Capacity(32, lanes, few=0, cores=usable_cpus(), lane_cores=0, batch_s=math.inf), Nobody(),
-                )  # fmt: skip
+                    lambda image: Decoded(np.asarray(image), 0),
+                    runs[name],
+                    runs[name],
+                    Capacity(32, lanes, few=0, cores=usable_cpus(), lane_cores=0, batch_s=math.inf),
+                    Nobody(),
+                )
                 batchers.callback(batcher.close)
                 cases[f"{name}, service's batcher, {lanes} lanes", 32] = clocked(
                     lambda batcher=batcher: loop.run(through(batcher, images))  # type: ignore[misc]
@@ -145,8 +150,10 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}, ONNX Runtime {ort.__version__}"
     )
     results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "onnxruntime": ort.__version__,
-    }  # fmt: skip
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "onnxruntime": ort.__version__,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, backbone in list(MODELS.items())[: 1 if options.quick else None]:
             results[name] = one_model(backbone, Path(folder), rounds)

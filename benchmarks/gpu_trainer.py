@@ -68,8 +68,16 @@ def throughput(name: str, images: Path, folder: Path, rounds: int) -> dict[str, 
     """One model: the step by itself, by hand and compiled; then the product from files."""
     backbone, batch = MODELS[name]
     settings = settings_of(
-        backbone, images, folder, rounds, weights="random", batch_size=batch, image_size=224, views=VIEWS, workers=WORKERS,
-    )  # fmt: skip
+        backbone,
+        images,
+        folder,
+        rounds,
+        weights="random",
+        batch_size=batch,
+        image_size=224,
+        views=VIEWS,
+        workers=WORKERS,
+    )
     found: dict[str, Any] = {"batch": batch}
     seconds: dict[str, list[float]] = {}
     for group in ((PRODUCT_MEMORY, BARE_MEMORY, BARE_MEMORY + AGAIN, COMPILED), (PRODUCT,)):

@@ -277,10 +277,12 @@ def figures(measured: Measured) -> dict[str, Any]:
         "requests": len(measured.latencies_ms),
         "failed": dict(measured.failed),
         "blocks": {
-            "images_per_s": measured.images_per_s, "raw_per_s": measured.raw_per_s, "p50_ms": measured.p50_ms,
+            "images_per_s": measured.images_per_s,
+            "raw_per_s": measured.raw_per_s,
+            "p50_ms": measured.p50_ms,
             "call_p50_ms": measured.call_ms,
         },
-    }  # fmt: skip
+    }
 
 
 def show(name: str, found: dict[str, Any]) -> None:
@@ -350,8 +352,10 @@ def model_figures(
     calls = [call for measured in cells.values() for call in measured.call_ms]
     return {
         "raw": {
-            "images_per_s": float(np.median(rates)), "cpu_ms_per_image": float(np.median(bench.raw_cpu_ms)),
-            "call_p50_ms": float(np.median(calls)), **chosen,
+            "images_per_s": float(np.median(rates)),
+            "cpu_ms_per_image": float(np.median(bench.raw_cpu_ms)),
+            "call_p50_ms": float(np.median(calls)),
+            **chosen,
             "workers_told": f"{workers} workers × {threads} threads, batches of {batch}",
         },
         "idle_cores": idle,
@@ -360,7 +364,7 @@ def model_figures(
             for cell, measured in cells.items()
         ],
         "goals": [goal._asdict() for goal in goals(case, cells, list(variants), list(peers))],
-    }  # fmt: skip
+    }
 
 
 def clients_cost(load: Worker, image: bytes, folder: Path) -> dict[str, float]:
@@ -420,10 +424,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped too
     image, peers = one_image(), ready_peers(options.peers)
     results: dict[str, Any] = {
-        "image": f"{IMAGE}, {len(image)} bytes", "peers": peers, "cores": usable_cpus(), "rounds": options.rounds,
+        "image": f"{IMAGE}, {len(image)} bytes",
+        "peers": peers,
+        "cores": usable_cpus(),
+        "rounds": options.rounds,
         "provider": options.provider,
-        "python": platform.python_version(), "onnxruntime": onnxruntime.__version__, "others_before": busy_cores(),
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "others_before": busy_cores(),
+    }
     with tempfile.TemporaryDirectory() as name, Worker("_service_load.py") as load:
         results["clients"] = cost = clients_cost(load, image, Path(name))
         print(

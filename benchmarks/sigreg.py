@@ -340,10 +340,11 @@ def main() -> None:
         print(goal)
     figures = {
         "rows": [row._asdict() | {"size": row.size._asdict()} for row in rows],
-        "exponents": exponents(rows), "goals": goals(rows),
+        "exponents": exponents(rows),
+        "goals": goals(rows),
         "torch": torch.__version__,
         "machine": torch.backends.cpu.get_cpu_capability() if DEVICE.type == "cpu" else torch.cuda.get_device_name(),
-    }  # fmt: skip
+    }
     print(json.dumps(figures))
 
 

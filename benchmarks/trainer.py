@@ -114,9 +114,14 @@ def started(name: str, command: Sequence[str | Path], folder: Path, environment:
     log = folder / "log.txt"
     with log.open("w") as errors:
         worker = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env=environment | {"OMP_NUM_THREADS": "1"}, cwd=folder,
-        )  # fmt: skip
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            cwd=folder,
+        )
         with worker:
             try:
                 yield Loop(name, worker, log)
@@ -145,26 +150,40 @@ def lightly(
         {"accelerator": "gpu", "precision": "bf16-mixed"} if ON_GPU else {"accelerator": "cpu", "precision": "32-true"}
     )
     settings = {
-        "out": str(folder / "out"), "model": peer["model"], "method": method, "batch_size": peer["batch"],
-        "num_workers": peer.get("workers", 0), "epochs": 1000, "devices": 1, **where,
+        "out": str(folder / "out"),
+        "model": peer["model"],
+        "method": method,
+        "batch_size": peer["batch"],
+        "num_workers": peer.get("workers", 0),
+        "epochs": 1000,
+        "devices": 1,
+        **where,
         "transform_args": {"image_size": [peer["size"]] * 2, **peer["transform_args"]},
         "callbacks": {"model_checkpoint": None, "model_export": None},
-    }  # fmt: skip
+    }
     worker = Path(__file__).with_name("_lightly_worker.py")
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return started(
-        f"lightly-train's {method}", [lightly_python(env), worker, images, str(STEPS), json.dumps(settings)], folder,
+        f"lightly-train's {method}",
+        [lightly_python(env), worker, images, str(STEPS), json.dumps(settings)],
+        folder,
         own | {"LIGHTLY_TRAIN_EVENTS_DISABLED": "1"},
-    )  # fmt: skip
+    )
 
 
 def settings_of(backbone: str, images: Path, folder: Path, rounds: int, **more: Any) -> dict[str, Any]:
     """Settings of `adapt`: the defaults but for what makes the loops comparable, and no step without the backbone."""
     settings: dict[str, Any] = {
-        "images": str(images), "labels": "none", "backbone": backbone, "warmup": 0.0,
-        "steps": STEPS * (rounds + 2), "workers": 0, "save_every_s": 1e9,
-        "precision": "auto" if ON_GPU else "fp32", **more,
-    }  # fmt: skip
+        "images": str(images),
+        "labels": "none",
+        "backbone": backbone,
+        "warmup": 0.0,
+        "steps": STEPS * (rounds + 2),
+        "workers": 0,
+        "save_every_s": 1e9,
+        "precision": "auto" if ON_GPU else "fp32",
+        **more,
+    }
     return settings if "weights" in more else settings | {"weights": weights_of(backbone, folder)}
 
 
@@ -242,9 +261,16 @@ def against_lightly(
 ) -> dict[str, Any]:
     """The product, every weight trained, beside lightly-train's method on as many views of as many pixels."""
     settings = settings_of(
-        peer["ours"], images, folder, rounds, weights="random", batch_size=peer["batch"], image_size=peer["size"],
-        views=peer["views"], workers=peer.get("workers", 0),
-    )  # fmt: skip
+        peer["ours"],
+        images,
+        folder,
+        rounds,
+        weights="random",
+        batch_size=peer["batch"],
+        image_size=peer["size"],
+        views=peer["views"],
+        workers=peer.get("workers", 0),
+    )
     theirs = f"lightly-train {method}"
     with (
         ours(PRODUCT, settings, folder / "ours") as product,
@@ -290,16 +316,29 @@ def whole_run(images: Path, folder: Path, steps: int, batch: int) -> dict[str, A
             yield account.charging("loader", next)(batches)
 
     settings = settings_of(
-        MODELS[VIT][0], images, folder, 0, **MODELS[VIT][1], labels="folder", batch_size=batch, steps=steps, warmup=0.1,
-        save_every_s=300.0, weights=weights_of(MODELS[VIT][0], folder),
-    )  # fmt: skip
+        MODELS[VIT][0],
+        images,
+        folder,
+        0,
+        **MODELS[VIT][1],
+        labels="folder",
+        batch_size=batch,
+        steps=steps,
+        warmup=0.1,
+        save_every_s=300.0,
+        weights=weights_of(MODELS[VIT][0], folder),
+    )
     with ExitStack() as stack, contextlib.redirect_stderr(io.StringIO()):
         for owner, function, name in (
-            (loop, "_train", "training"), (Learner, "__init__", "setting up"), (Learner, "step", "steps"),
-            (checkpoint, "save", "checkpoint"), (loop, "write_run_bundle", "bundles"),
-            (Measuring, "start", "measuring"), (Measuring, "end", "measuring"),
+            (loop, "_train", "training"),
+            (Learner, "__init__", "setting up"),
+            (Learner, "step", "steps"),
+            (checkpoint, "save", "checkpoint"),
+            (loop, "write_run_bundle", "bundles"),
+            (Measuring, "start", "measuring"),
+            (Measuring, "end", "measuring"),
             (Measuring, "conclude", "measuring"),
-        ):  # fmt: skip
+        ):
             stack.enter_context(account.patched(owner, function, name))
         stack.enter_context(patch.object(loop, "step_loader", step_loader))
         start = time.process_time()
@@ -320,9 +359,12 @@ def whole_run(images: Path, folder: Path, steps: int, batch: int) -> dict[str, A
     }
     rest = sum(seconds for name, seconds in expected.items() if name not in ("steps and their loader", "set-up"))
     return {
-        "steps_run": steps, "batch": batch, "images_measured": comparison.n_train + comparison.n_held_out,
-        "seconds_of_default_run": expected, "rest_share": rest / sum(expected.values()),
-    }  # fmt: skip
+        "steps_run": steps,
+        "batch": batch,
+        "images_measured": comparison.n_train + comparison.n_held_out,
+        "seconds_of_default_run": expected,
+        "rest_share": rest / sum(expected.values()),
+    }
 
 
 def show(title: str, found: dict[str, Any]) -> None:

@@ -47,9 +47,15 @@ AGAIN = " (again)"
 
 CONFIG = AdaptConfig(images="-", domain="natural", views=ViewsConfig(n_local=6)).resolved_views()
 SPEC = Preprocess(
-    size=224, resize_to=224, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),
+    size=224,
+    resize_to=224,
+    resize="shorter",
+    interpolation="bicubic",
+    bands=3,
+    dtype="uint8",
+    mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-)  # fmt: skip
+)
 LOADER, EVERYTHING = "loader work", "everything on the CPU"
 CACHED_LOADER, CACHED_EVERYTHING = "loader work, from the cache", "everything on the CPU, from the cache"
 DECODING, WITHOUT_BLUR = "decoding alone", "everything but blur"
@@ -160,9 +166,11 @@ def lightly_block(env: Path, images: Path) -> Iterator[Block]:
     settings = {"OMP_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
     worker = subprocess.Popen(
         [lightly_python(env), Path(__file__).with_name("_lightly_worker.py"), images],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings,
-    )  # fmt: skip
+    )
     assert worker.stdin is not None
     assert worker.stdout is not None
     requests, answers = worker.stdin, worker.stdout
@@ -200,9 +208,12 @@ def run(paths: list[Path], folder: Path, rounds: int, lightly: Block | None) -> 
 
 
 GOALS = (
-    (PLAIN, LOADER, 8.0), (LIGHTLY_CASE, LOADER, 2.0), (LIGHTLY_CASE, CACHED_LOADER, 3.0),
-    (PLAIN, EVERYTHING, 4.0), (LIGHTLY_CASE, EVERYTHING, 1.0),
-)  # fmt: skip
+    (PLAIN, LOADER, 8.0),
+    (LIGHTLY_CASE, LOADER, 2.0),
+    (LIGHTLY_CASE, CACHED_LOADER, 3.0),
+    (PLAIN, EVERYTHING, 4.0),
+    (LIGHTLY_CASE, EVERYTHING, 1.0),
+)
 """(slow, fast, how many times as long the slow one should take at least)."""
 
 
@@ -217,9 +228,11 @@ def report(seconds: dict[str, list[float]], images: int) -> dict[str, Any]:
 
     print("\nshares of everything on the CPU")
     shares = {
-        "decoding": ms[DECODING], "crop and resize": ms[LOADER] - ms[DECODING],
-        "colour": ms[WITHOUT_BLUR] - ms[LOADER], "blur": ms[EVERYTHING] - ms[WITHOUT_BLUR],
-    }  # fmt: skip
+        "decoding": ms[DECODING],
+        "crop and resize": ms[LOADER] - ms[DECODING],
+        "colour": ms[WITHOUT_BLUR] - ms[LOADER],
+        "blur": ms[EVERYTHING] - ms[WITHOUT_BLUR],
+    }
     for name, value in shares.items():
         print(f"{name:<42}{value:8.2f}   {value / ms[EVERYTHING]:6.0%}")
 

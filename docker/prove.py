@@ -35,9 +35,13 @@ CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 # crun refuses a machine that mixes the two versions of cgroups, as some do: it is shown one without the second. It makes
 # no cgroup of its own: who may is a question of the machine.
 _CRUN = (
-    "unshare", "--mount", "sh", "-c", 'umount --quiet /sys/fs/cgroup/unified; exec crun --cgroup-manager disabled "$@"',
+    "unshare",
+    "--mount",
     "sh",
-)  # fmt: skip
+    "-c",
+    'umount --quiet /sys/fs/cgroup/unified; exec crun --cgroup-manager disabled "$@"',
+    "sh",
+)
 # As Docker mounts a tmpfs.
 _MOUNT = ("nosuid", "nodev", "noexec")
 _SHIFT = {"k": 10, "m": 20, "g": 30}
@@ -58,8 +62,21 @@ class Image:
         base, tag = "localhost/base", f"localhost/jepakit-{target}"
         self._make_base(work / "base", base)
         started = time.monotonic()
-        self._run("bud", "--isolation", "chroot", "--format", "docker", "--layers=false",
-                  "--build-arg", f"BASE={base}", "--target", target, "--tag", tag, ROOT)  # fmt: skip
+        self._run(
+            "bud",
+            "--isolation",
+            "chroot",
+            "--format",
+            "docker",
+            "--layers=false",
+            "--build-arg",
+            f"BASE={base}",
+            "--target",
+            target,
+            "--tag",
+            tag,
+            ROOT,
+        )
         container = self._run("from", tag)
         inspected = json.loads(self._run("inspect", "--type", "image", tag))
         self.config: dict[str, Any] = inspected["Docker"]["config"]
@@ -72,8 +89,14 @@ class Image:
 
     def _make_base(self, folder: Path, tag: str) -> None:
         """Debian 12 with Python, and this machine's certificate authorities."""
-        run("debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", folder,
-            "http://deb.debian.org/debian")  # fmt: skip
+        run(
+            "debootstrap",
+            "--variant=minbase",
+            "--include=python3,python3-venv,ca-certificates",
+            "bookworm",
+            folder,
+            "http://deb.debian.org/debian",
+        )
         shutil.copyfile(CERTIFICATES, folder / CERTIFICATES.lstrip("/"))
         container = self._run("from", "scratch")
         self._run("add", "--quiet", container, folder, "/")
@@ -100,10 +123,14 @@ def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str]
     ]
     shm = f"size={bytes_of(service['shm_size'])}"
     binds = [
-        {"destination": path, "type": "bind", "source": str(folder),
-         "options": ["bind", "rw" if path == "/out" else "ro"]}
+        {
+            "destination": path,
+            "type": "bind",
+            "source": str(folder),
+            "options": ["bind", "rw" if path == "/out" else "ro"],
+        }
         for path, folder in mounts.items()
-    ]  # fmt: skip
+    ]
     nofile = min(service["ulimits"]["nofile"], resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     return {
         "ociVersion": "1.0.0",
@@ -196,8 +223,17 @@ def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path,
                 raise SystemExit(f"not healthy after {time.monotonic() - started:.0f} s")
             time.sleep(1)
         print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
-        curl = ("curl", "--silent", "--noproxy", "*", "--data-binary", f"@{picture}", "--header",
-                "Content-Type: image/png", "http://127.0.0.1:8000/v1/embeddings")  # fmt: skip
+        curl = (
+            "curl",
+            "--silent",
+            "--noproxy",
+            "*",
+            "--data-binary",
+            f"@{picture}",
+            "--header",
+            "Content-Type: image/png",
+            "http://127.0.0.1:8000/v1/embeddings",
+        )
         answer = json.loads(container.on_its_network(*curl, "--header", f"Authorization: Bearer {key}"))
         print(f"embedded: {len(answer['data'][0]['embedding'])} numbers of {answer['model']} on {answer['provider']}")
         refused = json.loads(container.on_its_network(*curl))["error"]["code"]
@@ -219,10 +255,26 @@ def prove_train(image: Image, service: dict[str, Any], work: Path, images: Path)
     os.chown(out, *map(int, service["user"].split(":")))
     mounts = {"/images": images.resolve(), "/out": out}
     for command in (
-        ("adapt", "/images", "--out", "/out/run", "--backbone", "test_vit", "--weights", "random",
-         "--image-size", "32", "--steps", "2", "--batch-size", "8", "--workers", "0"),
+        (
+            "adapt",
+            "/images",
+            "--out",
+            "/out/run",
+            "--backbone",
+            "test_vit",
+            "--weights",
+            "random",
+            "--image-size",
+            "32",
+            "--steps",
+            "2",
+            "--batch-size",
+            "8",
+            "--workers",
+            "0",
+        ),
         ("export", "/out/run", "--out", "/out/bundle"),
-    ):  # fmt: skip
+    ):
         with Container(work, runtime_config(image, service, command, mounts)) as container:
             container.end(600)
     print("exported:", ", ".join(sorted(path.name for path in (out / "bundle").iterdir())), flush=True)

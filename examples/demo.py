@@ -42,9 +42,14 @@ def main() -> None:
 
     say(f"2/6  adapting an ImageNet MobileNetV2 to the training tiles with LeJEPA ({STEPS} steps, CPU)")
     run = jepakit.adapt(
-        OUT / "images" / "train", out=OUT / "run", backbone="mobilenetv2_100", weights=str(WEIGHTS),
-        domain="microscopy", image_size=96, steps=STEPS,
-    )  # fmt: skip
+        OUT / "images" / "train",
+        out=OUT / "run",
+        backbone="mobilenetv2_100",
+        weights=str(WEIGHTS),
+        domain="microscopy",
+        image_size=96,
+        steps=STEPS,
+    )
     print(f"     verdict on held-out training tiles: {run.verdict}")
 
     say("3/6  exporting start and result to ONNX, verified against torch")

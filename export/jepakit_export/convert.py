@@ -125,11 +125,16 @@ def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size:
         shape.update({1: torch.export.Dim("height", min=16), 2: torch.export.Dim("width", min=16)})
     with quiet("torch.onnx", "onnxscript", "torch.export"):
         program = torch.onnx.export(
-            embedder, (example,), dynamo=True, opset_version=opset, verbose=False,
-            input_names=[INPUT], output_names=[OUTPUT, TOKENS] if embedder.tokens else [OUTPUT],
+            embedder,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT, TOKENS] if embedder.tokens else [OUTPUT],
             # Without a named Dim the exporter silently fixes the batch to the example's.
             dynamic_shapes=(shape,),
-        )  # fmt: skip
+        )
     if program is None:
         raise ExportError("torch's exporter returned nothing")
     return program

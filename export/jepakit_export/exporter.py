@@ -115,22 +115,31 @@ def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Ten
     return Manifest(
         name=config.name or name_for(Path(config.out)),
         model_id=compute_model_id(
-            source.described, source.preprocess, source.embedding, named,
+            source.described,
+            source.preprocess,
+            source.embedding,
+            named,
             "int8" if config.precision == "int8" else "float",
         ),
-        backbone=source.described, preprocess=source.preprocess, embedding=source.embedding,
-        provenance=source.provenance, comparison=source.comparison,
-    )  # fmt: skip
+        backbone=source.described,
+        preprocess=source.preprocess,
+        embedding=source.embedding,
+        provenance=source.provenance,
+        comparison=source.comparison,
+    )
 
 
 def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected) -> Graph:
     """What the manifest says of a graph that agrees so well with torch."""
     return Graph(
-        precision=config.precision, opset=config.opset, **agreement._asdict(), batch_sizes=BATCH_SIZES,
+        precision=config.precision,
+        opset=config.opset,
+        **agreement._asdict(),
+        batch_sizes=BATCH_SIZES,
         verified_on="golden inputs" if config.verify_images is None else "the user's images",
         tokens=None if expected.tokens is None else (expected.tokens.shape[1], expected.tokens.shape[2]),
         dynamic_size=config.dynamic_size,
-    )  # fmt: skip
+    )
 
 
 def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> ir.Model:

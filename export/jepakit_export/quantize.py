@@ -40,22 +40,37 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
         outside = is_large(model)
         ir.save(model, given, external_data="fp32.data" if outside else None)
         quant_pre_process(
-            str(given), str(prepared), skip_symbolic_shape=True, save_as_external_data=outside,
-            all_tensors_to_one_file=True, external_data_location="prepared.data" if outside else None,
-        )  # fmt: skip
+            str(given),
+            str(prepared),
+            skip_symbolic_shape=True,
+            save_as_external_data=outside,
+            all_tensors_to_one_file=True,
+            external_data_location="prepared.data" if outside else None,
+        )
         graph = onnx.load(str(prepared), load_external_data=False).graph
         if _mostly_matrices(graph):
             quantize_dynamic(
-                prepared, written, list(_MATRICES), per_channel=True, weight_type=QuantType.QInt8,
+                prepared,
+                written,
+                list(_MATRICES),
+                per_channel=True,
+                weight_type=QuantType.QInt8,
                 use_external_data_format=outside,
-            )  # fmt: skip
+            )
         else:
             some = images[evenly_spread(len(images), MOST_CALIBRATED)]
             quantize_static(
-                prepared, written, _reader(some), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=outside,
-                op_types_to_quantize=["Conv", *_MATRICES], nodes_to_exclude=_computed_on_both_sides(graph),
-            )  # fmt: skip
+                prepared,
+                written,
+                _reader(some),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=outside,
+                op_types_to_quantize=["Conv", *_MATRICES],
+                nodes_to_exclude=_computed_on_both_sides(graph),
+            )
         return ir.external_data.load_to_model(ir.load(written))
 
 

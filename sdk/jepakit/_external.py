@@ -97,9 +97,10 @@ def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
         table = json.loads(data[8:start])
         placed = {
             name: Placed(entry["dtype"], tuple(entry["shape"]), start + first, last - first)
-            for name, entry in table.items() if name != "__metadata__"
+            for name, entry in table.items()
+            if name != "__metadata__"
             for first, last in [entry["data_offsets"]]
-        }  # fmt: skip
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{DATA} is no safetensors file: export the bundle again") from None
     return placed

@@ -225,9 +225,15 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
     from jepakit.sources import list_images
 
     return list_images(
-        images, config.labels, group=config.group, tile=config.tile, overlap=config.overlap,
-        min_valid=config.min_valid, frame=config.frame, most_skipped=config.most_skipped,
-    )  # fmt: skip
+        images,
+        config.labels,
+        group=config.group,
+        tile=config.tile,
+        overlap=config.overlap,
+        min_valid=config.min_valid,
+        frame=config.frame,
+        most_skipped=config.most_skipped,
+    )
 
 
 def _describe_source(images: Any) -> str | tuple[str, ...]:

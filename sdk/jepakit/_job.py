@@ -92,9 +92,14 @@ class Job:
     """
 
     def __init__(
-        self, images: ImageList, model: str | None, limits: RequestLimits, spec: Preprocess | None = None,
-        *, most_skipped: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        images: ImageList,
+        model: str | None,
+        limits: RequestLimits,
+        spec: Preprocess | None = None,
+        *,
+        most_skipped: float = 0.0,
+    ) -> None:
         self._images, self._model, self._spec = images, model, spec
         self._told = self._limits = limits
         self.skipped = Skipped(images, most_skipped)

@@ -22,9 +22,11 @@ class _Memory(NamedTuple):
 
 _V2 = _Memory("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file"))
 _V1 = _Memory(
-    "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+    "memory/memory.limit_in_bytes",
+    "memory/memory.usage_in_bytes",
+    "memory/memory.stat",
     ("total_inactive_file", "total_active_file"),
-)  # fmt: skip
+)
 
 
 def usable_cpus() -> int:

@@ -54,9 +54,15 @@ class Steps:
     """
 
     def __init__(
-        self, total: int, *, first: int = 0, what: str = "step", progress: bool = True,
-        epochs: float | None = None, extra_s: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        total: int,
+        *,
+        first: int = 0,
+        what: str = "step",
+        progress: bool = True,
+        epochs: float | None = None,
+        extra_s: float = 0.0,
+    ) -> None:
         self._progress = progress and _is_shown.get()
         self._total, self._first, self._what = total, first, what
         self._epochs, self._extra_s = epochs, extra_s
@@ -128,9 +134,12 @@ def _bar(what: str, total: int, first: int) -> Any:
     if console.is_dumb_terminal:
         return None
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"), TextColumn("{task.fields[values]}"),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[values]}"),
+    )
     bar = Progress(*columns, console=console)
     bar.start()
     bar.add_task(what, total=total, completed=first, left="", values="")

@@ -61,9 +61,11 @@ class Skipped:
         ids, labels = self._images.ids, self._images.labels_given()
         kept = [place for place in range(len(ids)) if place not in self._errors]
         return Embeddings(
-            vectors, model_id, tuple(ids[place] for place in kept),
+            vectors,
+            model_id,
+            tuple(ids[place] for place in kept),
             None if labels is None else tuple(labels[place] for place in kept),
-        )  # fmt: skip
+        )
 
     def tell(self, on_skipped: OnSkipped | None, *, progress: bool) -> None:
         """Call `on_skipped` with each one's id and reason, in order; with `progress`, name the first on standard error."""

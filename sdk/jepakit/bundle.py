@@ -171,11 +171,13 @@ class EmbeddingSpec(Frozen):
         """The same spec with centre, and scale, measured on `vectors` [N, dim]: pooled outputs before either."""
         center = vectors.mean(axis=0, dtype=np.float64) if how != "none" else None
         scale = _spread(vectors) if how == "scale" else None
-        return self.model_copy(update={
-            "standardize": how,
-            "center": None if center is None else float32_tuple(center),
-            "scale": None if scale is None else float32_tuple(scale),
-        })  # fmt: skip
+        return self.model_copy(
+            update={
+                "standardize": how,
+                "center": None if center is None else float32_tuple(center),
+                "scale": None if scale is None else float32_tuple(scale),
+            }
+        )
 
 
 def _spread(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -37,9 +37,12 @@ _FRAME = "for multi-frame files: the frame's number, from 0, or each"
 _VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Adapt an image backbone to your own images, export it, serve it, probe it.",
-)  # fmt: skip
+)
 probe_app = typer.Typer(no_args_is_help=True, help="Fit and use probes on embeddings.")
 app.add_typer(probe_app, name="probe")
 weights_app = typer.Typer(no_args_is_help=True, help="Pretrained weights for machines without network.")
@@ -133,11 +136,31 @@ def adapt(
     from jepakit._frontdoor import dry_run as run_dry
 
     settings = _settings(
-        set_, config, out=out, backbone=backbone, weights=weights, domain=domain, image_size=image_size, epochs=epochs,
-        steps=steps, batch_size=batch_size, unfreeze=_number_or_word(unfreeze), pooling=pooling, lamb=lamb, lr=lr,
-        labels=labels, group=group, seed=seed, workers=workers, tile=tile, overlap=overlap, frame=_number_or_word(frame),
-        value_range=_range_or_word(value_range), processes=processes, launcher=launcher,
-    )  # fmt: skip
+        set_,
+        config,
+        out=out,
+        backbone=backbone,
+        weights=weights,
+        domain=domain,
+        image_size=image_size,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        unfreeze=_number_or_word(unfreeze),
+        pooling=pooling,
+        lamb=lamb,
+        lr=lr,
+        labels=labels,
+        group=group,
+        seed=seed,
+        workers=workers,
+        tile=tile,
+        overlap=overlap,
+        frame=_number_or_word(frame),
+        value_range=_range_or_word(value_range),
+        processes=processes,
+        launcher=launcher,
+    )
     settings.pop("images", None)  # a run's config.toml has them
     if dry_run:
         estimate = run_dry(_source(images), **settings)
@@ -222,9 +245,16 @@ def inspect(
     from jepakit._frontdoor import inspect as run_inspection
 
     settings = _settings(
-        set_, domain=domain, image_size=image_size, tile=tile, overlap=overlap, labels=labels, group=group,
-        frame=_number_or_word(frame), value_range=_range_or_word(value_range),
-    )  # fmt: skip
+        set_,
+        domain=domain,
+        image_size=image_size,
+        tile=tile,
+        overlap=overlap,
+        labels=labels,
+        group=group,
+        frame=_number_or_word(frame),
+        value_range=_range_or_word(value_range),
+    )
     seen = run_inspection(_source(images), sheet=sheet, **settings)
     print(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
@@ -256,10 +286,18 @@ def export(
     from jepakit._frontdoor import export as run_export
 
     settings = _settings(
-        which=which, name=name, precision=precision, pooling=pooling, standardize=standardize, tokens=tokens or None,
-        dynamic_size=dynamic_size or None, verify_images=verify_images, normalize=normalize, image_size=image_size,
+        which=which,
+        name=name,
+        precision=precision,
+        pooling=pooling,
+        standardize=standardize,
+        tokens=tokens or None,
+        dynamic_size=dynamic_size or None,
+        verify_images=verify_images,
+        normalize=normalize,
+        image_size=image_size,
         opset=opset,
-    )  # fmt: skip
+    )
     bundle = run_export(source, out, **settings)
     manifest = bundle.manifest
     assert manifest.graph is not None
@@ -326,10 +364,19 @@ def serve(
             )
         return
     settings = _settings(
-        set_, bundles=tuple(bundles) if bundles else None, host=host, port=port, api_key_file=api_key_file,
-        provider=provider, arithmetic=arithmetic, expect=tuple(expect) if expect else None,
-        ray=False if no_ray else None, proxy=proxy, replicas=replicas, log_format=log_format,
-    )  # fmt: skip
+        set_,
+        bundles=tuple(bundles) if bundles else None,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        provider=provider,
+        arithmetic=arithmetic,
+        expect=tuple(expect) if expect else None,
+        ray=False if no_ray else None,
+        proxy=proxy,
+        replicas=replicas,
+        log_format=log_format,
+    )
     run_serve(settings, config, print_config=print_config)
 
 
@@ -395,9 +442,14 @@ def embed(
     _check_out(out, ".npz")
     skipped: list[tuple[str, str]] = []
     options: dict[str, Any] = {
-        "labels": labels, "tile": tile, "overlap": overlap, "min_valid": min_valid, "frame": _number_or_word(frame),
-        "most_skipped": most_skipped, "on_skipped": lambda *row: skipped.append(row),
-    }  # fmt: skip
+        "labels": labels,
+        "tile": tile,
+        "overlap": overlap,
+        "min_valid": min_valid,
+        "frame": _number_or_word(frame),
+        "most_skipped": most_skipped,
+        "on_skipped": lambda *row: skipped.append(row),
+    }
     if url is not None:
         from jepakit.client import Client
 
@@ -546,8 +598,9 @@ def probe_fit(
     if kind not in ("linear", "knn"):
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
     of_kind: dict[str, dict[str, object]] = {
-        "linear": {"--class-weight": class_weight, "--group": group, "-C": c, "--seed": seed}, "knn": {"-k": k}
-    }  # fmt: skip
+        "linear": {"--class-weight": class_weight, "--group": group, "-C": c, "--seed": seed},
+        "knn": {"-k": k},
+    }
     other = "knn" if kind == "linear" else "linear"
     for option, given in of_kind[other].items():
         if given is not None:

@@ -96,10 +96,19 @@ class Client:
         return read_model(self._send(self._http.build_request("GET", path_of(name))))
 
     def embed(
-        self, images: Any, *, model: str | None = None, labels: str | Path = "auto", tile: int | None = None,
-        overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
-        most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
-    ) -> Embeddings:  # fmt: skip
+        self,
+        images: Any,
+        *,
+        model: str | None = None,
+        labels: str | Path = "auto",
+        tile: int | None = None,
+        overlap: int = 0,
+        min_valid: float = 0.5,
+        frame: int | Literal["each"] | None = None,
+        progress: bool = True,
+        most_skipped: float = 0.0,
+        on_skipped: OnSkipped | None = None,
+    ) -> Embeddings:
         """Embed images; order kept.
 
         images     a folder (recursive), glob or path, a CSV or Parquet manifest, WebDataset shards, a ZIP, the
@@ -129,9 +138,15 @@ class Client:
         check_share(most_skipped)
         spec = None if tile is None and frame is None else spec_of(self.models(), model, tile)
         listed = gather(
-            images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
+            images,
+            labels,
+            tile=tile,
+            overlap=overlap,
+            min_valid=min_valid,
+            frame=frame,
+            progress=progress,
             most_skipped=most_skipped,
-        )  # fmt: skip
+        )
         job = Job(listed, model, self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
             while True:
@@ -269,10 +284,19 @@ class AsyncClient:
         return read_model(await self._send(self._http.build_request("GET", path_of(name))))
 
     async def embed(
-        self, images: Any, *, model: str | None = None, labels: str | Path = "auto", tile: int | None = None,
-        overlap: int = 0, min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
-        most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
-    ) -> Embeddings:  # fmt: skip
+        self,
+        images: Any,
+        *,
+        model: str | None = None,
+        labels: str | Path = "auto",
+        tile: int | None = None,
+        overlap: int = 0,
+        min_valid: float = 0.5,
+        frame: int | Literal["each"] | None = None,
+        progress: bool = True,
+        most_skipped: float = 0.0,
+        on_skipped: OnSkipped | None = None,
+    ) -> Embeddings:
         """As `Client.embed`."""
         import asyncio
 
@@ -280,9 +304,16 @@ class AsyncClient:
         check_share(most_skipped)
         spec = None if tile is None and frame is None else spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
-            gather, images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
+            gather,
+            images,
+            labels,
+            tile=tile,
+            overlap=overlap,
+            min_valid=min_valid,
+            frame=frame,
+            progress=progress,
             most_skipped=most_skipped,
-        )  # fmt: skip
+        )
         job = Job(listed, model, await self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
         with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
             while True:

@@ -114,9 +114,13 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
 
 
 def _right(
-    vectors: NDArray[np.float32], truth: NDArray[np.str_], fit: NDArray[np.bool_], judged: NDArray[np.bool_],
-    group_of: NDArray[np.intp], strength: float | None,
-) -> tuple[NDArray[np.bool_], float | None]:  # fmt: skip
+    vectors: NDArray[np.float32],
+    truth: NDArray[np.str_],
+    fit: NDArray[np.bool_],
+    judged: NDArray[np.bool_],
+    group_of: NDArray[np.intp],
+    strength: float | None,
+) -> tuple[NDArray[np.bool_], float | None]:
     """Whether probes fitted on the one part are right about the other, bool [2, N]; and the linear one's strength, chosen if None."""
     classes = np.unique(truth[fit])
     if len(classes) < 2:

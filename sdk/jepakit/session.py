@@ -45,9 +45,15 @@ class Session:
     """
 
     def __init__(
-        self, graph: bytes, manifest: Manifest, *, provider: Provider = "auto", threads: int | None = None,
-        arithmetic: Arithmetic = "model", data: bytes | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        graph: bytes,
+        manifest: Manifest,
+        *,
+        provider: Provider = "auto",
+        threads: int | None = None,
+        arithmetic: Arithmetic = "model",
+        data: bytes | None = None,
+    ) -> None:
         assert manifest.graph is not None or arithmetic == "model"
         self.manifest = manifest
         self.threads = threads or usable_cpus()
@@ -57,9 +63,13 @@ class Session:
 
     @classmethod
     def open(
-        cls, bundle: Bundle | str | Path, *, provider: Provider = "auto", threads: int | None = None,
+        cls,
+        bundle: Bundle | str | Path,
+        *,
+        provider: Provider = "auto",
+        threads: int | None = None,
         arithmetic: Arithmetic = "model",
-    ) -> Session:  # fmt: skip
+    ) -> Session:
         """Verify the whole bundle, open its graph, and check that it reproduces the golden inputs.
 
         Raises BundleError for what is no exported bundle, is damaged, or computes other vectors here than torch did;
@@ -73,9 +83,13 @@ class Session:
         expected = golden.unpack(files[GOLDEN])
         expected.check(bundle.manifest.preprocess, bundle.manifest.embedding.dim)
         session = cls(
-            files.pop(GRAPH), bundle.manifest, provider=provider, threads=threads, arithmetic=arithmetic,
+            files.pop(GRAPH),
+            bundle.manifest,
+            provider=provider,
+            threads=threads,
+            arithmetic=arithmetic,
             data=files.pop(DATA, None),
-        )  # fmt: skip
+        )
         session.check_golden(expected)
         return session
 
@@ -168,10 +182,18 @@ class Model:
         return self.manifest.model_id
 
     def embed(
-        self, images: Any, *, labels: str | Path = "auto", tile: int | None = None, overlap: int = 0,
-        min_valid: float = 0.5, frame: int | Literal["each"] | None = None, progress: bool = True,
-        most_skipped: float = 0.0, on_skipped: OnSkipped | None = None,
-    ) -> Embeddings:  # fmt: skip
+        self,
+        images: Any,
+        *,
+        labels: str | Path = "auto",
+        tile: int | None = None,
+        overlap: int = 0,
+        min_valid: float = 0.5,
+        frame: int | Literal["each"] | None = None,
+        progress: bool = True,
+        most_skipped: float = 0.0,
+        on_skipped: OnSkipped | None = None,
+    ) -> Embeddings:
         """Embed what `Client.embed` takes, with the same arguments but `model`, and keep the order.
 
         Raises ImageError for the first image that cannot be embedded, or for more of them than `most_skipped`;
@@ -180,9 +202,15 @@ class Model:
         check_tile(tile, self.manifest.preprocess)
         check_share(most_skipped)
         listed = gather(
-            images, labels, tile=tile, overlap=overlap, min_valid=min_valid, frame=frame, progress=progress,
+            images,
+            labels,
+            tile=tile,
+            overlap=overlap,
+            min_valid=min_valid,
+            frame=frame,
+            progress=progress,
             most_skipped=most_skipped,
-        )  # fmt: skip
+        )
         skipped = Skipped(listed, most_skipped)
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         done = 0

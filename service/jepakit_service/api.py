@@ -82,9 +82,11 @@ def _check_query(query: Mapping[str, Sequence[str]], known: Sequence[str]) -> No
     for name, values in query.items():
         if name not in known:
             raise ApiError(
-                400, "invalid_request", f"unknown parameter {name[:40]!r} in the query{did_you_mean(name[:40], known)}",
+                400,
+                "invalid_request",
+                f"unknown parameter {name[:40]!r} in the query{did_you_mean(name[:40], known)}",
                 param=name[:40],
-            )  # fmt: skip
+            )
         if len(values) > 1:
             raise ApiError(
                 400, "invalid_request", f"{name} is in the query {len(values)} times: give it once", param=name

@@ -19,9 +19,11 @@ _FACTS = {
 }
 _MODEL = Parameter("model", "query", dialects.MODEL, _WORD)
 _PARTIAL = Parameter(
-    "partial", "query", "true: an image that cannot be read is a row with `error`, and the others are answered",
+    "partial",
+    "query",
+    "true: an image that cannot be read is a row with `error`, and the others are answered",
     {"type": "boolean", "default": False},
-)  # fmt: skip
+)
 _NAME = Parameter("name", "path", "the model", _WORD)
 _VERSION = Parameter("version", "path", "its `model_id`", _WORD)
 _LENGTH = Parameter(oip.JSON_LENGTH, "header", "bytes of JSON, where tensors follow", {"type": "integer"})

@@ -34,10 +34,11 @@ def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[Image
             model = data.decode("utf-8", "replace")
         else:
             raise ApiError(
-                400, "invalid_request",
+                400,
+                "invalid_request",
                 f"the form's field {name[:40].decode('utf-8', 'replace')!r} is no file: images are sent as files, and `model` "
                 "is the only other field",
-            )  # fmt: skip
+            )
     return images, model
 
 
@@ -55,14 +56,17 @@ class _Form:
 
     def read(self, body: bytes, boundary: bytes) -> None:
         """Raises FormParserError for a damaged body, ApiError 413 for one of too many parts."""
-        parser = MultipartParser(boundary, {
-            "on_part_begin": self.on_part_begin,
-            "on_part_data": self.on_part_data,
-            "on_header_field": self.on_header_field,
-            "on_header_value": self.on_header_value,
-            "on_header_end": self.on_header_end,
-            "on_end": self.on_end,
-        })  # fmt: skip
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self.on_part_begin,
+                "on_part_data": self.on_part_data,
+                "on_header_field": self.on_header_field,
+                "on_header_value": self.on_header_value,
+                "on_header_end": self.on_header_end,
+                "on_end": self.on_end,
+            },
+        )
         parser.write(body)
 
     def on_part_begin(self) -> None:

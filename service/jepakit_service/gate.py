@@ -104,10 +104,15 @@ class Gate:
         self._metrics.request_seconds.labels(route).observe(seconds)
         if not routes.is_open(scope["path"]) or status >= 500:
             fields = {
-                "request_id": state["request_id"], "method": scope["method"], "route": route, "status": status,
-                "ms": round(1000 * seconds, 1), "bytes": state.get("bytes", 0), "key": state.get("key"),
+                "request_id": state["request_id"],
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "ms": round(1000 * seconds, 1),
+                "bytes": state.get("bytes", 0),
+                "key": state.get("key"),
                 "code": state.get("code"),
-            }  # fmt: skip
+            }
             logs.access(self._settings.access_log, status=status, fields=fields)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
@@ -212,9 +217,10 @@ class Gate:
 
     def _too_large(self) -> ApiError:
         return ApiError(
-            413, "body_too_large",
+            413,
+            "body_too_large",
             f"the body is larger than {self._settings.max_body_mb} MB: send fewer images a request",
-        )  # fmt: skip
+        )
 
 
 def _refuse_other_sites(headers: Headers) -> None:
@@ -227,10 +233,11 @@ def _refuse_other_sites(headers: Headers) -> None:
         name, sender = host, ""
     if (host and not is_loopback(name)) or sender != host or headers.get("sec-fetch-site") in _OTHER_SITES:
         raise ApiError(
-            403, "other_site",
+            403,
+            "other_site",
             "without API keys only programs and pages of this machine are answered, at an address of it such as 127.0.0.1: start "
             "the service with --api-key-file",
-        )  # fmt: skip
+        )
 
 
 def _stopping() -> ApiError:

@@ -35,9 +35,14 @@ class Heartbeat:
     """
 
     def __init__(
-        self, name: str, embed: Callable[[float], Awaitable[Result]], expected: NDArray[np.float32], limit: float,
-        batch_s: float, observer: Observer,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        embed: Callable[[float], Awaitable[Result]],
+        expected: NDArray[np.float32],
+        limit: float,
+        batch_s: float,
+        observer: Observer,
+    ) -> None:
         self._name, self._embed, self._expected, self._limit = name, embed, expected, limit
         self._slow_s = _BATCHES * batch_s
         self._observer = observer

@@ -49,13 +49,18 @@ class Metrics:
             "jepakit_batch_size", "Images in one inference", ("model",), buckets=_SIZES, registry=self.registry
         )
         self.stage_seconds = Histogram(
-            "jepakit_stage_seconds", "Decoding of an image; from its arrival until its batch runs, decoding included; one inference",
-            ("model", "stage"), buckets=_SECONDS, registry=self.registry,
-        )  # fmt: skip
+            "jepakit_stage_seconds",
+            "Decoding of an image; from its arrival until its batch runs, decoding included; one inference",
+            ("model", "stage"),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.model_info = Gauge(
-            "jepakit_model_info", "1 for each model in service",
-            ("model", "model_id", "digest", "precision", "provider"), registry=self.registry,
-        )  # fmt: skip
+            "jepakit_model_info",
+            "1 for each model in service",
+            ("model", "model_id", "digest", "precision", "provider"),
+            registry=self.registry,
+        )
 
     def of_model(self, model: str) -> ModelMetrics:
         """The counters of one model."""

@@ -59,9 +59,13 @@ class LoadedModel:
             self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.counted
         )
         capacity = Capacity(
-            self.plan.max_batch, self.plan.lanes, self.plan.few, cores=settings.threads,
-            lane_cores=0 if self.provider in ON_GPU else self.plan.threads, batch_s=self.plan.batch_s,
-        )  # fmt: skip
+            self.plan.max_batch,
+            self.plan.lanes,
+            self.plan.few,
+            cores=settings.threads,
+            lane_cores=0 if self.provider in ON_GPU else self.plan.threads,
+            batch_s=self.plan.batch_s,
+        )
         # It alone holds the sessions, and lets go of them once it is closed and empty.
         self._batcher = Batcher(self._decode, session.run, whole.run, capacity, self.heartbeat)
 

@@ -122,9 +122,11 @@ def _model_asked(ask: Ask, call: Call) -> str | None:
     in_query = call.query.get("model", [""])[0]
     if ask.model and in_query and ask.model != in_query:
         raise ApiError(
-            400, "invalid_request",
-            f"model is {ask.model[:40]!r} in the body and {in_query[:40]!r} in the query: name it once", param="model",
-        )  # fmt: skip
+            400,
+            "invalid_request",
+            f"model is {ask.model[:40]!r} in the body and {in_query[:40]!r} in the query: name it once",
+            param="model",
+        )
     return ask.model or in_query or None
 
 

@@ -133,9 +133,12 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
 
     try:
         init(
-            **OWN, namespace="jepakit", _temp_dir=str(folder), num_gpus=_gpus(settings),
+            **OWN,
+            namespace="jepakit",
+            _temp_dir=str(folder),
+            num_gpus=_gpus(settings),
             num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
-        )  # fmt: skip
+        )
         stop.watch()  # ray.init put its own in place
         _end_idle_helpers()
         core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}
@@ -270,10 +273,11 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
     if settings.max_replicas is not None:
         scaling = {
             "autoscaling_config": AutoscalingConfig(
-                min_replicas=settings.replicas, max_replicas=settings.max_replicas,
+                min_replicas=settings.replicas,
+                max_replicas=settings.max_replicas,
                 target_ongoing_requests=settings.target_ongoing_requests,
             )
-        }  # fmt: skip
+        }
 
     @serve.deployment(
         name=_DEPLOYMENT,

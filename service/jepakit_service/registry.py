@@ -116,9 +116,11 @@ class Registry:
             return versions.current
         if versions.current is not None:
             raise ApiError(
-                404, "model_not_found", f"{name} is {versions.current.manifest.model_id} here, not {pinned[:32]!r}",
+                404,
+                "model_not_found",
+                f"{name} is {versions.current.manifest.model_id} here, not {pinned[:32]!r}",
                 param="model",
-            )  # fmt: skip
+            )
         if versions.expected:
             raise unavailable("not_ready", f"{name} is not in service here yet: its bundle on disk does not pass")
         if versions.update is not None:

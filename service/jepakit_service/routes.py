@@ -9,9 +9,19 @@ INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{v
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 _OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
 _STEADY = (
-    "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", EMBEDDINGS, VOYAGE, "/v1/models", COHERE, "/v2/health",
-    "/v2/models", "/v2",
-)  # fmt: skip
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+    EMBEDDINGS,
+    VOYAGE,
+    "/v1/models",
+    COHERE,
+    "/v2/health",
+    "/v2/models",
+    "/v2",
+)
 
 
 def model_of_inference(path: str) -> str | None:

@@ -30,10 +30,19 @@ class _Server(uvicorn.Server):
 def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
     """How uvicorn serves. Its errors go to our log; its warnings, which any stranger can cause, go nowhere."""
     return uvicorn.Config(
-        gate, host=settings.host, port=settings.port, ws="none", log_config=None, log_level="error", access_log=False,
-        lifespan="on", timeout_graceful_shutdown=math.ceil(settings.drain_s), timeout_keep_alive=_KEEP_ALIVE_S,
-        server_header=False, proxy_headers=False,
-    )  # fmt: skip
+        gate,
+        host=settings.host,
+        port=settings.port,
+        ws="none",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        server_header=False,
+        proxy_headers=False,
+    )
 
 
 def run(settings: ServeSettings) -> None:

@@ -71,9 +71,12 @@ class Tracer:
         from opentelemetry.trace import SpanKind
 
         with self._tracer.start_as_current_span(
-            f"{method} {route}", context=extract(headers), kind=SpanKind.SERVER,
-            attributes={"http.request.method": method, "http.route": route}, record_exception=False,
-        ) as span:  # fmt: skip
+            f"{method} {route}",
+            context=extract(headers),
+            kind=SpanKind.SERVER,
+            attributes={"http.request.method": method, "http.route": route},
+            record_exception=False,
+        ) as span:
             yield span
 
     def flush(self) -> None:

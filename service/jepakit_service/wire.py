@@ -142,9 +142,10 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
         ask = Ask([body])
     else:
         raise ApiError(
-            415, "unsupported_media_type",
+            415,
+            "unsupported_media_type",
             f"content type {media[:100] or 'none'} is not read here: send application/json, image/*, application/dicom, application/octet-stream, multipart/form-data or application/x-npy",
-        )  # fmt: skip
+        )
     check_number(len(ask.images), max_images, ask.field)
     return ask
 

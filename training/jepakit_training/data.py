@@ -84,9 +84,14 @@ class ViewDataset(Dataset[Item]):
     """
 
     def __init__(
-        self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, make_views: ViewMaker, seed: int,
+        self,
+        images: ImageList,
+        indices: NDArray[np.intp],
+        spec: Preprocess,
+        make_views: ViewMaker,
+        seed: int,
         cache: ImageCache | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.images, self._indices, self._spec = images, indices, spec
         self._make_views, self._seed, self._cache = make_views, seed, cache
 

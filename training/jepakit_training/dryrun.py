@@ -51,10 +51,16 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
         device = setup.accelerator.device
         queued_gb = plan.queued_bytes / GB if device.type == "cpu" else 0.0
         return DryRun(
-            steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size, warmup_step_s=warmup_s, step_s=step_s,
-            measuring_s=measuring_s, peak_memory_gb=peak_gb(device) + queued_gb, memory_gb=memory_gb(device),
+            steps=plan.steps,
+            warmup_steps=plan.warmup_steps,
+            batch_size=plan.batch_size,
+            warmup_step_s=warmup_s,
+            step_s=step_s,
+            measuring_s=measuring_s,
+            peak_memory_gb=peak_gb(device) + queued_gb,
+            memory_gb=memory_gb(device),
             device=device.type,
-        )  # fmt: skip
+        )
 
 
 def _seconds_a_step(setup: Setup, learner: Learner, steps: range) -> float:
@@ -74,9 +80,16 @@ def _seconds_to_measure(setup: Setup) -> float:
     """To measure the start and the result: every pass over the images, from a few of them, and the probes in full."""
     sampling = _Sampling()
     measuring = Measuring(
-        setup.config, setup.images, setup.plan.split, setup.spec,
-        device=setup.accelerator.device, workers=setup.plan.workers, skipped=setup.skipped, progress=False, extract=sampling,
-    )  # fmt: skip
+        setup.config,
+        setup.images,
+        setup.plan.split,
+        setup.spec,
+        device=setup.accelerator.device,
+        workers=setup.plan.workers,
+        skipped=setup.skipped,
+        progress=False,
+        extract=sampling,
+    )
     began = time.perf_counter()
     before = measuring.start(setup.backbone)
     measuring.conclude(before, measuring.end(setup.backbone, before.embedding.pooling))
@@ -90,9 +103,14 @@ class _Sampling:
     left_out_s = 0.0
 
     def __call__(
-        self, backbone: Any, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, poolings: Sequence[Pooling],
+        self,
+        backbone: Any,
+        images: ImageList,
+        indices: NDArray[np.intp],
+        spec: Preprocess,
+        poolings: Sequence[Pooling],
         **how: Any,
-    ) -> Features:  # fmt: skip
+    ) -> Features:
         began, count = time.perf_counter(), len(indices)
         some = evenly_spread(count, _MEASURED_IMAGES)
         few = evaluation.extract(backbone, images, indices[some], spec, poolings, **how)

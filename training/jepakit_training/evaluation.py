@@ -42,14 +42,25 @@ class Features:
 
 
 def extract(
-    backbone: Any, images: ImageList, indices: NDArray[np.intp], spec: Preprocess, poolings: Sequence[Pooling], *,
-    device: torch.device, workers: int, what: str, progress: bool,
-) -> Features:  # fmt: skip
+    backbone: Any,
+    images: ImageList,
+    indices: NDArray[np.intp],
+    spec: Preprocess,
+    poolings: Sequence[Pooling],
+    *,
+    device: torch.device,
+    workers: int,
+    what: str,
+    progress: bool,
+) -> Features:
     """Pool the backbone's features of some images, read by the one preprocess, in float32."""
     plain = Embedder(backbone, spec, _bare_spec("head")).to(device).eval()
     loader = DataLoader(
-        _Preprocessed(images, indices, spec), batch_size=_BATCH, num_workers=workers, collate_fn=list,
-    )  # fmt: skip
+        _Preprocessed(images, indices, spec),
+        batch_size=_BATCH,
+        num_workers=workers,
+        collate_fn=list,
+    )
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
     readable, skipped = np.ones(len(indices), bool), []
     starts = range(0, len(indices), _BATCH)
@@ -101,9 +112,13 @@ def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measu
     assert fit.labels is not None
     assert held_out.labels is not None
     return measure(
-        vectors[images.is_fit], fit.labels, vectors[~images.is_fit], held_out.labels,
-        train_groups=fit.groups, held_out_groups=held_out.groups,
-    )  # fmt: skip
+        vectors[images.is_fit],
+        fit.labels,
+        vectors[~images.is_fit],
+        held_out.labels,
+        train_groups=fit.groups,
+        held_out_groups=held_out.groups,
+    )
 
 
 def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal["auto", Standardize]) -> Pooling:
@@ -145,9 +160,18 @@ class Measuring:
     """
 
     def __init__(
-        self, config: AdaptConfig, images: ImageList, parts: Split, spec: Preprocess, *,
-        device: torch.device, workers: int, skipped: SkippedFiles, progress: bool, extract: Callable[..., Features] = extract,
-    ) -> None:  # fmt: skip
+        self,
+        config: AdaptConfig,
+        images: ImageList,
+        parts: Split,
+        spec: Preprocess,
+        *,
+        device: torch.device,
+        workers: int,
+        skipped: SkippedFiles,
+        progress: bool,
+        extract: Callable[..., Features] = extract,
+    ) -> None:
         self.images = MeasuringSet.choose(images, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
         self._skipped, self._progress, self._take = skipped, progress, extract
@@ -181,9 +205,13 @@ class Measuring:
         fit, held_out = self.images.only(is_fit & is_labelled), self.images.only(~is_fit & is_labelled)
         assert held_out.labels is not None
         return judge(
-            before.measurement, after.measurement, held_out.labels,
-            n_train=len(fit.indices), groups=held_out.groups, train_labels=fit.labels,
-        )  # fmt: skip
+            before.measurement,
+            after.measurement,
+            held_out.labels,
+            n_train=len(fit.indices),
+            groups=held_out.groups,
+            train_labels=fit.labels,
+        )
 
     def _check_images(self) -> None:
         """DataError where one part could not be read at all. Labels that cannot be probed are left out: those of one class, or
@@ -199,9 +227,16 @@ class Measuring:
 
     def _extract(self, backbone: Any, poolings: Sequence[Pooling], what: str) -> Features:
         return self._take(
-            backbone, self._source, self.images.indices, self._spec, poolings,
-            device=self._device, workers=self._workers, what=what, progress=self._progress,
-        )  # fmt: skip
+            backbone,
+            self._source,
+            self.images.indices,
+            self._spec,
+            poolings,
+            device=self._device,
+            workers=self._workers,
+            what=what,
+            progress=self._progress,
+        )
 
     def _measured(self, features: Features, pooling: Pooling) -> Measured:
         raw = features.by_pooling[pooling]

@@ -70,10 +70,14 @@ def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[s
         )
         groups = None
     parts = split(
-        len(judges), images.strata(), groups=None if groups is None else [groups[place] for place in judges],
-        share=config.held_out, most=config.measure_on, seed=config.seed,
+        len(judges),
+        images.strata(),
+        groups=None if groups is None else [groups[place] for place in judges],
+        share=config.held_out,
+        most=config.measure_on,
+        seed=config.seed,
         enough_groups=0 if images.labels is None else ENOUGH_GROUPS,
-    )  # fmt: skip
+    )
     return _with_siblings(judges[parts.held_out], groups, len(images)), notes
 
 
@@ -92,9 +96,15 @@ def _with_siblings(held_out: NDArray[np.intp], groups: Sequence[str] | None, cou
 
 
 def split(
-    count: int, strata: Sequence[str] | None, *, share: float, most: int, seed: int, groups: Sequence[str] | None = None,
+    count: int,
+    strata: Sequence[str] | None,
+    *,
+    share: float,
+    most: int,
+    seed: int,
+    groups: Sequence[str] | None = None,
     enough_groups: int = 0,
-) -> Split:  # fmt: skip
+) -> Split:
     """Hold out `share` of the images, of each stratum in proportion.
 
     Of many images fewer are held out: `most`, or what about `enough_groups` of the groups hold if that is more. At least one

@@ -56,9 +56,15 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
 def _any_backbone(size: int) -> Preprocess:
     """What most backbones want; only the picture depends on it."""
     return Preprocess(
-        size=size, resize_to=math.floor(size / 0.9), resize="shorter", interpolation="bicubic", bands=3, dtype="uint8",
-        mean=_IMAGENET_MEAN, std=_IMAGENET_STD,
-    )  # fmt: skip
+        size=size,
+        resize_to=math.floor(size / 0.9),
+        resize="shorter",
+        interpolation="bicubic",
+        bands=3,
+        dtype="uint8",
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+    )
 
 
 def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None, value_range: ValueRange) -> Inspection:
@@ -76,21 +82,33 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
     advice += [*_faint(images, found, scaling), *_beyond(images, found, scaling)]
     advice += [*outlier_notes(measured, images.ids, scaling), *fill_notes(measured), *window_notes(measured, scaling)]
     return Inspection(
-        n_images=len(images), n_looked_at=len(found.seen) + len(odd) + len(unreadable),
+        n_images=len(images),
+        n_looked_at=len(found.seen) + len(odd) + len(unreadable),
         formats=dict(Counter(one.header.format for one in found.seen).most_common()),
-        holds=str(found.kind), bands=found.kind.bands, stored_as=found.kind.stored_as,
-        smallest=sizes[0], median=median, largest=sizes[-1],
+        holds=str(found.kind),
+        bands=found.kind.bands,
+        stored_as=found.kind.stored_as,
+        smallest=sizes[0],
+        median=median,
+        largest=sizes[-1],
         low=_rounded(np.nanmin([one.low for one in found.seen], axis=0)),
         high=_rounded(np.nanmax([one.high for one in found.seen], axis=0)),
-        scaling=scaling, mean=_rounded(mean), std=_rounded(std),
+        scaling=scaling,
+        mean=_rounded(mean),
+        std=_rounded(std),
         labels=None if images.labels is None else dict(Counter(images.labels_given()).most_common()),
-        n_groups=None if images.groups is None else len(set(images.groups)), source=images.note,
-        n_unreadable=len(unreadable), unreadable=tuple(unreadable[:_LISTED]),
-        n_odd=len(odd), odd=tuple(odd[:_LISTED]),
-        n_duplicates=len(pairs), duplicates=tuple((images.ids[a], images.ids[b]) for a, b in pairs[:_LISTED]),
-        domain=domain, domain_because=because,
+        n_groups=None if images.groups is None else len(set(images.groups)),
+        source=images.note,
+        n_unreadable=len(unreadable),
+        unreadable=tuple(unreadable[:_LISTED]),
+        n_odd=len(odd),
+        odd=tuple(odd[:_LISTED]),
+        n_duplicates=len(pairs),
+        duplicates=tuple((images.ids[a], images.ids[b]) for a, b in pairs[:_LISTED]),
+        domain=domain,
+        domain_because=because,
         advice=tuple(advice),
-    )  # fmt: skip
+    )
 
 
 def near_duplicates(found: Scan) -> list[tuple[int, int]]:
@@ -131,9 +149,14 @@ def _is_grey(found: Scan) -> bool:
 
 
 def _advice(
-    images: ImageList, found: Scan, median: tuple[int, int], largest: tuple[int, int], n_duplicates: int,
-    image_size: int, tile: int | None,
-) -> list[str]:  # fmt: skip
+    images: ImageList,
+    found: Scan,
+    median: tuple[int, int],
+    largest: tuple[int, int],
+    n_duplicates: int,
+    image_size: int,
+    tile: int | None,
+) -> list[str]:
     advice = []
     if len(images) < FEW_IMAGES:
         advice.append(f"{counted(len(images), 'image')} are very few to learn from, and to judge by")

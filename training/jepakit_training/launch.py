@@ -149,13 +149,20 @@ class _Group:
 
     def _start(self, rank: int, count: int, port: int, name: str) -> subprocess.Popen[bytes]:
         set_ = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0,  # rank 0 opens no store of its own
-        }  # fmt: skip
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": 0,  # rank 0 opens no store of its own
+        }
         defaults = {
-            "OMP_NUM_THREADS": max(1, usable_cpus() // count), "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"
-        }  # fmt: skip
+            "OMP_NUM_THREADS": max(1, usable_cpus() // count),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         environment = {
             **{key: str(value) for key, value in defaults.items()},
             **os.environ,
@@ -164,9 +171,12 @@ class _Group:
         with self.log(rank).open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "jepakit_training.worker", name],
-                env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log if rank else None,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log if rank else None,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-            )  # fmt: skip
+            )
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"

@@ -78,9 +78,10 @@ class Learner:
         self.encoder = accelerator.prepare(encoder) if self._trained else encoder
         self.projector, self.optimizer = accelerator.prepare(self._raw_projector, self._raw_optimizer)
         self._two_pass = (
-            None if plan.micro_batch is None
+            None
+            if plan.micro_batch is None
             else TwoPass(self.encoder, plan.micro_batch, lambda: accelerator.no_sync(self.encoder))
-        )  # fmt: skip
+        )
 
     def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
@@ -115,9 +116,13 @@ class Learner:
         if self._average is not None:
             self._average.update(step)
         return Outcome(
-            loss.detach(), prediction.detach(), regulariser.detach(), grad_norm,
-            None if anchor is None else anchor.detach(), proj_VNK.detach(),
-        )  # fmt: skip
+            loss.detach(),
+            prediction.detach(),
+            regulariser.detach(),
+            grad_norm,
+            None if anchor is None else anchor.detach(),
+            proj_VNK.detach(),
+        )
 
     def check(self, step: int) -> None:
         """Raise TrainingError when the gradient was not finite for several steps in a row, at any time up to `step`; waits
@@ -199,9 +204,13 @@ class Learner:
     def _make_optimizer(self) -> torch.optim.AdamW:
         config, plan = self._config, self._plan
         groups = parameter_groups(
-            self._backbone, self._raw_projector, lr=plan.lr, projector_lr=config.projector_lr,
-            weight_decay=config.weight_decay, layer_decay=plan.layer_decay,
-        )  # fmt: skip
+            self._backbone,
+            self._raw_projector,
+            lr=plan.lr,
+            projector_lr=config.projector_lr,
+            weight_decay=config.weight_decay,
+            layer_decay=plan.layer_decay,
+        )
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def _embed(self, views: Views, seed: int) -> Tensor:

@@ -122,22 +122,25 @@ def explaining_out_of_memory(
     return memory_errors(
         micro_batch=1 if whole else plan.micro_batch or plan.batch_size // accelerator.num_processes,
         activation_checkpointing=whole or config.activation_checkpointing or not can_checkpoint_activations(backbone),
-        image_size=plan.image_size, workers=plan.workers,
-    )  # fmt: skip
+        image_size=plan.image_size,
+        workers=plan.workers,
+    )
 
 
 def step_loader(setup: Setup, steps: range) -> DataLoader[Batch]:
     """This rank's batches for `steps`."""
     config, accelerator, plan = setup.config, setup.accelerator, setup.plan
     batches = StepBatches(
-        len(plan.split.train), plan.batch_size, config.seed, steps,
-        rank=accelerator.process_index, world=accelerator.num_processes,
-    )  # fmt: skip
+        len(plan.split.train),
+        plan.batch_size,
+        config.seed,
+        steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
     on_gpu = accelerator.device.type == "cuda"
     on_device = on_gpu if config.augment_on == "auto" else config.augment_on == "device"
-    return make_loader(
-        setup.dataset, batches, plan.workers, prefetch=plan.prefetch, pin=on_gpu, finished=not on_device
-    )  # fmt: skip
+    return make_loader(setup.dataset, batches, plan.workers, prefetch=plan.prefetch, pin=on_gpu, finished=not on_device)
 
 
 def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:

@@ -19,8 +19,11 @@ GB = 10**9
 
 # What torch says where it raises no OutOfMemoryError: its allocator of main memory, and CUDA's libraries.
 _NO_MEMORY = (
-    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-)  # fmt: skip
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 # From glibc's <malloc.h>; last the two defaults, of the threshold the most that it grows to.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

@@ -45,10 +45,15 @@ class Encoder(nn.Module):
 
     def forward(self, views: Views) -> Tensor:
         """Views [V, N, C, H, W] at each size, uint8 or scaled float32 → float32 features [V, N, E]."""
-        return torch.cat([
-            self.backbone(normalise(group.flatten(0, 1), self._mean, self._std)).float().unflatten(0, group.shape[:2])
-            for group in views if len(group)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                self.backbone(normalise(group.flatten(0, 1), self._mean, self._std))
+                .float()
+                .unflatten(0, group.shape[:2])
+                for group in views
+                if len(group)
+            ]
+        )
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -62,10 +67,14 @@ class Projector(nn.Sequential):
     def __init__(self, n_features: int, widths: tuple[int, int, int]) -> None:
         first, second, outputs = widths
         super().__init__(
-            nn.Linear(n_features, first), GlobalBatchNorm1d(first), nn.ReLU(),
-            nn.Linear(first, second), GlobalBatchNorm1d(second), nn.ReLU(),
+            nn.Linear(n_features, first),
+            GlobalBatchNorm1d(first),
+            nn.ReLU(),
+            nn.Linear(first, second),
+            GlobalBatchNorm1d(second),
+            nn.ReLU(),
             nn.Linear(second, outputs),
-        )  # fmt: skip
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [V, N, E] → float32 projections [V, N, K]."""

@@ -92,9 +92,16 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
     import ray
 
     with own_folder() if address is None else contextlib.nullcontext() as folder:
-        local: dict[str, Any] = {} if folder is None else {
-            **OWN, "address": "local", "_temp_dir": str(folder), "num_cpus": max(usable_cpus(), config.processes or 1),
-        }  # fmt: skip
+        local: dict[str, Any] = (
+            {}
+            if folder is None
+            else {
+                **OWN,
+                "address": "local",
+                "_temp_dir": str(folder),
+                "num_cpus": max(usable_cpus(), config.processes or 1),
+            }
+        )
         try:
             init(**local)
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -86,9 +86,11 @@ class Recorder:
 
     def _values(self, step: int, outcome: Outcome) -> dict[str, float]:
         return {
-            **_numbers(outcome, self.accelerator), "lr": self.plan.lr * self.plan.backbone_ramp(step), **self.clock.rates(),
+            **_numbers(outcome, self.accelerator),
+            "lr": self.plan.lr * self.plan.backbone_ramp(step),
+            **self.clock.rates(),
             "memory_gb": round(peak_gb(self.accelerator.device), 3),
-        }  # fmt: skip
+        }
 
 
 @contextmanager
@@ -122,11 +124,18 @@ def describe(values: Mapping[str, float]) -> str:
 def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run) -> Alarms:
     """What watches this run; it has seen what was logged before a resume, and does not repeat itself."""
     alarms = Alarms(
-        steps=plan.steps, warmup_steps=plan.warmup_steps, batch_size=plan.batch_size,
-        images=plan.batch_size // accelerator.num_processes, n_outputs=config.projector[-1], lamb=plan.lamb, lr=plan.lr,
-        workers=plan.workers, cached=config.cache is not None, on_gpu=accelerator.device.type == "cuda",
+        steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
+        batch_size=plan.batch_size,
+        images=plan.batch_size // accelerator.num_processes,
+        n_outputs=config.projector[-1],
+        lamb=plan.lamb,
+        lr=plan.lr,
+        workers=plan.workers,
+        cached=config.cache is not None,
+        on_gpu=accelerator.device.type == "cuda",
         trains=config.unfreeze != "none",
-    )  # fmt: skip
+    )
     for row in read_metrics(run.path / METRICS) if accelerator.is_main_process else ():
         alarms.check(int(row["step"]), row)
     return alarms

@@ -195,10 +195,20 @@ class Scan:
             (stock.mean, stock.std) if scaling is None and stock.bands == self.kind.bands else self.statistics(scaling)
         )
         return Preprocess(
-            size=stock.size, resize_to=stock.resize_to, resize=stock.resize, interpolation=stock.interpolation,
-            bands=self.kind.bands, dtype="uint8" if self.is_8_bit else "float32", stored_as=self.kind.stored_as,
-            scaling=scaling, voi=value_range == "file", frame=frame, tile=tile, mean=mean, std=std,
-        )  # fmt: skip
+            size=stock.size,
+            resize_to=stock.resize_to,
+            resize=stock.resize,
+            interpolation=stock.interpolation,
+            bands=self.kind.bands,
+            dtype="uint8" if self.is_8_bit else "float32",
+            stored_as=self.kind.stored_as,
+            scaling=scaling,
+            voi=value_range == "file",
+            frame=frame,
+            tile=tile,
+            mean=mean,
+            std=std,
+        )
 
 
 def sampled(images: ImageList) -> NDArray[np.intp]:
@@ -207,16 +217,22 @@ def sampled(images: ImageList) -> NDArray[np.intp]:
 
 
 def scan(
-    images: ImageList, *, value_range: ValueRange = "auto", frame: int | None = None,
-    places: NDArray[np.intp] | None = None, progress: bool = True,
-) -> Scan:  # fmt: skip
+    images: ImageList,
+    *,
+    value_range: ValueRange = "auto",
+    frame: int | None = None,
+    places: NDArray[np.intp] | None = None,
+    progress: bool = True,
+) -> Scan:
     """Measure the images at `places` (None: those that training looks at). Raises DataError when none of them can be read."""
     chosen = (sampled(images) if places is None else places).tolist()
     with shown(progress):
         looked = in_threads(
-            lambda index: _look(images, index, value_range, frame), chosen, "look at values",
+            lambda index: _look(images, index, value_range, frame),
+            chosen,
+            "look at values",
             threads=images.threads(_THREADS),
-        )  # fmt: skip
+        )
     seen = [one for one in looked if isinstance(one, Seen)]
     unreadable = [one for one in looked if not isinstance(one, Seen)]
     if not seen:

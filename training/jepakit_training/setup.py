@@ -67,8 +67,13 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     backbone, described = start_backbone(config.backbone, config.weights, config.image_size, found.kind.bands)
     check_trainable(backbone, config)
     plan = make_plan(
-        config, images, backbone, accelerator.num_processes, bands=found.kind.bands, value_bytes=1 if found.is_8_bit else 4
-    )  # fmt: skip
+        config,
+        images,
+        backbone,
+        accelerator.num_processes,
+        bands=found.kind.bands,
+        value_bytes=1 if found.is_8_bit else 4,
+    )
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
     for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
         print(note, file=sys.stderr)
@@ -78,9 +83,15 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
     backbone = backbone.to(accelerator.device, memory_format=layout_of(backbone))  # type: ignore[call-overload]
     measuring = Measuring(
-        config, images, plan.split, spec,
-        device=accelerator.device, workers=plan.workers, skipped=skipped, progress=main,
-    )  # fmt: skip
+        config,
+        images,
+        plan.split,
+        spec,
+        device=accelerator.device,
+        workers=plan.workers,
+        skipped=skipped,
+        progress=main,
+    )
     return Setup(config, images, accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
 
 

@@ -105,9 +105,14 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
 
 
 def parameter_groups(
-    backbone: nn.Module, projector: nn.Module, *, lr: float, projector_lr: float, weight_decay: float,
+    backbone: nn.Module,
+    projector: nn.Module,
+    *,
+    lr: float,
+    projector_lr: float,
+    weight_decay: float,
     layer_decay: float = 1.0,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """AdamW's groups, backbone first; no weight decay on norms, biases, position embeddings, tokens and what the backbone
     names itself (`no_weight_decay`), e.g. tables of relative positions.
 
@@ -150,9 +155,10 @@ def _chosen(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> set[str]
 def _layers_for_lora(backbone: nn.Module) -> list[str]:
     """Names of the layers that `add_lora` adds to."""
     layers = [
-        name for name, part in backbone.named_modules()
+        name
+        for name, part in backbone.named_modules()
         if isinstance(part, nn.Linear) or (type(part) in _PLAIN_CONVOLUTIONS and part.groups == 1)
-    ]  # fmt: skip
+    ]
     if not layers:
         raise ConfigError(
             f"unfreeze = lora: {type(backbone).__name__} has no linear layer and no ungrouped convolution that uses its weights "

@@ -20,10 +20,16 @@ from jepakit.sources.tiles import Cut, cut_into_pieces
 
 
 def list_images(
-    images: Any, labels: str | Path = "auto", *,
-    group: str | Path = "auto", tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, most_skipped: float = 0.0,
-) -> ImageList:  # fmt: skip
+    images: Any,
+    labels: str | Path = "auto",
+    *,
+    group: str | Path = "auto",
+    tile: int | None = None,
+    overlap: int = 0,
+    min_valid: float = 0.5,
+    frame: int | Literal["each"] | None = None,
+    most_skipped: float = 0.0,
+) -> ImageList:
     """List the images of a source, in a stable order.
 
     images     a folder (recursive) or a glob (sorted by name), a file, a list of paths or of (path, label) (in its own
@@ -50,9 +56,16 @@ def list_images(
 
 
 def gather(
-    images: Any, labels: str | Path = "auto", *, tile: int | None = None, overlap: int = 0, min_valid: float = 0.5,
-    frame: int | Literal["each"] | None = None, progress: bool = False, most_skipped: float = 0.0,
-) -> ImageList:  # fmt: skip
+    images: Any,
+    labels: str | Path = "auto",
+    *,
+    tile: int | None = None,
+    overlap: int = 0,
+    min_valid: float = 0.5,
+    frame: int | Literal["each"] | None = None,
+    progress: bool = False,
+    most_skipped: float = 0.0,
+) -> ImageList:
     """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
 
     labels    "auto": what the source brings, else the first-level folders whatever their number, and none where an
@@ -62,9 +75,13 @@ def gather(
     one = is_one_image(images) and not isinstance(images, str | Path)
     with shown(progress):
         listed = _list(
-            [images] if one else images, labels, "none", Cut(tile, overlap, min_valid, frame), embedding=True,
+            [images] if one else images,
+            labels,
+            "none",
+            Cut(tile, overlap, min_valid, frame),
+            embedding=True,
             most_skipped=most_skipped,
-        )  # fmt: skip
+        )
     if progress and listed.note:
         print(listed.note, file=sys.stderr, flush=True)
     return listed

@@ -220,8 +220,10 @@ def _measure_tiles(opened: _Opened, tiles: Pieces) -> tuple[NDArray[np.float64],
         jobs += [(header, slice(start, min(start + step, end))) for start in range(first, end, step)]
     measured = in_threads(
         lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1])),
-        jobs, "look for empty tiles", threads=opened.images.threads(THREADS),
-    )  # fmt: skip
+        jobs,
+        "look for empty tiles",
+        threads=opened.images.threads(THREADS),
+    )
     for (_, part), numbers in zip(jobs, measured, strict=True):
         if numbers is not None:
             n_valid_N[part], blank_N[part] = zip(*numbers, strict=True)
