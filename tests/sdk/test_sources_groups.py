@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_other_kinds_of_images_are_passed_over_and_told(tmp_path: Path) -> None:
     told = (
         "2 .heic files passed over: HEIC and AVIF are not read, save them as JPEG or PNG; "
         "1 .nii.gz file passed over: NIfTI is not read, save its slices as TIFF or .npy; "
-        "2 files without a suffix passed over: DICOM files need .dcm"
+        "2 files without a suffix passed over: of such files DICOM alone is read"
     )
     with pytest.raises(DataError) as caught:
         list_images(folder)
@@ -210,8 +211,26 @@ def test_the_digest_knows_labels_groups_and_what_is_held_out(tmp_path: Path) -> 
     assert len(seen) == 6
 
 
-def test_a_folder_of_files_without_suffix_hints_at_dicom(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"2 files without a suffix passed over: DICOM files need \.dcm"):
+_BARE = {"IM002": "DICM", "S1/1.2.840.17": "DICM", "S1/x.png": "", "README": "notes", "short": "x", "DICOMDIR": "DICM"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "glob", "zip"])
+def test_dicom_files_without_a_suffix_are_known_by_their_first_bytes(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "study"
+    for name, letters in _BARE.items():
+        touch(folder, name, content="\0" * 128 + letters)
+    touch(folder, ".hidden/IM003", content="\0" * 128 + "DICM")
+    with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    listed = list_images({"folder": folder, "glob": f"{folder}/**", "zip": tmp_path / "study.zip"}[kind])
+    assert [name.removeprefix(f"{folder}/") for name in listed.ids] == ["IM002", "S1/1.2.840.17", "S1/x.png"]
+    if kind != "zip":
+        assert listed.note.endswith("3 files without a suffix passed over: of such files DICOM alone is read")
+
+
+def test_a_folder_of_files_without_suffix_that_are_no_dicom_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 files without a suffix passed over: of such files DICOM alone is read"):
         list_images(touch(tmp_path, "IM001", "x/IM002", "notes.txt"))
 
 

@@ -299,7 +299,9 @@ def test_a_loop_that_was_closed_with_a_request_pending_costs_no_thread() -> None
     wait_until(lambda: packed._running == 0, "a batch is lost")
     assert all(thread.is_alive() for thread in packed._threads)
     assert not left.done()
-    left.get_coro().close()  # so that nothing complains of it later
+    coroutine = left.get_coro()
+    assert coroutine is not None
+    coroutine.close()  # so that nothing complains of it later
 
 
 class Held(Recorder):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jepakit._messages import counted
 from jepakit._progress import stage
@@ -217,5 +218,5 @@ def _beyond(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str
     ]
 
 
-def _rounded(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.6g}") for value in values)
+def _rounded(values: ArrayLike) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in np.ravel(values))

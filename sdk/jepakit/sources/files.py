@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from jepakit._threads import in_threads
 from jepakit.bundle import MANIFEST, WEIGHTS
 from jepakit.readers import ImageSource
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
@@ -17,6 +18,8 @@ _DICOM = frozenset({".dcm", ".dicom", ".ima"})
 SUFFIXES = _DICOM | {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".svs", ".ndpi", ".scn",
 }  # fmt: skip
+DICOM_HEAD = 132
+"""Bytes: a preamble that may hold anything, and the four letters that tell."""
 _FILE, _FOLDER, _NOWHERE, _OTHER = range(4)
 
 
@@ -53,6 +56,37 @@ def suffix(name: str) -> str:
 def is_image(name: str) -> bool:
     """Whether a name, folders included, is a visible image by its suffix."""
     return suffix(name) in SUFFIXES and not is_hidden(name)
+
+
+def has_no_suffix(name: str) -> bool:
+    """Whether a name ends in none; of 1.2.840.….17, the UID by which a DICOM file is often named, the last number is none."""
+    last = suffix(name)
+    return not last or last[1:].isdigit()
+
+
+def begins_as_dicom(head: bytes) -> bool:
+    """Whether the first `DICOM_HEAD` bytes of a file are those of a DICOM file (PS3.10, 7.1)."""
+    return head[DICOM_HEAD - 4 : DICOM_HEAD] == b"DICM"
+
+
+def dicom_among(root: str, names: Sequence[str]) -> set[str]:
+    """Those of `names` without a suffix that begin as DICOM does."""
+
+    def is_one(name: str) -> bool:
+        try:
+            with Path(root, name).open("rb") as file:
+                return begins_as_dicom(file.read(DICOM_HEAD))
+        except OSError:
+            return False
+
+    asked = [name for name in names if may_be_bare_dicom(name)]
+    answers = in_threads(is_one, asked, "files without a suffix")
+    return {name for name, answer in zip(asked, answers, strict=True) if answer}
+
+
+def may_be_bare_dicom(name: str) -> bool:
+    """Whether a file's first bytes may be those of DICOM: it has no suffix, and is no DICOMDIR, which lists others."""
+    return has_no_suffix(name) and name.rpartition("/")[2].upper() != "DICOMDIR"
 
 
 def is_dicom(name: str) -> bool:

@@ -16,7 +16,7 @@ from jepakit._files import reason_of, with_home
 from jepakit._messages import counted
 from jepakit.embeddings import is_embeddings
 from jepakit.errors import DataError
-from jepakit.sources.files import SUFFIXES, Files, is_image, not_files, suffix, walk
+from jepakit.sources.files import SUFFIXES, Files, dicom_among, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import are_labelled_files, find_in_memory, is_one_image, read_labels
 from jepakit.sources.passed import links_passed_over, passed_over
@@ -112,6 +112,10 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
             lost.append(name)
         else:
             others.append(name)
+    if bare := dicom_among(folder, others):
+        others = [name for name in others if name not in bare]
+        images = bare.union(names)
+        names = [name for name in listing.names if name in images]
     wanted = names or archives
     once = listing.once(wanted)
     repeats = listing.repeats + len(wanted) - len(once)
@@ -135,9 +139,13 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
     there = [name for name in matches if name not in strangers]
     files = _once(there)
     repeats = links_passed_over(len(there) - len(files), [])
-    ids = tuple(name for name in files if is_image(name.rpartition("/")[2]) and not is_embeddings(name))
     archives = [name for name in files if _is_archive(name)]
     others = [name for name in files if suffix(name) not in SUFFIXES and not _is_archive(name)]
+    bare = dicom_among("", others)
+    others = [name for name in others if name not in bare]
+    ids = tuple(
+        name for name in files if name in bare or (is_image(name.rpartition("/")[2]) and not is_embeddings(name))
+    )
     if ids:
         return Found(
             Files("", ids),

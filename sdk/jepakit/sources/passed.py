@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jepakit._messages import counted
-from jepakit.sources.files import suffix
+from jepakit.sources.files import has_no_suffix, suffix
 
 _AS_JPEG = "HEIC and AVIF are not read, save them as JPEG or PNG"
 _AS_TIFF = "JPEG 2000 and JPEG XL are not read, save them as TIFF or PNG"
@@ -16,7 +16,7 @@ _REMEDIES = {
     ".jp2": _AS_TIFF, ".j2k": _AS_TIFF, ".jpx": _AS_TIFF, ".jxl": _AS_TIFF,
     ".gif": "GIF is not read, save the frame you mean as PNG",
     ".nii": _NIFTI, ".nii.gz": _NIFTI,
-    "": "DICOM files need .dcm",
+    "": "of such files DICOM alone is read",
 }  # fmt: skip
 
 
@@ -40,6 +40,4 @@ def links_passed_over(repeats: int, lost: Sequence[str]) -> str:
 def _kind(name: str) -> str:
     if name.lower().endswith(".nii.gz"):
         return ".nii.gz"
-    last = suffix(name)
-    # The files of a DICOM series are often named by their UID, 1.2.840.….17: the last number is no suffix.
-    return "" if last[1:].isdigit() else last
+    return "" if has_no_suffix(name) else suffix(name)

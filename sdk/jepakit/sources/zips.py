@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jepakit._progress import track
 from jepakit.errors import DataError
 from jepakit.sources.archives import DEFLATED, STORED, Archives, Member, names_in_shards
-from jepakit.sources.files import is_image
+from jepakit.sources.files import DICOM_HEAD, begins_as_dicom, is_hidden, is_image, may_be_bare_dicom
 from jepakit.sources.store import Found
 
 _KINDS = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
@@ -30,13 +30,26 @@ def _index(path: str) -> list[Member]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            entries = [entry for entry in archive.infolist() if _is_wanted(archive, entry)]
     except Exception as error:
         # Over a damaged directory zipfile stumbles in many ways, decoding errors among them.
         raise DataError(f"{path} is not a ZIP, or is cut short ({error}): copy it again") from None
-    members = [_member(path, entry) for entry in entries if is_image(entry.filename)]
+    members = [_member(path, entry) for entry in entries]
     last = {member.name: member for member in members}
     return sorted(last.values(), key=lambda member: member.name.split("/"))
+
+
+def _is_wanted(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    if is_image(entry.filename):
+        return True
+    if entry.is_dir() or is_hidden(entry.filename) or not may_be_bare_dicom(entry.filename):
+        return False
+    try:
+        with archive.open(entry) as file:
+            return begins_as_dicom(file.read(DICOM_HEAD))
+    except Exception:
+        # Damaged, encrypted or compressed in an unusual way: nothing says that it is an image.
+        return False
 
 
 def _member(path: str, entry: zipfile.ZipInfo) -> Member:
