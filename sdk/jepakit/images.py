@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, ImageError
 from jepakit.nodata import is_blank, missing, valid_pixels
-from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, open_raster
+from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, Raster, open_raster
+from jepakit.readers.checks import check_window
 from jepakit.readers.header import Pixels as Pixels
 from jepakit.readers.quiet import quiet
+from jepakit.readers.raster import crop
 
 if TYPE_CHECKING:
     from jepakit.bundle import Preprocess, Scaling
@@ -58,8 +60,17 @@ def read_image(
         check_kind(header, spec, ref.name)
         _check_scale(header, ref, spec)
         frame = choose_frame(header, _frame_meant(header, ref, spec), ref.name)
-        stored = raster.read(ref.window, frame=frame, at_least=at_least)
+        stored = _read(raster, ref, frame, spec.voi, at_least)
     return _padded(_checked(stored, header, spec, ref.name), ref, spec)
+
+
+def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | None) -> Pixels:
+    """A frame, or a window of it: of a file that is decoded whole, cut from what is kept for the windows that follow."""
+    stamp = raster.stamp()
+    if ref.window is None or raster.header.windowed or ref.scenes is None or stamp is None:
+        return raster.read(ref.window, frame=frame, at_least=at_least)
+    window = check_window(ref.window, raster.header, ref.name)
+    return crop(ref.scenes.whole((stamp, frame, voi), lambda: raster.read(frame=frame)), window).copy()
 
 
 def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:

@@ -11,6 +11,7 @@ from jepakit.readers.encoded import EncodedSource
 from jepakit.readers.header import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, Window
 from jepakit.readers.opening import open_raster
 from jepakit.readers.raster import Raster
+from jepakit.readers.scenes import Scenes
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -20,6 +21,7 @@ __all__ = [
     "ImageSource",
     "Limits",
     "Raster",
+    "Scenes",
     "Window",
     "dicom_group",
     "open_raster",

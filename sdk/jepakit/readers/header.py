@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from jepakit.readers.scenes import Scenes
 
     ImageSource = str | Path | bytes | bytearray | memoryview | Image | NDArray[Any]
 else:
@@ -73,10 +75,12 @@ class Header:
 class ImageRef:
     """One image of a source: where its bytes are, and which part of it is meant.
 
-    `name` is what messages call it; `window` and `frame` are None for the whole of a single-frame file.
+    `name` is what messages call it; `window` and `frame` are None for the whole of a single-frame file. `scenes` keeps
+    what the windows of a file are cut from.
     """
 
     data: ImageSource
     name: str
     window: Window | None = None
     frame: int | None = None
+    scenes: Scenes | None = field(default=None, repr=False, compare=False)

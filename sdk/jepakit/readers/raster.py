@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -90,6 +91,14 @@ class Raster(ABC):
     @abstractmethod
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
         """A window of one frame, [height, width, bands]; all of it unless the header says `windowed`."""
+
+    def stamp(self) -> tuple[int, ...] | None:
+        """What tells a file on disk, as it is now, from all others; None of what is in memory."""
+        try:
+            status = os.fstat(-1 if self._file is None else self._file.fileno())
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
         """Let go of the file."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit.readers import ImageRef, Window
+from jepakit.readers import ImageRef, Scenes, Window
 from jepakit.sources.labels import MAX_CLASSES
 from jepakit.sources.spread import evenly_spread
 from jepakit.sources.store import Store
@@ -56,6 +56,7 @@ class ImageList:
     note: str
     store: Store = field(repr=False)
     pieces: Pieces | None = field(default=None, repr=False)
+    _scenes: Scenes = field(default_factory=Scenes, repr=False)
 
     def __post_init__(self) -> None:
         if self.labels is not None and all(label is None for label in self.labels):
@@ -74,6 +75,7 @@ class ImageList:
             name,
             window=None if pieces.window is None else Window(*map(int, pieces.window[index])),
             frame=None if frame < 0 else frame,
+            scenes=self._scenes,
         )
 
     def __iter__(self) -> Iterator[ImageRef]:

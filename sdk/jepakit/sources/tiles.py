@@ -19,6 +19,7 @@ from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, valid_pixels
 from jepakit.readers import Header, Raster, Window, open_raster
+from jepakit.readers.scenes import KEPT_BYTES
 from jepakit.sources.imagelist import ImageList, Pieces
 
 _Name = TypeVar("_Name")
@@ -247,8 +248,11 @@ def _measure_tiles_of_one(images: ImageList, header: Header, tiles: Pieces) -> l
 
 
 def _room_for(header: Header) -> AbstractContextManager[Any]:
-    size = header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
-    return _one_large if not header.windowed and size > _LARGE_BYTES else nullcontext()
+    return _one_large if not header.windowed and _decoded_bytes(header) > _LARGE_BYTES else nullcontext()
+
+
+def _decoded_bytes(header: Header) -> int:
+    return header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
 
 
 def _list_pieces(images: ImageList, pieces: Pieces, cut: Cut, note: str) -> ImageList:
@@ -290,10 +294,11 @@ def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
     if images.groups is None and len(pieces) > len(np.unique(pieces.image)):
         notes.append("the pieces of an image are one group")
     counts = np.bincount(pieces.image, minlength=len(images))
-    slow = [images.ids[index] for index, header in headers.items() if not header.windowed and counts[index] > _SLOW]
-    if cut.tile is not None and slow:
+    slow = [index for index, header in headers.items() if not header.windowed and counts[index] > _SLOW]
+    if cut.tile is not None and sum(_decoded_bytes(headers[index]) for index in slow) > KEPT_BYTES:
         notes.append(
-            f"{slow[0]} is decoded whole for each of its tiles ({counted(len(slow), 'such file')}): tiled TIFF is faster"
+            f"{counted(len(slow), 'file')} {'is' if len(slow) == 1 else 'are'} decoded whole ({images.ids[slow[0]]} first), "
+            "in training for nearly every tile: tiled TIFF is faster"
         )
     if unreadable:
         notes.append(f"{counted(len(unreadable), 'file')} that cannot be opened left out ({unreadable[0]})")

@@ -1,0 +1,67 @@
+"""Decoded images, kept while their tiles are read: PNG and JPEG cannot be decoded by windows."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+
+from jepakit.errors import ImageError
+from jepakit.readers.header import Pixels
+
+KEPT_BYTES = 128 << 20
+"""The most that is kept beside the scene asked for last."""
+
+
+class Scenes:
+    """The scenes asked for last, at most `KEPT_BYTES` of them, and the last one however large.
+
+    Safe in threads and forked processes; a copy, as another process gets it, is empty.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def __reduce__(self) -> tuple[type[Scenes], tuple[()]]:
+        return Scenes, ()
+
+    def whole(self, key: Hashable, decode: Callable[[], Pixels]) -> Pixels:
+        """What `decode` gives, not to be changed: from memory where `key` is kept, decoded once for all who wait.
+
+        Raises what `decode` raises, and keeps nothing then.
+        """
+        if self._process != os.getpid():
+            self._forget()  # what a thread of the parent decodes would never come
+        with self._lock:
+            found = self._kept.pop(key, None)
+            future = self._kept[key] = found or Future()
+        if found is not None:
+            try:
+                return found.result()
+            except ImageError:
+                return decode()  # so that the message names this caller's image
+        try:
+            pixels = decode()
+        except BaseException as error:
+            with self._lock:
+                self._kept.pop(key, None)
+            future.set_exception(error)
+            raise
+        future.set_result(pixels)
+        self._make_room()
+        return pixels
+
+    def _forget(self) -> None:
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._kept: dict[Hashable, Future[Pixels]] = {}
+
+    def _make_room(self) -> None:
+        with self._lock:
+            decoded = {key: future.result().nbytes for key, future in self._kept.items() if future.done()}
+            held = sum(decoded.values())
+            for key in list(decoded)[:-1]:
+                if held <= KEPT_BYTES:
+                    break
+                del self._kept[key]
+                held -= decoded[key]

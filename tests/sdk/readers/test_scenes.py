@@ -1,0 +1,156 @@
+"""Scenes that are decoded whole: once for their tiles, whoever asks, and no more of them than there is room for."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepakit.bundle import Preprocess
+from jepakit.errors import ImageError
+from jepakit.images import read_image
+from jepakit.readers import Scenes
+from jepakit.readers.pillow import PillowFile
+from jepakit.sources import ImageList, list_images
+
+SPEC = Preprocess(
+    size=32,
+    resize_to=32,
+    resize="shorter",
+    interpolation="bicubic",
+    bands=3,
+    dtype="uint8",
+    stored_as="uint8",
+    scaling=None,
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+    tile=32,
+)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that Pillow decoded, in order."""
+    names: list[str] = []
+    decode = PillowFile._decode
+
+    def noted(self: PillowFile, *how: Any) -> Any:
+        names.append(self._name.partition("#")[0])
+        return decode(self, *how)
+
+    monkeypatch.setattr(PillowFile, "_decode", noted)
+    return names
+
+
+def tiles_of(folder: Path, count: int = 2) -> ImageList:
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (96, 128, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return list_images(folder, tile=32)
+
+
+def test_a_scene_is_decoded_once_for_all_its_tiles_in_any_number_of_threads(tmp_path: Path, decoded: list[str]) -> None:
+    listed = tiles_of(tmp_path)
+    decoded.clear()
+    with ThreadPoolExecutor(4) as pool:
+        tiles = list(pool.map(lambda place: read_image(listed[place], SPEC), range(len(listed))))
+    assert sorted(decoded) == ["0.png", "1.png"]
+    for ref, tile in zip(listed, tiles, strict=True):
+        np.testing.assert_array_equal(tile, read_image(replace(ref, scenes=None), SPEC))
+        tile[:] = 0
+    assert read_image(listed[0], SPEC).any(), "a tile is the caller's own"
+
+
+def test_a_file_that_was_written_again_is_decoded_again(tmp_path: Path) -> None:
+    listed = tiles_of(tmp_path)
+    read_image(listed[0], SPEC)
+    pixels = np.full((96, 128, 3), 7, np.uint8)
+    pixels[::2] = 8
+    Image.fromarray(pixels).save(tmp_path / "new.png")
+    (tmp_path / "new.png").replace(tmp_path / "0.png")
+    np.testing.assert_array_equal(read_image(listed[0], SPEC), pixels[:32, :32])
+
+
+def test_what_is_kept_has_a_limit(tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = tiles_of(tmp_path, 3)
+    monkeypatch.setattr("jepakit.readers.scenes.KEPT_BYTES", 2 * 96 * 128 * 3)
+    decoded.clear()
+    of_scene = [listed.ids.index(f"{number}.png#0,0,32,32") for number in range(3)]
+    for number in (0, 1, 0, 2, 0, 1):
+        read_image(listed[of_scene[number]], SPEC)
+    assert decoded == ["0.png", "1.png", "2.png", "1.png"], "the one asked for longest ago made room"
+    monkeypatch.setattr("jepakit.readers.scenes.KEPT_BYTES", 0)
+    listed = pickle.loads(pickle.dumps(listed))
+    decoded.clear()
+    for number in (0, 0, 1, 1, 0):
+        read_image(listed[of_scene[number]], SPEC)
+    assert decoded == ["0.png", "1.png", "0.png"], "the last one is kept however large"
+
+
+def test_of_a_scene_that_fails_each_caller_gets_an_error_of_its_own(tmp_path: Path, decoded: list[str]) -> None:
+    listed = tiles_of(tmp_path, 1)
+    file = tmp_path / "0.png"
+    file.write_bytes(file.read_bytes()[:4000])
+
+    def refused(place: int) -> str:
+        with pytest.raises(ImageError) as caught:
+            read_image(listed[place], SPEC)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(4) as pool:
+        messages = list(pool.map(refused, range(len(listed))))
+    assert [message.partition(":")[0] for message in messages] == list(listed.ids)
+
+
+def test_whoever_waits_for_a_scene_that_fails_is_told_by_its_own_name() -> None:
+    scenes, begun, go_on = Scenes(), threading.Event(), threading.Event()
+
+    def fail() -> Any:
+        begun.set()
+        go_on.wait(10)
+        raise ImageError("first: damaged", code="unreadable")
+
+    def fail_too() -> Any:
+        raise ImageError("second: damaged", code="unreadable")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(scenes.whole, "key", fail)
+        assert begun.wait(10)
+        second = pool.submit(scenes.whole, "key", fail_too)
+        go_on.set()
+        assert str(first.exception(10)) == "first: damaged"
+        assert str(second.exception(10)) == "second: damaged"
+    assert scenes.whole("key", lambda: np.ones(3)).sum() == 3
+
+
+def test_another_process_begins_with_none(tmp_path: Path) -> None:
+    scenes, never = Scenes(), threading.Event()
+    threading.Thread(target=scenes.whole, args=("key", lambda: np.full(3, never.wait())), daemon=True).start()
+    assert pickle.loads(pickle.dumps(scenes)).whole("key", lambda: np.ones(3)).sum() == 3
+    child = os.fork()
+    if child == 0:  # whatever happens, the tests go on in the parent alone
+        code = 1
+        try:
+            code = int(scenes.whole("key", lambda: np.zeros(3)).sum())
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    never.set()
+
+
+def test_the_note_names_scenes_that_do_not_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (160, 160, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    assert "decoded" not in list_images(tmp_path, tile=32).note
+    monkeypatch.setattr("jepakit.sources.tiles.KEPT_BYTES", 160 * 160 * 3)
+    told = "2 files are decoded whole (0.png first), in training for nearly every tile: tiled TIFF is faster"
+    assert told in list_images(tmp_path, tile=32).note
