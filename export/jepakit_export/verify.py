@@ -46,7 +46,9 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
     16 images, and where over 1 % cannot be read.
     """
     frame: int | Literal["each"] = "each" if spec.frame is None else spec.frame
-    listed = gather(source, "none", tile=spec.tile, frame=frame, progress=True, most_skipped=MOST_SKIPPED)
+    listed = gather(
+        source, "none", tile=spec.tile, frame=frame, seen=spec.seen, progress=True, most_skipped=MOST_SKIPPED
+    )
     places = evenly_spread(len(listed), MOST_IMAGES).tolist()
     pixels, skipped = [], list[ImageError]()
     for place in places:

@@ -222,6 +222,7 @@ def _require_tracker(name: str) -> None:
 
 
 def _listed(images: Any, config: AdaptConfig) -> ImageList:
+    from jepakit.config import chosen_range
     from jepakit.sources import list_images
 
     return list_images(
@@ -232,6 +233,7 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
         overlap=config.overlap,
         min_valid=config.min_valid,
         frame=config.frame,
+        seen=chosen_range(config.value_range),
         most_skipped=config.most_skipped,
     )
 

@@ -133,6 +133,11 @@ class Preprocess(Frozen):
         """What 1.0 of `mean` and `std` is in the units of the values that they normalise."""
         return 255 if self.dtype == "uint8" else 1
 
+    @property
+    def seen(self) -> tuple[float, float] | None:
+        """The range of values that the user chose, the same for every band; None for a measured one, and for uint8."""
+        return None if self.scaling is None or self.scaling.measured else (self.scaling.low[0], self.scaling.high[0])
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.resize_to < self.size:

@@ -144,6 +144,7 @@ class Client:
             overlap=overlap,
             min_valid=min_valid,
             frame=frame,
+            seen=None if spec is None else spec.seen,
             progress=progress,
             most_skipped=most_skipped,
         )
@@ -311,6 +312,7 @@ class AsyncClient:
             overlap=overlap,
             min_valid=min_valid,
             frame=frame,
+            seen=None if spec is None else spec.seen,
             progress=progress,
             most_skipped=most_skipped,
         )

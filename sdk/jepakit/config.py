@@ -41,6 +41,13 @@ CT_WINDOWS = {
 }  # fmt: skip
 ValueRange = Literal["auto", "file", "ct-brain", "ct-soft-tissue", "ct-lung", "ct-bone"] | tuple[float, float]
 _RANGES = ("auto", "file", *CT_WINDOWS)
+
+
+def chosen_range(value_range: ValueRange) -> tuple[float, float] | None:
+    """The range that `value_range` names; None for those that the images give, `auto` and `file`."""
+    return CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
+
+
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Unfreeze = Literal["auto", "none", "all"] | Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1)]

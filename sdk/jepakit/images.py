@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, ImageError
-from jepakit.nodata import is_blank, missing, valid_pixels
+from jepakit.nodata import is_blank, is_unseen, missing, valid_pixels
 from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, Raster, open_raster
 from jepakit.readers.checks import check_window
 from jepakit.readers.header import Pixels as Pixels
@@ -247,11 +247,10 @@ def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
 
 def _refuse_unseen(valid: NDArray[Any], scaling: Scaling, name: str) -> None:
     """Refuse an image that a chosen range leaves all black or all white: clipped on purpose is not clipped away."""
-    lows, highs = np.fmin.reduce(valid, axis=0), np.fmax.reduce(valid, axis=0)
-    if not ((highs > np.asarray(scaling.low)) & (lows < np.asarray(scaling.high))).any():
+    if is_unseen(valid, scaling.low, scaling.high):
         raise ImageError(
             f"{name}: every value lies outside {scaling.low[0]:g} … {scaling.high[0]:g}, the range that was chosen (seen: "
-            f"{np.nanmin(lows):g} … {np.nanmax(highs):g}): it shows nothing. Is it in the same units? If so, choose a wider value_range",
+            f"{np.nanmin(valid):g} … {np.nanmax(valid):g}): it shows nothing. Is it in the same units? If so, choose a wider value_range",
             code="saturated",
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 def missing(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
@@ -29,6 +29,12 @@ def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.b
         return np.zeros(stored_HWC.shape[:2], np.bool_)
     valid: NDArray[np.bool_] = np.logical_not(holes_HWC[:, :, filled_C].any(axis=2))
     return valid
+
+
+def is_unseen(valid_NC: NDArray[Any], low: ArrayLike, high: ArrayLike) -> bool:
+    """Whether every value lies on one side of `low` … `high` (of each band, or of all): a range that shows nothing of it."""
+    lows_C, highs_C = np.fmin.reduce(valid_NC, axis=0), np.fmax.reduce(valid_NC, axis=0)
+    return not bool(((highs_C > low) & (lows_C < high)).any())
 
 
 def is_blank(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> bool:

@@ -208,6 +208,7 @@ class Model:
             overlap=overlap,
             min_valid=min_valid,
             frame=frame,
+            seen=self.manifest.preprocess.seen,
             progress=progress,
             most_skipped=most_skipped,
         )

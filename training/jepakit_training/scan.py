@@ -19,7 +19,7 @@ from jepakit._progress import shown
 from jepakit._threads import in_threads
 from jepakit._vectors import float32_tuple
 from jepakit.bundle import Preprocess, Scaling
-from jepakit.config import CT_WINDOWS, ValueRange
+from jepakit.config import ValueRange, chosen_range
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import MOST_CLIPPED, choose_frame, describe_kind, usable
 from jepakit.readers import Header, open_raster
@@ -110,7 +110,7 @@ class Scan:
         if value_range == "file":
             # What the files' windows give. As a measured range it refuses images in other units.
             return Scaling(low=(0.0,) * self.kind.bands, high=(1.0,) * self.kind.bands, measured=True)
-        window = CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
+        window = chosen_range(value_range)
         return self._measured() if window is None else self._asked(*window)
 
     def _asked(self, low: float, high: float) -> Scaling:

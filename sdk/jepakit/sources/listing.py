@@ -28,6 +28,7 @@ def list_images(
     overlap: int = 0,
     min_valid: float = 0.5,
     frame: int | Literal["each"] | None = None,
+    seen: tuple[float, float] | None = None,
     most_skipped: float = 0.0,
 ) -> ImageList:
     """List the images of a source, in a stable order.
@@ -43,6 +44,7 @@ def list_images(
     tile       pixels a side of the tiles to cut scenes into; neighbours share `overlap` pixels
     min_valid  tiles with a smaller share of pixels that have data are left out
     frame      which frame of multi-frame files, from 0; "each": every frame is an image
+    seen       the range of values that the model sees, where one was chosen: tiles with none of them are left out, too
     most_skipped
                share of the files that tiles or frames are to be cut from that may be left out since they cannot be
                opened; with 0, ImageError names the first
@@ -51,7 +53,7 @@ def list_images(
     read or the source contradicts itself, ConfigError for settings that are wrong by themselves.
     """
     return _list(
-        images, labels, group, Cut(tile, overlap, min_valid, frame), embedding=False, most_skipped=most_skipped
+        images, labels, group, Cut(tile, overlap, min_valid, frame, seen), embedding=False, most_skipped=most_skipped
     )
 
 
@@ -63,6 +65,7 @@ def gather(
     overlap: int = 0,
     min_valid: float = 0.5,
     frame: int | Literal["each"] | None = None,
+    seen: tuple[float, float] | None = None,
     progress: bool = False,
     most_skipped: float = 0.0,
 ) -> ImageList:
@@ -78,7 +81,7 @@ def gather(
             [images] if one else images,
             labels,
             "none",
-            Cut(tile, overlap, min_valid, frame),
+            Cut(tile, overlap, min_valid, frame, seen),
             embedding=True,
             most_skipped=most_skipped,
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jepakit._messages import counted, did_you_mean
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.nodata import is_blank, valid_pixels
+from jepakit.nodata import is_blank, is_unseen, valid_pixels
 from jepakit.readers import Header, Raster, Window, open_raster
 from jepakit.readers.scenes import KEPT_BYTES
 from jepakit.sources.imagelist import ImageList, Pieces
@@ -42,6 +42,8 @@ class Cut:
     overlap: int
     min_valid: float
     frame: int | Literal["each"] | None
+    seen: tuple[float, float] | None = None
+    """The range of values that is seen, where one was chosen: a tile with none of them is as blank as one of one value."""
 
     def __post_init__(self) -> None:
         self._make_whole("tile", "a number of pixels")
@@ -99,7 +101,7 @@ def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> Imag
     opened = _open_all(images, most_skipped)
     pieces, left_out = _all_pieces(opened, cut), _LeftOut(0, 0)
     if cut.tile is not None:
-        pieces, left_out = _keep_valid_tiles(opened, pieces, cut.tile, cut.min_valid)
+        pieces, left_out = _keep_valid_tiles(opened, pieces, cut)
     return _list_pieces(images, pieces, cut, _note(opened, pieces, cut, left_out))
 
 
@@ -183,9 +185,11 @@ class _LeftOut(NamedTuple):
     blank: int
 
 
-def _keep_valid_tiles(opened: _Opened, tiles: Pieces, tile: int, min_valid: float) -> tuple[Pieces, _LeftOut]:
+def _keep_valid_tiles(opened: _Opened, tiles: Pieces, cut: Cut) -> tuple[Pieces, _LeftOut]:
     """The tiles that have enough valid pixels and show anything; DataError when none does."""
     assert tiles.window is not None
+    assert cut.tile is not None
+    tile, min_valid = cut.tile, cut.min_valid
     count = len(tiles)
     tiles = tiles.where(tiles.window[:, 2:].prod(axis=1, dtype=np.int64) / tile**2 >= min_valid)
     if count and not len(tiles):
@@ -194,20 +198,22 @@ def _keep_valid_tiles(opened: _Opened, tiles: Pieces, tile: int, min_valid: floa
             f"tile = {tile} is larger than the images (the largest of {len(opened.headers):,} is {wide} × {high}), "
             f"which fill less than {min_valid:.0%} of a tile: lower tile or min_valid"
         )
-    n_valid_N, blank_N = _measure_tiles(opened, tiles)
+    n_valid_N, blank_N = _measure_tiles(opened, tiles, cut.seen)
     enough_N = n_valid_N / tile**2 >= min_valid
     left_out = _LeftOut(count - int(enough_N.sum()), int((enough_N & blank_N).sum()))
     tiles = tiles.where(enough_N & ~blank_N)
     if not len(tiles):
         raise DataError(
             f"none of the {counted(count, 'tile')} of {tile} × {tile} in {counted(len(opened.headers), 'image')} can "
-            f"be used ({_describe_left_out(left_out, min_valid)}): lower min_valid if they hold what you look for, or "
+            f"be used ({_describe_left_out(left_out, cut)}): lower min_valid if they hold what you look for, or "
             "choose other images"
         )
     return tiles, left_out
 
 
-def _measure_tiles(opened: _Opened, tiles: Pieces) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _measure_tiles(
+    opened: _Opened, tiles: Pieces, seen: tuple[float, float] | None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Each tile's number of valid pixels, and whether it is blank.
 
     One that cannot be read has infinitely many: it is kept, and whoever reads it later reports it.
@@ -220,7 +226,7 @@ def _measure_tiles(opened: _Opened, tiles: Pieces) -> tuple[NDArray[np.float64],
         step = _WINDOWS_AT_ONCE if header.windowed else max(1, end - first)
         jobs += [(header, slice(start, min(start + step, end))) for start in range(first, end, step)]
     measured = in_threads(
-        lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1])),
+        lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1]), seen),
         jobs,
         "look for empty tiles",
         threads=opened.images.threads(THREADS),
@@ -231,7 +237,9 @@ def _measure_tiles(opened: _Opened, tiles: Pieces) -> tuple[NDArray[np.float64],
     return n_valid_N, blank_N
 
 
-def _measure_tiles_of_one(images: ImageList, header: Header, tiles: Pieces) -> list[tuple[int, bool]] | None:
+def _measure_tiles_of_one(
+    images: ImageList, header: Header, tiles: Pieces, seen: tuple[float, float] | None
+) -> list[tuple[int, bool]] | None:
     """The same of tiles of one image; None if one of them cannot be read."""
     assert tiles.window is not None
     numbers = []
@@ -241,7 +249,9 @@ def _measure_tiles_of_one(images: ImageList, header: Header, tiles: Pieces) -> l
                 pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
                 valid_HW = valid_pixels(pixels_HWC, header.nodata)
                 n_valid = window[2] * window[3] if valid_HW is None else int(valid_HW.sum())
-                numbers.append((n_valid, is_blank(pixels_HWC, valid_HW)))
+                valid_NC = pixels_HWC.reshape(-1, header.bands) if valid_HW is None else pixels_HWC[valid_HW]
+                unseen = seen is not None and n_valid > 0 and is_unseen(valid_NC, *seen)
+                numbers.append((n_valid, unseen or is_blank(pixels_HWC, valid_HW)))
     except ImageError:
         return None
     return numbers
@@ -290,7 +300,7 @@ def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
     what, of_size = ("frame", "") if cut.tile is None else ("tile", f" of {cut.tile} × {cut.tile}")
     notes = [images.note, f"{counted(len(pieces), what)}{of_size} of {counted(len(headers), 'image')}"]
     if any(left_out):
-        notes.append(f"left out: {_describe_left_out(left_out, cut.min_valid)}")
+        notes.append(f"left out: {_describe_left_out(left_out, cut)}")
     if images.groups is None and len(pieces) > len(np.unique(pieces.image)):
         notes.append("the pieces of an image are one group")
     counts = np.bincount(pieces.image, minlength=len(images))
@@ -305,7 +315,8 @@ def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
     return "; ".join(filter(None, notes))
 
 
-def _describe_left_out(left_out: _LeftOut, min_valid: float) -> str:
-    invalid = f"{counted(left_out.invalid, 'tile')} with under {min_valid:.0%} valid pixels"
-    blank = f"{counted(left_out.blank, 'blank tile')}, of one value everywhere"
+def _describe_left_out(left_out: _LeftOut, cut: Cut) -> str:
+    invalid = f"{counted(left_out.invalid, 'tile')} with under {cut.min_valid:.0%} valid pixels"
+    outside = "" if cut.seen is None else f" or wholly on one side of {cut.seen[0]:g} … {cut.seen[1]:g}"
+    blank = f"{counted(left_out.blank, 'blank tile')}, of one value everywhere{outside}"
     return " and ".join(words for words, number in ((invalid, left_out.invalid), (blank, left_out.blank)) if number)
