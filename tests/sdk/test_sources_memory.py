@@ -6,6 +6,7 @@ import io
 import pickle
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from jepakit.errors import DataError, ImageError
+from jepakit.readers import open_raster
 from jepakit.sources import gather, list_images
 from jepakit_training.scan import scan
 
@@ -88,8 +90,37 @@ def test_a_column_of_a_table_keeps_its_own_order(tmp_path: Path) -> None:
     assert gather(shuffled[1:]).ids == (paths[0], paths[1])
     images = pd.Series([array(0), array(1)])[::-1]
     np.testing.assert_array_equal(gather(images)[0].data, array(1))
-    with pytest.raises(DataError, match="images of type DataFrame: give a folder"):
+    with pytest.raises(DataError, match=r"images of type DataFrame: give its column of paths, or zip\(frame\['path'\]"):
         gather(shuffled.to_frame())
+
+
+@pytest.mark.parametrize("kind", [np.array, pd.Index, lambda paths: pd.Series(paths).array, pd.Series, tuple])
+def test_paths_in_any_kind_of_array_keep_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[list[str]], Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(png())
+    paths = ["./a.png", f"{tmp_path}//b.png", "~/c.png"]
+    listed = gather(kind(paths))
+    assert listed.ids == tuple(paths)
+    assert not listed.in_memory
+    assert all(isinstance(ref.data, Path) and ref.data.is_file() for ref in listed)
+    with pytest.raises(DataError, match=r"the list names ~/c\.png more than once"):
+        list_images(kind([f"{tmp_path}/c.png", *paths]))
+
+
+def test_files_of_a_list_that_are_gone_are_left_out_where_some_may_be(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    files = [str(tmp_path / "a.png"), str(tmp_path / "gone.png")]
+    for listed in (files, [(file, "cat") for file in files]):
+        with pytest.raises(DataError, match=r"gone\.png does not exist \(1 of 2 files are missing\)"):
+            gather(listed)
+        found = gather(listed, most_skipped=0.5)
+        assert found.ids == tuple(files)
+        with pytest.raises(ImageError, match=r"gone\.png: cannot be read \(No such file"):
+            open_raster(found[1].data)
 
 
 def test_what_has_a_length_and_no_first_item_is_told() -> None:

@@ -31,8 +31,10 @@ _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an archive (.tar, .zip) or an image file"
 
 
-def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool) -> Found:
+def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool, may_be_gone: bool = False) -> Found:
     """The images that `images` names. Labels, groups and splits that have to be read are looked for only if asked for.
+
+    may_be_gone  whether files of a list may be missing; whoever reads them then reports it
 
     Raises DataError when it is of no known kind, does not exist, or holds no images.
     """
@@ -42,6 +44,10 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
         raise DataError(f"images of type {type(images).__name__}: give an open file's path, or its bytes (.read())")
     if isinstance(images, Iterator) or _is_column(images):
         images = list(images)
+    if hasattr(images, "iloc"):
+        raise DataError(
+            f"images of type {type(images).__name__}: give its column of paths, or zip(frame['path'], frame['label'])"
+        )
     if isinstance(images, np.ndarray) and images.ndim in (2, 3):
         raise DataError(
             f"images of type ndarray, {list(images.shape)}: give [N, H, W, C] (of grey images: array[..., None]), or a "
@@ -55,19 +61,21 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
     if len(images) == 0:
         raise DataError("no images were given")
     if isinstance(images, list | tuple) and all(isinstance(item, str | Path) for item in images):
-        return _find_listed([with_home(item) for item in images], with_labels=with_labels)
+        return _find_listed(images, with_labels=with_labels, may_be_gone=may_be_gone)
     if are_labelled_files(images):
-        return _find_labelled(images, with_labels=with_labels)
+        return _find_labelled(images, with_labels=with_labels, may_be_gone=may_be_gone)
     return find_in_memory(list(images) if isinstance(images, tuple) else images, with_labels=with_labels)
 
 
 def _is_column(images: Any) -> bool:
-    """Whether it is a pandas Series, whose own `[0]` is the row named 0, not the first."""
-    return hasattr(images, "iloc") and getattr(images, "ndim", 0) == 1
+    """Whether it is a column of values: of a data frame, where a Series' `[0]` is the row named 0, or an array of paths."""
+    if isinstance(images, np.ndarray):
+        return images.ndim == 1 and images.dtype.kind in "OUT"
+    return hasattr(images, "to_numpy") and getattr(images, "ndim", 1) == 1
 
 
 def _is_sequence(images: Any) -> bool:
-    if is_one_image(images) or isinstance(images, Mapping) or hasattr(images, "iloc"):
+    if is_one_image(images) or isinstance(images, Mapping):
         return False
     if isinstance(images, np.ndarray):
         return images.ndim == 4
@@ -170,8 +178,10 @@ def _once(files: Sequence[str]) -> list[str]:
     return [name for name in files if name in kept]
 
 
-def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
-    missing = not_files("", paths)
+def _find_listed(listed: Sequence[str | Path], *, with_labels: bool, may_be_gone: bool) -> Found:
+    """The files of a list, called as it calls them: whoever lists files in a table finds them there again."""
+    paths = [with_home(item) for item in listed]
+    missing = [] if may_be_gone else not_files("", paths)
     if missing:
         what = "does not exist"
         if Path(missing[0]).is_dir():
@@ -187,13 +197,12 @@ def _find_listed(paths: list[str], *, with_labels: bool) -> Found:
     strange = archives or [path for path in paths if suffix(path) in TABLES]
     if strange:
         raise DataError(f"{strange[0]} stands in a list of image files: give it alone, or in a list of its own kind")
-    ids = tuple(Path(path).as_posix() for path in paths)
-    return Found(Files("", ids), ids, kind=LISTED)
+    return Found(Files("", paths), tuple(os.fspath(item) for item in listed), kind=LISTED)
 
 
-def _find_labelled(pairs: Sequence[tuple[str | Path, Any]], *, with_labels: bool) -> Found:
+def _find_labelled(pairs: Sequence[tuple[str | Path, Any]], *, with_labels: bool, may_be_gone: bool) -> Found:
     """The files of a list of (path, label)."""
-    found = _find_listed([with_home(path) for path, _ in pairs], with_labels=False)
+    found = _find_listed([path for path, _ in pairs], with_labels=False, may_be_gone=may_be_gone)
     if found.kind != LISTED:
         raise DataError(f"{pairs[0][0]} stands beside a label, and is an archive: give archives alone")
     if not with_labels:

@@ -99,7 +99,13 @@ def _check_listed_once(found: Found) -> None:
 def _list(
     source: Any, labels: str | Path, group: str | Path, cut: Cut, *, embedding: bool, most_skipped: float
 ) -> ImageList:
-    found = find(source, with_labels=labels == "auto", with_groups=group == "auto", with_splits=not embedding)
+    found = find(
+        source,
+        with_labels=labels == "auto",
+        with_groups=group == "auto",
+        with_splits=not embedding,
+        may_be_gone=embedding and most_skipped > 0,
+    )
     if not embedding:
         _check_listed_once(found)
     of_pieces = cut.cuts and names_pieces(labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -83,8 +84,7 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     ids = tuple(map(str, range(len(items))))
     if isinstance(items, list):
         ids = tuple(
-            Path(item).as_posix() if isinstance(item, str | Path) else place
-            for place, item in zip(ids, items, strict=True)
+            os.fspath(item) if isinstance(item, str | Path) else place for place, item in zip(ids, items, strict=True)
         )
     if not with_labels or not any(map(_has_label, items if isinstance(items, list) else [item])):
         return Found(Items(items), ids, kind=_IN_MEMORY)

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._files import with_home
 from jepakit.readers import ImageSource
 
 SAMPLE_BYTES = 4096
@@ -33,7 +34,7 @@ def repeated(names: Sequence[str], root: str = "") -> str | None:
     seen: set[str] = set()
     here = os.path.abspath(root)  # noqa: PTH100
     for name in names:
-        path = os.path.normpath(os.path.join(here, name))  # noqa: PTH118 (hot loop)
+        path = os.path.normpath(os.path.join(here, with_home(name)))  # noqa: PTH118 (hot loop)
         if path in seen:
             return name
         seen.add(path)
