@@ -39,6 +39,8 @@ def prepare_place(path: Path) -> None:
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
     """`replacing` for a file that a user named, its folder made where it is missing; WriteError where that cannot be."""
+    if not path.name:  # "." and "/"
+        raise WriteError(f"{path} cannot be written (it is a folder): name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from numbers import Real
@@ -18,10 +19,27 @@ OnSkipped = Callable[[str, str], object]
 _NAMED = 3
 
 
-def check_share(most_skipped: float) -> None:
-    """Raise ConfigError for what is no share of the images."""
+def check_skipping(most_skipped: float, on_skipped: OnSkipped | None) -> None:
+    """Raise ConfigError for what is no share of the images, and for what cannot be called with an id and a reason."""
     if isinstance(most_skipped, bool) or not isinstance(most_skipped, Real) or not 0 <= most_skipped <= 1:
         raise ConfigError(f"most_skipped = {most_skipped!r}: give a share of the images, 0 to 1, e.g. 0.01")
+    if on_skipped is not None and not _takes_two(on_skipped):
+        raise ConfigError(
+            f"on_skipped = {on_skipped!r}: give a function of two arguments, an image's id and the reason, such as "
+            "lambda id, reason: skipped.append(id)"
+        )
+
+
+def _takes_two(function: object) -> bool:
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind("id", "reason")
+    except TypeError:
+        return False
+    except ValueError:  # some that are written in C do not say what they take
+        return True
+    return True
 
 
 class Skipped:

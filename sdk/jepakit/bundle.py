@@ -333,6 +333,9 @@ class Bundle:
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, name={self.manifest.name!r}, model_id={self.manifest.model_id!r})"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the manifest: what `jepakit serve --expect` pins."""
@@ -447,7 +450,7 @@ def bundles_inside(folder: Path) -> Inside:
     return inside
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: Bundle | str | Path) -> Bundle:
     """Open a bundle, checking its manifest (not yet the other files; see `Bundle.verify`).
 
     Raises BundleError when `path` is no bundle, or its manifest is damaged or of another schema version.

@@ -27,6 +27,11 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     Raises DataError where these are not the same images with the same labels, where there are no labels, or groups that do
     not fit.
     """
+    for given in (before, after):
+        if not isinstance(given, Embeddings):
+            raise DataError(
+                f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, of `embed` or of Embeddings.load(FILE)"
+            )
     if not len(before):
         raise DataError("there are no embeddings to compare")
     after = after[_places(before.ids, after.ids)]

@@ -20,7 +20,7 @@ from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, RequestLimits, windows
 from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
-from jepakit._skipped import OnSkipped, check_share
+from jepakit._skipped import OnSkipped, check_skipping
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ClientError, ImageError, ResponseError
 from jepakit.sources import ImageList, gather
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import asyncio
 
     import httpx
+
+    from jepakit.bundle import Bundle
 
 _NEVER = threading.Event()
 
@@ -135,7 +137,7 @@ class Client:
         ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
         check_asked(model)
-        check_share(most_skipped)
+        check_skipping(most_skipped, on_skipped)
         spec = None if tile is None and frame is None else spec_of(self.models(), model, tile)
         listed = gather(
             images,
@@ -178,7 +180,7 @@ class Client:
         finally:
             stop.set()
 
-    def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
+    def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
         """Send the bundle's golden inputs through the service; returns the relative error to torch's vectors.
 
         Raises BundleError when the service computes other vectors than the bundle promises.
@@ -302,7 +304,7 @@ class AsyncClient:
         import asyncio
 
         check_asked(model)
-        check_share(most_skipped)
+        check_skipping(most_skipped, on_skipped)
         spec = None if tile is None and frame is None else spec_of(await self.models(), model, tile)
         listed = await asyncio.to_thread(
             gather,
@@ -353,7 +355,7 @@ class AsyncClient:
                 answer.cancel()
             await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
 
-    async def verify(self, bundle: str | Path, *, model: str | None = None) -> float:
+    async def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
         images, model, expected = _golden(bundle, model)
         job = Job(images, model, await self._limits_for(len(images), model))
@@ -410,7 +412,7 @@ def _too_much(error: ClientError) -> TypeGuard[ResponseError]:
     return isinstance(error, ResponseError) and error.status == 413
 
 
-def _golden(bundle: str | Path, model: str | None) -> tuple[ImageList, str, NDArray[np.float32]]:
+def _golden(bundle: Bundle | str | Path, model: str | None) -> tuple[ImageList, str, NDArray[np.float32]]:
     """The bundle's golden inputs, the model to ask for (the bundle's own, unless `model` pins one), torch's vectors."""
     from jepakit import golden
     from jepakit.bundle import GOLDEN, open_bundle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jepakit._frozen import Frozen
+from jepakit._frozen import Frozen, Printed
 from jepakit._messages import counted
 
 Word = Literal["better", "same", "worse", "cannot tell"]
@@ -25,7 +25,7 @@ class Scores(Frozen):
     knn_balanced: float
 
 
-class Verdict(Frozen):
+class Verdict(Frozen, Printed):
     """Which embeddings to keep.
 
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
@@ -49,7 +49,7 @@ class Verdict(Frozen):
         return f"{self.word}: {self.reason}"
 
 
-class Comparison(Frozen):
+class Comparison(Frozen, Printed):
     """Before and after adaptation, on images never trained on. Scores are None without labels. Print it for a table.
 
     n_train     images that the probes were fitted on; in five folds, all of them, in turns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,16 +47,22 @@ class Embeddings:
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model_id, str):
+            raise DataError(f"model_id = {self.model_id!r}: give the text that names the model, such as its model_id")
+        for name in ("ids", "labels"):
+            if isinstance(words := getattr(self, name), str):
+                raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
         # By position: a pandas Series would look its rows up by their labels, an array has no truth value.
-        object.__setattr__(self, "ids", tuple(self.ids))
+        object.__setattr__(self, "ids", tuple(_id(name) for name in self.ids))
         object.__setattr__(self, "labels", None if self.labels is None else tuple(self.labels))
-        count = len(self.ids)
-        fits = self.vectors.ndim == 2 and len(self.vectors) == count and np.issubdtype(self.vectors.dtype, np.floating)
+        vectors, count = np.asarray(self.vectors), len(self.ids)
+        fits = vectors.ndim == 2 and len(vectors) == count and np.issubdtype(vectors.dtype, np.floating)
         if not fits or (self.labels is not None and len(self.labels) != count):
             raise DataError(
-                f"embeddings do not fit together: vectors {list(self.vectors.shape)} of {self.vectors.dtype}, {len(self.ids)} ids, "
+                f"embeddings do not fit together: vectors {list(vectors.shape)} of {vectors.dtype}, {len(self.ids)} ids, "
                 f"{'no' if self.labels is None else len(self.labels)} labels"
             )
+        object.__setattr__(self, "vectors", vectors.astype(np.float32, copy=False))
         for place, label in enumerate(self.labels or ()):
             if not isinstance(label, str):
                 raise DataError(
@@ -100,6 +107,10 @@ class Embeddings:
         """
         if queries is None:
             return self._nearest_others(k)
+        if not isinstance(queries, Embeddings):
+            raise DataError(
+                f"queries of type {type(queries).__name__}: give embeddings, of `embed` or some of these (embeddings[[7]])"
+            )
         if queries.model_id != self.model_id or queries.vectors.shape[1] != self.vectors.shape[1]:
             raise SpaceError(
                 f"these are vectors of model {self.model_id} ({self.vectors.shape[1]} numbers), the queries of "
@@ -153,6 +164,15 @@ class Embeddings:
             raise DataError(
                 f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
             ) from None
+
+
+def _id(name: object) -> str:
+    """An image's name as text: a path's, or a number's."""
+    if isinstance(name, str):
+        return name
+    if isinstance(name, os.PathLike | Integral):
+        return str(name)
+    raise DataError(f"id {name!r}: an id is the name of an image: give text, a path or a number")
 
 
 def _checked_k(k: int, most: int, what: str) -> int:

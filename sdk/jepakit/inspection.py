@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict
 
-from jepakit._frozen import Frozen
+from jepakit._frozen import Frozen, Printed
 from jepakit._messages import first_few
 from jepakit._one_line import one_line
 from jepakit.bundle import Scaling
@@ -31,7 +31,7 @@ class Named(Frozen):
     what: Text
 
 
-class Inspection(Frozen):
+class Inspection(Frozen, Printed):
     """The report of `jepakit inspect`; lists hold the first 20, the counts beside them all."""
 
     model_config = ConfigDict(allow_inf_nan=False)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._files import as_path, written
+from jepakit._frozen import Printed
 from jepakit._groups import as_given, assign_folds, image_of, in_cells, main_class, numbered
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few
@@ -40,7 +41,7 @@ _KNN_PAIRS = 1 << 24
 
 
 @dataclass(frozen=True)
-class ProbeReport:
+class ProbeReport(Printed):
     """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy.
 
     n            vectors that it was judged on
@@ -316,11 +317,13 @@ class LinearProbe(_Probe):
         return importance
 
     def _check_params(self) -> None:
-        if self.C is not None and not (isinstance(self.C, Real) and 0 < self.C < np.inf):
+        if self.C is not None and (isinstance(self.C, bool) or not isinstance(self.C, Real) or not 0 < self.C < np.inf):
             raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
         if not isinstance(self.seed, Integral) or self.seed < 0:
             raise ConfigError(f"seed = {self.seed!r}: give a whole number, 0 or more")
-        if self.class_weight not in (None, "balanced"):
+        if self.class_weight is not None and not (
+            isinstance(self.class_weight, str) and self.class_weight == "balanced"
+        ):
             raise ConfigError(f"class_weight = {self.class_weight!r}: give 'balanced' or None")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -392,7 +395,7 @@ class KNNProbe(_Probe):
         return shares
 
     def _check_params(self) -> None:
-        if not isinstance(self.k, Integral) or self.k < 1:
+        if isinstance(self.k, bool) or not isinstance(self.k, Integral) or self.k < 1:
             raise ConfigError(f"k = {self.k!r}: give a whole number of neighbours, 1 or more")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -494,6 +497,11 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
         if not isinstance(label, str | Real | np.bool_) or label != label:
             raise DataError(
                 f"label {label!r} of vector {place} is neither text nor a number: name its class, or leave the vector out"
+            )
+        if isinstance(label, float | np.floating) and not float(label).is_integer():
+            raise DataError(
+                f"label {label!r} of vector {place} is a measurement, not a class: a probe tells classes apart, so cut the "
+                "range into some (numpy.digitize, pandas.cut)"
             )
     return np.array(labels.tolist()) if labels.dtype == object else labels
 

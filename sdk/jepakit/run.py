@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from jepakit._files import as_path
-from jepakit._frozen import Frozen
+from jepakit._frozen import Frozen, Printed
 from jepakit._progress import human_time
 from jepakit.bundle import Bundle, open_bundle
 from jepakit.comparison import Comparison, Verdict
@@ -101,7 +101,7 @@ class Run:
         return export(self.path, out=out, **settings)
 
 
-class DryRun(Frozen):
+class DryRun(Frozen, Printed):
     """What a run would take, from a few of its steps."""
 
     steps: int
@@ -137,7 +137,9 @@ class DryRun(Frozen):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics.jsonl: a kill can leave the last one half written."""
+    """The complete lines of a metrics.jsonl: a kill can leave the last one half written. None before the first step."""
+    if not path.exists():
+        return []
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
-from jepakit._skipped import OnSkipped, Skipped, check_share
+from jepakit._skipped import OnSkipped, Skipped, check_skipping
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
-from jepakit.errors import BundleError, ImageError
+from jepakit.errors import BundleError, ConfigError, ImageError
 from jepakit.images import Pixels, check_tile, preprocess
 from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
@@ -76,6 +77,8 @@ class Session:
         ConfigError for a provider or arithmetic that there is not, InferenceError for a provider that does not work here,
         MissingExtraError without its package.
         """
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
+            raise ConfigError(f"threads = {threads!r}: give a whole number, 1 or more, or None for one a core")
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         files = bundle.read_all()
         for name in {GRAPH, GOLDEN} - set(files):
@@ -200,7 +203,7 @@ class Model:
         ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones.
         """
         check_tile(tile, self.manifest.preprocess)
-        check_share(most_skipped)
+        check_skipping(most_skipped, on_skipped)
         listed = gather(
             images,
             labels,
@@ -258,7 +261,11 @@ def _read(listed: ImageList, place: int, spec: Preprocess) -> Pixels:
 
 
 def load(
-    bundle: str | Path, *, provider: Provider = "auto", threads: int | None = None, arithmetic: Arithmetic = "model"
+    bundle: Bundle | str | Path,
+    *,
+    provider: Provider = "auto",
+    threads: int | None = None,
+    arithmetic: Arithmetic = "model",
 ) -> Model:
     """Open an exported bundle in this process; `.embed(images)` gives `Embeddings` as the client does.
 

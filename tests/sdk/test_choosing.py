@@ -164,3 +164,10 @@ def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) ->
     missing = CliRunner().invoke(app, ["compare", *bundles])
     assert isinstance(missing.exception, ConfigError)
     assert "by --images" in str(missing.exception)
+
+
+def test_what_are_no_embeddings_are_refused() -> None:
+    known = embeddings(1.0)
+    for pair in (("bundles/a", known), (known, "b.npz")):
+        with pytest.raises(DataError, match=r"is of type str: give embeddings, of `embed` or of Embeddings.load"):
+            jepakit.compare(*pair)

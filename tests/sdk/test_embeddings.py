@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import jepakit
@@ -180,6 +181,30 @@ def test_ids_and_labels_of_any_kind_are_taken_by_position(kind: Callable[[Any], 
     assert (found.ids, found.labels) == (IDS, ("cat", "café", "dog"))
     assert (found[[0, 2]].ids, found[[0, 2]].labels) == ((IDS[0], IDS[2]), ("cat", "dog"))
     assert dataclasses.replace(found, labels=kind(("a", "b", "a"))).labels == ("a", "b", "a")
+
+
+def test_vectors_and_ids_of_other_kinds_become_plain_ones(tmp_path: Path) -> None:
+    for vectors in ([[1.0, 2.0]] * 3, np.ones((3, 2), np.float64), torch.ones(3, 2, dtype=torch.float16)):
+        found = Embeddings(vectors, MODEL_ID, (Path("a/b.png"), np.int64(7), "c"))  # type: ignore[arg-type]
+        assert found.vectors.dtype == np.float32
+        assert found.ids == ("a/b.png", "7", "c")
+        found.save(tmp_path / "e.npz")
+        np.testing.assert_array_equal(Embeddings.load(tmp_path / "e.npz").vectors, found.vectors)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "ids", "labels", "told"),
+    [
+        (None, IDS, None, r"model_id = None: give the text"),
+        (7, IDS, None, r"model_id = 7: give the text"),
+        (MODEL_ID, "abc", None, r"ids = 'abc': give one for each vector"),
+        (MODEL_ID, IDS, "abc", r"labels = 'abc': give one for each vector"),
+        (MODEL_ID, (None, *IDS[1:]), None, r"id None: an id is the name of an image"),
+    ],
+)
+def test_what_names_neither_model_nor_images_is_refused(model_id: Any, ids: Any, labels: Any, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        Embeddings(VECTORS, model_id, ids, labels)
 
 
 @pytest.mark.parametrize("label", [None, b"cat", datetime.date(2026, 1, 1), 1], ids=repr)

@@ -99,3 +99,11 @@ def test_the_command_line_takes_one_file_too(tmp_path: Path) -> None:
     embeddings(np.array([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]), "im").save(tmp_path / "e.npz")
     done = CliRunner().invoke(app, ["nearest", str(tmp_path / "e.npz"), "-k", "1"])
     assert done.output.splitlines() == ["im0\t1\tim1\t0.7071", "im1\t1\tim0\t0.7071", "im2\t1\tim1\t-0.7071"]
+
+
+@pytest.mark.parametrize(
+    "queries", [np.eye(3, dtype=np.float32), 5, "more.npz"], ids=lambda given: type(given).__name__
+)
+def test_queries_that_are_no_embeddings_are_refused(queries: Any) -> None:
+    with pytest.raises(DataError, match=f"queries of type {type(queries).__name__}: give embeddings"):
+        embeddings(np.eye(3)).nearest(queries)

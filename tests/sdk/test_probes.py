@@ -6,9 +6,11 @@ import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -402,7 +404,7 @@ def test_fit_returns_the_probe_itself(probe: LinearProbe | KNNProbe) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["b", "a"], [7, -3], [True, False], [2.5, 0.5]], ids=lambda names: type(names[0]).__name__
+    "names", [["b", "a"], [7, -3], [True, False], [2.0, 0.0]], ids=lambda names: type(names[0]).__name__
 )
 @pytest.mark.parametrize("probe", PROBES, ids=repr)
 def test_classes_keep_their_type_also_on_disk(tmp_path: Path, probe: LinearProbe | KNNProbe, names: list[Any]) -> None:
@@ -557,6 +559,13 @@ def test_labels_that_are_neither_text_nor_numbers_are_refused_by_name(bad: Any) 
     for labels in (np.array([bad, "dog"], object), [bad, bad]):
         with pytest.raises(DataError, match=r"label .* of vector 0 is neither text nor a number"):
             KNNProbe().fit([[1.0], [2.0]], labels)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda values: np.array(values, object), pd.Series])
+def test_measurements_are_no_classes(kind: Callable[[list[float]], Any]) -> None:
+    for probe in (LinearProbe(), KNNProbe(k=1)):
+        with pytest.raises(DataError, match=r"label .*0\.5\)? of vector 1 is a measurement, not a class"):
+            probe.fit([[1.0], [2.0], [3.0]], kind([1.0, 0.5, 2.0]))
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
@@ -791,3 +800,10 @@ def test_digests_of_double_precision_tell_what_single_would_not() -> None:
     probe = KNNProbe(k=1).fit(vectors[:10], ["a", "b"] * 5)
     assert probe.evaluate(vectors[10:], ["a", "b"] * 5).n_fitted_on == 0
     assert (np.diff(probe.fitted_on_.astype(object)) > 0).all(), "and their order tells nothing of the images'"
+
+
+def test_a_notebook_shows_what_print_does() -> None:
+    shown: list[str] = []
+    report = ProbeReport(0.5, 0.5, {"cat": 0.5}, n=2, n_fitted_on=2)
+    report._repr_pretty_(SimpleNamespace(text=shown.append), cycle=False)
+    assert shown == [str(report)]

@@ -338,3 +338,19 @@ def test_a_batch_is_filled_up_to_the_next_bucket_and_no_further(images: NDArray[
     for count in (1, 3, 8, 9):
         _by_buckets(run, images[:count], (1, 2, 4, 8))
     assert seen == [1, 4, 8, 8, 1]
+
+
+@pytest.mark.parametrize("wrong", [[].append, [], lambda: None], ids=["one argument", "a list", "none"])
+def test_a_function_for_skipped_images_that_cannot_take_them_is_refused_before_the_work(
+    model: Model, images: NDArray[np.uint8], wrong: Any
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"on_skipped = .*: give a function of two arguments, an image's id and the reason"
+    ):
+        model.embed(list(images), on_skipped=wrong)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_a_number_of_threads_that_is_none_is_refused(bundle: Bundle, threads: Any) -> None:
+    with pytest.raises(ConfigError, match=r"threads = .*: give a whole number"):
+        jepakit.load(bundle, threads=threads)

@@ -420,6 +420,15 @@ def test_random_weights_train_everything_without_warm_up(adapt: Adapt, tmp_path:
     assert run.metrics()[0]["lr"] > 0
 
 
+def test_the_callers_random_numbers_are_as_they_were(adapt: Adapt, tmp_path: Path) -> None:
+    torch.manual_seed(123)
+    expected = torch.rand(2)
+    torch.manual_seed(123)
+    drawn = [torch.rand(1)]
+    adapt(tmp_path / "run", "test_resnet", weights="random", steps=3)
+    assert torch.equal(torch.cat([*drawn, torch.rand(1)]), expected)
+
+
 def test_too_few_images(adapt: Adapt, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = image_folder(classes=0, per_class=15)
     with pytest.raises(DataError, match="15 images are too few to adapt on: at least 16 are needed"):

@@ -167,6 +167,7 @@ def test_a_disk_that_is_full_at_the_start_is_told(begin: Begin, tmp_path: Path) 
     with files_no_longer_than(0), pytest.raises(WriteError, match=f"run {words}"):
         begin("run")
     run = begin("run")
+    assert run.metrics() == []
     with closing(StepLog(run.path / METRICS, 0, main=True)) as log:
         log.write({"step": 9})
     with files_no_longer_than(0), pytest.raises(WriteError, match=f"run {words}"):

@@ -26,7 +26,7 @@ from jepakit_training.learner import Learner
 from jepakit_training.memory import freed_memory_kept, memory_errors
 from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
-from jepakit_training.precision import own_precision
+from jepakit_training.precision import own_generators, own_precision
 from jepakit_training.recorder import recording
 from jepakit_training.records import SharedSkippedFiles
 from jepakit_training.run_bundles import check_start, write_run_bundle
@@ -40,7 +40,13 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """`launch.adapt` in this process, alone or as the rank of several that the environment says."""
     first_rank = ranks.rank() == 0  # accelerate has not started yet
     run = Run(out)
-    with locked(out, main=first_rank), warnings.catch_warnings(), freed_memory_kept(), own_precision():
+    with (
+        locked(out, main=first_rank),
+        warnings.catch_warnings(),
+        freed_memory_kept(),
+        own_precision(),
+        own_generators(),
+    ):
         if first_rank:
             open_folder(out, config, images)
         if run.finished:

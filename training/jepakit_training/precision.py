@@ -1,4 +1,4 @@
-"""What is computed in which precision."""
+"""What is computed in which precision, and with which random numbers, without a trace on what the process does besides."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def own_precision() -> Iterator[None]:
         finally:
             kept.clear()
             kept.update(kept_before)
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """A block that draws and seeds as it likes: the caller's generators of torch are as they were afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
 
 
 @contextmanager
