@@ -5,9 +5,9 @@ import os
 import sys
 
 port = os.environ["JEPAKIT_SERVE_PORT"]
-if "://" in port:  # what Kubernetes tells of a service `jepakit-serve`, and the service passes over
+if "://" in port:  # set by Kubernetes for a service named `jepakit-serve`; jepakit's service ignores it too
     port = "8000"
-# Not urllib, which would send the question to a proxy that the environment names.
+# Not urllib, which would send the request to a proxy named in the environment.
 connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
 try:
     connection.request("GET", "/readyz")

@@ -1,16 +1,16 @@
-"""Build the Dockerfile and run what it makes on a Debian machine that has no Docker engine: as root,
+"""Build the Dockerfile and run the result on a Debian machine without a Docker engine. As root:
 
     python docker/prove.py serve BUNDLE PNG
     python docker/prove.py train IMAGES
 
-It makes a base image with debootstrap, builds the target over it with buildah (chroot isolation, vfs storage) and runs
-it with crun, under the user, capabilities, read-only root, tmpfs, /dev/shm and limit of open files that compose.yaml
+It makes a base image with debootstrap, builds the target on it with buildah (chroot isolation, vfs storage) and runs
+it with crun, with the user, capabilities, read-only root, tmpfs, /dev/shm and open-file limit that compose.yaml
 gives to `jepakit`, in a network of its own that has only loopback.
 
 `serve` makes a key, starts the service with one bundle, waits for the image's health check, embeds a PNG, sends it
 without a key, tries to write to the root, and ends the service with SIGTERM. `train` adapts a tiny model for two steps
-and exports it. Every step that fails raises. Needs the Debian packages buildah, crun, debootstrap and curl;
-docs/operate.md says what a pass proves. All of it lies in a temporary folder that is removed.
+and exports it. Any step that fails raises. Needs the Debian packages buildah, crun, debootstrap and curl;
+docs/operate.md says what a pass proves. Everything is kept in a temporary folder that is removed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
-# crun refuses a machine that mixes the two versions of cgroups, as some do: it is shown one without the second. It makes
-# no cgroup of its own: who may is a question of the machine.
+# crun refuses a machine that mixes the two versions of cgroups, as some do, so the second one is hidden from it. It
+# makes no cgroup of its own, because who may do so depends on the machine.
 _CRUN = (
     "unshare",
     "--mount",
@@ -111,10 +111,10 @@ def bytes_of(size: str) -> int:
 
 
 def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str], mounts: dict[str, Path]) -> Any:
-    """The OCI runtime's config.json: the image's own settings under what compose.yaml adds to them.
+    """The OCI runtime's config.json: the image's own settings, and what compose.yaml adds to them.
 
-    `mounts` are `{path in the container: folder}`, read-only but for /out. Limits of memory and processes are left
-    out: they need a cgroup manager.
+    `mounts` are `{path in the container: folder}`, read-only except for /out. Limits on memory and processes are left
+    out, because they need a cgroup manager.
     """
     user, group = map(int, service["user"].split(":"))
     tmpfs = [
@@ -158,7 +158,7 @@ def runtime_config(image: Image, service: dict[str, Any], command: Sequence[str]
 
 
 class Container:
-    """A container of one command; `process` ends with the exit code of its first process."""
+    """A container that runs one command; `process` ends with the exit code of the container's first process."""
 
     def __init__(self, work: Path, config: Any) -> None:
         bundle = Path(tempfile.mkdtemp(prefix="oci-", dir=work))
@@ -188,7 +188,7 @@ class Container:
         ).returncode
 
     def on_its_network(self, *command: str | Path) -> str:
-        """What a program of this machine prints when it runs in the container's network."""
+        """What one of this machine's programs prints when it runs in the container's network."""
         state = json.loads(run(*self._crun, "state", self._name))
         return run("nsenter", "--target", str(state["pid"]), "--net", *command)
 
@@ -203,7 +203,7 @@ class Container:
 
 
 def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path, picture: Path) -> None:
-    """A key, health, an embedding, a refusal, a root that cannot be written, a clean end."""
+    """A key, health, an embedding, a refusal, a root that cannot be written to, a clean end."""
     keys = work / "keys"
     keys.mkdir()
     os.chown(keys, *map(int, service["user"].split(":")))
@@ -241,7 +241,7 @@ def prove_serve(image: Image, service: dict[str, Any], work: Path, bundle: Path,
             raise SystemExit(f"a request without a key was answered {refused}")
         if (
             container.inside("touch", "/var/tmp/written") == 0
-        ):  # which is everybody's to write, were the root not read-only
+        ):  # anybody could write there if the root were not read-only
             raise SystemExit("the root can be written to")
         container.kill(signal.SIGTERM)
         container.end(90)
@@ -292,7 +292,7 @@ def main() -> None:
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["jepakit"]
     with tempfile.TemporaryDirectory(prefix="jepakit-prove-") as folder:
         work = Path(folder)
-        work.chmod(0o755)  # the image's user reads its mounts below
+        work.chmod(0o755)  # the image's user reads its mounts in this folder
         image = Image(work, asked.target)
         if asked.target == "serve":
             prove_serve(image, service, work, asked.bundle, asked.picture)
