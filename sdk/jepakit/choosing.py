@@ -12,7 +12,7 @@ from jepakit._messages import counted, first_few
 from jepakit.comparison import Comparison
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError
-from jepakit.evaluate import Advice, cross_measure, judge
+from jepakit.evaluate import Advice, can_cross_measure, cross_measure, judge
 
 
 def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None = None) -> Comparison:
@@ -47,7 +47,10 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
         groups = images
     labels = np.array(before.labels)
     measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (before, after))
-    return judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
+    judged = judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
+    if can_cross_measure(labels, groups=groups):
+        return judged
+    return judged.model_copy(update={"before": None, "after": None})  # what was not fitted has no scores
 
 
 _ADVICE = Advice(

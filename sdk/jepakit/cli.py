@@ -494,6 +494,10 @@ def compare(
     from jepakit.sources.groups import groups_of
 
     opened = [_open_embeddings_or_bundle(each, images) for each in (first, second)]
+    if all(isinstance(each, Embeddings) for each in opened) and (images is not None or labels != "auto"):
+        raise ConfigError(
+            f"--images and --labels say what bundles embed, and {first} and {second} hold embeddings and labels: leave them out"
+        )
     before, after = (each if isinstance(each, Embeddings) else each.embed(images, labels=labels) for each in opened)
     comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
     if as_json:

@@ -103,7 +103,7 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
     """
     truth = np.asarray(labels)
     group_of = numbered(groups, len(truth))
-    fold = assign_folds(group_of, codes(truth), _FOLDS, np.random.default_rng(0))
+    fold = _folds(truth, group_of)
     stays = [np.ones(len(truth), bool), *_leaving_out(truth, group_of)]
     right = np.empty((len(stays), 2, len(truth)), np.bool_)
     for judged in (fold == number for number in np.unique(fold)):
@@ -112,6 +112,17 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
             fit = stay & ~judged
             row[:, judged], strength = _right(vectors, truth, fit, judged, group_of, strength)
     return _measurement(right[0], truth, right[1:])
+
+
+def can_cross_measure(labels: ArrayLike, *, groups: ArrayLike | None = None) -> bool:
+    """Whether each of the probes that `cross_measure` fits on four fifths has two classes to tell apart."""
+    truth = np.asarray(labels)
+    fold = _folds(truth, numbered(groups, len(truth)))
+    return all(len(np.unique(truth[fold != number])) > 1 for number in np.unique(fold))
+
+
+def _folds(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> NDArray[np.intp]:
+    return assign_folds(group_of, codes(truth), _FOLDS, np.random.default_rng(0))
 
 
 def _right(

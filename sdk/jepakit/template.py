@@ -12,6 +12,10 @@ from pydantic import BaseModel
 from jepakit.config import AdaptConfig, ViewsConfig
 
 _HEAD = "# Settings for `jepakit adapt IMAGES --config FILE`. Those that are commented out have their defaults; None: left out."
+_VIEWS_HEAD = (
+    '# How views are cut and changed. Shown is what domain = "general" means: the other domains change some of these, and\n'
+    "# a line that is not commented out overrides them."
+)
 _ELSEWHERE = ("images", "views")
 """An argument of the command, and a table of its own."""
 _WIDTH = 118
@@ -19,7 +23,7 @@ _WIDTH = 118
 
 def template() -> str:
     """The file: under what it means, each setting, commented out, with its default; empty for None, which TOML cannot say."""
-    return "\n".join([_HEAD, *_lines(AdaptConfig), "", "[views]", *_lines(ViewsConfig)]) + "\n"
+    return "\n".join([_HEAD, *_lines(AdaptConfig), "", _VIEWS_HEAD, "[views]", *_lines(ViewsConfig)]) + "\n"
 
 
 def _lines(settings: type[BaseModel]) -> Iterator[str]:

@@ -98,6 +98,16 @@ def test_two_classes_of_few_images_tell_nothing(labels: list[str]) -> None:
     assert jepakit.compare(few, few).verdict.word == "cannot tell"
 
 
+@pytest.mark.parametrize("labels", [["ant", "bee"] * 20, ["ant"] * 40])
+def test_where_no_probe_can_be_fitted_there_are_no_scores(labels: list[str]) -> None:
+    """All images lie in one group, or are of one class."""
+    vectors = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    one = Embeddings(vectors, "a", tuple(map(str, range(40))), tuple(labels))
+    judged = jepakit.compare(one, one, groups=["scene"] * 40)
+    assert (judged.before, judged.after, judged.verdict.word) == (None, None, "cannot tell")
+    assert str(judged) == str(judged.verdict)
+
+
 def test_a_class_that_no_fold_but_its_own_has_costs_no_verdict() -> None:
     groups = np.array(
         [*np.arange(60) // 2, 0, 5, 10]
@@ -147,6 +157,10 @@ def test_files_are_compared_in_the_shell(tmp_path: Path) -> None:
         CliRunner().invoke(app, ["compare", *files, "--group", str(tmp_path / "groups.csv"), "--json"]).output
     )
     assert "over groups" in found["verdict"]["reason"]
+    for option in (["--images", "scans"], ["--labels", "labels.csv"]):
+        ignored = CliRunner().invoke(app, ["compare", *files, *option])
+        assert isinstance(ignored.exception, ConfigError)
+        assert "hold embeddings and labels: leave them out" in str(ignored.exception)
 
 
 def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) -> None:

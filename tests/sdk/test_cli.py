@@ -24,6 +24,7 @@ from jepakit._frontdoor import _NEEDS
 from jepakit.cli import _settings, app
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
 from jepakit.errors import ConfigError
+from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
 
 NOT_UTF_8 = os.fsdecode(b"gr\xf6\xdfe.png")
@@ -261,6 +262,15 @@ def test_a_strangers_names_cannot_write_on_the_terminal(tmp_path: Path) -> None:
     assert not set("\x1b\x07\x9b") & set(told.stdout + told.stderr)
     with pytest.raises(jepakit.errors.DataError, match=r"owned\\x07\\x1b\[31m\\x0aerror"):
         Embeddings.load(tmp_path / FORGED)
+
+
+def test_a_strangers_folders_cannot_write_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("\x1b]0;owned\x07", "b"):
+        (tmp_path / name).mkdir()
+        Image.effect_noise((40, 40), 50).save(tmp_path / name / "a.png")
+    listed = gather(tmp_path, progress=True)
+    assert r"2 folders are classes (\x1b]0;owned\x07, b)" in capsys.readouterr().err
+    assert listed.labels == ("\x1b]0;owned\x07", "b"), "a name stays what it is"
 
 
 def test_rows_are_escaped_on_a_terminal_alone(tmp_path: Path) -> None:

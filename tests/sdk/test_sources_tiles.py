@@ -264,6 +264,19 @@ def test_tiles_can_have_labels_of_their_own(make: Make, tmp_path: Path) -> None:
         gather(folder, table)
 
 
+def test_tables_of_tiles_spell_paths_as_tables_of_images_do(make: Make, tmp_path: Path) -> None:
+    folder, table = make(a=scene(8, 16), b=scene(8, 16)), tmp_path / "tiles.csv"
+    for prefix in (f"{folder}/", f"{folder.relative_to(tmp_path)}/" if folder != tmp_path else "./"):
+        table.write_text(f'path,label\n"{prefix}a.tif#0,0,8,8",good\n{prefix}a.tif,scratch\n{prefix}b.tif,good\n')
+        # What is said of an image holds for those of its tiles of which nothing else is said.
+        assert list_images(folder, table, tile=8).labels == ("good", "scratch", "good", "good")
+    table.write_text('path,label\n"c/a.tif#0,0,8,8",good\n')
+    with pytest.raises(
+        DataError, match=r"its first path is c/a.tif#0,0,8,8, and the first image's a.tif#0,0,8,8: write"
+    ):
+        list_images(folder, table, tile=8)
+
+
 def test_each_frame_becomes_an_image_of_its_files_group(make: Make) -> None:
     listed = list_images(make(a=scene(8, 8, frames=3), b=scene(8, 8)), frame="each")
     assert listed.ids == ("a.tif#frame=0", "a.tif#frame=1", "a.tif#frame=2", "b.tif")

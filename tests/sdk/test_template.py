@@ -25,6 +25,12 @@ def test_what_the_file_shows_are_all_settings_with_their_defaults() -> None:
     assert max(map(len, template().splitlines())) <= 120
 
 
+def test_the_views_shown_are_those_of_the_domain_that_is_named() -> None:
+    (domain,) = re.findall(r'domain = "(\w+)" means', template())
+    assert AdaptConfig(images="scans", domain=domain).resolved_views() == ViewsConfig()
+    assert AdaptConfig(images="scans", domain="radiology").resolved_views() != ViewsConfig()
+
+
 def test_the_file_is_written_once_and_taken_by_adapt(tmp_path: Path) -> None:
     file = tmp_path / "new" / "own.toml"
     done = CliRunner().invoke(app, ["init", str(file)])

@@ -357,6 +357,7 @@ def test_of_tiles_the_whole_is_seen(tmp_path: Path) -> None:
         found = look(write(tmp_path / dtype, noise(3, shape, 0, 250, dtype), **options))
         assert found.preprocess(cropping).resize_to == 37
         spec = found.preprocess(cropping, tile=64)
+        assert spec.resize_to == spec.size
         scene = np.full(shape, 100, dtype)
         scratched = scene.copy()
         scratched[:, :2] = scratched[0, 0] = 240
@@ -394,6 +395,14 @@ def test_monochrome1_is_turned_round_within_the_range_not_its_stored_bits(tmp_pa
     mean = look(falling).preprocess(STOCK, value_range=(-400, 400)).mean[0]
     values = np.stack([(each // 4 + 700) - 1024.0 for each in stored[:3]])
     assert mean == pytest.approx(1 - ((values + 400) / 800).clip(0, 1).mean(), abs=0.02)
+
+
+def test_one_picture_stored_with_white_high_and_with_white_low_is_a_near_duplicate(tmp_path: Path) -> None:
+    blocks = np.random.default_rng(0).integers(0, 4000, (3, 10, 10)).repeat(8, axis=1).repeat(8, axis=2)
+    for number, stored in enumerate([*blocks, 4095 - blocks[1]]):
+        kind = "MONOCHROME1" if number == 3 else "MONOCHROME2"
+        write_dicom(tmp_path / f"{number}.dcm", stored.astype(np.uint16), 12, 0, kind)
+    assert near_duplicates(look(tmp_path)) == [(1, 3)]
 
 
 def test_an_image_of_which_a_chosen_range_leaves_nothing_is_refused(tmp_path: Path) -> None:

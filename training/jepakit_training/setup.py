@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from jepakit._messages import counted
+from jepakit._one_line import one_line
 from jepakit.backbone import start_backbone, start_preprocess
 from jepakit.bundle import Backbone, Preprocess
 from jepakit.config import AdaptConfig
@@ -76,7 +77,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     )
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
     for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
-        print(note, file=sys.stderr)
+        print(one_line(note), file=sys.stderr)
 
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
     cache = open_cache(config, make_views.least_side, spec)

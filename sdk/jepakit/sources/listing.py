@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jepakit._one_line import one_line
 from jepakit._progress import shown
 from jepakit.errors import DataError
 from jepakit.sources.files import Files
@@ -86,7 +87,7 @@ def gather(
             most_skipped=most_skipped,
         )
     if progress and listed.note:
-        print(listed.note, file=sys.stderr, flush=True)
+        print(one_line(listed.note), file=sys.stderr, flush=True)
     return listed
 
 
@@ -116,6 +117,18 @@ def _list(
     pieces = cut_into_pieces(images, cut, most_skipped=most_skipped)
     if not of_pieces:
         return pieces
-    ids = tuple(pieces.ids)
-    chosen, label_note = choose_labels(Found(Files("", ids), ids), labels, embedding=embedding)
+    chosen, label_note = choose_labels(_as_found(found, pieces), labels, embedding=embedding)
     return replace(pieces, labels=chosen, note=f"{label_note}; {pieces.note}")
+
+
+def _as_found(found: Found, pieces: ImageList) -> Found:
+    """The pieces as if each were a file: a table may spell their names in all the ways of a file's."""
+    assert pieces.pieces is not None
+    store = found.store
+    if isinstance(store, Files):
+        of_image = [
+            store.names[image] + piece_id.removeprefix(found.ids[image])
+            for piece_id, image in zip(pieces.ids, pieces.pieces.image.tolist(), strict=True)
+        ]
+        store = Files(store.root, of_image)
+    return Found(store, tuple(pieces.ids))

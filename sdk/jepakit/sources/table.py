@@ -129,7 +129,7 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, 
         path = next(iter(values))
         hint = (
             "they are of tiles or frames, so cut the images into such (tile, frame)"
-            if path != image_of(path)
+            if path != image_of(path) and first == image_of(first)
             else f"write them alike{did_you_mean(first, list(values)[:1000])}"
         )
         raise DataError(
@@ -156,11 +156,15 @@ def _keys(values: dict[str, str], found: Found, file: str) -> list[str | None]:
 
 def _key(values: dict[str, str], place: int, found: Found, file: str) -> str | None:
     name = posixpath.normpath(found.ids[place])
-    if name in values or not isinstance(found.store, Files):
-        return name if name in values else None
-    path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
-    beside = os.path.relpath(path, os.path.dirname(os.path.abspath(file)))  # noqa: PTH100, PTH120
-    return next((name for name in (beside, path) if name in values), None)
+    if name in values:
+        return name
+    spellings = [name]
+    if isinstance(found.store, Files):
+        path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
+        beside = os.path.relpath(path, os.path.dirname(os.path.abspath(file)))  # noqa: PTH100, PTH120
+        spellings += [beside, path]
+    # What is said of an image holds for its tiles and frames, unless something is said of them.
+    return next((name for name in (*spellings, *map(image_of, spellings)) if name in values), None)
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
