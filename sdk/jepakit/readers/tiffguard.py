@@ -6,7 +6,9 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
+from threading import Lock
 from typing import Any, NamedTuple, Never
 
 from jepakit.errors import ImageError
@@ -22,6 +24,8 @@ _MOST_TAGS = 256
 """Of one page: about as many as are defined at all; real pages have 10 to 80."""
 _MOST_MIXED = 1024
 """Pages and images below them in a file of several kinds, which tifffile compares each with each: seconds for so many."""
+_REFUSES = "_jepakit_refuses"
+_one_at_a_time = Lock()
 _MOST_SHARED = 1 << 24
 """Bytes that pages may have in common, such as those of a palette: they are read anew for each of them."""
 
@@ -138,8 +142,43 @@ def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
             code="too_large",
         )
 
-    if seen > _MOST_MIXED:
+    if seen <= _MOST_MIXED:
+        return
+    if hasattr(tif, f"_series_{kind}"):  # until tifffile 2026.3, the last for Python 3.11
         setattr(tif, f"_series_{kind}", refuse)
+    elif _they_ask_first():
+        setattr(tif, f"{_REFUSES}_{kind}", refuse)
+    else:
+        refuse()  # rather a stack too many refused than a search that takes minutes
+
+
+def _they_ask_first() -> bool:
+    with _one_at_a_time:
+        return _searches_ask_first()
+
+
+@cache
+def _searches_ask_first() -> bool:
+    """Have tifffile's searches, functions of its module since, call what `_bound_search` left on the file; whether they do."""
+    from tifffile import tifffile
+
+    found = getattr(tifffile.TIFF, "SERIES", {})
+    for kind in ("generic", "shaped"):
+        search: Any = getattr(tifffile, f"series_{kind}", None)
+        if not callable(search) or found.get(kind) is not search:
+            return False
+        found[kind] = _asking_first(kind, search)
+        setattr(tifffile, f"series_{kind}", found[kind])
+    return True
+
+
+def _asking_first(kind: str, search: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @wraps(search)
+    def asking(tif: Any) -> Any:
+        getattr(tif, f"{_REFUSES}_{kind}", bool)()
+        return search(tif)
+
+    return asking
 
 
 def _check_tags(tif: Any, tags: list[_Tag]) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepakit.errors import ImageError
-from jepakit.readers import Limits, Window, open_raster
+from jepakit.readers import Limits, Window, open_raster, tiffguard
 
 Refused = Callable[..., str]
 
@@ -464,6 +464,15 @@ def test_many_pages_of_one_kind_are_read_and_of_many_kinds_refused(refused: Refu
         assert raster.header.frames == 3000
     mixed = [[(256, 20 + place % 7), *TAGS[1:]] for place in range(3000)]
     assert "3,000 pages of several kinds" in refused(chain(mixed), "too_large")
+
+
+def test_where_nothing_can_bound_a_search_many_pages_are_refused_at_once(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tifffile whose searches cannot be asked to refuse: better a stack too many refused than minutes of search."""
+    monkeypatch.delattr(tifffile.TiffFile, "_series_generic", raising=False)
+    monkeypatch.setattr(tiffguard, "_they_ask_first", lambda: False)
+    assert "3,000 pages of several kinds" in refused(chain([TAGS] * 3000), "too_large")
 
 
 def with_images_below(below: bytes, times: int, *, following: int = 0) -> bytes:
