@@ -1,5 +1,5 @@
-"""The embedding service, to be read as a request comes: gate → api → engine → batcher.
+"""The embedding service. Read it in the order a request passes through: gate → api → engine → batcher.
 
-`replica` is one process of it, `updates` brings new versions in, `app` picks what runs it: `ray_app` or, in one process,
-`single`. Only `ray_app` knows Ray.
+`replica` is one process of the service, `updates` brings in new versions, and `app` picks what runs it: `ray_app`, or
+`single` for one process. Only `ray_app` knows about Ray.
 """

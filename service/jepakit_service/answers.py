@@ -1,4 +1,4 @@
-"""How an answer is sent: whole, as fast as it is taken; an error in the shape of its route's family."""
+"""How answers are sent: complete bodies, at the client's pace; errors in the shape of the route's family."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jepakit_service.faults import ApiError
 from jepakit_service.wire import JSON
 
 _SLICE, _TAKEN_S = 1 << 16, 60.0
-"""Bytes of an answer that are sent at a time, and how long a client may take to make room for them."""
+"""Bytes of an answer sent at a time, and seconds that a client may take to make room for them."""
 
 
 def error_body(error: ApiError, scope: Scope) -> bytes:
@@ -23,7 +23,7 @@ def error_body(error: ApiError, scope: Scope) -> bytes:
 
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:
-    """Answer with an error in the shape of the route's family; if not `ended`, as `send_whole`, and close afterwards."""
+    """Send an error in the shape of the route's family. If not `ended`, as in `send_whole`, and close afterwards."""
     headers = error.headers if ended else {**error.headers, "Connection": "close"}
     await send_whole(send, error.status, error_body(error, scope), JSON, headers, ended=ended)
 
@@ -31,11 +31,11 @@ async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool =
 async def send_whole(
     send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str], *, ended: bool = True
 ) -> None:
-    """Answer with one body; if not `ended` an empty message must follow. The names of `headers` are put in lower case."""
+    """Send a complete body; if not `ended`, an empty message must follow. Header names are lowercased."""
     headers = {"content-type": content_type, "content-length": str(len(body)), **headers}
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
-    # In slices, so that a stop waits for a reader who is slow; and not for ever.
+    # In slices, so that a shutdown waits for a slow reader, but not forever.
     for start in range(0, max(1, len(body)), _SLICE):
         more = not ended or start + _SLICE < len(body)
         async with asyncio.timeout(_TAKEN_S):

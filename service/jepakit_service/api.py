@@ -1,7 +1,7 @@
-"""The HTTP surface behind the gate. Knows nothing of Ray.
+"""The HTTP surface behind the gate. Knows nothing about Ray.
 
-POSTs that carry images go straight to their handlers: FastAPI's routing would cost each as much as a small
-model does. Everything else, and the OpenAPI document of it all, is FastAPI's.
+POSTs that carry images go straight to their handlers: FastAPI's routing would cost each as much time as a small model
+takes. FastAPI handles everything else, and the OpenAPI document of all routes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from jepakit_service.tasks import is_cancelled
 from jepakit_service.wire import JSON
 
 _QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
-"""What each route takes there. The models of inferences are named in their paths."""
+"""The query parameters that each route accepts. Inference routes name the model in their path."""
 
 
 def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
-    """Load every model, check it, and return the application that serves them. Raises BundleError otherwise.
+    """Load and check every model, and return the application that serves them. Raises BundleError if a check fails.
 
-    ask_all  the reports of all replicas of the deployment; None: this is the only one
+    ask_all  gives the reports of all replicas of the deployment; None: this is the only replica
     """
     replica = Replica(settings, ask_all)
     return Gate(Api(replica), replica)
 
 
 class Api:
-    """The ASGI application behind the gate, which answers what it raises: `POST` of images by `Posts`, all else by FastAPI."""
+    """The ASGI application behind the gate: `Posts` handles image POSTs, FastAPI the rest; the gate answers errors."""
 
     def __init__(self, replica: Replica) -> None:
         self._posts = Posts(replica)
@@ -52,7 +52,7 @@ class Api:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = self._posts.handler(scope["path"]) if scope["type"] == "http" else None
         if handler is None:
-            # HEAD is answered as GET, and its body left out, by the server.
+            # HEAD is answered like GET; the server leaves out the body.
             await self._rest({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
             return
         call = await _read_call(scope, receive)
@@ -61,7 +61,7 @@ class Api:
 
 
 async def _read_call(scope: Scope, receive: Receive) -> Call:
-    """The request behind the gate, which hands its whole body over in one message."""
+    """Read the request; the gate hands over the whole body in one message."""
     if scope["method"] != "POST":
         raise ApiError(
             405, "method_not_allowed", f"{scope['method']} {scope['path']}: send POST", headers={"Allow": "POST"}
@@ -78,7 +78,7 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
 
 
 def _check_query(query: Mapping[str, Sequence[str]], known: Sequence[str]) -> None:
-    """Refuse by name what would be passed over: a mistyped `model` must not go to some other model."""
+    """Refuse unknown and repeated parameters by name: a mistyped `model` must not select some other model."""
     for name, values in query.items():
         if name not in known:
             raise ApiError(
@@ -94,11 +94,11 @@ def _check_query(query: Mapping[str, Sequence[str]], known: Sequence[str]) -> No
 
 
 async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive) -> Reply:
-    """The answer, given up as soon as the client leaves: what it still had to decode and embed is dropped.
+    """Await the answer, cancelling it as soon as the client leaves: pending decoding and embedding is dropped.
 
-    Raises ApiError 499 where the client left first. An answer that is done is given, whoever left meanwhile.
+    Raises ApiError 499 if the client left first. A finished answer is returned even if the client has left meanwhile.
     """
-    # The answer has a task of its own: to cancel the request's could strike it later, while it sends.
+    # The answer has its own task: cancelling the request's task could take effect later, while it is sending.
     answer, leaving = asyncio.ensure_future(answering), asyncio.ensure_future(receive())
     leaving.add_done_callback(lambda _: answer.cancel())
     try:
@@ -112,7 +112,7 @@ async def _while_wanted(answering: Coroutine[Any, Any, Reply], receive: Receive)
 
 
 def _rest(replica: Replica) -> ASGIApp:
-    """Everything but the POSTs, as FastAPI has it."""
+    """Everything but the image POSTs, as a FastAPI application."""
     app = FastAPI(
         title="jepakit",
         version=jepakit.__version__,

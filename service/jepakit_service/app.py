@@ -1,4 +1,4 @@
-"""`jepakit serve`: what has to be right before anything starts, then Ray Serve or this one process."""
+"""`jepakit serve`: check everything before anything starts, then run Ray Serve or this single process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jepakit_service.settings import ServeSettings
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight are answered first. Raises what makes starting impossible."""
+    """Serve until SIGINT or SIGTERM; requests in flight are answered first. Raises if the service cannot start."""
     check_provider(settings.provider, settings.arithmetic)
     bundles = find_bundles(settings)
     for bundle in bundles:

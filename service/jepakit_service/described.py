@@ -1,4 +1,4 @@
-"""The POSTs that carry images, as the OpenAPI document tells of them."""
+"""The POSTs that carry images, as the OpenAPI document describes them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Requests and answers of the embedding services whose clients people have: OpenAI, Jina, Voyage and Cohere.
+"""Requests and answers of the embedding services whose clients people already have: OpenAI, Jina, Voyage and Cohere.
 
-The models here are the one definition of each: they check requests, and the OpenAPI document is made from
-them. Fields of those services that change no vector are passed over; fields that would are honoured or
-refused by name.
+The models here are the only definition of each: they validate requests, and the OpenAPI document is made from them.
+Fields of those services that do not affect vectors are ignored; fields that do are honoured or refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out where o
 DIMENSIONS = "only the model's own length is taken: cutting vectors short would change the space"
 _EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
 _IMAGE_FIELDS = ("image", "image_url", "image_base64")
-# Unions are told apart by tags in parentheses, which pydantic adds to the place of an error.
+# Tags tell the members of unions apart; pydantic adds them to an error's location, hence the parentheses.
 
 
 def _form_of_url(value: object) -> str:
@@ -251,7 +250,7 @@ def read_cohere(body: bytes, max_images: int) -> Ask:
 
 
 def write_openai(ask: Ask, computed: Computed) -> EmbeddingAnswer:
-    """The answer to `read_openai`, and to bodies that are no JSON."""
+    """The answer to `read_openai`, and to bodies that are not JSON."""
     return {
         "object": "list",
         "data": _rows(ask, computed.results),
@@ -291,7 +290,7 @@ def write_cohere(ask: Ask, computed: Computed) -> CohereAnswer:
 
 
 def check_space(ask: Ask, manifest: Manifest) -> None:
-    """Refuse a request for another vector than the model gives: `model_id` names one space, and no other."""
+    """Refuse a request for vectors that the model does not give: a `model_id` names exactly one vector space."""
     spec = manifest.embedding
     if ask.dimensions is not None and ask.dimensions.value != spec.dim:
         raise ApiError(

@@ -27,7 +27,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self, request_id: str, *, with_detail: bool = False) -> bytes:
-        """OpenAI's error shape, with the request id; `detail` beside it is where Voyage's client reads the message."""
+        """The error in OpenAI's shape, with the request id. Voyage's client reads the message from `detail`."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         error = {
             "message": self.message,
@@ -40,16 +40,16 @@ class ApiError(Exception):
 
 
 def unavailable(code: str, message: str, status: int = 503) -> ApiError:
-    """What passes by itself: the same request may succeed in a second."""
+    """A condition that passes by itself: the same request may succeed in a second."""
     return ApiError(status, code, message, headers={"Retry-After": "1"})
 
 
 def fault(error: Exception) -> ApiError:
-    """A fault of the service. The error's text stays here: it may hold what was sent."""
+    """A fault of the service. The error's text is left out: it may contain what was sent."""
     return ApiError(500, "internal_error", f"the service failed ({type(error).__name__}); the fault is ours")
 
 
 def bad_image(error: ImageError, where: str) -> ApiError:
-    """The refusal of a whole request for one image that cannot be read correctly."""
+    """Refusal of a whole request because one image cannot be read correctly."""
     status = _STATUS_OF_IMAGE_ERROR.get(error.code, 422)
     return ApiError(status, error.code, f"{where}: {error}", param=where)

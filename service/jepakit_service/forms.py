@@ -13,8 +13,10 @@ _FIELDS_BESIDE_FILES = 8
 
 
 def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[ImageData], str | None]:
-    """The files of a form, and its field `model` if there is one. Raises ApiError 400 for another field or a damaged body, 413
-    for more parts than `max_images` can need."""
+    """The files of a form, and its field `model` if there is one.
+
+    Raises ApiError 400 for any other field or a damaged body, 413 for more parts than `max_images` can need.
+    """
     form = _Form(max_images)
     try:
         form.read(body, boundary)
@@ -43,7 +45,7 @@ def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[Image
 
 
 class _Form:
-    """The parts of a multipart body, each its headers (names in lower case) and its data. No disk is touched.
+    """The parts of a multipart body, each as headers (names in lower case) and data. Nothing is written to disk.
 
     The methods named `on_…` are the parser's callbacks.
     """
@@ -55,7 +57,7 @@ class _Form:
         self._name, self._value = bytearray(), bytearray()
 
     def read(self, body: bytes, boundary: bytes) -> None:
-        """Raises FormParserError for a damaged body, ApiError 413 for one of too many parts."""
+        """Parse the body. Raises FormParserError if it is damaged, ApiError 413 if it has too many parts."""
         parser = MultipartParser(
             boundary,
             {

@@ -1,7 +1,7 @@
-"""What every request passes first, as plain ASGI: request id, API key, size and pace of the body, drain; and its record.
+"""What every request passes first, as plain ASGI: request id, API key, size and pace of the body, drain, log, metrics.
 
-The key, or without keys the sender, is judged before a byte of the body is read. The body is read here, counted and timed, so that the
-application behind it only ever sees whole, small enough ones.
+The key (without keys, the sender) is checked before any of the body is read. The body is read here, with limits on size
+and time, so that the application behind only ever sees complete bodies that are not too large.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Gate:
         self.replica.draining = True
 
     async def flush(self) -> None:
-        """Send what is left of traces: for a server that is ended without the lifespan's end."""
+        """Send the remaining traces, for a server that ends without the lifespan's shutdown."""
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.flush)
 
@@ -59,7 +59,7 @@ class Gate:
         elif scope["type"] == "http":
             await self._record(scope, receive, send)
             if _state(scope).get("unread"):
-                # Closed at once it would be reset under a client that still sends, and the answer lost with it.
+                # Closing now would reset the connection while the client is still sending, and lose the answer.
                 await _discard(receive)
                 await send({"type": "http.response.body"})
         else:
@@ -85,7 +85,7 @@ class Gate:
         with trace as span:
             try:
                 await self._answer(scope, headers, receive, counted_send)
-            except asyncio.CancelledError:  # so Ray tells that the client left
+            except asyncio.CancelledError:  # how Ray reports that the client left
                 state.setdefault("status", 499)
                 state.setdefault("code", "disconnected")
                 raise
@@ -93,7 +93,7 @@ class Gate:
                 self._log_and_count(scope, route, state.get("status", 500), time.perf_counter() - start, span)
 
     def _log_and_count(self, scope: Scope, route: str, status: int, seconds: float, span: Any) -> None:
-        """Record a request that is over."""
+        """Log and count a finished request."""
         state = _state(scope)
         if span is not None:
             span.set_attribute("http.response.status_code", status)
@@ -138,10 +138,10 @@ class Gate:
             if not self.replica.draining:
                 raise
             state["code"] = "draining"
-            if "status" in state:  # a second answer in the midst of one would be none
+            if "status" in state:  # one answer is already under way
                 raise
             await send_error(send, _stopping(), scope)
-        except Exception as error:  # its text may hold what was sent
+        except Exception as error:  # not its text, which may contain what was sent
             _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
             if "status" not in state:
                 failure = fault(error)
@@ -162,7 +162,7 @@ class Gate:
         await send({"type": "lifespan.shutdown.complete"})
 
     def _check_key(self, headers: Headers) -> str | None:
-        """The name of the key that was sent, where keys are asked for; else the sender is looked at."""
+        """Check the API key and return its name; if the service has no keys, check the sender and return None."""
         if self._keys is None:
             _refuse_other_sites(headers)
             return None
@@ -176,15 +176,15 @@ class Gate:
         return name
 
     def _reserve(self, headers: Headers, *, is_open: bool) -> int:
-        """Take room for a body before it is read: as much as it declares, or (in chunks) the most there may be.
+        """Reserve room for a body before it is read: its declared length, or the maximum if it is chunked.
 
-        Whoever has no key gets none: an open path takes no body.
+        Open paths, which need no key, take no body.
         """
         most = self._settings.max_body_mb << 20
         declared = headers.get("content-length", "")
-        # 19 digits are more than any limit, and int() takes no number of thousands.
+        # 19 digits are more than any limit, and int() refuses numbers of thousands of digits.
         size = int(declared.lstrip("0")[:19] or 0) if declared.isascii() and declared.isdigit() else 0
-        if "transfer-encoding" in headers:  # whatever length is declared beside it
+        if "transfer-encoding" in headers:  # whatever length is declared as well
             size = most
         if size and is_open:
             raise ApiError(413, "body_too_large", "no body is read here: send GET without one")
@@ -224,8 +224,11 @@ class Gate:
 
 
 def _refuse_other_sites(headers: Headers) -> None:
-    """Refuse what a page of another site has the user's browser send: to a name of its own that leads here (DNS rebinding),
-    or across, as browsers say by Sec-Fetch-Site and Origin."""
+    """Refuse what another site's page makes the user's browser send.
+
+    Such a page sends to a name of its own that resolves to this machine (DNS rebinding), or cross-site, which browsers
+    declare in Sec-Fetch-Site and Origin.
+    """
     host, origin = headers.get("host", ""), headers.get("origin")
     try:
         name, sender = urlsplit(f"//{host}").hostname or "", urlsplit(origin or f"//{host}").netloc
@@ -247,14 +250,14 @@ def _stopping() -> ApiError:
 
 
 async def _discard(receive: Receive) -> bool:
-    """Let a body pass by, so that a client in the midst of sending gets to read why; False when there is no time."""
+    """Read and drop a body, so that a client still sending gets to read the answer; False if it never completes."""
     try:
         async with asyncio.timeout(_PATIENCE_S):
             while True:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     return bool(message["type"] == "http.request")
-    except (TimeoutError, asyncio.CancelledError):  # the latter from a server that ends: the answer goes out at once
+    except (TimeoutError, asyncio.CancelledError):  # the latter when the server ends: the answer goes out at once
         return False
 
 

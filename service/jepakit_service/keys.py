@@ -1,4 +1,4 @@
-"""API keys: only their SHA-256 is stored, compared in constant time, reread when the file changes."""
+"""API keys: stored only as SHA-256, compared in constant time, reread when the file changes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 def append(line: str, path: Path) -> int:
-    """Add a line to the key file, which is made where there is none; how many other keys of its name are in there.
+    """Add a line to the key file, creating it if missing; returns how many other keys of that name it holds.
 
-    Raises ConfigError where it cannot be written.
+    Raises ConfigError if the file cannot be written.
     """
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
@@ -49,7 +49,7 @@ def append(line: str, path: Path) -> int:
 
 
 def check(path: Path) -> None:
-    """Raise ConfigError for a key file that cannot be read, holds no key, or has a line that is none."""
+    """Raise ConfigError for a key file that cannot be read, holds no key, or has an invalid line."""
     try:
         fault = _read(path).fault
     except OSError as error:
@@ -59,7 +59,7 @@ def check(path: Path) -> None:
 
 
 class KeyFile:
-    """The keys of one file, reread when it changes. What is not in it, or can no longer be read, opens nothing."""
+    """The keys of one file, reread when it changes. While the file cannot be read, no key is valid."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -68,15 +68,15 @@ class KeyFile:
         self._reread_if_changed()
 
     def name_of(self, key: str) -> str | None:
-        """The name of a key of the file, None for any other; in a time that does not depend on which or how nearly."""
+        """The name of a key in the file, None for any other. Timing does not reveal which matched, or how nearly."""
         self._reread_if_changed()
         digest = hashlib.sha256(key.encode()).hexdigest()
-        # Every line is compared, so that time tells nothing.
+        # Every line is compared, so that timing reveals nothing.
         names = [known.name for known in self._keys if hmac.compare_digest(digest, known.digest)]
         return names[0] if names else None
 
     def _reread_if_changed(self) -> None:
-        """Log what is wrong with the file, once for each change; a file that cannot be read is tried again each time."""
+        """Reread a changed file and log what is wrong with it, once per change. Retry an unreadable file each time."""
         state: object
         try:
             state = _stamp(self._path)
@@ -104,7 +104,7 @@ class _Found(NamedTuple):
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes with the file's bytes, and with who may read them."""
+    """Changes with the file's content and its permissions."""
     status = path.stat()
     return status.st_ino, status.st_ctime_ns, status.st_size
 

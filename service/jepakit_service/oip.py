@@ -28,7 +28,7 @@ TITLE = "Open Inference Protocol v2"
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
 _MOST_OUTPUTS = 16
-"""There is one, which may be asked for repeatedly; every wrong element of a list is an error object, half a kilobyte."""
+"""There is one output, which may be named repeatedly; each invalid list element costs an error object of half a kB."""
 JSON_LENGTH = "Inference-Header-Content-Length"
 Datatype = Literal["BYTES", "UINT8", "UINT16", "INT16", "UINT32", "INT32", "FP32"]
 _DTYPES = {
@@ -170,7 +170,7 @@ class OipError(TypedDict):
 
 
 class Inference(NamedTuple):
-    """What a request asks, and the form in which its answer is wanted."""
+    """What a request asks for, and the form of its answer."""
 
     ask: Ask
     id: str | None
@@ -178,14 +178,14 @@ class Inference(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A body, and how many of its bytes are JSON where a tensor follows."""
+    """A body, and how many of its bytes are JSON if a tensor follows."""
 
     body: bytes
     json_length: int | None
 
 
 def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> Inference:
-    """A request to infer. `json_length` is the header of the binary extension. Raises ApiError 400 or 413."""
+    """Parse an inference request. `json_length` is the header of the binary extension. Raises ApiError 400 or 413."""
     head, tensors = _split(body, json_length)
     wire.check_json_size(head, MAX_JSON_VALUES)
     request = validate(InferRequest, head)
@@ -261,7 +261,7 @@ def _split(body: bytes, json_length: str | None) -> tuple[bytes, memoryview]:
 
 
 def _wants_binary(request: InferRequest) -> bool:
-    """An output's own wish goes before the request's."""
+    """Whether the answer should be binary; an output's own parameter overrides the request's."""
     outputs = request.outputs or []
     for output in outputs:
         if output.name != OUTPUT:
@@ -294,7 +294,7 @@ def _files(given: InferInput, tensor: memoryview | None) -> list[ImageData]:
         if len(texts) != count or not all(isinstance(text, str) for text in texts):
             raise _wrong(f"{FILES!r} of shape {given.shape} needs {count} strings of base64", "inputs[0].data")
         return [wire.read_text(text, f"inputs[0][{index}]") for index, text in enumerate(texts)]
-    # No further than the shape says: a body of zeros is millions of empty elements.
+    # Read no further than the shape says: a body of zeros is millions of empty elements.
     files = list(itertools.islice(_elements(tensor), count + 1))
     if len(files) != count:
         found = f"{len(files)}" if len(files) < count else "more"
@@ -303,7 +303,7 @@ def _files(given: InferInput, tensor: memoryview | None) -> list[ImageData]:
 
 
 def _elements(tensor: memoryview) -> Iterator[memoryview]:
-    """A BYTES tensor: each element behind its length, 4 bytes little-endian."""
+    """The elements of a BYTES tensor, each preceded by its length in 4 bytes, little-endian."""
     at = 0
     while at < len(tensor):
         end = at + 4 + int.from_bytes(tensor[at : at + 4], "little")
@@ -318,7 +318,7 @@ def _elements(tensor: memoryview) -> Iterator[memoryview]:
 
 
 def _pixels(given: InferInput, tensor: memoryview | None) -> np.ndarray[Any, Any]:
-    """[N, H, W, C], a view of the body or from JSON's numbers."""
+    """Pixels [N, H, W, C]: a view of the body, or made from the numbers in the JSON."""
     if len(given.shape) != 4:
         raise _wrong(f"shape {given.shape} of {PIXELS!r}: send [N, H, W, C]", "inputs[0].shape")
     dtype, count = _DTYPES[given.datatype], math.prod(given.shape)
@@ -337,19 +337,19 @@ def _pixels(given: InferInput, tensor: memoryview | None) -> np.ndarray[Any, Any
 
 
 def _cast(numbers: list[Any], dtype: np.dtype[Any], datatype: str) -> np.ndarray[Any, Any]:
-    """JSON's numbers as `dtype`, refused where one would become another."""
+    """Numbers from JSON as `dtype`; refused if they do not fit the type."""
     kinds = (int,) if dtype.kind in "iu" else (int, float)
     if not all(type(number) in kinds for number in numbers):
         raise _wrong(f"`data` of {datatype} holds something else than such numbers", "inputs[0].data")
     try:
-        with np.errstate(over="ignore"):  # what is infinite as float32 is refused as such by the preprocess
+        with np.errstate(over="ignore"):  # preprocessing refuses what is infinite as float32
             return np.array(numbers, dtype)
     except OverflowError:
         raise _wrong(f"`data` holds a number outside {datatype}", "inputs[0].data") from None
 
 
 def _flat(data: Sequence[Any]) -> Iterator[Any]:
-    """The values of nested lists in row-major order; as deep as JSON's parser lets lists nest, so without recursion."""
+    """The values of nested lists in row-major order. No recursion: lists nest as deep as the JSON parser allows."""
     levels = [iter(data)]
     while levels:
         for value in levels[-1]:

@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol asks besides inference."""
+"""Routes of the Open Inference Protocol other than inference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jepakit_service.replica import Replica
 
 
 def router(replica: Replica) -> APIRouter:
-    """`/v2` but for its POSTs."""
+    """`/v2` without its POSTs."""
     routes = APIRouter(prefix="/v2", tags=[oip.TITLE])
 
     @routes.get("")

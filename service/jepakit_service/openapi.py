@@ -1,6 +1,6 @@
-"""The OpenAPI document, made from the models that check requests, and its page, served from this machine alone.
+"""The OpenAPI document, generated from the models that validate requests, and its page, served from this machine only.
 
-The document is OpenAPI 3.0: Swagger's page, as PyPI has it, shows no later one.
+The document is OpenAPI 3.0: the Swagger page packaged on PyPI shows nothing later.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-# Without `validatorUrl: null` the page sends the document's address to a host of Swagger's.
+# Without `validatorUrl: null` the page sends the document's address to one of Swagger's hosts.
 _START = """window.ui = SwaggerUIBundle({
   url: "openapi.json", dom_id: "#swagger-ui", validatorUrl: null, deepLinking: true,
   presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout"
@@ -92,7 +92,7 @@ class Parameter:
     schema: Mapping[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """In OpenAPI's form."""
+        """The parameter in OpenAPI's form."""
         required = {"required": True} if self.place == "path" else {}
         return {"name": self.name, "in": self.place, "description": self.about, "schema": dict(self.schema), **required}
 
@@ -115,7 +115,7 @@ class Post:
 
 
 def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, Any]:
-    """The OpenAPI document of FastAPI's own routes and of `posts`. `keyed`: an API key is wanted."""
+    """The OpenAPI document of FastAPI's own routes and of `posts`. `keyed`: an API key is required."""
     made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = made.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
@@ -197,7 +197,7 @@ def _content(kinds: Mapping[str, Any], schemas: dict[str, Any], mode: Any) -> di
 
 
 def _schema(kind: Any, schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
-    """A schema as it is, or a reference to a model's, which goes to `schemas` with all that it refers to."""
+    """A schema as it is, or a reference to a model's, which is added to `schemas` with everything it refers to."""
     if isinstance(kind, Mapping):
         return dict(kind)
     made = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}", mode=mode)
@@ -207,7 +207,7 @@ def _schema(kind: Any, schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
 
 
 def _lower(node: Any) -> Any:
-    """JSON Schema as pydantic writes it, in the words of OpenAPI 3.0."""
+    """Translate JSON Schema as pydantic writes it to OpenAPI 3.0."""
     if isinstance(node, list):
         return [_lower(one) for one in node]
     if not isinstance(node, dict):
@@ -222,6 +222,6 @@ def _lower(node: Any) -> Any:
     if {"type": "null"} in node.get("anyOf", []):
         forms = [form for form in node.pop("anyOf") if form != {"type": "null"}]
         node = {**(forms[0] if len(forms) == 1 else {"anyOf": forms}), **node, "nullable": True}
-    if "$ref" in node and len(node) > 1:  # what stands beside a reference is not read
+    if "$ref" in node and len(node) > 1:  # keys beside a reference are ignored
         node["allOf"] = [{"$ref": node.pop("$ref")}]
     return node

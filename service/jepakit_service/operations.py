@@ -1,4 +1,4 @@
-"""What operators and probes ask: liveness, readiness, metrics, and which models there are. All speak for the deployment."""
+"""What operators and probes ask for: liveness, readiness, metrics and models. All answer for the whole deployment."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def router(replica: Replica) -> APIRouter:
         `limits` tells what one request may hold, `max_images_in_time` how many images all requests at a time, and
         `request_timeout_s` how long they may take; `update` tells of a newer version that is not in service yet, or was refused.
         """
-        reports = await replica.reports()  # a switch may come meanwhile: what is described is not older than they are
+        reports = await replica.reports()  # a switch may come meanwhile: the model is looked up after them
         return _describe(replica.registry.find(name), replica.settings, reports)
 
     return routes
@@ -128,7 +128,7 @@ def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
 
 
 def _faults(report: Report, in_service: set[str]) -> list[str]:
-    """What is wrong with a replica: what it says itself, and models that others have in service."""
+    """What is wrong with a replica: the faults it reports, and models that only other replicas have in service."""
     lacking = sorted(in_service - report.in_service)
     return [*report.faults, *(f"{name} is not in service on this replica" for name in lacking)]
 
@@ -167,6 +167,6 @@ def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Rep
 
 
 def _worst(updates: Sequence[Update]) -> Update | None:
-    """A failure on one replica is what the operator must know first."""
+    """The update to report: a failure on one replica is what the operator must know first."""
     order = ("failed", "incomplete", "loading", "waiting")
     return min(updates, key=lambda update: order.index(update.state), default=None)

@@ -1,4 +1,4 @@
-"""Handlers of the POSTs that carry images: from a body's bytes to the answer's."""
+"""Handlers of the POSTs that carry images: from the body's bytes to the answer's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jepakit_service.replica import Replica
 from jepakit_service.wire import Ask, Computed
 
 _LONG_BODY, _LONG_ANSWER = 1 << 18, 20_000
-"""Bytes that are read, and numbers that are written, on a thread: everybody else waits for the event loop."""
+"""Bodies of this many bytes and answers of this many numbers go to a thread, to keep the event loop free."""
 
 
 class Call(NamedTuple):
-    """One POST: what its handler needs of it. Header names are in lower case."""
+    """What a handler needs to know about a POST. Header names are in lower case."""
 
     path: str
     query: Mapping[str, list[str]]
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A good answer, but for its status, length and request id."""
+    """A successful answer, without its status, length and request id."""
 
     body: bytes
     content_type: str
@@ -66,7 +66,7 @@ class Posts:
         }
 
     def handler(self, path: str) -> Handler | None:
-        """What answers a POST to `path`; None where FastAPI does."""
+        """The handler of a POST to `path`; None if FastAPI handles it."""
         return self._by_path.get(path) or (self._infer if routes.model_of_inference(path) else None)
 
     async def _embeddings(self, call: Call) -> Reply:
@@ -105,7 +105,7 @@ class Posts:
         return Reply(written.body, wire.OCTETS, headers)
 
     async def _compute(self, ask: Ask, call: Call) -> Computed:
-        """The vectors; ApiError for a wrong model or space, overload, and (unless partial) the first bad image."""
+        """The vectors. ApiError for a wrong model or space, overload or (unless partial) the first bad image."""
         allow_partial = call.wants("partial")
         model = self._registry.find(_model_asked(ask, call))
         dialects.check_space(ask, model.manifest)
@@ -118,7 +118,7 @@ class Posts:
 
 
 def _model_asked(ask: Ask, call: Call) -> str | None:
-    """The model that the body or the query names; both may, if it is the same."""
+    """The model that the body or the query names; both may, if they agree."""
     in_query = call.query.get("model", [""])[0]
     if ask.model and in_query and ask.model != in_query:
         raise ApiError(
@@ -131,14 +131,14 @@ def _model_asked(ask: Ask, call: Call) -> str | None:
 
 
 async def _read(call: Call, read: Callable[[bytes, int], _Asked], max_images: int) -> _Asked:
-    """Parse a body."""
+    """Parse a body, on a thread if it is long."""
     if len(call.body) < _LONG_BODY:
         return read(call.body, max_images)
     return await asyncio.to_thread(read, call.body, max_images)
 
 
 async def _write(computed: Computed, write: Callable[[], _T]) -> _T:
-    """What `write` makes of the vectors."""
+    """Call `write`, on a thread if the answer is long."""
     if len(computed.results) * computed.manifest.embedding.dim < _LONG_ANSWER:
         return write()
     return await asyncio.to_thread(write)
@@ -149,7 +149,7 @@ async def _json(computed: Computed, write: Callable[[], Mapping[str, Any]]) -> R
 
 
 def _facts(computed: Computed) -> dict[str, str]:
-    """What every good answer says in its headers."""
+    """The headers of every successful answer."""
     manifest = computed.manifest
     return {
         "x-model-id": manifest.model_id,

@@ -1,4 +1,4 @@
-"""Where things are: the paths that take images, those that need no key, and what metrics and logs call each."""
+"""The paths: which take images, which need no key, and what metrics and logs call each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_of_inference(path: str) -> str | None:
 
 
 def is_open(path: str) -> bool:
-    """Whether no key is asked for."""
+    """Whether a path needs no key."""
     return path in _OPEN or path.startswith("/docs/")
 
 
@@ -43,7 +43,7 @@ def is_oip(path: str) -> bool:
 
 
 def label(path: str) -> str:
-    """A path as metrics and logs know it: names of models, and whatever strangers ask for, stay out."""
+    """A path as metrics and logs show it: without names of models, or whatever strangers ask for."""
     if _INFER.match(path):
         return INFER
     return next((steady for steady in _STEADY if f"{path}/".startswith(f"{steady}/")), "other")

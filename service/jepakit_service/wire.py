@@ -1,4 +1,4 @@
-"""What every dialect shares: what a request asks, bytes to images, vectors to bytes.
+"""What all dialects share: the content of a request, bytes to images, vectors to bytes.
 
 Nothing here decodes an image, touches a disk, or fetches a URL.
 """
@@ -41,7 +41,7 @@ JSON, OCTETS, NPY = "application/json", "application/octet-stream", "application
 
 
 class Dimensions(NamedTuple):
-    """The length of vector asked for, and the field that asked."""
+    """The vector length asked for, and the name of the field that asked."""
 
     field: str
     value: int
@@ -60,7 +60,7 @@ class Ask(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """Vectors, and what computed them: all that an answer is written from."""
+    """Vectors, and what computed them: everything that an answer is written from."""
 
     manifest: Manifest
     precision: str
@@ -71,7 +71,7 @@ class Computed(NamedTuple):
 
 
 def check_number(count: int, max_images: int, field: str) -> None:
-    """Refuse a request without images (400), or with more than are taken at once (413)."""
+    """Refuse a request without images (400), or with more than the limit (413)."""
     if count == 0:
         raise ApiError(400, "no_images", "the request holds no image", param=field)
     if count > max_images:
@@ -84,10 +84,10 @@ def check_number(count: int, max_images: int, field: str) -> None:
 
 
 def check_json_size(body: bytes, most: int) -> None:
-    """Refuse JSON of more than `most` values, or of as many lists and objects, before it is parsed.
+    """Refuse JSON of more than `most` values, or of more than `most` lists and objects, before it is parsed.
 
-    A megabyte of `[],[],…` becomes sixty of parsed values. Base64 holds neither comma nor bracket, so that
-    honest requests count a handful for each image.
+    A megabyte of `[],[],…` parses into sixty megabytes of values. Base64 contains no commas or brackets, so honest
+    requests count only a handful for each image.
     """
     if (count := body.count(b",")) > most:
         raise ApiError(
@@ -100,7 +100,7 @@ def check_json_size(body: bytes, most: int) -> None:
 
 
 def validate(model: type[_Model], body: bytes) -> _Model:
-    """JSON as `model`. Raises ApiError 400 for the first thing that is wrong."""
+    """Validate JSON as `model`. Raises ApiError 400 for the first error."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -120,19 +120,19 @@ def _refusal(detail: ErrorDetails) -> ApiError:
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
-    """pydantic's place of an error as `inputs[0].content[1].image`."""
+    """pydantic's location of an error, written as `inputs[0].content[1].image`."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not str(part).startswith("(")]
     return "".join(parts).removeprefix(".")
 
 
 def media_type(content_type: str) -> tuple[str, dict[bytes, bytes]]:
-    """`type/subtype` in lower case, and the options behind it."""
+    """`type/subtype` in lower case, and its options."""
     kind, options = parse_options_header(content_type)
     return kind.decode("latin-1").lower(), options
 
 
 def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
-    """A body that is not JSON: one image file, several in a form, or an array. Raises ApiError 400, 413, 415."""
+    """Read a body that is not JSON: one image file, several in a form, or an array. Raises ApiError 400, 413 or 415."""
     media, options = media_type(content_type)
     if media == "multipart/form-data":
         ask = Ask(*read_form(body, options.get(b"boundary", b""), max_images))
@@ -151,7 +151,7 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
 
 
 def read_text(text: str, where: str) -> bytes:
-    """The bytes of an image file in a data URI or plain base64; white space between is passed over."""
+    """The bytes of an image file in a data URI or plain base64; white space is ignored."""
     start = text[:8].lower()
     if start.startswith(("http://", "https://")):
         raise ApiError(
@@ -173,7 +173,7 @@ def read_text(text: str, where: str) -> bytes:
 
 
 def _read_broken_lines(text: str, where: str) -> bytes:
-    """Base64 in lines, as `base64 FILE` prints it."""
+    """Decode base64 that is broken into lines, as `base64 FILE` prints it."""
     try:
         return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n\f\v"), validate=True)
     except (binascii.Error, ValueError):
@@ -186,7 +186,7 @@ def _read_broken_lines(text: str, where: str) -> bytes:
 
 
 def _read_npy(body: bytes, max_images: int) -> list[ImageData]:
-    """[N, H, W, C], [H, W, C] or [H, W] as numpy saves it. The header is judged before any array is made."""
+    """The images of a saved array [N, H, W, C], [H, W, C] or [H, W]. Its header is checked before any array is made."""
     wanted = (
         "send one little-endian array [N, H, W, C], [H, W, C] or [H, W] of the model's own kind as numpy.save writes it"
     )
@@ -194,7 +194,7 @@ def _read_npy(body: bytes, max_images: int) -> list[ImageData]:
     try:
         with quiet():
             header = read_npy_header(file)
-    except Exception:  # numpy's parser stumbles over damage in many ways
+    except Exception:  # numpy's parser fails on damage in many ways
         raise ApiError(400, "invalid_npy", f"the body is not an .npy file: {wanted}") from None
     size = len(body) - file.tell()
     if (
@@ -216,7 +216,7 @@ def _read_npy(body: bytes, max_images: int) -> list[ImageData]:
 
 
 class Raw(NamedTuple):
-    """Vectors as they are, and what kind of body that is."""
+    """Vectors as raw bytes, and their content type."""
 
     body: bytes
     content_type: str
@@ -235,7 +235,7 @@ def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Raw | None
 
 
 def _most_wanted(accept: str) -> str:
-    """The media type of the highest `q` in `Accept`, the first of equals; empty where none is above zero."""
+    """The media type with the highest `q` in `Accept`, the first of equals; empty if none is above zero."""
     wanted, most = "", 0.0
     for entry in accept.split(","):
         media, options = media_type(entry)
