@@ -1,8 +1,8 @@
-"""A work-conserving batcher: many requests' images, decoded and packed together into full batches, each request fairly.
+"""A work-conserving batcher: decodes many requests' images and packs them into full batches, fair to each request.
 
-Threads of one kind do whatever is most useful next: run a batch if one is ready and a lane is free, else decode one more
-image. There is no timer. A lone image is decoded and run at once by the same thread, with all cores; a backlog fills the
-batches of all lanes.
+All threads are alike and do whatever is most useful next: run a batch if one is ready and a lane is free, else decode
+another image. There is no timer. A lone image is decoded and run at once by the same thread, with all cores; a backlog
+fills the batches of all lanes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Result = NDArray[np.float32] | ImageError
 
 
 class Decoded(NamedTuple):
-    """One image, preprocessed: what the graph takes, and how many pixels it had before."""
+    """A preprocessed image: the graph's input, and how many pixels the image had before."""
 
     pixels: Pixels
     area: int
 
 
 class Observer(Protocol):
-    """Told how long each stage took, decoding also where it failed; called from the batcher's threads."""
+    """Receives the seconds each stage took, including failed decodings; called from the batcher's threads."""
 
     def decoded(self, seconds: float) -> None: ...
 
@@ -45,7 +45,7 @@ class Observer(Protocol):
 
 
 class _Request:
-    """The images of one request: what is still to be decoded, and what has come out. Guarded by the batcher's lock."""
+    """One request: its images still to be decoded, and its results so far. Guarded by the batcher's lock."""
 
     def __init__(self, images: Sequence[ImageData]) -> None:
         self.todo = deque(enumerate(images))
@@ -58,13 +58,13 @@ class _Request:
         self.since = time.perf_counter()
 
     def expire(self) -> None:
-        """Too late; on the loop."""
+        """Fail with TimeoutError. Called on the loop."""
         self._settle(TimeoutError())
 
     def settle(self, error: BaseException | None = None) -> None:
-        """Wake whoever waits; from any thread. Of one that is gone the loop may have ended."""
+        """Wake the waiter, from any thread. Once the request is gone, its loop may have ended."""
         if not self.gone:
-            with contextlib.suppress(RuntimeError):  # a loop that was closed with this request pending
+            with contextlib.suppress(RuntimeError):  # the loop was closed with this request pending
                 self.loop.call_soon_threadsafe(self._settle, error)
 
     def _settle(self, error: BaseException | None) -> None:
@@ -77,7 +77,7 @@ class _Request:
 
 
 _Ready = tuple[_Request, int, Pixels, float]
-"""An image of a request, its place there, what the graph takes, and when it was decoded."""
+"""The request, the image's index in it, the graph's input, and when the image was decoded."""
 _Model = Callable[[Pixels], NDArray[np.float32]]
 
 
@@ -85,39 +85,39 @@ class State(NamedTuple):
     """What there is to do, and what is being done."""
 
     requests: int
-    """Those with images still to be decoded."""
+    """Requests with images still to be decoded."""
     decoding: int
-    """Images."""
+    """Images being decoded."""
     ready: int
     """Images decoded and not run yet."""
     running: int
-    """Lanes."""
+    """Lanes in use."""
     at_work: int
-    """Images in the lanes."""
+    """Images in those lanes."""
     waited_s: float
     """Seconds since the first of the ready images was decoded."""
     closed: bool
 
 
 class Capacity(NamedTuple):
-    """How much a batcher does at a time."""
+    """How much a batcher can do at a time."""
 
     max_batch: int
-    """Images of the largest batch."""
+    """Images in the largest batch."""
     lanes: int
     """Batches that run at the same time."""
     few: int
-    """Images that go to all cores together while nothing else is there."""
+    """Up to this many images run on all cores together if there is nothing else to do."""
     cores: int
-    """Of this machine, for decoding and for lanes that run there."""
+    """CPU cores for decoding, and for lanes that run on the CPU."""
     lane_cores: int
-    """Cores that a running lane keeps busy; 0 where it waits for a GPU."""
+    """CPU cores that a running lane keeps busy; 0 if it waits for a GPU."""
     batch_s: float
     """Seconds that a full batch takes."""
 
 
 class RunBatch(NamedTuple):
-    """Run a batch of at most `size` images, which takes so many lanes; `whole`: by all cores."""
+    """Run a batch of at most `size` images, which occupies `lanes` lanes; `whole`: on all cores."""
 
     size: int
     lanes: int
@@ -125,19 +125,19 @@ class RunBatch(NamedTuple):
 
 
 def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait", "stop"]:
-    """What is most useful next, for a thread that has nothing to do.
+    """The most useful next step for an idle thread.
 
-    A batch is run where a lane is free, and the batch is full or can grow only while a core stands idle: one more
-    inference beside busy cores would slow them all, and soon be followed by another. But no image waits for others to be
-    decoded for longer than a batch takes.
+    A full batch runs once a lane is free. A partial one runs if, besides, no image waits to be decoded and a core is
+    idle: one more inference beside busy cores would slow them all, and soon be followed by another. But no image waits
+    for others to be decoded for longer than a batch takes.
     """
     max_batch, lanes, few, cores, lane_cores, batch_s = capacity
     all_busy = now.running * lane_cores + now.decoding >= cores
     due = now.ready >= max_batch or now.waited_s > batch_s or not (now.requests or all_busy)
     if now.ready and now.running < lanes and due:
         if now.ready <= few and not (now.running or now.decoding or now.requests):
-            return RunBatch(few, lanes, whole=True)  # a few that are all there is
-        # In a backlog full batches; else what is there is shared alike by all lanes, those that run among them.
+            return RunBatch(few, lanes, whole=True)  # a few images, and nothing else to do
+        # Full batches in a backlog; otherwise all lanes, including the running ones, share the images equally.
         share = math.ceil((now.ready + now.at_work) / lanes)
         return RunBatch(max_batch if now.requests else min(share, max_batch), 1, whole=False)
     if now.requests and now.ready + now.decoding < 2 * lanes * max_batch:
@@ -152,9 +152,9 @@ class Batcher:
 
     decode  one encoded image → `Decoded`; ImageError for one that cannot be read
     run     [B, H, W, C] → [B, D]; called by at most `capacity.lanes` threads at a time
-    whole   as `run`, by all cores: takes all lanes
+    whole   like `run`, but on all cores; occupies all lanes
 
-    Images are taken from the requests in turn, one of each: a request of hundreds does not hold up one of one.
+    Requests take turns, one image at a time: a request with hundreds of images does not hold up a request with one.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Batcher:
         self._decoding = 0
         self._closed = False
         self._lock = threading.Condition()
-        # A lane and its decoders: while all lanes run, there is someone to prepare the next batch.
+        # At least one thread more than lanes: while all lanes run, it prepares the next batch.
         count = max(capacity.cores, capacity.lanes + 1)
         self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
         self._at_hand = count  # threads
@@ -178,9 +178,9 @@ class Batcher:
             thread.start()
 
     async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Result], int]:
-        """A vector [D] for each image, or why it cannot be read, in order; and the pixels of those decoded, together.
+        """A vector [D] for each image, or why it cannot be read, in order; and the total pixels of the decoded images.
 
-        Cancelled or too late, it drops what has not been decoded or run yet. Raises what `run` raised, or TimeoutError.
+        If cancelled or too late, images not yet decoded or run are dropped. Raises what `run` raised, or TimeoutError.
         """
         request = _Request(images)
         with self._lock:
@@ -188,7 +188,7 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             self._requests.append(request)
             self._lock.notify(len(images))
-        # Cheaper than asyncio.timeout, and many requests are answered within a few milliseconds.
+        # Cheaper than asyncio.timeout, which counts: many requests are answered within a few milliseconds.
         timer = request.loop.call_later(timeout_s, request.expire)
         try:
             await request.future
@@ -200,7 +200,7 @@ class Batcher:
         return [result for result in request.results if result is not None], request.area
 
     def close(self) -> None:
-        """Answer what has been taken in, then stop the threads."""
+        """Answer the requests already accepted, then stop the threads."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
@@ -213,12 +213,12 @@ class Batcher:
             self._at_hand -= 1
             if self._at_hand:
                 return
-        # Nobody runs the model any more, and whoever still holds this object must not hold the model's memory.
+        # The model does not run any more, and a reference to this object must not keep the model's memory alive.
         del self._run, self._whole
         trim_heap()
 
     def _drop(self, request: _Request) -> None:
-        """Forget what has not been decoded or run yet of a request that nobody waits for, and the memory it holds."""
+        """Drop the images not decoded or run yet of a request that nobody waits for, and free their memory."""
         with self._lock:
             request.gone = True
             request.todo.clear()
@@ -227,7 +227,7 @@ class Batcher:
             self._lock.notify()
 
     def _next(self) -> Callable[[], None] | None:
-        """The most useful thing to do, waited for; None once closed and empty."""
+        """Wait for the most useful next task and return it; None once closed and empty."""
         with self._lock:
             while True:
                 todo = decide(self._state(), self._capacity)
@@ -248,7 +248,7 @@ class Batcher:
         )
 
     def _take_batch(self, way: RunBatch) -> list[_Ready]:
-        """Images to run together."""
+        """Take the images of the next batch."""
         batch = [self._ready.popleft() for _ in range(min(way.size, len(self._ready)))]
         self._running += way.lanes
         self._at_work += len(batch)
@@ -257,7 +257,7 @@ class Batcher:
         return batch
 
     def _take_image(self) -> tuple[_Request, int, ImageData]:
-        """One image of the request whose turn it is."""
+        """Take one image of the request whose turn it is."""
         request = self._requests.popleft()
         place, image = request.todo.popleft()
         if request.todo:
@@ -270,7 +270,7 @@ class Batcher:
         outcome: Decoded | BaseException
         try:
             outcome = self._decode(image)
-        except BaseException as error:  # whatever it is, the request must be answered and the thread live on
+        except BaseException as error:  # whatever it is, the request must be answered and the thread must live on
             outcome = error
         self._observer.decoded(time.perf_counter() - start)
         with self._lock:

@@ -1,4 +1,4 @@
-"""Answers requests with the models of this replica: bounded in number and time."""
+"""Answers requests with the models of this replica, within limits on number and time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer(NamedTuple):
 
 
 def max_images_in_time(plan: Plan, settings: ServeSettings) -> int:
-    """Images of a model that are answered in half of `request_timeout_s`, at the speed measured at start; at least one."""
+    """How many images a model answers in half of `request_timeout_s`, at the speed measured at start; at least one."""
     return max(1, int(plan.rate * settings.request_timeout_s / 2))
 
 
@@ -35,10 +35,10 @@ class Engine:
         self._inside = 0
 
     async def answer(self, model: LoadedModel, images: Sequence[ImageData]) -> Answer:
-        """Embed a request's images; one bad image spoils no other.
+        """Embed a request's images; a bad image does not affect the others.
 
-        Raises ApiError: 429 before anything is decoded when too many images wait,
-        503 when there is no answer in time or no room to run.
+        Raises ApiError: 429 before anything is decoded if too many images wait,
+        503 if there is no answer in time or not enough memory.
         """
         if self._is_full(model, len(images)):
             raise unavailable("overloaded", "too many images are waiting: try again shortly", 429)
@@ -60,10 +60,10 @@ class Engine:
         return Answer(results, pixels)
 
     def _is_full(self, model: LoadedModel, more: int) -> bool:
-        """Whether so many images are too many: for this replica, or for the model to answer in half of their time.
+        """Whether `more` images are too many for this replica, or for the model to answer in half of the timeout.
 
-        All wait together, so a queue too long for the timeout would see all of its requests fail, not the last ones.
-        A request that is alone is let in.
+        All requests wait together, so if the queue were too long for the timeout, all would fail, not only the last.
+        A request that is alone is always let in.
         """
         limits = (
             (self._inside, self._settings.max_waiting),
@@ -73,7 +73,7 @@ class Engine:
 
 
 def _finite(result: Result) -> Result:
-    """A vector, or the reason why there is none: half precision can overflow."""
+    """The vector if it is finite, else an ImageError: half precision can overflow."""
     if isinstance(result, ImageError) or np.isfinite(result).all():
         return result
     return ImageError("the model's vector for this image is not finite: export the model in fp32", code="not_finite")

@@ -1,4 +1,4 @@
-"""Whether a model answers correctly: from what its batcher does, or by an image sent through it."""
+"""Whether a model answers correctly, judged by what its batcher does or by an image sent through it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from jepakit_service.sharing import Shared
 _FRESH_S, _RIGHT_S = 5.0, 60.0
 _TIMEOUT_S = 10.0
 _BATCHES = 3
-"""Of a slow model, that may run before a lone image's is done: they are given as many times as long."""
+"""Of a slow model, batches that may run before a lone image's is done: its time limits allow for this many."""
 _PATIENCE_S = 0.5
-"""For a heartbeat, of who asks: probes give up after some seconds."""
+"""How long a caller waits for a heartbeat: probes give up after a few seconds."""
 
 
 class Heartbeat:
-    """Finds out, when called, why a model does not answer correctly. It observes the batcher, and passes on what it hears.
+    """Finds out, when called, why a model does not answer correctly. Observes the batcher, and passes its events on.
 
-    name      the model's, for messages
-    embed     the first golden image's vector [D], or why there is none; given seconds, raises TimeoutError after them
+    name      the model's name, for messages
+    embed     gives the first golden image's vector [D], or why there is none; TimeoutError after the given seconds
     expected  the golden vector [D]
     limit     the largest relative error that passes
     batch_s   seconds that a full batch takes: a slow model is given longer
-    observer  hears of every stage too
+    observer  receives the events of the batcher too
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Heartbeat:
         self._slow_s = _BATCHES * batch_s
         self._observer = observer
         self._ran = self._right = self._decoded = time.monotonic()
-        """When a batch ran, when its numbers were those of the golden vectors, and when an image was decoded."""
+        """When a batch last ran, when the golden vector was last reproduced, and when an image was last decoded."""
         self._fault: str | None = None
         """What the last heartbeat found."""
         self._beat = Shared(self._take)
 
     async def __call__(self) -> str | None:
-        """Why the model does not answer correctly; None when it does, as far as half a second shows.
+        """Why the model does not answer correctly; None if it does, as far as half a second can show.
 
-        A batch that ran within 5 s (or the time of three) and golden vectors reproduced within a minute are proof enough,
-        else a golden image goes through the same queue as everybody's: one at a time, however many ask. While it takes
-        longer, what the one before it found is told.
+        A batch that ran within 5 s (or the time of three) and golden vectors reproduced within a minute suffice.
+        Otherwise a golden image goes through the same queue as all others, one at a time, however many callers ask. If
+        it takes longer than half a second, the result of the previous one is returned.
         """
         if not self._is_proven():
             with contextlib.suppress(TimeoutError):
@@ -66,12 +66,12 @@ class Heartbeat:
         return self._fault
 
     def decoded(self, seconds: float) -> None:
-        """For the batcher."""
+        """Called by the batcher."""
         self._decoded = time.monotonic()
         self._observer.decoded(seconds)
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
-        """For the batcher: a sign of life."""
+        """Called by the batcher: a sign of life."""
         self._ran = time.monotonic()
         self._observer.ran(size, queued, seconds)
 
@@ -86,8 +86,8 @@ class Heartbeat:
         try:
             vector = await self._embed(max(_TIMEOUT_S, 2 * self._slow_s))
         except TimeoutError:
-            # The image still waits behind others: large ones may take longer to decode than a batch of them to run. None is
-            # decoded for long behind a batch that hangs.
+            # The image still waits behind others: large ones may take longer to decode than a batch of them to run.
+            # Behind a batch that hangs, decoding soon stops too.
             now = time.monotonic()
             busy = now - max(self._ran, self._decoded) < self._fresh_s()
             self._fault = None if busy else f"{self._name} has run no batch for {now - self._ran:.0f} s"

@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus: one registry a replica, put together for the deployment by `merge`."""
+"""Prometheus metrics of the service: one registry per replica, combined for the deployment by `merge`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Metrics:
             registry=self.registry,
         )
         self.refused = Counter("jepakit_refused", "Refused requests, by reason", ("reason",), registry=self.registry)
-        for reason in _ALARMING:  # a counter that is born with its first refusal shows no rate
+        for reason in _ALARMING:  # a counter that only appears with its first refusal shows no rate
             self.refused.labels(reason)
         self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
         self.ready = Gauge("jepakit_ready", "1 when every model answers", registry=self.registry)
@@ -67,12 +67,12 @@ class Metrics:
         return ModelMetrics(self, model)
 
     def families(self) -> list[Metric]:
-        """All that is counted, as it stands; can be pickled."""
+        """All metrics with their current values; can be pickled."""
         return list(self.registry.collect())
 
 
 class ModelMetrics:
-    """The counters of one model: its images, and the stages of its batcher as they end."""
+    """The counters of one model: its images, and its batcher's stages as they end."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._ok = metrics.images.labels(model, "ok")
@@ -84,7 +84,7 @@ class ModelMetrics:
         self.waiting = metrics.waiting.labels(model)
 
     def answered(self, good: int, bad: int) -> None:
-        """Images of a request that were embedded, and that could not be read."""
+        """Count the images of a request that were embedded, and those that could not be read."""
         self._ok.inc(good)
         self._bad.inc(bad)
 
@@ -107,7 +107,7 @@ class _Collected(Collector):
 
 
 def merge(by_replica: Mapping[str, Sequence[Metric]]) -> bytes:
-    """Prometheus' text of several replicas: every sample once, with the label `replica`."""
+    """The metrics of several replicas as Prometheus' text: every sample once, with the label `replica`."""
     families: dict[str, Metric] = {}
     for replica, own in by_replica.items():
         for family in own:

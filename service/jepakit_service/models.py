@@ -24,11 +24,11 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import tune
 
 _BYTES_A_PIXEL = 8
-"""Of an image once decoded, times `max_pixels`: what one image may take."""
+"""A decoded image may take this many bytes times `max_pixels`."""
 
 
 class LoadedModel:
-    """One bundle, verified, its golden vectors reproduced, ready to embed. Raises BundleError when it is not right."""
+    """A verified bundle whose golden vectors were reproduced, ready to embed. Raises BundleError if a check fails."""
 
     def __init__(self, bundle: Bundle, settings: ServeSettings, metrics: Metrics) -> None:
         self.manifest = bundle.manifest
@@ -39,11 +39,11 @@ class LoadedModel:
         self._golden_image = expected.images[0]
         inputs = expected.inputs(self.manifest.preprocess)
         self.provider = session.provider
-        """What really runs: cpu, cuda, tensorrt or openvino."""
+        """The provider actually used: cpu, cuda, tensorrt or openvino."""
         self.precision = session.precision
-        """What is really computed: fp32, fp16, int8 or bf16."""
+        """The precision actually used: fp32, fp16, int8 or bf16."""
         self.plan, session, whole = tune(session, bundle, inputs, settings)
-        trim_heap()  # opening a session leaves as much free memory behind as its graph is large
+        trim_heap()  # opening a session leaves freed memory the size of its graph behind
         self._limits = Limits(
             max_pixels=settings.max_pixels,
             max_decoded_bytes=_BYTES_A_PIXEL * settings.max_pixels,
@@ -53,7 +53,7 @@ class LoadedModel:
         self.counted = metrics.of_model(self.manifest.name)
         self.inside = 0
         """Images of requests that the engine has let in."""
-        # Where the table judges by cosines, one vector tells no more than that its numbers are numbers.
+        # Where the table judges by cosines, one vector shows no more than that its values are numbers.
         limit = golden.TOLERANCES[self.precision, self.provider].relative or 1.0
         self.heartbeat = Heartbeat(
             self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.counted
@@ -66,16 +66,16 @@ class LoadedModel:
             lane_cores=0 if self.provider in ON_GPU else self.plan.threads,
             batch_s=self.plan.batch_s,
         )
-        # It alone holds the sessions, and lets go of them once it is closed and empty.
+        # Only the batcher holds the sessions, and it releases them once it is closed and empty.
         self._batcher = Batcher(self._decode, session.run, whole.run, capacity, self.heartbeat)
 
     @property
     def digest(self) -> str:
-        """The bundle's."""
+        """The bundle's digest."""
         return self.manifest.digest
 
     async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Result], int]:
-        """A vector [D] for each image or why it cannot be read, in order, and the pixels of those decoded.
+        """A vector [D] for each image, or why it cannot be read, in order; and the total pixels of the decoded images.
 
         Raises TimeoutError.
         """
@@ -86,7 +86,7 @@ class LoadedModel:
             self.counted.waiting.dec(len(images))
 
     def close(self) -> None:
-        """Answer what waits, then let go of the threads and of the graph's memory."""
+        """Answer the waiting requests, then release the threads and the graph's memory."""
         self._batcher.close()
 
     async def _embed_golden(self, timeout_s: float) -> Result:
@@ -104,6 +104,6 @@ class LoadedModel:
         spec = self.manifest.preprocess
         try:
             pixels = read_image(image, spec, limits=self._limits)
-        except MissingExtraError as error:  # what is not installed here is the sender's to know
+        except MissingExtraError as error:  # tells the sender what is not installed here
             raise ImageError(str(error), code="unsupported_format") from None
         return Decoded(np.ascontiguousarray(fit(pixels, spec, limits=self._limits)), pixels.shape[0] * pixels.shape[1])

@@ -1,4 +1,4 @@
-"""One run of some work for all who ask for it at the same time."""
+"""One run of some work for all callers that ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class Shared(Generic[_T]):
 
     async def __call__(self) -> _T:
         if self._run is None or self._run.done():
-            # In no request's context: Ray cancels what a request has begun when its client leaves.
+            # Outside any request's context: Ray cancels what a request has started when its client leaves.
             self._run = asyncio.get_running_loop().create_task(self._work(), context=contextvars.Context())
         return await asyncio.shield(self._run)

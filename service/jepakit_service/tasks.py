@@ -1,4 +1,4 @@
-"""Tells a task's own cancellation from one of what it awaited."""
+"""Tells a task's own cancellation from that of something it awaited."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import asyncio
 
 
 def is_cancelled() -> bool:
-    """Whether somebody wants the running task itself to end: a CancelledError may have come from what it awaits."""
+    """Whether the running task itself is being cancelled: a CancelledError may also come from what it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,4 +1,4 @@
-"""How a model runs best on this machine, measured at its start: threads of an inference, inferences at a time, batch size."""
+"""How a model runs best on this machine, measured when it is loaded: threads per inference, lanes, batch size."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _GPU_BATCHES = (*_BATCHES, 64)
 _LONGEST_BATCH_S = 0.25
 """Longer batches make everybody wait, and are no faster on a CPU."""
 _NEARLY = 0.97
-"""The smallest batch is taken that is as fast as any: the images of a larger one wait for each other."""
+"""The smallest batch within this share of the best rate is chosen: images of a larger one wait for each other."""
 _BETTER = 1.1
-"""All cores together must answer so much more than lanes to be chosen for a backlog too: timings on a busy machine vary."""
+"""All cores together must be this much faster than lanes to be chosen for a backlog too: timings vary."""
 _PASSES, _LEAST_S = 3, 0.05
 
 
 class Plan(NamedTuple):
-    """How a backlog is answered, and how a few images are while nothing else is there."""
+    """How a backlog is answered, and how a few images are if there is nothing else to do."""
 
     threads: int
-    """Of one inference while others run beside it."""
+    """Threads of one inference while others run beside it."""
     lanes: int
     """Inferences at a time."""
     max_batch: int
-    """Images of one inference."""
+    """Most images in one inference."""
     rate: float
-    """Images a second that this gave."""
+    """Images per second, as measured."""
     few: int
-    """Images that all cores together answer sooner than lanes do; 0: lanes always, or there is only one."""
+    """Up to this many images are answered sooner by all cores together than by lanes; 0: always lanes, or only one."""
 
     @property
     def batch_s(self) -> float:
-        """Seconds of a full batch while every lane runs one."""
+        """Seconds per full batch while every lane runs one."""
         return self.max_batch * self.lanes / self.rate
 
 
 class Tuned(NamedTuple):
-    """A model's plan, the session that its lanes share, and the one that takes all cores for `plan.few` images."""
+    """A model's plan, the session that its lanes share, and the one that uses all cores for up to `plan.few` images."""
 
     plan: Plan
     session: Session
@@ -57,18 +57,18 @@ class Tuned(NamedTuple):
 
 
 def tune(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettings) -> Tuned:
-    """How to run a bundle that `session` has open with all threads. images: what it takes.
+    """Find out how to run a bundle that `session` has open with all threads. images: inputs for it.
 
-    On a CPU most models answer more when each core runs a batch of its own, and a lone image sooner when all cores share
-    it. Where both hold the model is open both ways; the numbers of its vectors are the same. On a GPU one batch may travel
-    while another is computed: two lanes of the one session.
+    On a CPU most models answer more images when each core runs a batch of its own, but a lone image sooner when all
+    cores share it. Where both hold, the model is opened both ways; its vectors are the same. On a GPU one batch can be
+    transferred while another is computed: two lanes share the session.
     """
     whole, on_gpu = _Way(session, settings.threads, 1), session.provider in ON_GPU
     ways = [whole, *(_splits(bundle, settings) if session.provider == "cpu" else ())]
     if on_gpu:
         ways.append(_Way(session, settings.threads, 2))
     sizes = (1, settings.max_batch) if settings.max_batch else _GPU_BATCHES if on_gpu else _BATCHES
-    # In turns, and the shortest of all: a slow moment of the machine must not decide between them.
+    # In turns, keeping the shortest times: a slow moment of the machine must not decide between them.
     for _ in range(_PASSES):
         for way in ways:
             way.measure(images, sizes, least=settings.max_batch or 1)
@@ -79,12 +79,12 @@ def tune(session: Session, bundle: Bundle, images: Pixels, settings: ServeSettin
 
 
 def most_sessions(provider: Provider, threads: int) -> int:
-    """Sessions that `tune` has open at a time, the given one among them."""
+    """The most sessions that `tune` has open at a time, including the given one."""
     return 1 + (len(_split_threads(threads)) if provider in ("auto", "cpu") else 0)
 
 
 def _splits(bundle: Bundle, settings: ServeSettings) -> Iterator[_Way]:
-    """The model again, with fewer threads an inference; the bytes have been verified."""
+    """The model again, with fewer threads per inference; the bytes have been verified."""
     data = bundle.read(DATA) if DATA in bundle.manifest.files else None
     graph = bundle.read(GRAPH)
     for threads in _split_threads(settings.threads):
@@ -102,16 +102,16 @@ class _Way:
     def __init__(self, session: Session, threads: int, lanes: int) -> None:
         self.session, self._threads, self._lanes = session, threads, lanes
         self._alone = math.inf
-        """Seconds of a lone image."""
+        """Seconds for a lone image."""
         self._seconds: dict[int, float] = {}
-        """Of one batch of each size while every lane runs."""
+        """Seconds per batch, by its size, while every lane runs."""
         self._too_large = math.inf
-        """The first size for which there was no memory."""
+        """The smallest size for which there was not enough memory."""
 
     def measure(self, images: Pixels, sizes: Iterable[int], least: int) -> None:
-        """Once more: a lone image, and batches of every size up to the first that takes too long or does not fit.
+        """Time once more a lone image, and batches of every size up to the first that takes too long or does not fit.
 
-        Raises InferenceError where one of at most `least` images cannot be run.
+        Raises InferenceError if a batch of at most `least` images cannot be run.
         """
         self._alone = min(self._alone, _pass(self.session, images[:1], 1))
         for size in (size for size in sizes if size < self._too_large):
@@ -128,20 +128,20 @@ class _Way:
                 break
 
     def plan(self, max_batch: int | None) -> Plan:
-        """With the smallest batch that is nearly the fastest, or the one that was asked for."""
+        """The plan with the smallest batch that is nearly the fastest, or with the one asked for."""
         rates = {size: size * self._lanes / seconds for size, seconds in self._seconds.items()}
         size = next(size for size, rate in rates.items() if rate >= _NEARLY * max(rates.values()))
         return Plan(self._threads, self._lanes, max_batch or size, rates[size], 0)
 
     def few_beside(self, lanes: _Way) -> int:
-        """The most images that are answered sooner one batch by all cores than an image a lane."""
+        """The most images that all cores answer sooner as one batch than lanes do with one image each."""
         if lanes.session is self.session or lanes._alone <= self._alone:
             return 0
         return max([1, *(size for size, seconds in self._seconds.items() if seconds <= lanes._seconds[1])])
 
 
 def _pass(session: Session, batch: Pixels, lanes: int) -> float:
-    """Seconds of one batch while every lane runs, over a moment."""
+    """Seconds per batch while every lane runs, averaged over a moment."""
     session.run(batch)
     rounds = [0] * lanes
     start = time.perf_counter()
