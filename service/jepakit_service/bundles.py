@@ -11,9 +11,9 @@ from jepakit_service.settings import ServeSettings
 
 
 def find_bundles(settings: ServeSettings) -> list[Bundle]:
-    """The bundles that the settings name, manifests checked, pinned digests honoured, names unique.
+    """The bundles that the settings name, with manifests checked, pinned digests enforced and names unique.
 
-    Folders beside them that cannot be looked into are passed over. Raises BundleError, or DataError where there is no bundle.
+    Unreadable folders beside them are skipped. Raises BundleError, or DataError if there is no bundle.
     """
     by_name: dict[str, Bundle] = {}
     for path in (path for given in settings.bundles for path in _some_bundles(Path(given))):
@@ -28,7 +28,7 @@ def find_bundles(settings: ServeSettings) -> list[Bundle]:
 
 
 def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
-    """Raise BundleError for a bundle whose digest is none of those that were pinned."""
+    """Raise BundleError for a bundle whose digest is not one of those that were pinned."""
     if settings.expect and bundle.digest not in settings.expect:
         raise BundleError(
             f"{bundle.path} has digest {bundle.digest}, which is not the expected one: "
@@ -37,14 +37,14 @@ def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
 
 
 def bundle_folders(given: Path) -> Inside:
-    """The bundles that one path of the settings names: itself, or those in it. Raises OSError."""
+    """The bundles at one path of the settings: the path itself, or those inside it. Raises OSError."""
     if is_bundle(given) or not given.is_dir():
         return Inside([given], {})
     return bundles_inside(given)
 
 
 def _some_bundles(given: Path) -> list[Path]:
-    """As `bundle_folders`; DataError where there is none."""
+    """Like `bundle_folders`, but raises DataError if there is no bundle or the path cannot be read."""
     try:
         bundles, closed = bundle_folders(given)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""`jepakit deploy`: a new version into the folder that a service watches, and back out when the service refuses it.
+"""`jepakit deploy`: put a new version into the folder that a service watches, and take it out again if it is refused.
 
-Nothing is told to the service over HTTP: it sees the folder, checks what is in it, and says in `/v1/models` what came of it.
+The service is told nothing over HTTP: it notices the change, checks the bundle, and reports the result in `/v1/models`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 
 
 class Deployed(NamedTuple):
-    """What the service says of the model once every replica serves it, and whether it replaced a version of its name."""
+    """The service's description of the model once every replica serves it, and whether it replaced an older version."""
 
     model: ModelInfo
     replaced: bool
@@ -32,11 +32,11 @@ class Deployed(NamedTuple):
 
 
 def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deployed:
-    """Copy, swap, wait, and keep or undo; returns what is then in service.
+    """Copy, swap, wait, then keep or undo; returns what is in service afterwards.
 
-    Raises BundleError for a bundle that is not whole or not exported, DataError for a folder that is not one or
-    not the one that is watched, WriteError when it cannot be written to, ConnectionFailedError when there is no service,
-    ServeError when another deploy is at work, or the service refuses the version or takes too long: the folder is then as
+    Raises BundleError for a bundle that is incomplete or not exported, DataError if `folder` is not a folder of bundles
+    or not the watched one, WriteError if it cannot be written to, ConnectionFailedError if there is no service, and
+    ServeError if another deploy is at work, or the service refuses the version or takes too long. The folder is then as
     it was.
     """
     bundle = open_bundle(source)
@@ -63,7 +63,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against other deploys: two would undo each other's work. ServeError when one is at work."""
+    """Lock the folder against other deploys: two would undo each other's work. ServeError if one is at work."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(holding(folder, wait=False))
@@ -73,7 +73,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _place(bundle: Bundle, folder: Path) -> Path:
-    """The folder that holds this name now, else a new one of the name."""
+    """The folder that holds the bundle of this name now, else a new folder of that name."""
     for inside in bundles_inside(folder).bundles:
         with contextlib.suppress(InputError):  # a damaged one
             if open_bundle(inside).manifest.name == bundle.manifest.name:
@@ -85,11 +85,11 @@ def _place(bundle: Bundle, folder: Path) -> Path:
 
 
 def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> None:
-    """Raise DataError where the service serves the bundle already, but not from here: no wait would tell."""
+    """Raise DataError if the service serves this bundle already, but not from here: waiting would prove nothing."""
     served = next((model.raw for model in models if model.name == bundle.manifest.name), {})
     if served.get("serving") != [bundle.digest]:
         return
-    refused = (served.get("update") or {}).get("digest")  # put there by hand, and not taken: may be replaced
+    refused = (served.get("update") or {}).get("digest")  # put there by hand and refused: may be replaced
     if not target.exists() or open_bundle(target).digest not in (bundle.digest, refused):
         raise DataError(
             f"the service serves this very bundle already, and {target.parent} does not hold it: name the folder that "
@@ -99,7 +99,7 @@ def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> Non
 
 @contextlib.contextmanager
 def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
-    """A copy of the bundle in the target's place, on the disk; taken out again when the block fails, by Ctrl-C too."""
+    """Put a copy of the bundle in the target's place, flushed to disk; undone if the block fails, also by Ctrl-C."""
     new = Path(tempfile.mkdtemp(prefix=".deploy-", dir=target.parent))
     old = new.with_suffix(".old")
     try:
@@ -109,7 +109,7 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
         new.rename(target)
         fsync(target.parent)
         yield
-    except BaseException:  # what is not in service must not be what the next start finds
+    except BaseException:  # the next start must not find a version that is not in service
         _undo(bundle, target, new, old)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -125,9 +125,9 @@ def _copy(bundle: Bundle, new: Path) -> None:
 
 
 def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
-    """Make the target as it was, wherever the swap stopped. ServeError when that cannot be done: `old` then stays."""
+    """Restore the target, wherever the swap stopped. ServeError if that fails: `old` is then kept."""
     try:
-        with contextlib.suppress(BundleError):  # gone since, or somebody else's
+        with contextlib.suppress(BundleError):  # removed since, or somebody else's
             if not new.exists() and open_bundle(target).digest == bundle.digest:
                 target.rename(new)
         if old.exists():
@@ -140,7 +140,7 @@ def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
 
 
 def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelInfo:
-    """Wait until every replica serves the bundle; ServeError when one refuses it."""
+    """Wait until every replica serves the bundle; ServeError if one refuses it or time runs out."""
     last = "does this service watch this folder? (`jepakit serve FOLDER`)"
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -156,11 +156,11 @@ def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelI
 
 
 def _ask(client: Client, bundle: Bundle) -> tuple[ModelInfo | None, str]:
-    """The model once every replica serves the bundle, and what the service says of the bundle before."""
+    """The model if every replica serves the bundle, else None and what the service says about the bundle."""
     name, digest = bundle.manifest.name, bundle.digest
     try:
         found = client.model(name)
-    except NotFoundError as error:  # a new name is not there before every replica has it
+    except NotFoundError as error:  # a new name only appears once every replica has it
         if digest not in str(error):
             return None, ""
         if error.code == "model_refused":

@@ -1,4 +1,4 @@
-"""Where the service listens: whether it can, whether it answers, and what of it other machines could reach."""
+"""Where the service listens: whether the port is free, when it is ready, and what other machines could reach."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WHY_NOT = {
 
 
 class Listener(NamedTuple):
-    """A TCP port of the process tree that listens beyond loopback."""
+    """A TCP port on which the process tree listens beyond loopback."""
 
     address: str
     port: int
@@ -34,8 +34,7 @@ class Listener(NamedTuple):
 
 
 def check_port_is_free(settings: ServeSettings) -> None:
-    """Raise ConfigError, which says why, where the service could not listen: on any of the host's addresses that are this
-    machine's."""
+    """Raise ConfigError, with the reason, unless the service can listen on all of the host's local addresses."""
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
@@ -51,7 +50,7 @@ def check_port_is_free(settings: ServeSettings) -> None:
 
 
 def _error_at(family: int, address: Any) -> int:
-    """The error's number where nothing can listen at an address; 0 where something can."""
+    """The errno of listening at an address; 0 if that works."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -64,9 +63,9 @@ def _error_at(family: int, address: Any) -> int:
 
 
 def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:
-    """Wait for our own readiness, which is true only after the golden check, then say what is open, and where the service is.
+    """Wait until the service is ready, which takes the golden check, then print its open ports and its URL.
 
-    fallback  another port with all of the service's HTTP
+    fallback  another port that serves all of the service's HTTP
     """
     import httpx
 
@@ -86,7 +85,7 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *
 
 
 def own_url(settings: ServeSettings) -> str:
-    """Where this machine itself reaches the service."""
+    """The URL at which this machine itself reaches the service."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
@@ -114,7 +113,7 @@ def free_port() -> int:
 
 
 def _print_listeners(settings: ServeSettings, fallback: int | None) -> None:
-    """Say what other machines could reach."""
+    """Print the ports that other machines could reach."""
     listeners = open_listeners()
     if not listeners:
         return
@@ -137,6 +136,6 @@ def _guard(listener: Listener, settings: ServeSettings, fallback: int | None) ->
 
 
 def _name(process: psutil.Process) -> str:
-    """Ray's workers tell their part in their title; everything else by its program."""
+    """The process title for Ray's workers, which states their role; otherwise the program's name."""
     title: str = process.cmdline()[0] if process.cmdline() else process.name()
     return title.split()[0] if title.startswith("ray::") else process.name()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def holding(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a folder against other processes that would; against none on network file systems that lock no folders.
+    """Lock a folder against other callers of this function. No effect on network file systems that cannot lock folders.
 
-    BlockingIOError where another holds it, unless it is waited for.
+    Raises BlockingIOError if another process holds the lock and `wait` is false.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

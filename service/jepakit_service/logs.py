@@ -1,7 +1,7 @@
 """The service's log lines: text or JSON, on standard error of the process that was started.
 
-Under Ray the replicas are processes of their own, whose standard error goes to Ray's files: they send their lines to
-the driver through a Unix datagram socket, so that an operator sees one stream.
+Under Ray the replicas are separate processes, whose standard error goes to Ray's files. They send their lines to the
+driver through a Unix datagram socket, so that an operator sees one stream.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def configure(settings: ServeSettings, send_to: str | None = None) -> None:
 
 
 def silence() -> None:
-    """Log nowhere any more."""
+    """Stop logging anywhere."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
         for logger in loggers:
@@ -52,9 +52,9 @@ def silence() -> None:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line to standard output, or to `stream`; it is lost where that is full, closed, or no longer read.
+    """Print a line to standard output, or to `stream`; it is lost if that is full, closed, or no longer read.
 
-    Whoever started the service may be gone by the time it stops, and requests in flight must not wait for them.
+    Whoever started the service may be gone by the time it stops, and requests in flight must not wait for a reader.
     """
     stream = sys.stdout if stream is None else stream
     with contextlib.suppress(OSError):
@@ -63,8 +63,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def _write(stream: TextIO | None, line: bytes) -> None:
-    """A line past Python's own buffer, which would keep what a full disk did not take and fail again at exit."""
-    if stream is not None:  # closed before the program began
+    """Write a line past Python's own buffer, which would keep what a full disk did not take and fail again at exit."""
+    if stream is not None:  # None if closed before the program began
         with contextlib.suppress(OSError):
             os.write(stream.fileno(), line + b"\n")
 
@@ -86,16 +86,16 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    """What was logged beside the message; of an exception its kind alone, since its text may hold what was sent."""
+    """The fields logged with the message; of an exception only the type, since its text may contain what was sent."""
     fields: dict[str, object] = getattr(record, "fields", {})
     kind = record.exc_info[0] if record.exc_info else None
     return fields if kind is None else {**fields, "exception": kind.__name__}
 
 
 class _Queued(logging.Handler):
-    """Hands lines to `send` on a thread of its own: whoever logs never waits for whoever reads.
+    """Hands lines to `send` on a thread of its own, so that logging never waits for a reader.
 
-    A burst waits here; what waits beyond `_MOST_WAITING` lines is lost.
+    A burst is queued here; lines beyond `_MOST_WAITING` are lost.
     """
 
     def __init__(self, send: Callable[[Iterator[bytes]], None]) -> None:
@@ -106,12 +106,12 @@ class _Queued(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Of whatever kind the error is: logging's own way is a traceback on standard error, with the line's contents.
+        # Whatever the error: logging itself would print a traceback on standard error, with the line's contents.
         with contextlib.suppress(Exception):
             self._lines.put_nowait(self.format(record).encode()[:_LONGEST_LINE])
 
     def close(self) -> None:
-        """Let the lines that wait be sent, for two seconds at most; `logging` closes it once more at exit."""
+        """Send the queued lines, taking two seconds at most; `logging` calls this once more at exit."""
         if not self._ended:
             self._ended = True
             with contextlib.suppress(queue.Full):
@@ -126,7 +126,7 @@ def _to_standard_error(lines: Iterator[bytes]) -> None:
 
 
 def _to_driver(path: str, lines: Iterator[bytes]) -> None:
-    """To a Unix datagram socket, which holds as few as ten lines; those for a driver that has gone are lost."""
+    """Send lines to a Unix datagram socket, which may hold only ten; lines for a driver that is gone are lost."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as driver:
         for line in lines:
             with contextlib.suppress(OSError):
@@ -154,7 +154,7 @@ class Collector:
 
 
 def access(level: AccessLog, *, status: int, fields: dict[str, object]) -> None:
-    """One line for an answered request, where the setting wants it."""
+    """Log one line for an answered request, if `level` includes it."""
     if level == "none" or (level == "errors" and status < 400):
         return
     logging.getLogger(f"{LOGGER}.access").info("request", extra={"fields": fields})

@@ -1,8 +1,8 @@
-"""The application on Ray Serve: the only module of the service that knows Ray.
+"""The application on Ray Serve: the only module of the service that knows about Ray.
 
-Our own process is the entry point, never `ray start`: Ray's internal ports listen on all interfaces, so they are
-guarded by a token of our making, without a dashboard and without usage statistics. `build` is the same application
-for a Serve config file, on clusters that others run.
+Our own process is the entry point, never `ray start`. Ray's internal ports listen on all interfaces, so we guard them
+with our own token, and run neither dashboard nor usage statistics. `build` gives the same application to a Serve config
+file, on clusters that others run.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _APPLICATION, _DEPLOYMENT = "jepakit", "embeddings"
 _REPORT_TIMEOUT_S = 3.5
 """Together with a heartbeat's patience, less than the 5 s that probes wait."""
-# The gate refuses, says why and keeps answering probes; Ray's own limit only has to lie beyond its.
+# The gate refuses requests with a reason and keeps answering probes; Ray's own limit only has to be higher.
 _ONGOING = 100_000
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
-"""For Ray's own files. The gate logs requests; Ray's access log would only be a second one."""
+"""For Ray's own files. The gate logs requests; Ray's access log would only repeat it."""
 _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
 _CORE = ("gcs_server", "raylet")
-"""Ray's control store and node: what they keep going is lost with either, and Ray starts neither anew."""
+"""Ray's control store and node: without either nothing runs, and Ray restarts neither."""
 _FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
 _LINGER_S = 1.0
-"""The proxy ends with us, and on a busy machine the last answers are still on their way through it."""
+"""The proxy ends with us, and on a busy machine the last answers may still be on their way through it."""
 
 
 class _Stop:
-    """Whether SIGINT or SIGTERM has come. A plain flag: the signal may interrupt whoever holds the lock of an Event."""
+    """Whether SIGINT or SIGTERM has come. A plain flag: the signal may interrupt code that holds an Event's lock."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -70,8 +70,8 @@ class _Stop:
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start.
 
-    Ray and its driver are in a session of their own. A signal to our process group, as a terminal, `timeout` or a
-    supervisor sends it, would end Ray's processes at once, and with them the requests in flight: the driver alone gets it.
+    Ray and its driver run in a session of their own. A signal to our process group, as sent by a terminal, `timeout` or
+    a supervisor, would end Ray's processes at once, and the requests in flight with them. So only the driver gets it.
     """
     parent, driver = os.getpid(), os.fork()
     if driver == 0:
@@ -88,14 +88,14 @@ def run(settings: ServeSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     _, status = os.waitpid(driver, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the number may be another process's now
+    for number in (signal.SIGINT, signal.SIGTERM):  # the pid may be another process's now
         signal.signal(number, signal.SIG_IGN)
     code = os.waitstatus_to_exitcode(status)
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
 def _end_with(parent: int) -> None:
-    """SIGTERM for this process once its parent is gone, however that ended."""
+    """Send this process SIGTERM once its parent is gone, however it ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -103,7 +103,7 @@ def _end_with(parent: int) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Whatever Ray's processes leave behind when they die becomes this one's child, to be ended with the others."""
+    """Adopt what Ray's processes leave behind when they die, so that it is ended with the other children."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
@@ -115,7 +115,7 @@ def _drive(settings: ServeSettings) -> None:
             importlib.import_module("ray.serve")
         except ImportError as error:
             raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
-        # For the processes that Ray starts: this one has no loop that Ray could share.
+        # For the processes that Ray starts: this one has no event loop that Ray could share.
         os.environ.update(_REPLICAS)
         stop = _Stop()
         stop.watch()
@@ -125,7 +125,7 @@ def _drive(settings: ServeSettings) -> None:
 
 
 def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) -> None:
-    """Start Ray, with its files in `folder`, serve until it is to stop, and end all of Ray."""
+    """Start Ray with its files in `folder`, serve until told to stop, and end all of Ray."""
     import psutil
     import ray
     from ray import serve
@@ -139,7 +139,7 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
             num_gpus=_gpus(settings),
             num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
         )
-        stop.watch()  # ray.init put its own in place
+        stop.watch()  # ray.init installed its own handlers
         _end_idle_helpers()
         core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}
         options = HTTPOptions(host=settings.host, port=settings.port)
@@ -179,14 +179,14 @@ def _check_core(core: Mapping[str, Any]) -> None:
 
 
 def _drain(handle: Any, settings: ServeSettings) -> None:
-    """Have what is in flight answered. Raises ServeError where a replica cannot say that it was."""
+    """Let the requests in flight be answered. Raises ServeError if a replica cannot confirm that they were."""
     logs.say("stopping: answering the requests in flight …")
     answers: list[Any]
     try:
         answers = handle.broadcast("drain").results(timeout_s=settings.drain_s + 5, return_exceptions=True)
     except Exception as error:  # as above
         answers = [error]
-    time.sleep(_LINGER_S)  # for the others too, where one replica has died
+    time.sleep(_LINGER_S)  # even if one replica has died, for the others
     for answer in answers:
         if isinstance(answer, BaseException):
             raise ServeError(f"requests in flight may be lost: {_innermost(answer)}") from answer
@@ -195,32 +195,32 @@ def _drain(handle: Any, settings: ServeSettings) -> None:
 def build(args: dict[str, Any]) -> Any:
     """The application for a Serve config file: `import_path: jepakit_service.ray_app:build`.
 
-    args  fields of `ServeSettings`. Where the cluster listens is its own `http_options`, unknown here: keys are needed
-          unless `host` in `args` says that it is loopback. Raises ConfigError.
+    args  fields of `ServeSettings`. Where the cluster listens is set by its own `http_options`, unknown here: keys are
+          required unless `host` in `args` says that it is loopback. Raises ConfigError.
     """
     return _application(parse(ServeSettings, {"host": "0.0.0.0", **args}), None)
 
 
 _CLUSTER = {
     **SILENT,
-    "RAY_memory_monitor_refresh_ms": "0",  # it kills whoever is there when somebody else uses memory
-    "RAY_worker_niceness": "0",  # by itself 15: whatever else runs on the machine goes before the service
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill our processes when others use the memory
+    "RAY_worker_niceness": "0",  # the default, 15, puts the service behind everything else on the machine
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-    # By default 5 s, after which the proxy would be killed while it starts on a busy machine.
+    # The default, 5 s, would kill the proxy while it starts on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # Ray's processes log to files in a folder that may lie in memory: two small files each.
+    # Ray's processes log to files in a folder that may be in memory: two small files each.
     "RAY_ROTATION_MAX_BYTES": str(1 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
-    "RAY_event_stats": "0",  # of its event loops, which it would print to those files each minute
+    "RAY_event_stats": "0",  # of its event loops, printed to those files every minute
 }
 _REPLICAS = {
-    # Our code never blocks its loop: one loop for it and Ray's saves each request four hops between threads.
+    # Our code never blocks its event loop: sharing Ray's saves each request four hops between threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 NODE_ENVIRONMENT = {**_CLUSTER, **_REPLICAS}
-"""What every node of a cluster needs, ours or the user's own (docs/deploy/kuberay.yaml)."""
+"""Variables that every node of a cluster needs, ours or the user's own (docs/deploy/kuberay.yaml)."""
 
 
 def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
@@ -229,7 +229,7 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_raylet_start_wait_time_s": "120",  # 30 s are not enough on a busy machine
-        # Ray's own metrics, which nobody reads here, and ten looks a second took 6 % of a core from the inferences.
+        # Nobody reads Ray's own metrics here, and ten control loops a second took 6 % of a core from the inferences.
         "RAY_enable_metrics_collection": "0",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.4",
         "RAY_COLOR_PREFIX": "0",
@@ -239,16 +239,16 @@ def _environment(settings: ServeSettings, folder: Path) -> dict[str, str]:
 
 
 def _haproxy(folder: Path, settings: ServeSettings) -> dict[str, str]:
-    """HAProxy's files in our folder rather than in /tmp for all to read, and ports of its own for each service.
+    """Keep HAProxy's files in our folder rather than in /tmp for all to read, and give each service its own ports.
 
-    While no replica is up, it sends requests to the fallback, whose port other services would share: one would answer the
-    other's. Ray has it log every request, its client and query, to port 514 of this machine: here to a socket that nobody
-    opens.
+    While no replica is up, HAProxy sends requests to the fallback; if services shared its port, one would answer the
+    other's requests. By default Ray has it log every request, with client and query, to port 514 of this machine; here
+    the log goes to a socket that nobody opens.
     """
     return {
         _FALLBACK_PORT: str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-        # Of a client that sends nothing, by default an hour; longer than the gate waits for a body, or anybody for an answer.
+        # For a client that sends nothing; by default an hour. Longer than any wait for a body, or for an answer.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max(settings.body_timeout_s, settings.request_timeout_s)) + 15),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
@@ -320,7 +320,7 @@ def _application(settings: ServeSettings, log_socket: str | None) -> Any:
 
 
 def _named_once(gate: Gate) -> ASGIApp:
-    """Ray adds the request's own id, or one that it made, to every answer: the gate's is left out where it is the same."""
+    """Leave out the gate's request id if it came with the request: Ray adds that id, or its own, to every answer."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None
@@ -338,9 +338,9 @@ def _named_once(gate: Gate) -> ASGIApp:
 
 
 async def _ask_all() -> Sequence[Report | None]:
-    """The reports of the deployment's replicas, from within one of them; None for one that ended.
+    """The reports of the deployment's replicas, asked from within one of them; None for one that has ended.
 
-    If one does not answer, or Ray knows of none just now, it gives no other's report either: a single None.
+    If one does not answer, or Ray knows of none at the moment, there are no reports at all: a single None.
     """
     from ray import serve
 
@@ -348,7 +348,7 @@ async def _ask_all() -> Sequence[Report | None]:
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
         answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
-    except asyncio.CancelledError:  # Ray tells so of a call that ended in another replica, too
+    except asyncio.CancelledError:  # Ray also raises this for a call that ended in another replica
         if is_cancelled():
             raise
         return [None]
@@ -358,15 +358,15 @@ async def _ask_all() -> Sequence[Report | None]:
 
 
 def _gpus(settings: ServeSettings) -> int | None:
-    """Ray counts the GPUs itself where replicas ask for one."""
+    """None, so that Ray counts the GPUs itself, if replicas ask for any; else 0."""
     return None if settings.num_gpus else 0
 
 
 def _end_idle_helpers() -> None:
-    """End what Ray started for what is off here: logs sent to the driver, a dashboard, a cluster that grows.
+    """End Ray's helpers for what is off here: sending logs to the driver, the dashboard, growing the cluster.
 
-    The three take 200 MB and wake all the time, which delays a lone image: all cores compute it together. They are
-    killed, because the one that is asked to end reports that as a failure.
+    The three take 200 MB and wake up all the time, which delays a lone image, computed by all cores together. They are
+    killed, because one of them reports being asked to end as a failure.
     """
     import psutil
 
@@ -395,7 +395,7 @@ def _reason(error: BaseException) -> str:
     import ray
     from ray import serve
 
-    if ray.is_initialized():  # else asking would start a Ray of its own
+    if ray.is_initialized():  # otherwise asking would start another Ray
         with contextlib.suppress(Exception):
             status = serve.status().applications[_APPLICATION].deployments[_DEPLOYMENT]
             if status.message:

@@ -1,4 +1,4 @@
-"""The models of one replica by name, in up to three versions: the one in service, the next, and the one before."""
+"""The models of one replica by name, in up to three versions: the one in service, the next and the previous one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UpdateState = Literal["incomplete", "loading", "waiting", "failed"]
 
 @dataclass
 class Versions:
-    """What a replica has and knows under one name. `failed` tells, by digest, why a version was refused."""
+    """The versions that a replica has of one name. `failed` holds, by digest, why a version was refused."""
 
     current: LoadedModel | None = None
     next: LoadedModel | None = None
@@ -27,10 +27,10 @@ class Versions:
     folder: Path | None = None
     """Where a bundle of this name was seen last."""
     absent: int = 0
-    """Looks in a row that found no such bundle."""
+    """How many looks in a row found no such bundle."""
     incomplete: Incomplete | None = None
     expected: bool = False
-    """Whether it lay here, not whole, when the replica started: others may have it in service."""
+    """Whether the bundle was here but incomplete when the replica started: others may have it in service."""
 
     def loaded(self) -> list[LoadedModel]:
         """All versions that can answer."""
@@ -49,7 +49,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Incomplete:
-    """A version on disk whose files do not pass, as they are in `stamp`; found at the time `since` (`time.monotonic`)."""
+    """A version on disk whose files, in the state `stamp`, failed verification at `since` (`time.monotonic`)."""
 
     update: Update
     stamp: Stamp
@@ -58,7 +58,7 @@ class Incomplete:
 
 @dataclass(frozen=True)
 class VersionsState:
-    """What replicas tell each other of one name: digests alone."""
+    """What replicas tell each other about one name: digests only."""
 
     current: str | None
     loaded: tuple[str, ...]
@@ -70,7 +70,7 @@ NO_MODEL = "no model is in service: the service's log says what became of the bu
 
 
 class Registry:
-    """Names are looked up here and never become paths."""
+    """Looks up models by name; names never become paths."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Versions] = {}
@@ -82,7 +82,7 @@ class Registry:
                 yield versions.current
 
     def versions(self, name: str) -> Versions:
-        """What there is under a name; made when it is new."""
+        """The versions of a name, created if it is new."""
         return self._by_name.setdefault(name, Versions())
 
     def names(self) -> list[str]:
@@ -90,11 +90,11 @@ class Registry:
         return sorted(self._by_name)
 
     def forget(self, name: str) -> Versions:
-        """Take a name out of service; returns what it had, for closing."""
+        """Take a name out of service; returns its versions, for closing."""
         return self._by_name.pop(name)
 
     def find(self, asked: str | None) -> LoadedModel:
-        """NAME, NAME@MODEL_ID, or nothing where one model is in service; ApiError 400, 404 or 503 otherwise."""
+        """The model NAME or NAME@MODEL_ID; without a name, the only one in service. Raises ApiError 400, 404 or 503."""
         if not asked:
             serving = list(self)
             if len(serving) == 1:
@@ -146,7 +146,7 @@ class Registry:
 
 
 def _not_in_service(name: str, update: Update) -> ApiError:
-    """404 for a name whose first version is not there yet, or was refused: code `model_refused`."""
+    """404 for a name whose first version is not in service yet, or was refused (code `model_refused`)."""
     code = "model_refused" if update.state == "failed" else "model_not_found"
     reason = "" if update.reason is None else f": {update.reason}"
     return ApiError(

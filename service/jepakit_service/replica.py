@@ -23,7 +23,7 @@ from jepakit_service.updates import Updates
 
 @dataclass(frozen=True)
 class Report:
-    """What one replica says of itself; can be pickled. `faults` is empty when it answers correctly."""
+    """What one replica says about itself; can be pickled. `faults` is empty when it answers correctly."""
 
     replica: str
     faults: tuple[str, ...]
@@ -37,14 +37,14 @@ class Report:
 
 
 AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
-"""The reports of the replicas; None for one that ended, or for all together where one of them does not answer."""
+"""Gives the reports of the replicas; None for one that has ended, or a single None if one of them does not answer."""
 
 
 class Replica:
-    """Loads every model at construction, and raises BundleError unless every one of them is right.
+    """Loads every model at construction, and raises BundleError if any of them fails a check.
 
-    ask_all  gives the reports of the deployment, which this replica may join while bundles are being copied: those are
-             loaded once they are whole; None: this is the only replica
+    ask_all  gives the reports of the deployment. The replica may join it while bundles are being copied, and loads
+             those once they are complete. None: this is the only replica
     """
 
     def __init__(self, settings: ServeSettings, ask_all: AskAll | None = None) -> None:
@@ -63,8 +63,8 @@ class Replica:
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """Look for new bundles from now on, on the running event loop. More calls change nothing while that goes on."""
-        if self._watching is None or self._watching.done():  # a CancelledError of what it awaited ends it
+        """Look for new bundles from now on, on the running event loop. Further calls do nothing while that goes on."""
+        if self._watching is None or self._watching.done():  # a CancelledError from what it awaits ends it
             self._watching = asyncio.get_running_loop().create_task(self._updates.run())
 
     async def faults(self) -> tuple[str, ...]:
@@ -89,17 +89,17 @@ class Replica:
         return Report(self.id, faults, self.registry.state(), self.metrics.families())
 
     async def reports(self) -> Sequence[Report]:
-        """The reports of all replicas that answer, this one's among them. Strangers may ask: one round at a time."""
+        """The reports of all replicas that answer, this one's included. One round at a time, as strangers may ask."""
         return await self._reports()
 
     async def check(self) -> None:
-        """Raise ServeError when this replica should be replaced. One without models is not: no other could start."""
+        """Raise ServeError if this replica should be replaced. Not if it has no models: no other could start."""
         if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 
     async def _answering(self) -> Sequence[Report]:
         answered = [report for report in await self._ask_all() if report is not None]
-        return answered or await self._ask_alone()  # another hangs
+        return answered or await self._ask_alone()  # another replica hangs
 
     async def _ask_alone(self) -> Sequence[Report]:
         return [await self.report()]
@@ -107,5 +107,5 @@ class Replica:
     async def _states(self) -> list[dict[str, VersionsState] | None]:
         reports = await self._ask_all()
         if not any(report is not None and report.replica == self.id for report in reports):
-            return [None]  # who does not hear itself does not hear all others either
+            return [None]  # a replica that does not hear itself cannot be hearing all the others
         return [None if report is None else report.models for report in reports]

@@ -1,4 +1,4 @@
-"""Settings of the service: the command line, the environment and a YAML file all end here, in this order of weight."""
+"""Settings of the service, from the command line, the environment and a YAML file, in this order of precedence."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Seconds = Annotated[float, Field(gt=0)]
 UserPath = Annotated[str, AfterValidator(with_home)]
 AccessLog = Literal["all", "errors", "none"]
 _PREFIX = "JEPAKIT_SERVE_"
-# What Kubernetes tells of a service whose name begins like our variables, such as KubeRay's `jepakit-serve-svc`.
+# Variables that Kubernetes sets for a service whose name begins like ours, such as KubeRay's `jepakit-serve-svc`.
 _OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port(_\d+_.*)?$")
 _LINK = re.compile(r"(tcp|udp|sctp)://")
-"""What it tells in `JEPAKIT_SERVE_PORT` of a service `jepakit-serve`."""
+"""What Kubernetes puts in `JEPAKIT_SERVE_PORT` for a service `jepakit-serve`."""
 
 
 class ServeSettings(BaseSettings):
@@ -112,13 +112,13 @@ class ServeSettings(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Made from Python, settings are what was given; `load` adds the rest."""
+        """Settings made in Python are only what was given; `load` adds the other sources."""
         return (init_settings,)
 
     @field_validator("bundles", "expect", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        """In the environment several words are separated by commas."""
+        """In the environment, several values are separated by commas."""
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -149,7 +149,7 @@ def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
 
 
 def _variables() -> dict[str, Any]:
-    """What JEPAKIT_SERVE_* variables set; ConfigError for one that sets nothing."""
+    """The settings from JEPAKIT_SERVE_* variables; ConfigError for one that is not a setting."""
     _check_variables()
     found = EnvSettingsSource(ServeSettings)()
     if _LINK.match(str(found.get("port"))):
@@ -158,7 +158,7 @@ def _variables() -> dict[str, Any]:
 
 
 def _check_variables() -> None:
-    """Refuse a variable that sets nothing, which would be passed over without a word."""
+    """Refuse a variable that is not a setting, which would otherwise be ignored silently."""
     for variable, value in os.environ.items():
         prefix, name = variable[: len(_PREFIX)].upper(), variable[len(_PREFIX) :].lower()
         if not value or prefix != _PREFIX or name in ServeSettings.model_fields or _OF_KUBERNETES.search(f"_{name}"):
@@ -167,7 +167,7 @@ def _check_variables() -> None:
 
 
 def as_yaml(settings: ServeSettings) -> str:
-    """All settings as a YAML file that `load` reads, each with what it means."""
+    """All settings as a YAML file that `load` reads, each with its description."""
     lines, values = [], settings.model_dump(mode="json")
     for name, field in ServeSettings.model_fields.items():
         if field.description:

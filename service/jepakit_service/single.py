@@ -1,4 +1,4 @@
-"""The application in this one process, on uvicorn: `jepakit serve --no-ray`."""
+"""The application in this process alone, on uvicorn: `jepakit serve --no-ray`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepakit_service.listeners import announce_when_ready
 from jepakit_service.settings import ServeSettings
 
 _KEEP_ALIVE_S = 90
-"""As Ray Serve's, and longer than nginx keeps a connection idle: one closed under its hands costs a request."""
+"""As in Ray Serve, and longer than nginx keeps a connection idle: closing one that nginx is using costs a request."""
 
 
 class _Server(uvicorn.Server):
@@ -46,7 +46,7 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError where it cannot listen any more."""
+    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError if the port is no longer free."""
     logs.configure(settings)
     gate = build_app(settings)
     server = _Server(config(gate, settings))
@@ -63,7 +63,7 @@ def run(settings: ServeSettings) -> None:
     threading.Thread(target=announce, daemon=True).start()
     try:
         server.run()
-    except SystemExit:  # uvicorn's, where it cannot listen: it was free before the models were loaded
+    except SystemExit:  # from uvicorn, if it cannot listen: the port was free before the models were loaded
         raise ServeError(
             f"cannot listen on {settings.host}, port {settings.port}: another program has taken it while the models were loaded"
         ) from None

@@ -1,6 +1,6 @@
 """OpenTelemetry traces by OTLP over HTTP, switched on by OTEL_TRACES_EXPORTER=otlp or the address of a collector.
 
-Everything else (headers, sampling, service name, resource) is OpenTelemetry's own to read. Spans hold no content.
+OpenTelemetry itself reads everything else (headers, sampling, service name, resource). Spans hold no content.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PROTOCOL = "http/protobuf"
 
 
 def wanted() -> bool:
-    """Whether the environment asks for traces. ConfigError where it asks for such as cannot be sent."""
+    """Whether the environment asks for traces. ConfigError if it asks for traces that cannot be sent."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
-    # OpenTelemetry takes an empty variable for one that is not set.
+    # OpenTelemetry treats an empty variable as unset.
     exporter = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
     if exporter not in ("otlp", "none"):
         raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}: traces are sent by otlp alone; set otlp or none")
@@ -50,7 +50,7 @@ def check() -> None:
 
 
 class Tracer:
-    """A span a request, as a child of the caller's where it sent `traceparent`. Raises what `check` raises."""
+    """Makes one span per request, a child of the caller's if it sent `traceparent`. Raises what `check` raises."""
 
     def __init__(self) -> None:
         check()
@@ -80,16 +80,16 @@ class Tracer:
             yield span
 
     def flush(self) -> None:
-        """Send what is left, for two seconds at most."""
+        """Send the remaining spans, taking two seconds at most."""
         _for_a_while(self._provider.force_flush)
 
     def close(self) -> None:
-        """Send what is left, for two seconds at most; there is no span after it."""
+        """Send the remaining spans, taking two seconds at most; there are no spans afterwards."""
         _for_a_while(self._provider.shutdown)
 
 
 def _for_a_while(send: Callable[[], object]) -> None:
-    """A collector that hangs must not hold up the end: OpenTelemetry's own limits are not kept."""
+    """Wait two seconds at most: a hanging collector must not delay the end, and OpenTelemetry exceeds its limits."""
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     thread.join(_LONGEST_S)

@@ -1,8 +1,8 @@
-"""New versions of models, while the old ones serve: load beside, check, switch together, drain; or roll back.
+"""Brings in new versions of models while the old ones serve: load beside, check, switch together, drain; or roll back.
 
 A replica looks at the bundles' folders every `watch_s` seconds. A new version is loaded beside the one in service; once
-every replica has it, each switches; once every replica has switched, each lets the old one go. Until then both can be
-asked for by NAME@MODEL_ID of any replica. A version that fails on one replica is given up by all, and the old one stays.
+every replica has it, each switches; once every replica has switched, each releases the old one. Until then any replica
+answers for both as NAME@MODEL_ID. If a version fails on one replica, all give it up, and the old one stays.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from jepakit_service.tuning import most_sessions
 _log = logging.getLogger("jepakit.service")
 _ABSENT_LOOKS = 5
 _AGAIN_S = 60.0
-"""After so long files that did not pass are verified again though none has changed: a mount can fail for a moment."""
+"""Seconds after which files that failed are verified again even if unchanged: a mount can fail for a moment."""
 _LEAVING_LOOKS = 10
-"""Looks that a version is given to let go of its memory, here and in the machine's other replicas."""
+"""How many looks a version is given to release its memory, here and in the machine's other replicas."""
 
 Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState] | None]]]
-"""The states of all replicas, this one's among them; None for one that does not answer."""
+"""Gives the states of all replicas, this one's included; None for one that does not answer."""
 
 
 class Updates:
-    """Keeps the registry as the folders are. `step` is one look; `run` looks for ever."""
+    """Keeps the registry in line with the folders. `step` looks once; `run` looks forever."""
 
     def __init__(self, settings: ServeSettings, registry: Registry, metrics: Metrics, peers: Peers) -> None:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
         self._logged: set[str] = set()
         self._retired: list[LoadedModel] = []
         self._leaving = 0
-        """Looks in which a version that left may still hold memory."""
+        """How many more looks a version that left may still hold memory."""
 
     def whole(self) -> list[Bundle]:
-        """The bundles on disk that pass now. `step` looks at the others again, and logs them; until then they are expected."""
+        """The bundles on disk that pass now. The others become expected; `step` looks again and logs them."""
         found = [_look(Path(given)) for given in self._settings.bundles]
         wanted = self._wanted(found)
         passing = [bundle for bundle in wanted.values() if self._passes(bundle)]
@@ -70,12 +70,12 @@ class Updates:
             await asyncio.sleep(self._settings.watch_s)
             try:
                 await self.step()
-            except Exception as error:  # a look that failed must not be the last one
+            except Exception as error:  # a failed look must not be the last one
                 _log.error("looking for new bundles failed: %s: %s", type(error).__name__, error)
 
     async def step(self) -> None:
         """Look once: load what is new, switch and retire what all replicas agree on."""
-        for model in self._retired:  # since the last look nobody could find them any more
+        for model in self._retired:  # unreachable since the last look
             model.close()
         self._retired, self._leaving = [], max(0, self._leaving - 1)
         found = await asyncio.to_thread(lambda: [_look(Path(given)) for given in self._settings.bundles])
@@ -83,10 +83,10 @@ class Updates:
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
         gone = self._gone(wanted, {folder for _, rejected in found for folder in rejected})
-        for name in gone:  # whoever brings a refused version back wants it tried again
+        for name in gone:  # a refused version that is put back should be tried again
             versions = self._registry.versions(name)
             versions.update, versions.failed = None, {}
-        if all(bundles for bundles, _ in found):  # else a mount is lost, and nobody knows what it held
+        if all(bundles for bundles, _ in found):  # otherwise a mount is lost, and nobody knows what it held
             self._withdraw(gone)
         if any(versions.next or versions.previous for versions in map(self._registry.versions, self._registry.names())):
             states = await self._peers()
@@ -95,7 +95,7 @@ class Updates:
                 self._agree(answered)
 
     def _wanted(self, found: Sequence[_Found]) -> dict[str, Bundle]:
-        """The bundles on disk by name. What is passed over is logged once, until that changes."""
+        """The bundles on disk by name. What is skipped is logged once, until that changes."""
         wanted: dict[str, Bundle] = {}
         messages = {f"{reason}: it is passed over" for _, rejected in found for reason in rejected.values()}
         for bundle in (bundle for bundles, _ in found for bundle in bundles):
@@ -108,7 +108,7 @@ class Updates:
         return wanted
 
     async def _prepare(self, name: str, bundle: Bundle) -> None:
-        """Load a version that is not there yet, unless it was refused before or its files do not pass yet."""
+        """Load a version that is not loaded yet, unless it was refused before or its files do not pass yet."""
         versions = self._registry.versions(name)
         versions.folder = bundle.path
         if versions.incomplete is not None and versions.incomplete.update.digest != bundle.digest:
@@ -116,7 +116,7 @@ class Updates:
         if versions.next is not None and versions.next.digest != bundle.digest:
             self._give_up(versions)
         if versions.next is None and versions.previous is not None and versions.previous.digest == bundle.digest:
-            # Taken back while some replicas had switched and others had not: back through the same agreement.
+            # Rolled back when only some replicas had switched: it goes back through the same agreement.
             versions.next, versions.previous = versions.previous, None
         if bundle.digest in {model.digest for model in versions.loaded()}:
             if versions.current is not None and versions.current.digest == bundle.digest:
@@ -126,7 +126,7 @@ class Updates:
             await self._load(bundle, versions)
 
     async def _load(self, bundle: Bundle, versions: Versions) -> None:
-        """Load the next version beside those in service, or refuse it. While another leaves, it is waited for where memory lacks."""
+        """Load the next version beside those in service, or refuse it. Short of memory, wait while another leaves."""
         versions.update = Update(bundle.digest, "loading")
         try:
             check_expected(bundle, self._settings)
@@ -138,20 +138,20 @@ class Updates:
             else:
                 self._refuse(versions, bundle.digest, str(error))
             return
-        except Exception as error:  # the runtime's own, or no memory: as wrong at the next look
+        except Exception as error:  # the runtime's own, or no memory: the next look would fail too
             reason = f"{bundle.path} cannot be loaded ({type(error).__name__}: {error})"
             self._refuse(versions, bundle.digest, reason)
             return
         versions.update = Update(bundle.digest, "waiting")
 
     def _load_if_it_fits(self, bundle: Bundle, provider: Provider) -> LoadedModel:
-        """Raises _NoRoomError where the memory for it is not there: each replica of this machine sees what the one before has left."""
+        """Load a version, or raise _NoRoomError. Replicas of a machine take turns: each sees the memory left."""
         with holding(bundle.path, wait=True):
             _check_memory(bundle, most_sessions(provider, self._settings.threads), self._settings.max_memory_mb)
             return LoadedModel(bundle, self._settings, self._metrics)
 
     async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
-        """Whether every file passes; asked again when a file has changed, and after `_AGAIN_S`."""
+        """Whether every file passes; verified again when a file has changed, and after `_AGAIN_S`."""
         stamp = await asyncio.to_thread(_stamp, bundle.path)
         seen = versions.incomplete
         if seen is None or seen.stamp != stamp or time.monotonic() - seen.since >= _AGAIN_S:
@@ -193,7 +193,7 @@ class Updates:
         assert versions.next is not None
         if versions.previous is not None:
             self._retire(versions.previous)
-        self._leaving = _LEAVING_LOOKS  # what was in service goes once all have switched
+        self._leaving = _LEAVING_LOOKS  # the old version goes once all have switched
         versions.current, versions.previous, versions.next = versions.next, versions.current, None
         versions.update, versions.failed = None, {}
         _log.info("%s is now %s (digest %s)", name, versions.current.manifest.model_id, versions.current.digest)
@@ -210,17 +210,17 @@ class Updates:
             versions.next = None
 
     def _retire(self, *models: LoadedModel) -> None:
-        """Close them in the next look."""
+        """Close the models in the next look."""
         self._retired += models
         self._leaving = _LEAVING_LOOKS
 
     def _gone(self, there: Collection[str], closed: Collection[Path]) -> list[str]:
-        """Names whose bundle is not there. One in a folder whose manifest does not pass is not gone."""
+        """Names whose bundle is no longer there. A folder whose manifest does not pass does not count as gone."""
         names = self._registry.names()
         return [name for name in names if name not in there and self._registry.versions(name).folder not in closed]
 
     def _withdraw(self, gone: Collection[str]) -> None:
-        """Take names out of service whose bundle has been gone for some looks: a swap of folders takes fewer."""
+        """Take names out of service whose bundle has been gone for several looks: swapping folders takes fewer."""
         for name in self._registry.names():
             versions = self._registry.versions(name)
             versions.absent = versions.absent + 1 if name in gone else 0
@@ -230,11 +230,11 @@ class Updates:
 
 
 class _NoRoomError(DataError):
-    """There is not the memory to load a version beside the others."""
+    """There is not enough memory to load a version beside the others."""
 
 
 class _Found(NamedTuple):
-    """What is at one path of the settings: nothing where it is empty or lost."""
+    """What is at one path of the settings: nothing if it is empty or lost."""
 
     bundles: list[Bundle]
     rejected: dict[Path, str]
@@ -257,7 +257,7 @@ def _look(given: Path) -> _Found:
 
 
 def _is_gone(folder: Path) -> bool:
-    """Whether there is no bundle any more; one that cannot be looked into is there."""
+    """Whether the bundle is no longer there; one that cannot be inspected still is."""
     try:
         return not is_bundle(folder)
     except OSError:
@@ -281,5 +281,5 @@ def _stamp(folder: Path) -> Stamp:
         found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
     except OSError:
         return ()
-    # Of the last change of any kind: chmod is a remedy too.
+    # The time of any change, not only of the content: chmod is a remedy too.
     return tuple((name, status.st_size, status.st_ctime_ns) for name, status in found)
