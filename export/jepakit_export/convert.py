@@ -24,13 +24,13 @@ from jepakit.errors import ExportError
 
 INPUT, OUTPUT, TOKENS = "images", "embeddings", "tokens"
 INLINE_LIMIT = (2 << 30) - (64 << 20)
-"""Bytes of weights that a graph holds itself: a protobuf ends at 2 GB. Above it they lie in model.safetensors."""
-# Smaller tensors stay in the graph: shapes and axes that a runtime wants to know as it reads.
+"""Most bytes of weights inside a graph: a protobuf is limited to 2 GB. Larger ones go to model.safetensors."""
+# Smaller tensors stay in the graph: shapes and axes that a runtime needs while reading it.
 _LEAST_OUTSIDE = 1024
 
 
 class Sealed(NamedTuple):
-    """The bytes of model.onnx, and of model.safetensors where a large model's tensors lie outside the graph."""
+    """The bytes of model.onnx, and of model.safetensors if a large model's tensors are outside the graph."""
 
     graph: bytes
     data: bytes | None
@@ -38,7 +38,7 @@ class Sealed(NamedTuple):
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """No warnings inside, and nothing below an error from these loggers; the empty name is the root logger's."""
+    """Suppress warnings, and anything below an error from these loggers; the empty name is the root logger's."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,7 +66,7 @@ def is_large(model: ir.Model) -> bool:
 def seal(model: ir.Model, metadata: dict[str, str]) -> Sealed:
     """The graph's bytes, checked, without paths of this machine, the same at every export.
 
-    A large `model` is used up: its tensors then lie in the second file's bytes alone.
+    A large `model` is consumed: its tensors are then only in the bytes of the second file.
 
     metadata  written into the file, so that a stray model.onnx still says what it is
     """
@@ -76,16 +76,16 @@ def seal(model: ir.Model, metadata: dict[str, str]) -> Sealed:
     onnx.helper.set_model_props(proto, metadata)
     # Deterministic serialisation: protobuf maps are otherwise written in hash order.
     graph: bytes = proto.SerializeToString(deterministic=True)
-    # The checker would look for tensors outside the graph on the disk, where nothing lies yet.
+    # The checker would look on disk for tensors outside the graph, where there are none yet.
     onnx.checker.check_model(proto if data is None else as_inputs(graph, data)[0])
     return Sealed(graph, data)
 
 
 def _move_out(model: ir.Model) -> bytes:
-    """Move the model's big tensors into a safetensors file, whose bytes are returned; the model then refers to that file.
+    """Move the model's big tensors into a safetensors file, to which the model then refers; returns the file's bytes.
 
-    It is not weights.safetensors: the exporter has transposed matrices, and fp16 and int8 are other numbers altogether.
-    It goes through the disk so that memory never holds the tensors twice: they are released before the file is read.
+    weights.safetensors will not do: the exporter has transposed matrices, and fp16 and int8 are different numbers. The
+    file goes through the disk so that memory never holds the tensors twice: they are released before it is read.
     """
     values = model.graph.initializers
     with tempfile.TemporaryDirectory() as folder:

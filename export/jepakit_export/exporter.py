@@ -55,7 +55,7 @@ _PACKAGES = ("jepakit", "torch", "timm", "onnx", "onnxscript")
 
 
 class Source(NamedTuple):
-    """A backbone with its weights, and all the manifest says of it."""
+    """A backbone with its weights, and everything the manifest says about it."""
 
     backbone: Any
     described: Backbone
@@ -66,10 +66,10 @@ class Source(NamedTuple):
 
 
 def export(config: ExportConfig) -> Bundle:
-    """Write the bundle that `config` asks for and return it; its source and place have been checked.
+    """Write the bundle that `config` asks for and return it; its source and destination have been checked.
 
-    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError when the graph cannot be
-    made or ONNX Runtime does not reproduce torch, WriteError when there is no room for it; then there is no bundle.
+    Raises BackboneError, BundleError, ConfigError or DataError for an unusable source, ExportError if the graph cannot
+    be made or ONNX Runtime does not reproduce torch, WriteError if there is no room; no bundle is written then.
     """
     out = Path(config.out)
     source = _source(config)
@@ -107,7 +107,7 @@ def export(config: ExportConfig) -> Bundle:
 
 
 def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Tensor], graph: ir.Model) -> Manifest:
-    """The manifest but for the facts of a graph that is not yet verified."""
+    """The manifest without the facts about the graph, which is not verified yet."""
     named = {name: value.numpy() for name, value in tensors.items()}
     if config.precision == "int8":  # its rounding and calibrated ranges are part of the space
         held = {name: value.const_value for name, value in graph.graph.initializers.items()}
@@ -130,7 +130,7 @@ def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Ten
 
 
 def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected) -> Graph:
-    """What the manifest says of a graph that agrees so well with torch."""
+    """What the manifest says about a graph whose agreement with torch was measured."""
     return Graph(
         precision=config.precision,
         opset=config.opset,
@@ -143,7 +143,7 @@ def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected
 
 
 def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> ir.Model:
-    """The graph at the precision asked for."""
+    """The graph in the requested precision."""
     example = torch.from_numpy(inputs[:2])
     if config.precision == "fp16":
         embedder = copy.deepcopy(embedder)
@@ -158,9 +158,9 @@ def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pix
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """What goes wrong inside as an error that begins with `what`: the libraries raise classes of their own.
+    """Turn errors inside into one that begins with `what`: the libraries raise classes of their own.
 
-    A WriteError where the temporary folder has no room, an ExportError otherwise.
+    A WriteError if the temporary folder has no room, an ExportError otherwise.
     """
     try:
         yield
@@ -176,7 +176,7 @@ def _failing_as(what: str) -> Iterator[None]:
 
 
 def _standardized(source: Source, config: ExportConfig, users: Pixels | None) -> EmbeddingSpec:
-    """The embedding's spec with centre and scale measured on the user's images, where that was asked for."""
+    """The embedding's spec with centre and scale measured on the user's images, if requested."""
     if config.standardize is None or config.standardize == source.embedding.standardize:
         return source.embedding
     plain = source.embedding.model_copy(update={"standardize": "none", "center": None, "scale": None})
@@ -199,7 +199,7 @@ def _source(config: ExportConfig) -> Source:
 
 
 def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
-    """One of a finished run's two bundles; `best` follows the verdict: what was trained where that is better, else the start."""
+    """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start."""
     run.check_finished()
     start = which == "start" or (which == "best" and run.verdict.word != "better")
     return open_bundle(run.path / START) if start else run.bundle
@@ -243,7 +243,7 @@ def _of_timm(config: ExportConfig) -> Source:
 
 
 def _stamp(manifest: Manifest, precision: Precision) -> dict[str, str]:
-    """What is written into model.onnx itself."""
+    """The metadata written into model.onnx itself."""
     return {
         "jepakit.name": manifest.name,
         "jepakit.model_id": manifest.model_id,

@@ -1,9 +1,9 @@
-"""fp32 graph → int8 graph for CPUs, by the rule that costs each kind of network least.
+"""fp32 graph → int8 graph for CPUs, by the method that costs each kind of network least.
 
-Where most weights are matrices (ViTs, ConvNeXt), each product's input is quantised at run time by its own range: without
-calibration, and better than fixed ranges on every transformer tried. Where they are convolutions, ranges are measured on
-images. Attention's own products, whose two factors are both computed, stay in float: quantising them lets ONNX Runtime fuse
-an 8-bit softmax, which silently gave a cosine of 0.76 on a ViT.
+If most weights are in matrix products (ViTs, ConvNeXt), the input of each product is quantised at run time by its own
+range: this needs no calibration, and was better than fixed ranges on every transformer tried. If most are in
+convolutions, ranges are measured on images. Attention's own products, whose factors are both computed, stay in float:
+quantising them lets ONNX Runtime fuse an 8-bit softmax, which silently gave a cosine of 0.76 on a ViT.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, quiet(""):  # the quantiser gives its advice on the root logger
+    with tempfile.TemporaryDirectory() as folder, quiet(""):  # the quantiser logs its advice to the root logger
         given, prepared, written = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
-        # Weights lie outside a graph that cannot hold them, as the quantiser itself has it for a large model.
+        # Weights that do not fit into the graph are stored outside it, as the quantiser itself does for a large model.
         outside = is_large(model)
         ir.save(model, given, external_data="fp32.data" if outside else None)
         quant_pre_process(

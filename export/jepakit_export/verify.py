@@ -1,4 +1,4 @@
-"""Checks what the exporter promises: that the runtime gives torch's vectors, whatever the size of the batch."""
+"""Checks what the exporter promises: the runtime reproduces torch's vectors at any batch size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jepakit.sources import evenly_spread, gather
 BATCH_SIZES = (1, 2, 7, 33)
 MOST_IMAGES, FEWEST_IMAGES, MOST_SKIPPED = 256, 16, 0.01
 _BATCH = 16
-# Of one graph, in batches of one size: what is computed of each image is the very same, and its order too.
+# Within one graph at one batch size: each image goes through the very same operations, in the same order.
 _SAME = 1e-5
 _WITHOUT_VNNI = (
     "; this CPU has no VNNI instructions, without which sums of 8-bit products overflow: export on a machine like the one "
@@ -40,10 +40,10 @@ class Expected(NamedTuple):
 
 
 def read_users_images(source: str, spec: Preprocess) -> Pixels:
-    """Up to 256 images spread over the user's source, as the graph takes them; unreadable ones are reported and left out.
+    """Up to 256 images spread over the user's source, preprocessed; unreadable ones are reported and left out.
 
-    Each frame of a multi-frame file is an image, unless the model was made for one of them. Raises DataError for fewer than
-    16 images, and where over 1 % cannot be read.
+    Each frame of a multi-frame file is an image, unless the model was made for one of them. Raises DataError if fewer
+    than 16 images can be read, or more than 1 % cannot.
     """
     frame: int | Literal["each"] = "each" if spec.frame is None else spec.frame
     listed = gather(
@@ -70,7 +70,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
 
 
 def expect(embedder: Embedder, images: Pixels) -> Expected:
-    """What torch computes, a few images at a time; ExportError when it is not finite."""
+    """What torch computes, a few images at a time; ExportError if it is not finite."""
     vectors, tokens = [], []
     with torch.inference_mode():
         for start in range(0, len(images), _BATCH):
@@ -85,10 +85,10 @@ def expect(embedder: Embedder, images: Pixels) -> Expected:
 
 
 def check(session: Session, precision: Precision, expected: Expected) -> golden.Agreement:
-    """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), at the optimisation level that serves.
+    """The worst agreement with torch over several batch sizes (1, 2, 7 and 33), optimised as for serving.
 
-    Raises ExportError below the tolerance table's limit for `precision`, when the graph has fixed the batch size, or when
-    an image's vector depends on which others are in its batch.
+    Raises ExportError if it misses the tolerance table's limit for `precision`, if the graph has a fixed batch size, or
+    if an image's vector depends on which others are in its batch.
     """
     found = [_compare(session, precision, expected, size) for size in BATCH_SIZES]
     _check_mates(session, expected.images)
@@ -100,21 +100,21 @@ def check(session: Session, precision: Precision, expected: Expected) -> golden.
 
 
 def check_sizes(session: Session, precision: Precision, embedder: Embedder, images: Pixels) -> None:
-    """ExportError when a graph of dynamic size does not reproduce torch at a smaller size, or at one that is not square."""
+    """Raise ExportError if a graph of dynamic size does not reproduce torch at a smaller and at a non-square size."""
     size = images.shape[1]
     small = round_size(size // 2, size_multiple(embedder.backbone))
     wide = np.concatenate([images, images], axis=2)
     for height, width in ((small, small), (size, size + small)):
         try:
             _compare(session, precision, expect(embedder, wide[:, :height, :width]), len(images))
-        except Exception as error:  # torch's and ONNX Runtime's have no common base worth naming
+        except Exception as error:  # torch's and ONNX Runtime's exceptions have no common base worth naming
             raise ExportError(
                 f"at {height} × {width} px: {lines_of(error)[0]}; export without --dynamic-size"
             ) from error
 
 
 def _check_mates(session: Session, images: Pixels) -> None:
-    """ExportError when images have other outputs beside extremes than beside others like them."""
+    """Raise ExportError if images give other outputs in a batch with extremes than in one with similar images."""
     few = images[: len(images) // 2][:4]
     alike = images[len(few) :][:3]
     low, high = images.min(), images.max()
@@ -136,7 +136,7 @@ def int8_is_exact_here() -> bool:
 
 
 def _compare(session: Session, precision: Precision, expected: Expected, size: int) -> golden.Agreement:
-    """Every image once, in batches of `size` exactly: the last one is filled up from the front."""
+    """Compare every image with torch, in batches of exactly `size`; the last one is filled up from the front."""
     limit = golden.TOLERANCES[precision, "cpu"]
     n_images = len(expected.images)
     rows = np.arange(-(-n_images // size) * size) % n_images
