@@ -1,7 +1,7 @@
-"""The whole road on real images: adapt → export → serve → embed → probe. Run by `make demo`.
+"""The whole workflow on real images: adapt → export → serve → embed → probe. Run by `make demo`.
 
-Tiles cut from photographs inside scikit-image, real ImageNet weights from this repository, no download. What it
-reaches on two CPU cores stands in docs/tested.md.
+Uses tiles cut from photographs inside scikit-image and real ImageNet weights from this repository; downloads nothing.
+docs/tested.md says what it reaches on two CPU cores.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def service(bundles: Path, log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("jepakit")), "serve", str(bundles), "--port", str(port)]
     with log.open("w") as output:
-        # A group of its own: Ctrl-C reaches this process alone, which then stops the service in order.
+        # A process group of its own: Ctrl-C reaches only this process, which then stops the service in order.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S

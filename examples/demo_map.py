@@ -17,7 +17,7 @@ _PANEL_INCHES = 9.0
 
 
 def draw_map(path: Path, folder: Path, before: jepakit.Embeddings, after: jepakit.Embeddings) -> None:
-    """Draw the images of `folder` at their t-SNE places, before and after side by side; frames tell the classes."""
+    """Draw the images of `folder` at their t-SNE positions, before and after side by side; frames mark the classes."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D

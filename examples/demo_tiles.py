@@ -164,7 +164,7 @@ def _open_rgb(file: str) -> Image.Image:
 
 
 def _rng_for(name: str, split: str) -> np.random.Generator:
-    """A generator of its own per class and split, so editing one leaves the rest."""
+    """A separate generator per class and split, so editing one leaves the rest unchanged."""
     return np.random.default_rng([SEED, zlib.crc32(f"{split}/{name}".encode())])
 
 
