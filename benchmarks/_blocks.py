@@ -1,8 +1,8 @@
-"""Compare pieces of code by the CPU time of short blocks, taken in turns in random order.
+"""Compare pieces of code by the CPU time of short blocks, run in turns in random order.
 
-On a shared machine the clock says little and a single run less. Here each round runs every case once, in a
-random order, on the same work; cases are compared within rounds, and a case measured twice under two names
-(A/A) tells how far a ratio of 1 strays by itself.
+On a shared machine wall-clock time says little, and a single run even less. Here each round runs every case once, in
+random order, on the same work; cases are compared within rounds, and a case measured twice under two names (A/A)
+shows how far a ratio of 1 strays by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RESAMPLES = 4000
 
 
 def timed(work: Callable[[], object]) -> Block:
-    """`work` as a block, by the CPU time of this process, all threads and the kernel's share included."""
+    """`work` as a block, by the CPU time of this process, including all threads and the kernel's share."""
 
     def block() -> float:
         start = time.process_time()

@@ -3,8 +3,8 @@
     _lightly_worker.py FOLDER                                    its DINO transform
     _lightly_worker.py FOLDER STEPS_A_BLOCK '{"method": …}'      its training, with these settings of `pretrain`
 
-Each line of the input asks for one block. The answer of the first is the CPU seconds of decoding, changing and
-collating the images of the folder; of the second a line of JSON, as of `_trainer_worker.py`.
+Each input line asks for one block. The first form answers with the CPU seconds of decoding, augmenting and collating
+the images of the folder, the second with a line of JSON as in `_trainer_worker.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 
 def transform(folder: Path) -> None:
     paths = sorted(folder.glob("*.jpg"))
-    # Its defaults are 2 views of 224 pixels and 6 of 96; only the number of channels has none.
+    # The defaults are 2 views of 224 pixels and 6 of 96; only the number of channels has no default.
     views_of = DINOTransform(DINOTransformArgs(num_channels=3))
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -36,13 +36,13 @@ def transform(folder: Path) -> None:
 
 
 def train(folder: Path, steps: int, settings: dict[str, Any]) -> None:
-    """`lightly_train.pretrain` as it comes, with one callback more: it holds the training up between blocks."""
+    """`lightly_train.pretrain` as it comes, plus one callback that pauses the training between blocks."""
     import lightly_train
     from lightly_train._callbacks import callback_helpers
     from lightly_train._models.dinov2_vit.dinov2_vit_package import DINOV2_VIT_PACKAGE
     from pytorch_lightning import Callback  # type: ignore[import-not-found]
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)  # what the training prints goes where errors go
+    answers = os.fdopen(os.dup(1), "w", buffering=1)  # what the training prints goes to standard error
     os.dup2(2, 1)
 
     class Turns(Callback):  # type: ignore[misc]
@@ -67,13 +67,13 @@ def train(folder: Path, steps: int, settings: dict[str, Any]) -> None:
     its_own = callback_helpers.get_callbacks
     callback_helpers.get_callbacks = lambda **asked: [*its_own(**asked), Turns()]
     family, _, name = settings["model"].partition("/")
-    if family == "dinov2":  # by its name it comes with weights, from the network
+    if family == "dinov2":  # by name alone it would download weights
         settings["model"] = DINOV2_VIT_PACKAGE.get_model(name, load_weights=False)
     lightly_train.pretrain(data=folder, **settings)
 
 
 def _now() -> float:
-    """CPU seconds of this process; by the clock where a GPU does the work."""
+    """CPU seconds of this process; wall-clock seconds if a GPU does the work."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()

@@ -1,5 +1,5 @@
-"""BentoML with its adaptive batching. It batches lists alone, so one image, too, comes as a JSON list.
-One worker whose inference takes all cores: faster here than a worker a core, between which requests are split.
+"""BentoML with its adaptive batching. It only batches lists, so even a single image comes as a JSON list.
+One worker whose inference uses all cores: faster here than one worker per core with the requests split between them.
 
 bentoml serve _service_bentoml:Embeddings, with MODEL and CORES in the environment
 """

@@ -1,4 +1,4 @@
-"""A server that reads a request and answers at once: what the clients of benchmarks/service.py cost by themselves.
+"""A server that answers each request at once, to measure what the clients of benchmarks/service.py cost by themselves.
 
 python _service_empty.py PORT BYTES
 """

@@ -1,7 +1,7 @@
 """FastAPI and ONNX Runtime without batching, one process. `_service_fastapi.py PORT MODEL CORES`
 
-Every request is decoded and run on a thread of Starlette's pool, one thread an inference: with 32 clients faster than
-all cores for one inference after the other.
+Every request is decoded and run on a thread of Starlette's pool, with one thread per inference: with 32 clients this is
+faster than running one inference after another on all cores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LitServe with its batching, a path for raw bodies and one for JSON. `_service_litserve.py PORT MODEL CORES`
+"""LitServe with its batching, one path for raw bodies and one for JSON. `_service_litserve.py PORT MODEL CORES`
 
-A worker decodes and infers in one thread, so there is one for each core: faster with 32 clients than one worker whose
-inference takes all cores. Annotations are not postponed here: LitServe hands them to FastAPI as they are.
+A worker decodes and infers in one thread, so there is one worker per core: with 32 clients faster than one worker whose
+inference uses all cores. Annotations are not postponed here: LitServe passes them to FastAPI as they are.
 """
 
 # mypy: disable-error-code="import-not-found,misc"

@@ -1,7 +1,7 @@
-"""The clients of benchmarks/service.py, in a process of their own: a closed loop over connections that are kept open.
+"""The clients of benchmarks/service.py, in a separate process: a closed loop over persistent connections.
 
-Reads orders from stdin, one JSON object a line, and answers each with one. httptools over uvloop, both of which come
-with uvicorn, costs a fraction of what aiohttp does: on two cores the clients' CPU time is taken from the server's.
+Reads orders from stdin, one JSON object per line, and answers each with another. httptools on uvloop, both of which
+come with uvicorn, costs a fraction of aiohttp: on two cores the clients' CPU time is taken from the server's.
 
     {"port": 8000, "request": "FILE", "clients": 32, "seconds": 2.0}
 
@@ -25,7 +25,7 @@ _PATIENCE_S = 120.0
 
 
 class _Connection(asyncio.Protocol):
-    """One client: sends the next request when the answer before it is whole, until `deadline`."""
+    """One client: sends the next request once the previous answer is complete, until `deadline`."""
 
     def __init__(self, request: bytes, deadline: float) -> None:
         self._request, self._deadline = request, deadline
@@ -49,12 +49,12 @@ class _Connection(asyncio.Protocol):
             self.done.set_result(None)
 
     def on_message_complete(self) -> None:
-        """httptools calls this when an answer is whole."""
+        """httptools calls this when an answer is complete."""
         self.last = time.perf_counter()
         self.statuses[self._parser.get_status_code()] += 1
         self.latencies_s.append(self.last - self._sent)
         if self.last < self._deadline and self._parser.should_keep_alive():
-            # Not from inside the parser, which the next answer needs anew.
+            # Not from inside the parser: the next answer needs a new one.
             asyncio.get_running_loop().call_soon(self._send)
         else:
             self.done.set_result(None)
@@ -67,7 +67,7 @@ class _Connection(asyncio.Protocol):
 
 
 async def load(port: int, request: bytes, clients: int, seconds: float) -> dict[str, Any]:
-    """Ask for `seconds`, then wait for what is under way: all that was asked counts, and all the time it took."""
+    """Send requests for `seconds`, then wait for those under way: all of them count, and all the time they took."""
     loop = asyncio.get_running_loop()
     start, cpu = time.perf_counter(), time.process_time()
     made = [

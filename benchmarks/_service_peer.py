@@ -1,6 +1,6 @@
-"""What the peers of benchmarks/service.py share: the graph in ONNX Runtime, fed as the graph's own metadata says.
+"""What the peers of benchmarks/service.py share: the graph in ONNX Runtime, fed as its own metadata says.
 
-Runs in an environment of the peer's own: Pillow, numpy, ONNX Runtime, and nothing of jepakit.
+Runs in the peer's own environment: Pillow, numpy, ONNX Runtime, and nothing of jepakit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Model:
-    """The graph at `path`, on the provider that PROVIDER names; on a CPU an inference takes `threads` threads."""
+    """The graph at `path`, on the provider that PROVIDER names; on a CPU an inference uses `threads` threads."""
 
     def __init__(self, path: str, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # As in jepakit: on a few cores threads that wait by spinning take them from decoding.
+        # As in jepakit: with few cores, threads that spin while waiting take cores from decoding.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = os.environ["PROVIDER"]
         if provider == "cuda":
@@ -36,7 +36,7 @@ class Model:
         self._size, self._resize_to = wants["size"], wants["resize_to"]
 
     def decode(self, data: bytes) -> Any:
-        """A file's pixels as the graph takes them, uint8 [size, size, 3]: shorter side resized, middle cut out."""
+        """A file's pixels as the graph takes them, uint8 [size, size, 3]: shorter side resized, centre cropped."""
         image = Image.open(io.BytesIO(data)).convert("RGB")
         scale = self._resize_to / min(image.size)
         width, height = (round(scale * side) for side in image.size)

@@ -1,6 +1,6 @@
-"""The limit that benchmarks/service.py holds servers against: decode, preprocess and ONNX Runtime, no HTTP.
+"""The limit to which benchmarks/service.py compares servers: decode, preprocess and ONNX Runtime, no HTTP.
 
-Reads orders from stdin, one JSON object a line, and answers each with one.
+Reads orders from stdin, one JSON object per line, and answers each with another.
 
     python _service_raw.py BUNDLE IMAGE PROVIDER
 
@@ -28,11 +28,11 @@ from jepakit.runtime import Provider
 from jepakit.session import Session
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-_PASSES = 3  # the first warms up, and a neighbour's burst rarely hits one way in all
+_PASSES = 3  # the first warms up, and a neighbour's burst rarely hits one way in all of them
 
 
 class Way(NamedTuple):
-    """So many workers, each of which decodes a batch and runs it on so many threads; one decodes while another runs."""
+    """A number of workers, each decoding a batch and running it on some threads; one decodes while another runs."""
 
     workers: int
     threads: int
@@ -40,13 +40,13 @@ class Way(NamedTuple):
 
 
 class RawEngine:
-    """One bundle and one image's bytes. A session for each number of threads."""
+    """One bundle and one image's bytes. One session per number of threads."""
 
     def __init__(self, bundle: str, image: bytes, provider: Provider) -> None:
         cores = usable_cpus()
         opened = open_bundle(bundle)
         self._image, self._spec = image, opened.manifest.preprocess
-        # On a GPU an inference has no threads to spread: workers alone.
+        # On a GPU an inference has no threads to spread, so only the workers vary.
         self._spread = (
             {(cores, 1), (2 * cores, 1), (1, cores), (2, cores)}
             if provider == "cpu"
@@ -60,7 +60,7 @@ class RawEngine:
         self._pool = ThreadPoolExecutor(2 * cores)
 
     def choose(self, seconds: float) -> dict[str, Any]:
-        """Images/s of every way, the best of three passes, and the fastest, which `loop` uses from now on."""
+        """Images/s of every way, as the best of three passes; and the fastest way, which `loop` uses from now on."""
         ways = [Way(workers, threads, batch) for workers, threads in sorted(self._spread) for batch in BATCHES]
         rates = dict.fromkeys(ways, 0.0)
         for _ in range(_PASSES):
@@ -70,14 +70,14 @@ class RawEngine:
         return {"way": self._way, "rates": [(*way, rate) for way, rate in rates.items()]}
 
     def loop(self, seconds: float) -> dict[str, Any]:
-        """The fastest way for so long."""
+        """Run the fastest way for `seconds`."""
         start, cpu, deadline = time.perf_counter(), time.process_time(), time.perf_counter() + seconds
         workers = [self._pool.submit(self._work, self._way, deadline) for _ in range(self._way.workers)]
         images = sum(worker.result() for worker in workers)
         return {"images": images, "seconds": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
 
     def call(self, seconds: float) -> dict[str, Any]:
-        """What one caller waits for one image."""
+        """How long one caller waits for one image."""
         deadline, latencies_ms = time.perf_counter() + seconds, []
         while (start := time.perf_counter()) < deadline:
             self._embed(1, self._cores)

@@ -1,4 +1,4 @@
-"""The servers of benchmarks/service.py: how each is started, asked, checked and stopped."""
+"""The servers of benchmarks/service.py: how each is started, queried, checked and stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PEERS = {
     LITSERVE: ("litserve",),
     BENTOML: ("bentoml",),
 }
-"""What each peer's environment holds beside Pillow, numpy and the ONNX Runtime of this one."""
+"""What each peer's environment holds besides Pillow, numpy and the same ONNX Runtime as here."""
 
 _START_S, _STOP_S = 180.0, 60.0
 _TOLERANCE = 1e-3
@@ -60,7 +60,7 @@ class Request(NamedTuple):
 
 
 def jepakit_requests(image: bytes) -> dict[str, Request]:
-    """As its own client asks (32 images as multipart, float32 back), and as the openai client could."""
+    """As jepakit's client sends them (32 images as multipart, float32 back), and as the openai client could."""
     as_floats = {"Accept": "application/octet-stream"}
     files = [("files", (str(place), image)) for place in range(IMAGES[MANY])]
     many = httpx.Request("POST", "http://127.0.0.1/", files=files)
@@ -72,7 +72,7 @@ def jepakit_requests(image: bytes) -> dict[str, Request]:
 
 
 def peer_requests(name: str, image: bytes) -> dict[str, Request]:
-    """32 images as OpenAI's JSON; one image as raw bytes too, but for BentoML, which batches JSON lists alone."""
+    """32 images as OpenAI's JSON; one image as raw bytes too, except for BentoML, which only batches JSON lists."""
     json_type = {"Content-Type": "application/json"}
     one = Request("/json", json_type, _openai_json(image, 1))
     many = Request("/json", json_type, _openai_json(image, IMAGES[MANY]))
@@ -105,17 +105,17 @@ class Server:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Let it run for the body; otherwise it is stopped: LitServe takes most of a core while nobody asks, Ray some of one."""
+        """Let it run during the block; otherwise it is paused: idle, LitServe takes most of a core, Ray some of one."""
         self._signal(signal.SIGCONT)
         try:
-            for _ in range(3):  # Ray's first answers are slow while it makes up for what it missed
+            for _ in range(3):  # Ray's first answers are slow while it catches up
                 self._wait_for_answer()
             yield
         finally:
             self.pause()
 
     def pause(self) -> None:
-        """Stop all its processes where they are."""
+        """Suspend all its processes."""
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: int) -> None:
@@ -124,7 +124,7 @@ class Server:
                 process.send_signal(number)
 
     def wait_until_right(self, expected: NDArray[np.float32], log: Path) -> None:
-        """Wait until it answers, and hold every kind of answer against the vector [D]. Raises ServerError."""
+        """Wait until it answers, and compare every kind of answer with the vector [D]. Raises ServerError."""
         try:
             self._wait_for_answer()
         except ServerError as reason:
@@ -160,7 +160,7 @@ class Server:
 def jepakit_server(
     name: str, options: tuple[str, ...], bundle: Path, image: bytes, expected: NDArray[np.float32], folder: Path
 ) -> Iterator[Server]:
-    """`jepakit serve`, as from the command line; patient, for 32 clients' 32 images of a ViT-S take two cores minutes."""
+    """`jepakit serve`, as from the command line; patient: a ViT-S takes two cores minutes for 32 clients' 32 images."""
     port = free_port()
     program = Path(sys.executable).with_name("jepakit")
     patient = ("--set", "request_timeout_s=600")
@@ -173,7 +173,7 @@ def jepakit_server(
 def peer_server(
     name: str, environments: Path, graph: Path, provider: str, image: bytes, expected: NDArray[np.float32], folder: Path
 ) -> Iterator[Server]:
-    """A peer with the same graph on the same provider, in an environment of its own."""
+    """A peer with the same graph on the same provider, in its own environment."""
     port, cores = free_port(), usable_cpus()
     bin_folder = _environment(environments, name) / "bin"
     script = {FASTAPI: "_service_fastapi.py", LITSERVE: "_service_litserve.py"}
@@ -195,7 +195,7 @@ def peer_server(
 
 
 def make_environment(environments: Path, name: str) -> str:
-    """Make a peer's environment where it is missing; returns the peer's version. Raises ServerError."""
+    """Make a peer's environment if it is missing; returns the peer's version. Raises ServerError."""
     folder = _environment(environments, name)
     python, packages = folder / "bin" / "python", PEERS[name]
     ask = [str(python), "-c", f"import onnxruntime, importlib.metadata as m; print(m.version({packages[0]!r}))"]
@@ -216,7 +216,7 @@ def make_environment(environments: Path, name: str) -> str:
 
 
 class Worker:
-    """A script that answers each line of JSON with one."""
+    """A script that answers each line of JSON with another."""
 
     def __init__(self, script: str, *arguments: str | Path) -> None:
         self._script = script
@@ -236,7 +236,7 @@ class Worker:
         self._process.communicate()
 
     def ask(self, **order: Any) -> Any:
-        """Send an order and wait for its answer. Raises ServerError when the script has died."""
+        """Send an order and wait for its answer. Raises ServerError if the script has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -249,7 +249,7 @@ class Worker:
 
 @contextmanager
 def empty_server(answer_bytes: int) -> Iterator[int]:
-    """The port of a server that does nothing."""
+    """Start a server that does nothing; yields its port."""
     port = free_port()
     process = psutil.Popen(
         [sys.executable, _HERE / "_service_empty.py", str(port), str(answer_bytes)], start_new_session=True
@@ -291,7 +291,7 @@ def _started(
 
 
 def _stop(process: psutil.Popen) -> None:
-    """SIGTERM, patience, SIGKILL; also for children that outlive their parent (LitServe's and BentoML's do)."""
+    """SIGTERM, a pause, SIGKILL; also for children that outlive their parent, as LitServe's and BentoML's do."""
     family = _family(process)
     for one in family:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -303,7 +303,7 @@ def _stop(process: psutil.Popen) -> None:
     for one in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    with contextlib.suppress(ProcessLookupError):  # children of one that died by itself
+    with contextlib.suppress(ProcessLookupError):  # children of a process that died by itself
         os.killpg(process.pid, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=5)
 
@@ -319,7 +319,7 @@ def _environment(environments: Path, name: str) -> Path:
 
 
 def _runtime() -> str:
-    """Which of the two distributions holds ONNX Runtime here."""
+    """Which of the two distributions provides ONNX Runtime here."""
     return importlib.metadata.packages_distributions()["onnxruntime"][0]
 
 
@@ -328,7 +328,7 @@ def _openai_json(image: bytes, count: int) -> bytes:
 
 
 def _vectors(answer: httpx.Response) -> NDArray[np.float32]:
-    """Vectors [B, D] of any server's answer; float32 bytes are told by their type, and belong to one image or more."""
+    """Vectors [B, D] of any server's answer; float32 bytes, for one image or more, are recognised by content type."""
     if answer.headers["content-type"].startswith("application/json"):
         rows = answer.json()
         return np.array(rows if isinstance(rows, list) else [row["embedding"] for row in rows["data"]], np.float32)

@@ -1,11 +1,11 @@
-"""One training loop in a process of its own, block by block: the product's, or the same written by hand.
+"""One training loop in its own process, block by block: the product's, or the same one written by hand.
 
     _trainer_worker.py {product|bare|returning} {files|memory} STEPS_A_BLOCK FOLDER '{"backbone": …}'
 
-`returning` is `bare` with the C library's own ways: it hands freed memory back to the system at once, which the product
-does not let it do. The last argument holds settings of `jepakit.adapt`. Each line of the input asks for one block of steps; the answer
-is a line of JSON: seconds (CPU time of the process, by the clock on a GPU), loss of the block's last step (0 where
-it is not told), peak_gb of memory, and flops, torch's count of one step (0 but for views in memory, uncompiled).
+`returning` is `bare` with the C library's defaults: it returns freed memory to the system at once, which the product
+prevents. The last argument holds settings of `jepakit.adapt`. Each input line asks for one block of steps. The answer
+is a line of JSON: seconds (CPU time of the process, wall-clock time on a GPU), loss of the block's last step (0 if
+unknown), peak_gb of memory, and flops, torch's count of one step (0 except for views in memory, uncompiled).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ON_GPU = torch.cuda.is_available()
 
 
 def now() -> float:
-    """CPU seconds of this process, all threads; by the clock where a GPU does the work."""
+    """CPU seconds of this process, all threads; wall-clock seconds if a GPU does the work."""
     if not ON_GPU:
         return time.process_time()
     torch.cuda.synchronize()
@@ -56,10 +56,10 @@ class OverError(Exception):
 
 
 class Turns:
-    """Hands batches to whatever loop takes them, and holds it up after each block until the next one is asked for.
+    """Hands batches to any loop, and pauses it after each block until the next block is asked for.
 
-    The loop is not touched: a block runs from its first batch being asked for to that of the next block, with
-    whatever the loop does between, so that all of its work is in some block.
+    The loop itself is unchanged: a block lasts from the request for its first batch to that for the first batch of the
+    next block, including whatever the loop does in between, so that all of its work is in some block.
     """
 
     def __init__(self, steps: int, *, count_flops: bool) -> None:
@@ -99,7 +99,7 @@ def product(setup: Setup, run: Run, turns: Turns, memory: bool) -> None:
         return turns.of(_held(loader) if memory else loader)
 
     turns.run = run.path
-    # A step that has waited for its turn is not a slow one, which would be saved at once.
+    # A step that waited for its turn is not a slow step, after which the product would save at once.
     with patch.object(loop, "step_loader", step_loader), patch.object(checkpoint, "_SLOW_STEP_S", math.inf):
         loop._train(setup, run, 0.0)
 
@@ -149,7 +149,7 @@ def bare(setup: Setup, run: Run, turns: Turns, memory: bool) -> None:
 
 
 def plain_projector(features: int, config: AdaptConfig) -> nn.Sequential:
-    """The product's projector in torch's own layers, in the same weights."""
+    """The product's projector built from torch's own layers, with the same weights."""
     first, second, outputs = config.projector
     torch.manual_seed(derive_seed(config.seed, "projector"))
     return nn.Sequential(
@@ -164,7 +164,7 @@ def plain_projector(features: int, config: AdaptConfig) -> nn.Sequential:
 
 
 def _held(loader: Iterable[Batch] | DataLoader[Batch]) -> Iterator[Batch]:
-    """A few of the loader's batches over and over: no loading, after the first moment."""
+    """A few of the loader's batches over and over, so that nothing is loaded after the start."""
     return itertools.cycle(list(itertools.islice(loader, _IN_MEMORY)))
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     config = AdaptConfig(**json.loads(settings))
     images, run = list_images(config.images, config.labels), Run(Path(folder))
     run.path.mkdir()
-    # torch.compile gives up for good on what it first sees while operations are counted.
+    # torch.compile gives up for good on code that it first sees while operations are counted.
     turns = Turns(int(steps), count_flops=source == "memory" and not config.compile)
     setup = prepare(config, images, run)
     kept = contextlib.nullcontext() if kind == "returning" else freed_memory_kept()

@@ -141,7 +141,7 @@ FAMILIES = {
     "Xception": ("xception41",),
     "XCiT": ("xcit_nano_12_p16_224",),
 }  # fmt: skip
-"""The smallest of each kind; two of a family where they are built differently."""
+"""The smallest of each kind; two of a family if they are built differently."""
 QUICK = ("test_vit", "test_resnet", "test_convnext", "test_efficientnet", "test_maxvit", "beit_base_patch16_224")
 BANDS = (3, 5)
 SIZES = (64, 96, 128, None)
@@ -149,7 +149,7 @@ SIZES = (64, 96, 128, None)
 TIMEOUT_S = 90
 TRAIN_IMAGES, TRAIN_BATCH, TRAIN_STEPS = 20, 8, 2
 LEAST_SPREAD = 1e-3
-"""How far vectors of different images must lie apart, as a share of their largest value, for agreement to say anything."""
+"""How far apart vectors of different images must be, as a share of their largest value, for agreement to mean much."""
 PACKAGES = ("jepakit", "timm", "torch", "onnx", "onnxscript")
 
 
@@ -161,15 +161,15 @@ class Row(NamedTuple):
     size: int = 0
     poolings: tuple[str, ...] = ()
     relative_error: float | None = None
-    """Largest difference to torch over the largest value, at the worst of the batch sizes."""
+    """Largest difference from torch over the largest value, at the worst batch size."""
     spread: float | None = None
-    """Largest difference of a vector to the mean vector over the largest value."""
+    """Largest difference of a vector from the mean vector over the largest value."""
     file_mb: float | None = None
     cpu_s: float | None = None
-    """Of the whole export: building, converting, and comparing at every batch size."""
+    """CPU seconds of the whole export: building, converting, and comparing at every batch size."""
     problem: str | None = None
     training: str | None = None
-    """Whether it trains: `yes`, with what stayed where it was, or why it does not; None: not tried."""
+    """Whether it trains: `yes`, and what did not move, or why it does not; None: not tried."""
 
     @property
     def trains(self) -> bool:
@@ -177,7 +177,7 @@ class Row(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A backbone with random weights, how it is fed, and the image size that it was asked for (None: its own)."""
+    """A backbone with random weights, its preprocessing, and the requested image size (None: its own)."""
 
     backbone: Any
     described: Backbone
@@ -217,7 +217,7 @@ def smallest(name: str, bands: int) -> Case:
 
 
 def with_bands(spec: Preprocess, bands: int) -> Preprocess:
-    """The same for another number of 8-bit bands, whose mean and std are those of the three in turn."""
+    """The same for another number of 8-bit bands, repeating the mean and std of the three in turn."""
     turns = [band % spec.bands for band in range(bands)]
     changes = {
         "bands": bands,
@@ -229,10 +229,10 @@ def with_bands(spec: Preprocess, bands: int) -> Preprocess:
 
 @torch.no_grad()
 def perturb(backbone: nn.Module, spec: Preprocess) -> None:
-    """Move everything that starts at one value off it, and give BatchNorm the statistics of images."""
+    """Randomise everything that starts at a constant, and give BatchNorm the statistics of images."""
     norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
-        # Quiet branches, as trained ones are: at 1 every layer adds to the rounding errors, up to 50 % in an
+        # Weak branches, as after training: at 1 every layer adds to the rounding errors, up to 50 % in an
         # EfficientNetV2, where torch no longer agrees with itself.
         norm.weight.mul_(0.25)
     for parameter in backbone.parameters():
@@ -241,18 +241,18 @@ def perturb(backbone: nn.Module, spec: Preprocess) -> None:
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    # Other images than the golden ones, on which the graph is compared.
+    # Not the golden images, on which the graph is compared.
     images = golden.synthetic_images(16, spec.size, spec.bands, seed=1)
     Embedder(backbone, spec, EmbeddingSpec(dim=1, pooling="head", standardize="none"))(torch.from_numpy(images))
     for norm in norms:
         norm.eval()
         if norm.running_var is not None:
-            # What hardly varies on these few images would be blown up on others.
+            # What hardly varies on these few images would be amplified on others.
             norm.running_var.clamp_(min=0.1 * norm.running_var.mean())
 
 
 def check_poolings(backbone: Any, spec: Preprocess) -> None:
-    """Every pooling that the backbone is said to have gives one finite vector an image, its tokens the right way round."""
+    """Check that every pooling the backbone claims gives one finite vector per image, tokens the right way round."""
     images = torch.rand(2, spec.bands, spec.size, spec.size)
     for pooling in poolings_of(backbone):
         try:
@@ -297,7 +297,7 @@ def _exported(row: Row, case: Case) -> Row:
 
 
 def write_start(path: Path, case: Case) -> None:
-    """A bundle of the backbone without a graph, as a run leaves one behind."""
+    """Write a bundle of the backbone without a graph, as a run leaves it behind."""
     tensors = tensors_of(case.backbone)
     with torch.inference_mode():
         dim = pool(case.backbone, torch.zeros(1, case.spec.bands, case.spec.size, case.spec.size), "head").shape[1]
@@ -315,7 +315,7 @@ def write_start(path: Path, case: Case) -> None:
 
 
 def train(name: str, bands: int) -> Row:
-    """Two optimizer steps by `jepakit.adapt`, which measures before and after as well, and what they moved."""
+    """Two optimizer steps by `jepakit.adapt`, which also measures before and after, and which weights they moved."""
     row = Row(name, bands)
     try:
         with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
@@ -360,7 +360,7 @@ def _trained(name: str, bands: int, folder: Path) -> str:
 
 
 def told(error: Exception) -> str:
-    """One line of the error; the class is named where the message isn't the product's own."""
+    """One line about the error, naming its class if the message isn't the product's own."""
     line = (str(error).strip().splitlines() or [""])[0][:300]
     return line if isinstance(error, JepakitError) else f"{type(error).__name__}: {line}"
 
@@ -369,8 +369,8 @@ Measure = Callable[[str, int], Row]
 
 
 def isolated(name: str, bands: int, *, measure: Measure = measure, timeout_s: float = TIMEOUT_S) -> Row:
-    """`measure` in a process of its own; a crash or no answer in time is a row as well."""
-    # Forked from a server that has imported everything and computed nothing: spares 10 s of imports each.
+    """Run `measure` in its own process; a crash or no answer in time is a row as well."""
+    # Forked from a server that has imported everything and computed nothing: saves 10 s of imports each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jepakit_export", "jepakit_training.loop"])
     receiver, sender = context.Pipe(duplex=False)
@@ -397,20 +397,20 @@ def _send(sender: Connection, measure: Measure, name: str, bands: int) -> None:
 
 
 class Results(NamedTuple):
-    """Rows by architecture and bands, and the versions that they were measured with."""
+    """Rows by architecture and bands, and the versions they were measured with."""
 
     versions: dict[str, str]
     rows: dict[tuple[str, int], Row]
 
 
 def versions() -> dict[str, str]:
-    """Of everything that has a part in it; ONNX Runtime is asked itself, for its package has several names."""
+    """Versions of everything involved; ONNX Runtime is asked directly, as its package has several names."""
     packages = {package: metadata.version(package) for package in PACKAGES}
     return packages | {"onnxruntime": onnxruntime.__version__, "Python": platform.python_version()}
 
 
 def load_results(file: Path | None) -> Results:
-    """The rows of `file` that the same versions measured; none without it."""
+    """The rows of `file` that were measured with the same versions; none without a file."""
     now = versions()
     if file is None or not file.exists():
         return Results(now, {})

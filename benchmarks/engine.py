@@ -67,7 +67,7 @@ class NotFinishedError(Exception):
 
 
 def clocked(work: Callable[[], object]) -> Block:
-    """`work` as a block, by the clock."""
+    """`work` as a block, by wall-clock time."""
 
     def block() -> float:
         start = time.perf_counter()
@@ -79,7 +79,7 @@ def clocked(work: Callable[[], object]) -> Block:
 
 @contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Raise NotFinishedError when the body takes longer."""
+    """Raise NotFinishedError if the body takes longer."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         raise NotFinishedError(f"not finished in {seconds} s")
@@ -94,7 +94,7 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def plain_runtime(graph: bytes, threads: int, *, spinning: bool) -> Run:
-    """ONNX Runtime and nothing round it; `spinning` is its own default for threads that wait."""
+    """Plain ONNX Runtime; `spinning` is its default for waiting threads."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
@@ -119,7 +119,7 @@ def compiled_runtime(embedder: Embedder, images: NDArray[np.uint8]) -> Run:
             run(images)
     except NotFinishedError:
         raise
-    except Exception as error:  # whatever the compiler chain meets on this machine
+    except Exception as error:  # whatever the compiler chain runs into on this machine
         raise NotFinishedError(str(error).splitlines()[0]) from None
     return run
 
@@ -129,13 +129,13 @@ def batched(run: Run, images: NDArray[np.uint8], batch: int) -> Callable[[], obj
 
 
 def torch_gemm(size: int, dtype: torch.dtype) -> Callable[[], object]:
-    """`GEMM_FLOPS` of work, by products of `size`."""
+    """`GEMM_FLOPS` of work, in matrix products of `size`."""
     left, right = torch.rand(2, size, size).to(dtype)
     return lambda: [left @ right for _ in range(GEMM_FLOPS // (2 * size**3))]
 
 
 def ort_gemm(size: int, threads: int) -> Callable[[], object]:
-    """The same in ONNX Runtime: torch's fp32 product takes a slow path on some CPUs."""
+    """The same in ONNX Runtime, as torch's fp32 product takes a slow path on some CPUs."""
     right = np.random.default_rng(0).random((size, size), np.float32)
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("MatMul", ["left", "right"], ["product"])],
@@ -185,7 +185,7 @@ class Bench:
         self.agreement: dict[str, golden.Agreement] = {}
 
     def run(self) -> dict[str, Any]:
-        """Images/s, batches, ratios to ONNX Runtime alone, shares of the peak."""
+        """Images/s, batch sizes, ratios to ONNX Runtime alone, shares of the peak."""
         runs = self._runtimes()
         best = self._best_batches(runs)
         try:
@@ -277,7 +277,7 @@ class Bench:
 
 
 class Nobody:
-    """An observer that looks away: counting is the service's, not the batcher's."""
+    """An observer that ignores everything: counting is the service's job, not the batcher's."""
 
     def decoded(self, seconds: float) -> None:
         """Nothing."""
@@ -319,7 +319,7 @@ def show(name: str, numbers: dict[str, Any]) -> None:
 
 
 def verdict(cases: dict[str, Any], case: str) -> str:
-    """Whether jepakit's overhead is small enough; unknown where the same code twice strays as far."""
+    """Whether jepakit's overhead is small enough; unknown if running the same code twice differs as much."""
     times, control = cases[case]["times_ort"], cases[ORT_AGAIN]["times_ort"]
     if times["median"] <= MIDDLE_LIMIT and times["high"] <= UPPER_LIMIT:
         return "met"

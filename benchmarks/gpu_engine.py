@@ -61,7 +61,7 @@ def torch_run(embedder: Embedder, dtype: torch.dtype) -> Run:
 
 
 def counted(batch: int) -> int:
-    """Images of a block: of single ones a few will do."""
+    """Images in a block: with single images, a few will do."""
     return 32 if batch == 1 else IMAGES
 
 
@@ -71,7 +71,7 @@ def two_at_a_time(pool: ThreadPoolExecutor, run: Run, images: NDArray[np.uint8],
 
 
 def one_model(backbone: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """Images/s of every case by batch, agreement with torch in float32, and the batcher's."""
+    """Images/s of every case by batch, agreement with torch in float32, and the batcher's images/s."""
     weights = weights_of(backbone, folder)
     exports = {
         name: jepakit.export(f"{backbone}:{weights}", folder / f"{backbone}-{place}", image_size=224, **settings)

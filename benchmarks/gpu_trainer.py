@@ -45,7 +45,7 @@ ROUNDS, FILES = 15, 4096
 COMPILED = "jepakit, compiled, views in memory"
 VIEWS = {"n_global": 2, "n_local": 6, "local_size": 96}
 WORKERS = 8
-# Name, timm's name, images a batch. Four processes share the card.
+# Name, timm's name, images per batch. Four processes share the card.
 MODELS = {
     "ViT-Ti/16": ("vit_tiny_patch16_224", 128),
     "ViT-S/16": ("vit_small_patch16_224", 128),
@@ -65,7 +65,7 @@ PEERS: dict[str, dict[str, Any]] = {
 
 
 def throughput(name: str, images: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """One model: the step by itself, by hand and compiled; then the product from files."""
+    """One model: the step alone, by hand and compiled; then the product from files."""
     backbone, batch = MODELS[name]
     settings = settings_of(
         backbone,

@@ -59,16 +59,16 @@ onnxruntime = import_ort()
 
 RAY, NO_RAY = "jepakit on Ray", "jepakit --no-ray"
 VARIANTS: dict[str, tuple[str, ...]] = {RAY: (), NO_RAY: ("--no-ray",)}
-"""Options of `jepakit serve`, by the name in the tables."""
+"""Options of `jepakit serve`, by their name in the tables."""
 CLIENTS = (1, 8, 32)
 MOST = CLIENTS[-1]
 LONGER = 3
-"""Times as long a block of 32 images a request or 32 clients is: at its end cores idle while the last batches run."""
+"""How many times longer blocks of 32 images per request or 32 clients are: cores idle at the end of a block."""
 IMAGE = "scikit-image's astronaut at 256 × 256 pixels, JPEG of quality 86"
 
 
 class ModelCase(NamedTuple):
-    """One model, what is asked of the servers with it, for how long a block, and its goals."""
+    """One model, the requests made of the servers with it, the length of a block, and its goals."""
 
     backbone: str
     size: int
@@ -76,9 +76,9 @@ class ModelCase(NamedTuple):
     peer_kinds: tuple[str, ...]
     seconds: float
     single_goal: dict[str, float]
-    """Least share of the raw loop with single images from 32 clients."""
+    """Minimum share of the raw loop's speed, with single images from 32 clients."""
     ahead_of: dict[str, tuple[str, ...]]
-    """Peers that a variant has to be faster than, with 8 and 32 clients."""
+    """Peers that a variant must outperform, with 8 and 32 clients."""
 
 
 MODELS = {
@@ -86,7 +86,7 @@ MODELS = {
         "vit_tiny_patch16_224", 64, (RAW, JSON, MANY), (RAW, JSON, MANY), 1.5,
         {RAY: 0.60, NO_RAY: 0.80}, {RAY: (FASTAPI, BENTOML), NO_RAY: (FASTAPI, LITSERVE, BENTOML)},
     ),
-    # Formats cost nothing beside a model of this size: raw bytes from all servers, and our own requests of 32.
+    # Formats cost nothing beside a model of this size: raw bytes for all servers, and our own requests of 32.
     "ViT-S/16 at 224 px": ModelCase(
         "vit_small_patch16_224", 224, (RAW, MANY), (RAW,), 3.0,
         {RAY: 0.95, NO_RAY: 0.95}, {RAY: (FASTAPI, LITSERVE, BENTOML), NO_RAY: (FASTAPI, LITSERVE, BENTOML)},
@@ -105,40 +105,40 @@ class Cell(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Of its block, in those of one that is soon answered."""
+        """Length of its block, in multiples of a block whose requests are answered quickly."""
         return LONGER if self.kind == MANY or self.clients == MOST else 1
 
 
 @dataclass
 class Measured:
-    """A cell's blocks, one a round."""
+    """A cell's blocks, one per round."""
 
     images_per_s: list[float] = field(default_factory=list)
     raw_per_s: list[float] = field(default_factory=list)
-    """Of the raw loop's block beside each."""
+    """Images/s of the raw loop's block next to each."""
     cpu_ms: list[float] = field(default_factory=list)
-    """Of all the server's processes, a request."""
+    """CPU time of all the server's processes per request."""
     client_cpu_ms: list[float] = field(default_factory=list)
     p50_ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
     """Median of the raw call, measured before each block of one client with raw bytes."""
     latencies_ms: list[float] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
-    """Answers other than 200, by status; 0 is none at all."""
+    """Answers other than 200, by status; 0 means no answer."""
 
     def share(self) -> Ratio:
-        """Of the raw loop's images/s."""
+        """The share of the raw loop's images/s."""
         return ratio(self.images_per_s, self.raw_per_s)
 
 
 class Bench:
-    """One model's servers, all running, and the blocks that are measured on them."""
+    """One model's servers, all running, and the blocks measured on them."""
 
     def __init__(self, case: ModelCase, servers: list[Server], raw: Worker, load: Worker, *, quick: bool) -> None:
         self._servers, self._raw, self._load = {server.name: server for server in servers}, raw, load
         self._seconds = 1.0 if quick else case.seconds
         self.raw_cpu_ms: list[float] = []
-        """Of the raw loop, an image."""
+        """CPU time of the raw loop per image."""
         self.cells: dict[Cell, Measured] = {}
         for server in servers:
             kinds = case.peer_kinds if server.name in PEERS else case.kinds
@@ -148,25 +148,25 @@ class Bench:
             self.cells |= {Cell(server.name, kind, clients): Measured() for kind, clients in wanted}
 
     def idle(self, seconds: float) -> dict[str, float]:
-        """Cores that each server takes while nobody asks."""
+        """Cores that each server uses while idle."""
         before = {name: server.cpu_s() for name, server in self._servers.items()}
         time.sleep(seconds)
         return {name: (server.cpu_s() - before[name]) / seconds for name, server in self._servers.items()}
 
     def warm_up(self) -> None:
-        """Every server under load once, not counted; then all are paused, and run in their own blocks alone."""
+        """Load every server once, uncounted; then pause them all: each runs only during its own blocks."""
         for server in self._servers.values():
             self._ask(server, RAW, MOST, self._seconds)
             server.pause()
 
     def round(self, random: np.random.Generator) -> None:
-        """Every cell once, in random order; each lies beside a block of the raw loop."""
+        """Measure every cell once, in random order, each next to a block of the raw loop."""
         order = list(self.cells)
         order = [order[place] for place in random.permutation(len(order))]
         before = self._raw_rate()
         for place, cell in enumerate(order):
             self._block(cell)
-            # Two cells between two blocks of the raw loop: the first has it before, the second behind it.
+            # Two cells between two blocks of the raw loop: one before the first, the other after the second.
             if place % 2 or place == len(order) - 1:
                 after = self._raw_rate()
                 self.cells[cell].raw_per_s.append(after)
@@ -206,7 +206,7 @@ class Bench:
 
 
 class Goal(NamedTuple):
-    """What was promised, what was measured, and whether the one holds for the other."""
+    """What was promised, what was measured, and whether the goal is met."""
 
     what: str
     figure: str
@@ -214,7 +214,7 @@ class Goal(NamedTuple):
 
 
 def judged(what: str, found: Ratio, goal: float) -> Goal:
-    """At least `goal`, judged by the interval."""
+    """Whether the ratio is at least `goal`, judged by its interval."""
     verdict = "met" if found.low >= goal else "MISSED" if found.high < goal else "within the noise"
     return Goal(f"{what}: at least {goal:.2f}", str(found), verdict)
 
@@ -245,17 +245,17 @@ def goals(case: ModelCase, cells: dict[Cell, Measured], variants: list[str], pee
 
 
 def goals_of(variant: str) -> str:
-    """Whose goals a variant has."""
+    """The variant whose goals apply to this one."""
     return NO_RAY if variant == NO_RAY else RAY
 
 
 def shares(measured: Measured) -> list[float]:
-    """Of the raw loop beside each block: what two servers are compared by, so that a slow minute counts for neither."""
+    """Shares of the raw loop next to each block, used to compare servers: a slow minute counts against neither."""
     return [images / raw for images, raw in zip(measured.images_per_s, measured.raw_per_s, strict=True)]
 
 
 def latency_goal(variant: str, one: Measured) -> Goal:
-    """How much longer one client waits than for the raw call, by the medians of each round."""
+    """How much longer one client waits than the raw call takes, by the medians of each round."""
     extra = [ours - call for ours, call in zip(one.p50_ms, one.call_ms, strict=True)]
     draws = np.random.default_rng(0).choice(extra, (4000, len(extra)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
@@ -368,7 +368,7 @@ def model_figures(
 
 
 def clients_cost(load: Worker, image: bytes, folder: Path) -> dict[str, float]:
-    """CPU milliseconds that the clients take for a request by themselves, against a server that does nothing."""
+    """CPU milliseconds that the clients themselves take per request, measured with a server that does nothing."""
     wire = folder / "empty.http"
     wire.write_bytes(jepakit_requests(image)[RAW].wire())
     with empty_server(768) as port:
@@ -378,12 +378,12 @@ def clients_cost(load: Worker, image: bytes, folder: Path) -> dict[str, float]:
 
 
 def busy_cores() -> float:
-    """Cores in use just now, while this program only waits: on a quiet machine 0."""
+    """Cores in use while this program only waits: 0 on a quiet machine."""
     return float(psutil.cpu_percent(2.0)) / 100 * (psutil.cpu_count() or 1)
 
 
 def tell(what: str) -> None:
-    """Progress, with the time, beside the tables."""
+    """Report progress, with the time, apart from the tables."""
     print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
@@ -396,7 +396,7 @@ def one_image() -> bytes:
 
 
 def ready_peers(environments: Path | None) -> dict[str, str]:
-    """Versions of the peers that can be measured; says which are left out, and why."""
+    """Versions of the peers that can be measured; prints which are left out, and why."""
     if environments is None:
         print(f"left out without --peers DIR: {', '.join(PEERS)}")
         return {}

@@ -43,9 +43,9 @@ IMAGES, OUTPUTS, SLICES = (64, 128, 256, 512, 1024, 2048, 4096), (64, 512), (256
 QUICK_IMAGES, QUICK_SLICES = (64, 128, 256), (256,)
 T_MAX, N_NODES = 3.0, 17
 MOST_BYTES, MOST_SHARE = 8e9, 0.5
-"""Of the autograd form: altogether, and of the memory that the machine has left."""
+"""Limits of the autograd form: in all, and as a share of the machine's free memory."""
 REFERENCE_BYTES = 1e9
-"""Of autograd in float64, as a reference for the gradient."""
+"""Limit of autograd in float64, the reference for the gradient."""
 LEAN, AGAIN, PLAIN = "lean", "lean (again)", "autograd"
 DEVICE = torch.device("cpu")
 """Set once, from the command line."""
@@ -70,7 +70,7 @@ class Size(NamedTuple):
 
 
 def autograd_sigreg(proj_VNK: Tensor, directions_KS: Tensor) -> Tensor:
-    """The formula as it is written, differentiated by autograd."""
+    """The formula as written, differentiated by autograd."""
     nodes_T = torch.linspace(0, T_MAX, N_NODES, dtype=proj_VNK.dtype, device=proj_VNK.device)
     phi_T = torch.exp(-nodes_T.square() / 2)
     weights_T = 2 * (nodes_T[1] - nodes_T[0]) * phi_T
@@ -90,7 +90,7 @@ def gradient(form: str, proj_VNK: Tensor, directions_KS: Tensor) -> Tensor:
 
 
 def seconds_of(size: Size, forms: tuple[str, ...], budget_s: float) -> dict[str, list[float]]:
-    """CPU seconds of each form in each round: 3 to 20 rounds, what fits into `budget_s`."""
+    """CPU seconds of each form in each round: 3 to 20 rounds, as many as fit into `budget_s`."""
     proj_VNK, slices_KS = size.inputs()
     block_of = timed if DEVICE.type == "cpu" else on_gpu
     blocks = {form: block_of(partial(gradient, form, proj_VNK, slices_KS)) for form in forms}
@@ -102,7 +102,7 @@ def seconds_of(size: Size, forms: tuple[str, ...], budget_s: float) -> dict[str,
 
 
 def on_gpu(work: Callable[[], object]) -> Block:
-    """`work` as a block, by the clock: ten times, for one alone is as long as its launch."""
+    """`work` as a block, by wall-clock time: ten times, since a single run takes only as long as its launch."""
 
     def block() -> float:
         torch.cuda.synchronize()
@@ -116,7 +116,7 @@ def on_gpu(work: Callable[[], object]) -> Block:
 
 
 def peak_bytes(size: Size, form: str) -> int:
-    """The most memory of one pass above what its inputs and the warm process take."""
+    """Peak memory of one pass beyond its inputs and the warm process."""
     gradient(form, *Size(8, size.outputs, 8).inputs())
     inputs = size.inputs()
     if DEVICE.type == "cuda":
@@ -142,7 +142,7 @@ def _proc_bytes(file: str, field: str) -> int:
 
 
 def saved_bytes(size: Size, form: str) -> int:
-    """Bytes of the memory that autograd keeps for the backward pass, each once, inputs apart."""
+    """Bytes that autograd keeps for the backward pass, each counted once, without the inputs."""
     inputs = size.inputs()
     kept: dict[int, int] = {}
 
@@ -159,7 +159,7 @@ def saved_bytes(size: Size, form: str) -> int:
 
 
 def gradient_errors(size: Size, forms: tuple[str, ...]) -> dict[str, float]:
-    """Relative L2 error of each form's gradient, and of the two forms to each other where both are there."""
+    """Relative L2 error of each form's gradient, and between the two forms if both were run."""
     reference = PLAIN if 2 * size.predicted_bytes <= REFERENCE_BYTES else LEAN
     errors: dict[str, float] = {}
     for scale, shift in ((1.0, 0.0), (1.5, 0.3)):
@@ -178,10 +178,10 @@ def _distance(got: Tensor, wanted: Tensor) -> float:
 
 
 def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a process of its own, one thread; on a GPU in this one."""
+    """What `work` returns in its own process with one thread; on a GPU, in this process."""
     if DEVICE.type == "cuda":
         return work(*arguments)
-    # Forked from a server that has imported torch and computed nothing: spares some seconds of imports each.
+    # Forked from a server that has imported torch and computed nothing: saves some seconds of imports each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jepakit_training.sigreg"])
     receiver, sender = context.Pipe(duplex=False)
@@ -204,7 +204,7 @@ def _send(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ..
 
 
 class Row(NamedTuple):
-    """Figures of one size by form; the autograd form is missing where it would not fit."""
+    """Figures of one size by form, without the autograd form if it would not fit."""
 
     size: Size
     ms: dict[str, float]
@@ -282,7 +282,7 @@ def exponents(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def goals(rows: list[Row]) -> list[dict[str, Any]]:
-    """What was wanted and what came out; nothing where the size was not measured."""
+    """What was wanted and what came out; nothing if the size was not measured."""
     found = {row.size: row for row in rows}
     lines = []
     for outputs, least in ((64, 6.0), (512, 3.0)):

@@ -43,17 +43,17 @@ from views import LightlyMissingError, lightly_python, make_images
 
 STEPS, BATCH, QUICK_BATCH, DISTINCT = 5, 32, 8, 32
 ROUNDS, QUICK_ROUNDS = 31, 3
-"""Odd: with the round that is not counted the product has just logged its last step's loss, as it does every tenth."""
+"""Odd: with the uncounted round, the product has then just logged the last step's loss, as at every tenth step."""
 FILES, MEMORY = "files", "memory"
 AGAIN = " (again)"
 PRODUCT, BARE, RETURNING = "jepakit", "by hand", "by hand, memory handed back"
 PRODUCT_MEMORY, BARE_MEMORY = "jepakit, views in memory", "by hand, views in memory"
 PRODUCT_AUTO = "jepakit, precision = auto"
 MIDDLE_LIMIT, UPPER_LIMIT = 1.03, 1.05
-"""How many times as long as the loop by hand jepakit may take: the median, and the interval's upper end."""
+"""How many times as long as the hand-written loop jepakit may take: the median, and the interval's upper end."""
 REST_LIMIT, DEFAULT_STEPS = 0.05, 300
 
-# Name, timm's name, settings. In the first two nothing is frozen and foldable, which would be to the product's gain.
+# Name, timm's name, settings. In the first two nothing is frozen and foldable, which would favour the product.
 VIT, CONVNET, FOLDED = "ViT-Ti/16, last 2 blocks", "ResNet-10-T, all of it", "MobileNetV2, last level"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     VIT: ("vit_tiny_patch16_224", {"image_size": 64}),
@@ -71,7 +71,7 @@ PEERS: dict[str, dict[str, Any]] = {
         "transform_args": {"local_view": {"num_views": 4, "view_size": [28, 28]}},
     },
 }  # fmt: skip
-"""lightly-train's methods with its settings for them, and ours for as many views and pixels; all weights train."""
+"""lightly-train's methods with its settings, and ours with as many views and pixels; all weights train."""
 
 
 class BlockFailedError(Exception):
@@ -86,7 +86,7 @@ class Loop:
         self.answers: list[dict[str, float]] = []
 
     def wait(self) -> None:
-        """Until it has started, once, before the first block: so that loops start beside each other."""
+        """Wait until it has started; once, before the first block, so that loops start in parallel."""
         self._answer()
 
     def __call__(self) -> float:
@@ -130,7 +130,7 @@ def started(name: str, command: Sequence[str | Path], folder: Path, environment:
 
 
 def ours(name: str, settings: dict[str, Any], folder: Path) -> contextlib.AbstractContextManager[Loop]:
-    """The loop that `name` speaks of, on `settings` of `adapt`."""
+    """The loop called `name`, with `settings` of `adapt`."""
     folder.mkdir(parents=True)
     kind = "returning" if name == RETURNING else "bare" if name.startswith(BARE) else "product"
     source = MEMORY if name.endswith("in memory") else FILES
@@ -172,7 +172,7 @@ def lightly(
 
 
 def settings_of(backbone: str, images: Path, folder: Path, rounds: int, **more: Any) -> dict[str, Any]:
-    """Settings of `adapt`: the defaults but for what makes the loops comparable, and no step without the backbone."""
+    """Settings of `adapt`: the defaults except for what makes the loops comparable; every step trains the backbone."""
     settings: dict[str, Any] = {
         "images": str(images),
         "labels": "none",
@@ -188,7 +188,7 @@ def settings_of(backbone: str, images: Path, folder: Path, rounds: int, **more: 
 
 
 def weights_of(backbone: str, folder: Path) -> str:
-    """Random weights in a file, which are trained as pretrained ones are."""
+    """Random weights in a file, which are trained like pretrained ones."""
     path = folder / f"{backbone}.safetensors"
     if not path.exists():
         torch.manual_seed(0)
@@ -207,7 +207,7 @@ def many(paths: list[Path], folder: Path, count: int, classes: int = 1) -> Path:
 
 
 def measured(loops: dict[str, Loop], batch: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds an image, peak memory and losses of each loop, and the seconds behind them."""
+    """Milliseconds per image, peak memory and losses of each loop, and the seconds behind them."""
     for each in loops.values():
         each.wait()
     seconds = measure(loops, rounds=rounds)
@@ -221,7 +221,7 @@ def measured(loops: dict[str, Loop], batch: int, rounds: int) -> dict[str, Any]:
 
 
 def overhead(name: str, images: Path, folder: Path, rounds: int, batch: int) -> dict[str, Any]:
-    """One model: the product's loop and the one by hand."""
+    """One model: the product's loop and the hand-written one."""
     backbone, more = MODELS[name]
     cases = [PRODUCT, BARE, BARE + AGAIN, RETURNING]
     cases += [PRODUCT_AUTO] if name == FOLDED else [PRODUCT_MEMORY, BARE_MEMORY]
@@ -243,7 +243,7 @@ def overhead(name: str, images: Path, folder: Path, rounds: int, batch: int) -> 
 
 
 def peak_gflops(size: int = 2048, times: int = 8) -> float:
-    """The best matrix product of this device in what the model computes in: bfloat16 on a GPU, float32 on a CPU."""
+    """This device's fastest matrix product, in the model's precision: bfloat16 on a GPU, float32 on a CPU."""
     dtype, device = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
     size, times = (8192, 50) if ON_GPU else (size, times)
     left, right = torch.rand(2, size, size, device=device).to(dtype)
@@ -259,7 +259,7 @@ def peak_gflops(size: int = 2048, times: int = 8) -> float:
 def against_lightly(
     method: str, peer: dict[str, Any], images: Path, env: Path, folder: Path, rounds: int
 ) -> dict[str, Any]:
-    """The product, every weight trained, beside lightly-train's method on as many views of as many pixels."""
+    """The product, training every weight, next to lightly-train's method with as many views of as many pixels."""
     settings = settings_of(
         peer["ours"],
         images,
@@ -286,7 +286,7 @@ def against_lightly(
 
 
 class Account:
-    """CPU seconds by what they went to, of functions that are wrapped for it."""
+    """CPU seconds by purpose, of functions wrapped for that."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -306,7 +306,7 @@ class Account:
 
 
 def whole_run(images: Path, folder: Path, steps: int, batch: int) -> dict[str, Any]:
-    """`adapt` in full; what it spends beside loading and steps, once and for every step."""
+    """A complete `adapt`; what it spends beyond loading and steps, once and for every step."""
     account = Account()
     real_loader = loop.step_loader
 
@@ -415,7 +415,7 @@ def show_run(found: dict[str, Any]) -> None:
 
 
 def lightly_ready(env: Path) -> Path:
-    """The environment with lightly-train and this environment's timm in it, made or completed."""
+    """An environment with lightly-train and this environment's timm, made or completed."""
     python = lightly_python(env)
     wanted = f"timm=={timm.__version__}"
     if subprocess.run([python, "-c", "import timm"], stderr=subprocess.DEVNULL).returncode and (

@@ -41,7 +41,7 @@ from jepakit_training.views import Crops, ViewMaker, collate, finish
 
 GLOBAL, LOCAL = (2, 224), (6, 96)
 H100_IMAGES_PER_S = 2900
-"""ViT-S/16 with these views at 25 % of the bf16 peak: what the loader has to keep up with."""
+"""ViT-S/16 with these views at 25 % of the bf16 peak: the rate the loader has to keep up with."""
 LIGHTLY = "lightly-train==0.18.0"
 AGAIN = " (again)"
 
@@ -83,7 +83,7 @@ def make_images(folder: Path, count: int) -> list[Path]:
 
 
 class Ours:
-    """The work on all images, as a loader's worker and its collation do it: the product's own dataset, every check included."""
+    """The work of a loader's worker and its collation on all images: the product's own dataset, with every check."""
 
     def __init__(self, folder: Path, cache: ImageCache) -> None:
         self._images = list_images(folder, "none")
@@ -118,7 +118,7 @@ def without_blur(crops: Crops) -> Crops:
 
 
 def plain_recipe(size: int, area: tuple[float, float], *, on_tensors: bool) -> v2.Compose:
-    """The usual recipe, view by view: strengths of `natural`, a blur kernel of 23 as for 224 pixels everywhere."""
+    """The usual recipe, view by view: strengths of `natural`, and everywhere a blur kernel of 23, as for 224 pixels."""
     steps = [
         v2.RandomResizedCrop(size, area, interpolation=InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(),
@@ -150,7 +150,7 @@ class LightlyMissingError(Exception):
 
 
 def lightly_python(env: Path) -> Path:
-    """The interpreter of an environment with lightly-train in it, which is made when it is not there."""
+    """The interpreter of an environment with lightly-train, which is made if missing."""
     python = env / "bin" / "python"
     if not python.exists():
         print(f"installing {LIGHTLY} into {env} …", file=sys.stderr)
@@ -162,7 +162,7 @@ def lightly_python(env: Path) -> Path:
 
 @contextmanager
 def lightly_block(env: Path, images: Path) -> Iterator[Block]:
-    """lightly-train's work on the images as a block, in a process of its own."""
+    """lightly-train's work on the images as a block, in its own process."""
     settings = {"OMP_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
     worker = subprocess.Popen(
         [lightly_python(env), Path(__file__).with_name("_lightly_worker.py"), images],
