@@ -56,7 +56,7 @@ def run(images: Path, weights_file: Callable[[str], Path], tmp_path_factory: pyt
 def exported(
     run: Run, weights_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Bundle]:
-    """`exported("run")`: one bundle of each source, made when first asked for."""
+    """`exported("run")`: one bundle per source, made on first use."""
     folder = tmp_path_factory.mktemp("bundles")
     sources: dict[str, tuple[str, dict[str, Any]]] = {
         "run": (str(run.path), {}),
@@ -416,7 +416,7 @@ def test_what_is_asked_of_a_run_is_refused_of_anything_else(run: Run, tmp_path: 
 
 
 def test_a_bundle_is_exported_as_it_is_fed_and_not_as_weights_of_a_name(run: Run, tmp_path: Path) -> None:
-    """Fed by timm's statistics it would give other vectors, without a word."""
+    """Preprocessed with timm's statistics it would silently give other vectors."""
     source = run.path / BUNDLE
     with pytest.raises(ConfigError, match=f"is a bundle, .*: jepakit export {source}"):
         jepakit.export(f"test_resnet:{source}", tmp_path / "bundle")

@@ -1,6 +1,6 @@
-"""Backbones whose weights a graph cannot hold: the same vectors, from one more file that is never read unverified.
+"""Backbones whose weights do not fit into a graph: the same vectors, from a second file that is never read unverified.
 
-The limit of 2 GB is lowered so that a tiny backbone goes the very same way; one slow test goes it with 2.5 GB.
+The limit of 2 GB is lowered so that a tiny backbone takes the very same path; one slow test takes it with 2.5 GB.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PRECISIONS = ("fp32", "fp16")
 def exported(
     weights_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, bool], Bundle]:
-    """`exported("fp16", True)`: a small ViT's bundle, its tensors in the graph (False) or beside it (True)."""
+    """`exported("fp16", True)`: a small ViT's bundle, with its tensors in the graph (False) or beside it (True)."""
     folder = tmp_path_factory.mktemp("bundles")
 
     @cache
@@ -111,7 +111,7 @@ def test_the_vectors_are_those_of_the_graph_in_one_file(
 def test_int8_of_weights_outside_the_graph_is_int8_of_those_inside(
     name: str, weights_file: Callable[[str], Path]
 ) -> None:
-    """By either of the quantiser's ways. Whether int8 is near enough to torch depends on the CPU, and is not asked here."""
+    """With both methods of quantising. Whether int8 is close enough to torch depends on the CPU: not tested here."""
     with pytest.MonkeyPatch.context() as patch:
         inside = quantised(weights_file(name))
         patch.setattr(jepakit_export.convert, "INLINE_LIMIT", 20_000)
@@ -299,7 +299,7 @@ def test_a_location_is_found_however_it_is_spelt(
     exported: Callable[[str, bool], Bundle], provider: Provider, tag: bytes, length: bytes, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Runtimes read numbers that Python's protobuf refuses: with such a spelling a file of the machine came out as a vector."""
+    """Runtimes read numbers that Python's protobuf refuses: spelled so, a file of the machine came out as a vector."""
     (tmp_path / "secret").write_bytes(bytes(16))
     monkeypatch.chdir(tmp_path)
     location = field(13, tag + length + b"location" + field(2, b"secret"))

@@ -1,4 +1,4 @@
-"""What `export` can be asked for: poolings, precisions, tokens, standardising, other sizes, the user's own images."""
+"""The options of `export`: poolings, precisions, tokens, standardising, other sizes, the user's own images."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_graph(bundle: Bundle, images: NDArray[Any]) -> list[NDArray[np.float32]]
 
 
 def backbone_and_input(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[Any, torch.Tensor]:
-    """timm's own module with the bundle's weights, and what it takes."""
+    """timm's own module with the bundle's weights, and its input."""
     spec = bundle.manifest.preprocess
     x = (torch.from_numpy(images).float() / 255 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
     return restore(bundle.manifest.backbone, load(bundle.read(WEIGHTS))), x.permute(0, 3, 1, 2)
@@ -144,7 +144,7 @@ def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file:
 def test_each_int8_graph_is_a_space_of_its_own_and_float_ones_are_not(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, weights_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Whether they are near enough to torch depends on the CPU, and is not asked here."""
+    """Whether they are close enough to torch depends on the CPU, and is not tested here."""
     monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0))
     source = f"test_resnet:{weights_file('test_resnet')}"
     some, others = str(films(tmp_path / "some", 16)), str(films(tmp_path / "others", 17, frames=1))
@@ -216,7 +216,7 @@ def test_standardising_without_images_and_verifying_on_too_few_are_refused(
 
 
 def films(folder: Path, count: int, *, frames: int = 2) -> Path:
-    """Files of several frames, the later ones of other seeds."""
+    """Files of several frames, the later frames from other seeds."""
     folder.mkdir()
     for place in range(count):
         pixels = synthetic_images(frames, 64, 3, seed=100 * frames + place)

@@ -1,4 +1,4 @@
-"""Pretrained weights by way of a hub: the real client of one, and a server on this machine in its place."""
+"""Pretrained weights from a hub: the real client, with a server on this machine in place of the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = "timm/test_vit.r160_in1k/resolve/main/model.safetensors"
 
 
 def jepakit(*arguments: object, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """`jepakit …` of a user whose hub is at `hub`, and who has fetched nothing but into `home`."""
+    """Run `jepakit …` as a user whose hub is at `hub` and whose downloads are all in `home`."""
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     return subprocess.run(
         [sys.executable, "-c", "from jepakit.cli import main; main()", *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""The backbone that a bundle describes: built from what we write into bundles, whoever made this one."""
+"""The backbone that a bundle describes: built from what we write into bundles, whoever made the bundle."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_we_build_is_built_again_from_its_description(name: str, bands: int
 
 
 def test_a_download_tells_nothing_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The address is this machine's, where nobody listens."""
+    """The address is on this machine, where nothing listens."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1")
     assert "torch/" in build_hf_headers()["user-agent"]

@@ -1,4 +1,4 @@
-"""The bundle on disk: written whole or not at all, every change noticed; and the golden inputs inside it."""
+"""The bundle on disk: written completely or not at all, every change detected; and the golden inputs inside it."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None], *, sign: bool = True) -> None:
-    """Change the manifest as somebody would who also recomputes its digest."""
+    """Change the manifest like somebody who also recomputes its digest."""
     values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     change(values)
     if sign:
@@ -219,7 +219,7 @@ def test_a_changed_byte_in_a_file_is_an_error_that_names_it(bundle: Bundle, name
 
 
 def undetected(path: Path, whole: bytes, changed: list[tuple[int, int]]) -> list[str]:
-    """Which replacements of the byte at a position go unnoticed, or come out as anything but a BundleError."""
+    """Replacements of the byte at a position that go unnoticed, or raise anything but a BundleError."""
     found = []
     for position, value in changed:
         damaged = bytearray(whole)
@@ -306,7 +306,7 @@ def test_an_extra_file_is_named(bundle: Bundle, stranger: str) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "golden.npz"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 def test_what_would_be_read_for_ever_is_refused(bundle: Bundle, name: str, kind: str) -> None:
-    """Archives and copies keep pipes and links to devices."""
+    """Archives and copies preserve pipes and links to devices."""
     (bundle.path / name).unlink()
     if kind == "pipe":
         os.mkfifo(bundle.path / name)

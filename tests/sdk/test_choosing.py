@@ -1,4 +1,4 @@
-"""Which of two models' embeddings of the same images to keep."""
+"""Choosing which of two models' embeddings of the same images to keep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = np.array(["ant", "bee", "cat"])
 
 
 def embeddings(noise: float, n: int = 90, *, seed: int = 0, groups: NDArray[np.intp] | None = None) -> Embeddings:
-    """Centres that are the same for every seed, with noise round them, and round those of the groups where there are some."""
+    """Class centres that are the same for every seed, with noise around them, and with a shift per group, if any."""
     of_class = (np.arange(n) if groups is None else groups) % 3
     random = np.random.default_rng(seed)
     vectors = 0.6 * np.random.default_rng(99).standard_normal((3, 16))[of_class] + noise * random.standard_normal(

@@ -1,4 +1,4 @@
-"""The command line: whatever a file or a class is called can be shown, and what needs no extra asks for none."""
+"""The command line: any file or class name can be shown, and what needs no extra asks for none."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DEFAULTS_IN_WORDS = {
 
 
 def run(*arguments: str | Path, program: str = "from jepakit.cli import main; main()", encoding: str = "utf-8") -> str:
-    """What `jepakit …` prints on a terminal of that encoding; its exit code is 0."""
+    """What `jepakit …` prints on a terminal with that encoding; its exit code must be 0."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, check=False,
         env={**os.environ, "PYTHONIOENCODING": encoding},

@@ -1,4 +1,4 @@
-"""What clients are called and call: models in addresses, and themselves."""
+"""Names that clients use: of models in URLs, and their own."""
 
 from __future__ import annotations
 

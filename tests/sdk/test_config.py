@@ -1,4 +1,4 @@
-"""Settings: whatever door they come through, a wrong one is one clear line before anything heavy is imported."""
+"""Settings: wherever they come from, a wrong one gives one clear line before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_labels_and_groups_that_are_given_themselves_are_told_where_they_go(give
 
 
 def settings_of_the_page() -> dict[str, str]:
-    """The rows of docs/training.md's table: each setting and what is said to be its default."""
+    """The rows of the table in docs/training.md: each setting and its documented default."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     found: dict[str, str] = {}
     for row in re.findall(r"^\| (`.+) \| (.+) \| .+ \|$", page.partition("## Every setting")[2], re.MULTILINE):

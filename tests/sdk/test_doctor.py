@@ -1,4 +1,4 @@
-"""`jepakit doctor`: what is there, and what to mend."""
+"""`jepakit doctor`: what is there, and what to fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jepakit.doctor import examine
 
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine without a GPU and with room, whatever this one is."""
+    """Pretend that the machine has no GPU and enough room."""
     monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
     monkeypatch.setattr(doctor, "_LEAST_SHARED", 0)
     return monkeypatch
@@ -59,7 +59,7 @@ def test_problems_are_told_with_their_remedies(sound: pytest.MonkeyPatch) -> Non
 
 
 def test_a_gpu_that_would_lie_idle_is_a_problem(sound: pytest.MonkeyPatch) -> None:
-    """torch here sees no GPU; ONNX Runtime is asked whether it can use CUDA."""
+    """Here torch sees no GPU; ONNX Runtime is asked whether it can use CUDA."""
     torch = pytest.importorskip("torch")
     sound.setattr(doctor, "has_nvidia_driver", lambda: True)
     sound.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""`Embeddings` on disk: no pickle, nothing lost, and nothing else taken for one."""
+"""`Embeddings` on disk: no pickle, nothing lost, and no other file taken for them."""
 
 from __future__ import annotations
 

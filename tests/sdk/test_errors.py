@@ -1,4 +1,4 @@
-"""The tree of errors, which the module's docstring draws."""
+"""The tree of errors, as drawn in the module's docstring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jepakit.errors import JepakitError
 
 
 def drawn() -> dict[str, str]:
-    """Each class of the drawing with the one that it hangs from."""
+    """Each class in the drawing, with its parent."""
     parents: dict[str, str] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines():

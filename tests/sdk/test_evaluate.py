@@ -1,4 +1,4 @@
-"""Verdicts on made vectors whose truth is known."""
+"""Verdicts on made-up vectors whose truth is known."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
 def made_vectors(
     n: int, noise: float, *, classes: int = 3, dim: int = 8, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
-    """Class centres that are the same for every seed, with noise round them."""
+    """Class centres that are the same for every seed, with noise around them."""
     centres = np.random.default_rng(99).standard_normal((classes, dim))
     labels = np.arange(n) % classes
     vectors = centres[labels] + noise * np.random.default_rng(seed).standard_normal((n, dim))
@@ -278,7 +278,7 @@ def test_a_comparison_survives_json_and_is_frozen() -> None:
 
 
 def uneven_pair() -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.str_]]:
-    """Right before, right after, and the classes of 64 images in no order; four classes of 4 to 33."""
+    """Right before, right after, and the shuffled classes of 64 images: four classes of 4 to 33."""
     random = np.random.default_rng(11)
     truth = random.permutation(np.repeat(["a", "b", "c", "d"], [33, 20, 7, 4]))
     before = random.random(64) < 0.6
@@ -414,9 +414,9 @@ def test_a_class_of_many_images_of_two_groups_is_left_out_and_named() -> None:
 def noisy_twice(
     random: np.random.Generator, n: int, n_held_out: int, *, noise: tuple[float, float] = (2.5, 2.5), size: int = 1
 ) -> tuple[Comparison, Comparison]:
-    """The verdict on two noisy versions of the same vectors, and what it is over the held-out images alone.
+    """The verdict on two noisy versions of the same vectors, and the verdict over the held-out images alone.
 
-    size  images of a group; groups are moved by chance where they are of several
+    size  images per group; with several, each group is shifted at random
     """
     groups = [np.repeat(np.arange(count // size), size) for count in (n, n_held_out)]
     truth = [np.array(["ant", "bee"])[group % 2] for group in groups]
@@ -476,7 +476,7 @@ def test_a_class_of_one_image_to_fit_on_costs_no_verdict() -> None:
 
 
 def few_of_many(random: np.random.Generator, classes: int, each: int) -> str:
-    """The verdict on two noisy versions of the same vectors, with so many images of each class to fit on and 60 to judge by."""
+    """The verdict on two noisy versions of the same vectors, with few images per class to fit on, 60 to judge by."""
     centres = 0.6 * random.standard_normal((classes, 16))
     of_fit, of_held_out = (np.repeat(np.arange(classes), count) for count in (each, 60))
     before, after = (

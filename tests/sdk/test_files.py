@@ -1,4 +1,4 @@
-"""Files that take another's place: two writers never meet, and whoever may read the old one may read the new one."""
+"""Replacing files: two writers never collide, and whoever could read the old file can read the new one."""
 
 from __future__ import annotations
 

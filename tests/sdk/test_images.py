@@ -1,4 +1,4 @@
-"""8-bit images of every colour kind come out as RGB; and the ONE resize."""
+"""8-bit images of every colour mode come out as RGB; and the ONE resize."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read(source: Any, limits: Limits = DEFAULT_LIMITS) -> Pixels:
 
 
 def refused(source: Any, code: str, name: str = "image", **options: Any) -> str:
-    """The message of the ImageError that reading gives; its code and the name in it are checked."""
+    """The message of the ImageError raised by reading; checks its code and the name in it."""
     with pytest.raises(ImageError) as caught:
         read(source, **options)
     assert caught.value.code == code

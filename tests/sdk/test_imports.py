@@ -1,4 +1,4 @@
-"""Importing jepakit is light, quiet, and shows exactly what is the product."""
+"""Importing jepakit is light, quiet, and exposes exactly the public API."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAVY = ("torch", "torchvision", "PIL", "ray", "timm", "sklearn", "onnxruntime",
 
 
 def in_a_fresh_process(program: str) -> Any:
-    """What the program prints as JSON on its last line."""
+    """Run the program and return the JSON on its last line."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

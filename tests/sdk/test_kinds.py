@@ -1,4 +1,4 @@
-"""Images of other depths and bands: read as the model was made for them, or refused with the value and the remedy."""
+"""Images of other depths and bands: read as the model expects them, or refused with the value and the remedy."""
 
 from __future__ import annotations
 

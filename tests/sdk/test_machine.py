@@ -1,4 +1,4 @@
-"""How many threads a process may keep busy and how much memory it may take: the machine's, or what its container grants."""
+"""How many threads and how much memory a process may use: what the machine has, or what its container grants."""
 
 from __future__ import annotations
 

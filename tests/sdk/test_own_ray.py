@@ -1,4 +1,4 @@
-"""Where a Ray of our own keeps its files."""
+"""Where our own Ray keeps its files."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_probabilities_add_up_to_one_and_no_vectors_give_none(probe: LinearProbe
 
 
 def choice_by_scikit_learn(vectors: Floats, labels: NDArray[np.intp], n_folds: int) -> float:
-    """The C of the best balanced accuracy, over all folds together; of several, that of the least cross-entropy."""
+    """The C with the best balanced accuracy over all folds together; of several, the one of least cross-entropy."""
     predicted, missed = np.empty((len(C_GRID), len(labels)), int), np.zeros(len(C_GRID))
     for held_out in stratified_folds(labels, n_folds=n_folds, seed=0) or []:
         scaler = StandardScaler().fit(vectors[~held_out])

@@ -17,7 +17,7 @@ VALUES = "loss 0.4321  81 images/s"
 
 
 class Clock:
-    """`time`, of which the tests turn the hands."""
+    """A `time` that the tests control."""
 
     now = 100.0
 
@@ -122,7 +122,7 @@ with Steps(4, epochs=2) as steps:
 
 
 def on_terminal(term: str) -> str:
-    """What a program writes to a pseudo-terminal of 200 columns."""
+    """What a program writes to a 200-column pseudo-terminal."""
     outer, inner = pty.openpty()
     environment = {**os.environ, "TERM": term, "COLUMNS": "200"}
     child = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stderr=inner, env=environment)

@@ -1,4 +1,4 @@
-"""Which provider a graph runs on: what was asked for, or an error; never a silent CPU, never a file outside the graph."""
+"""Which provider a graph runs on: the requested one or an error; never silently the CPU, never outside files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Session` and `load`: the right vector for each image, whatever it rides with, on however many threads."""
+"""`Session` and `load`: the right vector for each image, whatever else is in its batch, on any number of threads."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_bundle_without_what_proves_or_computes_it_is_refused(bundle: Bundle, 
 
 
 def copied(bundle: Bundle, out: Path, names: set[str], **changes: Any) -> Path:
-    """The bundle with these of its files, and another manifest that fits them."""
+    """A copy of the bundle with only these files, and a matching manifest."""
 
     def write_files(folder: Path) -> None:
         for name in names:
@@ -203,7 +203,7 @@ def test_nothing_to_embed_is_said(model: Model) -> None:
 
 
 class Watched:
-    """A session that notes how many images had been asked for when each batch came, and waits for some more."""
+    """A session that notes how many images had been requested when each batch ran, and waits for some more."""
 
     def __init__(self, session: Session, wait_for: int) -> None:
         self.manifest, self.batch = session.manifest, session.batch
@@ -302,7 +302,7 @@ def test_what_is_no_share_of_the_images_is_refused(model: Model, images: NDArray
 
 def test_a_dataset_is_never_asked_by_two_threads_at_once(model: Model, images: NDArray[np.uint8]) -> None:
     class Dataset:
-        """Not safe in threads."""
+        """Not thread-safe."""
 
         def __init__(self) -> None:
             self._busy = threading.Lock()

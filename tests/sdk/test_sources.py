@@ -1,4 +1,4 @@
-"""Which images a folder, glob or list means, in which order, under which labels."""
+"""Which images a folder, glob or list stands for, in which order, with which labels."""
 
 from __future__ import annotations
 

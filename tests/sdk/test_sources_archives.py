@@ -1,4 +1,4 @@
-"""WebDataset shards and ZIPs: which members are images, and that each is read alone and within bounds."""
+"""WebDataset shards and ZIPs: which members are images, and that each is read by itself and within limits."""
 
 from __future__ import annotations
 

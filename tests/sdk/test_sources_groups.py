@@ -16,7 +16,7 @@ from jepakit.sources import gather, list_images
 
 @pytest.fixture
 def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A reader of DICOM headers for which a file's text is its PatientID; the files it was asked for."""
+    """Replace the DICOM header reader: a file's text is its PatientID. Returns the files it was asked for."""
     asked: list[Any] = []
 
     def dicom_group(source: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Manifests, and tables of labels and groups: CSV and Parquet, their columns, and every way they can be wrong."""
+"""Manifests, and tables of labels and groups: CSV and Parquet, their columns, and every way to get them wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiles and frames: windows cover each scene, empty ones are left out, names, labels and groups follow the file."""
+"""Tiles and frames: windows cover each scene, empty ones are left out; names, labels and groups follow the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepakit.sources import ImageList, gather, list_images
 
 
 class Scene(Raster):
-    """A raster in memory that stands for a file; `decoded` are the windows and frames it was decoded for."""
+    """An in-memory raster in place of a file; `decoded` lists the windows and frames decoded from it."""
 
     def __init__(self, pixels: Any, header: Header) -> None:
         super().__init__(header, "scene", DEFAULT_LIMITS)
@@ -46,7 +46,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`make(**{"a": scene(…)})`: a folder of files a.tif, … that open as those scenes; others are damaged."""
+    """`make(**{"a": scene(…)})`: a folder of files a.tif, … that open as these scenes; other files are damaged."""
     scenes: dict[str, Scene] = {}
 
     def open_raster(source: Any, *, name: str) -> Scene:

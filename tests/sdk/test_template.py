@@ -1,4 +1,4 @@
-"""`jepakit init`: a file of every setting, true to the settings."""
+"""`jepakit init`: a file with every setting, in agreement with the settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recorded list of timm's names, and what a typo among them is told."""
+"""The recorded list of timm's names, and the message for a misspelt one."""
 
 from __future__ import annotations
 

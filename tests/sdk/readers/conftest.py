@@ -1,4 +1,4 @@
-"""What the readers' tests share: real files where they are at hand, and the shape of a refusal."""
+"""Shared by the readers' tests: real files, where available, and the shape of a refusal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def refused() -> Callable[..., str]:
-    """`refused(source, code, **options)`: the message of the ImageError that opening and reading it gives."""
+    """`refused(source, code, **options)`: the message of the ImageError raised by opening and reading it."""
 
     def check(source: Any, code: str, **options: Any) -> str:
         with pytest.raises(ImageError) as caught, open_raster(source, **options) as raster:

@@ -1,4 +1,4 @@
-"""DICOM: real units as pydicom gives them, colour as RGB, and no tag of a patient anywhere."""
+"""DICOM: real units as pydicom gives them, colour as RGB, and no patient tags anywhere."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_window_gives_the_same_values_however_they_are_stored() -> None:
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("vr", ["US", "OW"])
 def test_a_window_may_be_a_table(bits: int, vr: str) -> None:
-    """Of more entries than its own bits could count, for values that begin before it and end after it."""
+    """With more entries than its own bits can count, for values that begin before it and end after it."""
     table = np.linspace(0, 2**bits - 1, 300).round().astype("<u2")
     lut = item(LUTDescriptor=[300, 10, bits], LUTData=table.tolist() if vr == "US" else table.tobytes())
     lut["LUTDescriptor"].VR = "US"
@@ -460,7 +460,7 @@ def test_deflated_files_and_unread_syntaxes_are_refused_by_name(refused: Refused
 
 
 def test_a_deflated_file_is_not_inflated_wherever_its_syntax_stands() -> None:
-    """A decoy before the true transfer syntax, and 8 KB of private words: pydicom would inflate 100 MB."""
+    """A decoy before the real transfer syntax, and 8 KB of private data: pydicom would inflate 100 MB."""
     inflated = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
     body = inflated.compress(bytes(100 << 20)) + inflated.flush()
     decoy = b"\x02\x00\x10\x00UI\x12\x001.2.840.10008.1.2\0"

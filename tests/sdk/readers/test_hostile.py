@@ -1,4 +1,4 @@
-"""Whatever the bytes are: the right pixels or an ImageError, quickly, and within the memory of the budgets."""
+"""Whatever the bytes are: the right pixels or an ImageError, quickly, and within the memory budgets."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 def read_all(raster: Raster) -> NDArray[Any]:
-    """The first frames, and a window of one, as a caller might ask for them."""
+    """Read the first frames, and a window of one, as a caller might."""
     frames = [raster.read(frame=frame) for frame in range(min(2, raster.header.frames))]
     header = raster.header
     assert all(frame.shape == (header.height, header.width, header.bands) for frame in frames)
@@ -139,7 +139,7 @@ def test_a_file_with_flipped_bits_is_never_another_error(kind: str) -> None:
 
 
 def lying_tiff(compression: int, data: bytes, *, side: int, bits: int = 16) -> bytes:
-    """One strip of `data` that the header calls side × side pixels."""
+    """A TIFF with one strip of `data` that the header declares as side × side pixels."""
     tags = [(256, side), (257, side), (258, bits), (259, compression), (262, 1), (273, 500), (277, 1), (278, side)]
     entries = b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in [*tags, (279, len(data))])
     head = b"II*\0" + struct.pack("<IH", 8, len(tags) + 1) + entries + struct.pack("<I", 0)
@@ -171,7 +171,7 @@ def lying_png(*, late: bool) -> bytes:
 
 
 def test_bombs_stay_within_the_memory_of_the_budgets(tmp_path: Path) -> None:
-    """In a process of its own that may not have more than 1.5 GB: each is refused, and all of them at once in seconds."""
+    """In a process limited to 1.5 GB: each is refused, and all of them at once within seconds."""
     bombs = {
         "deflate of another size": lying_tiff(8, bomb(), side=20),
         "deflate": lying_tiff(8, bomb(), side=9000),
@@ -205,7 +205,7 @@ print(json.dumps(codes))
 
 
 def strip(compressed: bytes, compression: str) -> bytes:
-    """A TIFF of 64 × 64 pixels in 16 bits, whose one strip holds what it is given."""
+    """A 16-bit TIFF of 64 × 64 pixels, whose one strip holds the given bytes."""
     buffer = io.BytesIO()
     tifffile.imwrite(
         buffer, iter([compressed]), shape=(64, 64), dtype="uint16", compression=compression, rowsperstrip=64
@@ -214,7 +214,7 @@ def strip(compressed: bytes, compression: str) -> bytes:
 
 
 def test_without_imagecodecs_a_tiff_is_inflated_no_further_than_its_size(tmp_path: Path) -> None:
-    """tifffile's own decoders inflate whatever a strip holds: 2 MB took 4 GB."""
+    """tifffile's own decoders inflate everything in a strip: 2 MB took 4 GB."""
     pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     for name, compression, compress in (("deflate", "zlib", zlib.compress), ("lzma", "lzma", lzma.compress)):
         (tmp_path / f"{name}.tif").write_bytes(strip(compress(pixels.tobytes()), compression))

@@ -1,4 +1,4 @@
-"""NumPy files and arrays: judged by their header, mapped by windows, never unpickled."""
+"""NumPy files and arrays: checked by their header, mapped by windows, never unpickled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def zipped(**members: bytes) -> bytes:
 
 
 class Bomb:
-    """Unpickled, it would leave a file behind."""
+    """Unpickling this would leave a file behind."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""The one door: formats are told by their first bytes, refusals name the format and the remedy."""
+"""The single entry point: formats are recognised by their first bytes, refusals name the format and the remedy."""
 
 from __future__ import annotations
 

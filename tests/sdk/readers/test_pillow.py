@@ -34,7 +34,7 @@ def read(source: Any, **options: Any) -> NDArray[Any]:
 
 
 def with_chunk(png: bytes, made: bytes, *, late: bool) -> bytes:
-    """The PNG with one more chunk, before its pixels or behind them."""
+    """The PNG with one more chunk, before or after its pixels."""
     at = png.rindex(b"IEND") - 4 if late else 33
     return png[:at] + made + png[at:]
 
@@ -244,7 +244,7 @@ def test_budgets_are_judged_on_the_header(refused: Refused) -> None:
 
 
 def with_size(png: bytes, width: int, height: int) -> bytes:
-    """The PNG with a header that lies."""
+    """The PNG with a false size in its header."""
     header = struct.pack(">II", width, height) + png[24:29]
     return png[:8] + png_chunk(b"IHDR", header) + png[33:]
 

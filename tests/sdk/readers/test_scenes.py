@@ -1,4 +1,4 @@
-"""Scenes that are decoded whole: once for their tiles, whoever asks, and no more of them than there is room for."""
+"""Scenes that are decoded whole: once for all their tiles, whoever asks, and no more scenes than there is room for."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Refused = Callable[..., str]
 
 
 def make_slide(height: int = 300, width: int = 400) -> tuple[bytes, NDArray[Any]]:
-    """A slide as Aperio's scanners write it: level 0, thumbnail, level 1, label; and what level 0 decodes to."""
+    """Make a slide as Aperio's scanners do: level 0, thumbnail, level 1, label. Returns what level 0 decodes to."""
     seed = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(seed).resize((width, height))
     about = "Aperio Image Library v12.0.15\r\n{w}x{h} [0,0 {w}x{h}] (64x64) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"

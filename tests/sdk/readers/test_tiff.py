@@ -1,4 +1,4 @@
-"""TIFF: every depth, layout and byte order equals tifffile's own reading; windows touch nothing else."""
+"""TIFF: every depth, layout and byte order equals tifffile's own reading; windows read nothing else."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_reduced_copies_and_thumbnails_are_no_frames() -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("below", [True, False], ids=["image below it", "image after it"])
 def test_a_file_that_begins_with_a_reduced_copy_is_refused(dtype: str, below: bool, refused: Refused) -> None:
-    """As cameras' raw files and scanners' previews do: the image itself is another page, or one below the first."""
+    """As in cameras' raw files and scanners' previews: the image itself is another page, or one below the first."""
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as file:
         file.write(make(16, 24, 3, dtype=dtype), photometric="rgb", subfiletype=1, subifds=int(below), metadata=None)
@@ -250,7 +250,7 @@ def test_a_mask_that_would_be_passed_over_is_refused(dtype: str, options: dict[s
 
 
 def test_a_window_does_not_read_what_lies_outside_it(tmp_path: Path) -> None:
-    """Everything outside the tiles that the window needs is spoilt, and the window comes out whole."""
+    """Everything outside the tiles that the window needs is corrupted, and the window is still right."""
     pixels = make(64, 64)
     data = bytearray(encode(pixels, tile=(16, 16), compression="zlib"))
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
@@ -335,7 +335,7 @@ def test_a_cut_out_with_soft_edges_lies_on_white() -> None:
 
 
 def make_subsampled(compression: int, compress: Callable[[bytes], bytes]) -> bytes:
-    """16 × 16 pixels of YCbCr whose colour is kept once for 2 × 2 of them: grey of two brightnesses, left and right."""
+    """16 × 16 YCbCr pixels with one colour per 2 × 2 of them: two levels of grey, left and right."""
     blocks = [bytes([value] * 4 + [128, 128]) for value in (50, 200) for _ in range(4)] * 8
     data = compress(b"".join(blocks))
     tags = [
@@ -427,7 +427,7 @@ TAGS = [(256, 20), (257, 20), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1),
 
 
 def chain(pages: list[list[tuple[int, int]]], *, last: int = 0) -> bytes:
-    """A TIFF of pages of these (tag, value); `last` is where the last page says that the next one lies."""
+    """A TIFF of pages with these (tag, value); `last` is where the last page says the next one is."""
     data, at = (b"II*\0" + struct.pack("<I", 808)).ljust(808, b"\0"), 808
     for place, tags in enumerate(pages):
         at += 6 + 12 * len(tags)
@@ -458,7 +458,7 @@ def test_a_file_of_more_pages_than_any_is_refused_at_once(refused: Refused) -> N
 
 
 def test_many_pages_of_one_kind_are_read_and_of_many_kinds_refused(refused: Refused) -> None:
-    """tifffile compares each with each where they differ: a file of 7 MB kept it for minutes."""
+    """tifffile compares all pairs of pages if they differ: a file of 7 MB kept it busy for minutes."""
     stack = [TAGS] * 3000
     with open_raster(chain(stack)) as raster:
         assert raster.header.frames == 3000
@@ -476,7 +476,7 @@ def test_where_nothing_can_bound_a_search_many_pages_are_refused_at_once(
 
 
 def with_images_below(below: bytes, times: int, *, following: int = 0) -> bytes:
-    """A TIFF whose first page has the first page of `below` beneath it, so many times; `following`: where the next one lies."""
+    """A TIFF whose first page has `below`'s first page beneath it several times; `following`: where the next one is."""
     offsets = struct.pack("<I", 808) * times
     tags = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", code, 4, 1, value) for code, value in TAGS)
     first = tags + struct.pack("<HHII", 330, 4, times, len(below)) + struct.pack("<I", following)
@@ -489,13 +489,13 @@ def test_images_below_a_page_count_as_pages(refused: Refused) -> None:
 
 
 def test_images_below_a_page_have_no_more_tags_than_pages_have(refused: Refused) -> None:
-    """tifffile reads each of them: 1,000 times the same one of 4,000 tags kept it for 20 s."""
+    """tifffile reads each of them: the same one of 4,000 tags, 1,000 times, kept it busy for 20 s."""
     data = with_images_below(chain([TAGS + [(code, 0) for code in range(40_000, 44_000)]]), 1000)
     assert "a page of 4009 tags" in refused(data, "unreadable")
 
 
 def test_pages_that_share_their_values_are_refused_before_each_is_given_a_copy(refused: Refused) -> None:
-    """tifffile reads them anew for each page: a file of 0.5 MB took 1.3 GB."""
+    """tifffile reads them again for each page: a file of 0.5 MB took 1.3 GB."""
     table = bytes(4 * 100_000)
     first = len(table) + 8
     pages = b""
@@ -512,7 +512,7 @@ def test_pages_that_share_their_values_are_refused_before_each_is_given_a_copy(r
 
 
 def test_many_pages_saved_one_by_one_are_refused(refused: Refused) -> None:
-    """tifffile compares each with each: 8,000 of them, in 1 MB, kept it for a minute."""
+    """tifffile compares all pairs: 8,000 pages, in 1 MB, kept it busy for a minute."""
     described = [*TAGS[:5], (270, 8), *TAGS[5:]]
     with_text = chain([described] * 2000).replace(
         struct.pack("<HHII", 270, 4, 1, 8), struct.pack("<HHII", 270, 2, 19, 8)
@@ -552,7 +552,7 @@ NODATA: dict[str, Any] = {"photometric": "rgb", "extratags": [(42113, 2, 0, "0",
 def test_a_missing_codec_is_named_with_its_remedy(
     tmp_path: Path, dtype: str, shape: tuple[int, ...], options: dict[str, Any]
 ) -> None:
-    """Pillow decodes 8-bit LZW and JPEG by itself, and would leave the no-data value out."""
+    """Pillow decodes 8-bit LZW and JPEG by itself, and would ignore the no-data value."""
     file = tmp_path / "a.tif"
     file.write_bytes(encode(make(*shape, dtype=dtype), **options))
     program = f"""
