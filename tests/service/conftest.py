@@ -27,7 +27,7 @@ from jepakit_service.settings import ServeSettings
 
 @pytest.fixture(scope="session", autouse=True)
 def briefly() -> Iterator[None]:
-    """Models are tuned in a tenth of the time: their speed decides no test."""
+    """Tune models in a tenth of the time: no test depends on their speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "_LEAST_S", tuning._LEAST_S / 10)
         yield
@@ -49,7 +49,7 @@ def service(bundle: Path) -> Iterator[str]:
 
 
 def promising_others(bundle: Path, out: Path) -> Path:
-    """A copy of a bundle, whole by its digests, that promises other vectors than its graph computes."""
+    """A copy of a bundle, intact by its digests, whose golden vectors are not those its graph computes."""
     source = jepakit.open_bundle(bundle)
     expected = golden.unpack(source.read(GOLDEN))
 
@@ -67,7 +67,7 @@ class running:  # noqa: N801 (used like a function)
 
     def __init__(self, settings: ServeSettings) -> None:
         self.gate = build_app(settings)
-        # Without a `log_config`, as `single` has it: uvicorn's own closes every handler there is.
+        # Without a `log_config`, as in `single`: uvicorn's own closes every existing handler.
         config = uvicorn.Config(
             self.gate, port=0, log_config=None, log_level="critical", access_log=False, lifespan="on"
         )
@@ -107,7 +107,7 @@ Spans = Callable[[], list[Any]]
 
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
-    """The spans that a collector, which the usual variable names, has been sent so far."""
+    """The spans sent so far to a collector that the usual variable names."""
     bodies: list[bytes] = []
 
     class Collector(BaseHTTPRequestHandler):

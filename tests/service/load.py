@@ -1,4 +1,4 @@
-"""Clients that keep a service busy and check every answer, and what its processes are."""
+"""Clients that keep a service busy and check every answer; and the service's processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECOVERY_S = 120.0
 
 
 class Load:
-    """Clients that embed the same images over and over, each answer checked: a missing or wrong vector is a failure.
+    """Clients that embed the same images over and over and check each answer: a missing or wrong vector is a failure.
 
     right  the vectors [N, D] of each model_id that may answer
     """
@@ -44,7 +44,7 @@ class Load:
             thread.join(timeout=RECOVERY_S + 60)
 
     def wait_for(self, more: int) -> None:
-        """Until every client has had `more` further answers."""
+        """Wait until every client has received `more` further answers."""
         wanted = [len(mine) + more for mine in self._answers]
         wait_until(
             lambda: bool(self.failures) or all(len(mine) >= n for mine, n in zip(self._answers, wanted, strict=True)),
@@ -70,12 +70,12 @@ class Load:
 
 
 def alike(found: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
-    """Equal but for the order of float sums, which depends on the batch."""
+    """Equal except for the order of float sums, which depends on the batch."""
     return found.shape == right.shape and bool(np.abs(found - right).max() < 1e-5 * np.abs(right).max())
 
 
 def wait_until(wanted: Callable[[], Any], otherwise: str, within_s: float = RECOVERY_S, every_s: float = 0.1) -> Any:
-    """What `wanted` gives once it is true; a failure with `otherwise` when it takes too long."""
+    """Wait until `wanted` is true and return its value; fail with `otherwise` if that takes too long."""
     deadline = time.monotonic() + within_s
     while not (found := wanted()):
         assert time.monotonic() < deadline, otherwise
@@ -84,7 +84,7 @@ def wait_until(wanted: Callable[[], Any], otherwise: str, within_s: float = RECO
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """Processes that this one has started, directly or not, by the beginning of their program's name or title."""
+    """Direct and indirect child processes whose program name or title begins with `title`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:

@@ -47,7 +47,7 @@ def vectors_of(response: httpx.Response) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Path) -> np.ndarray[Any, Any]:
-    """What the bundle gives in this process for three pictures."""
+    """The bundle's vectors of three pictures, computed in this process."""
     return jepakit.load(bundle).embed([picture(seed) for seed in range(3)], progress=False).vectors
 
 
@@ -303,7 +303,7 @@ def test_without_keys_no_page_of_another_site_is_answered(
 
 
 def status_of_a_declared_body(url: str, length: int) -> int:
-    """The status of a POST whose headers announce a body of which no byte is ever sent."""
+    """The status of a POST whose headers declare a body that is never sent."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"

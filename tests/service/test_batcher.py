@@ -1,4 +1,4 @@
-"""The batcher: full batches, fair turns, one bad image spoils no other, and nothing is lost when it is closed."""
+"""The batcher: full batches, fair turns, a bad image affects no other, and nothing is lost when it is closed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def batcher(
 
 
 async def until(reached: Callable[[], bool]) -> None:
-    """Let the batcher's threads work until they are so far; TimeoutError when that takes too long."""
+    """Let the batcher's threads work until the condition holds; TimeoutError if that takes too long."""
     async with asyncio.timeout(10):
         while not reached():
             await asyncio.sleep(0.001)
@@ -150,7 +150,7 @@ def test_an_image_does_not_wait_for_a_batch_of_others_to_be_decoded() -> None:
 
 
 class Lanes(Recorder):
-    """A model whose batches run two at a time, or not at all."""
+    """A model whose batches run two at a time or not at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ def test_a_loop_that_was_closed_with_a_request_pending_costs_no_thread() -> None
 
 
 class Held(Recorder):
-    """A model whose images are decoded when a test lets them be."""
+    """A model whose images are decoded only when a test permits."""
 
     def __init__(self) -> None:
         super().__init__()

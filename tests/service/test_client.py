@@ -1,4 +1,4 @@
-"""The clients against a real service, and against answers that no good service gives."""
+"""The clients against a real service, and against answers that no correct service gives."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_every_kind_of_image_gives_the_same_vector(service: str, tmp_path: Path)
 
 
 def in_memory(kind: str) -> Any:
-    """Images whose pixels are not plainly what the object holds."""
+    """Images whose pixels are not simply what the object holds."""
     pixels = np.random.default_rng(7).integers(0, 256, (40, 48, 3), np.uint8)
     image = Image.fromarray(pixels)
     if kind == "grey array":
@@ -311,7 +311,7 @@ def test_a_manifests_labels_come_along_by_default(service: str, bundle: Path, fo
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """Two images in class folders, a stray one that is half blank, and a file that is passed over."""
+    """Two images in class folders, a stray one that is half blank, and a file that is ignored."""
     folder = tmp_path / "scenes"
     for name in ("cat/1.png", "dog/2.png", "stray.png"):
         pixels = np.random.default_rng(0).integers(0, 256, (40, 80, 3), np.uint8)
@@ -374,7 +374,7 @@ def test_an_image_that_cannot_be_opened_is_never_left_out_of_an_embedding(
 
 @pytest.fixture
 def spoilt(folder: Path, tmp_path: Path) -> Path:
-    """The folder with damage: a file that is none, all of one value, and one that no request holds."""
+    """The folder with damage: files that are no images, one of a single value, and one too large for any request."""
     shutil.copytree(folder, tmp_path / "spoilt")
     for place, data in (
         (8, b"no image"),
@@ -394,7 +394,7 @@ def blank() -> bytes:
 
 
 def embedding_everywhere(service: str, bundle: Path) -> list[Callable[..., Embeddings]]:
-    """`embed` of both clients and of the bundle in process."""
+    """`embed` of both clients, and of the bundle in this process."""
     return [
         jepakit.load(bundle).embed,
         lambda images, **how: asked(jepakit.Client, service, lambda client: client.embed(images, **how)),
@@ -635,7 +635,7 @@ def test_https_asked_of_a_service_without_is_told_at_once() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that holds a certificate of this machine, signed by itself, and its key."""
+    """A file with a self-signed certificate for this machine, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     file = tmp_path_factory.mktemp("tls") / "certificate.pem"
@@ -921,7 +921,7 @@ def rows(number: int, model_id: str = "a" * 16) -> tuple[int, dict[str, str], by
 
 
 def told(max_images: int) -> tuple[int, dict[str, str], bytes]:
-    """A list of the one model, with this limit."""
+    """A model list with one model and this limit."""
     limits = {"max_images": max_images, "max_body_mb": 8, "max_images_in_time": 999}
     row = {"id": "tiny", "model_id": "a" * 16, "digest": "", "dim": 1, "precision": "fp32", "provider": "cpu"}
     return 200, {}, json.dumps({"data": [{**row, "limits": limits}]}).encode()
@@ -1210,7 +1210,7 @@ def test_redirects_are_not_followed() -> None:
 
 
 def asked(kind: type[Any], url: str, call: Callable[[Any], Any], **options: Any) -> Any:
-    """What `call` gives of a client of either kind."""
+    """What `call` returns for a client of either kind."""
 
     async def ask() -> Any:
         if kind is jepakit.Client:
@@ -1247,7 +1247,7 @@ class _Scripted(BaseHTTPRequestHandler):
 
 
 class _answering:  # noqa: N801 (used like a function)
-    """A server that gives these answers, one a request, and does `before` before each; with `context`, by https."""
+    """A server that gives these answers, one per request, and calls `before` before each; with `context` over HTTPS."""
 
     def __init__(
         self, answers: list[tuple[int, dict[str, str], bytes]], before: Callable[[], object] | None = None,

@@ -1,4 +1,4 @@
-"""Requests as the clients of other services write them, over real HTTP."""
+"""Requests as other services' clients write them, over real HTTP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIXELS = 48 * 40
 
 @pytest.fixture(scope="module")
 def expected(bundle: Path) -> np.ndarray[Any, Any]:
-    """What the bundle gives in this process for the three pictures."""
+    """The bundle's vectors of the three pictures, computed in this process."""
     return jepakit.load(bundle).embed([picture(seed) for seed in range(3)], progress=False).vectors
 
 

@@ -1,4 +1,4 @@
-"""How much is let in: never more than can be answered in time."""
+"""How many images are let in: never more than can be answered in time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jepakit_service.tuning import Plan
 
 
 class Slow:
-    """A model of so many images a second; `go` lets it answer."""
+    """A model with a given rate of images per second; `go` lets it answer."""
 
     def __init__(self, rate: float) -> None:
         self.plan = Plan(threads=1, lanes=1, max_batch=1, rate=rate, few=0)

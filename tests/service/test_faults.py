@@ -1,6 +1,6 @@
-"""What happens under load when a process is killed, the service is stopped, asked too much, kept busy, or given a new model.
+"""What happens under load when a process is killed or the service is stopped, overloaded, kept busy or updated.
 
-Every test starts `jepakit serve` from the command line and asks it with the client that users have.
+Every test starts `jepakit serve` from the command line and queries it with the client that users have.
 JEPAKIT_SOAK_S sets the seconds of the soak (30).
 """
 
@@ -88,7 +88,7 @@ class Answer(NamedTuple):
 
 
 async def post(http: httpx.AsyncClient, images: list[bytes]) -> Answer:
-    """One request, not tried again."""
+    """Send one request, without retries."""
     asked = time.monotonic()
     try:
         response = await http.post(
@@ -102,13 +102,13 @@ async def post(http: httpx.AsyncClient, images: list[bytes]) -> Answer:
 
 
 def patient(url: str) -> httpx.AsyncClient:
-    """A client without a limit of its own on connections, which would hold requests back."""
+    """A client with no limit of its own on connections, which would hold requests back."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=url, timeout=RECOVERY_S, limits=limits)
 
 
 async def closed_loop(ask: Callable[[], Awaitable[Answer]], clients: int, seconds: float) -> list[Answer]:
-    """`clients` ask one request after the other for so long; what is under way then is awaited."""
+    """`clients` send one request after another for a time; those under way at the end are awaited."""
     end = time.monotonic() + seconds
 
     async def one() -> list[Answer]:
@@ -121,7 +121,7 @@ async def closed_loop(ask: Callable[[], Awaitable[Answer]], clients: int, second
 
 
 async def open_loop(ask: Callable[[], Awaitable[Answer]], per_s: float, seconds: float) -> list[Answer]:
-    """A request every 1 / per_s seconds, whatever becomes of those before."""
+    """Send a request every 1 / per_s seconds, whatever happens to the earlier ones."""
     start, asked = time.monotonic(), []
     for number in range(int(per_s * seconds)):
         await asyncio.sleep(max(0.0, start + number / per_s - time.monotonic()))
@@ -130,7 +130,7 @@ async def open_loop(ask: Callable[[], Awaitable[Answer]], per_s: float, seconds:
 
 
 def good_per_s(answers: list[Answer]) -> float:
-    """Answers of 200 a second, from the first request to the last such answer."""
+    """Answers with status 200 per second, from the first request to the last such answer."""
     good = [answer for answer in answers if answer.status == 200]
     return len(good) / (max(answer.answered for answer in good) - min(answer.asked for answer in answers))
 
@@ -178,7 +178,7 @@ def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
 
 @pytest.fixture(scope="module")
 def heavy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model beside which refusing costs little: on two cores the refusals share them with the work."""
+    """A model so heavy that refusing costs little: on two cores, refusals compete with the work."""
     out = tmp_path_factory.mktemp("heavy") / "small"
     jepakit.export("vit_small_patch16_224:random", out, image_size=224)
     return out
@@ -212,7 +212,7 @@ def test_ten_times_too_much_is_refused_with_429_and_the_rest_served_as_fast_as_b
 
 @pytest.fixture(scope="module")
 def busy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that keeps the service busy, not its client: asking for the smallest one's vectors costs more than they do."""
+    """A model that keeps the service busy, not its client: with the smallest one, asking costs more than computing."""
     out = tmp_path_factory.mktemp("busy") / "tiny"
     jepakit.export("vit_tiny_patch16_224:random", out, image_size=64)
     return out

@@ -1,4 +1,4 @@
-"""Requests that mean harm: each is refused with the status that is due, none is a fault, and the service stays as it was."""
+"""Malicious requests: each is refused with the right status, none causes a fault, and the service is unaffected."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ uvicorn.Server(config).run()
 
 
 class Victim:
-    """A service in a process of its own, so that its memory and files can be looked at."""
+    """A service in its own process, so that its memory and files can be inspected."""
 
     def __init__(self, url: str, pid: int) -> None:
         self.url, self._process = url, Path(f"/proc/{pid}")
@@ -69,7 +69,7 @@ class Victim:
         raise AssertionError("no VmRSS")
 
     def open_files(self) -> set[str]:
-        """What its descriptors point to, deleted files among them; sockets and pipes left out."""
+        """What its descriptors point to, including deleted files; without sockets and pipes."""
         found = set()
         for descriptor in (self._process / "fd").iterdir():
             try:
@@ -123,7 +123,7 @@ def noise(mode: str, size: tuple[int, int] = (48, 40)) -> Image.Image:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size that its data do not have."""
+    """A PNG whose header claims a size that its data does not have."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
@@ -362,7 +362,7 @@ def connected(url: str, *, timeout_s: float | None = 20) -> socket.socket:
 
 
 def talk(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Send pieces of a request as they are, then read until the service closes or falls silent."""
+    """Send raw pieces of a request, then read until the service closes the connection or falls silent."""
     with connected(url) as connection:
         with contextlib.suppress(ConnectionError):  # the service may answer and close before all is sent
             for piece in pieces:
@@ -373,7 +373,7 @@ def talk(url: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
 
 
 def answered(connection: socket.socket) -> int:
-    """The status of an answer that is read to its end, and no further."""
+    """The status of an answer, read to its end and no further."""
     answer = HTTPResponse(connection)
     answer.begin()
     assert answer.getheader("connection") == "close"

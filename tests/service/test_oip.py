@@ -36,7 +36,7 @@ def client(service: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """What the bundle gives in this process."""
+    """The bundle's vectors, computed in this process."""
     model = jepakit.load(bundle)
     return {
         "image": model.embed(FILES, progress=False).vectors,
@@ -110,7 +110,7 @@ def test_tritons_client_is_told_what_is_wrong(client: Any) -> None:
 
 
 def request(**changes: Any) -> dict[str, Any]:
-    """A request with one file in JSON, with some fields of its input changed or (None) left out."""
+    """A request with one file in JSON, and some of its input's fields changed or (None) left out."""
     given = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(FILES[0]).decode()]}
     return {"inputs": [{key: value for key, value in {**given, **changes}.items() if value is not None}]}
 

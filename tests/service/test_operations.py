@@ -48,7 +48,7 @@ def settings(bundle: Path, **more: Any) -> ServeSettings:
 
 
 class Deployment:
-    """Two replicas in one process; `silent` ones do not answer when asked, and if `frozen` none is heard."""
+    """Two replicas in one process; `silent` ones do not answer, and if `frozen` no reports arrive at all."""
 
     def __init__(self, bundle: Path) -> None:
         self.silent: set[str] = set()
@@ -61,7 +61,7 @@ class Deployment:
         return [await replica.report() for replica in self.replicas if replica.id not in self.silent]
 
     async def get(self, path: str) -> httpx.Response:
-        """Ask the first replica."""
+        """Send a GET to the first replica."""
         app = FastAPI()
         app.include_router(operations.router(self.replicas[0]))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
@@ -98,7 +98,7 @@ def test_readiness_and_metrics_speak_for_the_deployment(deployment: Deployment) 
 
 
 def hang(model: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """From now on no batch of the model ends before the event is set, or 10 s have passed."""
+    """From now on, no batch of the model ends before the event is set or 10 s have passed."""
     released, run = threading.Event(), model._batcher._run
     for way in ("_run", "_whole"):
         monkeypatch.setattr(model._batcher, way, lambda images: (released.wait(10), run(images))[1])
@@ -107,12 +107,12 @@ def hang(model: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> threadin
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks waits for the heartbeat, however busy the machine."""
+    """Callers wait for the heartbeat, however busy the machine is."""
     monkeypatch.setattr(heartbeat, "_PATIENCE_S", 30.0)
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take no batch as proof, however slow the model: each heartbeat is an image of its own."""
+    """Accept no batch as proof, however slow the model: every heartbeat sends an image of its own."""
     monkeypatch.setattr(heartbeat, "_FRESH_S", 0.0)
     monkeypatch.setattr(heartbeat, "_BATCHES", 0)
 
@@ -533,7 +533,7 @@ def test_replicas_lines_reach_the_drivers_standard_error(
 
 @pytest.fixture
 def stalled(tmp_path: Path) -> Iterator[socket.socket]:
-    """A driver that reads no line; a replica logs to it."""
+    """A driver that reads no log lines, with a replica logging to it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as driver:
         driver.bind(str(tmp_path / "logs.sock"))
         logs.configure(settings(tmp_path), str(tmp_path / "logs.sock"))
@@ -545,7 +545,7 @@ def stalled(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 def logs_at_once(count: int) -> bool:
-    """Whether so many lines are logged without waiting."""
+    """Whether a number of lines can be logged without waiting."""
 
     def log() -> None:
         for number in range(count):

@@ -1,4 +1,4 @@
-"""The service on Ray Serve with two replicas, behind either proxy: one deployment to whoever asks."""
+"""The service on Ray Serve with two replicas, behind either proxy: to clients it is one deployment."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def test_a_client_that_never_sends_its_body_is_let_go(bundle: Path) -> None:
 
 @pytest.fixture
 def started(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
-    """A service that is ready, its output in `out`, and every process below it; whatever happens, all of them end."""
+    """A ready service with its output in `out`, and all its child processes; all of them end, whatever happens."""
     with (tmp_path / "out").open("w") as out:
         command = [str(PROGRAM), "serve", str(bundle), "--port", str(free_port())]
         process = subprocess.Popen(command, stdout=out, stderr=out)

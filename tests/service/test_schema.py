@@ -1,4 +1,4 @@
-"""The OpenAPI document against the running service: what it promises is what is answered, whatever is sent."""
+"""The OpenAPI document against the running service: answers match what it promises, whatever is sent."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_operation_answers_as_the_document_says(service: str) -> None:
 
 
 def statuses_of(operation: Any, session: requests.Session, mode: GenerationMode, examples: int) -> set[int]:
-    """Statuses of generated requests that fit the document, or do not; each answer is held against it."""
+    """Statuses of generated requests that fit the document, or do not; each answer is checked against it."""
     seen: set[int] = set()
 
     @settings(

@@ -1,4 +1,4 @@
-"""One class of settings, three doors: flags, JEPAKIT_SERVE_* variables, a YAML file; in this order of weight."""
+"""One class of settings, three sources: flags, JEPAKIT_SERVE_* variables, a YAML file; in this order of precedence."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_serve_config_without_keys_is_for_loopback_alone(monkeypatch: pytest.M
 
 
 class Replicas:
-    """Ray's handle of a deployment whose replicas answer so, or that fails itself."""
+    """Ray's handle of a deployment whose replicas give these answers, or that fails itself."""
 
     def __init__(self, *answers: object, fails: Exception | None = None) -> None:
         self._answers, self._fails = list(answers), fails

@@ -1,4 +1,4 @@
-"""How a model is run: lanes where they answer more, all cores for the few images that are alone."""
+"""How a model is run: in lanes if they answer more, on all cores for a few images alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tuned_by(
     seconds: dict[tuple[int, int, int], float], bundle_dir: Path, monkeypatch: pytest.MonkeyPatch, *,
     threads: int = 2, max_batch: int | None = None, provider: Chosen = "cpu",
 ) -> Tuned:  # fmt: skip
-    """Tuned on a machine where a batch takes `seconds[threads, lanes, size]`, and longer than allowed where none is given."""
+    """Tune on a machine where a batch takes `seconds[threads, lanes, size]`, too long if missing."""
 
     def timed(session: Session, batch: Pixels, lanes: int) -> float:
         return seconds.get((session.threads, lanes, len(batch)), 1.0)
@@ -85,7 +85,7 @@ def test_on_a_gpu_two_lanes_share_the_session_unless_they_lose(
 
 
 def without_room(monkeypatch: pytest.MonkeyPatch, lanes: int, size: int) -> None:
-    """From now on a session has no memory for batches of so many images in so many lanes."""
+    """From now on, sessions have no memory for batches of a given size in a given number of lanes."""
     timed = tuning._pass
 
     def fitting(session: Session, batch: Pixels, at_a_time: int) -> float:

@@ -1,4 +1,4 @@
-"""New versions beside the old: loaded, checked, switched together, drained; refused or rolled back without a failed request."""
+"""New versions beside old ones: loaded, checked, switched, drained; refused or rolled back. No request fails."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PNG = {"Content-Type": "image/png"}
 
 @pytest.fixture(scope="module")
 def other(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another version of the same name, with another space."""
+    """Another version of the same name, with another vector space."""
     out = tmp_path_factory.mktemp("other") / "tiny"
     jepakit.export("test_vit:random", out, image_size=48)
     return out
@@ -53,7 +53,7 @@ def other(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One more."""
+    """A third version."""
     out = tmp_path_factory.mktemp("third") / "tiny"
     jepakit.export("test_vit:random", out, image_size=64)
     return out
@@ -83,7 +83,7 @@ def digest(path: Path) -> str:
 
 
 class Deployment:
-    """Replicas in one process that ask each other, as Ray's do."""
+    """Replicas in one process that query each other, as under Ray."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.replicas = [Replica(settings(folder), self.ask_all) for _ in range(count)]
@@ -371,7 +371,7 @@ def test_a_service_that_watches_another_folder_is_noticed(
 
 
 def until(http: httpx.Client, wanted: Any) -> dict[str, Any]:
-    """Poll the model until `wanted(model)`; the last answer."""
+    """Poll the model until `wanted(model)`; returns the last answer."""
     for _ in range(400):
         answer = http.get("/v1/models/tiny")
         if wanted(answer):
@@ -408,7 +408,7 @@ def test_new_names_appear_and_removed_ones_go(served: str, second: Path, folder:
 
 
 class Stub:
-    """A client of a service that does at each question after a model what a test wants."""
+    """A client that calls the test's `ask` whenever it is asked for a model."""
 
     def __init__(self, ask: Callable[[], ModelInfo], models: tuple[ModelInfo, ...] = ()) -> None:
         self._ask, self._models = ask, models
@@ -430,7 +430,7 @@ class Stub:
 
 
 def told(bundle: Path, update: dict[str, Any] | None = None) -> ModelInfo:
-    """What a service says that serves the bundle."""
+    """What a service that serves the bundle says."""
     raw = {"serving": [digest(bundle)], "update": update}
     return ModelInfo("tiny", "", digest(bundle), 1, "fp32", "cpu", raw)
 
@@ -545,7 +545,7 @@ def test_a_folder_that_lacks_what_is_in_service_already_is_another_one(
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP as Python has them by itself, put back afterwards."""
+    """SIGTERM and SIGHUP with Python's default handlers, restored afterwards."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
@@ -676,7 +676,7 @@ def test_an_empty_folder_takes_nothing_out_and_keeps_no_update_of_another_back(
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
-    """Make a folder one that cannot be looked into: `broken(folder, errno)`."""
+    """Make a folder unreadable: `broken(folder, errno)`."""
 
     def make(folder: Path, number: int) -> None:
         def refusing(of: Callable[..., Any]) -> Callable[..., Any]:
@@ -824,7 +824,7 @@ def test_an_incomplete_version_that_comes_back_is_told_of_again(bundle: Path, ot
     aside = folder.parent / "aside"
 
     def swap() -> None:
-        """By renaming: no file changes."""
+        """Swap by renaming, so that no file changes."""
         (folder / "tiny").rename(folder.parent / "meanwhile")
         aside.rename(folder / "tiny")
         (folder.parent / "meanwhile").rename(aside)
