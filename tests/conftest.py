@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-# Tiny models: on a busy machine threads that wait for each other take ten times as long as one. Children inherit it.
+# With tiny models on a busy machine, several threads take ten times as long as one. Child processes inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some tests import ONNX Runtime themselves.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -21,13 +21,13 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests without the mark `gpu` are the CPU's, also where there is a GPU."""
+    """Tests without the mark `gpu` run on the CPU, even on machines with a GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def textured_image(kind: int, seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Stripes of a frequency and slope that belong to `kind`, at a random phase and tint, under noise."""
+    """Stripes with the frequency and slope of `kind`, a random phase and tint, and noise."""
     random = np.random.default_rng([kind, seed])
     rows, columns = np.mgrid[:height, :width]
     angle, frequency = kind * np.pi / 3, 0.4 + 0.5 * kind
@@ -41,7 +41,7 @@ def textured_image(kind: int, seed: int, height: int, width: int) -> NDArray[np.
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`image_folder(classes=2, per_class=14, height=72, width=80, seed=0)` makes a new folder of class folders.
 
-    The classes are told apart by texture alone. `classes=0` makes `per_class` images in no class folder.
+    The classes differ only in texture. `classes=0` makes `per_class` images in no class folder.
     """
 
     def make(*, classes: int = 2, per_class: int = 14, height: int = 72, width: int = 80, seed: int = 0) -> Path:
@@ -61,7 +61,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`weights_file("test_vit")`: a .safetensors file of that timm model's seeded random weights.
 
-    To everything that reads it these are pretrained weights; BatchNorm's statistics are not trivial ones.
+    To their readers these are pretrained weights; BatchNorm's statistics are not trivial.
     """
     folder = tmp_path_factory.mktemp("weights")
 

@@ -1,4 +1,4 @@
-"""Files made by hand, for tests of what reads them."""
+"""Hand-made files, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from PIL import Image
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG with its right checksum."""
+    """A PNG chunk with the correct checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    """The file that Pillow makes of an image."""
+    """An image as a file written by Pillow."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def npy(array: NDArray[Any], **options: Any) -> bytes:
-    """The file that `numpy.save` makes of an array."""
+    """An array as a file written by `numpy.save`."""
     buffer = io.BytesIO()
     np.save(buffer, array, **options)
     return buffer.getvalue()
 
 
 def touch(root: Path, *names: str, content: str | None = None) -> Path:
-    """Files of a few bytes, each its own name where no content is given: listing never opens them."""
+    """Make files of a few bytes, by default each containing its own name: listing never opens them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes((name if content is None else content).encode())

@@ -1,4 +1,4 @@
-"""A model hub on this machine: files of one repository, served as huggingface.co serves them, over plain HTTP."""
+"""A model hub on this machine: the files of one repository, served like on huggingface.co, over plain HTTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from threading import Thread
 
 @contextmanager
 def serving_hub(files: dict[str, bytes]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Its address, for HF_ENDPOINT, and what was asked of it: (path, user agent).
+    """Yields its address, for HF_ENDPOINT, and the requests it received: (path, user agent).
 
     files  by their paths, `timm/NAME/resolve/main/model.safetensors`
     """

@@ -1,4 +1,4 @@
-"""The benchmark behind docs/architectures.md: what makes a row, that the page tells it as it is, and what it found."""
+"""The benchmark behind docs/architectures.md: what makes a row, that the page reports it faithfully, what it found."""
 
 from __future__ import annotations
 

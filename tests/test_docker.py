@@ -1,4 +1,4 @@
-"""The image and what runs it, without Docker: the installer's environment serves; the files hold against schemas.
+"""The image and what runs it, without Docker: the installer's environment serves, and the files conform to schemas.
 
 `docker/prove.py` builds and runs the image itself; tests/test_selfhost.py runs the proxy and Prometheus.
 """
@@ -35,7 +35,7 @@ DEPLOY = ROOT / "docs" / "deploy"
 
 
 def systemd_unit() -> str:
-    """The unit of systemd that docs/operate.md gives."""
+    """The systemd unit in docs/operate.md."""
     (unit,) = re.findall(r"^```ini\n(.*?)^```$", (ROOT / "docs" / "operate.md").read_text(), re.MULTILINE | re.DOTALL)
     return str(unit)
 
@@ -47,7 +47,7 @@ def compose() -> Any:
 
 @pytest.fixture(scope="module")
 def kubernetes() -> Any:
-    """What kuberay.yaml and deploy-job.yaml make, by kind."""
+    """The objects in kuberay.yaml and deploy-job.yaml, by kind."""
     files = [(DEPLOY / name).read_text() for name in ("kuberay.yaml", "deploy-job.yaml")]
     made = {item["kind"]: item for text in files for item in yaml.safe_load_all(text)}
     assert {kind: item["apiVersion"] for kind, item in made.items()} == {
@@ -159,7 +159,7 @@ def test_limits_of_the_container_and_the_proxy_fit_the_services_own(compose: Any
 
 
 def strict(schema: Any) -> Any:
-    """The schema as the API server applies it to `kubectl apply`: a field that is not described is an error."""
+    """The schema as the API server applies it on `kubectl apply`: an undescribed field is an error."""
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
@@ -207,7 +207,7 @@ def pods(ray_service: Any) -> Iterator[Any]:
 
 
 def check_hardened(pod: Any) -> Any:
-    """The only container of a pod that is not root's and cannot write to its own root."""
+    """A pod's only container, checked not to run as root and not to write to its root."""
     assert pod["spec"]["securityContext"]["runAsUser"] == 10001
     (container,) = pod["spec"]["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
@@ -216,7 +216,7 @@ def check_hardened(pod: Any) -> Any:
 
 
 def mounts(pod: Any, claim: str) -> list[tuple[str, bool]]:
-    """Where a pod sees a claim, and whether it may write there."""
+    """Where a pod mounts a claim, and whether it may write there."""
     volumes = {volume["name"]: volume.get("persistentVolumeClaim", {}) for volume in pod["spec"]["volumes"]}
     return [
         (mount["mountPath"], not (mount.get("readOnly") or volumes[mount["name"]].get("readOnly")))
@@ -272,7 +272,7 @@ def test_the_job_deploys_into_the_folder_that_the_service_watches(kubernetes: An
 
 
 def check_counted(expression: str) -> None:
-    """Assert that a PromQL expression asks for metrics, and only for such as the service or NVIDIA's exporter has."""
+    """Assert that a PromQL expression uses metrics, and only those of the service or NVIDIA's exporter."""
     counted = {family.name for family in Metrics().families()}
     names = re.findall(r"\b(?:jepakit|process|DCGM)_\w+", expression)
     assert names

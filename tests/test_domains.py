@@ -1,4 +1,4 @@
-"""The whole road for what is not a photograph: 16-bit and multispectral tiles, adapted on, exported, served as TIFF bytes."""
+"""The whole workflow for other than photographs: 16-bit and multispectral tiles, adapted, exported, served as TIFF."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trainers_own(run: jepakit.Run, paths: list[Path]) -> NDArray[np.float32]:
 
 
 def walk_the_road(images: Path, out: Path, weights: Path, **settings: Any) -> tuple[jepakit.Run, NDArray[np.float32]]:
-    """Adapt, export, serve; the vectors of the first three files by HTTP, and by the trainer, must be equal."""
+    """Adapt, export, serve; the vectors of the first three files over HTTP and from the trainer must be equal."""
     run = jepakit.adapt(
         images, out=out / "run", backbone="test_vit", weights=str(weights), image_size=64, steps=2, batch_size=8,
         workers=0, **settings,

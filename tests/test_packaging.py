@@ -1,4 +1,4 @@
-"""What is installed with which extra, and what the wheel holds."""
+"""What each extra installs, and what the wheel contains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MACHINES = {
 
 
 def resolve(extra: str, machine: dict[str, str]) -> set[str]:
-    """The distributions that an extra asks for on a machine, jepakit's own extras followed."""
+    """The distributions that an extra requires on a machine, following jepakit's own extras."""
     found = set()
     for text in EXTRAS[extra]:
         requirement = Requirement(text)

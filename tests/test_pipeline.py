@@ -1,4 +1,4 @@
-"""The whole road, through the command line and real HTTP: adapt → export → serve → embed → probe."""
+"""The whole workflow, through the command line and real HTTP: adapt → export → serve → embed → probe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jepakit_cli(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
 
 @contextmanager
 def serving(bundle: Path, *options: str, program: Path = PROGRAM) -> Iterator[str]:
-    """`jepakit serve` until SIGTERM; it must then end by itself, with exit code 0 and no process left."""
+    """Run `jepakit serve` until SIGTERM; it must then exit by itself with code 0 and leave no process."""
     port = free_port()
     command = [str(program), "serve", str(bundle), "--port", str(port), *options]
     process = subprocess.Popen(

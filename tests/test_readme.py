@@ -1,4 +1,4 @@
-"""The snippets of the README, and the one of docs/export.md, run as they stand there; only step counts are lowered."""
+"""The snippets in the README and docs/export.md, run as they stand; only step counts are lowered."""
 
 from __future__ import annotations
 

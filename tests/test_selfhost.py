@@ -48,21 +48,21 @@ CONNECTIONS = 32  # `limit_conn per_address` of the shipped file
 
 
 def program(name: str) -> str:
-    """The path of a Debian program; its absence is a failure, not a skip."""
+    """The path of a Debian program; a missing one is a failure, not a skip."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     assert found, f"{name} is not installed: apt-get install --no-install-recommends nginx prometheus openssl systemd"
     return found
 
 
 def replaced(text: str, changes: Mapping[str, str]) -> str:
-    """`text` with every old put in as new, in one pass; an old that is not there is an error."""
+    """`text` with every old part replaced by its new one, in one pass; a missing old part is an error."""
     for old in changes:
         assert old in text, f"the shipped file no longer holds {old!r}"
     return re.sub("|".join(map(re.escape, changes)), lambda found: changes[found[0]], text)
 
 
 class Proxy:
-    """nginx with the shipped configuration, but for its paths, its port and the upstream's address."""
+    """nginx with the shipped configuration, except for its paths, port and upstream address."""
 
     def __init__(
         self, folder: Path, upstream: int, changes: Mapping[str, str] | None = None, listen: str = "ssl"
@@ -108,7 +108,7 @@ class Proxy:
         assert self._process.wait(timeout=10) == 0
 
     def reload(self, changes: Mapping[str, str]) -> None:
-        """What `nginx -s reload` does, with a changed file; returns once no old worker takes new connections."""
+        """Do what `nginx -s reload` does, with a changed file; returns once no old worker accepts connections."""
         file, master = self.folder / "nginx.conf", psutil.Process(self._process.pid)
         file.write_text(replaced(file.read_text(), changes))
         before = master.children()
@@ -120,12 +120,12 @@ class Proxy:
         return ssl.create_default_context(cafile=self.certificate)
 
     def raw(self) -> ssl.SSLSocket:
-        """A TLS connection, to send what no client library would."""
+        """A raw TLS connection, to send what no client library would."""
         plain = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         return self.trust.wrap_socket(plain, server_hostname="localhost")
 
     def get(self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, bytes]:
-        """Status and body of a request whose path is sent as it is."""
+        """Status and body of a request whose path is sent unchanged."""
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=self.trust)
         try:
             connection.request("GET" if body is None else "POST", path, body, headers or {})
@@ -138,7 +138,7 @@ class Proxy:
         return [json.loads(line) for line in (self.folder / "access.log").read_text().splitlines()]
 
     def files(self) -> list[str]:
-        """What the workers hold open below /tmp, deleted files too, and what lies there."""
+        """What the workers hold open below /tmp, including deleted files, and what is there."""
         found = [str(path) for path in (self.folder / "tmp").rglob("*") if path.is_file() and path.name != "nginx.pid"]
         for worker in psutil.Process(self._process.pid).children():
             for handle in Path(f"/proc/{worker.pid}/fd").iterdir():
@@ -149,7 +149,7 @@ class Proxy:
 
 
 def _is_going(worker: psutil.Process) -> bool:
-    """Whether an nginx worker has ended, or only answers what it had begun."""
+    """Whether an nginx worker has ended, or only finishes what it had begun."""
     try:
         return "shutting down" in " ".join(worker.cmdline()) or worker.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -157,7 +157,7 @@ def _is_going(worker: psutil.Process) -> bool:
 
 
 class Echo:
-    """An upstream that answers with the headers it got, and keeps what it saw; `while_answering` runs meanwhile."""
+    """An upstream that answers with the headers it received, and records them; `while_answering` runs meanwhile."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
@@ -283,7 +283,7 @@ def test_a_header_of_50_mb_is_refused_while_it_is_being_sent(proxy: Proxy, echo:
 
 
 def unanswered(connection: ssl.SSLSocket) -> bool:
-    """Whether the connection ends without a byte of an answer."""
+    """Whether the connection closes without a byte of an answer."""
     try:
         return connection.recv(4096) == b""
     except ConnectionResetError:
@@ -384,7 +384,7 @@ def test_a_machine_is_taken_out_and_put_back_without_a_lost_request(tmp_path: Pa
 
 
 def wait_for(ask: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 10) -> Any:
-    """The first answer that is good; an AssertionError with the last one otherwise."""
+    """Wait for the first good answer; AssertionError with the last one otherwise."""
     deadline = time.monotonic() + seconds
     while not good(answer := ask()):
         assert time.monotonic() < deadline, answer
@@ -491,7 +491,7 @@ def exporting() -> Iterator[int]:
 
 
 def dashboard_queries() -> dict[str, str]:
-    """`{panel and letter: PromQL}` of the shipped dashboard, with Grafana's variables put in."""
+    """`{panel and letter: PromQL}` of the shipped dashboard, with Grafana's variables filled in."""
     dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "jepakit.json").read_text())
     return {
         f"{panel['title']} {target['refId']}": target["expr"].replace("$__rate_interval", "10s").replace("$model", ".*")
@@ -557,7 +557,7 @@ def test_prometheus_takes_the_lines_that_send_alerts_on(tmp_path: Path) -> None:
 
 
 def asked(api: httpx.Client, query: str) -> list[float]:
-    """The values that Prometheus gives for a query; none while it is not up."""
+    """The values that Prometheus returns for a query; none until it is up."""
     try:
         answer = api.get("/api/v1/query", params={"query": query})
     except httpx.TransportError:

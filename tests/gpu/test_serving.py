@@ -1,4 +1,4 @@
-"""Serving on a GPU: torch's vectors, the same in any batch, from the provider that was asked for, or an error."""
+"""Serving on a GPU: torch's vectors, the same in any batch, from the requested provider, or an error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def images_of(bundle: Bundle, count: int) -> NDArray[np.uint8]:
 
 
 def apart(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest difference, in shares of the largest value."""
+    """The largest difference, as a share of the largest value."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
@@ -180,7 +180,7 @@ def test_replicas_that_ask_for_no_gpu_of_ray_have_it_all_the_same(tiny: Path) ->
 
 
 def test_no_room_on_the_gpu_is_an_error_that_passes(tmp_path: Path) -> None:
-    """Others may fill the card while the service runs: what does not fit is refused, what does is answered, then and after."""
+    """Others may fill the card while the service runs: what fits is answered, then and after; the rest is refused."""
     bundle = jepakit.export("vit_tiny_patch16_224:random", tmp_path / "model")
     session = Session.open(bundle, provider="cuda")
     few, many = images_of(bundle, 2), np.repeat(images_of(bundle, 1), 4096, axis=0)

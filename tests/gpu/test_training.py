@@ -1,4 +1,4 @@
-"""Training on a GPU: the CPU's numbers, in the precision that was asked for, and as sure to go on where it stopped."""
+"""Training on a GPU: the same numbers as on a CPU, in the requested precision, and resumed as reliably."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def adapt(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
 
 @pytest.fixture(scope="module")
 def adapt_on_cpu(images: Path, weights_file: Callable[[str], Path]) -> Adapt:
-    """The same in a process that sees no GPU."""
+    """The same `adapt` in a process that sees no GPU."""
 
     def call(out: Path, backbone: str = "test_vit", **settings: Any) -> Run:
         told = {**TINY, **SHORT, **settings, "images": str(images), "out": str(out), "backbone": backbone}
@@ -125,7 +125,7 @@ def test_float32_takes_the_cpus_steps(adapt: Adapt, adapt_on_cpu: Adapt, tmp_pat
 
 
 def test_the_start_is_measured_in_float32(adapt: Adapt, adapt_on_cpu: Adapt, tmp_path: Path) -> None:
-    """Convolutions in TF32 would be a thousandth off; the service computes none."""
+    """TF32 convolutions would be off by a thousandth, and the service does not use TF32."""
     told = {"backbone": "mobilenetv2_100", "steps": 2, "warmup": 0.0, "pooling": "head"}
     gpu = adapt(tmp_path / "gpu", **told)
     cpu = adapt_on_cpu(tmp_path / "cpu", **told)
@@ -182,7 +182,7 @@ def test_every_way_to_train_runs(adapt: Adapt, tmp_path: Path, settings: dict[st
 def test_no_step_waits_for_the_gpu(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """The GPU would have nothing to do meanwhile. The first step of each kind may: there cuDNN and cuBLAS start."""
+    """The GPU would be idle meanwhile. The first step of each kind may wait: that is when cuDNN and cuBLAS start."""
     real, done = Learner.step, list[int]()
 
     def watched(self: Learner, step: int, views: Views) -> Any:
@@ -251,9 +251,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 def test_trained_position_embeddings_go_on_to_what_any_run_may_end_with(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of their resampling to local views is a sum in no fixed order on a GPU: two whole runs may differ in bits.
+    """The gradient of their resampling to local views is summed in no fixed order on a GPU: runs may differ in bits.
 
-    AdamW makes much of them where a gradient is nearly zero, so all weights are judged together, by how far they went.
+    AdamW amplifies that where a gradient is nearly zero, so all weights are judged together, by how far they moved.
     """
     settings = {"image_size": 224, "unfreeze": "all"}
     name = "vit_tiny_patch16_224"

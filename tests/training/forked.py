@@ -1,4 +1,4 @@
-"""Processes for tests that kill them: forked, within milliseconds, from one that has imported everything and run nothing."""
+"""Processes for tests to kill: forked within milliseconds from one that has imported everything and run nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PRELOAD = ["jepakit", "jepakit.cli", "jepakit_training", "jepakit_training.stop
 
 
 def start(function: Callable[..., Any], *args: Any, log: Path, **kwargs: Any) -> ForkServerProcess:
-    """`function(*args, **kwargs)` in a new process, with one torch thread; what it prints goes to `log`."""
+    """Run `function(*args, **kwargs)` in a new process with one torch thread; its output goes to `log`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     process: ForkServerProcess = context.Process(target=_run, args=(function, args, kwargs, log))
@@ -25,7 +25,7 @@ def start(function: Callable[..., Any], *args: Any, log: Path, **kwargs: Any) ->
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], log: Path) -> None:
     import torch
 
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts: for the loader
+    multiprocessing.set_start_method("fork", force=True)  # for the loader, as in a process started by a user
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)

@@ -1,4 +1,4 @@
-"""A disk on which there is no room."""
+"""A full disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_no_longer_than(size: int) -> Iterator[None]:
-    """A limit of the system's on what this process writes, which fails as a full disk does."""
+    """Limit the size of files this process writes; larger ones fail as on a full disk."""
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
     try:

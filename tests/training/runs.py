@@ -1,4 +1,4 @@
-"""Runs of `adapt` on tiny models, as the tests of training have them on a CPU and on a GPU."""
+"""Runs of `adapt` on tiny models, shared by the training tests on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weights_of(run: Run, part: str = BUNDLE) -> dict[str, Tensor]:
 def stopping_in_step(
     step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM
 ) -> Iterator[None]:
-    """Send this process a signal in the midst of a step, counted from the first one that the call does."""
+    """Send this process a signal in the middle of a step, counted from the call's first one."""
     real, done = jepakit_training.sigreg.lejepa_loss, iter(range(10_000))
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:

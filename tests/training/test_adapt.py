@@ -1,4 +1,4 @@
-"""`jepakit.adapt` from end to end on tiny models: what it leaves, what it repeats exactly, what it refuses."""
+"""`jepakit.adapt` end to end on tiny models: what it leaves behind, reproduces exactly, and refuses."""
 
 from __future__ import annotations
 

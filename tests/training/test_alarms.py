@@ -1,4 +1,4 @@
-"""Alarms on values really computed from made-up projections: each wrong distribution gets its own, a right one none."""
+"""Alarms on values computed from made-up projections: each wrong distribution raises its own, a right one none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gaussian(step: int, *, std: float = 1.0, rank: int = K, shift: float = 0.0) 
 
 
 def values_of(proj_VNK: Tensor, step: int) -> dict[str, float]:
-    """What the loop logs, from the real loss, its real gradient, and the real statistics."""
+    """What the loop logs, from the real loss, gradient and statistics."""
     proj_VNK = proj_VNK.clone().requires_grad_()
     slices_KS = directions(proj_VNK.shape[-1], 64, seed=0, step=step, device=torch.device("cpu"))
     loss, prediction, sigreg = lejepa_loss(proj_VNK, 2, LAMB, slices_KS)
@@ -46,7 +46,7 @@ def values_of(proj_VNK: Tensor, step: int) -> dict[str, float]:
 def run(
     projections: Callable[[int], Tensor], changed: dict[str, float] | None = None, **settings: Any
 ) -> dict[int, list[str]]:
-    """The warnings of a whole run, by step. Its loss falls, whatever the projections are."""
+    """The warnings of a whole run, by step. Its loss falls whatever the projections."""
     alarms = Alarms(**{**SETTINGS, **settings})
     said = {}
     for step in range(9, alarms.steps, 10):
@@ -116,7 +116,7 @@ def test_one_odd_batch_is_no_reason_to_warn() -> None:
 
 
 def losses(shape: Callable[[float], float], noise: float = 0.02, **settings: Any) -> list[str]:
-    """Warnings where the loss goes as told, from 0 to 1 of the run."""
+    """Warnings of a run whose loss is the given function of its progress, from 0 to 1."""
     random = torch.Generator().manual_seed(0)
     alarms = Alarms(**{**SETTINGS, **settings})
     values = values_of(gaussian(0), 0)

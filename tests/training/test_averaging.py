@@ -1,4 +1,4 @@
-"""Averages of weights against the sums written out, and the mix with the start."""
+"""Averages of weights against explicit sums, and the mix with the start."""
 
 from __future__ import annotations
 

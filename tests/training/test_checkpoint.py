@@ -211,7 +211,7 @@ def test_empty_whole_and_half_precision_tensors_are_saved(tmp_path: Path) -> Non
 
 
 def state_larger_than_the_disk(tmp_path: Path) -> dict[str, Tensor]:
-    """A tensor over a sparse file that would not fit on the disk: it takes no memory and no room."""
+    """A tensor over a sparse file too large for the disk: it takes no memory and no disk space."""
     count = shutil.disk_usage(tmp_path).total // 4 + (1 << 20)
     return {"weights": torch.from_file(str(tmp_path / "sparse"), shared=True, size=count, dtype=torch.float32)}
 
@@ -232,7 +232,7 @@ def test_a_disk_that_is_too_small_is_not_filled(tmp_path: Path, monkeypatch: pyt
 
 
 def fill(folder: Path, most_bytes: int, *, must_at: int) -> None:
-    """Save step after step under a limit on the size of files, which the third state is larger than."""
+    """Save step after step under a limit on file size, which the third state exceeds."""
     saver = Saver(folder, 0.0, 0, main=True)
     for step in range(1, 7):
         size = 1000 if step in (3, 4, 6) else 64
@@ -278,7 +278,7 @@ def test_a_folder_that_cannot_be_written_to_is_outlived_too(tmp_path: Path, caps
 
 
 class Clock:
-    """`time`, of which the tests turn the hands; a save takes `save_s`."""
+    """A `time` that the tests control; a save takes `save_s`."""
 
     def __init__(self) -> None:
         self.now = 0.0

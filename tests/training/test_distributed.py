@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).parent / "two_ranks.py"
 
 @dataclass
 class TwoRanks:
-    """What two processes left behind, and the script, to compute the same in this process."""
+    """What two processes left behind, and their script, to compute the same in this process."""
 
     out: Path
     script: dict[str, Any]

@@ -1,4 +1,4 @@
-"""A dry run: what it says of the run, and that nothing stays."""
+"""A dry run: what it says about the run, and that it leaves nothing behind."""
 
 from __future__ import annotations
 

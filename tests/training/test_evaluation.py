@@ -1,4 +1,4 @@
-"""What is measured of a run, on made features: groups on one side, and files that are gone at the end."""
+"""What is measured of a run, on made-up features: groups kept together, and files that are gone at the end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPEC = Preprocess(
 
 
 def siblings(n_groups: int, per_group: int) -> MeasuringSet:
-    """Groups of one class each, two classes, two of three groups to fit on."""
+    """Two classes, groups of one class each, two of three groups to fit on."""
     groups = np.repeat(np.arange(n_groups), per_group)
     labels = np.array(["a", "b"])[groups // 3 % 2]
     return MeasuringSet(np.arange(len(groups)), groups % 3 < 2, np.ones(len(groups), bool), labels, groups.astype(str))
@@ -156,7 +156,7 @@ def test_images_without_a_label_centre_the_embedding_and_are_never_probed() -> N
 
 
 def labels_for(folder: Path, file: Path, *columns: str, of: Callable[[int], Sequence[str]]) -> Path:
-    """A manifest of the images of class folders, with what `of` makes of each image's number within its class."""
+    """A manifest of the images in class folders, with what `of` returns for each image's number within its class."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     rows = (",".join([f"{folder}/{name}", name[:8], *of(int(name[-7:-4]))]) for name in names)
     file.write_text("\n".join([",".join(["path", "label", *columns]), *rows]))

@@ -149,7 +149,7 @@ def test_a_rare_class_has_enough_images_to_fit_probes_on() -> None:
 
 
 def listed(labels: NDArray[Any], groups: NDArray[Any] | None = None) -> ImageList:
-    """Images in memory of these labels and groups."""
+    """Images in memory with these labels and groups."""
     images = list_images([np.zeros((4, 4), np.uint8)] * len(labels), "none")
     return replace(
         images, labels=tuple(map(str, labels)), groups=None if groups is None else tuple(map(str, groups))

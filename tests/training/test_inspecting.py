@@ -1,4 +1,4 @@
-"""`jepakit inspect`: where the contact sheet may lie, and what any terminal can show."""
+"""`jepakit inspect`: where the contact sheet may be written, and what any terminal can show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of a run: started again until it is finished, it ends bit for bit as one never killed did."""
+"""SIGKILL at any moment of a run: restarted until it finishes, it ends bit for bit like one that was never killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOMENTS = ("starting", "writing the start", "training", "saving", "measuring", "
 
 
 def moment_of(run: Path) -> str:
-    """Which part of the run the folder shows."""
+    """The part of the run that the folder shows."""
     newest = max((path.name for path in run.glob(f"{CHECKPOINTS}/step-*")), default="")
     if any(run.glob(f".tmp-{BUNDLE}-*")):
         return "writing the bundle"
@@ -46,7 +46,7 @@ def moment_of(run: Path) -> str:
 def begin(
     image_folder: Callable[..., Path], weights_file: Callable[[str], Path]
 ) -> Callable[[Path, int], ForkServerProcess]:
-    """`begin(folder, workers)`: a process that adapts, or goes on, in `folder`/run."""
+    """`begin(folder, workers)`: a process that starts or resumes adapting in `folder`/run."""
     images = image_folder(per_class=12, height=40, width=40)
     weights = str(weights_file("test_vit"))
 
@@ -92,7 +92,7 @@ def kill(process: ForkServerProcess, when: Iterator[bool]) -> bool:
 
 
 def at_moment(run: Path, moment: str, wait_s: float) -> Iterator[bool]:
-    """True once the folder has shown the moment, or a later one, for so long."""
+    """True once the folder has shown the moment, or a later one, for `wait_s`."""
     while MOMENTS.index(moment_of(run)) < MOMENTS.index(moment):
         yield False
     yield from after(wait_s)
@@ -125,7 +125,7 @@ def assert_same(run: Run, expected: Run) -> None:
 def kill_and_go_on(
     begin: Callable[[Path, int], ForkServerProcess], unkilled: tuple[Run, float], tmp_path: Path, kills: int, seed: int
 ) -> Counter[str]:
-    """Runs that are killed up to a few times each, until there were `kills`; returns the moments they came at."""
+    """Kill runs a few times each until there were `kills`; returns the moments at which they happened."""
     expected, took_s = unkilled
     draw, moments = random.Random(seed), Counter[str]()
     for number in range(10 * kills):
@@ -133,7 +133,7 @@ def kill_and_go_on(
         for _ in range(draw.randrange(3, 8)):
             workers = draw.choice((0, 2))
             run = folder / "run"
-            # Half at a drawn time, half at a drawn part of the run: some parts are over in a millisecond.
+            # Half at a random time, half at a random part of the run: some parts are over in a millisecond.
             when = (
                 after(draw.uniform(0, took_s))
                 if draw.random() < 0.5

@@ -1,4 +1,4 @@
-"""Several processes of this machine: they give what one gives, and end, whatever ends them, as one would."""
+"""Several processes on this machine: same results as one process, and they end as one would, whatever ends them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def scripted(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Script
 
 
 def moved(run: Run) -> Tensor:
-    """By how much training has moved each weight."""
+    """How far training has moved each weight."""
     import torch
 
     start, end = (load_file(run.path / part / WEIGHTS) for part in (START, BUNDLE))
@@ -229,7 +229,7 @@ def test_the_first_ending_is_told_first_and_an_unforeseen_one_with_where_it_was(
 
 @pytest.fixture
 def sleeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[launch._Group]:
-    """A group of two processes that do nothing for long."""
+    """A group of two processes that do nothing for a long time."""
 
     def heed_ctrl_c() -> None:  # a shell starts what runs in the background with it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -294,7 +294,7 @@ class Training:
         return sorted((self.out / CHECKPOINTS).glob("step-*"))
 
     def end(self) -> str:
-        """Its last line, when it and all it started are gone."""
+        """Its last line, once it and all its processes are gone."""
         _, words = self.process.communicate(timeout=60)
         gone, alive = psutil.wait_procs(self.ranks, timeout=60)
         assert not alive, f"{gone} have ended"
@@ -375,7 +375,7 @@ def test_when_the_command_itself_is_killed_its_processes_save_and_end(training: 
 
 
 def begun_again(source: Source, out: Path) -> subprocess.CompletedProcess[str]:
-    """A finished run's command once more, without what it had come to."""
+    """A finished run's command once more, after its result was removed."""
     shutil.rmtree(out / BUNDLE)
     again = command(source, out, "--processes", "2", steps=STEPS)
     return subprocess.run(again, check=False, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Out of memory, really: under a limit on the address space, on a CPU."""
+"""Really out of memory, on a CPU with a limited address space."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
 
 
 def train(folder: Path, *, micro_batch: int = 64, activation_checkpointing: bool = False) -> None:
-    """Steps of a small network on ever larger batches, in an address space that ends 400 MB from here."""
+    """Steps of a small network on ever larger batches, with 400 MB of address space left."""
     layers = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(20)))
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 400_000_000, resource.RLIM_INFINITY))
@@ -48,7 +48,7 @@ def test_out_of_memory_names_what_to_change_and_keeps_the_checkpoint(tmp_path: P
 
 
 def pages_of_steps(count: int) -> int:
-    """Pages that the kernel hands out while `count` steps each take 256 MB and let them go."""
+    """Pages that the kernel hands out while each of `count` steps takes 256 MB and frees them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
         torch.ones(64 << 20)

@@ -1,4 +1,4 @@
-"""The sheet of neighbours: who is whose, and what the picture shows of images with labels, groups, and files that are gone."""
+"""The sheet of neighbours: which are whose, and how it shows images with labels, groups or missing files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measured(labels: list[str] | None = None, groups: list[str] | None = None) -
 
 
 def on_a_circle(turn: int = 0) -> NDArray[np.float32]:
-    """Vectors a twentieth of a circle apart, the nearest of each are those beside it."""
+    """Vectors a twentieth of a circle apart, so that the nearest of each are the adjacent ones."""
     angles = (np.arange(N) + turn) % N * np.pi / 20
     return np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
 
@@ -47,7 +47,7 @@ def test_the_nearest_are_by_cosine_never_oneself_and_none_of_ones_group() -> Non
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What is drawn, beside the file itself."""
+    """What is drawn, in addition to the file itself."""
     seen: dict[str, Any] = {}
 
     def noting(path: Path, title: str, blocks: Any, rows: list[list[Cell | None]]) -> None:

@@ -1,4 +1,4 @@
-"""Changes of a view's values: what each setting does, and that a preset leaves its domain's signal alone."""
+"""Changes to a view's values: what each setting does, and that presets leave their domain's signal alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drawn(domain: Domain, views: int = 200, bands: int = 3, size: int = 32, **se
 
 
 def only(bands: int = 3, **fields: Any) -> Changes:
-    """Changes of one view that are none but for the fields given."""
+    """Changes to one view that do nothing except for the given fields."""
     ones, zeros = np.ones(1), np.zeros(1)
     none = Changes(ones, ones, ones, zeros, np.ones((1, bands)), np.zeros((1, bands)), zeros, zeros > 0, zeros)
     return none._replace(**{name: np.array([value]) for name, value in fields.items()})
@@ -40,7 +40,7 @@ def noise(*shape: int, low: int = 0, high: int = 256, seed: int = 0) -> Tensor:
 
 
 def changed(view: Tensor, **fields: Any) -> Tensor:
-    """One view [C, H, W] with the changes given."""
+    """One view [C, H, W] with the given changes."""
     return photometric.apply(view[None], only(len(view), **fields))[0]
 
 
@@ -198,7 +198,7 @@ def test_a_setting_changes_no_other_ones_numbers() -> None:
 
 
 def hues(domain: Domain) -> NDArray[np.float64]:
-    """Mean hue (0 to 1) of many views of a pink texture, like a stain, that no change clips."""
+    """Mean hue (0 to 1) of many views of a stain-like pink texture that no change clips."""
     texture = torch.from_numpy(np.random.default_rng(0).uniform(0.7, 1.0, (1, 32, 32)))
     pink = (torch.tensor([140.0, 60.0, 110.0])[:, None, None] * texture).to(torch.uint8)
     views = photometric.apply(same_view(pink, 200), drawn(domain, solarize=0, gray=0))

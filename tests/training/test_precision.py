@@ -1,4 +1,4 @@
-"""A run's own precision: nothing of it is left behind."""
+"""A run's own precision settings: none are left behind."""
 
 from __future__ import annotations
 

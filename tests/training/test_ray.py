@@ -27,7 +27,7 @@ def source(image_folder: Callable[..., Path], weights_file: Callable[[str], Path
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
-    """Until something is there of the running command."""
+    """Wait until the running command has produced something."""
     deadline = time.monotonic() + 300
     while not there():
         assert process.poll() is None, process.stderr and process.stderr.read()

@@ -1,4 +1,4 @@
-"""What a run writes while it trains, on full disks and of files with odd names."""
+"""What a run writes while it trains, on full disks and about files with odd names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what it was started with, and the lock on it, held against real processes."""
+"""A run's folder: its owner, what it was started with, and its lock, tested with real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scan: of what kind the images are, and what their values are worth."""
+"""The scan: the kind of the images, and the meaning of their values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_with_nodata(folder: Path, images: list[NDArray[Any]]) -> Path:
 
 
 def write_dicom(path: Path, stored: NDArray[Any], bits: int, intercept: int, kind: str = "MONOCHROME2") -> None:
-    """CT as `bits` of 16, with a soft-tissue window of its own."""
+    """A CT image with `bits` of 16 stored, and its own soft-tissue window."""
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -64,7 +64,7 @@ def write_dicom(path: Path, stored: NDArray[Any], bits: int, intercept: int, kin
 
 
 def without_data_in_band_4(folder: Path, dtype: str, count: int) -> Path:
-    """Six images of four bands, of which the last is nothing but no data in the first `count`."""
+    """Six images of four bands; in the first `count`, the last band is all no-data."""
     images = noise(6, (40, 40, 4), 1, 200, dtype)
     for image in images[:count]:
         image[:, :, 3] = 0

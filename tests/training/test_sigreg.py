@@ -34,7 +34,7 @@ def make_directions(seed: int, outputs: int, slices: int) -> Tensor:
 
 
 def plain_sigreg(proj_VNK: Tensor, directions_KS: Tensor, t_max: float = 3.0, n_nodes: int = 17) -> Tensor:
-    """The formula of the paper by plain autograd, in float64: what the lean form is held against."""
+    """The paper's formula by plain autograd, in float64: the reference for the lean form."""
     nodes = torch.linspace(0, t_max, n_nodes, dtype=torch.float64)
     dt = nodes[1] - nodes[0]
     phi = torch.exp(-nodes.square() / 2)

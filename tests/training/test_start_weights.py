@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from, and that nothing but fitting tensors is ever loaded."""
+"""Where a backbone's weights come from, and that only fitting tensors are ever loaded."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ GRACE_S = 1.0
 def train(
     folder: Path, step_s: float, *, in_one_call: bool = False, stubborn: bool = False, loader: bool = False
 ) -> None:
-    """A loop like the trainer's; `in_one_call`: the step is one call into C++, in which Python handles no signal."""
+    """A loop like the trainer's; `in_one_call`: a step is one call into C++, during which Python handles no signals."""
     with stopping(lambda: 7, grace_s=GRACE_S) as stop:
         if loader and os.fork() == 0:
             (folder / "loader").write_text(str(os.getpid()))
@@ -44,7 +44,7 @@ def one_long_call() -> None:
 
 
 def begun(folder: Path, step_s: float = 0.05, **kwargs: bool) -> ForkServerProcess:
-    """A process in the midst of its first steps."""
+    """A process in the middle of its first steps."""
     folder.mkdir(exist_ok=True)
     process = start(train, folder, step_s, log=folder / "log", **kwargs)
     deadline = time.monotonic() + 60
@@ -118,7 +118,7 @@ def test_ctrl_c_in_the_loaders_processes_counts_once(tmp_path: Path) -> None:
 
 
 def load(folder: Path) -> None:
-    """A step that waits for a real loader, whose process is ended by the same SIGTERM."""
+    """A step that waits for a real loader, whose process the same SIGTERM ends."""
     with stopping(lambda: 7) as stop:
         for _ in DataLoader(Slow(folder), num_workers=1):
             assert not stop.at_boundary()

@@ -1,4 +1,4 @@
-"""TensorBoard's own reader finds what was logged: once, also after a resume."""
+"""TensorBoard's own reader finds what was logged, exactly once, even after a resume."""
 
 from __future__ import annotations
 

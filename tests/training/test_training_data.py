@@ -1,4 +1,4 @@
-"""From files to batches: the order, the substitutes of broken files, and the loader."""
+"""From files to batches: the order, the substitutes for broken files, and the loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The twin that trains in the backbone's place: the same features, the same trained parameters, less work."""
+"""The twin that trains in place of the backbone: same features, same trained parameters, less work."""
 
 from __future__ import annotations
 

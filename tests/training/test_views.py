@@ -1,4 +1,4 @@
-"""Views: a function of the image and the seed alone, whatever the image's size, bands and type."""
+"""Views: they depend only on the image and the seed, whatever the image's size, bands and type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the image, the recipe and the seed: views are a function of them alone, and stay within their range."""
+"""For any image, recipe and seed: views depend on nothing else, and stay within their range."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 two_ranks.py OUT IMAGES CONVNET_WEIGHTS VIT_WEIGHTS
 
 Rank 0 writes OUT/loss.pt and a file for each of STEPS; the adapted runs lie in OUT/convnet and OUT/vit. Every rank writes
-OUT/told-N.json: what it was told where runs were refused.
+OUT/told-N.json: the message it got where runs were refused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def world() -> int:
 
 
 def mine(x: Tensor, dim: int) -> Tensor:
-    """This rank's share of the images, which lie along `dim`."""
+    """This rank's share of the images along `dim`."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return x.index_select(dim, torch.arange(rank, x.shape[dim], world()))
 
@@ -82,7 +82,7 @@ def loss() -> dict[str, Tensor]:
 def steps(name: str, weights: Path, **settings: Any) -> dict[str, Any]:
     """Five steps of the learner by plain gradient descent: the losses, and what moved after one step and after five.
 
-    Gradient descent, because AdamW's first steps are signs of gradients: one that is 0 but for rounding may take
+    Gradient descent, because AdamW's first steps are signs of gradients: one that is 0 except for rounding may take
     either sign.
     """
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
@@ -122,7 +122,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "a ConvNet with frozen BatchNorm": ("test_resnet", {"warmup": 0.0}),
     "a ConvNet with trained BatchNorm": ("test_resnet", {"norm_statistics": "trained", "unfreeze": "all"}),
 }
-"""What is trained for five steps, by name: the backbone, and the settings beside ADAPT's."""
+"""What is trained for five steps, by name: the backbone, and the settings in addition to ADAPT's."""
 
 
 def adapt(out: Path, images: Path, convnet_weights: Path, vit_weights: Path) -> None:
@@ -132,7 +132,7 @@ def adapt(out: Path, images: Path, convnet_weights: Path, vit_weights: Path) -> 
 
 
 def skip(out: Path, images: Path, weights: Path) -> dict[str, Any]:
-    """Images that cannot be read while training: listed in OUT/skipped; and refused, where one fewer may be skipped."""
+    """Unreadable images in training: listed in OUT/skipped, and refused if one fewer may be skipped."""
 
     def read(dataset: ViewDataset, index: int) -> Any:
         if (name := dataset.images.ids[index]) in UNREADABLE:
@@ -158,7 +158,7 @@ def skip(out: Path, images: Path, weights: Path) -> dict[str, Any]:
 
 
 def stop(out: Path, images: Path, weights: Path) -> dict[str, Any]:
-    """Rank 1 alone is told to stop, in its second step, and the run is gone on with; before, what flags both ranks see."""
+    """Only rank 1 is told to stop, in its second step, and the run is resumed; first, which flags both ranks see."""
 
     def interrupted(*args: Any) -> Any:
         if next(steps_done) == 1 and dist.get_rank() == 1:
@@ -185,7 +185,7 @@ def stop(out: Path, images: Path, weights: Path) -> dict[str, Any]:
 
 
 def resume_apart(out: Path, weights: Path, images: Path) -> str:
-    """A run that is gone on with by two ranks of which one alone finds its folder."""
+    """Resume a run with two ranks, only one of which finds its folder."""
     folder = out / f"disk-of-{dist.get_rank()}"
     if dist.get_rank() == 0:
         shutil.copytree(out / "vit", folder)
@@ -198,7 +198,7 @@ def resume_apart(out: Path, weights: Path, images: Path) -> str:
 
 
 def images_apart(out: Path, weights: Path, images: Path) -> str:
-    """A run of two ranks, of which one finds an image fewer under the same name."""
+    """A run of two ranks, one of which finds one image fewer under the same name."""
     folder = out / f"images-of-{dist.get_rank()}"
     shutil.copytree(images, folder)
     if dist.get_rank() == 1:
