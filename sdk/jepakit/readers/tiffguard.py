@@ -164,7 +164,7 @@ def _searches_ask_first() -> bool:
 
     found = getattr(tifffile.TIFF, "SERIES", {})
     for kind in ("generic", "shaped"):
-        search: Any = getattr(tifffile, f"series_{kind}", None)
+        search = getattr(tifffile, f"series_{kind}", None)
         if not callable(search) or found.get(kind) is not search:
             return False
         found[kind] = _asking_first(kind, search)
@@ -172,7 +172,7 @@ def _searches_ask_first() -> bool:
     return True
 
 
-def _asking_first(kind: str, search: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _asking_first(kind: str, search: Any) -> Callable[[Any], Any]:
     @wraps(search)
     def asking(tif: Any) -> Any:
         getattr(tif, f"{_REFUSES}_{kind}", bool)()
