@@ -107,7 +107,7 @@ def _big(model: ir.Model) -> dict[str, ir.TensorProtocol]:
 
 
 def _program(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size: bool) -> Any:
-    """Export; a second time with plain attention where the fused one cannot be decomposed (BEiT, Hiera, Twins)."""
+    """Export; if that fails, a second time with plain attention instead of fused: BEiT's, Hiera's and Twins' needs it."""
     try:
         return _export(embedder, example, opset, dynamic_size)
     except Exception:  # the exporter wraps whatever went wrong in classes of its own

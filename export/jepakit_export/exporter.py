@@ -160,7 +160,7 @@ def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pix
 def _failing_as(what: str) -> Iterator[None]:
     """Turn errors inside into one that begins with `what`: the libraries raise classes of their own.
 
-    A WriteError if the temporary folder has no room, an ExportError otherwise.
+    A WriteError for what cannot be written, such as a temporary folder without room; an ExportError otherwise.
     """
     try:
         yield

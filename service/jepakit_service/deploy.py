@@ -37,7 +37,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
     Raises BundleError for a bundle that is incomplete or not exported, DataError if `folder` is not a folder of bundles
     or not the watched one, WriteError if it cannot be written to, ConnectionFailedError if there is no service, and
     ServeError if another deploy is at work, or the service refuses the version or takes too long. The folder is then as
-    it was.
+    it was, or a message says where the old version lies if it could not be put back.
     """
     bundle = open_bundle(source)
     bundle.check(GRAPH)
@@ -156,7 +156,10 @@ def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelI
 
 
 def _ask(client: Client, bundle: Bundle) -> tuple[ModelInfo | None, str]:
-    """The model if every replica serves the bundle, else None and what the service says about the bundle."""
+    """The model if every replica serves the bundle, else None and what the service says about the bundle.
+
+    Raises ServeError if the service refused it.
+    """
     name, digest = bundle.manifest.name, bundle.digest
     try:
         found = client.model(name)

@@ -1,4 +1,5 @@
-"""What operators and probes ask for: liveness, readiness, metrics and models. All answer for the whole deployment."""
+"""What operators and probes ask for: liveness, readiness, metrics and models. All but `/healthz` answer for the
+whole deployment, whichever process is asked."""
 
 from __future__ import annotations
 
