@@ -27,7 +27,7 @@ import jepakit
 from jepakit._ray import OWN
 from jepakit.cli import app
 from jepakit_service.metrics import Metrics
-from jepakit_service.ray_app import NODE_ENVIRONMENT
+from jepakit_service.ray_environment import NODE_ENVIRONMENT
 from jepakit_service.settings import ServeSettings, load
 
 ROOT = Path(__file__).parents[1]

@@ -27,9 +27,9 @@ def run(settings: ServeSettings) -> None:
     if settings.api_key_file is None:
         say("no API key file: any user of this machine can embed")
     if settings.ray:
-        from jepakit_service import ray_app
+        from jepakit_service import ray_driver
 
-        ray_app.run(settings)
+        ray_driver.run(settings)
     else:
         from jepakit_service import single
 

@@ -226,7 +226,7 @@ def test_a_serve_config_without_keys_is_for_loopback_alone(monkeypatch: pytest.M
     """Ray's `http_options` are not the application's to see: whoever leaves keys out must say where it listens."""
     from jepakit_service import ray_app
 
-    monkeypatch.setattr(ray_app, "_application", lambda settings, _: settings)
+    monkeypatch.setattr(ray_app, "application", lambda settings, _: settings)
     with pytest.raises(ConfigError, match="api-key-file"):
         ray_app.build({"bundles": ["a"]})
     assert ray_app.build({"bundles": ["a"], "host": "127.0.0.1"}).api_key_file is None
@@ -255,13 +255,13 @@ class Replicas:
 def test_one_replica_that_is_dead_at_the_end_costs_the_others_no_answer(
     monkeypatch: pytest.MonkeyPatch, handle: Replicas
 ) -> None:
-    from jepakit_service import ray_app
+    from jepakit_service import ray_driver
 
     lingered: list[float] = []
     monkeypatch.setattr(time, "sleep", lingered.append)
     with pytest.raises(ServeError, match=r"requests in flight may be lost: (ActorDiedError|TimeoutError)"):
-        ray_app._drain(handle, ServeSettings(bundles=("a",)))
-    assert lingered == [ray_app._LINGER_S]
+        ray_driver._drain(handle, ServeSettings(bundles=("a",)))
+    assert lingered == [ray_driver._LINGER_S]
 
 
 def test_a_peer_whose_call_was_cancelled_is_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,13 +296,13 @@ def test_a_peer_whose_call_was_cancelled_is_one_that_does_not_answer(monkeypatch
 
 
 def test_requests_in_flight_are_answered_though_nothing_can_be_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from jepakit_service import ray_app
+    from jepakit_service import ray_driver
 
     handle = Replicas(None)
-    monkeypatch.setattr(ray_app, "_LINGER_S", 0.0)
+    monkeypatch.setattr(ray_driver, "_LINGER_S", 0.0)
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        ray_app._drain(handle, ServeSettings(bundles=("a",)))
+        ray_driver._drain(handle, ServeSettings(bundles=("a",)))
         monkeypatch.undo()
     assert handle.asked == "drain"
 

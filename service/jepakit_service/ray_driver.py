@@ -1,0 +1,229 @@
+"""The service on a Ray of its own: starts it, watches it, and ends it without losing a request.
+
+Our own process is the entry point, never `ray start`. Ray's internal ports listen on all interfaces, so we guard them
+with our own token, and run neither dashboard nor usage statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jepakit._ray import OWN, init, own_folder
+from jepakit.errors import MissingExtraError, ServeError
+from jepakit_service import logs
+from jepakit_service.listeners import announce_when_ready
+from jepakit_service.ray_app import DEPLOYMENT, application
+from jepakit_service.ray_environment import FALLBACK_PORT, REPLICAS, environment
+from jepakit_service.settings import ServeSettings
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_APPLICATION = "jepakit"
+_LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
+"""For Ray's own files. The gate logs requests; Ray's access log would only repeat it."""
+_IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
+_CORE = ("gcs_server", "raylet")
+"""Ray's control store and node: without either nothing runs, and Ray restarts neither."""
+_LINGER_S = 1.0
+"""The proxy ends with us, and on a busy machine the last answers may still be on their way through it."""
+
+
+class _Stop:
+    """Whether SIGINT or SIGTERM has come. A plain flag: the signal may interrupt code that holds an Event's lock."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def watch(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start.
+
+    Ray and its driver run in a session of their own. A signal to our process group, as sent by a terminal, `timeout` or
+    a supervisor, would end Ray's processes at once, and the requests in flight with them. So only the driver gets it.
+    """
+    parent, driver = os.getpid(), os.fork()
+    if driver == 0:
+        os.setsid()
+        _end_with(parent)
+        _adopt_orphans()
+        _drive(settings)
+        return
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(driver, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    _, status = os.waitpid(driver, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the pid may be another process's now
+        signal.signal(number, signal.SIG_IGN)
+    code = os.waitstatus_to_exitcode(status)
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+
+def _end_with(parent: int) -> None:
+    """Send this process SIGTERM once its parent is gone, however it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _adopt_orphans() -> None:
+    """Adopt what Ray's processes leave behind when they die, so that it is ended with the other children."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _drive(settings: ServeSettings) -> None:
+    with own_folder() as folder:
+        os.environ.update(environment(settings, folder))  # Ray reads it at import
+        try:
+            importlib.import_module("ray.serve")
+        except ImportError as error:
+            raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
+        # For the processes that Ray starts: this one has no event loop that Ray could share.
+        os.environ.update(REPLICAS)
+        stop = _Stop()
+        stop.watch()
+        logs.say("starting Ray Serve …")
+        with contextlib.closing(logs.Collector(folder / "logs.sock")) as collector:
+            _serve(settings, folder / "ray", collector.path, stop)
+
+
+def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) -> None:
+    """Start Ray with its files in `folder`, serve until told to stop, and end all of Ray."""
+    import psutil
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    try:
+        init(
+            **OWN,
+            namespace="jepakit",
+            _temp_dir=str(folder),
+            num_gpus=_gpus(settings),
+            num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
+        )
+        stop.watch()  # ray.init installed its own handlers
+        _end_idle_helpers()
+        core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}
+        options = HTTPOptions(host=settings.host, port=settings.port)
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        serve.start(http_options=options, logging_config=_LOGGING)
+        handle = serve.run(
+            application(settings, log_socket), name=_APPLICATION, route_prefix="/", logging_config=_LOGGING
+        )
+        announce_when_ready(settings, lambda: stop.requested, fallback=int(os.environ.get(FALLBACK_PORT, 0)))
+        while not stop.requested:
+            _check_core(core)
+            time.sleep(0.2)
+        _drain(handle, settings)
+    except ServeError:
+        raise
+    except Exception as error:  # Ray wraps what a replica raised in classes of its own
+        if not stop.requested:
+            raise ServeError(f"the service did not start: {_reason(error)}") from error
+    finally:
+        # All of Ray is ours: ending it ends Serve, which has nothing left to do.
+        children = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        _end(children)
+
+
+def _check_core(core: Mapping[str, Any]) -> None:
+    """Raise ServeError once one of Ray's own processes, given by their names, has ended."""
+    import psutil
+
+    for name, process in core.items():
+        try:
+            ended = process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            ended = True
+        if ended:
+            raise ServeError(f"Ray's {name} has ended, and with it the service: start it again")
+
+
+def _drain(handle: Any, settings: ServeSettings) -> None:
+    """Let the requests in flight be answered. Raises ServeError if a replica cannot confirm that they were."""
+    logs.say("stopping: answering the requests in flight …")
+    answers: list[Any]
+    try:
+        answers = handle.broadcast("drain").results(timeout_s=settings.drain_s + 5, return_exceptions=True)
+    except Exception as error:  # as above
+        answers = [error]
+    time.sleep(_LINGER_S)  # even if one replica has died, for the others
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise ServeError(f"requests in flight may be lost: {_innermost(answer)}") from answer
+
+
+def _gpus(settings: ServeSettings) -> int | None:
+    """None, so that Ray counts the GPUs itself, if replicas ask for any; else 0."""
+    return None if settings.num_gpus else 0
+
+
+def _end_idle_helpers() -> None:
+    """End Ray's helpers for what is off here: sending logs to the driver, the dashboard, growing the cluster.
+
+    The three take 200 MB and wake up all the time, which delays a lone image, computed by all cores together. They are
+    killed, because one of them reports being asked to end as a failure.
+    """
+    import psutil
+
+    ended = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(argument.endswith(_IDLE_HELPERS) for argument in process.cmdline()):
+                process.kill()
+                ended.append(process)
+    psutil.wait_procs(ended, timeout=3)
+
+
+def _end(processes: list[Any]) -> None:
+    """End what Ray left running: some of its agents outlive it by half a minute."""
+    import psutil
+
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, processes = psutil.wait_procs(processes, timeout=3)
+
+
+def _reason(error: BaseException) -> str:
+    """Why the application did not start. Only Ray's status says what a replica raised."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized():  # otherwise asking would start another Ray
+        with contextlib.suppress(Exception):
+            status = serve.status().applications[_APPLICATION].deployments[DEPLOYMENT]
+            if status.message:
+                return _innermost(status.message)
+    return _innermost(error)
+
+
+def _innermost(error: object) -> str:
+    """The last line that says something: our own message inside Ray's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("jepakit.errors.") if lines else type(error).__name__
