@@ -1,4 +1,4 @@
-"""How a service is asked: its address, key and times, when a request is tried again, and what a refusal means."""
+"""Requests to a service: its address, key and timeouts, when to retry, and what a refusal means."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     import httpx
 
 _C = TypeVar("_C")
-# httpx itself is imported by the first client: it brings its own command line along, 0.2 s.
+# httpx is imported by the first client only: it imports its own command line, which takes 0.2 s.
 AT_ONCE = 4
-"""Requests of one call."""
+"""Concurrent requests of one call."""
 MOST_AT_ONCE = 2 * AT_ONCE
-"""Of all calls of one client together."""
+"""Concurrent requests of all calls of one client together."""
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LEAST_WAIT_S = 0.25, 8.0, 0.01
 _LONGEST_S = 1e6
@@ -42,18 +42,18 @@ _TOLD_AFTER_S = 2.0
 _LOG = logging.getLogger("jepakit")
 _KEY = re.compile(r"[!-~]+")
 _OURS = ("/v1", "/v1/embeddings", "/v1/models")
-"""Those that are refused behind a gateway's own path, too."""
+"""Routes that are also refused behind a gateway's own path."""
 _ROUTES = (*_OURS, "/v2", "/docs", "/readyz", "/healthz", "/metrics")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class Settings:
-    """What both clients are told, and how they speak."""
+    """The arguments of both clients, checked, and how they configure httpx."""
 
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
         import httpx
 
-        if isinstance(url, str) and "@" in url:  # whatever it is, it is not repeated: it may hold a password
+        if isinstance(url, str) and "@" in url:  # never repeat it in a message: it may hold a password
             raise ConfigError(
                 "the url holds an @: give the service's address without a user and a password (the key is api_key=…, or "
                 "JEPAKIT_API_KEY; an @ in a path is written %40)"
@@ -81,24 +81,24 @@ class Settings:
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
         loopback = is_loopback(httpx.URL(url).host)
         self.proxy = None if loopback else _proxy_of(httpx.URL(url))
-        """The environment's variable that names what stands between."""
+        """The environment variable that names the proxy in between, if any."""
         self.patience_s = min(timeout_s, deadline_s)
-        """For the answer to one attempt."""
+        """How long to wait for the answer to one attempt."""
         self.told_of_waiting = False
-        """Whether it has been said that nothing listens at the address."""
+        """Whether the user has been told that nothing listens at the address."""
         self.http: dict[str, Any] = {
             "base_url": self.url,
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "timeout": timeout_s,
             "follow_redirects": False,
-            # No proxy stands between this machine and itself. SSL_CERT_FILE holds there too, so it is read here.
+            # On loopback, no proxies. That would also ignore SSL_CERT_FILE, so `verify` reads it explicitly.
             "trust_env": not loopback,
             "verify": _trusted(),
             "limits": httpx.Limits(max_connections=MOST_AT_ONCE),
         }
 
     def connect(self, kind: Callable[..., _C]) -> _C:
-        """One of httpx's clients that speaks so; ConfigError where the environment names a proxy that cannot be used."""
+        """An httpx client of this `kind` with these settings; ConfigError for an unusable proxy in the environment."""
         import httpx
 
         try:
@@ -112,12 +112,12 @@ class Settings:
 
 
 def _trusted() -> ssl.SSLContext:
-    """The certificates that are trusted; ConfigError where the environment names others, and they cannot be read."""
+    """The trusted certificates; ConfigError when the environment names some that cannot be read."""
     import httpx
 
     try:
         return httpx.create_ssl_context()
-    except OSError as error:  # of which ssl.SSLError is one
+    except OSError as error:  # includes ssl.SSLError
         name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
         raise ConfigError(
             f"{name} = {os.environ.get(name)!r}: no certificates can be read there ({reason_of(error)}): name a file of "
@@ -126,7 +126,7 @@ def _trusted() -> ssl.SSLContext:
 
 
 def _proxy_of(url: httpx.URL) -> str | None:
-    """The variable that names a proxy for an address; its value, which may hold a password, is nobody's business."""
+    """The variable that names a proxy for an address, without its value, which may hold a password."""
     from urllib.request import getproxies, proxy_bypass
 
     known = getproxies()
@@ -146,7 +146,7 @@ def _is_address(url: str) -> bool:
 
 
 class Attempts:
-    """When to try again: embedding is pure, so every attempt is safe to repeat."""
+    """When to retry: embedding is pure, so every request is safe to repeat."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._url, self._deadline_s = settings, settings.url, settings.deadline_s
@@ -157,7 +157,7 @@ class Attempts:
         self._pause = _FIRST_PAUSE_S
 
     def begin(self, request: httpx.Request) -> httpx.Request:
-        """The request, not to wait for anything beyond the deadline."""
+        """The request, with its timeouts limited to the time left until the deadline."""
         import httpx
 
         left = max(_LEAST_WAIT_S, self._deadline - time.monotonic())
@@ -165,7 +165,7 @@ class Attempts:
         return request
 
     def pause_after(self, response: httpx.Response) -> float | None:
-        """Seconds to wait before the next attempt, None for a good answer; raises what the answer means otherwise."""
+        """Seconds to wait before the next attempt, None for a good answer; raises the error if retrying is no use."""
         if response.status_code == 200:
             return None
         self._refusal = _meaning(response, f" (deadline_s = {self._deadline_s:g})" if _may_pass(response) else "")
@@ -174,14 +174,14 @@ class Attempts:
         return pause
 
     def pause_after_failure(self, error: httpx.RequestError) -> float:
-        """Seconds to wait before the next attempt; raises what the failure means when none is left, or none can help."""
+        """Seconds to wait before the next attempt; raises the error if there is no time left or retrying is no use."""
         import httpx
 
         _raise_if_lasting(error, self._url)
         pause = self._next(None)
         if pause is None:
             if self._refusal is not None and isinstance(error, httpx.TimeoutException):
-                raise self._refusal  # the deadline cut the last attempt short: it tells nothing new
+                raise self._refusal  # the last attempt was cut short by the deadline and says nothing new
             cause = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise ConnectionFailedError(
                 f"{self._url} gave no answer within {self._deadline_s:g} s{self._through} ({cause}): is the service "
@@ -192,7 +192,7 @@ class Attempts:
         return pause
 
     def _tell_of_waiting(self, error: httpx.ConnectError) -> None:
-        """Once a client, after a while: a service that starts anew is back sooner, one that was never started is not."""
+        """Warn once per client, after a while: a restarting service is back sooner, one never started is not."""
         left_s = self._deadline - time.monotonic()
         if self._deadline_s - left_s < _TOLD_AFTER_S or self._settings.told_of_waiting:
             return
@@ -214,12 +214,12 @@ class Attempts:
 
 
 def _may_pass(response: httpx.Response) -> bool:
-    """Whether the same request may be answered in a moment. Ray's proxy knows no routes while it starts anew."""
+    """Whether the same request may succeed in a moment. Ray's proxy knows no routes while it restarts."""
     return response.status_code in _RETRYABLE or (response.status_code == 404 and b"/-/routes" in response.content)
 
 
 def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
-    """Raise what a failure means that every further attempt would meet again."""
+    """Raise the error for a failure that every further attempt would meet again."""
     import ssl
 
     import httpx
@@ -238,15 +238,15 @@ def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
             f"the certificate of {url} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to the file of the "
             "certificate, or of the authority that signed it"
         ) from error
-    # Its subclasses tell of connections that broke, as they do while a service starts anew.
+    # Its subclasses mean broken connections, which are normal while a service restarts.
     if type(cause) is ssl.SSLError:
         raise ConnectionFailedError(f"{url} does not speak https ({cause.reason}): is it http://…?") from error
 
 
 def _meaning(response: httpx.Response, note: str) -> ResponseError:
-    """The service's own words where it sent them, and `note`; a bare 5xx comes from something in front of it."""
+    """The service's own message if it sent one, plus `note`; a bare 5xx comes from something in front of it."""
     message, told = f"the service answered {response.status_code} without a reason", dict[str, Any]()
-    if response.next_request is not None:  # not followed: the key would go along
+    if response.next_request is not None:  # not followed: it would receive the key
         to = response.next_request.url
         message = (
             f"the service answered {response.status_code}, a redirect to {to.scheme}://{to.netloc.decode('ascii')}{to.path}: "

@@ -1,4 +1,4 @@
-"""What `export` was asked to export, as far as it can be judged without torch: a run, a bundle, or a timm name."""
+"""Checks of the source of `export` that need no torch: a run, a bundle, or a timm name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jepakit.run import CONFIG, is_run
 
 
 def name_and_weights(source: str) -> tuple[str, str]:
-    """NAME or NAME:WEIGHTS of one of timm's backbones in its two parts, `~` in front of a file read as the home folder."""
+    """Split NAME or NAME:WEIGHTS of a timm backbone into its two parts, expanding a leading `~` of a file."""
     name, _, weights = source.partition(":")
     return name, with_home(weights)
 
 
 def check_source(config: ExportConfig) -> None:
-    """Raise DataError, BackboneError or ConfigError for what is no source, or one that the settings do not fit."""
+    """Raise DataError, BackboneError or ConfigError for an invalid source, or one that the settings do not fit."""
     path = Path(config.source)
     if is_run(path):
         return

@@ -1,8 +1,8 @@
-"""Tensors of a graph that lie outside it, in the bundle's `model.safetensors`: found, checked, lent to a runtime.
+"""Tensors that a graph keeps outside itself, in the bundle's `model.safetensors`: found, checked, passed to a runtime.
 
-A protobuf ends at 2 GB, so a larger model's graph names a file, an offset and a length for each big tensor. Nothing here
-follows such a name to the disk: there is one name that may stand there, and its bytes come with the graph, verified.
-The file is safetensors, whose own table says again what lies where: graph and table must agree in every number.
+A protobuf is limited to 2 GB, so a larger model's graph names a file, an offset and a length for each big tensor. Only
+one file name is allowed there; it is never followed to the disk, as its verified bytes are passed along with the graph.
+The file is safetensors, whose own table repeats what lies where: graph and table must agree in every number.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from jepakit.bundle import DATA
 from jepakit.errors import BundleError
 
-# How a protobuf may spell the key "location" of an external tensor: tag, length, word. Both numbers may be padded, and hold bits
-# that runtimes drop: whatever begins as they do is taken for them.
+# How a protobuf may encode the key "location" of an external tensor: tag, length, word. Both numbers may be padded and
+# hold bits that runtimes drop, so anything that begins like them matches.
 _EXTERNAL_KEY = re.compile(rb"(\x0a|\x8a[\x80-\xff]*[\x00-\x7f])(\x08|\x88[\x80-\xff]*[\x00-\x7f])\Z", re.DOTALL)
 _EXTERNAL = 1
-# ONNX's number of a type: safetensors' name of it, numpy's.
+# ONNX's type number: safetensors' name, numpy's name.
 _TYPES = {
     1: ("F32", "<f4"), 2: ("U8", "u1"), 3: ("I8", "i1"), 6: ("I32", "<i4"), 7: ("I64", "<i8"), 9: ("BOOL", "?"),
     10: ("F16", "<f2"), 11: ("F64", "<f8"),
 }  # fmt: skip
-# What is looked at of ONNX's messages; a parser keeps the other fields as they are.
+# The parts of ONNX's messages used here; the parser keeps all other fields unchanged.
 _MESSAGES = {
     "Model": {"graph": (7, "Graph")},
     "Graph": {"initializer": (5, "[Tensor]"), "input": (11, "[Value]")},
@@ -47,7 +47,7 @@ _MESSAGES = {
 
 
 class Placed(NamedTuple):
-    """Where a tensor lies in a safetensors file's bytes: its type by safetensors' name, its shape, offset and length."""
+    """Where a tensor lies in a safetensors file: its type (safetensors' name), shape, byte offset and length."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,18 +56,18 @@ class Placed(NamedTuple):
 
 
 def names_other_files(graph: bytes) -> bool:
-    """Whether any tensor of the graph, wherever it hides, lies outside it."""
+    """Whether any tensor of the graph, at any level, is stored outside it."""
     return _count_locations(graph) > 0
 
 
 def check_external(graph: bytes, data: bytes | None) -> None:
-    """BundleError unless every tensor outside the graph is one that `data`, model.safetensors' bytes, really holds."""
+    """BundleError unless `data`, the bytes of model.safetensors, really holds every tensor outside the graph."""
     if names_other_files(graph):
         _external_tensors(_parse(graph), _count_locations(graph), data)
 
 
 def as_inputs(graph: bytes, data: bytes) -> tuple[bytes, dict[str, NDArray[Any]]]:
-    """The graph with each tensor of `data` as one more input, and these tensors, views of `data`.
+    """The graph with each external tensor turned into an input, and these tensors as views of `data`.
 
     For a runtime that would look for external tensors on the disk. Raises BundleError as `check_external` does.
     """
@@ -91,7 +91,7 @@ def as_inputs(graph: bytes, data: bytes) -> tuple[bytes, dict[str, NDArray[Any]]
 
 
 def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
-    """The table of a safetensors file, by tensor name. Raises BundleError for bytes that are none."""
+    """The table of a safetensors file, by tensor name. Raises BundleError for bytes of anything else."""
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         table = json.loads(data[8:start])
@@ -107,7 +107,7 @@ def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
 
 
 def _external_tensors(model: Any, locations: int, data: bytes | None) -> list[Any]:
-    """The graph's external initializers, each of them checked; BundleError where one is wrong or hides elsewhere."""
+    """The graph's external initializers, each checked; BundleError if one is wrong or there are more elsewhere."""
     external = [tensor for tensor in model.graph.initializer if tensor.external_data or tensor.data_location]
     if len(external) != locations:
         raise BundleError(
@@ -169,7 +169,7 @@ def _parse(graph: bytes) -> Any:
 
 @cache
 def _model_class() -> Any:
-    """A class for the few fields of ONNX that matter here: ONNX Runtime brings protobuf, and no service needs onnx."""
+    """A class for the few ONNX fields needed here: ONNX Runtime brings protobuf, so that a service needs no onnx."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped]
 
     described = descriptor_pb2.FileDescriptorProto(name="jepakit/onnx.proto", package="jepakit", syntax="proto2")

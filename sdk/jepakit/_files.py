@@ -1,4 +1,4 @@
-"""Paths that users name, and files and folders written so that a crash leaves the old one or the new one, never half of it."""
+"""Paths given by users, and atomic writes: a crash leaves the old file or folder or the new one, never half of it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jepakit.errors import ConfigError, WriteError
 
 
 def as_path(value: object, name: str) -> Path:
-    """A user's path, `~` in front read as the home folder; ConfigError names the argument for anything else."""
+    """A path given by a user, with a leading `~` expanded; ConfigError names the argument for anything else."""
     if isinstance(value, str | os.PathLike) and os.fspath(value):
         return Path(with_home(value))
     raise ConfigError(f"{name} = {value!r}: give a path")
 
 
 def with_home(path: str | os.PathLike[str]) -> str:
-    """A path's text with the home folder in place of a leading `~`, as a shell does it; an unknown user's stays."""
+    """The text of a path with a leading `~` expanded as in a shell; that of an unknown user is kept."""
     return os.path.expanduser(path)  # noqa: PTH111 (Path's raises where there is no such home)
 
 
 def prepare_place(path: Path) -> None:
-    """Make the folder that `path` is to lie in, before the work; ConfigError where nothing can be written there."""
+    """Create the parent folder of `path` before the work; ConfigError if nothing can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -38,7 +38,7 @@ def prepare_place(path: Path) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """`replacing` for a file that a user named, its folder made where it is missing; WriteError where that cannot be."""
+    """`replacing` for a file named by a user, creating its folder if missing; WriteError if it cannot be written."""
     if not path.name:  # "." and "/"
         raise WriteError(f"{path} cannot be written (it is a folder): name a file")
     try:
@@ -51,8 +51,8 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write to the yielded file; it takes the place of `path` when the block ends well."""
-    # Two containers on one shared folder have the same process ids.
+    """Write to the yielded file; it replaces `path` when the block ends without an error."""
+    # Not named by process id: containers sharing a folder can have the same ones.
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         with temporary.open("xb") as file:
@@ -64,9 +64,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def making_folder(path: Path) -> Iterator[Path]:
-    """Fill the yielded folder with files; flushed to the disk, it is renamed to `path` when the block ends well.
+    """Fill the yielded folder with files; when the block ends without an error, it is flushed and renamed to `path`.
 
-    OSError where anything cannot be written, or `path` is there already and not an empty folder.
+    OSError when something cannot be written, or `path` already exists and is not an empty folder.
     """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
@@ -82,7 +82,7 @@ def making_folder(path: Path) -> Iterator[Path]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why it failed, in the system's words where the system gave some."""
+    """Why it failed, in the system's words if it gave any."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -93,7 +93,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk; Windows opens no folders, and flushes only what may be written."""
+    """Flush a file or a folder's entries to disk; Windows opens no folders, and flushes only files open for writing."""
     windows = os.name == "nt"
     if windows and path.is_dir():
         return

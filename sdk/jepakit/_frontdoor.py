@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jepakit.sources import ImageList
     from jepakit_service.deploy import Deployed
 
-# What each extra brings, several of them the same: the first missing one is named, with the extra to install.
+# The modules that each extra installs. An error names the first one missing, and the extra to install.
 _NEEDS = {
     "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
     "lora": ("peft",),
@@ -50,12 +50,12 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV or Parquet manifest,
               WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
               or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
-    out       the run's folder; runs/<folder>-<date> when left out. The same call again resumes the run, on a later
-              day too.
+    out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, on any later day.
     settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
-    BackboneError for weights that cannot be loaded; TrainingError when training cannot go on; WriteError where there is no room.
+    BackboneError for weights that cannot be loaded; TrainingError when training cannot go on; WriteError when there is
+    no disk space left.
     """
     config, listed = _to_adapt(images, out, settings)
     from jepakit_training.run_folder import check_folder
@@ -68,7 +68,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
 
 
 def _folder(config: AdaptConfig, images: ImageList) -> Path:
-    """The run's folder: as given, else where the same run was begun and not finished, else a folder of today."""
+    """The run's folder: as given, else that of the same run left unfinished, else a new one with today's date."""
     if config.out:
         return Path(config.out)
     from jepakit_training.run_folder import find_unfinished
@@ -79,9 +79,10 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
 
 
 def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> DryRun:
-    """Say what `adapt` with the same arguments would take, from a few steps of it in one process; nothing is kept.
+    """Estimate what `adapt` would take with the same arguments, by a few steps in one process; nothing is kept.
 
-    Raises what `adapt` raises for a wrong setting, unusable images, weights that cannot be loaded, or memory that runs out.
+    Raises the errors of `adapt` for a wrong setting, unusable images, weights that cannot be loaded, or running out of
+    memory.
     """
     config, listed = _to_adapt(images, out, settings)
     from jepakit_training.dryrun import dry_run as run_dry
@@ -90,7 +91,7 @@ def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[Ad
 
 
 def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> tuple[AdaptConfig, ImageList]:
-    """The checked settings and the images; what is not installed is reported before torch is imported."""
+    """Check the settings and list the images; missing packages are reported before torch is imported."""
     from jepakit.config import AdaptConfig
 
     config = parse(
@@ -109,11 +110,11 @@ def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> t
 
 
 def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Inspection:
-    """Say what the trainer would see of these images, without training: print the result, or read its fields.
+    """Report what the trainer would see of these images, without training: print the result, or read its fields.
 
     images    as in `adapt`
-    sheet     a PNG to write: some images, and the views that training would make of them
-    settings  as for `adapt`; those that say how images are read count: domain, views, image_size, tile, overlap,
+    sheet     a PNG to write, showing some images and the views that training would make of them
+    settings  as for `adapt`; only those about reading images have an effect: domain, views, image_size, tile, overlap,
               min_valid, frame, value_range, labels, group, most_skipped
 
     Raises ConfigError for a wrong setting and DataError for unusable images.
@@ -136,14 +137,14 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
 def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
     """Export a run, a bundle or a timm backbone to ONNX, verified against torch; returns the new `Bundle`.
 
-    source    a run or bundle, opened or its folder, or NAME[:pretrained|:random|:FILE] for any timm backbone
+    source    a `Run`, a `Bundle`, the folder of either, or NAME[:pretrained|:random|:FILE] for any timm backbone
     out       the bundle's folder, which must not exist yet
     settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
               dynamic_size, verify_images, normalize, image_size, opset
 
-    Raises ConfigError, BackboneError or BundleError for an unusable source, DataError for `verify_images` that cannot be
-    used, ExportError when the graph does not reproduce torch, WriteError where there is no room for it, MissingExtraError
-    without torch; there is no bundle then.
+    Raises ConfigError, BackboneError or BundleError for an unusable source, DataError for unusable `verify_images`,
+    ExportError when the graph does not reproduce torch, WriteError when there is no disk space left, MissingExtraError
+    when torch is not installed. No bundle is written in any of these cases.
     """
     from jepakit._export_source import check_source
     from jepakit.bundle import Bundle, check_new
@@ -163,7 +164,7 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
 def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: bool = False) -> None:
     """Run the service until it is told to stop, or only print its settings.
 
-    settings  fields of `ServeSettings`; JEPAKIT_SERVE_* variables, then the YAML `file`, fill in the others
+    settings  fields of `ServeSettings`; the rest come from JEPAKIT_SERVE_* variables, then from the YAML `file`
     """
     require("serve")
     from jepakit_service.settings import as_yaml, load
@@ -178,9 +179,9 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
 
 
 def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> Deployed:
-    """Put a bundle into the folder that a service watches, wait until it has switched, or put the old one back.
+    """Put a bundle into the folder that a service watches and wait for the switch; on failure, restore the old one.
 
-    Raises BundleError for a bundle that is not whole, ServeError when the service refuses it or takes too long.
+    Raises BundleError for an incomplete or damaged bundle, ServeError when the service refuses it or takes too long.
     """
     from jepakit_service.deploy import deploy as run_deploy
 
@@ -188,7 +189,10 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
 
 
 def new_api_key(name: str, key_file: str | None) -> tuple[str, str, int]:
-    """A new API key, its line for the key file (appended to `key_file` where given), and how many others of its name are there."""
+    """Make an API key: the key, its line for the key file, and how many other keys of that name `key_file` holds.
+
+    The line is appended to `key_file` if given.
+    """
     from jepakit_service.keys import append, new_key
 
     key, line = new_key(name)
@@ -197,7 +201,7 @@ def new_api_key(name: str, key_file: str | None) -> tuple[str, str, int]:
 
 
 def fetch_weights(name: str, out: Path) -> StartWeights:
-    """Fetch the pretrained weights of a timm backbone into a .safetensors file; says where they came from, and their licence."""
+    """Fetch a timm backbone's pretrained weights into a .safetensors file; returns their origin and licence."""
     from jepakit._timm_names import check_name
 
     check_name(name)
@@ -208,7 +212,7 @@ def fetch_weights(name: str, out: Path) -> StartWeights:
 
 
 def require(extra: str) -> None:
-    """Raise MissingExtraError unless what `extra` installs is there."""
+    """Raise MissingExtraError unless everything that `extra` installs is there."""
     for module in _NEEDS[extra]:
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(f"this needs {module}, which is not installed: pip install 'jepakit[{extra}]'")
@@ -239,7 +243,7 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
 
 
 def _describe_source(images: Any) -> str | tuple[str, ...]:
-    """What the run's settings call its images; those in memory have no name."""
+    """How the run's settings name its images; images in memory have no name."""
     from jepakit.sources.memory import are_labelled_files
 
     if isinstance(images, str | Path):

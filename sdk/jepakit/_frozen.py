@@ -1,4 +1,4 @@
-"""The base of everything that is written down as JSON and read back: no other fields, no changes."""
+"""The base of all records that are stored as JSON and read back: no extra fields, no changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """A record of exactly these fields, which never change."""
+    """A record with exactly these fields, which never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

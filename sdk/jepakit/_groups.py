@@ -1,4 +1,4 @@
-"""Groups: images that stand or fall together, such as the tiles of one slide."""
+"""Groups: images that belong together, such as the tiles of one slide."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PIECE = re.compile(r"(#frame=\d+)?(#\d+(,\d+){3})?$")
 
 
 def image_of(piece_id: str) -> str:
-    """The id of the image that a tile or a frame was cut from; of an image that was not cut, its own."""
+    """The id of the image that a tile or a frame was cut from; for a whole image, its own id."""
     return _PIECE.sub("", piece_id)
 
 
 def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
-    """Each image's group as a number, [count], in the order in which groups first appear. None: each its own.
+    """Each image's group as a number, [count], in order of first appearance. None: each image is its own group.
 
-    Raises DataError when there is not one name for each image.
+    Raises DataError unless there is one name for each image.
     """
     if groups is None:
         return np.arange(count)
@@ -41,25 +41,25 @@ def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
 
 
 def as_given(names: Any, array: NDArray[Any]) -> Iterable[Any]:
-    """What to look for missing names in: among text an array makes "nan" of NaN, a name like any other."""
+    """The values to search for missing names: an array of text would turn NaN into the ordinary name "nan"."""
     return names if array.dtype.kind == "U" and isinstance(names, list | tuple) else array
 
 
 def codes(names: ArrayLike) -> NDArray[np.intp]:
-    """Each name's place among the different ones in their order, [N]."""
+    """Each name's index among the sorted distinct names, [N]."""
     numbers: NDArray[np.intp] = np.unique(np.asarray(names), return_inverse=True)[1]
     return numbers
 
 
 def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: ArrayLike = 1) -> NDArray[np.float64]:
-    """Sums of `values` [N] by group and class, [groups, classes], or the number of images."""
+    """Sums of `values` [N] by group and class, [groups, classes]; by default, the number of images."""
     sums = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(sums, (groups, classes), values)
     return sums
 
 
 def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The class of most of each group's images, [groups]; of several with equally many, the first."""
+    """The commonest class among each group's images, [groups]; ties go to the first class."""
     cells, counts = np.unique(groups * (classes.max() + 1) + classes, return_counts=True)
     group_of_cell, class_of_cell = np.divmod(cells, classes.max() + 1)
     rising = np.lexsort((-class_of_cell, counts))
@@ -71,7 +71,7 @@ def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[n
 def assign_folds(
     groups: NDArray[np.intp], classes: NDArray[np.intp], n_folds: int, random: np.random.Generator | None = None
 ) -> NDArray[np.intp]:
-    """Each image's fold, [N]: groups as wholes, those of each class in turns, shuffled where `random` is given."""
+    """Each image's fold, [N]: groups stay whole and are dealt out in turn, class by class; `random` shuffles them."""
     class_of_group = main_class(groups, classes)
     fold_of_group = np.empty(len(class_of_group), np.intp)
     for name in np.unique(class_of_group):

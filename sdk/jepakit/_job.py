@@ -1,4 +1,4 @@
-"""One call of `embed`: what is sent, and what the answers mean."""
+"""One call of `embed`: what to send, and what the answers mean."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jepakit.readers import ImageRef
 
 IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
-# What a part of multipart adds to its file, at most; also more than the header of `.npy`.
+# The most that a multipart part adds to its file; also more than the header of a `.npy`.
 _BYTES_BESIDE = 256
 _SERVICE = "the service take more (max_body_mb)"
 _BAD_IMAGE = re.compile(r"input\[(\d{1,9})\]")
@@ -38,18 +38,18 @@ _SERVICES_NAME = re.compile(r"^(?:input\[\d+\]: )?(?:(?:image|array): )?")
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request holds at most."""
+    """The most that one request may hold."""
 
     images: int = IMAGES_PER_REQUEST
     bytes: int = _BYTES_PER_REQUEST
-    """Of several images together; a larger one rides alone."""
+    """Of several images together; a larger image is sent alone."""
     largest: int = DEFAULT_LIMITS.max_encoded_bytes
-    """Of one image."""
+    """Bytes of one image."""
 
     @classmethod
     def of(cls, models: list[ModelInfo], asked: str | None, patience_s: float) -> RequestLimits:
-        """No more than the service takes of the model asked for, and so few that it lets all requests at once in and
-        answers them in `patience_s`, where that is less than it gives itself."""
+        """At most what the service takes for the model asked for, and few enough images that it can admit all requests
+        at once, and answer them within `patience_s` if that is shorter than its own timeout."""
         try:
             told = named(models, asked)[0].raw["limits"]
             body = told["max_body_mb"] << 20
@@ -63,7 +63,7 @@ class RequestLimits:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images of one request, and their places in the job; with `partial`, bad ones cost the others nothing."""
+    """The images of one request and their places in the job; with `partial`, bad images do not fail the others."""
 
     places: list[int]
     items: list[Any]
@@ -80,15 +80,15 @@ class Chunk:
             np.save(buffer, np.stack(self.items), allow_pickle=False)
             options["headers"]["Content-Type"] = "application/x-npy"
             return http.build_request("POST", "/v1/embeddings", content=buffer.getvalue(), **options)
-        # Names stay here: the service learns nothing of where an image came from.
+        # Names are not sent: the service does not learn where an image came from.
         files = [("files", (str(place), data)) for place, data in enumerate(self.items)]
         return http.build_request("POST", "/v1/embeddings", files=files, **options)
 
 
 class Job:
-    """One call of `embed`: cuts the images into requests, puts the answers together in order.
+    """One call of `embed`: splits the images into requests and assembles the answers in order.
 
-    most_skipped  the share of the images that may be left out, since they cannot be embedded
+    most_skipped  share of the images that may be left out because they cannot be embedded
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Job:
         return len(self._images)
 
     def cut_after(self, refusal: ResponseError, limits: RequestLimits) -> bool:
-        """Cut what is left by the limits that the service tells now; by half, where they are those of before and the refusal
-        has no code: it then came from something in front of the service. Returns whether anything has changed."""
+        """Split what is left by the service's current limits; if these are unchanged and the refusal has no code, it
+        came from something in front of the service: then halve the requests. Returns whether anything has changed."""
         if limits != self._told:
             self._told = self._limits = limits
             return True
@@ -124,8 +124,8 @@ class Job:
         return True
 
     def parts(self) -> Iterator[Chunk]:
-        """Requests of up to 32 images or 16 MB, or as many as the service takes, for what has no vectors yet; files are
-        read when their turn comes."""
+        """Requests for the images that have no vectors yet, of up to 32 images or 16 MB, or less if the service takes
+        less; files are read when their turn comes."""
         places, items, size = list[int](), list[Any](), 0
         for place in range(self.done, len(self._images)):
             if (item := self._read(place)) is None:
@@ -142,7 +142,7 @@ class Job:
             yield Chunk(places, items, self._model)
 
     def _read(self, place: int) -> bytes | NDArray[Any] | None:
-        """What is sent of an image; None of one that is left out."""
+        """The data to send for an image; None if it is left out."""
         if place in self.skipped:
             return None
         try:
@@ -154,7 +154,7 @@ class Job:
         return item
 
     def accept(self, chunk: Chunk, response: httpx.Response) -> None:
-        """Take one answer, to all images of a chunk or, where it is `partial`, to those that are not bad."""
+        """Take one answer: vectors for all images of a chunk or, if it is `partial`, for the good ones."""
         model_id = response.headers.get("x-model-id")
         shape = response.headers.get("x-embedding-shape", "")
         rows, _, dim = shape.partition(",")
@@ -180,9 +180,9 @@ class Job:
         self.done = chunk.places[-1] + 1
 
     def tolerate(self, chunk: Chunk, error: ImageError) -> Chunk | None:
-        """What to ask for next where one image of a chunk was refused; None where it was alone, and is left out.
+        """The chunk to send next after one image was refused; None if it was the only one, which is then left out.
 
-        Raises `error` where nothing may be left out.
+        Raises `error` if nothing may be left out.
         """
         if len(chunk.items) > 1 and self.skipped.allowed:
             return replace(chunk, partial=True)
@@ -192,7 +192,7 @@ class Job:
 
     @contextmanager
     def naming(self, chunk: Chunk) -> Iterator[None]:
-        """The service names a bad image by its place in the request; tell it by the caller's own name for it."""
+        """The service names a bad image by its place in the request; report it by the caller's own name."""
         try:
             yield
         except ResponseError as error:
@@ -208,7 +208,7 @@ class Job:
             raise self._named(chunk.places[int(place[1])], str(error), error.code) from None
 
     def _named(self, place: int, message: str, code: str | None) -> ImageError:
-        """The service's refusal of one image, by the caller's name for it."""
+        """The service's refusal of one image, with the caller's name for it."""
         return ImageError(f"{self._images.ids[place]}: {_SERVICES_NAME.sub('', message)}", code=code or "unreadable")
 
     def result(self) -> Embeddings:
@@ -217,18 +217,18 @@ class Job:
 
 
 Rows = tuple[NDArray[np.float32], list[tuple[int, str, str]]]
-"""Vectors float32 [N, D], and of the images that gave none their places in the request, messages and codes."""
+"""Vectors float32 [N, D], and (place in the request, message, code) of each image that has none."""
 
 
 def _rows_of_all(response: httpx.Response, count: int, dim: int) -> Rows | None:
-    """A raw answer; None where it is not as long as it says."""
+    """Read a raw answer; None if its length does not match its shape."""
     if len(response.content) != 4 * count * dim:
         return None
     return np.frombuffer(response.content, "<f4").reshape(count, dim), []
 
 
 def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None:
-    """An answer to `?partial=true`, which is JSON; None where it is not one row for each image, in order."""
+    """Read an answer to `?partial=true`, which is JSON; None unless it has one row for each image, in order."""
     try:
         rows = response.json()["data"]
         good = [row["embedding"] for row in rows if "error" not in row]
@@ -242,7 +242,7 @@ def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None
 
 
 def windows(chunks: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:
-    """A few chunks at a time, so that memory does not grow with the job."""
+    """Yield `size` chunks at a time, so that memory does not grow with the job."""
     window: list[Chunk] = []
     for chunk in chunks:
         window.append(chunk)
@@ -254,8 +254,8 @@ def windows(chunks: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:
 
 
 def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDArray[Any]:
-    """A file travels as it is, and is not read if it is larger than `largest` bytes; a part of one, and what is in
-    memory, is read here, by the same reader as there."""
+    """A file is sent as it is, or refused unread if it is larger than `largest` bytes; parts of files and images in
+    memory are decoded here, by the same reader as in the service."""
     if ref.window is not None or ref.frame is not None:
         from jepakit.images import read_image
 
@@ -274,7 +274,7 @@ def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDA
 
 
 def _read_here(ref: ImageRef) -> NDArray[Any]:
-    """An array or a Pillow image as [H, W, C]: upright, and several frames refused, as in process."""
+    """An array or a Pillow image as [H, W, C]: upright, and with several frames refused, as in process."""
     from jepakit.images import choose_frame
     from jepakit.readers import open_raster
     from jepakit.readers.quiet import quiet
@@ -288,7 +288,7 @@ def _bytes_of(item: bytes | NDArray[Any]) -> int:
 
 
 def _refuse_larger(name: str, size: int, largest: int) -> None:
-    """An image that no request can hold is named here; the service knows only that a body was too large."""
+    """Name an image too large for any request; the service would only know that the body was too large."""
     if size > largest:
         raise _too_large(name, size, f"a request holds at most {largest:,}")
 
@@ -301,7 +301,7 @@ def _too_large(name: str, size: int, limit: str, taker: str = _SERVICE) -> Image
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two images can ride in one request: files with files, arrays with arrays of the same shape."""
+    """Whether two images can share a request: files with files, arrays with arrays of the same shape and dtype."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return bool(a.shape == b.shape and a.dtype == b.dtype)
     return isinstance(a, bytes) and isinstance(b, bytes)

@@ -1,4 +1,4 @@
-"""What this process may take of the machine: all of it, or its container's share where that is less."""
+"""What this process may use of the machine: all of it, or its container's share if that is less."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class _Memory(NamedTuple):
-    """Where one version of cgroups reports memory: its files, and the lines of memory.stat that count the page cache."""
+    """Where a version of cgroups reports memory: its files, and the lines of memory.stat that count the page cache."""
 
     limit: str
     used: str
@@ -30,9 +30,9 @@ _V1 = _Memory(
 
 
 def usable_cpus() -> int:
-    """How many threads may be kept busy, at least 1: the affinity, or the container's quota where that is less.
+    """How many threads to keep busy, at least 1: the CPU affinity, or the container's quota if that is less.
 
-    A container given 1.5 cores of 64 gets 2 threads, not 64 that wait for each other.
+    A container with 1.5 of 64 cores gets 2 threads, not 64 that wait for each other.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota()
@@ -40,7 +40,7 @@ def usable_cpus() -> int:
 
 
 def memory_limit() -> int | None:
-    """Bytes that the control group (version 2, else 1) grants; None for no limit, or more than any machine has."""
+    """Memory limit of the control group (version 2, else 1) in bytes; None, or a huge number, if there is no limit."""
     try:
         return int((_CGROUP / _memory().limit).read_text())
     except (OSError, ValueError):  # no control groups here, or "max"
@@ -48,13 +48,13 @@ def memory_limit() -> int | None:
 
 
 def main_memory() -> int:
-    """Bytes of main memory that the machine has, or this container where that is less."""
+    """Bytes of main memory of the machine, or of this container if that is less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(machine, memory_limit() or machine)
 
 
 def memory_room() -> int | None:
-    """Bytes that the control group still grants, as `memory_limit`. Cached files make room: they are free; a tmpfs is not."""
+    """Bytes left below `memory_limit`. Cached files count as free, a tmpfs does not."""
     limit, files = memory_limit(), _memory()
     try:
         used = int((_CGROUP / files.used).read_text())
@@ -65,7 +65,7 @@ def memory_room() -> int | None:
 
 
 def trim_heap() -> None:
-    """Hand memory that is free to the system, where there is glibc, which else keeps it."""
+    """Return free memory to the system; glibc would otherwise keep it. Without glibc, do nothing."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Wording shared by messages: numbers of things, shortened lists, suggestions for typos, pydantic's complaints."""
+"""Wording shared by messages: counts, shortened lists, suggestions for typos, pydantic's errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Model = TypeVar("_Model", bound="BaseModel")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean a, b?"` for the known words nearest to `word`, or an empty string."""
+    """`"; did you mean a, b?"` with the known words closest to `word`, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
 
@@ -29,13 +29,13 @@ def counted(number: int, thing: str) -> str:
 
 
 def first_few(words: Sequence[str], most: int) -> str:
-    """`a, b and 7 more`: the first `most` of some words, and how many others there are."""
+    """`a, b and 7 more`: the first `most` words, and how many more there are."""
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def lines_of(error: BaseException) -> list[str]:
-    """What an exception says, by lines; the name of its type where it says nothing."""
+    """The lines of an exception's message; the name of its type if the message is empty."""
     return str(error).strip().splitlines() or [type(error).__name__]
 
 
@@ -50,9 +50,9 @@ def parse(model: type[_Model], values: dict[str, object]) -> _Model:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every complaint of a pydantic ValidationError on one line: setting, value seen, what is wanted.
+    """Every error of a pydantic ValidationError on one line: the setting, its value, what is expected.
 
-    A setting of several possible types is reported once, with what each of them wants.
+    A setting of several possible types is reported once, with what each of them expects.
     """
     complaints: dict[str, list[str]] = {}
     for detail in error.errors():

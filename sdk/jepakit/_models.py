@@ -1,4 +1,4 @@
-"""What a service says of its models."""
+"""What a service reports about its models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the service says of one model. `raw` holds all of it."""
+    """What the service reports about one model; `raw` holds all of it."""
 
     name: str
     model_id: str
@@ -28,13 +28,13 @@ class ModelInfo:
 
 
 def check_asked(model: str | None) -> None:
-    """Raise ConfigError unless it is None, NAME or NAME@MODEL_ID: an empty text and `NAME@` would match any model."""
+    """Raise ConfigError unless it is None, NAME or NAME@MODEL_ID: an empty string or `NAME@` would match any model."""
     if model is not None and (not isinstance(model, str) or not model or model.endswith("@")):
         raise ConfigError(f"model = {model!r}: give NAME or NAME@MODEL_ID")
 
 
 def path_of(name: str) -> str:
-    """Where the service tells of one model, whatever letters its name has. Raises ConfigError where it has none."""
+    """The service's path for one model, with its name quoted. Raises ConfigError for an empty name."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name = {name!r}: give a model's name")
     return f"/v1/models/{quote(name, safe='')}"
@@ -59,12 +59,12 @@ def _model_info(row: dict[str, Any]) -> ModelInfo:
 
 
 def named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
-    """The models that NAME or NAME@MODEL_ID may mean; all of them where none is named."""
+    """The models that NAME or NAME@MODEL_ID may mean; all of them if `asked` is None."""
     return [one for one in models if asked is None or one.name == asked.partition("@")[0]]
 
 
 def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:
-    """How the model that is meant wants its images, from the service's own description; `tile` must be its own."""
+    """How the requested model wants its images, from the service's description; `tile` must match the model's."""
     from pydantic import ValidationError
 
     from jepakit.bundle import Preprocess

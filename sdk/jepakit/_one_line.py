@@ -1,4 +1,4 @@
-"""Text as a terminal may show it: names from others can hold characters that set titles, hide lines or fake messages."""
+"""Text that is safe to print: names from others can hold characters that set titles, hide lines or fake messages."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ _ESCAPES = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 16
 
 
 def one_line(text: str) -> str:
-    """`text` with every control character, line breaks and tabs among them, as an escape: `\\x1b`."""
+    """`text` with every control character, including line breaks and tabs, as an escape such as `\\x1b`."""
     return text.translate(_ESCAPES)

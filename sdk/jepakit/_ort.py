@@ -1,4 +1,4 @@
-"""ONNX Runtime, with its telemetry off. Everything that imports it does so through here."""
+"""ONNX Runtime with its telemetry off. Everything that needs it imports it from here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import ModuleType
 
 
 def import_ort() -> ModuleType:
-    """The module `onnxruntime`. Raises ImportError where it is not installed.
+    """The module `onnxruntime`. Raises ImportError if it is not installed.
 
-    Its Linux wheels (1.31) write a device id below ~/.cache/Microsoft and report to Microsoft from the moment of the
-    import, by default; `disable_telemetry_events()` comes too late for that. Processes that this one starts inherit it.
+    By default its Linux wheels (1.31) write a device id below ~/.cache/Microsoft and report to Microsoft as soon as
+    they are imported; `disable_telemetry_events()` comes too late. Child processes inherit the setting made here.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 _Item = TypeVar("_Item")
 _PLAIN_EVERY_S = 15.0
-# The time left follows the pace of the last half minute or more: training is slower once the backbone trains too.
+# The time left follows the pace of the last half minute or more: training slows down once the backbone trains too.
 _PACE_EVERY_S, _PACE_POINTS = 1.0, 30
 
 _is_shown: ContextVar[bool] = ContextVar("_is_shown", default=True)
@@ -20,7 +20,7 @@ _is_shown: ContextVar[bool] = ContextVar("_is_shown", default=True)
 
 @contextmanager
 def shown(progress: bool) -> Iterator[None]:
-    """Within the block progress is shown only if `progress` is true, whichever function would show it."""
+    """Within the block, show progress only if `progress` is true, whichever function would show it."""
     before = _is_shown.set(progress and _is_shown.get())
     try:
         yield
@@ -29,13 +29,13 @@ def shown(progress: bool) -> Iterator[None]:
 
 
 def stage(words: str) -> None:
-    """Say what begins now, of work that cannot be counted."""
+    """Announce the start of work that cannot be counted."""
     if _is_shown.get():
         print(f"{words} …", file=sys.stderr, flush=True)
 
 
 def track(items: Sequence[_Item], what: str, *, progress: bool = True) -> Iterator[_Item]:
-    """Yield the items, showing how far it is."""
+    """Yield the items, showing progress."""
     with Steps(len(items), what=what, progress=progress) as steps:
         for done, item in enumerate(items, 1):
             yield item
@@ -43,14 +43,14 @@ def track(items: Sequence[_Item], what: str, *, progress: bool = True) -> Iterat
 
 
 class Steps:
-    """Shows `step of total`, chosen values beside it, and the time that is left, until its block ends.
+    """Shows `step of total`, given values and the time left, until its block ends.
 
-    total     how many steps there are
+    total     number of steps
     first     how many of them were done before
     what      what a step is called
     progress  whether anything is shown
-    epochs    passes over the data that all the steps make; None: they are not mentioned
-    extra_s   seconds of work expected after the last step, which count as time left
+    epochs    passes over the data that all steps together make; None: not shown
+    extra_s   seconds of work expected after the last step, counted as time left
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Steps:
         self._bar = _bar(what, total, first) if self._progress and sys.stderr.isatty() else None
 
     def update(self, done: int, values: str = "") -> None:
-        """Say that `done` steps are done; the values, in words, are shown until there are newer ones."""
+        """Report that `done` steps are done; the text `values` is shown until there are newer ones."""
         now = time.monotonic()
-        # The first step is not counted: it waits for the loader's processes to start.
+        # The first step does not count: it waits for the loader's processes to start.
         if not self._pace or now - self._pace[-1][0] >= _PACE_EVERY_S or done == self._total:
             self._pace.append((now, done))
         self._values = values or self._values
@@ -126,7 +126,7 @@ def human_time(seconds: float) -> str:
 
 
 def _bar(what: str, total: int, first: int) -> Any:
-    """A started bar, which writes to standard error and lets other lines there pass above it; None on a dumb terminal."""
+    """A running bar on standard error, with other output passing above it; None on a dumb terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -1,4 +1,4 @@
-"""A Ray of our own, for the service and for training: where its files lie, and that it tells nobody anything."""
+"""Our own Ray, for the service and for training: where its files lie, and that it sends nothing to anyone."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from jepakit.errors import WriteError
 
 SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A cluster that `ray start` made reports that its usage statistics are off: to nobody, at a port for what is discarded.
+    # A cluster started by `ray start` even reports that its usage statistics are off: send that to the discard port.
     "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
 }
 """Ray reads these when it is imported."""
 OWN: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
-"""Options of a cluster of our own."""
+"""Options of our own cluster."""
 _LONGEST_PLACE = (103 if sys.platform == "darwin" else 107) - 89
-"""Bytes of the path of a folder for temporary files: Ray makes sockets up to 89 bytes below it, whose paths are so short."""
+"""Longest path of a temporary folder in bytes: Ray adds up to 89 for its sockets, whose paths are limited."""
 
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """A new folder that goes at the end: in /tmp where the usual place has too long a name for Ray's sockets in it.
+    """A new temporary folder, in /tmp if the usual path is too long for Ray's sockets; removed at the end.
 
-    Raises WriteError where none can be made.
+    Raises WriteError if none can be made.
     """
     place = tempfile.gettempdir()
     if len(os.fsencode(place)) > _LONGEST_PLACE:
@@ -50,7 +50,7 @@ def own_folder() -> Iterator[Path]:
 
 
 def init(**options: Any) -> None:
-    """`ray.init` with these options, telling of errors alone, and without a dashboard."""
+    """`ray.init` with these options, logging only errors, and without a dashboard."""
     import ray
 
     with _without_dashboard():
@@ -59,10 +59,10 @@ def init(**options: Any) -> None:
 
 @contextmanager
 def _without_dashboard() -> Iterator[None]:
-    """While inside, `ray.init` starts no dashboard.
+    """Within the block, `ray.init` starts no dashboard.
 
-    Ray starts one for its usage statistics though both are off, and it then asks the metadata services of three clouds,
-    one of them by its name in the DNS, where it runs. The function replaced is private: a Ray without it starts as it likes.
+    Ray starts one for its usage statistics even if both are off, and it asks three clouds' metadata services (one of
+    them by DNS name) where it runs. The function replaced is private; a Ray without it starts as usual.
     """
     from ray._private import services
 

@@ -1,4 +1,4 @@
-"""The settings of `adapt` and `export` as editors and type checkers see them; `jepakit.config` says what each means."""
+"""The settings of `adapt` and `export` for editors and type checkers; `jepakit.config` documents each of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jepakit.config import Domain, Tracker, ValueRange, ViewsConfig
 
 
 class AdaptSettings(TypedDict, total=False):
-    """The fields of `AdaptConfig` but `images` and `out`, which are arguments of their own."""
+    """The fields of `AdaptConfig` except `images` and `out`, which are separate arguments."""
 
     backbone: str
     weights: str | Path
@@ -65,7 +65,7 @@ class AdaptSettings(TypedDict, total=False):
 
 
 class ExportSettings(TypedDict, total=False):
-    """The fields of `ExportConfig` but `source` and `out`."""
+    """The fields of `ExportConfig` except `source` and `out`."""
 
     which: Literal["best", "last", "start"]
     name: str | None

@@ -1,4 +1,4 @@
-"""Images that an embedding may leave out, since they cannot be embedded: `most_skipped`, in process and from afar."""
+"""Images that `embed` may leave out because they cannot be embedded: `most_skipped`, in process and in the client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMED = 3
 
 
 def check_skipping(most_skipped: float, on_skipped: OnSkipped | None) -> None:
-    """Raise ConfigError for what is no share of the images, and for what cannot be called with an id and a reason."""
+    """Raise ConfigError for anything but a share of the images, 0 to 1, or a function that takes an id and a reason."""
     if isinstance(most_skipped, bool) or not isinstance(most_skipped, Real) or not 0 <= most_skipped <= 1:
         raise ConfigError(f"most_skipped = {most_skipped!r}: give a share of the images, 0 to 1, e.g. 0.01")
     if on_skipped is not None and not _takes_two(on_skipped):
@@ -43,7 +43,7 @@ def _takes_two(function: object) -> bool:
 
 
 class Skipped:
-    """The images of one `embed` that are left out, by their places; at most a share `most` of them."""
+    """The images of one `embed` that are left out, by place; at most a share `most` of all images."""
 
     def __init__(self, images: ImageList, most: float) -> None:
         self._images, self._most = images, most
@@ -61,7 +61,7 @@ class Skipped:
         return self._most > 0
 
     def add(self, place: int, error: ImageError) -> None:
-        """Leave out one image. Raises `error` where none may be; ImageError where too many are, or none is left."""
+        """Leave out one image. Raises `error` if none may be left out, ImageError if too many are or none remains."""
         if not self.allowed:
             raise error
         self._errors[place] = error
@@ -75,7 +75,7 @@ class Skipped:
             )
 
     def embeddings(self, vectors: NDArray[np.float32], model_id: str) -> Embeddings:
-        """The others, of which these are the vectors, in order."""
+        """The embeddings of the other images, given their vectors in order."""
         ids, labels = self._images.ids, self._images.labels_given()
         kept = [place for place in range(len(ids)) if place not in self._errors]
         return Embeddings(
@@ -86,7 +86,7 @@ class Skipped:
         )
 
     def tell(self, on_skipped: OnSkipped | None, *, progress: bool) -> None:
-        """Call `on_skipped` with each one's id and reason, in order; with `progress`, name the first on standard error."""
+        """Call `on_skipped` with each id and reason in order; with `progress`, name the first few on standard error."""
         told = [(self._images.ids[place], str(error)) for place, error in sorted(self._errors.items())]
         if told and progress:
             names = first_few([name for name, _ in told], _NAMED)

@@ -1,4 +1,4 @@
-"""Small reads of many files at once, with progress: waiting for a disk or a network is what takes the time."""
+"""Small reads of many files at once, with progress: most of the time goes to waiting for a disk or a network."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 THREADS = 8
-# A future a file at once would take more memory than the answers.
+# One future per file, all at once, would take more memory than the answers.
 _AT_ONCE = 64
 
 
 def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS) -> list[_Out]:
-    """`[work(item) for item in items]`, the first error raised, showing how far it is."""
+    """`[work(item) for item in items]` in threads, showing progress; raises the first error."""
     done: list[_Out] = []
     with Steps(len(items), what=what) as steps, ThreadPoolExecutor(threads) as pool:
         while len(done) < len(items):

@@ -1,7 +1,7 @@
-"""Which timm names exist, known without timm's import (9 s): so that a typo fails in a blink.
+"""Which timm names exist, known without importing timm (9 s), so that a typo fails at once.
 
-`timm_names.txt` is written by `python -m jepakit._timm_names` (`make timm-names`) and held against the
-installed timm by a test. A line is an architecture followed by the tags of its pretrained weights.
+`timm_names.txt` is written by `python -m jepakit._timm_names` (`make timm-names`), and a test compares it with the
+installed timm. A line is an architecture followed by the tags of its pretrained weights.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _QUERIES, _VECTORS = 256, 4096
-"""Most to compare at a time; each pair takes some 40 bytes."""
+"""The most to compare at a time; each pair takes about 40 bytes."""
 
 
 def unit_length(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -19,9 +19,9 @@ def unit_length(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def most_similar(queries: NDArray[Any], vectors: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Of each of the queries [Q, D] the k most similar vectors [N, D]: places and cosines [Q, k], in falling order.
+    """For each query [Q, D], the k most similar vectors [N, D]: indices and cosines [Q, k], most similar first.
 
-    Of equally similar ones, the lowest places. Memory grows with Q · k alone.
+    Ties go to the lower index. Memory grows with Q · k only.
     """
     places, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
     for first in range(0, len(queries), _QUERIES):
@@ -36,7 +36,7 @@ def _most_similar(
     best, best_cosines = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
     for first in range(0, len(vectors), _VECTORS):
         block = unit_length(vectors[first : first + _VECTORS].astype(np.float64))
-        # In double precision, so that vectors that are the same differ in no bit of their float32 cosine.
+        # In double precision, so that equal vectors get exactly the same float32 cosine.
         cosines = np.hstack([best_cosines, (queries @ block.T).astype(np.float32)])
         here = np.broadcast_to(np.arange(first, first + len(block)), (len(queries), len(block)))
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
@@ -46,5 +46,5 @@ def _most_similar(
 
 
 def float32_tuple(values: NDArray[Any]) -> tuple[float, ...]:
-    """Numbers [D] rounded to float32, as the records of a bundle keep them."""
+    """Numbers [D] rounded to float32, as stored in a bundle's records."""
     return tuple(map(float, values.astype(np.float32)))

@@ -33,11 +33,11 @@ from jepakit.bundle import (
 from jepakit.errors import BackboneError
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's and timm's deprecation chatter at import is not the user's business
+    warnings.simplefilter("ignore")  # deprecation warnings of torch and timm at import do not concern users
     import timm
 
 _CONVNET_STRIDE = 32
-# What `start_backbone` gives to timm: a stranger's bundle might name a file to load, or a place to fetch it from.
+# The arguments that `start_backbone` passes to timm. Others are refused: an untrusted bundle could name a file or URL.
 _ARGUMENTS = ("img_size", "dynamic_img_size", "in_chans")
 
 
@@ -46,8 +46,8 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
     to the patch or stride.
 
     weights  `pretrained`, `random`, a .safetensors or .pth file, or a bundle of the same architecture
-    bands    of the images; the first layer of weights made for three is carried over by timm's rule (summed
-             for one band, repeated and scaled for more)
+    bands    bands of the images; first-layer weights for three bands are converted by timm's rule (summed for one
+             band, repeated and scaled for more)
 
     Raises BackboneError for an unknown name, an unreachable hub, or a file whose tensors do not fit.
     Weights are never random unless asked for.
@@ -72,8 +72,8 @@ def start_backbone(name: str, weights: str, image_size: int | None, bands: int =
 def fetch(name: str, file: Path) -> StartWeights:
     """Write the pretrained weights of `name`, without its classifier, to a .safetensors file, with their licence.
 
-    `start_backbone` takes the file on a machine that no hub can be reached from. Raises BackboneError for an unknown name or an
-    unreachable hub, WriteError where the file cannot be written.
+    `start_backbone` takes the file on a machine that cannot reach the hub. Raises BackboneError for an unknown name or
+    an unreachable hub, WriteError if the file cannot be written.
     """
     check_name(name)
     module = _build_pretrained(name, {})
@@ -84,7 +84,7 @@ def fetch(name: str, file: Path) -> StartWeights:
 
 
 def _described(name: str, module: Any) -> StartWeights:
-    """Pretrained weights as timm describes them, with their tag."""
+    """The source and licence of pretrained weights as timm describes them, with their tag."""
     tag = module.pretrained_cfg.get("tag", "")
     return StartWeights(
         source=f"timm {name}" if "." in name else f"timm {name}.{tag}".rstrip("."),
@@ -100,7 +100,7 @@ def build(name: str, arguments: dict[str, Any]) -> Any:
 def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
     """The backbone of a bundle, with the bundle's weights, in eval mode.
 
-    Raises BackboneError for a name or an argument that no bundle of ours has, and for weights that do not fit.
+    Raises BackboneError for a name or argument that jepakit writes into no bundle, and for weights that do not fit.
     """
     check_name(backbone.name)
     for argument in backbone.arguments:
@@ -121,7 +121,7 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: on the CPU, contiguous, one layer under two names (CoaT) written twice."""
+    """The state dict as safetensors takes it: on the CPU, contiguous, tensors with two names (CoaT) copied."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in module.state_dict().items():
@@ -132,7 +132,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
-    """How the start weights expect their images: as the bundle they came from says, else as timm says."""
+    """How the start weights expect their images: by the bundle that they came from, else by timm."""
     if not is_bundle_weights(weights):
         return stock_preprocess(module, image_size)
     spec = open_bundle(weights).manifest.preprocess
@@ -143,7 +143,7 @@ def start_preprocess(module: Any, weights: str, image_size: int) -> Preprocess:
 def stock_preprocess(module: Any, image_size: int | None) -> Preprocess:
     """How the backbone's own weights expect their images, from timm's description of them.
 
-    Raises BackboneError where timm does not know: ImageNet's statistics are never assumed.
+    Raises BackboneError if timm does not say: ImageNet's statistics are never assumed.
     """
     described = module.pretrained_cfg
     missing = [key for key in ("mean", "std", "interpolation", "input_size") if not described.get(key)]
@@ -170,7 +170,7 @@ def stock_preprocess(module: Any, image_size: int | None) -> Preprocess:
 
 
 def size_multiple(module: Any) -> int:
-    """Pixels that an input side must be a multiple of: the patch of a ViT, the stride of a ConvNet."""
+    """The number of pixels that an input side must be a multiple of: the patch of a ViT, the stride of a ConvNet."""
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
     if patch is not None and not is_hierarchical(module):
         return int(patch[0] if isinstance(patch, tuple | list) else patch)
@@ -183,19 +183,19 @@ def round_size(size: int, multiple: int) -> int:
 
 
 def is_hierarchical(module: Any) -> bool:
-    """Whether features live on grids of falling resolution (ConvNets, Swin) rather than in equal blocks (ViT)."""
+    """Whether features are on grids of decreasing resolution (ConvNets, Swin) rather than in equal blocks (ViT)."""
     levels = getattr(module, "feature_info", None) or []
     return len({level["reduction"] for level in levels}) > 1
 
 
 def fitting_size(module: Any, size: int) -> int:
-    """`size` as the backbone takes it: its own size as it is, others rounded to its patch or stride."""
+    """`size` as the backbone takes it: its own size unchanged, others rounded to its patch or stride."""
     own = (module.pretrained_cfg.get("input_size") or (None,))[-1]
     return size if size == own else round_size(size, size_multiple(module))
 
 
 def is_bundle_weights(weights: str) -> bool:
-    """Whether start weights are those of a bundle, named by its folder."""
+    """Whether `weights` names the folder of a bundle."""
     return weights not in START_WORDS and is_bundle(Path(weights))
 
 
@@ -213,7 +213,7 @@ def _size_arguments(name: str, image_size: int | None) -> dict[str, Any]:
 
 
 def _constructor_arguments(kind: type) -> set[str]:
-    """Names of the arguments that a class takes, those included that it hands on to the class it is made from."""
+    """Names of the arguments that a class takes, including those that it passes on to its base classes."""
     names: set[str] = set()
     for base in kind.__mro__:
         parameters = inspect.signature(base).parameters
@@ -229,7 +229,7 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
         raise BackboneError(
             f"timm has no pretrained weights for {name}: give --weights FILE, or --weights random to start from nothing"
         )
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # we report its failures in our own words
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # jepakit reports its failures itself
     try:
         if not _hub_in_reach(module.pretrained_cfg.get("hf_hub_id")):
             raise ConnectionError
@@ -243,18 +243,18 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
 
 
 def _address(config: dict[str, Any]) -> str:
-    """Where people find a backbone's pretrained weights."""
+    """The URL of a backbone's pretrained weights, for people."""
     hub = config.get("hf_hub_id")
     return f"https://huggingface.co/{hub.split('@')[0]}" if hub else str(config["url"])
 
 
 def _hub_in_reach(repository: str | None) -> bool:
-    """False when the weights are neither cached nor reachable: spares a minute of the hub client's retries."""
+    """False when the weights are neither cached nor reachable; saves a minute of retries by the hub client."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # else a download tells which torch and other packages are here
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # otherwise a download reports the installed torch and other packages
     cached = repository and any(
         isinstance(try_to_load_from_cache(repository.split("@")[0], file), str)
         for file in ("model.safetensors", "pytorch_model.bin")
@@ -273,7 +273,7 @@ def _hub_in_reach(repository: str | None) -> bool:
 
 
 def _given_state(weights: str) -> tuple[dict[str, Tensor], Path, str | None]:
-    """The tensors of a bundle or a file, the file that they are in, and their licence, where it is known."""
+    """The tensors of a bundle or a file, the file that they are in, and their licence if known."""
     if not is_bundle_weights(weights):
         file = Path(weights)
         state, header = _read_state(file)
@@ -317,7 +317,7 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
     state = {key: value for key, value in state.items() if not (classifier and key.startswith(classifier))}
     state = _with_bands(module, _resampled(module, state, file))
     own = module.state_dict()
-    # Counters of BatchNorm's training steps carry nothing that evaluation uses; some files leave them out.
+    # BatchNorm's counters of training steps are not used in evaluation; some files leave them out.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     left_over = [key for key in state if key not in own]
     misfits = [
@@ -346,7 +346,7 @@ def _classifier_names(module: Any) -> tuple[str, ...]:
 
 
 def _with_bands(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """First-layer weights made for three bands, carried over to the backbone's own number as timm does for its own."""
+    """Convert first-layer weights for three bands to the backbone's number of bands, as timm does for its own."""
     from timm.models import adapt_input_conv
 
     own = module.state_dict()
@@ -359,17 +359,17 @@ def _with_bands(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resampled(module: Any, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The weights as timm would load its own: position embeddings of another grid are interpolated, keys of other libraries
-    renamed. A convolution of another size stays as it is, to be refused: it is another model's.
+    """The weights as timm would load its own: position embeddings of another grid are interpolated, keys of other
+    libraries renamed. A convolution of another size is kept, to be refused: it belongs to another model.
     """
     fit = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if fit is None:
         return state
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of how timm resizes
+            warnings.simplefilter("ignore")  # torch warns about how timm resizes
             fitted: dict[str, Tensor] = fit(dict(state), module)
-    except Exception as error:  # of many kinds, where the weights are another model's, or timm cannot resize this one's
+    except Exception as error:  # of any kind, if the weights are another model's or timm cannot resize them
         raise BackboneError(
             f"{file} does not fit {module.pretrained_cfg.get('architecture')}, or not at this image size: "
             f"{type(error).__name__}: {error}"

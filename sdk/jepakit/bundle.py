@@ -1,11 +1,11 @@
-"""The bundle: one immutable folder that holds a backbone, how to feed it, and proof that it is whole.
+"""The bundle: one immutable folder that holds a backbone, how to feed it, and the means to verify it.
 
     bundle/
       manifest.json         this module's `Manifest`
       weights.safetensors   a plain timm state dict of the backbone
       golden.npz            synthetic inputs and torch's vectors for them
       model.onnx            after export
-      model.safetensors     the graph's tensors, where they take more than the 2 GB that model.onnx can hold
+      model.safetensors     the graph's tensors, if they exceed the 2 GB that model.onnx can hold
 
 Digests catch damage: any changed byte in any file, the manifest included, is an error naming the file.
 They do not catch replacement by someone who also rewrites the manifest: for that, note the bundle's
@@ -35,9 +35,9 @@ from jepakit.comparison import Comparison
 from jepakit.errors import BundleError, WriteError
 
 _ROUNDING = 1e-6
-"""Of the largest value: what varies by less is constant in float32."""
+"""Share of the largest value; a dimension that varies by less is constant in float32."""
 _HARDLY = 0.01
-"""Of the median spread. On real images a MobileNetV2's stages, whose parts differ in size, go down to 0.04 of it."""
+"""Share of the median spread. On real images, a MobileNetV2's stages, whose parts differ in size, go down to 0.04."""
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG)
 
 MANIFEST = "manifest.json"
@@ -54,7 +54,7 @@ _Taken = TypeVar("_Taken")
 
 
 START_WORDS = ("pretrained", "random")
-"""Start weights that are no file: timm's own, and none."""
+"""Start weights that are not a file: timm's own, and none."""
 
 
 class StartWeights(Frozen):
@@ -73,10 +73,10 @@ class Backbone(Frozen):
 
 
 class Scaling(Frozen):
-    """How values of data other than 8-bit become 0 to 1, per band: x → (x - low) / (high - low), clipped.
+    """Maps values of data other than 8-bit to 0 … 1, per band: x → (x - low) / (high - low), clipped.
 
-    `measured` scalings come from the domain's images, and refuse an image if they would clip over 1 % of it; a window that
-    the user chose clips on purpose.
+    `measured` scalings come from the domain's images, and refuse an image if they would clip over 1 % of it; a window
+    chosen by the user clips on purpose.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -92,7 +92,7 @@ class Scaling(Frozen):
         return shares.clip(0, 1)
 
     def from_unit(self, shares: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """What `shares` [..., C] of the range are in the files' own units, float32."""
+        """The inverse: `shares` [..., C] of the range in the files' own units, float32."""
         low, high = np.asarray(self.low), np.asarray(self.high)
         values: np.ndarray[Any, Any] = low + shares * (high - low)
         return values.astype(np.float32)
@@ -116,26 +116,26 @@ class Preprocess(Frozen):
     dtype: Literal["uint8", "float32"]
     """What the graph takes: uint8 for 8-bit data, float32 for everything else."""
     stored_as: str = "uint8"
-    """numpy's name of what the files hold; files of another type are refused."""
+    """numpy's name of the files' dtype; files of another dtype are refused."""
     scaling: Scaling | None = None
     """None for uint8."""
     voi: bool = False
     """DICOM: each file's own window (VOI LUT) is applied before `scaling`."""
     frame: Annotated[int, Field(ge=0)] | None = None
-    """Which frame of a file is meant (an array is that frame already); None: files of several are refused."""
+    """Which frame of a file to use (an array already is that frame); None: multi-frame files are refused."""
     tile: Annotated[int, Field(ge=8)] | None = None
-    """Pixels a side of the tiles that scenes were cut into; None: whole images."""
+    """Side in pixels of the tiles that scenes were cut into; None: whole images."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
     def unit(self) -> int:
-        """What 1.0 of `mean` and `std` is in the units of the values that they normalise."""
+        """The value that 1.0 of `mean` and `std` stands for: 255 for uint8, else 1."""
         return 255 if self.dtype == "uint8" else 1
 
     @property
     def seen(self) -> tuple[float, float] | None:
-        """The range of values that the user chose, the same for every band; None for a measured one, and for uint8."""
+        """The range of values chosen by the user, the same for every band; None if measured, and for uint8."""
         return None if self.scaling is None or self.scaling.measured else (self.scaling.low[0], self.scaling.high[0])
 
     @model_validator(mode="after")
@@ -160,7 +160,7 @@ Standardize = Literal["none", "center", "scale"]
 
 
 class EmbeddingSpec(Frozen):
-    """How the vector is made: its pooling, what it is shifted and divided by, and whether it is scaled to length 1.
+    """How the vector is made: its pooling, how it is shifted and scaled, and whether it is normalised to length 1.
 
     `center` and `scale` are one number per dimension, measured on the domain's images; None where unused.
     """
@@ -173,7 +173,7 @@ class EmbeddingSpec(Frozen):
     normalize: bool = False
 
     def standardized_by(self, vectors: np.ndarray[Any, Any], how: Standardize) -> EmbeddingSpec:
-        """The same spec with centre, and scale, measured on `vectors` [N, dim]: pooled outputs before either."""
+        """The same spec with centre and scale, as `how` says, measured on raw pooled outputs `vectors` [N, dim]."""
         center = vectors.mean(axis=0, dtype=np.float64) if how != "none" else None
         scale = _spread(vectors) if how == "scale" else None
         return self.model_copy(
@@ -186,9 +186,10 @@ class EmbeddingSpec(Frozen):
 
 
 def _spread(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The standard deviation of each of dim numbers over `vectors` [N, dim]; of one that hardly moves, the median of all.
+    """The standard deviation of each dimension of `vectors` [N, dim]; for one that hardly varies, the median of all.
 
-    Divided by its own, a number that is 0 but in one image of thousands would outweigh all others in the next such image.
+    Divided by its own deviation, a dimension that is 0 except in one image in thousands would outweigh all others in
+    the next such image.
     """
     std = vectors.std(axis=0, dtype=np.float64)
     moving = std[std > _ROUNDING * np.abs(vectors).max()]
@@ -197,22 +198,22 @@ def _spread(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class Graph(Frozen):
-    """Facts of `model.onnx`, and how well it agreed with torch, at worst, over all images and batch sizes checked."""
+    """Facts about `model.onnx`, and its worst agreement with torch over all images and batch sizes checked."""
 
     precision: Precision
     opset: int
     relative_error: float
-    """Largest difference to torch over the largest value."""
+    """Largest difference from torch over the largest value."""
     batch_sizes: tuple[int, ...]
     centred_cosine: float
-    """Smallest cosine to torch's vector once the mean vector is taken off both: what precision costs."""
+    """Smallest cosine to torch's vector once the mean vector is subtracted from both: the cost of lower precision."""
     same_neighbour: float
-    """Share of the images whose nearest other image is the same as by torch's vectors."""
+    """Share of the images whose nearest other image is the same as with torch's vectors."""
     verified_on: Literal["golden inputs", "the user's images"]
     tokens: tuple[int, int] | None = None
-    """[N, D] of the second output `tokens`, where there is one; N is that of the model's own size."""
+    """[N, D] of the second output `tokens`, if there is one; N is for the model's own image size."""
     dynamic_size: bool = False
-    """Whether the graph takes other image sizes than the preprocess's."""
+    """Whether the graph takes image sizes other than the preprocess's."""
 
 
 class Provenance(Frozen):
@@ -261,13 +262,13 @@ def compute_model_id(
 ) -> str:
     """The name of the vector space, 16 hex digits.
 
-    SHA-256 over the canonical JSON of architecture, preprocess, embedding and precision class, then by
-    sorted name each tensor's name, dtype, shape and little-endian bytes. Never of file bytes: fp32 and fp16
-    graphs of the same weights share one space. Each int8 graph has its own: `tensors` are then the graph's, too.
+    SHA-256 over the canonical JSON of architecture, preprocess, embedding and precision class, then over each
+    tensor's name, dtype, shape and little-endian bytes, sorted by name. File bytes are not hashed: fp32 and fp16
+    graphs of the same weights share one space. Each int8 graph has its own: `tensors` then include the graph's.
     """
     spec = {
         "backbone": {"name": backbone.name, "arguments": backbone.arguments},
-        # Without defaults: a field that a later version adds leaves the spaces of today their names.
+        # Without defaults, so that a field added by a later version does not rename existing spaces.
         "preprocess": preprocess.model_dump(mode="json", exclude_defaults=True),
         "embedding": embedding.model_dump(mode="json", exclude_defaults=True),
         "precision": precision_class,
@@ -281,14 +282,14 @@ def compute_model_id(
 
 
 def name_for(folder: Path) -> str:
-    """The folder's name as a model name: whatever a URL or a shell would mind becomes `-`."""
+    """The folder's name as a model name: characters unsafe in a URL or a shell become `-`."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:128] or "model"
 
 
 def check_new(path: Path) -> None:
-    """Raise BundleError where there is something already in a new bundle's place, ConfigError where nothing can be written.
+    """Raise BundleError if a new bundle's path already exists, ConfigError if nothing can be written there.
 
-    Makes the folder that it is to lie in.
+    Creates the parent folder.
     """
     if path.exists():
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
@@ -300,7 +301,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
 
     `write_files(folder)` puts every file but the manifest into a temporary folder beside `path`; digests
     are computed, everything is flushed to disk, then the folder is renamed into place. A crash leaves
-    either no bundle or a whole one. Raises what `check_new` raises, and WriteError where the files cannot be written.
+    either no bundle or a whole one. Raises the errors of `check_new`, and WriteError if the files cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -312,7 +313,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
             values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
             values["digest"] = _digest_of(values)
             (folder / MANIFEST).write_text(_render(values), encoding="utf-8")
-            # safetensors writes 0600; a service that runs as another user must be able to read it.
+            # safetensors writes with mode 0600; a service running as another user must be able to read it.
             for file in folder.iterdir():
                 file.chmod(0o644)
             folder.chmod(0o755)
@@ -342,7 +343,7 @@ class Bundle:
         return self.manifest.digest
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of one file of the bundle; BundleError names the file when they are not right."""
+        """The verified bytes of one file of the bundle; BundleError names the file if they are wrong."""
         return self._verified(name, Path.read_bytes, sha256)
 
     def check(self, name: str) -> None:
@@ -378,7 +379,7 @@ class Bundle:
         self._check_strangers()
 
     def read_all(self) -> dict[str, bytes]:
-        """The verified bytes of every file but the weights, which are checked all the same (the graph holds them too).
+        """The verified bytes of every file except the weights, which are only checked (the graph holds them too).
 
         BundleError names the first file that is damaged, missing or extra.
         """
@@ -400,9 +401,9 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path is a folder with a manifest, or one that we may not look into: `open_bundle` then says so.
+    """Whether a path is a folder with a manifest, or one that we may not read: `open_bundle` then reports that.
 
-    Raises OSError where that cannot be known, as on a lost mount.
+    Raises OSError if that cannot be determined, as on a lost mount.
     """
     try:
         return _has_manifest(path)
@@ -411,9 +412,9 @@ def is_bundle(path: Path) -> bool:
 
 
 def _has_manifest(path: Path) -> bool:
-    """Whether a path is a folder with a manifest. Raises OSError where that cannot be known."""
+    """Whether a path is a folder with a manifest. Raises OSError if that cannot be determined."""
     try:
-        # Not `is_file`, which says False of a closed folder from Python 3.14 on.
+        # Not `is_file`, which from Python 3.14 on returns False inside an unreadable folder.
         return stat.S_ISREG((path / MANIFEST).stat().st_mode)
     except ValueError:  # a path with a null byte
         return False
@@ -424,22 +425,22 @@ def _has_manifest(path: Path) -> bool:
 
 
 def _check_regular(file: Path) -> None:
-    """BundleError for a pipe, which would be read for ever, or a device, which never ends. Raises OSError."""
+    """BundleError for a pipe or a device, which could be read forever. Raises OSError."""
     mode = file.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise BundleError(f"{file} is no regular file: do not use this bundle, jepakit did not make it")
 
 
 class Inside(NamedTuple):
-    """What a folder of bundles holds, by name."""
+    """The contents of a folder of bundles, sorted by name."""
 
     bundles: list[Path]
     closed: dict[Path, str]
-    """Folders that cannot be looked into, and why: another user's (such as `lost+found`), or a lost mount."""
+    """Folders that cannot be read, and why: another user's (such as `lost+found`), or a lost mount."""
 
 
 def bundles_inside(folder: Path) -> Inside:
-    """The bundles in a folder of bundles. Hidden folders are bundles on their way in or out. Raises OSError."""
+    """The bundles in a folder. Hidden folders, which are being written or removed, are skipped. Raises OSError."""
     inside = Inside([], {})
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         try:
@@ -453,7 +454,7 @@ def bundles_inside(folder: Path) -> Inside:
 def open_bundle(path: Bundle | str | Path) -> Bundle:
     """Open a bundle, checking its manifest (not yet the other files; see `Bundle.verify`).
 
-    Raises BundleError when `path` is no bundle, or its manifest is damaged or of another schema version.
+    Raises BundleError when `path` is not a bundle, or its manifest is damaged or of another schema version.
     """
     path = as_path(path, "path")
     file = path / MANIFEST
@@ -471,9 +472,9 @@ def open_bundle(path: Bundle | str | Path) -> Bundle:
 
 
 def _parse_manifest(text: str, file: Path) -> Manifest:
-    """The manifest, every byte of it checked: the values by the digest, the rest by rendering them again.
+    """The manifest, with every byte checked: the values by the digest, the rest by rendering them again.
 
-    Both are of the file's own values, so that a manifest from before a field was added stays as whole as it was.
+    Both checks use the file's own values, so that a manifest from before a field was added stays valid.
     """
     again = "copy the bundle again or export it again"
     try:
@@ -503,7 +504,7 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
 
 
 def _digest_of(values: Mapping[str, Any]) -> str:
-    """What a manifest of these values must have as its digest."""
+    """The digest that a manifest with these values must have."""
     return sha256(canonical_json({name: value for name, value in values.items() if name != "digest"}))
 
 

@@ -1,4 +1,4 @@
-"""Which of two models to keep, by their embeddings of the same labelled images."""
+"""Decide which of two models to keep, from their embeddings of the same labelled images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jepakit.evaluate import Advice, can_cross_measure, cross_measure, judge
 def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None = None) -> Comparison:
     """Judge `after` against `before`, two models' embeddings of the same labelled images, in any order.
 
-    groups  a name for each image of `before` (its patient, slide or scene): no group is split between folds, and the interval
-            is over groups. None: the tiles and frames of an image are one group
+    groups  the name of each image's group (patient, slide or scene), in the order of `before`; folds never split one,
+            and the interval is over groups. None: the tiles and frames of an image form a group
 
-    Each image is judged by probes that were fitted on the others, in five folds; how the interval is made: docs/verdict.md. Print
-    the result for a table. The images should be ones that neither model was trained on.
+    Each image is judged by probes fitted on the others, in five folds; docs/verdict.md explains the interval. Print the
+    result for a table. Use images that neither model was trained on.
 
-    Raises DataError where these are not the same images with the same labels, where there are no labels, or groups that do
-    not fit.
+    Raises DataError if the two do not hold the same images with the same labels, if there are no labels, or if `groups`
+    does not fit.
     """
     for given in (before, after):
         if not isinstance(given, Embeddings):
@@ -62,7 +62,7 @@ _ADVICE = Advice(
 
 
 def _places(wanted: Sequence[str], ids: Sequence[str]) -> list[int]:
-    """Where in `ids` each of the `wanted` is; DataError unless both name the same images, each once."""
+    """The index in `ids` of each of the `wanted`; DataError unless both name the same images, each once."""
     place_of = {name: place for place, name in enumerate(ids)}
     if alone := sorted(place_of.keys() ^ set(wanted)):
         raise DataError(

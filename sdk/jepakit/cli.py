@@ -74,7 +74,7 @@ def options(
     ] = False,
 ) -> None:
     """What comes before any command."""
-    # `猫` on a Latin-1 terminal, or a file name that is not UTF-8, is shown with escapes: it must not fail finished work.
+    # Escape what the terminal cannot show (`猫` in Latin-1, names that are not UTF-8): it must not fail finished work.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -214,7 +214,7 @@ def _report(run: Run, *, as_json: bool) -> None:
     if run.neighbours.is_file():
         print(f"to see for yourself: {run.neighbours}")
     source, target = quote(str(run.path)), f"bundles/{run.path.name}"
-    if comparison.after is None:  # nobody can tell: both, to be compared
+    if comparison.after is None:  # no scores, so no verdict: export both, to compare them
         exports = [(" --which start", f"{target}-start"), ("", target)]
     else:
         exports = [("" if run.verdict.word == "better" else " --which start", target)]
@@ -507,7 +507,7 @@ def compare(
 
 
 def _open_embeddings_or_bundle(path: Path, images: str | None) -> Embeddings | Model:
-    """What `compare` is given; ConfigError for a bundle without images to embed."""
+    """Open an argument of `compare`; ConfigError for a bundle without images to embed."""
     from jepakit import Embeddings
     from jepakit.session import load
 
@@ -661,26 +661,26 @@ def probe_predict(
 
 
 def _print_rows(rows: Iterable[tuple[object, ...]]) -> None:
-    """Tab-separated rows on standard output; what holds a tab, a line break or a quote is quoted, on a terminal escaped."""
+    """Print tab-separated rows; cells with tabs, line breaks or quotes are quoted (on a terminal, escaped)."""
     show = one_line if sys.stdout.isatty() else str
     table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
     table.writerows([show(str(cell)) for cell in row] for row in rows)
 
 
 def _source(images: list[str]) -> str | list[str]:
-    """One argument may be any source; several, as the shell makes of a glob without quotes, are a list of files."""
+    """One argument may be any source; several, as from a glob that the shell expanded, are a list of files."""
     return images[0] if len(images) == 1 else images
 
 
 def _exit_on_signals() -> None:
-    """From now on SIGTERM and SIGHUP raise SystemExit, so that what was begun is undone, as on Ctrl-C.
+    """Make SIGTERM and SIGHUP raise SystemExit from now on, so that unfinished work is cleaned up as on Ctrl-C.
 
-    One that is ignored stays so, as nohup wants it of SIGHUP.
+    A signal that is ignored stays ignored, as nohup wants for SIGHUP.
     """
     ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
 
     def stop(number: int, _: object) -> None:
-        # A terminal that closes may send several.
+        # A closing terminal may send several signals.
         for other in ends:
             signal.signal(other, signal.SIG_IGN)
         sys.exit(128 + number)
@@ -690,7 +690,7 @@ def _exit_on_signals() -> None:
 
 
 def _check_out(file: Path, suffix: str) -> None:
-    """Raise ConfigError, before any work, for a file that could not be written after it; makes its folder."""
+    """Raise ConfigError, before any work, if the output file could not be written; creates its folder."""
     file = as_path(file, "out")
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder: name a file in it")
@@ -700,7 +700,7 @@ def _check_out(file: Path, suffix: str) -> None:
 
 
 def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:
-    """Write rows of text, whatever names hold; WriteError where that cannot be."""
+    """Write rows of text, with any characters in names; WriteError if they cannot be written."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     with written(as_path(file, "out")) as stream:
@@ -713,7 +713,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _settings(assignments: list[str] | None = None, file: Path | None = None, **options: Any) -> dict[str, Any]:
-    """Settings by name: those of a TOML file, over them the `options` that were given, over both `--set`."""
+    """Settings by name: from a TOML file, overridden by the `options` given, both overridden by `--set`."""
     settings = _read_toml(file) if file else {}
     settings.update(_given(**options))
     for assignment in assignments or []:
@@ -736,7 +736,7 @@ def _number_or_word(text: str | None) -> int | str | None:
 
 
 def _range_or_word(text: str | None) -> list[float] | str | None:
-    """`LOW:HIGH` as two numbers, anything else as the word it is."""
+    """`LOW:HIGH` as two numbers, anything else unchanged."""
     low, colon, high = (text or "").partition(":")
     try:
         return [float(low), float(high)] if colon else text
@@ -745,7 +745,7 @@ def _range_or_word(text: str | None) -> list[float] | str | None:
 
 
 def _assign(settings: dict[str, Any], assignment: str) -> None:
-    """`views.n_local=6` into nested settings; the value is read as TOML, else taken as a word."""
+    """Set `views.n_local=6` in nested settings; the value is parsed as TOML, else taken as a plain string."""
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"--set {assignment}: write KEY=VALUE, e.g. --set views.n_local=6")

@@ -1,7 +1,7 @@
 """Clients of the embedding service: `Client`, and `AsyncClient` with the same methods.
 
-Images travel as their own bytes, many in one request, and vectors come back as raw float32. Both clients
-are thin loops round what they share: a `Job` knows what to send and what an answer means, `Attempts` when to try again.
+Images are sent as their original bytes, many per request, and vectors come back as raw float32. Both clients are thin
+loops around what they share: `Job` knows what to send and what an answer means, `Attempts` knows when to retry.
 """
 
 from __future__ import annotations
@@ -41,19 +41,18 @@ def _no_copy(client: Client | AsyncClient) -> TypeError:
 
 
 class Client:
-    """Talks to one service.
+    """Client of one embedding service.
 
     url         e.g. http://127.0.0.1:8000
-    api_key     or the environment's JEPAKIT_API_KEY
-    timeout_s   seconds each step (connect, send, read) may go without progress. By default longer than the service's
-                own `request_timeout_s` (60), so that its reason arrives; with less than that, requests hold fewer images
-    deadline_s  seconds for one request with all its attempts; no step waits longer than what is left of them.
-                Connection errors, 408, 429, 500, 502, 503 and 504 are tried again until then, with growing, jittered
-                pauses (or the service's own Retry-After); what a second attempt cannot mend, such as a certificate that
-                is not trusted, fails at once
+    api_key     defaults to the environment variable JEPAKIT_API_KEY
+    timeout_s   seconds each step (connect, send, read) may go without progress. The default exceeds the service's own
+                `request_timeout_s` (60), so that its error arrives first; below that, requests hold fewer images
+    deadline_s  seconds for one request including its retries; no step waits beyond it. Connection errors, 408, 429,
+                500, 502, 503 and 504 are retried until then, with growing, jittered pauses (or the service's own
+                Retry-After). Failures that a retry cannot fix, such as an untrusted certificate, are raised at once
 
-    with Client(url) as client: …   Raises the errors of `jepakit.errors` below ClientError, and
-    InputError for what it was given.
+    Use it as a context manager: `with Client(url) as client: …`. Raises ClientError or one of its subclasses (see
+    `jepakit.errors`), and InputError for bad arguments.
     """
 
     def __init__(
@@ -64,8 +63,7 @@ class Client:
         self._connect()
 
     def _connect(self) -> None:
-        """Begin without connections. What a process inherits from its parent may be in use there: on one connection,
-        each would read the other's answers."""
+        """Start without connections; after a fork, sharing the parent's would mix up its answers and this process's."""
         import httpx
 
         self._http = self._settings.connect(httpx.Client)
@@ -111,30 +109,31 @@ class Client:
         most_skipped: float = 0.0,
         on_skipped: OnSkipped | None = None,
     ) -> Embeddings:
-        """Embed images; order kept.
+        """Embed images, keeping their order.
 
         images     a folder (recursive), glob or path, a CSV or Parquet manifest, WebDataset shards, a ZIP, the
                    bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image; or a list of image files,
                    bytes, arrays and Pillow images, or of shards
-        model      NAME or NAME@MODEL_ID; may be left out when the service has one model
-        labels     `auto` takes what the source brings (a manifest's column, shards' .cls or .json, a dataset's),
-                   for a folder or ZIP its first-level folders; `folder` takes those or raises DataError, `none` takes
-                   none; or a CSV or Parquet file of paths and labels
-        tile       pixels a side of the tiles that large images are cut into, here; ids are then `path#x,y,w,h`. A
-                   model of tiles takes its own size alone. Needs `jepakit[images]`, as `frame` does
+        model      NAME or NAME@MODEL_ID; optional when the service has one model
+        labels     `auto` uses the labels that come with the source (a manifest's column, shards' .cls or .json, a
+                   dataset's own), or the first-level folders of a folder or ZIP; `folder` uses such folders or raises
+                   DataError; `none` uses no labels; or a CSV or Parquet file of paths and labels
+        tile       side in pixels of the tiles that large images are cut into, on the client; ids are then
+                   `path#x,y,w,h`. A model of tiles only takes its own size. Needs `jepakit[images]`, as does `frame`
         overlap    pixels that neighbouring tiles share
-        min_valid  tiles with less valid area are left out
-        frame      of multi-frame files: which, or "each"
-        progress   show progress on standard error, and what was left out (blank tiles, files of other kinds, images
+        min_valid  tiles with a smaller share of valid area are left out
+        frame      which frame of multi-frame files to use, or "each"
+        progress   show progress on standard error, also what was left out (blank tiles, files of other kinds, images
                    that cannot be embedded) and why there are no labels
         most_skipped
-                   share of the images that may be left out, 0 to 1, where they cannot be read or the model does not take
-                   them; the others stay in order. Of files that `tile` or `frame="each"` cannot open, as large a share
-        on_skipped called in the end with the id and the reason of each image that was left out
+                   share of the images, 0 to 1, that may be left out because they cannot be read or the model does not
+                   take them; the others keep their order. The same share of files may be left out that `tile` or
+                   `frame="each"` cannot open
+        on_skipped called at the end with the id and the reason of each image that was left out
 
-        Raises ImageError naming an image that cannot be embedded, or for more of them than `most_skipped`;
-        ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones,
-        ResponseError when the service refuses, ConnectionFailedError after the deadline.
+        Raises ImageError naming an image that cannot be embedded, once there are more of them than `most_skipped`
+        allows; ConfigError for tiles of another size than the model's, DataError when there are no images or they do
+        not exist, ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
         check_asked(model)
         check_skipping(most_skipped, on_skipped)
@@ -164,7 +163,7 @@ class Client:
         return job.result()
 
     def _embed_rest(self, job: Job, show: Steps) -> None:
-        """Send what has no vectors yet."""
+        """Send the images that have no vectors yet."""
         stop = threading.Event()
         try:
             for part in windows(job.parts(), AT_ONCE):
@@ -181,7 +180,7 @@ class Client:
             stop.set()
 
     def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
-        """Send the bundle's golden inputs through the service; returns the relative error to torch's vectors.
+        """Send the bundle's golden inputs through the service; returns the relative error against torch's vectors.
 
         Raises BundleError when the service computes other vectors than the bundle promises.
         """
@@ -192,13 +191,13 @@ class Client:
         return _judge_golden(job, expected)
 
     def _limits_for(self, count: int, model: str | None) -> RequestLimits:
-        """Asked of the service until an `embed` fails, and not for a single image, which no limit can cut."""
+        """The service's limits, cached until an `embed` fails; not needed for a single image, which cannot be split."""
         if self._described is None and count > 1:
             self._described = self.models()
         return RequestLimits.of(self._described or [], model, self._settings.patience_s)
 
     def _own_connections(self) -> None:
-        """In a forked process, make others than the parent's: before threads that send do so, each for itself."""
+        """In a forked process, replace the parent's connections, before each sending thread would make its own."""
         if self._process != os.getpid():
             self._connect()
 
@@ -217,12 +216,12 @@ class Client:
         return answer
 
     def _send(self, request: httpx.Request, stop: threading.Event = _NEVER) -> httpx.Response:
-        """One request, tried again against the deadline; CancelledError after `stop`."""
+        """Send one request, retrying until the deadline; CancelledError once `stop` is set."""
         import httpx
 
         _check_open(self._http)
         self._own_connections()
-        with self._places:  # the deadline is the service's: what waits for this client's own requests has not begun
+        with self._places:  # waiting here for this client's other requests does not count against the deadline
             attempts = Attempts(self._settings)
             pause: float | None = 0.0
             while not stop.wait(pause):
@@ -231,7 +230,7 @@ class Client:
                     pause = attempts.pause_after(response)
                 except httpx.RequestError as error:
                     pause = attempts.pause_after_failure(error)
-                except RuntimeError:  # httpx's, of a client that was closed meanwhile
+                except RuntimeError:  # raised by httpx if the client was closed meanwhile
                     _check_open(self._http)
                     raise
                 if pause is None:
@@ -273,7 +272,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections of this process; ClientError on another event loop than that of the first request."""
+        """Close the connections of this process; ClientError on an event loop other than that of the first request."""
         if self._process == os.getpid():
             self._check_loop()
             await self._http.aclose()
@@ -338,7 +337,7 @@ class AsyncClient:
         parts = windows(job.parts(), AT_ONCE)
         answers: list[tuple[Chunk, asyncio.Task[httpx.Response]]] = []
         try:
-            # Files are read and decoded in a thread: whatever else the event loop does goes on meanwhile.
+            # Files are read and decoded in a thread, so as not to block the event loop.
             while part := await asyncio.to_thread(lambda: next(parts, None)):
                 answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
                 for chunk, answer in answers:
@@ -350,7 +349,7 @@ class AsyncClient:
                             job.accept(rest, await self._send(rest.request(self._http)))
                     show.update(job.done)
         finally:
-            # What is still on its way when one request fails, or this call is cancelled, ends with it.
+            # Cancel whatever is still in flight when one request fails or this call is cancelled.
             for _, answer in answers:
                 answer.cancel()
             await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
@@ -408,7 +407,7 @@ def _check_open(http: httpx.Client | httpx.AsyncClient) -> None:
 
 
 def _too_much(error: ClientError) -> TypeGuard[ResponseError]:
-    """Whether a request of several images was more than the service takes: it may take less than it did once."""
+    """Whether a request was too large for the service, whose limits may have shrunk since they were asked for."""
     return isinstance(error, ResponseError) and error.status == 413
 
 

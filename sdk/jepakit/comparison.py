@@ -1,4 +1,4 @@
-"""Before and after adaptation as records: what `jepakit.evaluate` finds, and a bundle's manifest keeps."""
+"""Records of the results before and after adaptation: made by `jepakit.evaluate`, kept in a bundle's manifest."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Verdict(Frozen, Printed):
     """Which embeddings to keep.
 
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
-    low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups where there are
-                some; at least 3 / N to either side, more where classes differ in size. Where the probes were fitted on fewer than
-                were held out, widened by what other images to fit on would change (jackknife)
+    low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups if given;
+                at least 3 / N to either side, more if classes differ in size. If the probes were fitted on fewer images
+                than were held out, it is widened by how much other images to fit on would change (jackknife)
 
-    A harmed group that happens not to be held out cannot show. By the rule of three, up to 3/G of all groups may be harmed
-    without one of them among the G held out. "same" is said only if that could shift the result by at most SAME_WITHIN:
-    from 90 groups of equal size, assuming that a harmed group loses 0.3. "better" and "worse" rest on what was seen, by the
-    interval alone.
+    Harm to a group that happens not to be held out goes unseen. By the rule of three, up to 3/G of all groups may be
+    harmed with none of them among the G held out. The verdict is "same" only if that could shift the result by no more
+    than SAME_WITHIN: from 90 groups of equal size, assuming that a harmed group loses 0.3. "better" and "worse" rest on
+    the interval alone.
     """
 
     word: Word
@@ -52,8 +52,8 @@ class Verdict(Frozen, Printed):
 class Comparison(Frozen, Printed):
     """Before and after adaptation, on images never trained on. Scores are None without labels. Print it for a table.
 
-    n_train     images that the probes were fitted on; in five folds, all of them, in turns
-    n_held_out  images that the scores and the verdict are about, without those of classes that the verdict leaves out
+    n_train     images that the probes were fitted on; with five folds, all of them in turn
+    n_held_out  images that the scores and the verdict are based on, without the classes that the verdict leaves out
     """
 
     before: Scores | None
@@ -66,7 +66,7 @@ class Comparison(Frozen, Printed):
         return self.table("before", "after")
 
     def table(self, before: str, after: str) -> str:
-        """The scores, where there are some, in two columns with these names; then the verdict."""
+        """The scores, if any, in two columns with these headings, then the verdict."""
         if self.before is None or self.after is None:
             return str(self.verdict)
         widths = [max(6, len(name)) for name in (before, after)]

@@ -1,7 +1,7 @@
-"""The settings of adaptation and export: one class each, whichever door they come through.
+"""The settings of adaptation and export: one class each, however they are given.
 
-The Python call, the command line and the TOML file all end in these classes. They are checked before torch is imported, so
-that a typo fails in a blink. What a default of None stands for is said by the setting, and its numbers are the constants below.
+The Python call, the command line and the TOML file all use these classes. They are checked before torch is imported, so
+that a typo fails at once. Each setting documents what a default of None means; the numbers are the constants below.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RANGES = ("auto", "file", *CT_WINDOWS)
 
 
 def chosen_range(value_range: ValueRange) -> tuple[float, float] | None:
-    """The range that `value_range` names; None for those that the images give, `auto` and `file`."""
+    """The range that `value_range` names; None for `auto` and `file`, which depend on the images."""
     return CT_WINDOWS.get(value_range) if isinstance(value_range, str) else value_range
 
 
@@ -59,7 +59,7 @@ LAMBDA_PER_VIEW = 0.005
 LR_SCRATCH, LR_CONVNET, LR_VIT = 5e-4, 3e-4, 1e-4
 LAYER_DECAY = 0.75
 LOCAL_SHARE = 96 / 224
-"""Of the image size: pixels a side of local views."""
+"""Side of local views, as a share of the image size."""
 
 
 def _check_value_range(value: object) -> object:
@@ -121,7 +121,7 @@ class ViewsConfig(_Settings):
     """Probability of inverting the bright half of the values; 3 bands only."""
 
     def check_bands(self, bands: int) -> None:
-        """Raise ConfigError when a setting means something for colour images alone and these are none."""
+        """Raise ConfigError when a setting only makes sense for colour images and these are not."""
         if bands == 3:
             return
         for name in ("saturation", "hue", "gray", "solarize"):
@@ -133,7 +133,7 @@ class ViewsConfig(_Settings):
                 )
 
 
-# What a colour, a stain or a density means differs by domain: a preset never destroys it.
+# The meaning of a colour, a stain or a density differs by domain: presets never destroy it.
 PRESETS: dict[Domain, dict[str, float | bool]] = {
     "general": {},
     "natural": {
@@ -155,7 +155,7 @@ PRESETS: dict[Domain, dict[str, float | bool]] = {
     },
     "radiology": {"horizontal_flip": 0.0, "rotation_degrees": 10.0},
     "microscopy": {"vertical_flip": 0.5, "quarter_turns": True},
-    # Ratios of bands are the signal: each band moves a little, and never by what another one holds.
+    # Band ratios are the signal: each band changes a little, independently of the others.
     "multispectral": {
         "vertical_flip": 0.5,
         "quarter_turns": True,
@@ -334,7 +334,7 @@ class AdaptConfig(_Settings):
 
     @model_validator(mode="after")
     def _tiles_and_values(self) -> Self:
-        Cut(self.tile, self.overlap, self.min_valid, self.frame)  # refuses what does not go together
+        Cut(self.tile, self.overlap, self.min_valid, self.frame)  # refuses settings that do not go together
         if isinstance(self.value_range, tuple) and self.value_range[0] >= self.value_range[1]:
             raise ValueError(f"value_range = {list(self.value_range)}: give low, then high, e.g. [-160, 240]")
         return self
@@ -369,13 +369,13 @@ class AdaptConfig(_Settings):
         return self
 
     def resolved_views(self) -> ViewsConfig:
-        """The domain's preset with the values the user set on top."""
+        """The domain's preset, overridden by the values that the user set."""
         return ViewsConfig(**{**PRESETS[self.domain], **self.views.model_dump(exclude_unset=True)})
 
     def resolved(self) -> Self:
-        """The same settings with every value of the views set to what is trained with: what is written down of a run.
+        """The same settings with every value of the views spelled out, as a run records them.
 
-        Read back, they are the same views: what is set wins over the domain.
+        Read back they give the same views, since explicit values win over the domain.
         """
         return self.model_copy(update={"views": self.resolved_views()})
 

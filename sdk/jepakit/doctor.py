@@ -1,4 +1,4 @@
-"""What this machine has for each part of jepakit, and what stands in its way. Nothing is sent anywhere."""
+"""What this machine has for each part of jepakit, and what needs fixing. Nothing is sent anywhere."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _PACKAGES = {
     "codecs": ("imagecodecs", "python-gdcm"),
     "runtime": ("onnxruntime", "onnxruntime-gpu", "openvino"),
 }
-"""By the extra that brings them."""
+"""By the extra that installs them."""
 _LEAST_SHARED = 512 << 20
 _SHARED = Path("/dev/shm")
 
 
 class Examination(NamedTuple):
-    """`lines` say what there is, `problems` what to mend, each with its remedy."""
+    """`lines` say what there is, `problems` what to fix and how."""
 
     lines: list[str]
     problems: list[str]
 
 
 def examine() -> Examination:
-    """Look at the machine and at what is installed. torch is imported only where there is a GPU to ask it for."""
+    """Examine the machine and the installed packages. torch is imported only if there is an NVIDIA driver."""
     lines = [
         f"jepakit    {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"machine    {usable_cpus()} usable cores, {main_memory() / 1e9:.1f} GB of memory, "

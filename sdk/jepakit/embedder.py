@@ -1,8 +1,8 @@
 """`Embedder`, the model that defines the vector. Imports torch.
 
-Training and export both go through it, so the vector that training measures is the vector that export writes.
+Training and export both use it, so the vector that training measures is the vector that export writes.
 
-Shapes: B images, H × W pixels, C bands, D numbers of the embedding.
+Shapes: B images, H × W pixels, C bands, D dimensions of the embedding.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _STAGES_LAST = 4
 
 
 class Embedder(nn.Module):
-    """Images to embeddings: the definition of the vector, run by training's evaluation and by export.
+    """Images to embeddings: the definition of the vector, used by training's evaluation and by export.
 
     forward(images [B, H, W, C], uint8 or raw float32) → float32 [B, D]: value scaling, mean, std, backbone,
     pooling, centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
     each of the last four feature levels (a ViT's last four blocks), concatenated; `cls` the class token and
     `mean` the mean patch token of the last layer; `last2` the class tokens of the last two layers, normed (as in
-    LeJEPA's own probe). With `tokens` the answer is (embeddings, patch tokens float32 [B, N, E]).
+    LeJEPA's own probe). With `tokens` it returns (embeddings, patch tokens float32 [B, N, E]).
     """
 
     pixel_mean: Tensor
@@ -54,7 +54,7 @@ class Embedder(nn.Module):
         self.register_buffer("scale", _as_tensor(embedding.scale), persistent=False)
 
     def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        # Half-precision weights take half-precision pixels; everything before and after them stays float32.
+        # Half-precision weights need half-precision pixels; everything before and after stays float32.
         x = self.to_network_input(images_BHWC).to(next(self.backbone.parameters()).dtype)
         features, pooled = features_and_pooled(self.backbone, x, self.pooling)
         vectors = pooled.float()
@@ -88,7 +88,7 @@ def pool_all(backbone: Any, x_BCHW: Tensor, poolings: Sequence[Pooling]) -> dict
 
 
 def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
-    """The backbone's last features in timm's own layout, and what `pooling` makes of one pass, [B, D]."""
+    """The backbone's last features in timm's own layout, and the pooled output [B, D], from one pass."""
     if pooling == "stages":
         count = min(_STAGES_LAST, len(backbone.feature_info))
         features, levels = backbone.forward_intermediates(x_BCHW, indices=count, output_fmt="NCHW")
@@ -110,7 +110,7 @@ def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tupl
 def patch_tokens(backbone: Any, features: Tensor) -> Tensor:
     """Last features in timm's own layout to [B, N, D], without class and register tokens.
 
-    Raises BackboneError where there is no one map of last features.
+    Raises BackboneError if the last features are not a single map.
     """
     if not isinstance(features, Tensor):
         raise BackboneError(
@@ -118,15 +118,15 @@ def patch_tokens(backbone: Any, features: Tensor) -> Tensor:
         )
     if features.ndim == 3:
         return features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    # Swin keeps its channels last: flattened as NCHW its tokens would come out wrong without a word.
+    # Swin keeps its channels last: flattened as NCHW, its tokens would silently be wrong.
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
         return features.flatten(1, 2)
     return features.flatten(2).transpose(1, 2)
 
 
 def poolings_of(backbone: Any) -> tuple[Pooling, ...]:
-    """The poolings that this backbone has: stages where timm hands out its features, mean where the last of them are
-    one map (CrossViT and EfficientViM end in several), cls where it has the token.
+    """The poolings that this backbone supports: `stages` if timm exposes its intermediate features, `mean` if the last
+    features are one map (CrossViT and EfficientViM end in several), `cls` if it has a class token.
     """
     found: list[Pooling] = ["head"]
     intermediates = getattr(backbone, "forward_intermediates", None)
@@ -142,7 +142,7 @@ def poolings_of(backbone: Any) -> tuple[Pooling, ...]:
 
 
 def check_pooling(backbone: Any, name: str, pooling: Pooling) -> None:
-    """ConfigError when the backbone has no such pooling."""
+    """Raise ConfigError when the backbone does not support the pooling."""
     if pooling not in (known := poolings_of(backbone)):
         raise ConfigError(f"pooling = {pooling!r}: {name} has {', '.join(known)}")
 

@@ -1,4 +1,4 @@
-"""`Embeddings`: vectors with the name of their space, their images' ids and, where known, labels."""
+"""`Embeddings`: vectors with the id of their space, the ids of their images and, if known, labels."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from jepakit.errors import DataError, SpaceError
 
 
 def is_embeddings(path: str) -> bool:
-    """Whether a file is what `Embeddings.save` wrote, by the names of its arrays. Files of other suffixes are not opened."""
+    """Whether `Embeddings.save` wrote a file, judged by the names of its arrays. Only .npz files are opened."""
     if not path.endswith(".npz"):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
             return {"vectors.npy", "model_id.npy", "ids.npy"} <= set(archive.namelist())
-    except Exception:  # zipfile stumbles in many ways over damage: whoever reads the file then names it
+    except Exception:  # zipfile fails on damage in many ways; the error is reported when the file is read
         return False
 
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """What embedding a set of images gives, in the images' order. Equal only to itself: compare `vectors` and `ids`.
+    """Embeddings of a set of images, in the images' order. `==` means identity: compare `vectors` and `ids` instead.
 
     vectors   float32 [N, D]
-    model_id  the vector space (16 hex digits); only vectors of one space can be compared
+    model_id  id of the vector space (16 hex digits); only vectors of the same space can be compared
     ids       N names, relative paths for files
     labels    N class names, or None
     """
@@ -52,7 +52,7 @@ class Embeddings:
         for name in ("ids", "labels"):
             if isinstance(words := getattr(self, name), str):
                 raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
-        # By position: a pandas Series would look its rows up by their labels, an array has no truth value.
+        # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
         object.__setattr__(self, "ids", tuple(_id(name) for name in self.ids))
         object.__setattr__(self, "labels", None if self.labels is None else tuple(self.labels))
         vectors, count = np.asarray(self.vectors), len(self.ids)
@@ -73,9 +73,9 @@ class Embeddings:
         return len(self.vectors)
 
     def __getitem__(self, which: slice | Sequence[int] | Sequence[bool] | NDArray[Any]) -> Embeddings:
-        """Some of them, with their ids and labels: a slice, a boolean mask, or places. One vector is `vectors[place]`.
+        """Select by slice, boolean mask or indices; ids and labels follow. For one vector use `vectors[index]`.
 
-        Raises DataError for a mask of another length or a place that is not there.
+        Raises DataError for a mask of the wrong length or an index out of range.
         """
         try:
             places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
@@ -97,13 +97,12 @@ class Embeddings:
         return f"<Embeddings: {count} vectors of {width} numbers, model_id={self.model_id!r}, {labels}>"
 
     def nearest(self, queries: Embeddings | None = None, k: int = 5) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k vectors of this set that are most similar to each of Q queries, compared with every one of them.
+        """Find the k vectors of this set most similar to each of Q queries, by exhaustive search.
 
-        queries  None: this set's own N vectors, each of which finds the others alone
+        queries  None: this set's own N vectors, each of which does not find itself
 
-        Gives their places, int64 [Q, k], and cosines, float32 [Q, k], the most similar first; of equally similar ones
-        the one of the lower place. Raises SpaceError for queries of another model, DataError for a k that is not 1 to N
-        (N - 1 without queries).
+        Returns indices, int64 [Q, k], and cosines, float32 [Q, k], the most similar first; ties go to the lower index.
+        Raises SpaceError for queries of another model, DataError unless k is 1 to N (N - 1 without queries).
         """
         if queries is None:
             return self._nearest_others(k)
@@ -124,11 +123,11 @@ class Embeddings:
         k = _checked_k(k, len(self) - 1, "others")
         places, cosines = most_similar(self.vectors, self.vectors, k + 1)
         others = places != np.arange(len(self))[:, None]
-        others[others.all(axis=1), -1] = False  # itself is not among so many that are equal to it
+        others[others.all(axis=1), -1] = False  # a vector with many equals may not have found itself: drop the last
         return places[others].reshape(-1, k), cosines[others].reshape(-1, k)
 
     def save(self, path: str | Path) -> None:
-        """Write one `.npz` file, atomically; plain arrays, no pickle. Raises WriteError where that cannot be."""
+        """Write one `.npz` file atomically: plain arrays, no pickle. Raises WriteError if it cannot be written."""
         path = as_path(path, "path")
         arrays: dict[str, NDArray[Any]] = {
             "vectors": self.vectors,
@@ -160,14 +159,14 @@ class Embeddings:
             raise DataError(f"{path} is not a file of embeddings: {error.args[0]}") from None
         except OSError as error:
             raise DataError(f"{path} is not a file of embeddings ({reason_of(error)})") from None
-        except Exception:  # a damaged archive can raise anything, in words that are numpy's
+        except Exception:  # a damaged archive can raise anything, in numpy's words
             raise DataError(
                 f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
             ) from None
 
 
 def _id(name: object) -> str:
-    """An image's name as text: a path's, or a number's."""
+    """An image's id as text; a path or a number becomes text."""
     if isinstance(name, str):
         return name
     if isinstance(name, os.PathLike | Integral):
@@ -182,9 +181,9 @@ def _checked_k(k: int, most: int, what: str) -> int:
 
 
 def _packed(name: str, words: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Text as two arrays: `name`, the UTF-8 bytes of all words (uint8), and `name_ends`, where each ends in them (int64 [N]).
+    """Strings as two arrays: `name`, the UTF-8 bytes of all words (uint8); `name_ends`, where each ends (int64 [N]).
 
-    numpy's own arrays of text give every word the room of the longest, four bytes a character.
+    numpy's own string arrays give every word the space of the longest, at four bytes a character.
     """
     encoded = [str(word).encode("utf-8", "surrogatepass") for word in words]
     ends = np.cumsum([len(word) for word in encoded], dtype=np.int64)
@@ -192,7 +191,7 @@ def _packed(name: str, words: Sequence[str]) -> dict[str, NDArray[Any]]:
 
 
 def _unpacked(arrays: Mapping[str, NDArray[Any]], name: str) -> tuple[str, ...]:
-    """What `_packed` was given, or the one array of text that earlier versions wrote. DataError where the ends do not fit."""
+    """Undo `_packed`, or read the single string array that earlier versions wrote. DataError if the ends do not fit."""
     if f"{name}_ends" not in arrays:
         return tuple(arrays[name].tolist())
     data, bounds = arrays[name].tobytes(), [0, *arrays[f"{name}_ends"].tolist()]

@@ -5,17 +5,17 @@
     │   ├── ConfigError               a setting has a wrong name or value, or does not go with another
     │   ├── DataError                 images, vectors or labels cannot be used
     │   ├── ImageError                one image cannot be read correctly
-    │   ├── BackboneError             unknown timm name, weights that do not fit, hub out of reach
+    │   ├── BackboneError             unknown timm name, weights that do not fit, hub unreachable
     │   ├── BundleError               not a bundle, damaged, or replaced
-    │   ├── SpaceError                vectors of another space than the probe was fitted on
+    │   ├── SpaceError                vectors from another space than the probe's
     │   └── MissingExtraError         an optional part of jepakit is not installed
     ├── WorkError (RuntimeError)      the input was right, the work failed; exit code 1
     │   ├── TrainingError             training cannot go on
-    │   │   └── CheckpointError       a checkpoint could not be written, most often for want of room, or read
+    │   │   └── CheckpointError       a checkpoint could not be written (usually a full disk) or read
     │   ├── ExportError               the exported graph cannot be made, or does not reproduce torch
-    │   ├── InferenceError            a model cannot run here: its provider cannot be used, or there is no room
+    │   ├── InferenceError            a model cannot run here: unusable provider, or not enough memory
     │   ├── ServeError                the service cannot start or stay up
-    │   └── WriteError                a file could not be written, most often for want of room
+    │   └── WriteError                a file could not be written (usually a full disk)
     └── ClientError (RuntimeError)    something went wrong between client and service; exit code 1
         ├── ConnectionFailedError     the service cannot be reached, or did not answer within the deadline
         ├── ProtocolError             an answer that does not follow the protocol
@@ -23,7 +23,7 @@
         └── ResponseError             the service refused: `.status`, `.code`, `.param`, `.request_id`
             ├── AuthenticationError   401 or 403
             ├── NotFoundError         404
-            └── OverloadedError       429 or 503 until the deadline
+            └── OverloadedError       still 429 or 503 at the deadline
 
 Every message says what happened, with which value, and what to do next.
 """
@@ -34,7 +34,7 @@ from jepakit._one_line import one_line
 
 
 class JepakitError(Exception):
-    """Base class of everything jepakit raises on purpose. Its text is one line, whatever the names in it hold."""
+    """Base class of everything jepakit raises on purpose. Its text is one line: control characters are escaped."""
 
     exit_code = 1
 
@@ -69,7 +69,7 @@ class ImageError(InputError):
 
 
 class BackboneError(InputError):
-    """An unknown timm name, weights that do not fit, or a hub out of reach."""
+    """An unknown timm name, weights that do not fit, or an unreachable hub."""
 
 
 class BundleError(InputError):
@@ -77,7 +77,7 @@ class BundleError(InputError):
 
 
 class SpaceError(InputError):
-    """Vectors of another vector space than the probe was fitted on."""
+    """Vectors from another vector space than the probe was fitted on."""
 
 
 class MissingExtraError(InputError):
@@ -93,7 +93,7 @@ class TrainingError(WorkError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, most often for want of room, or read; what was there is as it was."""
+    """A checkpoint could not be written (usually a full disk) or read; existing files are left unchanged."""
 
 
 class ExportError(WorkError):
@@ -101,7 +101,7 @@ class ExportError(WorkError):
 
 
 class InferenceError(WorkError):
-    """A model cannot run here: its provider cannot be used, or there is no room."""
+    """A model cannot run here: its provider cannot be used, or there is not enough memory."""
 
 
 class ServeError(WorkError):
@@ -109,9 +109,9 @@ class ServeError(WorkError):
 
 
 class WriteError(WorkError):
-    """A file could not be written, most often for want of room.
+    """A file could not be written (usually a full disk).
 
-    A place where nothing can be written is a ConfigError if that shows before the work begins.
+    An unwritable location found before the work begins is a ConfigError instead.
     """
 
 
@@ -128,7 +128,7 @@ class ProtocolError(ClientError):
 
 
 class ModelChangedError(ClientError):
-    """Another model answered in the middle of a job; vectors of two spaces are never mixed."""
+    """Another model answered in the middle of a job; vectors from two spaces are never mixed."""
 
 
 class ResponseError(ClientError):
@@ -145,7 +145,7 @@ class ResponseError(ClientError):
 
 
 class AuthenticationError(ResponseError):
-    """401 or 403: the service, or what stands before it, wants an API key, or another one."""
+    """401 or 403: the service, or a gateway in front of it, wants an API key, or a different one."""
 
 
 class NotFoundError(ResponseError):
@@ -153,4 +153,4 @@ class NotFoundError(ResponseError):
 
 
 class OverloadedError(ResponseError):
-    """429 or 503 until the deadline."""
+    """Still 429 or 503 at the deadline."""

@@ -14,16 +14,16 @@ from jepakit.probes import KNNProbe, LinearProbe
 
 _RESAMPLES = 2000
 _LEFT_OUT = 10
-"""Parts of the images to fit on, each of which is left out in turn."""
+"""Parts of the images to fit on, left out one at a time."""
 _FOLDS = 5
 _NORMAL_95 = 1.96
 _RULE_OF_THREE = 3.0
 """What happened to none of N images may still happen to 3 in N of all (95 %)."""
 _STUDENT_WIDENING = (1.21, 1.44, 1.30)
-"""A spread known from n groups alone widens the interval by 1 + Σ cᵢ / (n - 1)ⁱ: Student's t at 95 % in terms of the normal's,
-within 3 % from three groups on (the expansion by Cornish and Fisher)."""
+"""A spread estimated from n groups widens the interval by 1 + Σ cᵢ / (n - 1)ⁱ: the 95 % quantile of Student's t over the
+normal's, by Cornish and Fisher's expansion, within 3 % from three groups on."""
 _PLAUSIBLE_GROUP_LOSS = 0.3
-"""How much accuracy a group that adaptation harms may plausibly lose."""
+"""The accuracy that a group harmed by adaptation may plausibly lose."""
 _NAMED = 3
 NO_LABELS = (
     "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders, export the start "
@@ -31,11 +31,11 @@ NO_LABELS = (
 )
 SAME_WITHIN = 0.01
 FEWEST_PER_CLASS = 3
-"""Held-out images of a class, or groups where there are some. A class of fewer is left out of the verdict."""
+"""Held-out images (groups, if there are any) of a class; classes with fewer are left out of the verdict."""
 
 
 class Advice(NamedTuple):
-    """What to do after each verdict, in words; `undecided` ends a sentence that says what to label."""
+    """What to do after each verdict, in words; `undecided` completes a sentence that says what to label."""
 
     better: str
     worse: str
@@ -52,13 +52,13 @@ _AFTER_ADAPTATION = Advice(
 
 
 class Measurement(NamedTuple):
-    """`scores`, and per held-out image whether the linear probe and the k-NN were right, bool [2, N]."""
+    """`scores`, and for each held-out image whether the linear probe and the k-NN were right, bool [2, N]."""
 
     scores: Scores
     right: NDArray[np.bool_]
     right_without: NDArray[np.bool_] | None = None
-    """The same of probes that were fitted without one part of the images, bool [parts, 2, N]; None where the images to fit on
-    are no fewer than those held out. No parts where any would leave a single class: then nothing can be told."""
+    """The same for probes fitted without one part of the images, bool [parts, 2, N]; None if there are at least as many
+    images to fit on as held out. Empty if leaving out any part would leave a single class: then nothing can be told."""
 
 
 def measure(
@@ -70,11 +70,11 @@ def measure(
     train_groups: ArrayLike | None = None,
     held_out_groups: ArrayLike | None = None,
 ) -> Measurement:
-    """Fit a linear probe and a k-NN on `train` [N, D], judge them on `held_out` [M, D].
+    """Fit a linear probe and a k-NN on `train` [N, D], evaluate them on `held_out` [M, D].
 
-    train_groups     a name for each training image: the linear probe's folds keep a group on one side
-    held_out_groups  the same for those held out. Where there are more groups (images, without groups) to judge by than to fit
-                     on, the probes are fitted again without a tenth of these, for each tenth: what `judge` needs there
+    train_groups     the group name of each training image: the linear probe's folds do not split groups
+    held_out_groups  the same for held-out images. If more groups (images, without groups) are held out than fitted
+                     on, the probes are refitted without each tenth of the latter in turn, as `judge` then needs
     """
     labels, truth = np.asarray(train_labels), np.asarray(held_out_labels)
     group_of = numbered(train_groups, len(train))
@@ -94,12 +94,12 @@ def measure(
 
 
 def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: ArrayLike | None = None) -> Measurement:
-    """Judge each of N labelled `vectors` [N, D] by a linear probe and a k-NN that were fitted on four fifths without it.
+    """Evaluate a linear probe and a k-NN on labelled `vectors` [N, D] by cross-validation in five folds.
 
-    groups  a name for each image: no group is split between folds
+    groups  the group name of each image: no group is split between folds
 
-    Each image is judged, and fitted on by the probes that judge others: so the probes are fitted again without a tenth of the
-    images, for each tenth, as `judge` needs it. Where a single class is left to fit on, it is what they predict.
+    Each image is both evaluated on and fitted on, so the probes are refitted without each tenth of the images in turn,
+    as `judge` needs. If a single class is left to fit on, that class is predicted.
     """
     truth = np.asarray(labels)
     group_of = numbered(groups, len(truth))
@@ -115,7 +115,7 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
 
 
 def can_cross_measure(labels: ArrayLike, *, groups: ArrayLike | None = None) -> bool:
-    """Whether each of the probes that `cross_measure` fits on four fifths has two classes to tell apart."""
+    """Whether every probe that `cross_measure` fits on four fifths has two classes to tell apart."""
     truth = np.asarray(labels)
     fold = _folds(truth, numbered(groups, len(truth)))
     return all(len(np.unique(truth[fold != number])) > 1 for number in np.unique(fold))
@@ -133,7 +133,7 @@ def _right(
     group_of: NDArray[np.intp],
     strength: float | None,
 ) -> tuple[NDArray[np.bool_], float | None]:
-    """Whether probes fitted on the one part are right about the other, bool [2, N]; and the linear one's strength, chosen if None."""
+    """Whether probes fitted on `fit` are right about `judged`, bool [2, N], and the linear one's C (chosen if None)."""
     classes = np.unique(truth[fit])
     if len(classes) < 2:
         return np.tile(np.isin(truth[judged], classes), (2, 1)), strength
@@ -143,10 +143,10 @@ def _right(
 
 
 def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:
-    """Which images stay, bool [N], where one part of all groups is left out; only parts without which two classes stay."""
+    """For each part of the groups, which images stay when it is left out, bool [N]; only if two classes remain."""
     classes = codes(labels)
     class_of_group = main_class(group_of, classes)
-    # Counted from class to class: else the only images of each would all lie in the first part.
+    # Counting continues across classes; otherwise classes with a single group would all fall into the first part.
     order = np.lexsort((np.random.default_rng(0).permutation(len(class_of_group)), class_of_group))
     part_of_group = np.empty(len(order), np.intp)
     part_of_group[order] = np.arange(len(order)) % _LEFT_OUT
@@ -168,7 +168,7 @@ def _measurement(
 
 
 def _only(measured: Measurement, chosen: NDArray[np.bool_], truth: NDArray[np.str_]) -> Measurement:
-    """The measurement on the `chosen` held-out images, of labels `truth`."""
+    """The measurement restricted to the `chosen` held-out images, with labels `truth`."""
     without = measured.right_without
     return _measurement(measured.right[:, chosen], truth, None if without is None else without[..., chosen])
 
@@ -185,13 +185,15 @@ def judge(
 ) -> Comparison:
     """Judge `after` against `before`, both measured on the same held-out images in the same order.
 
-    groups        a name for each held-out image: images of one group (a patient, a scene) are not independent, so they are
-                  resampled together, and few groups cannot show that nothing changes. None: every image is its own group.
+    groups        the group name of each held-out image: images of one group (a patient, a scene) are not independent,
+                  so they are resampled together, and few groups cannot show that nothing changes. None: each image is
+                  its own group
     advice        what the verdict's reason recommends
-    train_labels  those of the images that the probes were fitted on; None: these were of the held-out images' classes
+    train_labels  labels of the images that the probes were fitted on; None: the same classes as the held-out images
 
-    Classes of fewer than FEWEST_PER_CLASS held-out images (groups), and those that the probes were not fitted on, are named
-    and left out, as long as two others remain. Otherwise the verdict is "cannot tell": the recall of one class is no accuracy.
+    Classes with fewer than FEWEST_PER_CLASS held-out images (groups), and those that the probes were not fitted on, are
+    named and left out as long as two others remain. Otherwise the verdict is "cannot tell": the recall of a single
+    class is not an accuracy.
     """
     truth = np.asarray(held_out_labels)
     fitted = truth if train_labels is None else np.asarray(train_labels)
@@ -219,7 +221,7 @@ def judge(
 
 
 def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Comparison:
-    """The comparison where labels are missing or of no use: measures without labels rise in harmful runs too."""
+    """The comparison if labels are missing or unusable: measures that need no labels rise in harmful runs too."""
     return Comparison(
         before=None,
         after=None,
@@ -232,10 +234,10 @@ def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Compari
 class _Classes(NamedTuple):
     """Which classes can be judged.
 
-    can_judge  whether two can
-    is_judged  bool [N], the held-out images of those that can; all of them where fewer than two classes can
-    few        the classes of too few held-out images (groups, where there are some), with their number
-    unfitted   the classes that the probes were not fitted on, with the same number
+    can_judge  whether there are at least two
+    is_judged  bool [N], the held-out images of those classes; all images if fewer than two classes can be judged
+    few        the classes with too few held-out images (groups, if there are any), and how many they have
+    unfitted   the classes that the probes were not fitted on, and how many they have
     """
 
     can_judge: bool
@@ -245,7 +247,7 @@ class _Classes(NamedTuple):
 
 
 def _choose_classes(truth: NDArray[np.str_], fitted: NDArray[np.str_], group_of: NDArray[np.intp]) -> _Classes:
-    """The classes to judge, of the held-out images' labels `truth` [N] and the labels `fitted` that the probes have seen."""
+    """The classes to judge: `truth` [N] are the labels of held-out images, `fitted` those that the probes have seen."""
     names = np.union1d(truth, fitted)
     class_of = np.searchsorted(names, truth)
     sizes = np.bincount(np.unique(np.stack([class_of, group_of]), axis=1)[0], minlength=len(names))
@@ -257,7 +259,7 @@ def _choose_classes(truth: NDArray[np.str_], fitted: NDArray[np.str_], group_of:
 
 
 class _Result(NamedTuple):
-    """The difference and its 95 % interval, the number of groups, and how many it takes to call it the same."""
+    """The difference and its 95 % interval, the number of groups, and the number needed for the verdict "same"."""
 
     difference: float
     low: float
@@ -303,7 +305,7 @@ def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_g
 
 
 def _describe_too_few(held_out: list[str], classes: _Classes, *, by_group: bool) -> str:
-    """One or two images a class say nothing about their spread, and one class nothing about telling it from another."""
+    """Why there is no verdict: one or two images per class show no spread, and a single class cannot be judged."""
     unit = "groups" if by_group else "images"
     reason = f"judging takes at least two classes of {FEWEST_PER_CLASS} held-out {unit} each"
     if len(held_out) == 1:
@@ -324,7 +326,7 @@ def _counts(names: NDArray[np.str_], sizes: NDArray[np.intp], chosen: NDArray[np
 
 
 def _some(few: dict[str, int]) -> str:
-    """The first names with their numbers."""
+    """The first few names with their counts."""
     words = [f"{name!r} ({size})" for name, size in few.items()]
     return first_few(words, _NAMED)
 
@@ -334,9 +336,9 @@ def _balanced(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> float:
 
 
 def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
-    """How many groups like these it takes until those that may be missing could shift the result by SAME_WITHIN at most.
+    """How many groups like these are needed for unseen harmed groups to shift the result by at most SAME_WITHIN.
 
-    More where some groups hold most of the images.
+    More if some groups hold most of the images.
     """
     counts = in_cells(group_of, codes(truth))
     weights = (counts / counts.sum(axis=0)).mean(axis=1)
@@ -349,15 +351,15 @@ def _bootstrap(
 ) -> tuple[float, float, float]:
     """Class-balanced mean of `gain` [N] and its 95 % interval: (mean, low, high).
 
-    Whole groups (single images, where there are no groups) are resampled, within each class, or all together if a group
-    spans classes: its gains are then correlated. The plain bootstrap is too narrow for small n, so
+    Whole groups (single images, without groups) are resampled within each class, or all together if a group spans
+    classes, as its gains are then correlated. The plain bootstrap is too narrow for small n, so
 
     1. each class's spread is scaled by √(n / (n - 1));
-    2. where groups hold several images, also by Student's t over the normal's quantile;
+    2. if groups hold several images, also by Student's t (_STUDENT_WIDENING);
     3. the interval is never narrower than the rule of three.
 
-    With no true difference the plain bootstrap says "better" in 15 of 100 runs at 3 images a class, the corrected one in at
-    most 8 (2 to 10 classes of 3 to 30 images); over 8 to 60 groups, each moved by chance, in 2 to 8.
+    With no true difference, the plain bootstrap says "better" in 15 of 100 runs at 3 images per class, the corrected
+    one in at most 8 (2 to 10 classes of 3 to 30 images); over 8 to 60 groups, each shifted at random, in 2 to 8.
     """
     random = np.random.default_rng(0)
     class_of = codes(truth)
@@ -373,11 +375,11 @@ def _bootstrap(
 
 
 def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> float:
-    """How much the difference would vary with other images to fit on: the jackknife's estimate, from the gains [parts, N]
-    without each part of them.
+    """How much the difference would vary with other images to fit on: the jackknife's estimate, from the gains
+    [parts, N] with each part left out.
 
-    The jackknife also counts the single held-out images that tip over by chance, which the bootstrap has counted: what they
-    would add to each part's mean, by the spread between held-out groups, is taken off. Without parts, infinite.
+    The jackknife also counts single held-out images that flip by chance, which the bootstrap has counted already: their
+    share of each part's mean, estimated from the spread between held-out groups, is subtracted. Infinite without parts.
     """
     if not len(gains):
         return np.inf
@@ -394,14 +396,14 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
 
 
 def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """√(n / (n - 1)) of each class, [classes], by the n groups that have images of it; `counts` [groups, classes]."""
+    """√(n / (n - 1)) for each class, [classes], where n groups have images of it; `counts` [groups, classes]."""
     groups = (counts > 0).sum(axis=0)
     factor: NDArray[np.float64] = np.sqrt(groups / np.maximum(1, groups - 1))
     return factor
 
 
 def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
-    """A mean and its 95 % interval with more variance."""
+    """A mean and its 95 % interval, with `variance` added."""
     mean, low, high = interval
     known = ((high - low) / 2 / _NORMAL_95) ** 2
     factor = float(np.sqrt(1 + variance / known))
@@ -411,10 +413,10 @@ def _widened(interval: tuple[float, float, float], variance: float) -> tuple[flo
 def _deviations(
     counts: NDArray[np.float64], sums: NDArray[np.float64], random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """How far each class's mean over resampled groups lies from its own, unbiased in variance, [classes, resamples].
+    """How far each class's mean over resampled groups is from its own, unbiased in variance, [classes, resamples].
 
-    counts, sums  images and their gains, [groups, classes]; groups without images are not drawn, and a class that a
-                  resample misses does not deviate in it
+    counts, sums  images and their summed gains, [groups, classes]; groups without images are not drawn, and a class
+                  missing from a resample has deviation 0 there
     """
     present = counts.any(axis=1)
     counts, sums, n = counts[present], sums[present], int(present.sum())

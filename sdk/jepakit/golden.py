@@ -1,6 +1,6 @@
 """Golden inputs: synthetic images with torch's vectors, to prove that a runtime computes the same model.
 
-Checked at export, at service start, and from afar (`client.verify(bundle)`), by one table of tolerances.
+Checked at export, at service start and remotely (`client.verify(bundle)`), against one table of tolerances.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 Vectors = NDArray[np.float32]
 
 N_GOLDEN = 8
-# What a stranger's file may hold. Golden images are mostly noise, which hardly shrinks: to less than half in no case.
+# Limits for untrusted files. Golden images are mostly noise, which never compresses to less than half.
 _MOST_GOLDEN, _MOST_INFLATED = 64, 10
 
 
 class Tolerance(NamedTuple):
-    """The worst agreement with torch that is still accepted; None where the measure does not count."""
+    """The worst agreement with torch that is still accepted; None for a measure that does not count."""
 
     relative: float | None = None
     cosine: float | None = None
     neighbour: float | None = None
 
 
-# By what is actually computed, and by which provider. fp32 means fp32: TF32 on CUDA and bf16 in OpenVINO are switched
-# off for it. Raw cosine would hide errors, since embeddings share a large mean: the cosine here is the centred one.
-# What concerns TensorRT is untested on hardware.
+# By the precision actually computed in, and the provider. fp32 means fp32: TF32 on CUDA and bf16 in OpenVINO are off.
+# A raw cosine would hide errors, since embeddings share a large mean: the cosine here is centred. The TensorRT entries
+# are untested on hardware.
 _HALF, _QUANTISED = Tolerance(cosine=0.999), Tolerance(cosine=0.99, neighbour=0.95)
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("fp32", "cpu"): Tolerance(relative=1e-4),
@@ -51,15 +51,15 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
 
 
 class Agreement(NamedTuple):
-    """How near vectors are to torch's: largest difference over largest value, smallest centred cosine, and the
-    share of images whose nearest other image is the same."""
+    """How close vectors are to torch's: largest difference over largest value, smallest centred cosine, and the share
+    of images whose nearest other image is the same."""
 
     relative_error: float
     centred_cosine: float
     same_neighbour: float
 
     def misses(self, limit: Tolerance) -> str | None:
-        """What falls short of `limit`, in words; None when nothing does."""
+        """The first measure that fails `limit`, in words; None if none does."""
         if limit.relative is not None and not self.relative_error <= limit.relative:
             return f"relative error {self.relative_error:.2g}, at most {limit.relative:g} is allowed"
         if limit.cosine is not None and not self.centred_cosine >= limit.cosine:
@@ -72,8 +72,8 @@ class Agreement(NamedTuple):
 class Golden(NamedTuple):
     """images [N, S, S, C] as the graph takes them, vectors float32 [N, D].
 
-    S is `preprocess.resize_to`: when they are sent to a service, the preprocess only crops them, so that another version of
-    Pillow cannot change the result. `inputs` is what reaches the graph.
+    S is `preprocess.resize_to`: a service only crops them, so that another version of Pillow cannot change the result.
+    `inputs` returns what reaches the graph.
     """
 
     images: Pixels
@@ -84,7 +84,7 @@ class Golden(NamedTuple):
         return center_crop(self.images, spec.size)
 
     def check(self, spec: Preprocess, dim: int) -> None:
-        """BundleError when these are not golden inputs of a model that is fed by `spec` and embeds in `dim` numbers."""
+        """Raise BundleError unless these fit a model with preprocess `spec` and embeddings of `dim` dimensions."""
         wanted = f"{spec.dtype} {[len(self.images), spec.resize_to, spec.resize_to, spec.bands]}"
         for name, array, kind in (
             ("images", self.images, wanted),
@@ -97,7 +97,7 @@ class Golden(NamedTuple):
 
 
 def make_images(spec: Preprocess) -> Pixels:
-    """The golden images of a model, [N, S, S, C]: uint8, or float32 that fill its value scaling."""
+    """The golden images of a model, [N, S, S, C]: uint8, or float32 over the full range of its value scaling."""
     if spec.scaling is None:
         return synthetic_images(N_GOLDEN, spec.resize_to, spec.bands)
     return spec.scaling.from_unit(_synthetic(N_GOLDEN, spec.resize_to, spec.bands, seed=0) / 255)
@@ -106,7 +106,7 @@ def make_images(spec: Preprocess) -> Pixels:
 def synthetic_images(count: int, size: int, bands: int, seed: int = 0) -> NDArray[np.uint8]:
     """Seeded images with the spectrum of photographs (1/f noise per band) and hard-edged shapes.
 
-    uint8 [count, size, size, bands]. They stress a model as real images do, and hold nothing of anybody's data.
+    uint8 [count, size, size, bands]. They exercise a model like real images, without containing anyone's data.
     """
     return _synthetic(count, size, bands, seed).astype(np.uint8)
 
@@ -138,9 +138,9 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def agreement(got: NDArray[Any], expected: NDArray[Any], *, neighbours: bool = True) -> Agreement:
-    """Compare vectors [N, D] with torch's own; the worst of everything for a wrong shape or non-finite numbers.
+    """Compare vectors [N, D] with torch's; the worst values for a wrong shape or non-finite numbers.
 
-    neighbours  look for each vector's nearest, which takes N² numbers of 8 bytes; otherwise all count as the same
+    neighbours  find each vector's nearest neighbour, which takes 8 · N² bytes; otherwise all count as the same
     """
     if got.shape != expected.shape or not np.isfinite(got).all():
         return Agreement(float("inf"), -1.0, 0.0)
@@ -166,9 +166,9 @@ def pack(golden: Golden) -> bytes:
 
 
 def unpack(data: bytes) -> Golden:
-    """Read `golden.npz`, whoever made it: no pickle is ever loaded, and no more inflated than golden inputs may take.
+    """Read an untrusted `golden.npz`: pickles are never loaded, nor more inflated than golden inputs may take.
 
-    Raises BundleError where it cannot be read, or holds other than up to 64 images and a float32 vector for each.
+    Raises BundleError if it cannot be read, or holds anything but 1 to 64 images and a float32 vector for each.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

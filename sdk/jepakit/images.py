@@ -1,8 +1,8 @@
 """The ONE way from a file to pixels, for training, export, service and client.
 
 `read_image` turns a file (or bytes, or an array) into the kind of pixels that a model takes, uint8 or raw
-float32, and refuses by name what it cannot read correctly: nothing is ever silently white. `fit` resizes and
-crops. `preprocess` is both. Value scaling, mean and std come later, inside the graph.
+float32, and refuses by name what it cannot read correctly: no image silently becomes white. `fit` resizes and
+crops. `preprocess` does both. Value scaling, mean and std come later, inside the graph.
 
 Shapes: H × W pixels, C bands.
 """
@@ -44,15 +44,15 @@ def read_image(
     """Decode one image to [H, W, C] of the model's kind: uint8, or float32 in the files' own units.
 
     source    a path, the bytes of a file, a Pillow image, an array [H, W] or [H, W, C], or an `ImageRef`
-    limits    budgets, judged by the header before anything is decoded
-    at_least  for views only: the image may come back reduced, its shorter side at least so long
+    limits    budgets, checked against the header before anything is decoded
+    at_least  for views only: the image may be reduced, but its shorter side keeps at least this many pixels
 
-    Of a file with several frames the model's own is read, unless the `ImageRef` names another; an array, or a
+    From a file with several frames, the model's own frame is read unless the `ImageRef` names another; an array, or a
     Pillow image of one frame, is taken to be that frame. "No data" is filled with the domain's mean.
 
-    Raises ImageError for another depth or number of bands than the model was made for, NaN or infinite pixels, an
-    image of one value, one of which measured scaling clips over 1 % or a chosen range everything, several frames without a choice, a file
-    without the frame that is meant, a scene where tiles are wanted, and whatever cannot be read.
+    Raises ImageError for another depth or number of bands than the model's, NaN or infinite pixels, an image of a
+    single value, more than 1 % of values clipped by measured scaling, all values outside a chosen range, several frames
+    without a choice, a missing frame, a scene where tiles are expected, and anything that cannot be read.
     """
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
     with quiet(), open_raster(ref.data, name=ref.name, limits=limits, voi=spec.voi) as raster:
@@ -65,7 +65,7 @@ def read_image(
 
 
 def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | None) -> Pixels:
-    """A frame, or a window of it: of a file that is decoded whole, cut from what is kept for the windows that follow."""
+    """A frame, or a window of it. A frame that must be decoded whole is kept for the windows that follow."""
     stamp = raster.stamp()
     if ref.window is None or raster.header.windowed or ref.scenes is None or stamp is None:
         return raster.read(ref.window, frame=frame, at_least=at_least)
@@ -76,13 +76,13 @@ def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | 
 def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:
     """Resize and centre-crop [H, W, C] to [size, size, C], with Pillow's antialiased filters.
 
-    Raises ImageError for an image so long and thin that it would be resized to more pixels than `limits` allows.
+    Raises ImageError for an image so long and thin that resizing it would exceed the pixels that `limits` allows.
     """
     height, width = pixels.shape[:2]
     if spec.resize == "squash":
         new_size = (spec.resize_to, spec.resize_to)
     else:
-        # Multiply before dividing, as torchvision does: the other order falls one pixel short at whole results.
+        # Multiply before dividing, as torchvision does: the other order can be one pixel short of a whole result.
         short = min(width, height)
         new_size = (spec.resize_to * width // short, spec.resize_to * height // short)
     if new_size[0] * new_size[1] > limits.max_pixels:
@@ -96,7 +96,7 @@ def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) ->
 
 
 def resize(pixels: Pixels, size: tuple[int, int], interpolation: str) -> Pixels:
-    """[H, W, C] to `size` (width, height); bands other than three, and float32, one by one."""
+    """Resize [H, W, C] to `size` (width, height); float32, and any number of bands but three, band by band."""
     from PIL import Image
     from PIL.Image import Resampling
 
@@ -127,7 +127,7 @@ def name_of(source: ImageSource) -> str:
 
 def check_kind(header: Header, spec: Preprocess, name: str) -> None:
     """Refuse an image of another depth or number of bands than the model was made for."""
-    # float32 arrays are how a program hands over values that files hold as integers.
+    # Programs pass values that files hold as integers in float32 arrays.
     same_depth = header.dtype == spec.stored_as or (header.format in ("array", "image") and header.dtype == spec.dtype)
     if same_depth and header.bands == spec.bands:
         return
@@ -139,7 +139,7 @@ def check_kind(header: Header, spec: Preprocess, name: str) -> None:
 
 
 def check_tile(tile: int | None, spec: Preprocess) -> None:
-    """Refuse to cut tiles of another size than the model was made for: padded or squeezed, they would be another scale."""
+    """Refuse tiles of another size than the model's: padded or squeezed, they would have another scale."""
     if tile is not None and spec.tile is not None and tile != spec.tile:
         raise ConfigError(
             f"tile = {tile}: the model was made for tiles of {spec.tile} × {spec.tile} pixels: give tile={spec.tile}"
@@ -154,7 +154,7 @@ def describe_kind(bands: int, stored_as: str) -> str:
 
 
 def choose_frame(header: Header, frame: int | None, name: str) -> int:
-    """The frame that is meant; several frames without a choice are refused."""
+    """The frame to read; several frames without a choice are refused."""
     if frame is None:
         if header.frames > 1:
             raise ImageError(
@@ -172,7 +172,7 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
 
 
 def _frame_meant(header: Header, ref: ImageRef, spec: Preprocess) -> int | None:
-    """The frame that is asked for, else the model's. A single picture in memory was cut out of its film already."""
+    """The frame that was asked for, else the model's. A single image in memory is taken to be that frame already."""
     if ref.frame is not None:
         return ref.frame
     return spec.frame if isinstance(ref.data, EncodedSource) or header.frames > 1 else None
@@ -181,7 +181,7 @@ def _frame_meant(header: Header, ref: ImageRef, spec: Preprocess) -> int | None:
 def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any]:
     """The valid pixels [N, C], NaN (as float32) where a band has no data in the whole image.
 
-    Raises ImageError when there are none, for NaN or infinite values, and when all are alike.
+    Raises ImageError when there are none, for NaN or infinite values, and when all are equal.
     """
     holes = missing(stored, nodata)
     if stored.dtype == np.float32:
@@ -206,7 +206,7 @@ def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any
 
 
 def neutral(spec: Preprocess) -> NDArray[Any]:
-    """What stands in for missing pixels, [C] in the files' own units: it becomes 0 once mean and std are applied."""
+    """The value that replaces missing pixels, [C] in the files' own units; mean and std turn it into 0."""
     mean = np.asarray(spec.mean)
     if spec.scaling is None:
         return (255 * mean).round().astype(np.uint8)
@@ -214,7 +214,7 @@ def neutral(spec: Preprocess) -> NDArray[Any]:
 
 
 def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) -> Pixels:
-    """Stored values to the graph's dtype, refused where they would be wrong, filled where they are missing."""
+    """Stored values in the graph's dtype: refused if they would be wrong, filled in where they are missing."""
     valid = usable(stored, header.nodata, name)
     if header.dtype != spec.stored_as:
         _refuse_other_units(valid, spec, name)
@@ -246,7 +246,7 @@ def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
 
 
 def _refuse_unseen(valid: NDArray[Any], scaling: Scaling, name: str) -> None:
-    """Refuse an image that a chosen range leaves all black or all white: clipped on purpose is not clipped away."""
+    """Refuse an image that a chosen range leaves all black or all white, which cannot be on purpose."""
     if is_unseen(valid, scaling.low, scaling.high):
         raise ImageError(
             f"{name}: every value lies outside {scaling.low[0]:g} … {scaling.high[0]:g}, the range that was chosen (seen: "
@@ -256,7 +256,7 @@ def _refuse_unseen(valid: NDArray[Any], scaling: Scaling, name: str) -> None:
 
 
 def _refuse_other_units(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
-    """Refuse float values, in an array, that would be one whole number in a file of the kind that the model was made for."""
+    """Refuse float values that all round to one integer when the model was made for integer files: wrong units."""
     if np.dtype(spec.stored_as).kind in "iu" and is_blank(valid[None].round(), None):
         raise ImageError(
             f"{name}: the values ({np.nanmin(valid):g} … {np.nanmax(valid):g}) are all one whole number, and the model was made "
@@ -266,7 +266,7 @@ def _refuse_other_units(valid: NDArray[Any], spec: Preprocess, name: str) -> Non
 
 
 def _check_scale(header: Header, ref: ImageRef, spec: Preprocess) -> None:
-    """A model of tiles knows one scale: a scene squeezed into its input would be another."""
+    """Refuse a scene given to a model of tiles: squeezed into its input, it would have another scale."""
     if spec.tile is None:
         return
     width, height = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
@@ -280,12 +280,12 @@ def _check_scale(header: Header, ref: ImageRef, spec: Preprocess) -> None:
 
 
 def _tile_sizes(spec: Preprocess) -> set[tuple[int | None, int | None]]:
-    """Tiles as they were cut, or downscaled already to what the model resizes them to."""
+    """The sizes of tiles as cut, and as already downscaled to what the model resizes them to."""
     return {(spec.tile, spec.tile), (spec.resize_to, spec.resize_to)}
 
 
 def _padded(pixels: Pixels, ref: ImageRef, spec: Preprocess) -> Pixels:
-    """A tile at the edge of a scene that is smaller than a tile, filled up to the full size."""
+    """Pad a tile of a scene that is smaller than a tile to the full size."""
     height, width = pixels.shape[:2]
     if ref.window is None or spec.tile is None or (height == spec.tile and width == spec.tile):
         return pixels

@@ -15,24 +15,24 @@ from jepakit.config import Domain
 
 
 def printable(text: str) -> str:
-    """`text` with those bytes of a file's name written out that are not UTF-8, which JSON cannot hold."""
+    """`text` with bytes that are not UTF-8, as in some file names, escaped: JSON cannot hold them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 AS_ASKED = "as asked"
-"""Why a domain that the user has named is the one."""
+"""The reason for a domain that the user has named."""
 Text = Annotated[str, AfterValidator(printable)]
 
 
 class Named(Frozen):
-    """An image, and what is to be said of it."""
+    """An image and a remark about it."""
 
     id: Text
     what: Text
 
 
 class Inspection(Frozen, Printed):
-    """The report of `jepakit inspect`; lists hold the first 20, the counts beside them all."""
+    """The report of `jepakit inspect`; lists hold the first 20 entries, the counts beside them cover all."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -60,7 +60,7 @@ class Inspection(Frozen, Printed):
     n_duplicates: int
     duplicates: tuple[tuple[Text, Text], ...]
     domain: Domain
-    """That was asked for, else a guess."""
+    """The one that was asked for, else a guess."""
     domain_because: str
     advice: tuple[Text, ...]
     sheet: Text | None = None

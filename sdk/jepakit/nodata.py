@@ -1,4 +1,4 @@
-"""Which pixels of an image count: the one rule for "no data", shared by whoever cuts, measures or reads images."""
+"""Which pixels of an image count: one rule for "no data", shared by all code that cuts, measures or reads images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def missing(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
-    """Which values of an image are "no data", bool [H, W, C]; None where none are."""
+    """Which values of an image are "no data", bool [H, W, C]; None if none are."""
     if nodata is None:
         return None
     holes_HWC: NDArray[np.bool_] = np.isnan(stored_HWC) if np.isnan(nodata) else stored_HWC == nodata
@@ -17,7 +17,7 @@ def missing(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]
 
 
 def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.bool_] | None:
-    """Where an image, or a window of one, has data: bool [H, W]; None where it has data everywhere.
+    """Where an image, or a window of one, has data: bool [H, W]; None if it has data everywhere.
 
     A pixel is valid if it has data in every band; bands with no data anywhere in the image are ignored.
     """
@@ -32,13 +32,13 @@ def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.b
 
 
 def is_unseen(valid_NC: NDArray[Any], low: ArrayLike, high: ArrayLike) -> bool:
-    """Whether every value lies on one side of `low` … `high` (of each band, or of all): a range that shows nothing of it."""
+    """Whether every band lies entirely on one side of `low` … `high` (per band, or for all): it would show nothing."""
     lows_C, highs_C = np.fmin.reduce(valid_NC, axis=0), np.fmax.reduce(valid_NC, axis=0)
     return not bool(((highs_C > low) & (lows_C < high)).any())
 
 
 def is_blank(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> bool:
-    """Whether the valid pixels are all alike, or there are none: such an image shows nothing."""
+    """Whether all valid pixels are equal, or there are none: such an image shows nothing."""
     valid_NC = stored_HWC.reshape(-1, stored_HWC.shape[2]) if valid_HW is None else stored_HWC[valid_HW]
     if not len(valid_NC):
         return True

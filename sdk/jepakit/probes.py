@@ -1,4 +1,4 @@
-"""Probes on frozen embeddings: scikit-learn's contract, on numpy alone.
+"""Probes on frozen embeddings: scikit-learn's estimator interface, in numpy alone.
 
 Hyper-parameters are stored untouched by `__init__`, `fit` returns self, learned values end in `_`, and
 `get_params`/`set_params` let scikit-learn's tools clone a probe. A probe remembers the vector space it was
@@ -33,19 +33,19 @@ Floats = NDArray[np.float64]
 Labels = NDArray[Any]
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# A number of smaller deviation is constant: relative to its own largest value, and to that of most other numbers.
+# A dimension with a smaller deviation is constant: relative to its own largest value, and to that of most dimensions.
 _ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 _KNN_TEMPERATURE = 0.07
 _KNN_PAIRS = 1 << 24
-"""Most similarities at a time; each takes 16 bytes, with its place in the order."""
+"""Most similarities computed at a time; each takes 16 bytes, including its sort index."""
 
 
 @dataclass(frozen=True)
 class ProbeReport(Printed):
     """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy.
 
-    n            vectors that it was judged on
-    n_fitted_on  those of them that it was fitted on, or that are equal to one: how it does there says nothing of new ones
+    n            vectors it was evaluated on
+    n_fitted_on  how many of them equal a vector it was fitted on: results there say nothing about new images
     """
 
     accuracy: float
@@ -71,7 +71,7 @@ class _Probe(ABC):
     classes_: Labels
     model_id_: str | None
     fitted_on_: NDArray[np.uint64]
-    """[N], a digest of each vector that it was fitted on; empty in a file of an earlier version."""
+    """[N], a digest of each vector it was fitted on; empty if loaded from a file of an earlier version."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The hyper-parameters by name (scikit-learn's contract)."""
@@ -104,15 +104,15 @@ class _Probe(ABC):
         """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N]."""
 
     def predict(self, X: Embeddings | ArrayLike) -> Labels:
-        """The most probable class of each vector, [N], of the dtype of `classes_`.
+        """The most probable class of each vector, [N], with the dtype of `classes_`.
 
-        Raises SpaceError for vectors of another model or length, DataError for what is no [N, D] of finite numbers, or
-        before `fit`; so do the other methods that take vectors.
+        Like the other methods that take vectors, raises SpaceError for vectors of another model or length, and
+        DataError before `fit` or for anything but finite numbers [N, D].
         """
         return self._predicted(self._checked(X))
 
     def predict_proba(self, X: Embeddings | ArrayLike) -> Floats:
-        """Probabilities (of a k-NN: shares of the votes), float64 [N, classes], in the order of `classes_`."""
+        """Class probabilities (for k-NN, shares of the votes), float64 [N, classes], in the order of `classes_`."""
         return self._shares(self._checked(X))
 
     def score(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> float:
@@ -122,7 +122,7 @@ class _Probe(ABC):
     def evaluate(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> ProbeReport:
         """Accuracy, balanced accuracy and each class's accuracy on labelled vectors.
 
-        Raises DataError when not one label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
+        Raises DataError when no label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
         """
         vectors = self._checked(X)
         truth = _labels_of(X, y, len(vectors))
@@ -139,9 +139,10 @@ class _Probe(ABC):
         return ProbeReport(float(right.mean()), balanced, per_class, len(truth), n_fitted_on)
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted probe as one safetensors file; WriteError where that cannot be.
+        """Write the fitted probe to one safetensors file; WriteError if it cannot be written.
 
-        It holds a digest of each vector that was fitted on: whoever has an image and the model can tell that it was.
+        The file holds a digest of each training vector: anyone with an image and the model can tell whether the probe
+        was fitted on it.
         """
         from safetensors.numpy import save
 
@@ -168,27 +169,27 @@ class _Probe(ABC):
 
     @abstractmethod
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        """What was learned, by name: what `save` writes."""
+        """The learned arrays by name, as `save` writes them."""
 
     @abstractmethod
     def _restore(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take over what `_arrays` gave. Raises KeyError or ValueError where it is something else."""
+        """Restore what `_arrays` returned. Raises KeyError or ValueError for any other arrays."""
 
     @property
     @abstractmethod
     def n_features_in_(self) -> int:
-        """Numbers in each of the vectors that it was fitted on (scikit-learn's name)."""
+        """Length of the vectors it was fitted on (scikit-learn's name)."""
 
     @abstractmethod
     def _shares(self, vectors: Floats) -> Floats:
-        """What `predict_proba` gives, for vectors that have been checked."""
+        """`predict_proba` for vectors that have been checked."""
 
     def _predicted(self, vectors: Floats) -> Labels:
         result: Labels = self.classes_[self._shares(vectors).argmax(axis=1)]
         return result
 
     def _examples(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, Labels, NDArray[np.intp]]:
-        """Vectors, classes, and each vector's class as a number; nothing is remembered of them yet."""
+        """Vectors, classes, and each vector's class as an index; nothing is stored on the probe yet."""
         self._check_params()
         vectors = _vectors_of(X)
         classes, targets = np.unique(_labels_of(X, y, len(vectors)), return_inverse=True)
@@ -198,7 +199,7 @@ class _Probe(ABC):
 
     @abstractmethod
     def _check_params(self) -> None:
-        """Raise ConfigError for a hyper-parameter of a wrong value."""
+        """Raise ConfigError for a hyper-parameter with a wrong value."""
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "classes_"):
@@ -222,25 +223,26 @@ class _Probe(ABC):
 class LinearProbe(_Probe):
     """Multinomial logistic regression with an L2 penalty on standardised vectors.
 
-    C             inverse of the penalty's strength, as in scikit-learn; None chooses from 0.001 … 10 what gives the best
-                  balanced accuracy in stratified cross-validation on the training vectors, of equally good ones that of
-                  the least cross-entropy there: in 5 folds, or as many as the commonest class has groups (images, without
-                  groups); a rarer class lies in as many of them as it has groups. 1.0 where fewer than two classes have
-                  two: no fold could tell
-    seed          of the folds, 0 or more
-    class_weight  as in scikit-learn: "balanced" lets each class count alike in the fit, a vector N / (K · vectors of its
-                  class); None each vector
+    C             inverse of the penalty's strength, as in scikit-learn. None chooses from 0.001 … 10 by stratified
+                  cross-validation on the training vectors: the best balanced accuracy, ties going to the lowest
+                  cross-entropy. There are 5 folds, or as many as the commonest class has groups (images, without
+                  groups) if that is fewer; a rarer class is in only as many folds as it has groups. 1.0 if fewer than
+                  two classes have two groups, as no fold could tell
+    seed          random seed of the folds, 0 or more
+    class_weight  as in scikit-learn: "balanced" gives every class the same weight in the fit, so that a vector weighs
+                  N / (K · vectors of its class); None gives every vector the same weight
 
     Once fitted, for vectors of D numbers and K classes:
 
     classes_          [K], sorted, of the labels' own type
-    coef_             float64 [K, D], a row for each class as in scikit-learn, but two of two classes
+    coef_             float64 [K, D], a row per class, also for two classes (where scikit-learn has one row)
     intercept_        float64 [K]
-    mean_, std_       float64 [D]: `coef_` is for (vectors - mean_) / std_
-    C_                what C was, given or chosen
-    cv_balanced_accuracy_  that of the chosen C in the cross-validation, from 0 to 1; None where C was given, or no fold could
-                      tell. It is the best of five, so a little too high. A class counts where its fold's fit knew it
-    model_id_         the vector space; None of plain arrays
+    mean_, std_       float64 [D]: `coef_` applies to (vectors - mean_) / std_
+    C_                the C that was given or chosen
+    cv_balanced_accuracy_  balanced accuracy of the chosen C in the cross-validation, 0 to 1; None if C was given or no
+                      fold could tell. As the best of five it is slightly optimistic. A vector counts only if its
+                      fold's probe was fitted on its class
+    model_id_         id of the vector space; None if fitted on plain arrays
     """
 
     kind = "linear"
@@ -253,8 +255,8 @@ class LinearProbe(_Probe):
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None, *, groups: ArrayLike | None = None) -> Self:
         """Fit on `Embeddings` with labels, or on vectors [N, D] and labels [N].
 
-        groups  a name for each vector, [N]: those of a group (a patient, a scene) fall into one fold. None: the tiles and frames
-                of an image are one, where `X` is `Embeddings`
+        groups  the name of each vector's group (a patient, a scene), [N]; a group stays in one fold. None: if `X` is
+                `Embeddings`, the tiles and frames of an image form a group
         """
         vectors, classes, targets = self._examples(X, y)
         if groups is None and isinstance(X, Embeddings):
@@ -277,7 +279,7 @@ class LinearProbe(_Probe):
     def _choose_c(
         self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]
     ) -> tuple[float, float | None]:
-        """C, and the balanced accuracy that it has in the folds."""
+        """The chosen C and its balanced accuracy in cross-validation."""
         groups_of_class = (in_cells(groups, targets) > 0).sum(axis=0)
         most = int(np.bincount(main_class(groups, targets)).max())
         folds = stratified_folds(targets, groups, n_folds=min(5, most), seed=self.seed)
@@ -291,7 +293,7 @@ class LinearProbe(_Probe):
             mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
             train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
             truth, importance = targets[held_out], self._importance(targets[inside])
-            # How improbable a class is that the fold was not fitted on says nothing of C.
+            # The low probability of a class that the fold was not fitted on says nothing about C.
             fitted = np.isin(truth, targets[inside])
             n_judged += np.bincount(truth[fitted], minlength=n_classes)
             weights = None
@@ -302,14 +304,14 @@ class LinearProbe(_Probe):
                 logits = test @ weights[:-1] + weights[-1]
                 right[i] += np.bincount(truth[logits.argmax(axis=1) == truth], minlength=n_classes)
                 missed[i] += cross_entropy(logits[fitted], truth[fitted]).sum()
-        # Rounded, as sums that are equal may differ in their last bit.
+        # Rounded, as equal sums may differ in the last bit.
         balanced = (right / np.bincount(targets)).mean(axis=1).round(9)
         best = int(np.where(balanced == balanced.max(), missed, np.inf).argmin())
         judged = n_judged > 0
         return C_GRID[best], float((right[best, judged] / n_judged[judged]).mean())
 
     def _importance(self, targets: NDArray[np.intp]) -> Floats | None:
-        """How much each vector counts in a fit, [N]; None: all alike."""
+        """The weight of each vector in a fit, [N]; None: all equal."""
         if self.class_weight is None:
             return None
         counts = np.bincount(targets)
@@ -351,14 +353,14 @@ class LinearProbe(_Probe):
 class KNNProbe(_Probe):
     """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / 0.07) (as DINO does).
 
-    k  neighbours; fewer training vectors than that all vote. Of several as near as the k-th, their order decides which do
+    k  number of neighbours; with fewer training vectors, all of them vote. Ties for k-th place are decided by order
 
     Once fitted, on N vectors of D numbers and K classes:
 
     classes_   [K], sorted, of the labels' own type
     vectors_   float32 [N, D], of length 1
-    targets_   int [N], the place of each vector's class in `classes_`
-    model_id_  the vector space; None of plain arrays
+    targets_   int [N], the index of each vector's class in `classes_`
+    model_id_  id of the vector space; None if fitted on plain arrays
     """
 
     kind = "knn"
@@ -378,7 +380,7 @@ class KNNProbe(_Probe):
         return int(self.vectors_.shape[1])
 
     def _shares(self, vectors: Floats) -> Floats:
-        self._check_params()  # unlike C, it counts now
+        self._check_params()  # unlike C, k is used here
         queries = unit_length(vectors).astype(np.float32)
         k = min(self.k, len(self.vectors_))
         step = min(1024, max(1, _KNN_PAIRS // len(self.vectors_)))
@@ -412,7 +414,7 @@ _KINDS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, 
 
 
 def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
-    """Read a saved probe of either kind; raises DataError for a file that is missing or is none."""
+    """Read a saved probe of either kind; raises DataError for a file that is missing or not a probe."""
     from safetensors import SafetensorError, safe_open
 
     path = as_path(path, "path")
@@ -437,16 +439,16 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
 
 
 def _plain_number(value: Any) -> Any:
-    """numpy's numbers, which grid searches set, for JSON."""
+    """Convert a numpy scalar, as grid searches set them, for JSON."""
     return value.item()
 
 
 def stratified_folds(
     targets: NDArray[np.intp], groups: NDArray[np.intp] | None = None, *, n_folds: int, seed: int
 ) -> list[NDArray[np.bool_]] | None:
-    """`n_folds` masks [N] of held-out vectors, each class spread as evenly as it goes; None when n_folds < 2.
+    """`n_folds` masks [N] of held-out vectors, each class spread as evenly as possible; None when n_folds < 2.
 
-    groups  numbers from 0, [N]: each group is in one fold, and counts as of the class of most of its vectors
+    groups  numbers from 0, [N]: a group stays in one fold and counts as the class of most of its vectors
     """
     if n_folds < 2:
         return None
@@ -469,7 +471,7 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
 
 
 def _digests(vectors: Floats) -> NDArray[np.uint64]:
-    """A number for each vector, rising, [N]: whoever has a vector can tell by them that it is among these."""
+    """A digest of each vector, sorted, [N]: tells whether a given vector is among these."""
     rows = np.ascontiguousarray(vectors)
     return np.sort([int.from_bytes(blake2b(row, digest_size=8).digest(), "little") for row in rows]).astype(np.uint64)
 
@@ -507,16 +509,16 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
 
 
 def _some(labels: Labels) -> str:
-    """The first few different ones, as Python writes them."""
+    """The first few distinct labels, as Python writes them."""
     return first_few(list(map(repr, np.unique(labels).tolist())), 3)
 
 
 def _safe_std(vectors: Floats) -> Floats:
-    """What each of D numbers is divided by, [D]: its standard deviation, or a large value of the others where it is constant.
+    """The divisor of each of D dimensions, [D]: its standard deviation or, if constant, a large value of the others.
 
-    Constant is also what varies no more than by float32's rounding: it would be blown up, and another provider rounds
-    otherwise. Rounding is judged by the values that nine of ten numbers stay below, so that a single huge one, such as a
-    file's size put beside an embedding, hides none of the others.
+    Varying by no more than float32's rounding counts as constant: division would blow it up, and other providers round
+    differently. Rounding is judged against a value that nine in ten dimensions stay below, so that a single huge one,
+    such as a file size appended to an embedding, does not make the others look constant.
     """
     std, peaks = vectors.std(axis=0), np.abs(vectors).max(axis=0)
     largest = np.quantile(peaks[peaks > 0], 0.9, method="lower") if peaks.any() else 0.0

@@ -3,9 +3,9 @@
 RUN/
   config.toml       the resolved settings (holds paths: keep it private)
   environment.json  versions, and a fingerprint of the data
-  metrics.jsonl     a line per logged step
+  metrics.jsonl     one line per logged step
   skipped.csv       images that could not be read, and why (holds paths: keep it private)
-  checkpoints/      from which the same command goes on
+  checkpoints/      where the same command resumes from
   neighbours.png    held-out images and those most similar to them, before and after (shows images: keep it private)
   start/            the weights it started from, as a bundle without a graph
   bundle/           the adapted weights, as a bundle without a graph; its manifest holds the verdict
@@ -40,7 +40,7 @@ BUNDLE = "bundle"
 
 
 class Run:
-    """A run's folder, opened. See the module for what lies in it."""
+    """A run's folder, opened. The module's docstring lists what is in it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path, "path")
@@ -50,7 +50,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved settings; DataError where the file is damaged."""
+        """The resolved settings; DataError when the file is damaged."""
         try:
             return tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:  # damaged TOML or bytes
@@ -81,32 +81,32 @@ class Run:
 
     @property
     def verdict(self) -> Verdict:
-        """better, same, worse or cannot tell, with the numbers behind it."""
+        """Better, same, worse or cannot tell, with the numbers behind it."""
         return self.comparison.verdict
 
     @property
     def neighbours(self) -> Path:
-        """The picture of held-out images beside those most similar to them, before and after."""
+        """The path of the picture of held-out images beside those most similar to them, before and after."""
         return self.path / NEIGHBOURS
 
     def metrics(self) -> list[dict[str, float]]:
-        """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait (a share of the time),
-        proj_std, proj_rank, memory_gb (the most so far); and anchor, where it has a weight."""
+        """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait (share of the time),
+        proj_std, proj_rank, memory_gb (peak so far), and anchor if it has a weight."""
         return read_metrics(self.path / METRICS)
 
     def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
-        """Export to ONNX, verified against torch; the settings are `jepakit.export`'s."""
+        """Export to ONNX, verified against torch; takes the settings of `jepakit.export`."""
         from jepakit._frontdoor import export
 
         return export(self.path, out=out, **settings)
 
 
 class DryRun(Frozen, Printed):
-    """What a run would take, from a few of its steps."""
+    """What a run would take, estimated from a few of its steps."""
 
     steps: int
     warmup_steps: int
-    """Of them, with the backbone frozen."""
+    """How many of the steps have the backbone frozen."""
     batch_size: int
     warmup_step_s: float
     """Seconds a step with the backbone frozen, loading included."""
@@ -115,9 +115,9 @@ class DryRun(Frozen, Printed):
     measuring_s: float
     """Seconds to measure the start and the result: to embed the images, and to fit the probes."""
     peak_memory_gb: float
-    """Of this process; on a CPU, with all batches that the loader's processes make ahead."""
+    """Peak of this process; on a CPU, including all batches that the loader's processes prefetch."""
     memory_gb: float
-    """How much there is: of the GPU's, else of main memory."""
+    """Total available: the GPU's memory, else main memory."""
     device: str
 
     @property
@@ -137,7 +137,7 @@ class DryRun(Frozen, Printed):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics.jsonl: a kill can leave the last one half written. None before the first step."""
+    """The complete lines of a metrics.jsonl, none before the first step; a kill can leave the last one half written."""
     if not path.exists():
         return []
     lines = []
@@ -155,7 +155,7 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: str | Path) -> Run:
-    """Open the folder of a run; DataError when it is none."""
+    """Open the folder of a run; DataError when it is not one."""
     path = as_path(path, "path")
     if not is_run(path):
         raise DataError(f"{path} is not a run: it has no {CONFIG}")

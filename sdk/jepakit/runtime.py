@@ -1,8 +1,8 @@
 """Opens a graph's bytes on a provider: ONNX Runtime's CPU, CUDA and TensorRT, or OpenVINO.
 
-What was asked for is what runs, or an error: by itself ONNX Runtime falls back to the CPU with no more than a log line.
-The graph is opened from bytes. Tensors outside it may lie only in the bundle's model.safetensors, whose bytes are given too;
-any other external file is refused: OpenVINO would read it from the working directory.
+The requested provider runs, or there is an error: by default, ONNX Runtime falls back to the CPU with only a log line.
+The graph is opened from bytes. Tensors outside it may only be in the bundle's model.safetensors, whose bytes are passed
+too; any other external file is refused, as OpenVINO would read it from the working directory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _ORT_PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 ON_GPU: tuple[Chosen, ...] = ("cuda", "tensorrt")
-# TensorRT builds an engine for each shape it meets: batches are filled up to one of these.
+# TensorRT builds an engine for each shape it sees, so batches are padded to one of these sizes.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
-# It quantises a whole batch by one range: an image's vector would depend on which others ride with it.
+# It quantises a whole batch by one range: an image's vector would depend on the others in its batch.
 _OF_THE_BATCH = b"DynamicQuantizeLinear"
 
-# Where a driver shows: NVIDIA's on Linux; in WSL 2, where Windows has it, that of any GPU.
+# Devices that show a driver: NVIDIA's on Linux; in WSL 2, where Windows has the driver, that of any GPU.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
-# What ONNX Runtime and CUDA's libraries say when there is no room left.
+# What ONNX Runtime and CUDA's libraries say when memory runs out.
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 
 
@@ -49,12 +49,12 @@ class Runtime(Protocol):
 
     provider: Chosen
     buckets: tuple[int, ...] | None
-    """Batch sizes that the graph should see, on this provider; None: any."""
+    """Batch sizes to run the graph with on this provider; None: any."""
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """The graph's outputs, in their order, for images [B, H, W, C]. Safe to call from several threads.
+        """The graph's outputs, in order, for images [B, H, W, C]. Safe to call from several threads.
 
-        Raises InferenceError where there is no room for so many.
+        Raises InferenceError when there is not enough memory for the batch.
         """
         ...
 
@@ -62,13 +62,13 @@ class Runtime(Protocol):
 def open_runtime(
     graph: bytes, provider: Provider, threads: int, arithmetic: Arithmetic = "model", data: bytes | None = None
 ) -> Runtime:
-    """Open `graph` on `provider`; `auto` takes CUDA where it works, else the CPU.
+    """Open `graph` on `provider`; `auto` uses CUDA if it works, else the CPU.
 
     data        the bytes of model.safetensors, where a large model's graph keeps its tensors; not needed once it is open
-    arithmetic  `bf16`: OpenVINO computes in bfloat16, faster where the CPU has instructions for it
+    arithmetic  `bf16`: OpenVINO computes in bfloat16, which is faster if the CPU has instructions for it
 
-    Raises what `check_provider` raises, and BundleError when the graph cannot be opened, or keeps tensors anywhere but in
-    itself and `data`.
+    Raises the errors of `check_provider`, and BundleError when the graph cannot be opened, or keeps tensors anywhere
+    but in itself and `data`.
     """
     check_provider(provider, arithmetic)
     check_external(graph, data)
@@ -85,10 +85,10 @@ def open_runtime(
 
 
 def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None:
-    """Check, as far as that goes without a graph, that `open_runtime` can use a provider here.
+    """Check, as far as possible without a graph, that `open_runtime` can use a provider here.
 
-    Raises ConfigError when there is no such provider, or it has no such arithmetic; InferenceError when this machine cannot
-    have it; MissingExtraError when its library is not installed.
+    Raises ConfigError for an unknown provider, or one without that arithmetic; InferenceError when it cannot be used on
+    this machine; MissingExtraError when its library is not installed.
     """
     if provider not in get_args(Provider):
         raise ConfigError(
@@ -137,7 +137,7 @@ class _OpenVino:
         import openvino
 
         self.buckets = buckets
-        # Left to itself it computes in bfloat16 where the CPU can, with errors of half a percent.
+        # By default it computes in bfloat16 if the CPU can, with errors of half a percent.
         hint = {"model": "f32", "bf16": "bf16"}[arithmetic]
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         core = openvino.Core()
@@ -156,7 +156,7 @@ class _OpenVino:
 
 
 def _openvino_model(core: Any, graph: bytes, data: bytes | None) -> Any:
-    """The graph as OpenVINO's model. Its reader takes no tensors from memory: they come in as inputs, and are then fixed."""
+    """The graph as an OpenVINO model. Its reader takes no tensors from memory, so inputs are replaced by constants."""
     if data is None or not names_other_files(graph):
         return core.read_model(graph, b"")
     from openvino import op
@@ -177,12 +177,12 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # A thread that waits by spinning takes the core from decoders, other sessions and neighbours (docs/engine.md).
+    # Spinning threads take cores from decoders, other sessions and other programs (docs/engine.md).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Its own format is recognised by the bytes, and names other files in ways that nobody has checked.
+    # ORT's own format, otherwise detected from the bytes, can name other files, which are not checked here.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if data is not None:
-        # Copied as the session is made. With this table no name is looked up on the disk, not even one that is missing here.
+        # Copied while the session is created. With this table no name is looked up on disk, not even a missing one.
         options.add_external_initializers_from_files_in_memory([DATA], [data], [len(data)])
     # fp32 means fp32: CUDA would round products to TF32 unless told not to.
     configured = [(_ORT_PROVIDERS[choice], {"use_tf32": 0} if choice == "cuda" else {})]
@@ -192,7 +192,7 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
         session = ort.InferenceSession(graph, options, providers=configured)
     except Exception as error:  # pybind exceptions have no common base worth naming
         raise BundleError(f"ONNX Runtime cannot open the graph: {lines_of(error)[0]}") from None
-    # Else a provider that fails while running is replaced by the CPU, and the graph's bytes are held for that.
+    # Otherwise a provider that fails while running is replaced by the CPU, and the graph's bytes are kept for that.
     session.disable_fallback()
     session._model_bytes = None
     return session
@@ -204,7 +204,7 @@ def has_nvidia_driver() -> bool:
 
 
 def _missing(choice: Chosen) -> str | None:
-    """Why a provider cannot be used here; None when nothing speaks against it."""
+    """Why a provider cannot be used here; None if nothing is in the way."""
     try:
         ort = import_ort()
     except ImportError:

@@ -1,7 +1,7 @@
 """Opens a bundle's verified model.onnx in ONNX Runtime: arrays in, arrays out.
 
-`Session` is what the service's engine and the export check run on; `load(bundle)` is the same without a
-service, with the client's `embed`.
+The service's engine and the export check run on `Session`; `load(bundle)` wraps one in the client's `embed`, without
+a service.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from jepakit.images import Pixels, check_tile, preprocess
 from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
 
-# A decoder may hold a whole scene: not one for each of 64 cores.
+# A decoder may hold a whole scene in memory, so 64 cores do not get one each.
 _MOST_DECODERS = 8
 _BATCHES_AHEAD = 3
 
 
 class Session:
-    """One model, open on a provider. Raises InferenceError when that provider does not work: the CPU never stands in for it.
+    """One model, open on a provider. Raises InferenceError when the provider does not work; no fallback to the CPU.
 
     graph       the bytes of model.onnx
-    manifest    of the bundle the bytes came from
-    provider    `auto` takes CUDA where it works, else the CPU
-    threads     of one inference; None: one a core this process may use, by its container's quota too
-    arithmetic  `bf16` with OpenVINO; else what the graph says
+    manifest    the manifest of the bundle that the bytes came from
+    provider    `auto` uses CUDA if it works, else the CPU
+    threads     threads per inference; None: one per core that this process may use, within its container's quota
+    arithmetic  `model` computes as the graph says; `bf16` needs OpenVINO
     data        the bytes of model.safetensors, where a large model's graph keeps its tensors
     """
 
@@ -73,16 +73,16 @@ class Session:
     ) -> Session:
         """Verify the whole bundle, open its graph, and check that it reproduces the golden inputs.
 
-        Raises BundleError for what is no exported bundle, is damaged, or computes other vectors here than torch did;
-        ConfigError for a provider or arithmetic that there is not, InferenceError for a provider that does not work here,
-        MissingExtraError without its package.
+        Raises BundleError for a bundle that is not exported, is damaged, or computes other vectors here than torch did;
+        ConfigError for an unknown provider or arithmetic; InferenceError for a provider that does not work here;
+        MissingExtraError when its package is not installed.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
             raise ConfigError(f"threads = {threads!r}: give a whole number, 1 or more, or None for one a core")
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         files = bundle.read_all()
         for name in {GRAPH, GOLDEN} - set(files):
-            bundle.read(name)  # says that there is none, and of a graph that it has to be exported first
+            bundle.read(name)  # raises: the file is missing, and for a graph, export first
         expected = golden.unpack(files[GOLDEN])
         expected.check(bundle.manifest.preprocess, bundle.manifest.embedding.dim)
         session = cls(
@@ -98,20 +98,20 @@ class Session:
 
     @property
     def precision(self) -> str:
-        """What is actually computed: fp32, fp16, int8 or bf16."""
+        """The precision actually computed in: fp32, fp16, int8 or bf16."""
         assert self.manifest.graph is not None
         return self.manifest.graph.precision if self._arithmetic == "model" else self._arithmetic
 
     def run(self, images: Pixels) -> NDArray[np.float32]:
         """Embed preprocessed images: [B, size, size, C], uint8 or raw float32 → float32 [B, D].
 
-        Raises ImageError for another shape or dtype than the graph's, InferenceError where there is no room for so many.
-        Safe to call from several threads.
+        Raises ImageError for a shape or dtype that the graph does not take, InferenceError when there is not enough
+        memory for the batch. Safe to call from several threads.
         """
         return self.run_all(images)[0]
 
     def run_all(self, images: Pixels) -> list[NDArray[np.float32]]:
-        """Embeddings [B, D] and, where the graph has them, patch tokens [B, N, E]."""
+        """Embeddings [B, D] and, if the graph has them, patch tokens [B, N, E]."""
         self._check_kind(images)
         buckets = self._runtime.buckets
         if buckets is None:
@@ -120,11 +120,11 @@ class Session:
 
     @property
     def batch(self) -> int:
-        """How many images to run at once when many are there: on a CPU large batches leave the caches."""
+        """How many images to run at once when there are many: on a CPU, large batches do not fit the caches."""
         return 64 if self.provider in ON_GPU else 4
 
     def _check_kind(self, images: Pixels) -> None:
-        """Raise ImageError for a shape or dtype that the graph does not take: OpenVINO would compute something from any."""
+        """Raise ImageError for a shape or dtype that the graph does not take; OpenVINO would compute on any of them."""
         spec, graph = self.manifest.preprocess, self.manifest.graph
         side = spec.size
         fits = images.ndim == 4 and images.shape[3] == spec.bands and images.dtype == spec.dtype
@@ -137,7 +137,7 @@ class Session:
             )
 
     def check_golden(self, expected: golden.Golden) -> golden.Agreement:
-        """How well the golden inputs' vectors agree with torch's; BundleError below what the tolerance table allows."""
+        """How well the golden inputs' vectors agree with torch's; BundleError if outside the tolerance table."""
         found = golden.agreement(self.run(expected.inputs(self.manifest.preprocess)), expected.vectors)
         if missed := found.misses(golden.TOLERANCES[self.precision, self.provider]):
             raise BundleError(
@@ -150,7 +150,7 @@ class Session:
 def _by_buckets(
     run: Callable[[Pixels], list[NDArray[np.float32]]], images: Pixels, buckets: tuple[int, ...]
 ) -> list[NDArray[np.float32]]:
-    """Run batches of the sizes in `buckets` alone, the last one filled up with zeros."""
+    """Run only batches of the sizes in `buckets`, padding the last one with zeros."""
     parts = []
     for first in range(
         0, max(1, len(images)), buckets[-1]
@@ -164,7 +164,7 @@ def _by_buckets(
 
 
 class Model:
-    """A bundle in this process, with the client's `embed`: no service, no network."""
+    """A bundle loaded in this process, with the client's `embed`: no service, no network."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -181,7 +181,7 @@ class Model:
 
     @property
     def model_id(self) -> str:
-        """The vector space (16 hex digits)."""
+        """Id of the vector space (16 hex digits)."""
         return self.manifest.model_id
 
     def embed(
@@ -197,10 +197,11 @@ class Model:
         most_skipped: float = 0.0,
         on_skipped: OnSkipped | None = None,
     ) -> Embeddings:
-        """Embed what `Client.embed` takes, with the same arguments but `model`, and keep the order.
+        """Embed images, keeping their order; the arguments are those of `Client.embed` without `model`.
 
-        Raises ImageError for the first image that cannot be embedded, or for more of them than `most_skipped`;
-        ConfigError for tiles of another size than the model's, DataError where there are no images, or no such ones.
+        Raises ImageError naming an image that cannot be embedded, once there are more of them than `most_skipped`
+        allows; ConfigError for tiles of another size than the model's, DataError when there are no images or they do
+        not exist.
         """
         check_tile(tile, self.manifest.preprocess)
         check_skipping(most_skipped, on_skipped)
@@ -231,10 +232,10 @@ class Model:
 
 
 def _batches(listed: ImageList, spec: Preprocess, size: int, skipped: Skipped) -> Generator[Pixels, None, None]:
-    """Preprocessed images [B, S, S, C], up to `size` at a time and in order, decoded ahead by threads while others run.
+    """Preprocessed images [B, S, S, C], in order and up to `size` at a time, decoded ahead by threads while others run.
 
-    Those that cannot be read correctly are added to `skipped`, by their places, which raises ImageError for the first
-    that is one too many.
+    Images that cannot be read correctly are added to `skipped` by position; it raises ImageError once there are too
+    many.
     """
     pool = ThreadPoolExecutor(listed.threads(min(usable_cpus(), _MOST_DECODERS)), "decode")
     places, waiting = iter(range(len(listed))), deque[tuple[int, Future[Pixels]]]()
@@ -267,12 +268,12 @@ def load(
     threads: int | None = None,
     arithmetic: Arithmetic = "model",
 ) -> Model:
-    """Open an exported bundle in this process; `.embed(images)` gives `Embeddings` as the client does.
+    """Open an exported bundle in this process; `.embed(images)` returns `Embeddings` as the client does.
 
-    provider    `auto` takes CUDA where it works, else the CPU; any other is taken or refused, never replaced
-    threads     of one inference; None: one a core this process may use, by its container's quota too
-    arithmetic  `bf16` with OpenVINO; else what the graph says
+    provider    `auto` uses CUDA if it works, else the CPU; any other is used or raises, with no fallback
+    threads     threads per inference; None: one per core that this process may use, within its container's quota
+    arithmetic  `model` computes as the graph says; `bf16` needs OpenVINO
 
-    Raises what `Session.open` raises.
+    Raises the errors of `Session.open`.
     """
     return Model(Session.open(bundle, provider=provider, threads=threads, arithmetic=arithmetic))

@@ -17,12 +17,12 @@ _VIEWS_HEAD = (
     "# a line that is not commented out overrides them."
 )
 _ELSEWHERE = ("images", "views")
-"""An argument of the command, and a table of its own."""
+"""`images` is an argument of the command, `views` a table of its own."""
 _WIDTH = 118
 
 
 def template() -> str:
-    """The file: under what it means, each setting, commented out, with its default; empty for None, which TOML cannot say."""
+    """The file: each setting with its description and default, commented out; empty for None, as TOML has no null."""
     return "\n".join([_HEAD, *_lines(AdaptConfig), "", _VIEWS_HEAD, "[views]", *_lines(ViewsConfig)]) + "\n"
 
 
@@ -37,5 +37,5 @@ def _lines(settings: type[BaseModel]) -> Iterator[str]:
 
 
 def _toml(default: Any) -> str:
-    """JSON's numbers, texts, lists and truth values are TOML's too."""
+    """JSON's numbers, strings, lists and booleans are also valid TOML."""
     return "" if default is None else json.dumps(default)

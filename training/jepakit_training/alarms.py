@@ -1,10 +1,10 @@
-"""Warnings in words from what a run logs: what goes wrong, what it means, what to change. Each is given once.
+"""Warnings drawn from a run's log: what is wrong, what it means, what to change. Each is given once.
 
 SIGReg alone cannot say what is wrong: with 64 images and 64 outputs it is 10 for projections of standard
 deviation 0.5, for ones that vary along one direction, and for a healthy run of a hundred steps. So the width and
-the rank of the projections are logged beside it, and SIGReg only says whether to look.
+the rank of the projections are logged with it, and SIGReg only says whether to look.
 
-N images of a batch, K projector outputs. SIGReg at the anchors (exact for N(0, s²) in each direction) is a N + b:
+N images per batch, K projector outputs. SIGReg at these points (exact for N(0, s²) in each direction) is a N + b:
 
     s   0      0.3    0.5    1      1.5    2      16
     a   0.40   0.28   0.15   0      0.08   0.24   1.3
@@ -28,13 +28,13 @@ from jepakit.config import DEFAULT_STEPS
 
 FLOOR = 1.05
 _TOTAL_COLLAPSE = 0.40205
-"""SIGReg an image where all projections are 0: N images have N times that, and no floor beside it."""
+"""SIGReg per image if all projections are 0: N images have N times that, without a floor added."""
 _HEALTHY = 2.5
-# Alarms look at the median of three logged values, and not before the projector has left its start behind.
+# Alarms look at the median of three logged values, once the projector has moved away from its start.
 _SMOOTH, _FIRST_STEPS = 3, 50
 _COLLAPSED_STD, _NARROW_STD, _WIDE_STD, _DEAD_STD = 0.05, 0.3, 2.0, 16.0
-# Sound runs begin narrow and along few directions: a pretrained MobileNetV2 with 64 satellite images a batch had std 0.39
-# at step 10, rank 2.1 at step 20 and 1.3 at step 30 (of 32).
+# Healthy runs begin narrow and along few directions: a pretrained MobileNetV2 with batches of 64 satellite images had
+# std 0.39 at step 10, rank 2.1 at step 20 and 1.3 at step 30 (of 32).
 _RANK_SHARE, _RANK_FROM_STEP = 0.05, 200
 _NO_GRADIENT = 1e-6
 _FEWEST_LOSSES = 12
@@ -59,7 +59,7 @@ def projection_stats(proj_VNK: Tensor) -> dict[str, Tensor]:
 class Alarms:
     """Watches one run.
 
-    images is the batch of one process (of which `projection_stats` speaks), batch_size that of all of them.
+    `images` is the batch of one process, as in `projection_stats`; `batch_size` that of all processes.
     """
 
     steps: int
@@ -79,10 +79,10 @@ class Alarms:
     _given: set[str] = field(default_factory=set)
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Warnings that this logged step (from 0) gives rise to, ready to print.
+        """New warnings after this logged step (from 0), ready to print.
 
-        values  loss, prediction, sigreg, grad_norm, data_wait, proj_std, proj_rank; of a step that was passed over, some
-                are not finite, and none counts
+        values  loss, prediction, sigreg, grad_norm, data_wait, proj_std, proj_rank; if any is not finite, the optimizer
+                skipped the step, and none of them counts
         """
         if all(map(isfinite, values.values())):
             self._note(step, values)
@@ -106,7 +106,7 @@ class Alarms:
         self._settled += step >= max(_FIRST_STEPS, self.warmup_steps)
 
     def _projections(self, step: int, now: Mapping[str, float]) -> dict[str, str]:
-        """At most one: what is wrong with a distribution shows in several ways."""
+        """At most one warning, since one fault of a distribution shows in several ways."""
         sigreg, std, rank = now["sigreg"], now["proj_std"], now["proj_rank"]
         if sigreg <= _HEALTHY:
             return {}
@@ -150,7 +150,7 @@ class Alarms:
         }
 
     def _loss(self, last: bool) -> dict[str, str]:
-        """Thirds of what was logged since the warm-up; a difference counts that is beyond the noise within them."""
+        """Compare thirds of the losses logged since the warm-up; a difference must exceed the noise within them."""
         if len(self._losses) < _FEWEST_LOSSES:
             return {}
         losses, size = np.frombuffer(self._losses), len(self._losses) // 3
@@ -171,7 +171,7 @@ class Alarms:
         return {}
 
     def _waiting(self, now: Mapping[str, float]) -> dict[str, str]:
-        # On a CPU the loader's processes and the model share the same cores: some waiting is in the nature of it.
+        # On a CPU the loader's processes and the model share the same cores, so some waiting is normal.
         if now["data_wait"] <= (0.3 if self.on_gpu else 0.6):
             return {}
         cache = "" if self.cached else ", or keep decoded images with --set cache=FOLDER"

@@ -1,4 +1,4 @@
-"""Which weights a run ends with: averaged over its last steps, and mixed with those it started from."""
+"""The final weights of a run: averaged over its last steps, and mixed with the start weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 class Average:
     """A running average of tensors: exponential (EMA), or of equal weights over the last steps (SWA, arXiv 1803.05407).
 
-    tensors  what is averaged, by name; they go on changing in place
-    steps    of the run; `share` of them, at its end, is what is averaged over
+    tensors  the tensors to average, by name; they keep changing in place
+    steps    steps of the run; the last `share` of them is averaged over
     """
 
     def __init__(self, tensors: dict[str, Tensor], kind: Literal["ema", "swa"], *, steps: int, share: float) -> None:
@@ -30,7 +30,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in what the tensors are after `step`, counted from 0."""
+        """Include the values of the tensors after `step`, counted from 0."""
         now = [tensor.detach() for tensor in self._tensors.values()]
         if step < self._first or self._count == 0:
             torch._foreach_copy_(list(self._values.values()), now)
@@ -41,16 +41,16 @@ class Average:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Make the tensors their average."""
+        """Set the tensors to their average."""
         for name, tensor in self._tensors.items():
             tensor.copy_(self._values[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         return {"values": self._values, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` returned."""
         for name, value in self._values.items():
             value.copy_(state["values"][name])
         self._count = state["count"]
@@ -58,8 +58,8 @@ class Average:
 
 @torch.no_grad()
 def mix_with_start(backbone: nn.Module, start: dict[str, Tensor], mix: float) -> None:
-    """Make every weight start + mix · (trained - start) (WiSE-FT, arXiv 2109.01903)."""
-    # Each tensor once, whatever number of names it has.
+    """Set every weight to start + mix · (trained - start) (WiSE-FT, arXiv 2109.01903)."""
+    # Each tensor once, even if it has several names.
     for name, value in (*backbone.named_parameters(), *backbone.named_buffers()):
         if name in start:
             value.copy_(torch.lerp(start[name].to(value), value, mix))

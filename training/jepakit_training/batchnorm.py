@@ -1,7 +1,7 @@
-"""BatchNorm whose statistics are those of the batch of all ranks.
+"""BatchNorm with statistics over the batch of all ranks.
 
-torch's SyncBatchNorm refuses the CPU, and local statistics put the projector's gradient 22 to 30 % off. Two
-all-reduced sums that autograd sees serve on every device.
+torch's SyncBatchNorm does not run on a CPU, and local statistics put the projector's gradient 22 to 30 % off. Two
+all-reduced sums that autograd sees work on every device.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from jepakit_training.distributed import group_size, mean_over_ranks
 
-_EPS = 1e-5  # torch's own for BatchNorm
+_EPS = 1e-5  # torch's default for BatchNorm
 
 
 class GlobalBatchNorm1d(nn.Module):
-    """The projector's BatchNorm, for training only: it keeps no running statistics."""
+    """The projector's BatchNorm, for training only, without running statistics."""
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
@@ -34,23 +34,23 @@ class GlobalBatchNorm1d(nn.Module):
 
 
 def freeze_norm_statistics(module: nn.Module) -> None:
-    """Keep BatchNorm at its stored statistics: re-estimating them on the domain costs 7 to 9 points."""
+    """Keep BatchNorm at its stored statistics; re-estimating them on the domain costs 7 to 9 points."""
     for part in batch_norms(module):
         part.eval()
 
 
 def make_norm_statistics_global(module: nn.Module) -> None:
-    """Have every BatchNorm of `module` that is in training mode normalise by the statistics of all ranks.
+    """Make every BatchNorm of `module` normalise by the statistics of all ranks when in training mode.
 
-    As torch's own parametrizations do, it changes the class of the layers and nothing else of them: names,
-    parameters, buffers, and the activation that timm puts into the same layer, stay.
+    Like torch's own parametrizations, it changes only the class of the layers: names, parameters, buffers, and the
+    activation that timm puts into the same layer are kept.
     """
     for part in batch_norms(module):
         part.__class__ = type(f"Global{type(part).__name__}", (_GlobalStatistics, type(part)), {})
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """Every BatchNorm of `module`, timm's with a built-in activation included."""
+    """Every BatchNorm of `module`, including timm's with a built-in activation."""
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
@@ -71,7 +71,7 @@ class _GlobalStatistics(_BatchNorm):
         return y.to(input.dtype)
 
     def _remember(self, mean: Tensor, variance: Tensor, *, rows: int) -> None:
-        """Move the running statistics as torch does: the variance without its bias."""
+        """Update the running statistics as torch does, with the unbiased variance."""
         if self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
@@ -82,7 +82,7 @@ class _GlobalStatistics(_BatchNorm):
 
 
 def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over `dims` and all ranks, which hold equally many rows."""
+    """Mean and biased variance over `dims` and all ranks, which must have equally many rows."""
     mean = mean_over_ranks(x.mean(dim=dims))
     centred = x - mean.view(-1, *[1] * (x.ndim - 2))
     return mean, mean_over_ranks(centred.square().mean(dim=dims))

@@ -1,8 +1,8 @@
-"""Decoded images on disk, already shrunk to what the views need: a second pass over the data decodes nothing.
+"""Decoded images on disk, already downscaled to what the views need: a second pass over the data decodes nothing.
 
-One .npy file an image, read through a memory map, so that a crop reads only its own pages. Any number of
+One .npy file per image, read through a memory map, so that a crop reads only its own pages. Any number of
 worker processes share a folder. A full cache stores nothing more: in passes over all the data, making room
-for one image would always throw out one that is needed sooner.
+for one image would always evict one that is needed sooner.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from jepakit_training.memory import GB
 from jepakit_training.views import resize
 
 _FORMAT = 2
-"""Raise it when the same file would give other pixels."""
+"""Increase it when the same file would give other pixels."""
 _SUFFIX = ".jepakit.npy"
-"""The cache removes files of this name alone: the folder may hold other arrays."""
+"""The cache only removes files with such names: the folder may hold other arrays."""
 _HEADER_BYTES = 128
 _LEDGER = "used_bytes"
 _STALE_S = 30 * 24 * 3600
@@ -39,18 +39,18 @@ _NEARLY_FULL = 0.9
 class ImageCache:
     """Pixels by key, in `folder`, at most `limit_bytes` in all.
 
-    least_side  images are stored with their shorter side no longer than this, in pixels
-    decoding    whatever else decides which pixels a file gives, e.g. a DICOM window; part of every key
+    least_side  images are stored with their shorter side at most this long, in pixels
+    decoding    everything else that decides which pixels a file gives, e.g. a DICOM window; part of every key
 
-    Opening a folder that is nearly full removes what was not used for 30 days; one that is over the limit loses
-    its longest unused images. Raises ConfigError when the folder cannot be used.
+    Opening a nearly full folder removes what was not used for 30 days; one over the limit also loses its least
+    recently used images. Raises ConfigError when the folder cannot be used.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, least_side: int, decoding: str = "") -> None:
         self._folder, self._limit, self._least_side, self._decoding = folder, limit_bytes, least_side, decoding
         self._full = False
         try:
-            # The pixels may be a patient's. A folder that exists keeps its mode.
+            # The pixels may be a patient's. An existing folder keeps its mode.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._ledger() as ledger:
                 _write_ledger(ledger, self._tidied())
@@ -60,12 +60,12 @@ class ImageCache:
             ) from None
 
     def key(self, stamp: str) -> str:
-        """The name of an item's pixels, by its `ImageList.stamp`: no byte of the item has to be read for it."""
+        """The key of an item's pixels, from its `ImageList.stamp`, without reading the item."""
         made_of = [_FORMAT, stamp, self._least_side, self._decoding]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def get(self, key: str) -> NDArray[Any] | None:
-        """Read-only pixels [H, W, C], or None when they are not stored or not whole."""
+        """Read-only pixels [H, W, C], or None if they are not stored or incomplete."""
         try:
             pixels = np.load(self._file(key), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
@@ -74,7 +74,7 @@ class ImageCache:
         return np.asarray(pixels) if whole else None
 
     def put(self, key: str, pixels_HWC: NDArray[Any]) -> None:
-        """Store pixels, uint8 or float32, unless the limit is reached or the disk is full."""
+        """Store uint8 or float32 pixels, unless the limit is reached or the disk is full."""
         if self._full:
             return
         try:
@@ -91,13 +91,13 @@ class ImageCache:
 
     @contextmanager
     def _ledger(self) -> Iterator[BinaryIO]:
-        """The file that holds how many bytes are taken, locked against all other processes."""
+        """The file that records how many bytes are used, locked against all other processes."""
         with (self._folder / _LEDGER).open("a+b") as ledger:
             fcntl.flock(ledger, fcntl.LOCK_EX)
             yield ledger
 
     def _reserve(self, size: int) -> bool:
-        """Whether there was room for `size` bytes more, which are now taken."""
+        """Reserve `size` more bytes; returns whether there was room."""
         with self._ledger() as ledger:
             ledger.seek(0)
             text = ledger.read()
@@ -108,7 +108,7 @@ class ImageCache:
             return True
 
     def _stored(self) -> list[tuple[float, int, Path]]:
-        """When last used, bytes and path of every file, those that a crash left half written included."""
+        """Time of last use, size and path of every file, including those that a crash left half written."""
         found = []
         for path in self._folder.iterdir():
             with suppress(FileNotFoundError):  # another process has just renamed its temporary file
@@ -117,7 +117,7 @@ class ImageCache:
         return [file for file in found if file[2].name.endswith(_SUFFIX)]
 
     def _tidied(self) -> int:
-        """The bytes that are taken, after removing what must go."""
+        """The bytes in use, after removing what must go."""
         files = sorted(self._stored())
         used, stale_before = sum(size for _, size, _ in files), time.time() - _STALE_S
         for last_used, size, path in files:
@@ -129,15 +129,15 @@ class ImageCache:
 
 
 def open_cache(config: AdaptConfig, least_side: int, spec: Preprocess) -> ImageCache | None:
-    """The cache that the settings ask for; None where they ask for none."""
+    """The cache that the settings ask for; None if they ask for none."""
     if config.cache is None:
         return None
-    # Two specs can make other pixels of one file: by its window, or by what fills "no data".
+    # Two specs can make different pixels from one file: by its window, or by what fills "no data".
     return ImageCache(Path(config.cache), int(config.cache_gb * GB), least_side, spec.model_dump_json())
 
 
 def downscale(pixels_HWC: NDArray[Any], least_side: int) -> NDArray[Any]:
-    """The pixels, uint8 or float32, shrunk (antialiased) so that the shorter side is `least_side` if it is longer."""
+    """uint8 or float32 pixels, downscaled (antialiased) so that the shorter side is at most `least_side`."""
     height, width, _ = pixels_HWC.shape
     short = min(height, width)
     if short <= least_side:

@@ -2,9 +2,9 @@
 
     checkpoints/step-000000100/{state.pt, manifest.json}
 
-Written to a temporary folder, flushed, renamed; older ones are deleted only afterwards. Loading takes the newest one
-whose SHA-256 is right; damaged ones are renamed to damaged-step-…, and may be removed. (accelerate's own `save_state`
-leaves torn folders behind and then cannot load; see "Own checkpoints" in docs/design.md.)
+Written to a temporary folder, flushed, then renamed; older ones are deleted only afterwards. Loading takes the newest
+one whose SHA-256 is right; damaged ones are renamed to damaged-step-…, and may be removed. (accelerate's own
+`save_state` can leave incomplete folders, which it then cannot load; see "Own checkpoints" in docs/design.md.)
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SLOW_STEP_S = 10.0
 
 
 class Saver:
-    """Decides after each step whether to save, and goes on where a disk is full in the middle of a run.
+    """Decides after each step whether to save; a full disk in the middle of a run does not stop it.
 
-    folder   where the checkpoints lie
-    every_s  seconds between checkpoints. A step that itself took longer than 10 s is saved at once: a SIGTERM's
-             grace ends before the next one does (see `stopping`)
-    first    the step the run goes on from; 0 at its start
+    folder   where the checkpoints are stored
+    every_s  seconds between checkpoints. A step that took longer than 10 s is saved at once, as the grace period of a
+             SIGTERM would end before the next step does (see `stopping`)
+    first    the step that the run resumes from; 0 at its start
     main     whether this process is the one that saves
     """
 
@@ -47,12 +47,12 @@ class Saver:
         self._save_took, self._warned = 0.0, False
 
     def after_step(self, done: int, state: Callable[[], dict[str, Any]], *, must: bool = False) -> None:
-        """Save if it is time to, or if it `must` be: at the last step and at a stop. `state` is called only then.
+        """Save if it is due, or if it `must` be done: at the last step and at a stop. `state` is called only then.
 
-        Where it cannot be written: a warning, once, and a next try when it is time again; CheckpointError if it `must`.
+        If it cannot be written, warn once and try again when the next one is due; CheckpointError if it `must` be done.
         """
         now = time.monotonic()
-        # A save that takes longer than the step is not worth it after every single one.
+        # If saving takes longer than a step, saving after every step is not worth it.
         slow = now - self._step_began > max(_SLOW_STEP_S, self._save_took)
         if self._main and (must or slow or now - self._saved_at >= self._every_s):
             self._save(done, state(), must=must)
@@ -77,7 +77,7 @@ class Saver:
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`.
 
-    Raises CheckpointError when it cannot be written, TrainingError when a number is not finite; what was there stays.
+    Raises CheckpointError if it cannot be written, TrainingError if a number is not finite; older ones are kept then.
     """
     _check_finite(step, state)
     storages = [tensor.untyped_storage() for tensor in _tensors(state)]
@@ -109,14 +109,14 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
         with path.open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
-        # Of a failed write torch says "unexpected pos 768 vs 662"; behind it lies the system's own reason.
+        # torch reports a failed write as "unexpected pos 768 vs 662"; the system's error is its context.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest whole checkpoint, or None.
+    """(step, state) of the newest intact checkpoint, or None.
 
-    Raises CheckpointError where one cannot be read: it may be sound, and training must not begin anew beside it.
+    Raises CheckpointError if one cannot be read: it may be intact, and training must not start over beside it.
     """
     try:
         for candidate in _newest_first(folder):
@@ -131,9 +131,9 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename the checkpoints of steps after `step`, which `load_newest` passed over, and say so, each in a line.
+    """Rename the checkpoints of steps after `step`, which `load_newest` skipped as damaged, with a warning for each.
 
-    Raises CheckpointError where one cannot be renamed.
+    Raises CheckpointError if one cannot be renamed.
     """
     for damaged in _newest_first(folder):
         if damaged.name <= _name(step):
@@ -155,7 +155,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
 
 def _whole_step(checkpoint: Path) -> int | None:
-    """The step of a checkpoint; None where it is damaged or incomplete. Raises OSError where it cannot be read."""
+    """The step of a checkpoint; None if it is damaged or incomplete. Raises OSError if it cannot be read."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         step, digest = int(manifest["step"]), manifest["sha256"]
@@ -176,7 +176,7 @@ def _unwritten(folder: Path, step: int, needed: int, error: OSError) -> Checkpoi
 
 
 def _check_finite(step: int, state: dict[str, Any]) -> None:
-    """TrainingError where a number is not finite, by one reduction over all tensors, and one wait for the device."""
+    """TrainingError if a number is not finite; one reduction over all tensors waits for the device only once."""
     numbers = [tensor for tensor in _tensors(state) if tensor.is_floating_point() and tensor.numel()]
     if not torch.nn.utils.get_total_norm(numbers, norm_type=math.inf).isfinite():
         raise TrainingError(
@@ -198,7 +198,7 @@ def _name(step: int) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """The checkpoints there; OSError where the folder cannot be read, which `glob` would take for an empty one."""
+    """The checkpoints, newest first; OSError for an unreadable folder, which `glob` would treat as empty."""
     try:
         return sorted((path for path in folder.iterdir() if path.name.startswith("step-")), reverse=True)
     except (FileNotFoundError, NotADirectoryError):

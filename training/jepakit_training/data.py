@@ -1,4 +1,4 @@
-"""From files to batches of views. Nothing here keeps state: a batch is a function of (seed, step)."""
+"""From files to batches of views. Nothing here has state: a batch is a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_SUBSTITUTES = 20
 
 
 class Key(NamedTuple):
-    """Which image, and in which pass over the data: together with the seed, all that its views depend on."""
+    """Which image, and in which pass over the data; with the seed, this determines its views."""
 
     epoch: int
     place: int
@@ -34,8 +34,8 @@ class Key(NamedTuple):
 class StepBatches(Sampler[list[Key]]):
     """This rank's keys for the optimizer steps `first` … `last - 1`.
 
-    The stream of images is one permutation after another, cut into batches of `batch_size` over all ranks:
-    every image is seen equally often, however small the data; only at the seam can a batch hold one twice.
+    The stream of images is one permutation after another, cut into batches of `batch_size` over all ranks: every
+    image is seen equally often, however few there are; only between permutations can a batch hold one twice.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, steps: range, *, rank: int = 0, world: int = 1) -> None:
@@ -60,9 +60,9 @@ class StepBatches(Sampler[list[Key]]):
 class Item(NamedTuple):
     crops: Crops | None
     skipped: list[tuple[int, str]]
-    """(index, reason) of files that could not be read and whose place another took."""
+    """(index, reason) of files that could not be read and were replaced by another."""
     fault: InputError | None = None
-    """Why there are no crops: it is raised by whoever takes the batch, not in a worker, which would add a traceback."""
+    """Why there are no crops; raised in the main process, as raising it in a worker would add a traceback."""
 
 
 class Batch(NamedTuple):
@@ -76,11 +76,11 @@ class Batch(NamedTuple):
 class ViewDataset(Dataset[Item]):
     """Decodes the image of a key and cuts its views.
 
-    images  the source; `indices` are those of it that are trained on
-    spec    the model's preprocess: what kind of pixels is wanted
+    images  the source; `indices` are the images to train on
+    spec    the model's preprocess: the kind of pixels wanted
     cache   decoded and downscaled images, or None
 
-    An unreadable file is replaced by one drawn from all, the same on every rank and at every resume.
+    An unreadable file is replaced by one drawn at random, the same on every rank and at every resume.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ViewDataset(Dataset[Item]):
         return Item(None, skipped, fault)
 
     def _places(self, key: Key) -> Iterator[int]:
-        """The key's own, then those that may take it: not its neighbours, which can be tiles of the same damaged slide."""
+        """The key's own place, then random substitutes: its neighbours could be tiles of the same damaged slide."""
         yield key.place
         random = np.random.default_rng(derive_seed(self._seed, "substitutes", key.epoch, key.place))
         yield from random.integers(len(self._indices), size=_MOST_SUBSTITUTES - 1).tolist()
@@ -134,7 +134,7 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """A loader of `batches`; the number of workers changes nothing but speed.
 
-    prefetch  batches that each worker makes ahead
+    prefetch  batches that each worker prepares in advance
     finished  whether colours are changed here, in the loader's processes (else on the training device)
     """
     return DataLoader(
@@ -153,17 +153,17 @@ def make_loader(
 def iterating(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
     """The loader's batches; its processes end with the block.
 
-    Whoever keeps an error keeps its frames, and the iterator in them: an exit would then wait for ever for processes that
-    ignore SIGTERM.
+    Otherwise a stored error would keep its frames and the iterator in them alive, and the exit would wait forever for
+    processes that ignore SIGTERM.
     """
     batches: Any = iter(loader)
     try:
         yield batches
     finally:
-        if hasattr(batches, "_shutdown_workers"):  # what torch does when nobody holds the iterator any more
+        if hasattr(batches, "_shutdown_workers"):  # as torch does when the iterator is garbage-collected
             batches._shutdown_workers()
             for process in batches._workers:
-                process.kill()  # one that still reads
+                process.kill()  # in case it is still reading
 
 
 def _collate(items: list[Item]) -> Batch:
@@ -180,7 +180,7 @@ def _collate_finished(items: list[Item]) -> Batch:
 
 
 def views_on(device: torch.device, batch: Batch) -> Views:
-    """A batch's views on `device`, their colours changed there where the loader left that to it; raises its fault."""
+    """A batch's views on `device`, with colours changed there unless the loader has done so; raises its fault."""
     views = batch.views
     if views is None:
         assert batch.fault is not None
@@ -191,7 +191,7 @@ def views_on(device: torch.device, batch: Batch) -> Views:
 
 
 def _start_worker(_: int) -> None:
-    # Whoever sends SIGTERM to a whole job means the trainer, which still wants the batches of its last step.
+    # A SIGTERM sent to a whole job is meant for the trainer, which still needs the batches of its last step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     silence_loggers()

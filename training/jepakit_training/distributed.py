@@ -1,4 +1,4 @@
-"""What ranks send each other besides gradients."""
+"""What ranks exchange besides gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def group_size() -> int:
-    """How many ranks share the batch; 1 where there is no process group."""
+    """How many ranks share the batch; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of every rank's `x`, with the gradient that it has on all of them."""
+    """The mean of `x` over ranks, with its gradient from all of them."""
     if group_size() == 1:
         return x
     total: Tensor = _AllReduceSum.apply(x)
@@ -23,9 +23,9 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 class SharedFlag:
-    """Asks over the CPU whether a flag is up on any rank: a GPU would answer only after all the work it has been given.
+    """Asks over the CPU whether a flag is set on any rank: a GPU would answer only after all of its queued work.
 
-    Every rank makes one, and asks as often as the others.
+    Every rank must create one and ask equally often.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class SharedFlag:
         self._group = None if alone else dist.new_group(backend="gloo")
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank has called this with True; waits until all have called."""
+        """Whether any rank called this with True; waits until all have called it."""
         if group_size() == 1:
             return flag
         flags_up = torch.tensor(int(flag))
@@ -42,7 +42,7 @@ class SharedFlag:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks that autograd sees: every rank's loss depends on every rank's input."""
+    """A sum over ranks that autograd sees: every rank's loss depends on every rank's input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A few steps of the real run, to say what the whole would take. Nothing is kept."""
+"""A few steps of the real run, to estimate what all of it would take. Nothing is kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MEASURED_IMAGES = 40
 def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     """Four steps with the backbone frozen, four with it training, and some images measured, in one process.
 
-    Raises what `adapt` would raise before and in its first steps: InputError, and TrainingError when memory runs out.
+    Raises the errors of `adapt` before and in its first steps: InputError, and TrainingError when memory runs out.
     """
     count = (config.processes or 1) if config.launcher == "ray" else count_processes(config, images)
     if count > 1:
@@ -64,7 +64,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
 
 def _seconds_a_step(setup: Setup, learner: Learner, steps: range) -> float:
-    """Seconds from one step's end to the next one's; the first, which waits for the loader's processes, counts alone."""
+    """Median seconds from step to step; the first, which waits for the loader's processes, counts only if alone."""
     ends = [time.perf_counter()]
     with iterating(step_loader(setup, steps)) as batches:
         for step, batch in zip(steps, batches, strict=True):
@@ -97,8 +97,8 @@ def _seconds_to_measure(setup: Setup) -> float:
 
 
 class _Sampling:
-    """`extract`, of a few of the images; probes are fitted on random vectors of all. `left_out_s` is what the others would
-    take."""
+    """`extract` for a few of the images; probes are fitted on random vectors for all. `left_out_s` is the time for the
+    others."""
 
     left_out_s = 0.0
 

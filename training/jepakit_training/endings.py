@@ -1,4 +1,4 @@
-"""How a training process says to the one that started it why it ended: in a file each, FOLDER/rank-N.json."""
+"""How a training process tells its parent why it ended: in a file for each rank, FOLDER/rank-N.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jepakit._files import replacing
 
 @dataclass(frozen=True)
 class Ending:
-    """Why the process `rank` ended early: an exception's class and words, what else it holds, where it came from."""
+    """Why the process `rank` ended early: an exception's class, message, other attributes and origin."""
 
     rank: int
     kind: str
@@ -26,25 +26,25 @@ class Ending:
 
     @property
     def asked_for(self) -> bool:
-        """Whether it stopped because it was told to."""
+        """Whether it was told to stop."""
         return self.kind in ("KeyboardInterrupt", "SystemExit")
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
 
     def error(self) -> errors.JepakitError | None:
-        """The same error in this process; None for one that jepakit did not raise on purpose."""
+        """The same error in this process; None if jepakit did not raise it on purpose."""
         kind = getattr(errors, self.kind, None)
         if not isinstance(kind, type) or not issubclass(kind, errors.JepakitError):
             return None
-        error = kind.__new__(kind, self.message)  # some classes want more than a message
+        error = kind.__new__(kind, self.message)  # some classes need more than a message
         error.__dict__.update(self.extra)
         return error
 
 
 @contextmanager
 def reporting_ending(folder: Path, rank: int) -> Iterator[None]:
-    """Leave the ending of whatever raises inside in `folder`; the exception goes on."""
+    """Record in `folder` the ending of any exception raised inside, and let it propagate."""
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -62,12 +62,12 @@ def reporting_ending(folder: Path, rank: int) -> Iterator[None]:
 
 
 def read_endings(folder: Path) -> list[Ending]:
-    """The endings reported so far, the earliest first: those after it are mostly of processes that lost their peer."""
+    """The endings reported so far, earliest first: later ones mostly come from processes that lost a peer."""
     files = sorted(folder.glob("rank-*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [Ending(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def raise_first(endings: Iterable[Ending]) -> None:
-    """Raise here the first of the errors that jepakit raised on purpose, if there is one."""
+    """Raise the first of the errors that jepakit raised on purpose, if there is one."""
     for error in filter(None, (ending.error() for ending in endings)):
         raise error

@@ -1,4 +1,4 @@
-"""Measuring embeddings before and after: which pooling serves, and whether adaptation helped."""
+"""Measuring embeddings before and after: which pooling to use, and whether adaptation helped."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ _BATCH = 16
 
 @dataclass
 class Features:
-    """Pooled outputs before centring of the images to measure on, float32 [N, D] for each pooling.
+    """Pooled outputs, before centring, of the images to measure on: float32 [N, D] for each pooling.
 
-    `readable` speaks of the images that were asked for, `skipped` of their indices in the source; rows are the
-    readable ones.
+    `readable` covers all images asked for, `skipped` holds indices into the source; rows are the readable images.
     """
 
     by_pooling: dict[Pooling, NDArray[np.float32]]
@@ -53,7 +52,7 @@ def extract(
     what: str,
     progress: bool,
 ) -> Features:
-    """Pool the backbone's features of some images, read by the one preprocess, in float32."""
+    """Pool the backbone's features of some images, read with the model's preprocess, in float32."""
     plain = Embedder(backbone, spec, _bare_spec("head")).to(device).eval()
     loader = DataLoader(
         _Preprocessed(images, indices, spec),
@@ -84,7 +83,7 @@ def extract(
 
 
 def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
-    """The poolings to compare before training; one, where the user chose or nothing can be compared."""
+    """The poolings to compare before training; only one if the user chose it or there is nothing to compare by."""
     if config.pooling != "auto":
         check_pooling(backbone, config.backbone, config.pooling)
         return (config.pooling,)
@@ -92,21 +91,21 @@ def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> 
 
 
 def specify(pooling: Pooling, standardize: Literal["auto", Standardize], fit: NDArray[np.float32]) -> EmbeddingSpec:
-    """The embedding's spec, its centre and scale measured on `fit` [N, D]."""
+    """The embedding's spec, with centre and scale measured on `fit` [N, D]."""
     if standardize == "auto":
         standardize = "scale" if pooling == "stages" else "center"
     return EmbeddingSpec(dim=fit.shape[1], pooling=pooling, standardize="none").standardized_by(fit, standardize)
 
 
 def apply_spec(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`Embedder`'s last steps on pooled features, in numpy: so that one pass serves every spec."""
+    """`Embedder`'s last steps on pooled features, in numpy, so that one pass serves every spec."""
     center = np.float32(0) if spec.center is None else np.array(spec.center, np.float32)
     scale = np.float32(1) if spec.scale is None else np.array(spec.scale, np.float32)
     return (raw - center) / scale
 
 
 def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measurement:
-    """Probes fitted on the labelled `fit` rows, judged on the labelled held-out rows."""
+    """Probes fitted on the labelled `fit` rows, evaluated on the labelled held-out rows."""
     vectors, images = vectors[images.is_labelled], images.only(images.is_labelled)
     fit, held_out = images.only(images.is_fit), images.only(~images.is_fit)
     assert fit.labels is not None
@@ -122,9 +121,9 @@ def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measu
 
 
 def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal["auto", Standardize]) -> Pooling:
-    """The pooling whose probes do better on the `fit` images alone, cross-validated: held-out ones stay unseen.
+    """The pooling whose probes do best in cross-validation on the `fit` images; held-out images stay unseen.
 
-    The first one where there are too few labels, or groups, to tell.
+    The first pooling if there are too few labels, or groups, to tell.
     """
     poolings, fit = list(features.by_pooling), images.only(images.is_fit & images.is_labelled)
     if len(poolings) == 1 or fit.labels is None:
@@ -146,7 +145,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
 @dataclass
 class Measured:
-    """An embedding's spec, the vectors [N, D] of the images to measure on, and how these did (None without labels)."""
+    """An embedding's spec, the vectors [N, D] of the images to measure on, and their results (None without labels)."""
 
     embedding: EmbeddingSpec
     vectors: NDArray[np.float32]
@@ -156,7 +155,7 @@ class Measured:
 class Measuring:
     """Measures the start and the end of a run on the same images.
 
-    extract  the function that makes their features, with the arguments of this module's `extract`
+    extract  the function that computes features, with the arguments of this module's `extract`
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class Measuring:
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
     def end(self, backbone: Any, pooling: Pooling) -> Measured:
-        """After: the same pooling, centre and scale measured anew. DataError where an image cannot be read any more."""
+        """After: the same pooling, centre and scale measured again. DataError if an image can no longer be read."""
         features = self._extract(backbone, (pooling,), "measure the result")
         if not features.readable.all():
             raise DataError(
@@ -214,8 +213,8 @@ class Measuring:
         )
 
     def _check_images(self) -> None:
-        """DataError where one part could not be read at all. Labels that cannot be probed are left out: those of one class, or
-        of images on one side alone."""
+        """DataError if no image of one part can be read. Labels that cannot be probed are dropped: those of a single
+        class, or of images on one side only."""
         for name, part in (("to train on", self.images.is_fit), ("held out", ~self.images.is_fit)):
             if not part.any():
                 raise DataError(
@@ -248,7 +247,7 @@ class Measuring:
 
 
 def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
-    """Why probes cannot be fitted on these labels, or judged by them; empty where they can."""
+    """Why probes cannot be fitted on these labels, or evaluated by them; empty if they can."""
     for name, part in (("to fit probes on", images.is_fit), ("held out", ~images.is_fit)):
         if not (part & images.is_labelled).any():
             return (
@@ -265,9 +264,9 @@ def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
 
 
 class _Preprocessed(Dataset[Any]):
-    """What the graph takes, [H, W, C], of a readable image; the reason in words for another.
+    """Images as the graph takes them, [H, W, C]; for an unreadable one, the reason as text.
 
-    An error that is no single image's is an item too: raised in a worker it would come with a traceback.
+    An error that does not concern a single image is an item too: raised in a worker, it would come with a traceback.
     """
 
     def __init__(self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess) -> None:

@@ -1,4 +1,4 @@
-"""Held-out images: which are never trained on, and on which the start and the result are measured."""
+"""Held-out images, which are never trained on: the start and the result are measured on them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from jepakit_training.randomness import derive_seed
 
 _FEWEST_IMAGES = 16
 ENOUGH_GROUPS = 120
-"""Held-out groups that let the verdict say "same": it takes 90 of even weight, and a third more as groups are uneven."""
+"""Held-out groups needed for the verdict "same": 90 of equal weight, and a third more as groups are uneven."""
 _OF_EACH_CLASS = 20
-"""Images of a class that a probe, and a k-NN of as many neighbours, need; evenly spread ones may hold one or none of a rare
-class."""
+"""Images per class that a probe, and a k-NN of as many neighbours, need; an evenly spread sample may hold one or none
+of a rare class."""
 
 
 class Split(NamedTuple):
-    """Indices of the images that are trained on, and of those never trained on."""
+    """Indices of the images to train on, and of those never trained on."""
 
     train: NDArray[np.intp]
     held_out: NDArray[np.intp]
 
 
 def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
-    """What trains and what is held out, with notes on what makes the verdict optimistic; DataError where either is too little."""
+    """The training and held-out images, with notes on what makes the verdict optimistic; DataError if too few."""
     if len(images) < _FEWEST_IMAGES:
         raise DataError(
             f"{len(images)} images are too few to adapt on: at least {_FEWEST_IMAGES} are needed, hundreds are better"
@@ -51,8 +51,8 @@ def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
 
 
 def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
-    """Held-out images: the manifest's own where it names some, else a share of the labelled ones (of all, without labels) and
-    of their groups as wholes, each stratum in proportion."""
+    """Held-out images: those named by the manifest, else a share of the labelled ones (of all, without labels) and of
+    their whole groups, from each stratum in proportion."""
     groups, notes = images.groups, []
     if images.held_out is not None:
         parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
@@ -86,7 +86,7 @@ def _are_one_group(places: NDArray[np.intp], groups: Sequence[str] | None) -> bo
 
 
 def _with_siblings(held_out: NDArray[np.intp], groups: Sequence[str] | None, count: int) -> Split:
-    """The split of `count` images that holds out these, and all others of their groups."""
+    """The split of `count` images that holds out these and all others of their groups."""
     is_held_out = np.zeros(count, bool)
     is_held_out[held_out] = True
     if groups is not None:
@@ -105,16 +105,16 @@ def split(
     groups: Sequence[str] | None = None,
     enough_groups: int = 0,
 ) -> Split:
-    """Hold out `share` of the images, of each stratum in proportion.
+    """Hold out `share` of the images, from each stratum in proportion.
 
-    Of many images fewer are held out: `most`, or what about `enough_groups` of the groups hold if that is more. At least one
-    group of a stratum is held out, and as many as the verdict needs to judge the class where those are at most a third of
-    the stratum's. A stratum of a single group stays in training.
+    With many images fewer are held out: `most`, or about what `enough_groups` groups hold if that is more. At least one
+    group of each stratum is held out, and as many as the verdict needs for a class if these are at most a third of the
+    stratum's groups. A stratum with a single group stays in training.
 
-    strata         a name for each image, e.g. its class; None: all are one stratum
-    groups         a name for each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
-                   the stratum of most of its images; None: every image is a group of its own
-    enough_groups  over all strata, an equal part of each; it means nothing without groups
+    strata         the stratum of each image, e.g. its class; None: all are one stratum
+    groups         the group of each image: a group (a patient, a scene) is held out whole or not at all, and belongs to
+                   the stratum of most of its images; None: every image is its own group
+    enough_groups  over all strata, divided equally among them; ignored without groups
     """
     random = np.random.default_rng(derive_seed(seed, "split"))
     group_of = np.arange(count) if groups is None else codes(groups)
@@ -122,7 +122,7 @@ def split(
     sizes = np.bincount(group_of)
     stratum_of_group = main_class(group_of, stratum_of)
     lone = np.bincount(stratum_of_group)[stratum_of_group] == 1
-    if 2 * sizes[lone].sum() > count:  # too many to stay: they are one stratum together
+    if 2 * sizes[lone].sum() > count:  # too many to keep in training: treat them as one stratum
         stratum_of_group[lone] = -1
     chosen = np.zeros(len(sizes), bool)
     names, n_groups = np.unique(stratum_of_group, return_counts=True)
@@ -138,7 +138,7 @@ def split(
 
 
 def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float, fewest: int) -> list[int]:
-    """In their order, the groups that bring the images held out nearer to `share` of all; then the smallest others, up to
+    """Take groups in order if they bring the images held out closer to `share`; then the smallest others, up to
     `fewest` groups."""
     wanted, taken, chosen = round(share * sizes[groups].sum()), 0, []
     for group in groups.tolist():
@@ -152,7 +152,7 @@ def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float,
 
 
 def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
-    """A warning where the start was trained on other images, and which of these were among them is not known."""
+    """A warning if the start weights may have been trained on images that are held out here."""
     if not is_bundle_weights(config.weights) or images.held_out is not None:
         return []
     if _held_out_alike(config.weights, config, images.digest()):
@@ -164,9 +164,9 @@ def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
 
 
 def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool:
-    """Whether every run behind these start weights held out the images that this one holds out."""
+    """Whether every run behind these start weights held out the same images as this one."""
     if not is_bundle_weights(weights):
-        return weights in START_WORDS or Path(weights).is_file()  # else a bundle that is gone since
+        return weights in START_WORDS or Path(weights).is_file()  # otherwise a bundle that no longer exists
     provenance = open_bundle(weights).manifest.provenance
     before = provenance.config
     if provenance.steps == 0:
@@ -180,10 +180,10 @@ def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool
 
 @dataclass
 class MeasuringSet:
-    """The images to measure on: `fit` of them (they may be trained on) centre the embedding, and fit the probes if they are
-    labelled; `held_out` judge.
+    """The images to measure on: those with `is_fit` (they may be trained on) centre the embedding and, if labelled, fit
+    the probes; the others are held out to evaluate on.
 
-    `labels` and `groups` are None where there are none; the label of an image that is not labelled says nothing.
+    `labels` and `groups` are None if there are none; the entry in `labels` of an unlabelled image has no meaning.
     """
 
     indices: NDArray[np.intp]
@@ -194,14 +194,14 @@ class MeasuringSet:
 
     @classmethod
     def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
-        """At most `most` images of each part, evenly spread over groups where there are some, rare classes first.
+        """At most `most` images of each part, evenly spread over groups if there are any, rare classes first.
 
-        Held-out images may be more: those that the verdict needs of every class. Of a set that is labelled in part they are
-        the labelled ones, and images to fit on that are not labelled take the room that labelled ones leave.
+        There may be more held-out images if the verdict needs them for a class. In a partly labelled set only labelled
+        images are held out, and unlabelled images to fit on fill the places that labelled ones leave.
         """
         judges = images.judges()
         labels = None if images.labels is None else np.array([label or "" for label in images.labels])
-        # A single group is on both sides, of which the plan warns: then its images are all that can be told apart.
+        # A single group is on both sides, as the plan warns: then only its images can be told apart.
         alone = images.groups is None or _are_one_group(judges, images.groups)
         groups = None if alone else np.asarray(images.groups)
         train, others = _divide(split.train, judges)
@@ -221,7 +221,7 @@ class MeasuringSet:
         )
 
     def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
-        """Some of them, e.g. those that could be read."""
+        """A subset, e.g. the images that could be read."""
         labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
         return MeasuringSet(self.indices[kept], self.is_fit[kept], self.is_labelled[kept], labels, groups)
 
@@ -235,10 +235,10 @@ def _divide(part: NDArray[np.intp], judges: NDArray[np.intp]) -> tuple[NDArray[n
 def _spread_over_classes(
     part: NDArray[np.intp], labels: NDArray[np.str_] | None, groups: NDArray[np.str_] | None, most: int, *, least: int
 ) -> NDArray[np.intp]:
-    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS of every class, where there is room for all; the rest of
-    all classes alike.
+    """At most `most` of the indices in `part`: up to _OF_EACH_CLASS per class if there is room, the rest regardless of
+    class.
 
-    least  of every class, even if that passes `most`
+    least  how many of every class to take, even beyond `most`
     """
     if len(part) <= most:
         return part
@@ -256,9 +256,9 @@ def _spread_over_classes(
 
 
 def _spread_over_groups(places: NDArray[np.intp], group_of: NDArray[np.intp] | None, most: int) -> NDArray[np.intp]:
-    """At most `most` of the places, evenly spread, and as many of each group as of any other, or all that it has.
+    """At most `most` of the places, evenly spread, with equally many from each group, or all that it has.
 
-    group_of  the group of every place there is; None: none belong together
+    group_of  the group of every possible place; None: no groups
     """
     if group_of is None:
         return places[evenly_spread(len(places), most)]

@@ -1,4 +1,4 @@
-"""`inspect`: look at a sample of the images, report counts, kinds, values, doubts and advice, draw the contact sheet."""
+"""`inspect`: look at a sample of the images, report counts, kinds, values, doubts and advice, draw a contact sheet."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from jepakit_training.sheet import write_sheet
 from jepakit_training.values import choose_preprocess, chosen_frame
 
 _OTHERS = 768
-"""Images looked at beside those that training looks at."""
+"""Images looked at in addition to those that training looks at."""
 _LISTED = 20
-_SAME_BITS = 10  # of 256: photographs of the same part differ by less, other images by 60 and more
+_SAME_BITS = 10  # of 256: photographs of the same part differ by less, other images by at least 60
 _TILE_ABOVE = 4
 _SMALL_SIDE = 96
 _FAINT = 0.02
@@ -34,7 +34,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspection:
     """The report on `images`; the views drawn are those of the chosen domain, or of the suggested one.
 
-    sheet  where to draw it, checked by `check_place`; WriteError where that cannot be written
+    sheet  where to draw it, checked by `check_place`; WriteError if it cannot be written
     """
     trained_on, others = sampled(images), evenly_spread(len(images), _OTHERS)
     places = np.union1d(trained_on, others)
@@ -55,7 +55,7 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
 
 
 def _any_backbone(size: int) -> Preprocess:
-    """What most backbones want; only the picture depends on it."""
+    """The preprocess of most backbones; only the picture depends on it."""
     return Preprocess(
         size=size,
         resize_to=math.floor(size / 0.9),
@@ -113,18 +113,18 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
 
 
 def near_duplicates(found: Scan) -> list[tuple[int, int]]:
-    """Pairs of sampled images (indices) whose difference hashes are all but equal."""
+    """Pairs of sampled images (indices) whose difference hashes are nearly equal."""
     bits = np.array([one.fingerprint for one in found.seen])
     signs = np.where(bits, 1, -1).astype(np.int16)
     apart = (bits.shape[1] - signs @ signs.T) // 2
-    # An image of a few smooth patches has a hash that says nothing: its bits are nearly all alike.
+    # The hash of an image with a few smooth patches is meaningless: nearly all of its bits are equal.
     telling = np.abs(signs.sum(axis=1)) < 0.9 * bits.shape[1]
     first, second = np.nonzero(np.triu((apart <= _SAME_BITS) & telling[:, None] & telling[None, :], k=1))
     return [(found.seen[a].index, found.seen[b].index) for a, b in zip(first, second, strict=True)]
 
 
 def _suggest_domain(found: Scan, mean: Sequence[float]) -> tuple[Domain, str]:
-    """A guess from formats, bands and colours."""
+    """Guess the domain from formats, bands and colours."""
     headers = [one.header for one in found.seen]
     if any(header.format == "DICOM" for header in headers):
         return "radiology", "DICOM files"
@@ -191,7 +191,7 @@ def _advice(
 
 
 def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]:
-    """Images that would be all but one grey once scaled: of another modality, or in other units."""
+    """Images that would be nearly a single grey once scaled: of another modality, or in other units."""
     if scaling is None:
         return []
     range_C = np.asarray(scaling.high) - np.asarray(scaling.low)
@@ -205,7 +205,7 @@ def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]
 
 
 def _beyond(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]:
-    """Images, of those that training does not look at, whose values lie beyond the range that it would measure."""
+    """Images not looked at by training whose values lie beyond the range that it would measure."""
     if scaling is None or not scaling.measured:
         return []
     low, high, looked_at = np.asarray(scaling.low), np.asarray(scaling.high), set(sampled(images).tolist())

@@ -1,9 +1,9 @@
 """`adapt`: in this process, in several on this machine, or on a Ray cluster. The training itself is `loop.adapt_here`.
 
-The processes are new interpreters that are handed the settings and the list of images, so a notebook, or a script
-without a main guard, starts them as well as the command line. torchrun's agent does not serve here: it sends its
-signals to whole process groups, and a SIGTERM kills the loader's processes before the step that would end in a
-checkpoint; nor does it say of which class an error was.
+The processes are new interpreters that are sent the settings and the list of images, so a notebook, or a script
+without a main guard, can start them as well as the command line. torchrun's agent does not fit: it sends signals to
+whole process groups, so that a SIGTERM kills the loader's processes before the step that would end in a
+checkpoint, and it does not report the class of an error.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from jepakit_training import ranks
 from jepakit_training.endings import raise_first, read_endings
 from jepakit_training.stopping import answering
 
-_GRACE_S = 10.0  # for the others to say why, or to end, after one process has failed
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a process that was told to stop, and did
+_GRACE_S = 10.0  # for the others to report why, or to end, after one process has failed
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a process that stopped when told to
 
 
 def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """Continue LeJEPA pretraining of a backbone on `images`; returns the finished run in `out`.
 
-    Running it again with the same settings resumes an interrupted run, or returns a finished one; other
-    settings or data are refused. Raises InputError for what the user can mend, TrainingError otherwise, the same
-    whether one process trains or many.
+    Running it again with the same settings resumes an interrupted run, or returns a finished one; other settings or
+    data are refused. Raises InputError for what the user can fix, TrainingError otherwise, whether one process trains
+    or many.
     """
     if ranks.has_launcher():  # torchrun or accelerate
         _check_launched(config, images)
@@ -69,10 +69,10 @@ def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     from jepakit_training.loop import adapt_here
 
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:  # without it accelerate takes every process on a CPU for the only one
+    if on_cpu:  # without it, accelerate takes each process on a CPU for the only one
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(torch|accelerate)\b")  # not the user's to act on
+        warnings.filterwarnings("ignore", module=r"(torch|accelerate)\b")  # not actionable for users
         met = PartialState(cpu=on_cpu).num_processes  # adapt_here's Accelerator shares it
     if met != ranks.world_size():
         raise TrainingError(
@@ -96,7 +96,7 @@ def _check_launched(config: AdaptConfig, images: ImageList) -> None:
 
 
 def count_processes(config: AdaptConfig, images: ImageList) -> int:
-    """How many processes are to train on this machine; ConfigError where it has fewer GPUs."""
+    """How many processes train on this machine; ConfigError if it has fewer GPUs."""
     if config.processes == 1 or images.in_memory:
         return 1
     import torch
@@ -114,8 +114,8 @@ def count_processes(config: AdaptConfig, images: ImageList) -> int:
 def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path) -> Run:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
-    # The store where they meet lies in this process: a port that one of them had to bind might be taken by then. It is given
-    # a socket of ours, for by itself it listens on every interface, and takes whoever comes.
+    # The store where they meet is in this process: a port that one of them had to bind might be taken by then. It gets
+    # our own socket, as by default it would listen on every interface and accept any connection.
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
@@ -134,17 +134,17 @@ def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path)
 
 
 class _Group:
-    """The training processes. They live no longer than this one: their standard input tells them when it is gone.
+    """The training processes. They do not outlive this one: the end of their standard input tells them that it is gone.
 
-    Rank 0 talks on our standard error; what the others and libraries print is kept in FOLDER/rank-N.log.
+    Rank 0 writes to our standard error; output of the others and of libraries is kept in FOLDER/rank-N.log.
     """
 
     def __init__(self, count: int, port: int, folder: Path, name: str) -> None:
         self.folder = folder
         self.signals: list[int] = []
-        """The signals by which this process was told to stop, in their order."""
+        """The signals by which this process was told to stop, in order."""
         self.ended: dict[int, int] = {}
-        """{rank: exit code} in the order of their ends, up to when the rest was killed."""
+        """{rank: exit code} in order of ending, until the rest was killed."""
         self.processes = [self._start(rank, count, port, name) for rank in range(count)]
 
     def _start(self, rank: int, count: int, port: int, name: str) -> subprocess.Popen[bytes]:
@@ -156,7 +156,7 @@ class _Group:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
-            "TORCHELASTIC_RESTART_COUNT": 0,  # rank 0 opens no store of its own
+            "TORCHELASTIC_RESTART_COUNT": 0,  # so that rank 0 does not open a store itself
         }
         defaults = {
             "OMP_NUM_THREADS": max(1, usable_cpus() // count),
@@ -175,7 +175,7 @@ class _Group:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log if rank else None,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+                start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
             )
 
     def log(self, rank: int) -> Path:
@@ -192,14 +192,14 @@ class _Group:
 
     @property
     def done(self) -> bool:
-        """Whether all have ended well."""
+        """Whether all have ended successfully."""
         return len(self.ended) == len(self.processes) and not any(self.ended.values())
 
     def wait(self) -> None:
-        """Pass signals on; return when all have ended, at a second Ctrl-C, or when one has failed and the others have had
-        their time.
+        """Pass signals on; return when all have ended, at a second Ctrl-C, or when one has failed and the grace period
+        of the others is over.
 
-        What it has reported counts before its end: with NCCL a process may wait for its peers even to end.
+        A reported error counts even before its process ends: with NCCL, ending may wait for the other processes.
         """
         deadline, passed_on = float("inf"), 0
         while len(self.ended) < len(self.processes) and time.monotonic() < deadline:
@@ -209,27 +209,27 @@ class _Group:
             for rank, process in enumerate(self.processes):
                 if rank not in self.ended and process.poll() is not None:
                     self.ended[rank] = process.returncode
-                    if process.returncode < 0:  # its loader processes, which would go on for seconds, and complain
+                    if process.returncode < 0:  # its loader processes would go on for seconds, and complain
                         with suppress(ProcessLookupError):
                             os.killpg(process.pid, signal.SIGKILL)
             endings = read_endings(self.folder)
             if any(ending.error() for ending in endings):
-                return  # whatever the others would say is a consequence
+                return  # anything the others report is a consequence
             failed = any(code not in (0, *_STOPPED) for code in self.ended.values())
             if failed or any(not ending.asked_for for ending in endings):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
             time.sleep(0.05)
 
     def stop(self, number: int) -> None:
-        """Note a signal, for `wait`: a handler may come in the middle of anything, even inside `Popen.poll`, which holds a lock."""
+        """Record a signal for `wait`: a handler can run at any point, even inside `Popen.poll`, which holds a lock."""
         self.signals.append(number)
 
     def _pass_on(self, done: int) -> int:
-        """Send on the signals but the first `done`; returns how many there are."""
+        """Pass on all signals after the first `done`; returns how many there are now."""
         new = self.signals[done:]
         for number in new:
             for process in self.processes:
-                process.send_signal(number)  # does nothing to one that has ended
+                process.send_signal(number)  # does nothing if the process has ended
         return done + len(new)
 
     def kill(self) -> None:
@@ -245,7 +245,7 @@ class _Group:
 
 
 def _raise_ending(group: _Group) -> NoReturn:
-    """Raise here what one process would have raised by itself: the cause, not what followed from it."""
+    """Raise the error that a single process would have raised: the cause, not its consequences."""
     endings = read_endings(group.folder)
     raise_first(endings)
     if group.signals and group.signals[-1] == signal.SIGTERM:

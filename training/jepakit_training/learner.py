@@ -37,15 +37,15 @@ _MOST_BAD_STEPS = 3
 
 
 class Outcome(NamedTuple):
-    """Of one step, float32 scalars on the training device. SIGReg and the norm are of the global batch, the other losses
-    of this rank's share."""
+    """Results of one step, float32 scalars on the training device. SIGReg and the norm are for the global batch, the
+    other losses for this rank's share."""
 
     loss: Tensor
     prediction: Tensor
     sigreg: Tensor
     grad_norm: Tensor
     anchor: Tensor | None
-    """1 - cosine to the start's features; None where no anchor was asked for."""
+    """1 - cosine to the start's features; None without an anchor."""
     projections: Tensor
     """[V, N, K] of this rank."""
 
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 class Learner:
     """The backbone in training with its projector and optimizer.
 
-    backbone  on its device, in the start weights; trained in place
+    backbone  on its device, with the start weights; trained in place
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Learner:
         self._config, self._plan, self._accelerator = config, plan, accelerator
         self._backbone = backbone
         self._bad_steps = self._most_bad_steps = torch.zeros((), device=accelerator.device)
-        """How many steps in a row had no finite gradient, up to now; and the most there were."""
-        # The order matters: each line looks at what the ones before have left of the backbone.
+        """How many steps in a row have had no finite gradient, now and at most so far."""
+        # The order matters: each line depends on what the lines before did to the backbone.
         switch_off_stochastic_depth(backbone)
         self._start = _copied_to_cpu(backbone)
         n_features = self._count_features()
@@ -72,7 +72,7 @@ class Learner:
         self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
         self._average = self._begin_average()
         encoder = self._make_encoder(spec)
-        # What accelerate wraps, and what it is wrapped in: DistributedDataParallel refuses a module with nothing to train.
+        # Keep both the raw and the wrapped objects. DistributedDataParallel refuses a module with nothing to train.
         self._raw_projector = _seeded_projector(n_features, config)
         self._raw_optimizer = self._make_optimizer()
         self.encoder = accelerator.prepare(encoder) if self._trained else encoder
@@ -86,7 +86,7 @@ class Learner:
     def step(self, step: int, views: Views) -> Outcome:
         """One optimizer step on this rank's views, [V, N, C, H, W] at each size.
 
-        Nothing in it waits for a GPU, so that it always has the next step's work at hand.
+        Nothing here waits for the GPU, so that it always has work queued.
         """
         config, plan, rank = self._config, self._plan, self._accelerator.process_index
         self._set_learning_rates(step)
@@ -106,9 +106,9 @@ class Learner:
             self._two_pass.backward()
 
         grad_norm = self._accelerator.clip_grad_norm_(self._trainable(), config.clip_norm)
-        # One step on a NaN would poison AdamW for ever: the optimizer leaves it out. The norm is the same on every rank.
+        # A single NaN would poison AdamW forever, so the optimizer skips the step. The norm is the same on every rank.
         bad = (~torch.isfinite(grad_norm)).float()
-        self._raw_optimizer.found_inf = bad  # type: ignore[attr-defined]  # what torch's GradScaler tells a fused optimizer
+        self._raw_optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch's GradScaler does
         self.optimizer.step()
         self._bad_steps = (self._bad_steps + 1) * bad
         self._most_bad_steps = torch.maximum(self._most_bad_steps, self._bad_steps)
@@ -125,8 +125,10 @@ class Learner:
         )
 
     def check(self, step: int) -> None:
-        """Raise TrainingError when the gradient was not finite for several steps in a row, at any time up to `step`; waits
-        for the GPU."""
+        """Raise TrainingError if the gradient was not finite for several steps in a row, at any time up to `step`.
+
+        Waits for the GPU.
+        """
         if (bad := int(self._most_bad_steps)) >= _MOST_BAD_STEPS:
             raise TrainingError(
                 f"the gradient was not finite {bad} times in a row, up to step {step}: lower --lr (now {self._plan.lr:g}), "
@@ -134,7 +136,7 @@ class Learner:
             )
 
     def finish(self) -> None:
-        """Leave in the backbone the weights that are kept: averaged, merged, mixed; TrainingError if none moved."""
+        """Set the backbone to its final weights: averaged, merged, mixed; TrainingError if none of them changed."""
         if self._average is not None:
             self._average.apply()
         if self._lora is not None:
@@ -148,7 +150,7 @@ class Learner:
         self._backbone.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on exactly here; random numbers need no state."""
+        """Everything that a resumed run needs to continue exactly here; random numbers need no state."""
         state = {
             "backbone": self._backbone.state_dict(),
             "projector": self._raw_projector.state_dict(),
@@ -157,7 +159,7 @@ class Learner:
         return state if self._average is None else {**state, "average": self._average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore what `state_dict` returned."""
         self._backbone.load_state_dict(state["backbone"])
         self._raw_projector.load_state_dict(state["projector"])
         self._raw_optimizer.load_state_dict(state["optimizer"])
@@ -165,12 +167,12 @@ class Learner:
             self._average.load_state_dict(state["average"])
 
     def _count_features(self) -> int:
-        """How many numbers the backbone gives: where timm puts a layer behind the pooling, not its `num_features`."""
+        """Width of the backbone's output: not its `num_features` if timm has a layer after the pooling."""
         with torch.no_grad():
             return int(self._backbone.eval()(self._noise()).shape[1])
 
     def _choose_trained(self) -> LoraModel | None:
-        """Freeze what does not train; returns the low-rank additions where those train."""
+        """Freeze what does not train; returns the low-rank additions if they train."""
         config, backbone = self._config, self._backbone
         lora = None
         if config.unfreeze == "lora":
@@ -182,7 +184,7 @@ class Learner:
         return lora
 
     def _begin_average(self) -> Average | None:
-        """The average of what trains, from its start, if one is asked for."""
+        """The running average of the trained tensors, if asked for."""
         config, plan = self._config, self._plan
         if config.average == "none":
             return None
@@ -191,7 +193,7 @@ class Learner:
         return Average(averaged, config.average, steps=plan.steps, share=config.average_over)
 
     def _make_encoder(self, spec: Preprocess) -> Encoder:
-        """The backbone as it is trained, behind its preprocess."""
+        """The backbone as it is trained, including its preprocess."""
         encoder = Encoder(self._twin(), spec).to(self._accelerator.device).train()
         if self._plan.norm_statistics == "frozen":
             freeze_norm_statistics(encoder)
@@ -221,9 +223,9 @@ class Learner:
         return features
 
     def _distance_to_start(self, features_VNE: Tensor, views: Views) -> Tensor:
-        """1 - cosine between the features of global views and those that the start gives, averaged."""
+        """1 - cosine between the features of global views and those of the start, averaged."""
         assert self._anchor is not None
-        if not features_VNE.requires_grad:  # the projector warms up: it is the start
+        if not features_VNE.requires_grad:  # while the projector warms up, the backbone is the start
             return features_VNE.new_zeros(())
         with torch.no_grad(), self._accelerator.autocast():
             globals_ = Views(views.global_, views.local[:0])
@@ -240,7 +242,7 @@ class Learner:
         return [*self._trained.values(), *self._raw_projector.parameters()]
 
     def _twin(self) -> nn.Module:
-        """The backbone as it is trained: cheaper where a part of it is frozen."""
+        """The backbone as it is trained: a cheaper twin if a part of it is frozen."""
         frozen_part = self._lora is None and self._plan.norm_statistics == "frozen"
         if not frozen_part or len(self._trained) == len(list(self._backbone.parameters())):
             return self._backbone
@@ -259,7 +261,7 @@ class Learner:
         return noise.to(self._accelerator.device, memory_format=layout_of(self._backbone))
 
     def _moved(self) -> bool:
-        """Whether any weight or statistic is another than at the start: published runs have saved the untouched start."""
+        """Whether any weight or statistic differs from the start: some published runs saved the untouched start."""
         now = self._backbone.state_dict()
         return any(not torch.equal(now[name].cpu(), value) for name, value in self._start.items())
 
@@ -271,7 +273,7 @@ def _copied_to_cpu(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def _seeded_projector(n_features: int, config: AdaptConfig) -> Projector:
-    """A projector whose weights depend on the seed alone, whatever was drawn before."""
+    """A projector whose weights depend only on the seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "projector"))
         return Projector(n_features, config.projector)

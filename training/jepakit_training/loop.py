@@ -1,4 +1,4 @@
-"""`adapt_here`: measure, train, measure again, and say which embeddings to keep. A step is `Learner.step`, in learner.py."""
+"""`adapt_here`: measure, train, measure again, and say which embeddings to keep. Steps are `Learner.step`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from jepakit_training.trainable import can_checkpoint_activations
 
 
 def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
-    """`launch.adapt` in this process, alone or as the rank of several that the environment says."""
+    """`launch.adapt` in this process, alone or as one of several ranks, as the environment says."""
     first_rank = ranks.rank() == 0  # accelerate has not started yet
     run = Run(out)
     with (
@@ -52,7 +52,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         if run.finished:
             print(f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW", file=sys.stderr)
             return run
-        warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not the user's to act on
+        warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not actionable for users
         _adapt(config, images, run)
     return run
 
@@ -86,7 +86,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
 
 
 def _train(setup: Setup, run: Run, measuring_s: float) -> None:
-    """Train the backbone in place, from the newest checkpoint where there is one."""
+    """Train the backbone in place, from the newest checkpoint if there is one."""
     config, accelerator, plan = setup.config, setup.accelerator, setup.plan
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
     first = _restore(run.path / CHECKPOINTS, learner, accelerator)
@@ -105,7 +105,7 @@ def _train(setup: Setup, run: Run, measuring_s: float) -> None:
             outcome = learner.step(step, views_on(accelerator.device, batch))
 
             logs = recorder.logs(step)
-            if logs or accelerator.device.type == "cpu":  # a GPU would have to be waited for
+            if logs or accelerator.device.type == "cpu":  # this would wait for a GPU
                 learner.check(step)
             leave = told_to_stop.any(stop.at_boundary())  # on all ranks after the same step
             recorder.record(step, outcome)
@@ -114,7 +114,7 @@ def _train(setup: Setup, run: Run, measuring_s: float) -> None:
                 skips.share()
             if leave:
                 raise stop.leaving(step + 1)
-        # A stop may have been asked for while the last checkpoint was written, and measuring can take minutes.
+        # A stop may have been requested while the last checkpoint was written, and measuring can take minutes.
         if told_to_stop.any(stop.at_boundary()):
             raise stop.leaving(plan.steps)
     learner.finish()
@@ -124,7 +124,7 @@ def explaining_out_of_memory(
     config: AdaptConfig, plan: Plan, backbone: nn.Module, accelerator: Accelerator
 ) -> AbstractContextManager[None]:
     """Turns "out of memory" into an error that names what to change in this run."""
-    whole = plan.norm_statistics == "trained"  # BatchNorms that train see a whole batch, once
+    whole = plan.norm_statistics == "trained"  # trained BatchNorms must see a whole batch, once
     return memory_errors(
         micro_batch=1 if whole else plan.micro_batch or plan.batch_size // accelerator.num_processes,
         activation_checkpointing=whole or config.activation_checkpointing or not can_checkpoint_activations(backbone),
@@ -150,13 +150,13 @@ def step_loader(setup: Setup, steps: range) -> DataLoader[Batch]:
 
 
 def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
-    """Load the newest whole checkpoint; returns the step to go on from, the same on every rank.
+    """Load the newest intact checkpoint; returns the step to resume from, the same on every rank.
 
-    Raises TrainingError where ranks find checkpoints of different steps, CheckpointError where one cannot be read.
+    Raises TrainingError if ranks find checkpoints of different steps, CheckpointError if one cannot be read.
     """
     found = load_newest(folder)
     step = 0 if found is None else found[0]
-    _check_same_step(step, folder.parent, accelerator)  # all ranks have looked: what is damaged may go aside
+    _check_same_step(step, folder.parent, accelerator)  # all ranks have looked: damaged ones may be renamed
     if accelerator.is_main_process:
         set_aside_newer(folder, step)
     if found is not None:
@@ -169,7 +169,7 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
 
 
 def _check_same_step(step: int, run: Path, accelerator: Accelerator) -> None:
-    """TrainingError where other ranks would go on from another step."""
+    """TrainingError if other ranks would resume from another step."""
     if accelerator.num_processes == 1:
         return
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()

@@ -1,4 +1,4 @@
-"""Memory: kept from step to step, how much a run took at most, and what to change when it runs out."""
+"""Memory: keeping it from step to step, a run's peak, and what to change when it runs out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jepakit.errors import TrainingError
 
 GB = 10**9
 
-# What torch says where it raises no OutOfMemoryError: its allocator of main memory, and CUDA's libraries.
+# What torch says without raising OutOfMemoryError: from its allocator of main memory, and from CUDA's libraries.
 _NO_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -25,7 +25,7 @@ _NO_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
-# From glibc's <malloc.h>; last the two defaults, of the threshold the most that it grows to.
+# From glibc's <malloc.h>, then the two defaults (for the threshold, the most that it grows to).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER, _NONE = -1, 0
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 64 << 20, 65536
@@ -33,10 +33,10 @@ _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 64 << 20, 65536
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Have what one step frees serve the next one; at the end of the block it goes back to the system.
+    """Let each step reuse the memory that the one before freed; at the end of the block it is returned to the system.
 
-    glibc hands large blocks back at once, and the kernel then clears every page again: an eighth of a ViT-Ti's step on a
-    CPU (docs/training-speed.md). Where there is no glibc the block runs as it is.
+    glibc returns large blocks at once, and the kernel then clears every page again: an eighth of a ViT-Ti's step on a
+    CPU (docs/training-speed.md). Without glibc, this does nothing.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
@@ -54,12 +54,12 @@ def freed_memory_kept() -> Iterator[None]:
 
 @contextmanager
 def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_size: int, workers: int) -> Iterator[None]:
-    """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order; loaders that
-    were ended, or deliver nothing, into one too.
+    """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order; also loader
+    processes that were killed or deliver nothing.
 
-    micro_batch               images that one backbone pass works through at once, as it is now; 1 where it cannot be fewer
-    activation_checkpointing  whether that is on, or cannot be
-    image_size, workers       the run's
+    micro_batch               images per backbone pass at present; 1 if there cannot be fewer
+    activation_checkpointing  whether it is on, or cannot be used
+    image_size, workers       the run's settings
     """
     try:
         yield
@@ -78,11 +78,11 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
 
 
 def peak_gb(device: torch.device) -> float:
-    """The most memory that this process has held so far, in GB: of the GPU it trains on, or main memory."""
+    """Peak memory of this process so far, in GB: of the GPU that it trains on, or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
     if sys.platform == "darwin":
-        # In bytes there. On Linux it would count the process that started this one, too.
+        # In bytes on macOS. On Linux it would include the parent process.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GB
@@ -96,7 +96,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -> str:
-    """The exact ways first: they cost time alone. Smaller images make another model."""
+    """Exact remedies first, which only cost time. Smaller images give another model."""
     ways = []
     if micro_batch > 1:
         ways.append(f"--set micro_batch={max(1, micro_batch // 2)} (now {micro_batch}; the result is the same)")
@@ -107,7 +107,7 @@ def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -
 
 
 def _asked_for(error: BaseException) -> str:
-    """How much was asked for, where torch says so."""
+    """How much was asked for, if torch says so."""
     found = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", str(error))
     if found is None:
         return str(error).strip().split("\n")[0] or type(error).__name__

@@ -19,10 +19,10 @@ from jepakit_training.views import Views
 
 
 def layout_of(backbone: nn.Module) -> torch.memory_format:
-    """Channels last where there are convolutions: 1.8 times the images/s of a MobileNetV2 step on a CPU.
+    """Channels last if there are convolutions: 1.8 times the images/s of a MobileNetV2 step on a CPU.
 
-    Not where torch 2.15 would corrupt its own memory in the backward pass on a CPU: in a 1 × 1 convolution of stride
-    2 over fewer than 8 channels (in the stems of MobileOne and FastViT).
+    Not if torch 2.15 would corrupt its own memory in the backward pass on a CPU: in a 1 × 1 convolution with stride 2
+    over fewer than 8 channels (in the stems of MobileOne and FastViT).
     """
     unsafe = any(
         isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride != (1, 1) and part.in_channels < 8
@@ -32,7 +32,7 @@ def layout_of(backbone: nn.Module) -> torch.memory_format:
 
 
 class Encoder(nn.Module):
-    """Views to pooled features: one backbone call a resolution (0.83 to 0.94 times the time of one a view)."""
+    """Views to pooled features: one backbone call per resolution (0.83 to 0.94 times the time of one per view)."""
 
     _mean: Tensor
     _std: Tensor
@@ -57,12 +57,12 @@ class Encoder(nn.Module):
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Views [..., C, H, W] to what the backbone takes, by `mean` and `std` [C, 1, 1] in the views' own units."""
+    """Normalise views [..., C, H, W] for the backbone, by `mean` and `std` [C, 1, 1] in the views' own units."""
     return (images.float() - mean) / std
 
 
 class Projector(nn.Sequential):
-    """Linear-BN-ReLU, Linear-BN-ReLU, Linear. Its BatchNorms are what keeps SIGReg's gradient alive."""
+    """Linear-BN-ReLU, Linear-BN-ReLU, Linear. The BatchNorms keep SIGReg's gradient alive."""
 
     def __init__(self, n_features: int, widths: tuple[int, int, int]) -> None:
         first, second, outputs = widths
@@ -86,11 +86,11 @@ class TwoPass:
     """The encoder, run over a batch in micro-batches, with exactly the gradient of the whole batch.
 
     SIGReg is a statistic of the whole batch: averaging the losses of micro-batches puts the gradient 60 to 120 % off.
-    So features are made without a graph first; projector and loss see the whole batch; then every micro-batch is
-    embedded again, with the same random numbers, and takes its share of the gradient. One more forward of the
-    backbone buys any batch size.
+    So features are first computed without a graph; projector and loss see the whole batch; then every micro-batch is
+    embedded again, with the same random numbers, and receives its share of the gradient. One more forward pass of the
+    backbone allows any batch size.
 
-    encoder   the encoder as accelerate prepared it
+    encoder   the encoder as prepared by accelerate
     no_sync   a context in which its gradients are not yet reduced over the ranks
     """
 
@@ -100,7 +100,7 @@ class TwoPass:
         self._features: Tensor = torch.empty(0)
 
     def forward(self, views: Views, seed: int) -> Tensor:
-        """Features [V, N, E] of the batch, a leaf that takes a gradient where gradients are enabled."""
+        """Features [V, N, E] of the batch, a leaf that requires a gradient if gradients are enabled."""
         self._parts = [(seed + place, part) for place, part in enumerate(split_views(views, self._micro_batch))]
         with torch.no_grad():
             features = torch.cat([self._embed(*part) for part in self._parts], dim=1)
@@ -108,7 +108,7 @@ class TwoPass:
         return self._features
 
     def backward(self) -> None:
-        """Hand the gradient that `forward`'s features have got on to the encoder's parameters."""
+        """Propagate the gradient of `forward`'s features to the encoder's parameters."""
         assert self._features.grad is not None
         gradients = torch.split(self._features.grad, self._micro_batch, dim=1)
         for (seed, part), gradient in zip(self._parts, gradients, strict=True):
@@ -125,5 +125,5 @@ class TwoPass:
 
 
 def split_views(views: Views, size: int) -> Sequence[Views]:
-    """Views [V, N, C, H, W] in parts of `size` images, the last one smaller where they do not fit evenly."""
+    """Views [V, N, C, H, W] in parts of `size` images; the last part may be smaller."""
     return [Views(*groups) for groups in zip(*(torch.split(group, size, dim=1) for group in views), strict=True)]

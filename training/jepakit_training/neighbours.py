@@ -1,6 +1,6 @@
 """A run's sheet of neighbours: held-out images beside those most similar to them, before and after adaptation.
 
-Without labels nobody can compute which embeddings are better, but people who know the images can see it.
+Without labels it cannot be computed which embeddings are better, but people who know the images can see it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def write_neighbours(
 ) -> None:
     """Draw 10 evenly spread held-out images, each with its 4 nearest by cosine, before and after, to a PNG.
 
-    before, after  the vectors [N, D] of the N images of `measured`, by which neighbours are looked for among all of them
+    before, after  the vectors [N, D] of the N images of `measured`; neighbours are searched among all of them
     """
 
-    @cache  # an image is often near to several, before and after
+    @cache  # an image is often a neighbour of several, before and after
     def picture(place: int) -> NDArray[np.uint8]:
         return as_picture(fit(read_image(images[int(measured.indices[place])], spec), spec), spec)
 
@@ -49,7 +49,7 @@ def write_neighbours(
                 [None if place is None else _cell(picture(place), place, query, images, measured) for place in shown]
             )
         except ImageError:
-            continue  # it was measured, and is gone or damaged since
+            continue  # it was measured, but is gone or damaged since
     title = f"The nearest of {len(measured.indices):,} images, by cosine"
     if measured.groups is not None:
         title += "; none of the same group"
@@ -60,7 +60,7 @@ def write_neighbours(
 
 
 def nearest(query: int, vectors: NDArray[np.float32], measured: MeasuringSet) -> list[int | None]:
-    """Places of the 4 others most similar to one of N vectors [N, D], none of its own group; None where there are fewer."""
+    """Indices of the 4 vectors most similar to one of N [N, D], outside its own group; None if there are fewer."""
     others = np.arange(len(vectors)) != query
     if measured.groups is not None:
         others &= measured.groups != measured.groups[query]
@@ -70,7 +70,7 @@ def nearest(query: int, vectors: NDArray[np.float32], measured: MeasuringSet) ->
 
 
 def _cell(picture: NDArray[np.uint8], place: int, query: int, images: ImageList, measured: MeasuringSet) -> Cell:
-    """An image with its label, red where that is not the query's, or with its name."""
+    """An image with its label (red if it differs from the query's) or its name."""
     labels = measured.labels
     if labels is None or not measured.is_labelled[place]:
         return Cell(picture, images.ids[int(measured.indices[place])])

@@ -1,8 +1,8 @@
-"""What is done to the values of a view: colour, blur, solarize, small rotations.
+"""Changes to the values of a view: colour, blur, solarize, small rotations.
 
-A loader worker draws the changes of an image's views from the image's seed; `apply` makes them, for many
-views at once, there or on the training device. Nothing is drawn in `apply`, and a view comes out the same
-whichever views it is processed with.
+A loader worker draws the changes to an image's views from the image's seed; `apply` makes them, for many views
+at once, in the worker or on the training device. `apply` draws nothing, and its result for a view does not depend
+on the other views processed with it.
 
 Shapes: B views, C bands, H × W pixels. Values are 0-255 (uint8) or 0-1 (float32).
 """
@@ -24,25 +24,25 @@ from jepakit_training.transfer import to_device
 _JITTER_SHARE = 0.8
 _BLUR_SIGMA = (0.1, 2.0)
 _BLUR_SIZE = 224
-"""The side, in pixels, at which `_BLUR_SIGMA` is meant."""
-# On a CPU: the float copies of 4 views of 224 pixels stay in its cache, those of 32 take twice as long.
+"""The side, in pixels, that `_BLUR_SIGMA` refers to."""
+# On a CPU, the float copies of 4 views of 224 pixels stay in its cache; with 32, it takes twice as long.
 _VALUES_AT_ONCE = 4 * 3 * 224 * 224
 
 _LUMA = np.array([0.2126, 0.7152, 0.0722])
-"""Share of red, green and blue in the grey of a colour."""
+"""Shares of red, green and blue in the grey of a colour."""
 _GREY = np.tile(_LUMA, (3, 1))
-"""Takes a colour to its grey."""
+"""Maps a colour to its grey."""
 _COLOUR = np.eye(3) - _GREY
-"""Takes a colour to what sets it off from its grey."""
+"""Maps a colour to its difference from its grey."""
 _QUARTER_TURN = np.array([[-0.2126, -0.7152, 0.9278], [0.143, 0.140, -0.283], [-0.7874, 0.7152, 0.0722]])
 """`_COLOUR` turned by 90° about the grey axis: the sine part of hueRotate in W3C's Filter Effects."""
 
 
 class Changes(NamedTuple):
-    """The changes to B views (or, collated, to [V, N] of them), each field with the views' dimensions in front.
+    """The changes to B views (or, collated, to [V, N] of them); the views' dimensions come first in each field.
 
-    numpy, not torch: they travel between processes by value, and `apply` picks the views to blur without
-    waiting for a device.
+    numpy, not torch: they are sent between processes by value, and `apply` selects the views to blur without waiting
+    for a device.
     """
 
     brightness: NDArray[np.float64]
@@ -69,7 +69,7 @@ class Changes(NamedTuple):
 
 
 def draw(config: ViewsConfig, random: np.random.Generator, views: int, bands: int, size: int) -> Changes:
-    """The changes of `views` views of `size` pixels a side, by `config`'s recipe.
+    """Draw the changes to `views` views of `size` pixels a side, by `config`'s recipe.
 
     Raises ConfigError when the recipe does not fit the number of bands.
     """
@@ -82,7 +82,7 @@ def draw(config: ViewsConfig, random: np.random.Generator, views: int, bands: in
     def happens(probability: float) -> NDArray[np.bool_]:
         return random.random(views) < probability
 
-    # Every number is drawn whether it is used or not, so that a setting changes no other one's numbers.
+    # Every number is drawn whether it is used or not, so that a setting does not affect the numbers of another.
     brightness, contrast, saturation = factor(config.brightness), factor(config.contrast), factor(config.saturation)
     hue = np.where(jittered, random.uniform(-config.hue, config.hue, views), 0.0)
     sigma = random.uniform(*_BLUR_SIGMA, views) * size / _BLUR_SIZE
@@ -104,14 +104,14 @@ def draw(config: ViewsConfig, random: np.random.Generator, views: int, bands: in
 
 @torch.no_grad()
 def apply(views_BCHW: Tensor, changes: Changes) -> Tensor:
-    """The views with their changes made: a new tensor of the same shape, dtype and device.
+    """Apply the changes to the views: a new tensor with the same shape, dtype and device.
 
     uint8 results are rounded; float32 ones depend on the other views of the call by 1e-6 at most.
     """
     done = torch.empty_like(views_BCHW, memory_format=torch.contiguous_format)
     values = math.prod(views_BCHW.shape[1:])
     at_once = max(1, _VALUES_AT_ONCE // values if views_BCHW.is_cpu else len(views_BCHW))
-    # Autocast would multiply by the colour matrix in bfloat16, which cannot tell 256 levels apart.
+    # Autocast would multiply by the colour matrix in bfloat16, which cannot distinguish 256 levels.
     with torch.autocast(views_BCHW.device.type, enabled=False):
         for first in range(0, len(views_BCHW), at_once):
             part = slice(first, first + at_once)
@@ -125,7 +125,7 @@ def _changed(views_BCHW: Tensor, changes: Changes) -> Tensor:
     _blur(images, changes.blur)
     _solarize(images, changes.solarize, most)
     _rotate(images, changes.angle)
-    # Conversion to uint8 cuts the fraction off.
+    # Conversion to uint8 truncates.
     return images.add_(0.5) if views_BCHW.dtype == torch.uint8 else images
 
 
@@ -135,7 +135,7 @@ def _recoloured(views_BCHW: Tensor, changes: Changes, most: float) -> Tensor:
     Colour changes keep the mean grey or scale it, so their order does not matter; gains and offsets come last.
     """
     flat_BCP = views_BCHW.contiguous().flatten(2)
-    # In integers: a sum of floats depends on its order, and that on the size of the batch.
+    # In integers, as a sum of floats depends on its order, and the order on the size of the batch.
     exact = torch.int32 if views_BCHW.dtype == torch.uint8 else torch.float32
     mean_BC = flat_BCP.sum(2, dtype=exact).float() / flat_BCP.shape[2]
     scale_BC = changes.gain * changes.brightness[:, None]
@@ -153,14 +153,14 @@ def _recoloured(views_BCHW: Tensor, changes: Changes, most: float) -> Tensor:
 
 
 def _colour_matrices(changes: Changes) -> NDArray[np.float64]:
-    """[B, 3, 3]: saturation and hue. Grey stays grey, and a colour keeps its grey."""
+    """[B, 3, 3], saturation and hue: grey stays grey, and a colour keeps its grey."""
     cos, sin = np.cos(changes.hue)[:, None, None], np.sin(changes.hue)[:, None, None]
     matrices: NDArray[np.float64] = cos * _COLOUR + sin * _QUARTER_TURN
     return _GREY + changes.saturation[:, None, None] * matrices
 
 
 def _blur(images_BCHW: Tensor, sigmas: NDArray[np.float64]) -> None:
-    """Gaussian blur in place, views of one kernel size together: most sigmas are small and cost little."""
+    """Gaussian blur in place, by kernel size: most sigmas are small, and thus cheap."""
     radii = np.round(3 * sigmas).astype(np.intp)
     for radius in np.unique(radii[radii > 0]).tolist():
         chosen = np.flatnonzero(radii == radius)
@@ -172,9 +172,9 @@ def _blur(images_BCHW: Tensor, sigmas: NDArray[np.float64]) -> None:
 
 
 def _smoothed(padded_BCHW: Tensor, taps_BR: Tensor, dim: int) -> Tensor:
-    """The middle of `padded`, convolved along `dim` with each view's symmetric kernel, given from its middle out.
+    """The middle of `padded`, convolved along `dim` with each view's symmetric kernel, given from its middle outwards.
 
-    Shifted sums: on a CPU two to three times as fast as a depthwise convolution of so few taps.
+    Uses shifted sums: on a CPU, two to three times as fast as a depthwise convolution with so few taps.
     """
     radius = taps_BR.shape[1] - 1
     length = padded_BCHW.shape[dim] - 2 * radius
@@ -195,7 +195,7 @@ def _solarize(images_BCHW: Tensor, chosen: NDArray[np.bool_], most: float) -> No
 
 
 def _rotate(images_BCHW: Tensor, angles: NDArray[np.float64]) -> None:
-    """Rotate about the middle, in place; the corners show reflections, never black."""
+    """Rotate about the middle, in place; the corners are filled with reflections, never black."""
     chosen = np.flatnonzero(angles)
     if not len(chosen):
         return

@@ -1,4 +1,4 @@
-"""Rows of small pictures with captions, as one PNG: what the contact sheet and the sheet of neighbours are drawn with."""
+"""Rows of small pictures with captions, as one PNG, for the contact sheet and the sheet of neighbours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from jepakit.inspection import printable
 
 _CELL, _GAP, _HEAD, _CAPTION = 160, 8, 34, 18
 _LETTER = 8
-"""Width of a caption's letter, at most, in pixels."""
+"""Maximum width of a caption's letter in pixels."""
 
 
 class Cell(NamedTuple):
-    """A picture, uint8 [H, W, 3], and what stands below it; an empty caption leaves its room to the one before it."""
+    """A picture, uint8 [H, W, 3], and its caption; an empty caption leaves its space to the one before it."""
 
     picture: NDArray[np.uint8]
     caption: str = ""
@@ -35,12 +35,12 @@ def draw(
     rows: Sequence[Sequence[Cell | None]],
     mark: tuple[str, str] | None = None,
 ) -> None:
-    """Write a PNG of `rows`, in columns headed by the words of `blocks`, which stand a little apart from each other.
+    """Write a PNG of `rows`, in blocks of columns headed by the words of `blocks`, with a small gap between blocks.
 
     rows  None leaves a place empty
-    mark  a key and a text to leave in the file, by which it is known again
+    mark  a key and a text to store in the file, to recognise it later
 
-    WriteError where it cannot be written; an earlier one stays then.
+    WriteError if it cannot be written; an earlier file is kept then.
     """
     lefts, heads, left = [], [], _GAP
     for block in blocks:
@@ -73,7 +73,7 @@ def draw(
 
 
 def as_picture(pixels: NDArray[np.uint8] | NDArray[np.float32], spec: Preprocess) -> NDArray[np.uint8]:
-    """Pixels [H, W, C] as `spec` has read them, as a picture [H, W, 3]."""
+    """Pixels [H, W, C], as read by `spec`, as a picture [H, W, 3]."""
     if spec.scaling is not None:
         return three_bands((255 * spec.scaling.to_unit(pixels)).round().astype(np.uint8))
     return three_bands(pixels.astype(np.uint8, copy=False))
@@ -87,6 +87,6 @@ def three_bands(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _fitting(name: str, letters: int) -> str:
-    """The end of a name. Pillow's own font knows no letters beyond ASCII: they are written as escapes."""
+    """The end of a name. Pillow's own font only has ASCII letters: others are written as escapes."""
     text = printable(name).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= letters else f"...{text[3 - letters :]}"

@@ -1,4 +1,4 @@
-"""Where a contact sheet may be drawn, known without torch."""
+"""Where a contact sheet may be written, checked without torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 from jepakit.errors import ConfigError
 
 MARK = "jepakit", "contact sheet"
-"""Key and text in the file by which a sheet is known to be one."""
+"""Key and text stored in the file, by which a sheet is recognised."""
 
 
 def check_place(sheet: Path, images: str | tuple[str, ...]) -> None:
-    """Raise ConfigError for a sheet that would be no PNG, lie among the images, or take the place of another file."""
+    """Raise ConfigError for a sheet that would not be a PNG, lie among the images, or replace another file."""
     sources = (images,) if isinstance(images, str) else images
     if any(_is_among(sheet.resolve(), source) for source in sources):
         raise ConfigError(f"sheet = {sheet} would lie among the images it shows: name another place, --sheet FILE")
@@ -27,18 +27,18 @@ def check_place(sheet: Path, images: str | tuple[str, ...]) -> None:
 
 
 def _is_among(sheet: Path, source: str) -> bool:
-    """Whether `source` means the sheet too, where it lies or would lie."""
+    """Whether `source` would include the sheet at its path."""
     path = Path(source).resolve()
     if path.exists():
         return sheet.is_relative_to(path)
-    # A glob: `**/` is any number of folders or none, and `*` none.
+    # A glob: `**/` matches any number of folders, also none; `*` does not cross folders.
     return fnmatch(str(sheet), str(path).replace("**/", "*")) and (
         "**" in source or len(sheet.parts) == len(path.parts)
     )
 
 
 def is_sheet(path: Path) -> bool:
-    """Whether a file is a sheet of ours, which may be drawn anew."""
+    """Whether a file is a sheet made by jepakit, which may be overwritten."""
     key, text = MARK
     try:
         with Image.open(path, formats=["PNG"]) as picture:

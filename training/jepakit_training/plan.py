@@ -1,4 +1,4 @@
-"""Every choice that the settings leave to the data and the backbone, made in one place and put into words."""
+"""Every choice that the settings leave to the data and the backbone, made in one place and described in words."""
 
 from __future__ import annotations
 
@@ -51,32 +51,31 @@ class Plan:
     local_size: int
     workers: int
     prefetch: int
-    """Batches that each loader process makes ahead."""
+    """Batches that each loader process prepares in advance."""
     batch_bytes: int
-    """Of the views in a process's share of a batch."""
+    """Size of the views in a process's share of a batch."""
     split: Split
     notes: tuple[str, ...]
 
     @property
     def queued_bytes(self) -> int:
-        """Most that the batches made ahead take of main memory."""
+        """The most main memory that prefetched batches take."""
         return self.workers * self.prefetch * self.batch_bytes
 
     def ramp(self, step: int, *, first: int = 0) -> float:
-        """The factor on the projector's learning rate: 10 steps up, from step `first` on, then a cosine to 0."""
+        """The factor on the projector's learning rate: up over 10 steps from step `first`, then a cosine to 0."""
         since = step - first
         return 0.0 if since < 0 else min(1.0, (since + 1) / RAMP_STEPS) * _cosine(step / self.steps)
 
     def backbone_ramp(self, step: int) -> float:
-        """The factor on the backbone's: 0 while the projector warms up, then as the projector's."""
+        """The factor on the backbone's learning rate: 0 while the projector warms up, then like the projector's."""
         return self.ramp(step, first=self.warmup_steps)
 
 
 def make_plan(
     config: AdaptConfig, images: ImageList, backbone: Any, world: int, *, bands: int, value_bytes: int
 ) -> Plan:
-    """Resolve `config` for these images and this backbone, over `world` processes; raises InputError where they cannot go
-    together.
+    """Resolve `config` for these images and this backbone over `world` processes; InputError if they do not fit.
 
     bands, value_bytes  of the images' views
     """
@@ -128,7 +127,7 @@ def local_size_of(image_size: int, views: ViewsConfig) -> int:
 
 
 def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tuple[int, list[str]]:
-    """Images a batch over all processes, with notes; ConfigError where a process would get none."""
+    """Images per batch over all processes, with notes; ConfigError if a process would get none."""
     batch_size, notes = min(config.batch_size, trained_on) // world * world, []
     if batch_size == 0:
         raise ConfigError(
@@ -144,13 +143,13 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
 
 
 def _count_steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
-    """Enough for every image to be seen `epochs` times; where neither length is set, once, in 300 steps at least."""
+    """`steps` if set, else enough to see every image `epochs` times; by default once, but at least 300."""
     passes = math.ceil((config.epochs or 1) * trained_on / batch_size)
     return config.steps or (passes if config.epochs else max(DEFAULT_STEPS, passes))
 
 
 def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
-    """Pixels a side of global and of local views, with notes; ConfigError where the backbone does not take them."""
+    """Pixels a side of global and of local views, with notes; ConfigError if the backbone does not take them."""
     image_size = fitting_size(backbone, config.image_size)
     notes, multiple = [], size_multiple(backbone)
     if image_size != config.image_size:
@@ -172,7 +171,7 @@ def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -
 
 
 def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "trained"]:
-    """Whether BatchNorm learns the images' statistics; frozen where there is none."""
+    """Whether BatchNorm learns the images' statistics; "frozen" if there is no BatchNorm."""
     chosen, trains, norms = config.norm_statistics, config.unfreeze != "none", batch_norms(backbone)
     if chosen == "trained" and not trains:
         raise ConfigError(
@@ -184,7 +183,7 @@ def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "t
 
 
 def _micro_batch(config: AdaptConfig, batch_size: int, world: int, norm_statistics: str) -> int | None:
-    """Images that the backbone of a process works through at once; None where that is its whole batch."""
+    """Images that a process puts through the backbone at once; None for its whole batch."""
     micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
     if micro_batch:
         _check_norms_frozen(
@@ -194,7 +193,7 @@ def _micro_batch(config: AdaptConfig, batch_size: int, world: int, norm_statisti
 
 
 def _check_norms_frozen(config: AdaptConfig, norm_statistics: str, setting: str, why: str) -> None:
-    """ConfigError for a setting under which BatchNorms that train would not see each batch as a whole, and once."""
+    """ConfigError for a setting with which trained BatchNorms would not see each batch whole and exactly once."""
     if norm_statistics == "trained":
         raise ConfigError(
             f"{setting}: the BatchNorms of {config.backbone} train, and {why}: leave it out, set norm_statistics = frozen, or "
@@ -203,10 +202,10 @@ def _check_norms_frozen(config: AdaptConfig, norm_statistics: str, setting: str,
 
 
 def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, list[str]]:
-    """How many there are, and how many batches each makes ahead, with notes.
+    """The number of loader processes, and of batches that each prefetches, with notes.
 
-    One for each core of this process's share, less one for the model; 8 at most, or 16 where a GPU has to be fed. Fewer where
-    the batches made ahead would take over a quarter of this process's share of main memory.
+    One per core of this process's share, minus one for the model; at most 8, or 16 if there is a GPU. Fewer if the
+    prefetched batches would take over a quarter of this process's share of main memory.
     """
     sharing = ranks.local_world_size()
     room = int(_QUEUED_SHARE * main_memory() / sharing / batch_bytes)

@@ -1,4 +1,4 @@
-"""What is computed in which precision, and with which random numbers, without a trace on what the process does besides."""
+"""Which computations use which precision and random numbers, without effect on the rest of the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jepakit.errors import ConfigError
 
 
 def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "no"]:
-    """What accelerate's autocast computes in; ConfigError for bfloat16 on a machine without it."""
+    """The precision of accelerate's autocast; ConfigError for bfloat16 on a machine without it."""
     on_gpu = torch.cuda.is_available()
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
     if asked == "bf16" and not has_bf16:
@@ -28,11 +28,10 @@ def cpu_has_bf16() -> bool:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """A block that computes in the precision it asks for, whatever this process did before; afterwards all is as it was.
+    """A block that computes in the requested precision, whatever this process did before; all is restored afterwards.
 
-    Float32 is float32 in it, also on a GPU, where torch rounds what convolutions multiply to 10 bits (TF32) unless told
-    not to: what is measured is what is served. And accelerate, which keeps the precision of its first use for good, starts
-    anew.
+    Float32 means float32 in it, also on a GPU, where torch by default rounds the inputs of convolutions to 10 bits
+    (TF32): what is measured is what is served. accelerate, which keeps the precision of its first use, is reset.
     """
     kept = AcceleratorState._shared_state
     kept_before = dict(kept)
@@ -47,17 +46,17 @@ def own_precision() -> Iterator[None]:
 
 @contextmanager
 def own_generators() -> Iterator[None]:
-    """A block that draws and seeds as it likes: the caller's generators of torch are as they were afterwards."""
+    """Restore torch's random generators after the block, which may draw and seed as it likes."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
 
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """Products and convolutions in whole float32.
+    """Matrix products and convolutions in full float32.
 
-    torch has two generations of switches. The older ones move the newer; where only a newer one was moved, reading the
-    older is an error, and compiled kernels read them.
+    torch has two generations of switches. The older ones set the newer; if only a newer one was set, reading the older
+    one is an error, and compiled kernels read it.
     """
     cudnn: Any = torch.backends.cudnn
     newer: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)

@@ -1,4 +1,4 @@
-"""Stateless randomness: every random number is a function of what it is for, so resuming needs no RNG state."""
+"""Stateless randomness: every random number is a function of its purpose, so resuming needs no RNG state."""
 
 from __future__ import annotations
 

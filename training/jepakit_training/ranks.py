@@ -1,5 +1,5 @@
-"""Which process of how many this one is, as torch's launchers, accelerate and Ray Train say it in the environment. Needs no
-torch."""
+"""This process's rank and the number of processes, from the environment variables of torch's launchers, accelerate and
+Ray Train. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """How many of them share this machine; 1 without a launcher."""
+    """How many of the processes share this machine; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,8 +1,8 @@
 """Training on a Ray cluster through Ray Train: the only module of training that knows Ray.
 
-The workers run what `launch.run_rank` runs anywhere. Ray starts them, connects them, and starts them again when one is
-lost; each start goes on from RUN's newest checkpoint. RUN, the images and the current folder must therefore lie where
-every node finds them under the same name.
+The workers run `launch.run_rank`, as everywhere. Ray starts them, connects them, and restarts them when one is lost;
+each start resumes from RUN's newest checkpoint. So RUN, the images and the current folder must be available to every
+node under the same path.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from jepakit_training.run_folder import RAY_FOLDER
 from jepakit_training.stopping import GRACE_S, answering, asked_by
 
 _MOST_LOSSES = 3
-# Ray reads them at import. Training's own files say all that a run has to say, in the folders that we name.
+# Ray reads them at import. Training writes its own files about a run, in the folders that we choose.
 _SETTINGS = {
     **SILENT,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 53 s were measured on a busy machine, of Ray's own 60
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # 53 s were measured on a busy machine; Ray's default is 60
 }
 
 
@@ -54,17 +54,17 @@ class _Job(NamedTuple):
     images: ImageList
     out: Path
     folder: Path
-    """In RUN, for as long as it trains: what rank 0 says, and why a process ended."""
+    """In RUN while it trains: the output of rank 0, and why a process ended."""
     start_in: Path
 
     @property
     def stop(self) -> Path:
-        """A file that is there once the workers are to stop."""
+        """A file that exists once the workers are to stop."""
         return self.folder / "stop"
 
 
 def adapt_on_ray(config: AdaptConfig, images: ImageList, out: Path) -> Run:
-    """Adapt on the cluster at RAY_ADDRESS, or on one of our own on this machine; see `launch.adapt`."""
+    """Adapt on the cluster at RAY_ADDRESS, or on a new local one on this machine; see `launch.adapt`."""
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=RAY_FOLDER, dir=out))
@@ -78,7 +78,7 @@ def adapt_on_ray(config: AdaptConfig, images: ImageList, out: Path) -> Run:
 
 @contextmanager
 def _cluster(config: AdaptConfig) -> Iterator[None]:
-    """A connection to Ray: the caller's, that of RAY_ADDRESS, or to a cluster of our own, which ends with it."""
+    """A connection to Ray: the caller's, to RAY_ADDRESS, or to our own cluster, which ends with it."""
     os.environ.update(_SETTINGS)
     if (loaded := sys.modules.get("ray")) is not None and loaded.is_initialized():
         yield
@@ -88,7 +88,7 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
         _check_reachable(address)
     else:  # Ray's ports listen on all interfaces: guarded by a token, as the service's are
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once a process
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once per process
     import ray
 
     with own_folder() if address is None else contextlib.nullcontext() as folder:
@@ -114,7 +114,7 @@ def _cluster(config: AdaptConfig) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """TrainingError where nobody listens at `address`: Ray itself would try for minutes."""
+    """TrainingError if nothing listens at `address`: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return
@@ -163,9 +163,9 @@ def _fit(job: _Job) -> None:
 
 
 def _waited_for(trainer: Any, stop: Path) -> Exception | None:
-    """What `fit` raised, if anything. It runs in a thread: in the main one Ray would take SIGINT for itself.
+    """The error raised by `fit`, if any. It runs in a thread: in the main one, Ray would handle SIGINT itself.
 
-    SIGINT and SIGTERM have the workers stop after their step. Then, or when that takes over 20 s or at a second signal,
+    SIGINT and SIGTERM make the workers stop after their step. Then, or if that takes over 20 s, or at a second signal,
     raises KeyboardInterrupt or SystemExit(143).
     """
     raised: list[Exception] = []
@@ -198,11 +198,11 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
 
 
 def _run_worker(settings: dict[str, Any]) -> None:
-    """What every worker runs, RANK and its like having been set by Ray Train."""
+    """What every worker runs, with RANK etc. set by Ray Train."""
     job: _Job = settings["job"]
     rank = ranks.rank()
     if any(ending.error() for ending in read_endings(job.folder)):
-        return  # an error of the user's or of training itself: to start again would not help
+        return  # a user's error or one of training itself: a restart would not help
     if job.stop.exists():
         return
     (job.folder / f"rank-{rank}.json").unlink(missing_ok=True)
@@ -213,7 +213,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(max(1, usable_cpus() // ranks.local_world_size()))  # Ray allows one
     with (
-        contextlib.suppress(SystemExit),  # a stop that was asked for: no reason for Ray to start again
+        contextlib.suppress(SystemExit),  # a requested stop: no reason for Ray to restart
         asked_by(job.stop.exists),
         (job.folder / "said" if rank == 0 else Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as said,
         contextlib.redirect_stderr(said),
@@ -224,7 +224,7 @@ def _run_worker(settings: dict[str, Any]) -> None:
 
 @contextmanager
 def _repeating(file: Path) -> Iterator[None]:
-    """Say on our standard error what is written to the file, as it comes."""
+    """Copy what is written to the file to our standard error, as it comes."""
     file.touch()
     done = threading.Event()
 

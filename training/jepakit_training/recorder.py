@@ -1,4 +1,4 @@
-"""`Recorder`: what a run says while it trains, to metrics.jsonl, trackers, warnings and the progress bar."""
+"""`Recorder`: a run's reports while it trains, to metrics.jsonl, trackers, warnings and the progress bar."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOG_EVERY = 10
 
 
 class Clock:
-    """Images a second and the share of time spent waiting for data, since the last report."""
+    """Images per second and the share of time spent waiting for data, since the last report."""
 
     def __init__(self) -> None:
         self._images, self._waited = 0, 0.0
@@ -44,11 +44,11 @@ class Clock:
             yield batch
 
     def step(self, images: int) -> None:
-        """Count the images of a step that is done."""
+        """Count the images of a finished step."""
         self._images += images
 
     def rates(self) -> dict[str, float]:
-        """images_per_s and data_wait; begins anew."""
+        """images_per_s and data_wait; starts a new measurement."""
         spent = time.perf_counter() - self._start
         rates = {"images_per_s": round(self._images / spent, 2), "data_wait": round(self._waited / spent, 4)}
         self._images, self._waited, self._start = 0, 0.0, time.perf_counter()
@@ -57,7 +57,7 @@ class Clock:
 
 @dataclass
 class Recorder:
-    """Records the steps of one run; made by `recording`. Every rank has one and records every step; the first one speaks."""
+    """Records the steps of one run; made by `recording`. Every rank records every step, but only the first reports."""
 
     plan: Plan
     accelerator: Accelerator
@@ -68,11 +68,11 @@ class Recorder:
     clock: Clock = field(default_factory=Clock)
 
     def logs(self, step: int) -> bool:
-        """Whether the numbers of `step` are logged: every tenth's, and the last one's."""
+        """Whether the numbers of `step` are logged: every tenth step, and the last."""
         return (step + 1) % _LOG_EVERY == 0 or step + 1 == self.plan.steps
 
     def record(self, step: int, outcome: Outcome) -> None:
-        """Show that `step` is done, and log its numbers if it is one that is logged: only then a GPU is waited for."""
+        """Show that `step` is done, and log its numbers if they are to be logged; only that waits for a GPU."""
         self.clock.step(self.plan.batch_size)
         numbers = ""
         if self.logs(step):
@@ -97,7 +97,7 @@ class Recorder:
 def recording(
     config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run, first: int, *, extra_s: float
 ) -> Iterator[Recorder]:
-    """What records the steps from `first` on; closed at the block's end.
+    """The recorder of the steps from `first` on; closed at the block's end.
 
     extra_s  seconds of work expected after the last step
     """
@@ -113,7 +113,7 @@ def recording(
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """A step's numbers in the words of the docs; SIGReg beside its floor."""
+    """A step's numbers, named as in the docs; SIGReg with its floor."""
     return (
         f"loss {values['loss']:.4f}  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.2f} (floor {FLOOR})  "
         f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}  "
@@ -122,7 +122,7 @@ def describe(values: Mapping[str, float]) -> str:
 
 
 def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run) -> Alarms:
-    """What watches this run; it has seen what was logged before a resume, and does not repeat itself."""
+    """The alarms of this run; they have seen what was logged before a resume, and do not repeat themselves."""
     alarms = Alarms(
         steps=plan.steps,
         warmup_steps=plan.warmup_steps,
@@ -142,7 +142,7 @@ def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run)
 
 
 def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
-    """The losses of the whole batch by name, and the width and rank of this rank's projections."""
+    """The losses of the whole batch, by name, and the width and rank of this rank's projections."""
     shares = {"loss": outcome.loss, "prediction": outcome.prediction}
     if outcome.anchor is not None:
         shares["anchor"] = outcome.anchor

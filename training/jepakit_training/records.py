@@ -1,4 +1,4 @@
-"""What a run writes while it trains: a line per logged step, and the images that could not be read."""
+"""What a run writes while it trains: one line per logged step, and the images that could not be read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _NAMED = 5
 
 
 class TolerateWriteErrors:
-    """A block in which a failed write, as to a full disk, gives a warning, the first time, and training goes on.
+    """A block in which a failed write, e.g. to a full disk, only gives a warning, the first time; training goes on.
 
-    what  is written in the block, as the warning names it
+    what  what is written in the block, for the warning
     """
 
     def __init__(self, what: Path | str) -> None:
@@ -44,11 +44,11 @@ class TolerateWriteErrors:
 
 
 class StepLog:
-    """metrics.jsonl: a line per logged step. A resumed run drops the lines of steps it does again.
+    """metrics.jsonl: one line per logged step. A resumed run drops the lines of steps that it repeats.
 
     main  whether this process is the one that writes it
 
-    Raises WriteError where it cannot be begun; a disk that is full later gives a warning.
+    Raises WriteError if it cannot be created; a disk that fills up later only gives a warning.
     """
 
     def __init__(self, path: Path, first_step: int, *, main: bool) -> None:
@@ -73,12 +73,12 @@ class StepLog:
 
 
 class SkippedFiles:
-    """Images that could not be read, each once, with the reason; stops above a share `most` of them.
+    """Images that could not be read, each once, with the reason; raises above a share `most` of all images.
 
-    path  skipped.csv, where they are listed; None: nowhere
+    path  skipped.csv, where they are listed; None: not listed
     main  whether this process is the one that writes it
 
-    A full disk gives a warning.
+    A full disk only gives a warning.
     """
 
     def __init__(self, path: Path | None, n_images: int, *, most: float, main: bool) -> None:
@@ -96,7 +96,7 @@ class SkippedFiles:
 
     @property
     def where(self) -> str:
-        """In words, where they are listed, or which they are."""
+        """Where they are listed, or which they are, in words."""
         if self._path is not None:
             return f"listed in {self._path}"
         return f"among them {', '.join(list(self._seen)[:_NAMED])}"
@@ -126,11 +126,11 @@ class SkippedFiles:
 
 
 class SharedSkippedFiles:
-    """`SkippedFiles` of all ranks: noted by each, and shared, since skipped.csv and its limit are the run's.
+    """`SkippedFiles` of all ranks: noted by each and shared, as skipped.csv and its limit belong to the run.
 
-    skipped  this rank's
-    ids      the images' names, by their indices
-    n_ranks  how many there are
+    skipped  those of this rank
+    ids      the images' names, by index
+    n_ranks  number of ranks
     """
 
     def __init__(self, skipped: SkippedFiles, ids: Sequence[str], n_ranks: int) -> None:
@@ -138,13 +138,13 @@ class SharedSkippedFiles:
         self._own: list[tuple[str, str]] = []
 
     def note(self, found: Iterable[tuple[int, str]]) -> None:
-        """Note (index, reason) of what this rank could not read; DataError when there is too much of it."""
+        """Note (index, reason) of images that this rank could not read; DataError if there are too many."""
         for index, reason in found:
             self._own.append((self._ids[index], reason))
             self._skipped.add(self._own[-1])
 
     def share(self) -> None:
-        """Note on every rank what each could not read since the last call; DataError on all when that is too much."""
+        """Share with all ranks what each could not read since the last call; DataError on all if it is too much."""
         if self._n_ranks > 1:
             self._skipped.add(*gather_object(self._own))
         self._own.clear()

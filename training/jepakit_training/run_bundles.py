@@ -1,4 +1,4 @@
-"""The bundles of a run: the start, which a resumed run is held against, and the result."""
+"""The bundles of a run: the start, which a resumed run is compared with, and the result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_run_bundle(
 ) -> None:
     """Write a bundle without a graph: the backbone's weights after `steps` steps and everything needed to export them.
 
-    Half-written files that a killed process left in the run's folder are removed: the folder is locked, so they are nobody's.
+    Incomplete files that a killed process left in the run's folder are removed: it is locked, so nobody uses them.
     """
     for stale in path.parent.glob(".tmp-*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -50,8 +50,8 @@ def write_run_bundle(
 
 
 def check_start(setup: Setup, run: Run) -> None:
-    """ConfigError where a resumed run would go on from other weights than it began with, as the verdict and `mix` compare with
-    them, or with other pixel values."""
+    """ConfigError if a resumed run would have other start weights, which the verdict and `mix` compare with, or other
+    pixel values, than it began with."""
     if not (run.path / START).exists():
         return
     preprocess, before = _start_of(run)
@@ -69,7 +69,7 @@ def check_start(setup: Setup, run: Run) -> None:
 
 
 def _start_of(run: Run) -> tuple[Preprocess, dict[str, torch.Tensor]]:
-    """The preprocess and the weights that a run began with; BundleError where they are damaged."""
+    """The preprocess and the weights that a run began with; BundleError if they are damaged."""
     start = run.path / START
     try:
         bundle = open_bundle(start)
@@ -86,7 +86,7 @@ def _provenance(setup: Setup, steps: int) -> Provenance:
     settings = setup.config.resolved().model_dump(
         mode="json", exclude_none=True, exclude={"images", "cache", *FREE_SETTINGS}
     )
-    for setting in ("weights", "labels", "group"):  # a bundle is for sharing: no path of this machine
+    for setting in ("weights", "labels", "group"):  # bundles are shared, so they hold no path of this machine
         settings[setting] = Path(settings[setting]).name
     return Provenance(
         config=settings,

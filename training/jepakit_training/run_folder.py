@@ -1,5 +1,5 @@
-"""A run's folder: the lock on it, what it was started with, and whether a command may go on there. Needs no torch, so that
-a folder is refused at once."""
+"""A run's folder: its lock, what it was started with, and whether a command may resume there. Needs no torch, so that a
+folder is refused at once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from jepakit.sources import ImageList
 from jepakit.sources.table import RULES
 from jepakit_training import ranks
 
-# These may differ between a run and its resumption: they change nothing in the result, or its rounding alone. What the
-# images are, their digest says; where they lie changes nothing.
+# These may differ between a run and its resumption: they do not change the result, or only its rounding. The images are
+# compared by digest; where they are stored does not matter.
 FREE_SETTINGS = frozenset({
     "images", "out", "workers", "save_every_s", "augment_on", "cache_gb", "most_skipped", "processes", "launcher", "trackers",
     "micro_batch", "activation_checkpointing", "compile",
 })  # fmt: skip
 LOCK = ".lock"
-# Holds what Ray's processes say while they train; no leftover, unlike the .tmp-* of a killed process.
+# Holds the output of Ray's processes while they train; not a leftover, unlike the .tmp-* of a killed process.
 RAY_FOLDER = ".ray-"
 _PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
 # Some network file systems (Lustre without `-o flock`, old NFS) have none.
@@ -45,12 +45,12 @@ _held: set[int] = set()
 
 @contextmanager
 def locked(out: Path, *, main: bool = True) -> Iterator[None]:
-    """Hold the run's folder, made where it is missing, so that no other trainer can write to it.
+    """Lock the run's folder, creating it if missing, so that no other trainer can write to it.
 
-    main  whether this process is the one that holds it for all
+    main  whether this process is the one that holds the lock for all
 
-    The system lets go of it when the process ends, however it ends. Raises ConfigError when another process holds
-    it, or when nothing can be written there.
+    The system releases it when the process ends, however it ends. Raises ConfigError when another process holds the
+    lock, or when nothing can be written there.
     """
     if not main:
         yield
@@ -74,9 +74,9 @@ def locked(out: Path, *, main: bool = True) -> Iterator[None]:
 
 
 def _holder(out: Path) -> str:
-    """Who holds the run's folder, in words."""
+    """Who holds the lock on the run's folder, in words."""
     words = ""
-    with suppress(FileNotFoundError):  # it has let go since
+    with suppress(FileNotFoundError):  # it has been released since
         words = (out / LOCK).read_text(encoding="utf-8").strip()
     return words or "another process"
 
@@ -94,7 +94,7 @@ def _lock(path: Path) -> int:
             print(
                 f"warning: {path.parent} lies where files cannot be locked: start no second run on it", file=sys.stderr
             )
-        # The last holder may have removed the file between our two calls: then this lock is on no name at all.
+        # The last holder may have removed the file between our two calls: then we hold a lock on a deleted file.
         if os.fstat(descriptor).st_nlink:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -103,7 +103,7 @@ def _lock(path: Path) -> int:
 
 
 def _close_locks() -> None:
-    """In a forked child: loader processes outlive a killed trainer by seconds, and would hold the folder for it."""
+    """In a forked child: loader processes outlive a killed trainer by seconds, and would keep the folder locked."""
     while _held:
         os.close(_held.pop())
 
@@ -112,7 +112,7 @@ os.register_at_fork(after_in_child=_close_locks)
 
 
 def check_folder(out: Path, config: AdaptConfig) -> None:
-    """Check that a run may lie in `out`: a new one, or one that was started with the same settings.
+    """Check that `out` can hold this run: a new one, or one that was started with the same settings.
 
     Raises ConfigError naming what is in the way or differs.
     """
@@ -124,7 +124,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
         return
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, and a run is a folder: name another --out")
-    # Until the start was measured nothing is worth keeping: a corrected command may begin anew.
+    # Until the start has been measured, nothing is worth keeping: a corrected command may start over.
     strangers = _strangers(out) if out.is_dir() else []
     if strangers:
         raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0]}): name another --out")
@@ -133,7 +133,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
 def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     """Start the run's folder, or check that an existing one was started with the same settings and data.
 
-    Raises ConfigError or DataError naming what differs, WriteError where nothing can be written there.
+    Raises ConfigError or DataError naming what differs, WriteError if nothing can be written there.
     """
     check_folder(out, config)
     if _has_begun(out):
@@ -149,15 +149,15 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     with must_write(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / SKIPPED).unlink(missing_ok=True)
-        # This order: settings alone are somebody's own.
+        # In this order: a folder with settings alone counts as the user's own.
         write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
         write_atomically(out / CONFIG, _as_toml(config))
 
 
 def keep_settings(out: Path, config: AdaptConfig) -> None:
-    """Write down the settings of a run that goes on, where weights or tables have moved: once finished it is found by them.
+    """Record the settings of a resumed run if weights or tables have moved: once finished, it is found by them.
 
-    Raises WriteError where nothing can be written there.
+    Raises WriteError if nothing can be written there.
     """
     text = _as_toml(config)
     if (out / CONFIG).read_text(encoding="utf-8") != text:
@@ -167,7 +167,7 @@ def keep_settings(out: Path, config: AdaptConfig) -> None:
 
 @contextmanager
 def must_write(out: Path) -> Iterator[None]:
-    """A block that writes to the run's folder; WriteError where that fails."""
+    """A block that writes to the run's folder; WriteError if that fails."""
     try:
         yield
     except OSError as error:
@@ -200,7 +200,7 @@ def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
 
 
 def _strangers(out: Path) -> list[str]:
-    """Names in `out` that no trainer has left there. Without our environment.json settings are the user's own."""
+    """Names in `out` that no trainer left there. Without our environment.json, settings are the user's own."""
     try:
         ours = {LOCK, ENVIRONMENT, CONFIG, SKIPPED} if "data" in _environment(out) else {LOCK}
     except DataError:
@@ -223,7 +223,7 @@ def _check_same(out: Path, images: ImageList) -> None:
 
 
 def _go_on(out: Path) -> str:
-    """What to do where a run cannot be resumed."""
+    """What to do if a run cannot be resumed."""
     return f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
 
 
@@ -234,11 +234,11 @@ def _as_toml(config: AdaptConfig) -> str:
 
 
 def _changed_settings(out: Path, settings: str, *, weights_may_move: bool) -> list[str]:
-    """In words, what of `settings` differs from those the run in `out` was started with.
+    """How `settings` differ from those that the run in `out` was started with, in words.
 
-    weights_may_move  whether another path of the weights is no difference
+    weights_may_move  whether another path of the weights does not count as a difference
 
-    Raises DataError where its config.toml is gone or damaged.
+    Raises DataError if its config.toml is missing or damaged.
     """
     both = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
     before, now = (_compared(each, weights_may_move=weights_may_move) for each in both)
@@ -250,12 +250,12 @@ def _changed_settings(out: Path, settings: str, *, weights_may_move: bool) -> li
 
 
 def _compared(settings: dict[str, Any], *, weights_may_move: bool) -> dict[str, Any]:
-    """Of a config.toml, what a resumed run must have in common with its beginning; views each by its own name."""
+    """The settings of a config.toml that must stay the same for a resumed run; each view setting by its own name."""
     views = settings.get("views", {})
     flat = {**settings, **{f"views.{name}": value for name, value in views.items()}}
-    # Where the cache lies changes nothing; whether there is one does: it holds images already downscaled.
+    # The place of the cache does not matter, but its presence does: it holds images already downscaled.
     flat["cache"] = "cache" in settings
-    # Nor where the tables lie: the images' digest knows what they say.
+    # Nor does the place of the tables: the images' digest covers their content.
     movable = {"labels": RULES, "group": RULES, **({"weights": START_WORDS} if weights_may_move else {})}
     flat |= {name: "a file" for name, words in movable.items() if flat.get(name) not in words}
     return {key: value for key, value in flat.items() if key != "views" and key not in FREE_SETTINGS}
@@ -266,7 +266,7 @@ def _environment(out: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What one of a run's files holds; DataError when it is gone or damaged."""
+    """The content of one of a run's files; DataError if it is missing or damaged."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -277,11 +277,11 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that can change a result."""
+    """Versions of the packages that can affect a result."""
     return versions_of(_PACKAGES)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write the file as a whole or not at all."""
+    """Write the file completely or not at all."""
     with replacing(path) as file:
         file.write(text.encode())

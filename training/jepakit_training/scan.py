@@ -1,8 +1,8 @@
 """How the values of a user's images are scaled: a sample is measured once, and the numbers are used everywhere.
 
-`scan` reads an evenly spread sample of the images and reports their kind, the values they hold, and what is
-wrong with some of them. `Scan.preprocess` turns it into the model's `Preprocess`, which travels in the
-bundle: training, evaluation, export and service all use the same numbers.
+`scan` reads an evenly spread sample of the images and reports their kind, their values, and what is wrong with
+some of them. `Scan.preprocess` turns it into the model's `Preprocess`, which is stored in the bundle: training,
+evaluation, export and service all use the same numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE, _GAP = 0.25, 10, 0.2, 0.99, 0.5
 
 
 class Kind(NamedTuple):
-    """Bands and numpy's name of what the files hold."""
+    """Bands, and numpy's name of the files' dtype."""
 
     bands: int
     stored_as: str
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """One image of the sample. `size` is its width and height, a tile's own where it is one.
+    """One image of the sample. `size` is its width and height, or the tile's if it is one.
 
     `values` [n, C] are some of its valid pixels, `low` and `high` [C] their percentiles, `fingerprint` bool [256]
     whether it gets brighter from each of 16 × 17 patches to the next (the perceptual "difference hash").
@@ -86,7 +86,7 @@ class Scan:
         return self.kind.stored_as == "uint8"
 
     def only(self, places: NDArray[np.intp]) -> Scan:
-        """What a scan of these places alone would have found."""
+        """The result of a scan of only these places."""
         chosen = set(places.tolist())
         return replace(
             self,
@@ -108,13 +108,13 @@ class Scan:
             return None
         self._check_bands()
         if value_range == "file":
-            # What the files' windows give. As a measured range it refuses images in other units.
+            # The output of the files' windows. As a measured range, it refuses images in other units.
             return Scaling(low=(0.0,) * self.kind.bands, high=(1.0,) * self.kind.bands, measured=True)
         window = chosen_range(value_range)
         return self._measured() if window is None else self._asked(*window)
 
     def _asked(self, low: float, high: float) -> Scaling:
-        """The window for all bands; ConfigError where next to all values lie outside it."""
+        """The window for all bands; ConfigError if nearly all values lie outside it."""
         lows_NC, highs_NC = self._ends()
         if (outside := self.outside(low, high)) > _MOST_OUTSIDE:
             raise ConfigError(
@@ -124,10 +124,10 @@ class Scan:
         return Scaling(low=(low,) * self.kind.bands, high=(high,) * self.kind.bands, measured=False)
 
     def _measured(self) -> Scaling:
-        """The widest range between the 0.1 and the 99.9 percentile of any sampled image, and a quarter more on either side.
+        """The widest range of 0.1 to 99.9 percentiles over the sampled images, plus a quarter on either side.
 
-        Outliers are left out (`outliers`). The margin is for images that were not sampled: mean and std make up for a
-        range that is too wide, nothing for one that clips. Raises DataError for a band of one value.
+        Outliers are left out (`outliers`). The margin is for images that were not sampled: mean and std compensate for
+        a range that is too wide, but nothing does for one that clips. Raises DataError for a band of a single value.
         """
         lows_NC, highs_NC = self._ends()
         usual_NC = ~_far_out(lows_NC, highs_NC)
@@ -140,7 +140,7 @@ class Scan:
                 f"band {flat[0] + 1} is {low_C[flat[0]]:g} in every sampled image: remove it, or give value_range"
             )
         margin_C = _MARGIN * (high_C - low_C)
-        # Nothing can lie below an unsigned zero.
+        # Unsigned values cannot be below zero.
         least = 0.0 if self.kind.stored_as.startswith("uint") else -np.inf
         return Scaling(
             low=float32_tuple((low_C - margin_C).clip(least)), high=float32_tuple(high_C + margin_C), measured=True
@@ -151,7 +151,7 @@ class Scan:
         return np.array([one.low for one in self.seen]), np.array([one.high for one in self.seen])
 
     def _check_bands(self) -> None:
-        """DataError for a band that has no data in any image: nothing can be measured of it."""
+        """DataError for a band that has no data in any image, as it cannot be measured."""
         empty = np.flatnonzero(np.isnan(self._ends()[0]).all(axis=0))
         if len(empty):
             raise DataError(
@@ -160,7 +160,7 @@ class Scan:
             )
 
     def outliers(self) -> tuple[int, ...]:
-        """Indices of sampled images whose values lie far beyond the others': they would squeeze all others into a corner."""
+        """Indices of sampled images with values far beyond the others': they would squeeze all others together."""
         lows_NC, highs_NC = self._ends()
         far = np.flatnonzero(_far_out(lows_NC, highs_NC).any(axis=1))
         return tuple(self.seen[place].index for place in far)
@@ -175,16 +175,16 @@ class Scan:
         """Mean and std per band of the sampled pixels, once scaled to 0..1. Raises DataError for a band without any data."""
         self._check_bands()
         scaled = np.concatenate([one.shown(scaling) for one in self.seen])
-        # A band of one value must not be divided by 0; it then carries nothing, as it should.
+        # A band of a single value must not be divided by 0; it then carries no information, as it should.
         return float32_tuple(np.nanmean(scaled, axis=0)), float32_tuple(np.nanstd(scaled, axis=0).clip(1e-3))
 
     def preprocess(
         self, stock: Preprocess, *, value_range: ValueRange = "auto", frame: int | None = None, tile: int | None = None
     ) -> Preprocess:
-        """`stock` (sizes, and the start weights' own statistics) made for these images.
+        """`stock` (sizes, and the start weights' own statistics) adjusted to these images.
 
-        Its statistics stay where they apply, 8-bit RGB or what a bundle was made for; elsewhere they are measured. Of tiles
-        the whole is seen: a crop of their middle would leave seams between them that no vector knows of.
+        Its statistics are kept if they apply (8-bit RGB, or the kind that a bundle was made for), else measured. Tiles
+        are used whole: cropping their middle would leave strips between them that no vector covers.
         """
         if tile is not None:
             stock = stock.model_copy(update={"resize_to": stock.size})
@@ -212,7 +212,7 @@ class Scan:
 
 
 def sampled(images: ImageList) -> NDArray[np.intp]:
-    """Places of the images that training looks at to know their values: at most 256, evenly spread."""
+    """Indices of the images that training looks at to learn their values: at most 256, evenly spread."""
     return evenly_spread(len(images), SAMPLE)
 
 
@@ -224,7 +224,7 @@ def scan(
     places: NDArray[np.intp] | None = None,
     progress: bool = True,
 ) -> Scan:
-    """Measure the images at `places` (None: those that training looks at). Raises DataError when none of them can be read."""
+    """Measure the images at `places` (None: those that training looks at). Raises DataError if none can be read."""
     chosen = (sampled(images) if places is None else places).tolist()
     with shown(progress):
         looked = in_threads(
@@ -248,7 +248,7 @@ def scan(
 
 
 def refuse_mixed(found: Scan, ids: Sequence[str], most: float) -> None:
-    """DataError when more than a share `most` of the sample is of another kind: only the user can say which is meant."""
+    """DataError if more than a share `most` of the sample is of another kind: only the user knows which is wanted."""
     if len(found.odd) > most * (len(found.seen) + len(found.odd)):
         odd = found.odd[0]
         raise DataError(
@@ -282,7 +282,7 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
 
 
 def _percentiles(valid_NC: NDArray[Any]) -> NDArray[Any]:
-    """Low and high percentile of each band, [2, C]; NaN, which stays out of every number, for a band without any data."""
+    """Low and high percentile of each band, [2, C]; NaN, which later steps ignore, for a band without any data."""
     has_data_C = ~np.isnan(valid_NC).all(axis=0)
     of_those = np.percentile(valid_NC[:, has_data_C], [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0, overwrite_input=True)
     ends = np.full((2, len(has_data_C)), np.nan, of_those.dtype)
@@ -300,7 +300,7 @@ def _fingerprint(stored: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _thinned(values: NDArray[Any], most: int) -> NDArray[Any]:
-    """At most `most` rows, drawn at random: evenly spread ones would be a few columns of a square image."""
+    """At most `most` rows, drawn at random: evenly spread ones could be just a few columns of a square image."""
     if len(values) <= most:
         return values
     return values[np.random.default_rng(0).integers(0, len(values), most)]
@@ -309,8 +309,8 @@ def _thinned(values: NDArray[Any], most: int) -> NDArray[Any]:
 def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which images' percentiles lie far outside the middle half of all images', bool [N, C].
 
-    Ten times the spread of that half, or of a fifth of the usual range where all images are alike: heavy tails are
-    let through, a file in other units is not.
+    Far means ten times the spread of that half, or of a fifth of the usual range if all images are alike: heavy tails
+    are accepted, a file in other units is not.
     """
     spread_C = _LEAST_SPREAD * np.nanmedian(highs_NC - lows_NC, axis=0)
     far = np.zeros(lows_NC.shape, bool)
@@ -322,7 +322,7 @@ def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDA
 
 
 def outlier_notes(found: Scan, ids: Sequence[str], scaling: Scaling | None) -> list[str]:
-    """A warning that names an image far out of the others' range, if there is one."""
+    """A warning that names an image far outside the others' range, if there is one."""
     if scaling is None or not (far := found.outliers()):
         return []
     then = (
@@ -336,7 +336,7 @@ def outlier_notes(found: Scan, ids: Sequence[str], scaling: Scaling | None) -> l
 
 
 def fill_notes(found: Scan) -> list[str]:
-    """A remark on a value that looks like "no data" which the files do not declare: an end of a band, common and far from all else."""
+    """A remark on a value that looks like undeclared "no data": an end of a band, common and far from all others."""
     if found.is_8_bit:
         return []
     for band, values in enumerate(np.concatenate([one.values for one in found.seen]).T, 1):
@@ -353,7 +353,7 @@ def fill_notes(found: Scan) -> list[str]:
 
 
 def window_notes(found: Scan, scaling: Scaling | None) -> list[str]:
-    """How much a window that the user chose clips, if it is over 1 %."""
+    """How much a window chosen by the user clips, if over 1 %."""
     if scaling is None or scaling.measured:
         return []
     outside = found.outside(scaling.low[0], scaling.high[0])

@@ -1,4 +1,4 @@
-"""`prepare`: from settings and images to what a run is made of, before its first step."""
+"""`prepare`: from settings and images to everything that a run needs before its first step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from jepakit_training.views import ViewMaker
 
 @dataclass
 class Setup:
-    """What a run is made of, before its first step."""
+    """Everything that a run needs before its first step."""
 
     config: AdaptConfig
     images: ImageList
@@ -48,14 +48,14 @@ class Setup:
 
 
 def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
-    """Look at the images, build the backbone, make the plan and print it; raises InputError where they do not go together.
+    """Look at the images, build the backbone, make the plan and print it; raises InputError if they do not fit.
 
-    run  where images that cannot be read are listed; None: nowhere
+    run  where to list images that cannot be read; None: nowhere
     """
     accelerator = Accelerator(
         mixed_precision=mixed_precision(config.precision),
-        # A backbone may hold parameters that its pooled output does not depend on. Its buffers are the same on every
-        # rank: frozen, or of statistics that are reduced over the ranks.
+        # A backbone may have parameters that its pooled output does not depend on. Its buffers are the same on every
+        # rank: frozen, or statistics reduced over the ranks.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     main = accelerator.is_main_process
@@ -97,8 +97,8 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
 
 
 def _check_same_images(images: ImageList, accelerator: Accelerator) -> None:
-    """DataError where ranks have different images: each draws the split from its own list, and one's training images may be
-    the other's held-out ones."""
+    """DataError if ranks have different images: each draws the split from its own list, so one rank might train on
+    images that another holds out."""
     if accelerator.num_processes == 1:
         return
     found = gather_object([(images.digest(), len(images))])

@@ -27,9 +27,9 @@ ROWS, N_GLOBAL, N_LOCAL = 8, 2, 4
 def write_sheet(
     path: Path, images: ImageList, spec: Preprocess, recipe: ViewsConfig, sizes: tuple[int, int], title: str
 ) -> None:
-    """Draw 8 evenly spread images and their views, global and local ones at the sizes of training, to a PNG.
+    """Draw 8 evenly spread images and their global and local views, at the sizes of training, to a PNG.
 
-    WriteError where it cannot be written; an earlier one stays then.
+    WriteError if it cannot be written; an earlier file is kept then.
     """
     recipe = recipe.model_copy(update={"n_global": N_GLOBAL, "n_local": N_LOCAL})
     make_views = ViewMaker(recipe, *sizes, spec.scaling)

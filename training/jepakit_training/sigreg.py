@@ -2,14 +2,14 @@
 
 Shapes: V views, N images on this rank, K projector outputs, S slices, T nodes.
 
-SIGReg holds the projections of each view against N(0, I): along S random directions it compares the
+SIGReg tests the projections of each view against N(0, I): along S random directions it compares the
 empirical characteristic function with exp(-t²/2) by the Epps-Pulley statistic
 
     EP = N · Σ_k W_k · [ (C_k - φ_k)² + S_k² ],    C_k = mean cos(t_k p),  S_k = mean sin(t_k p)
 
-and averages over directions and views. This is the lean form: with t_k = k·dt and θ = dt·p, cos kθ and sin kθ
-follow from one cos and one sin by angle addition, the backward pass is written in closed form, and views and
-slices are worked through in blocks, so that the [V, N, S, T] tensor of the plain autograd form never exists.
+and averages over directions and views. This is a lean implementation: with t_k = k·dt and θ = dt·p, cos kθ and
+sin kθ follow from one cos and one sin by angle addition, the backward pass is written in closed form, and views and
+slices are processed in blocks, so that the [V, N, S, T] tensor of the plain autograd form never exists.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from jepakit_training.transfer import to_device
 # launches hide behind memory. At V = 8, N = 512, S = 1024 that is one block of 108 launches, 3.8 ms and 222 MB on an
 # H100, where 2^17 would make 32 blocks and 3,500 launches, 17 ms by arithmetic.
 _CPU_NUMBERS, _GPU_NUMBERS = 1 << 17, 1 << 23
-# Of each chain of waves, over and over.
+# The signs of each chain of waves, repeated.
 _SIGNS = (1, -1, -1, 1)
 
 
 def directions(n_outputs: int, n_slices: int, *, seed: int, step: int, device: torch.device) -> Tensor:
     """Random unit directions of one optimizer step, float32 [K, S], columns of length 1.
 
-    Drawn on the CPU from (seed, step): every rank has the same ones without talking, and a resumed run
-    draws what the uninterrupted one would have drawn.
+    Drawn on the CPU from (seed, step): every rank has the same ones without communication, and a resumed run draws
+    the same as the uninterrupted one would have.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "directions", step))
     directions_KS = torch.randn(n_outputs, n_slices, generator=generator)
@@ -54,9 +54,9 @@ def sigreg(proj_VNK: Tensor, directions_KS: Tensor, *, t_max: float = 3.0, n_nod
     directions_KS  [K, S], unit columns, the same on every rank
     t_max, n_nodes the quadrature: `n_nodes` equally spaced nodes on [0, t_max] (the integrand is even)
 
-    Where a torch.distributed process group is initialised the statistics are those of the global batch;
-    every rank must hold equally many images. The gradient is world_size times the local share, which the
-    gradient mean of DDP makes exactly right. Runs outside autocast.
+    If a torch.distributed process group is initialised, the statistics are those of the global batch; every rank
+    must hold equally many images. The gradient is world_size times the local share, so that DDP's mean over ranks
+    is exact. Runs outside autocast.
     """
     with torch.autocast(proj_VNK.device.type, enabled=False):
         proj_VNK = proj_VNK if proj_VNK.dtype == torch.float64 else proj_VNK.float()
@@ -83,7 +83,7 @@ class _Quadrature(NamedTuple):
 
     dt: float
     phi_T: Tensor
-    """±φ(t_k), with the signs of the waves, so that it can be taken from their means."""
+    """±φ(t_k), with the signs of the waves, so that it can be subtracted from their means."""
     weights_T: Tensor
     """W_k."""
     slopes_T: Tensor
@@ -92,7 +92,7 @@ class _Quadrature(NamedTuple):
 
 @cache
 def _quadrature(t_max: float, n_nodes: int, device: torch.device, dtype: torch.dtype) -> _Quadrature:
-    # Made once: numbers that go to a GPU wait for it.
+    # Made once, as copying numbers to a GPU waits for it.
     dt, order = t_max / (n_nodes - 1), [*range(1, n_nodes, 2), *range(2, n_nodes, 2)]
     nodes = torch.tensor(order, dtype=torch.float64)
     phi = torch.exp(-(dt * nodes).square() / 2)
@@ -154,12 +154,12 @@ class _Sigreg(torch.autograd.Function):
 
 
 def _steps(directions_KS: Tensor, dt: float) -> Tensor:
-    """What turns projector outputs into angles θ: dt times the directions, a row each."""
+    """The matrix that maps projector outputs to angles θ: dt times the directions, one per row."""
     return (dt * directions_KS).T.contiguous()
 
 
 def _blocks(proj_VNK: Tensor, slices: int) -> list[tuple[slice, slice]]:
-    """Views and slices of each block: the slices of one view that fit, and more views where all slices do."""
+    """Views and slices of each block: as many slices of one view as fit, or several views if all slices do."""
     views, images, _ = proj_VNK.shape
     numbers = _CPU_NUMBERS if proj_VNK.device.type == "cpu" else _GPU_NUMBERS
     width = min(slices, max(1, numbers // images))
@@ -193,8 +193,8 @@ def _waves(angles: Tensor, n_nodes: int) -> Iterator[Tensor]:
 def _chain(previous: Tensor, wave: Tensor, cos_2: Tensor, count: int) -> Iterator[Tensor]:
     """Waves k, k + 2, … by c_{k+2} = 2 cos 2θ · c_k - c_{k-2}, and likewise for sin; signs + - - + + - - + …
 
-    Steps of 2θ cost what steps of θ would, and leave an eighth of the rounding error in the gradient. With
-    these signs a step is one multiply-add in place; without them it would be a negation too.
+    Steps of 2θ cost the same as steps of θ, with an eighth of the rounding error in the gradient. With these
+    signs a step is one multiply-add in place; without them it would also take a negation.
     """
     for place in range(count):
         if place:

@@ -1,10 +1,10 @@
-"""Stopping a run from outside: at the end of the step where that is soon, else in the middle of it.
+"""Stopping a run from outside: at the end of the step if that is soon, else in the middle of it.
 
 SIGINT and SIGTERM ask for a stop at the end of the step. Python handles signals between two of its own
-instructions, and one backward of a large model on a CPU is one instruction that can take minutes; what sends
-SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kills after 30 s or so. So a thread waits on a pipe into
-which the C handler writes at once, and ends the process itself when the step does not end in time. That loses
-that step alone: slow steps are each saved (`checkpoint.Saver`).
+instructions, and one backward pass of a large model on a CPU is one instruction that can take minutes; the senders
+of SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kill after about 30 s. So a thread waits on a pipe into which
+the C handler writes at once, and ends the process itself if the step does not end in time. Only that step is lost:
+slow steps are each saved (`checkpoint.Saver`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _also_asked: ContextVar[Callable[[], bool]] = ContextVar("_also_asked", default=
 
 @contextmanager
 def answering(handler: Callable[[int], None]) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM are answered by `handler`; signals can be handled in the main thread alone,
-    so elsewhere nothing happens."""
+    """While the block runs, `handler` handles SIGINT and SIGTERM; only the main thread can handle signals, so elsewhere
+    this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -43,7 +43,7 @@ def answering(handler: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def asked_by(asked: Callable[[], bool]) -> Iterator[None]:
-    """In the block, `asked` is another way to ask for a stop, looked at after every step: for threads, which get no signals."""
+    """In the block, `asked` can also request a stop, checked after every step: for threads, which get no signals."""
     before = _also_asked.set(asked)
     try:
         yield
@@ -52,27 +52,27 @@ def asked_by(asked: Callable[[], bool]) -> Iterator[None]:
 
 
 class Stop:
-    """Whether a stop was asked for, and how to leave then."""
+    """Whether a stop was requested, and how to exit then."""
 
     def __init__(self, newest: Callable[[], int]) -> None:
         self._newest = newest
         self.number: int | None = None
-        """The last signal that asked."""
+        """The last signal that requested a stop."""
         self.seen = False
-        """Whether `at_boundary` has said so: the loop has noticed, and saving may take its time."""
+        """Whether `at_boundary` has returned True: the loop has noticed, and saving may take its time."""
 
     def at_boundary(self) -> bool:
-        """Whether to leave: to be asked at the end of every step."""
+        """Whether to stop; call it at the end of every step."""
         self.seen = self.number is not None or _also_asked.get()()
         return self.seen
 
     def ask(self, number: int) -> None:
-        """Note a signal; a SIGINT after it interrupts."""
+        """Record a signal; a SIGINT after it interrupts."""
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def leaving(self, done: int) -> BaseException:
-        """Say where the run was stopped; returns what to raise.
+        """Report where the run was stopped; returns the exception to raise.
 
         KeyboardInterrupt after SIGINT, SystemExit(143) after SIGTERM, or when another process was told to stop.
         """
@@ -81,14 +81,14 @@ class Stop:
         return KeyboardInterrupt(line) if self.number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
     def in_a_step(self) -> str:
-        """What a process says that leaves in the middle of a step."""
+        """The message of a process that exits in the middle of a step."""
         newest = self._newest()
         return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'start over'}"
 
 
 class _Watchdog:
-    """A thread that ends the process when a step outlasts the grace; it reads the signals' numbers as the C handler
-    writes them."""
+    """A thread that ends the process if a step outlasts the grace period; it reads the signal numbers written by the C
+    handler."""
 
     def __init__(self, stop: Stop, grace_s: float) -> None:
         self._stop, self._grace_s = stop, grace_s
@@ -127,7 +127,7 @@ class _Watchdog:
                 deadline, code = time.monotonic() + self._grace_s, 128 + signal.SIGTERM
 
     def _leave_now(self, code: int) -> None:
-        # A bar on a terminal has hidden the cursor; `print` could wait for a lock that the main thread holds.
+        # A progress bar has hidden the cursor; `print` could wait for a lock that the main thread holds.
         show_cursor = "\033[?25h" if os.isatty(2) else ""
         os.write(2, f"{show_cursor}\n{self._stop.in_a_step()}\n".encode())
         os._exit(code)
@@ -137,11 +137,11 @@ class _Watchdog:
 def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator[Stop]:
     """While the block runs, SIGINT and SIGTERM ask for a stop at the end of the step (`Stop.at_boundary`).
 
-    newest   the step of the newest checkpoint, for the message; 0 where there is none
-    grace_s  seconds that a step may go on after SIGTERM; then the process ends with exit code 143
+    newest   the step of the newest checkpoint, for the message; 0 if there is none
+    grace_s  seconds that a step may continue after SIGTERM; then the process ends with exit code 143
 
     A second SIGINT interrupts the step, and ends the process with exit code 130 if even that takes over 2 s.
-    Outside the main thread (a notebook's worker) signals stay as they are; `asked_by` asks there.
+    Outside the main thread (e.g. a notebook's worker) signal handling is not changed; use `asked_by` there.
     """
     stop = Stop(newest)
     if threading.current_thread() is not threading.main_thread():
@@ -151,7 +151,7 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
         try:
             yield stop
         except RuntimeError as error:
-            # Whoever sends SIGTERM to all processes of a job ends the loader's too, unless they ignore it.
+            # A SIGTERM sent to all processes of a job would also end the loader's, unless they ignore it.
             if stop.number is None or "DataLoader worker" not in str(error):
                 raise
             print(stop.in_a_step(), file=sys.stderr, flush=True)

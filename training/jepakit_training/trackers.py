@@ -1,4 +1,4 @@
-"""Experiment trackers, off unless asked for: accelerate's, told where to write and to send nothing by themselves."""
+"""Experiment trackers, off unless asked for: accelerate's, configured where to write and not to send anything."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from jepakit_training.records import TolerateWriteErrors
 _PROJECT = "jepakit"
 _MLFLOW_RUN = "mlflow-run.txt"
 _SILENT = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-"""Read by the trackers' packages when they are imported: each of them reports to its makers otherwise."""
+"""Read by the trackers' packages at import: otherwise each of them reports to its makers."""
 
 
 class Trackers:
-    """What is logged goes to every tracker named.
+    """Logs to every tracker named.
 
-    names     of the trackers; their packages are there (see `jepakit._frontdoor.require`)
+    names     names of the trackers; their packages are installed (see `jepakit._frontdoor.require`)
     run       the run's folder, in which all of them keep their files
-    settings  the run's, for the trackers' own tables
-    first     the step the run goes on from: what was logged of later ones is done again
+    settings  the run's settings, for the trackers' own tables
+    first     the step that the run resumes from: later steps that were logged are repeated
     main      whether this process is the one that logs
 
-    A disk that is full while the run trains gives a warning. W&B stays offline and MLflow in the run's folder unless
+    A full disk during training only gives a warning. W&B stays offline and MLflow in the run's folder unless
     WANDB_MODE or MLFLOW_TRACKING_URI says otherwise.
     """
 
@@ -38,7 +38,7 @@ class Trackers:
     ) -> None:
         self._trackers = [_tracker(name, run, first) for name in names] if main else []
         if self._trackers:
-            PartialState()  # the trackers' own logging wants it
+            PartialState()  # required by accelerate's logging of the trackers
         self._tolerate = {tracker.name: TolerateWriteErrors(f"{tracker.name} in {run}") for tracker in self._trackers}
         flat = _flat(settings)
         for tracker in self._trackers:
@@ -57,7 +57,7 @@ class Trackers:
                 tracker.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write out what is pending."""
         for tracker in self._trackers:
             with self._tolerate[tracker.name]:
                 tracker.finish()
@@ -68,7 +68,7 @@ def _tracker(name: Tracker, run: Path, first: int) -> GeneralTracker:
         os.environ.setdefault(variable, value)
     title = run.resolve().name
     if name == "tensorboard":
-        # With `purge_step` TensorBoard forgets what was logged of the steps that are done again.
+        # With `purge_step`, TensorBoard drops what was logged for steps that are repeated.
         return TensorBoardTracker("tensorboard", run, purge_step=first or None)
     if name == "wandb":
         return WandBTracker(
@@ -85,7 +85,7 @@ def _tracker(name: Tracker, run: Path, first: int) -> GeneralTracker:
 
 
 def _wandb_id(run: Path) -> str:
-    """One id for the run and all its resumptions, which W&B then shows as one."""
+    """One id for the run and all its resumptions, so that W&B shows them as one."""
     file = run / "wandb" / "run-id.txt"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)

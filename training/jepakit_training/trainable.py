@@ -24,10 +24,10 @@ _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 
 
 def check_trainable(backbone: Any, config: AdaptConfig) -> None:
-    """Check that the backbone can be trained as `config` says, before anything is measured; changes nothing in it.
+    """Check that the backbone can be trained as `config` says, before anything is measured, without changing it.
 
-    Raises ConfigError for more blocks than there are, for low-rank additions to nothing, and for activation checkpointing
-    where timm has none.
+    Raises ConfigError for more blocks than there are, if no layer can take low-rank additions, and for activation
+    checkpointing if timm does not support it.
     """
     if config.unfreeze == "lora":
         _layers_for_lora(backbone)
@@ -39,7 +39,7 @@ def check_trainable(backbone: Any, config: AdaptConfig) -> None:
 
 
 def checkpoint_activations(backbone: Any, name: str) -> None:
-    """Have activations computed again instead of kept; ConfigError where timm has no way to."""
+    """Recompute activations instead of keeping them; ConfigError if timm does not support it."""
     if not can_checkpoint_activations(backbone):
         raise ConfigError(
             f"activation_checkpointing: timm has none for {name}; micro_batch saves memory on every backbone"
@@ -48,7 +48,7 @@ def checkpoint_activations(backbone: Any, name: str) -> None:
 
 
 def can_checkpoint_activations(backbone: Any) -> bool:
-    """Whether timm has a way to compute this backbone's activations again; leaves it switched off."""
+    """Whether timm can recompute this backbone's activations; leaves that switched off."""
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
@@ -61,8 +61,8 @@ def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
     """Set which of the backbone's parameters train.
 
     `auto`: all from random weights, else a ViT's last two blocks, or what follows the second-to-last feature level of a
-    ConvNet or another backbone of falling resolution (Swin). An integer: the last N blocks of timm's own grouping. Norms that follow
-    count with the last block. Raises ConfigError for more blocks than there are.
+    ConvNet or another backbone of decreasing resolution (Swin). An integer: the last N blocks in timm's own grouping,
+    with the norms after them. Raises ConfigError for more blocks than there are.
     """
     chosen = _chosen(backbone, unfreeze, from_random=from_random)
     for name, parameter in backbone.named_parameters():
@@ -70,10 +70,10 @@ def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
 
 
 def switch_off_stochastic_depth(backbone: nn.Module) -> None:
-    """Have every block run in every forward of training, as it does when embedding.
+    """Make every block run in every forward pass of training, as it does when embedding.
 
-    Some timm classes drop blocks at random unless told otherwise (Swin one in ten of the last, NesT one in two): in frozen
-    blocks too, and for every micro-batch anew.
+    Some timm classes drop blocks at random by default (Swin one in ten of the last, NesT one in two): also frozen ones,
+    and differently for every micro-batch.
     """
     for part in backbone.modules():
         if isinstance(part, DropPath):
@@ -81,15 +81,15 @@ def switch_off_stochastic_depth(backbone: nn.Module) -> None:
 
 
 def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
-    """Give every linear layer and ungrouped convolution a trainable low-rank addition (arXiv 2106.09685), and
-    freeze the rest. The additions are 0 at first and scaled by 2. They change `backbone` in place, until
-    `merge_and_unload()` of what is returned adds them to its weights and leaves it as timm made it.
+    """Give every linear layer and ungrouped convolution a trainable low-rank addition (arXiv 2106.09685), and freeze
+    the rest. The additions are 0 at first and scaled by 2. They change `backbone` in place, until `merge_and_unload()`
+    of the returned object adds them to its weights and restores timm's structure.
 
-    Weight-standardised convolutions get none: they standardise their weights in every forward, and the sum of two such is
-    not the one of the summed weights. Raises ConfigError where no layer is left.
+    Weight-standardised convolutions get none: they standardise their weights in every forward pass, and standardising
+    is not linear. Raises ConfigError if no layer is left.
 
-    Attention that would take its qkv layer's weight (BEiT, EVA, Swin V2), past what is added, calls the layer from now on:
-    the same sums in another order.
+    Attention that reads its qkv layer's weight directly (BEiT, EVA, Swin V2), bypassing the addition, calls the layer
+    from now on: the same sums in another order.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -114,16 +114,16 @@ def parameter_groups(
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """AdamW's groups, backbone first; no weight decay on norms, biases, position embeddings, tokens and what the backbone
-    names itself (`no_weight_decay`), e.g. tables of relative positions.
+    itself exempts (`no_weight_decay`), e.g. tables of relative positions.
 
     layer_decay  the factor on the learning rate from each of timm's layer groups to the one before it
 
-    A group's `base_lr` is the rate that a schedule scales, its `role` says whose it is.
+    A group's `base_lr` is the learning rate that the schedule scales; its `role` says which part it belongs to.
     """
     groups = []
     for module, rate, role in ((backbone, lr, "backbone"), (projector, projector_lr, "projector")):
         spared: set[str] | list[str] = getattr(module, "no_weight_decay", set)()
-        # `cls_token` and the like: MetaFormer's `token_mixer` is a layer.
+        # `cls_token` and the like, but MetaFormer's `token_mixer` is a layer.
         tokens = [
             name for name, _ in module.named_parameters() if "pos_embed" in name or name.endswith(("token", "tokens"))
         ]
@@ -168,12 +168,12 @@ def _layers_for_lora(backbone: nn.Module) -> list[str]:
 
 
 def _after_second_last_level(backbone: Any, names: list[str]) -> set[str]:
-    """Everything that comes after the second-to-last feature level, by timm's order of the parameters."""
+    """Everything after the second-to-last feature level, in timm's order of the parameters."""
     module = backbone.feature_info[-2]["module"]
     inside = [place for place, name in enumerate(names) if name.startswith(f"{module}.")]
     if not inside:
         return _last_blocks(backbone, 1)
-    # A stem or a stage is one run of names; what trains is all that follows it.
+    # A stem or a stage is one contiguous run of names; everything after it trains.
     return set(names[max(inside) + 1 :])
 
 

@@ -1,4 +1,4 @@
-"""Numbers on their way to the training device."""
+"""Moving tensors to the training device."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, without waiting: a plain copy to a GPU would wait for all of its earlier work."""
+    """Copy a CPU tensor to `device` without waiting: a plain copy to a GPU would wait for all of its earlier work."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

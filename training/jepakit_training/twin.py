@@ -1,4 +1,4 @@
-"""A twin of the backbone for training: its frozen part made cheap, its trained parameters the very same ones.
+"""A twin of the backbone for training: its frozen part made cheaper, its trained parameters shared.
 
 Frozen BatchNorms are folded into the convolutions before them (1.3 times the images/s of a MobileNetV2 on a
 CPU); where the CPU has bfloat16 instructions, the frozen layers before the first trained one compute in it.
@@ -19,18 +19,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from jepakit_training.batchnorm import batch_norms
 
 _MOST_ERROR_FOLDED, _MOST_ERROR_BF16 = 1e-4, 0.1
-"""Relative L2 error of the features of noise: more means that an architecture is not what it was taken for."""
+"""Relative L2 error of the features of noise; more means that an architecture is not as assumed."""
 
 
 def twin_of(backbone: nn.Module, example_BCHW: Tensor, *, bf16: bool) -> nn.Module:
-    """A copy of `backbone`, which shares its trained parameters and gives the same features for less work.
+    """A copy of `backbone` that shares its trained parameters and computes the same features with less work.
 
     backbone      some of it frozen, the statistics of its BatchNorms too
-    example_BCHW  what it takes; noise will do
+    example_BCHW  an example input; noise will do
     bf16          whether frozen layers before the first trained one compute in bfloat16 (float32 where they add up)
 
-    A step that does not hold on the example is left out: the twin is right for every architecture, and cheaper
-    for most.
+    A step that changes the features of the example is left out: the twin is correct for every architecture, and
+    cheaper for most.
     """
     twin = _copy(backbone.eval())
     steps = [(_fold_batch_norms, _MOST_ERROR_FOLDED), *([(_to_bf16, _MOST_ERROR_BF16)] if bf16 else [])]
@@ -41,7 +41,7 @@ def twin_of(backbone: nn.Module, example_BCHW: Tensor, *, bf16: bool) -> nn.Modu
             try:
                 step(cheaper, example_BCHW)
                 error = (cheaper(example_BCHW) - expected).norm() / expected.norm()
-            except (AttributeError, RuntimeError, TypeError):  # it looks into a layer that is no longer what it was
+            except (AttributeError, RuntimeError, TypeError):  # it accesses a layer that has been replaced
                 continue
             if error < most:
                 twin = cheaper
@@ -54,7 +54,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _fold_batch_norms(module: nn.Module, example_BCHW: Tensor) -> None:
-    """Fold every frozen BatchNorm that takes what a frozen convolution gives; its activation stays behind."""
+    """Fold every frozen BatchNorm into the frozen convolution before it; its activation is kept."""
     made_by: dict[int, tuple[str, Tensor]] = {}  # holding the tensor keeps its id from being used again
     pairs: list[tuple[str, str]] = []
 
@@ -89,7 +89,7 @@ def _fold_batch_norms(module: nn.Module, example_BCHW: Tensor) -> None:
 
 
 def _to_bf16(module: nn.Module, example_BCHW: Tensor) -> None:
-    """Have the frozen layers before the first trained one compute in bfloat16, and each layer take what it computes in."""
+    """Make the frozen layers before the first trained one compute in bfloat16, and cast each layer's input to match."""
     order: list[nn.Module] = []
     with _hooks() as hooks:
         for part in module.modules():

@@ -1,4 +1,4 @@
-"""What the images' values mean to this run: a sample is scanned, and what was found is put into words."""
+"""What the images' values mean for this run: a sample is scanned, and the findings are described in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jepakit_training.scan import Scan, fill_notes, outlier_notes, refuse_mixed,
 
 
 def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:
-    """Scan a sample; DataError when none can be read or they are of several kinds, ConfigError when views cannot fit."""
+    """Scan a sample; DataError if none can be read or they are of several kinds, ConfigError if views cannot fit."""
     found = scan(images, value_range=config.value_range, frame=chosen_frame(config), progress=progress)
     refuse_mixed(found, images.ids, config.most_skipped)
     config.resolved_views().check_bands(found.kind.bands)
@@ -19,12 +19,12 @@ def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:
 
 
 def choose_preprocess(found: Scan, config: AdaptConfig, stock: Preprocess) -> Preprocess:
-    """`stock` made for these images: bands, value scaling, statistics, tile."""
+    """`stock` adjusted to these images: bands, value scaling, statistics, tile."""
     return found.preprocess(stock, value_range=config.value_range, frame=chosen_frame(config), tile=config.tile)
 
 
 def describe_values(found: Scan, spec: Preprocess, ids: Sequence[str]) -> list[str]:
-    """What the images hold and what will be made of it."""
+    """What the images hold, and how it will be used."""
     sizes = sorted({one.size for one in found.seen}, key=lambda size: size[0] * size[1])
     (w0, h0), (w1, h1) = sizes[0], sizes[-1]
     between = f"{w0} × {h0}" if len(sizes) == 1 else f"{w0} × {h0} to {w1} × {h1}"
@@ -36,5 +36,5 @@ def describe_values(found: Scan, spec: Preprocess, ids: Sequence[str]) -> list[s
 
 
 def chosen_frame(config: AdaptConfig) -> int | None:
-    """The one frame that is meant; None where there is no choice, or every frame is an image of its own."""
+    """The one frame to use; None if none was chosen, or every frame is an image of its own."""
     return config.frame if isinstance(config.frame, int) else None

@@ -2,7 +2,7 @@
 
 An image is decoded once; every view is cut and resized from it, and that is all that a loader worker must
 do: `finish` changes the views' values (`photometric`), in the worker or, batched, on the training device.
-All randomness of an image's views comes from one seed, so they are the same bytes with any number of workers,
+All randomness of an image's views comes from one seed, so their bytes are the same with any number of workers,
 before and after a resume.
 
 Shapes: V views, N images, C bands, H × W pixels. uint8, 0-255; other data float32, 0-1 after its scaling.
@@ -29,9 +29,9 @@ _ASPECTS = 3 / 4, 4 / 3
 _LOG_ASPECTS = math.log(3 / 4), math.log(4 / 3)
 _TRIES = 10
 _LEAST_CROP = 16
-"""Pixels a side: of a small image, a local crop by area alone would be a few pixels blown up."""
+"""Least pixels a side: chosen by area alone, a local crop of a small image would be a few enlarged pixels."""
 _FAST_BANDS = 4
-"""Where torch's fast resize of uint8 ends; four bands at a time, 13 take a quarter of the time."""
+"""The most bands for torch's fast resize of uint8; four bands at a time, 13 take a quarter of the time."""
 
 
 class Views(NamedTuple):
@@ -42,14 +42,14 @@ class Views(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """Views still to be finished: cut and resized, with the changes to be made to them."""
+    """Unfinished views: cut and resized, with the changes still to be made to them."""
 
     views: Views
     global_changes: Changes
     local_changes: Changes
 
     def to(self, device: torch.device) -> Crops:
-        """The crops on `device`; their changes stay where they are wanted."""
+        """The crops on `device`; their changes stay on the CPU, where they are needed."""
         return self._replace(views=Views(*(group.to(device, non_blocking=True) for group in self.views)))
 
 
@@ -65,11 +65,11 @@ class ViewMaker:
 
     @property
     def least_side(self) -> int:
-        """Pixels of an image's shorter side above which no crop is enlarged: decoding to more gains nothing."""
+        """The shorter side of an image in pixels at which no crop is enlarged: decoding to more gains nothing."""
         return max(math.ceil(size / math.sqrt(area[0] * _ASPECTS[0])) for count, size, area in self._groups if count)
 
     def __call__(self, pixels_HWC: NDArray[Any], seed: int) -> Crops:
-        """The crops of an image, a function of the image and `seed` alone.
+        """The crops of an image, a function of only the image and `seed`.
 
         pixels  uint8 [H, W, C], or float32 with raw values if the maker has a scaling
 
@@ -92,7 +92,7 @@ class ViewMaker:
         upended = (random.random(count) < self._config.vertical_flip).tolist()
         turns = (random.integers(4, size=count) * self._config.quarter_turns).tolist()
         dtype = torch.uint8 if self._scaling is None else torch.float32
-        # Bands last in memory, as the resize gives them: bringing them to the front would take a fifth more time.
+        # Bands last in memory, as the resize returns them: moving them to the front would take a fifth more time.
         crops = torch.empty(count, size, size, bands, dtype=dtype).permute(0, 3, 1, 2)
         for view in range(count):
             top, left, bottom, right = boxes[view]
@@ -110,7 +110,7 @@ def draw_boxes(
 ) -> list[tuple[int, int, int, int]]:
     """Top, left, bottom and right of `count` random crops, torchvision's RandomResizedCrop in distribution.
 
-    An image too long and thin for the area is cut to the largest box of a legal aspect, anywhere along it.
+    An image too long and thin for the area is cut to the largest box with a legal aspect ratio, anywhere along it.
     """
     # Plain arithmetic on a few numbers: a dozen numpy calls on arrays of 8 would cost as much as a crop.
     tries = random.random((count, _TRIES, 2)).tolist()
@@ -126,7 +126,7 @@ def draw_boxes(
 def _box_size(
     tries: Sequence[tuple[float, float]], height: int, width: int, area: tuple[float, float]
 ) -> tuple[int, int]:
-    """The first box of the tries that fits into the image, never of under 16 pixels a side."""
+    """The first box tried that fits into the image, never under 16 pixels a side."""
     least_high, least_wide = min(height, _LEAST_CROP), min(width, _LEAST_CROP)
     for share, place in tries:
         pixels = (area[0] + share * (area[1] - area[0])) * height * width
@@ -141,7 +141,7 @@ def _box_size(
 
 def resize(pixels_HWC: NDArray[Any], height: int, width: int) -> Tensor:
     """[C, height, width] of the same dtype, uint8 or float32: bicubic, antialiased, Pillow's within one level."""
-    # A copy, because torch warns of arrays that it may not write to, and a cached image is one.
+    # A copy, because torch warns about read-only arrays, such as a cached image.
     image_1CHW = torch.from_numpy(pixels_HWC.copy())[None].permute(0, 3, 1, 2)
     if image_1CHW.shape[1] > _FAST_BANDS:
         parts = torch.split(image_1CHW, _FAST_BANDS, dim=1)
@@ -154,13 +154,13 @@ def _bicubic(image_1CHW: Tensor, height: int, width: int) -> Tensor:
 
 
 def _scaled(crops_VCHW: Tensor, scaling: Scaling) -> Tensor:
-    # Resized first and scaled after, as the exported graph's input is.
+    # Resized first and scaled afterwards, like the exported graph's input.
     low, high = (torch.tensor(ends)[:, None, None] for ends in (scaling.low, scaling.high))
     return crops_VCHW.sub_(low).div_(high - low).clamp_(0, 1)
 
 
 def collate(crops: Sequence[Crops]) -> Crops:
-    """The crops of N images as one: every [V, ...] becomes [V, N, ...]."""
+    """Stack the crops of N images: every [V, ...] becomes [V, N, ...]."""
     views, *changes = zip(*crops, strict=True)
     stacked = [Changes(*(np.stack(field, axis=1) for field in zip(*group, strict=True))) for group in changes]
     return Crops(Views(*(_stacked(group) for group in zip(*views, strict=True))), *stacked)
@@ -171,7 +171,7 @@ def _stacked(views: Sequence[Tensor]) -> Tensor:
 
 
 def finish(crops: Crops) -> Views:
-    """The views of one image or of a batch, with their changes made, on the device that the crops are on."""
+    """The views of one image or of a batch with their changes applied, on the crops' device."""
     return Views(
         _finished(crops.views.global_, crops.global_changes), _finished(crops.views.local, crops.local_changes)
     )

@@ -1,6 +1,6 @@
-"""One training process of several, started by `launch`: `python -m jepakit_training.worker RUN`, its job on standard input.
+"""One training process of several, started by `launch`: `python -m jepakit_training.worker RUN`, job on standard input.
 
-Standard input stays open for as long as whoever started it lives.
+Standard input stays open for as long as its parent lives.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jepakit_training.launch import run_rank
 
 
 def main() -> int:
-    """Train as the environment's RANK; returns the exit code, with the reason left where `launch` looks for it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of the training loop there is nothing to save
+    """Train as the environment's RANK; returns the exit code, and leaves the reason where `launch` looks for it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside the training loop there is nothing to save
     config, images, out, folder = pickle.load(sys.stdin.buffer)  # from our own parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _end_with_parent() -> None:
-    """SIGTERM, which the training loop answers with a checkpoint, as soon as nobody holds the other end of the pipe."""
+    """Send SIGTERM, on which the training loop saves a checkpoint, as soon as the other end of the pipe is closed."""
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,9 +1,9 @@
-"""Image files of every domain, each format read by a well-kept library, behind one small interface.
+"""Image files of every domain, each format read by a well-maintained library, behind one small interface.
 
 `open_raster` looks at a file's first bytes, not at its name, and returns a `Raster`: its `header` is known
-before a pixel is decoded, so that budgets are checked first; `read` gives the pixels as the file means them
-(upright, palettes and CMYK as RGB, alpha on white, DICOM through its modality LUT), never squeezed into
-8 bits. How values are scaled is decided later, by `jepakit.images`.
+before a pixel is decoded, so that budgets are checked first; `read` returns the pixels as the file means them
+(upright, palettes and CMYK as RGB, alpha on white, DICOM through its modality LUT), never reduced to 8 bits.
+Scaling of values is decided later, by `jepakit.images`.
 """
 
 from jepakit.readers.dicom import dicom_group

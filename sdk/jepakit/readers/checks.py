@@ -1,4 +1,4 @@
-"""What every reader refuses in the same words: sizes over the limits, windows outside, a library's failure."""
+"""What every reader refuses with the same messages: sizes over the limits, windows outside, failures of libraries."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ READ_AS = {
     "float32": "float32",
     "float64": "float32",
 }
-"""numpy's names of the values a file may hold, and what each is read as."""
+"""numpy's names of the dtypes that a file may hold, and the dtype that each is read as."""
 
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turn whatever a library raises into an ImageError naming the file.
 
-    The library's own words are left out: they may quote a path, or a patient's name out of a tag.
+    The library's own message is left out: it may quote a path, or a patient's name from a tag.
     """
     try:
         with quiet():
@@ -65,7 +65,7 @@ def check_header(header: Header, name: str, limits: Limits) -> None:
 
 
 def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, remedy: str) -> int:
-    """Refuse [height, width, bands] over the limits; returns its bytes once decoded."""
+    """Refuse [height, width, bands] over the limits; returns its size in bytes once decoded."""
     height, width = shape[:2]
     if height * width > limits.max_pixels:
         raise too_many_pixels(name, f"{width} × {height}", limits, remedy)
@@ -79,7 +79,7 @@ def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, 
 
 
 def too_many_pixels(name: str, seen: str, limits: Limits, remedy: str) -> ImageError:
-    """The refusal of an image, or of a window, with more pixels than the limit."""
+    """The error for an image, or a window, with more pixels than the limit."""
     return ImageError(
         f"{name}: {seen} pixels, the limit is {limits.max_pixels:,}{_set_by(limits)}: {remedy}", code="too_large"
     )
@@ -90,7 +90,7 @@ def _set_by(limits: Limits) -> str:
 
 
 def check_encoded(name: str, encoded: int, limits: Limits) -> None:
-    """Refuse a file that has to be read whole and is over the limit."""
+    """Refuse a file that must be read whole and is over the limit."""
     if encoded > limits.max_encoded_bytes:
         raise ImageError(
             f"{name}: a file of {encoded:,} bytes, the limit is {limits.max_encoded_bytes:,}: cut it into tiles",
@@ -99,7 +99,7 @@ def check_encoded(name: str, encoded: int, limits: Limits) -> None:
 
 
 def check_ratio(name: str, decoded: int, encoded: int, limits: Limits) -> None:
-    """Refuse what swells beyond the limit when decoded: a bomb, or a picture of nothing."""
+    """Refuse a file that grows beyond the limit when decoded: a bomb, or an empty picture."""
     if decoded > RATIO_MATTERS_ABOVE and decoded > limits.max_ratio * encoded:
         raise ImageError(
             f"{name}: {encoded:,} bytes would decode to {decoded:,}, over {limits.max_ratio} times as many: "
@@ -109,7 +109,7 @@ def check_ratio(name: str, decoded: int, encoded: int, limits: Limits) -> None:
 
 
 def check_window(window: Window | None, header: Header, name: str) -> Window:
-    """The window that is meant, which lies in the image; None means all of it."""
+    """The window to read, checked to lie in the image; None means all of it."""
     if window is None:
         return Window(0, 0, header.width, header.height)
     x, y, width, height = window
@@ -122,7 +122,7 @@ def check_window(window: Window | None, header: Header, name: str) -> Window:
 
 
 def check_frame(frame: int, header: Header, name: str) -> None:
-    """Refuse a frame that is not there."""
+    """Refuse a frame that does not exist."""
     if not 0 <= frame < header.frames:
         raise ImageError(
             f"{name}: no frame {frame}, it has {header.frames} (counted from 0): name one of them",

@@ -1,17 +1,17 @@
-"""The size that an encoded picture claims for itself, so that no decoder is sent off to fill the memory."""
+"""The size that an encoded picture declares, checked so that no decoder fills the memory."""
 
 from __future__ import annotations
 
 import struct
 
-# Markers that carry no length: fill bytes, TEM, restart and start of image.
+# Markers without a length: fill bytes, TEM, restart and start of image.
 _BARE = frozenset({0xFF, 0x01, 0xD8, *range(0xD0, 0xD8)})
 # Start of frame: baseline to differential, without the tables C4, C8 and CC; F7 is JPEG-LS.
 _FRAME = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG, JPEG-LS or JPEG 2000 stream; None for what is none of them, or is cut short."""
+    """(width, height) of a JPEG, JPEG-LS or JPEG 2000 stream; None for any other, or one cut short."""
     try:
         if data[:2] == b"\xff\xd8":
             return _jpeg(data)
@@ -42,7 +42,7 @@ def _jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _jp2(data: bytes) -> tuple[int, int] | None:
-    """By its boxes, as decoders find the stream: a search of ours could be led astray."""
+    """Follow the boxes to the stream, as decoders do: a plain byte search could be misled."""
     at = 0
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -52,7 +52,7 @@ def _jp2(data: bytes) -> tuple[int, int] | None:
             start += 8
         if kind == b"jp2c":
             return _jpeg2000(data[start : start + 64]) if data.startswith(b"\xff\x4f\xff\x51", start) else None
-        if at + length < start:  # 0 is a box to the end of the file, and others lie
+        if at + length < start:  # 0 means a box up to the end of the file; other values are invalid
             return None
         at += length
 

@@ -1,11 +1,12 @@
 """DICOM through pydicom: grey as the modality LUT's real units, colour as RGB.
 
-Grey comes back as float32 [H, W, 1]: stored values through the modality LUT or rescale (Hounsfield units in
-CT), MONOCHROME1 too, whose lowest value is white: the header says so. With the file's own window grey is 0 to 1, the
-window's ends, however the file stores it. Padding, a value or a range of them, is no data. One-bit segmentations are grey of 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
+Grey is returned as float32 [H, W, 1]: stored values through the modality LUT or rescale (Hounsfield units in CT). This
+includes MONOCHROME1, whose lowest value is white, as the header says. With the file's own window, grey is 0 to 1 from
+one end of the window to the other, however it is stored. Padding, a value or a range of values, is no data. One-bit
+segmentations are grey with 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
 
-Only the tags that pixels need are ever read, so that none about a patient can leave: `dicom_group` alone
-reads the PatientID, and gives its digest.
+Only the tags that pixels need are ever read, so that no data about a patient can leak: only `dicom_group` reads the
+PatientID, and returns its digest.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ _TAGS = [
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]  # fmt: skip
 _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
-"""Functional groups of enhanced objects, which keep the rescale and the window there, frame by frame."""
+"""Functional groups of enhanced objects, which hold the rescale and the window of each frame."""
 
 _AMBIGUOUS = ("ModalityLUTSequence", "PerFrameFunctionalGroupsSequence")
-"""With a table, or a rescale for each frame, a value in real units does not tell which stored one it was."""
+"""With a table, or a rescale per frame, a value in real units does not identify the stored value."""
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _VERBATIM = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _DECODERS = ("gdcm", "pillow", "pydicom")
-"""pydicom's plugins, the first one at hand is used: named, lest an installed GPL one be picked up."""
+"""pydicom's plugins, of which the first available is used: named, so that an installed GPL one is never picked up."""
 _IMAGECODECS = "imagecodecs"
 _JPEGS = "1.2.840.10008.1.2.4."
-"""What the syntaxes of JPEG, JPEG-LS and JPEG 2000 begin with: their streams say how large they are."""
+"""Prefixes of the JPEG, JPEG-LS and JPEG 2000 transfer syntaxes, whose streams declare their size."""
 _JPEG_BASELINE, _JPEG_EXTENDED = f"{_JPEGS}50", f"{_JPEGS}51"
 _ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -61,10 +62,10 @@ _PALETTE = "PALETTE COLOR"
 
 
 def dicom_group(source: str | Path | bytes) -> str | None:
-    """Whose images these are, without saying who: 16 hex digits of the PatientID's SHA-256; None without one.
+    """An anonymous id of the patient: 16 hex digits of the PatientID's SHA-256; None without one.
 
-    For keeping a patient's images on one side of a split. Computed in memory; not proof against someone who
-    tries all likely IDs, so it is not to be published.
+    It serves to keep a patient's images on one side of a split. Computed in memory; it does not resist trying all
+    likely IDs, so do not publish it.
     """
     encoded = open_encoded(source, None)
     with encoded.file, quiet():
@@ -87,7 +88,7 @@ def open_dicom(encoded: Encoded, limits: Limits, *, voi: bool) -> DicomRaster:
     check_encoded(name, encoded.size, limits)
     with reading(name):
         if _transfer_syntax(encoded) == _DEFLATED:
-            # pydicom would inflate all of it before anything can be judged.
+            # pydicom would inflate all of it before anything can be checked.
             raise unsupported(name, "a deflated DICOM file", "rewrite it with another transfer syntax")
         dataset = _dataset(encoded, _TAGS)
         pixels_at = encoded.file.tell()
@@ -123,7 +124,7 @@ class DicomRaster(Raster):
 
             return self._in_real_units(jpeg_decode(compressed), frame)
         self._encoded.file.seek(0)
-        # Bits above those stored are kept, in grey: padding may be told by them alone.
+        # In grey, bits above those stored are kept: sometimes only they identify padding.
         stored = pixel_array(
             self._encoded.file, index=frame, decoding_plugin=self._plugin, correct_unused_bits=not self._grey
         )
@@ -134,7 +135,7 @@ class DicomRaster(Raster):
         return stored
 
     def _in_real_units(self, stored: Pixels, frame: int) -> Pixels:
-        """A frame's values as `read` gives them, all of its padding as the header's no-data value."""
+        """A frame's values as `read` returns them, with all padding set to the header's no-data value."""
         whole, stored = stored, _in_stored_bits(stored, self._dataset)
         values, nodata = self._units(stored, frame), self.header.nodata
         if self._padding is None or nodata is None:
@@ -150,7 +151,7 @@ class DicomRaster(Raster):
         return self._through_window(stored, dataset) if self._voi else np.asarray(apply_modality_lut(stored, dataset))
 
     def _through_window(self, stored: Pixels, dataset: Any) -> Pixels:
-        """What the file's own window shows, from 0 to 1; ImageError for a frame that has none."""
+        """Values through the file's own window, 0 to 1; ImageError for a frame without one."""
         from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
         values = np.asarray(apply_modality_lut(stored, dataset))
@@ -162,13 +163,13 @@ class DicomRaster(Raster):
                 "another value_range",
                 code="unsupported_mode",
             )
-        # pydicom's black and white depend on the bits stored and the rescale: they differ between files of the same values.
+        # pydicom's black and white depend on the bits stored and the rescale, so files with equal values can differ.
         black, white = apply_windowing(np.array([-1e9, 1e9]), dataset)
         shown: Pixels = (apply_windowing(values, dataset) - black) / (white - black)
         return shown
 
     def _nodata(self) -> float | None:
-        """The padding value as `read` gives it; NaN where other pixels, or other frames', may come out equal to it."""
+        """The padding value as `read` returns it; NaN if other pixels, or other frames, may have the same value."""
         if self._padding is None:
             return None
         if self._voi or any(tag in self._dataset for tag in _AMBIGUOUS):
@@ -176,11 +177,11 @@ class DicomRaster(Raster):
         return float(np.float32(self._units(np.array(self._padding[:1], np.int64), 0)[0]))
 
     def _refuse_lies(self, frames: int, pixel_bytes: int) -> None:
-        """Refuse a header that claims more pixels than the file could hold."""
+        """Refuse a header that declares more pixels than the file could hold."""
         dataset = self._dataset
         if self._syntax in _VERBATIM:
             bits = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated * frames
-            # 4:2:2 keeps two samples a pixel.
+            # 4:2:2 stores two samples per pixel.
             needed = bits // 8 * 2 // 3 if dataset.PhotometricInterpretation == "YBR_FULL_422" else bits // 8
         else:
             needed = 8 * frames
@@ -193,7 +194,7 @@ class DicomRaster(Raster):
             )
 
     def _check_fragments(self) -> None:
-        """Refuse compressed pixels that the end of the file cuts short: decoders make up what is missing."""
+        """Refuse compressed pixels cut short by the end of the file: decoders would make up the rest."""
         at = self._pixels_at + 12
         while at + 8 <= self._encoded.size:
             self._encoded.file.seek(at)
@@ -209,14 +210,14 @@ class DicomRaster(Raster):
             )
 
     def _find_plugin(self) -> str:
-        """Which decoder reads this file; "" where none is needed."""
+        """The decoder for this file; "" if none is needed."""
         from pydicom.pixels.decoders.base import get_decoder
 
         if self._syntax in _VERBATIM:
             return ""
         available: tuple[str, ...]
         if self._syntax == _JPEG_EXTENDED and self._grey and self._dataset.BitsStored > 8:
-            # 12-bit JPEG, which neither GDCM nor Pillow decodes.
+            # 12-bit JPEG, which neither GDCM nor Pillow can decode.
             available, could = (_IMAGECODECS,) if importlib.util.find_spec(_IMAGECODECS) else (), True
         else:
             try:
@@ -226,7 +227,7 @@ class DicomRaster(Raster):
             available = decoder.available_plugins
             could = any(line.startswith(_DECODERS) for line in decoder.missing_dependencies)
         for plugin in (*_DECODERS, _IMAGECODECS):
-            # Of a damaged stream of these GDCM throws an error past Python, which ends the process.
+            # On a damaged stream of these, GDCM throws an exception that Python cannot catch: the process ends.
             if plugin == "gdcm" and self._syntax in (_JPEG_BASELINE, _JPEG_EXTENDED):
                 continue
             if plugin in available:
@@ -241,7 +242,7 @@ class DicomRaster(Raster):
         return unsupported(self._name, "a DICOM file of a transfer syntax that is not read", "decompress it")
 
     def _compressed_frame(self, frame: int) -> bytes:
-        """A frame's own bytes, refused if they claim another size: decoders believe them and allocate."""
+        """A frame's own bytes, refused if they declare another size: decoders would trust it and allocate memory."""
         from pydicom.encaps import get_frame
 
         if self._syntax in _VERBATIM:
@@ -269,7 +270,7 @@ class DicomRaster(Raster):
 
 
 def _in_stored_bits(stored: Pixels, dataset: Any) -> Pixels:
-    """Values by their BitsStored alone: decoders leave in the bits above what is there, and take it for more, or for no sign."""
+    """Values from their BitsStored only: decoders keep the bits above, which would change the value or its sign."""
     size = stored.dtype.itemsize
     spare = 8 * size - int(dataset.BitsStored)
     if stored.dtype.kind not in "iu" or spare <= 0:
@@ -287,7 +288,7 @@ def import_pydicom() -> None:
 
 
 def _dataset(encoded: Encoded, tags: list[str]) -> Any:
-    """These tags and no others; leaves the file where its pixels begin."""
+    """Read these tags and no others; leaves the file positioned where its pixels begin."""
     from pydicom import dcmread
 
     encoded.file.seek(0)
@@ -295,7 +296,7 @@ def _dataset(encoded: Encoded, tags: list[str]) -> Any:
 
 
 def _transfer_syntax(encoded: Encoded) -> str:
-    """As pydicom finds it, by pydicom's own steps: a search of ours could be led astray."""
+    """Found with pydicom's own functions, as pydicom does: a plain byte search could be misled."""
     from pydicom.filereader import _read_file_meta_info, read_preamble
 
     encoded.file.seek(0)
@@ -304,7 +305,7 @@ def _transfer_syntax(encoded: Encoded) -> str:
 
 
 def _refuse_unread(dataset: Any, name: str) -> None:
-    """Refuse kinds of pixels that this version does not read."""
+    """Refuse kinds of pixels that this version cannot read."""
     if "PhotometricInterpretation" not in dataset or "Rows" not in dataset:
         raise ImageError(
             f"{name}: a DICOM file without an image (a report, a plan), or cut short: leave it out", code="unreadable"
@@ -320,14 +321,14 @@ def _refuse_unread(dataset: Any, name: str) -> None:
         raise ImageError(f"{name}: DICOM colour of {bits} bits: convert it to 8 bits", code="unsupported_mode")
     if kind == _PALETTE and "RedPaletteColorLookupTableData" not in dataset:
         raise ImageError(f"{name}: a DICOM palette in segments or by name: convert it to RGB", code="unsupported_mode")
-    if kind in _GREY and all(tag in dataset for tag in _RESCALE):  # one alone is never applied
+    if kind in _GREY and all(tag in dataset for tag in _RESCALE):  # one without the other is never applied
         for tag in _RESCALE:
             if dataset.get(tag) in (None, ""):
                 raise ImageError(f"{name}: its {tag} is empty: give it a number, or remove it", code="unsupported_mode")
 
 
 def _of_frame(dataset: Any, frame: int) -> Any:
-    """The tags that hold for one frame: enhanced objects keep the rescale and the window in functional groups."""
+    """The tags that apply to one frame: enhanced objects keep the rescale and the window in functional groups."""
     from pydicom import Dataset
 
     shared = dataset.get("SharedFunctionalGroupsSequence") or []
@@ -344,7 +345,7 @@ def _of_frame(dataset: Any, frame: int) -> Any:
 
 
 def _padding(dataset: Any) -> tuple[int, int] | None:
-    """The stored values that stand for no data, from the padding value to its limit; None where there are none."""
+    """The stored values that mean no data, from the padding value to its limit; None if there are none."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return None
@@ -353,9 +354,9 @@ def _padding(dataset: Any) -> tuple[int, int] | None:
 
 
 def _as_stored(value: int, dataset: Any) -> int:
-    """A stored value out of the header: some writers give signed ones an unsigned type, or the other way round.
+    """A stored value from the header: some writers give signed values an unsigned type, or the other way round.
 
-    What no pixel can hold, such as a CT's -2000 left in 8 bits, stays as it is, and is no pixel's.
+    A value that no pixel can hold, such as a CT's -2000 left in 8 bits, is kept, and matches no pixel.
     """
     span = 1 << int(dataset.BitsAllocated)
     if dataset.PixelRepresentation == 1:
@@ -364,21 +365,21 @@ def _as_stored(value: int, dataset: Any) -> int:
 
 
 def _are_stored(low: int, high: int, dataset: Any) -> bool:
-    """Whether values from `low` to `high` fit in the stored bits: some writers pad with what only the bits above can tell."""
+    """Whether `low` to `high` fit in the stored bits: some writers pad with values that need the bits above."""
     span = 1 << int(dataset.BitsStored)
     return -span // 2 <= low and high < span // 2 if dataset.PixelRepresentation == 1 else high < span
 
 
 def _has_table(dataset: Any) -> bool:
-    """Whether the window is a table, which goes before a centre and a width."""
+    """Whether the window is a table, which takes precedence over a centre and a width."""
     tables = dataset.get("VOILUTSequence")
     return bool(tables) and None not in (tables[0].get("LUTDescriptor"), tables[0].get("LUTData"))
 
 
 def _through_table(values: Pixels, dataset: Any) -> Pixels:
-    """What the window's table gives, from 0 to 1; values beyond its ends get what the ends get.
+    """Values through the window's table, 0 to 1; values beyond its ends get the value of that end.
 
-    Not by pydicom, which lets places above 255 wrap round in a table of 8-bit entries.
+    Not done by pydicom, where indexes above 255 wrap around in a table of 8-bit entries.
     """
     table = dataset.VOILUTSequence[0]
     entries, first, bits = table.LUTDescriptor
@@ -397,7 +398,7 @@ def _palette_colours(stored: Pixels, dataset: Any) -> Pixels:
     entries, first, _ = dataset.RedPaletteColorLookupTableDescriptor
     entries = entries or 2**16
     table = apply_color_lut(np.arange(first, first + entries), dataset)
-    # Many writers call a table 16-bit and fill in 8-bit colours.
+    # Many writers declare a 16-bit table and fill it with 8-bit colours.
     if table.dtype == np.uint16 and table.max() > 255:
         table = table >> 8
     colours: Pixels = table.astype(np.uint8)[np.clip(stored.astype(np.int64) - first, 0, entries - 1)]

@@ -1,4 +1,4 @@
-"""An encoded image wherever it lies: a file on disk or bytes in memory, with its first bytes at hand."""
+"""An encoded image: a file on disk or bytes in memory, with its first bytes already read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Encoded:
     data: bytes | None = None
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-        """The values at `offset`, mapped and not read: ValueError when the file ends before them."""
+        """The values at `offset`, memory-mapped, not read; ValueError if the file ends before them."""
         count = math.prod(shape)
         if offset < 0 or offset + count * dtype.itemsize > self.size:
             raise ValueError("the file ends before its pixels do")
@@ -41,7 +41,7 @@ class Encoded:
 
 
 def open_encoded(source: EncodedSource, name: str | None) -> Encoded:
-    """Open a path or bytes; ImageError when there is no such file, or it is not a regular one."""
+    """Open a path or bytes; ImageError if the file does not exist or is not a regular file."""
     if isinstance(source, str | Path):
         return _open_path(Path(source), name or str(source))
     data = bytes(source)
@@ -52,7 +52,7 @@ def _open_path(path: Path, name: str) -> Encoded:
     if "\0" in str(path):
         raise ImageError(f"{name!r}: cannot be read (not a path)", code="unreadable")
     try:
-        # A pipe would block for ever, a device never end.
+        # A pipe would block forever, a device would never end.
         if path.exists() and not path.is_dir() and not path.is_file():
             raise ImageError(f"{name}: cannot be read (not a regular file)", code="unreadable")
         with ExitStack() as if_it_fails:

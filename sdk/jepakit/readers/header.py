@@ -1,4 +1,4 @@
-"""What every reader speaks: a header, a window, the limits. Imports nothing heavy."""
+"""Types that all readers share: header, window, limits. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Budgets, judged on headers before anything is decoded."""
+    """Budgets, checked against headers before anything is decoded."""
 
     max_pixels: int = 89_000_000
-    """Of one image, or of the window that is read."""
+    """Of one image, or of the window to read."""
     max_bands: int = 64
     max_decoded_bytes: int = 2 << 30
     max_encoded_bytes: int = 2 << 30
-    """Of a file that has to be read whole; a file read by windows may be larger."""
+    """Of a file that must be read whole; a file read by windows may be larger."""
     max_ratio: int = 500
-    """Decoded bytes over encoded ones, for what decodes to more than 16 MB: a bomb is not an image."""
+    """Decoded bytes per encoded byte, for files that decode to more than 16 MB: stops decompression bombs."""
     set_by: str = ""
-    """The setting that `max_pixels` and `max_decoded_bytes` come from, for messages; empty: none."""
+    """The setting that `max_pixels` and `max_decoded_bytes` come from, for messages; may be empty."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -51,7 +51,7 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, as `Raster.read` will return it: upright, one frame."""
+    """What a file declares, in terms of what `Raster.read` returns: upright, one frame."""
 
     format: str
     """`JPEG`, `PNG`, `WEBP`, `BMP`, `TIFF`, `DICOM`, `NPY`, `NPZ`, `SLIDE`, `array` or `image` (Pillow's)."""
@@ -60,23 +60,23 @@ class Header:
     bands: int
     """3 for colour (palettes, CMYK and YCbCr included) and for 8-bit alpha composited; else as stored."""
     dtype: str
-    """numpy's name: `uint8`, `uint16`, `int16`, `uint32`, `int32`, `float32`; float64 is read as float32, and
-    so is a DICOM image of one band, whose modality LUT gives real units."""
+    """numpy's name: `uint8`, `uint16`, `int16`, `uint32`, `int32`, `float32`; float64 is read as float32, as are DICOM
+    images of one band, whose modality LUT gives real units."""
     frames: int = 1
     nodata: float | None = None
-    """The value that stands for "no data" (GDAL's tag, DICOM's padding); NaN allowed."""
+    """The value that means "no data" (GDAL's tag, DICOM's padding); may be NaN."""
     windowed: bool = False
-    """Whether a window is read without decoding the rest of the file."""
+    """Whether a window can be read without decoding the rest of the file."""
     inverted: bool = False
-    """Whether the lowest value is white (DICOM's MONOCHROME1). Values are as stored: only a range tells what black is."""
+    """Whether the lowest value is white (DICOM's MONOCHROME1). Values stay as stored; inverting them needs a range."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image of a source: where its bytes are, and which part of it is meant.
+    """One image of a source: where its bytes are, and which part of it to read.
 
-    `name` is what messages call it; `window` and `frame` are None for the whole of a single-frame file. `scenes` keeps
-    what the windows of a file are cut from.
+    `name` is its name in messages; `window` and `frame` are None for the whole of a single-frame file. `scenes` keeps
+    decoded scenes that windows are cut from.
     """
 
     data: ImageSource

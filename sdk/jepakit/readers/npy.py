@@ -1,4 +1,4 @@
-"""NumPy's files (.npy, .npz with one array) and arrays in memory: [H, W] or [H, W, bands]."""
+"""NumPy files (.npy, .npz with one array) and arrays in memory: [H, W] or [H, W, bands]."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jepakit.readers.raster import Raster, crop
 from jepakit.readers.sniff import not_an_image, unsupported
 
 _MAX_KEYS_SHOWN = 5
-# Where the last axis is longer than this and as long as another, it is a side of a square, not the bands.
+# A last axis longer than this and as long as another is a side of a square, not the bands.
 _MOST_BANDS_OF_AN_IMAGE = 32
 
 
 class ArrayRaster(Raster):
-    """An array in memory, or one mapped from a file: only what a window needs is touched."""
+    """An array in memory or mapped from a file; only the part that a window needs is read."""
 
     def __init__(self, array: NDArray[Any], header: Header, name: str, limits: Limits, file: BinaryIO | None) -> None:
         super().__init__(header, name, limits, file)
@@ -38,12 +38,12 @@ class ArrayRaster(Raster):
 
 
 def open_array(array: NDArray[Any], name: str, limits: Limits) -> ArrayRaster:
-    """An array [H, W] or [H, W, bands] as a raster; ImageError names another type or shape."""
+    """An array [H, W] or [H, W, bands] as a raster; ImageError for another dtype or shape."""
     return ArrayRaster(array, _header("array", array.dtype, array.shape, name, limits), name, limits, None)
 
 
 def open_npy(encoded: Encoded, limits: Limits) -> ArrayRaster:
-    """A .npy file, judged by its header and then mapped, not read."""
+    """A .npy file, checked by its header and then memory-mapped, not read."""
     with reading(encoded.name):
         encoded.file.seek(0)
         said = read_npy_header(encoded.file)
@@ -53,7 +53,7 @@ def open_npy(encoded: Encoded, limits: Limits) -> ArrayRaster:
 
 
 def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:
-    """A .npz file of one array, inflated in memory after its declared size has been judged."""
+    """A .npz file with one array, inflated in memory after its declared size has been checked."""
     check_encoded(encoded.name, encoded.size, limits)
     with reading(encoded.name), zipfile.ZipFile(encoded.file) as archive:
         member = _only_array(archive.infolist(), encoded.name)
@@ -70,7 +70,7 @@ def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:
 
 
 class NpyHeader(NamedTuple):
-    """What a .npy file says of its array."""
+    """The header of a .npy file."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -78,7 +78,7 @@ class NpyHeader(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in the order of the bytes: Fortran's is the other way round."""
+        """The shape in the order of the bytes; reversed for Fortran order."""
         return self.shape[::-1] if self.fortran else self.shape
 
     def ordered(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -86,17 +86,17 @@ class NpyHeader(NamedTuple):
 
 
 def read_npy_header(file: Any) -> NpyHeader:
-    """Read the header of a .npy file, and leave `file` where the values begin. Numpy parses it as a literal, of at most
-    10,000 characters, and raises whatever exception damage leads to."""
+    """Read the header of a .npy file, and leave `file` where the values begin. NumPy parses it as a literal of at most
+    10,000 characters; damage can raise any exception."""
     return _parse_header(file)
 
 
 def _parse_header(file: Any) -> NpyHeader:
-    """A function of its own, so that numpy's warnings name this module as their place, whoever reads a header."""
+    """A separate function, so that numpy's warnings always name this module as their origin."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return NpyHeader(*np.lib.format.read_array_header_1_0(file))
-    # Version 3 differs from 2 only in how it spells names of fields, and types with fields are refused.
+    # Version 3 differs from 2 only in the encoding of field names, and dtypes with fields are refused.
     if version in ((2, 0), (3, 0)):
         return NpyHeader(*np.lib.format.read_array_header_2_0(file))
     raise ValueError(f"version {version} of .npy")

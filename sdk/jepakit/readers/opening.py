@@ -1,4 +1,4 @@
-"""`open_raster`: the one door to every reader."""
+"""`open_raster`: the one entry point to all readers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jepakit.readers.sniff import sniff
 def open_raster(
     source: ImageSource, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS, voi: bool = False
 ) -> Raster:
-    """Open an image by its first bytes, whatever its name says; its header is known before a pixel is decoded.
+    """Open an image by its first bytes, whatever its name; its header is known before a pixel is decoded.
 
     source  a path, the bytes of a file, a Pillow image, or an array [H, W] or [H, W, bands] of uint8, uint16,
             int16, uint32, int32, float32 or float64
-    name    what messages call it; by default the path, or "image" or "array"
-    limits  refused above, judged on headers
-    voi     DICOM: apply the file's own window (VOI LUT), which gives 0 to 1; a frame that has none is refused
+    name    its name in messages; by default the path, or "image" or "array"
+    limits  budgets, checked against headers; larger images are refused
+    voi     DICOM: apply the file's own window (VOI LUT), which gives 0 to 1; a frame without one is refused
 
-    JPEG, PNG, WebP, BMP, TIFF (slides too), DICOM, .npy and .npz are read. Raises ImageError for everything
-    else and for damage, MissingExtraError when a format's library is not installed.
+    Reads JPEG, PNG, WebP, BMP, TIFF (including slides), DICOM, .npy and .npz. Raises ImageError for everything else and
+    for damage, MissingExtraError when a format's library is not installed.
     """
     if isinstance(source, np.ndarray):
         from jepakit.readers.npy import open_array
@@ -33,7 +33,7 @@ def open_raster(
         return open_array(source, name or "array", limits)
     if isinstance(source, EncodedSource):
         return _open_encoded(open_encoded(source, name), limits, voi)
-    # Whoever holds a Pillow image has imported Pillow.
+    # A Pillow image cannot exist without Pillow having been imported.
     pillow: Any = sys.modules.get("PIL.Image")
     if pillow is not None and isinstance(source, pillow.Image):
         from jepakit.readers.pillow import PillowImage

@@ -1,4 +1,4 @@
-"""JPEG, PNG, WebP, BMP and the usual 8-bit TIFF through Pillow; and Pillow's own images in memory."""
+"""JPEG, PNG, WebP, BMP and common 8-bit TIFF through Pillow, and Pillow's own images in memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _MOST_HALF_TRANSPARENT = 0.05
-"""Of a TIFF's alpha: the soft edges of a cut-out are a few per cent of it."""
+"""Share of a TIFF's alpha: the soft edges of a cut-out are a few per cent of it."""
 
 
 class PillowFile(Raster):
-    """A file that Pillow decodes; reopened for each read, since Pillow closes what it has decoded."""
+    """A file that Pillow decodes; reopened for each read, since Pillow closes a file once decoded."""
 
     def __init__(self, encoded: Encoded, limits: Limits, formats: tuple[str, ...], pages: list[int] | None) -> None:
-        """`pages`: the places of a TIFF's frames among its pages; None: Pillow's own frames."""
+        """`pages`: indices of a TIFF's frames among its pages; None: Pillow's own frames."""
         self._encoded, self._formats, self._pages = encoded, formats, pages
         image = _open(encoded, formats, limits)
         with reading(encoded.name):
@@ -42,10 +42,10 @@ class PillowFile(Raster):
             header = _header(image, encoded.name, len(pages) if pages else _frames(image))
             self._orientation = 1 if late or image.format == "TIFF" else _orientation(image)
         super().__init__(_turned(header, self._orientation), encoded.name, limits, encoded.file, encoded.size)
-        # The first read of a single-frame file uses it as it was opened: most files are read once.
+        # The first read of a single-frame file uses the open image: most files are read once.
         self._opened: Image | None = image if header.frames == 1 and pages is None and not late else None
         if late:
-            # An orientation may stand behind the pixels; they are within the limits, so decode them to see it.
+            # The orientation may be stored after the pixels; they are within the limits, so decode them to find it.
             with reading(encoded.name):
                 image.load()
                 self._orientation = _orientation(image)
@@ -64,7 +64,7 @@ class PillowFile(Raster):
 
 
 class PillowImage(Raster):
-    """An image that the caller holds; it is left as it was."""
+    """An image that belongs to the caller; it is not modified."""
 
     def __init__(self, image: Image, name: str, limits: Limits) -> None:
         self._image = image
@@ -98,14 +98,14 @@ def open_pillow(encoded: Encoded, limits: Limits) -> PillowFile:
 
 
 def to_pixels(image: Image, name: str) -> Pixels:
-    """Upright pixels: RGB uint8 with alpha on white, or one deep band as it is."""
+    """Upright pixels: RGB uint8 with alpha on white, or a single deep band unchanged."""
     from PIL import Image as pillow  # noqa: N813
     from PIL import ImageOps
 
     try:
         image.load()
         _refuse_false_alpha(image, name)
-        if _orientation(image) != 1:  # an upright one it would copy
+        if _orientation(image) != 1:  # it would copy an upright image
             image = ImageOps.exif_transpose(image)
         if image.mode in _DEEP_MODES:
             return np.asarray(image)
@@ -117,12 +117,12 @@ def to_pixels(image: Image, name: str) -> Pixels:
     except ImageError:
         raise
     except Exception as error:
-        # Pillow is given no path and quotes none.
+        # Pillow is not given a path, so it quotes none.
         raise ImageError(f"{name}: damaged or cut short ({error})", code="unreadable") from None
 
 
 def _refuse_false_alpha(image: Image, name: str) -> None:
-    """Refuse a TIFF whose last band is a band like the others and only marked as transparency."""
+    """Refuse a TIFF whose last band is an ordinary band that is only marked as transparency."""
     if image.format != "TIFF" or image.mode not in _TRANSPARENT_MODES:
         return
     *_, alpha = image.split()
@@ -159,7 +159,7 @@ def _open(encoded: Encoded, formats: tuple[str, ...], limits: Limits) -> Image:
 
 
 def _header(image: Image, name: str, frames: int) -> Header:
-    """What Pillow says of the image as stored; not yet turned upright."""
+    """The header of the image as Pillow has it stored, not yet turned upright."""
     mode = image.mode
     if mode not in _PLAIN_MODES | _TRANSPARENT_MODES | set(_DEEP_MODES):
         raise ImageError(
@@ -181,7 +181,7 @@ def _header(image: Image, name: str, frames: int) -> Header:
 
 
 def _frames(image: Image) -> int:
-    # A phone's MPO file is a JPEG whose further frames are previews of the first.
+    # A phone's MPO file is a JPEG whose other frames are previews of the first.
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
@@ -192,13 +192,13 @@ def _turned(header: Header, orientation: int) -> Header:
 
 
 def _orientation(image: Image) -> int:
-    # Not `image.getexif()`: PNG's decodes all pixels to look behind them.
+    # Not `image.getexif()`: for PNG it decodes all pixels to look behind them.
     return valid_orientation(import_pillow().Image.getexif(image).get(ORIENTATION))
 
 
 def _is_deep_colour(image: Image) -> bool:
-    """Whether the file holds 16 bits a band where Pillow, without a word, gives 8."""
-    if image.mode in _DEEP_MODES or image.format == "BMP":  # its 16 bits are those of all three bands
+    """Whether the file has 16 bits per band, of which Pillow silently keeps 8."""
+    if image.mode in _DEEP_MODES or image.format == "BMP":  # its 16 bits are for all three bands together
         return False
     if image.format == "TIFF":
         return bool(max(image.tag_v2.get(258, (1,))) > 8)  # type: ignore[attr-defined]

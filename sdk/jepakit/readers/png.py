@@ -1,4 +1,4 @@
-"""What Pillow does not do for PNG: 16-bit colour, and telling whether anything stands behind the pixels."""
+"""What Pillow lacks for PNG: 16-bit colour, and finding out whether anything is stored after the pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAYS_ORIENTATION = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 
 
 def has_late_chunks(encoded: Encoded) -> bool:
-    """Whether chunks that may hold an orientation stand behind the pixels, where only decoding finds them."""
+    """Whether chunks that may hold an orientation come after the pixels, where only decoding finds them."""
     at, pixels_seen = 8, False
     while at + 8 <= encoded.size:
         encoded.file.seek(at)

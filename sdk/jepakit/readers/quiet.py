@@ -1,4 +1,4 @@
-"""Libraries that warn and log about a file, kept quiet: their words may quote a path or a patient's name."""
+"""Keeps libraries that warn and log about a file quiet: their messages may quote a path or a patient's name."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _restore: list[tuple[Any, ...]] = []
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and log lines of the image libraries while inside.
+    """Within the block, silence warnings and log lines of the image libraries.
 
-    Warning filters belong to the process, so threads share one change of them: the first sets it, the last
-    one out takes it back. (Two overlapping `catch_warnings` would leave each other's filters behind.)
+    Warning filters belong to the process, so threads share one change of them: the first thread in sets it, the last
+    one out undoes it. (Two overlapping `catch_warnings` would leave each other's filters behind.)
     """
     global _inside
     with _lock:
@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 def silence_loggers() -> None:
-    """Silence the libraries' loggers for good: for a process that does nothing but read images."""
+    """Silence the libraries' loggers for good, in a process that only reads images."""
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(_SILENT)
 
@@ -52,7 +52,7 @@ def _enter() -> None:
     filters = warnings.catch_warnings()
     filters.__enter__()
     warnings.filterwarnings("ignore", module=_MODULES)
-    # Setting a level clears the caches of all loggers there are, which can cost more than the image: only where needed.
+    # Only if needed: setting a level clears the caches of all loggers, which can take longer than the image.
     loggers = [logging.getLogger(name) for name in _LOGGERS if name in sys.modules]
     loggers = [logger for logger in loggers if logger.level != _SILENT]
     _restore.append((filters, [(logger, logger.level) for logger in loggers]))

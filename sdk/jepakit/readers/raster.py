@@ -1,4 +1,4 @@
-"""`Raster`: `read` with its checks, so that each reader is only how its format decodes."""
+"""`Raster`: `read` with its checks, so that each reader only has to decode its format."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _BY_TILES = "read it in tiles (tile=512)"
 
 
 class Raster(ABC):
-    """One open image file. A context manager; raises ImageError, or MissingExtraError where a decoder is not installed.
+    """One open image file. A context manager; raises ImageError, or MissingExtraError if a decoder is not installed.
 
-    Checks, then decodes; a subclass says how in `_decode`.
+    Checks, then decodes; subclasses implement `_decode`.
     """
 
     header: Header
@@ -35,7 +35,7 @@ class Raster(ABC):
     def __init__(
         self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
     ) -> None:
-        """`encoded`: bytes of the file if it has to be read whole, else None."""
+        """`encoded`: size of the file in bytes if it must be read whole, else None."""
         self.header = header
         self._name = name
         self._limits = limits
@@ -50,12 +50,12 @@ class Raster(ABC):
                 check_ratio(name, size, encoded, limits)
 
     def read(self, window: Window | None = None, *, frame: int = 0, at_least: int | None = None) -> Pixels:
-        """Pixels [height, width, bands] of `header.dtype`, C-contiguous, the caller's to keep.
+        """Pixels [height, width, bands] of `header.dtype`, C-contiguous, owned by the caller.
 
         window    what to read; None: all of it
         frame     0-based
-        at_least  the image may come back reduced by 2, 4 or 8 if its shorter side stays at least this long
-                  (JPEG's scaled decoding; other readers ignore it). For views only, never for measuring
+        at_least  the image may be reduced by 2, 4 or 8 if its shorter side stays at least this long (JPEG's scaled
+                  decoding; other readers ignore it). For views only, never for measuring
         """
         check_frame(frame, self.header, self._name)
         area = check_window(window, self.header, self._name)
@@ -73,14 +73,14 @@ class Raster(ABC):
         return pixels
 
     def _whole(self, frame: int) -> Pixels:
-        """A frame decoded once for all the windows of it that follow."""
+        """A frame, decoded once for all windows of it that follow."""
         if self._kept is None or self._kept[0] != frame:
             everything = Window(0, 0, self.header.width, self.header.height)
             self._kept = (frame, self._decode(everything, frame, None))
         return self._kept[1]
 
     def _finished(self, pixels: Pixels) -> Pixels:
-        """The caller's own copy, in the header's type and this machine's byte order; one 8-bit band as three."""
+        """A copy for the caller, in the header's dtype and native byte order; one 8-bit band becomes three."""
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         if self.header.dtype == "uint8" and self.header.bands == 3 and pixels.shape[2] == 1:
@@ -90,10 +90,10 @@ class Raster(ABC):
 
     @abstractmethod
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
-        """A window of one frame, [height, width, bands]; all of it unless the header says `windowed`."""
+        """A window of one frame, [height, width, bands]; always the whole frame unless the header says `windowed`."""
 
     def stamp(self) -> tuple[int, ...] | None:
-        """What tells a file on disk, as it is now, from all others; None of what is in memory."""
+        """Identifies a file on disk in its present state; None for images in memory."""
         try:
             status = os.fstat(-1 if self._file is None else self._file.fileno())
         except OSError:
@@ -101,7 +101,7 @@ class Raster(ABC):
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._kept = None
         if self._file is not None:
             self._file.close()
@@ -116,5 +116,5 @@ class Raster(ABC):
 
 
 def crop(pixels: Pixels, window: Window) -> Pixels:
-    """The window's part of [height, width] or [height, width, bands]."""
+    """The part of [height, width] or [height, width, bands] inside the window."""
     return pixels[window.y : window.y + window.height, window.x : window.x + window.width]

@@ -11,13 +11,13 @@ from jepakit.errors import ImageError
 from jepakit.readers.header import Pixels
 
 KEPT_BYTES = 128 << 20
-"""The most that is kept beside the scene asked for last."""
+"""The most that is kept in addition to the scene used last."""
 
 
 class Scenes:
-    """The scenes asked for last, at most `KEPT_BYTES` of them, and the last one however large.
+    """The scenes used most recently, at most `KEPT_BYTES`, but always the last one, however large.
 
-    Safe in threads and forked processes; a copy, as another process gets it, is empty.
+    Safe in threads and forked processes; a copy sent to another process is empty.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Scenes:
         return Scenes, ()
 
     def whole(self, key: Hashable, decode: Callable[[], Pixels]) -> Pixels:
-        """What `decode` gives, not to be changed: from memory where `key` is kept, decoded once for all who wait.
+        """The result of `decode`, read-only: from memory if `key` is kept, else decoded once for all waiting threads.
 
-        Raises what `decode` raises, and keeps nothing then.
+        Raises the errors of `decode`, and then keeps nothing.
         """
         if self._process != os.getpid():
-            self._forget()  # what a thread of the parent decodes would never come
+            self._forget()  # a result pending in a thread of the parent would never arrive
         with self._lock:
             found = self._kept.pop(key, None)
             future = self._kept[key] = found or Future()

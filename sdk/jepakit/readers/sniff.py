@@ -1,4 +1,4 @@
-"""Which format a file is, by its first bytes; what this version does not read is refused by name."""
+"""The format of a file, by its first bytes; known formats that this version cannot read are refused by name."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _NIFTI = ("a NIfTI file", "save the slices you mean as TIFF or .npy")
 
 
 def sniff(head: bytes, name: str) -> Family:
-    """The family of readers for a file with these first bytes; ImageError names what is not read.
+    """The family of readers for a file with these first bytes; ImageError names a format that cannot be read.
 
-    `name` is for messages, and for the two kinds that first bytes do not tell: DICOM without a preamble and
-    zipped NIfTI.
+    `name` is for messages, and for the two formats that first bytes do not show: DICOM without a preamble and zipped
+    NIfTI.
     """
     if head[128:132] == b"DICM":
         return "dicom"
@@ -67,12 +67,12 @@ def sniff(head: bytes, name: str) -> Family:
 
 
 def unsupported(name: str, kind: str, remedy: str) -> ImageError:
-    """The refusal of a known format that this version does not read."""
+    """The error for a known format that this version cannot read."""
     return ImageError(f"{name}: {kind}; this version reads {FORMATS}: {remedy}", code="unsupported_format")
 
 
 def not_an_image(name: str) -> ImageError:
-    """The refusal of what no reader knows."""
+    """The error for a format that no reader knows."""
     return ImageError(
         f"{name}: not an image this version reads ({FORMATS}), or its header is damaged: save it as one of these, or leave "
         "it out",

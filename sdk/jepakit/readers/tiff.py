@@ -1,10 +1,9 @@
-"""TIFF of every depth, band count and layout through tifffile, the usual 8-bit kinds through Pillow.
+"""TIFF of every depth, band count and layout through tifffile, common 8-bit kinds through Pillow.
 
-What is a frame and what is a band follows tifffile's axes: samples (S) and channels (C) are bands, every
-other axis counts frames. So pages saved one after the other as (n, H, W) are n frames, while planar
-samples, or the channels of an ImageJ or OME hyperstack, are bands. Only the first series counts, or the
-slide's own: reduced copies, thumbnails and labels are neither frames nor bands, and files of several
-images are refused.
+Frames and bands follow tifffile's axes: samples (S) and channels (C) are bands, every other axis counts
+frames. So pages saved one after the other as (n, H, W) are n frames, while planar samples, or the channels
+of an ImageJ or OME hyperstack, are bands. Only the first series counts, or that of the slide: reduced
+copies, thumbnails and labels are neither frames nor bands, and files of several images are refused.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from jepakit.readers.tiffguard import check_structure
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
 _COLOUR_SAMPLES = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, 3: 1, 5: 4, _YCBCR: 3, 8: 3}
-"""Samples a pixel, alpha aside, of the photometric kinds that Pillow makes RGB (3 palette, 5 CMYK, 8 CIELAB)."""
+"""Samples per pixel, without alpha, of the photometric kinds that Pillow makes RGB (3 palette, 5 CMYK, 8 CIELAB)."""
 _ALPHA = frozenset({1, 2})
 _GDAL_NODATA = 42113
 
 _JPEG = 7
 _COMPRESSIONS = frozenset({1, 5, _JPEG, 8, 32773, 32946, 33005, 34712, 34925, 50000})
-"""None, LZW, JPEG, deflate (2 codes), PackBits, JPEG 2000 (2 codes), LZMA, ZSTD: their output has a known bound."""
+"""None, LZW, JPEG, deflate (2 codes), PackBits, JPEG 2000 (2 codes), LZMA, ZSTD: their output size is bounded."""
 _COMPRESSIONS_OF_PILLOW = frozenset({1, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 34925, 50000, 50001})
 _DEFLATE, _LZMA = frozenset({8, 32946}), 34925
 _READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
-"""Without imagecodecs. Its PackBits takes a list entry for each byte, whatever the strip's size."""
+"""Those read without imagecodecs. tifffile's own PackBits takes a list entry per byte, whatever the strip's size."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
@@ -55,7 +54,7 @@ def open_tiff(encoded: Encoded, limits: Limits) -> Raster:
     name = encoded.name
     with reading(name):
         encoded.file.seek(0)
-        # Some microscopes' formats spread over the neighbouring files: only this one is read.
+        # Some microscope formats span several files; only this one is read.
         tif = tifffile.TiffFile(encoded.file, _multifile=False, is_ndtiff=False, is_mmstack=False)
         check_structure(tif, name)
         if tif.is_dng:
@@ -71,25 +70,25 @@ def open_tiff(encoded: Encoded, limits: Limits) -> Raster:
         as_usual = None
         if slide is None and _is_usual(page) and len(series.pages) == layout.frames:
             as_usual = [kept.index for kept in series.pages]
-            # Pillow reads no no-data value.
+            # Pillow does not read no-data values.
             if _GDAL_NODATA in page.tags:
                 _refuse_inexact(page, name)
             elif not (_is_exact(page) and _can_decode(page)):
                 return PillowFile(encoded, limits, ("TIFF",), as_usual)
         _refuse_unread(page, name)
         format = "TIFF" if slide is None else "SLIDE"
-        # Many frames are never left to Pillow: it walks all pages up to the one that is meant.
+        # Many frames are never left to Pillow: it walks through all pages up to the one wanted.
         return TiffRaster(encoded, limits, series, layout, format, as_usual if layout.frames == 1 else None)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the planes of a series, in the file's order, are frames and bands."""
+    """How the planes of a series, in file order, map to frames and bands."""
 
     planes: NDArray[np.int64]
-    """[frames, planes a frame]"""
+    """[frames, planes per frame]"""
     samples: int
-    """Bands of a plane."""
+    """Bands per plane."""
 
     @property
     def frames(self) -> int:
@@ -142,12 +141,12 @@ def _layout(series: Any, encoded: Encoded) -> _Layout:
 
 
 class TiffRaster(Raster):
-    """Planes read by windows: mapped where they lie bare in the file, else only the strips or tiles needed."""
+    """Planes read by windows: memory-mapped if uncompressed and in one piece, else only the strips or tiles needed."""
 
     def __init__(
         self, encoded: Encoded, limits: Limits, series: Any, layout: _Layout, format: str, as_usual: list[int] | None
     ) -> None:
-        """`as_usual`: the page that is left to Pillow when all of it is wanted: the same pixels, stricter about damage."""
+        """`as_usual`: the page left to Pillow when all of it is wanted: same pixels, but stricter about damage."""
         page = series.keyframe
         self._encoded, self._series, self._layout, self._as_usual = encoded, series, layout, as_usual
         self._white_is_zero = page.photometric == _WHITE_IS_ZERO
@@ -184,12 +183,12 @@ class TiffRaster(Raster):
         return crop(whole, window).reshape(window.height, window.width, -1)
 
     def _offset(self, plane: int) -> int | None:
-        """Where a plane lies bare in the file, in one piece; None if it does not."""
+        """The offset of a plane stored uncompressed in one piece; None for any other."""
         series = self._series
         if series.dataoffset is not None:
             return int(series.dataoffset) + plane * int(series.keyframe.nbytes)
         page = series.pages[plane]
-        # tifffile takes a later page's pieces to lie as the first page's do: true of single ones only.
+        # tifffile assumes that a later page's pieces are laid out like the first page's: only true of single pieces.
         if page.is_final and (len(page.dataoffsets) == 1 or page is series.keyframe):
             return int(page.dataoffsets[0])
         return None
@@ -224,7 +223,7 @@ class TiffRaster(Raster):
         return data
 
     def _paste(self, page: Any, index: int, data: bytes, window: Window, pixels: Pixels) -> None:
-        """Decode one strip or tile and put what the window needs of it in its place."""
+        """Decode one strip or tile and copy the part that the window needs."""
         key = self._series.keyframe
         tables = {}
         if key.compression == _JPEG:
@@ -240,7 +239,7 @@ class TiffRaster(Raster):
 
     @property
     def _top(self) -> int:
-        """The value that zero stands for where white is zero."""
+        """The value that zero stands for if white is zero."""
         return int(2**self._series.keyframe.bitspersample - 1)
 
     def _nodata(self, dtype: str) -> float | None:
@@ -259,7 +258,7 @@ class TiffRaster(Raster):
         if self._white_is_zero:
             return self._top - value
         with np.errstate(over="ignore"):
-            # The value as pixels hold it, so that the two compare equal.
+            # The value as stored in pixels, so that they compare equal.
             return float(np.float32(value)) if dtype == "float32" else value
 
 
@@ -269,7 +268,7 @@ def _orientation(page: Any) -> int:
 
 
 def _is_usual(page: Any) -> bool:
-    """Whether Pillow reads it as it is meant: 8 bits or fewer of a usual colour kind, alpha only where the file says so."""
+    """Whether Pillow reads it correctly: at most 8 bits of a common colour kind, alpha only if the file declares it."""
     colours = _COLOUR_SAMPLES.get(page.photometric)
     extra = [int(kind) for kind in page.extrasamples]
     return (
@@ -286,12 +285,12 @@ def _is_usual(page: Any) -> bool:
 
 
 def _is_bare_subsampled(page: Any) -> bool:
-    """Whether it is YCbCr of reduced colour resolution without a compression, which Pillow takes to be of full resolution."""
+    """Whether it is uncompressed YCbCr with subsampled colour, which Pillow reads as if it had full resolution."""
     return bool(page.photometric == _YCBCR and page.compression == 1 and page.is_subsampled)
 
 
 def _is_exact(page: Any) -> bool:
-    """Whether tifffile gives a usual page's pixels just as Pillow does."""
+    """Whether tifffile reads exactly the same pixels of a usual page as Pillow."""
     in_colour = page.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) or (
         page.photometric == _YCBCR and page.compression == _JPEG
     )
@@ -309,7 +308,7 @@ def _refuse_preview(tif: Any, page: Any, name: str) -> None:
 
 
 def _refuse_mask(tif: Any, name: str) -> None:
-    """Refuse a file with a mask: no one value can stand for what it hides, as any may be a real one."""
+    """Refuse a file with a mask: no value can stand for masked pixels, as any may be a real one."""
     if any(series.keyframe.is_mask for series in tif.series):
         raise ImageError(
             f"{name}: a TIFF with a mask beside its image, which is not honoured: give the masked pixels a value that no other "
@@ -335,7 +334,7 @@ def _kind(page: Any) -> str:
 
 
 def _refuse_inexact(page: Any, name: str) -> None:
-    """Refuse a no-data value where only Pillow reads the pixels as they are meant."""
+    """Refuse a no-data value if only Pillow reads the pixels correctly."""
     if not _is_exact(page):
         raise ImageError(
             f"{name}: an 8-bit TIFF with a no-data value, which is not honoured where there is a palette, CMYK, transparency, "
@@ -355,7 +354,7 @@ def _can_decode(page: Any) -> bool:
 
 
 def _refuse_unread(page: Any, name: str) -> None:
-    """Refuse by name what tifffile would give without its meaning, or could not give."""
+    """Refuse by name what tifffile would misinterpret, or could not read."""
 
     def refusal(what: str) -> ImageError:
         return ImageError(f"{name}: a TIFF with {what}", code="unsupported_mode")
@@ -383,7 +382,7 @@ def _refuse_unread(page: Any, name: str) -> None:
 
 
 def _refuse_bomb(data: bytes, compression: int, most: int) -> None:
-    """ValueError for a strip or tile of more than `most` bytes: tifffile's own decoders inflate all that there is."""
+    """ValueError for a strip or tile of more than `most` bytes: tifffile's own decoders inflate without a limit."""
     if compression in _DEFLATE:
         inflated = zlib.decompressobj().decompress(data, most + 1)
     elif compression == _LZMA:
@@ -401,7 +400,7 @@ def _grid(page: Any) -> tuple[int, int]:
 
 
 def _overlapping(page: Any, window: Window) -> list[int]:
-    """The strips or tiles, by their place in the file's list, that a stored window needs."""
+    """The strips or tiles that a stored window needs, by their index in the file's list."""
     length, width = page.chunks[:2]
     down, across = _grid(page)
     rows = range(window.y // length, (window.y + window.height - 1) // length + 1)

@@ -1,4 +1,4 @@
-"""What is checked of a TIFF's structure before tifffile follows it: it is lenient, and damage must not be."""
+"""Checks of a TIFF's structure before tifffile follows it: tifffile tolerates damage, jepakit must not."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from jepakit.errors import ImageError
 _BIGTIFF = 43
 _DESCRIPTION, _SUBIFDS = 270, 330
 _OFFSETS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
-"""The types that places in a file have: LONG, IFD, and BigTIFF's two."""
+"""The tag types of file offsets: LONG, IFD, and the two of BigTIFF."""
 
 _MOST_PAGES = 65_535
-"""What libtiff could count for decades: stacks of tens of thousands of planes are real, and open in seconds."""
+"""Most pages: what libtiff could count for decades. Real stacks have tens of thousands, and open in seconds."""
 _MOST_TAGS = 256
-"""Of one page: about as many as are defined at all; real pages have 10 to 80."""
+"""Most tags of one page: about as many as are defined at all; real pages have 10 to 80."""
 _MOST_MIXED = 1024
-"""Pages and images below them in a file of several kinds, which tifffile compares each with each: seconds for so many."""
+"""Most pages and subimages in a file of several kinds: tifffile compares each pair, which takes seconds for so many."""
 _REFUSES = "_jepakit_refuses"
 _one_at_a_time = Lock()
 _MOST_SHARED = 1 << 24
-"""Bytes that pages may have in common, such as those of a palette: they are read anew for each of them."""
+"""Bytes that pages may share, such as a palette: they are read again for each page."""
 
 
 def check_structure(tif: Any, name: str) -> None:
-    """Refuse broken or circular chains of pages, tags cut short, OME descriptions that lie, and more pages than any has.
+    """Refuse broken or circular chains of pages, truncated tags, false OME descriptions, and too many pages.
 
-    Raises ImageError for circles, for pages without tags or with too many, for too many pages, and for pages that share
-    values of more than the file's size; KeyError, ValueError and struct.error, which mean damage, for the rest. Pages of
-    several kinds are refused once `tif.series` is asked for.
+    Raises ImageError for cycles, for pages with no tags or too many, for too many pages, and for pages that share
+    values larger than the file; KeyError, ValueError and struct.error, which mean damage, for the rest. Too many pages
+    of several kinds are refused once `tif.series` is accessed.
     """
     pages = images = described = held = 0
     for tags in _pages(tif, name):
@@ -62,7 +62,7 @@ class _Tag(NamedTuple):
 
 
 def _pages(tif: Any, name: str) -> Iterator[list[_Tag]]:
-    """The tags of each page in its turn; a chain that comes back to where it was is refused, tifffile follows it for ever."""
+    """The tags of each page in turn; a cyclic chain is refused, as tifffile would follow it forever."""
     kind = tif.tiff
     seen: set[int] = set()
     offset = _number(tif, 8 if kind.version == _BIGTIFF else 4, kind.offsetformat, kind.offsetsize)
@@ -95,7 +95,7 @@ def _size(tag: _Tag) -> int:
 
 
 def _images_below(tif: Any, tags: list[_Tag]) -> Iterator[int]:
-    """Where a page's SubIFDs lie."""
+    """The offsets of a page's SubIFDs."""
     kind, file = tif.tiff, tif.filehandle
     for tag in tags:
         if tag.code == _SUBIFDS:
@@ -114,7 +114,7 @@ def _number(tif: Any, at: int, format: str, size: int) -> int:
 
 
 def _held(tif: Any, tags: list[_Tag]) -> int:
-    """Bytes of a page's tags, and of those of their values that lie elsewhere in the file."""
+    """Bytes of a page's tags, and of their values stored elsewhere in the file."""
     sizes = (_size(tag) for tag in tags)
     elsewhere = (size for size in sizes if tif.tiff.tagoffsetthreshold < size <= tif.filehandle.size)
     return len(tags) * int(tif.tiff.tagsize) + sum(elsewhere)
@@ -133,7 +133,7 @@ def _refuse_many(images: int, shared: int, name: str) -> None:
 
 
 def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
-    """Have one of tifffile's searches for series refuse too many pages, by an ImageError, before it begins."""
+    """Make one of tifffile's searches for series raise ImageError for too many pages before it begins."""
 
     def refuse() -> Never:
         raise ImageError(
@@ -182,10 +182,10 @@ def _asking_first(kind: str, search: Any) -> Callable[[Any], Any]:
 
 
 def _check_tags(tif: Any, tags: list[_Tag]) -> None:
-    """Refuse a first page with a tag beyond the file's end: tifffile leaves it out, and with it what axes mean."""
+    """Refuse a first page with a tag beyond the file's end: tifffile drops it, and with it the meaning of axes."""
     kind = tif.tiff
     if kind.offsetsize == 8 and kind.version != _BIGTIFF:
-        # NDPI's own mixture keeps the upper halves of its offsets elsewhere.
+        # NDPI's own variant keeps the upper halves of its offsets elsewhere.
         return
     for tag in tags:
         size = _size(tag)
@@ -194,18 +194,18 @@ def _check_tags(tif: Any, tags: list[_Tag]) -> None:
 
 
 def _check_ome(tif: Any, pages: int) -> None:
-    """Refuse an OME description of far more pixels than there are: tifffile makes a list as long as it says."""
+    """Refuse an OME description of far more pixels than there are: tifffile makes a list of the declared length."""
     if not tif.is_ome:
         return
     page = tif.pages.first
     held = pages * page.imagelength * page.imagewidth * page.samplesperpixel
     if "<!DOCTYPE" in page.description:
-        # Entities could say anything; OME files declare none.
+        # Entities could expand to anything; OME files declare none.
         raise ValueError("an OME description with declarations")
     for element in re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", page.description):
         sizes = re.findall(r"\bSize[XYZCT]\s*=\s*[\"']([^\"']*)", element)
         if not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
             raise ValueError("an OME description with sizes that are no numbers")
-        # Images of one file may be of several sizes: only gross lies are meant.
+        # Images in one file may have several sizes, so only gross excess is refused.
         if math.prod(map(int, sizes)) > 64 * held:
             raise ValueError("an OME description does not fit its file")

@@ -1,4 +1,4 @@
-"""Which images, under which names, labels and groups: every kind of source becomes one `ImageList`.
+"""Which images, with which names, labels and groups: every kind of source becomes one `ImageList`.
 
 A source is a folder, a glob, a file, a list of paths, a manifest (.csv, .tsv, .parquet), WebDataset shards
 (.tar), a ZIP, or a sequence or map-style dataset of images in memory. Listing decodes nothing; only `tile`,

@@ -22,25 +22,25 @@ _ZIP_HEADER = struct.Struct("<4s22xHH")
 
 
 class Member(NamedTuple):
-    """One image in an archive, as the archive's directory tells it."""
+    """One image in an archive, as the archive's directory describes it."""
 
     name: str
     offset: int
-    """Of the data in a tar, of the local header in a ZIP."""
+    """Offset of the data in a tar, of the local header in a ZIP."""
     stored: int
     """Bytes in the archive."""
     size: int
-    """Bytes as declared, once inflated."""
+    """Declared size in bytes, once inflated."""
     kind: int
     """TAR, STORED or DEFLATED."""
     crc: int
-    """A ZIP's; 0 in a tar, which has none."""
+    """The ZIP's CRC; 0 for a tar, which has none."""
 
 
 @dataclass(frozen=True)
 class Archives:
-    """Members of archives. Every read opens its archive anew: it costs microseconds, and leaves nothing to be
-    shared by threads, lost in pickling, or mixed up by forked workers."""
+    """Members of archives. Every read reopens its archive: this costs microseconds, and leaves no open file for threads
+    to share, pickling to lose, or forked workers to mix up."""
 
     paths: Sequence[str]
     names: Sequence[str]
@@ -54,7 +54,7 @@ class Archives:
 
     @classmethod
     def of(cls, paths: Sequence[str], names: Sequence[str], members: Sequence[Sequence[Member]]) -> Archives:
-        """One list of members for each path; `names` are the members' in that order."""
+        """Build from one list of members per path; `names` are those of the members, in that order."""
         flat = [member for each in members for member in each]
         return cls(
             tuple(paths),
@@ -98,12 +98,12 @@ class Archives:
             return b"unreadable"
 
     def _read(self, index: int, count: int) -> bytes:
-        """The first bytes of a member, as stored."""
+        """The first `count` bytes of a member, as stored."""
         offset = int(self.offset[index])
         with Path(self.paths[self.archive[index]]).open("rb") as file:
             file.seek(offset)
             if self.kind[index] != TAR:
-                # The local header repeats the name, and may have other extra fields than the directory.
+                # The local header repeats the name, and its extra fields may differ from the directory's.
                 header = file.read(_ZIP_HEADER.size)
                 if len(header) < _ZIP_HEADER.size or not header.startswith(b"PK\3\4"):
                     raise OSError("the ZIP's directory points elsewhere")
@@ -113,7 +113,7 @@ class Archives:
 
 
 def names_in_shards(paths: Sequence[str], members: Sequence[Sequence[Member]]) -> tuple[str, ...]:
-    """`shard.tar/name`, or the whole path of the shard where two shards have the same name."""
+    """`shard.tar/name`, with the whole path of the shard if two shards have the same name."""
     bases = [Path(path).name for path in paths]
     shards = bases if len(set(bases)) == len(bases) else [Path(path).as_posix() for path in paths]
     return tuple(f"{shard}/{member.name}" for shard, each in zip(shards, members, strict=True) for member in each)

@@ -1,4 +1,4 @@
-"""Files on disk: which names are images, a folder's files in order, and the store that reads them."""
+"""Files on disk: which names are images, the files of a folder in order, and the store that reads them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SUFFIXES = _DICOM | {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".svs", ".ndpi", ".scn",
 }  # fmt: skip
 DICOM_HEAD = 132
-"""Bytes: a preamble that may hold anything, and the four letters that tell."""
+"""Bytes of a preamble that may hold anything, and of the four letters that identify the format."""
 _FILE, _FOLDER, _NOWHERE, _OTHER = range(4)
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files as names below one folder: with a million of them, whole paths would be most of the memory."""
+    """Files as names below one folder: for a million files, whole paths would take most of the memory."""
 
     root: str
     names: Sequence[str]
@@ -59,7 +59,7 @@ def is_image(name: str) -> bool:
 
 
 def has_no_suffix(name: str) -> bool:
-    """Whether a name ends in none; of 1.2.840.….17, the UID by which a DICOM file is often named, the last number is none."""
+    """Whether a name has no suffix. The last number of a UID, as in DICOM names like 1.2.840.….17, is not a suffix."""
     last = suffix(name)
     return not last or last[1:].isdigit()
 
@@ -70,7 +70,7 @@ def begins_as_dicom(head: bytes) -> bool:
 
 
 def dicom_among(root: str, names: Sequence[str]) -> set[str]:
-    """Those of `names` without a suffix that begin as DICOM does."""
+    """Those of `names` that have no suffix and begin like a DICOM file."""
 
     def is_one(name: str) -> bool:
         try:
@@ -85,41 +85,41 @@ def dicom_among(root: str, names: Sequence[str]) -> set[str]:
 
 
 def may_be_bare_dicom(name: str) -> bool:
-    """Whether a file's first bytes may be those of DICOM: it has no suffix, and is no DICOMDIR, which lists others."""
+    """Whether a file may be DICOM by its first bytes: it has no suffix, and is not a DICOMDIR, which lists others."""
     return has_no_suffix(name) and name.rpartition("/")[2].upper() != "DICOMDIR"
 
 
 def is_dicom(name: str) -> bool:
-    """Whether a name is that of a DICOM file by its suffix."""
+    """Whether a name has a suffix of DICOM files."""
     return suffix(name) in _DICOM
 
 
 def may_be_dicom(name: str) -> bool:
-    """Whether a file that is listed as an image may be DICOM: by its suffix, or having none of an image."""
+    """Whether a file listed as an image may be DICOM: it has a suffix of DICOM files, or none of any image."""
     return is_dicom(name) or suffix(name) not in SUFFIXES
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a name begins with a dot, as those that a Mac writes beside its files."""
+    """Whether any part of a name begins with a dot, as in the files that macOS adds."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 @dataclass
 class Listing:
-    """What is visible below a folder; names are relative to it."""
+    """The visible files below a folder; names are relative to it."""
 
     folder: str
     names: list[str] = field(default_factory=list)
-    """Files, and links that lead nowhere, sorted folder by folder."""
+    """Files and broken links, sorted folder by folder."""
     links: set[str] = field(default_factory=set)
-    """Those of them that are links."""
+    """Those of the names that are links."""
     broken: set[str] = field(default_factory=set)
-    """Those of the links that lead nowhere."""
+    """Those of the links that are broken."""
     repeats: int = 0
-    """Folders left out since they are listed under another name."""
+    """Number of folders left out because they are listed under another name."""
 
     def once(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that name a file first: links to another of them, or to what an earlier one leads to, are left out."""
+        """`names` with each file once: without links to another of the names, or to the target of an earlier link."""
         linked = self.links.intersection(names)
         if not linked:
             return list(names)
@@ -139,9 +139,9 @@ class Listing:
 def walk(folder: str) -> Listing:
     """List the visible files below `folder`; bundles are left out.
 
-    Links are followed, but to no folder that is listed: it keeps the name under which it lies in `folder`, else the first of
-    the links to it. One stat a folder and a link, none a file: the listing itself says what is a folder, and over a network
-    a million stats take an hour. Raises OSError.
+    Links are followed, except to a folder that is listed already: it keeps its own name in `folder`, else that of the
+    first link to it. Costs one stat per folder and link but none per file: the listing tells folders from files, and a
+    million stats over a network take an hour. Raises OSError.
     """
     listing = Listing(folder)
     seen: set[tuple[int, int]] = set()
@@ -150,7 +150,7 @@ def walk(folder: str) -> Listing:
     while linked:
         linked = [deeper for inside in linked for deeper in _visit(listing, inside, seen)]
     if followed:
-        # In the order of each folder's names: the end of one comes before every character, "/" behind "-" and ".".
+        # Sort folder by folder: the end of a name comes before any character, although "/" sorts after "-" and ".".
         listing.names.sort(key=lambda name: name.replace("/", "\0"))
     return listing
 
@@ -158,10 +158,10 @@ def walk(folder: str) -> Listing:
 def _visit(
     listing: Listing, inside: str, seen: set[tuple[int, int]], above: frozenset[tuple[int, int]] | None = None
 ) -> list[str]:
-    """Add the files of a folder and those in it that are no links to the listing; the linked folders, for later.
+    """Add the files of a folder, and of its real subfolders, to the listing; returns the linked folders, for later.
 
-    A folder in `seen` is left out where a link leads there. Without one (`above`: the folders that it lies in) a number that
-    was seen is a second mount, or one of those that not every file system gives once.
+    A folder reached by a link is skipped if it is in `seen`. Any other is skipped only if it is in `above`, the folders
+    around it: elsewhere, a number seen before means a second mount, or a file system whose numbers are not unique.
     """
     here = os.path.join(listing.folder, inside)  # noqa: PTH118 (hot loop)
     status = os.stat(here)  # noqa: PTH116
@@ -174,7 +174,7 @@ def _visit(
     with os.scandir(here) as entries:
         found = sorted((entry.name, _kind(entry), entry.is_symlink()) for entry in entries if entry.name[0] != ".")
     if sum(kind == _FILE and name in (MANIFEST, WEIGHTS) for name, kind, _ in found) == 2:
-        return []  # its golden.npz is no image of the user's
+        return []  # a bundle: its golden.npz is not one of the user's images
     linked = []
     for base, kind, is_link in found:
         name = inside + base
@@ -192,7 +192,7 @@ def _visit(
 
 
 def _kind(entry: os.DirEntry[str]) -> int:
-    """What an entry is, or leads to; devices and the like are _OTHER."""
+    """The kind of an entry, or of its link target; devices and the like are _OTHER."""
     if entry.is_dir():
         return _FOLDER
     if entry.is_file():
@@ -201,7 +201,7 @@ def _kind(entry: os.DirEntry[str]) -> int:
 
 
 def not_files(root: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` (relative to `root`) that are no files; found by listing their folders, as `walk` does."""
+    """Those of `names` (relative to `root`) that are not files, found by listing their folders, as `walk` does."""
     folders: dict[str, set[str]] = {}
     suspects = []
     for name in names:
@@ -210,7 +210,7 @@ def not_files(root: str, names: Sequence[str]) -> list[str]:
             folders[folder] = _files_of(folder or ".")
         if base not in folders[folder]:
             suspects.append(name)
-    # The name may still be right where the file system ignores case.
+    # The name may still be right if the file system ignores case.
     return [name for name in suspects if not Path(root, name).is_file()]
 
 

@@ -1,4 +1,4 @@
-"""From the one `images` argument to what it names: every kind of source is told apart here."""
+"""From the one `images` argument to the images it names: all kinds of sources are told apart here."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an 
 
 
 def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool, may_be_gone: bool = False) -> Found:
-    """The images that `images` names. Labels, groups and splits that have to be read are looked for only if asked for.
+    """The images that `images` names. Labels, groups and splits that have to be read are read only if asked for.
 
     may_be_gone  whether files of a list may be missing; whoever reads them then reports it
 
-    Raises DataError when it is of no known kind, does not exist, or holds no images.
+    Raises DataError when the source is of an unknown kind, does not exist, or holds no images.
     """
     if isinstance(images, str | Path):
         return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups, with_splits=with_splits)
@@ -68,7 +68,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
 
 
 def _is_column(images: Any) -> bool:
-    """Whether it is a column of values: of a data frame, where a Series' `[0]` is the row named 0, or an array of paths."""
+    """Whether it is a column of a data frame (a pandas Series' `[0]` is the row labelled 0, not the first) or an array of paths."""
     if isinstance(images, np.ndarray):
         return images.ndim == 1 and images.dtype.kind in "OUT"
     return hasattr(images, "to_numpy") and getattr(images, "ndim", 1) == 1
@@ -88,7 +88,7 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool, with_splits: 
         raise DataError(f"images = '': give {_KINDS}")
     try:
         is_folder = path.is_dir()
-    except OSError as error:  # of a name that is too long, or a folder that may not be entered
+    except OSError as error:  # name too long, or a folder without permission
         raise DataError(f"images = {source[:200]!r}: {reason_of(error)}; give {_KINDS}, or a file's bytes") from None
     if is_folder:
         return _find_in_folder(source, with_labels=with_labels)
@@ -142,7 +142,7 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
     matches = sorted(
         (Path(name).as_posix() for name in glob.glob(pattern, recursive=True)), key=lambda name: name.split("/")
     )
-    # What lies in hidden folders that the pattern itself names is wanted.
+    # Files in hidden folders are wanted if the pattern itself names the folders.
     strangers = set(not_files("", matches))
     there = [name for name in matches if name not in strangers]
     files = _once(there)
@@ -168,7 +168,7 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
 
 
 def _once(files: Sequence[str]) -> list[str]:
-    """Each file under its shortest name, where linked folders give it several: `**` goes round a loop of them forty times."""
+    """Each file under its shortest name, if linked folders give it several: `**` follows a loop of them forty times."""
     real_folder = cache(os.path.realpath)
     shortest: dict[str, str] = {}
     for name in sorted(files, key=lambda name: name.count("/")):

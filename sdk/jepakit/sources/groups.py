@@ -18,9 +18,9 @@ Groups = tuple[str, ...] | None
 
 
 def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
-    """The groups by the rule, or None, and in words what was assumed.
+    """The groups by the rule, or None, and a note on what was assumed.
 
-    Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
+    Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
     rule = check_rule("group", rule, column="group")
     if rule == "none":
@@ -36,9 +36,9 @@ def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
 
 
 def groups_of(ids: Sequence[str], file: str | Path) -> tuple[str, ...]:
-    """What a table of paths and groups says of embedded images; of tiles and frames by the image that they are of.
+    """The groups of embedded images by a table of paths and groups; tiles and frames have the group of their image.
 
-    Raises ConfigError where `file` is no table, DataError where an image is not in it.
+    Raises ConfigError if `file` is not a table, DataError if an image is not in it.
     """
     table = check_rule("group", file, column="group")
     if table in RULES:

@@ -19,10 +19,10 @@ _SAMPLED = 256
 
 @dataclass(frozen=True)
 class Pieces:
-    """Which part of which image each item is. Arrays, since scenes have tiles by the million."""
+    """Which part of which image each item is. Held in arrays, since scenes have millions of tiles."""
 
     image: NDArray[np.int64]
-    """[N], places in the store."""
+    """[N], indices into the store."""
     frame: NDArray[np.int32]
     """[N], -1 where no frame was chosen."""
     window: NDArray[np.int32] | None
@@ -32,21 +32,21 @@ class Pieces:
         return len(self.image)
 
     def where(self, chosen: NDArray[np.bool_] | slice) -> Pieces:
-        """Those chosen by a mask [N] or a slice."""
+        """The items selected by a mask [N] or a slice."""
         window = None if self.window is None else self.window[chosen]
         return Pieces(self.image[chosen], self.frame[chosen], window)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """Images in a stable order. `ids` name them; `labels` and `groups` are None where there are none.
+    """Images in a stable order. `ids` name them; `labels` and `groups` are None if there are none.
 
-    labels    None for an image that has none; some other has one
+    labels    entries are None for unlabelled images, but not all of them
     held_out  bool [N] from a manifest's split column: rows that are not "train"
-    note      in words, what was assumed about labels, groups and tiles
+    note      what was assumed about labels, groups and tiles, in words
 
-    Picklable, and usable in threads and forked workers. `images[i]` is an `ImageRef` that nothing has decoded;
-    members of archives are read into bytes there, which raises ImageError when that fails.
+    Picklable, and usable in threads and forked workers. `images[i]` is an `ImageRef`, not decoded yet; indexing reads
+    members of archives into bytes, and raises ImageError if that fails.
     """
 
     ids: Sequence[str]
@@ -82,7 +82,7 @@ class ImageList:
         return (self[index] for index in range(len(self)))
 
     def stamp(self, index: int) -> str | None:
-        """Words that change when the item's pixels may: file, size, time, member, window, frame. Nothing is read.
+        """Text that changes whenever the item's pixels may: file, size, time, member, window, frame. Nothing is read.
 
         None for images in memory and files that are gone.
         """
@@ -98,19 +98,19 @@ class ImageList:
         return self.store.in_memory
 
     def threads(self, most: int) -> int:
-        """How many threads may ask for images at once: a caller's own dataset need not bear two."""
+        """How many threads may ask for images at once: a caller's own dataset may not be thread-safe."""
         return 1 if self.in_memory else most
 
     def digest(self) -> str:
-        """A fingerprint, 16 hex digits, to notice that a resumed run meets other data.
+        """A fingerprint, 16 hex digits, to notice that a resumed run has other data.
 
-        It covers every name, label and group, and the size and first 4 KB of at most 256 files spread evenly:
-        files added, removed or renamed always change it, changed contents do for those files.
+        It covers every name, label and group, and the size and first 4 KB of at most 256 evenly spread files:
+        adding, removing or renaming files always changes it, changed contents only for those files.
         """
         digest = hashlib.sha256()
         for words in (self.ids, self.labels, self.groups):
             for word in words or ():
-                # No text holds the byte 0xff.
+                # UTF-8 text never contains the byte 0xff.
                 digest.update((b"\xff" if word is None else word.encode("utf-8", "surrogatepass")) + b"\0")
             digest.update(b"\n")
         if self.held_out is not None:
@@ -120,18 +120,18 @@ class ImageList:
         return digest.hexdigest()[:16]
 
     def labels_given(self) -> tuple[str, ...] | None:
-        """The labels of the images that have one: of all of them, where the list is to be embedded."""
+        """The labels of the images that have one; in a list to be embedded, all of them do."""
         return None if self.labels is None else tuple(label for label in self.labels if label is not None)
 
     def judges(self) -> NDArray[np.intp]:
-        """Places of the images that can be held out to judge by, rising: those with a label, or all where none has one."""
+        """Sorted indices of the images that can be held out: those with a label, or all if none has one."""
         if self.labels is None:
             return np.arange(len(self))
         return np.flatnonzero([label is not None for label in self.labels])
 
     def strata(self) -> tuple[str, ...] | None:
-        """What to hold out of in proportion, for each of `judges`: the labels, else the first-level folders if they are
-        at most 50."""
+        """The stratum of each of `judges`, to hold out in proportion: its label, or its first-level folder if there are
+        at most 50 of these."""
         if self.labels is not None:
             return self.labels_given()
         tops = tuple(name.rpartition("/")[0].partition("/")[0] for name in self.ids)

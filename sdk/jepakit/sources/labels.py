@@ -1,4 +1,4 @@
-"""Labels: what the source brings, its first-level folders, or a table of paths and labels."""
+"""Labels: from the source itself, its first-level folders, or a table of paths and labels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Labels = tuple[str | None, ...] | None
 
 
 def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[Labels, str]:
-    """The labels by the rule, or None, and in words what was assumed.
+    """The labels by the rule, or None, and a note on what was assumed.
 
-    embedding  every image has a label, or none has; "auto" takes folders as classes whatever their number, and says nothing
-               where no labels are expected
+    embedding  either every image has a label or none has; "auto" takes any number of folders as classes, and gives no
+               note if no labels are expected
 
-    Raises DataError when the rule does not fit the images, ConfigError when it is no rule and no file.
+    Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
     labels, note = _choose(found, check_rule("labels", rule, column="label"), embedding=embedding)
     note = "; ".join(filter(None, (note, _alike(labels))))
@@ -42,7 +42,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 
 
 def names_pieces(rule: str | Path) -> bool:
-    """Whether the rule is a table whose paths are those of tiles or frames, written as their ids are."""
+    """Whether the rule is a table whose paths are the ids of tiles or frames."""
     file = check_rule("labels", rule, column="label")
     return file not in RULES and any(
         path != image_of(path) for path in read_table(file, ("path", "label")).columns["path"]
@@ -50,7 +50,7 @@ def names_pieces(rule: str | Path) -> bool:
 
 
 def _alike(labels: Labels) -> str:
-    """A remark on classes that differ by upper and lower case alone; empty where there are none."""
+    """A remark on classes that differ only in upper and lower case; empty if there are none."""
     spellings: dict[str, str] = {}
     for label in sorted(filter(None, set(labels or ()))):
         if (first := spellings.setdefault(label.casefold(), label)) != label:
@@ -83,7 +83,7 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
 
 
 def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[tuple[str, ...] | None, str]:
-    # One string a class, not one an image.
+    # One string per class, not one per image.
     tops = [sys.intern(name.partition("/")[0]) if "/" in name else None for name in names]
     counts = Counter(tops)
     if None in counts:

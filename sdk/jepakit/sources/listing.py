@@ -1,4 +1,4 @@
-"""The two front doors: `list_images` for training, `gather` for embedding."""
+"""The two entry points: `list_images` for training, `gather` for embedding."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def list_images(
     images     a folder (recursive) or a glob (sorted by name), a file, a list of paths or of (path, label) (in its own
                order), a manifest (.csv, .tsv, .parquet), one or many .tar shards, a ZIP, or a sequence or map-style
                dataset of arrays, Pillow images, bytes or (image, label)
-    labels     "auto": what the source brings (manifest, shards, dataset), else the first-level folders if all images
-               lie in 2 to 50 of them with at least 10 images each; "folder": the first-level folders, whatever
-               their number; "none"; or a table's file with the columns path and label, whose paths may be the ids of tiles
-    group      images that stay together when some are held out. "auto": the manifest's, else the patient of DICOM
-               files; "folder": the folder an image lies in; "none"; or a table's file with path and group
-    tile       pixels a side of the tiles to cut scenes into; neighbours share `overlap` pixels
+    labels     "auto": the source's own (manifest, shards, dataset), else the first-level folders if all images lie in
+               2 to 50 of them with at least 10 images each; "folder": any number of first-level folders; "none"; or a
+               table file with the columns path and label, whose paths may be the ids of tiles
+    group      images that stay together when some are held out. "auto": the manifest's groups, else the patients of
+               DICOM files; "folder": the folder of each image; "none"; or a table file with path and group
+    tile       side in pixels of the tiles to cut scenes into; neighbours share `overlap` pixels
     min_valid  tiles with a smaller share of pixels that have data are left out
     frame      which frame of multi-frame files, from 0; "each": every frame is an image
-    seen       the range of values that the model sees, where one was chosen: tiles with none of them are left out, too
+    seen       the chosen range of values that the model sees, if any: tiles with no values in it are left out, too
     most_skipped
-               share of the files that tiles or frames are to be cut from that may be left out since they cannot be
-               opened; with 0, ImageError names the first
+               share of the files to be cut into tiles or frames that may be left out because they cannot be opened;
+               with 0, ImageError names the first
 
-    Hidden files, bundles and saved embeddings are passed over; nothing is decoded. Raises DataError when there is nothing to
-    read or the source contradicts itself, ConfigError for settings that are wrong by themselves.
+    Hidden files, bundles and saved embeddings are ignored; nothing is decoded. Raises DataError when there is nothing
+    to read or the source contradicts itself, ConfigError for settings that are wrong in themselves.
     """
     return _list(
         images, labels, group, Cut(tile, overlap, min_valid, frame, seen), embedding=False, most_skipped=most_skipped
@@ -70,11 +70,11 @@ def gather(
     progress: bool = False,
     most_skipped: float = 0.0,
 ) -> ImageList:
-    """The same as `list_images` for what `embed` is given, which may also be a single image in memory.
+    """`list_images` for the input of `embed`, which may also be a single image in memory.
 
-    labels    "auto": what the source brings, else the first-level folders whatever their number, and none where an
-              image lies outside them; "folder": those alone; "none"; or a table's file
-    progress  show on standard error how far it is, what was assumed, and what was left out
+    labels    "auto": the source's own, else any number of first-level folders, but no labels if an image lies outside
+              them; "folder": only those folders; "none"; or a table file
+    progress  show progress, assumptions and what was left out on standard error
     """
     one = is_one_image(images) and not isinstance(images, str | Path)
     with shown(progress):
@@ -92,7 +92,7 @@ def gather(
 
 
 def _check_listed_once(found: Found) -> None:
-    """Raise DataError for a file that a list names twice: it could be trained on and held out."""
+    """Raise DataError if a list names a file twice: it could be both trained on and held out."""
     if found.kind == LISTED and (twice := repeated(found.ids)) is not None:
         raise DataError(f"the list names {twice} more than once: give each image once")
 

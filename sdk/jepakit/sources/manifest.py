@@ -84,7 +84,7 @@ def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
 
 
 def _labels(table: Table) -> tuple[tuple[str | None, ...] | None, str]:
-    """The labels, None where a cell is empty, and where they are from; or no labels, and why."""
+    """The labels (None for an empty cell) and where they are from; or no labels, and why."""
     if "label" not in table.columns:
         return None, "no labels: the manifest has no column label"
     labels = tuple(label or None for label in table.columns["label"])

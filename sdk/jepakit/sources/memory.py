@@ -26,7 +26,7 @@ _WANTED = "an array [H, W] or [H, W, C], a Pillow image, a file's bytes or a pat
 
 @dataclass(frozen=True)
 class Items:
-    """The caller's own sequence or dataset; an item is asked for only when its image is."""
+    """The caller's own sequence or dataset; items are fetched only when their images are needed."""
 
     items: Any
     in_memory: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class Items:
         return bytes(image) if isinstance(image, bytearray | memoryview) else image
 
     def stamp(self, index: int) -> str | None:
-        # Asking a dataset for an item would decode it; a list gives it for nothing.
+        # Fetching an item would decode it in a dataset; in a list it is free.
         item = _split(self.items[index])[0] if isinstance(self.items, list) else None
         return stamp_of(with_home(item)) if isinstance(item, str | Path) else None
 
@@ -67,11 +67,11 @@ class Items:
 
 
 def find_in_memory(items: Any, *, with_labels: bool) -> Found:
-    """The images of a sequence or dataset, named by their place; paths among them keep their names.
+    """The images of a sequence or dataset, named by index; paths among them keep their names.
 
-    Items that are (image, label, …) bring labels: from `.targets` where the dataset has it, else by going through it
-    once; `.classes` names them. Neither is used where a `target_transform` makes other labels of them. Raises DataError
-    when the first item is no image.
+    Labels of items (image, label, …) come from the dataset's `.targets` if it has them, else from one pass over it;
+    `.classes` names them. Neither is used if a `target_transform` changes the labels. Raises DataError when the first
+    item is not an image.
     """
     try:
         item = items[0]
@@ -88,17 +88,17 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
         )
     if not with_labels or not any(map(_has_label, items if isinstance(items, list) else [item])):
         return Found(Items(items), ids, kind=_IN_MEMORY)
-    # What cannot be a label in the first item need not be decoded of all.
+    # If the first item's target cannot be a label, do not decode all the others.
     targets, classes = ([label], None) if _is_strange(label) else _targets(items)
     labels, note = read_labels(targets, classes, of=_kind(items))
     return Found(Items(items), ids, kind=_IN_MEMORY, labels=labels, label_note=note)
 
 
 def is_one_image(value: Any) -> bool:
-    """Whether a value is what a reader takes."""
+    """Whether a value is an image that a reader takes."""
     if isinstance(value, np.ndarray):
         return value.ndim in (2, 3)
-    # Whoever holds a Pillow image has loaded Pillow: no need to import it here.
+    # A Pillow image cannot exist without Pillow having been imported, so it is not imported here.
     pillow = sys.modules.get("PIL.Image")
     return isinstance(value, EncodedSource) or (pillow is not None and isinstance(value, pillow.Image))
 
@@ -111,10 +111,10 @@ def are_labelled_files(items: Any) -> bool:
 
 
 def read_labels(targets: Sequence[Any], classes: Any = None, *, of: str) -> tuple[tuple[str | None, ...] | None, str]:
-    """Targets as labels, and in words what they are; None for a target that is missing (None, NaN), as of a data frame.
+    """Targets as labels, and a note on them; None for a missing target (None, or NaN as in a data frame).
 
     classes  names for targets that are numbers
-    of       the type that they came in
+    of       the type of their container, for the note
     """
     labels = tuple(_label(target, classes) for target in targets)
     for label, target in zip(labels, targets, strict=True):
@@ -126,7 +126,7 @@ def read_labels(targets: Sequence[Any], classes: Any = None, *, of: str) -> tupl
 
 
 def _split(item: Any) -> tuple[Any, Any]:
-    """(image, label) of an item; the label is None where it has none."""
+    """(image, label) of an item; the label is None if it has none."""
     if isinstance(item, tuple | list) and item:
         return item[0], item[1] if len(item) > 1 else None
     return item, None
@@ -137,7 +137,7 @@ def _has_label(item: Any) -> bool:
 
 
 def _targets(items: Any) -> tuple[Sequence[Any], Any]:
-    """Each item's target, and the names of those that are numbers."""
+    """Each item's target, and the names for targets that are numbers."""
     targets: Any = getattr(items, "targets", None)
     classes: Any = getattr(items, "classes", None)
     if getattr(items, "target_transform", None) is not None:
@@ -148,14 +148,14 @@ def _targets(items: Any) -> tuple[Sequence[Any], Any]:
 
 
 def _is_strange(target: Any) -> bool:
-    """Whether a target is there and is no class."""
+    """Whether a target is present but cannot be a class."""
     plain = _plain(target)
     missing = plain is None or _kind(plain) in ("NAType", "NaTType") or (isinstance(plain, float) and math.isnan(plain))
     return not missing and not isinstance(plain, str) and _label(plain, None) is None
 
 
 def _label(target: Any, classes: Any) -> str | None:
-    """The target's name; None of what is missing or no class. Whole numbers may be floats: a column that lacks some is."""
+    """The target's name; None if missing or not a class. Whole floats count: a column with gaps holds floats."""
     target = _plain(target)
     if isinstance(target, float) and target.is_integer():
         target = int(target)
@@ -168,7 +168,7 @@ def _label(target: Any, classes: Any) -> str | None:
 
 
 def _plain(target: Any) -> Any:
-    """A number or a text of Python's own, where it is numpy's or a tensor of one."""
+    """A numpy scalar or one-element tensor as a plain Python value."""
     return target.item() if hasattr(target, "item") and getattr(target, "ndim", 0) == 0 else target
 
 

@@ -1,4 +1,4 @@
-"""Files that are passed over although they may be images, and what would make them readable."""
+"""Files that are skipped although they may be images, and what would make them readable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REMEDIES = {
 
 
 def passed_over(names: Iterable[str]) -> str:
-    """What is to be said of files that are not listed, by their names; empty where none of them looks like an image."""
+    """A note on files that are not listed, by their names; empty if none of them looks like an image."""
     counts = Counter(_kind(name) for name in names)
     return "; ".join(
         f"{counted(counts[kind], f'{kind} file'.strip())}{'' if kind else ' without a suffix'} passed over: {remedy}"
@@ -31,7 +31,7 @@ def passed_over(names: Iterable[str]) -> str:
 
 
 def links_passed_over(repeats: int, lost: Sequence[str]) -> str:
-    """What is to be said of links to what is listed under another name, and of those that lead nowhere; empty without any."""
+    """A note on links to what is listed under another name, and on broken links; empty if there are none."""
     again = f"{counted(repeats, 'link')} passed over: what they lead to is listed already" if repeats else ""
     nowhere = f"{counted(len(lost), 'link')} to nowhere passed over ({lost[0]} first)" if lost else ""
     return "; ".join(filter(None, (again, nowhere)))

@@ -1,4 +1,4 @@
-"""Which patient each DICOM file belongs to, read from the headers, kept as a hash and in memory only."""
+"""Which patient each DICOM file belongs to, read from the headers and kept only as a hash in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PER_FOLDER = 4
 
 
 def patients(found: Found, places: Sequence[int]) -> list[str | None]:
-    """A hash of the PatientID of each place; None where there is none, or the file cannot be read."""
+    """A hash of each file's PatientID; None if there is none, or the file cannot be read."""
 
     def patient(place: int) -> str | None:
         try:
@@ -24,14 +24,14 @@ def patients(found: Found, places: Sequence[int]) -> list[str | None]:
             assert isinstance(source, str | Path | bytes)
             return dicom_group(source)
         except ImageError:
-            # Whoever reads its pixels will say so; here it is one image of an unknown patient.
+            # Reading its pixels will report the error; here it is just an image of an unknown patient.
             return None
 
     return in_threads(patient, places, "patients")
 
 
 def folders_are_patients(found: Found, labels: Sequence[str]) -> bool:
-    """Whether each class would be exactly one patient, another in each; judged on a few DICOM files of each."""
+    """Whether each class is exactly one patient, each another one; judged by a few DICOM files per class."""
     if not all(map(may_be_dicom, found.ids)):
         return False
     members: dict[str, list[int]] = defaultdict(list)

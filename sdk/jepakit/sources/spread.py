@@ -7,5 +7,5 @@ from numpy.typing import NDArray
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.intp]:
-    """At most `most` of the places 0 … count - 1, the first and the last among them where there are two or more."""
+    """At most `most` of the indices 0 … count - 1, including the first and the last if there are two or more."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.intp)

@@ -1,4 +1,4 @@
-"""What every kind of source comes down to: a store that hands out images by place, and what was found around it."""
+"""What every kind of source is turned into: a store that returns images by index, and what was found along with it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jepakit._files import with_home
 from jepakit.readers import ImageSource
 
 SAMPLE_BYTES = 4096
-"""How much of an image's file goes into its fingerprint."""
+"""How many bytes of an image file go into its fingerprint."""
 
 
 def stamp_of(path: str | Path, *part: int) -> str | None:
-    """A file, its size and its time; `part` says which part of it. None when it is gone."""
+    """A file's path, size and modification time, and `part` if only a part of it is meant. None if it is gone."""
     path = Path(path).absolute()
     try:
         stat = path.stat()
@@ -30,7 +30,7 @@ def stamp_of(path: str | Path, *part: int) -> str | None:
 
 
 def repeated(names: Sequence[str], root: str = "") -> str | None:
-    """The first of some files, relative to `root`, that is named a second time, however it is spelt."""
+    """The first of the files, relative to `root`, that is named a second time, even if spelt differently."""
     seen: set[str] = set()
     here = os.path.abspath(root)  # noqa: PTH100
     for name in names:
@@ -42,7 +42,7 @@ def repeated(names: Sequence[str], root: str = "") -> str | None:
 
 
 class Store(Protocol):
-    """Images by place. Picklable, and safe in threads and after a fork, since nothing is kept open."""
+    """Images by index. Picklable, and safe in threads and after a fork, since nothing is kept open."""
 
     @property
     def in_memory(self) -> bool:
@@ -52,16 +52,16 @@ class Store(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> ImageSource:
-        """What a reader takes: a path, a file's bytes, an array or a Pillow image. Raises ImageError."""
+        """The image as a reader takes it: a path, a file's bytes, an array or a Pillow image. Raises ImageError."""
         ...
 
     def stamp(self, index: int) -> str | None:
-        """Where the image's bytes lie, and when they were last changed: its file is not read. None in memory,
+        """Where the image's bytes lie and when they last changed, without reading the file. None for images in memory
         and for a file that is gone."""
         ...
 
     def fingerprint(self, index: int) -> bytes:
-        """Bytes that change when the image does, cheap to have; never raises for a file that is gone."""
+        """Bytes that change when the image does, cheap to get; does not raise for a file that is gone."""
         ...
 
 
@@ -72,12 +72,12 @@ class Found:
     store: Store
     ids: tuple[str, ...]
     folders: Sequence[str] | None = None
-    """Names whose first-level folders may be classes; None where a source has no such folders."""
+    """Names whose first-level folders may be classes; None if the source has no such folders."""
     kind: str = "the source"
     """What messages call a source without such folders."""
     labels: tuple[str | None, ...] | None = None
     label_note: str = ""
-    """Of the labels that the source brings, or why it brings none; empty: the folders decide."""
+    """A note on the source's own labels, or on why it has none; empty: the folders decide."""
     groups: tuple[str, ...] | None = None
     group_note: str = ""
     held_out: NDArray[np.bool_] | None = None

@@ -20,14 +20,14 @@ from jepakit.sources.store import Found
 
 TABLES = (".csv", ".tsv", ".parquet")
 RULES = ("auto", "folder", "none")
-"""Where labels or groups are to come from, if not from a table's file."""
+"""Where labels or groups come from, if not from a table file."""
 COLUMNS = {
     "path": ("path", "file", "filename", "filepath", "image", "image_path"),
     "label": ("label", "class", "target", "category"),
     "group": ("group", "patient", "patient_id", "scene", "slide"),
     "split": ("split",),
 }
-"""What a column is for, and the names it may have; the first that is there is taken."""
+"""The roles of columns, and the names that each may have; the first one present is used."""
 
 _WHOLE = re.compile(r"[+-]?\d+\.0+")
 Rows = Iterator[tuple[int, list[str]]]
@@ -35,16 +35,16 @@ Rows = Iterator[tuple[int, list[str]]]
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by what they are for, all of one length; `names` are the file's own names of them."""
+    """Columns by role, all of the same length; `names` are their names in the file."""
 
     columns: dict[str, list[str]]
     names: dict[str, str]
 
 
 def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """The columns of a .csv, .tsv or .parquet file that serve the roles asked for (keys of `COLUMNS`).
+    """The columns of a .csv, .tsv or .parquet file for the roles asked for (keys of `COLUMNS`).
 
-    Raises DataError with the line for what is not a table or has an empty cell, which only a label may be;
+    Raises DataError, with the line, for a file that is not a table or has an empty cell (only labels may be empty);
     MissingExtraError without pyarrow.
     """
     unit, header, rows = _open_parquet(file) if suffix(file) == ".parquet" else _open_csv(file)
@@ -76,12 +76,12 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
 
 
 def is_rule(rule: str) -> bool:
-    """Whether `rule` is one of `RULES`, or the name of a table that is there."""
+    """Whether `rule` is one of `RULES`, or the name of an existing table."""
     return rule in RULES or (suffix(rule) in TABLES and Path(with_home(rule)).is_file())
 
 
 def check_rule(setting: str, rule: str | Path, *, column: str) -> str:
-    """`rule` as text: one of `RULES`, or the name of a table that is there; ConfigError otherwise."""
+    """`rule` as text: one of `RULES`, or the name of an existing table; ConfigError otherwise."""
     if not isinstance(rule, str | os.PathLike):
         own = "; labels of your own go to the probe, fit(vectors, labels)" if setting == "labels" else ""
         raise ConfigError(
@@ -98,7 +98,7 @@ def check_rule(setting: str, rule: str | Path, *, column: str) -> str:
 
 
 def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
-    """What a table says of each image. Its paths are ids, or paths as a manifest beside it would give them.
+    """The value of each image in a table. Its paths are ids, or relative to the table like a manifest's.
 
     Raises DataError when an image is not in the table, or is in it twice with different values.
     """
@@ -115,9 +115,9 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
 
 
 def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, ...], list[str]]:
-    """The same where the table may leave images out, or their cells empty: None for those; and its paths of no image.
+    """The same for a table with missing images or empty cells (None for those); also returns its paths of no image.
 
-    Raises DataError when it says nothing of any image, or gives one different values.
+    Raises DataError when it has no value for any image, or different values for one.
     """
     values = _values(file, role)
     keys = _keys(values, found, file)
@@ -140,7 +140,7 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, 
 
 
 def _values(file: str, role: str) -> dict[str, str]:
-    """A table's values by normalised path; DataError for a path of two values."""
+    """A table's values by normalised path; DataError for a path with two values."""
     table = read_table(file, ("path", role))
     values: dict[str, str] = {}
     for path, value in zip(table.columns["path"], table.columns[role], strict=True):
@@ -150,7 +150,7 @@ def _values(file: str, role: str) -> dict[str, str]:
 
 
 def _keys(values: dict[str, str], found: Found, file: str) -> list[str | None]:
-    """Under which of its names the table has each image; None where it has not."""
+    """The name under which the table lists each image; None if it does not."""
     return [_key(values, place, found, file) for place in range(len(found.ids))]
 
 
@@ -174,7 +174,7 @@ def _find_column(header: Sequence[str], role: str) -> int | None:
 
 def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
     try:
-        # utf-8-sig: Excel begins its CSV files with a byte order mark.
+        # utf-8-sig: CSV files from Excel begin with a byte order mark.
         with Path(file).open(encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
     except (OSError, UnicodeDecodeError) as error:
@@ -192,7 +192,7 @@ def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
                 reader = csv.reader(stream, delimiter=delimiter, strict=True)
                 next(reader)
                 for row in reader:
-                    if not "".join(row).strip():  # spreadsheets write the commas of empty rows too
+                    if not "".join(row).strip():  # spreadsheets also write the commas of empty rows
                         continue
                     if len(row) != len(header):
                         raise DataError(
@@ -213,7 +213,7 @@ def _header(line: str, delimiter: str) -> tuple[str, list[str]]:
 
 
 def _likeness(header: tuple[str, list[str]]) -> tuple[bool, int]:
-    """The delimiter that gives a column of paths is the file's, else that of the most columns: names may hold others."""
+    """Sort key for delimiters: first one that yields a column of paths, then the most columns."""
     _, names = header
     return _find_column(names, "path") is not None, len(names)
 
@@ -246,12 +246,12 @@ def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
     strange = next((value for value in values if value is not None and not isinstance(value, str | int | float)), None)
     if strange is not None:
         raise DataError(f"{file}: the column {name!r} holds {type(strange).__name__}: wanted text or numbers")
-    # NaN is what pandas makes of an empty cell.
+    # pandas turns an empty cell into NaN.
     return ["" if value is None or value != value else str(value).strip() for value in values]
 
 
 def _without_points(cells: list[str]) -> list[str]:
-    """Whole numbers without their point: pandas writes 1.0 for 1 where another cell of the column is empty."""
+    """Whole numbers without the decimal point: pandas writes 1 as 1.0 if another cell of the column is empty."""
     if not all(_WHOLE.fullmatch(cell) for cell in cells if cell):
         return cells
     return [cell.partition(".")[0] for cell in cells]

@@ -1,4 +1,4 @@
-"""The images of a WebDataset shard, by one pass over a tar's headers; nothing is ever extracted."""
+"""The images of WebDataset shards, found by one pass over a tar's headers; nothing is ever extracted."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _COMPRESSED = {
 }
 _MAX_SIDECAR_BYTES = 1_000_000
 _MOST_ZEROS = 16 * 2**20
-"""At the end of a tar, after its last member; more than any record that a tar is padded to."""
+"""The most bytes after a tar's last member; more than any record size that tars are padded to."""
 
 
 def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
-    """The images of one or many shards, with the labels that stand beside them if all have one."""
+    """The images of one or many shards, with the labels stored beside them if all have one."""
     indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", progress=len(paths) > 1)]
     members = [each for each, _, _ in indexes]
     labels = [label for _, of_shard, _ in indexes for label in of_shard]
@@ -53,12 +53,12 @@ def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
 
 
 def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None], list[str]]:
-    """The image members of an uncompressed tar in its order, the label of each, and what are symbolic links.
+    """The image members of an uncompressed tar in order, the label of each, and the names of symbolic links.
 
-    A label is what `KEY.cls` holds, else "label" in `KEY.json`, where KEY is the image's name up to its last dot, or, where
-    there is none of that name, up to the first; None where there is neither, or labels are not asked for. Of members of
-    one name the last counts, as when a tar is unpacked; a hard link is the earlier member that it names. Raises DataError
-    for compressed or damaged tars, and for an image that may have either of two labels.
+    A label is the content of `KEY.cls`, else "label" in `KEY.json`, where KEY is the image's name up to its last dot
+    or, if there is no such file, up to its first; None if there is neither, or labels are not asked for. Of members
+    with the same name the last counts, as when unpacking; a hard link stands for the earlier member that it names.
+    Raises DataError for compressed or damaged tars, and for an image whose label is ambiguous.
     """
     members: dict[str, Member] = {}
     sidecars: dict[str, str | None] = {}
@@ -84,7 +84,7 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
 
 
 def _link(path: str, name: str, to: str, members: dict[str, Member], sidecars: dict[str, str | None]) -> None:
-    """Add a hard link as the image or the label that it is another name of."""
+    """Add a hard link as the image or the label that it points to."""
     if to in members and is_image(name):
         members[name] = members[to]._replace(name=name)
     elif to in sidecars:
@@ -96,10 +96,10 @@ def _link(path: str, name: str, to: str, members: dict[str, Member], sidecars: d
 
 
 def _labels_of(path: str, images: list[str], sidecars: dict[str, str | None]) -> list[str | None]:
-    """The label of each image, by the labels of the files beside them."""
+    """The label of each image, from the sidecar files."""
     own: dict[str, str] = {}
     of_key: dict[str, set[str]] = {}
-    for name, label in sorted(sidecars.items()):  # of one name .cls before .json
+    for name, label in sorted(sidecars.items()):  # .cls before .json of the same name
         stem = name.rpartition(".")[0]
         if label is not None and stem not in own:
             own[stem] = label
@@ -120,7 +120,7 @@ def _labels_of(path: str, images: list[str], sidecars: dict[str, str | None]) ->
 
 
 def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Files and links of a tar. `tarfile` itself takes a damaged header for its end, and keeps every member."""
+    """Files and links of a tar. Iterating a `tarfile` would end at a damaged header, and keep all members in memory."""
     start = file.read(6)
     for magic, method in _COMPRESSED.items():
         if start.startswith(magic):
@@ -156,7 +156,7 @@ def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(path: str, file: BinaryIO, here: int, end: int) -> None:
-    """Refuse what is no end: after zeros at byte `here` more zeros fill the last record, and nothing else follows."""
+    """Refuse a false end: after the zeros at byte `here`, only more zeros may follow, to fill the last record."""
     if end - here > _MOST_ZEROS:
         raise DataError(
             f"{path} ends at byte {here:,} of {end:,}: copy it again; of two tars in one file make two, or make it again"

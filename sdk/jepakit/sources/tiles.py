@@ -1,4 +1,4 @@
-"""Scenes and series cut into items: windows of a tile's size, and frames."""
+"""Scenes and series cut into items: tile-sized windows, and frames."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ WHOLE = -1
 _WINDOWS_AT_ONCE = 64
 _SLOW = 16
 _LARGE_BYTES = 64 << 20
-# Each thread holding a decoded scene would be the machine's memory: large ones come one after the other.
+# A large decoded scene in each thread could fill the machine's memory, so large ones are processed one at a time.
 _one_large = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How to cut: see `list_images`. Raises ConfigError for what does not fit together."""
+    """How to cut: see `list_images`. Raises ConfigError for settings that do not fit together."""
 
     tile: int | None
     overlap: int
     min_valid: float
     frame: int | Literal["each"] | None
     seen: tuple[float, float] | None = None
-    """The range of values that is seen, where one was chosen: a tile with none of them is as blank as one of one value."""
+    """The chosen range of values, if any: a tile with no values in it is blank, like one of a single value."""
 
     def __post_init__(self) -> None:
         self._make_whole("tile", "a number of pixels")
@@ -71,7 +71,7 @@ class Cut:
         return self.tile is not None or self.frame == "each"
 
     def _make_whole(self, name: str, wanted: str) -> None:
-        """numpy's whole numbers become Python's; ConfigError for any other value, True and False too."""
+        """Convert a numpy integer to Python's; ConfigError for any other type, including bool."""
         value = getattr(self, name)
         if value is None:
             return
@@ -85,13 +85,13 @@ class Cut:
 
 
 def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> ImageList:
-    """The list with every image cut into its tiles and frames; labels follow, and an image's pieces are one group.
+    """The list with every image cut into tiles and frames; labels follow, and the pieces of an image form a group.
 
-    most_skipped  the share of files that may be left out since they cannot be opened
+    most_skipped  share of the files that may be left out because they cannot be opened
 
-    Headers are read only for tiles and "each"; the pixels of tiles are looked at once, and tiles that show nothing
-    are left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
-    of them where none may be left out.
+    Headers are read only for tiles and "each"; the pixels of tiles are read once, and tiles that show nothing are
+    left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
+    of them if none may be left out.
     """
     if cut.tile is None and cut.frame is None:
         return images
@@ -106,9 +106,9 @@ def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> Imag
 
 
 def grid(height: int, width: int, tile: int, overlap: int) -> list[Window]:
-    """The windows that cover an image, row by row; the last of a row or column is shifted inwards to be full.
+    """The windows that cover an image, row by row; the last of a row or column is shifted inwards to full size.
 
-    An image smaller than the tile in a dimension is taken as it is there.
+    In a dimension in which the image is smaller than a tile, the window has the image's size.
     """
     high, wide = min(tile, height), min(tile, width)
     return [
@@ -124,7 +124,7 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """The images, the headers of those that can be opened, by their indices, and the others' errors."""
+    """The images, the headers of those that can be opened, by index, and the errors of the others."""
 
     images: ImageList
     headers: dict[int, Header]
@@ -179,14 +179,14 @@ def _frames(header: Header, cut: Cut) -> Sequence[int]:
 
 
 class _LeftOut(NamedTuple):
-    """How many tiles were left out: for too few valid pixels, and as blank."""
+    """How many tiles were left out for too few valid pixels, and how many as blank."""
 
     invalid: int
     blank: int
 
 
 def _keep_valid_tiles(opened: _Opened, tiles: Pieces, cut: Cut) -> tuple[Pieces, _LeftOut]:
-    """The tiles that have enough valid pixels and show anything; DataError when none does."""
+    """The tiles that have enough valid pixels and are not blank; DataError if none is left."""
     assert tiles.window is not None
     assert cut.tile is not None
     tile, min_valid = cut.tile, cut.min_valid
@@ -216,7 +216,7 @@ def _measure_tiles(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Each tile's number of valid pixels, and whether it is blank.
 
-    One that cannot be read has infinitely many: it is kept, and whoever reads it later reports it.
+    A tile that cannot be read counts as having infinitely many: it is kept, and reading it later reports the error.
     """
     n_valid_N, blank_N = np.full(len(tiles), np.inf), np.zeros(len(tiles), np.bool_)
     jobs: list[tuple[Header, slice]] = []
@@ -240,7 +240,7 @@ def _measure_tiles(
 def _measure_tiles_of_one(
     images: ImageList, header: Header, tiles: Pieces, seen: tuple[float, float] | None
 ) -> list[tuple[int, bool]] | None:
-    """The same of tiles of one image; None if one of them cannot be read."""
+    """The same for tiles of one image; None if one of them cannot be read."""
     assert tiles.window is not None
     numbers = []
     try:

@@ -16,7 +16,7 @@ _ENCRYPTED = 0x1
 
 
 def find_in_zips(paths: Sequence[str], *, whole: bool) -> Found:
-    """The images of one or many ZIPs; `whole`: it is one, and its folders are the source's, as if unpacked."""
+    """The images of one or many ZIPs; `whole`: a single one, whose folders count as the source's, as if unpacked."""
     members = [_index(path) for path in track(paths, "ZIPs", progress=len(paths) > 1)]
     inner = tuple(member.name for each in members for member in each)
     ids = inner if whole else names_in_shards(paths, members)
@@ -24,15 +24,15 @@ def find_in_zips(paths: Sequence[str], *, whole: bool) -> Found:
 
 
 def _index(path: str) -> list[Member]:
-    """The image members of a ZIP, in the order that the same files in a folder would have; of one name the last counts.
+    """The image members of a ZIP, in the order of the same files in a folder; of members with one name the last counts.
 
-    Raises DataError for what is no ZIP, or holds encrypted or unusually compressed images.
+    Raises DataError if it is not a ZIP, or holds encrypted or unusually compressed images.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if _is_wanted(archive, entry)]
     except Exception as error:
-        # Over a damaged directory zipfile stumbles in many ways, decoding errors among them.
+        # zipfile fails on a damaged directory in many ways, including decoding errors.
         raise DataError(f"{path} is not a ZIP, or is cut short ({error}): copy it again") from None
     members = [_member(path, entry) for entry in entries]
     last = {member.name: member for member in members}
@@ -48,7 +48,7 @@ def _is_wanted(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
         with archive.open(entry) as file:
             return begins_as_dicom(file.read(DICOM_HEAD))
     except Exception:
-        # Damaged, encrypted or compressed in an unusual way: nothing says that it is an image.
+        # Damaged, encrypted or unusually compressed: there is no sign that it is an image.
         return False
 
 
