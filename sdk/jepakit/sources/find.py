@@ -71,7 +71,7 @@ def _is_column(images: Any) -> bool:
     """Whether it is a column of a data frame (a pandas Series' `[0]` is the row labelled 0, not the first) or an array of paths."""
     if isinstance(images, np.ndarray):
         return images.ndim == 1 and images.dtype.kind in "OUT"
-    return hasattr(images, "to_numpy") and getattr(images, "ndim", 1) == 1
+    return hasattr(images, "to_numpy") and len(getattr(images, "shape", ())) == 1
 
 
 def _is_sequence(images: Any) -> bool:
