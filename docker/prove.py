@@ -2,6 +2,7 @@
 
     python docker/prove.py serve BUNDLE PNG
     python docker/prove.py train IMAGES
+    python docker/prove.py --release trixie serve BUNDLE PNG
 
 It makes a base image with debootstrap, builds the target on it with buildah (chroot isolation, vfs storage) and runs
 it with crun, with the user, capabilities, read-only root, tmpfs, /dev/shm and open-file limit that compose.yaml
@@ -57,10 +58,10 @@ def run(*command: str | Path) -> str:
 class Image:
     """An image in a buildah store of its own, and its files."""
 
-    def __init__(self, work: Path, target: str) -> None:
+    def __init__(self, work: Path, target: str, release: str) -> None:
         self._buildah = ("buildah", "--storage-driver", "vfs", "--root", work / "store", "--runroot", work / "runroot")
         base, tag = "localhost/base", f"localhost/jepakit-{target}"
-        self._make_base(work / "base", base)
+        self._make_base(work / "base", base, release)
         started = time.monotonic()
         self._run(
             "bud",
@@ -87,13 +88,13 @@ class Image:
     def _run(self, *arguments: str | Path) -> str:
         return run(*self._buildah, *arguments)
 
-    def _make_base(self, folder: Path, tag: str) -> None:
-        """Debian 12 with Python, and this machine's certificate authorities."""
+    def _make_base(self, folder: Path, tag: str, release: str) -> None:
+        """A release of Debian with its Python, and this machine's certificate authorities."""
         run(
             "debootstrap",
             "--variant=minbase",
             "--include=python3,python3-venv,ca-certificates",
-            "bookworm",
+            release,
             folder,
             "http://deb.debian.org/debian",
         )
@@ -283,6 +284,7 @@ def prove_train(image: Image, service: dict[str, Any], work: Path, images: Path)
 def main() -> None:
     """Build one target and prove it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", default="bookworm", help="Debian's: bookworm has Python 3.11, trixie 3.13")
     targets = parser.add_subparsers(dest="target", required=True)
     serve = targets.add_parser("serve")
     serve.add_argument("bundle", type=Path)
@@ -293,7 +295,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jepakit-prove-") as folder:
         work = Path(folder)
         work.chmod(0o755)  # the image's user reads its mounts in this folder
-        image = Image(work, asked.target)
+        image = Image(work, asked.target, asked.release)
         if asked.target == "serve":
             prove_serve(image, service, work, asked.bundle, asked.picture)
         else:
