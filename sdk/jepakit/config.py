@@ -84,7 +84,7 @@ class ViewsConfig(_Settings):
     local_area: tuple[Fraction, Fraction] = (0.05, 0.3)
     """Share of the image's area that a local view shows."""
     local_size: Annotated[int, Field(ge=16)] | None = None
-    """Pixels a side of local views; None: 96/224 of the image size, rounded to the backbone's patch or stride."""
+    """Side length of local views, in pixels; None: 96/224 of the image size, rounded to the backbone's patch or stride."""
 
     @field_validator("global_area", "local_area")
     @classmethod
@@ -94,21 +94,21 @@ class ViewsConfig(_Settings):
         return area
 
     horizontal_flip: Fraction = 0.5
-    """Probability of a mirror image."""
+    """Probability of a left-right flip."""
     vertical_flip: Fraction = 0.0
-    """Probability of a vertical flip."""
+    """Probability of an upside-down flip."""
     quarter_turns: bool = False
     """Rotate by a random multiple of 90°."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Rotate by up to this angle, either way; the corners are filled with the view's own reflection."""
+    """Rotate by up to this angle in either direction; the corners are filled by reflecting the view."""
     brightness: Fraction = 0.3
-    """Multiply all values by 1 ± up to this. Brightness, contrast, saturation and hue change in four views of five."""
+    """Multiply all values by 1 ± up to this. Brightness, contrast, saturation and hue are changed in four out of five views."""
     contrast: Fraction = 0.3
     """Multiply the distance to the view's mean grey (each band's own mean, unless there are 3) by 1 ± up to this."""
     saturation: Fraction = 0.0
-    """Multiply the distance of colours to grey by 1 ± up to this; 3 bands only, as are the next two."""
+    """Multiply the distance of colours to grey by 1 ± up to this; like the next two, only for 3 bands."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Turn colours by up to this share of the colour circle, either way; brightness stays."""
+    """Turn colours by up to this share of the colour circle in either direction; brightness is kept."""
     gray: Fraction = 0.0
     """Probability of losing colour."""
     band_gain: Fraction = 0.0
@@ -116,9 +116,9 @@ class ViewsConfig(_Settings):
     band_offset: Fraction = 0.0
     """Add to each band its own ± up to this share of the full range."""
     blur: Fraction = 0.0
-    """Probability of a Gaussian blur, sigma 0.1 to 2 at 224 px."""
+    """Probability of a Gaussian blur, with sigma 0.1 to 2 at 224 px."""
     solarize: Fraction = 0.0
-    """Probability of inverting the bright half of the values; 3 bands only."""
+    """Probability of inverting the bright half of the values; only for 3 bands."""
 
     def check_bands(self, bands: int) -> None:
         """Raise ConfigError when a setting only makes sense for colour images and these are not."""
@@ -168,10 +168,10 @@ PRESETS: dict[Domain, dict[str, float | bool]] = {
 
 
 class AdaptConfig(_Settings):
-    """Settings of `jepakit.adapt`. Only `images` is needed.
+    """Settings of `jepakit.adapt`. Only `images` is required.
 
-    "Published" is the recipe of the method's paper (arXiv 2511.08544) and its implementations, for training from random
-    weights. Where a default differs and no reason is given, it is that of an earlier study, which continued from pretrained
+    "Published" refers to the recipe of the method's paper (arXiv 2511.08544) and its implementations, for training from random
+    weights. Where a default differs and no reason is given, it comes from an earlier study, which continued from pretrained
     weights of a MobileNetV2, with one set of values for four sets of images; no comparison with the published value is recorded.
     """
 
@@ -180,130 +180,131 @@ class AdaptConfig(_Settings):
     out: str | None = None
     """The run's folder; None: runs/<folder>-<date>."""
     backbone: str = "vit_small_patch14_reg4_dinov2.lvd142m"
-    """A timm name, with or without the tag of its weights."""
+    """A timm model name, with or without the tag of its weights."""
     weights: TextOrPath = "pretrained"
-    """`pretrained` (the hub: the only network access), `random`, a .safetensors or .pth file, or a bundle."""
+    """`pretrained` (from the hub, the only network access), `random`, a .safetensors or .pth file, or a bundle."""
     domain: Domain = "general"
-    """Preset of views that keeps what the domain's signal is."""
+    """Preset for the views that leaves the domain's signal intact."""
     views: ViewsConfig = ViewsConfig()
-    """How views are cut and changed; what is set here wins over the domain."""
+    """How views are cut and changed; values set here override the domain's."""
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
-    """Pixels a side of global views and of the exported model; rounded to the patch or stride."""
+    """Side length, in pixels, of global views and of the exported model; rounded to the patch or stride."""
     pooling: Literal["auto"] | Pooling = "auto"
-    """What the embedding pools; `auto`: with labels, whichever of `head` and `stages` scores better before training, else
-    `head`."""
+    """What the embedding pools; `auto`: with labels, whichever of `head` and `stages` scores better before training;
+    without, `head`."""
     standardize: Literal["auto", Standardize] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
-    graph; `auto`: `scale` for `stages`, whose parts differ in size, `center` for `head`."""
+    graph; `auto`: `scale` for `stages`, whose parts differ in magnitude, `center` for `head`."""
     labels: TextOrPath = "auto"
     """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
-    labels, which may name a part of the images. Only ever used to measure, never to train."""
+    labels, which may cover only some of the images. Labels are used to measure, never to train."""
     group: TextOrPath = "auto"
-    """Which images belong together (patient, scene), so that held-out ones have no sibling in training: `auto`
-    (a manifest's column, DICOM's PatientID, or a tile's scene), `none` (tiles of a scene stay together all the same),
+    """Which images belong together (patient, scene), so that no held-out image has a sibling in training: `auto`
+    (a manifest's column, DICOM's PatientID, or a tile's scene), `none` (tiles of a scene still stay together),
     `folder`, or a CSV or Parquet file."""
     tile: Annotated[int, Field(ge=32)] | None = None
-    """Pixels a side of the tiles that large images are cut into; None: images are used whole."""
+    """Side length, in pixels, of the tiles that large images are cut into; None: images are used whole."""
     overlap: Annotated[int, Field(ge=0)] = 0
-    """Pixels that neighbouring tiles share."""
+    """Overlap of neighbouring tiles, in pixels."""
     min_valid: Fraction = 0.5
-    """Tiles with less valid area (outside "no data") are left out."""
+    """Tiles with a smaller share of valid (not "no data") area are left out."""
     frame: Annotated[int, Field(ge=0)] | Literal["each"] | None = None
-    """Of multi-frame files: the frame that is meant, or `each`; None: such files are refused."""
+    """For multi-frame files: the number of the frame to use, or `each`; None: such files are refused."""
     value_range: Annotated[ValueRange, BeforeValidator(_check_value_range)] = "auto"
-    """What becomes black and white in other than 8-bit images: `auto` measures it, `file` applies each DICOM
-    file's own window, a CT window by name, or [low, high] in the files' units."""
+    """Which values become black and white in images that are not 8-bit: `auto` (measured), `file` (each DICOM
+    file's own window), the name of a CT window, or [low, high] in the files' units."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
-    """Where colours are changed and views blurred: in the loader's processes, or batched on the training
-    device; `auto`: on the device when that is a GPU. It changes nothing but speed."""
+    """Where colours are changed and views blurred: in the loader processes, or batched on the training
+    device; `auto`: on the device if it is a GPU. It affects only speed."""
     cache: TextOrPath | None = None
-    """A folder that keeps decoded and downscaled images, for files that are slow to read; None: no cache."""
+    """A folder in which to keep decoded and downscaled images, for files that are slow to read; None: no cache."""
     cache_gb: Annotated[float, Field(gt=0)] = 20.0
     """Maximum size of `cache`."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps; None: from `epochs`, or 300 or one epoch, whichever is more. At 300 SIGReg is still on its way
-    down: longer runs gain more."""
+    """Optimizer steps; None: given by `epochs`, else 300 or one epoch, whichever is more. At 300 steps SIGReg is still
+    falling: longer runs gain more."""
     epochs: Annotated[int, Field(ge=1)] | None = None
-    """Passes over the training images: enough steps for each to be seen at least that often. None: `steps` says how long."""
+    """Passes over the training images: enough steps for each image to be seen at least this often. None: `steps` decides."""
     batch_size: Annotated[int, Field(ge=2)] = 128
-    """Images in one SIGReg test, over all processes: the statistic is that of the whole batch and is multiplied by its
-    size, so that λ's meaning depends on it. 128 is the least that published runs use."""
+    """Images in one SIGReg test, over all processes: the statistic is computed over the whole batch and multiplied by
+    its size, so the meaning of λ depends on it. 128 is the smallest that published runs use."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Images that a process puts through the backbone at once; None: its whole share of the batch. The gradient
-    is exactly that of the whole batch, at the cost of one more forward pass: what to set when memory runs out."""
+    """Images that the backbone processes at once, per process; None: the process's whole share of the batch. The gradient
+    is exactly that of the whole batch, at the cost of one more forward pass. Set it when memory runs out."""
     unfreeze: Unfreeze | Literal["lora"] = "auto"
-    """What trains beside the projector: N last blocks; `auto`: all from random weights, else a ViT's last 2 blocks, or
-    the layers at the last resolution of a ConvNet or another backbone of falling resolution (Swin); `lora`: low-rank
-    additions to every layer, merged at the end; `none`: nothing, the start is exported. More layers at few steps do
-    more, good and bad."""
+    """What trains besides the projector: N, the last N blocks; `auto`: everything from random weights, else a ViT's last 2
+    blocks, or the layers at the last resolution of a ConvNet or another hierarchical backbone (Swin); `all`: everything;
+    `lora`: low-rank additions to every layer, merged at the end; `none`: nothing, the start is exported. In a short run,
+    training more layers does both more good and more harm."""
     lora_rank: Annotated[int, Field(ge=1)] = 16
-    """Rank of the additions under `unfreeze = lora`."""
+    """Rank of the additions made by `unfreeze = lora`."""
     norm_statistics: Literal["auto", "frozen", "trained"] = "auto"
-    """Whether the backbone's BatchNorms keep their stored statistics or learn those of the images; `auto`: kept, but
-    for random weights. Measured: 7 to 9 points are lost by learning them from a small set."""
+    """Whether the backbone's BatchNorms keep their stored statistics or learn those of the images; `auto`: kept, except
+    when starting from random weights. Learning them from a small set was measured to cost 7 to 9 points."""
     lamb: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """λ, the weight of SIGReg; None: 0.005 times the number of views, at which published runs agree."""
+    """λ, the weight of SIGReg; None: 0.005 times the number of views, on which published runs agree."""
     lr: Rate | None = None
-    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet or another backbone of
-    falling resolution (Swin), 1e-4 for a ViT. 1e-3 gained more on one set and damaged another. Up over 10 steps, then a
+    """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet or another hierarchical
+    backbone (Swin), 1e-4 for a ViT. 1e-3 gained more on one set and damaged another. Up over 10 steps, then down along a
     cosine to 0 (published: to a thousandth of it). The optimizer is AdamW with betas 0.9 and 0.98."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Factor on `lr` from each layer to the one before it; None: 0.75 where all of pretrained weights train, else 1."""
+    """Factor on `lr` from each layer to the one before it (towards the input); None: 0.75 where all layers of a pretrained
+    backbone train, else 1."""
     projector_lr: Rate = 1e-3
-    """Learning rate of the projector, which starts from nothing."""
+    """Learning rate of the projector, which starts from random weights."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Of all weights but norms, biases, position embeddings and what the backbone itself exempts. Published: 0.05 for a ViT,
-    5e-4 for a ResNet."""
+    """AdamW's weight decay, on all weights except norms, biases, position embeddings and those that the backbone itself
+    exempts. Published: 0.05 for a ViT, 5e-4 for a ResNet."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps that trains the projector alone, the backbone frozen (none from random weights): the
-    gradient of a random projector would only shake the backbone."""
+    """Share of the steps in which only the projector trains and the backbone is frozen (none from random weights): the
+    gradient of a random projector would only disturb the backbone."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Maximum norm of the gradient, which is scaled down to it."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it."""
     n_slices: Annotated[int, Field(ge=1)] = 256
-    """Random directions of SIGReg, drawn afresh every step. Published: 1024."""
+    """Random directions of SIGReg, drawn anew at every step. Published: 1024."""
     projector: tuple[Width, Width, Width] = (1024, 1024, 64)
-    """Widths of the projector's layers; the last is K. Three layers matter: two cost a point or more. Published: 2048,
-    2048 and 64 to 128."""
+    """Widths of the projector's three layers; the last is K. Having three matters: with two, a point or more was lost.
+    Published: 2048, 2048 and 64 to 128."""
     anchor: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Weight of 1 - cosine between the features of global views and those that the start gives: holds the backbone
-    near its start, at the cost of one more forward pass."""
+    """Weight of a loss term, 1 - cosine between the features of global views and those that the start gives. It keeps the
+    backbone near its start, at the cost of one more forward pass."""
     mix: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the way from the start to the trained weights at which the run ends: 0.5 halves the change. Runs that
-    had changed too much became good ones with it."""
+    """Share of the way from the start to the trained weights at which the run's final weights lie: 0.5 halves the change.
+    It turned runs that had changed too much into good ones."""
     average: Literal["none", "ema", "swa"] = "none"
-    """End with an average of the weights over the last steps, exponential or equal; for long runs."""
+    """End with an average of the weights over the last steps: exponential (`ema`) or equally weighted (`swa`). For long runs."""
     average_over: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the steps that is averaged over."""
+    """Share of the steps, at the end, over which weights are averaged."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What the backbone and the projector compute in; what they give and the loss are always float32. `auto`: bfloat16 on
-    a GPU that has it; on a CPU that has it, in the frozen layers alone. `bf16` asks for it throughout."""
+    """What the backbone and the projector compute in; their outputs and the loss are always float32. `auto`: bfloat16 on
+    a GPU that has it; on a CPU that has it, only in the frozen layers. `bf16`: bfloat16 throughout."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them: less memory, a third more work."""
     compile: bool = False
-    """torch.compile of the backbone: half a minute at first on an H100, for long runs on a GPU."""
+    """Compile the backbone with torch.compile; takes half a minute at the start on an H100. For long runs on a GPU."""
 
     most_skipped: Fraction = 0.01
-    """Share of the images that may be unreadable or refused: each is listed and replaced; above it the run stops."""
+    """Share of the images that may be unreadable or refused: each is listed and replaced; if there are more, the run stops."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the images kept out of training, to measure on; of many images fewer are: `measure_on`, or, with labels,
-    what about 120 groups hold where that is more."""
+    """Share of the images kept out of training, to measure on. If there are many, fewer are held out: `measure_on` images,
+    or, with labels, those of about 120 groups if that is more."""
     measure_on: Annotated[int, Field(ge=20)] = 2000
-    """Most images to embed on each side when measuring; held-out ones are more where 3 of every class are."""
+    """Maximum number of images to measure on, on each side of the split; more are held out where 3 of every class need it."""
     save_every_s: Annotated[float, Field(ge=0)] = 300.0
     """Seconds between checkpoints."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Loader processes; None: one a core but one, 8 at most, with a GPU 16, and fewer where the batches that they make
-    ahead would take over a quarter of main memory. They change nothing but speed."""
+    """Loader processes; None: the number of cores minus one, at most 8 (16 with a GPU), and fewer if the batches that they
+    prepare ahead would take over a quarter of main memory. They affect only speed."""
     processes: Annotated[int, Field(ge=1)] | None = None
-    """Training processes, which share the batch; None: one a GPU (of this machine, or of the Ray cluster), else one."""
+    """Training processes, which share the batch; None: one per GPU (of this machine, or of the Ray cluster), else one."""
     launcher: Literal["local", "ray"] = "local"
-    """What starts them: this machine, or Ray Train on the cluster at RAY_ADDRESS."""
+    """What starts the training processes: this machine, or Ray Train on the cluster at RAY_ADDRESS."""
     trackers: tuple[Tracker, ...] = ()
-    """Where to log beside metrics.jsonl, in files of the run's folder; W&B and MLflow send nothing unless WANDB_MODE
+    """Where to log in addition to metrics.jsonl, in files in the run's folder; W&B and MLflow send nothing unless WANDB_MODE
     or MLFLOW_TRACKING_URI says so."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of everything that is random."""
+    """Seed of everything that is random."""
 
     @field_validator("backbone")
     @classmethod
@@ -392,28 +393,28 @@ class ExportConfig(_Settings):
     """Settings of `jepakit.export`."""
 
     source: str
-    """A run, a bundle, or a timm name: NAME, NAME:pretrained, NAME:random or NAME:FILE."""
+    """A run, a bundle, or a timm model: NAME, NAME:pretrained, NAME:random or NAME:FILE."""
     out: str
     """The bundle to write."""
     which: Literal["best", "last", "start"] = "last"
-    """Of a run: the adapted weights, the ones it started from, or whichever the verdict says to keep."""
+    """For a run: `last`, the adapted weights; `start`, those it started from; `best`, whichever the verdict says to keep."""
     name: Annotated[str, AfterValidator(_usable_name)] | None = None
     """The bundle's name, by which clients ask for it; None: the name of its folder."""
     precision: Precision = "fp32"
-    """Of the graph: `fp16` halves the file, for GPUs; `int8` is for CPUs, a vector space of its own."""
+    """Precision of the graph: `fp16` (for GPUs) halves the file; `int8` (for CPUs) makes a vector space of its own."""
     pooling: Pooling | None = None
-    """Of a timm name: what the embedding pools; None: `head`. A run keeps what it chose."""
+    """For a timm model: what the embedding pools; None: `head`. A run keeps the pooling it chose."""
     standardize: Standardize | None = None
-    """Centre, or centre and scale, each number by statistics of `verify_images`; None: no, or what the run chose."""
+    """Centre, or centre and scale, each number by the statistics of `verify_images`; None: neither, or what the run chose."""
     tokens: bool = False
-    """Patch tokens as a second output, `tokens`."""
+    """Whether to add patch tokens as a second output, `tokens`."""
     dynamic_size: bool = False
-    """A graph that takes other image sizes too, where the backbone allows it."""
+    """Whether the graph takes other image sizes too; only where the backbone allows it."""
     verify_images: TextOrPath | None = None
-    """The user's own images to verify on (and to calibrate int8 with), 16 or more; None: the golden inputs."""
+    """Your own images to verify on (and to calibrate int8 with), 16 or more; None: the golden inputs."""
     normalize: bool | None = None
-    """Scale vectors to length 1 inside the graph; None: no, or what the bundle says."""
+    """Whether to scale vectors to length 1 inside the graph; None: no, or what the bundle says."""
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
-    """Of a timm name: pixels a side; None: what its weights were trained at."""
+    """For a timm model: side length of the images, in pixels; None: the size its weights were trained at."""
     opset: Annotated[int, Field(ge=18, le=24)] = 20
-    """Of ONNX."""
+    """ONNX opset."""

@@ -38,7 +38,7 @@ _LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
 class ServeSettings(BaseSettings):
-    """Settings of `jepakit serve`. Only `bundles` is needed."""
+    """Settings of `jepakit serve`. Only `bundles` is required."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -50,63 +50,65 @@ class ServeSettings(BaseSettings):
     )
 
     bundles: Annotated[tuple[UserPath, ...], NoDecode, Field(min_length=1)]
-    """Folders of exported bundles, or folders that hold such folders, which are watched for new ones."""
+    """Folders of exported bundles, or folders that contain such folders and are watched for new ones."""
     host: str = "127.0.0.1"
-    """Address to listen on; anything but loopback needs an API key file."""
+    """Address to listen on; any address other than loopback needs an API key file."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     api_key_file: UserPath | None = None
-    """File of lines `name:sha256`, made by `jepakit serve --new-key NAME`; reread when it changes. null: no key is asked for."""
+    """File of lines `name:sha256`, as `jepakit serve --new-key NAME` makes them; reread when it changes. null: no key is needed."""
     provider: Provider = "auto"
-    """What computes: `cpu`, `cuda`, `tensorrt` or `openvino`; `auto`: CUDA where ONNX Runtime can use it, else the CPU."""
+    """What runs the models: `cpu`, `cuda`, `tensorrt` or `openvino`; `auto`: CUDA where ONNX Runtime can use it, else the CPU."""
     arithmetic: Arithmetic = "model"
-    """`model`: as the bundle says; `bf16`: OpenVINO computes in bfloat16, twice as fast on CPUs with bfloat16 instructions, at a stated error."""
+    """`model`: as the bundle says; `bf16`: OpenVINO computes in bfloat16, which is twice as fast on CPUs with bfloat16 instructions,
+    at the cost of some error (docs/engine.md)."""
     expect: Annotated[tuple[str, ...], NoDecode] = ()
-    """Digests of bundles; a bundle of another digest is refused."""
+    """Digests of the bundles to accept; a bundle with any other digest is refused. Empty: all are accepted."""
     ray: bool = True
-    """Ray Serve; false serves the same application in this one process."""
+    """Whether to use Ray Serve; false serves the same application in a single process."""
     proxy: Literal["python", "haproxy"] = "haproxy" if sys.platform == "linux" else "python"
-    """What takes the connections in front of Ray's replicas: `haproxy` or `python`. HAProxy answers about twice as many small requests
-    (docs/serving-speed.md); Ray brings it along on Linux."""
+    """The proxy that accepts connections in front of Ray's replicas: `haproxy` or `python`. HAProxy answers about twice as many small
+    requests (docs/serving-speed.md); it comes with Ray on Linux."""
     replicas: Positive = 1
     """Processes that each hold all models (Ray Serve only)."""
     max_replicas: Positive | None = None
-    """With a number, Ray scales between `replicas` and it; null: no scaling."""
+    """If set, Ray scales between `replicas` and this number; null: no scaling."""
     target_ongoing_requests: Positive = 16
-    """Scaling aims at this many requests at work in each replica."""
+    """Number of requests in progress in each replica that scaling aims at."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs that Ray sets aside for each replica: 1 gives each a GPU of its own, 0.49 lets two share one. With 0 all replicas
+    """GPUs that Ray reserves for each replica: 1 gives each a GPU of its own, 0.49 lets two share one. With 0, all replicas
     compute on the first GPU."""
     threads: Positive = Field(default_factory=usable_cpus)
-    """Threads of decoding and inference in each replica; left out: one for each core."""
+    """Threads for decoding and inference in each replica; if left out, one per core."""
     max_batch: Positive | None = None
-    """Largest batch of one inference; null: measured at start."""
+    """Largest batch of one inference; null: chosen by measuring at start."""
     max_body_mb: Positive = 64
-    """Size of one request's body, MB."""
+    """Maximum size of a request's body, in MB."""
     max_bodies_mb: Positive = 512
-    """Bodies held in a replica at a time, MB together; more are answered 429."""
+    """Maximum total size, in MB, of the bodies that a replica holds at a time; requests beyond it get 429."""
     max_images: Positive = 256
-    """Images in one request."""
+    """Maximum number of images in one request."""
     max_pixels: Positive = DEFAULT_LIMITS.max_pixels
-    """Pixels in one image, judged by its header; it may take 8 bytes for each of them once decoded, all bands together."""
+    """Maximum number of pixels in an image, according to its header; decoded, all bands together,
+    it may take at most 8 times that many bytes."""
     max_waiting: Positive = 1024
-    """Images waiting or running in a replica; more are answered 429, as are more than the model can answer in half of
-    `request_timeout_s` at the speed measured at start."""
+    """Maximum number of images waiting or running in a replica; requests beyond it get 429, as do those beyond what the model can
+    answer in half of `request_timeout_s` at the speed measured at start."""
     max_memory_mb: Positive | None = None
-    """Resident memory, MB, above which a replica is unhealthy: Ray replaces it, and /readyz says so. null: no limit."""
+    """Resident memory, in MB, above which a replica counts as unhealthy: Ray replaces it, and /readyz reports it. null: no limit."""
     body_timeout_s: Seconds = 30.0
-    """Seconds for a request's body to arrive."""
+    """Seconds within which a request's body must arrive."""
     request_timeout_s: Seconds = 60.0
-    """Seconds from a complete body to the answer."""
+    """Maximum number of seconds from the complete body to the answer."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds that requests in flight are given to finish when the service is told to stop."""
+    """Seconds that requests in flight have to finish when the service is told to stop."""
     watch_s: Seconds = 1.0
-    """Seconds between two looks for new bundles."""
+    """Seconds between checks for new bundles."""
     log_format: Literal["text", "json"] = "text"
     """How log lines are written: `text` or `json`."""
     access_log: AccessLog = "errors"
-    """Requests that leave a line in the log: `all`, `errors` (those refused or failed) or `none`; of those for routes that
-    need no key only failures. A line has the id, route, status, size and time, never a name or content of what was sent."""
+    """Which requests are logged: `all`, `errors` (those refused or failed) or `none`; requests to routes that need no key are
+    logged only when they fail. A line has the id, route, status, size and time, never a file name or any content."""
 
     @classmethod
     def settings_customise_sources(

@@ -60,7 +60,7 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capfd: pytest.Capture
     (tmp_path / "serve.yaml").write_text(printed)
     assert load({}, tmp_path / "serve.yaml") == ServeSettings(bundles=("a", "b"), expect=("0" * 64,), max_memory_mb=900)
     assert set(yaml.safe_load(printed)) == set(ServeSettings.model_fields)
-    assert "# Images in one request." in printed
+    assert "# Maximum number of images in one request." in printed
 
 
 @pytest.mark.parametrize(
