@@ -10,24 +10,28 @@ from jepakit_service.openapi import BINARY, Parameter, Post
 
 _WORD: Mapping[str, Any] = {"type": "string"}
 _FACTS = {
-    "X-Model-Id": "the vector space",
+    "X-Model-Id": "names the vector space",
     "X-Embedding-Shape": "images,length",
     "X-Embedding-Dtype": "float32",
-    "X-Precision": "fp32, fp16, int8 or bf16: what was computed",
-    "X-Provider": "cpu, cuda, tensorrt or openvino: what computed it",
-    "X-Request-Id": "the request's own, or a new one",
+    "X-Precision": "the precision used: fp32, fp16, int8 or bf16",
+    "X-Provider": "what ran the model: cpu, cuda, tensorrt or openvino",
+    "X-Request-Id": "the request's own id, or a new one",
 }
 _MODEL = Parameter("model", "query", dialects.MODEL, _WORD)
 _PARTIAL = Parameter(
     "partial",
     "query",
-    "true: an image that cannot be read is a row with `error`, and the others are answered",
+    "true: an image that cannot be read becomes a row with `error`, and the others are embedded",
     {"type": "boolean", "default": False},
 )
-_NAME = Parameter("name", "path", "the model", _WORD)
-_VERSION = Parameter("version", "path", "its `model_id`", _WORD)
-_LENGTH = Parameter(oip.JSON_LENGTH, "header", "bytes of JSON, where tensors follow", {"type": "integer"})
-_ARRAY = {"type": "string", "format": "binary", "description": "numpy.save of [N, H, W, C], [H, W, C] or [H, W]"}
+_NAME = Parameter("name", "path", "the model's name", _WORD)
+_VERSION = Parameter("version", "path", "the model's `model_id`", _WORD)
+_LENGTH = Parameter(oip.JSON_LENGTH, "header", "length of the JSON in bytes, if tensors follow it", {"type": "integer"})
+_ARRAY = {
+    "type": "string",
+    "format": "binary",
+    "description": "an array of shape [N, H, W, C], [H, W, C] or [H, W], as numpy.save writes it",
+}
 _FORM = {
     "type": "object",
     "required": ["files"],
@@ -39,12 +43,12 @@ def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post
     return Post(
         path,
         name,
-        "Embed images by the Open Inference Protocol v2.",
+        "Embed images with the Open Inference Protocol v2.",
         oip.TITLE,
         takes={wire.JSON: oip.InferRequest, wire.OCTETS: BINARY},
         gives={wire.JSON: oip.InferAnswer, wire.OCTETS: BINARY},
         parameters=(*parameters, _LENGTH),
-        answer_headers={**_FACTS, oip.JSON_LENGTH: "bytes of JSON, where the tensor follows"},
+        answer_headers={**_FACTS, oip.JSON_LENGTH: "length of the JSON in bytes, if the tensor follows it"},
     )
 
 
@@ -52,7 +56,7 @@ POSTS = (
     Post(
         routes.EMBEDDINGS,
         "embed",
-        "Embed images: OpenAI's or Jina's JSON, one file's bytes, many files in a form, or an array.",
+        "Embed images, sent as OpenAI's or Jina's JSON, as the bytes of one file, as several files in a form, or as an array.",
         "embeddings",
         takes={
             wire.JSON: dialects.EmbeddingRequest,
@@ -79,7 +83,7 @@ POSTS = (
     Post(
         routes.COHERE,
         "embed_cohere",
-        "Embed images in Cohere's format. All or nothing.",
+        "Embed images in Cohere's format. If one image cannot be read, the whole request fails.",
         "embeddings",
         takes={wire.JSON: dialects.CohereRequest},
         gives={wire.JSON: dialects.CohereAnswer},

@@ -21,8 +21,8 @@ from jepakit_service.batcher import ImageData
 from jepakit_service.faults import ApiError
 from jepakit_service.wire import Ask, Computed, Dimensions, Encoding, Results
 
-MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out where one model is loaded"
-DIMENSIONS = "only the model's own length is taken: cutting vectors short would change the space"
+MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out if only one model is loaded"
+DIMENSIONS = "must be the model's own length: cutting vectors short would change the space"
 _EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
 _IMAGE_FIELDS = ("image", "image_url", "image_base64")
 # Tags tell the members of unions apart; pydantic adds them to an error's location, hence the parentheses.
@@ -48,26 +48,26 @@ _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
 class ImageUrl(_Request):
-    """OpenAI's wrapper of a URL."""
+    """OpenAI's wrapper around a URL."""
 
     url: str = Field(description="a data URI; http(s) is never fetched")
 
 
 class ImagePart(_Request):
-    """One image, in exactly one of the fields. `text` is refused: there is no text model here."""
+    """One image, in exactly one of these fields. `text` is refused: there is no text model here."""
 
     type: str | None = None
     image: str | None = Field(None, description="Jina: base64 or a data URI")
     image_url: (
         Annotated[Annotated[str, Tag("(plain)")] | Annotated[ImageUrl, Tag("(object)")], Discriminator(_form_of_url)]
         | None
-    ) = Field(None, description="OpenAI, Cohere, Voyage: a data URI, or an object that holds one")
+    ) = Field(None, description="OpenAI, Cohere, Voyage: a data URI, or an object with one")
     image_base64: str | None = Field(None, description="Voyage: a data URI or base64")
     text: str | None = None
 
 
 class ImageInput(ImagePart):
-    """An image, or (Cohere, Voyage) `content` with one image."""
+    """An image, or (Cohere, Voyage) `content` holding one image."""
 
     content: list[ImagePart] | None = None
 
@@ -76,18 +76,18 @@ Input = Annotated[Annotated[str, Tag("(text)")] | Annotated[ImageInput, Tag("(it
 
 
 class EmbeddingRequest(_Request):
-    """OpenAI's and Jina's request, with images for text."""
+    """OpenAI's and Jina's request, with images instead of text."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"input": [_EXAMPLE_URI], "encoding_format": "float"}})
 
     model: str | None = Field(None, description=MODEL)
     input: Annotated[
         Annotated[Input, Tag("(one)")] | Annotated[list[Input], Tag("(many)")], Discriminator(_form_of_inputs)
-    ] = Field(description="images as data URIs or base64, one or many")
+    ] = Field(description="one or many images, as data URIs or base64")
     encoding_format: Encoding | None = Field(None, description="`base64` is little-endian float32; default `float`")
-    embedding_type: Encoding | None = Field(None, description="Jina's name of `encoding_format`")
+    embedding_type: Encoding | None = Field(None, description="Jina's name for `encoding_format`")
     dimensions: int | None = Field(None, description=DIMENSIONS)
-    normalized: bool | None = Field(None, description="only what the model does is taken")
+    normalized: bool | None = Field(None, description="must agree with what the model does")
 
 
 class VoyageRequest(_Request):
@@ -130,14 +130,14 @@ class Row(TypedDict):
 
 
 class ItemError(TypedDict):
-    """Why an image gave no vector."""
+    """Why there is no vector for an image."""
 
     code: str
     message: str
 
 
 class BadRow(TypedDict):
-    """An image that gave no vector; with `?partial=true` alone."""
+    """An image without a vector; only with `?partial=true`."""
 
     object: Literal["embedding"]
     index: int
@@ -145,7 +145,7 @@ class BadRow(TypedDict):
 
 
 class Usage(TypedDict):
-    """`image_pixels` is the sum over the decoded images; there are no tokens."""
+    """`image_pixels` is the sum over the decoded images; the tokens are always 0."""
 
     prompt_tokens: int
     total_tokens: int
@@ -153,7 +153,7 @@ class Usage(TypedDict):
 
 
 class EmbeddingAnswer(TypedDict):
-    """OpenAI's answer, and what computed it."""
+    """OpenAI's answer, with the vector space, precision and provider."""
 
     object: Literal["list"]
     data: list[Row | BadRow]
@@ -165,7 +165,7 @@ class EmbeddingAnswer(TypedDict):
 
 
 class VoyageUsage(TypedDict):
-    """`image_pixels` is the sum over the decoded images; there are no tokens and no videos."""
+    """`image_pixels` is the sum over the decoded images; tokens and video pixels are always 0."""
 
     text_tokens: int
     image_pixels: int
@@ -174,7 +174,7 @@ class VoyageUsage(TypedDict):
 
 
 class VoyageAnswer(TypedDict):
-    """Voyage's answer, and the vector space."""
+    """Voyage's answer, with the vector space."""
 
     object: Literal["list"]
     data: list[Row | BadRow]
@@ -184,19 +184,19 @@ class VoyageAnswer(TypedDict):
 
 
 class CohereVersion(TypedDict):
-    """Which of Cohere's interfaces this is."""
+    """The version of Cohere's API that this is."""
 
     version: Literal["2"]
 
 
 class CohereMeta(TypedDict):
-    """Which of Cohere's interfaces this is."""
+    """The version of Cohere's API that this is."""
 
     api_version: CohereVersion
 
 
 class CohereAnswer(TypedDict):
-    """Cohere's answer, and the vector space. `embeddings` maps each type asked for to the vectors."""
+    """Cohere's answer, with the vector space. `embeddings` maps each requested type to the vectors."""
 
     id: str
     response_type: Literal["embeddings_by_type"]

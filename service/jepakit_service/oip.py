@@ -44,13 +44,13 @@ class _Part(BaseModel):
 
 
 class InputParameters(_Part):
-    """Of one input."""
+    """Parameters of one input."""
 
-    binary_data_size: int | None = Field(None, ge=0, description="bytes of this tensor behind the JSON")
+    binary_data_size: int | None = Field(None, ge=0, description="size in bytes of this tensor, which follows the JSON")
 
 
 class InferInput(_Part):
-    """`image`: BYTES [N], files (base64 in JSON); `images`: [N, H, W, C] pixels."""
+    """`image`: files, as BYTES [N] (base64 in JSON); `images`: pixels, [N, H, W, C]."""
 
     name: str
     shape: list[Annotated[int, Field(le=1 << 31)]] = Field(min_length=1, max_length=4)
@@ -60,20 +60,20 @@ class InferInput(_Part):
 
 
 class OutputParameters(_Part):
-    """Of one output."""
+    """Parameters of one output."""
 
     binary_data: bool | None = None
 
 
 class InferOutput(_Part):
-    """An output asked for; there is `embeddings` alone."""
+    """A requested output; the only one is `embeddings`."""
 
     name: str
     parameters: OutputParameters | None = None
 
 
 class InferParameters(_Part):
-    """Of the request."""
+    """Parameters of the request."""
 
     binary_data_output: bool | None = None
 
@@ -102,7 +102,7 @@ class TensorMetadata(TypedDict):
 
 
 class ModelMetadata(TypedDict):
-    """`GET /v2/models/{name}`. Of the inputs a request gives one."""
+    """The answer to `GET /v2/models/{name}`. A request gives one of the inputs."""
 
     name: str
     versions: list[str]
@@ -112,7 +112,7 @@ class ModelMetadata(TypedDict):
 
 
 class ServerMetadata(TypedDict):
-    """`GET /v2`."""
+    """The answer to `GET /v2`."""
 
     name: str
     version: str
@@ -120,32 +120,32 @@ class ServerMetadata(TypedDict):
 
 
 class Live(TypedDict):
-    """The service runs."""
+    """Whether the service runs."""
 
     live: bool
 
 
 class Ready(TypedDict):
-    """The service takes requests."""
+    """Whether the service takes requests."""
 
     ready: bool
 
 
 class ModelReady(TypedDict):
-    """The model takes requests."""
+    """Whether the model takes requests."""
 
     name: str
     ready: bool
 
 
 class OutputSize(TypedDict):
-    """Bytes of the tensor behind the JSON."""
+    """Size in bytes of the tensor, which follows the JSON."""
 
     binary_data_size: int
 
 
 class InferTensor(TypedDict):
-    """The vectors, FP32 [N, D], in `data` or behind the JSON."""
+    """The vectors, FP32 [N, D], in `data` or after the JSON."""
 
     name: str
     datatype: Literal["FP32"]
@@ -164,7 +164,7 @@ class InferAnswer(TypedDict):
 
 
 class OipError(TypedDict):
-    """The protocol's error; the request id is in the header."""
+    """The protocol's error; the request id is in the header `X-Request-Id`."""
 
     error: str
 

@@ -51,22 +51,22 @@ _POLICY = (
 _REASONS = {
     400: "the request is wrong, and `code` says how",
     401: "an API key is missing or unknown",
-    403: "the service has no API keys, and the request is a page's of another site",
-    404: "no such model or route",
-    405: "the route takes another method",
+    403: "the service has no API keys, and the request comes from a page of another site",
+    404: "there is no such model or route",
+    405: "the route does not take this method",
     408: "the body took too long to arrive",
     413: "the body or an image is too large, or there are too many images",
-    415: "not a format that is read here",
+    415: "the format is not supported",
     422: "an image cannot be read correctly",
-    429: "too much is waiting: try again after Retry-After seconds",
-    500: "a fault of the service",
-    503: "stopping or too slow: try again after Retry-After seconds",
+    429: "too much work is waiting: try again after Retry-After seconds",
+    500: "a fault in the service",
+    503: "the service is stopping or too slow: try again after Retry-After seconds",
 }
 _OF_GET = (400, 401, 403, 404, 405, 500, 503)
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong: `code` is stable, `message` is for people, `request_id` is for the operator."""
+    """What went wrong: `code` is stable, `message` is for people, and `request_id` is for the operator."""
 
     message: str
     type: str
@@ -76,7 +76,7 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Every answer other than 200, in OpenAI's shape. `detail` is the message once more, on Voyage's route alone."""
+    """Every answer other than 200, in OpenAI's shape. `detail` repeats the message, only on Voyage's route."""
 
     error: ErrorDetail
     detail: NotRequired[str]

@@ -21,9 +21,9 @@ from jepakit_service.settings import ServeSettings
 
 
 class ModelLimits(TypedDict):
-    """What one request may hold; `max_images_in_time` is of all requests at work together.
+    """What one request may hold; `max_images_in_time` applies to all requests in progress together.
 
-    `request_timeout_s` is how long a request may take: who waits for less is not served so many images in time.
+    `request_timeout_s` is how long a request may take: a client that waits less gets fewer images answered in time.
     """
 
     max_body_mb: int
@@ -34,9 +34,9 @@ class ModelLimits(TypedDict):
 
 
 class ModelDescription(TypedDict):
-    """OpenAI's model (`id`, `object`, `created`, `owned_by`), and what a client needs to know of it.
+    """OpenAI's model (`id`, `object`, `created`, `owned_by`), and what a client needs to know about it.
 
-    `created` is always 0: a bundle keeps no time, so that the same export is the same bundle.
+    `created` is always 0: a bundle stores no time, so that exporting again gives the same bundle.
     """
 
     id: str
@@ -78,14 +78,14 @@ def router(replica: Replica) -> APIRouter:
 
     @routes.get("/readyz")
     async def readyz() -> dict[str, Any]:
-        """Whether models answer correctly: `ready`, `degraded` when some replica does not, 503 when none does."""
+        """Whether the models answer correctly: `ready`; `degraded` if some replica does not; 503 if none does."""
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
         return _readiness(await replica.reports(), replica.settings.replicas if replica.settings.ray else 1)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus' text of all replicas, each sample with the label `replica`."""
+        """Metrics of all replicas in Prometheus' text format, each sample with the label `replica`."""
         reports = await replica.reports()
         text = merge({report.replica: report.families for report in reports})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -103,8 +103,9 @@ def router(replica: Replica) -> APIRouter:
     async def model(name: str) -> ModelDescription:
         """One model in service.
 
-        `limits` tells what one request may hold, `max_images_in_time` how many images all requests at a time, and
-        `request_timeout_s` how long they may take; `update` tells of a newer version that is not in service yet, or was refused.
+        `limits` says what one request may hold, `max_images_in_time` how many images all requests in progress may hold
+        together, and `request_timeout_s` how long they may take. `update` reports a newer version that is not in service
+        yet, or was refused.
         """
         reports = await replica.reports()  # a switch may come meanwhile: the model is looked up after them
         return _describe(replica.registry.find(name), replica.settings, reports)
@@ -135,7 +136,7 @@ def _faults(report: Report, in_service: set[str]) -> list[str]:
 
 
 def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> ModelDescription:
-    """What a client needs to know of a model, and which versions of it the replicas have."""
+    """What a client needs to know about a model, and which versions of it the replicas have."""
     manifest = model.manifest
     states = [report.models[manifest.name] for report in reports if manifest.name in report.models]
     return {
