@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 _Images = Annotated[
     list[str],
-    typer.Argument(help="folder, glob or files of images; CSV or Parquet manifest; .tar shards; ZIP"),
+    typer.Argument(help="a folder, glob or list of image files; a CSV or Parquet manifest; .tar shards; a ZIP"),
 ]
-_TILE = "pixels a side of the tiles that large images are cut into"
-_OVERLAP = "pixels that neighbouring tiles share"
-_FRAME = "for multi-frame files: the frame's number, from 0, or each"
+_TILE = "side length, in pixels, of the tiles that large images are cut into"
+_OVERLAP = "overlap of neighbouring tiles, in pixels"
+_FRAME = "for multi-frame files: the number of the frame, from 0, or each"
 _VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ app = typer.Typer(
 )
 probe_app = typer.Typer(no_args_is_help=True, help="Fit and use probes on embeddings.")
 app.add_typer(probe_app, name="probe")
-weights_app = typer.Typer(no_args_is_help=True, help="Pretrained weights for machines without network.")
+weights_app = typer.Typer(no_args_is_help=True, help="Pretrained weights for machines without network access.")
 app.add_typer(weights_app, name="weights")
 
 
@@ -73,7 +73,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    """What comes before any command."""
+    """Options that come before any command."""
     # Escape what the terminal cannot show (`猫` in Latin-1, names that are not UTF-8): it must not fail finished work.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -83,21 +83,25 @@ def options(
 def adapt(
     images: _Images,
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
-    backbone: Annotated[str | None, typer.Option(help="timm name [vit_small_patch14_reg4_dinov2.lvd142m]")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")] = None,
     domain: Annotated[
         str | None,
         typer.Option(help="general, natural, satellite, histology, radiology, microscopy, multispectral [general]"),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")
+    ] = None,
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
-    epochs: Annotated[int | None, typer.Option(help="passes over the training images, in place of --steps")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the training images, instead of --steps")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="images in one step, over all processes: one SIGReg test [128]")
+        int | None, typer.Option(help="images in one step, and so in one SIGReg test, over all processes [128]")
     ] = None,
     unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks [auto]")] = None,
     pooling: Annotated[str | None, typer.Option(help="auto, head, stages, cls, mean, cls+mean, last2 [auto]")] = None,
@@ -111,12 +115,12 @@ def adapt(
     labels: Annotated[
         str | None,
         typer.Option(
-            help="auto, folder, none: whether folders are classes, for measuring only; or a CSV or Parquet file, which may label only some images [auto]"
+            help="whether folders are classes: auto, folder or none; or a CSV or Parquet file, which may label only some images; used only to measure [auto]"
         ),
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option(help="auto, folder, none, or a CSV or Parquet file: which images are held out together [auto]"),
+        typer.Option(help="which images are held out together: auto, folder, none, or a CSV or Parquet file [auto]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="random seed of the whole run [0]")] = None,
     workers: Annotated[
@@ -124,11 +128,15 @@ def adapt(
     ] = None,
     processes: Annotated[int | None, typer.Option(help="training processes [one per GPU, else 1]")] = None,
     launcher: Annotated[str | None, typer.Option(help="local, or ray for a cluster [local]")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line win")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="any setting, e.g. views.n_local=6; wins over its option")
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; options on the command line override it")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="run a few steps, and estimate time and memory")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any setting, e.g. views.n_local=6; overrides its option")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="run a few steps, estimate time and memory, keep nothing")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Adapt a backbone to your images, and measure whether it helped."""
@@ -181,7 +189,7 @@ def adapt(
 def init(
     file: Annotated[Path, typer.Argument(help="the TOML file to write")] = Path("jepakit.toml"),
 ) -> None:
-    """Write a file of all settings of adapt, to be edited."""
+    """Write a TOML file with all settings of adapt, for you to edit."""
     from jepakit.template import template
 
     if as_path(file, "file").exists():
@@ -199,7 +207,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Say again what a finished run found."""
+    """Print again what a finished run found."""
     from jepakit.run import open_run
 
     _report(open_run(run), as_json=as_json)
@@ -229,8 +237,10 @@ def inspect(
     images: _Images,
     sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    domain: Annotated[str | None, typer.Option(help="preset of views to draw [the suggested one]")] = None,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side [224]")] = None,
+    domain: Annotated[str | None, typer.Option(help="preset for the views that are drawn [the suggested one]")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")
+    ] = None,
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
@@ -238,10 +248,10 @@ def inspect(
     labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
     group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; wins over its option")
+        list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; overrides its option")
     ] = None,
 ) -> None:
-    """Look at your images as training would see them."""
+    """Report on your images as training would see them."""
     from jepakit._frontdoor import inspect as run_inspection
 
     settings = _settings(
@@ -267,22 +277,29 @@ def export(
     name: Annotated[str | None, typer.Option(help="the model's name in the service [the folder's]")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or int8 [fp32]")] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="for a timm name: head, stages, cls, mean, cls+mean, last2 [head]")
+        str | None, typer.Option(help="for a timm model: head, stages, cls, mean, cls+mean, last2 [head]")
     ] = None,
     standardize: Annotated[
-        str | None, typer.Option(help="none, center, scale: measured on --verify-images, inside the graph")
+        str | None,
+        typer.Option(help="adjust each number inside the graph, as measured on --verify-images: none, center, scale"),
     ] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="patch tokens as a second output")] = False,
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="a graph that takes other sizes too")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="add patch tokens as a second output")] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="make a graph that takes other image sizes too")
+    ] = False,
     verify_images: Annotated[
         str | None,
-        typer.Option(help="16 or more of your own images to verify on, and to calibrate int8 [golden inputs]"),
+        typer.Option(help="16 or more of your own images to verify on, and to calibrate int8 with [golden inputs]"),
     ] = None,
-    normalize: Annotated[bool | None, typer.Option("--normalize/--no-normalize", help="vectors of length 1")] = None,
-    image_size: Annotated[int | None, typer.Option(help="for a timm name: pixels a side")] = None,
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize/--no-normalize", help="scale vectors to length 1")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="for a timm model: side length of the images, in pixels")
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 24 [20]")] = None,
 ) -> None:
-    """Export to ONNX, verified against torch."""
+    """Export a model to ONNX, verified against torch."""
     from jepakit._frontdoor import export as run_export
 
     settings = _settings(
@@ -326,24 +343,27 @@ def export(
 def serve(
     bundles: Annotated[list[str] | None, typer.Argument(help="bundles, or folders of bundles")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings, as --print-config prints it; options win")
+        Path | None,
+        typer.Option(help="YAML file of settings, in the form that --print-config prints; options override it"),
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="print all settings, and exit")] = False,
     host: Annotated[str | None, typer.Option(help="address to listen on [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen on [8000]")] = None,
-    api_key_file: Annotated[str | None, typer.Option(help="file of lines name:sha256")] = None,
-    new_key: Annotated[str | None, typer.Option(help="make a key with this name, print it, and exit")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="file of API keys, one line name:sha256 each")] = None,
+    new_key: Annotated[str | None, typer.Option(help="make an API key with this name, print it, and exit")] = None,
     provider: Annotated[str | None, typer.Option(help="auto, cpu, cuda, tensorrt, openvino [auto]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="model, or bf16 with openvino [model]")] = None,
-    expect: Annotated[list[str] | None, typer.Option(help="digest that a bundle must have")] = None,
-    no_ray: Annotated[bool, typer.Option("--no-ray", help="one process, without Ray Serve")] = False,
+    expect: Annotated[
+        list[str] | None, typer.Option(help="digest of a bundle to accept; bundles with any other digest are refused")
+    ] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="serve from a single process, without Ray Serve")] = False,
     proxy: Annotated[
-        str | None, typer.Option(help="in front of Ray's replicas: haproxy, python [haproxy on Linux]")
+        str | None, typer.Option(help="proxy in front of Ray's replicas: haproxy, python [haproxy on Linux]")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="processes that each hold all models [1]")] = None,
     log_format: Annotated[str | None, typer.Option(help="text, json [text]")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="any setting, e.g. max_images=64; wins over its option")
+        list[str] | None, typer.Option("--set", help="any setting, e.g. max_images=64; overrides its option")
     ] = None,
 ) -> None:
     """Serve exported bundles over HTTP.
@@ -360,7 +380,7 @@ def serve(
         print("next: jepakit serve … --api-key-file FILE; a client reads its key from JEPAKIT_API_KEY")
         if n_others:
             print(
-                f"older keys named {new_key!r} in it that still open the service, until their lines are deleted: {n_others}"
+                f"older keys named {new_key!r} in that file, which stay valid until their lines are deleted: {n_others}"
             )
         return
     settings = _settings(
@@ -384,14 +404,14 @@ def serve(
 def deploy(
     bundle: Annotated[Path, typer.Argument(help="the exported bundle to put into service")],
     folder: Annotated[Path, typer.Argument(help="the folder of bundles that the service watches")],
-    url: Annotated[str, typer.Option(help="the service that is to switch")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="the service that should switch")] = "http://127.0.0.1:8000",
     timeout: Annotated[float, typer.Option(help="seconds to wait for every replica")] = 300.0,
 ) -> None:
-    """Replace a served model without a failed request.
+    """Replace a model in service without any request failing.
 
-    The old version stays if the new one fails.
+    If the new version fails, the old one stays.
 
-    Set JEPAKIT_API_KEY to a key if the service asks for one.
+    Set JEPAKIT_API_KEY to a key if the service needs one.
     """
     from jepakit._frontdoor import deploy as run_deploy
 
@@ -400,7 +420,7 @@ def deploy(
     print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
     if beside and not replaced:
         print(
-            f"{model.name} is a new model beside {first_few(beside, 3)}: where it is meant to replace one of them, deploy it "
+            f"{model.name} is a new model beside {first_few(beside, 3)}: if it is meant to replace one of them, deploy it "
             "under that name (`jepakit export --name`), and remove this one from the folder"
         )
 
@@ -409,35 +429,37 @@ def deploy(
 def embed(
     images: _Images,
     out: Annotated[Path, typer.Option(help="the .npz file to write")],
-    url: Annotated[str | None, typer.Option(help="a service")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="an exported bundle, in this process")] = None,
-    model: Annotated[str | None, typer.Option(help="for a service with several models: which")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of the service to embed with")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="exported bundle to embed with, in this process")] = None,
+    model: Annotated[str | None, typer.Option(help="for a service with several models: the model to use")] = None,
     provider: Annotated[
         str | None, typer.Option(help="for a bundle: auto, cpu, cuda, tensorrt, openvino [auto]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="for a bundle: threads of one inference [one per core]")] = None,
+    threads: Annotated[int | None, typer.Option(help="for a bundle: threads for one inference [one per core]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="for a bundle: model, or bf16 with openvino [model]")] = None,
     labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV or Parquet file")] = "auto",
     tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
-    min_valid: Annotated[float, typer.Option(help="share of a tile that must be valid, at least")] = 0.5,
+    min_valid: Annotated[float, typer.Option(help="smallest share of a tile that must be valid (not no-data)")] = 0.5,
     frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
     most_skipped: Annotated[
-        float, typer.Option(help="share of the images that may be left out; OUT.skipped.csv then tells which and why")
+        float, typer.Option(help="share of the images that may be left out; OUT.skipped.csv then lists which and why")
     ] = 0.0,
 ) -> None:
-    """Embed images through a service or a bundle, into one file.
+    """Embed images with a service or a bundle, into one file.
 
-    Set JEPAKIT_API_KEY to a key if the service asks for one.
+    Set JEPAKIT_API_KEY to a key if the service needs one.
     """
     if (url is None) == (bundle is None):
-        raise ConfigError("say where to embed, by one of --url http://127.0.0.1:8000 and --bundle bundles/NAME")
+        raise ConfigError("say what to embed with: either --url http://127.0.0.1:8000 or --bundle bundles/NAME")
     if bundle is not None and model is not None:
-        raise ConfigError(f"--model {model} chooses among a service's models, and a bundle is one: leave it out")
+        raise ConfigError(
+            f"--model {model} chooses among a service's models, but a bundle is a single model: leave it out"
+        )
     runtime = _given(provider=provider, threads=threads, arithmetic=arithmetic)
     if url is not None and runtime:
         raise ConfigError(
-            f"--{next(iter(runtime))} is for a bundle in this process, a service has its own: leave it out"
+            f"--{next(iter(runtime))} is for a bundle in this process; a service has its own setting: leave it out"
         )
     _check_out(out, ".npz")
     skipped: list[tuple[str, str]] = []
@@ -476,10 +498,11 @@ def embed(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="an exported bundle, or a file of `jepakit embed`")],
-    second: Annotated[Path, typer.Argument(help="another one, of the same images")],
+    first: Annotated[Path, typer.Argument(help="an exported bundle, or a file from `jepakit embed`")],
+    second: Annotated[Path, typer.Argument(help="the other one; a file must be of the same images")],
     images: Annotated[
-        str | None, typer.Option(help="for bundles: labelled images, best ones that neither was trained on")
+        str | None,
+        typer.Option(help="for bundles: labelled images to embed, preferably ones that neither was trained on"),
     ] = None,
     labels: Annotated[str, typer.Option(help="for bundles: auto, folder, or a CSV or Parquet file")] = "auto",
     group: Annotated[
@@ -488,7 +511,7 @@ def compare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Say which of two models to keep, by labelled images."""
+    """Judge on labelled images which of two models to keep."""
     from jepakit import Embeddings
     from jepakit.choosing import compare as judge
     from jepakit.sources.groups import groups_of
@@ -496,7 +519,7 @@ def compare(
     opened = [_open_embeddings_or_bundle(each, images) for each in (first, second)]
     if all(isinstance(each, Embeddings) for each in opened) and (images is not None or labels != "auto"):
         raise ConfigError(
-            f"--images and --labels say what bundles embed, and {first} and {second} hold embeddings and labels: leave them out"
+            f"--images and --labels say what bundles embed, but {first} and {second} already hold embeddings and labels: leave them out"
         )
     before, after = (each if isinstance(each, Embeddings) else each.embed(images, labels=labels) for each in opened)
     comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
@@ -515,20 +538,20 @@ def _open_embeddings_or_bundle(path: Path, images: str | None) -> Embeddings | M
         return Embeddings.load(path)
     if images is None:
         raise ConfigError(
-            f"{path} is no .npz file: where it is a bundle, name the images to embed with it, by --images"
+            f"{path} is not an .npz file: if it is a bundle, name the images to embed with it, with --images"
         )
     return load(path)
 
 
 @app.command()
 def nearest(
-    queries: Annotated[Path, typer.Argument(help="embeddings of what to look for, from `jepakit embed`")],
+    queries: Annotated[Path, typer.Argument(help="embeddings of the images to look for, from `jepakit embed`")],
     index: Annotated[
-        Path | None, typer.Argument(help="embeddings to look among, of the same model [the queries' others]")
+        Path | None, typer.Argument(help="embeddings to search, by the same model [the other queries]")
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="how many for each query")] = 5,
+    k: Annotated[int, typer.Option("-k", help="number of images to find for each query")] = 5,
 ) -> None:
-    """Find the most similar images.
+    """Find the images most similar to each query.
 
     Prints query id, rank, id and cosine, separated by tabs.
     """
@@ -546,9 +569,9 @@ def nearest(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has, and what to mend.
+    """Report what this machine has, and what to fix.
 
-    Exit code 1 where there is something to mend.
+    The exit code is 1 if there is something to fix.
     """
     from jepakit.doctor import examine
 
@@ -558,15 +581,15 @@ def doctor() -> None:
         print(f"problem: {problem}")
     if problems:
         raise typer.Exit(1)
-    print("nothing to mend")
+    print("nothing to fix")
 
 
 @weights_app.command("fetch")
 def weights_fetch(
-    name: Annotated[str, typer.Argument(help="timm name, with or without the tag of its weights")],
+    name: Annotated[str, typer.Argument(help="timm model name, with or without the tag of its weights")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
 ) -> None:
-    """Fetch a backbone's pretrained weights into a file, for a machine without network."""
+    """Fetch a backbone's pretrained weights into a file, for a machine without network access."""
     from jepakit._frontdoor import fetch_weights
 
     _check_out(out, ".safetensors")
@@ -590,7 +613,7 @@ def probe_fit(
         ),
     ] = None,
     c: Annotated[
-        float | None, typer.Option("-C", "--c", help="inverse strength of the penalty (linear) [cross-validated]")
+        float | None, typer.Option("-C", "--c", help="inverse regularization strength (linear) [cross-validated]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="random seed of the folds (linear) [0]")] = None,
     k: Annotated[int | None, typer.Option("-k", "--k", help="neighbours (knn) [20]")] = None,
@@ -608,7 +631,7 @@ def probe_fit(
     other = "knn" if kind == "linear" else "linear"
     for option, given in of_kind[other].items():
         if given is not None:
-            raise ConfigError(f"{option} {given} is for {other} probes, and this one is {kind}: leave it out")
+            raise ConfigError(f"{option} {given} is for {other} probes, but this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe
@@ -622,14 +645,14 @@ def probe_fit(
     if isinstance(probe, LinearProbe) and probe.cv_balanced_accuracy_ is not None:
         told += f"; balanced accuracy in cross-validation {probe.cv_balanced_accuracy_:.1%} (C = {probe.C_:g})"
     print(
-        f"{told}\nnext: jepakit probe evaluate {quote(str(out))} OTHER.npz, embeddings of labelled images that it was not fitted on"
+        f"{told}\nnext: jepakit probe evaluate {quote(str(out))} OTHER.npz, with embeddings of labelled images that it was not fitted on"
     )
 
 
 @probe_app.command("evaluate")
 def probe_evaluate(
-    probe: Annotated[Path, typer.Argument()],
-    embeddings: Annotated[Path, typer.Argument(help="labelled embeddings of other images")],
+    probe: Annotated[Path, typer.Argument(help="a probe, from `jepakit probe fit`")],
+    embeddings: Annotated[Path, typer.Argument(help="labelled embeddings of images it was not fitted on")],
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Evaluate a probe on labelled embeddings."""
@@ -643,11 +666,11 @@ def probe_evaluate(
 
 @probe_app.command("predict")
 def probe_predict(
-    probe: Annotated[Path, typer.Argument()],
-    embeddings: Annotated[Path, typer.Argument()],
-    every: Annotated[bool, typer.Option("--all", help="a column for each class, under its name")] = False,
+    probe: Annotated[Path, typer.Argument(help="a probe, from `jepakit probe fit`")],
+    embeddings: Annotated[Path, typer.Argument(help="embeddings, from `jepakit embed`")],
+    every: Annotated[bool, typer.Option("--all", help="print a column for each class, under its name")] = False,
 ) -> None:
-    """Print id, class and probability of each image, separated by tabs."""
+    """Print the id, class and probability of each image, separated by tabs."""
     from jepakit import Embeddings, load_probe
 
     fitted, vectors = load_probe(probe), Embeddings.load(embeddings)
@@ -695,7 +718,7 @@ def _check_out(file: Path, suffix: str) -> None:
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder: name a file in it")
     if file.suffix not in ("", suffix):
-        raise ConfigError(f"--out {file}: what is written is a {suffix} file, name one")
+        raise ConfigError(f"--out {file}: the output is a {suffix} file: give a name that ends in {suffix}")
     prepare_place(file)
 
 

@@ -290,7 +290,7 @@ class AdaptConfig(_Settings):
     """Share of the images kept out of training, to measure on. If there are many, fewer are held out: `measure_on` images,
     or, with labels, those of about 120 groups if that is more."""
     measure_on: Annotated[int, Field(ge=20)] = 2000
-    """Maximum number of images to measure on, on each side of the split; more are held out where 3 of every class need it."""
+    """Maximum number of images to measure on, on each side of the split; more on the held-out side if 3 of every class take more."""
     save_every_s: Annotated[float, Field(ge=0)] = 300.0
     """Seconds between checkpoints."""
     workers: Annotated[int, Field(ge=0)] | None = None

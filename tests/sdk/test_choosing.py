@@ -177,7 +177,7 @@ def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) ->
         assert "nothing" in str(gone.exception), "both are opened before an image is embedded"
     missing = CliRunner().invoke(app, ["compare", *bundles])
     assert isinstance(missing.exception, ConfigError)
-    assert "by --images" in str(missing.exception)
+    assert "with --images" in str(missing.exception)
 
 
 def test_what_are_no_embeddings_are_refused() -> None:

@@ -103,11 +103,11 @@ def test_classes_of_a_probe_can_count_alike_and_all_probabilities_be_printed(tmp
     assert head == "id\tcrack\tgood"
     table = np.array([row.split("\t") for row in rows], float)
     np.testing.assert_allclose(table[:, 1:], probe.predict_proba(vectors), atol=1e-4)
-    with pytest.raises(AssertionError, match="--class-weight balanced is for linear probes, and this one is knn"):
+    with pytest.raises(AssertionError, match="--class-weight balanced is for linear probes, but this one is knn"):
         run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--class-weight=balanced", "--out", tmp_path / "k")
-    with pytest.raises(AssertionError, match=r"--group g\.csv is for linear probes, and this one is knn"):
+    with pytest.raises(AssertionError, match=r"--group g\.csv is for linear probes, but this one is knn"):
         run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--group=g.csv", "--out", tmp_path / "k")
-    with pytest.raises(AssertionError, match="-k 3 is for knn probes, and this one is linear"):
+    with pytest.raises(AssertionError, match="-k 3 is for knn probes, but this one is linear"):
         run("probe", "fit", tmp_path / "e.npz", "-k", "3", "--out", tmp_path / "k")
     with pytest.raises(AssertionError, match="class_weight = 'even': give 'balanced' or None"):
         run("probe", "fit", tmp_path / "e.npz", "--class-weight=even", "--out", tmp_path / "k")
@@ -148,7 +148,9 @@ def test_rows_stay_rows_whatever_names_hold(tmp_path: Path) -> None:
 
 
 def test_a_runtime_is_chosen_for_a_bundle_alone(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="--threads is for a bundle in this process, a service has its own"):
+    with pytest.raises(
+        AssertionError, match="--threads is for a bundle in this process; a service has its own setting"
+    ):
         run("embed", tmp_path, "--url", "http://127.0.0.1:1", "--threads", "1", "--out", tmp_path / "e.npz")
     with pytest.raises(AssertionError, match="is not a bundle"):
         run("embed", tmp_path, "--bundle", tmp_path, "--provider", "cpu", "--out", tmp_path / "e.npz")
@@ -202,7 +204,7 @@ def test_a_bundle_is_deployed_without_the_services_packages(tmp_path: Path) -> N
 def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="--model x chooses among a service's models"):
         run("embed", tmp_path, "--bundle", tmp_path, "--model", "x", "--out", tmp_path / "e.npz")
-    with pytest.raises(AssertionError, match=r"e.csv: what is written is a .npz file"):
+    with pytest.raises(AssertionError, match=r"e.csv: the output is a .npz file"):
         run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "e.csv")
 
 

@@ -30,7 +30,7 @@ def test_what_is_there_is_told_with_its_version(sound: pytest.MonkeyPatch) -> No
     assert f"timm {importlib.metadata.version('timm')}" in told.stdout
     assert "no NVIDIA driver" in told.stdout
     assert "providers  cpu" in told.stdout
-    assert told.stdout.endswith("nothing to mend\n")
+    assert told.stdout.endswith("nothing to fix\n")
 
 
 def test_what_is_missing_is_told_with_what_installs_it(sound: pytest.MonkeyPatch) -> None:
