@@ -365,7 +365,7 @@ class AdaptConfig(_Settings):
     def _average_of_what_trains(self) -> Self:
         if self.average != "none" and self.unfreeze == "none":
             raise ValueError(
-                f"average = {self.average} of a backbone that unfreeze = none leaves as it is: leave one of them out"
+                f"average = {self.average} of a backbone that unfreeze = none leaves unchanged: leave one of them out"
             )
         return self
 

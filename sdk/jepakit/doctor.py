@@ -76,8 +76,8 @@ def _usable_providers() -> Iterator[str]:
 def _two_runtimes() -> Iterator[str]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         yield (
-            "onnxruntime and onnxruntime-gpu are both installed, in one folder: pip uninstall -y onnxruntime onnxruntime-gpu, then "
-            "pip install the one that jepakit needs again"
+            "onnxruntime and onnxruntime-gpu are both installed, into the same folder: pip uninstall -y onnxruntime onnxruntime-gpu, "
+            "then pip install only the one that you need"
         )
 
 
@@ -99,6 +99,6 @@ def _idle_gpu() -> Iterator[str]:
 def _little_shared_memory() -> Iterator[str]:
     if _version("ray") and _SHARED.is_dir() and (size := shutil.disk_usage(_SHARED).total) < _LEAST_SHARED:
         yield (
-            f"{_SHARED} has {size >> 20} MB, so Ray would write images to a disk: give the container more (docker run --shm-size 1g), "
+            f"{_SHARED} has only {size >> 20} MB, so Ray would write images to disk: give the container more (docker run --shm-size 1g), "
             "or serve with --no-ray"
         )

@@ -26,8 +26,8 @@ _PLAUSIBLE_GROUP_LOSS = 0.3
 """The accuracy that a group harmed by adaptation may plausibly lose."""
 _NAMED = 3
 NO_LABELS = (
-    "without labels nobody can tell whether adaptation helped; put a few hundred images into class folders, export the start "
-    "and the result, and let `jepakit compare` judge them by these images before you switch"
+    "without labels there is no way to tell whether adaptation helped; put a few hundred images into class folders, export the "
+    "start and the result, and let `jepakit compare` judge them on these images before you switch"
 )
 SAME_WITHIN = 0.01
 FEWEST_PER_CLASS = 3
@@ -289,8 +289,8 @@ def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_g
         todo = advice.same
     elif result.is_small:
         todo = (
-            f"{result.n_groups} groups are too few to call it the same, as the groups that it harms may all be missing among "
-            f"them: label images of more groups, until about {result.n_needed} are held out"
+            f"{result.n_groups} groups are too few to call it the same, because they may not include any of the groups that it "
+            f"harms: label images of more groups, until about {result.n_needed} are held out"
         )
     else:
         todo = f"the interval includes 0: {_label_more(by_group)}{advice.undecided}"
@@ -298,7 +298,7 @@ def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_g
     over, unit = (" over groups", "groups") if by_group else ("", "images")
     reason = f"{100 * result.difference:+.1f} points (95 % interval{over} {interval}); {todo}"
     if classes.few:
-        reason += f"; classes of fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(classes.few)}"
+        reason += f"; classes with fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(classes.few)}"
     if classes.unfitted:
         reason += f"; classes without images to fit probes on are left out: {_some(classes.unfitted)}"
     return reason
@@ -307,11 +307,11 @@ def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_g
 def _describe_too_few(held_out: list[str], classes: _Classes, *, by_group: bool) -> str:
     """Why there is no verdict: one or two images per class show no spread, and a single class cannot be judged."""
     unit = "groups" if by_group else "images"
-    reason = f"judging takes at least two classes of {FEWEST_PER_CLASS} held-out {unit} each"
+    reason = f"a verdict needs at least two classes with {FEWEST_PER_CLASS} held-out {unit} each"
     if len(held_out) == 1:
         reason = f"only class {held_out[0]!r} is held out; {reason}"
     if classes.few:
-        reason += f", and these have fewer: {_some(classes.few)}"
+        reason += f", but these have fewer: {_some(classes.few)}"
     if classes.unfitted:
         reason += f"; these have no images to fit probes on: {_some(classes.unfitted)}"
     return f"{reason}: {_label_more(by_group)}"

@@ -19,7 +19,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-AS_ASKED = "as asked"
+AS_ASKED = "as requested"
 """The reason for a domain that the user has named."""
 Text = Annotated[str, AfterValidator(printable)]
 
@@ -95,7 +95,7 @@ def _lines(seen: Inspection) -> list[str]:
 def _value_lines(seen: Inspection) -> list[str]:
     if seen.scaling is None:
         return [f"values      mean {_format_values(seen.mean)}, std {_format_values(seen.std)} (of 0 … 1)"]
-    how = "measured" if seen.scaling.measured else "as asked"
+    how = "measured" if seen.scaling.measured else "as requested"
     return [
         f"values      band {band + 1}: {low:g} … {high:g} → 0 … 1 ({how}), mean {mean:.3f}, std {std:.3f}"
         for band, (low, high, mean, std) in enumerate(

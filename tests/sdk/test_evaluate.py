@@ -141,7 +141,7 @@ def test_one_held_out_class_carries_no_verdict_and_the_others_are_named() -> Non
     alone = judge(wrong, right, truth, n_train=10).verdict
     assert alone.word == "cannot tell"
     assert alone.reason.startswith(
-        "only class 'tumour' is held out; judging takes at least two classes of 3 held-out images each"
+        "only class 'tumour' is held out; a verdict needs at least two classes with 3 held-out images each"
     )
     groups, fitted = np.repeat(list("abcd"), 10), ["tumour"] * 6 + ["normal"] * 4
     named = judge(wrong, right, truth, n_train=10, groups=groups, train_labels=fitted).verdict
@@ -155,7 +155,7 @@ def test_a_class_of_the_training_images_that_is_not_held_out_is_named_beside_two
     wrong, right = measurement(np.zeros(80, bool)), measurement(np.ones(80, bool))
     verdict = judge(wrong, right, truth, n_train=9, train_labels=["a", "b", "c"] * 3).verdict
     assert verdict.word == "better"
-    assert verdict.reason.endswith("classes of fewer than 3 held-out images are left out: 'c' (0)")
+    assert verdict.reason.endswith("classes with fewer than 3 held-out images are left out: 'c' (0)")
 
 
 def test_a_class_that_no_probe_was_fitted_on_is_left_out_by_name() -> None:
@@ -359,8 +359,8 @@ def test_a_few_groups_that_do_not_change_are_not_called_the_same(classes_share_g
         return by_groups(right, right, truth, slide.astype(str))
 
     assert verdict([100] * 6).reason == (
-        "+0.0 points (95 % interval over groups -0.5 to +0.5); 6 groups are too few to call it the same, as the groups "
-        "that it harms may all be missing among them: label images of more groups, until about 90 are held out"
+        "+0.0 points (95 % interval over groups -0.5 to +0.5); 6 groups are too few to call it the same, because they "
+        "may not include any of the groups that it harms: label images of more groups, until about 90 are held out"
     )
     assert [verdict([20] * n).word for n in (6, 80, 90)] == ["cannot tell", "cannot tell", "same"]
     giants = verdict([*[200] * 2, *[20] * 98])
@@ -404,7 +404,7 @@ def test_a_class_of_many_images_of_two_groups_is_left_out_and_named() -> None:
     groups = np.concatenate([np.arange(200) // 5, 100 + np.arange(100) // 50]).astype(str)
     right = np.ones(300, bool)
     verdict = by_groups(right, right, truth, groups)
-    assert "classes of fewer than 3 held-out groups are left out: 'c' (2)" in verdict.reason
+    assert "classes with fewer than 3 held-out groups are left out: 'c' (2)" in verdict.reason
     assert "label images of more groups" in verdict.reason
 
 
@@ -524,7 +524,7 @@ def test_a_rare_class_is_left_out_of_scores_and_verdict_and_named() -> None:
     )  # fmt: skip
     assert comparison.verdict.word == "better"
     assert comparison.verdict.reason == (
-        f"{alone.verdict.reason}; classes of fewer than 3 held-out images are left out: 'cat' (2)"
+        f"{alone.verdict.reason}; classes with fewer than 3 held-out images are left out: 'cat' (2)"
     )
     assert comparison.model_copy(update={"verdict": alone.verdict}) == alone
     assert comparison.n_held_out == 80
@@ -538,7 +538,7 @@ def test_where_no_two_classes_can_be_judged_the_rare_ones_are_named() -> None:
     assert comparison.verdict.low is None
     assert comparison.n_held_out == 56
     assert comparison.verdict.reason == (
-        "judging takes at least two classes of 3 held-out images each, and these have fewer: 'b' (2), 'c' (1), 'd' (1) and "
+        "a verdict needs at least two classes with 3 held-out images each, but these have fewer: 'b' (2), 'c' (1), 'd' (1) and "
         "1 more: label more images"
     )
 

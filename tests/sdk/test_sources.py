@@ -358,7 +358,7 @@ def test_folder_names_the_image_that_has_no_class(tmp_path: Path) -> None:
 
 def test_none_gives_no_labels(tmp_path: Path) -> None:
     listed = list_images(classes(tmp_path, {"cat": 10, "dog": 10}), "none")
-    assert (listed.labels, listed.note) == (None, "no labels, as asked")
+    assert (listed.labels, listed.note) == (None, "no labels, as requested")
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("Training", "VAL"), ("train", "valid", "test")])

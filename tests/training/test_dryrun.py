@@ -71,7 +71,7 @@ def test_a_single_step_and_rare_labels_can_be_tried_too(
     )
     assert estimate.step_s > 0
     assert "images/s" in str(estimate)
-    assert "one process does the dry run" in capsys.readouterr().err
+    assert "the dry run uses one process" in capsys.readouterr().err
 
 
 def test_a_dry_run_tells_of_a_process_a_gpu(
@@ -81,7 +81,7 @@ def test_a_dry_run_tells_of_a_process_a_gpu(
     settings: dict[str, Any] = {"backbone": "test_vit", "image_size": 64, "unfreeze": 50, "workers": 0}
     with pytest.raises(ConfigError, match="has 6 blocks"):
         jepakit.dry_run(image_folder(), weights="random", **settings)
-    assert "the run would have 4" in capsys.readouterr().err
+    assert "the run itself would use 4" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
         jepakit.dry_run(image_folder(), weights="random", processes=5, **settings)
 

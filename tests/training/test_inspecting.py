@@ -124,10 +124,10 @@ def test_what_is_said_of_grey_images_is_what_the_preset_of_radiographs_does(imag
     seen = jepakit.inspect("set", sheet=None, image_size=64)
     recipe = AdaptConfig(images="set", domain="radiology").resolved_views()
     assert (seen.domain, recipe.horizontal_flip, recipe.vertical_flip) == ("microscopy", 0, 0)
-    assert f"`radiology`: no mirror, turns of at most {recipe.rotation_degrees:g}°" in seen.domain_because
+    assert f"`radiology`: no flips, turns of at most {recipe.rotation_degrees:g}°" in seen.domain_because
     assert "domain      microscopy? (grey images" in str(seen)
     asked = jepakit.inspect("set", sheet=None, image_size=64, domain="radiology")
-    assert "domain      radiology (as asked)" in str(asked), "and no guess against it"
+    assert "domain      radiology (as requested)" in str(asked), "and no guess against it"
 
 
 def test_of_a_set_that_is_labelled_in_part_the_labelled_images_are_counted(images: Path) -> None:

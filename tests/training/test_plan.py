@@ -78,8 +78,8 @@ def test_the_projector_warms_up_alone_unless_everything_is_new_or_nothing_else_t
 def test_what_leaves_the_backbone_as_it_is_says_so_and_moves_no_statistics() -> None:
     still = plan("test_resnet", unfreeze="none", weights="random")
     assert still.norm_statistics == "frozen"
-    assert any("what is exported is the start" in note for note in still.notes)
-    with pytest.raises(ConfigError, match="norm_statistics = trained moves a backbone that unfreeze = none leaves"):
+    assert any("the start is what is exported" in note for note in still.notes)
+    with pytest.raises(ConfigError, match="norm_statistics = trained changes a backbone that unfreeze = none leaves"):
         plan("test_resnet", unfreeze="none", norm_statistics="trained")
     assert [plan(steps=steps, warmup=0.99).warmup_steps for steps in (1, 2, 6)] == [0, 1, 5]
 
@@ -96,7 +96,7 @@ def test_a_small_folder_shrinks_the_batch_and_says_so() -> None:
 def test_an_image_size_that_is_rounded_says_so() -> None:
     rounded = plan(image_size=47)
     assert rounded.image_size == 48
-    assert "image_size = 48 instead of 47: test_vit takes multiples of 16" in rounded.notes
+    assert "image_size = 48 instead of 47: test_vit takes only multiples of 16" in rounded.notes
     assert not any("instead of" in note for note in plan(image_size=48).notes)
 
 
@@ -154,7 +154,7 @@ def test_batches_made_ahead_take_a_quarter_of_the_memory_at_most(
     assert made.batch_bytes == 512 * (2 * 224**2 + 4 * 96**2) * 3 * 4
     assert (made.workers, made.prefetch) == expected
     assert made.queued_bytes == expected[0] * expected[1] * made.batch_bytes
-    assert any("of views ready" in note and "lower --workers" in note for note in made.notes) == warned
+    assert any("of views in advance" in note and "lower --workers" in note for note in made.notes) == warned
     halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, bands=3, value_bytes=4)
     assert halved.batch_bytes == made.batch_bytes // 2
 
@@ -196,7 +196,7 @@ def test_a_backbone_of_one_size_gets_local_views_of_that_size() -> None:
 
 def test_a_size_that_the_backbone_does_not_take_is_refused_with_its_own() -> None:
     assert plan("crossvit_tiny_240", image_size=240).image_size == 240
-    with pytest.raises(ConfigError, match="image_size = 64: coat_lite_tiny does not take it; its own is 224"):
+    with pytest.raises(ConfigError, match="image_size = 64: coat_lite_tiny does not take this size; its own is 224"):
         plan("coat_lite_tiny", image_size=64)
 
 

@@ -435,9 +435,9 @@ def test_inspect_says_the_range_that_training_would_measure_and_who_is_beyond_it
     seen = inspect(AdaptConfig(images="x"), images, None)
     assert seen.n_looked_at == 400
     assert seen.scaling == scan(images, progress=False).scaling("auto")
-    (told,) = [line for line in seen.advice if "beyond the range" in line]
+    (told,) = [line for line in seen.advice if "outside the range" in line]
     assert told.startswith("144 images, e.g. ")
-    assert "measure on 256 of them, and may be refused: give one, --value-range LOW:HIGH" in told
+    assert "measure on a sample of 256, and may be refused: set the range with --value-range LOW:HIGH" in told
 
 
 # Values that stand for no data, and are not declared

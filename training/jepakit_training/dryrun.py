@@ -38,7 +38,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     """
     count = (config.processes or 1) if config.launcher == "ray" else count_processes(config, images)
     if count > 1:
-        print(f"one process does the dry run, on the whole batch; the run would have {count}", file=sys.stderr)
+        print(f"the dry run uses one process, for the whole batch; the run itself would use {count}", file=sys.stderr)
     with freed_memory_kept(), own_precision():
         setup = prepare(config, images, None)
         plan = setup.plan

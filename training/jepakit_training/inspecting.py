@@ -133,16 +133,14 @@ def _suggest_domain(found: Scan, mean: Sequence[float]) -> tuple[Domain, str]:
     if any(header.format == "SLIDE" for header in headers):
         return "histology", "whole slides"
     if any(header.nodata is not None for header in headers):
-        return (
-            "multispectral" if found.kind.bands > 1 else "satellite"
-        ), "a no-data value, as rasters of the earth have"
+        return ("multispectral" if found.kind.bands > 1 else "satellite"), "a no-data value, as in geographic rasters"
     if found.kind.bands == 1 or _is_grey(found):
         degrees = PRESETS["radiology"]["rotation_degrees"]
-        return "microscopy", f"grey images; for radiographs use `radiology`: no mirror, turns of at most {degrees:g}°"
+        return "microscopy", f"grey images; for radiographs use `radiology`: no flips, turns of at most {degrees:g}°"
     red, green, blue = mean
     if red - green > 0.06 and blue - green > 0.04:
-        return "histology", "pink and purple prevail, as in stained tissue"
-    return "general", "nothing in formats or colours says more"
+        return "histology", "mostly pink and purple, as in stained tissue"
+    return "general", "formats and colours suggest nothing more specific"
 
 
 def _is_grey(found: Scan) -> bool:
@@ -160,32 +158,32 @@ def _advice(
 ) -> list[str]:
     advice = []
     if len(images) < FEW_IMAGES:
-        advice.append(f"{counted(len(images), 'image')} are very few to learn from, and to judge by")
+        advice.append(f"{counted(len(images), 'image')} are very few to learn from and to judge by")
     if tile is None and min(largest) > _TILE_ABOVE * image_size:
         advice.append(
-            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them, --tile {2 * image_size}"
+            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, --tile {2 * image_size}"
         )
     if min(median) < _SMALL_SIDE < image_size:
         advice.append(f"images are {median[0]} × {median[1]} pixels: --image-size {_SMALL_SIDE} trains faster")
     if n_duplicates and images.groups is None:
         advice.append(
-            f"{n_duplicates} pairs of near-duplicates among {len(found.seen)} images: name what belongs together "
-            "(--group), or held-out images have siblings in training and the verdict is optimistic"
+            f"{n_duplicates} pairs of near-duplicates among {len(found.seen)} images: say which belong together "
+            "(--group), or else held-out images have siblings in training and the verdict is optimistic"
         )
     if images.groups is not None and len(set(images.groups)) == 1:
         advice.append(
-            "all images are one group, which cannot be held out whole: held-out images have siblings in training and the "
-            "verdict is optimistic; name what belongs together (--group)"
+            "all images are one group, which cannot be held out as a whole: held-out images have siblings in training and the "
+            "verdict is optimistic; say which belong together (--group)"
         )
     share = len(found.unreadable) / (len(found.seen) + len(found.odd) + len(found.unreadable))
     if share > (most := AdaptConfig.model_fields["most_skipped"].default):
         advice.append(
-            f"{share:.1%} of them cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more, "
+            f"{share:.1%} of the images cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more with "
             "--set most_skipped=SHARE"
         )
     if images.labels is None:
         advice.append(
-            "without labels no verdict can be given: a few hundred labelled images suffice (class folders, or --labels FILE, which need not name the others)"
+            "without labels there can be no verdict: a few hundred labelled images suffice (in class folders, or with --labels FILE, which need not name the others)"
         )
     return advice
 
@@ -200,7 +198,7 @@ def _faint(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str]
         return []
     return [
         f"less than {_FAINT:.0%} of the value range is used by {counted(len(faint), 'image')}, e.g. "
-        f"{images.ids[faint[0].index]}: of the same kind as the others?"
+        f"{images.ids[faint[0].index]}: is it of the same kind as the others?"
     ]
 
 
@@ -213,8 +211,8 @@ def _beyond(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str
     if not beyond:
         return []
     return [
-        f"{counted(len(beyond), 'image')}, e.g. {images.ids[beyond[0].index]}, hold values beyond the range that training would "
-        f"measure on {len(looked_at)} of them, and may be refused: give one, --value-range LOW:HIGH"
+        f"{counted(len(beyond), 'image')}, e.g. {images.ids[beyond[0].index]}, hold values outside the range that training would "
+        f"measure on a sample of {len(looked_at)}, and may be refused: set the range with --value-range LOW:HIGH"
     ]
 
 

@@ -100,7 +100,7 @@ def make_plan(
         f"{views.n_global} × {image_size} px + {views.n_local} × {local_size} px views",
     ]
     if not trains:
-        notes.append("unfreeze = none: the projector alone trains, and what is exported is the start")
+        notes.append("unfreeze = none: only the projector trains, and the start is what is exported")
     return Plan(
         steps=steps,
         batch_size=batch_size,
@@ -131,14 +131,18 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     batch_size, notes = min(config.batch_size, trained_on) // world * world, []
     if batch_size == 0:
         raise ConfigError(
-            f"batch_size = {config.batch_size} over {world} processes is less than one image for each: raise --batch-size"
+            f"batch_size = {config.batch_size} over {world} processes is less than one image per process: raise --batch-size"
         )
     if config.batch_size % world:
-        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: a multiple of {world} processes")
+        notes.append(
+            f"batch of {batch_size} images instead of {config.batch_size}: it must be a multiple of the {world} processes"
+        )
     elif batch_size < config.batch_size:
-        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: there are {trained_on} to train on")
+        notes.append(
+            f"batch of {batch_size} images instead of {config.batch_size}: there are only {trained_on} to train on"
+        )
     if images < FEW_IMAGES:
-        notes.append(f"warning: {images} images are very few to learn from, and to judge by")
+        notes.append(f"warning: {images} images are very few to learn from and to judge by")
     return batch_size, notes
 
 
@@ -154,11 +158,11 @@ def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -
     notes, multiple = [], size_multiple(backbone)
     if image_size != config.image_size:
         notes.append(
-            f"image_size = {image_size} instead of {config.image_size}: {config.backbone} takes multiples of {multiple}"
+            f"image_size = {image_size} instead of {config.image_size}: {config.backbone} takes only multiples of {multiple}"
         )
     if not _takes(backbone, bands, image_size):
         own = backbone.pretrained_cfg["input_size"][-1]
-        raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take it; its own is {own}")
+        raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take this size; its own is {own}")
     local_size = round_size(local_size_of(image_size, views), multiple)
     if views.n_local and local_size >= image_size:
         raise ConfigError(
@@ -175,7 +179,7 @@ def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "t
     chosen, trains, norms = config.norm_statistics, config.unfreeze != "none", batch_norms(backbone)
     if chosen == "trained" and not trains:
         raise ConfigError(
-            "norm_statistics = trained moves a backbone that unfreeze = none leaves as it is: leave one of them out"
+            "norm_statistics = trained changes a backbone that unfreeze = none leaves unchanged: leave one of them out"
         )
     if chosen == "auto" or not norms:
         return "trained" if config.weights == "random" and trains and norms else "frozen"
@@ -197,7 +201,7 @@ def _check_norms_frozen(config: AdaptConfig, norm_statistics: str, setting: str,
     if norm_statistics == "trained":
         raise ConfigError(
             f"{setting}: the BatchNorms of {config.backbone} train, and {why}: leave it out, set norm_statistics = frozen, or "
-            "take a backbone without BatchNorm"
+            "use a backbone without BatchNorm"
         )
 
 
@@ -215,8 +219,8 @@ def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, 
         workers = max(0, min(most, usable_cpus() // sharing - 1, max(1, room)))
     if workers > room:
         notes.append(
-            f"warning: {counted(workers, 'loader process')} may hold {workers * batch_bytes / GB:.1f} GB of "
-            f"views ready, and there are {main_memory() / GB:.0f} GB of main memory: lower --workers or --image-size"
+            f"warning: {counted(workers, 'loader process')} may prepare {workers * batch_bytes / GB:.1f} GB of "
+            f"views in advance, but there are only {main_memory() / GB:.0f} GB of main memory: lower --workers or --image-size"
         )
     return workers, 2 if 2 * workers <= room else 1, notes
 

@@ -31,7 +31,7 @@ def describe_values(found: Scan, spec: Preprocess, ids: Sequence[str]) -> list[s
     lines = [f"{found.kind}, {between} pixels ({len(found.seen)} of {found.n_images} images looked at)"]
     if spec.scaling is not None:
         bands = ", ".join(f"{low:g} … {high:g}" for low, high in zip(spec.scaling.low, spec.scaling.high, strict=True))
-        lines.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as asked'})")
+        lines.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as requested'})")
     return [*lines, *outlier_notes(found, ids, spec.scaling), *fill_notes(found), *window_notes(found, spec.scaling)]
 
 

@@ -60,7 +60,7 @@ def _alike(labels: Labels) -> str:
 
 def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
-        return None, "" if embedding else "no labels, as asked"
+        return None, "" if embedding else "no labels, as requested"
     if rule not in RULES:
         listed, strangers = look_up_some(rule, "label", found)
         note = f"labels: {counted(len(set(listed) - {None}), 'class')} from {rule}"
