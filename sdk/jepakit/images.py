@@ -87,7 +87,7 @@ def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) ->
         new_size = (spec.resize_to * width // short, spec.resize_to * height // short)
     if new_size[0] * new_size[1] > limits.max_pixels:
         raise ImageError(
-            f"{width} × {height} pixels is so long and thin that resizing makes {new_size[0]} × {new_size[1]}: cut it into tiles",
+            f"{width} × {height} pixels is so long and thin that resizing would make it {new_size[0]} × {new_size[1]}: cut it into tiles",
             code="too_large",
         )
     if new_size != (width, height):
@@ -133,7 +133,7 @@ def check_kind(header: Header, spec: Preprocess, name: str) -> None:
         return
     seen, wanted = describe_kind(header.bands, header.dtype), describe_kind(spec.bands, spec.stored_as)
     raise ImageError(
-        f"{name}: holds {seen}, the model was made for {wanted}: give it such images, or adapt a model on these",
+        f"{name}: holds {seen}, but the model was made for {wanted}: give it images of that kind, or adapt a model on these",
         code="unsupported_mode",
     )
 
@@ -164,8 +164,8 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
         return 0
     if frame >= header.frames:
         raise ImageError(
-            f"{name}: has {counted(header.frames, 'frame')}, there is no frame {frame}, counted from 0: give a file that "
-            "has it, or the frame's pixels as an array",
+            f"{name}: has {counted(header.frames, 'frame')}, so there is no frame {frame} (counted from 0): give a file that "
+            "has that frame, or the frame's pixels as an array",
             code="unsupported_mode",
         )
     return frame
@@ -259,7 +259,7 @@ def _refuse_other_units(valid: NDArray[Any], spec: Preprocess, name: str) -> Non
     """Refuse float values that all round to one integer when the model was made for integer files: wrong units."""
     if np.dtype(spec.stored_as).kind in "iu" and is_blank(valid[None].round(), None):
         raise ImageError(
-            f"{name}: the values ({np.nanmin(valid):g} … {np.nanmax(valid):g}) are all one whole number, and the model was made "
+            f"{name}: the values ({np.nanmin(valid):g} … {np.nanmax(valid):g}) all round to one whole number, but the model was made "
             f"for {spec.stored_as}: give them in the files' own units",
             code="saturated",
         )
@@ -273,8 +273,8 @@ def _check_scale(header: Header, ref: ImageRef, spec: Preprocess) -> None:
     fits = max(width, height) <= spec.tile if ref.window is not None else (width, height) in _tile_sizes(spec)
     if not fits:
         raise ImageError(
-            f"{ref.name}: {width} × {height} pixels, and the model was made for tiles of {spec.tile} × {spec.tile}: "
-            f"cut it by tile={spec.tile} (`jepakit embed --tile {spec.tile}`)",
+            f"{ref.name}: {width} × {height} pixels, but the model was made for tiles of {spec.tile} × {spec.tile}: "
+            f"cut it with tile={spec.tile} (`jepakit embed --tile {spec.tile}`)",
             code="wrong_scale",
         )
 

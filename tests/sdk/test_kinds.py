@@ -147,7 +147,9 @@ def test_an_array_is_the_frame_already_that_a_model_of_films_was_made_for() -> N
     opened = Image.open(io.BytesIO(tiff(film)))
     for held in (film, film.astype(np.float32), Image.fromarray(film), opened):
         np.testing.assert_array_equal(read_image(held, model)[:, :, 0], film)
-    assert "has 1 frame, there is no frame 2" in str(refused(tiff(film), model)), "in a file the third one is missing"
+    assert "has 1 frame, so there is no frame 2" in str(refused(tiff(film), model)), (
+        "in a file the third one is missing"
+    )
     asked = ImageRef(film, "film", frame=2)
     assert "there is no frame 2" in str(refused(asked, spec())), "a frame that is asked for is there, or refused"
 

@@ -190,7 +190,7 @@ def test_a_model_of_one_frame_of_films_takes_films_arrays_and_its_golden_inputs(
         close(client.embed(first, progress=False).vectors)
         close(client.embed(tmp_path / "films" / "00.tif", frame=1, progress=False).vectors)
         close(client.embed(tmp_path / "films" / "00.tif", progress=False).vectors)
-        with pytest.raises(ImageError, match="has 1 frame, there is no frame 1"):
+        with pytest.raises(ImageError, match="has 1 frame, so there is no frame 1"):
             client.embed(picture(0), progress=False)
 
 

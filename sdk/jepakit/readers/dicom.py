@@ -159,7 +159,7 @@ class DicomRaster(Raster):
             return _through_table(values, dataset)
         if None in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
             raise ImageError(
-                f"{self._name}: it has no window (VOI LUT) of its own, which value_range = 'file' asks for: choose "
+                f"{self._name}: it has no window (VOI LUT) of its own, and value_range = 'file' needs one: choose "
                 "another value_range",
                 code="unsupported_mode",
             )
@@ -206,7 +206,7 @@ class DicomRaster(Raster):
                 break
         if at != self._encoded.size:
             raise ImageError(
-                f"{self._name}: damaged or cut short: its compressed pixels have no end", code="unreadable"
+                f"{self._name}: damaged or cut short: the end of its compressed pixels is missing", code="unreadable"
             )
 
     def _find_plugin(self) -> str:
@@ -257,7 +257,7 @@ class DicomRaster(Raster):
         size = claimed_size(data)
         if size is None and self._syntax.startswith(_JPEGS):
             raise ImageError(
-                f"{self._name}: damaged: a frame is no JPEG or JPEG 2000 stream, or does not say how large it is",
+                f"{self._name}: damaged: a frame is not a JPEG or JPEG 2000 stream, or does not say how large it is",
                 code="unreadable",
             )
         if size is not None and size != (self.header.width, self.header.height):
@@ -314,13 +314,15 @@ def _refuse_unread(dataset: Any, name: str) -> None:
     samples = 3 if kind in _COLOUR else 1
     if kind not in (*_GREY, *_COLOUR, _PALETTE) or dataset.SamplesPerPixel != samples:
         raise ImageError(
-            f"{name}: DICOM pixels of a kind that is not read (reads grey, RGB, YBR and palettes): convert it to RGB",
+            f"{name}: DICOM pixels of a kind that is not read (grey, RGB, YBR and palettes are): convert it to RGB",
             code="unsupported_mode",
         )
     if kind in _COLOUR and bits != 8:
         raise ImageError(f"{name}: DICOM colour of {bits} bits: convert it to 8 bits", code="unsupported_mode")
     if kind == _PALETTE and "RedPaletteColorLookupTableData" not in dataset:
-        raise ImageError(f"{name}: a DICOM palette in segments or by name: convert it to RGB", code="unsupported_mode")
+        raise ImageError(
+            f"{name}: a DICOM palette that is segmented or only named: convert it to RGB", code="unsupported_mode"
+        )
     if kind in _GREY and all(tag in dataset for tag in _RESCALE):  # one without the other is never applied
         for tag in _RESCALE:
             if dataset.get(tag) in (None, ""):

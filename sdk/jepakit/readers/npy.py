@@ -107,9 +107,9 @@ def _header(format: str, dtype: np.dtype[Any], shape: tuple[int, ...], name: str
     what = f"{name} of {kind}" if format == "array" else f"{name}: {kind}"
     read_as = READ_AS.get(dtype.name)
     if read_as is None:
-        raise ImageError(f"{what}: wanted one of {', '.join(READ_AS)}: convert it", code="wrong_shape")
+        raise ImageError(f"{what}: convert it to one of {', '.join(READ_AS)}", code="wrong_shape")
     if len(shape) not in (2, 3):
-        raise ImageError(f"{what}: wanted [H, W] or [H, W, bands]", code="wrong_shape")
+        raise ImageError(f"{what}: give [H, W] or [H, W, bands]", code="wrong_shape")
     if len(shape) == 3 and _bands_first(shape, limits.max_bands):
         raise ImageError(
             f"{what}: it looks like [bands, H, W] or [slices, H, W]: store bands as [H, W, bands] "
@@ -143,13 +143,15 @@ def _volume(shape: tuple[int, ...]) -> bool:
 def _only_array(members: list[zipfile.ZipInfo], name: str) -> zipfile.ZipInfo:
     names = [member.filename for member in members]
     if any(key.endswith("data.pkl") for key in names):
-        raise unsupported(name, "a PyTorch file, which is a pickle and never loaded", "save the array with numpy.save")
+        raise unsupported(
+            name, "a PyTorch file, which is a pickle and so is never loaded", "save the array with numpy.save"
+        )
     if not names or not all(key.endswith(".npy") for key in names):
         raise unsupported(name, "a ZIP archive", "unpack it") if names else not_an_image(name)
     if len(members) > 1:
         keys = first_few([key.removesuffix(".npy")[:40] for key in names], _MAX_KEYS_SHOWN)
         raise ImageError(
-            f"{name}: {len(names)} arrays ({keys}); save the one you mean as a file of its own",
+            f"{name}: {len(names)} arrays ({keys}): save the one you need as a file of its own",
             code="unsupported_mode",
         )
     return members[0]

@@ -71,7 +71,7 @@ class PillowImage(Raster):
         with reading(name):
             if _is_deep_colour(image):
                 raise ImageError(
-                    f"{name}: 16-bit pixels, which Pillow makes 8-bit ones (mode {image.mode}): give the file itself",
+                    f"{name}: 16-bit pixels that Pillow has reduced to 8 bits (mode {image.mode}): give the file itself",
                     code="unsupported_mode",
                 )
             header = _header(image, name, _frames(image))
@@ -163,18 +163,21 @@ def _header(image: Image, name: str, frames: int) -> Header:
     mode = image.mode
     if mode not in _PLAIN_MODES | _TRANSPARENT_MODES | set(_DEEP_MODES):
         raise ImageError(
-            f"{name}: pixels of mode {mode}, which have no one meaning as RGB: convert them", code="unsupported_mode"
+            f"{name}: pixels of mode {mode}, which can be converted to RGB in more than one way: convert them first",
+            code="unsupported_mode",
         )
     deep_colour = _is_deep_colour(image)
     deep = "uint16" if deep_colour else _DEEP_MODES.get(mode)
     if deep is not None and ("transparency" in image.info or mode in _TRANSPARENT_MODES):
         raise ImageError(
-            f"{name}: 16-bit pixels with transparency, which cannot be laid on white without a scaling: "
+            f"{name}: 16-bit pixels with transparency, which cannot be laid on white without scaling them: "
             "save it without alpha",
             code="unsupported_mode",
         )
     if deep_colour and frames > 1:
-        raise ImageError(f"{name}: an animation of 16-bit colour: save the frame you mean", code="unsupported_mode")
+        raise ImageError(
+            f"{name}: an animation of 16-bit colour: save the frame you need by itself", code="unsupported_mode"
+        )
     format = {"MPO": "JPEG", None: "image"}.get(image.format, image.format)
     bands = 1 if mode in _DEEP_MODES else 3
     return Header(str(format), image.height, image.width, bands, deep or "uint8", frames)

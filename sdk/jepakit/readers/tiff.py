@@ -114,7 +114,7 @@ def _layout(series: Any, encoded: Encoded) -> _Layout:
         )
     if any(kept is None for kept in series.pages):
         raise ImageError(
-            f"{encoded.name}: it describes planes that it does not hold, perhaps a part of a series of OME-TIFF files: "
+            f"{encoded.name}: it describes planes that it does not hold, perhaps as one of a series of OME-TIFF files: "
             "save them as one file",
             code="unsupported_mode",
         )
@@ -128,8 +128,8 @@ def _layout(series: Any, encoded: Encoded) -> _Layout:
     if count > 1 and page.imagewidth < MIN_SIDE:
         # What tifffile.imwrite makes of [H, W, bands] unless it is told better.
         raise ImageError(
-            f"{encoded.name}: {count} pages of {page.imagewidth} × {page.imagelength} pixels, which look like rows with "
-            'their bands: save it with photometric="minisblack", planarconfig="contig"',
+            f"{encoded.name}: {count} pages of {page.imagewidth} × {page.imagelength} pixels, which look like the rows "
+            'of one image with bands: save it with photometric="minisblack", planarconfig="contig"',
             code="wrong_shape",
         )
     if n_planes > 1 and samples > 1:
@@ -251,7 +251,7 @@ class TiffRaster(Raster):
             value = float(text)
         except ValueError:
             raise ImageError(
-                f"{self._encoded.name}: its no-data value (GDAL_NODATA) is {text[:20]!r}, no number: correct it "
+                f"{self._encoded.name}: its no-data value (GDAL_NODATA) is {text[:20]!r}, not a number: correct it "
                 "(gdal_edit.py -a_nodata VALUE), or leave it out (gdal_edit.py -unsetnodata)",
                 code="unsupported_mode",
             ) from None
@@ -323,7 +323,7 @@ def _refuse_others(tif: Any, page: Any, name: str) -> None:
     for other in others:
         if not other.is_reduced and other.imagelength * other.imagewidth >= page.imagelength * page.imagewidth:
             raise ImageError(
-                f"{name}: a TIFF of several images: beside {_kind(page)} another of {_kind(other)}: save each as a file, or all "
+                f"{name}: a TIFF of several images, one of {_kind(page)} and one of {_kind(other)}: save each as a file, or all "
                 "as one stack of one size, type and compression (tifffile.imwrite(FILE, numpy.stack(IMAGES)))",
                 code="unsupported_mode",
             )
@@ -363,7 +363,7 @@ def _refuse_unread(page: Any, name: str) -> None:
         kind = page.dtype or f"{page.bitspersample} bits"
         raise refusal(f"values of type {kind}: store them as one of {', '.join(READ_AS)}")
     if _is_bare_subsampled(page):
-        raise refusal("uncompressed YCbCr of reduced colour resolution: save it as RGB")
+        raise refusal("uncompressed YCbCr with reduced colour resolution: save it as RGB")
     of_jpeg = page.photometric == _YCBCR and page.compression == _JPEG and page.dtype.name == "uint8"
     if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) and not of_jpeg:
         raise refusal(f"photometric kind {int(page.photometric)} in {page.dtype}: save it as grey, RGB or plain bands")
@@ -371,7 +371,7 @@ def _refuse_unread(page: Any, name: str) -> None:
         raise refusal(f"white as zero in {page.dtype}, which has no highest value: save it with black as zero")
     if _ALPHA & {int(kind) for kind in page.extrasamples}:
         raise refusal(
-            f"alpha beside {page.dtype} bands, which cannot be laid on white without a scaling: save it without alpha"
+            f"alpha beside {page.dtype} bands, which cannot be laid on white without scaling them: save it without alpha"
         )
     how = f"compression {int(page.compression)} and predictor {int(page.predictor)}"
     by_itself = _can_decode(page) and page.compression in _READ_BY_TIFFFILE and page.bitspersample % 8 == 0

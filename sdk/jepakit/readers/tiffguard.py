@@ -68,7 +68,7 @@ def _pages(tif: Any, name: str) -> Iterator[list[_Tag]]:
     offset = _number(tif, 8 if kind.version == _BIGTIFF else 4, kind.offsetformat, kind.offsetsize)
     while offset:
         if offset in seen:
-            raise ImageError(f"{name}: damaged: its pages run in a circle", code="unreadable")
+            raise ImageError(f"{name}: damaged: its pages form a loop", code="unreadable")
         seen.add(offset)
         tags = _tags(tif, offset, name)
         yield tags
@@ -81,7 +81,9 @@ def _tags(tif: Any, offset: int, name: str) -> list[_Tag]:
     kind = tif.tiff
     number = _number(tif, offset, kind.tagnoformat, kind.tagnosize)
     if not 1 <= number <= _MOST_TAGS:
-        raise ImageError(f"{name}: damaged: a page of {number} tags, where 1 to {_MOST_TAGS} can be", code="unreadable")
+        raise ImageError(
+            f"{name}: damaged: a page has {number} tags (1 to {_MOST_TAGS} are allowed)", code="unreadable"
+        )
     half = (kind.tagsize - 4) // 2
     format = f"{kind.byteorder}HH{'Q' if half == 8 else 'I'}{half}s"
     return [_Tag(*tag) for tag in struct.iter_unpack(format, tif.filehandle.read(number * kind.tagsize))]
@@ -122,12 +124,10 @@ def _held(tif: Any, tags: list[_Tag]) -> int:
 
 def _refuse_many(images: int, shared: int, name: str) -> None:
     if shared > _MOST_SHARED:
-        raise ImageError(
-            f"{name}: damaged: its pages have {shared:,} bytes of tags and values in common", code="too_large"
-        )
+        raise ImageError(f"{name}: damaged: its pages share {shared:,} bytes of tags and values", code="too_large")
     if images > _MOST_PAGES:
         raise ImageError(
-            f"{name}: a TIFF of over {_MOST_PAGES:,} pages and images below them: save it as several files",
+            f"{name}: a TIFF of over {_MOST_PAGES:,} pages and subimages: save it as several files",
             code="too_large",
         )
 
@@ -137,8 +137,8 @@ def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
 
     def refuse() -> Never:
         raise ImageError(
-            f"{name}: a TIFF of {seen:,} {what}, the limit for such is {_MOST_MIXED:,}: save those of one size, type and "
-            "compression as a file of their own",
+            f"{name}: a TIFF of {seen:,} {what}, the limit for these is {_MOST_MIXED:,}: save those of one size, type and "
+            "compression together, as a file of their own",
             code="too_large",
         )
 

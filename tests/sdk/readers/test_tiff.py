@@ -202,7 +202,9 @@ def test_orientation_turns_the_whole_and_its_windows(orientation: int, dtype: st
 @pytest.mark.parametrize("text", ["none", "n/a", "0 0 0", "1.#QNAN", " "])
 def test_a_nodata_value_that_is_no_number_is_refused_by_what_it_is(text: str) -> None:
     data = encode(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, text, True)])
-    with pytest.raises(ImageError, match=rf"GDAL_NODATA\) is '{re.escape(text.strip())}', no number: .*-unsetnodata"):
+    with pytest.raises(
+        ImageError, match=rf"GDAL_NODATA\) is '{re.escape(text.strip())}', not a number: .*-unsetnodata"
+    ):
         open_raster(data)
 
 
@@ -418,7 +420,7 @@ def test_several_images_in_one_file_are_refused_for_only_the_first_would_be_read
     for other in (same, large, same.astype(np.float32)):
         message = refused(images_of_one_file(small, other, ome=ome), "unsupported_mode")
         height, width = other.shape
-        assert f"beside 30 × 20 pixels of uint16 another of {width} × {height} pixels of {other.dtype}" in message
+        assert f"one of 30 × 20 pixels of uint16 and one of {width} × {height} pixels of {other.dtype}" in message
     with open_raster(images_of_one_file(large, small, ome=ome)) as raster:
         assert (raster.header.height, raster.header.frames) == (40, 1), "a smaller one is a copy, reduced"
 
@@ -438,13 +440,13 @@ def chain(pages: list[list[tuple[int, int]]], *, last: int = 0) -> bytes:
 
 def test_pages_that_run_in_a_circle_are_refused(refused: Refused) -> None:
     for length in (1, 2, 150):
-        assert "circle" in refused(chain([TAGS] * length, last=808), "unreadable")
+        assert "form a loop" in refused(chain([TAGS] * length, last=808), "unreadable")
 
 
 def test_a_page_without_tags_or_with_more_than_any_is_refused(refused: Refused) -> None:
-    assert "a page of 0 tags" in refused(chain([TAGS, [], TAGS]), "unreadable")
+    assert "a page has 0 tags" in refused(chain([TAGS, [], TAGS]), "unreadable")
     many = [(code, 0) for code in range(40_000, 40_300)]
-    assert "a page of 309 tags" in refused(chain([TAGS, TAGS + many]), "unreadable")
+    assert "a page has 309 tags" in refused(chain([TAGS, TAGS + many]), "unreadable")
 
 
 def test_a_file_of_more_pages_than_any_is_refused_at_once(refused: Refused) -> None:
@@ -491,7 +493,7 @@ def test_images_below_a_page_count_as_pages(refused: Refused) -> None:
 def test_images_below_a_page_have_no_more_tags_than_pages_have(refused: Refused) -> None:
     """tifffile reads each of them: the same one of 4,000 tags, 1,000 times, kept it busy for 20 s."""
     data = with_images_below(chain([TAGS + [(code, 0) for code in range(40_000, 44_000)]]), 1000)
-    assert "a page of 4009 tags" in refused(data, "unreadable")
+    assert "a page has 4009 tags" in refused(data, "unreadable")
 
 
 def test_pages_that_share_their_values_are_refused_before_each_is_given_a_copy(refused: Refused) -> None:
@@ -506,9 +508,7 @@ def test_pages_that_share_their_values_are_refused_before_each_is_given_a_copy(r
             struct.pack("<HHII", code, 4, *rest) for code, *rest in entries
         )
         pages += struct.pack("<I", first + len(pages) + 4 if place < 99 else 0)
-    assert "bytes of tags and values in common" in refused(
-        b"II*\0" + struct.pack("<I", first) + table + pages, "too_large"
-    )
+    assert " bytes of tags and values" in refused(b"II*\0" + struct.pack("<I", first) + table + pages, "too_large")
 
 
 def test_many_pages_saved_one_by_one_are_refused(refused: Refused) -> None:
