@@ -329,7 +329,7 @@ class AdaptConfig(_Settings):
         column = str(info.field_name).removesuffix("s")
         go = "go with the images, list(zip(images, labels)), or into" if column == "label" else "go into"
         raise ValueError(
-            f"wanted {', '.join(RULES)}, or a file; {column}s of your own {go} a CSV of path (0, 1, … for images in memory) "
+            f"give {', '.join(RULES)}, or a file; {column}s of your own {go} a CSV of path (0, 1, … for images in memory) "
             f"and {column}"
         )
 

@@ -181,7 +181,7 @@ def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fo
     (tmp_path / "few.csv").write_text("\n".join(["path,patient", *rows[1:]]))
     with pytest.raises(AssertionError, match=r"s#0\.svs is not in .*few\.csv \(5 of 60 images are not\)"):
         run("probe", "fit", tmp_path / "e.npz", "--group", tmp_path / "few.csv", "--out", tmp_path / "k")
-    with pytest.raises(AssertionError, match="embeddings know no groups, give a CSV or Parquet file"):
+    with pytest.raises(AssertionError, match="embeddings carry no groups: give a CSV or Parquet file"):
         run("probe", "fit", tmp_path / "e.npz", "--group", "auto", "--out", tmp_path / "k.safetensors")
 
 
@@ -213,7 +213,9 @@ def test_a_glob_that_the_shell_has_resolved_is_a_list_of_files(tmp_path: Path) -
         Image.effect_noise((40, 40), 50).save(tmp_path / name)
     told = run("inspect", *sorted(tmp_path.glob("?.png")), "--json", "--sheet", tmp_path / "sheet.png")
     assert json.loads(told)["n_images"] == 3
-    with pytest.raises(AssertionError, match=r"is a folder: give its images, or it alone \(1 of 2 files are missing\)"):
+    with pytest.raises(
+        AssertionError, match=r"is a folder: give its images, or the folder by itself \(1 of 2 files are missing\)"
+    ):
         run("embed", tmp_path / "a.png", tmp_path, "--url", "http://127.0.0.1:1", "--out", tmp_path / "e.npz")
 
 

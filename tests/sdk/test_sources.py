@@ -292,7 +292,7 @@ def test_a_file_listed_twice_is_no_two_images_to_train_on(tmp_path: Path) -> Non
 
 def test_missing_files_of_a_list_are_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
-    with pytest.raises(DataError, match=r"\*\.png is no file: give a glob alone, not in a list \(1 of 1 files"):
+    with pytest.raises(DataError, match=r"\*\.png is not a file: give a glob by itself, not in a list \(1 of 1 files"):
         list_images([tmp_path / "*.png"])
     with pytest.raises(DataError, match=r"x\.png does not exist \(2 of 3 files are missing\)"):
         list_images([tmp_path / "a.png", tmp_path / "x.png", tmp_path / "y.png"])
@@ -352,7 +352,7 @@ def test_folder_takes_folders_as_classes_whatever_their_number(tmp_path: Path) -
 
 def test_folder_names_the_image_that_has_no_class(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "stray.png")
-    with pytest.raises(DataError, match=r"stray\.png lies in no class folder"):
+    with pytest.raises(DataError, match=r"stray\.png is in no class folder"):
         list_images(tmp_path, "folder")
 
 
@@ -432,8 +432,8 @@ def test_labels_asked_of_folders_come_from_folders_or_are_refused(tmp_path: Path
     touch(tmp_path, "cat/1.png", "stray.png")
     array = np.zeros((10, 12, 3), np.uint8)
     for source, told in [
-        (tmp_path, r"stray\.png lies in no class folder: move it into one, or use labels none"),
-        (f"{tmp_path}/*/*.png", "labels = 'folder', and a glob has no class folders: give the folder that holds them"),
+        (tmp_path, r"stray\.png is in no class folder: move it into one, or use labels none"),
+        (f"{tmp_path}/*/*.png", "labels = 'folder', but a glob has no class folders: give the folder that holds them"),
         (tmp_path / "cat" / "1.png", "a single file has no class folders"),
         ([tmp_path / "cat" / "1.png"], "a list of files has no class folders"),
         ([array, array], "a sequence in memory has no class folders"),

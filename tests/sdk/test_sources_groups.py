@@ -236,7 +236,7 @@ def test_a_folder_of_files_without_suffix_that_are_no_dicom_says_so(tmp_path: Pa
 
 def test_a_folder_in_a_list_is_called_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.png", "2.png")
-    with pytest.raises(DataError, match=r"a is a folder: give its images, or it alone \(1 of 2"):
+    with pytest.raises(DataError, match=r"a is a folder: give its images, or the folder by itself \(1 of 2"):
         list_images([tmp_path / "2.png", tmp_path / "a"])
 
 

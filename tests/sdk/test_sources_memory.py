@@ -233,7 +233,7 @@ def test_files_with_labels_in_a_list_are_files_of_that_name(tmp_path: Path) -> N
         list_images([(tmp_path / "a.png", 0), (tmp_path / "nowhere" / "b.png", 1)])
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "a.png", "a.png")
-    with pytest.raises(DataError, match=r"a\.tar stands beside a label, and is an archive"):
+    with pytest.raises(DataError, match=r"a\.tar is an archive, and has a label beside it"):
         list_images([(tmp_path / "a.tar", 0)])
 
 
@@ -252,7 +252,7 @@ def test_an_item_that_fails_or_is_no_image_is_an_image_error_with_its_place() ->
     listed = list_images(Dataset([0, 1, 2], broken=1), "none")
     with pytest.raises(ImageError, match=r"image 1 cannot be read from the Dataset \(image file is truncated\)"):
         listed[1]
-    with pytest.raises(ImageError, match="image 1 is of type int: wanted an array"):
+    with pytest.raises(ImageError, match="image 1 is of type int: give an array"):
         list_images([array(), 7])[1]
     assert listed.digest()
 
@@ -303,7 +303,7 @@ def test_one_image_is_no_list_but_can_be_gathered() -> None:
 
 
 def test_groups_by_folder_make_no_sense_in_memory() -> None:
-    with pytest.raises(DataError, match="lie in no folders"):
+    with pytest.raises(DataError, match="are in no folders"):
         list_images([array()], group="folder")
 
 

@@ -148,15 +148,15 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["", "path,label"], "is empty or begins with an empty line"),
         (["path," + "x" * 200_000, "1.png,a"], r"m\.csv, line 1: field larger than field limit"),
         (["path,label", '"1.png,a'], r"m\.csv, line 2: unexpected end of data"),
-        (["path", "1.png", "x.png", "y.png"], r"lists x\.png, which is no file in .* \(2 of 3 are missing\)"),
+        (["path", "1.png", "x.png", "y.png"], r"lists x\.png, which is not a file in .* \(2 of 3 are missing\)"),
         (["path", "1.png", "d\\x.png"], r"lists d\\x\.png, .*: paths are written with / here, not with \\"),
-        (["path", "s3://b/x.png"], r"lists s3:/b/x\.png, .*: images are read from disks alone: download them"),
+        (["path", "s3://b/x.png"], r"lists s3:/b/x\.png, .*: images are read from disk only: download them"),
         (["path", "C:/x.png"], r"lists C:/x\.png, .*: paths are relative to the manifest's folder"),
         (["path", "file:///x.png"], r"lists file:/x\.png, .*: paths are written without file://"),
         (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),
         (["path,Label,label", "1.png,a,b"], r"has two columns named 'Label'"),
         (["path,label,Label,label", "1.png,a,b,c"], r"has two columns named 'label'"),
-        (["path", "1.png", "a\0/b.png"], r"lists a\\x00/b\.png, which is no file"),
+        (["path", "1.png", "a\0/b.png"], r"lists a\\x00/b\.png, which is not a file"),
         (["path,split", "1.png,test", "2.png,val"], r"no row's split is train \(found test, val\)"),
     ],
 )  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_file_named_relatively_and_absolutely_is_listed_twice(tmp_path: Path) 
 @pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
 def test_a_name_in_another_form_of_unicode_is_told_apart(tmp_path: Path, on_disk: Any, written: Any) -> None:
     touch(tmp_path, unicodedata.normalize(on_disk, "K\u00f6ln.png"))
-    with pytest.raises(DataError, match=f"the file's own name is in Unicode's form {on_disk}: write it so"):
+    with pytest.raises(DataError, match=f"the file's own name is in Unicode form {on_disk}: write it in that form"):
         list_images(csv(tmp_path / "m.csv", "path", unicodedata.normalize(written, "K\u00f6ln.png")))
 
 
@@ -206,7 +206,7 @@ def test_empty_rows_of_a_spreadsheet_are_none(tmp_path: Path) -> None:
 
 
 def test_an_address_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="s3://b/x is an address: images are read from disks alone, so download them"):
+    with pytest.raises(DataError, match="s3://b/x is a URL: images are read from disk only, so download them"):
         list_images("s3://b/x")
 
 
@@ -360,12 +360,12 @@ def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": "fodler"}, r"labels = 'fodler': wanted auto, folder, none, or a file .*; did you mean folder\?"),
+        ({"labels": "fodler"}, r"labels = 'fodler': give auto, folder, none, or a file .*; did you mean folder\?"),
         ({"labels": "gone.csv"}, r"labels = 'gone.csv' \(there is no such file\)"),
-        ({"group": "patients"}, r"group = 'patients': wanted auto, folder, none"),
-        ({"labels": ["cat"]}, r"labels is of type list: wanted auto, .*; labels of your own go to the probe, fit\("),
-        ({"labels": None}, "labels is of type NoneType: wanted auto"),
-        ({"group": 3}, r"group is of type int: wanted auto, folder, none, or a file [^;]*$"),
+        ({"group": "patients"}, r"group = 'patients': give auto, folder, none"),
+        ({"labels": ["cat"]}, r"labels is of type list: give auto, .*; labels of your own go to the probe, fit\("),
+        ({"labels": None}, "labels is of type NoneType: give auto"),
+        ({"group": 3}, r"group is of type int: give auto, folder, none, or a file [^;]*$"),
     ],
 )
 def test_a_rule_that_is_neither_a_rule_nor_a_file_is_refused(

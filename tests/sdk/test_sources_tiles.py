@@ -272,7 +272,7 @@ def test_tables_of_tiles_spell_paths_as_tables_of_images_do(make: Make, tmp_path
         assert list_images(folder, table, tile=8).labels == ("good", "scratch", "good", "good")
     table.write_text('path,label\n"c/a.tif#0,0,8,8",good\n')
     with pytest.raises(
-        DataError, match=r"its first path is c/a.tif#0,0,8,8, and the first image's a.tif#0,0,8,8: write"
+        DataError, match=r"its first path is c/a.tif#0,0,8,8, and that of the first image is a.tif#0,0,8,8: write"
     ):
         list_images(folder, table, tile=8)
 
@@ -314,17 +314,17 @@ def test_frames_are_cut_into_tiles_and_judged_one_by_one(make: Make) -> None:
     ("settings", "message"),
     [
         ({"tile": 7}, "tile = 7: the least is 8"),
-        ({"tile": 16, "overlap": 16}, "overlap = 16: wanted 0 or more, and less than tile = 16"),
+        ({"tile": 16, "overlap": 16}, "overlap = 16: give 0 or more, and less than tile = 16"),
         ({"tile": 16, "overlap": -1}, "overlap = -1"),
         ({"overlap": 4}, "overlap = 4 without tile"),
-        ({"tile": 16, "min_valid": 1.5}, r"min_valid = 1\.5: wanted a share from 0 to 1"),
-        ({"tile": 16.0}, r"tile = 16\.0: wanted a number of pixels"),
-        ({"tile": "each"}, "tile = 'each': wanted a number of pixels"),
-        ({"tile": 16, "overlap": True}, "overlap = True: wanted a number of pixels"),
-        ({"frame": 1.5}, r"frame = 1\.5: wanted a number or each"),
-        ({"frame": False}, "frame = False: wanted a number or each"),
+        ({"tile": 16, "min_valid": 1.5}, r"min_valid = 1\.5: give a share from 0 to 1"),
+        ({"tile": 16.0}, r"tile = 16\.0: give a number of pixels"),
+        ({"tile": "each"}, "tile = 'each': give a number of pixels"),
+        ({"tile": 16, "overlap": True}, "overlap = True: give a number of pixels"),
+        ({"frame": 1.5}, r"frame = 1\.5: give a number or each"),
+        ({"frame": False}, "frame = False: give a number or each"),
         ({"frame": -1}, "frame = -1: frames are counted from 0"),
-        ({"frame": "eech"}, r"frame = 'eech': wanted a number or each; did you mean each\?"),
+        ({"frame": "eech"}, r"frame = 'eech': give a number or each; did you mean each\?"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(make: Make, settings: dict[str, Any], message: str) -> None:

@@ -1324,7 +1324,7 @@ def test_an_address_that_only_looks_like_a_route_is_one(url: str) -> None:
 
 
 def test_tiles_of_no_number_are_refused(service: str, folder: Path) -> None:
-    with jepakit.Client(service) as client, pytest.raises(ConfigError, match="tile = 'a': wanted a number of pixels"):
+    with jepakit.Client(service) as client, pytest.raises(ConfigError, match="tile = 'a': give a number of pixels"):
         client.embed(folder, tile="a")  # type: ignore[arg-type]
 
 

@@ -101,7 +101,7 @@ def _find_at(source: str, *, with_labels: bool, with_groups: bool, with_splits: 
     if glob.has_magic(source):
         return _find_matching(source, with_labels=with_labels)
     if "://" in source:
-        raise DataError(f"{source} is an address: images are read from disks alone, so download them and give {_KINDS}")
+        raise DataError(f"{source} is a URL: images are read from disk only, so download them and give {_KINDS}")
     raise DataError(f"{source} does not exist: give {_KINDS}")
 
 
@@ -185,9 +185,9 @@ def _find_listed(listed: Sequence[str | Path], *, with_labels: bool, may_be_gone
     if missing:
         what = "does not exist"
         if Path(missing[0]).is_dir():
-            what = "is a folder: give its images, or it alone"
+            what = "is a folder: give its images, or the folder by itself"
         elif glob.has_magic(missing[0]):
-            what = "is no file: give a glob alone, not in a list"
+            what = "is not a file: give a glob by itself, not in a list"
         raise DataError(f"{missing[0]} {what} ({len(missing)} of {len(paths)} files are missing)")
     archives = [path for path in paths if _is_archive(path)]
     if archives and len(archives) == len(paths):
@@ -196,7 +196,7 @@ def _find_listed(listed: Sequence[str | Path], *, with_labels: bool, may_be_gone
         return _find_in_archives(paths, with_labels=with_labels)
     strange = archives or [path for path in paths if suffix(path) in TABLES]
     if strange:
-        raise DataError(f"{strange[0]} stands in a list of image files: give it alone, or in a list of its own kind")
+        raise DataError(f"{strange[0]} is in a list of image files: give it by itself, or in a list of its own kind")
     return Found(Files("", paths), tuple(os.fspath(item) for item in listed), kind=LISTED)
 
 
@@ -204,7 +204,7 @@ def _find_labelled(pairs: Sequence[tuple[str | Path, Any]], *, with_labels: bool
     """The files of a list of (path, label)."""
     found = _find_listed([path for path, _ in pairs], with_labels=False, may_be_gone=may_be_gone)
     if found.kind != LISTED:
-        raise DataError(f"{pairs[0][0]} stands beside a label, and is an archive: give archives alone")
+        raise DataError(f"{pairs[0][0]} is an archive, and has a label beside it: give archives without labels")
     if not with_labels:
         return found
     labels, note = read_labels([label for _, label in pairs], of="list")
@@ -214,7 +214,9 @@ def _find_labelled(pairs: Sequence[tuple[str | Path, Any]], *, with_labels: bool
 def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | None = None) -> Found:
     zips = [path for path in paths if suffix(path) == ".zip"]
     if zips and len(zips) < len(paths):
-        raise DataError(f"{zips[0]} and {counted(len(paths) - 1, 'other')} are .zip and .tar mixed: give one kind")
+        raise DataError(
+            f"{zips[0]} and {counted(len(paths) - 1, 'other')} mix .zip and .tar: give archives of one kind"
+        )
     if zips:
         found = find_in_zips(zips, whole=folder is None and len(zips) == 1)
     else:

@@ -42,14 +42,16 @@ def groups_of(ids: Sequence[str], file: str | Path) -> tuple[str, ...]:
     """
     table = check_rule("group", file, column="group")
     if table in RULES:
-        raise ConfigError(f"group = {table!r}: embeddings know no groups, give a CSV or Parquet file of path and group")
+        raise ConfigError(
+            f"group = {table!r}: embeddings carry no groups: give a CSV or Parquet file of path and group"
+        )
     images = tuple(map(image_of, ids))
     return look_up(table, "group", Found(Files("", images), images))
 
 
 def _deepest_folders(found: Found) -> tuple[Groups, str]:
     if found.store.in_memory:
-        raise DataError("images in memory lie in no folders: use group auto, none, or a file of paths and groups")
+        raise DataError("images in memory are in no folders: use group auto, none, or a file of paths and groups")
     groups = tuple(sys.intern(name.rpartition("/")[0] or ".") for name in found.ids)
     return groups, f"groups: {counted(len(set(groups)), 'folder')}"
 

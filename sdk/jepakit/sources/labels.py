@@ -72,7 +72,7 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if found.folders is None:
         if rule == "folder":
             raise DataError(
-                f"labels = 'folder', and {found.kind} has no class folders: give the folder that holds them, a CSV file "
+                f"labels = 'folder', but {found.kind} has no class folders: give the folder that holds them, a CSV file "
                 "of paths and labels, or labels none"
             )
         return None, "" if embedding else f"no labels: {found.kind} has no class folders"
@@ -89,7 +89,7 @@ def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tupl
     if None in counts:
         stray = names[tops.index(None)]
         if rule == "folder":
-            raise DataError(f"{stray} lies in no class folder: move it into one, or use labels none")
+            raise DataError(f"{stray} is in no class folder: move it into one, or use labels none")
         return None, f"no labels: images lie outside class folders ({counts[None]:,} of {len(names):,}, {stray} first)"
     classes = sorted(str(name) for name in counts)
     if {name.lower() for name in classes} <= _SPLIT_NAMES and len(classes) > 1:

@@ -45,11 +45,11 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool, with_sp
 
 def _check_paths(file: str, root: str, ids: tuple[str, ...]) -> None:
     if (twice := repeated(ids, root)) is not None:
-        raise DataError(f"{file} lists {twice} more than once: an image is one row")
+        raise DataError(f"{file} lists {twice} more than once: give each image one row")
     missing = not_files(root, ids)
     if missing:
         raise DataError(
-            f"{file} lists {missing[0]}, which is no file in {root or 'this folder'} "
+            f"{file} lists {missing[0]}, which is not a file in {root or 'this folder'} "
             f"({len(missing)} of {len(ids)} are missing): {_how_to_write(root, missing[0])}"
         )
 
@@ -61,10 +61,10 @@ def _how_to_write(root: str, path: str) -> str:
     if scheme == "file":
         return "paths are written without file://"
     if colon and len(scheme) > 1:
-        return "images are read from disks alone: download them, and give their paths"
+        return "images are read from disk only: download them, and give their paths"
     for form in ("NFC", "NFD"):
         if Path(root, unicodedata.normalize(form, path)).is_file():
-            return f"the file's own name is in Unicode's form {form}: write it so, or rename the file"
+            return f"the file's own name is in Unicode form {form}: write it in that form, or rename the file"
     return "paths are relative to the manifest's folder"
 
 
@@ -76,7 +76,7 @@ def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
     if held_out.all():
         raise DataError(
             f"{file}: no row's {table.names['split']} is train (found {', '.join(sorted(set(splits))[:6])}): "
-            "name the rows to train on train, or drop the column"
+            "write train in the rows to train on, or drop the column"
         )
     if not held_out.any():
         return None, "the manifest's split holds out nothing"

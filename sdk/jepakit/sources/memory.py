@@ -43,7 +43,7 @@ class Items:
             ) from error
         image, _ = _split(item)
         if not is_one_image(image):
-            raise ImageError(f"image {index} is of type {_kind(image)}: wanted {_WANTED}", code="unsupported_format")
+            raise ImageError(f"image {index} is of type {_kind(image)}: give {_WANTED}", code="unsupported_format")
         if isinstance(image, str | Path):
             return Path(with_home(image))
         return bytes(image) if isinstance(image, bytearray | memoryview) else image
@@ -80,7 +80,7 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
         raise DataError(f"the {_kind(items)} has no item 0 ({type(error).__name__}: {error}): give a list") from None
     if not is_one_image(first):
         hint = ": leave ToTensor out of its transform" if _kind(first) == "Tensor" else ""
-        raise DataError(f"the first item is of type {_kind(first)}{hint}; wanted {_WANTED}, or (image, label)")
+        raise DataError(f"the first item is of type {_kind(first)}{hint}; give {_WANTED}, or (image, label)")
     ids = tuple(map(str, range(len(items))))
     if isinstance(items, list):
         ids = tuple(

@@ -54,7 +54,7 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
             hint = next(filter(None, (did_you_mean(name, header) for name in COLUMNS[role])), "")
             raise DataError(
                 f"{file} has no column {role!r} (nor {', '.join(COLUMNS[role][1:])}); "
-                f"its columns are {', '.join(header)}{hint or f': name the one that is meant {role}'}"
+                f"its columns are {', '.join(header)}{hint or f': rename the one that is meant to {role}'}"
             )
     names = [name.casefold() for name in header]
     twice = [header[place] for place in places.values() if names.count(names[place]) > 1]
@@ -85,14 +85,14 @@ def check_rule(setting: str, rule: str | Path, *, column: str) -> str:
     if not isinstance(rule, str | os.PathLike):
         own = "; labels of your own go to the probe, fit(vectors, labels)" if setting == "labels" else ""
         raise ConfigError(
-            f"{setting} is of type {type(rule).__name__}: wanted {', '.join(RULES)}, or a file {', '.join(TABLES)}{own}"
+            f"{setting} is of type {type(rule).__name__}: give {', '.join(RULES)}, or a file {', '.join(TABLES)}{own}"
         )
     text = with_home(rule)
     if is_rule(text):
         return text
     missing = " (there is no such file)" if suffix(text) in TABLES else ""
     raise ConfigError(
-        f"{setting} = {text!r}{missing}: wanted {', '.join(RULES)}, or a file {', '.join(TABLES)} "
+        f"{setting} = {text!r}{missing}: give {', '.join(RULES)}, or a file {', '.join(TABLES)} "
         f"with a column path and a column {column}{did_you_mean(text, RULES)}"
     )
 
@@ -128,13 +128,13 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, 
             raise DataError(f"{file}: the column of the {role}s is empty for all of {counted(len(found.ids), 'image')}")
         path = next(iter(values))
         hint = (
-            "they are of tiles or frames, so cut the images into such (tile, frame)"
+            "they are of tiles or frames, so cut the images alike (tile, frame)"
             if path != image_of(path) and first == image_of(first)
-            else f"write them alike{did_you_mean(first, list(values)[:1000])}"
+            else f"write both alike{did_you_mean(first, list(values)[:1000])}"
         )
         raise DataError(
             f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {path}, and "
-            f"the first image's {first}: {hint}"
+            f"that of the first image is {first}: {hint}"
         )
     return tuple(value or None for value in found_values), [key for key in values.keys() - set(keys) if values[key]]
 
@@ -245,7 +245,7 @@ def _open_parquet(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows
 def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
     strange = next((value for value in values if value is not None and not isinstance(value, str | int | float)), None)
     if strange is not None:
-        raise DataError(f"{file}: the column {name!r} holds {type(strange).__name__}: wanted text or numbers")
+        raise DataError(f"{file}: the column {name!r} holds {type(strange).__name__}: give text or numbers")
     # pandas turns an empty cell into NaN.
     return ["" if value is None or value != value else str(value).strip() for value in values]
 

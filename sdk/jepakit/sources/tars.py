@@ -91,7 +91,7 @@ def _link(path: str, name: str, to: str, members: dict[str, Member], sidecars: d
         sidecars[name] = sidecars[to]
     elif is_image(name):
         raise DataError(
-            f"{path}: {name} is a hard link to {to}, which is no image before it: tar with --hard-dereference"
+            f"{path}: {name} is a hard link to {to}, which is not an image stored before it: make the tar with --hard-dereference"
         )
 
 
@@ -111,7 +111,7 @@ def _labels_of(path: str, images: list[str], sidecars: dict[str, str | None]) ->
         labels = of_key.get(_key(image), set())
         if len(labels) > 1:
             raise DataError(
-                f"{path}: {image} may have either of the labels {', '.join(sorted(labels)[:3])}: give it a .cls file of its own "
+                f"{path}: {image} could have any of the labels {', '.join(sorted(labels)[:3])}: give it a .cls file of its own "
                 "name, or use labels none"
             )
         return next(iter(labels), None)
@@ -159,12 +159,12 @@ def _check_end(path: str, file: BinaryIO, here: int, end: int) -> None:
     """Refuse a false end: after the zeros at byte `here`, only more zeros may follow, to fill the last record."""
     if end - here > _MOST_ZEROS:
         raise DataError(
-            f"{path} ends at byte {here:,} of {end:,}: copy it again; of two tars in one file make two, or make it again"
+            f"{path} ends at byte {here:,} of {end:,}: copy it again, or make it again (if it is two tars in one file, as two)"
         )
     file.seek(here)
     if file.read().strip(b"\0"):
         raise DataError(
-            f"{path} goes on after the zeros that end a tar (byte {here:,}): it is damaged, or two tars in one file: make it again"
+            f"{path} goes on after the zeros that end a tar (byte {here:,}): it is damaged, or is two tars in one file: make it again"
         )
 
 
@@ -183,8 +183,8 @@ def _label(path: str, name: str, entry: tarfile.TarInfo, file: BinaryIO) -> str 
             return sys.intern(data.decode("utf-8-sig").strip()) or None
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {name} cannot be read ({error}): mend it, or use labels none") from None
+        raise DataError(f"{path}: {name} cannot be read ({error}): correct it, or use labels none") from None
     label = values.get("label") if isinstance(values, dict) else None
     if label is not None and not isinstance(label, str | int):
-        raise DataError(f"{path}: the label in {name} is {label!r:.80}: wanted text or a whole number")
+        raise DataError(f"{path}: the label in {name} is {label!r:.80}: make it text or a whole number")
     return None if label is None else sys.intern(str(label).strip()) or None

@@ -51,17 +51,15 @@ class Cut:
         if not isinstance(self.frame, str):
             self._make_whole("frame", "a number or each")
         if self.tile is None and self.overlap:
-            raise ConfigError(
-                f"overlap = {self.overlap} without tile: an overlap needs tile, the pixels a side of the tiles"
-            )
+            raise ConfigError(f"overlap = {self.overlap} without tile: give tile too, the side of the tiles in pixels")
         if self.tile is not None and self.tile < MIN_TILE:
             raise ConfigError(f"tile = {self.tile}: the least is {MIN_TILE} pixels")
         if self.tile is not None and not 0 <= self.overlap < self.tile:
-            raise ConfigError(f"overlap = {self.overlap}: wanted 0 or more, and less than tile = {self.tile}")
+            raise ConfigError(f"overlap = {self.overlap}: give 0 or more, and less than tile = {self.tile}")
         if isinstance(self.min_valid, bool) or not isinstance(self.min_valid, Real) or not 0 <= self.min_valid <= 1:
-            raise ConfigError(f"min_valid = {self.min_valid}: wanted a share from 0 to 1")
+            raise ConfigError(f"min_valid = {self.min_valid}: give a share from 0 to 1")
         if isinstance(self.frame, str) and self.frame != "each":
-            raise ConfigError(f"frame = {self.frame!r}: wanted a number or each{did_you_mean(self.frame, ['each'])}")
+            raise ConfigError(f"frame = {self.frame!r}: give a number or each{did_you_mean(self.frame, ['each'])}")
         if isinstance(self.frame, int) and self.frame < 0:
             raise ConfigError(f"frame = {self.frame}: frames are counted from 0")
 
@@ -80,7 +78,7 @@ class Cut:
         except TypeError:
             whole = None
         if whole is None or isinstance(value, bool):
-            raise ConfigError(f"{name} = {value!r}: wanted {wanted}")
+            raise ConfigError(f"{name} = {value!r}: give {wanted}")
         object.__setattr__(self, name, whole)
 
 
