@@ -240,7 +240,9 @@ def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
         ) from error
     # Its subclasses mean broken connections, which are normal while a service restarts.
     if type(cause) is ssl.SSLError:
-        raise ConnectionFailedError(f"{url} does not speak https ({cause.reason}): is it http://…?") from error
+        raise ConnectionFailedError(
+            f"{url} does not speak https ({cause.reason}): should the address begin with http://?"
+        ) from error
 
 
 def _meaning(response: httpx.Response, note: str) -> ResponseError:
@@ -250,7 +252,7 @@ def _meaning(response: httpx.Response, note: str) -> ResponseError:
         to = response.next_request.url
         message = (
             f"the service answered {response.status_code}, a redirect to {to.scheme}://{to.netloc.decode('ascii')}{to.path}: "
-            "give what stands there before /v1 as url"
+            "give the part of that address before /v1 as url"
         )
     with suppress(ValueError, KeyError, TypeError):
         error = response.json()["error"]

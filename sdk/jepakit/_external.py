@@ -102,7 +102,7 @@ def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
             for first, last in [entry["data_offsets"]]
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BundleError(f"{DATA} is no safetensors file: export the bundle again") from None
+        raise BundleError(f"{DATA} is not a safetensors file: export the bundle again") from None
     return placed
 
 

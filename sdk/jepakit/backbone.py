@@ -106,7 +106,7 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
     for argument in backbone.arguments:
         if argument not in _ARGUMENTS:
             raise BackboneError(
-                f"the bundle builds {backbone.name} with {argument[:80]!r}, which jepakit writes into none (only "
+                f"the bundle builds {backbone.name} with {argument[:80]!r}, which jepakit never writes into a bundle (only "
                 f"{', '.join(_ARGUMENTS)}): do not trust it"
             )
     try:
@@ -149,13 +149,13 @@ def stock_preprocess(module: Any, image_size: int | None) -> Preprocess:
     missing = [key for key in ("mean", "std", "interpolation", "input_size") if not described.get(key)]
     if missing:
         raise BackboneError(
-            f"timm does not say how {described.get('architecture')} was fed ({', '.join(missing)} missing)"
+            f"timm does not say how images are prepared for {described.get('architecture')} ({', '.join(missing)} missing)"
         )
     size = image_size or int(described["input_size"][-1])
     crop_mode = described.get("crop_mode") or "center"
     if crop_mode not in ("center", "squash") or described["interpolation"] not in ("bicubic", "bilinear"):
         raise BackboneError(
-            f"{described.get('architecture')} wants {described['interpolation']} resizing and crop mode {crop_mode}: not supported yet"
+            f"{described.get('architecture')} needs {described['interpolation']} resizing and crop mode {crop_mode}, which are not supported yet"
         )
     return Preprocess(
         size=size,
@@ -286,7 +286,7 @@ def _given_state(weights: str) -> tuple[dict[str, Tensor], Path, str | None]:
 def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a .safetensors file, or of a .pth file without unpickling anything but tensors."""
     if not file.is_file():
-        wrong = f"is a folder, and no bundle: it has no {MANIFEST}" if file.is_dir() else "does not exist"
+        wrong = f"is a folder, but not a bundle: it has no {MANIFEST}" if file.is_dir() else "does not exist"
         raise BackboneError(f"{file} {wrong}; give a .safetensors or .pth file, a bundle, `pretrained` or `random`")
     try:
         if file.suffix == ".safetensors":
@@ -303,7 +303,7 @@ def _read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BackboneError(f"{file} holds no plain state dict of tensors")
+        raise BackboneError(f"{file} does not hold a plain state dict of tensors")
     return state, {}
 
 
@@ -331,7 +331,7 @@ def _load(module: Any, state: dict[str, Tensor], file: Path) -> None:
         if keys
     ]
     if complaints:
-        remedy = "name the backbone that the weights are of"
+        remedy = "name the backbone that the weights belong to"
         if not missing and not left_over:
             remedy += ", and their image size where it cannot take another"
         raise BackboneError(

@@ -428,7 +428,7 @@ def _check_regular(file: Path) -> None:
     """BundleError for a pipe or a device, which could be read forever. Raises OSError."""
     mode = file.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise BundleError(f"{file} is no regular file: do not use this bundle, jepakit did not make it")
+        raise BundleError(f"{file} is not a regular file: do not use this bundle, jepakit did not make it")
 
 
 class Inside(NamedTuple):
@@ -480,7 +480,7 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
         if (version := values.get("schema_version")) != 1:
             raise BundleError(f"{file} has schema version {version!r}, this jepakit reads version 1: upgrade jepakit")
         whole = values.get("digest") == _digest_of(values) and text == _render(values)
@@ -492,7 +492,7 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
         raise BundleError(
-            f"{file} is whole, but not as this jepakit writes it ({explain(error, Manifest)[:300]}): upgrade jepakit, "
+            f"{file} is intact, but not as this jepakit writes it ({explain(error, Manifest)[:300]}): upgrade jepakit, "
             "or export the bundle again"
         ) from None
     strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]

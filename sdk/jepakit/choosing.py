@@ -30,14 +30,16 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     for given in (before, after):
         if not isinstance(given, Embeddings):
             raise DataError(
-                f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, of `embed` or of Embeddings.load(FILE)"
+                f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, from `embed` or Embeddings.load(FILE)"
             )
     if not len(before):
         raise DataError("there are no embeddings to compare")
     after = after[_places(before.ids, after.ids)]
     if before.labels is None or after.labels is None:
         which = "the first" if before.labels is None else "the second"
-        raise DataError(f"{which} embeddings have no labels, and models are compared on labelled images: embed such")
+        raise DataError(
+            f"{which} embeddings have no labels, and models are compared on labelled images: embed images with labels"
+        )
     for name, one, other in zip(before.ids, before.labels, after.labels, strict=True):
         if one != other:
             raise DataError(
@@ -67,7 +69,7 @@ def _places(wanted: Sequence[str], ids: Sequence[str]) -> list[int]:
     if alone := sorted(place_of.keys() ^ set(wanted)):
         raise DataError(
             f"these are not embeddings of the same images: {first_few(alone, 3)} "
-            f"{'is' if len(alone) == 1 else 'are'} in one of them alone; embed the same images with both models"
+            f"{'is' if len(alone) == 1 else 'are'} in only one of them; embed the same images with both models"
         )
     if not len(wanted) == len(ids) == len(place_of):
         raise DataError(

@@ -81,7 +81,7 @@ class Embeddings:
             places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
         except IndexError as error:
             raise DataError(
-                f"{error}: of {len(self)} embeddings, take a slice, a mask of {len(self)}, or places below it"
+                f"{error}: of {len(self)} embeddings, take a slice, a mask of {len(self)}, or places below {len(self)}"
             ) from None
         if places.ndim != 1:
             raise TypeError(
@@ -108,7 +108,7 @@ class Embeddings:
             return self._nearest_others(k)
         if not isinstance(queries, Embeddings):
             raise DataError(
-                f"queries of type {type(queries).__name__}: give embeddings, of `embed` or some of these (embeddings[[7]])"
+                f"queries of type {type(queries).__name__}: give embeddings from `embed`, or some of these (embeddings[[7]])"
             )
         if queries.model_id != self.model_id or queries.vectors.shape[1] != self.vectors.shape[1]:
             raise SpaceError(
@@ -119,7 +119,7 @@ class Embeddings:
 
     def _nearest_others(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if len(self) < 2:
-            raise DataError(f"{counted(len(self), 'vector')} alone: there are no others to find, so give queries")
+            raise DataError(f"{counted(len(self), 'vector')} only: there are no others to find, so give queries")
         k = _checked_k(k, len(self) - 1, "others")
         places, cosines = most_similar(self.vectors, self.vectors, k + 1)
         others = places != np.arange(len(self))[:, None]

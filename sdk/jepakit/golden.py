@@ -63,9 +63,9 @@ class Agreement(NamedTuple):
         if limit.relative is not None and not self.relative_error <= limit.relative:
             return f"relative error {self.relative_error:.2g}, at most {limit.relative:g} is allowed"
         if limit.cosine is not None and not self.centred_cosine >= limit.cosine:
-            return f"centred cosine {self.centred_cosine:.4f}, at least {limit.cosine:g} is wanted"
+            return f"centred cosine {self.centred_cosine:.4f}, at least {limit.cosine:g} is required"
         if limit.neighbour is not None and not self.same_neighbour >= limit.neighbour:
-            return f"the same nearest neighbour for {self.same_neighbour:.1%} of the images, at least {limit.neighbour:.0%} is wanted"
+            return f"the same nearest neighbour for {self.same_neighbour:.1%} of the images, at least {limit.neighbour:.0%} is required"
         return None
 
 
@@ -92,7 +92,7 @@ class Golden(NamedTuple):
         ):
             if (found := _kind(array)) != kind:
                 raise BundleError(
-                    f"golden.npz holds {name} of {found}, the manifest wants {kind}: refuse the bundle, jepakit did not make it"
+                    f"golden.npz holds {name} of {found}, but the manifest says {kind}: do not use this bundle, jepakit did not make it"
                 )
 
 
@@ -182,8 +182,8 @@ def unpack(data: bytes) -> Golden:
     fits = images.ndim == 4 and vectors.ndim == 2 and vectors.dtype == np.float32 and len(images) == len(vectors)
     if not fits or not 1 <= len(images) <= _MOST_GOLDEN:
         raise BundleError(
-            f"golden.npz holds images of {_kind(images)} and vectors of {_kind(vectors)}, wanted are 1 to {_MOST_GOLDEN} "
-            "images [N, S, S, bands] and vectors float32 [N, dim]: refuse the bundle, jepakit did not make it"
+            f"golden.npz holds images of {_kind(images)} and vectors of {_kind(vectors)}, and must hold 1 to {_MOST_GOLDEN} "
+            "images [N, S, S, bands] and vectors float32 [N, dim]: do not use this bundle, jepakit did not make it"
         )
     return Golden(images, vectors)
 

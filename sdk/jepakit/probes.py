@@ -131,7 +131,7 @@ class _Probe(ABC):
         right = self._predicted(vectors) == truth
         if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
             raise DataError(
-                f"not one label is a class of this probe: the labels are {_some(truth)}, its classes {_some(self.classes_)}"
+                f"none of the labels is a class of this probe: the labels are {_some(truth)}, its classes are {_some(self.classes_)}"
             )
         per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
         balanced = float(np.mean(list(per_class.values())))
@@ -462,11 +462,11 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
     try:
         vectors = np.asarray(X.vectors if isinstance(X, Embeddings) else X, dtype=np.float64)
     except (ValueError, TypeError):
-        raise DataError("the vectors are no array of numbers: give one [N, D]") from None
+        raise DataError("the vectors are not an array of numbers: give one [N, D]") from None
     if vectors.ndim != 2:
-        raise DataError(f"wanted vectors [N, D], got an array of shape {list(vectors.shape)}")
+        raise DataError(f"the vectors are an array of shape {list(vectors.shape)}: give one [N, D]")
     if not np.isfinite(vectors).all():
-        raise DataError("the vectors hold NaN or infinite numbers")
+        raise DataError("the vectors hold NaN or infinite numbers: leave those vectors out")
     return vectors
 
 
@@ -502,8 +502,8 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
             )
         if isinstance(label, float | np.floating) and not float(label).is_integer():
             raise DataError(
-                f"label {label!r} of vector {place} is a measurement, not a class: a probe tells classes apart, so cut the "
-                "range into some (numpy.digitize, pandas.cut)"
+                f"label {label!r} of vector {place} is a measurement, not a class: a probe tells classes apart, so divide the "
+                "range into classes (numpy.digitize, pandas.cut)"
             )
     return np.array(labels.tolist()) if labels.dtype == object else labels
 

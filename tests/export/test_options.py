@@ -178,7 +178,7 @@ def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
 def test_int8_that_would_give_other_vectors_is_refused_with_the_numbers(
     tmp_path: Path, mobilenet_weights: Path
 ) -> None:
-    with pytest.raises(ExportError, match=r"centred cosine 0\.\d+, at least 0\.99 is wanted"):
+    with pytest.raises(ExportError, match=r"centred cosine 0\.\d+, at least 0\.99 is required"):
         jepakit.export(f"mobilenetv2_100:{mobilenet_weights}", tmp_path / "b", image_size=64, precision="int8")
     assert not (tmp_path / "b").exists()
 

@@ -26,8 +26,11 @@ def described(name: str, **arguments: Any) -> Backbone:
     [
         (described("hf-hub:someone/x"), "timm has no backbone 'hf-hub:someone/x'"),
         (described("local-dir:/tmp/x"), "timm has no backbone 'local-dir:/tmp/x'"),
-        (described("test_vit", checkpoint_path="/tmp/x.pth"), "with 'checkpoint_path', which jepakit writes into none"),
-        (described("test_vit", pretrained_cfg="x"), "with 'pretrained_cfg', which jepakit writes into none"),
+        (
+            described("test_vit", checkpoint_path="/tmp/x.pth"),
+            "with 'checkpoint_path', which jepakit never writes into a bundle",
+        ),
+        (described("test_vit", pretrained_cfg="x"), "with 'pretrained_cfg', which jepakit never writes into a bundle"),
     ],
 )
 def test_what_a_strangers_bundle_may_not_ask_of_timm_is_refused_before_timm_sees_it(

@@ -120,7 +120,7 @@ def test_a_class_that_no_fold_but_its_own_has_costs_no_verdict() -> None:
 
 def test_only_the_same_labelled_images_can_be_compared() -> None:
     known = embeddings(1.0)
-    with pytest.raises(DataError, match=r"not embeddings of the same images: 88.png, 89.png are in one of them alone"):
+    with pytest.raises(DataError, match=r"not embeddings of the same images: 88.png, 89.png are in only one of them"):
         jepakit.compare(known, known[:88])
     with pytest.raises(DataError, match=r"91 and 90 embeddings are of 90 images, some of them twice"):
         jepakit.compare(known[[*range(90), 0]], known)
@@ -183,5 +183,5 @@ def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) ->
 def test_what_are_no_embeddings_are_refused() -> None:
     known = embeddings(1.0)
     for pair in (("bundles/a", known), (known, "b.npz")):
-        with pytest.raises(DataError, match=r"is of type str: give embeddings, of `embed` or of Embeddings.load"):
+        with pytest.raises(DataError, match=r"is of type str: give embeddings, from `embed` or Embeddings.load"):
             jepakit.compare(*pair)

@@ -86,7 +86,7 @@ def test_a_part_keeps_vectors_ids_and_labels_together(
 
 @pytest.mark.parametrize("which", [[3], [0.5], "cat", np.array([True, False]), (0, 3)], ids=repr)
 def test_a_part_that_is_not_there_is_refused(which: Any) -> None:
-    with pytest.raises(DataError, match="of 3 embeddings, take a slice, a mask of 3, or places below it"):
+    with pytest.raises(DataError, match="of 3 embeddings, take a slice, a mask of 3, or places below 3"):
         make()[which]
 
 

@@ -91,7 +91,7 @@ def test_without_queries_each_finds_the_others() -> None:
 
 
 def test_one_vector_has_no_others() -> None:
-    with pytest.raises(DataError, match="1 vector alone: there are no others to find"):
+    with pytest.raises(DataError, match="1 vector only: there are no others to find"):
         embeddings(np.ones((1, 2))).nearest()
 
 

@@ -502,10 +502,10 @@ def test_numbers_that_are_not_finite_are_refused(probe: LinearProbe | KNNProbe, 
 @pytest.mark.parametrize(
     ("X", "y", "message"),
     [
-        ([1.0, 2.0], ["a", "b"], r"wanted vectors \[N, D\], got an array of shape \[2\]"),
+        ([1.0, 2.0], ["a", "b"], r"the vectors are an array of shape \[2\]: give one \[N, D\]"),
         (np.ones((2, 2, 2)), ["a", "b"], r"shape \[2, 2, 2\]"),
-        (5, ["a", "b"], r"got an array of shape \[\]"),
-        ([[1, 2], [3]], ["a", "b"], r"the vectors are no array of numbers: give one \[N, D\]"),
+        (5, ["a", "b"], r"are an array of shape \[\]"),
+        ([[1, 2], [3]], ["a", "b"], r"the vectors are not an array of numbers: give one \[N, D\]"),
         (
             [[1.0], [2.0]],
             [["a"], ["b", "c"]],
@@ -595,14 +595,14 @@ def test_texts_in_an_array_of_objects_are_classes_like_any(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fitted", "given", "told"),
     [
-        ([0, 1], ["0", "1"], "'0', '1', its classes 0, 1"),
-        (["cat", "dog"], ["Cat", "Cat"], "'Cat', its classes 'cat', 'dog'"),
+        ([0, 1], ["0", "1"], "'0', '1', its classes are 0, 1"),
+        (["cat", "dog"], ["Cat", "Cat"], "'Cat', its classes are 'cat', 'dog'"),
     ],
 )
 def test_labels_of_which_the_probe_knows_none_are_refused(fitted: list[Any], given: list[Any], told: str) -> None:
     probe = KNNProbe(k=1).fit([[1.0], [-1.0]], fitted)
     for judge in (probe.evaluate, probe.score):
-        with pytest.raises(DataError, match=f"not one label is a class of this probe: the labels are {told}"):
+        with pytest.raises(DataError, match=f"none of the labels is a class of this probe: the labels are {told}"):
             judge([[1.0], [-1.0]], given)
     assert probe.score([[1.0], [-1.0]], [fitted[0], type(fitted[0])(7)]) == 0.5, "one that it knows is enough"
 

@@ -962,8 +962,8 @@ def test_a_proxy_that_takes_less_than_the_service_is_sent_less(
 @pytest.mark.parametrize(
     ("location", "told_"),
     [
-        ("https://user:pass@pics.example/v1/models?key=1", r"301, a redirect to https://pics\.example/v1/models: give what stands"),
-        ("/login", r"301, a redirect to http://127\.0\.0\.1:\d+/login: give what stands there before /v1 as url"),
+        ("https://user:pass@pics.example/v1/models?key=1", r"301, a redirect to https://pics\.example/v1/models: give the part of that address"),
+        ("/login", r"301, a redirect to http://127\.0\.0\.1:\d+/login: give the part of that address before /v1 as url"),
     ],
 )  # fmt: skip
 def test_a_redirect_is_told_with_where_it_leads(kind: type[Any], location: str, told_: str) -> None:

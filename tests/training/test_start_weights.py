@@ -150,12 +150,12 @@ def test_rubbish_is_refused_by_name(tmp_path: Path, content: bytes, suffix: str)
 @pytest.mark.parametrize("state", [[torch.zeros(2)], {"epoch": 3}, torch.zeros(3)], ids=["list", "number", "tensor"])
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, state: Any) -> None:
     torch.save(state, tmp_path / "odd.pth")
-    with pytest.raises(BackboneError, match="no plain state dict"):
+    with pytest.raises(BackboneError, match="does not hold a plain state dict"):
         start_backbone("test_vit", str(tmp_path / "odd.pth"), None)
 
 
 def test_a_folder_without_a_manifest_is_said_to_be_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match=r"is a folder, and no bundle: it has no manifest\.json; give a"):
+    with pytest.raises(BackboneError, match=r"is a folder, but not a bundle: it has no manifest\.json; give a"):
         start_backbone("test_vit", str(tmp_path), None)
 
 
@@ -291,7 +291,7 @@ def test_sizes_are_rounded_to_the_patch_or_stride() -> None:
 def test_image_statistics_are_never_assumed() -> None:
     module = build("test_resnet", {})
     del module.pretrained_cfg["mean"]
-    with pytest.raises(BackboneError, match=r"does not say how test_resnet was fed \(mean missing\)"):
+    with pytest.raises(BackboneError, match=r"does not say how images are prepared for test_resnet \(mean missing\)"):
         stock_preprocess(module, 64)
 
 
