@@ -296,7 +296,7 @@ def check_space(ask: Ask, manifest: Manifest) -> None:
         raise ApiError(
             400,
             "dimensions_not_supported",
-            f"{ask.dimensions.field} = {ask.dimensions.value}, and {manifest.name} gives {spec.dim}: cutting vectors "
+            f"{ask.dimensions.field} = {ask.dimensions.value}, but {manifest.name} gives {spec.dim}: cutting vectors "
             f"short would change the space; leave `{ask.dimensions.field}` out",
             param=ask.dimensions.field,
         )
@@ -305,7 +305,7 @@ def check_space(ask: Ask, manifest: Manifest) -> None:
         raise ApiError(
             400,
             "normalized_not_supported",
-            f"normalized = {str(ask.normalized).lower()}, and {manifest.name} gives {gives}: other vectors would be "
+            f"normalized = {str(ask.normalized).lower()}, but {manifest.name} gives {gives}: other vectors would be "
             "another space; leave `normalized` out",
             param="normalized",
         )

@@ -38,7 +38,7 @@ def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[Image
             raise ApiError(
                 400,
                 "invalid_request",
-                f"the form's field {name[:40].decode('utf-8', 'replace')!r} is no file: images are sent as files, and `model` "
+                f"the form's field {name[:40].decode('utf-8', 'replace')!r} is not a file: images are sent as files, and `model` "
                 "is the only other field",
             )
     return images, model

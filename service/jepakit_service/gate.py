@@ -238,7 +238,7 @@ def _refuse_other_sites(headers: Headers) -> None:
         raise ApiError(
             403,
             "other_site",
-            "without API keys only programs and pages of this machine are answered, at an address of it such as 127.0.0.1: start "
+            "without API keys, only programs and pages on this machine are answered, at its own address such as 127.0.0.1: start "
             "the service with --api-key-file",
         )
 

@@ -26,7 +26,7 @@ def new_key(name: str) -> tuple[str, str]:
     key = f"jk_{secrets.token_urlsafe(32)}"
     line = f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
     if not _LINE.match(line):
-        raise ConfigError(f"{name!r} is no name for a key: use letters, digits, '.', '_' and '-'")
+        raise ConfigError(f"{name!r} cannot be the name of a key: use letters, digits, '.', '_' and '-'")
     return key, line
 
 
@@ -42,7 +42,7 @@ def append(line: str, path: Path) -> int:
             file.write(f"{between}{line}\n".encode())
     except OSError as error:
         raise ConfigError(
-            f"the API key file {path} cannot be written ({reason_of(error)}): name a file in a folder that is there and yours"
+            f"the API key file {path} cannot be written ({reason_of(error)}): name a file in a folder that exists and that you may write to"
         ) from None
     before, _ = _parse(written.decode("utf-8", "replace"))
     return [key.name for key in before].count(line.partition(":")[0])

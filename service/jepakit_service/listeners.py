@@ -39,7 +39,7 @@ def check_port_is_free(settings: ServeSettings) -> None:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         raise ConfigError(
-            f"cannot listen on {settings.host!r}: it is no address, nor a name that this machine knows"
+            f"cannot listen on {settings.host!r}: it is neither an address nor a name that this machine knows"
         ) from None
     errors = [_error_at(family, address) for family, _, _, _, address in found]
     refused = [number for number in errors if number not in (0, errno.EADDRNOTAVAIL)]

@@ -192,7 +192,9 @@ def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> I
     given = request.inputs[0]
     size = given.parameters.binary_data_size if given.parameters else None
     if size is None and given.data is None:
-        raise _wrong(f"input {given.name[:100]!r} has neither `data` nor `binary_data_size`", "inputs[0]")
+        raise _wrong(
+            f"input {given.name[:100]!r} has neither `data` nor `binary_data_size`: send one of them", "inputs[0]"
+        )
     if (size or 0) != len(tensors):
         raise _wrong(
             f"the JSON announces {size or 0} bytes of tensors, and {len(tensors)} follow it: set the header "
@@ -265,7 +267,7 @@ def _wants_binary(request: InferRequest) -> bool:
     outputs = request.outputs or []
     for output in outputs:
         if output.name != OUTPUT:
-            raise _wrong(f"there is no output {output.name[:100]!r}: there is {OUTPUT!r} alone", "outputs")
+            raise _wrong(f"there is no output {output.name[:100]!r}: the only one is {OUTPUT!r}", "outputs")
     of_request = bool(request.parameters and request.parameters.binary_data_output)
     wishes = [output.parameters.binary_data for output in outputs if output.parameters]
     return of_request if not wishes or wishes[0] is None else wishes[0]
@@ -274,7 +276,7 @@ def _wants_binary(request: InferRequest) -> bool:
 def _images(given: InferInput, tensor: memoryview | None, max_images: int) -> list[ImageData]:
     if given.name not in (FILES, PIXELS) or (given.name == FILES) != (given.datatype == "BYTES"):
         raise _wrong(
-            f"input {given.name[:100]!r} of {given.datatype} is not taken: send {FILES!r} as BYTES, or {PIXELS!r} as numbers",
+            f"input {given.name[:100]!r} of {given.datatype} is not accepted: send {FILES!r} as BYTES, or {PIXELS!r} as numbers",
             "inputs[0]",
         )
     if min(given.shape) < 1:
@@ -298,7 +300,7 @@ def _files(given: InferInput, tensor: memoryview | None) -> list[ImageData]:
     files = list(itertools.islice(_elements(tensor), count + 1))
     if len(files) != count:
         found = f"{len(files)}" if len(files) < count else "more"
-        raise _wrong(f"{found} elements follow the JSON, and the shape says {count}", "inputs[0].shape")
+        raise _wrong(f"{found} elements follow the JSON, but the shape says {count}", "inputs[0].shape")
     return [bytes(file) for file in files]
 
 
@@ -309,7 +311,7 @@ def _elements(tensor: memoryview) -> Iterator[memoryview]:
         end = at + 4 + int.from_bytes(tensor[at : at + 4], "little")
         if end > len(tensor) or at + 4 > len(tensor):
             raise _wrong(
-                f"an element of the BYTES tensor ends behind its {len(tensor)} bytes: each begins with its "
+                f"an element of the BYTES tensor ends beyond its {len(tensor)} bytes: each begins with its "
                 "length in 4 bytes, little-endian",
                 "inputs[0]",
             )
@@ -325,14 +327,14 @@ def _pixels(given: InferInput, tensor: memoryview | None) -> np.ndarray[Any, Any
     if tensor is not None:
         if count * dtype.itemsize != len(tensor):
             raise _wrong(
-                f"shape {given.shape} of {given.datatype} takes {count * dtype.itemsize} bytes, and "
+                f"shape {given.shape} of {given.datatype} takes {count * dtype.itemsize} bytes, but "
                 f"{len(tensor)} follow the JSON",
                 "inputs[0].shape",
             )
         return np.frombuffer(tensor, dtype).reshape(given.shape)
     numbers = list(_flat(given.data or []))
     if len(numbers) != count:
-        raise _wrong(f"shape {given.shape} takes {count} numbers, `data` holds {len(numbers)}", "inputs[0].data")
+        raise _wrong(f"shape {given.shape} takes {count} numbers, but `data` holds {len(numbers)}", "inputs[0].data")
     return _cast(numbers, dtype, given.datatype).reshape(given.shape)
 
 
@@ -340,7 +342,7 @@ def _cast(numbers: list[Any], dtype: np.dtype[Any], datatype: str) -> np.ndarray
     """Numbers from JSON as `dtype`; refused if they do not fit the type."""
     kinds = (int,) if dtype.kind in "iu" else (int, float)
     if not all(type(number) in kinds for number in numbers):
-        raise _wrong(f"`data` of {datatype} holds something else than such numbers", "inputs[0].data")
+        raise _wrong(f"`data` of {datatype} holds something other than numbers of that type", "inputs[0].data")
     try:
         with np.errstate(over="ignore"):  # preprocessing refuses what is infinite as float32
             return np.array(numbers, dtype)

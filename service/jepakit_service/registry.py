@@ -106,7 +106,12 @@ class Registry:
             )
         name, at, pinned = asked.partition("@")
         if at and not pinned:
-            raise ApiError(400, "invalid_request", f"{asked[:100]!r} pins no MODEL_ID behind its @", param="model")
+            raise ApiError(
+                400,
+                "invalid_request",
+                f"{asked[:100]!r} pins no MODEL_ID: give one after the @, or leave the @ out",
+                param="model",
+            )
         versions = self._by_name.get(name, Versions())
         if pinned:
             for model in versions.loaded():
@@ -150,5 +155,5 @@ def _not_in_service(name: str, update: Update) -> ApiError:
     code = "model_refused" if update.state == "failed" else "model_not_found"
     reason = "" if update.reason is None else f": {update.reason}"
     return ApiError(
-        404, code, f"{name} is not in service, version {update.digest} is {update.state}{reason}", param="model"
+        404, code, f"{name} is not in service: its version {update.digest} is {update.state}{reason}", param="model"
     )

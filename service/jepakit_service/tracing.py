@@ -27,13 +27,13 @@ def wanted() -> bool:
     # OpenTelemetry treats an empty variable as unset.
     exporter = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
     if exporter not in ("otlp", "none"):
-        raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}: traces are sent by otlp alone; set otlp or none")
+        raise ConfigError(f"OTEL_TRACES_EXPORTER = {exporter!r}: traces are only sent by otlp: set otlp or none")
     if exporter == "none":
         return False
     variable = next(filter(os.environ.get, _PROTOCOLS), None)  # the first of them counts
     if variable is not None and (protocol := os.environ[variable]) != _PROTOCOL:
         raise ConfigError(
-            f"{variable} = {protocol!r}: traces are sent by {_PROTOCOL} alone, which collectors take on port 4318; "
+            f"{variable} = {protocol!r}: traces are only sent by {_PROTOCOL}, which collectors accept on port 4318: "
             f"set OTEL_EXPORTER_OTLP_TRACES_PROTOCOL={_PROTOCOL}, and the address of that port"
         )
     return True

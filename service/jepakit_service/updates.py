@@ -159,7 +159,7 @@ class Updates:
                 await asyncio.to_thread(bundle.verify)
             except (JepakitError, OSError) as error:
                 if seen is None:
-                    _log.warning("a new version is incomplete, and waited for: %s", error)
+                    _log.warning("a new version is incomplete, waiting for the rest: %s", error)
                 versions.incomplete = Incomplete(
                     Update(bundle.digest, "incomplete", str(error)), stamp, time.monotonic()
                 )
@@ -270,7 +270,7 @@ def _check_memory(bundle: Bundle, sessions: int, limit: int | None) -> None:
         available, of = limit - memory.used_mb(), f"left of max_memory_mb = {limit}"
     if needed > available:
         raise _NoRoomError(
-            f"{bundle.path} needs about {needed:.0f} MB beside the version in service, and {max(available, 0):.0f} MB are "
+            f"{bundle.path} needs about {needed:.0f} MB beside the version in service, but only {max(available, 0):.0f} MB are "
             f"{of}: give the service more memory, or stop it and start it with the new version"
         )
 

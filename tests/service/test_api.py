@@ -624,7 +624,7 @@ def test_a_mistyped_parameter_or_field_is_refused_and_never_passed_over(http: ht
     assert http.post("/v1/embeddings?model=", content=picture(0), headers=headers).status_code == 200
     refused = http.post("/v1/embeddings", files={"files": ("a.png", picture(0))}, data={"modle": "other"})
     assert refused.status_code == 400
-    assert "field 'modle' is no file" in refused.json()["error"]["message"]
+    assert "field 'modle' is not a file" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_no_more_elements_are_taken_than_the_shape_says() -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(oip, "_elements", counted)
-        with pytest.raises(ApiError, match="more elements follow the JSON, and the shape says 2"):
+        with pytest.raises(ApiError, match="more elements follow the JSON, but the shape says 2"):
             oip._files(oip.InferInput(name="image", datatype="BYTES", shape=[2]), memoryview(bytes(4000)))
     assert len(taken) == 3
 

@@ -171,7 +171,7 @@ def test_readiness_is_asked_for_past_any_proxy(
 
 @pytest.mark.parametrize(
     ("host", "words"),
-    [("203.0.113.1", "this machine has no such address"), ("a..b", "it is no address, nor a name")],
+    [("203.0.113.1", "this machine has no such address"), ("a..b", "it is neither an address nor a name")],
 )
 def test_where_it_cannot_listen_is_told_with_the_reason(host: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on .*{words}"):

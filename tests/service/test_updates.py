@@ -749,7 +749,9 @@ def test_a_new_name_that_is_incomplete_is_told_once(
             asyncio.run(step(replica))
     (record,) = caplog.records
     assert "model.onnx is damaged" in record.message
-    with pytest.raises(ApiError, match=r"second is not in service, version .* is incomplete: .*model.onnx") as caught:
+    with pytest.raises(
+        ApiError, match=r"second is not in service: its version .* is incomplete: .*model.onnx"
+    ) as caught:
         replica.registry.find("second")
     assert caught.value.status == 404
 
