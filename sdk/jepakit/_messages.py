@@ -28,6 +28,11 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing if number == 1 else plural}"
 
 
+def joined(*notes: str) -> str:
+    """The notes that are not empty, with semicolons between them."""
+    return "; ".join(filter(None, notes))
+
+
 def first_few(words: Sequence[str], most: int) -> str:
     """`a, b and 7 more`: the first `most` words, and how many more there are."""
     rest = len(words) - most

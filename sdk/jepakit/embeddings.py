@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from jepakit._files import as_path, reason_of, written
 from jepakit._messages import counted
 from jepakit._vectors import most_similar
 from jepakit.errors import DataError, SpaceError
+
+_MOST_INFLATED, _SMALL = 100, 16 << 20
 
 
 def is_embeddings(path: str) -> bool:
@@ -55,7 +57,10 @@ class Embeddings:
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
         object.__setattr__(self, "ids", tuple(_id(name) for name in self.ids))
         object.__setattr__(self, "labels", None if self.labels is None else tuple(self.labels))
-        vectors, count = np.asarray(self.vectors), len(self.ids)
+        try:
+            vectors, count = np.asarray(self.vectors), len(self.ids)
+        except (TypeError, ValueError) as error:  # rows of different lengths, a tensor on a GPU
+            raise DataError(f"vectors of type {type(self.vectors).__name__}: give floats [N, D] ({error})") from None
         fits = vectors.ndim == 2 and len(vectors) == count and np.issubdtype(vectors.dtype, np.floating)
         if not fits or (self.labels is not None and len(self.labels) != count):
             raise DataError(
@@ -144,13 +149,15 @@ class Embeddings:
         """Read what `save` wrote; raises DataError for any other file."""
         path = as_path(path, "path")
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return cls(
-                    vectors=arrays["vectors"],
-                    model_id=str(arrays["model_id"]),
-                    ids=_unpacked(arrays, "ids"),
-                    labels=_unpacked(arrays, "labels") if "labels" in arrays else None,
-                )
+            with path.open("rb") as file:
+                _refuse_bomb(file)
+                with np.load(file, allow_pickle=False) as arrays:
+                    return cls(
+                        vectors=arrays["vectors"],
+                        model_id=str(arrays["model_id"]),
+                        ids=_unpacked(arrays, "ids"),
+                        labels=_unpacked(arrays, "labels") if "labels" in arrays else None,
+                    )
         except FileNotFoundError:
             raise DataError(f"{path} does not exist: make it with `jepakit embed … --out {path}`") from None
         except DataError as error:
@@ -163,6 +170,16 @@ class Embeddings:
             raise DataError(
                 f"{path} is not a file of embeddings: make one with `jepakit embed … --out FILE.npz`"
             ) from None
+
+
+def _refuse_bomb(file: BinaryIO) -> None:
+    """Raise DataError for an archive that inflates to far more than a file of vectors does; `save` compresses nothing."""
+    with zipfile.ZipFile(file) as archive:
+        inflated = sum(member.file_size for member in archive.infolist())
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if inflated > max(_SMALL, _MOST_INFLATED * size):
+        raise DataError(f"its {size:,} bytes inflate to {inflated:,}, over {_MOST_INFLATED} times as many")
 
 
 def _id(name: object) -> str:

@@ -207,6 +207,26 @@ def test_what_names_neither_model_nor_images_is_refused(model_id: Any, ids: Any,
         Embeddings(VECTORS, model_id, ids, labels)
 
 
+@pytest.mark.parametrize(
+    "vectors", [[[1.0], [1.0, 2.0], [3.0]], torch.ones(3, 2, device="meta")], ids=["ragged", "meta"]
+)
+def test_vectors_that_are_no_array_are_refused(vectors: Any) -> None:
+    with pytest.raises(DataError, match=r"vectors of type (list|Tensor): give floats \[N, D\]"):
+        Embeddings(vectors, MODEL_ID, IDS)
+
+
+def test_a_file_that_inflates_beyond_all_measure_is_refused_before_it_does(tmp_path: Path) -> None:
+    file = tmp_path / "e.npz"
+    np.savez_compressed(
+        file, vectors=np.zeros((1 << 20, 8), np.float32), model_id=np.array(MODEL_ID), ids=np.array(IDS)
+    )
+    assert is_embeddings(str(file))
+    with pytest.raises(
+        DataError, match=r"e.npz is not a file of embeddings: its .* bytes inflate to 33,5.*, over 100 times"
+    ):
+        Embeddings.load(file)
+
+
 @pytest.mark.parametrize("label", [None, b"cat", datetime.date(2026, 1, 1), 1], ids=repr)
 def test_labels_that_are_not_text_are_refused(label: Any) -> None:
     with pytest.raises(DataError, match=r"labels\[1\] = .*: a label is the name of a class"):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jepakit._files import reason_of, with_home
-from jepakit._messages import counted
+from jepakit._messages import counted, joined
 from jepakit.embeddings import is_embeddings
 from jepakit.errors import DataError
 from jepakit.sources.files import SUFFIXES, Files, dicom_among, is_image, not_files, suffix, walk
@@ -127,14 +127,14 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
     wanted = names or archives
     once = listing.once(wanted)
     repeats = listing.repeats + len(wanted) - len(once)
-    note = _joined(passed_over(others), links_passed_over(repeats, lost))
+    note = joined(passed_over(others), links_passed_over(repeats, lost))
     if names:
         ids = tuple(once)
-        return Found(Files(folder, ids), ids, folders=ids, note=_joined(_beside(archives), note))
+        return Found(Files(folder, ids), ids, folders=ids, note=joined(_beside(archives), note))
     if archives:
         paths = [os.path.join(folder, name) for name in once]  # noqa: PTH118
         found = _find_in_archives(paths, with_labels=with_labels, folder=folder)
-        return replace(found, note=_joined(found.note, note))
+        return replace(found, note=joined(found.note, note))
     raise _nothing(folder, note)
 
 
@@ -160,7 +160,7 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
             ids,
             kind="a glob",
             label_note="no labels: a glob has no class folders",
-            note=_joined(_beside(archives), passed_over(others), repeats),
+            note=joined(_beside(archives), passed_over(others), repeats),
         )
     if archives:
         return _find_in_archives(archives, with_labels=with_labels)
@@ -225,7 +225,7 @@ def _find_in_archives(paths: Sequence[str], *, with_labels: bool, folder: str | 
         raise _nothing(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", found.note)
     if folder is None:
         return found
-    return replace(found, note=_joined(f"the source: {counted(len(paths), 'archive')} in {folder}", found.note))
+    return replace(found, note=joined(f"the source: {counted(len(paths), 'archive')} in {folder}", found.note))
 
 
 def _is_archive(name: str) -> bool:
@@ -236,10 +236,6 @@ def _beside(archives: Sequence[str]) -> str:
     return f"{counted(len(archives), 'archive')} beside the images passed over" if archives else ""
 
 
-def _joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))
-
-
 def _nothing(source: str, note: str = "") -> DataError:
     looked_for = ", ".join(sorted({*SUFFIXES, *_ARCHIVES}))
-    return DataError(_joined(f"{source} holds no images (looked for {looked_for}, in subfolders too)", note))
+    return DataError(joined(f"{source} holds no images (looked for {looked_for}, in subfolders too)", note))

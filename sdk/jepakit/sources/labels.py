@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepakit._groups import image_of
-from jepakit._messages import counted, first_few
+from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
@@ -29,7 +29,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
     labels, note = _choose(found, check_rule("labels", rule, column="label"), embedding=embedding)
-    note = "; ".join(filter(None, (note, _alike(labels))))
+    note = joined(note, _alike(labels))
     if labels is None or None not in labels:
         return labels, note
     n_images, n_labelled = len(labels), len(labels) - labels.count(None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from jepakit._messages import joined
 from jepakit._one_line import one_line
 from jepakit._progress import shown
 from jepakit.errors import DataError
@@ -112,7 +113,7 @@ def _list(
     of_pieces = cut.cuts and names_pieces(labels)
     chosen, label_note = (None, "") if of_pieces else choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
-    note = "; ".join(filter(None, (label_note, group_note, found.note)))
+    note = joined(label_note, group_note, found.note)
     images = ImageList(found.ids, chosen, groups, found.held_out, note, found.store)
     pieces = cut_into_pieces(images, cut, most_skipped=most_skipped)
     if not of_pieces:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from jepakit._messages import counted
+from jepakit._messages import counted, joined
 from jepakit.sources.files import has_no_suffix, suffix
 
 _AS_JPEG = "HEIC and AVIF are not read, save them as JPEG or PNG"
@@ -34,7 +34,7 @@ def links_passed_over(repeats: int, lost: Sequence[str]) -> str:
     """A note on links to what is listed under another name, and on broken links; empty if there are none."""
     again = f"{counted(repeats, 'link')} passed over: what they lead to is listed already" if repeats else ""
     nowhere = f"{counted(len(lost), 'link')} to nowhere passed over ({lost[0]} first)" if lost else ""
-    return "; ".join(filter(None, (again, nowhere)))
+    return joined(again, nowhere)
 
 
 def _kind(name: str) -> str:

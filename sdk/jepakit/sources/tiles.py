@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._messages import counted, did_you_mean
+from jepakit._messages import counted, did_you_mean, joined
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, is_unseen, valid_pixels
@@ -310,7 +310,7 @@ def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
         )
     if unreadable:
         notes.append(f"{counted(len(unreadable), 'file')} that cannot be opened left out ({unreadable[0]})")
-    return "; ".join(filter(None, notes))
+    return joined(*notes)
 
 
 def _describe_left_out(left_out: _LeftOut, cut: Cut) -> str:
