@@ -59,7 +59,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
     unread = f"{len(skipped)} of {len(places)} images cannot be read, the first: {skipped[0]}" if skipped else ""
     if len(pixels) < FEWEST_IMAGES:
         raise DataError(
-            f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the least to verify on"
+            f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the fewest to verify on"
             f"{'; ' if unread else ''}{unread}"
         )
     if len(skipped) > MOST_SKIPPED * len(places):

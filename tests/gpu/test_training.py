@@ -299,5 +299,5 @@ def test_a_dry_run_tells_the_gpus_memory(
 
 
 def test_more_processes_than_gpus_are_refused(adapt: Adapt, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="one process a GPU is most"):
+    with pytest.raises(ConfigError, match="start at most one process per GPU"):
         adapt(tmp_path / "run", processes=torch.cuda.device_count() + 1)

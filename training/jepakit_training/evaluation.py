@@ -219,7 +219,7 @@ class Measuring:
             if not part.any():
                 raise DataError(
                     f"none of the images {name} that were to be measured can be read ({len(self._skipped)}, {self._skipped.where}): "
-                    "mend them or their rows in the manifest"
+                    "repair them, or correct their rows in the manifest"
                 )
         if self.images.labels is not None and (why := _why_not_probed(self.images.labels, self.images)):
             self.images.labels, self._why_no_labels = None, why

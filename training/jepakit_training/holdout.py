@@ -44,7 +44,7 @@ def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
     parts, notes = _chosen_parts(config, images)
     if len(parts.train) < _FEWEST_IMAGES // 2 or not len(parts.held_out):
         raise DataError(
-            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the least; "
+            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the fewest possible; "
             "check the split column, the groups, or the labels"
         )
     return parts, [*notes, *_start_notes(config, images)]

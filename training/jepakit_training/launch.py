@@ -106,7 +106,7 @@ def count_processes(config: AdaptConfig, images: ImageList) -> int:
         return max(1, gpus)
     if gpus and config.processes > gpus:
         raise ConfigError(
-            f"processes = {config.processes}, but this machine has {gpus} GPUs: one process a GPU is most"
+            f"processes = {config.processes}, but this machine has {gpus} GPUs: start at most one process per GPU"
         )
     return config.processes
 
