@@ -87,7 +87,7 @@ def test_a_dry_run_tells_of_a_process_a_gpu(
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(image_folder: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match="needs tile"):
+    with pytest.raises(ConfigError, match="overlap = 8 without tile: give tile too"):
         jepakit.dry_run(image_folder(), out=Path("runs/x"), overlap=8)
     with pytest.raises(ConfigError, match="has 6 blocks"):
         jepakit.dry_run(image_folder(), backbone="test_vit", weights="random", image_size=64, unfreeze=50, workers=0)

@@ -421,7 +421,7 @@ def test_float_values_that_no_file_of_integers_could_hold_are_refused(tmp_path: 
     images = noise(5, (40, 40, 4), 100, 3000, "uint16")
     spec = look(write(tmp_path / "a", images, planarconfig="contig")).preprocess(STOCK)
     np.testing.assert_array_equal(read_image(images[0].astype(np.float32), spec), read_image(images[0], spec))
-    with pytest.raises(ImageError, match=r"are all one whole number, and the model was made for uint16"):
+    with pytest.raises(ImageError, match=r"all round to one whole number, but the model was made for uint16"):
         read_image((images[0] / 10_000).astype(np.float32), spec)
 
 
