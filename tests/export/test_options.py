@@ -211,7 +211,7 @@ def test_standardising_without_images_and_verifying_on_too_few_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="--verify-images"):
         export(standardize="center")
-    with pytest.raises(DataError, match="4 images can be read, 16 are the least"):
+    with pytest.raises(DataError, match="4 images can be read, 16 are the fewest"):
         export(verify_images=str(image_folder(classes=0, per_class=4)))
 
 
