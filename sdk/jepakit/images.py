@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, ImageError
-from jepakit.nodata import is_blank, is_unseen, missing, valid_pixels
+from jepakit.nodata import is_blank, is_unseen, missing, valid_pixels, valid_values
 from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, Raster, open_raster
 from jepakit.readers.checks import check_window
 from jepakit.readers.header import Pixels as Pixels
@@ -193,10 +193,10 @@ def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any
                 code="not_finite",
             )
     valid_HW = valid_pixels(stored, nodata)
-    valid = stored.reshape(-1, stored.shape[2]) if valid_HW is None else stored[valid_HW]
+    valid = valid_values(stored, valid_HW)
     if not len(valid):
         raise ImageError(f"{name}: holds no valid pixel, only the file's no-data value", code="constant")
-    if is_blank(stored, valid_HW):
+    if is_blank(valid):
         raise ImageError(
             f"{name}: every pixel has the value {_format_values(valid[0])}: it shows nothing", code="constant"
         )
@@ -257,7 +257,7 @@ def _refuse_unseen(valid: NDArray[Any], scaling: Scaling, name: str) -> None:
 
 def _refuse_other_units(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
     """Refuse float values that all round to one integer when the model was made for integer files: wrong units."""
-    if np.dtype(spec.stored_as).kind in "iu" and is_blank(valid[None].round(), None):
+    if np.dtype(spec.stored_as).kind in "iu" and is_blank(valid.round()):
         raise ImageError(
             f"{name}: the values ({np.nanmin(valid):g} … {np.nanmax(valid):g}) all round to one whole number, but the model was made "
             f"for {spec.stored_as}: give them in the files' own units",

@@ -31,15 +31,19 @@ def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.b
     return valid
 
 
+def valid_values(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """The values of the valid pixels, [N, C]; a view of all of them if `valid_HW` is None."""
+    return stored_HWC.reshape(-1, stored_HWC.shape[2]) if valid_HW is None else stored_HWC[valid_HW]
+
+
 def is_unseen(valid_NC: NDArray[Any], low: ArrayLike, high: ArrayLike) -> bool:
     """Whether every band lies entirely on one side of `low` … `high` (per band, or for all): it would show nothing."""
     lows_C, highs_C = np.fmin.reduce(valid_NC, axis=0), np.fmax.reduce(valid_NC, axis=0)
     return not bool(((highs_C > low) & (lows_C < high)).any())
 
 
-def is_blank(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> bool:
+def is_blank(valid_NC: NDArray[Any]) -> bool:
     """Whether all valid pixels are equal, or there are none: such an image shows nothing."""
-    valid_NC = stored_HWC.reshape(-1, stored_HWC.shape[2]) if valid_HW is None else stored_HWC[valid_HW]
     if not len(valid_NC):
         return True
     # Most images differ within their first pixels.

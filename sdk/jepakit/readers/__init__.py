@@ -12,9 +12,11 @@ from jepakit.readers.header import DEFAULT_LIMITS, Header, ImageRef, ImageSource
 from jepakit.readers.opening import open_raster
 from jepakit.readers.raster import Raster
 from jepakit.readers.scenes import Scenes
+from jepakit.readers.sniff import DICOM_HEAD, begins_as_dicom
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "DICOM_HEAD",
     "EncodedSource",
     "Header",
     "ImageRef",
@@ -23,6 +25,7 @@ __all__ = [
     "Raster",
     "Scenes",
     "Window",
+    "begins_as_dicom",
     "dicom_group",
     "open_raster",
 ]

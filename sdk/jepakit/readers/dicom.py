@@ -27,7 +27,7 @@ from jepakit.readers.encoded import Encoded, open_encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
-from jepakit.readers.sniff import unsupported
+from jepakit.readers.sniff import begins_as_dicom, unsupported
 
 _TAGS = [
     "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
@@ -69,7 +69,7 @@ def dicom_group(source: str | Path | bytes) -> str | None:
     """
     encoded = open_encoded(source, None)
     with encoded.file, quiet():
-        if encoded.head[128:132] != b"DICM":
+        if not begins_as_dicom(encoded.head):
             return None
         import_pydicom()
         try:

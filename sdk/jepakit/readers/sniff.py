@@ -24,6 +24,9 @@ _READ: tuple[tuple[bytes, Family], ...] = (
     (b"PK\x05\x06", "zip"),
 )
 
+DICOM_HEAD = 132
+"""Bytes of a preamble that may hold anything, and of the four letters that identify the format."""
+
 _AS_TIFF = "save it as TIFF or PNG"
 _PICKLE = ("a pickle, which could run any code and is never loaded", "save the array with numpy.save")
 _REFUSED: tuple[tuple[bytes, tuple[str, str]], ...] = (
@@ -50,7 +53,7 @@ def sniff(head: bytes, name: str) -> Family:
     `name` is for messages, and for the two formats that first bytes do not show: DICOM without a preamble and zipped
     NIfTI.
     """
-    if head[128:132] == b"DICM":
+    if begins_as_dicom(head):
         return "dicom"
     for magic, family in _READ:
         if head.startswith(magic):
@@ -64,6 +67,11 @@ def sniff(head: bytes, name: str) -> Family:
         kind, remedy = known
         raise unsupported(name, kind, remedy)
     raise not_an_image(name)
+
+
+def begins_as_dicom(head: bytes) -> bool:
+    """Whether the first `DICOM_HEAD` bytes of a file, or more, are those of a DICOM file (PS3.10, 7.1)."""
+    return head[DICOM_HEAD - 4 : DICOM_HEAD] == b"DICM"
 
 
 def unsupported(name: str, kind: str, remedy: str) -> ImageError:

@@ -11,15 +11,13 @@ from typing import ClassVar
 
 from jepakit._threads import in_threads
 from jepakit.bundle import MANIFEST, WEIGHTS
-from jepakit.readers import ImageSource
+from jepakit.readers import DICOM_HEAD, ImageSource, begins_as_dicom
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 _DICOM = frozenset({".dcm", ".dicom", ".ima"})
 SUFFIXES = _DICOM | {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".npz", ".svs", ".ndpi", ".scn",
 }  # fmt: skip
-DICOM_HEAD = 132
-"""Bytes of a preamble that may hold anything, and of the four letters that identify the format."""
 _FILE, _FOLDER, _NOWHERE, _OTHER = range(4)
 
 
@@ -62,11 +60,6 @@ def has_no_suffix(name: str) -> bool:
     """Whether a name has no suffix. The last number of a UID, as in DICOM names like 1.2.840.….17, is not a suffix."""
     last = suffix(name)
     return not last or last[1:].isdigit()
-
-
-def begins_as_dicom(head: bytes) -> bool:
-    """Whether the first `DICOM_HEAD` bytes of a file are those of a DICOM file (PS3.10, 7.1)."""
-    return head[DICOM_HEAD - 4 : DICOM_HEAD] == b"DICM"
 
 
 def dicom_among(root: str, names: Sequence[str]) -> set[str]:

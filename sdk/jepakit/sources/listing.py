@@ -119,7 +119,7 @@ def _list(
     if not of_pieces:
         return pieces
     chosen, label_note = choose_labels(_as_found(found, pieces), labels, embedding=embedding)
-    return replace(pieces, labels=chosen, note=f"{label_note}; {pieces.note}")
+    return replace(pieces, labels=chosen, note=joined(label_note, pieces.note))
 
 
 def _as_found(found: Found, pieces: ImageList) -> Found:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jepakit._messages import counted, did_you_mean, joined
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.nodata import is_blank, is_unseen, valid_pixels
+from jepakit.nodata import is_blank, is_unseen, valid_pixels, valid_values
 from jepakit.readers import Header, Raster, Window, open_raster
 from jepakit.readers.scenes import KEPT_BYTES
 from jepakit.sources.imagelist import ImageList, Pieces
@@ -245,11 +245,9 @@ def _measure_tiles_of_one(
         with _room_for(header), _open(images, int(tiles.image[0])) as raster:
             for window, frame in zip(tiles.window.tolist(), tiles.frame.tolist(), strict=True):
                 pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
-                valid_HW = valid_pixels(pixels_HWC, header.nodata)
-                n_valid = window[2] * window[3] if valid_HW is None else int(valid_HW.sum())
-                valid_NC = pixels_HWC.reshape(-1, header.bands) if valid_HW is None else pixels_HWC[valid_HW]
-                unseen = seen is not None and n_valid > 0 and is_unseen(valid_NC, *seen)
-                numbers.append((n_valid, unseen or is_blank(pixels_HWC, valid_HW)))
+                valid_NC = valid_values(pixels_HWC, valid_pixels(pixels_HWC, header.nodata))
+                blank = is_blank(valid_NC) or (seen is not None and is_unseen(valid_NC, *seen))
+                numbers.append((len(valid_NC), blank))
     except ImageError:
         return None
     return numbers

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from jepakit._progress import track
 from jepakit.errors import DataError
+from jepakit.readers import DICOM_HEAD, begins_as_dicom
 from jepakit.sources.archives import DEFLATED, STORED, Archives, Member, names_in_shards
-from jepakit.sources.files import DICOM_HEAD, begins_as_dicom, is_hidden, is_image, may_be_bare_dicom
+from jepakit.sources.files import is_hidden, is_image, may_be_bare_dicom
 from jepakit.sources.store import Found
 
 _KINDS = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
