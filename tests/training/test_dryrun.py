@@ -63,6 +63,7 @@ def test_a_single_step_and_rare_labels_can_be_tried_too(
     image_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = image_folder(classes=1, per_class=28)
+    random_numbers = torch.random.get_rng_state()
     (folder / "rare").mkdir()
     for number in range(2):
         (folder / "texture0" / f"{number:03d}.png").rename(folder / "rare" / f"{number}.png")
@@ -70,6 +71,7 @@ def test_a_single_step_and_rare_labels_can_be_tried_too(
         folder, backbone="test_vit", weights="random", image_size=64, batch_size=8, steps=1, workers=0, processes=2
     )
     assert estimate.step_s > 0
+    assert torch.equal(torch.random.get_rng_state(), random_numbers), "the caller's are as they were"
     assert "images/s" in str(estimate)
     assert "the dry run uses one process" in capsys.readouterr().err
 

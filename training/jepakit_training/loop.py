@@ -26,7 +26,8 @@ from jepakit_training.learner import Learner
 from jepakit_training.memory import freed_memory_kept, memory_errors
 from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
-from jepakit_training.precision import own_generators, own_precision
+from jepakit_training.precision import own_precision
+from jepakit_training.randomness import own_generators
 from jepakit_training.recorder import recording
 from jepakit_training.records import SharedSkippedFiles
 from jepakit_training.run_bundles import check_start, write_run_bundle

@@ -1,4 +1,4 @@
-"""Which computations use which precision and random numbers, without effect on the rest of the process."""
+"""Which computations use which precision."""
 
 from __future__ import annotations
 
@@ -42,13 +42,6 @@ def own_precision() -> Iterator[None]:
         finally:
             kept.clear()
             kept.update(kept_before)
-
-
-@contextmanager
-def own_generators() -> Iterator[None]:
-    """Restore torch's random generators after the block, which may draw and seed as it likes."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -12,3 +16,11 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Restore torch's random generators after the block, which may draw and seed as it likes."""
+    on_gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=on_gpus):
+        yield
