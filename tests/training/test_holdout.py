@@ -199,6 +199,14 @@ def test_slides_of_many_tiles_are_all_measured_and_evenly() -> None:
     assert judge(alike, alike, truth, n_train=2000, groups=chosen.groups[~chosen.is_fit]).verdict.word == "same"
 
 
+def test_classes_that_take_all_their_images_leave_none_to_spread_over_groups() -> None:
+    labels = np.repeat([f"class {number:02}" for number in range(7)], 10)
+    images = listed(labels, np.arange(70).astype(str))
+    parts = hold_out(AdaptConfig(images="x", out="y", measure_on=20), images)[0]
+    chosen = MeasuringSet.choose(images, parts, 20)
+    assert Counter(labels[chosen.indices[~chosen.is_fit]]) == dict.fromkeys(labels.tolist(), 3)
+
+
 def test_fewer_images_than_groups_are_of_as_many_groups() -> None:
     images = listed(np.zeros(400), np.arange(400) // 4)
     chosen = MeasuringSet.choose(images, Split(np.arange(200), np.arange(200, 400)), 20)

@@ -260,7 +260,7 @@ def _spread_over_groups(places: NDArray[np.intp], group_of: NDArray[np.intp] | N
 
     group_of  the group of every possible place; None: no groups
     """
-    if group_of is None:
+    if group_of is None or not len(places):
         return places[evenly_spread(len(places), most)]
     numbers, sizes = np.unique(group_of[places], return_inverse=True, return_counts=True)[1:]
     each = bisect_right(range(1, most + 1), most, key=lambda each: int(np.minimum(sizes, each).sum()))
