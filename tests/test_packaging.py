@@ -6,10 +6,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from jepakit._extras import NEEDS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,6 +43,16 @@ def resolve(extra: str, machine: dict[str, str]) -> set[str]:
 def test_every_extra_that_runs_models_brings_exactly_one_onnx_runtime(extra: str, machine: dict[str, str]) -> None:
     runtimes = {name for name in resolve(extra, machine) if name.startswith("onnxruntime")}
     assert len(runtimes) == 1
+
+
+@pytest.mark.parametrize("extra", NEEDS)
+def test_what_an_extra_is_said_to_need_is_what_it_installs(extra: str) -> None:
+    distributions = packages_distributions()
+    needed = {name.lower().replace("_", "-") for module in NEEDS[extra] for name in distributions[module]}
+    by_ray = {"pandas", "pyarrow", "fsspec", "requests"} if extra == "cluster" else set()
+    assert needed - by_ray <= resolve(extra, MACHINES["linux x86-64"])
+    own = {Requirement(text).name for text in EXTRAS[extra]} - {"jepakit"}
+    assert own - {"typing-extensions"} <= needed, "pydantic needs typing-extensions too"
 
 
 def test_the_base_and_the_service_bring_no_torch() -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
 from jepakit._messages import parse
-from jepakit.errors import DataError, MissingExtraError
+from jepakit.errors import DataError
 
 if TYPE_CHECKING:
     from jepakit._signatures import AdaptSettings, ExportSettings
@@ -21,27 +21,6 @@ if TYPE_CHECKING:
     from jepakit.run import DryRun, Run
     from jepakit.sources import ImageList
     from jepakit_service.deploy import Deployed
-
-# The modules that each extra installs. An error names the first one missing, and the extra to install.
-_NEEDS = {
-    "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
-    "lora": ("peft",),
-    "tensorboard": ("tensorboard",),
-    "cluster": ("ray", "pandas", "pyarrow", "fsspec", "requests"),
-    "export": ("torch", "timm", "PIL", "onnx", "onnxscript", "onnxruntime"),
-    "serve": (
-        "PIL",
-        "onnxruntime",
-        "ray",
-        "starlette",
-        "fastapi",
-        "python_multipart",
-        "psutil",
-        "prometheus_client",
-        "pydantic_settings",
-        "swagger_ui_bundle",
-    ),
-}
 
 
 def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Run:
@@ -105,7 +84,7 @@ def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> t
     if config.unfreeze == "lora":
         require("lora")
     for tracker in config.trackers:
-        _require_tracker(tracker)
+        require_tracker(tracker)
     return config, listed
 
 
@@ -209,20 +188,6 @@ def fetch_weights(name: str, out: Path) -> StartWeights:
     from jepakit.backbone import fetch
 
     return fetch(name, as_path(out, "out"))
-
-
-def require(extra: str) -> None:
-    """Raise MissingExtraError unless everything that `extra` installs is there."""
-    for module in _NEEDS[extra]:
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(f"this needs {module}, which is not installed: pip install 'jepakit[{extra}]'")
-
-
-def _require_tracker(name: str) -> None:
-    if name in _NEEDS:
-        require(name)
-    elif importlib.util.find_spec(name) is None:
-        raise MissingExtraError(f"trackers = {name} needs {name}, which is not installed: pip install {name}")
 
 
 def _listed(images: Any, config: AdaptConfig) -> ImageList:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from jepakit import __version__
+from jepakit._extras import NEEDS, missing
 from jepakit._machine import main_memory, usable_cpus
 from jepakit.errors import JepakitError
 from jepakit.runtime import Provider, check_provider, has_nvidia_driver
@@ -53,6 +54,7 @@ def _installed(extra: str, names: Sequence[str]) -> str:
     if not said:
         return f"not installed (pip install 'jepakit[{'serve' if extra == 'runtime' else extra}]')"
     lacking = [] if extra == "runtime" else [name for name in names if name not in versions]
+    lacking += [module for module in missing(extra) if module not in lacking] if extra in NEEDS else []
     return ", ".join(said + [f"no {name}" for name in lacking])
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
-from jepakit._frontdoor import _NEEDS
+from jepakit._extras import NEEDS
 from jepakit.cli import _settings, app
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
 from jepakit.errors import ConfigError
@@ -31,7 +31,7 @@ NOT_UTF_8 = os.fsdecode(b"gr\xf6\xdfe.png")
 # As where none of the service's packages is installed.
 WITHOUT_SERVE = f"""
 import sys
-sys.modules.update(dict.fromkeys({_NEEDS["serve"]}))
+sys.modules.update(dict.fromkeys({NEEDS["serve"]}))
 from jepakit.cli import main
 sys.argv[0] = "jepakit"
 main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +71,13 @@ def test_a_gpu_that_would_lie_idle_is_a_problem(sound: pytest.MonkeyPatch) -> No
     sound.setattr(torch.cuda, "is_available", lambda: True)
     sound.setattr(runtime, "_missing", lambda choice: None)
     assert examine().problems == []
+
+
+def test_a_module_that_an_extra_needs_is_told_as_missing(sound: pytest.MonkeyPatch) -> None:
+    for module in ("psutil", "tomli_w"):
+        sound.setitem(sys.modules, module, None)
+    lines = examine().lines
+    assert [line.split()[0] for line in lines if ", no " in line and line.endswith(("no psutil", "no tomli_w"))] == [
+        "train",
+        "serve",
+    ]

@@ -1,0 +1,48 @@
+"""The optional parts of the installation: what each needs, and the error if it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from jepakit.errors import MissingExtraError
+
+NEEDS = {
+    "train": ("torch", "timm", "PIL", "torchvision", "accelerate", "tomli_w"),
+    "lora": ("peft",),
+    "tensorboard": ("tensorboard",),
+    "cluster": ("ray", "pandas", "pyarrow", "fsspec", "requests"),
+    "export": ("torch", "timm", "PIL", "onnx", "onnxscript", "onnx_ir", "onnxruntime"),
+    "serve": (
+        "PIL",
+        "onnxruntime",
+        "ray",
+        "starlette",
+        "fastapi",
+        "uvicorn",
+        "python_multipart",
+        "psutil",
+        "prometheus_client",
+        "pydantic_settings",
+        "swagger_ui_bundle",
+    ),
+}
+"""The modules that each extra installs and that are imported."""
+
+
+def missing(extra: str) -> list[str]:
+    """Which modules of an extra are not installed."""
+    return [module for module in NEEDS[extra] if importlib.util.find_spec(module) is None]
+
+
+def require(extra: str) -> None:
+    """Raise MissingExtraError unless everything that `extra` installs is there."""
+    if modules := missing(extra):
+        raise MissingExtraError(f"this needs {modules[0]}, which is not installed: pip install 'jepakit[{extra}]'")
+
+
+def require_tracker(name: str) -> None:
+    """Raise MissingExtraError unless a tracker of experiments is installed."""
+    if name in NEEDS:
+        require(name)
+    elif importlib.util.find_spec(name) is None:
+        raise MissingExtraError(f"trackers = {name} needs {name}, which is not installed: pip install {name}")
