@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from jepakit import golden
+from jepakit._checks import exceeds
 from jepakit._messages import lines_of
 from jepakit.backbone import round_size, size_multiple
 from jepakit.bundle import Precision, Preprocess
@@ -62,7 +63,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
             f"{source}: {len(pixels)} images can be read, {FEWEST_IMAGES} are the fewest to verify on"
             f"{'; ' if unread else ''}{unread}"
         )
-    if len(skipped) > MOST_SKIPPED * len(places):
+    if exceeds(len(skipped), len(places), MOST_SKIPPED):
         raise DataError(f"{source}: {unread}; {MOST_SKIPPED:.0%} may be left out: repair or remove them")
     if skipped:
         print(f"{source}: {unread}: left out of what is verified on", file=sys.stderr)

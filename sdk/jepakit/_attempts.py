@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jepakit._checks import is_number
 from jepakit._files import reason_of
 from jepakit._loopback import is_loopback
 from jepakit._messages import lines_of
@@ -68,7 +69,7 @@ class Settings:
         ):
             raise ConfigError(f"url = {url!r}: give the service's address without {route}, which belongs to its routes")
         for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
-            if not isinstance(seconds, int | float) or not 0 < seconds <= _LONGEST_S:
+            if not is_number(seconds) or not 0 < seconds <= _LONGEST_S:
                 raise ConfigError(f"{name} = {seconds!r}: give seconds, more than 0 and at most {_LONGEST_S:g}")
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
         if key and not isinstance(key, str):

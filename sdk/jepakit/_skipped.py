@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._checks import exceeds, is_share
 from jepakit._messages import counted, first_few
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, ImageError
@@ -21,7 +21,7 @@ _NAMED = 3
 
 def check_skipping(most_skipped: float, on_skipped: OnSkipped | None) -> None:
     """Raise ConfigError for anything but a share of the images, 0 to 1, or a function that takes an id and a reason."""
-    if isinstance(most_skipped, bool) or not isinstance(most_skipped, Real) or not 0 <= most_skipped <= 1:
+    if not is_share(most_skipped):
         raise ConfigError(f"most_skipped = {most_skipped!r}: give a share of the images, 0 to 1, e.g. 0.01")
     if on_skipped is not None and not _takes_two(on_skipped):
         raise ConfigError(
@@ -66,7 +66,7 @@ class Skipped:
             raise error
         self._errors[place] = error
         found, of = len(self._errors), len(self._images)
-        if found / of > self._most or found == of:
+        if exceeds(found, of, self._most) or found == of:
             first = self._errors[min(self._errors)]
             raise ImageError(
                 f"{first}; {found:,} of {counted(of, 'image')} cannot be embedded so far, and at most a share of "

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._checks import is_whole
 from jepakit._files import as_path, reason_of, written
 from jepakit._messages import counted
 from jepakit._vectors import most_similar
@@ -192,7 +193,7 @@ def _id(name: object) -> str:
 
 
 def _checked_k(k: int, most: int, what: str) -> int:
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= most:
+    if not is_whole(k) or not 1 <= k <= most:
         raise DataError(f"k = {k!r}: give a whole number, 1 to {most}, which is how many {what} there are")
     return int(k)
 

@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jepakit._checks import is_number, is_whole
 from jepakit._files import as_path, written
 from jepakit._frozen import Printed
 from jepakit._groups import as_given, assign_folds, image_of, in_cells, main_class, numbered
@@ -319,9 +320,9 @@ class LinearProbe(_Probe):
         return importance
 
     def _check_params(self) -> None:
-        if self.C is not None and (isinstance(self.C, bool) or not isinstance(self.C, Real) or not 0 < self.C < np.inf):
+        if self.C is not None and (not is_number(self.C) or not 0 < self.C < np.inf):
             raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
-        if not isinstance(self.seed, Integral) or self.seed < 0:
+        if not is_whole(self.seed) or self.seed < 0:
             raise ConfigError(f"seed = {self.seed!r}: give a whole number, 0 or more")
         if self.class_weight is not None and not (
             isinstance(self.class_weight, str) and self.class_weight == "balanced"
@@ -397,7 +398,7 @@ class KNNProbe(_Probe):
         return shares
 
     def _check_params(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, Integral) or self.k < 1:
+        if not is_whole(self.k) or self.k < 1:
             raise ConfigError(f"k = {self.k!r}: give a whole number of neighbours, 1 or more")
 
     def _arrays(self) -> dict[str, NDArray[Any]]:

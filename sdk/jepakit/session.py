@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit import golden
+from jepakit._checks import is_whole
 from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
 from jepakit._skipped import OnSkipped, Skipped, check_skipping
@@ -77,12 +77,13 @@ class Session:
         ConfigError for an unknown provider or arithmetic; InferenceError for a provider that does not work here;
         MissingExtraError when its package is not installed.
         """
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
+        if threads is not None and (not is_whole(threads) or threads < 1):
             raise ConfigError(f"threads = {threads!r}: give a whole number, 1 or more, or None for one a core")
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         files = bundle.read_all()
-        for name in {GRAPH, GOLDEN} - set(files):
-            bundle.read(name)  # raises: the file is missing, and for a graph, export first
+        for name in (GRAPH, GOLDEN):
+            if name not in files:
+                bundle.read(name)  # raises: the file is missing, and for a graph, export first
         expected = golden.unpack(files[GOLDEN])
         expected.check(bundle.manifest.preprocess, bundle.manifest.embedding.dim)
         session = cls(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jepakit._checks import exceeds
 from jepakit._messages import counted
 from jepakit._progress import stage
 from jepakit.bundle import Preprocess, Scaling
@@ -175,10 +176,10 @@ def _advice(
             "all images are one group, which cannot be held out as a whole: held-out images have siblings in training and the "
             "verdict is optimistic; say which belong together (--group)"
         )
-    share = len(found.unreadable) / (len(found.seen) + len(found.odd) + len(found.unreadable))
-    if share > (most := AdaptConfig.model_fields["most_skipped"].default):
+    unread, looked_at = len(found.unreadable), len(found.seen) + len(found.odd) + len(found.unreadable)
+    if exceeds(unread, looked_at, most := AdaptConfig.model_fields["most_skipped"].default):
         advice.append(
-            f"{share:.1%} of the images cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more with "
+            f"{unread / looked_at:.1%} of the images cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more with "
             "--set most_skipped=SHARE"
         )
     if images.labels is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from jepakit._checks import exceeds
 from jepakit._files import reason_of
 from jepakit.errors import DataError
 from jepakit.run import SKIPPED, read_metrics
@@ -84,12 +85,11 @@ class SkippedFiles:
     def __init__(self, path: Path | None, n_images: int, *, most: float, main: bool) -> None:
         self._path, self._of, self._share = path, n_images, most
         self._writes_to = path if main else None
-        self._most = int(most * n_images)
         self._seen: dict[str, str] = {}
         self._tolerate = TolerateWriteErrors(path or SKIPPED)
         if path is not None and path.is_file():
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "path"}
+                self._seen = {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0] != "id"}
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -115,8 +115,8 @@ class SkippedFiles:
                 is_empty = not file.tell()
                 if is_empty:
                     file.write("# holds paths of your images: keep it to yourself\n")
-                csv.writer(file).writerows([*([("path", "reason")] if is_empty else []), *new.items()])
-        if len(self._seen) > self._most:
+                csv.writer(file).writerows([*([("id", "reason")] if is_empty else []), *new.items()])
+        if exceeds(len(self._seen), self._of, self._share):
             more = f", and {len(self._seen) - 1} more, {self.where}" if len(self._seen) > 1 else ""
             raise DataError(
                 f"{next(iter(new.values()))}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} "

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._checks import exceeds
 from jepakit._progress import shown
 from jepakit._threads import in_threads
 from jepakit._vectors import float32_tuple
@@ -249,7 +250,7 @@ def scan(
 
 def refuse_mixed(found: Scan, ids: Sequence[str], most: float) -> None:
     """DataError if more than a share `most` of the sample is of another kind: only the user knows which is wanted."""
-    if len(found.odd) > most * (len(found.seen) + len(found.odd)):
+    if exceeds(len(found.odd), len(found.seen) + len(found.odd), most):
         odd = found.odd[0]
         raise DataError(
             f"the images are of several kinds: most hold {found.kind}, but {ids[odd.index]} holds {odd.kind} "

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
-from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._checks import exceeds, is_share, is_whole
 from jepakit._messages import counted, did_you_mean, joined
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
@@ -56,7 +55,7 @@ class Cut:
             raise ConfigError(f"tile = {self.tile}: the least is {MIN_TILE} pixels")
         if self.tile is not None and not 0 <= self.overlap < self.tile:
             raise ConfigError(f"overlap = {self.overlap}: give 0 or more, and less than tile = {self.tile}")
-        if isinstance(self.min_valid, bool) or not isinstance(self.min_valid, Real) or not 0 <= self.min_valid <= 1:
+        if not is_share(self.min_valid):
             raise ConfigError(f"min_valid = {self.min_valid}: give a share from 0 to 1")
         if isinstance(self.frame, str) and self.frame != "each":
             raise ConfigError(f"frame = {self.frame!r}: give a number or each{did_you_mean(self.frame, ['each'])}")
@@ -73,13 +72,9 @@ class Cut:
         value = getattr(self, name)
         if value is None:
             return
-        try:
-            whole = operator.index(value)
-        except TypeError:
-            whole = None
-        if whole is None or isinstance(value, bool):
+        if not is_whole(value):
             raise ConfigError(f"{name} = {value!r}: give {wanted}")
-        object.__setattr__(self, name, whole)
+        object.__setattr__(self, name, int(value))
 
 
 def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> ImageList:
@@ -141,7 +136,7 @@ def _open_all(images: ImageList, most_skipped: float) -> _Opened:
 
     answers = in_threads(read_header, range(len(images)), "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
-    if unreadable and len(unreadable) / len(answers) > most_skipped:
+    if exceeds(len(unreadable), len(answers), most_skipped):
         raise DataError(
             f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}; "
             f"{100 * most_skipped:g} % may be left out: repair or remove them, or allow a larger share, most_skipped=SHARE"

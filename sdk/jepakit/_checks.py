@@ -1,0 +1,26 @@
+"""What numbers given by a user are: the same rule for every argument, in whichever of Python's or numpy's types."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import TypeGuard
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an integer of Python or numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number of Python or numpy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_share(value: object) -> TypeGuard[float]:
+    """Whether it is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1
+
+
+def exceeds(found: int, of: int, share: float) -> bool:
+    """Whether `found` of so many are more than a share of them."""
+    return found > 0 and found / of > share
