@@ -21,7 +21,7 @@ _RULE_OF_THREE = 3.0
 """What happened to none of N images may still happen to 3 in N of all (95 %)."""
 _STUDENT_WIDENING = (1.21, 1.44, 1.30)
 """A spread estimated from n groups widens the interval by 1 + Σ cᵢ / (n - 1)ⁱ: the 95 % quantile of Student's t over the
-normal's, by Cornish and Fisher's expansion, within 3 % from three groups on."""
+normal's, by Cornish and Fisher's expansion, within 3 % from three groups on. So does one from n parts left out."""
 _PLAUSIBLE_GROUP_LOSS = 0.3
 """The accuracy that a group harmed by adaptation may plausibly lose."""
 _NAMED = 3
@@ -51,14 +51,27 @@ _AFTER_ADAPTATION = Advice(
 )
 
 
+class Refits(NamedTuple):
+    """The probes fitted again, each time without one part of the images to fit on.
+
+    right     whether they were right, bool [parts, 2, N]. Empty if leaving out any part would leave a single class:
+              then nothing can be told
+    left_out  which of the held-out images lie in the part left out, bool [parts, N]: none, unless they are also fitted on
+    """
+
+    right: NDArray[np.bool_]
+    left_out: NDArray[np.bool_]
+
+
 class Measurement(NamedTuple):
-    """`scores`, and for each held-out image whether the linear probe and the k-NN were right, bool [2, N]."""
+    """`scores`, and for each held-out image whether the linear probe and the k-NN were right, bool [2, N].
+
+    refits  None if there are at least as many images to fit on as held out
+    """
 
     scores: Scores
     right: NDArray[np.bool_]
-    right_without: NDArray[np.bool_] | None = None
-    """The same for probes fitted without one part of the images, bool [parts, 2, N]; None if there are at least as many
-    images to fit on as held out. Empty if leaving out any part would leave a single class: then nothing can be told."""
+    refits: Refits | None = None
 
 
 def measure(
@@ -83,14 +96,15 @@ def measure(
         return np.stack([linear.predict(held_out) == truth, knn.predict(held_out) == truth])
 
     linear, knn = LinearProbe().fit(train, labels, groups=group_of), KNNProbe().fit(train, labels)
-    without = None
+    refits = None
     if numbered(held_out_groups, len(truth)).max() > group_of.max():
         parts = [
             right(LinearProbe(C=linear.C_).fit(train[kept], labels[kept]), KNNProbe().fit(train[kept], labels[kept]))
             for kept in _leaving_out(labels, group_of)
         ]
-        without = np.array(parts, np.bool_).reshape(-1, 2, len(truth))
-    return _measurement(right(linear, knn), truth, without)
+        again = np.array(parts, np.bool_).reshape(-1, 2, len(truth))
+        refits = Refits(again, np.zeros((len(again), len(truth)), np.bool_))
+    return _measurement(right(linear, knn), truth, refits)
 
 
 def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: ArrayLike | None = None) -> Measurement:
@@ -111,7 +125,7 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
         for row, stay in zip(right, stays, strict=True):
             fit = stay & ~judged
             row[:, judged], strength = _right(vectors, truth, fit, judged, group_of, strength)
-    return _measurement(right[0], truth, right[1:])
+    return _measurement(right[0], truth, Refits(right[1:], ~np.array(stays[1:], np.bool_).reshape(-1, len(truth))))
 
 
 def can_cross_measure(labels: ArrayLike, *, groups: ArrayLike | None = None) -> bool:
@@ -154,9 +168,7 @@ def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[N
     return [stay for stay in kept if len(np.unique(classes[stay])) > 1]
 
 
-def _measurement(
-    right: NDArray[np.bool_], truth: NDArray[np.str_], without: NDArray[np.bool_] | None = None
-) -> Measurement:
+def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_], refits: Refits | None = None) -> Measurement:
     linear, knn = right
     scores = Scores(
         linear=linear.mean(),
@@ -164,13 +176,13 @@ def _measurement(
         knn=knn.mean(),
         knn_balanced=_balanced(knn, truth),
     )
-    return Measurement(scores, right, without)
+    return Measurement(scores, right, refits)
 
 
 def _only(measured: Measurement, chosen: NDArray[np.bool_], truth: NDArray[np.str_]) -> Measurement:
     """The measurement restricted to the `chosen` held-out images, with labels `truth`."""
-    without = measured.right_without
-    return _measurement(measured.right[:, chosen], truth, None if without is None else without[..., chosen])
+    refits = measured.refits and Refits(*(array[..., chosen] for array in measured.refits))
+    return _measurement(measured.right[:, chosen], truth, refits)
 
 
 def judge(
@@ -204,9 +216,12 @@ def judge(
         before, after = (_only(measured, classes.is_judged, truth) for measured in (before, after))
     gain = (after.right.astype(np.float64) - before.right).mean(axis=0)
     interval = _bootstrap(gain, truth, group_of)
-    if before.right_without is not None and after.right_without is not None:
-        gains = (after.right_without.astype(np.float64) - before.right_without).mean(axis=1)
-        interval = _widened(interval, _variance_of_fits(gains, truth, group_of))
+    if before.refits is not None and after.refits is not None:
+        gains = (after.refits.right.astype(np.float64) - before.refits.right).mean(axis=1)
+        variance = _variance_of_fits(gains, truth, group_of) + 2 * _covariance(
+            gain, gains, after.refits.left_out, truth
+        )
+        interval = _widened(interval, max(0.0, variance) * float(_student(len(gains) - 1)) ** 2)
     result = _Result(*interval, len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of))
     by_group = groups is not None
     if classes.can_judge:
@@ -331,7 +346,8 @@ def _some(few: dict[str, int]) -> str:
     return first_few(words, _NAMED)
 
 
-def _balanced(right: NDArray[np.bool_], truth: NDArray[np.str_]) -> float:
+def _balanced(right: NDArray[np.bool_] | NDArray[np.float64], truth: NDArray[np.str_]) -> float:
+    """Mean of `right` [N] in each class, averaged over the classes."""
     return float(np.mean([right[truth == name].mean() for name in np.unique(truth)]))
 
 
@@ -355,7 +371,7 @@ def _bootstrap(
     classes, as its gains are then correlated. The plain bootstrap is too narrow for small n, so
 
     1. each class's spread is scaled by √(n / (n - 1));
-    2. if groups hold several images, also by Student's t (_STUDENT_WIDENING);
+    2. if groups hold several images, also by Student's t (_student);
     3. the interval is never narrower than the rule of three.
 
     With no true difference, the plain bootstrap says "better" in 15 of 100 runs at 3 images per class, the corrected
@@ -379,7 +395,8 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
     [parts, N] with each part left out.
 
     The jackknife also counts single held-out images that flip by chance, which the bootstrap has counted already: their
-    share of each part's mean, estimated from the spread between held-out groups, is subtracted. Infinite without parts.
+    share of each part's mean, estimated from the spread between held-out groups, is subtracted, which may leave less than
+    nothing. Infinite without parts.
     """
     if not len(gains):
         return np.inf
@@ -392,7 +409,20 @@ def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group
         means = sums.sum(axis=0) / images
         of_groups = ((sums - counts * means) / images * factor).mean(axis=1)
         of_fits += float(means.mean() ** 2 - np.square(of_groups).sum())
-    return max(0.0, of_fits * (len(gains) - 1) / len(gains))
+    return of_fits * (len(gains) - 1) / len(gains)
+
+
+def _covariance(
+    gain: NDArray[np.float64], gains: NDArray[np.float64], left_out: NDArray[np.bool_], truth: NDArray[np.str_]
+) -> float:
+    """How the effects of an image on the difference go together, as one that is judged and as one fitted on: the
+    jackknife's estimate, from the gain [N] and `gains` [parts, N], without the parts `left_out` [parts, N].
+    """
+    if not left_out.any():
+        return 0.0
+    judged = np.array([_balanced(gain[stay], truth[stay]) for stay in ~left_out])
+    fitted = np.array([_balanced(each, truth) for each in gains])
+    return float(np.sum((judged - judged.mean()) * (fitted - fitted.mean())) * (len(gains) - 1) / len(gains))
 
 
 def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -400,6 +430,12 @@ def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     groups = (counts > 0).sum(axis=0)
     factor: NDArray[np.float64] = np.sqrt(groups / np.maximum(1, groups - 1))
     return factor
+
+
+def _student(degrees: ArrayLike) -> NDArray[np.float64]:
+    """How much wider an interval is for degrees of freedom as few as these, at least 1 (_STUDENT_WIDENING)."""
+    at_least_one = np.maximum(1.0, degrees)
+    return np.asarray(np.polynomial.polynomial.polyval(1 / at_least_one, (1, *_STUDENT_WIDENING)), np.float64)
 
 
 def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
@@ -426,7 +462,6 @@ def _deviations(
     means = np.divide(times @ sums, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
     factor = _unbiasing(counts)
     if counts.sum() > n:
-        degrees = np.maximum(1, (counts > 0).sum(axis=0) - 1)
-        factor *= 1 + sum(part / degrees**power for power, part in enumerate(_STUDENT_WIDENING, 1))
+        factor *= _student((counts > 0).sum(axis=0) - 1)
     deviations: NDArray[np.float64] = ((means - mean) * factor).T
     return deviations

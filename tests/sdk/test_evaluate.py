@@ -18,9 +18,11 @@ from jepakit.errors import DataError
 from jepakit.evaluate import (
     SAME_WITHIN,
     Measurement,
+    _covariance,
     _groups_to_call_it_the_same,
     _leaving_out,
     _variance_of_fits,
+    cross_measure,
     judge,
     measure,
     no_labels,
@@ -430,9 +432,9 @@ def noisy_twice(
         )  # fmt: skip
         versions.append(measure(fit, truth[0], held_out, truth[1], train_groups=groups[0], held_out_groups=groups[1]))
     before, after = versions
-    assert before.right_without is not None
-    assert after.right_without is not None
-    alone = before._replace(right_without=None), after._replace(right_without=None)
+    assert before.refits is not None
+    assert after.refits is not None
+    alone = before._replace(refits=None), after._replace(refits=None)
     return (
         judge(before, after, truth[1], n_train=n, groups=groups[1]),
         judge(*alone, truth[1], n_train=n, groups=groups[1]),
@@ -460,9 +462,9 @@ def test_a_gain_that_few_images_to_fit_on_show_is_still_told() -> None:
 
 def test_with_no_fewer_images_to_fit_on_nothing_is_fitted_again() -> None:
     vectors, labels = made_vectors(60, 0.5)
-    assert measure(vectors, labels, vectors, labels).right_without is None
+    assert measure(vectors, labels, vectors, labels).refits is None
     groups = np.arange(60) % 20  # of 60 images to fit on there are 20 groups, of 30 to judge by 30
-    assert measure(vectors, labels, vectors[:30], labels[:30], train_groups=groups).right_without is not None
+    assert measure(vectors, labels, vectors[:30], labels[:30], train_groups=groups).refits is not None
 
 
 def test_a_class_of_one_image_to_fit_on_costs_no_verdict() -> None:
@@ -470,8 +472,8 @@ def test_a_class_of_one_image_to_fit_on_costs_no_verdict() -> None:
     one_bee = np.concatenate([np.flatnonzero(labels == "ant"), np.flatnonzero(labels == "bee")[:1]])
     held_out, truth = made_vectors(60, 0.1, classes=2, seed=1)
     result = measure(vectors[one_bee], labels[one_bee], held_out, truth)
-    assert result.right_without is not None
-    assert len(result.right_without) == 6, "without the part of the one bee there would be one class"
+    assert result.refits is not None
+    assert len(result.refits.right) == 6, "without the part of the one bee there would be one class"
     assert judge(result, result, truth, n_train=7).verdict.difference == 0
 
 
@@ -581,7 +583,39 @@ def test_single_images_that_tip_over_are_not_counted_twice() -> None:
     random, truth = np.random.default_rng(0), np.repeat(["ant", "bee"], 1000)
     changes = (random.integers(-1, 2, (10, 2000)).astype(float) for _ in range(20))
     # Without what single images add it is 3e-3.
-    assert np.mean([_variance_of_fits(each, truth, np.arange(2000)) for each in changes]) < 1e-3
+    assert abs(np.mean([_variance_of_fits(each, truth, np.arange(2000)) for each in changes])) < 1e-3
+
+
+def test_an_image_that_moves_the_difference_in_both_ways_counts_in_both() -> None:
+    random, truth, left_out = np.random.default_rng(0), np.repeat(["ant", "bee"], 5), np.eye(10, dtype=bool)
+    gain = random.standard_normal(10)
+    of_class = [np.mean([gain[stay & (truth == name)].mean() for name in ("ant", "bee")]) for stay in ~left_out]
+    gains = np.repeat(0.5 * np.array(of_class)[:, None], 10, axis=1)  # fitting on an image does half of what it shows
+    assert _covariance(gain, gains, left_out, truth) == pytest.approx(
+        0.5 * 0.9 * np.square(of_class - np.mean(of_class)).sum()
+    )
+    assert _covariance(gain, gains, np.zeros((10, 10), bool), truth) == 0, "unless other images are judged"
+
+
+def test_images_that_are_judged_and_fitted_on_make_the_interval_wider() -> None:
+    random, scene, truth = np.random.default_rng(0), np.repeat(np.arange(12), 8), np.tile(["ant", "bee"], 48)
+    widths = []
+    for _ in range(4):
+        versions = []
+        for clearness in random.normal(1, 0.5, (2, 12)):  # by chance, each scene is clearer for one of the two
+            vectors = random.standard_normal((96, 4)).astype(np.float32)
+            vectors[:, 0] += np.where(truth == "ant", 1, -1) * clearness[scene]
+            versions.append(cross_measure(vectors, truth, groups=scene))
+        before, after = versions
+        assert after.refits is not None
+        assert (after.refits.left_out.sum(axis=0) == 1).all(), "each image is left out once"
+        of_others = after._replace(refits=after.refits._replace(left_out=np.zeros((10, 96), bool)))
+        for measured in (after, of_others):
+            verdict = judge(before, measured, truth, n_train=96, groups=scene).verdict
+            assert verdict.low is not None
+            assert verdict.high is not None
+            widths.append(verdict.high - verdict.low)
+    assert sum(widths[::2]) > 1.1 * sum(widths[1::2])
 
 
 def test_each_part_that_is_left_out_has_its_share_of_every_class() -> None:
