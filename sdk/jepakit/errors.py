@@ -30,6 +30,8 @@ Every message says what happened, with which value, and what to do next.
 
 from __future__ import annotations
 
+from typing import Any
+
 from jepakit._one_line import one_line
 
 
@@ -40,6 +42,14 @@ class JepakitError(Exception):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, as processes exchange them: the default would leave out keyword arguments."""
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[JepakitError], args: tuple[Any, ...]) -> JepakitError:
+    return kind.__new__(kind, *args)
 
 
 class InputError(JepakitError, ValueError):
