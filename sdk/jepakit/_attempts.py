@@ -95,7 +95,9 @@ class Settings:
             # On loopback, no proxies. That would also ignore SSL_CERT_FILE, so `verify` reads it explicitly.
             "trust_env": not loopback,
             "verify": _trusted(),
-            "limits": httpx.Limits(max_connections=MOST_AT_ONCE),
+            # No limit: the clients send MOST_AT_ONCE at a time, and httpcore loses the place of a connection whose request
+            # is cancelled before it begins (encode/httpcore#1093).
+            "limits": httpx.Limits(),
         }
 
     def connect(self, kind: Callable[..., _C]) -> _C:

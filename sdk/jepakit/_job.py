@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from jepakit._attempts import AT_ONCE
 from jepakit._files import reason_of
 from jepakit._models import ModelInfo, named
 from jepakit._skipped import Skipped
+from jepakit._threads import work_ahead
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ImageError, ModelChangedError, ProtocolError, ResponseError
 from jepakit.readers import DEFAULT_LIMITS
@@ -123,13 +126,11 @@ class Job:
         self._limits = replace(limits, images=self._limits.images // 2, bytes=self._limits.bytes // 2)
         return True
 
-    def parts(self) -> Iterator[Chunk]:
+    def parts(self) -> Generator[Chunk, None, None]:
         """Requests for the images that have no vectors yet, of up to 32 images or 16 MB, or less if the service takes
-        less; files are read when their turn comes."""
+        less; files are read a few ahead."""
         places, items, size = list[int](), list[Any](), 0
-        for place in range(self.done, len(self._images)):
-            if (item := self._read(place)) is None:
-                continue
+        for place, item in self._read_rest():
             weight = _BYTES_BESIDE + _bytes_of(item)
             full = len(items) >= self._limits.images or size + weight > self._limits.bytes
             if items and (full or not _alike(items[0], item)):
@@ -141,16 +142,20 @@ class Job:
         if items:
             yield Chunk(places, items, self._model)
 
-    def _read(self, place: int) -> bytes | NDArray[Any] | None:
-        """The data to send for an image; None if it is left out."""
-        if place in self.skipped:
-            return None
-        try:
-            item = _encode(self._images[place], self._spec, self._limits.largest)
-            _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
-        except ImageError as error:
-            self.skipped.add(place, error)
-            return None
+    def _read_rest(self) -> Generator[tuple[int, bytes | NDArray[Any]], None, None]:
+        """The places and data of the images to send, in order; those that cannot be read are left out."""
+        rest = (place for place in range(self.done, len(self._images)) if place not in self.skipped)
+        with closing(work_ahead(self._read, rest, threads=self._images.threads(AT_ONCE), ahead=AT_ONCE)) as reading:
+            for place, item in reading:
+                try:
+                    yield place, item.result()
+                except ImageError as error:
+                    self.skipped.add(place, error)
+
+    def _read(self, place: int) -> bytes | NDArray[Any]:
+        """The data to send for an image."""
+        item = _encode(self._images[place], self._spec, self._limits.largest)
+        _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
         return item
 
     def accept(self, chunk: Chunk, response: httpx.Response) -> None:
@@ -241,16 +246,17 @@ def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None
     return (vectors, refused) if [row["index"] for row in rows] == list(range(count)) else None
 
 
-def windows(chunks: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:
-    """Yield `size` chunks at a time, so that memory does not grow with the job."""
-    window: list[Chunk] = []
+def in_flight(
+    chunks: Iterable[Chunk], begin: Callable[[Chunk], Future[httpx.Response]], at_once: int
+) -> Iterator[tuple[Chunk, Future[httpx.Response]]]:
+    """Begin a request for each chunk, `at_once` at a time; while the oldest is awaited, the others are computed, and the
+    next chunk is read as soon as it has been answered."""
+    waiting: deque[tuple[Chunk, Future[httpx.Response]]] = deque()
     for chunk in chunks:
-        window.append(chunk)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
+        waiting.append((chunk, begin(chunk)))
+        if len(waiting) == at_once:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDArray[Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from concurrent.futures import CancelledError, Future
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeGuard
 
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts, Settings
-from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, RequestLimits, windows
+from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, RequestLimits, in_flight
 from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
@@ -165,16 +167,19 @@ class Client:
     def _embed_rest(self, job: Job, show: Steps) -> None:
         """Send the images that have no vectors yet."""
         stop = threading.Event()
+
+        def begin(chunk: Chunk) -> Future[httpx.Response]:
+            return self._begin(chunk.request(self._http), stop)
+
         try:
-            for part in windows(job.parts(), AT_ONCE):
-                answers = [(chunk, self._begin(chunk.request(self._http), stop)) for chunk in part]
-                for chunk, answer in answers:
+            with closing(job.parts()) as chunks:
+                for chunk, answer in in_flight(chunks, begin, AT_ONCE):
                     try:
                         with job.naming(chunk):
                             job.accept(chunk, answer.result())
                     except ImageError as error:
                         if (rest := job.tolerate(chunk, error)) is not None:
-                            job.accept(rest, self._begin(rest.request(self._http), stop).result())
+                            job.accept(rest, begin(rest).result())
                     show.update(job.done)
         finally:
             stop.set()
@@ -334,25 +339,35 @@ class AsyncClient:
         """As `Client._embed_rest`."""
         import asyncio
 
-        parts = windows(job.parts(), AT_ONCE)
-        answers: list[tuple[Chunk, asyncio.Task[httpx.Response]]] = []
+        chunks = job.parts()
+        waiting: deque[tuple[Chunk, asyncio.Task[httpx.Response]]] = deque()
+
+        async def take_oldest() -> None:
+            chunk, answer = waiting[0]
+            try:
+                with job.naming(chunk):
+                    job.accept(chunk, await answer)
+            except ImageError as error:
+                if (rest := job.tolerate(chunk, error)) is not None:
+                    job.accept(rest, await self._send(rest.request(self._http)))
+            waiting.popleft()
+            show.update(job.done)
+
         try:
-            # Files are read and decoded in a thread, so as not to block the event loop.
-            while part := await asyncio.to_thread(lambda: next(parts, None)):
-                answers = [(chunk, asyncio.create_task(self._send(chunk.request(self._http)))) for chunk in part]
-                for chunk, answer in answers:
-                    try:
-                        with job.naming(chunk):
-                            job.accept(chunk, await answer)
-                    except ImageError as error:
-                        if (rest := job.tolerate(chunk, error)) is not None:
-                            job.accept(rest, await self._send(rest.request(self._http)))
-                    show.update(job.done)
+            # Files are read and decoded in threads, so as not to block the event loop.
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                waiting.append((chunk, asyncio.create_task(self._send(chunk.request(self._http)))))
+                if len(waiting) == AT_ONCE:
+                    await take_oldest()
+            while waiting:
+                await take_oldest()
         finally:
             # Cancel whatever is still in flight when one request fails or this call is cancelled.
-            for _, answer in answers:
+            for _, answer in waiting:
                 answer.cancel()
-            await asyncio.gather(*(answer for _, answer in answers), return_exceptions=True)
+            await asyncio.gather(*(answer for _, answer in waiting), return_exceptions=True)
+            with suppress(ValueError):  # if this call was cancelled while the thread reads, it ends with the thread
+                chunks.close()
 
     async def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""

@@ -6,11 +6,9 @@ a service.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,6 +20,7 @@ from jepakit._checks import is_whole
 from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
 from jepakit._skipped import OnSkipped, Skipped, check_skipping
+from jepakit._threads import work_ahead
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError
@@ -238,27 +237,23 @@ def _batches(listed: ImageList, spec: Preprocess, size: int, skipped: Skipped) -
     Images that cannot be read correctly are added to `skipped` by position; it raises ImageError once there are too
     many.
     """
-    pool = ThreadPoolExecutor(listed.threads(min(usable_cpus(), _MOST_DECODERS)), "decode")
-    places, waiting = iter(range(len(listed))), deque[tuple[int, Future[Pixels]]]()
-    try:
-        while True:
-            for place in islice(places, _BATCHES_AHEAD * size - len(waiting)):
-                waiting.append((place, pool.submit(_read, listed, place, spec)))
-            if not waiting:
-                return
-            batch = []
-            for place, image in (waiting.popleft() for _ in range(min(size, len(waiting)))):
-                try:
-                    batch.append(image.result())
-                except ImageError as error:
-                    skipped.add(place, error)
-            if batch:
+    threads = listed.threads(min(usable_cpus(), _MOST_DECODERS))
+    reading = work_ahead(partial(_read, listed, spec), range(len(listed)), threads=threads, ahead=_BATCHES_AHEAD * size)
+    batch: list[Pixels] = []
+    with closing(reading):
+        for place, image in reading:
+            try:
+                batch.append(image.result())
+            except ImageError as error:
+                skipped.add(place, error)
+            if len(batch) == size:
                 yield np.stack(batch)
-    finally:
-        pool.shutdown(cancel_futures=True)
+                batch = []
+    if batch:
+        yield np.stack(batch)
 
 
-def _read(listed: ImageList, place: int, spec: Preprocess) -> Pixels:
+def _read(listed: ImageList, spec: Preprocess, place: int) -> Pixels:
     return preprocess(listed[place], spec)
 
 

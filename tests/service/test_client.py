@@ -932,6 +932,22 @@ REFUSED = (413, dict[str, str](), b'{"error": {"message": "too many", "code": "t
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_the_next_request_is_sent_as_soon_as_the_oldest_is_answered(kind: type[Any]) -> None:
+    fifth, in_time = threading.Event(), list[bool]()
+
+    def wait_for_the_fifth() -> None:
+        number = _Scripted.seen - 1  # the first of all asks for the limits
+        if number == 5:
+            fifth.set()
+        if 2 <= number < 5:
+            in_time.append(fifth.wait(10))
+
+    with _answering([told(1), rows(1)], wait_for_the_fifth) as url:
+        asked(kind, url, lambda client: client.embed([picture(0)] * 6, progress=False))
+    assert in_time == [True] * 3
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
 def test_limits_that_have_become_lower_are_asked_for_anew_and_the_rest_is_cut_by_them(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1118,6 +1134,21 @@ def test_no_request_of_the_async_client_outlives_the_call(cancelled: bool) -> No
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(embed())
+
+
+def test_a_client_whose_requests_are_cancelled_at_any_moment_goes_on(service: str) -> None:
+    async def cancel_many() -> list[ModelInfo]:
+        async with jepakit.AsyncClient(service, deadline_s=3) as client:
+            for turns in [*range(40)] * 3:
+                calls = [asyncio.create_task(client.models()) for _ in range(4)]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                for call in calls:
+                    call.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
+            return await client.models()
+
+    assert asyncio.run(cancel_many())
 
 
 def test_vectors_of_two_spaces_are_never_mixed() -> None:
