@@ -58,6 +58,12 @@ def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: ArrayL
     return sums
 
 
+def groups_of_class(groups: NDArray[np.intp], classes: NDArray[np.intp], n_classes: int) -> NDArray[np.intp]:
+    """In how many groups there are images of each class, [n_classes]."""
+    counts: NDArray[np.intp] = np.bincount(np.unique(groups * n_classes + classes) % n_classes, minlength=n_classes)
+    return counts
+
+
 def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[np.intp]:
     """The commonest class among each group's images, [groups]; ties go to the first class."""
     cells, counts = np.unique(groups * (classes.max() + 1) + classes, return_counts=True)

@@ -18,31 +18,33 @@ def fit_logistic(
     targets: NDArray[np.intp],
     C: float,
     *,
-    importance: Floats | None = None,
+    importance: Floats,
     start: Floats | None = None,
     n_classes: int | None = None,
 ) -> Floats:
     """Minimise C · Σ importance · cross-entropy + ½‖W‖², scikit-learn's objective; the bias is not penalised.
 
-    vectors [N, D], targets [N] in 0 … K-1, importance [N] (None: 1 each); returns weights [D + 1, K], the bias in the
+    vectors [N, D], targets [N] in 0 … K-1, importance [N]; returns weights [D + 1, K], the bias in the
     last row.
     """
     n, dim = vectors.shape
     classes = n_classes or int(targets.max()) + 1
-    counted = np.ones((n, 1)) if importance is None else importance[:, None]
-    wanted = counted * np.eye(classes)[targets]
+    counted = importance / n
+    own = (np.arange(n), targets)
     # For two classes scikit-learn penalises one vector w; our two columns ±w/2 hold half of its square.
     penalty = (2 if classes == 2 else 1) / (C * n)
 
     def loss_and_gradient(flat: Floats) -> tuple[float, Floats]:
         weights = flat.reshape(dim + 1, classes)
-        logits = vectors @ weights[:-1] + weights[-1]
+        logits = vectors @ weights[:-1]  # the only array of N × K numbers
+        logits += weights[-1]
         logits -= logits.max(axis=1, keepdims=True)
-        exps = np.exp(logits)
-        sums = exps.sum(axis=1, keepdims=True)
-        missed = (counted * np.log(sums)).sum() - (logits * wanted).sum()
-        loss = float(missed / n + penalty / 2 * np.square(weights[:-1]).sum())
-        residual = (counted * exps / sums - wanted) / n
+        of_own = logits[own]
+        exps = np.exp(logits, out=logits)
+        sums = exps.sum(axis=1)
+        loss = float((counted * (np.log(sums) - of_own)).sum() + penalty / 2 * np.square(weights[:-1]).sum())
+        residual = np.multiply(exps, (counted / sums)[:, None], out=exps)
+        residual[own] -= counted
         gradient = np.empty_like(weights)
         gradient[:-1] = vectors.T @ residual + penalty * weights[:-1]
         gradient[-1] = residual.sum(axis=0)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import assign_folds, codes, in_cells, main_class, numbered
+from jepakit._groups import assign_folds, codes, groups_of_class, in_cells, main_class, numbered
 from jepakit._messages import first_few
+from jepakit._progress import Steps
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
 
@@ -113,18 +114,20 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
     groups  the group name of each image: no group is split between folds
 
     Each image is both evaluated on and fitted on, so the probes are refitted without each tenth of the images in turn,
-    as `judge` needs. If a single class is left to fit on, that class is predicted.
+    as `judge` needs: 180 fits of a linear probe, with progress shown. If a single class is left to fit on, that class is
+    predicted.
     """
     truth = np.asarray(labels)
     group_of = numbered(groups, len(truth))
     fold = _folds(truth, group_of)
     stays = [np.ones(len(truth), bool), *_leaving_out(truth, group_of)]
     right = np.empty((len(stays), 2, len(truth)), np.bool_)
-    for judged in (fold == number for number in np.unique(fold)):
-        strength = None  # chosen with all images to fit on
-        for row, stay in zip(right, stays, strict=True):
-            fit = stay & ~judged
-            row[:, judged], strength = _right(vectors, truth, fit, judged, group_of, strength)
+    with Steps(len(np.unique(fold)), what="fold") as show:
+        for done, judged in enumerate((fold == number for number in np.unique(fold)), 1):
+            strength = None  # chosen with all images to fit on
+            for row, stay in zip(right, stays, strict=True):
+                row[:, judged], strength = _right(vectors, truth, stay & ~judged, judged, group_of, strength)
+            show.update(done)
     return _measurement(right[0], truth, Refits(right[1:], ~np.array(stays[1:], np.bool_).reshape(-1, len(truth))))
 
 
@@ -265,7 +268,7 @@ def _choose_classes(truth: NDArray[np.str_], fitted: NDArray[np.str_], group_of:
     """The classes to judge: `truth` [N] are the labels of held-out images, `fitted` those that the probes have seen."""
     names = np.union1d(truth, fitted)
     class_of = np.searchsorted(names, truth)
-    sizes = np.bincount(np.unique(np.stack([class_of, group_of]), axis=1)[0], minlength=len(names))
+    sizes = groups_of_class(group_of, class_of, len(names))
     is_fitted, is_few = np.isin(names, fitted), sizes < FEWEST_PER_CLASS
     enough = is_fitted & ~is_few
     can_judge = bool(enough.sum() >= 2)

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from jepakit._checks import is_number, is_whole
 from jepakit._files import as_path, written
 from jepakit._frozen import Printed
-from jepakit._groups import as_given, assign_folds, image_of, in_cells, main_class, numbered
+from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, main_class, numbered
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few
 from jepakit._vectors import unit_length
@@ -38,6 +38,8 @@ C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 _KNN_TEMPERATURE = 0.07
 _KNN_PAIRS = 1 << 24
+_ROWS = 4096
+"""Vectors whose class is predicted at a time: each takes some 24 bytes a class."""
 """Most similarities computed at a time; each takes 16 bytes, including its sort index."""
 
 
@@ -186,7 +188,9 @@ class _Probe(ABC):
         """`predict_proba` for vectors that have been checked."""
 
     def _predicted(self, vectors: Floats) -> Labels:
-        result: Labels = self.classes_[self._shares(vectors).argmax(axis=1)]
+        blocks = (vectors[first : first + _ROWS] for first in range(0, len(vectors), _ROWS))
+        places = [np.empty(0, np.intp), *(self._shares(block).argmax(axis=1) for block in blocks)]
+        result: Labels = self.classes_[np.concatenate(places)]
         return result
 
     def _examples(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, Labels, NDArray[np.intp]]:
@@ -281,12 +285,12 @@ class LinearProbe(_Probe):
         self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]
     ) -> tuple[float, float | None]:
         """The chosen C and its balanced accuracy in cross-validation."""
-        groups_of_class = (in_cells(groups, targets) > 0).sum(axis=0)
+        n_classes = int(targets.max()) + 1
+        spread = groups_of_class(groups, targets, n_classes)
         most = int(np.bincount(main_class(groups, targets)).max())
         folds = stratified_folds(targets, groups, n_folds=min(5, most), seed=self.seed)
-        if folds is None or (groups_of_class >= 2).sum() < 2:
+        if folds is None or (spread >= 2).sum() < 2:
             return 1.0, None
-        n_classes = len(groups_of_class)
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
         n_judged = np.zeros(n_classes, np.intp)
         for held_out in folds:
@@ -311,10 +315,10 @@ class LinearProbe(_Probe):
         judged = n_judged > 0
         return C_GRID[best], float((right[best, judged] / n_judged[judged]).mean())
 
-    def _importance(self, targets: NDArray[np.intp]) -> Floats | None:
-        """The weight of each vector in a fit, [N]; None: all equal."""
+    def _importance(self, targets: NDArray[np.intp]) -> Floats:
+        """The weight of each vector in a fit, [N]."""
         if self.class_weight is None:
-            return None
+            return np.ones(len(targets))
         counts = np.bincount(targets)
         importance: Floats = len(targets) / (np.count_nonzero(counts) * counts[targets])
         return importance
