@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Unpack
 from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
 from jepakit._messages import parse
+from jepakit._signatures import AdaptSettings, ExportSettings
+from jepakit.bundle import Bundle, StartWeights, check_new
+from jepakit.config import AdaptConfig, ExportConfig, chosen_range
 from jepakit.errors import DataError
+from jepakit.inspection import Inspection
+from jepakit.run import DryRun, Run
+from jepakit.sources import ImageList, list_images
+from jepakit.sources.memory import are_labelled_files
 
 if TYPE_CHECKING:
-    from jepakit._signatures import AdaptSettings, ExportSettings
-    from jepakit.bundle import Bundle, StartWeights
-    from jepakit.config import AdaptConfig
-    from jepakit.inspection import Inspection
-    from jepakit.run import DryRun, Run
-    from jepakit.sources import ImageList
     from jepakit_service.deploy import Deployed
 
 
@@ -71,8 +72,6 @@ def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[Ad
 
 def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> tuple[AdaptConfig, ImageList]:
     """Check the settings and list the images; missing packages are reported before torch is imported."""
-    from jepakit.config import AdaptConfig
-
     config = parse(
         AdaptConfig,
         {"images": _describe_source(images), "out": None if out is None else str(as_path(out, "out")), **settings},
@@ -98,8 +97,6 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
 
     Raises ConfigError for a wrong setting and DataError for unusable images.
     """
-    from jepakit.config import AdaptConfig
-
     config = parse(AdaptConfig, {"images": _describe_source(images), "weights": "random", **settings})
     place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)
@@ -126,9 +123,6 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     when torch is not installed. No bundle is written in any of these cases.
     """
     from jepakit._export_source import check_source
-    from jepakit.bundle import Bundle, check_new
-    from jepakit.config import ExportConfig
-    from jepakit.run import Run
 
     given = source.path if isinstance(source, Run | Bundle) else as_path(source, "source")
     config = parse(ExportConfig, {"source": str(given), "out": str(as_path(out, "out")), **settings})
@@ -191,9 +185,6 @@ def fetch_weights(name: str, out: Path) -> StartWeights:
 
 
 def _listed(images: Any, config: AdaptConfig) -> ImageList:
-    from jepakit.config import chosen_range
-    from jepakit.sources import list_images
-
     return list_images(
         images,
         config.labels,
@@ -209,8 +200,6 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
 
 def _describe_source(images: Any) -> str | tuple[str, ...]:
     """How the run's settings name its images; images in memory have no name."""
-    from jepakit.sources.memory import are_labelled_files
-
     if isinstance(images, str | Path):
         return with_home(images)
     if isinstance(images, Sized) and not len(images):

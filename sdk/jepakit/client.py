@@ -23,6 +23,7 @@ from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
 from jepakit._skipped import OnSkipped, check_skipping
+from jepakit.bundle import GOLDEN, Bundle, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ClientError, ImageError, ResponseError
 from jepakit.sources import ImageList, gather
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     import asyncio
 
     import httpx
-
-    from jepakit.bundle import Bundle
 
 _NEVER = threading.Event()
 
@@ -429,7 +428,6 @@ def _too_much(error: ClientError) -> TypeGuard[ResponseError]:
 def _golden(bundle: Bundle | str | Path, model: str | None) -> tuple[ImageList, str, NDArray[np.float32]]:
     """The bundle's golden inputs, the model to ask for (the bundle's own, unless `model` pins one), torch's vectors."""
     from jepakit import golden
-    from jepakit.bundle import GOLDEN, open_bundle
 
     check_asked(model)
     opened = open_bundle(bundle)

@@ -17,17 +17,15 @@ import json
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from jepakit._files import as_path
 from jepakit._frozen import Frozen, Printed
 from jepakit._progress import human_time
+from jepakit._signatures import ExportSettings
 from jepakit.bundle import Bundle, open_bundle
 from jepakit.comparison import Comparison, Verdict
 from jepakit.errors import BundleError, DataError
-
-if TYPE_CHECKING:
-    from jepakit._signatures import ExportSettings
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"

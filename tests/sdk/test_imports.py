@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,16 @@ TOUCH = "import jepakit; jepakit.Client; jepakit.LinearProbe; jepakit.Embeddings
 def test_importing_loads_nothing_heavy(program: str) -> None:
     loaded = in_a_fresh_process(f"import json, sys; {program}; print(json.dumps([name for name in sys.modules]))")
     assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_the_types_of_the_public_api_can_be_looked_up_at_run_time() -> None:
+    public = [getattr(jepakit, name) for name in jepakit.__all__ if name[0] != "_"]
+    methods = [
+        value for kind in public if isinstance(kind, type) for name, value in vars(kind).items()
+        if name[0] != "_" and inspect.isfunction(value)
+    ]  # fmt: skip
+    for function in [*filter(inspect.isfunction, public), *methods]:
+        typing.get_type_hints(function)
 
 
 def test_onnx_runtime_is_imported_with_its_telemetry_off() -> None:
