@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from jepakit._checks import is_whole
 from jepakit._files import as_path, reason_of, written
@@ -34,7 +34,7 @@ def is_embeddings(path: str) -> bool:
         return False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Embeddings:
     """Embeddings of a set of images, in the images' order. `==` means identity: compare `vectors` and `ids` instead.
 
@@ -49,31 +49,37 @@ class Embeddings:
     ids: tuple[str, ...]
     labels: tuple[str, ...] | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.model_id, str):
-            raise DataError(f"model_id = {self.model_id!r}: give the text that names the model, such as its model_id")
-        for name in ("ids", "labels"):
-            if isinstance(words := getattr(self, name), str):
+    def __init__(
+        self,
+        vectors: ArrayLike,
+        model_id: str,
+        ids: Iterable[str | os.PathLike[str] | int | np.integer[Any]],
+        labels: Iterable[str] | None = None,
+    ) -> None:
+        """Take floats [N, D] of any precision, and N ids and labels; DataError if they do not fit together."""
+        if not isinstance(model_id, str):
+            raise DataError(f"model_id = {model_id!r}: give the text that names the model, such as its model_id")
+        for name, words in (("ids", ids), ("labels", labels)):
+            if isinstance(words, str):
                 raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
-        object.__setattr__(self, "ids", tuple(_id(name) for name in self.ids))
-        object.__setattr__(self, "labels", None if self.labels is None else tuple(self.labels))
+        names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)
         try:
-            vectors, count = np.asarray(self.vectors), len(self.ids)
+            array = np.asarray(vectors)
         except (TypeError, ValueError) as error:  # rows of different lengths, a tensor on a GPU
-            raise DataError(f"vectors of type {type(self.vectors).__name__}: give floats [N, D] ({error})") from None
-        fits = vectors.ndim == 2 and len(vectors) == count and np.issubdtype(vectors.dtype, np.floating)
-        if not fits or (self.labels is not None and len(self.labels) != count):
+            raise DataError(f"vectors of type {type(vectors).__name__}: give floats [N, D] ({error})") from None
+        fits = array.ndim == 2 and len(array) == len(names) and np.issubdtype(array.dtype, np.floating)
+        if not fits or (classes is not None and len(classes) != len(names)):
             raise DataError(
-                f"embeddings do not fit together: vectors {list(vectors.shape)} of {vectors.dtype}, {len(self.ids)} ids, "
-                f"{'no' if self.labels is None else len(self.labels)} labels"
+                f"embeddings do not fit together: vectors {list(array.shape)} of {array.dtype}, {len(names)} ids, "
+                f"{'no' if classes is None else len(classes)} labels"
             )
-        object.__setattr__(self, "vectors", vectors.astype(np.float32, copy=False))
-        for place, label in enumerate(self.labels or ()):
+        for place, label in enumerate(classes or ()):
             if not isinstance(label, str):
                 raise DataError(
                     f"labels[{place}] = {label!r}: a label is the name of a class: give text, or no labels at all"
                 )
+        vars(self).update(vectors=array.astype(np.float32, copy=False), model_id=model_id, ids=names, labels=classes)
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -185,7 +185,7 @@ def test_ids_and_labels_of_any_kind_are_taken_by_position(kind: Callable[[Any], 
 
 def test_vectors_and_ids_of_other_kinds_become_plain_ones(tmp_path: Path) -> None:
     for vectors in ([[1.0, 2.0]] * 3, np.ones((3, 2), np.float64), torch.ones(3, 2, dtype=torch.float16)):
-        found = Embeddings(vectors, MODEL_ID, (Path("a/b.png"), np.int64(7), "c"))  # type: ignore[arg-type]
+        found = Embeddings(vectors, MODEL_ID, (Path("a/b.png"), np.int64(7), "c"))
         assert found.vectors.dtype == np.float32
         assert found.ids == ("a/b.png", "7", "c")
         found.save(tmp_path / "e.npz")
