@@ -71,9 +71,5 @@ def _tsne(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _neighbours_of_same_class(embeddings: jepakit.Embeddings) -> float:
-    vectors = embeddings.vectors / np.linalg.norm(embeddings.vectors, axis=1, keepdims=True)
-    similarity = vectors @ vectors.T
-    np.fill_diagonal(similarity, -np.inf)
-    nearest = np.argsort(-similarity, axis=1)[:, :10]
-    labels = np.asarray(embeddings.labels)
+    labels, (nearest, _) = np.asarray(embeddings.labels), embeddings.nearest(k=10)
     return float((labels[nearest] == labels[:, None]).mean())

@@ -31,7 +31,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
               WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
               or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
     out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, on any later day.
-    settings  the fields of `jepakit.config.AdaptConfig`: backbone, weights, domain, steps, …
+    settings  the fields of `jepakit.config.AdaptConfig`, whose `help` explains each: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
     BackboneError for weights that cannot be loaded; TrainingError when training cannot go on; WriteError when there is

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from jepakit._files import with_home
 from jepakit._frozen import Frozen
@@ -70,6 +72,23 @@ def _check_value_range(value: object) -> object:
 
 class _Settings(Frozen):
     model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """List the settings in the docstring too, where `help` finds them."""
+        lines = (
+            f"{name}  ({_default(field)})\n    {' '.join((field.description or '').split())}"
+            for name, field in cls.model_fields.items()
+        )
+        cls.__doc__ = "\n\n".join([cleandoc(cls.__doc__ or ""), *lines])
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return (
+        f"default: {type(field.default).__name__ + '()' if isinstance(field.default, Frozen) else repr(field.default)}"
+    )
 
 
 class ViewsConfig(_Settings):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -251,8 +251,16 @@ class LinearProbe(_Probe):
     """
 
     kind = "linear"
+    coef_: Floats
+    intercept_: Floats
+    mean_: Floats
+    std_: Floats
+    C_: float
+    cv_balanced_accuracy_: float | None
 
-    def __init__(self, *, C: float | None = None, seed: int = 0, class_weight: str | None = None) -> None:
+    def __init__(
+        self, *, C: float | None = None, seed: int = 0, class_weight: Literal["balanced"] | None = None
+    ) -> None:
         self.C = C
         self.seed = seed
         self.class_weight = class_weight
@@ -369,6 +377,8 @@ class KNNProbe(_Probe):
     """
 
     kind = "knn"
+    vectors_: NDArray[np.float32]
+    targets_: NDArray[np.intp]
 
     def __init__(self, *, k: int = 20) -> None:
         self.k = k

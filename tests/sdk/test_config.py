@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from jepakit._frontdoor import export
 from jepakit._messages import did_you_mean, parse
@@ -355,3 +356,12 @@ def test_the_page_on_training_has_every_setting_with_its_default() -> None:
         if default is not None and default != () and name != "images":
             value = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
             assert said[name] == f"`{value.lower() if isinstance(default, bool) else value}`", name
+
+
+@pytest.mark.parametrize("kind", [AdaptConfig, ViewsConfig, ExportConfig])
+def test_help_explains_every_setting(kind: type[BaseModel]) -> None:
+    told = inspect.getdoc(kind) or ""
+    for name, field in kind.model_fields.items():
+        described = " ".join((field.description or "").split())
+        assert re.search(rf"{name}  \((required|default: .+)\)\n +{re.escape(described)}(\n|$)", told), name
+    assert kind is not AdaptConfig or "image_size  (default: 224)" in told

@@ -537,7 +537,7 @@ def test_groups_that_are_lists_of_different_lengths_are_refused() -> None:
         LinearProbe(seed=-1),
         LinearProbe(seed=0.5),  # type: ignore[arg-type]
         LinearProbe(seed=None),  # type: ignore[arg-type]
-        LinearProbe(class_weight="balance"),
+        LinearProbe(class_weight="balance"),  # type: ignore[arg-type]
         KNNProbe(k=0),
         KNNProbe(k=-1),
         KNNProbe(k=2.5),  # type: ignore[arg-type]
