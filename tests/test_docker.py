@@ -32,6 +32,7 @@ from jepakit_service.settings import ServeSettings, load
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"
+SCHEMAS = ROOT / "tests" / "schemas"
 
 
 def systemd_unit() -> str:
@@ -102,7 +103,7 @@ def test_the_build_is_given_what_the_package_is_made_of_and_nothing_else() -> No
 
 @pytest.mark.parametrize("name", ["compose.yaml", "docker/compose.gpu.yaml"])
 def test_compose_files_are_of_the_published_schema(name: str) -> None:
-    schema = json.loads((DEPLOY / "schemas" / "compose-spec.json").read_text())
+    schema = json.loads((SCHEMAS / "compose-spec.json").read_text())
     jsonschema.Draft7Validator(schema).validate(yaml.safe_load((ROOT / name).read_text()))
 
 
@@ -172,7 +173,7 @@ def strict(schema: Any) -> Any:
 
 
 def test_the_kuberay_manifest_is_of_the_published_schema_and_a_typo_would_be_seen(ray_service: Any) -> None:
-    schema = strict(json.loads((DEPLOY / "schemas" / "rayservice-v1.json").read_text()))
+    schema = strict(json.loads((SCHEMAS / "rayservice-v1.json").read_text()))
     jsonschema.validate(ray_service["spec"], schema)
     for path in (
         ("rayClusterConfig", "headGroupSpec"),
@@ -251,7 +252,7 @@ def test_a_worker_stays_while_nodes_are_emptied_and_workers_lie_on_different_nod
 
 def test_the_job_deploys_into_the_folder_that_the_service_watches(kubernetes: Any) -> None:
     pod = kubernetes["Job"]["spec"]["template"]
-    schema = strict(json.loads((DEPLOY / "schemas" / "rayservice-v1.json").read_text()))
+    schema = strict(json.loads((SCHEMAS / "rayservice-v1.json").read_text()))
     spec = copy.deepcopy(kubernetes["RayService"]["spec"])
     spec["rayClusterConfig"]["headGroupSpec"]["template"] = pod
     jsonschema.validate(spec, schema)
