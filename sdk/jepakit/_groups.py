@@ -26,18 +26,26 @@ def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
     """
     if groups is None:
         return np.arange(count)
+    if isinstance(groups, list | tuple) and len(groups) == count and all(isinstance(name, str) for name in groups):
+        names = list(groups)  # an array would give each name the space of the longest
+    else:
+        names = _names(groups, count)
+    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return np.array([number[name] for name in names], np.intp)
+
+
+def _names(groups: ArrayLike, count: int) -> list[Any]:
     try:
         array = np.asarray(groups)
     except ValueError:
         raise DataError(f"the groups are lists of different lengths: give a name for each of {count} images") from None
     if array.shape != (count,):
         raise DataError(f"{count} images, but groups of shape {list(array.shape)}: give a name for each image")
-    names = array.tolist()
     for place, name in enumerate(as_given(groups, array)):
         if name is None or name != name:
             raise DataError(f"image {place} has no group ({name}): name one, its own where it stands alone")
-    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    return np.array([number[name] for name in names], np.intp)
+    names: list[Any] = array.tolist()
+    return names
 
 
 def as_given(names: Any, array: NDArray[Any]) -> Iterable[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from tests.files import touch
 
+from jepakit._groups import numbered
 from jepakit.errors import DataError, ImageError
 from jepakit.sources import gather, list_images
 
@@ -251,3 +253,13 @@ def test_items_are_counted_from_either_end(tmp_path: Path) -> None:
     assert listed[1].name == listed[-1].name == "2.png"
     with pytest.raises(IndexError):
         listed[2]
+
+
+def test_a_long_name_of_a_group_costs_the_others_nothing() -> None:
+    names = [*(f"patient {number}" for number in range(5000)), "x" * 5000]
+    tracemalloc.start()
+    try:
+        assert numbered(names, 5001).tolist() == list(range(5001))
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
