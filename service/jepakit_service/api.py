@@ -121,6 +121,7 @@ def _rest(replica: Replica) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,  # names the methods of generated clients
     )
     app.include_router(operations.router(replica))
     app.include_router(oip_routes.router(replica))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
@@ -72,7 +72,10 @@ class ImageInput(ImagePart):
     content: list[ImagePart] | None = None
 
 
-Input = Annotated[Annotated[str, Tag("(text)")] | Annotated[ImageInput, Tag("(item)")], Discriminator(_form_of_input)]
+Input = TypeAliasType(
+    "Input",
+    Annotated[Annotated[str, Tag("(text)")] | Annotated[ImageInput, Tag("(item)")], Discriminator(_form_of_input)],
+)
 
 
 class EmbeddingRequest(_Request):

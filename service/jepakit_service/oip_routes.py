@@ -15,7 +15,7 @@ def router(replica: Replica) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=[oip.TITLE])
 
     @routes.get("")
-    async def server() -> oip.ServerMetadata:
+    async def server_metadata() -> oip.ServerMetadata:
         """What this server is."""
         return {"name": "jepakit", "version": jepakit.__version__, "extensions": ["binary_tensor_data"]}
 
@@ -32,12 +32,12 @@ def router(replica: Replica) -> APIRouter:
         return {"ready": True}
 
     @routes.get("/models/{name}")
-    async def model(name: str) -> oip.ModelMetadata:
+    async def model_metadata(name: str) -> oip.ModelMetadata:
         """What a model takes and gives."""
         return oip.describe(replica.registry.find(name).manifest)
 
     @routes.get("/models/{name}/versions/{version}")
-    async def model_version(name: str, version: str) -> oip.ModelMetadata:
+    async def model_version_metadata(name: str, version: str) -> oip.ModelMetadata:
         """What a version of a model takes and gives."""
         return oip.describe(replica.registry.find(f"{name}@{version}").manifest)
 

@@ -129,8 +129,7 @@ def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, A
     if keyed:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}]
-    lowered: dict[str, Any] = _lower(made)
-    return {**lowered, "openapi": "3.0.3"}
+    return {**made, **{part: _lower(made[part]) for part in ("paths", "components")}, "openapi": "3.0.3"}
 
 
 def docs_router() -> APIRouter:
@@ -207,7 +206,11 @@ def _schema(kind: Any, schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
 
 
 def _lower(node: Any) -> Any:
-    """Translate JSON Schema as pydantic writes it to OpenAPI 3.0."""
+    """Translate JSON Schema as pydantic writes it to OpenAPI 3.0, without what misleads generators of clients.
+
+    They take a field with a default, even null, for one that is always there, and name what is inside by its title,
+    which pydantic makes of the field's name.
+    """
     if isinstance(node, list):
         return [_lower(one) for one in node]
     if not isinstance(node, dict):
@@ -215,13 +218,15 @@ def _lower(node: Any) -> Any:
     node = {
         key: {name: _lower(one) for name, one in value.items()} if key == "properties" else _lower(value)
         for key, value in node.items()
-        if key != "propertyNames"
+        if key not in ("propertyNames", "title") and (key, value) != ("default", None)
     }
     if "const" in node:
         node["enum"] = [node.pop("const")]
     if {"type": "null"} in node.get("anyOf", []):
         forms = [form for form in node.pop("anyOf") if form != {"type": "null"}]
         node = {**(forms[0] if len(forms) == 1 else {"anyOf": forms}), **node, "nullable": True}
+        if "enum" in node:
+            node["enum"] = [*node["enum"], None]
     if "$ref" in node and len(node) > 1:  # keys beside a reference are ignored
         node["allOf"] = [{"$ref": node.pop("$ref")}]
     return node

@@ -20,6 +20,22 @@ from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 
 
+class Alive(TypedDict):
+    """The process that answers is alive."""
+
+    status: Literal["alive"]
+
+
+class Readiness(TypedDict):
+    """How many of the replicas answer correctly, for which models, and what is wrong with the others."""
+
+    status: Literal["ready", "degraded"]
+    replicas: int
+    replicas_ready: int
+    models: list[str]
+    faults: dict[str, list[str]]
+
+
 class ModelLimits(TypedDict):
     """What one request may hold; `max_images_in_time` applies to all requests in progress together.
 
@@ -72,12 +88,12 @@ def router(replica: Replica) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/healthz")
-    async def healthz() -> dict[str, str]:
+    async def healthz() -> Alive:
         """Whether the process that answers is alive."""
         return {"status": "alive"}
 
     @routes.get("/readyz")
-    async def readyz() -> dict[str, Any]:
+    async def readyz() -> Readiness:
         """Whether the models answer correctly: `ready`; `degraded` if some replica does not; 503 if none does."""
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
@@ -91,7 +107,7 @@ def router(replica: Replica) -> APIRouter:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/models")
-    async def models() -> ModelList:
+    async def list_models() -> ModelList:
         """The models in service."""
         reports = await replica.reports()
         return {
@@ -100,7 +116,7 @@ def router(replica: Replica) -> APIRouter:
         }
 
     @routes.get("/v1/models/{name}")
-    async def model(name: str) -> ModelDescription:
+    async def get_model(name: str) -> ModelDescription:
         """One model in service.
 
         `limits` says what one request may hold, `max_images_in_time` how many images all requests in progress may hold
@@ -113,7 +129,7 @@ def router(replica: Replica) -> APIRouter:
     return routes
 
 
-def _readiness(reports: Sequence[Report], wanted: int) -> dict[str, Any]:
+def _readiness(reports: Sequence[Report], wanted: int) -> Readiness:
     in_service = {name for report in reports for name in report.in_service}
     faults = {report.replica: found for report in reports if (found := _faults(report, in_service))}
     ready = len(reports) - len(faults)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
+from typing_extensions import TypeAliasType
 
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
@@ -28,7 +29,8 @@ from jepakit_service.forms import read_form
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Encoding = Literal["float", "base64"]
+# As a named alias it is a component of the OpenAPI document, so generated clients have one type for it.
+Encoding = TypeAliasType("Encoding", Literal["float", "base64"])
 Results = Sequence[NDArray[np.float32] | ImageError]
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -100,6 +101,31 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
                 assert answer["description"]
     used = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
     assert used == set(document["components"]["schemas"])
+
+
+def test_the_document_misleads_no_generator_of_clients(document: dict[str, Any]) -> None:
+    """openapi-typescript demands fields that have a default; openapi-generator names types by titles, over others."""
+    assert document["info"]["title"] == "jepakit"
+    schemas = list(mappings_in([document["paths"], document["components"]]))
+    for schema in schemas:
+        assert "title" not in schema
+        assert schema.get("default", "") is not None, schema
+    nullable = [schema["enum"] for schema in schemas if "enum" in schema and schema.get("nullable")]
+    assert nullable == [["base64", None], ["float", None]]
+    names = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
+    assert len(set(names)) == len(names)
+    assert {"healthz", "readyz", "metrics", "list_models", "get_model", "server_metadata", "embed"} < set(names)
+    components = document["components"]["schemas"]
+    assert {"Input", "Encoding"} < set(components)
+    assert components["Readiness"]["properties"]["status"]["enum"] == ["ready", "degraded"]
+
+
+def mappings_in(node: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object inside, but those that map names of fields."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(value, dict) and key != "properties":
+            yield value
+        yield from mappings_in(value)
 
 
 def test_the_document_tells_all_that_the_service_says_of_a_model(service: str, document: dict[str, Any]) -> None:
