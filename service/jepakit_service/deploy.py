@@ -66,7 +66,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Lock the folder against other deploys: two would undo each other's work. ServeError if one is at work."""
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(holding(folder, wait=False))
+            held.enter_context(holding(folder))
         except BlockingIOError:
             raise ServeError(f"another deploy is at work in {folder}: wait for it, or stop it") from None
         yield

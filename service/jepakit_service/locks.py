@@ -10,15 +10,15 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def holding(folder: Path, *, wait: bool) -> Iterator[None]:
+def holding(folder: Path) -> Iterator[None]:
     """Lock a folder against other callers of this function. No effect on network file systems that cannot lock folders.
 
-    Raises BlockingIOError if another process holds the lock and `wait` is false.
+    Raises BlockingIOError if somebody else holds the lock. Waiting for it in the kernel would keep a process from ending.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:

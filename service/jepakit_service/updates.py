@@ -8,9 +8,10 @@ answers for both as NAME@MODEL_ID. If a version fails on one replica, all give i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ _log = logging.getLogger("jepakit.service")
 _ABSENT_LOOKS = 5
 _AGAIN_S = 60.0
 """Seconds after which files that failed are verified again even if unchanged: a mount can fail for a moment."""
+_TURN_POLL_S = 0.2
 _LEAVING_LOOKS = 10
 """How many looks a version is given to release its memory, here and in the machine's other replicas."""
 
@@ -131,7 +133,8 @@ class Updates:
         try:
             check_expected(bundle, self._settings)
             provider = self._settings.provider if versions.current is None else versions.current.provider
-            versions.next = await asyncio.to_thread(self._load_if_it_fits, bundle, provider)
+            async with _turn(bundle.path):
+                versions.next = await asyncio.to_thread(self._load_if_it_fits, bundle, provider)
         except JepakitError as error:
             if isinstance(error, _NoRoomError) and self._leaving:
                 versions.update = Update(bundle.digest, "loading", str(error))
@@ -145,10 +148,9 @@ class Updates:
         versions.update = Update(bundle.digest, "waiting")
 
     def _load_if_it_fits(self, bundle: Bundle, provider: Provider) -> LoadedModel:
-        """Load a version, or raise _NoRoomError. Replicas of a machine take turns: each sees the memory left."""
-        with holding(bundle.path, wait=True):
-            _check_memory(bundle, most_sessions(provider, self._settings.threads), self._settings.max_memory_mb)
-            return LoadedModel(bundle, self._settings, self._metrics)
+        """Load a version, or raise _NoRoomError."""
+        _check_memory(bundle, most_sessions(provider, self._settings.threads), self._settings.max_memory_mb)
+        return LoadedModel(bundle, self._settings, self._metrics)
 
     async def _is_whole(self, bundle: Bundle, versions: Versions) -> bool:
         """Whether every file passes; verified again when a file has changed, and after `_AGAIN_S`."""
@@ -227,6 +229,23 @@ class Updates:
             if versions.absent >= _ABSENT_LOOKS:
                 self._retire(*self._registry.forget(name).loaded())
                 _log.info("%s is no longer served: its bundle is gone", name)
+
+
+@contextlib.asynccontextmanager
+async def _turn(folder: Path) -> AsyncIterator[None]:
+    """Hold the folder's lock: replicas of a machine load in turns, so each sees the memory left. May be cancelled."""
+    with contextlib.ExitStack() as held:
+        waits = False
+        while True:
+            try:
+                await asyncio.to_thread(held.enter_context, holding(folder))
+                break
+            except BlockingIOError:
+                if not waits:
+                    _log.info("%s waits to be loaded: another process, most likely a replica, has locked it", folder)
+                waits = True
+                await asyncio.sleep(_TURN_POLL_S)
+        yield
 
 
 class _NoRoomError(DataError):

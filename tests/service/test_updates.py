@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import Deployed, _swapped, deploy
 from jepakit_service.faults import ApiError
+from jepakit_service.locks import holding
 from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
@@ -956,6 +959,37 @@ def test_a_replica_that_does_not_hear_itself_agrees_to_nothing(folder: Path) -> 
 
     first._ask_all = others
     assert asyncio.run(first._states()) == [None]
+
+
+def test_the_service_can_end_while_a_new_version_waits_for_a_lock_which_the_log_tells_once(
+    other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = Replica(settings(folder))
+    replace(folder, other)
+    monkeypatch.setattr(updates, "_TURN_POLL_S", 0.01)
+    tries = []
+
+    def hold(path: Path) -> contextlib.AbstractContextManager[None]:
+        tries.append(path)
+        return holding(path)
+
+    async def go() -> None:
+        loading = asyncio.create_task(step(replica))
+        while len(tries) < 3:
+            await asyncio.sleep(0)
+        loading.cancel()
+
+    monkeypatch.setattr(updates, "holding", hold)
+    with holding(folder / "tiny"), caplog.at_level(logging.INFO, "jepakit.service"):
+        ending = threading.Thread(target=lambda: asyncio.run(go()), daemon=True)
+        ending.start()
+        ending.join(10)
+        assert not ending.is_alive()
+    assert [record.message for record in caplog.records if "has locked it" in record.message] == [
+        f"{folder / 'tiny'} waits to be loaded: another process, most likely a replica, has locked it"
+    ]
+    asyncio.run(step(replica))
+    assert replica.registry.find("tiny").digest == digest(other)
 
 
 def test_a_copy_of_a_bundle_beside_it_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
