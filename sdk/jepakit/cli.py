@@ -698,18 +698,24 @@ def _source(images: list[str]) -> str | list[str]:
 def _exit_on_signals() -> None:
     """Make SIGTERM and SIGHUP raise SystemExit from now on, so that unfinished work is cleaned up as on Ctrl-C.
 
-    A signal that is ignored stays ignored, as nohup wants for SIGHUP.
+    After the first of them, or Ctrl-C, all are ignored: terminals, make and npm send several, and none may cut the
+    cleaning up short. A signal that is ignored stays ignored, as nohup wants for SIGHUP.
     """
-    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    stopping = False
 
     def stop(number: int, _: object) -> None:
-        # A closing terminal may send several signals.
-        for other in ends:
-            signal.signal(other, signal.SIG_IGN)
+        nonlocal stopping
+        if stopping:
+            return
+        stopping = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    for number in ends:
-        signal.signal(number, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def _check_out(file: Path, suffix: str) -> None:

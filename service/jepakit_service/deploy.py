@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from jepakit.errors import BundleError, DataError, InputError, NotFoundError, Se
 from jepakit_service.locks import holding
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
+_PREFIX, _OLD = ".deploy-", ".old"
 
 
 class Deployed(NamedTuple):
@@ -48,10 +51,12 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
         before = client.models()
         try:
             with _alone(folder):
+                _recover(folder)
                 target = _place(bundle, folder)
                 _check_watched(before, bundle, target)
                 with _swapped(bundle, target):
                     model = _wait_for_switch(client, bundle, timeout_s)
+                _sweep(folder, bundle.manifest.name)
                 names = {served.name for served in before}
                 return Deployed(model, model.name in names, tuple(sorted(names - {model.name})))
         except OSError as error:
@@ -72,12 +77,38 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def _recover(folder: Path) -> None:
+    """After a deploy that was killed: put back an old version that nothing has replaced, and remove unfinished copies."""
+    for left in sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: path.stat().st_ctime, reverse=True):
+        if left.suffix != _OLD:
+            shutil.rmtree(left, ignore_errors=True)
+            continue
+        with contextlib.suppress(InputError):  # damaged, or something else is in its place
+            target = _place(open_bundle(left), folder)
+            if not target.exists():
+                left.rename(target)
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove old versions that killed deploys have left, now that another one is in service."""
+    for old in folder.glob(f"{_PREFIX}*{_OLD}"):
+        if not is_bundle(old) or _name_of(old) == name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_of(path: Path) -> str | None:
+    """The bundle's name; None for a damaged one."""
+    try:
+        return open_bundle(path).manifest.name
+    except InputError:
+        return None
+
+
 def _place(bundle: Bundle, folder: Path) -> Path:
     """The folder that holds the bundle of this name now, else a new folder of that name."""
     for inside in bundles_inside(folder).bundles:
-        with contextlib.suppress(InputError):  # a damaged one
-            if open_bundle(inside).manifest.name == bundle.manifest.name:
-                return inside
+        if _name_of(inside) == bundle.manifest.name:
+            return inside
     target = folder / bundle.manifest.name
     if target.exists():
         raise BundleError(f"{target} exists and is not {bundle.manifest.name}'s bundle: remove it first")
@@ -100,8 +131,8 @@ def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> Non
 @contextlib.contextmanager
 def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
     """Put a copy of the bundle in the target's place, flushed to disk; undone if the block fails, also by Ctrl-C."""
-    new = Path(tempfile.mkdtemp(prefix=".deploy-", dir=target.parent))
-    old = new.with_suffix(".old")
+    new = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
+    old = new.with_suffix(_OLD)
     try:
         _copy(bundle, new)
         if target.exists():
@@ -110,9 +141,23 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
         fsync(target.parent)
         yield
     except BaseException:  # the next start must not find a version that is not in service
-        _undo(bundle, target, new, old)
+        with _unstoppable():
+            _undo(bundle, target, new, old)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _unstoppable() -> Iterator[None]:
+    """Ignore the signals that end a command. Other threads than the main one neither get them nor may change that."""
+    mine = threading.current_thread() is threading.main_thread()
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if mine else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _copy(bundle: Bundle, new: Path) -> None:

@@ -548,8 +548,9 @@ def test_a_folder_that_lacks_what_is_in_service_already_is_another_one(
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP with Python's default handlers, restored afterwards."""
+    """The signals that end a command with Python's default handlers, restored afterwards."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -573,6 +574,79 @@ def test_a_signal_ends_a_deploy_as_ctrl_c_does_and_a_second_one_cuts_nothing_sho
     with pytest.raises(SystemExit) as caught:
         cli.deploy(tmp_path, tmp_path)
     assert (caught.value.code, undone) == (128 + number, [True])
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_second_ctrl_c_does_not_cut_short_what_the_first_one_undoes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undone = []
+
+    def deployed(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            undone.append(True)
+
+    monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.deploy(tmp_path, tmp_path)
+    assert undone == [True]
+
+
+@pytest.mark.usefixtures("signals")
+def test_ctrl_c_while_a_refused_version_is_taken_out_changes_nothing(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.suffix == ".old":
+            os.kill(os.getpid(), signal.SIGINT)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(ServeError, match="the folder was restored"):
+        to(other, folder)
+    assert is_as_before(folder, bundle)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_system_without_sighup_can_deploy(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced=True, beside=()))
+    cli.deploy(tmp_path, tmp_path)
+
+
+def test_what_a_killed_deploy_moved_aside_is_put_back_by_the_next(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    (folder / "tiny").rename(folder / ".deploy-a.old")
+    shutil.copytree(other, folder / ".deploy-a")
+    with pytest.raises(ServeError, match="the folder was restored"):
+        to(other, folder)
+    assert is_as_before(folder, bundle)
+
+
+def test_the_old_version_of_a_killed_deploy_goes_only_once_another_one_is_in_service(
+    to: Callable[..., None], bundle: Path, other: Path, third: Path, second: Path, folder: Path
+) -> None:
+    """What the killed one left in its place may be a version that the service refused."""
+    (folder / "tiny").rename(folder / ".deploy-a.old")
+    shutil.copytree(other, folder / "tiny")
+    shutil.copytree(second, folder / "second")
+    shutil.copytree(second, folder / ".deploy-b.old")
+    (folder / ".deploy-c.old").mkdir()
+    with pytest.raises(ServeError, match="the folder was restored"):
+        to(third, folder)
+    assert digest(folder / "tiny") == digest(other)
+    assert digest(folder / ".deploy-a.old") == digest(bundle)
+    to(third, folder, lambda: told(third))
+    assert {path.name for path in folder.iterdir()} == {"tiny", "second", ".deploy-b.old"}
+    assert digest(folder / "tiny") == digest(third)
 
 
 @pytest.mark.usefixtures("signals")
