@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jepakit.bundle import Bundle, is_bundle, open_bundle
+from jepakit.bundle import MANIFEST, Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit.runtime import Provider
 from jepakit_service import memory
@@ -44,6 +45,7 @@ class Updates:
 
     def __init__(self, settings: ServeSettings, registry: Registry, metrics: Metrics, peers: Peers) -> None:
         self._settings, self._registry, self._metrics, self._peers = settings, registry, metrics, peers
+        self._opened: _Opened = {}
         self._logged: set[str] = set()
         self._retired: list[LoadedModel] = []
         self._leaving = 0
@@ -51,8 +53,7 @@ class Updates:
 
     def whole(self) -> list[Bundle]:
         """The bundles on disk that pass now. The others become expected; `step` looks again and logs them."""
-        found = [_look(Path(given)) for given in self._settings.bundles]
-        wanted = self._wanted(found)
+        wanted = self._wanted(self._look())
         passing = [bundle for bundle in wanted.values() if self._passes(bundle)]
         for name in wanted.keys() - {bundle.manifest.name for bundle in passing}:
             self._registry.versions(name).expected = True
@@ -80,7 +81,7 @@ class Updates:
         for model in self._retired:  # unreachable since the last look
             model.close()
         self._retired, self._leaving = [], max(0, self._leaving - 1)
-        found = await asyncio.to_thread(lambda: [_look(Path(given)) for given in self._settings.bundles])
+        found = await asyncio.to_thread(self._look)
         wanted = self._wanted(found)
         for name, bundle in wanted.items():
             await self._prepare(name, bundle)
@@ -95,6 +96,12 @@ class Updates:
             answered = [state for state in states if state is not None]
             if len(answered) == len(states):  # a replica that says nothing agrees to nothing
                 self._agree(answered)
+
+    def _look(self) -> list[_Found]:
+        found = [_look(Path(given), self._opened) for given in self._settings.bundles]
+        there = {bundle.path for bundles, _ in found for bundle in bundles}
+        self._opened = {folder: opened for folder, opened in self._opened.items() if folder in there}
+        return found
 
     def _wanted(self, found: Sequence[_Found]) -> dict[str, Bundle]:
         """The bundles on disk by name. What is skipped is logged once, until that changes."""
@@ -260,7 +267,11 @@ class _Found(NamedTuple):
     """Folders whose manifest does not pass or cannot be read, and why."""
 
 
-def _look(given: Path) -> _Found:
+_Opened = dict[Path, tuple[tuple[int, int, int], Bundle]]
+"""Bundles by folder, each with its manifest's stamp: parsing all of them at every look takes a share of a core."""
+
+
+def _look(given: Path, opened: _Opened) -> _Found:
     try:
         folders, closed = bundle_folders(given)
     except OSError:
@@ -268,11 +279,35 @@ def _look(given: Path) -> _Found:
     found = _Found([], dict(closed))
     for folder in folders:
         try:
-            found.bundles.append(open_bundle(folder))
+            found.bundles.append(_open(folder, opened))
         except (InputError, OSError) as error:
             if not _is_gone(folder):
                 found.rejected[folder] = str(error)
     return found
+
+
+def _open(folder: Path, opened: _Opened) -> Bundle:
+    """The bundle as it was opened before, or opened now if its manifest has changed. Raises BundleError, OSError."""
+    stamp, (known, bundle) = _stamp_of_manifest(folder), opened.pop(folder, (None, None))
+    if bundle is None or stamp is None or stamp != known:
+        bundle = open_bundle(folder)
+    if stamp is not None:
+        opened[folder] = stamp, bundle
+    return bundle
+
+
+def _stamp_of_manifest(folder: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of the last change; None if it cannot be read."""
+    try:
+        # Network file systems remember what `stat` says, but ask their server when a file is opened.
+        descriptor = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return status.st_ino, status.st_size, status.st_ctime_ns
 
 
 def _is_gone(folder: Path) -> bool:

@@ -1076,6 +1076,36 @@ def test_a_copy_of_a_bundle_beside_it_is_told_once(folder: Path, caplog: pytest.
     assert "tiny-backup has the name of another bundle" in record.message
 
 
+def test_a_manifest_is_read_again_only_once_it_has_changed(
+    bundle: Path, other: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(settings(folder))
+    opened: list[str] = []
+
+    def opening(path: Path) -> Bundle:
+        opened.append(path.name)
+        return jepakit.open_bundle(path)
+
+    async def looks(count: int) -> list[str]:
+        opened.clear()
+        for _ in range(count):
+            await step(replica)
+        return opened
+
+    monkeypatch.setattr(updates, "open_bundle", opening)
+    assert asyncio.run(looks(3)) == ["tiny"]
+    assert asyncio.run(looks(1)) == []
+    replace(folder, other)
+    assert asyncio.run(looks(3)) == ["tiny"]
+    assert replica.registry.find("tiny").digest == digest(other)
+    manifest = folder / "tiny" / MANIFEST
+    manifest.write_bytes((bundle / MANIFEST).read_bytes())  # in place
+    assert asyncio.run(looks(2)) == ["tiny"]
+    manifest.unlink()
+    asyncio.run(looks(1))
+    assert replica._updates._opened == {}
+
+
 def test_a_file_that_may_be_read_again_is_looked_at_again(second: Path, folder: Path) -> None:
     shutil.copytree(second, folder / "second")
     before = updates._stamp(folder / "second")
