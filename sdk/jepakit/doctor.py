@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
@@ -40,12 +41,16 @@ def examine() -> Examination:
     """Examine the machine and the installed packages. torch is imported only if there is an NVIDIA driver."""
     lines = [
         f"jepakit    {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"machine    {usable_cpus()} usable cores, {main_memory() / 1e9:.1f} GB of memory, "
-        f"{'an' if has_nvidia_driver() else 'no'} NVIDIA driver",
+        f"machine    {usable_cpus()} usable cores, {_memory()}, {'an' if has_nvidia_driver() else 'no'} NVIDIA driver",
         *(f"{extra:<10} {_installed(extra, names)}" for extra, names in _PACKAGES.items()),
         f"providers  {', '.join(_usable_providers()) or 'none'}",
     ]
     return Examination(lines, [*_two_runtimes(), *_idle_gpu(), *_little_shared_memory()])
+
+
+def _memory() -> str:
+    """How much there is; unknown on Windows, where Python does not tell."""
+    return f"{main_memory() / 1e9:.1f} GB of memory" if hasattr(os, "sysconf") else "unknown memory"
 
 
 def _installed(extra: str, names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -32,6 +33,12 @@ def test_what_is_there_is_told_with_its_version(sound: pytest.MonkeyPatch) -> No
     assert "no NVIDIA driver" in told.stdout
     assert "providers  cpu" in told.stdout
     assert told.stdout.endswith("nothing to fix\n")
+
+
+def test_a_system_that_does_not_tell_its_memory_is_examined_too(sound: pytest.MonkeyPatch) -> None:
+    assert " GB of memory, " in examine().lines[1]
+    sound.delattr(os, "sysconf")
+    assert " usable cores, unknown memory, no NVIDIA driver" in examine().lines[1]
 
 
 def test_what_is_missing_is_told_with_what_installs_it(sound: pytest.MonkeyPatch) -> None:
