@@ -213,3 +213,9 @@ def test_one_band_of_many_in_other_units_is_refused_by_its_number(wrong: int) ->
 
 def test_missing_8_bit_pixels_become_the_nearest_level_to_the_mean() -> None:
     assert neutral(spec(3, "uint8", mean=(0.485, 0.456, 0.406))).tolist() == [124, 116, 104]
+
+
+@pytest.mark.parametrize("window", [Window(0, 0, 64, 20), Window(0, 0, 20, 64)])
+def test_a_window_longer_than_a_tile_is_refused_however_narrow(window: Window) -> None:
+    ref = ImageRef(values(80, 80), "strip", window=window)
+    assert refused(ref, spec(tile=32)).code == "wrong_scale"

@@ -550,3 +550,9 @@ def test_gather_refuses_nothing(nothing: Any) -> None:
 def test_an_image_list_is_frozen() -> None:
     with pytest.raises(AttributeError):
         gather(png(), "none").ids = ("a",)  # type: ignore[misc]
+
+
+def test_one_folder_called_train_is_no_split(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/{number}.png" for number in range(12)))
+    assert set(gather(tmp_path).labels or ()) == {"train"}
+    assert list_images(tmp_path).labels is None

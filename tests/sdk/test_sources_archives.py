@@ -401,3 +401,16 @@ def test_a_cls_goes_before_a_json_that_stands_before_it(tmp_path: Path) -> None:
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     assert list_images(tmp_path / "a.tar").labels == ("cls",)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_with_extra_fields_as_zip_and_finder_write_them_are_read(tmp_path: Path, method: int) -> None:
+    """Info-ZIP writes 28 bytes of times and owners before each member's data, and 24 into the directory."""
+    members = {"a.png": noise(900), "b.png": noise(800, 1)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        for name, data in members.items():
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type, entry.extra = method, b"UT\x09\0\x03" + bytes(8) + b"ux\x0b\0\x01\x04" + bytes(9)
+            archive.writestr(entry, data)
+            entry.extra = entry.extra[:13]  # the directory is written at the end
+    assert contents(list_images(tmp_path / "a.zip", "none")) == members

@@ -263,3 +263,10 @@ def test_a_long_name_of_a_group_costs_the_others_nothing() -> None:
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("headers_read")
+def test_folders_of_a_patient_each_are_classes_where_a_patient_has_two(tmp_path: Path) -> None:
+    for kind, patient in (("healthy", "Ann"), ("sick", "Ann"), ("worse", "Bob")):
+        series(tmp_path, patient, kind, 10)
+    assert set(list_images(tmp_path).labels or ()) == {"healthy", "sick", "worse"}

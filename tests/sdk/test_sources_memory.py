@@ -324,3 +324,18 @@ def test_a_list_in_memory_can_be_pickled() -> None:
     listed = list_images([array(0), png(1)])
     again = pickle.loads(pickle.dumps(listed))
     assert again.digest() == listed.digest()
+
+
+def test_a_target_below_zero_is_not_named_by_the_last_class() -> None:
+    assert list_images(Described([-1, 0, 1], ["cat", "dog"])).labels == ("-1", "cat", "dog")
+
+
+def test_targets_of_another_number_than_the_images_are_not_believed() -> None:
+    class Half(Described):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, place: int) -> tuple[Any, Any]:
+            return array(place), self.targets[place + 2]
+
+    assert list_images(Half([0, 0, 1, 1], ["cat", "dog"])).labels == ("dog", "dog")

@@ -653,13 +653,17 @@ def test_the_old_version_of_a_killed_deploy_goes_only_once_another_one_is_in_ser
 def test_a_deploy_under_nohup_outlives_its_terminal(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deployed(*_: object, **__: object) -> Deployed:
+    deploys = []
+
+    def deployed(path: Path, *_: object, **__: object) -> Deployed:
+        deploys.append(path)
         os.kill(os.getpid(), signal.SIGHUP)
         return Deployed(told(bundle), replaced=True, beside=())
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
     cli.deploy(tmp_path, tmp_path)
+    assert deploys == [tmp_path]
 
 
 @pytest.mark.usefixtures("signals")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from numpy.typing import NDArray
 
@@ -269,3 +270,11 @@ def test_downscaling_makes_the_shorter_side_so_long_and_keeps_the_picture(dtype:
 def test_what_is_small_already_is_not_touched(side: int) -> None:
     pixels = np.zeros((200, 300, 3), np.uint8)
     assert downscale(pixels, side) is pixels
+
+
+def test_a_stamp_tells_the_frames_of_a_file_apart(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([pixels_of(0, side=32)[..., 0], pixels_of(1, side=32)[..., 0]]))
+    listings = [list_images(tmp_path / "stack.tif", frame=frame) for frame in (0, 1, "each")]
+    keys = [keys_of(opened(tmp_path / "cache"), listed) for listed in listings]
+    assert keys[0] + keys[1] == keys[2]
+    assert len(set(keys[2])) == 2

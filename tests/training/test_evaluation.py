@@ -275,3 +275,12 @@ def test_probes_are_told_the_groups_they_are_fitted_on(monkeypatch: pytest.Monke
     images = MeasuringSet(np.arange(40), IS_FIT, np.ones(40, bool), labels, groups)
     measure_vectors(np.zeros((40, 4), np.float32), images)
     assert told["train_groups"].tolist() == groups[:30].tolist()
+
+
+def test_probes_are_told_the_groups_they_are_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **groups: told.update(groups))
+    images = siblings(30, 6)
+    assert images.groups is not None
+    measure_vectors(np.zeros((180, 4), np.float32), images)
+    assert told["held_out_groups"].tolist() == images.groups[~images.is_fit].tolist()

@@ -286,3 +286,14 @@ def test_groups_on_both_sides_of_a_manifests_split_are_told() -> None:
 
 def test_the_group_that_brings_the_share_nearer_is_held_out() -> None:
     assert len(_near_share(np.arange(10), np.full(10, 10), 0.27, 1)) == 3  # 30 of 100 is nearer to 27 than 20
+
+
+@pytest.mark.parametrize(("count", "held_out", "fits"), [(16, 8, True), (16, 9, False), (15, 3, False)])
+def test_sixteen_images_of_which_eight_train_are_the_fewest(count: int, held_out: int, fits: bool) -> None:
+    source = list_images([np.zeros((8, 8), np.uint8)] * count, "none")
+    source = replace(source, held_out=np.arange(count) < held_out)
+    if fits:
+        assert len(hold_out(AdaptConfig(images="x"), source)[0].train) == 8
+    else:
+        with pytest.raises(DataError, match=r"too few to adapt on|8 and 1 are the fewest possible"):
+            hold_out(AdaptConfig(images="x"), source)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import RandomResizedCrop
 
 from jepakit.bundle import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ViewsConfig
@@ -281,3 +282,23 @@ def test_crops_of_a_long_thin_image_are_the_largest_of_a_legal_aspect(
 def test_quarter_turns_alone_are_all_four() -> None:
     seen = orientations("general", axis=1, horizontal_flip=0, quarter_turns=True)
     assert seen == {"left", "right", "top", "bottom"}
+
+
+def test_a_vertical_flip_turns_views_upside_down_and_a_horizontal_one_left_to_right() -> None:
+    alone: dict[str, Any] = {"horizontal_flip": 0, "quarter_turns": False}
+    assert len(orientations("general", axis=0, **{**alone, "vertical_flip": 0.5})) == 2
+    assert len(orientations("general", axis=1, **{**alone, "vertical_flip": 0.5})) == 1
+    assert len(orientations("general", axis=0, **{**alone, "horizontal_flip": 0.5})) == 1
+    assert len(orientations("general", axis=1, **{**alone, "horizontal_flip": 0.5})) == 2
+
+
+def test_crops_are_those_of_torchvision_in_distribution() -> None:
+    """On a long image many boxes do not fit, and how often one is tried again shows in how much is cut out."""
+    image, area = torch.zeros(1, 100, 300), (0.08, 1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = [RandomResizedCrop.get_params(image, list(area), [3 / 4, 4 / 3]) for _ in range(2000)]
+    ours = np.array(draw_boxes(np.random.default_rng(0), 2000, 100, 300, area))
+    high, wide = (ours[:, 2:] - ours[:, :2]).T
+    for one, other in (high * wide, [box[2] * box[3] for box in theirs]), (ours[:, 1], [box[1] for box in theirs]):
+        assert np.mean(one) == pytest.approx(np.mean(other), rel=0.05)

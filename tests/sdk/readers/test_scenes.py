@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from jepakit.bundle import Preprocess
@@ -138,6 +140,7 @@ def test_another_process_begins_with_none(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:  # whatever happens, the tests go on in the parent alone
         code = 1
+        signal.alarm(10)  # instead of waiting for the parent's result for ever
         try:
             code = int(scenes.whole("key", lambda: np.zeros(3)).sum())
         finally:
@@ -154,3 +157,39 @@ def test_the_note_names_scenes_that_do_not_fit_together(tmp_path: Path, monkeypa
     monkeypatch.setattr("jepakit.sources.tiles.KEPT_BYTES", 160 * 160 * 3)
     told = "2 files are decoded whole (0.png first), in training for nearly every tile: tiled TIFF is faster"
     assert told in list_images(tmp_path, tile=32).note
+
+
+def test_each_frame_of_a_file_is_a_scene_of_its_own(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 96, 128), np.uint8)
+    tifffile.imwrite(tmp_path / "0.tif", frames, photometric="minisblack", compression="zlib", rowsperstrip=96)
+    listed = list_images(tmp_path, tile=32, frame="each")
+    for ref in listed:
+        assert ref.window is not None
+        x, y, width, height = ref.window
+        expected = frames[ref.frame, y : y + height, x : x + width]
+        np.testing.assert_array_equal(read_image(ref, SPEC)[..., 0], expected)
+
+
+def test_a_scene_through_its_own_window_is_another(tmp_path: Path, decoded: list[str]) -> None:
+    listed = tiles_of(tmp_path, 1)
+    decoded.clear()
+    for spec in (SPEC, SPEC.model_copy(update={"voi": True}), SPEC):
+        read_image(listed[0], spec)
+    assert decoded == ["0.png", "0.png"]
+
+
+def test_a_scene_that_failed_spoils_no_other_and_may_be_whole_later() -> None:
+    def fail() -> Any:
+        raise ImageError("damaged", code="unreadable")
+
+    def once() -> Any:
+        times.append(1)
+        return np.ones(5)
+
+    scenes, times = Scenes(), list[int]()
+    with pytest.raises(ImageError):
+        scenes.whole("bad", fail)
+    assert scenes.whole("good", lambda: np.ones(3)).sum() == 3
+    for _ in range(2):
+        assert scenes.whole("bad", once).sum() == 5
+    assert times == [1]
