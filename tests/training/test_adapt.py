@@ -27,7 +27,8 @@ from jepakit.cli import app
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, SKIPPED, START, Run
-from jepakit_training import checkpoint
+from jepakit_training import checkpoint, loop
+from jepakit_training.alone import alone
 from jepakit_training.learner import Learner
 
 STEPS, WARMUP_STEPS = 22, 6
@@ -427,6 +428,34 @@ def test_the_callers_random_numbers_are_as_they_were(adapt: Adapt, tmp_path: Pat
     drawn = [torch.rand(1)]
     adapt(tmp_path / "run", "test_resnet", weights="random", steps=3)
     assert torch.equal(torch.cat([*drawn, torch.rand(1)]), expected)
+
+
+def test_a_second_one_in_the_same_process_is_refused(
+    adapt: Adapt, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread it would draw from the first one's random numbers."""
+    refusal = "another adaptation runs in this process: wait for it, or start this one in a process of its own"
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(ConfigError, match=refusal):
+            adapt(tmp_path / "second", steps=1)
+        with pytest.raises(ConfigError, match=refusal):
+            jepakit.dry_run(images, backbone="test_vit", weights="random", **TINY)
+        child = os.fork()
+        if child == 0:  # whatever happens, the tests go on in the parent alone
+            code = 1
+            try:
+                with alone():
+                    code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_adapt", meanwhile)
+        adapt(tmp_path / "first")
+    assert not (tmp_path / "second").exists()
+    assert adapt(tmp_path / "second", steps=1).finished
 
 
 def test_too_few_images(adapt: Adapt, image_folder: Callable[..., Path], tmp_path: Path) -> None:

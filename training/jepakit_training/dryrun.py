@@ -18,6 +18,7 @@ from jepakit.config import AdaptConfig
 from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
+from jepakit_training.alone import alone
 from jepakit_training.data import iterating, views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import count_processes
@@ -40,7 +41,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     count = (config.processes or 1) if config.launcher == "ray" else count_processes(config, images)
     if count > 1:
         print(f"the dry run uses one process, for the whole batch; the run itself would use {count}", file=sys.stderr)
-    with freed_memory_kept(), own_precision(), own_generators():
+    with alone(), freed_memory_kept(), own_precision(), own_generators():
         setup = prepare(config, images, None)
         plan = setup.plan
         with explaining_out_of_memory(config, plan, setup.backbone, setup.accelerator):

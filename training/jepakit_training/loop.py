@@ -19,6 +19,7 @@ from jepakit.errors import TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training import ranks
+from jepakit_training.alone import alone
 from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, iterating, make_loader, views_on
 from jepakit_training.distributed import SharedFlag
@@ -42,6 +43,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     first_rank = ranks.rank() == 0  # accelerate has not started yet
     run = Run(out)
     with (
+        alone(),
         locked(out, main=first_rank),
         warnings.catch_warnings(),
         freed_memory_kept(),
