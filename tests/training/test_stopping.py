@@ -163,6 +163,17 @@ def test_everything_is_as_before_afterwards() -> None:
     assert open_files() == files
 
 
+def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an application that embeds Python: `getsignal` knows none, and there is nothing to put back."""
+    real = signal.getsignal
+    before = real(signal.SIGTERM)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else real(number))
+    with stopping(lambda: 0):
+        assert real(signal.SIGTERM) == before
+        assert real(signal.SIGINT) != signal.default_int_handler
+    assert real(signal.SIGINT) == signal.default_int_handler
+
+
 def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 

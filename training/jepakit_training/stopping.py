@@ -29,11 +29,13 @@ _also_asked: ContextVar[Callable[[], bool]] = ContextVar("_also_asked", default=
 @contextmanager
 def answering(handler: Callable[[int], None]) -> Iterator[None]:
     """While the block runs, `handler` handles SIGINT and SIGTERM; only the main thread can handle signals, so elsewhere
-    this does nothing."""
+    this does nothing. A handler that is not Python's, as of an application that embeds it, could not be put back, and
+    stays."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda number, _: handler(number)) for number in _SIGNALS}
+    ours = [number for number in _SIGNALS if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: handler(number)) for number in ours}
     try:
         yield
     finally:
