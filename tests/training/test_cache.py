@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +230,44 @@ def test_opening_removes_what_a_crash_left_half_written_and_no_strangers_array(t
     for name in (".tmp-1-b.jepakit.npy", "mine.npy", "notes.txt"):
         (tmp_path / name).write_bytes(b"mine" * 9000)
         os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "used_bytes").write_text(str(12_416 + 36_000))  # room had been reserved for b
     opened(tmp_path, limit=2 * 12500)
     assert {file.name for file in tmp_path.iterdir()} == {"a.jepakit.npy", "mine.npy", "notes.txt", "used_bytes"}
+
+
+def test_files_are_counted_at_the_start_only_where_the_folder_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at each of a million files takes an hour on a network."""
+    fill(tmp_path, {"a": 0, "b": 0})
+    listed, real = [], Path.iterdir
+
+    def noted(folder: Path) -> Iterator[Path]:
+        listed.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", noted)
+    cache = opened(tmp_path, limit=3 * 12500)
+    for key in "cd":
+        cache.put(key, pixels_of(1))
+    assert kept(tmp_path) == {"a", "b", "c"}
+    assert listed == []
+    opened(tmp_path, limit=3 * 12500)
+    assert listed == [tmp_path]
+
+
+def test_a_file_system_without_locks_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    cache = opened(tmp_path)
+    for key in "ab":
+        cache.put(key, pixels_of(0))
+    assert kept(tmp_path) == {"a", "b"}
+    assert capsys.readouterr().err.count(f"warning: {tmp_path} lies where files cannot be locked") == 1
 
 
 def test_a_folder_that_goes_away_while_in_use_is_no_error(tmp_path: Path) -> None:

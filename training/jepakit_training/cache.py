@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit_training.memory import GB
+from jepakit_training.run_folder import lock
 from jepakit_training.views import resize
 
 _FORMAT = 2
@@ -42,8 +44,8 @@ class ImageCache:
     least_side  images are stored with their shorter side at most this long, in pixels
     decoding    everything else that decides which pixels a file gives, e.g. a DICOM window; part of every key
 
-    Opening a nearly full folder removes what was not used for 30 days; one over the limit also loses its least
-    recently used images. Raises ConfigError when the folder cannot be used.
+    Opening a folder that is nearly full, by its own count, removes what was not used for 30 days; one over the limit also
+    loses its least recently used images. Raises ConfigError when the folder cannot be used.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, least_side: int, decoding: str = "") -> None:
@@ -52,12 +54,21 @@ class ImageCache:
         try:
             # The pixels may be a patient's. An existing folder keeps its mode.
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._ledger() as ledger:
-                _write_ledger(ledger, self._tidied())
+            with self._ledger() as (ledger, is_locked):
+                used = _read_ledger(ledger)
+                # Counting takes one look at every file: minutes for a million of them, hours on a network.
+                if used is None or used > _NEARLY_FULL * limit_bytes:
+                    _write_ledger(ledger, self._tidied())
         except OSError as error:
             raise ConfigError(
                 f"{folder} cannot hold the image cache ({reason_of(error)}): name another folder"
             ) from None
+        if not is_locked:
+            print(
+                f"warning: {folder} lies where files cannot be locked: with several processes, the image cache may "
+                "exceed its limit",
+                file=sys.stderr,
+            )
 
     def key(self, stamp: str) -> str:
         """The key of an item's pixels, from its `ImageList.stamp`, without reading the item."""
@@ -90,18 +101,17 @@ class ImageCache:
         return self._folder / f"{key}{_SUFFIX}"
 
     @contextmanager
-    def _ledger(self) -> Iterator[BinaryIO]:
-        """The file that records how many bytes are used, locked against all other processes."""
+    def _ledger(self) -> Iterator[tuple[BinaryIO, bool]]:
+        """The file that records how many bytes are used, and whether it is locked against all other processes."""
         with (self._folder / _LEDGER).open("a+b") as ledger:
-            fcntl.flock(ledger, fcntl.LOCK_EX)
-            yield ledger
+            yield ledger, lock(ledger.fileno(), fcntl.LOCK_EX)
 
     def _reserve(self, size: int) -> bool:
         """Reserve `size` more bytes; returns whether there was room."""
-        with self._ledger() as ledger:
-            ledger.seek(0)
-            text = ledger.read()
-            used = int(text) if text.isdigit() else sum(size for _, size, _ in self._stored())
+        with self._ledger() as (ledger, _):
+            used = _read_ledger(ledger)
+            if used is None:
+                used = sum(size for _, size, _ in self._stored())
             if used + size > self._limit:
                 return False
             _write_ledger(ledger, used + size)
@@ -144,6 +154,13 @@ def downscale(pixels_HWC: NDArray[Any], least_side: int) -> NDArray[Any]:
         return pixels_HWC
     shrunk = resize(pixels_HWC, round(height * least_side / short), round(width * least_side / short))
     return shrunk.permute(1, 2, 0).contiguous().numpy()
+
+
+def _read_ledger(ledger: BinaryIO) -> int | None:
+    """The bytes in use; None if nobody has counted them."""
+    ledger.seek(0)
+    text = ledger.read()
+    return int(text) if text.isdigit() else None
 
 
 def _write_ledger(ledger: BinaryIO, used: int) -> None:

@@ -81,16 +81,27 @@ def _holder(out: Path) -> str:
     return words or "another process"
 
 
+def lock(descriptor: int, how: int) -> bool:
+    """Lock an open file, with the operation `how` of `flock`; False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
 def _lock(path: Path) -> int:
     """An open, locked descriptor of the file at `path`, which says who holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
+            is_locked = lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise
+        if not is_locked:
             print(
                 f"warning: {path.parent} lies where files cannot be locked: start no second run on it", file=sys.stderr
             )
