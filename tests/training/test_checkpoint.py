@@ -59,7 +59,7 @@ def test_the_same_step_may_be_saved_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["flip", "cut", "no state", "no manifest", "torn manifest", "empty", "zeroed manifest"]
+    "damage", ["flip", "cut", "no state", "no manifest", "torn manifest", "other manifest", "empty", "zeroed manifest"]
 )
 def test_a_damaged_one_is_passed_over_for_the_older_and_kept(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
@@ -78,6 +78,8 @@ def test_a_damaged_one_is_passed_over_for_the_older_and_kept(
         manifest.unlink()
     elif damage == "torn manifest":
         manifest.write_text(manifest.read_text()[:10])
+    elif damage == "other manifest":
+        manifest.write_text("[]")
     elif damage == "zeroed manifest":
         manifest.write_bytes(bytes(len(manifest.read_bytes())))  # what a power cut leaves on some file systems
     else:
@@ -266,6 +268,26 @@ def test_a_full_disk_is_outlived_in_the_middle_and_an_error_at_the_end(tmp_path:
     assert lines[-1].endswith("then the same command will go on from step 5")
     assert loaded_step(folder) == 5
     assert len(list(folder.iterdir())) == 2
+
+
+def test_a_disk_that_fills_up_again_is_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, 0.0, 0, main=True)
+    told = []
+    for step in range(1, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            if step != 3:
+                patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+            saver.after_step(step, lambda step=step: state_of(step))  # type: ignore[misc]
+        told.append("warning" in capsys.readouterr().err)
+    assert told == [True, False, False, True, False]
+
+
+def test_shared_weights_need_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.ones(1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9000, 4000, 5000))
+    checkpoint.save(tmp_path, 1, {"whole": weights, "half": weights[:500]})
+    assert checkpoint.load_newest(tmp_path) is not None
 
 
 def test_a_folder_that_cannot_be_written_to_is_outlived_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,13 @@ def test_contrast_is_about_the_views_mean_grey() -> None:
     assert float((changed(view, contrast=0.5) - expected).abs().max()) <= 0.51
 
 
+def test_contrast_is_about_the_mean_of_the_brightened_view() -> None:
+    view = noise(3, 20, 20, low=80, high=130)
+    mean = float((view.double().mean((1, 2)) * LUMA).sum())
+    expected = 1.4 * (mean + 0.5 * (view.double() - mean))
+    assert float((changed(view, brightness=1.4, contrast=0.5) - expected).abs().max()) <= 0.51
+
+
 def test_contrast_of_other_than_three_bands_is_about_each_bands_own_mean() -> None:
     view = torch.cat([noise(1, 20, 20, low=20, high=60), noise(1, 20, 20, low=150, high=200)])
     means = view.double().mean((1, 2))

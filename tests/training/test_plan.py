@@ -46,6 +46,7 @@ def test_defaults_follow_the_backbone_and_the_views() -> None:
     assert plan(views={"n_local": 0}).lamb == pytest.approx(0.005 * 2)
     assert plan(lamb=0.5).lamb == 0.5
     assert (plan().image_size, plan().local_size) == (224, 96)
+    assert plan(views={"local_size": 64}).local_size == 64
     assert (plan(image_size=100).image_size, plan("test_resnet", image_size=100).image_size) == (96, 96)
 
 
@@ -157,6 +158,16 @@ def test_batches_made_ahead_take_a_quarter_of_the_memory_at_most(
     assert any("of views in advance" in note and "lower --workers" in note for note in made.notes) == warned
     halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, bands=3, value_bytes=4)
     assert halved.batch_bytes == made.batch_bytes // 2
+
+
+@pytest.mark.parametrize(("on_gpu", "cores", "expected"), [(False, 64, 8), (True, 64, 16), (True, 6, 5), (True, 1, 0)])
+def test_a_core_is_left_to_the_model_and_a_gpu_has_more_loaders(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, cores: int, expected: int
+) -> None:
+    monkeypatch.setattr(plan_module, "usable_cpus", lambda: cores)
+    monkeypatch.setattr(plan_module, "main_memory", lambda: 10**12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    assert plan().workers == expected
 
 
 def test_micro_batches_are_of_a_process_and_none_where_they_save_nothing() -> None:
