@@ -126,6 +126,11 @@ def test_only_the_same_labelled_images_can_be_compared() -> None:
         jepakit.compare(known[[*range(90), 0]], known)
     with pytest.raises(DataError, match=r"90 and 91 embeddings are of 90 images, some of them twice"):
         jepakit.compare(known, known[[*range(90), 0]])
+    with pytest.raises(DataError, match=r"not embeddings of the same images: 88.png, 89.png are in only one of them"):
+        jepakit.compare(known[:88], known)
+    twice = known[[*range(90), 0]]
+    with pytest.raises(DataError, match=r"91 and 91 embeddings are of 90 images, some of them twice"):
+        jepakit.compare(twice, twice)
     with pytest.raises(DataError, match="no embeddings to compare"):
         jepakit.compare(known[:0], known)
     nameless = Embeddings(known.vectors, known.model_id, known.ids)

@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe, probes
-from jepakit._logistic import fit_logistic
+from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit.errors import ConfigError, DataError, InputError, SpaceError
 from jepakit.probes import C_GRID, ProbeReport, stratified_folds
 
@@ -807,3 +807,15 @@ def test_a_notebook_shows_what_print_does() -> None:
     report = ProbeReport(0.5, 0.5, {"cat": 0.5}, n=2, n_fitted_on=2)
     report._repr_pretty_(SimpleNamespace(text=shown.append), cycle=False)
     assert shown == [str(report)]
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = np.array([[5000.0, 0.0], [0.0, 5000.0], [-5000.0, -5000.0]])
+    np.testing.assert_array_equal(softmax(logits), [[1, 0], [0, 1], [0.5, 0.5]])
+    np.testing.assert_allclose(cross_entropy(logits, np.array([0, 0, 1])), [0, 5000, np.log(2)])
+
+
+def test_a_fit_goes_on_from_where_it_starts() -> None:
+    vectors, targets = np.random.default_rng(0).standard_normal((40, 3)), np.arange(40) % 4
+    near = fit_logistic(vectors, targets, 1.0) + 1e-9
+    np.testing.assert_array_equal(fit_logistic(vectors, targets, 1.0, start=near), near)

@@ -24,6 +24,7 @@ from jepakit.readers import ImageRef
 from jepakit.sources import list_images
 from jepakit_training.inspecting import inspect, near_duplicates, report
 from jepakit_training.scan import Kind, Scan, fill_notes, outlier_notes, refuse_mixed, scan, window_notes
+from jepakit_training.values import choose_preprocess, describe_values, look_at
 
 STOCK = Preprocess(
     size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),
@@ -463,3 +464,19 @@ def test_images_of_one_group_are_told_before_training(tmp_path: Path) -> None:
     listed = list_images(folder, "none", group="folder")
     seen = report(listed, scan(listed, progress=False), image_size=32, tile=None, value_range="auto")
     assert any("all images are one group" in words for words in seen.advice)
+
+
+@pytest.mark.parametrize(("value_range", "origin"), [("auto", "measured"), ((0.0, 65535.0), "as requested")])
+def test_values_are_those_of_the_chosen_frame_and_it_is_told_who_chose_their_range(
+    tmp_path: Path, value_range: Any, origin: str
+) -> None:
+    for number, low in enumerate(noise(4, (40, 50), 0, 1000, "uint16")):
+        tifffile.imwrite(tmp_path / f"{number}.tif", np.stack([low, low + 50_000]), photometric="minisblack")
+    config = AdaptConfig(images=str(tmp_path), frame=1, value_range=value_range)
+    images = list_images(tmp_path, "none")
+    found = look_at(images, config, progress=False)
+    spec = choose_preprocess(found, config, STOCK)
+    assert spec.frame == 1
+    assert spec.scaling is not None
+    assert spec.scaling.high[0] > 50_000
+    assert f"become 0 … 1 ({origin})" in " ".join(describe_values(found, spec, images.ids))
