@@ -41,7 +41,7 @@ from jepakit.bundle import (
 )
 from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import BundleError, ConfigError, WriteError
-from jepakit.golden import Golden, pack, relative_error, synthetic_images, unpack
+from jepakit.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {
     "stem.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
@@ -644,3 +644,15 @@ def test_a_number_that_hardly_moves_is_divided_by_the_typical_spread() -> None:
     np.testing.assert_allclose(scale[:2], 0.5, rtol=0.05)
     still = plain.standardized_by(np.ones((5, 8), np.float32), "scale")
     assert still.scale == (1,) * 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_vectors_that_are_not_finite_or_of_another_shape_miss_every_tolerance(precision: str) -> None:
+    expected = np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
+    limit = TOLERANCES[precision, "cpu"]
+    assert agreement(expected, expected).misses(limit) is None
+    assert agreement(expected[:1], expected[:1]).misses(limit) is None, "one vector has no others to be centred by"
+    broken = expected.copy()
+    broken[3, 2] = np.nan
+    for got in (broken, expected[:7], expected[:, :4]):
+        assert agreement(got, expected).misses(limit) is not None

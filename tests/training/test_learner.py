@@ -255,3 +255,13 @@ def test_every_step_has_directions_and_random_numbers_of_its_own(
     train(learner, range(3))
     assert not torch.equal(drawn[0], drawn[1])
     assert len(set(seeds)) == 3
+
+
+def test_the_projector_trains_while_the_backbone_waits(make: Callable[..., Any]) -> None:
+    learner, backbone = make()
+    before, projector = weights(backbone), weights(learner._raw_projector)
+    train(learner, range(2))
+    assert change(learner._raw_projector, projector) > 0
+    assert change(backbone, before) == 0
+    train(learner, range(2, 3))
+    assert change(backbone, before) > 0
