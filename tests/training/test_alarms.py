@@ -199,3 +199,10 @@ def test_statistics_of_projections() -> None:
     assert projection_stats(gaussian(0, rank=4))["proj_rank"].item() == pytest.approx(4, rel=0.1)
     assert projection_stats(torch.ones(2, 8, 4)) == {"proj_std": torch.tensor(0.0), "proj_rank": torch.tensor(0.0)}
     assert projection_stats(torch.randn(2, 8, 4).bfloat16())["proj_std"].dtype == torch.float32
+
+
+def test_a_loss_that_falls_late_is_not_said_to_stay_before_the_end() -> None:
+    alarms = Alarms(**SETTINGS)
+    for step in range(9, alarms.steps, 10):
+        values = values_of(gaussian(step), step) | {"loss": 0.5 if step < 200 else 0.3}
+        assert alarms.check(step, values) == []
