@@ -25,7 +25,7 @@ from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import preprocess
 from jepakit.session import Session
 from jepakit_export import exporter, quantize
-from jepakit_export.verify import int8_is_exact_here, read_users_images
+from jepakit_export.verify import Expected, check, int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
 
@@ -336,3 +336,18 @@ def test_what_is_taken_off_does_not_depend_on_the_length_afterwards(
     )
     center = np.array(plain.center)
     np.testing.assert_allclose(np.array(unit.center), center, atol=1e-5 * np.abs(center).max())
+
+
+@pytest.mark.parametrize("wrong_at", [1, 2, 7, 33])
+def test_a_graph_that_is_wrong_at_one_batch_size_is_refused(wrong_at: int) -> None:
+    class Runtime:
+        def run_all(self, images: NDArray[Any]) -> list[NDArray[np.float32]]:
+            return [of(images) + np.float32(len(images) == wrong_at)]
+
+    def of(images: NDArray[Any]) -> NDArray[np.float32]:
+        return images[:, ::8, ::8].reshape(len(images), -1).astype(np.float32)
+
+    images = synthetic_images(8, 16, 3)
+    session: Any = Runtime()
+    with pytest.raises(ExportError, match=f"does not reproduce torch at batch size {wrong_at}: relative error"):
+        check(session, "fp32", Expected(images, of(images), None))
