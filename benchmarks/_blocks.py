@@ -53,6 +53,26 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+def at_least(goal: float, low: float, high: float) -> str:
+    """Whether a figure reaches the goal, by its 95 % interval, in words."""
+    return "met" if low >= goal else "within the noise" if high >= goal else "MISSED"
+
+
+def at_most(goal: float, low: float, high: float) -> str:
+    """Whether a figure stays under the goal, by its 95 % interval, in words."""
+    return at_least(-goal, -high, -low)
+
+
+def overhead_at_most(middle: float, upper: float, times: Ratio, control: Ratio) -> str:
+    """Whether an overhead is small enough, in words: its median and the upper end of its interval.
+
+    Unknown if the same code under two names (`control`) differs by as much as `upper`.
+    """
+    if max(control.high, 1 / control.low) > upper:
+        return "not to be told here, the control strays as far"
+    return "met" if times.median <= middle and times.high <= upper else "MISSED"
+
+
 def ratio(slow: list[float], fast: list[float], *, seed: int = 0) -> Ratio:
     """`slow` over `fast`, paired by round; the interval is bootstrapped over rounds."""
     logs = np.log(slow) - np.log(fast)

@@ -26,7 +26,7 @@ def transform(folder: Path) -> None:
     paths = sorted(folder.glob("*.jpg"))
     # The defaults are 2 views of 224 pixels and 6 of 96; only the number of channels has no default.
     views_of = DINOTransform(DINOTransformArgs(num_channels=3))
-    print("ready", flush=True)
+    print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         start = time.process_time()
         images = [views_of({"image": np.asarray(Image.open(path).convert("RGB"))}) for path in paths]

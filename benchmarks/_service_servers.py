@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from _processes import EndedError, Script
 from jepakit._machine import usable_cpus
 from jepakit_service.listeners import free_port
 
@@ -215,36 +216,19 @@ def make_environment(environments: Path, name: str) -> str:
     return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
 
 
-class Worker:
+class Worker(Script):
     """A script that answers each line of JSON with another."""
 
     def __init__(self, script: str, *arguments: str | Path) -> None:
+        super().__init__([sys.executable, _HERE / script, *arguments], start_new_session=True)
         self._script = script
-        self._process = subprocess.Popen(
-            [sys.executable, _HERE / script, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
     def ask(self, **order: Any) -> Any:
         """Send an order and wait for its answer. Raises ServerError if the script has died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise ServerError(f"{self._script} ended over {order}; its own words are above")
-        return json.loads(answer)
+        try:
+            return self.asked(json.dumps(order))
+        except EndedError:
+            raise ServerError(f"{self._script} ended over {order}; its own words are above") from None
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import argparse
 import io
 import json
 import math
-import multiprocessing
 import platform
 import shlex
 import tempfile
@@ -28,7 +27,6 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib import metadata
-from multiprocessing.connection import Connection
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -40,7 +38,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import _processes
 import jepakit
+from _processes import EndedError
 from jepakit import golden
 from jepakit._ort import import_ort
 from jepakit.backbone import fitting_size, start_backbone, stock_preprocess, tensors_of
@@ -370,30 +370,12 @@ Measure = Callable[[str, int], Row]
 
 def isolated(name: str, bands: int, *, measure: Measure = measure, timeout_s: float = TIMEOUT_S) -> Row:
     """Run `measure` in its own process; a crash or no answer in time is a row as well."""
-    # Forked from a server that has imported everything and computed nothing: saves 10 s of imports each.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jepakit_export", "jepakit_training.loop"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, measure, name, bands))
-    process.start()
-    sender.close()
+    modules = ["jepakit_export", "jepakit_training.loop"]
     try:
-        if receiver.poll(timeout_s):
-            return Row(*receiver.recv())
-        process.kill()
-        return Row(name, bands, problem=f"no answer within {timeout_s:g} s")
-    except EOFError:
-        process.join()
-        return Row(name, bands, problem=f"its process died, exit code {process.exitcode}")
-    finally:
-        process.join()
-        process.close()
-        receiver.close()
-
-
-def _send(sender: Connection, measure: Measure, name: str, bands: int) -> None:
-    torch.set_num_threads(1)
-    sender.send(tuple(measure(name, bands)))
+        row: Row = _processes.isolated(measure, name, bands, preload=modules, timeout_s=timeout_s)
+    except EndedError as error:
+        return Row(name, bands, problem=str(error))
+    return row
 
 
 class Results(NamedTuple):

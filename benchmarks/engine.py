@@ -34,7 +34,7 @@ from safetensors.torch import load as load_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
 import jepakit
-from _blocks import Block, measure, ratio, timed
+from _blocks import Block, Ratio, measure, overhead_at_most, ratio, timed
 from jepakit import golden
 from jepakit._machine import usable_cpus
 from jepakit._ort import import_ort
@@ -319,12 +319,9 @@ def show(name: str, numbers: dict[str, Any]) -> None:
 
 
 def verdict(cases: dict[str, Any], case: str) -> str:
-    """Whether jepakit's overhead is small enough; unknown if running the same code twice differs as much."""
-    times, control = cases[case]["times_ort"], cases[ORT_AGAIN]["times_ort"]
-    if times["median"] <= MIDDLE_LIMIT and times["high"] <= UPPER_LIMIT:
-        return "met"
-    noisy = max(control["high"], 1 / control["low"]) > UPPER_LIMIT
-    return "not to be told here, the control strays as far" if noisy else "MISSED"
+    """Whether jepakit's overhead is small enough, in words."""
+    times, control = (Ratio(**cases[name]["times_ort"]) for name in (case, ORT_AGAIN))
+    return overhead_at_most(MIDDLE_LIMIT, UPPER_LIMIT, times, control)
 
 
 def main() -> None:

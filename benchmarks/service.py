@@ -33,7 +33,7 @@ import skimage.data
 from PIL import Image
 
 import jepakit
-from _blocks import Ratio, ratio
+from _blocks import Ratio, at_least, at_most, ratio
 from _service_servers import (
     BENTOML,
     FASTAPI,
@@ -215,8 +215,7 @@ class Goal(NamedTuple):
 
 def judged(what: str, found: Ratio, goal: float) -> Goal:
     """Whether the ratio is at least `goal`, judged by its interval."""
-    verdict = "met" if found.low >= goal else "MISSED" if found.high < goal else "within the noise"
-    return Goal(f"{what}: at least {goal:.2f}", str(found), verdict)
+    return Goal(f"{what}: at least {goal:.2f}", str(found), at_least(goal, found.low, found.high))
 
 
 def goals(case: ModelCase, cells: dict[Cell, Measured], variants: list[str], peers: list[str]) -> list[Goal]:
@@ -260,9 +259,9 @@ def latency_goal(variant: str, one: Measured) -> Goal:
     draws = np.random.default_rng(0).choice(extra, (4000, len(extra)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
     goal = LATENCY_GOAL_MS[goals_of(variant)]
-    verdict = "met" if high <= goal else "MISSED" if low > goal else "within the noise"
     figure = f"{np.median(extra):.1f} [{low:.1f}, {high:.1f}] ms"
-    return Goal(f"{variant}, one client, p50 above the raw call: at most {goal:g} ms", figure, verdict)
+    what = f"{variant}, one client, p50 above the raw call: at most {goal:g} ms"
+    return Goal(what, figure, at_most(goal, low, high))
 
 
 def figures(measured: Measured) -> dict[str, Any]:

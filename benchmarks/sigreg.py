@@ -22,12 +22,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import _processes
 from _blocks import Block, Ratio, measure, ratio, timed
+from _processes import EndedError
 from jepakit_training.sigreg import directions, sigreg
 
 VIEWS = 8
@@ -181,26 +181,10 @@ def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns in its own process with one thread; on a GPU, in this process."""
     if DEVICE.type == "cuda":
         return work(*arguments)
-    # Forked from a server that has imported torch and computed nothing: saves some seconds of imports each.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jepakit_training.sigreg"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, work, arguments))
-    process.start()
-    sender.close()
     try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise SystemExit(f"{work.__name__}{arguments}: its process died, exit code {process.exitcode}") from None
-    finally:
-        process.join()
-        receiver.close()
-
-
-def _send(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    sender.send(work(*arguments))
+        return _processes.isolated(work, *arguments, preload=["jepakit_training.sigreg"])
+    except EndedError as error:
+        raise SystemExit(f"{work.__name__}{arguments}: {error}") from None
 
 
 class Row(NamedTuple):

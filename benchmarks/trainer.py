@@ -34,7 +34,8 @@ import torch
 from safetensors.torch import save_file
 
 import jepakit
-from _blocks import measure, ratio
+from _blocks import Ratio, at_least, measure, overhead_at_most, ratio
+from _processes import EndedError, Script
 from _trainer_worker import ON_GPU, now
 from jepakit_training import checkpoint, loop
 from jepakit_training.evaluation import Measuring
@@ -74,35 +75,26 @@ PEERS: dict[str, dict[str, Any]] = {
 """lightly-train's methods with its settings, and ours with as many views and pixels; all weights train."""
 
 
-class BlockFailedError(Exception):
-    """A loop's process ended before it was told to."""
-
-
 class Loop:
     """A training loop in its own process; calling it does one block and returns its seconds."""
 
-    def __init__(self, name: str, worker: subprocess.Popen[str], log: Path) -> None:
+    def __init__(self, name: str, worker: Script, log: Path) -> None:
         self._name, self._worker, self._log = name, worker, log
         self.answers: list[dict[str, float]] = []
 
     def wait(self) -> None:
         """Wait until it has started; once, before the first block, so that loops start in parallel."""
-        self._answer()
+        self._told(self._worker.answer)
 
     def __call__(self) -> float:
-        assert self._worker.stdin is not None
-        self._worker.stdin.write("run\n")
-        self._worker.stdin.flush()
-        self.answers.append(self._answer())
+        self.answers.append(self._told(self._worker.asked))
         return self.answers[-1]["seconds"]
 
-    def _answer(self) -> dict[str, float]:
-        assert self._worker.stdout is not None
-        line = self._worker.stdout.readline()
-        if not line:
-            raise BlockFailedError(f"{self._name} ended early:\n{self._log.read_text()[-2000:]}")
-        found: dict[str, float] = json.loads(line)
-        return found
+    def _told(self, answer: Callable[[], Any]) -> Any:
+        try:
+            return answer()
+        except EndedError:
+            raise EndedError(f"{self._name} ended early:\n{self._log.read_text()[-2000:]}") from None
 
     @property
     def peak_gb(self) -> float:
@@ -112,21 +104,9 @@ class Loop:
 @contextmanager
 def started(name: str, command: Sequence[str | Path], folder: Path, environment: dict[str, str]) -> Iterator[Loop]:
     log = folder / "log.txt"
-    with log.open("w") as errors:
-        worker = subprocess.Popen(
-            [str(part) for part in command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            cwd=folder,
-        )
-        with worker:
-            try:
-                yield Loop(name, worker, log)
-            finally:
-                worker.kill()
+    own = environment | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as errors, Script(command, stderr=errors, env=own, cwd=folder) as worker:
+        yield Loop(name, worker, log)
 
 
 def ours(name: str, settings: dict[str, Any], folder: Path) -> contextlib.AbstractContextManager[Loop]:
@@ -385,12 +365,10 @@ def show_overhead(name: str, found: dict[str, Any]) -> None:
     print(
         f"loader: {found['loader_share']:.0%} of the loop by hand; model: {found['share_of_peak']:.0%} of the best matrix product"
     )
-    control = found["ratios"][f"{BARE}{AGAIN} / {BARE}"]
-    noisy = max(control["high"], 1 / control["low"]) > UPPER_LIMIT
+    control = Ratio(**found["ratios"][f"{BARE}{AGAIN} / {BARE}"])
     for slow, fast in ((PRODUCT, BARE), (PRODUCT_MEMORY, BARE_MEMORY)):
-        times = found["ratios"][f"{slow} / {fast}"]
-        met = times["median"] <= MIDDLE_LIMIT and times["high"] <= UPPER_LIMIT
-        verdict = "not to be told here, the control strays as far" if noisy else "met" if met else "MISSED"
+        times = Ratio(**found["ratios"][f"{slow} / {fast}"])
+        verdict = overhead_at_most(MIDDLE_LIMIT, UPPER_LIMIT, times, control)
         print(f"{slow}: overhead at most 3 % in the middle, 5 % at the interval's end: {verdict}")
 
 
@@ -398,7 +376,7 @@ def show_peer(method: str, peer: dict[str, Any], found: dict[str, Any]) -> None:
     theirs = f"lightly-train {method}"
     show(f"{peer['ours']}, {peer['size']} px, batches of {peer['batch']}, views {peer['views']}", found)
     times, peak = found["ratios"][f"{theirs} / {PRODUCT}"], found["peak_gb"]
-    met = "met" if times["low"] >= peer["goal"] else "within the noise" if times["high"] >= peer["goal"] else "MISSED"
+    met = at_least(peer["goal"], times["low"], times["high"])
     print(f"at least {peer['goal']:g} times the images/s of {method}: {met}")
     print(f"peak memory not above: {'met' if peak[PRODUCT] <= peak[theirs] else 'MISSED'}")
 

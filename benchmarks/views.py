@@ -30,7 +30,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from _blocks import Block, Ratio, measure, ratio, timed
+from _blocks import Block, Ratio, at_least, measure, ratio, timed
+from _processes import EndedError, Script
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.images import read_image
@@ -163,29 +164,17 @@ def lightly_python(env: Path) -> Path:
 @contextmanager
 def lightly_block(env: Path, images: Path) -> Iterator[Block]:
     """lightly-train's work on the images as a block, in its own process."""
-    settings = {"OMP_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
-    worker = subprocess.Popen(
-        [lightly_python(env), Path(__file__).with_name("_lightly_worker.py"), images],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings,
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    requests, answers = worker.stdin, worker.stdout
-    if answers.readline() != "ready\n":
-        raise LightlyMissingError(f"{LIGHTLY} did not start in {env}: remove that folder, and it is installed anew")
-
-    def block() -> float:
-        requests.write("run\n")
-        requests.flush()
-        return float(answers.readline())
-
-    try:
-        yield block
-    finally:
-        worker.communicate()
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    own |= {"OMP_NUM_THREADS": "1", "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
+    command = [lightly_python(env), Path(__file__).with_name("_lightly_worker.py"), images]
+    with Script(command, env=own) as worker:
+        try:
+            worker.answer()
+        except EndedError:
+            raise LightlyMissingError(
+                f"{LIGHTLY} did not start in {env}: remove that folder, and it is installed anew"
+            ) from None
+        yield lambda: float(worker.asked())
 
 
 def run(paths: list[Path], folder: Path, rounds: int, lightly: Block | None) -> dict[str, list[float]]:
@@ -246,7 +235,7 @@ def report(seconds: dict[str, list[float]], images: int) -> dict[str, Any]:
     for slow, fast, goal in GOALS:
         if slow in seconds:
             found = ratios[f"{slow} / {fast}"] = ratio(seconds[slow], seconds[fast])
-            verdict = "met" if found.low >= goal else "within the noise" if found.high >= goal else "MISSED"
+            verdict = at_least(goal, found.low, found.high)
             print(f"{slow + ' / ' + fast:<66}{found!s:<22} goal {goal:g}: {verdict}")
     return {
         "ms_per_image": ms,
