@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jepakit import config as config
     from jepakit import errors as errors
+    from jepakit._compare import compare as compare
     from jepakit._frontdoor import adapt as adapt
     from jepakit._frontdoor import dry_run as dry_run
     from jepakit._frontdoor import export as export
     from jepakit._frontdoor import inspect as inspect
     from jepakit.bundle import Bundle as Bundle
     from jepakit.bundle import open_bundle as open_bundle
-    from jepakit.choosing import compare as compare
     from jepakit.client import AsyncClient as AsyncClient
     from jepakit.client import Client as Client
     from jepakit.client import ModelInfo as ModelInfo
@@ -55,7 +55,7 @@ _HOME = {
     "Run": "run",
     "Verdict": "comparison",
     "adapt": "_frontdoor",
-    "compare": "choosing",
+    "compare": "_compare",
     "dry_run": "_frontdoor",
     "export": "_frontdoor",
     "inspect": "_frontdoor",

@@ -101,10 +101,10 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
     place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)
     require("train")
-    from jepakit_training.place import check_place
+    from jepakit_training.sheet_path import check_sheet_path
 
     if place is not None:
-        check_place(place, config.images)
+        check_sheet_path(place, config.images)
     from jepakit_training.inspecting import inspect as run_inspection
 
     return run_inspection(config, listed, place)

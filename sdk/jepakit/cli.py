@@ -513,7 +513,7 @@ def compare(
 ) -> None:
     """Judge on labelled images which of two models to keep."""
     from jepakit import Embeddings
-    from jepakit.choosing import compare as judge
+    from jepakit._compare import compare as judge
     from jepakit.sources.groups import groups_of
 
     opened = [_open_embeddings_or_bundle(each, images) for each in (first, second)]

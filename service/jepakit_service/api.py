@@ -20,9 +20,9 @@ import jepakit
 from jepakit._messages import did_you_mean
 from jepakit_service import oip_routes, openapi, operations
 from jepakit_service.answers import error_body, send_whole
-from jepakit_service.described import POSTS
 from jepakit_service.faults import ApiError, fault
 from jepakit_service.gate import Gate
+from jepakit_service.openapi_posts import POSTS
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
 from jepakit_service.settings import ServeSettings

@@ -149,10 +149,13 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unstoppable() -> Iterator[None]:
-    """Ignore the signals that end a command. Other threads than the main one neither get them nor may change that."""
+    """Ignore the signals that end a command, but those whose handler is not Python's and could not be put back.
+
+    Other threads than the main one neither get signals nor may change that.
+    """
     mine = threading.current_thread() is threading.main_thread()
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if mine else ()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ends}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ends if signal.getsignal(number) is not None}
     try:
         yield
     finally:

@@ -817,5 +817,6 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_a_fit_goes_on_from_where_it_starts() -> None:
     vectors, targets = np.random.default_rng(0).standard_normal((40, 3)), np.arange(40) % 4
-    near = fit_logistic(vectors, targets, 1.0) + 1e-9
-    np.testing.assert_array_equal(fit_logistic(vectors, targets, 1.0, start=near), near)
+    near = fit_logistic(vectors, targets, 1.0, importance=np.ones(40)) + 1e-9
+    again = fit_logistic(vectors, targets, 1.0, importance=np.ones(40), start=near)
+    np.testing.assert_array_equal(again, near)

@@ -25,11 +25,11 @@ from jepakit.bundle import open_bundle
 from jepakit.errors import ConfigError, ImageError
 from jepakit_service import api, dialects, posts, routes, wire
 from jepakit_service.api import build_app
-from jepakit_service.described import POSTS
 from jepakit_service.faults import ApiError
 from jepakit_service.keys import new_key
 from jepakit_service.metrics import Metrics, merge
 from jepakit_service.models import LoadedModel
+from jepakit_service.openapi_posts import POSTS
 from jepakit_service.settings import ServeSettings
 from tests.files import npy
 

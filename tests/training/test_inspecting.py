@@ -22,7 +22,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit_training.inspecting import near_duplicates
 from jepakit_training.pictures import _fitting
-from jepakit_training.place import _is_among, is_sheet
+from jepakit_training.sheet_path import _is_among, is_sheet
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspection:
     """The report on `images`; the views drawn are those of the chosen domain, or of the suggested one.
 
-    sheet  where to draw it, checked by `check_place`; WriteError if it cannot be written
+    sheet  where to draw it, checked by `check_sheet_path`; WriteError if it cannot be written
     """
     trained_on, others = sampled(images), evenly_spread(len(images), _OTHERS)
     places = np.union1d(trained_on, others)

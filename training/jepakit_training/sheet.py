@@ -14,8 +14,8 @@ from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.pictures import Cell, as_picture, draw, three_bands
-from jepakit_training.place import MARK
 from jepakit_training.randomness import derive_seed
+from jepakit_training.sheet_path import MARK
 from jepakit_training.views import ViewMaker, collate, finish
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ MARK = "jepakit", "contact sheet"
 """Key and text stored in the file, by which a sheet is recognised."""
 
 
-def check_place(sheet: Path, images: str | tuple[str, ...]) -> None:
+def check_sheet_path(sheet: Path, images: str | tuple[str, ...]) -> None:
     """Raise ConfigError for a sheet that would not be a PNG, lie among the images, or replace another file."""
     sources = (images,) if isinstance(images, str) else images
     if any(_is_among(sheet.resolve(), source) for source in sources):
