@@ -184,6 +184,12 @@ class EmbeddingSpec(Frozen):
             }
         )
 
+    def standardized(self, vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Raw pooled outputs [N, dim] shifted and scaled, as the graph does it."""
+        center = np.float32(0) if self.center is None else np.array(self.center, np.float32)
+        scale = np.float32(1) if self.scale is None else np.array(self.scale, np.float32)
+        return (vectors - center) / scale
+
 
 def _spread(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The standard deviation of each dimension of `vectors` [N, dim]; for one that hardly varies, the median of all.

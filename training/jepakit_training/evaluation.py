@@ -53,7 +53,9 @@ def extract(
     progress: bool,
 ) -> Features:
     """Pool the backbone's features of some images, read with the model's preprocess, in float32."""
-    plain = Embedder(backbone, spec, _bare_spec("head")).to(device).eval()
+    # Only what comes before pooling is used, so the dimensions do not matter.
+    bare = EmbeddingSpec(dim=1, pooling="head", standardize="none")
+    plain = Embedder(backbone, spec, bare).to(device).eval()
     loader = DataLoader(
         _Preprocessed(images, indices, spec),
         batch_size=_BATCH,
@@ -97,13 +99,6 @@ def specify(pooling: Pooling, standardize: Literal["auto", Standardize], fit: ND
     return EmbeddingSpec(dim=fit.shape[1], pooling=pooling, standardize="none").standardized_by(fit, standardize)
 
 
-def apply_spec(spec: EmbeddingSpec, raw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`Embedder`'s last steps on pooled features, in numpy, so that one pass serves every spec."""
-    center = np.float32(0) if spec.center is None else np.array(spec.center, np.float32)
-    scale = np.float32(1) if spec.scale is None else np.array(spec.scale, np.float32)
-    return (raw - center) / scale
-
-
 def measure_vectors(vectors: NDArray[np.float32], images: MeasuringSet) -> Measurement:
     """Probes fitted on the labelled `fit` rows, evaluated on the labelled held-out rows."""
     vectors, images = vectors[images.is_labelled], images.only(images.is_labelled)
@@ -136,7 +131,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
     def score(pooling: Pooling) -> float:
         raw = features.by_pooling[pooling][images.is_fit]
-        vectors = apply_spec(specify(pooling, standardize, raw), raw)[images.is_labelled[images.is_fit]]
+        vectors = specify(pooling, standardize, raw).standardized(raw)[images.is_labelled[images.is_fit]]
         scores = [measure_vectors(vectors, part).scores for part in parts]
         return float(np.mean([(one.linear_balanced, one.knn_balanced) for one in scores]))
 
@@ -240,7 +235,7 @@ class Measuring:
     def _measured(self, features: Features, pooling: Pooling) -> Measured:
         raw = features.by_pooling[pooling]
         embedding = specify(pooling, self._config.standardize, raw[self.images.is_fit])
-        vectors = apply_spec(embedding, raw)
+        vectors = embedding.standardized(raw)
         return Measured(
             embedding, vectors, None if self.images.labels is None else measure_vectors(vectors, self.images)
         )
@@ -282,7 +277,3 @@ class _Preprocessed(Dataset[Any]):
             return str(error)
         except InputError as error:
             return error
-
-
-def _bare_spec(pooling: Pooling) -> EmbeddingSpec:
-    return EmbeddingSpec(dim=1, pooling=pooling, standardize="none")
