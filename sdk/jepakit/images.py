@@ -23,6 +23,7 @@ from jepakit.readers.checks import check_window
 from jepakit.readers.header import Pixels as Pixels
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import crop
+from jepakit.readers.scenes import decoded_around
 
 if TYPE_CHECKING:
     from jepakit.bundle import Preprocess, Scaling
@@ -65,12 +66,16 @@ def read_image(
 
 
 def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | None) -> Pixels:
-    """A frame, or a window of it. A frame that must be decoded whole is kept for the windows that follow."""
+    """A frame, or a window of it. More than a window, where it has to be decoded, is kept for the windows that follow."""
     stamp = raster.stamp()
-    if ref.window is None or raster.header.windowed or ref.scenes is None or stamp is None:
+    if ref.window is None or ref.scenes is None or stamp is None:
         return raster.read(ref.window, frame=frame, at_least=at_least)
     window = check_window(ref.window, raster.header, ref.name)
-    return crop(ref.scenes.whole((stamp, frame, voi), lambda: raster.read(frame=frame)), window).copy()
+    around = decoded_around(window, raster.header)
+    if raster.header.windowed and around == window:
+        return raster.read(window, frame=frame)
+    decoded = ref.scenes.whole((stamp, frame, voi, around), lambda: raster.read(around, frame=frame))
+    return crop(decoded, window, around).copy()
 
 
 def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ class Header:
     """Whether a window can be read without decoding the rest of the file."""
     inverted: bool = False
     """Whether the lowest value is white (DICOM's MONOCHROME1). Values stay as stored; inverting them needs a range."""
+    strip: int = 0
+    """The rows of a strip if windows are read by decoding strips as wide as the image, else 0."""
+
+    def decoded_bytes(self, window: Window) -> int:
+        """Bytes of a window once decoded."""
+        return window.height * window.width * self.bands * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)

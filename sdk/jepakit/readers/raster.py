@@ -20,6 +20,7 @@ from jepakit.readers.checks import (
     reading,
 )
 from jepakit.readers.header import Header, Limits, Pixels, Window
+from jepakit.readers.scenes import decoded_around
 
 _BY_TILES = "read it in tiles (tile=512)"
 
@@ -40,7 +41,7 @@ class Raster(ABC):
         self._name = name
         self._limits = limits
         self._file = file
-        self._kept: tuple[int, Pixels] | None = None
+        self._kept: tuple[int, Window, Pixels] | None = None
         check_header(header, name, limits)
         if not header.windowed:
             shape = (header.height, header.width, header.bands)
@@ -63,21 +64,21 @@ class Raster(ABC):
             if self.header.windowed:
                 shape = (area.height, area.width, self.header.bands)
                 check_pixels(self._name, shape, self.header.dtype, self._limits, _BY_TILES)
-                pixels = self._finished(self._decode(area, frame, None))
-            elif window is None:
-                pixels = self._finished(self._decode(area, frame, at_least))
+            around = decoded_around(area, self.header)
+            if window is None or around == area:
+                pixels = self._finished(self._decode(area, frame, at_least if window is None else None))
             else:
-                pixels = self._finished(crop(self._whole(frame), area))
+                pixels = self._finished(crop(self._decoded(around, frame), area, around))
             if at_least is None and pixels.shape != (area.height, area.width, self.header.bands):
                 raise ValueError("the pixels are not what the header says")
         return pixels
 
-    def _whole(self, frame: int) -> Pixels:
-        """A frame, decoded once for all windows of it that follow."""
-        if self._kept is None or self._kept[0] != frame:
-            everything = Window(0, 0, self.header.width, self.header.height)
-            self._kept = (frame, self._decode(everything, frame, None))
-        return self._kept[1]
+    def _decoded(self, around: Window, frame: int) -> Pixels:
+        """A frame or rows of it, decoded once for all windows in them that follow."""
+        if self._kept is None or self._kept[:2] != (frame, around):
+            self._kept = None
+            self._kept = (frame, around, self._decode(around, frame, None))
+        return self._kept[2]
 
     def _finished(self, pixels: Pixels) -> Pixels:
         """A copy for the caller, in the header's dtype and native byte order; one 8-bit band becomes three."""
@@ -115,6 +116,7 @@ class Raster(ABC):
         self.close()
 
 
-def crop(pixels: Pixels, window: Window) -> Pixels:
-    """The part of [height, width] or [height, width, bands] inside the window."""
-    return pixels[window.y : window.y + window.height, window.x : window.x + window.width]
+def crop(pixels: Pixels, window: Window, around: Window | None = None) -> Pixels:
+    """The part of [height, width] or [height, width, bands] inside the window; the pixels are those of `around`."""
+    x, y = (window.x, window.y) if around is None else (window.x - around.x, window.y - around.y)
+    return pixels[y : y + window.height, x : x + window.width]

@@ -1,4 +1,5 @@
-"""Decoded images, kept while their tiles are read: PNG and JPEG cannot be decoded by windows."""
+"""What is decoded around a window, kept for the tiles that follow: PNG and JPEG cannot be decoded by windows at all,
+and a TIFF in strips only by rows as wide as the image."""
 
 from __future__ import annotations
 
@@ -8,14 +9,29 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
 from jepakit.errors import ImageError
-from jepakit.readers.header import Pixels
+from jepakit.readers.header import Header, Pixels, Window
 
 KEPT_BYTES = 128 << 20
 """The most that is kept in addition to the scene used last."""
 
 
+def decoded_around(window: Window, header: Header) -> Window:
+    """What is decoded to read a window: all of the image, all rows of the strips that it lies in, or only the window.
+
+    Rows of over `KEPT_BYTES` are never decoded together, and so not for several windows.
+    """
+    if not header.windowed:
+        return Window(0, 0, header.width, header.height)
+    if not header.strip:
+        return window
+    top = window.y // header.strip * header.strip
+    end = -(-(window.y + window.height) // header.strip) * header.strip
+    rows = Window(0, top, header.width, min(end, header.height) - top)
+    return rows if header.decoded_bytes(rows) <= KEPT_BYTES else window
+
+
 class Scenes:
-    """The scenes used most recently, at most `KEPT_BYTES`, but always the last one, however large.
+    """The scenes, or rows of them, used most recently: at most `KEPT_BYTES`, but always the last one, however large.
 
     Safe in threads and forked processes; a copy sent to another process is empty.
     """

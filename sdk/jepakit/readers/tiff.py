@@ -157,7 +157,8 @@ class TiffRaster(Raster):
         dtype = READ_AS[page.dtype.name]
         bands = 3 if dtype == "uint8" and layout.bands == 1 else layout.bands
         windowed = self._offset(0) is not None or math.prod(_grid(page)) > 1
-        header = Header(format, height, width, bands, dtype, layout.frames, self._nodata(dtype), windowed)
+        strip = self._strip() if windowed else 0
+        header = Header(format, height, width, bands, dtype, layout.frames, self._nodata(dtype), windowed, strip=strip)
         needed = sum(sum(series.pages[plane].databytecounts) for plane in layout.planes[0]) if not windowed else None
         super().__init__(header, encoded.name, limits, encoded.file, needed)
 
@@ -192,6 +193,12 @@ class TiffRaster(Raster):
         if page.is_final and (len(page.dataoffsets) == 1 or page is series.keyframe):
             return int(page.dataoffsets[0])
         return None
+
+    def _strip(self) -> int:
+        """The rows of a strip (or tile) as wide as the upright image; 0 if windows are read without decoding any."""
+        page = self._series.keyframe
+        in_strips = self._offset(0) is None and self._orientation == 1 and _grid(page)[1] == 1
+        return int(page.chunks[0]) if in_strips else 0
 
     def _from_segments(self, plane: int, window: Window) -> Pixels:
         page, key = self._series.pages[plane], self._series.keyframe

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, is_unseen, valid_pixels, valid_values
 from jepakit.readers import Header, Raster, Window, open_raster
-from jepakit.readers.scenes import KEPT_BYTES
+from jepakit.readers.scenes import KEPT_BYTES, decoded_around
 from jepakit.sources.imagelist import ImageList, Pieces
 
 _Name = TypeVar("_Name")
@@ -28,6 +28,7 @@ WHOLE = -1
 """In `Pieces.frame`: no frame was chosen."""
 _WINDOWS_AT_ONCE = 64
 _SLOW = 16
+_WIDE = 4
 _LARGE_BYTES = 64 << 20
 # A large decoded scene in each thread could fill the machine's memory, so large ones are processed one at a time.
 _one_large = threading.Lock()
@@ -215,8 +216,7 @@ def _measure_tiles(
     jobs: list[tuple[Header, slice]] = []
     for index, header in opened.headers.items():
         first, end = (int(np.searchsorted(tiles.image, index, side)) for side in ("left", "right"))
-        # A file that cannot be read by windows is decoded once for all of them.
-        step = _WINDOWS_AT_ONCE if header.windowed else max(1, end - first)
+        step = _windows_at_once(header, tiles.where(slice(first, end)))
         jobs += [(header, slice(start, min(start + step, end))) for start in range(first, end, step)]
     measured = in_threads(
         lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1]), seen),
@@ -230,6 +230,18 @@ def _measure_tiles(
     return n_valid_N, blank_N
 
 
+def _windows_at_once(header: Header, tiles: Pieces) -> int:
+    """How many tiles of one image to measure together, so that hardly anything is decoded twice."""
+    assert tiles.window is not None
+    if not header.windowed or not len(tiles):
+        return max(1, len(tiles))
+    if not header.strip:
+        return _WINDOWS_AT_ONCE
+    height = int(tiles.window[0, 3])
+    in_a_row = int(np.count_nonzero((tiles.window[:, 1] == tiles.window[0, 1]) & (tiles.frame == tiles.frame[0])))
+    return in_a_row * max(ceil(_WINDOWS_AT_ONCE / in_a_row), ceil(header.strip / height))
+
+
 def _measure_tiles_of_one(
     images: ImageList, header: Header, tiles: Pieces, seen: tuple[float, float] | None
 ) -> list[tuple[int, bool]] | None:
@@ -237,7 +249,7 @@ def _measure_tiles_of_one(
     assert tiles.window is not None
     numbers = []
     try:
-        with _room_for(header), _open(images, int(tiles.image[0])) as raster:
+        with _room_for(header, Window(*tiles.window[0].tolist())), _open(images, int(tiles.image[0])) as raster:
             for window, frame in zip(tiles.window.tolist(), tiles.frame.tolist(), strict=True):
                 pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
                 valid_NC = valid_values(pixels_HWC, valid_pixels(pixels_HWC, header.nodata))
@@ -248,12 +260,8 @@ def _measure_tiles_of_one(
     return numbers
 
 
-def _room_for(header: Header) -> AbstractContextManager[Any]:
-    return _one_large if not header.windowed and _decoded_bytes(header) > _LARGE_BYTES else nullcontext()
-
-
-def _decoded_bytes(header: Header) -> int:
-    return header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
+def _room_for(header: Header, window: Window) -> AbstractContextManager[Any]:
+    return _one_large if header.decoded_bytes(decoded_around(window, header)) > _LARGE_BYTES else nullcontext()
 
 
 def _list_pieces(images: ImageList, pieces: Pieces, cut: Cut, note: str) -> ImageList:
@@ -295,15 +303,24 @@ def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
     if images.groups is None and len(pieces) > len(np.unique(pieces.image)):
         notes.append("the pieces of an image are one group")
     counts = np.bincount(pieces.image, minlength=len(images))
-    slow = [index for index, header in headers.items() if not header.windowed and counts[index] > _SLOW]
-    if cut.tile is not None and sum(_decoded_bytes(headers[index]) for index in slow) > KEPT_BYTES:
-        notes.append(
-            f"{counted(len(slow), 'file')} {'is' if len(slow) == 1 else 'are'} decoded whole ({images.ids[slow[0]]} first), "
-            "in training for nearly every tile: tiled TIFF is faster"
-        )
+    if cut.tile is not None:
+        many = {index: header for index, header in headers.items() if counts[index] > _SLOW}
+        whole = {index: header for index, header in many.items() if not header.windowed}
+        by_rows = {index: header for index, header in many.items() if header.strip and header.width >= _WIDE * cut.tile}
+        notes += [_slow_note(images, whole, "decoded whole"), _slow_note(images, by_rows, "decoded by whole rows")]
     if unreadable:
         notes.append(f"{counted(len(unreadable), 'file')} that cannot be opened left out ({unreadable[0]})")
     return joined(*notes)
+
+
+def _slow_note(images: ImageList, slow: dict[int, Header], how: str) -> str:
+    """A remark on scenes that do not fit into what is kept of decoded scenes; empty if they do."""
+    if sum(header.decoded_bytes(Window(0, 0, header.width, header.height)) for header in slow.values()) <= KEPT_BYTES:
+        return ""
+    return (
+        f"{counted(len(slow), 'file')} {'is' if len(slow) == 1 else 'are'} {how} ({images.ids[next(iter(slow))]} first), "
+        "in training for nearly every tile: tiled TIFF is faster"
+    )
 
 
 def _describe_left_out(left_out: _LeftOut, cut: Cut) -> str:

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,10 @@ from PIL import Image
 from jepakit.bundle import Preprocess
 from jepakit.errors import ImageError
 from jepakit.images import read_image
-from jepakit.readers import Scenes
+from jepakit.readers import Scenes, Window, open_raster
 from jepakit.readers.pillow import PillowFile
+from jepakit.readers.raster import crop
+from jepakit.readers.tiff import TiffRaster
 from jepakit.sources import ImageList, list_images
 
 SPEC = Preprocess(
@@ -147,6 +150,90 @@ def test_another_process_begins_with_none(tmp_path: Path) -> None:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     never.set()
+
+
+# Strips, each as wide as the image
+
+
+def striped(file: Path, rows: int, **options: Any) -> Any:
+    """Write a TIFF in strips of so many rows; its pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 300, 3), np.uint8)
+    stored = np.moveaxis(pixels, 2, 0) if options.get("planarconfig") == "separate" else pixels
+    tifffile.imwrite(file, stored, photometric="rgb", rowsperstrip=rows, **{"compression": "zlib"} | options)
+    return pixels
+
+
+@pytest.fixture
+def strips(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each strip was decoded, by its offset."""
+    read: Counter[int] = Counter()
+    segment = TiffRaster._segment
+
+    def noted(self: TiffRaster, offset: int, count: int) -> bytes:
+        read[offset] += 1
+        return segment(self, offset, count)
+
+    monkeypatch.setattr(TiffRaster, "_segment", noted)
+    return read
+
+
+@pytest.mark.parametrize(("rows", "most"), [(4, 1), (5, 2), (33, 2), (80, 2)])
+def test_strips_are_decoded_once_for_a_row_of_tiles_not_for_each(
+    tmp_path: Path, strips: Counter[int], rows: int, most: int
+) -> None:
+    pixels = striped(tmp_path / "a.tif", rows)
+    listed = list_images(tmp_path, tile=32)
+    assert max(strips.values()) <= most
+    strips.clear()
+    for ref in listed:
+        assert ref.window is not None
+        x, y, width, height = ref.window
+        np.testing.assert_array_equal(read_image(ref, SPEC), pixels[y : y + height, x : x + width])
+    assert max(strips.values()) <= most
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"planarconfig": "separate"}, {"extratags": [(274, 3, 1, 3, True)]}, {"extratags": [(274, 3, 1, 6, True)]}],
+    ids=["planar", "turned by 180 degrees", "by 90"],
+)
+def test_tiles_of_strips_are_the_same_whatever_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    striped(tmp_path / "a.tif", 8, **options)
+    kept = [read_image(ref, SPEC) for ref in list_images(tmp_path, tile=32)]
+    monkeypatch.setattr("jepakit.readers.scenes.KEPT_BYTES", 0)
+    alone = [read_image(replace(ref, scenes=None), SPEC) for ref in list_images(tmp_path, tile=32)]
+    np.testing.assert_array_equal(kept, alone)
+    with open_raster(tmp_path / "a.tif") as raster:
+        whole = raster.read()
+    for ref, tile in zip(list_images(tmp_path, tile=32), kept, strict=True):
+        assert ref.window is not None
+        np.testing.assert_array_equal(tile, crop(whole, ref.window))
+
+
+def test_rows_too_large_to_keep_are_not_decoded_together(
+    tmp_path: Path, strips: Counter[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = striped(tmp_path / "a.tif", 4)
+    monkeypatch.setattr("jepakit.readers.scenes.KEPT_BYTES", 32 * 300 * 3 - 1)
+    with open_raster(tmp_path / "a.tif") as raster:
+        for x in (0, 32, 64):
+            np.testing.assert_array_equal(raster.read(Window(x, 32, 32, 32)), pixels[32:64, x : x + 32])
+    assert set(strips.values()) == {3}
+
+
+def test_the_note_names_scenes_in_wide_strips_that_do_not_fit_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    striped(tmp_path / "a.tif", 4)
+    striped(tmp_path / "b.tif", 16, tile=(16, 16))
+    monkeypatch.setattr("jepakit.sources.tiles.KEPT_BYTES", 96 * 300 * 3)
+    assert "decoded" not in list_images(tmp_path, tile=32).note
+    monkeypatch.setattr("jepakit.sources.tiles.KEPT_BYTES", 96 * 300 * 3 - 1)
+    told = "1 file is decoded by whole rows (a.tif first), in training for nearly every tile: tiled TIFF is faster"
+    assert told in list_images(tmp_path, tile=32).note
+    assert "decoded" not in list_images(tmp_path, tile=80).note, "strips not much wider than a tile"
 
 
 def test_the_note_names_scenes_that_do_not_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
