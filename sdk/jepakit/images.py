@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, ImageError
-from jepakit.nodata import is_blank, is_unseen, missing, valid_pixels, valid_values
+from jepakit.nodata import empty_bands, is_blank, is_unseen, missing, valid_values, without_holes
 from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, Raster, open_raster
 from jepakit.readers.checks import check_window
 from jepakit.readers.header import Pixels as Pixels
@@ -197,17 +197,16 @@ def usable(stored: NDArray[Any], nodata: float | None, name: str) -> NDArray[Any
                 "no data in the file",
                 code="not_finite",
             )
-    valid_HW = valid_pixels(stored, nodata)
-    valid = valid_values(stored, valid_HW)
+    empty_C = None if holes is None else empty_bands(holes)
+    valid = valid_values(stored, None if holes is None or empty_C is None else without_holes(holes, empty_C))
     if not len(valid):
         raise ImageError(f"{name}: holds no valid pixel, only the file's no-data value", code="constant")
     if is_blank(valid):
         raise ImageError(
             f"{name}: every pixel has the value {_format_values(valid[0])}: it shows nothing", code="constant"
         )
-    if holes is None or valid_HW is None:
-        return valid
-    return np.where(holes[valid_HW], np.float32(np.nan), valid)
+    # A valid pixel has data in every band that has any.
+    return valid if empty_C is None or not empty_C.any() else np.where(empty_C, np.float32(np.nan), valid)
 
 
 def neutral(spec: Preprocess) -> NDArray[Any]:

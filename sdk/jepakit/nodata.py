@@ -22,18 +22,27 @@ def valid_pixels(stored_HWC: NDArray[Any], nodata: float | None) -> NDArray[np.b
     A pixel is valid if it has data in every band; bands with no data anywhere in the image are ignored.
     """
     holes_HWC = missing(stored_HWC, nodata)
-    if holes_HWC is None:
-        return None
-    filled_C = ~holes_HWC.all(axis=(0, 1))
-    if not filled_C.any():
-        return np.zeros(stored_HWC.shape[:2], np.bool_)
-    valid: NDArray[np.bool_] = np.logical_not(holes_HWC[:, :, filled_C].any(axis=2))
-    return valid
+    return None if holes_HWC is None else without_holes(holes_HWC, empty_bands(holes_HWC))
+
+
+def empty_bands(holes_HWC: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The bands with no data anywhere in the image, bool [C]."""
+    return np.asarray(holes_HWC.all(axis=(0, 1)))
+
+
+def without_holes(holes_HWC: NDArray[np.bool_], empty_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The valid pixels, bool [H, W]; none if all bands are empty."""
+    valid_HW = np.full(holes_HWC.shape[:2], not empty_C.all())
+    for band in np.flatnonzero(~empty_C):
+        valid_HW &= ~holes_HWC[:, :, band]
+    return valid_HW
 
 
 def valid_values(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> NDArray[Any]:
     """The values of the valid pixels, [N, C]; a view of all of them if `valid_HW` is None."""
-    return stored_HWC.reshape(-1, stored_HWC.shape[2]) if valid_HW is None else stored_HWC[valid_HW]
+    stored_NC = stored_HWC.reshape(-1, stored_HWC.shape[2])
+    # numpy makes two arrays of indices of a mask with two axes.
+    return stored_NC if valid_HW is None else stored_NC[valid_HW.ravel()]
 
 
 def is_unseen(valid_NC: NDArray[Any], low: ArrayLike, high: ArrayLike) -> bool:

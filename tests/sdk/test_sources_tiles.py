@@ -152,7 +152,7 @@ def test_a_tile_whose_valid_pixels_are_all_alike_is_blank(make: Make) -> None:
 
 
 def test_large_files_are_decoded_one_after_the_other(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jepakit.sources.tiles._LARGE_BYTES", 100)
+    monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", 100)
     reading, most = 0, 0
 
     class Slow(Scene):

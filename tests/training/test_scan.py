@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import tracemalloc
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import preprocess, read_image
-from jepakit.readers import ImageRef
+from jepakit.readers import Header, ImageRef
 from jepakit.sources import list_images
 from jepakit_training.inspecting import inspect, near_duplicates, report
-from jepakit_training.scan import Kind, Scan, fill_notes, outlier_notes, refuse_mixed, scan, window_notes
+from jepakit_training.scan import Kind, Scan, _seen, fill_notes, outlier_notes, refuse_mixed, scan, window_notes
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 
 STOCK = Preprocess(
@@ -480,3 +483,43 @@ def test_values_are_those_of_the_chosen_frame_and_it_is_told_who_chose_their_ran
     assert spec.scaling is not None
     assert spec.scaling.high[0] > 50_000
     assert f"become 0 … 1 ({origin})" in " ".join(describe_values(found, spec, images.ids))
+
+
+# Large images
+
+
+@pytest.mark.parametrize("nodata", [False, True])
+def test_an_image_is_measured_in_little_more_memory_than_it_takes(nodata: bool) -> None:
+    stored = noise(1, (2200, 2200, 2), 0, 4000, "uint16")[0]
+    header = Header("TIFF", 2200, 2200, 2, "uint16", nodata=0 if nodata else None)
+    tracemalloc.start()
+    _seen(stored, 0, header, "a.tif")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (4 if nodata else 2) * stored.nbytes
+
+
+def test_only_so_much_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, two, met = write(tmp_path / "a", noise(4, (40, 40), 0, 4000, "uint16")), threading.Barrier(2), []
+
+    def met_by_another(*of: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            met.append(two.wait(0.1))
+        return _seen(*of)
+
+    monkeypatch.setattr("jepakit_training.scan._seen", met_by_another)
+    monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", 2 * 40 * 40 * 2 - 1)
+    look(folder)
+    assert not met
+    two.reset()
+    monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", 2 * 40 * 40 * 2)
+    look(folder)
+    assert len(met) >= 2
+
+
+def test_a_large_image_is_a_near_duplicate_of_its_smaller_copy(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    small = [random.integers(0, 4000, (12, 16)).repeat(60, axis=0).repeat(60, axis=1) for _ in range(3)]
+    large = small[1].repeat(4, axis=0).repeat(4, axis=1)
+    noisy = [image + random.integers(0, 400, image.shape) for image in (*small, large)]
+    assert near_duplicates(look(write(tmp_path / "a", [image.astype(np.uint16) for image in noisy]))) == [(1, 3)]

@@ -23,13 +23,16 @@ from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import ValueRange, chosen_range
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import MOST_CLIPPED, choose_frame, describe_kind, usable
-from jepakit.readers import Header, open_raster
+from jepakit.readers import Header, Window, open_raster
+from jepakit.readers.room import room_for
+from jepakit.readers.scenes import decoded_around
 from jepakit.sources import ImageList, evenly_spread
 
 SAMPLE = 256
 LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9
 _PIXELS_KEPT = 4096
 _PIXELS_JUDGED = 1 << 20
+_SIDE_JUDGED = 1024
 _THREADS = 4
 _MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE, _GAP = 0.25, 10, 0.2, 0.99, 0.5
 
@@ -263,23 +266,20 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
         ref = images[index]
         with open_raster(ref.data, name=ref.name, voi=value_range == "file") as raster:
             header = raster.header
-            stored = raster.read(
-                ref.window, frame=choose_frame(header, ref.frame if ref.frame is not None else frame, ref.name)
-            )
-        valid = usable(stored, header.nodata, ref.name)
+            window = Window(0, 0, header.width, header.height) if ref.window is None else ref.window
+            chosen = choose_frame(header, ref.frame if ref.frame is not None else frame, ref.name)
+            with room_for(header.decoded_bytes(decoded_around(window, header))):
+                return _seen(raster.read(ref.window, frame=chosen), index, header, ref.name)
     except ImageError as error:
         return index, str(error)
+
+
+def _seen(stored: NDArray[Any], index: int, header: Header, name: str) -> Seen:
+    """What is kept of an image; ImageError if it shows nothing."""
+    valid = usable(stored, header.nodata, name)
     low, high = _percentiles(_thinned(valid, _PIXELS_JUDGED))
-    size = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
-    return Seen(
-        index,
-        header,
-        size,
-        _thinned(valid, _PIXELS_KEPT).copy(),
-        low,
-        high,
-        _fingerprint(-stored if header.inverted else stored),
-    )
+    size = (stored.shape[1], stored.shape[0])
+    return Seen(index, header, size, _thinned(valid, _PIXELS_KEPT).copy(), low, high, _fingerprint(stored, header))
 
 
 def _percentiles(valid_NC: NDArray[Any]) -> NDArray[Any]:
@@ -291,11 +291,17 @@ def _percentiles(valid_NC: NDArray[Any]) -> NDArray[Any]:
     return ends
 
 
-def _fingerprint(stored: NDArray[Any]) -> NDArray[np.bool_]:
+def _fingerprint(stored: NDArray[Any], header: Header) -> NDArray[np.bool_]:
+    """Made of every second, third … row and column of an image of over 2,047 pixels on a side."""
     from PIL import Image
 
-    grey = Image.fromarray(np.nan_to_num(stored.mean(axis=2, dtype=np.float32)))
-    patches = np.asarray(grey.resize((17, 16), Image.Resampling.BOX))
+    down, across = (max(1, side // _SIDE_JUDGED) for side in stored.shape[:2])
+    some = stored[::down, ::across]
+    grey = np.zeros(some.shape[:2], np.float32)
+    for band in range(some.shape[2]):
+        grey += some[:, :, band]
+    picture = Image.fromarray(np.nan_to_num(-grey if header.inverted else grey))
+    patches = np.asarray(picture.resize((17, 16), Image.Resampling.BOX))
     brighter: NDArray[np.bool_] = (patches[:, 1:] > patches[:, :-1]).ravel()
     return brighter
 
@@ -304,7 +310,7 @@ def _thinned(values: NDArray[Any], most: int) -> NDArray[Any]:
     """At most `most` rows, drawn at random: evenly spread ones could be just a few columns of a square image."""
     if len(values) <= most:
         return values
-    return values[np.random.default_rng(0).integers(0, len(values), most)]
+    return values.take(np.random.default_rng(0).integers(0, len(values), most), axis=0)
 
 
 def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDArray[np.bool_]:

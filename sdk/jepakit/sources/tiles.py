@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, is_unseen, valid_pixels, valid_values
 from jepakit.readers import Header, Raster, Window, open_raster
+from jepakit.readers.room import room_for
 from jepakit.readers.scenes import KEPT_BYTES, decoded_around
 from jepakit.sources.imagelist import ImageList, Pieces
 
@@ -29,9 +28,6 @@ WHOLE = -1
 _WINDOWS_AT_ONCE = 64
 _SLOW = 16
 _WIDE = 4
-_LARGE_BYTES = 64 << 20
-# A large decoded scene in each thread could fill the machine's memory, so large ones are processed one at a time.
-_one_large = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -249,7 +245,8 @@ def _measure_tiles_of_one(
     assert tiles.window is not None
     numbers = []
     try:
-        with _room_for(header, Window(*tiles.window[0].tolist())), _open(images, int(tiles.image[0])) as raster:
+        decoded = decoded_around(Window(*tiles.window[0].tolist()), header)
+        with room_for(header.decoded_bytes(decoded)), _open(images, int(tiles.image[0])) as raster:
             for window, frame in zip(tiles.window.tolist(), tiles.frame.tolist(), strict=True):
                 pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
                 valid_NC = valid_values(pixels_HWC, valid_pixels(pixels_HWC, header.nodata))
@@ -258,10 +255,6 @@ def _measure_tiles_of_one(
     except ImageError:
         return None
     return numbers
-
-
-def _room_for(header: Header, window: Window) -> AbstractContextManager[Any]:
-    return _one_large if header.decoded_bytes(decoded_around(window, header)) > _LARGE_BYTES else nullcontext()
 
 
 def _list_pieces(images: ImageList, pieces: Pieces, cut: Cut, note: str) -> ImageList:

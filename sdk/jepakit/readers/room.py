@@ -1,0 +1,45 @@
+"""How much is decoded at once: several large images, each in a thread, could fill the machine's memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jepakit.readers.forks import in_each_child
+
+AT_ONCE_BYTES = 128 << 20
+
+
+class _Room:
+    def __init__(self) -> None:
+        self.changed, self.taken = threading.Condition(), 0
+
+
+_room = _Room()
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Within the block, an image of `size` bytes may be decoded: it waits until there is room, or no other image.
+
+    All threads share `AT_ONCE_BYTES`. The block must not ask for room again.
+    """
+    room = _room
+    with room.changed:
+        room.changed.wait_for(lambda: not room.taken or room.taken + size <= AT_ONCE_BYTES)
+        room.taken += size
+    try:
+        yield
+    finally:
+        with room.changed:
+            room.taken -= size
+            room.changed.notify_all()
+
+
+def _empty() -> None:
+    global _room
+    _room = _Room()
+
+
+in_each_child(_empty)
