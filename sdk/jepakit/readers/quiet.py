@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from jepakit.readers.forks import in_each_child
 
 # numpy warns of a .npy header in the name of `readers.npy`; `<unknown>` is the header itself, parsed.
 _MODULES = r"(PIL|tifffile|imagecodecs|pydicom|numpy|jepakit\.readers|<unknown>)(\.|$)"
@@ -29,6 +32,7 @@ def quiet() -> Iterator[None]:
     one out undoes it. (Two overlapping `catch_warnings` would leave each other's filters behind.)
     """
     global _inside
+    process = os.getpid()
     with _lock:
         _inside += 1
         if _inside == 1:
@@ -37,9 +41,10 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _leave()
+            if process == os.getpid():  # a process forked within the block has left it already
+                _inside -= 1
+                if _inside == 0:
+                    _leave()
 
 
 def silence_loggers() -> None:
@@ -65,3 +70,14 @@ def _leave() -> None:
     filters.__exit__(None, None, None)
     for logger, level in levels:
         logger.setLevel(level)
+
+
+def _leave_all() -> None:
+    """Leave the block in a forked process, where the threads that are inside do not go on."""
+    global _inside
+    if _inside:
+        _leave()
+    _inside = 0
+
+
+in_each_child(_leave_all, _lock)

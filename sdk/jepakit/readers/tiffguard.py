@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any, NamedTuple, Never
 
 from jepakit.errors import ImageError
+from jepakit.readers.forks import in_each_child
 
 _BIGTIFF = 43
 _DESCRIPTION, _SUBIFDS = 270, 330
@@ -155,6 +156,14 @@ def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
 def _they_ask_first() -> bool:
     with _one_at_a_time:
         return _searches_ask_first()
+
+
+def _renew() -> None:
+    global _one_at_a_time
+    _one_at_a_time = Lock()
+
+
+in_each_child(_renew)
 
 
 @cache

@@ -7,11 +7,13 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import pytest
 from PIL import Image
 
 from jepakit.errors import ImageError
-from jepakit.readers import Limits, Window, open_raster
+from jepakit.readers import Limits, Window, open_raster, tiffguard
 from jepakit.readers.quiet import quiet
+from jepakit.readers.room import AT_ONCE_BYTES, room_for
 
 Refused = Callable[..., str]
 
@@ -164,6 +167,92 @@ def test_importing_the_readers_loads_no_image_library() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     loaded = json.loads(done.stdout)
     assert [name for name in ("PIL", "tifffile", "imagecodecs", "pydicom", "torch") if name in loaded] == []
+
+
+def in_a_child(work: Callable[[], bool]) -> bool:
+    """Whether `work` is true in a forked process; one that hangs is killed after ten seconds."""
+    child = os.fork()
+    if child == 0:  # whatever happens, the tests go on in the parent alone
+        code = 1
+        try:
+            signal.alarm(10)
+            code = 0 if work() else 1
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_forked_while_a_thread_reads_is_as_quiet_as_before() -> None:
+    filters, inside, leave = list(warnings.filters), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with quiet():
+            inside.set()
+            leave.wait(10)
+
+    def as_before() -> bool:
+        begun = list(warnings.filters) == filters
+        with quiet():
+            within = list(warnings.filters) != filters
+        return begun and within and list(warnings.filters) == filters
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    assert in_a_child(as_before)
+    assert list(warnings.filters) != filters
+    leave.set()
+    thread.join()
+    assert list(warnings.filters) == filters
+    with ExitStack() as block:
+        block.enter_context(quiet())
+
+        def as_before_once_left() -> bool:
+            block.close()
+            return as_before()
+
+        assert in_a_child(as_before_once_left)
+
+
+def test_a_process_forked_while_a_thread_holds_a_lock_does_not_wait_for_it() -> None:
+    held, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with tiffguard._one_at_a_time, room_for(AT_ONCE_BYTES):
+            held.set()
+            leave.wait(10)
+
+    def both() -> bool:
+        with tiffguard._one_at_a_time, room_for(1):
+            return True
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(10)
+    assert in_a_child(both)
+    leave.set()
+    thread.join()
+
+
+def test_a_process_forked_at_any_moment_can_read(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def enter_and_leave() -> None:
+        while not stop.is_set():
+            with quiet():
+                pass
+
+    def enters() -> bool:
+        with quiet():
+            return True
+
+    thread = threading.Thread(target=enter_and_leave)
+    thread.start()
+    try:
+        assert all(in_a_child(enters) for _ in range(20))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_libraries_are_quiet_inside_and_as_they_were_afterwards() -> None:
