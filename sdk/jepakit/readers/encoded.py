@@ -16,6 +16,7 @@ from jepakit._files import reason_of
 from jepakit.errors import ImageError
 
 HEAD = 4096
+_CUT_SHORT = "the file ends before its pixels do"
 EncodedSource = str | Path | bytes | bytearray | memoryview
 """A file, or the bytes of one."""
 
@@ -30,14 +31,55 @@ class Encoded:
     head: bytes
     data: bytes | None = None
 
-    def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-        """The values at `offset`, memory-mapped, not read; ValueError if the file ends before them."""
-        count = math.prod(shape)
-        if offset < 0 or offset + count * dtype.itemsize > self.size:
-            raise ValueError("the file ends before its pixels do")
-        if self.data is None:
-            return np.memmap(self.file, dtype, "r", offset, shape)
-        return np.frombuffer(self.data, dtype, count, offset).reshape(shape)
+    def stored(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Stored:
+        """The array at `offset`, not read yet; ValueError if the file ends before it does."""
+        if offset < 0 or offset + math.prod(shape) * dtype.itemsize > self.size:
+            raise ValueError(_CUT_SHORT)
+        return Stored(self, offset, shape, dtype)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An uncompressed array in a file, in C order. It is read, never mapped: a process that touches a mapped page of a
+    file that was cut short meanwhile is killed."""
+
+    encoded: Encoded
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    def read(self, part: tuple[slice, ...]) -> NDArray[np.generic]:
+        """A part, a slice with both ends for each axis; may be read-only. ValueError if the file ends before it does."""
+        if self.encoded.data is not None:
+            count = math.prod(self.shape)
+            return np.frombuffer(self.encoded.data, self.dtype, count, self.offset).reshape(self.shape)[part]
+        shape = tuple(each.stop - each.start for each in part)
+        # The last axis that is not read from end to end: each run of it is in one piece.
+        last = max((axis for axis, wanted in enumerate(shape) if wanted != self.shape[axis]), default=0)
+        run = math.prod(shape[last:])
+        steps = [math.prod(self.shape[axis + 1 :]) for axis in range(len(shape))]
+        first = sum(each.start * step for each, step in zip(part, steps, strict=True))
+        if last == 0:
+            return self._read_run(first, run).reshape(shape)
+        ahead = np.indices(shape[:last]).reshape(last, -1).T @ steps[:last]
+        data = b"".join(self._read(first + start, run) for start in ahead.tolist())
+        return np.frombuffer(data, self.dtype).reshape(shape)
+
+    def _read_run(self, first: int, count: int) -> NDArray[np.generic]:
+        """`count` values from the value `first` on."""
+        self.encoded.file.seek(self.offset + first * self.dtype.itemsize)
+        values = np.fromfile(self.encoded.file, self.dtype, count)
+        if len(values) < count:
+            raise ValueError(_CUT_SHORT)
+        return values
+
+    def _read(self, first: int, count: int) -> bytes:
+        """Their bytes, which is quicker for a few of them."""
+        self.encoded.file.seek(self.offset + first * self.dtype.itemsize)
+        data = self.encoded.file.read(count * self.dtype.itemsize)
+        if len(data) < count * self.dtype.itemsize:
+            raise ValueError(_CUT_SHORT)
+        return data
 
 
 def open_encoded(source: EncodedSource, name: str | None) -> Encoded:

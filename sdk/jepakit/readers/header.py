@@ -30,6 +30,11 @@ class Window(NamedTuple):
     width: int
     height: int
 
+    @property
+    def rows_and_columns(self) -> tuple[slice, slice]:
+        """Where it lies in an array [height, width, ...]."""
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jepakit._messages import first_few
 from jepakit.errors import ImageError
 from jepakit.readers.checks import MIN_SIDE, READ_AS, check_encoded, check_header, check_pixels, check_ratio, reading
-from jepakit.readers.encoded import Encoded
+from jepakit.readers.encoded import Encoded, Stored
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.raster import Raster, crop
 from jepakit.readers.sniff import not_an_image, unsupported
@@ -23,7 +23,7 @@ _MOST_BANDS_OF_AN_IMAGE = 32
 
 
 class ArrayRaster(Raster):
-    """An array in memory or mapped from a file; only the part that a window needs is read."""
+    """An array in memory; only the part that a window needs is copied."""
 
     def __init__(self, array: NDArray[Any], header: Header, name: str, limits: Limits, file: BinaryIO | None) -> None:
         super().__init__(header, name, limits, file)
@@ -37,19 +37,33 @@ class ArrayRaster(Raster):
         super().close()
 
 
+class NpyRaster(Raster):
+    """A .npy file; only the part that a window needs is read."""
+
+    _decodes_anew = True
+
+    def __init__(self, stored: Stored, said: NpyHeader, header: Header, name: str, limits: Limits) -> None:
+        super().__init__(header, name, limits, stored.encoded.file)
+        self._stored, self._said = stored, said
+
+    def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
+        part = (*window.rows_and_columns, *(slice(0, bands) for bands in self._said.shape[2:]))
+        return self._said.ordered(self._stored.read(part[::-1] if self._said.fortran else part))
+
+
 def open_array(array: NDArray[Any], name: str, limits: Limits) -> ArrayRaster:
     """An array [H, W] or [H, W, bands] as a raster; ImageError for another dtype or shape."""
     return ArrayRaster(array, _header("array", array.dtype, array.shape, name, limits), name, limits, None)
 
 
-def open_npy(encoded: Encoded, limits: Limits) -> ArrayRaster:
-    """A .npy file, checked by its header and then memory-mapped, not read."""
+def open_npy(encoded: Encoded, limits: Limits) -> NpyRaster:
+    """A .npy file, of which only the header is read yet."""
     with reading(encoded.name):
         encoded.file.seek(0)
         said = read_npy_header(encoded.file)
         header = _header("NPY", said.dtype, said.shape, encoded.name, limits)
-        array = encoded.array(encoded.file.tell(), said.stored_shape, said.dtype)
-    return ArrayRaster(said.ordered(array), header, encoded.name, limits, encoded.file)
+        stored = encoded.stored(encoded.file.tell(), said.stored_shape, said.dtype)
+    return NpyRaster(stored, said, header, encoded.name, limits)
 
 
 def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:

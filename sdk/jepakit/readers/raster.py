@@ -32,6 +32,8 @@ class Raster(ABC):
     """
 
     header: Header
+    _decodes_anew = False
+    """Whether nobody else can change what `_decode` returns, unless it is read-only."""
 
     def __init__(
         self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
@@ -66,7 +68,8 @@ class Raster(ABC):
                 check_pixels(self._name, shape, self.header.dtype, self._limits, _BY_TILES)
             around = decoded_around(area, self.header)
             if window is None or around == area:
-                pixels = self._finished(self._decode(area, frame, at_least if window is None else None))
+                pixels = self._decode(area, frame, at_least if window is None else None)
+                pixels = self._finished(pixels, own=self._decodes_anew and pixels.flags.writeable)
             else:
                 pixels = self._finished(crop(self._decoded(around, frame), area, around))
             if at_least is None and pixels.shape != (area.height, area.width, self.header.bands):
@@ -80,14 +83,15 @@ class Raster(ABC):
             self._kept = (frame, around, self._decode(around, frame, None))
         return self._kept[2]
 
-    def _finished(self, pixels: Pixels) -> Pixels:
-        """A copy for the caller, in the header's dtype and native byte order; one 8-bit band becomes three."""
+    def _finished(self, pixels: Pixels, own: bool = False) -> Pixels:
+        """Pixels in the header's dtype and native byte order; one 8-bit band becomes three. A copy, unless they are the
+        caller's `own` already."""
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         if self.header.dtype == "uint8" and self.header.bands == 3 and pixels.shape[2] == 1:
             pixels = np.repeat(pixels, 3, axis=2)
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.array(pixels, self.header.dtype, order="C")
+            return (np.asarray if own else np.array)(pixels, self.header.dtype, order="C")
 
     @abstractmethod
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:

@@ -25,7 +25,7 @@ from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, stored_window, upright, valid_orientation
 from jepakit.readers.pillow import PillowFile
-from jepakit.readers.raster import Raster, crop
+from jepakit.readers.raster import Raster
 from jepakit.readers.slides import slide_series
 from jepakit.readers.tiffguard import check_structure
 
@@ -141,7 +141,9 @@ def _layout(series: Any, encoded: Encoded) -> _Layout:
 
 
 class TiffRaster(Raster):
-    """Planes read by windows: memory-mapped if uncompressed and in one piece, else only the strips or tiles needed."""
+    """Planes read by windows: only the rows needed if uncompressed and in one piece, else the strips or tiles."""
+
+    _decodes_anew = True
 
     def __init__(
         self, encoded: Encoded, limits: Limits, series: Any, layout: _Layout, format: str, as_usual: list[int] | None
@@ -178,10 +180,13 @@ class TiffRaster(Raster):
         if offset is None:
             return self._from_segments(plane, window)
         stored = page.dtype.newbyteorder(page.parent.byteorder)
-        whole = self._encoded.array(offset, page.shape, stored)
+        rows, columns = window.rows_and_columns
+        of_axis = {"Y": rows, "X": columns, "S": slice(0, self._layout.samples)}
+        part = tuple(of_axis[axis] for axis in page.axes)
+        pixels = self._encoded.stored(offset, page.shape, stored).read(part)
         if page.axes == "SYX":
-            whole = np.moveaxis(whole, 0, 2)
-        return crop(whole, window).reshape(window.height, window.width, -1)
+            pixels = np.moveaxis(pixels, 0, 2)
+        return pixels.reshape(window.height, window.width, -1)
 
     def _offset(self, plane: int) -> int | None:
         """The offset of a plane stored uncompressed in one piece; None for any other."""

@@ -1,4 +1,4 @@
-"""NumPy files and arrays: checked by their header, mapped by windows, never unpickled."""
+"""NumPy files and arrays: checked by their header, read by windows, never unpickled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from tests.files import npy
 
+from jepakit.errors import ImageError
 from jepakit.readers import Limits, Window, open_raster
 
 Refused = Callable[..., str]
@@ -177,3 +179,40 @@ def test_a_window_of_a_large_file_touches_only_its_rows(tmp_path: Path) -> None:
         handle.truncate(len(head) + 4 * 100_000 * 100_000)
     with open_raster(file) as raster:
         np.testing.assert_array_equal(raster.read(Window(5, 99_990, 100, 1))[0, :, 0], np.arange(100))
+
+
+@pytest.mark.parametrize("kind", ["C order", "Fortran order", "TIFF", "planar TIFF"])
+@pytest.mark.parametrize("bands", [1, 4])
+@pytest.mark.parametrize("window", [Window(5, 7, 20, 13), Window(0, 7, 50, 13), Window(9, 0, 12, 40)], ids=str)
+def test_windows_of_a_file_are_those_of_its_array(kind: str, bands: int, window: Window, tmp_path: Path) -> None:
+    array = make(40, 50, bands)
+    file = stored(array, kind, tmp_path)
+    rows, columns = window.rows_and_columns
+    with open_raster(file) as raster:
+        np.testing.assert_array_equal(raster.read(window), array[rows, columns])
+        np.testing.assert_array_equal(raster.read(), array)
+
+
+@pytest.mark.parametrize("kind", ["C order", "Fortran order", "TIFF"])
+@pytest.mark.parametrize("window", [None, Window(900, 900, 20, 20), Window(0, 900, 1000, 20)], ids=str)
+def test_a_file_cut_short_while_it_is_open_is_named(kind: str, window: Window | None, tmp_path: Path) -> None:
+    file = stored(make(1000, 1000, 1), kind, tmp_path)
+    with open_raster(file, name="mine") as raster:
+        os.truncate(file, 100_000)
+        with pytest.raises(ImageError, match="mine: damaged or cut short"):
+            raster.read(window)
+
+
+def stored(array: NDArray[Any], kind: str, folder: Path) -> Path:
+    file = folder / "a"
+    if "order" in kind:
+        np.save(folder / "a.npy", np.asfortranarray(array) if kind.startswith("Fortran") else array)
+        return folder / "a.npy"
+    planar = kind.startswith("planar") and array.shape[2] > 1
+    tifffile.imwrite(
+        file,
+        np.moveaxis(array, 2, 0) if planar else array.squeeze(),
+        photometric="minisblack",
+        planarconfig="separate" if planar else "contig",
+    )
+    return file
