@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import builtins
+import ntpath
+import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.files import touch
 
 from jepakit.errors import ConfigError, DataError, MissingExtraError
-from jepakit.sources import gather, list_images
+from jepakit.sources import gather, list_images, table
+from jepakit.sources.files import Files
+from jepakit.sources.store import Found
 
 
 def csv(file: Path, *lines: str, encoding: str = "utf-8") -> Path:
@@ -267,6 +272,34 @@ def test_a_table_may_name_images_as_seen_from_its_own_folder_or_absolutely(tmp_p
     labels = csv(tmp_path / "labels.csv", "path,label", "images/1.png,cat", f"{tmp_path}/images/2.png,dog")
     assert list_images(tmp_path / "images", labels).labels == ("cat", "dog")
     assert list_images(f"{tmp_path}/images/*", labels).labels == ("cat", "dog")
+
+
+def test_a_table_is_searched_without_looking_at_the_folder_of_each_image_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, relpath = [], os.path.relpath
+
+    def noted(path: str, start: str) -> str:
+        asked.append(path)
+        return relpath(path, start)
+
+    monkeypatch.setattr("jepakit.sources.table.os.path.relpath", noted)
+    names = tuple(f"{folder}/{number}.png" for number in range(9) for folder in ("a", "b/c", "../e"))
+    beside = [f"{folder}/{number}.png" for number in range(9) for folder in ("x/a", "x/b/c", "e")]
+    found = Found(Files("/d/x", names), names)
+    assert table._keys(dict.fromkeys(beside, "v"), found, "/d/t.csv") == beside
+    assert asked == ["/d/x/a", "/d/x/b/c", "/d/e"]
+    tops = Found(Files("/", ("1.png",)), ("1.png",))
+    assert table._keys({"/1.png": "v"}, tops, "/d/t.csv") == ["/1.png"]
+
+
+@pytest.mark.parametrize("path", ["images/sub/a.png", "C:/data/images/sub/a.png"])
+def test_a_table_finds_images_by_its_slashes_where_paths_have_others(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("jepakit.sources.table.os", SimpleNamespace(path=ntpath, sep=ntpath.sep))
+    found = Found(Files(r"C:\data\images", ("sub/a.png",)), ("sub/a.png",))
+    assert table._keys({path: "v"}, found, r"C:\data\labels.csv") == [path]
 
 
 def test_images_that_a_table_of_groups_lacks_are_named_and_counted(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +152,33 @@ def _values(file: str, role: str) -> dict[str, str]:
 
 def _keys(values: dict[str, str], found: Found, file: str) -> list[str | None]:
     """The name under which the table lists each image; None if it does not."""
-    return [_key(values, place, found, file) for place in range(len(found.ids))]
+    spell = _speller(found.store, file) if isinstance(found.store, Files) else lambda _: []
+    return [_key(values, place, name, spell) for place, name in enumerate(found.ids)]
 
 
-def _key(values: dict[str, str], place: int, found: Found, file: str) -> str | None:
-    name = posixpath.normpath(found.ids[place])
-    if name in values:
-        return name
-    spellings = [name]
-    if isinstance(found.store, Files):
-        path = os.path.abspath(os.path.join(found.store.root, found.store.names[place]))  # noqa: PTH100, PTH118
-        beside = os.path.relpath(path, os.path.dirname(os.path.abspath(file)))  # noqa: PTH100, PTH120
-        spellings += [beside, path]
+def _key(values: dict[str, str], place: int, name: str, spell: Callable[[int], list[str]]) -> str | None:
+    if (normal := posixpath.normpath(name)) in values:
+        return normal
+    spellings = [normal, *spell(place)]
     # What is said of an image holds for its tiles and frames, unless something is said of them.
-    return next((name for name in (*spellings, *map(image_of, spellings)) if name in values), None)
+    of_image = map(image_of, spellings) if "#" in name else ()
+    return next((spelling for spelling in (*spellings, *of_image) if spelling in values), None)
+
+
+def _speller(files: Files, file: str) -> Callable[[int], list[str]]:
+    """A function that gives the paths of a file by its place: relative to the table's folder, and absolute; with "/"."""
+    beside = os.path.dirname(os.path.abspath(file))  # noqa: PTH100, PTH120
+
+    @cache
+    def of_folder(folder: str) -> list[str]:
+        path = os.path.abspath(os.path.join(files.root, folder))  # noqa: PTH100, PTH118
+        return [each.replace(os.sep, "/") for each in (os.path.relpath(path, beside), path)]
+
+    def spell(place: int) -> list[str]:
+        folder, base = os.path.split(files.names[place])
+        return [posixpath.normpath(posixpath.join(each, base)) for each in of_folder(folder)]
+
+    return spell
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
