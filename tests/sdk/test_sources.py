@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from jepakit._messages import counted
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError, InputError
 from jepakit.readers import open_raster
-from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, gather, list_images
+from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, files, gather, list_images
 
 
 def classes(root: Path, counts: dict[str, int]) -> Path:
@@ -124,6 +125,16 @@ def test_embeddings_that_were_saved_among_the_images_are_passed_over(tmp_path: P
     assert not any(name.endswith("vectors.npz") for name in list_images(f"{tmp_path}/**").ids)
 
 
+def test_several_files_are_asked_at_once_whether_they_are_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = threading.Barrier(2)
+    monkeypatch.setattr("jepakit.sources.files.is_embeddings", lambda path: bool(two.wait(10) < 0))
+    touch(tmp_path, "a.npz", "b.npz")
+    assert list_images(tmp_path).ids == ("a.npz", "b.npz")
+    assert len(list_images(f"{tmp_path}/*").ids) == 2
+
+
 def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
     touch(tmp_path, ".data/a.png")
     assert list_images(tmp_path / ".data").ids == ("a.png",)
@@ -211,6 +222,43 @@ def test_images_that_are_links_to_files_of_other_names_are_images(tmp_path: Path
     touch(tmp_path, "blobs/1f", "blobs/2e", "blobs/.3d.png")
     link(tmp_path, {f"snapshot/{i}.png": f"../blobs/{blob}" for i, blob in enumerate(["1f", "2e", "2e", ".3d.png"])})
     assert list_images(tmp_path).ids == ("snapshot/0.png", "snapshot/1.png", "snapshot/3.png")
+
+
+def test_a_link_leads_where_python_says_whatever_folders_it_passes(tmp_path: Path) -> None:
+    touch(tmp_path, "far/store/x/1.png", "far/2.png", "set/3.png")
+    inside = {
+        "up": "../far/store",
+        "a.png": "up/x/1.png",
+        "b.png": "up/../2.png",
+        "c.png": "./b.png",
+        "d.png": "/dev/null",
+    }
+    link(tmp_path / "set", inside | {"e.png": str(tmp_path / "set" / "up" / "x" / ".." / "x" / "1.png")})
+    for folder in (f"{tmp_path}/set", os.path.relpath(tmp_path / "set"), f"{tmp_path}/set/up/../../set/"):
+        resolve = files._resolver()
+        for name in ("a.png", "b.png", "c.png", "d.png", "e.png", "3.png", "up", "up/x/1.png"):
+            assert resolve(f"{folder}/{name}") == os.path.realpath(f"{folder}/{name}")
+
+
+def test_each_folder_that_links_pass_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *(f"store/md5/{number % 4}/{number}" for number in range(40)))
+    link(tmp_path, {f"set/{number}.png": f"../store/md5/{number % 4}/{number}" for number in range(40)})
+    listing, asked = files.walk(str(tmp_path / "set")), []
+
+    def noting(function: Callable[[str], Any]) -> Callable[[str], Any]:
+        def noted(path: str) -> Any:
+            asked.append(path)
+            return function(path)
+
+        return noted
+
+    monkeypatch.setattr(os, "lstat", noting(os.lstat))
+    monkeypatch.setattr(os, "readlink", noting(os.readlink))
+    assert len(listing.once(listing.names)) == 40
+    monkeypatch.undo()
+    about_links = [path for path in asked if path.endswith(".png") or Path(path).parent.parent.name == "md5"]
+    assert len(about_links) == 2 * 40
+    assert len(asked) <= 2 * 40 + 4 + 2 * len(tmp_path.parts) + 4
 
 
 def test_a_shard_that_links_lead_to_is_listed_once(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from jepakit._threads import in_threads
 from jepakit.bundle import MANIFEST, WEIGHTS
+from jepakit.embeddings import is_embeddings
 from jepakit.readers import DICOM_HEAD, ImageSource, begins_as_dicom
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
@@ -72,9 +73,19 @@ def dicom_among(root: str, names: Sequence[str]) -> set[str]:
         except OSError:
             return False
 
-    asked = [name for name in names if may_be_bare_dicom(name)]
-    answers = in_threads(is_one, asked, "files without a suffix")
-    return {name for name, answer in zip(asked, answers, strict=True) if answer}
+    return _those(is_one, [name for name in names if may_be_bare_dicom(name)], "files without a suffix")
+
+
+def embeddings_among(root: str, names: Sequence[str]) -> set[str]:
+    """Those of `names` that are saved embeddings, not images."""
+    asked = [name for name in names if suffix(name) == ".npz"]
+    return _those(lambda name: is_embeddings(os.path.join(root, name)), asked, "saved embeddings")  # noqa: PTH118
+
+
+def _those(is_one: Callable[[str], bool], names: Sequence[str], what: str) -> set[str]:
+    """Those of `names` that are one, asked in threads."""
+    answers = in_threads(is_one, names, what)
+    return {name for name, answer in zip(names, answers, strict=True) if answer}
 
 
 def may_be_bare_dicom(name: str) -> bool:
@@ -117,9 +128,12 @@ class Listing:
         if not linked:
             return list(names)
         first: dict[str, str] = {}
+        target = _resolver()
         for name in names:
             if name in linked:
-                first.setdefault(os.path.realpath(os.path.join(self.folder, name)), name)  # noqa: PTH118
+                # A broken link may lead round in a loop.
+                real = os.path.realpath if name in self.broken else target
+                first.setdefault(real(os.path.join(self.folder, name)), name)  # noqa: PTH118
         real_folder = cache(os.path.realpath)
         for name in names:
             if name not in linked:
@@ -127,6 +141,31 @@ class Listing:
                 first.pop(os.path.join(real_folder(inside), base), None)  # noqa: PTH118
         left_out = linked.difference(first.values())
         return [name for name in names if name not in left_out]
+
+
+def _resolver() -> Callable[[str], str]:
+    """An `os.path.realpath` for paths that exist, which looks at each folder on their way once."""
+
+    def resolve(path: str, start: str) -> str:
+        if path.startswith("/"):
+            start = "/"
+        for part in path.split("/"):
+            if part == "..":
+                start = os.path.dirname(start)  # noqa: PTH120
+            elif part not in ("", "."):
+                start = follow(os.path.join(start, part))  # noqa: PTH118
+        return start
+
+    @cache
+    def follow(path: str) -> str:
+        try:
+            target = os.readlink(path)  # noqa: PTH115
+        except OSError:
+            return path
+        return resolve(target, os.path.dirname(path))  # noqa: PTH120
+
+    here = os.path.realpath("")
+    return lambda path: resolve(path, here)
 
 
 def walk(folder: str) -> Listing:

@@ -14,9 +14,8 @@ import numpy as np
 
 from jepakit._files import reason_of, with_home
 from jepakit._messages import counted, joined
-from jepakit.embeddings import is_embeddings
 from jepakit.errors import DataError
-from jepakit.sources.files import SUFFIXES, Files, dicom_among, is_image, not_files, suffix, walk
+from jepakit.sources.files import SUFFIXES, Files, dicom_among, embeddings_among, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import are_labelled_files, find_in_memory, is_one_image, read_labels
 from jepakit.sources.passed import links_passed_over, passed_over
@@ -111,8 +110,9 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
         listing = walk(folder)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be listed ({reason_of(error)})") from None
+    saved = embeddings_among(folder, listing.names)
     for name in listing.names:
-        if suffix(name) in SUFFIXES and not is_embeddings(os.path.join(folder, name)):  # noqa: PTH118
+        if suffix(name) in SUFFIXES and name not in saved:
             names.append(name)
         elif _is_archive(name):
             archives.append(name)
@@ -151,9 +151,8 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
     others = [name for name in files if suffix(name) not in SUFFIXES and not _is_archive(name)]
     bare = dicom_among("", others)
     others = [name for name in others if name not in bare]
-    ids = tuple(
-        name for name in files if name in bare or (is_image(name.rpartition("/")[2]) and not is_embeddings(name))
-    )
+    saved = embeddings_among("", files)
+    ids = tuple(name for name in files if name in bare or (is_image(name.rpartition("/")[2]) and name not in saved))
     if ids:
         return Found(
             Files("", ids),
