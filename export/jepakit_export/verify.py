@@ -48,7 +48,13 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
     """
     frame: int | Literal["each"] = "each" if spec.frame is None else spec.frame
     listed = gather(
-        source, "none", tile=spec.tile, frame=frame, seen=spec.seen, progress=True, most_skipped=MOST_SKIPPED
+        source,
+        "none",
+        tile=spec.tile,
+        frame=frame,
+        chosen_range=spec.chosen_range,
+        progress=True,
+        most_skipped=MOST_SKIPPED,
     )
     places = evenly_spread(len(listed), MOST_IMAGES).tolist()
     pixels, skipped = [], list[ImageError]()

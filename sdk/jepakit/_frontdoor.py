@@ -193,7 +193,7 @@ def _listed(images: Any, config: AdaptConfig) -> ImageList:
         overlap=config.overlap,
         min_valid=config.min_valid,
         frame=config.frame,
-        seen=chosen_range(config.value_range),
+        chosen_range=chosen_range(config.value_range),
         most_skipped=config.most_skipped,
     )
 

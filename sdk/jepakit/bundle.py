@@ -134,7 +134,7 @@ class Preprocess(Frozen):
         return 255 if self.dtype == "uint8" else 1
 
     @property
-    def seen(self) -> tuple[float, float] | None:
+    def chosen_range(self) -> tuple[float, float] | None:
         """The range of values chosen by the user, the same for every band; None if measured, and for uint8."""
         return None if self.scaling is None or self.scaling.measured else (self.scaling.low[0], self.scaling.high[0])
 

@@ -146,7 +146,7 @@ class Client:
             overlap=overlap,
             min_valid=min_valid,
             frame=frame,
-            seen=None if spec is None else spec.seen,
+            chosen_range=None if spec is None else spec.chosen_range,
             progress=progress,
             most_skipped=most_skipped,
         )
@@ -317,7 +317,7 @@ class AsyncClient:
             overlap=overlap,
             min_valid=min_valid,
             frame=frame,
-            seen=None if spec is None else spec.seen,
+            chosen_range=None if spec is None else spec.chosen_range,
             progress=progress,
             most_skipped=most_skipped,
         )

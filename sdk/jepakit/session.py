@@ -212,7 +212,7 @@ class Model:
             overlap=overlap,
             min_valid=min_valid,
             frame=frame,
-            seen=self.manifest.preprocess.seen,
+            chosen_range=self.manifest.preprocess.chosen_range,
             progress=progress,
             most_skipped=most_skipped,
         )

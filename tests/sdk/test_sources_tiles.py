@@ -182,14 +182,14 @@ def test_tiles_of_which_a_chosen_range_shows_nothing_are_left_out(make: Make) ->
     body.pixels[0, :, :8] -= 1000  # air: not blank, and below the range
     body.pixels[0, :, 8:16, 0] -= 1000  # of one band something is seen
     body.pixels[0, :, 16:24] += 1000
-    listed = list_images(folder := make(a=body), tile=8, seen=(-160, 240))
+    listed = list_images(folder := make(a=body), tile=8, chosen_range=(-160, 240))
     assert listed.ids == ("a.tif#8,0,8,8", "a.tif#24,0,8,8")
     told = "left out: 2 blank tiles, of one value everywhere or wholly on one side of -160 … 240"
     assert told in listed.note
     assert len(list_images(folder, tile=8)) == 4
-    assert gather(folder, tile=8, seen=(-160, 240)).ids == listed.ids
+    assert gather(folder, tile=8, chosen_range=(-160, 240)).ids == listed.ids
     with pytest.raises(DataError, match=r"none of the 4 tiles .* wholly on one side of 5000 … 6000"):
-        list_images(folder, tile=8, seen=(5000, 6000))
+        list_images(folder, tile=8, chosen_range=(5000, 6000))
 
 
 def test_pixels_are_read_only_of_tiles_that_are_full_enough(make: Make) -> None:

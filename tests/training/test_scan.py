@@ -26,7 +26,7 @@ from jepakit.images import preprocess, read_image
 from jepakit.readers import Header, ImageRef
 from jepakit.sources import list_images
 from jepakit_training.inspecting import inspect, near_duplicates, report
-from jepakit_training.scan import Kind, Scan, _seen, fill_notes, outlier_notes, refuse_mixed, scan, window_notes
+from jepakit_training.scan import Kind, Scan, _seen, fill_notes, outlier_notes, range_notes, refuse_mixed, scan
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 
 STOCK = Preprocess(
@@ -179,7 +179,7 @@ def test_a_window_in_which_nothing_would_be_seen_is_refused(tmp_path: Path) -> N
     found = look(write(tmp_path / "a", noise(4, (40, 40), 500, 3500, "uint16")))
     with pytest.raises(ConfigError, match=r"100\.0% of the values lie outside"):
         found.scaling((10, 20))
-    assert "of the values lie outside" in window_notes(found, found.scaling((1000, 2000)))[0]
+    assert "of the values lie outside" in range_notes(found, found.scaling((1000, 2000)))[0]
     with pytest.raises(ConfigError, match="not DICOM"):
         found.scaling("file")
 

@@ -114,11 +114,11 @@ class Scan:
         if value_range == "file":
             # The output of the files' windows. As a measured range, it refuses images in other units.
             return Scaling(low=(0.0,) * self.kind.bands, high=(1.0,) * self.kind.bands, measured=True)
-        window = chosen_range(value_range)
-        return self._measured() if window is None else self._asked(*window)
+        chosen = chosen_range(value_range)
+        return self._measured() if chosen is None else self._asked(*chosen)
 
     def _asked(self, low: float, high: float) -> Scaling:
-        """The window for all bands; ConfigError if nearly all values lie outside it."""
+        """This range for all bands; ConfigError if nearly all values lie outside it."""
         lows_NC, highs_NC = self._ends()
         if (outside := self.outside(low, high)) > _MOST_OUTSIDE:
             raise ConfigError(
@@ -359,7 +359,7 @@ def fill_notes(found: Scan) -> list[str]:
     return []
 
 
-def window_notes(found: Scan, scaling: Scaling | None) -> list[str]:
+def range_notes(found: Scan, scaling: Scaling | None) -> list[str]:
     """How much a window chosen by the user clips, if over 1 %."""
     if scaling is None or scaling.measured:
         return []

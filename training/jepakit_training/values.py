@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.sources import ImageList
-from jepakit_training.scan import Scan, fill_notes, outlier_notes, refuse_mixed, scan, window_notes
+from jepakit_training.scan import Scan, fill_notes, outlier_notes, range_notes, refuse_mixed, scan
 
 
 def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:
@@ -32,7 +32,7 @@ def describe_values(found: Scan, spec: Preprocess, ids: Sequence[str]) -> list[s
     if spec.scaling is not None:
         bands = ", ".join(f"{low:g} … {high:g}" for low, high in zip(spec.scaling.low, spec.scaling.high, strict=True))
         lines.append(f"values {bands} become 0 … 1 ({'measured' if spec.scaling.measured else 'as requested'})")
-    return [*lines, *outlier_notes(found, ids, spec.scaling), *fill_notes(found), *window_notes(found, spec.scaling)]
+    return [*lines, *outlier_notes(found, ids, spec.scaling), *fill_notes(found), *range_notes(found, spec.scaling)]
 
 
 def chosen_frame(config: AdaptConfig) -> int | None:

@@ -30,7 +30,7 @@ def list_images(
     overlap: int = 0,
     min_valid: float = 0.5,
     frame: int | Literal["each"] | None = None,
-    seen: tuple[float, float] | None = None,
+    chosen_range: tuple[float, float] | None = None,
     most_skipped: float = 0.0,
 ) -> ImageList:
     """List the images of a source, in a stable order.
@@ -46,7 +46,8 @@ def list_images(
     tile       side in pixels of the tiles to cut scenes into; neighbours share `overlap` pixels
     min_valid  tiles with a smaller share of pixels that have data are left out
     frame      which frame of multi-frame files, from 0; "each": every frame is an image
-    seen       the chosen range of values that the model sees, if any: tiles with no values in it are left out, too
+    chosen_range
+               the range of values that the user chose, if any: tiles with no values in it are left out, too
     most_skipped
                share of the files to be cut into tiles or frames that may be left out because they cannot be opened;
                with 0, ImageError names the first
@@ -55,7 +56,12 @@ def list_images(
     to read or the source contradicts itself, ConfigError for settings that are wrong in themselves.
     """
     return _list(
-        images, labels, group, Cut(tile, overlap, min_valid, frame, seen), embedding=False, most_skipped=most_skipped
+        images,
+        labels,
+        group,
+        Cut(tile, overlap, min_valid, frame, chosen_range),
+        embedding=False,
+        most_skipped=most_skipped,
     )
 
 
@@ -67,7 +73,7 @@ def gather(
     overlap: int = 0,
     min_valid: float = 0.5,
     frame: int | Literal["each"] | None = None,
-    seen: tuple[float, float] | None = None,
+    chosen_range: tuple[float, float] | None = None,
     progress: bool = False,
     most_skipped: float = 0.0,
 ) -> ImageList:
@@ -83,7 +89,7 @@ def gather(
             [images] if one else images,
             labels,
             "none",
-            Cut(tile, overlap, min_valid, frame, seen),
+            Cut(tile, overlap, min_valid, frame, chosen_range),
             embedding=True,
             most_skipped=most_skipped,
         )

@@ -38,7 +38,7 @@ class Cut:
     overlap: int
     min_valid: float
     frame: int | Literal["each"] | None
-    seen: tuple[float, float] | None = None
+    chosen_range: tuple[float, float] | None = None
     """The chosen range of values, if any: a tile with no values in it is blank, like one of a single value."""
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ def _keep_valid_tiles(opened: _Opened, tiles: Pieces, cut: Cut) -> tuple[Pieces,
             f"tile = {tile} is larger than the images (the largest of {len(opened.headers):,} is {wide} × {high}), "
             f"which fill less than {min_valid:.0%} of a tile: lower tile or min_valid"
         )
-    n_valid_N, blank_N = _measure_tiles(opened, tiles, cut.seen)
+    n_valid_N, blank_N = _measure_tiles(opened, tiles, cut.chosen_range)
     enough_N = n_valid_N / tile**2 >= min_valid
     left_out = _LeftOut(count - int(enough_N.sum()), int((enough_N & blank_N).sum()))
     tiles = tiles.where(enough_N & ~blank_N)
@@ -202,7 +202,7 @@ def _keep_valid_tiles(opened: _Opened, tiles: Pieces, cut: Cut) -> tuple[Pieces,
 
 
 def _measure_tiles(
-    opened: _Opened, tiles: Pieces, seen: tuple[float, float] | None
+    opened: _Opened, tiles: Pieces, chosen_range: tuple[float, float] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Each tile's number of valid pixels, and whether it is blank.
 
@@ -215,7 +215,7 @@ def _measure_tiles(
         step = _windows_at_once(header, tiles.where(slice(first, end)))
         jobs += [(header, slice(start, min(start + step, end))) for start in range(first, end, step)]
     measured = in_threads(
-        lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1]), seen),
+        lambda job: _measure_tiles_of_one(opened.images, job[0], tiles.where(job[1]), chosen_range),
         jobs,
         "look for empty tiles",
         threads=opened.images.threads(THREADS),
@@ -239,7 +239,7 @@ def _windows_at_once(header: Header, tiles: Pieces) -> int:
 
 
 def _measure_tiles_of_one(
-    images: ImageList, header: Header, tiles: Pieces, seen: tuple[float, float] | None
+    images: ImageList, header: Header, tiles: Pieces, chosen_range: tuple[float, float] | None
 ) -> list[tuple[int, bool]] | None:
     """The same for tiles of one image; None if one of them cannot be read."""
     assert tiles.window is not None
@@ -250,7 +250,7 @@ def _measure_tiles_of_one(
             for window, frame in zip(tiles.window.tolist(), tiles.frame.tolist(), strict=True):
                 pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
                 valid_NC = valid_values(pixels_HWC, valid_pixels(pixels_HWC, header.nodata))
-                blank = is_blank(valid_NC) or (seen is not None and is_unseen(valid_NC, *seen))
+                blank = is_blank(valid_NC) or (chosen_range is not None and is_unseen(valid_NC, *chosen_range))
                 numbers.append((len(valid_NC), blank))
     except ImageError:
         return None
@@ -318,6 +318,10 @@ def _slow_note(images: ImageList, slow: dict[int, Header], how: str) -> str:
 
 def _describe_left_out(left_out: _LeftOut, cut: Cut) -> str:
     invalid = f"{counted(left_out.invalid, 'tile')} with under {cut.min_valid:.0%} valid pixels"
-    outside = "" if cut.seen is None else f" or wholly on one side of {cut.seen[0]:g} … {cut.seen[1]:g}"
+    outside = (
+        ""
+        if cut.chosen_range is None
+        else f" or wholly on one side of {cut.chosen_range[0]:g} … {cut.chosen_range[1]:g}"
+    )
     blank = f"{counted(left_out.blank, 'blank tile')}, of one value everywhere{outside}"
     return " and ".join(words for words, number in ((invalid, left_out.invalid), (blank, left_out.blank)) if number)
