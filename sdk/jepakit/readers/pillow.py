@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, reading, too_many_pixels
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
+from jepakit.readers.libtiff import refusing_damage
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, upright, valid_orientation
 from jepakit.readers.png import decode_deep, has_late_chunks
 from jepakit.readers.quiet import quiet
@@ -103,7 +105,8 @@ def to_pixels(image: Image, name: str) -> Pixels:
     from PIL import ImageOps
 
     try:
-        image.load()
+        with refusing_damage() if image.format == "TIFF" else nullcontext():
+            image.load()
         _refuse_false_alpha(image, name)
         if _orientation(image) != 1:  # it would copy an upright image
             image = ImageOps.exif_transpose(image)

@@ -262,3 +262,15 @@ def test_real_16_bit_pngs_equal_pillow(shared: Path) -> None:
     assert len(files) == 3
     for file in files:
         np.testing.assert_array_equal(read(file)[..., 0], np.asarray(Image.open(file)))
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_lzw"])
+def test_a_tiff_that_libtiff_finds_damaged_is_refused_without_a_line_on_standard_error(
+    compression: str, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = encoded(Image.fromarray(make(400, 400)).convert("1"), "TIFF", compression=compression)
+    assert read(whole).shape == (400, 400, 3)
+    damaged = bytearray(whole)
+    damaged[500:-500:7] = bytes(len(damaged[500:-500:7]))
+    assert "damaged or cut short" in refused(bytes(damaged), "unreadable")
+    assert capfd.readouterr().err == ""
