@@ -142,7 +142,8 @@ class Gate:
                 raise
             await send_error(send, _stopping(), scope)
         except Exception as error:  # not its text, which may contain what was sent
-            _log.error("request %s failed: %s", state["request_id"], type(error).__name__)
+            known = {"request_id": state["request_id"], "exception": type(error).__name__}
+            _log.error("request failed", extra={"fields": known})
             if "status" not in state:
                 failure = fault(error)
                 state["code"] = failure.code

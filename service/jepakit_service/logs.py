@@ -157,4 +157,5 @@ def access(level: AccessLog, *, status: int, fields: dict[str, object]) -> None:
     """Log one line for an answered request, if `level` includes it."""
     if level == "none" or (level == "errors" and status < 400):
         return
-    logging.getLogger(f"{LOGGER}.access").info("request", extra={"fields": fields})
+    urgency = logging.ERROR if status >= 500 else logging.INFO
+    logging.getLogger(f"{LOGGER}.access").log(urgency, "request", extra={"fields": fields})

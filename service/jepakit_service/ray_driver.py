@@ -121,7 +121,8 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
             namespace="jepakit",
             _temp_dir=str(folder),
             num_gpus=_gpus(settings),
-            num_cpus=max(settings.threads, settings.max_replicas or settings.replicas),
+            # One for each replica, and one for the successor of a replica that hangs. Ray starts as many processes ahead.
+            num_cpus=(settings.max_replicas or settings.replicas) + 1,
         )
         stop.watch()  # ray.init installed its own handlers
         _end_idle_helpers()

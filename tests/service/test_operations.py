@@ -514,6 +514,26 @@ def test_log_lines_are_json_and_hold_no_content(bundle: Path, capfd: pytest.Capt
         assert word not in text
 
 
+def test_a_failure_is_logged_as_an_error_with_its_request_and_no_content(
+    bundle: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: Replica) -> None:
+        raise RuntimeError("patient42")
+
+    wanted = settings(bundle, log_format="json", access_log="errors")
+    logs.configure(wanted)
+    try:
+        with running(wanted) as url, httpx.Client(base_url=url) as http:
+            monkeypatch.setattr(Replica, "reports", broken)
+            assert http.get("/v1/models", headers={"X-Request-Id": "abc"}).status_code == 500
+    finally:
+        logs.silence()
+    failed, request = map(json.loads, capfd.readouterr().err.splitlines())
+    assert (failed["level"], failed["request_id"], failed["exception"]) == ("error", "abc", "RuntimeError")
+    assert (request["level"], request["request_id"], request["status"]) == ("error", "abc", 500)
+    assert "patient42" not in str(failed)
+
+
 def test_replicas_lines_reach_the_drivers_standard_error(
     bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
