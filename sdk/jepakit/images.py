@@ -74,7 +74,9 @@ def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | 
     around = decoded_around(window, raster.header)
     if raster.header.windowed and around == window:
         return raster.read(window, frame=frame)
-    decoded = ref.scenes.whole((stamp, frame, voi, around), lambda: raster.read(around, frame=frame))
+    decoded = ref.scenes.whole(
+        (stamp, frame, voi, around), lambda: raster.read(around if raster.header.windowed else None, frame=frame)
+    )
     return crop(decoded, window, around).copy()
 
 

@@ -68,7 +68,7 @@ class Raster(ABC):
                 check_pixels(self._name, shape, self.header.dtype, self._limits, _BY_TILES)
             around = decoded_around(area, self.header)
             if window is None or around == area:
-                pixels = self._decode(area, frame, at_least if window is None else None)
+                pixels = self._decode(area, frame, at_least) if window is None else self._decode_part(area, frame)
                 pixels = self._finished(pixels, own=self._decodes_anew and pixels.flags.writeable)
             else:
                 pixels = self._finished(crop(self._decoded(around, frame), area, around))
@@ -80,7 +80,7 @@ class Raster(ABC):
         """A frame or rows of it, decoded once for all windows in them that follow."""
         if self._kept is None or self._kept[:2] != (frame, around):
             self._kept = None
-            self._kept = (frame, around, self._decode(around, frame, None))
+            self._kept = (frame, around, self._decode_part(around, frame))
         return self._kept[2]
 
     def _finished(self, pixels: Pixels, own: bool = False) -> Pixels:
@@ -92,6 +92,10 @@ class Raster(ABC):
             pixels = np.repeat(pixels, 3, axis=2)
         with np.errstate(over="ignore", invalid="ignore"):
             return (np.asarray if own else np.array)(pixels, self.header.dtype, order="C")
+
+    def _decode_part(self, window: Window, frame: int) -> Pixels:
+        """As `_decode`, of what a window needs, which may be everything."""
+        return self._decode(window, frame, None)
 
     @abstractmethod
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:

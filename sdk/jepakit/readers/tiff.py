@@ -165,9 +165,14 @@ class TiffRaster(Raster):
         super().__init__(header, encoded.name, limits, encoded.file, needed)
 
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
-        header = self.header
-        if self._as_usual is not None and window[2:] == (header.width, header.height):
+        if self._as_usual is not None:
             return PillowFile(self._encoded, self._limits, ("TIFF",), self._as_usual).read()
+        return self._decode_part(window, frame)
+
+    def _decode_part(self, window: Window, frame: int) -> Pixels:
+        header = self.header
+        if self._as_usual is not None and not header.windowed:
+            return self._decode(window, frame, None)
         stored = stored_window(window, self._orientation, header.height, header.width)
         planes = [self._plane(int(plane), stored) for plane in self._layout.planes[frame]]
         pixels = upright(planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2), self._orientation)

@@ -571,6 +571,21 @@ except MissingExtraError as error:
     assert str(file) in done.stdout
 
 
+def test_a_window_of_a_file_with_missing_strips_is_read_though_its_strips_reach_over_the_whole_height(
+    tmp_path: Path, refused: Refused
+) -> None:
+    pixels = make(200, 300, dtype="uint8")
+    tifffile.imwrite(tmp_path / "s.tif", pixels, photometric="minisblack", compression="deflate", rowsperstrip=50)
+    with tifffile.TiffFile(tmp_path / "s.tif", mode="r+") as file:
+        for name in ("StripByteCounts", "StripOffsets"):  # as GDAL's SPARSE_OK leaves out a strip of zeros
+            values = list(file.pages[0].tags[name].value)  # type: ignore[union-attr]
+            file.pages[0].tags[name].overwrite([*values[:2], 0, *values[3:]])  # type: ignore[union-attr]
+    pixels[100:150] = 0
+    window = read(tmp_path / "s.tif", Window(20, 0, 160, 160))
+    np.testing.assert_array_equal(window[..., 0], pixels[:160, 20:180])
+    assert "damaged or cut short" in refused(tmp_path / "s.tif", "unreadable")
+
+
 def test_real_files_equal_tifffile(shared: Path) -> None:
     files = [*sorted((shared / "tiff16").glob("*.tif")), *sorted((shared / "multispectral").rglob("*.tif"))]
     assert len(files) > 30
