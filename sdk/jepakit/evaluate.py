@@ -423,7 +423,11 @@ def _covariance(
     """
     if not left_out.any():
         return 0.0
-    judged = np.array([_balanced(gain[stay], truth[stay]) for stay in ~left_out])
+    classes = [truth == name for name in np.unique(truth)]
+    # A class of which nothing stays keeps its mean.
+    judged = np.array(
+        [np.mean([gain[of & stay if (of & stay).any() else of].mean() for of in classes]) for stay in ~left_out]
+    )
     fitted = np.array([_balanced(each, truth) for each in gains])
     return float(np.sum((judged - judged.mean()) * (fitted - fitted.mean())) * (len(gains) - 1) / len(gains))
 

@@ -597,6 +597,14 @@ def test_an_image_that_moves_the_difference_in_both_ways_counts_in_both() -> Non
     assert _covariance(gain, gains, np.zeros((10, 10), bool), truth) == 0, "unless other images are judged"
 
 
+def test_a_class_that_lies_wholly_in_one_part_does_not_change_what_is_meant_by_the_mean() -> None:
+    truth = np.array(["ant"] * 8 + ["bee"] * 2)
+    gain = np.where(truth == "bee", 1.0, 0.0)
+    left_out = np.repeat(np.eye(5, dtype=bool), 2, axis=1)  # the last part holds all bees
+    gains = np.repeat(np.linspace(0, 1, 5)[:, None], 10, axis=1)
+    assert _covariance(gain, gains, left_out, truth) == 0
+
+
 def test_images_that_are_judged_and_fitted_on_make_the_interval_wider() -> None:
     random, scene, truth = np.random.default_rng(0), np.repeat(np.arange(12), 8), np.tile(["ant", "bee"], 48)
     widths = []
