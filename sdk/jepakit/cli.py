@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import signal
 import sys
+import time
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +33,7 @@ _Images = Annotated[
     list[str],
     typer.Argument(help="a folder, glob or list of image files; a CSV or Parquet manifest; .tar shards; a ZIP"),
 ]
+_ONE_STOP_S = 5.0
 _TILE = "side length, in pixels, of the tiles that large images are cut into"
 _OVERLAP = "overlap of neighbouring tiles, in pixels"
 _FRAME = "for multi-frame files: the number of the frame, from 0, or each"
@@ -698,16 +701,16 @@ def _source(images: list[str]) -> str | list[str]:
 def _exit_on_signals() -> None:
     """Make SIGTERM and SIGHUP raise SystemExit from now on, so that unfinished work is cleaned up as on Ctrl-C.
 
-    After the first of them, or Ctrl-C, all are ignored: terminals, make and npm send several, and none may cut the
-    cleaning up short. A signal that is ignored stays ignored, as nohup wants for SIGHUP.
+    Those that follow within seconds of the first of them, or of Ctrl-C, are ignored: terminals, make and npm send several,
+    and none may cut the cleaning up short. A signal that is ignored stays ignored, as nohup wants for SIGHUP.
     """
-    stopping = False
+    first = -math.inf
 
     def stop(number: int, _: object) -> None:
-        nonlocal stopping
-        if stopping:
+        nonlocal first
+        if time.monotonic() - first < _ONE_STOP_S:
             return
-        stopping = True
+        first = time.monotonic()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + number)

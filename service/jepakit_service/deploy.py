@@ -51,7 +51,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
         before = client.models()
         try:
             with _alone(folder):
-                _recover(folder)
+                _recover(folder, bundle.manifest.name)
                 target = _place(bundle, folder)
                 _check_watched(before, bundle, target)
                 with _swapped(bundle, target):
@@ -77,15 +77,16 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _recover(folder: Path) -> None:
-    """After a deploy that was killed: put back an old version that nothing has replaced, and remove unfinished copies."""
+def _recover(folder: Path, name: str) -> None:
+    """After deploys that were killed: put back an old version of `name` that nothing has replaced, and remove unfinished
+    copies."""
     for left in sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: path.stat().st_ctime, reverse=True):
         if left.suffix != _OLD:
             shutil.rmtree(left, ignore_errors=True)
             continue
         with contextlib.suppress(InputError):  # damaged, or something else is in its place
-            target = _place(open_bundle(left), folder)
-            if not target.exists():
+            old = open_bundle(left)
+            if old.manifest.name == name and not (target := _place(old, folder)).exists():
                 left.rename(target)
 
 

@@ -649,6 +649,25 @@ def test_the_old_version_of_a_killed_deploy_goes_only_once_another_one_is_in_ser
     assert digest(folder / "tiny") == digest(third)
 
 
+def test_a_model_that_was_removed_is_not_brought_back_by_the_deploy_of_another(
+    to: Callable[..., None], second: Path, other: Path, folder: Path
+) -> None:
+    shutil.copytree(second, folder / ".deploy-a.old")
+    to(other, folder, lambda: told(other))
+    assert {path.name for path in folder.iterdir()} == {"tiny", ".deploy-a.old"}
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_long_after_one_that_a_library_swallowed_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli._exit_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)  # at once: ignored
+    monkeypatch.setattr(cli, "_ONE_STOP_S", 0.0)  # later
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.usefixtures("signals")
 def test_a_deploy_under_nohup_outlives_its_terminal(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
