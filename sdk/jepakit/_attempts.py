@@ -71,6 +71,7 @@ class Settings:
         for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):
             if not is_number(seconds) or not 0 < seconds <= _LONGEST_S:
                 raise ConfigError(f"{name} = {seconds!r}: give seconds, more than 0 and at most {_LONGEST_S:g}")
+        timeout_s, deadline_s = float(timeout_s), float(deadline_s)
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
         if key and not isinstance(key, str):
             raise ConfigError(f"the API key is of type {type(key).__name__}: give text")

@@ -145,7 +145,8 @@ class Job:
     def _read_rest(self) -> Generator[tuple[int, bytes | NDArray[Any]], None, None]:
         """The places and data of the images to send, in order; those that cannot be read are left out."""
         rest = (place for place in range(self.done, len(self._images)) if place not in self.skipped)
-        with closing(work_ahead(self._read, rest, threads=self._images.threads(AT_ONCE), ahead=AT_ONCE)) as reading:
+        threads = 0 if self._images.in_memory else AT_ONCE  # a dataset may belong to the caller's thread
+        with closing(work_ahead(self._read, rest, threads=threads, ahead=AT_ONCE)) as reading:
             for place, item in reading:
                 try:
                     yield place, item.result()

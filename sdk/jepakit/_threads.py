@@ -33,16 +33,33 @@ def work_ahead(
 ) -> Generator[tuple[_In, Future[_Out]], None, None]:
     """Each item with the future of `work(item)`, in order; threads work on up to `ahead` items beyond the last one taken.
 
-    Closing it ends the threads once each has finished the item it works on.
+    threads  0: nothing is done ahead, and the work in the caller's own thread
+
+    Closing it waits for what the threads are working on.
     """
+    if not threads:
+        yield from ((item, _done(work, item)) for item in items)
+        return
     pool = ThreadPoolExecutor(threads, "jepakit-read")
     begun: deque[tuple[_In, Future[_Out]]] = deque()
     try:
         for item in items:
-            begun.append((item, pool.submit(work, item)))
+            try:
+                begun.append((item, pool.submit(work, item)))
+            except RuntimeError:  # once the main thread has ended, other threads go on, but pools do not
+                begun.append((item, _done(work, item)))
             if len(begun) > ahead:
                 yield begun.popleft()
         while begun:
             yield begun.popleft()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def _done(work: Callable[[_In], _Out], item: _In) -> Future[_Out]:
+    answer: Future[_Out] = Future()
+    try:
+        answer.set_result(work(item))
+    except Exception as error:
+        answer.set_exception(error)
+    return answer

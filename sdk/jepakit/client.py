@@ -366,7 +366,7 @@ class AsyncClient:
                 answer.cancel()
             await asyncio.gather(*(answer for _, answer in waiting), return_exceptions=True)
             with suppress(ValueError):  # if this call was cancelled while the thread reads, it ends with the thread
-                chunks.close()
+                await asyncio.to_thread(chunks.close)
 
     async def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""

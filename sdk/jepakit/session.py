@@ -30,7 +30,7 @@ from jepakit.sources import ImageList, gather
 
 # A decoder may hold a whole scene in memory, so 64 cores do not get one each.
 _MOST_DECODERS = 8
-_BATCHES_AHEAD = 3
+_BATCHES_AHEAD = 2
 
 
 class Session:

@@ -37,7 +37,7 @@ def test_a_share_of_them_is_not_more_than_that_share(found: int, of: int, share:
 def test_true_is_no_number_of_seconds_and_one_of_numpy_is() -> None:
     with pytest.raises(ConfigError, match="timeout_s = True"):
         jepakit.Client("http://127.0.0.1:8000", timeout_s=True)
-    with jepakit.Client("http://127.0.0.1:8000", timeout_s=np.float32(5)):  # type: ignore[arg-type]
-        pass
+    with jepakit.Client("http://127.0.0.1:8000", deadline_s=np.float32(5)) as client:  # type: ignore[arg-type]
+        assert client._settings.deadline_s == 5
     with pytest.raises(ConfigError, match="seed = True"):
         jepakit.LinearProbe(seed=True).fit(np.eye(2), ["a", "b"])

@@ -931,6 +931,22 @@ def told(max_images: int) -> tuple[int, dict[str, str], bytes]:
 REFUSED = (413, dict[str, str](), b'{"error": {"message": "too many", "code": "too_many_images"}}')
 
 
+def test_a_dataset_is_read_in_the_caller_s_own_thread(service: str) -> None:
+    class Bound:
+        threads: ClassVar[set[int]] = set()
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, place: int) -> bytes:
+            self.threads.add(threading.get_ident())
+            return picture(place % 2)
+
+    with jepakit.Client(service) as client:
+        assert len(client.embed(Bound(), progress=False)) == 40
+    assert Bound.threads == {threading.get_ident()}
+
+
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
 def test_the_next_request_is_sent_as_soon_as_the_oldest_is_answered(kind: type[Any]) -> None:
     fifth, in_time = threading.Event(), list[bool]()
