@@ -12,8 +12,9 @@ from torch import nn
 from jepakit.backbone import build
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
+from jepakit_training.batchnorm import freeze_norm_statistics
 from jepakit_training.model import Projector
-from jepakit_training.trainable import add_lora, check_trainable, freeze, parameter_groups, switch_off_stochastic_depth
+from jepakit_training.trainable import add_lora, check_trainable, freeze, parameter_groups, switch_off_dropout
 
 Unfreeze = Literal["auto", "none", "all"] | int
 
@@ -286,15 +287,26 @@ def test_asking_whether_it_can_train_changes_nothing_and_refuses_what_training_w
             check_trainable(build("resnetv2_50x1_bit", {}), config("resnetv2_50x1_bit", unfreeze="lora"))
 
 
-@pytest.mark.parametrize(("name", "settings"), [("swin_tiny_patch4_window7_224", {"img_size": 64}), ("nest_tiny", {})])
-def test_stochastic_depth_is_off_where_timm_turns_it_on(name: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("swin_tiny_patch4_window7_224", 64),
+        ("nest_tiny", 224),
+        ("rexnet_100", 32),
+        ("ghostnet_050", 32),
+        ("legacy_seresnet18", 32),
+        ("cpubone_nano", 64),
+        ("vit_relpos_small_patch16_224", 64),
+    ],
+)
+def test_dropout_and_stochastic_depth_are_off_where_timm_turns_them_on(name: str, size: int) -> None:
     torch.manual_seed(0)
-    backbone = build(name, settings).train()
-    size = settings.get("img_size", 224)
+    backbone = build(name, {"img_size": size} if "patch" in name else {}).train()
+    freeze_norm_statistics(backbone)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert not torch.equal(backbone(images), backbone(images))
-        switch_off_stochastic_depth(backbone)
+        switch_off_dropout(backbone)
         assert torch.equal(backbone(images), backbone(images))
         assert torch.equal(backbone(images), backbone.eval()(images))
 

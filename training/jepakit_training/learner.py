@@ -25,7 +25,7 @@ from jepakit_training.trainable import (
     checkpoint_activations,
     freeze,
     parameter_groups,
-    switch_off_stochastic_depth,
+    switch_off_dropout,
 )
 from jepakit_training.twin import twin_of
 from jepakit_training.views import Views
@@ -64,7 +64,7 @@ class Learner:
         self._bad_steps = self._most_bad_steps = torch.zeros((), device=accelerator.device)
         """How many steps in a row have had no finite gradient, now and at most so far."""
         # The order matters: each line depends on what the lines before did to the backbone.
-        switch_off_stochastic_depth(backbone)
+        switch_off_dropout(backbone)
         self._start = _copied_to_cpu(backbone)
         n_features = self._count_features()
         self._anchor = self._frozen_start(spec) if config.anchor else None

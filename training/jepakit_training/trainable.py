@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import Conv2dSame, DropPath
+from timm.layers import Conv2dSame
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from jepakit.backbone import is_hierarchical
 from jepakit.config import AdaptConfig, Unfreeze
@@ -69,15 +70,16 @@ def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def switch_off_stochastic_depth(backbone: nn.Module) -> None:
-    """Make every block run in every forward pass of training, as it does when embedding.
+def switch_off_dropout(backbone: nn.Module) -> None:
+    """Compute the same features in every forward pass of training as when embedding: no dropout, no stochastic depth.
 
-    Some timm classes drop blocks at random by default (Swin one in ten of the last, NesT one in two): also frozen ones,
-    and differently for every micro-batch.
+    Some timm classes have them by default (ReXNet drops a fifth of the pooled features, Swin one in ten of the last
+    blocks, NesT one in two): also in frozen parts, and differently for every micro-batch.
     """
     for part in backbone.modules():
-        if isinstance(part, DropPath):
-            part.drop_prob = 0.0
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(part, _DropoutNd))):
+                setattr(part, name, 0.0)
 
 
 def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
