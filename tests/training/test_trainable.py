@@ -90,6 +90,33 @@ def test_auto_trains_the_layers_at_the_last_resolution_of_other_families(name: s
     assert last == names[-len(last) :]
 
 
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("mvitv2_tiny", ("stages.3.", "norm.")),
+        ("twins_svt_small", ("patch_embeds.3.", "blocks.3.", "pos_block.3.", "norm.")),
+        ("twins_pcpvt_small", ("patch_embeds.3.", "blocks.3.", "pos_block.3.", "norm.")),
+    ],
+)
+def test_auto_trains_the_last_stage_where_timm_names_no_module_of_a_feature_level(
+    name: str, prefixes: tuple[str, ...]
+) -> None:
+    training, everything = trained(name, "auto")
+    assert training == starting_with(everything, *prefixes)
+
+
+@pytest.mark.parametrize(
+    ("name", "unfreeze", "prefixes"),
+    [
+        ("coat_tiny", "auto", ("parallel_blocks.5.", "norm2.", "norm3.", "norm4.", "aggregate.")),
+        ("densenet121", 1, ("features.denseblock4.", "features.norm5.")),
+    ],
+)
+def test_norms_alone_are_no_block(name: str, unfreeze: Unfreeze, prefixes: tuple[str, ...]) -> None:
+    training, everything = trained(name, unfreeze)
+    assert training == starting_with(everything, *prefixes)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_auto_trains_everything_from_random_weights(name: str) -> None:
     training, everything = trained(name, "auto", from_random=True)
@@ -119,7 +146,19 @@ def test_more_blocks_than_there_are_is_refused_with_the_number(name: str) -> Non
         trained(name, 50)
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("test_vit", 6), ("test_resnet", 4)])
+@pytest.mark.parametrize("name", ["poolformerv2_s12", "caformer_s18", "pit_s_224", "rdnet_tiny"])
+def test_a_number_is_refused_where_timm_does_not_tell_the_blocks(name: str) -> None:
+    with torch.device("meta"):
+        backbone = build(name, {})
+    freeze(backbone, "auto", from_random=False)
+    kind = type(backbone).__name__
+    with pytest.raises(
+        ConfigError, match=f"unfreeze = 2: timm does not tell the blocks of {kind}; use `auto`, `all` or"
+    ):
+        freeze(backbone, 2, from_random=False)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("test_vit", 6), ("test_resnet", 4), ("mvitv2_tiny", 4)])
 def test_the_number_of_blocks_that_the_refusal_names_is_the_most_that_is_taken(name: str, blocks: int) -> None:
     trained(name, blocks)
     with pytest.raises(ConfigError, match=f"has {blocks} blocks"):

@@ -151,7 +151,7 @@ def _chosen(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> set[str]
         return set()
     if unfreeze == "auto" and is_hierarchical(backbone):
         return _after_second_last_level(backbone, names)
-    return _last_blocks(backbone, _VIT_BLOCKS if unfreeze == "auto" else unfreeze)
+    return _last_blocks(backbone, unfreeze, _VIT_BLOCKS if unfreeze == "auto" else unfreeze)
 
 
 def _layers_for_lora(backbone: nn.Module) -> list[str]:
@@ -173,17 +173,36 @@ def _after_second_last_level(backbone: Any, names: list[str]) -> set[str]:
     """Everything after the second-to-last feature level, in timm's order of the parameters."""
     module = backbone.feature_info[-2]["module"]
     inside = [place for place, name in enumerate(names) if name.startswith(f"{module}.")]
-    if not inside:
-        return _last_blocks(backbone, 1)
     # A stem or a stage is one contiguous run of names; everything after it trains.
-    return set(names[max(inside) + 1 :])
+    after = set(names[max(inside) + 1 :]) if inside else set()
+    return after if after & _of_layers(backbone) else _last_blocks(backbone, "auto", 1)
 
 
-def _last_blocks(backbone: Any, count: int) -> set[str]:
+def _last_blocks(backbone: Any, unfreeze: Unfreeze, count: int) -> set[str]:
     """The last `count` blocks (a ConvNet's stages) and what follows them: final norms and attention pooling."""
-    depth_of: dict[str, int] = group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)
+    depth_of = _depths(backbone, unfreeze)
     roots = tuple({level["module"].split(".")[0] + "." for level in backbone.feature_info})
-    blocks = sorted({depth for name, depth in depth_of.items() if name.startswith(roots)})
+    # MViTv2 and Twins name no modules that exist: there, blocks are all that comes after the stem.
+    inside = {name for name in depth_of if name.startswith(roots)} or {
+        name for name, depth in depth_of.items() if depth
+    }
+    blocks = sorted({depth_of[name] for name in inside & _of_layers(backbone)})
     if count > len(blocks):
         raise ConfigError(f"unfreeze = {count}: this backbone has {len(blocks)} blocks; use `all` for everything")
     return {name for name, depth in depth_of.items() if depth >= blocks[-count]}
+
+
+def _depths(backbone: Any, unfreeze: Unfreeze) -> dict[str, int]:
+    """The block of every parameter, as timm counts them from the stem; ConfigError if it does not for this backbone."""
+    try:
+        return group_parameters(backbone, backbone.group_matcher(coarse=True), reverse=True)  # type: ignore[no-any-return]
+    except (AttributeError, AssertionError) as error:
+        others = "`all` or `lora`" if unfreeze == "auto" else "`auto`, `all` or `lora`"
+        raise ConfigError(
+            f"unfreeze = {unfreeze}: timm does not tell the blocks of {type(backbone).__name__}; use {others}"
+        ) from error
+
+
+def _of_layers(backbone: Any) -> set[str]:
+    """Names of the weights of layers: of two or more dimensions, unlike those of norms."""
+    return {name for name, parameter in backbone.named_parameters() if parameter.squeeze().ndim > 1}
