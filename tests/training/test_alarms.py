@@ -107,6 +107,28 @@ def test_a_short_run_that_ends_far_from_the_floor_is_told_to_take_more_steps() -
     assert "steps = 300" in said[39][0]
 
 
+@pytest.mark.parametrize(
+    ("std", "words", "steps"),
+    [
+        *((0.001, "collapsed", steps) for steps in (10, 40, 70)),
+        *((3.0, "too wide", steps) for steps in (10, 40, 70)),
+        (20.0, "no gradient left", 40),
+        (0.2, "too narrow", 70),
+        (0.2, "more steps may help", 40),  # as projectors begin
+    ],
+)
+def test_a_run_too_short_for_the_alarms_is_judged_at_its_end(std: float, words: str, steps: int) -> None:
+    said = run(lambda step: gaussian(step, std=std), steps=steps, warmup_steps=4)
+    assert said.keys() == {steps - 1}
+    (line,) = said[steps - 1]
+    assert words in line
+
+
+def test_what_was_logged_in_the_warm_up_says_nothing_of_the_end() -> None:
+    wrong_at_first = lambda step: gaussian(step, std=0.001 if step < 30 else 1.0)  # noqa: E731
+    assert run(wrong_at_first, steps=40, warmup_steps=30) == {}
+
+
 def test_the_first_steps_are_left_alone() -> None:
     assert run(lambda step: gaussian(step, std=0.1 if step < 50 else 1.0)) == {}
 

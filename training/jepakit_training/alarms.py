@@ -30,7 +30,9 @@ FLOOR = 1.05
 _TOTAL_COLLAPSE = 0.40205
 """SIGReg per image if all projections are 0: N images have N times that, without a floor added."""
 _HEALTHY = 2.5
-# Alarms look at the median of three logged values, once the projector has moved away from its start.
+# Alarms look at the median of three logged values, once the projector has moved away from its start; at the end of a run
+# too short for that, the projections are judged by what was logged after the warm-up. Narrow ones are no fault in the first
+# steps: new projectors have a standard deviation of 0.34, and healthy runs of up to ten steps ended at 0.2 to 0.3.
 _SMOOTH, _FIRST_STEPS = 3, 50
 _COLLAPSED_STD, _NARROW_STD, _WIDE_STD, _DEAD_STD = 0.05, 0.3, 2.0, 16.0
 # Healthy runs begin narrow and along few directions: a pretrained MobileNetV2 with batches of 64 satellite images had
@@ -92,6 +94,8 @@ class Alarms:
         if self._settled >= _SMOOTH:
             found = self._projections(step, now) or self._gradient(now)
             found |= self._loss(last) | self._waiting(now)
+        elif last and now:
+            found = self._projections(step, now)
         if last and not found and self.trains and now.get("sigreg", 0.0) > _HEALTHY:
             found = self._unfinished(now["sigreg"])
         new = [text for name, text in found.items() if name not in self._given]
@@ -99,11 +103,12 @@ class Alarms:
         return new
 
     def _note(self, step: int, values: Mapping[str, float]) -> None:
+        if step < self.warmup_steps:
+            return
         for name, value in values.items():
             self._recent.setdefault(name, deque(maxlen=_SMOOTH)).append(value)
-        if step >= self.warmup_steps:
-            self._losses.append(values["loss"])
-        self._settled += step >= max(_FIRST_STEPS, self.warmup_steps)
+        self._losses.append(values["loss"])
+        self._settled += step >= _FIRST_STEPS
 
     def _projections(self, step: int, now: Mapping[str, float]) -> dict[str, str]:
         """At most one warning, since one fault of a distribution shows in several ways."""
@@ -117,7 +122,7 @@ class Alarms:
                 f"{self.batch_size} images, and their standard deviation is {std:.2g} instead of 1. All images look alike to "
                 f"the model, and it will not recover: start a new run with a larger --lamb (now {self.lamb:g})"
             }
-        if std < _NARROW_STD:
+        if std < _NARROW_STD and step >= _FIRST_STEPS:
             return {
                 "narrow": f"warning: the projections are too narrow: {seen}, their standard deviation is {std:.2f} instead of 1. "
                 f"SIGReg is too weak against the prediction: a larger --lamb (now {self.lamb:g}) widens them"
