@@ -76,6 +76,16 @@ def test_the_projector_warms_up_alone_unless_everything_is_new_or_nothing_else_t
     assert plan(steps=100, weights="random").warmup_steps == plan(steps=100, unfreeze="none").warmup_steps == 0
 
 
+def test_the_share_of_the_weights_that_train_is_told() -> None:
+    def told(**settings: Any) -> list[str]:
+        return [note for note in plan(**settings).notes if note.startswith("unfreeze = ")]
+
+    assert told() == ["unfreeze = auto: 27.3% of the weights of test_vit train"]
+    assert told(unfreeze=1) == ["unfreeze = 1: 13.7% of the weights of test_vit train"]
+    assert told(weights="random") == ["unfreeze = auto: 100.0% of the weights of test_vit train"]
+    assert told(unfreeze="lora") == []
+
+
 def test_what_leaves_the_backbone_as_it_is_says_so_and_moves_no_statistics() -> None:
     still = plan("test_resnet", unfreeze="none", weights="random")
     assert still.norm_statistics == "frozen"

@@ -29,6 +29,7 @@ from jepakit_training import ranks
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.holdout import Split, hold_out
 from jepakit_training.memory import GB
+from jepakit_training.trainable import trained_share
 
 FEW_IMAGES = 64
 _QUEUED_SHARE = 0.25
@@ -101,6 +102,9 @@ def make_plan(
     ]
     if not trains:
         notes.append("unfreeze = none: only the projector trains, and the start is what is exported")
+    elif config.unfreeze != "lora":
+        share = trained_share(backbone, config)
+        notes.append(f"unfreeze = {config.unfreeze}: {share:.1%} of the weights of {config.backbone} train")
     return Plan(
         steps=steps,
         batch_size=batch_size,

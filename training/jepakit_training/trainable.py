@@ -70,6 +70,14 @@ def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
         parameter.requires_grad_(name in chosen)
 
 
+def trained_share(backbone: Any, config: AdaptConfig) -> float:
+    """The share of the backbone's weights that train if `config.unfreeze` is not `lora`."""
+    assert config.unfreeze != "lora"
+    chosen = _chosen(backbone, config.unfreeze, from_random=config.weights == "random")
+    sizes: dict[str, int] = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
+    return sum(sizes[name] for name in chosen) / sum(sizes.values())
+
+
 def switch_off_dropout(backbone: nn.Module) -> None:
     """Compute the same features in every forward pass of training as when embedding: no dropout, no stochastic depth.
 
