@@ -114,8 +114,10 @@ class Embeddings:
         queries  None: this set's own N vectors, each of which does not find itself
 
         Returns indices, int64 [Q, k], and cosines, float32 [Q, k], the most similar first; ties go to the lower index.
-        Raises SpaceError for queries of another model, DataError unless k is 1 to N (N - 1 without queries).
+        Raises SpaceError for queries of another model, DataError for numbers that are not finite, and unless k is 1 to N
+        (N - 1 without queries).
         """
+        self._check_finite()
         if queries is None:
             return self._nearest_others(k)
         if not isinstance(queries, Embeddings):
@@ -127,7 +129,16 @@ class Embeddings:
                 f"these are vectors of model {self.model_id} ({self.vectors.shape[1]} numbers), the queries of "
                 f"{queries.model_id} ({queries.vectors.shape[1]}): embed both with one model"
             )
+        queries._check_finite()
         return most_similar(queries.vectors, self.vectors, _checked_k(k, len(self), "vectors"))
+
+    def _check_finite(self) -> None:
+        """Raise DataError unless all numbers are finite: nothing is near a vector that is not."""
+        if len(bad := np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))):
+            raise DataError(
+                f"{counted(len(bad), 'vector')} with NaN or infinite numbers, the first that of {self.ids[bad[0]]}: leave "
+                "them out (embeddings[mask])"
+            )
 
     def _nearest_others(self, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if len(self) < 2:

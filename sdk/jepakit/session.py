@@ -31,6 +31,8 @@ from jepakit.sources import ImageList, gather
 # A decoder may hold a whole scene in memory, so 64 cores do not get one each.
 _MOST_DECODERS = 8
 _BATCHES_AHEAD = 2
+NOT_FINITE = "the model's vector for this image is not finite: export the model in fp32"
+"""Half precision can overflow."""
 
 
 class Session:
@@ -223,34 +225,41 @@ class Model:
             Steps(len(listed), what="embed", progress=progress) as show,
             closing(_batches(listed, self.manifest.preprocess, self._session.batch, skipped)) as batches,
         ):
-            for pixels in batches:
-                vectors[done : done + len(pixels)] = self._session.run(pixels)
-                done += len(pixels)
+            for places, pixels in batches:
+                found = self._session.run(pixels)
+                finite = np.isfinite(found).all(axis=1)
+                for place in places[~finite].tolist():
+                    skipped.add(place, ImageError(f"{listed.ids[place]}: {NOT_FINITE}", code="not_finite"))
+                vectors[done : done + finite.sum()] = found[finite]
+                done += int(finite.sum())
                 show.update(done + len(skipped))
         skipped.tell(on_skipped, progress=progress)
         return skipped.embeddings(vectors[:done], self.model_id)
 
 
-def _batches(listed: ImageList, spec: Preprocess, size: int, skipped: Skipped) -> Generator[Pixels, None, None]:
-    """Preprocessed images [B, S, S, C], in order and up to `size` at a time, decoded ahead by threads while others run.
+def _batches(
+    listed: ImageList, spec: Preprocess, size: int, skipped: Skipped
+) -> Generator[tuple[NDArray[np.intp], Pixels], None, None]:
+    """Places [B] and preprocessed images [B, S, S, C], in order and up to `size` at a time, decoded ahead by threads while
+    others run.
 
     Images that cannot be read correctly are added to `skipped` by position; it raises ImageError once there are too
     many.
     """
     threads = listed.threads(min(usable_cpus(), _MOST_DECODERS))
     reading = work_ahead(partial(_read, listed, spec), range(len(listed)), threads=threads, ahead=_BATCHES_AHEAD * size)
-    batch: list[Pixels] = []
+    batch: dict[int, Pixels] = {}
     with closing(reading):
         for place, image in reading:
             try:
-                batch.append(image.result())
+                batch[place] = image.result()
             except ImageError as error:
                 skipped.add(place, error)
             if len(batch) == size:
-                yield np.stack(batch)
-                batch = []
+                yield np.array([*batch]), np.stack([*batch.values()])
+                batch = {}
     if batch:
-        yield np.stack(batch)
+        yield np.array([*batch]), np.stack([*batch.values()])
 
 
 def _read(listed: ImageList, spec: Preprocess, place: int) -> Pixels:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jepakit.errors import ImageError, InferenceError
+from jepakit.session import NOT_FINITE
 from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import unavailable
 from jepakit_service.models import LoadedModel
@@ -73,7 +74,7 @@ class Engine:
 
 
 def _finite(result: Result) -> Result:
-    """The vector if it is finite, else an ImageError: half precision can overflow."""
+    """The vector if it is finite, else an ImageError."""
     if isinstance(result, ImageError) or np.isfinite(result).all():
         return result
-    return ImageError("the model's vector for this image is not finite: export the model in fp32", code="not_finite")
+    return ImageError(NOT_FINITE, code="not_finite")

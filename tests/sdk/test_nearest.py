@@ -67,6 +67,16 @@ def test_vectors_of_another_model_are_not_compared(queries: Embeddings) -> None:
         embeddings(np.eye(3)).nearest(queries, 1)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_have_no_neighbours(bad: float) -> None:
+    sound, damaged = embeddings(np.eye(3)), embeddings(np.where(np.eye(3), [[1.0, bad, 1.0]], 0.0), "q")
+    for index, queries in ((sound, damaged), (damaged, sound), (damaged, None)):
+        with pytest.raises(
+            DataError, match="1 vector with NaN or infinite numbers, the first that of q1: leave them out"
+        ):
+            index.nearest(queries, 1)
+
+
 def test_the_command_line_prints_a_line_for_each_neighbour(tmp_path: Path) -> None:
     embeddings(np.array([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]), "known").save(tmp_path / "known.npz")
     embeddings(np.array([[3.0, 0.0], [0.0, 1.0]]), "new").save(tmp_path / "new.npz")

@@ -229,6 +229,30 @@ class Watched:
         return self._session.run(images)
 
 
+def test_an_image_whose_vector_is_not_finite_is_left_out_or_named(model: Model, images: NDArray[np.uint8]) -> None:
+    class Overflowing(Watched):
+        done = 0
+
+        def run(self, images: Pixels) -> NDArray[np.float32]:
+            vectors = self._session.run(images).copy()
+            vectors[np.arange(self.done, self.done + len(images)) == 5, 0] = np.inf
+            self.done += len(images)
+            return vectors
+
+    def embed(**options: Any) -> jepakit.Embeddings:
+        return Model(Overflowing(model._session, 0)).embed(list(images[:9]), progress=False, **options)  # type: ignore[arg-type]
+
+    skipped: list[tuple[str, str]] = []
+    kept = embed(most_skipped=0.2, on_skipped=lambda *one: skipped.append(one))
+    whole = model.embed(list(images[:9]), progress=False)
+    np.testing.assert_array_equal(kept.vectors, np.delete(whole.vectors, 5, axis=0))
+    assert kept.ids == (*whole.ids[:5], *whole.ids[6:])
+    assert [name for name, _ in skipped] == [whole.ids[5]]
+    with pytest.raises(ImageError, match="vector for this image is not finite") as caught:
+        embed()
+    assert caught.value.code == "not_finite"
+
+
 def test_images_are_decoded_while_others_are_embedded_and_never_far_ahead(
     model: Model, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
