@@ -111,12 +111,17 @@ def _program(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size
     try:
         return _export(embedder, example, opset, dynamic_size)
     except Exception:  # the exporter wraps whatever went wrong in classes of its own
-        fused = [module for module in embedder.modules() if getattr(module, "fused_attn", False)]
-        if not fused:
+        if not use_plain_attention(embedder):
             raise
-        for module in fused:
-            module.fused_attn = False  # type: ignore[assignment]
         return _export(embedder, example, opset, dynamic_size)
+
+
+def use_plain_attention(embedder: Embedder) -> bool:
+    """Let attention be computed as products and a softmax; whether any was fused before."""
+    fused = [module for module in embedder.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    return bool(fused)
 
 
 def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size: bool) -> Any:

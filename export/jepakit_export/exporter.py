@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +48,16 @@ from jepakit.run import START, Run, is_run
 from jepakit.session import Session
 from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
-from jepakit_export.verify import BATCH_SIZES, Expected, check, check_sizes, expect, read_users_images
+from jepakit_export.verify import (
+    BATCH_SIZES,
+    Expected,
+    check,
+    check_half,
+    check_sizes,
+    expect,
+    halved,
+    read_users_images,
+)
 
 _PACKAGES = ("jepakit", "torch", "timm", "onnx", "onnxscript")
 
@@ -81,11 +89,15 @@ def export(config: ExportConfig) -> Bundle:
     stage(f"converting {source.described.name} to ONNX ({config.precision})")
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
-    graph = _graph(config, source, embedder, inputs, users)
+    converted = halved(embedder) if config.precision == "fp16" else embedder
+    graph = _graph(config, source, converted, inputs, users)
     manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
         sealed = seal(graph, _stamp(manifest, config.precision))
     stage("verifying it against torch")
+    if config.precision == "fp16":
+        with _failing_as(f"torch cannot compute {source.described.name} in half precision (use --precision fp32)"):
+            check_half(converted, embedder, source.preprocess, [inputs] if users is None else [inputs, users])
     opened = partial(Session, sealed.graph, provider="cpu", data=sealed.data)
     session = opened(manifest)
     agreement = check(session, config.precision, expected)
@@ -145,9 +157,6 @@ def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected
 def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> ir.Model:
     """The graph in the requested precision."""
     example = torch.from_numpy(inputs[:2])
-    if config.precision == "fp16":
-        embedder = copy.deepcopy(embedder)
-        embedder.backbone.half()
     with _failing_as(f"torch cannot export {source.described.name}"):
         graph = to_onnx(embedder, example, opset=config.opset, dynamic_size=config.dynamic_size)
     if config.precision != "int8":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,10 +22,13 @@ from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.session import Session
 from jepakit.sources import evenly_spread, gather
+from jepakit_export.convert import use_plain_attention
 
 BATCH_SIZES = (1, 2, 7, 33)
 MOST_IMAGES, FEWEST_IMAGES, MOST_SKIPPED = 256, 16, 0.01
 _BATCH = 16
+# In half precision torch takes 2 to 10 times as long on a CPU.
+_MOST_HALVED = 32
 # Within one graph at one batch size: each image goes through the very same operations, in the same order.
 _SAME = 1e-5
 _WITHOUT_VNNI = (
@@ -78,6 +83,13 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
 
 def expect(embedder: Embedder, images: Pixels) -> Expected:
     """What torch computes, a few images at a time; ExportError if it is not finite."""
+    vectors, tokens = _computed(embedder, images)
+    if not np.isfinite(vectors).all():
+        raise ExportError("the backbone's own vectors are not finite: its weights are damaged")
+    return Expected(images, vectors, tokens)
+
+
+def _computed(embedder: Embedder, images: Pixels) -> tuple[golden.Vectors, NDArray[np.float32] | None]:
     vectors, tokens = [], []
     with torch.inference_mode():
         for start in range(0, len(images), _BATCH):
@@ -85,10 +97,52 @@ def expect(embedder: Embedder, images: Pixels) -> Expected:
             vectors.append((answer[0] if embedder.tokens else answer).numpy())
             if embedder.tokens:
                 tokens.append(answer[1].numpy())
-    stacked: golden.Vectors = np.concatenate(vectors)
-    if not np.isfinite(stacked).all():
-        raise ExportError("the backbone's own vectors are not finite: its weights are damaged")
-    return Expected(images, stacked, np.concatenate(tokens) if tokens else None)
+    return np.concatenate(vectors), np.concatenate(tokens) if tokens else None
+
+
+def halved(embedder: Embedder) -> Embedder:
+    """A copy whose backbone has half-precision weights and computes in half precision."""
+    half = copy.deepcopy(embedder)
+    half.backbone.half()
+    return half
+
+
+def check_half(half: Embedder, embedder: Embedder, spec: Preprocess, sets: Sequence[Pixels]) -> None:
+    """Raise ExportError if `embedder` in half precision overflows, or is too far from itself on one of these sets.
+
+    ONNX Runtime computes an fp16 graph in single precision on a CPU, so only torch shows here what a GPU will compute.
+    Attention is computed as in the graph, and a few images of the greatest contrast must have finite vectors, too.
+    """
+    use_plain_attention(half)
+    for images in sets:
+        some = images[evenly_spread(len(images), _MOST_HALVED)]
+        got = _finite_in_half(half, some)
+        if missed := golden.agreement(got, expect(embedder, some).vectors).misses(golden.TOLERANCES["fp16", "cuda"]):
+            raise ExportError(f"in half precision the backbone gives other vectors: {missed}; use --precision fp32")
+    _finite_in_half(half, _stark_images(spec))
+
+
+def _finite_in_half(half: Embedder, images: Pixels) -> golden.Vectors:
+    vectors, tokens = _computed(half, images)
+    finite = np.isfinite(vectors).all(axis=1)
+    if tokens is not None:
+        finite &= np.isfinite(tokens).all(axis=(1, 2))
+    if bad := int((~finite).sum()):
+        raise ExportError(
+            f"in half precision the vectors of {bad} of {len(images)} images are not finite: numbers in the backbone "
+            f"exceed {torch.finfo(torch.float16).max:.0f}, the largest that fp16 holds; use --precision fp32"
+        )
+    return vectors
+
+
+def _stark_images(spec: Preprocess) -> Pixels:
+    """Black, white, stripes of several widths, and black and white noise, over the full range of the values."""
+    shape = (spec.size, spec.size, spec.bands)
+    columns = np.indices(shape)[1]
+    stripes = [columns // width % 2 for width in (2, 4, 8, 16)]
+    noise = np.random.default_rng(0).integers(0, 2, shape)
+    shares = np.stack([np.zeros(shape), np.ones(shape), *stripes, noise])
+    return (255 * shares).astype(np.uint8) if spec.scaling is None else spec.scaling.from_unit(shares)
 
 
 def check(session: Session, precision: Precision, expected: Expected) -> golden.Agreement:

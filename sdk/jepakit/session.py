@@ -144,9 +144,16 @@ class Session:
         if missed := found.misses(golden.TOLERANCES[self.precision, self.provider]):
             raise BundleError(
                 f"{self.manifest.name} computes other vectors here than torch did at export: {missed} on {self.provider}; "
-                "export the bundle again on this machine"
+                f"{self._remedy()}"
             )
         return found
+
+    def _remedy(self) -> str:
+        """What helps against other vectors: an export is verified on a CPU, so another one changes nothing on a GPU."""
+        if self.provider not in ON_GPU:
+            return "export the bundle again on this machine"
+        lower = "" if self.precision == "fp32" else ", or export it again with --precision fp32"
+        return f"use provider cpu{lower}"
 
 
 def _by_buckets(

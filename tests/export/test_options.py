@@ -14,18 +14,19 @@ import pytest
 import tifffile
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 import jepakit
 from jepakit import golden
-from jepakit.backbone import restore
-from jepakit.bundle import GRAPH, WEIGHTS, Bundle
+from jepakit.backbone import build, restore, stock_preprocess
+from jepakit.bundle import GRAPH, WEIGHTS, Bundle, EmbeddingSpec
+from jepakit.embedder import Embedder
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
-from jepakit.images import preprocess
+from jepakit.images import center_crop, preprocess
 from jepakit.session import Session
 from jepakit_export import exporter, quantize
-from jepakit_export.verify import Expected, check, int8_is_exact_here, read_users_images
+from jepakit_export.verify import Expected, check, check_half, halved, int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
 
@@ -124,6 +125,52 @@ def test_fp16_halves_the_file_and_keeps_the_space(
     assert graph.precision == "fp16"
     assert 1e-5 < graph.relative_error < 1e-2
     assert graph.centred_cosine >= 0.999
+
+
+def with_large_activations(file: Path, out: Path, largest: float) -> Path:
+    """test_resnet's weights with the same vectors, but values up to `largest` inside for the golden inputs at 64 px."""
+    module: Any = build("test_resnet", {})
+    module.load_state_dict(load(file.read_bytes()))
+    spec = stock_preprocess(module, 64)
+    block, seen = module.layer1[0], []
+    hook = block.bn1.register_forward_hook(lambda *call: seen.append(float(call[2].abs().max())))
+    embedder = Embedder(module, spec, EmbeddingSpec(dim=1, pooling="head", standardize="none", normalize=False)).eval()
+    with torch.inference_mode():
+        embedder(torch.from_numpy(center_crop(golden.make_images(spec), 64)))
+        hook.remove()
+        scale = largest / seen[0]
+        for tensor in (block.bn1.weight, block.bn1.bias):
+            tensor *= scale
+        block.conv2.weight /= 200
+        block.bn2.running_var *= (scale / 200) ** 2
+        block.bn2.running_mean *= scale / 200
+    save_file(module.state_dict(), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("largest", "told"), [(60_000.0, r"of 7 images are not finite"), (80_000.0, r"of 8 images are not finite")]
+)
+def test_fp16_that_overflows_in_half_precision_is_refused_though_a_cpu_computes_it(
+    export: Callable[..., Bundle], weights_file: Callable[[str], Path], tmp_path: Path, largest: float, told: str
+) -> None:
+    """At 60,000, the golden inputs are within fp16's range, and images of greater contrast are not."""
+    file = with_large_activations(weights_file("test_resnet"), tmp_path / "large.safetensors", largest)
+    with pytest.raises(ExportError, match=rf"in half precision .* {told}: .* exceed 65504.*; use --precision fp32"):
+        export(f"test_resnet:{file}", precision="fp16")
+
+
+def test_fp16_is_held_to_its_limit_in_half_precision_too(weights_file: Callable[[str], Path]) -> None:
+    module: Any = build("test_vit", {})
+    module.load_state_dict(load(weights_file("test_vit").read_bytes()))
+    spec = stock_preprocess(module, 64)
+    embedder = Embedder(module, spec, EmbeddingSpec(dim=1, pooling="head", standardize="none", normalize=False)).eval()
+    half = halved(embedder)
+    check_half(half, embedder, spec, [IMAGES])
+    for weights in half.parameters():
+        weights.data *= torch.linspace(0.5, 1.5, weights.numel()).reshape(weights.shape).half()
+    with pytest.raises(ExportError, match=r"in half precision .* other vectors: centred cosine .*--precision fp32"):
+        check_half(half, embedder, spec, [IMAGES])
 
 
 def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file: Callable[[str], Path]) -> None:

@@ -155,6 +155,26 @@ def test_a_runtime_that_computes_other_vectors_is_refused(session: Session, imag
         session.check_golden(expected)
 
 
+@pytest.mark.parametrize(
+    ("precision", "provider", "told"),
+    [
+        ("fp32", "cpu", "on cpu; export the bundle again on this machine"),
+        ("fp16", "cuda", "on cuda; use provider cpu, or export it again with --precision fp32"),
+        ("fp32", "cuda", "on cuda; use provider cpu"),
+    ],
+)
+def test_the_remedy_for_other_vectors_is_one_that_helps(
+    bundle: Bundle, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch, precision: str, provider: str, told: str
+) -> None:
+    """An export is verified on the CPU: another one gives the same graph, and a GPU the same vectors."""
+    session = Session.open(bundle, provider="cpu")
+    expected = golden.Golden(images[:8], session.run(images[:8])[:, ::-1])
+    monkeypatch.setattr(Session, "precision", precision)
+    monkeypatch.setattr(session, "provider", provider)
+    with pytest.raises(BundleError, match=f"{told}$"):
+        session.check_golden(expected)
+
+
 def test_a_bundle_is_held_to_the_dimension_in_its_manifest(bundle: Bundle, tmp_path: Path) -> None:
     """Else the one number a graph gives would be taken for every number of the vector."""
     said = bundle.manifest.embedding.model_copy(update={"dim": bundle.manifest.embedding.dim + 1})
