@@ -51,6 +51,7 @@ from jepakit_export.quantize import to_int8
 from jepakit_export.verify import (
     BATCH_SIZES,
     Expected,
+    apart,
     check,
     check_half,
     check_sizes,
@@ -90,7 +91,8 @@ def export(config: ExportConfig) -> Bundle:
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     converted = halved(embedder) if config.precision == "fp16" else embedder
-    graph = _graph(config, source, converted, inputs, users)
+    calibrating, others = apart(config.precision, inputs, users)
+    graph = _graph(config, source, converted, calibrating)
     manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
         sealed = seal(graph, _stamp(manifest, config.precision))
@@ -101,8 +103,8 @@ def export(config: ExportConfig) -> Bundle:
     opened = partial(Session, sealed.graph, provider="cpu", data=sealed.data)
     session = opened(manifest)
     agreement = check(session, config.precision, expected)
-    if users is not None:
-        agreement = check(session, config.precision, expect(embedder, users))
+    if others is not None:
+        agreement = check(session, config.precision, expect(embedder, others))
     manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
     if config.dynamic_size:
         check_sizes(opened(manifest), config.precision, embedder, inputs)
@@ -154,15 +156,15 @@ def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected
     )
 
 
-def _graph(config: ExportConfig, source: Source, embedder: Embedder, inputs: Pixels, users: Pixels | None) -> ir.Model:
-    """The graph in the requested precision."""
-    example = torch.from_numpy(inputs[:2])
+def _graph(config: ExportConfig, source: Source, embedder: Embedder, images: Pixels) -> ir.Model:
+    """The graph in the requested precision; `images` are an example, and calibrate int8."""
+    example = torch.from_numpy(images[:2])
     with _failing_as(f"torch cannot export {source.described.name}"):
         graph = to_onnx(embedder, example, opset=config.opset, dynamic_size=config.dynamic_size)
     if config.precision != "int8":
         return graph
     with _failing_as(f"{source.described.name} cannot be quantised"):
-        return to_int8(graph, inputs if users is None else users)
+        return to_int8(graph, images)
 
 
 @contextmanager

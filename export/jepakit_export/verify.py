@@ -81,6 +81,23 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
     return np.stack(pixels)
 
 
+def apart(precision: Precision, inputs: Pixels, users: Pixels | None) -> tuple[Pixels, Pixels | None]:
+    """The images to calibrate on, and those to verify on in addition to the golden inputs.
+
+    Of the user's images, int8 is calibrated on one half and verified on the other. Without them it is calibrated and
+    verified on the golden inputs alone, which is said.
+    """
+    if precision != "int8":
+        return inputs, users
+    if users is not None:
+        return users[::2], users[1::2]
+    print(
+        "int8 is calibrated and verified on synthetic images only, and real ones may do worse: give some with --verify-images DIR",
+        file=sys.stderr,
+    )
+    return inputs, None
+
+
 def expect(embedder: Embedder, images: Pixels) -> Expected:
     """What torch computes, a few images at a time; ExportError if it is not finite."""
     vectors, tokens = _computed(embedder, images)

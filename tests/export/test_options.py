@@ -26,7 +26,7 @@ from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
 from jepakit.session import Session
 from jepakit_export import exporter, quantize
-from jepakit_export.verify import Expected, check, check_half, halved, int8_is_exact_here, read_users_images
+from jepakit_export.verify import Expected, apart, check, check_half, halved, int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
 
@@ -220,6 +220,24 @@ def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
     quantize.to_int8(ir.load(export("test_resnet:random").path / GRAPH), images)
     assert len(seen[0]) == quantize.MOST_CALIBRATED
     np.testing.assert_array_equal(seen[0][[0, -1]], images[[0, -1]])
+
+
+def test_int8_is_verified_on_other_images_of_the_users_than_it_is_calibrated_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    users = synthetic_images(20, 64, 3, seed=40)
+    calibrating, others = apart("int8", IMAGES, users)
+    assert others is not None
+    assert len(calibrating) == len(others) == 10
+    assert not {image.tobytes() for image in calibrating} & {image.tobytes() for image in others}
+    assert capsys.readouterr().err == ""
+    assert apart("fp32", IMAGES, users)[1] is users
+
+
+def test_int8_without_the_users_images_says_that_real_ones_may_do_worse(capsys: pytest.CaptureFixture[str]) -> None:
+    calibrating, others = apart("int8", IMAGES, None)
+    assert (calibrating is IMAGES, others) == (True, None)
+    assert "verified on synthetic images only, and real ones may do worse: give some" in capsys.readouterr().err
 
 
 def test_int8_that_would_give_other_vectors_is_refused_with_the_numbers(
