@@ -124,22 +124,18 @@ def halved(embedder: Embedder) -> Embedder:
     return half
 
 
-def check_half(half: Embedder, embedder: Embedder, spec: Preprocess, sets: Sequence[Pixels]) -> None:
-    """Raise ExportError if `embedder` in half precision overflows, or is too far from itself on one of these sets.
+def check_half(half: Embedder, spec: Preprocess, sets: Sequence[Pixels]) -> None:
+    """Raise ExportError if the embedder in half precision overflows on these sets, or on images of the greatest contrast.
 
-    ONNX Runtime computes an fp16 graph in single precision on a CPU, so only torch shows here what a GPU will compute.
-    Attention is computed as in the graph, and a few images of the greatest contrast must have finite vectors, too.
+    ONNX Runtime computes an fp16 graph in single precision on a CPU, so only torch shows here what will overflow on a GPU.
+    Attention is computed as in the graph.
     """
     use_plain_attention(half)
-    for images in sets:
-        some = images[evenly_spread(len(images), _MOST_HALVED)]
-        got = _finite_in_half(half, some)
-        if missed := golden.agreement(got, expect(embedder, some).vectors).misses(golden.TOLERANCES["fp16", "cuda"]):
-            raise ExportError(f"in half precision the backbone gives other vectors: {missed}; use --precision fp32")
-    _finite_in_half(half, _stark_images(spec))
+    for images in (*sets, _stark_images(spec)):
+        _check_finite(half, images[evenly_spread(len(images), _MOST_HALVED)])
 
 
-def _finite_in_half(half: Embedder, images: Pixels) -> golden.Vectors:
+def _check_finite(half: Embedder, images: Pixels) -> None:
     vectors, tokens = _computed(half, images)
     finite = np.isfinite(vectors).all(axis=1)
     if tokens is not None:
@@ -149,7 +145,6 @@ def _finite_in_half(half: Embedder, images: Pixels) -> golden.Vectors:
             f"in half precision the vectors of {bad} of {len(images)} images are not finite: numbers in the backbone "
             f"exceed {torch.finfo(torch.float16).max:.0f}, the largest that fp16 holds; use --precision fp32"
         )
-    return vectors
 
 
 def _stark_images(spec: Preprocess) -> Pixels:
