@@ -32,19 +32,19 @@ def start(name: str, weights_file: Callable[[str], Path]) -> nn.Module:
 def test_a_twin_gives_the_features_and_gradients_of_the_backbone(
     name: str, noise: Tensor, weights_file: Callable[[str], Path]
 ) -> None:
-    backbone = start(name, weights_file)
-    twin = twin_of(backbone, noise, bf16=False)
+    backbone = start(name, weights_file).double()  # in single precision, a ReLU near 0 may open in one of them alone
+    twin = twin_of(backbone, noise.double(), bf16=False)
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     assert [id(p) for p in twin.parameters() if p.requires_grad] == [id(p) for p in trained]
-    other = torch.randn(3, 3, 64, 64)
+    other = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     expected, got = backbone.eval()(other), twin.eval()(other)
-    assert float((got - expected).detach().norm() / expected.detach().norm()) < 1e-4
+    assert float((got - expected).detach().norm() / expected.detach().norm()) < 1e-6
     for one, ours in zip(
         torch.autograd.grad(expected.square().sum(), trained),
         torch.autograd.grad(got.square().sum(), trained),
         strict=True,
     ):
-        assert float((ours - one).norm()) <= 1e-3 * float(one.norm()) + 1e-6
+        assert float((ours - one).norm()) <= 1e-6 * float(one.norm()) + 1e-9
 
 
 @pytest.mark.parametrize(("name", "least"), [("test_resnet", 5), ("mobilenetv2_050", 30)])
