@@ -69,6 +69,10 @@ def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     for line in shell.replace("--steps 300", "--steps 2 --image-size 64 --batch-size 16").splitlines():
         run([f"{programs}/{shlex.split(line)[0]}", *shlex.split(line)[1:]], tmp_path)
 
+    (sweep,) = re.findall(r"`jepakit (sweep .*?)`", README)
+    tiny = "--backbone test_resnet --weights random --steps 1 --image-size 64 --set batch_size=16"
+    assert "the start" in run([f"{programs}/jepakit", *shlex.split(f"{sweep} {tiny}")], tmp_path)
+
     (compare,) = re.findall(r"`jepakit (compare .*?)`", README)
     assert "points" in run([f"{programs}/jepakit", *shlex.split(compare)], tmp_path)
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from jepakit._frontdoor import dry_run as dry_run
     from jepakit._frontdoor import export as export
     from jepakit._frontdoor import inspect as inspect
+    from jepakit._frontdoor import sweep as sweep
+    from jepakit._sweep import Sweep as Sweep
+    from jepakit._sweep import open_sweep as open_sweep
     from jepakit.bundle import Bundle as Bundle
     from jepakit.bundle import open_bundle as open_bundle
     from jepakit.client import AsyncClient as AsyncClient
@@ -53,6 +56,7 @@ _HOME = {
     "ModelInfo": "client",
     "ProbeReport": "probes",
     "Run": "run",
+    "Sweep": "_sweep",
     "Verdict": "comparison",
     "adapt": "_frontdoor",
     "compare": "_compare",
@@ -63,14 +67,17 @@ _HOME = {
     "load_probe": "probes",
     "open_bundle": "bundle",
     "open_run": "run",
+    "open_sweep": "_sweep",
+    "sweep": "_frontdoor",
 }
 
 _MODULES = ("config", "errors")
 
 __all__ = [  # noqa: RUF022 (sorted as _HOME is)
     "AsyncClient", "Bundle", "Client", "Comparison", "DryRun", "Embeddings", "Inspection", "JepakitError", "KNNProbe",
-    "LinearProbe", "Model", "ModelInfo", "ProbeReport", "Run", "Verdict", "config", "errors",
-    "adapt", "compare", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "__version__",
+    "LinearProbe", "Model", "ModelInfo", "ProbeReport", "Run", "Sweep", "Verdict", "config", "errors",
+    "adapt", "compare", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "open_sweep", "sweep",
+    "__version__",
 ]  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence, Sized
+import sys
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -12,9 +13,10 @@ from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
 from jepakit._messages import parse
 from jepakit._signatures import AdaptSettings, ExportSettings
+from jepakit._sweep import Sweep, check_can_hold, combinations
 from jepakit.bundle import Bundle, StartWeights, check_new
 from jepakit.config import AdaptConfig, ExportConfig, chosen_range
-from jepakit.errors import DataError
+from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.inspection import Inspection
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList, list_images
@@ -72,11 +74,18 @@ def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[Ad
 
 def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> tuple[AdaptConfig, ImageList]:
     """Check the settings and list the images; missing packages are reported before torch is imported."""
-    config = parse(
-        AdaptConfig,
-        {"images": _describe_source(images), "out": None if out is None else str(as_path(out, "out")), **settings},
-    )
+    config = _adapt_config(images, out, settings)
     listed = _listed(images, config)
+    _require_to_adapt(config)
+    return config, listed
+
+
+def _adapt_config(images: Any, out: str | Path | None, settings: Mapping[str, Any]) -> AdaptConfig:
+    given_out = None if out is None else str(as_path(out, "out"))
+    return parse(AdaptConfig, {"images": _describe_source(images), "out": given_out, **settings})
+
+
+def _require_to_adapt(config: AdaptConfig) -> None:
     require("train")
     if config.launcher == "ray":
         require("cluster")
@@ -84,7 +93,68 @@ def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> t
         require("lora")
     for tracker in config.trackers:
         require_tracker(tracker)
-    return config, listed
+
+
+def sweep(
+    images: Any, *, out: str | Path, vary: Mapping[str, Sequence[Any]], **settings: Unpack[AdaptSettings]
+) -> Sweep:
+    """Adapt once for each combination of the values of some settings, and say which result to keep; returns the `Sweep`.
+
+    images    as in `adapt`
+    out       the sweep's folder, which holds a run for each combination. The same call again goes on where it was stopped
+    vary      the values of each setting that varies: {"lamb": [0.02, 0.05], "views.hue": [0.0, 0.1]}. It cannot be one that
+              decides what is measured
+    settings  as for `adapt`, the same in all runs
+
+    Runs follow one another. When one ends in a TrainingError, the next goes on, and `failed` of the sweep tells why.
+    Raises the errors of `adapt`, those for wrong settings before the first run, and TrainingError if all runs fail.
+    """
+    folder = as_path(out, "out")
+    configs, listed = _to_sweep(images, folder, vary, settings)
+    from jepakit_training import adapt as run_training
+
+    failed = {}
+    for number, (name, config) in enumerate(configs.items(), 1):
+        print(f"run {number} of {len(configs)}: {folder / name}", file=sys.stderr)
+        try:
+            run_training(config, listed, folder / name)
+        except TrainingError as error:
+            failed[name] = str(error)
+            print(f"warning: {name} failed: {error}", file=sys.stderr)
+    if len(failed) == len(configs):
+        raise TrainingError(f"all {len(failed)} runs failed; {name}: {failed[name]}")
+    return Sweep(folder, failed)
+
+
+def dry_sweep(
+    images: Any, *, out: str | Path, vary: Mapping[str, Sequence[Any]], **settings: Unpack[AdaptSettings]
+) -> dict[str, DryRun]:
+    """What each run of `sweep` with the same arguments would take, by its name; nothing is kept. Raises as `dry_run`."""
+    configs, listed = _to_sweep(images, as_path(out, "out"), vary, settings)
+    from jepakit_training.dryrun import dry_run as run_dry
+
+    return {name: run_dry(config, listed) for name, config in configs.items()}
+
+
+def _to_sweep(
+    images: Any, folder: Path, vary: Mapping[str, Sequence[Any]], settings: AdaptSettings
+) -> tuple[dict[str, AdaptConfig], ImageList]:
+    """The checked settings of each run by its name, and the images; what is in the folder already is checked too."""
+    configs = {
+        name: _adapt_config(images, folder / name, chosen) for name, chosen in combinations(vary, settings).items()
+    }
+    listed = _listed(images, next(iter(configs.values())))
+    for config in configs.values():
+        _require_to_adapt(config)
+    from jepakit_training.ranks import has_launcher
+    from jepakit_training.run_folder import check_folder
+
+    if has_launcher():
+        raise ConfigError("a sweep starts its runs one by one: start it without torchrun or accelerate launch")
+    check_can_hold(folder, configs, listed.digest())
+    for name, config in configs.items():
+        check_folder(folder / name, config)
+    return configs, listed
 
 
 def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Inspection:

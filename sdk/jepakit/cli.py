@@ -22,11 +22,14 @@ from jepakit import __version__
 from jepakit._files import as_path, prepare_place, reason_of, written
 from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
-from jepakit.errors import ConfigError, JepakitError
+from jepakit._progress import human_time
+from jepakit.errors import ConfigError, JepakitError, TrainingError
 
 if TYPE_CHECKING:
+    from jepakit._sweep import Sweep
+    from jepakit.comparison import Verdict
     from jepakit.embeddings import Embeddings
-    from jepakit.run import Run
+    from jepakit.run import DryRun, Run
     from jepakit.session import Model
 
 _Images = Annotated[
@@ -189,6 +192,85 @@ def adapt(
 
 
 @app.command()
+def sweep(
+    images: _Images,
+    out: Annotated[str, typer.Option(help="the sweep's folder, which will hold a run for each combination")],
+    vary: Annotated[
+        list[str],
+        typer.Option(help="a setting and its values, e.g. unfreeze=auto,all or views.hue=0,0.1; can be repeated"),
+    ],
+    backbone: Annotated[
+        str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")] = None,
+    domain: Annotated[str | None, typer.Option(help="preset for the views [general]")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
+    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
+    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; options on the command line override it")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. lr=1e-4; overrides its option")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="run a few steps of each run, estimate time and memory, keep nothing")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+) -> None:
+    """Adapt with several settings, and tell which result to keep.
+
+    The same command again goes on where it was stopped.
+    """
+    from jepakit._frontdoor import dry_sweep
+    from jepakit._frontdoor import sweep as run_sweep
+
+    settings = _settings(
+        set_,
+        config,
+        backbone=backbone,
+        weights=weights,
+        domain=domain,
+        image_size=image_size,
+        steps=steps,
+        labels=labels,
+        group=group,
+    )
+    for given in ("images", "out"):  # a run's config.toml has them
+        settings.pop(given, None)
+    varied = dict(map(_varied, vary))
+    if dry_run:
+        _print_estimates(dry_sweep(_source(images), out=out, vary=varied, **settings), as_json=as_json)
+        return
+    try:
+        found = run_sweep(_source(images), out=out, vary=varied, **settings)
+    except KeyboardInterrupt as stop:  # one with a message has been reported: where training stopped
+        if not str(stop):
+            print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _report_sweep(found, as_json=as_json)
+    if found.failed:
+        raise TrainingError(
+            f"{counted(len(found.failed), 'run')} failed ({first_few(list(found.failed), 3)}): see the warnings above; the same command "
+            "tries again"
+        )
+
+
+def _varied(given: str) -> tuple[str, list[Any]]:
+    """A setting and its values from `lamb=0.02,0.05`; values are parsed as TOML, else taken as plain strings."""
+    key, equals, text = given.partition("=")
+    if not equals or not text:
+        raise ConfigError(f"--vary {given}: write KEY=VALUE,VALUE, e.g. --vary unfreeze=auto,all")
+    try:
+        return key, list(tomllib.loads(f"values = [{text}]")["values"])
+    except tomllib.TOMLDecodeError:
+        return key, [_value(word.strip()) for word in text.split(",")]
+
+
+@app.command()
 def init(
     file: Annotated[Path, typer.Argument(help="the TOML file to write")] = Path("jepakit.toml"),
 ) -> None:
@@ -207,32 +289,76 @@ def init(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    run: Annotated[Path, typer.Argument(help="the folder of a finished run, or of a sweep")],
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Print again what a finished run found."""
+    """Print again what a finished run, or a sweep, found."""
+    from jepakit._sweep import Sweep, is_sweep
     from jepakit.run import open_run
 
-    _report(open_run(run), as_json=as_json)
+    if is_sweep(run):
+        _report_sweep(Sweep(run), as_json=as_json)
+    else:
+        _report(open_run(run), as_json=as_json)
 
 
 def _report(run: Run, *, as_json: bool) -> None:
-    comparison = run.comparison
     if as_json:
-        print(json.dumps({"run": str(run.path), **comparison.model_dump(mode="json")}))
+        print(json.dumps(_as_json(run)))
         return
-    print(comparison)
+    print(run.comparison)
     if run.neighbours.is_file():
         print(f"to see for yourself: {run.neighbours}")
-    source, target = quote(str(run.path)), f"bundles/{run.path.name}"
-    if comparison.after is None:  # no scores, so no verdict: export both, to compare them
+    _print_exports(run, run.verdict, run.path.name)
+
+
+def _as_json(run: Run) -> dict[str, Any]:
+    return {"run": str(run.path), **run.comparison.model_dump(mode="json")}
+
+
+def _print_exports(run: Run, verdict: Verdict, name: str) -> None:
+    """Print the next command: export what the verdict says to keep, as `bundles/NAME`."""
+    source, target = quote(str(run.path)), f"bundles/{name}"
+    has_scores = run.comparison.after is not None
+    if has_scores:
+        exports = [("" if verdict.word == "better" else " --which start", target)]
+    else:  # no verdict: export both, to compare them
         exports = [(" --which start", f"{target}-start"), ("", target)]
-    else:
-        exports = [("" if run.verdict.word == "better" else " --which start", target)]
     for which, bundle in exports:
         print(f"next: jepakit export {source}{which} --out {quote(bundle)}")
-    if comparison.after is None:
+    if not has_scores:
         print(f"next: jepakit compare {quote(exports[0][1])} {quote(target)} --images LABELLED")
+
+
+def _report_sweep(found: Sweep, *, as_json: bool) -> None:
+    if as_json:
+        runs = [{"name": name, **_as_json(run), "loss": found.losses.get(name)} for name, run in found.runs.items()]
+        print(
+            json.dumps(
+                {
+                    "sweep": str(found.path),
+                    "verdict": found.verdict.model_dump(mode="json"),
+                    "runs": runs,
+                    "failed": found.failed,
+                }
+            )
+        )
+        return
+    print(found)
+    _print_exports(found.best, found.verdict, found.path.name)
+
+
+def _print_estimates(estimates: dict[str, DryRun], *, as_json: bool) -> None:
+    total_s = sum(each.total_s for each in estimates.values())
+    if as_json:
+        runs = {name: {**each.model_dump(), "total_s": each.total_s} for name, each in estimates.items()}
+        print(json.dumps({"runs": runs, "total_s": total_s}))
+        return
+    for name, each in estimates.items():
+        print(
+            f"{name}: {human_time(each.total_s)}, {each.step_s:.2f} s a step, {each.peak_memory_gb:.1f} GB of memory at most"
+        )
+    print(f"{counted(len(estimates), 'run')}: about {human_time(total_s)}; nothing was kept")
 
 
 @app.command()
@@ -783,10 +909,7 @@ def _assign(settings: dict[str, Any], assignment: str) -> None:
         raise ConfigError(f"--set {assignment}: write KEY=VALUE, e.g. --set views.n_local=6")
     if key == "images":
         raise ConfigError(f"--set {assignment}: images cannot be set with --set: give them as arguments of the command")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = _value(text)
     *parents, last = key.split(".")
     place = settings
     for parent in parents:
@@ -794,3 +917,11 @@ def _assign(settings: dict[str, Any], assignment: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"--set {assignment}: {parent} is not a group of settings")
     place[last] = value
+
+
+def _value(text: str) -> Any:
+    """The value of a setting: parsed as TOML, else a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

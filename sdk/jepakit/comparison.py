@@ -8,7 +8,7 @@ from jepakit._frozen import Frozen, Printed
 from jepakit._messages import counted
 
 Word = Literal["better", "same", "worse", "cannot tell"]
-_SCORES = {
+SCORES = {
     "linear": "linear probe",
     "knn": "k-NN",
     "linear_balanced": "linear, balanced",
@@ -72,7 +72,7 @@ class Comparison(Frozen, Printed):
         widths = [max(6, len(name)) for name in (before, after)]
         rows = [
             f"{words:<16} {getattr(self.before, score):>{widths[0]}.1%}  {getattr(self.after, score):>{widths[1]}.1%}"
-            for score, words in _SCORES.items()
+            for score, words in SCORES.items()
         ]
         names = f"{'':<16} {before:>{widths[0]}}  {after:>{widths[1]}}"
         heading = f"{names}   (on {counted(self.n_held_out, 'held-out image')})"

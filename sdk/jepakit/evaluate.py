@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -236,6 +238,36 @@ def judge(
         reason = _describe_too_few(np.unique(truth).tolist(), classes, by_group=by_group)
         verdict = Verdict(word="cannot tell", reason=reason, difference=result.difference)
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
+
+
+def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on the best of several adaptations of one start, all judged on the same held-out images.
+
+    name      what the best is called
+    verdicts  on all of them, the best's first
+
+    The best of several may owe it to chance, so its interval is one of those that hold for all at once (Bonferroni).
+    """
+    best, n = verdicts[0], len(verdicts)
+    if n == 1 or best.difference is None or best.low is None or best.high is None:
+        return best
+    wider = NormalDist().inv_cdf(1 - 0.025 / n) / _NORMAL_95
+    low = max(-1.0, best.difference - (best.difference - best.low) * wider)
+    high = min(1.0, best.difference + (best.high - best.difference) * wider)
+    word: Word = "cannot tell"
+    if low > 0:
+        word, todo = "better", f"keep {name}"
+    elif high < 0:
+        word, todo = "worse", "all runs are worse than the original: keep that (`jepakit export RUN --which start`)"
+    elif best.word == "same" and low >= -SAME_WITHIN and high <= SAME_WITHIN:
+        word, todo = "same", _AFTER_ADAPTATION.same
+    else:
+        todo = "this may be chance: label more images, or train longer, before you switch"
+    reason = (
+        f"{100 * best.difference:+.1f} points for {name}, the best of {n} (95 % interval that holds for all of them, "
+        f"{100 * low:+.1f} to {100 * high:+.1f}); {todo}"
+    )
+    return Verdict(word=word, reason=reason, difference=best.difference, low=low, high=high)
 
 
 def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Comparison:

@@ -24,6 +24,7 @@ from jepakit.evaluate import (
     _variance_of_fits,
     cross_measure,
     judge,
+    judge_best,
     measure,
     no_labels,
 )
@@ -634,3 +635,58 @@ def test_each_part_that_is_left_out_has_its_share_of_every_class() -> None:
 def test_groups_of_classes_that_are_left_out_raise_no_number_of_groups() -> None:
     truth, groups = np.repeat(["ant", "bee"], 50), np.arange(100)
     assert _groups_to_call_it_the_same(truth, groups) == _groups_to_call_it_the_same(truth, 3 * groups) == 90
+
+
+def verdict(low: float, high: float, word: str) -> Verdict:
+    return Verdict.model_validate(
+        {"word": word, "reason": "its own", "difference": (low + high) / 2, "low": low, "high": high}
+    )
+
+
+def test_the_best_of_one_has_its_own_verdict() -> None:
+    only = verdict(0.01, 0.05, "better")
+    assert judge_best("lamb=0.1", [only]) is only
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "own", "word"),
+    [
+        (0.02, 0.06, "better", "better"),
+        (0.004, 0.05, "better", "cannot tell"),
+        (-0.007, 0.007, "same", "same"),
+        (-0.009, 0.009, "same", "cannot tell"),
+        (-0.007, 0.007, "cannot tell", "cannot tell"),  # of too few groups
+        (-0.06, -0.02, "worse", "worse"),
+    ],
+)
+def test_the_best_of_several_needs_more_than_one_alone(low: float, high: float, own: str, word: str) -> None:
+    best = verdict(low, high, own)
+    found = judge_best("lamb=0.1", [best, *3 * [verdict(-0.2, -0.1, "worse")]])
+    assert found.word == word
+    assert found.difference == best.difference
+    assert found.low is not None
+    assert found.high is not None
+    # 2.5 % over four is 0.625 % a side: the normal quantile 2.4977 in the place of 1.96.
+    assert (found.high - found.low) / (high - low) == pytest.approx(2.4977 / 1.96, rel=1e-4)
+    assert "lamb=0.1, the best of 4" in found.reason
+
+
+def test_the_best_of_six_that_change_nothing_is_seldom_called_better() -> None:
+    random, truth = np.random.default_rng(0), np.array(["ant", "bee"])[np.arange(200) % 2]
+    hard = random.beta(4, 1, 200)
+
+    def right() -> NDArray[np.bool_]:
+        return random.random(200) < hard
+
+    called = {"alone": 0, "as the best": 0}
+    for _ in range(40):
+        before = right()
+        verdicts = sorted((judged(before, right(), truth) for _ in range(6)), key=lambda each: -(each.difference or 0))
+        called["alone"] += verdicts[0].word == "better"
+        called["as the best"] += judge_best("it", verdicts).word == "better"
+    assert called["as the best"] <= 2 < called["alone"]
+
+
+def test_where_nothing_can_be_told_the_best_of_several_cannot_be_told_either() -> None:
+    unknown = no_labels(10, 5).verdict
+    assert judge_best("it", [unknown, unknown]) is unknown
