@@ -140,6 +140,7 @@ def _to_sweep(
     images: Any, folder: Path, vary: Mapping[str, Sequence[Any]], settings: AdaptSettings
 ) -> tuple[dict[str, AdaptConfig], ImageList]:
     """The checked settings of each run by its name, and the images; what is in the folder already is checked too."""
+    _adapt_config(images, folder, settings)  # what is wrong in all runs is told first
     configs = {
         name: _adapt_config(images, folder / name, chosen) for name, chosen in combinations(vary, settings).items()
     }

@@ -40,7 +40,7 @@ _SHARED = (
 # With any other difference, losses measure different things.
 _LEAVES_THE_LOSS_ALONE = frozenset({
     "steps", "epochs", "unfreeze", "lora_rank", "norm_statistics", "lamb", "lr", "layer_decay", "projector_lr",
-    "weight_decay", "warmup", "clip_norm", "average", "average_over",
+    "weight_decay", "warmup", "clip_norm",
 })  # fmt: skip
 _LAMBDA_POWER = 0.4
 _LAST_SHARE = 0.1

@@ -81,6 +81,11 @@ def test_the_command_refuses_a_wrong_value_at_once(tmp_path: Path, given: str, w
     assert told.stderr.count("\n") == 1
 
 
+def test_what_is_wrong_in_all_runs_is_told_without_a_combination(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^views = 3: "):
+        jepakit.sweep(tmp_path, out=tmp_path / "out", vary={"views.hue": [0.1]}, views=3)  # type: ignore[arg-type]
+
+
 def test_a_folder_without_runs_is_no_sweep(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a sweep: it holds no runs"):
         jepakit.open_sweep(tmp_path)
