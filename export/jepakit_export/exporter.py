@@ -57,6 +57,7 @@ from jepakit_export.verify import (
     check_sizes,
     expect,
     halved,
+    least_multiple,
     read_users_images,
 )
 
@@ -105,7 +106,8 @@ def export(config: ExportConfig) -> Bundle:
     agreement = check(session, config.precision, expected)
     if others is not None:
         agreement = check(session, config.precision, expect(embedder, others))
-    manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected)})
+    multiple = least_multiple(embedder, source.preprocess) if config.dynamic_size else 1
+    manifest = manifest.model_copy(update={"graph": _facts(config, agreement, expected, multiple)})
     if config.dynamic_size:
         check_sizes(opened(manifest), config.precision, embedder, inputs)
 
@@ -143,7 +145,7 @@ def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Ten
     )
 
 
-def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected) -> Graph:
+def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected, size_multiple: int) -> Graph:
     """What the manifest says about a graph whose agreement with torch was measured."""
     return Graph(
         precision=config.precision,
@@ -153,6 +155,7 @@ def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected
         verified_on="golden inputs" if config.verify_images is None else "the user's images",
         tokens=None if expected.tokens is None else (expected.tokens.shape[1], expected.tokens.shape[2]),
         dynamic_size=config.dynamic_size,
+        size_multiple=size_multiple,
     )
 
 

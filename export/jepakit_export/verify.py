@@ -172,12 +172,32 @@ def check(session: Session, precision: Precision, expected: Expected) -> golden.
     )
 
 
+def least_multiple(embedder: Embedder, spec: Preprocess) -> int:
+    """What torch wants the sides of other sizes to be a multiple of, in pixels: the patch of a ViT, 1 for most ConvNets."""
+    most = size_multiple(embedder.backbone)
+    divisors = (step for step in range(1, most) if most % step == 0)
+    return next((step for step in divisors if _takes(embedder, spec, (spec.size // step + 1) * step)), most)
+
+
+def _takes(embedder: Embedder, spec: Preprocess, side: int) -> bool:
+    """Whether torch computes an image of `side` × `side` pixels."""
+    try:
+        _computed(embedder, np.zeros((1, side, side, spec.bands), spec.dtype))
+    except Exception:  # each architecture raises its own
+        return False
+    return True
+
+
 def check_sizes(session: Session, precision: Precision, embedder: Embedder, images: Pixels) -> None:
-    """Raise ExportError if a graph of dynamic size does not reproduce torch at a smaller and at a non-square size."""
-    size = images.shape[1]
+    """Raise ExportError if a graph of dynamic size does not reproduce torch at a smaller and at a non-square size.
+
+    The latter differs from the model's own by the least that the graph is said to take.
+    """
+    assert session.manifest.graph is not None
+    size, step = images.shape[1], session.manifest.graph.size_multiple
     small = round_size(size // 2, size_multiple(embedder.backbone))
     wide = np.concatenate([images, images], axis=2)
-    for height, width in ((small, small), (size, size + small)):
+    for height, width in ((small, small), (size - step or size, size + small)):
         try:
             _compare(session, precision, expect(embedder, wide[:, :height, :width]), len(images))
         except Exception as error:  # torch's and ONNX Runtime's exceptions have no common base worth naming

@@ -220,6 +220,8 @@ class Graph(Frozen):
     """[N, D] of the second output `tokens`, if there is one; N is for the model's own image size."""
     dynamic_size: bool = False
     """Whether the graph takes image sizes other than the preprocess's."""
+    size_multiple: Annotated[int, Field(ge=1)] = 1
+    """What each side of such other sizes must be a multiple of, in pixels: the patch of a ViT."""
 
 
 class Provenance(Frozen):

@@ -130,11 +130,19 @@ class Session:
         spec, graph = self.manifest.preprocess, self.manifest.graph
         side = spec.size
         fits = images.ndim == 4 and images.shape[3] == spec.bands and images.dtype == spec.dtype
-        any_size = graph is not None and graph.dynamic_size
-        if not fits or not (any_size or images.shape[1:3] == (side, side)):
+        if fits and images.shape[1:3] == (side, side):
+            return
+        if not fits or graph is None or not graph.dynamic_size:
             raise ImageError(
                 f"{self.manifest.name} takes {spec.dtype} [B, {side}, {side}, {spec.bands}], not {images.dtype} "
                 f"{list(images.shape)}: preprocess the images first",
+                code="wrong_shape",
+            )
+        height, width = images.shape[1:3]
+        if height % graph.size_multiple or width % graph.size_multiple:
+            raise ImageError(
+                f"{self.manifest.name} takes images whose height and width are multiples of {graph.size_multiple} px, not "
+                f"{height} × {width}: crop or resize them to such a size first",
                 code="wrong_shape",
             )
 

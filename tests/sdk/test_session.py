@@ -19,7 +19,7 @@ import jepakit
 import jepakit.session
 from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit.bundle import Bundle, write_bundle
+from jepakit.bundle import GRAPH, Bundle, write_bundle
 from jepakit.errors import BundleError, ConfigError, DataError, ImageError
 from jepakit.images import Pixels, preprocess
 from jepakit.runtime import Arithmetic, Provider
@@ -147,6 +147,28 @@ def test_what_the_graph_does_not_take_is_refused_by_name(session: Session, wrong
     with pytest.raises(ImageError, match=r"vit takes uint8 \[B, 64, 64, 3\], not (uint8|float32) \[") as caught:
         session.run(wrong)
     assert caught.value.code == "wrong_shape"
+
+
+@pytest.mark.parametrize(("height", "width"), [(65, 64), (64, 79), (47, 17)])
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused_by_name(bundle: Bundle, height: int, width: int) -> None:
+    facts = bundle.manifest.graph
+    assert facts is not None
+    dynamic = facts.model_copy(update={"dynamic_size": True, "size_multiple": 16})
+    session = Session(bundle.read(GRAPH), bundle.manifest.model_copy(update={"graph": dynamic}), provider="cpu")
+    told = rf"vit takes images whose height and width are multiples of 16 px, not {height} × {width}: crop or resize"
+    with pytest.raises(ImageError, match=told) as caught:
+        session.run(np.zeros((1, height, width, 3), np.uint8))
+    assert caught.value.code == "wrong_shape"
+
+
+def test_the_models_own_size_is_taken_whatever_others_must_be_multiples_of(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
+    facts = bundle.manifest.graph
+    assert facts is not None
+    dynamic = facts.model_copy(update={"dynamic_size": True, "size_multiple": 14})
+    session = Session(bundle.read(GRAPH), bundle.manifest.model_copy(update={"graph": dynamic}), provider="cpu")
+    assert session.run(images[:2]).shape == (2, bundle.manifest.embedding.dim)
 
 
 def test_a_runtime_that_computes_other_vectors_is_refused(session: Session, images: NDArray[np.uint8]) -> None:
