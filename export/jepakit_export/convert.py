@@ -6,7 +6,7 @@ import logging
 import mmap
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,11 +146,12 @@ def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size:
 
 
 def _strip(graph: onnx.ModelProto) -> None:
-    """Drop node metadata and doc strings: stack traces with paths of this machine."""
+    """Drop node metadata and doc strings (stack traces with paths of this machine), and operator sets that no node uses."""
     graph.doc_string = ""
+    _drop_unused_domains(graph)
     for part in (graph.graph, *graph.functions):
         part.doc_string = ""
-        for node in part.node:
+        for node in _nodes(part.node):
             node.doc_string = ""
             del node.metadata_props[:]
         for value in (
@@ -162,3 +163,25 @@ def _strip(graph: onnx.ModelProto) -> None:
                 del value.metadata_props[:]
         if hasattr(part, "metadata_props"):
             del part.metadata_props[:]
+
+
+def _drop_unused_domains(graph: onnx.ModelProto) -> None:
+    """Keep ONNX's own operator set and those that nodes and functions belong to. The quantiser declares many more."""
+    parts = (graph.graph, *graph.functions)
+    used = {
+        "",
+        *(one.domain for one in graph.functions),
+        *(node.domain for part in parts for node in _nodes(part.node)),
+    }
+    kept = [opset for opset in graph.opset_import if opset.domain in used]
+    del graph.opset_import[:]
+    graph.opset_import.extend(kept)
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their subgraphs, such as the branches of an If."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)
