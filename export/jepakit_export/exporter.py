@@ -88,7 +88,8 @@ def export(config: ExportConfig) -> Bundle:
     embedder = Embedder(source.backbone, source.preprocess, source.embedding, tokens=config.tokens).eval()
     images = golden.make_images(source.preprocess)
     inputs = center_crop(images, source.preprocess.size)
-    stage(f"converting {source.described.name} to ONNX ({config.precision})")
+    patience = ", for other sizes too: some backbones take minutes" if config.dynamic_size else ""
+    stage(f"converting {source.described.name} to ONNX ({config.precision}{patience})")
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     converted = halved(embedder) if config.precision == "fp16" else embedder

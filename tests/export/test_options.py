@@ -326,9 +326,10 @@ def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(
 @pytest.mark.parametrize(("source", "multiple"), [(VIT, 16), ("test_resnet:random", 1)])
 @torch.inference_mode()
 def test_a_graph_of_dynamic_size_takes_the_sizes_that_torch_takes(
-    export: Callable[..., Bundle], source: str, multiple: int
+    export: Callable[..., Bundle], source: str, multiple: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = export(source, dynamic_size=True)
+    assert "to ONNX (fp32, for other sizes too: some backbones take minutes) …\n" in capsys.readouterr().err
     assert bundle.manifest.graph is not None
     assert bundle.manifest.graph.size_multiple == multiple
     session = Session.open(bundle, provider="cpu")
