@@ -151,7 +151,9 @@ def _facts(config: ExportConfig, agreement: golden.Agreement, expected: Expected
     return Graph(
         precision=config.precision,
         opset=config.opset,
-        **agreement._asdict(),
+        relative_error=agreement.relative_error,
+        centred_cosine=agreement.centred_cosine,
+        same_neighbour=agreement.same_neighbour,
         batch_sizes=BATCH_SIZES,
         verified_on="golden inputs" if config.verify_images is None else "the user's images",
         tokens=None if expected.tokens is None else (expected.tokens.shape[1], expected.tokens.shape[2]),

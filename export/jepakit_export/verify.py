@@ -169,6 +169,7 @@ def check(session: Session, precision: Precision, expected: Expected) -> golden.
         max(one.relative_error for one in found),
         min(one.centred_cosine for one in found),
         min(one.same_neighbour for one in found),
+        max(one.length_error for one in found),
     )
 
 

@@ -394,7 +394,7 @@ def test_agreement_tells_what_falls_short() -> None:
     assert Agreement(1e-6, 0.9, 0.5).misses(Tolerance(relative=1e-4)) is None
     assert "nearest" in str(Agreement(0, 1, 0.5).misses(Tolerance(cosine=0.9, neighbour=0.95)))
     wrong = agreement(np.full((3, 2), np.nan), np.ones((3, 2)))
-    assert wrong == Agreement(float("inf"), -1.0, 0.0)
+    assert wrong == Agreement(float("inf"), -1.0, 0.0, float("inf"))
 
 
 def test_what_is_taken_off_does_not_depend_on_the_length_afterwards(

@@ -656,3 +656,15 @@ def test_vectors_that_are_not_finite_or_of_another_shape_miss_every_tolerance(pr
     broken[3, 2] = np.nan
     for got in (broken, expected[:7], expected[:, :4]):
         assert agreement(got, expected).misses(limit) is not None
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_vectors_of_another_length_are_told_though_their_directions_are_right(precision: str, factor: float) -> None:
+    expected = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    expected -= expected.mean(axis=0)
+    expected[3] = 0
+    found = agreement(factor * expected, expected)
+    assert found.centred_cosine > 0.999
+    assert str(found.misses(TOLERANCES[precision, "cpu"])).startswith("vectors longer or shorter by 10.0%, at most ")
+    assert agreement(1.01 * expected, expected).misses(TOLERANCES[precision, "cpu"]) is None
