@@ -99,6 +99,25 @@ def test_archives_beside_images_are_passed_over_and_counted(tmp_path: Path) -> N
     assert "1 archive beside the images passed over" in listed.note
 
 
+def test_members_of_a_format_that_is_not_read_are_counted(tmp_path: Path) -> None:
+    names = ("a.png", "a.txt", "b.czi", "c.heic", "IM01", "inner.zip", ".d.czi")
+    members = dict.fromkeys(names, b"x")
+    told = (
+        "1 .heic file passed over: HEIC and AVIF are not read, save them as JPEG or PNG; "
+        "1 file without a suffix passed over: {}; "
+        "1 file passed over (1 .zip): unpack what holds images; "
+        "1 file passed over (1 .czi): not read, convert what holds images to TIFF, PNG or .npy"
+    )
+    zipped, shard = zip_of(tmp_path / "a.zip", members), tar(tmp_path / "a.tar", members)
+    for source, bare in (
+        (zipped, "of such files DICOM alone is read"),
+        (shard, "in a .tar only files with the suffix of an image are read"),
+    ):
+        assert list_images(source).note.endswith(f"; {told.format(bare)}")
+    with pytest.raises(DataError, match=r"b\.zip holds no images .*; 1 file passed over \(1 \.czi\)"):
+        list_images(zip_of(tmp_path / "b.zip", {"b.czi": b"x"}))
+
+
 def test_a_shards_labels_come_from_cls_or_json_of_the_same_key(tmp_path: Path) -> None:
     members = {
         "x/1.jpg": b"", "x/1.cls": b"7\n", "2.json": json.dumps({"label": "cat", "other": 1}).encode(), "2.jpg": b"",

@@ -148,6 +148,17 @@ def test_other_kinds_of_images_are_passed_over_and_told(tmp_path: Path) -> None:
     assert list_images(f"{folder}/**").note.endswith(told), "the folder series is no file without a suffix"
 
 
+def test_files_of_a_format_that_is_not_read_are_counted_and_those_that_hold_no_images_are_not(tmp_path: Path) -> None:
+    strange = [f"{i}.CZI" for i in range(3)] + ["1.pgm", "2.pgm", "c/1.nef", "old.rar", "a.tif.gz"]
+    touch(tmp_path, *strange, "a.png", "Thumbs.db", "readme.md", "a.json", "boxes.xml", "a.csv.gz", "model.pth")
+    told = (
+        "2 files passed over (1 .rar, 1 .tif.gz): unpack what holds images; "
+        "6 files passed over (3 .czi, 2 .pgm, 1 .nef): not read, convert what holds images to TIFF, PNG or .npy"
+    )
+    for source in (tmp_path, f"{tmp_path}/**"):
+        assert list_images(source).note.endswith(f"; {told}")
+
+
 def test_no_file_is_statted_in_a_folder_of_thousands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"{folder}/{i:04}.png" for folder in ("a", "b", "c") for i in range(1000)]
     for folder in ("a", "b", "c"):

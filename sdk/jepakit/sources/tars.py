@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jepakit._files import reason_of
-from jepakit._messages import counted
+from jepakit._messages import counted, joined
 from jepakit._progress import track
 from jepakit.errors import DataError
 from jepakit.sources.archives import TAR, Archives, Member, names_in_shards
 from jepakit.sources.files import is_hidden, is_image
+from jepakit.sources.passed import passed_over
 from jepakit.sources.store import Found
 
 _COMPRESSED = {
@@ -31,9 +32,10 @@ _MOST_ZEROS = 16 * 2**20
 def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
     """The images of one or many shards, with the labels stored beside them if all have one."""
     indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", progress=len(paths) > 1)]
-    members = [each for each, _, _ in indexes]
-    labels = [label for _, of_shard, _ in indexes for label in of_shard]
-    links = [link for _, _, of_shard in indexes for link in of_shard]
+    members = [each for each, _, _, _ in indexes]
+    labels = [label for _, of_shard, _, _ in indexes for label in of_shard]
+    links = [link for _, _, of_shard, _ in indexes for link in of_shard]
+    others = passed_over((name for _, _, _, of_shard in indexes for name in of_shard), bare_dicom=False)
     known = tuple(label for label in labels if label is not None)
     ids = names_in_shards(paths, members)
     if len(known) == len(labels):
@@ -46,14 +48,19 @@ def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
         folders=[member.name for each in members for member in each],
         labels=known if len(known) == len(labels) else None,
         label_note=note,
-        note=f"{counted(len(links), 'symbolic link')} passed over ({links[0]} first): tar them with --dereference"
-        if links
-        else "",
+        note=joined(_of_links(links), others),
     )
 
 
-def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None], list[str]]:
-    """The image members of an uncompressed tar in order, the label of each, and the names of symbolic links.
+def _of_links(links: Sequence[str]) -> str:
+    if not links:
+        return ""
+    return f"{counted(len(links), 'symbolic link')} passed over ({links[0]} first): tar them with --dereference"
+
+
+def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None], list[str], list[str]]:
+    """The image members of an uncompressed tar in order, the label of each, and the names of symbolic links and of other
+    visible files.
 
     A label is the content of `KEY.cls`, else "label" in `KEY.json`, where KEY is the image's name up to its last dot
     or, if there is no such file, up to its first; None if there is neither, or labels are not asked for. Of members
@@ -63,6 +70,7 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
     members: dict[str, Member] = {}
     sidecars: dict[str, str | None] = {}
     links: list[str] = []
+    others: list[str] = []
     try:
         with Path(path).open("rb") as file:
             for entry in _entries(path, file):
@@ -78,9 +86,11 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                     members[name] = Member(name, entry.offset_data, entry.size, entry.size, TAR, 0)
                 elif is_sidecar:
                     sidecars[name] = _label(path, name, entry, file)
+                elif not is_hidden(name):
+                    others.append(name)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from None
-    return list(members.values()), _labels_of(path, list(members), sidecars), links
+    return list(members.values()), _labels_of(path, list(members), sidecars), links, others
 
 
 def _link(path: str, name: str, to: str, members: dict[str, Member], sidecars: dict[str, str | None]) -> None:
