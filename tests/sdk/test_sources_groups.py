@@ -113,7 +113,7 @@ def test_groups_by_folder_are_the_deepest_ones(tmp_path: Path) -> None:
     touch(tmp_path, "a/x/1.png", "a/x/2.png", "a/y/3.png", "b/4.png", "5.png")
     listed = list_images(tmp_path, group="folder")
     assert listed.groups == (".", "a/x", "a/x", "a/y", "b")
-    assert "groups: 4 folders" in listed.note
+    assert "groups: 4 folders, e.g. a/x (2 images)" in listed.note
 
 
 def test_other_images_have_no_groups_by_themselves(tmp_path: Path) -> None:

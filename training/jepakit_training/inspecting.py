@@ -17,6 +17,7 @@ from jepakit.bundle import Preprocess, Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
+from jepakit_training.doubts import doubts
 from jepakit_training.plan import FEW_IMAGES, local_size_of
 from jepakit_training.scan import Scan, fill_notes, outlier_notes, range_notes, sampled, scan
 from jepakit_training.sheet import write_sheet
@@ -81,7 +82,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
     odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
     advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
-    advice += [*_faint(images, found, scaling), *_beyond(images, found, scaling)]
+    advice += [*doubts(images, found), *_faint(images, found, scaling), *_beyond(images, found, scaling)]
     advice += [*outlier_notes(measured, images.ids, scaling), *fill_notes(measured), *range_notes(measured, scaling)]
     return Inspection(
         n_images=len(images),

@@ -20,6 +20,7 @@ from jepakit.run import SKIPPED, Run
 from jepakit.sources import ImageList
 from jepakit_training.cache import open_cache
 from jepakit_training.data import ViewDataset
+from jepakit_training.doubts import doubts
 from jepakit_training.evaluation import Measuring
 from jepakit_training.model import layout_of
 from jepakit_training.plan import Plan, make_plan
@@ -76,7 +77,8 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         value_bytes=1 if found.is_8_bit else 4,
     )
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
-    for note in (images.note, *describe_values(found, spec, images.ids), *plan.notes) if main else ():
+    notes = (images.note, *describe_values(found, spec, images.ids), *doubts(images, found), *plan.notes)
+    for note in notes if main else ():
         print(one_line(note), file=sys.stderr)
 
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)

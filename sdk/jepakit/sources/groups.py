@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def _deepest_folders(found: Found) -> tuple[Groups, str]:
     if found.store.in_memory:
         raise DataError("images in memory are in no folders: use group auto, none, or a file of paths and groups")
     groups = tuple(sys.intern(name.rpartition("/")[0] or ".") for name in found.ids)
-    return groups, f"groups: {counted(len(set(groups)), 'folder')}"
+    counts = Counter(groups)
+    folder, count = counts.most_common(1)[0]
+    return groups, f"groups: {counted(len(counts), 'folder')}, e.g. {folder} ({counted(count, 'image')})"
 
 
 def _patients(found: Found) -> tuple[Groups, str]:
