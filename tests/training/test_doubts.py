@@ -42,6 +42,37 @@ def test_flat_class_folders_and_folders_of_one_image_are_no_patients(tmp_path: P
     assert of_names(tmp_path) == of_names(tmp_path / "alone") == ""
 
 
+# Names
+
+
+@pytest.mark.parametrize(
+    ("names", "counts", "example"),
+    [
+        (("g ({}).jpg", "g ({})_mask.png"), "12 of 24", "g (0)_mask.png beside g (0).jpg"),
+        (("a/{}.tif", "a/{}-GT.tif", "a/{}.thumb.jpg"), "24 of 36", "a/0-GT.tif beside a/0.tif"),
+        (("f{}_w1.tif", "f{}_w2.tif", "f{}_w3.tif"), "24 of 36", "f0_w2.tif beside f0_w1.tif"),
+        (("T{}_B02.jpg", "T{}_B8A.jpg"), "12 of 24", "T0_B8A.jpg beside T0_B02.jpg"),
+    ],
+    ids=["masks", "several", "channels", "bands"],
+)  # fmt: skip
+def test_masks_and_channels_beside_the_images_are_told(
+    tmp_path: Path, names: tuple[str, ...], counts: str, example: str
+) -> None:
+    touch(tmp_path, *(name.format(number) for number in range(12) for name in names))
+    told = of_names(tmp_path, "none")
+    assert told.startswith(f"{counts} images are named as companions of others, e.g. {example}: ")
+
+
+@pytest.mark.parametrize("names", [("{}.png", "x{}.png"), ("{}_mask.png",), ("{}_w1.tif",), ("{}.jpg", "{}.png")])
+def test_other_names_and_a_few_companions_are_not_told(tmp_path: Path, names: tuple[str, ...]) -> None:
+    touch(tmp_path, *(name.format(number) for number in range(12) for name in names))
+    touch(tmp_path, "few.png", "few_mask.png")
+    assert of_names(tmp_path, "none") == ""
+
+
+# Both commands
+
+
 def test_inspect_and_adapt_tell_their_doubts(
     image_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from jepakit._groups import image_of
@@ -11,12 +13,17 @@ from jepakit.sources import ImageList
 from jepakit_training.scan import Scan
 
 _SHARDS = (".tar", ".zip")
+_COMPANION = re.compile(
+    r"[ _.-](masks?|seg|segm|segmentation|labels?|gt|ground_?truth|annotations?|thumb|thumbnail|preview)$", re.I
+)
+_CHANNEL = re.compile(r"[ _.-](w\d|ch\d+|b\d{1,2}a?|red|green|blue|yellow|nir|dapi)$", re.I)
+_MOST_COMPANIONS = 0.2
 
 
 def doubts(images: ImageList, found: Scan) -> list[str]:
     """A line for each doubt about the images, by their names and by the sample that was looked at."""
     names = list(dict.fromkeys(map(image_of, images.ids)))
-    return _ungrouped_folders(images, names)
+    return [*_ungrouped_folders(images, names), *_companions(names)]
 
 
 def _ungrouped_folders(images: ImageList, names: Sequence[str]) -> list[str]:
@@ -33,4 +40,24 @@ def _ungrouped_folders(images: ImageList, names: Sequence[str]) -> list[str]:
     return [
         f"the images lie in {len(folders):,} folders, e.g. {folder} ({counted(count, 'image')}): if a folder holds one patient, part or "
         "scene, keep it together (--group folder), or else held-out images have siblings in training and the verdict is optimistic"
+    ]
+
+
+def _companions(names: Sequence[str]) -> list[str]:
+    """Files that are named as another image's mask or preview, or as one channel of several."""
+    by_stem = {os.path.splitext(name)[0]: name for name in names}  # noqa: PTH122 (hot loop)
+    beside: dict[str, str] = {}
+    channels: dict[str, list[str]] = defaultdict(list)
+    for stem, name in by_stem.items():
+        if (of := _COMPANION.sub("", stem)) != stem and of in by_stem:
+            beside[name] = by_stem[of]
+        elif (of := _CHANNEL.sub("", stem)) != stem:
+            channels[of].append(name)
+    beside |= {other: first for first, *others in channels.values() for other in others}
+    if len(beside) <= _MOST_COMPANIONS * len(names):
+        return []
+    companion, image = next(iter(beside.items()))
+    return [
+        f"{len(beside):,} of {len(names):,} images are named as companions of others, e.g. {companion} beside {image}: if they are masks, "
+        "previews or single channels, name the images that are meant, by a glob or in a manifest; put channels together as bands of a file"
     ]
