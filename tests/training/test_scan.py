@@ -16,6 +16,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -25,6 +26,7 @@ from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import preprocess, read_image
 from jepakit.readers import Header, ImageRef
 from jepakit.sources import list_images
+from jepakit_training.doubts import doubts
 from jepakit_training.inspecting import inspect, near_duplicates, report
 from jepakit_training.scan import Kind, Scan, _seen, fill_notes, outlier_notes, range_notes, refuse_mixed, scan
 from jepakit_training.values import choose_preprocess, describe_values, look_at
@@ -460,6 +462,22 @@ def test_a_collar_that_is_not_declared_is_told_before_it_widens_the_range(
     told = fill_notes(look(write(tmp_path / "a", images)))
     assert [f"4% of band 1 is exactly {fill}, and all else" in note for note in told] == [True] * named
     assert fill_notes(look(write(tmp_path / "b", noise(5, (40, 40), low, 3000, dtype)))) == []
+
+
+def test_dicom_images_of_several_kinds_are_counted(tmp_path: Path) -> None:
+    for number, (modality, types) in enumerate(
+        [("CT", "AXIAL"), ("CT", "AXIAL"), ("CT", "LOCALIZER"), ("DOE", "JANE")]
+    ):
+        write_dicom(tmp_path / f"{number}.dcm", np.arange(400, dtype=np.int16).reshape(20, 20), 12, -100)
+        data = dcmread(tmp_path / f"{number}.dcm")
+        data.Modality, data.ImageType = modality, ["ORIGINAL", "PRIMARY", types]
+        data.save_as(tmp_path / f"{number}.dcm")
+    told = "the DICOM images are of several kinds (2 CT, 1 CT localizer, 1 unknown modality; 3.dcm is unknown modality): leave out"
+    images = list_images(tmp_path)
+    assert doubts(images, look(tmp_path))[0].startswith(told)
+    for number in (2, 3):
+        (tmp_path / f"{number}.dcm").unlink()
+    assert doubts(list_images(tmp_path), look(tmp_path)) == []
 
 
 def test_images_of_one_group_are_told_before_training(tmp_path: Path) -> None:

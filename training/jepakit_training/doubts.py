@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from jepakit._groups import image_of
-from jepakit._messages import counted
+from jepakit._messages import counted, first_few
 from jepakit.sources import ImageList
 from jepakit_training.scan import Scan
 
@@ -23,7 +23,7 @@ _MOST_COMPANIONS = 0.2
 def doubts(images: ImageList, found: Scan) -> list[str]:
     """A line for each doubt about the images, by their names and by the sample that was looked at."""
     names = list(dict.fromkeys(map(image_of, images.ids)))
-    return [*_ungrouped_folders(images, names), *_companions(names)]
+    return [*_ungrouped_folders(images, names), *_companions(names), *_several_contents(images, found)]
 
 
 def _ungrouped_folders(images: ImageList, names: Sequence[str]) -> list[str]:
@@ -60,4 +60,18 @@ def _companions(names: Sequence[str]) -> list[str]:
     return [
         f"{len(beside):,} of {len(names):,} images are named as companions of others, e.g. {companion} beside {image}: if they are masks, "
         "previews or single channels, name the images that are meant, by a glob or in a manifest; put channels together as bands of a file"
+    ]
+
+
+def _several_contents(images: ImageList, found: Scan) -> list[str]:
+    """DICOM images of several modalities, or localizers and secondary captures among them."""
+    known = [one for one in (*found.seen, *found.odd) if one.header.content]
+    counts = Counter(one.header.content for one in known).most_common()
+    if len(counts) < 2:
+        return []
+    rarest = next(one for one in known if one.header.content == counts[-1][0])
+    each = first_few([f"{count:,} {content}" for content, count in counts], 6)
+    return [
+        f"the DICOM images are of several kinds ({each}; {images.ids[rarest.index]} is {rarest.header.content}): leave out those that are not "
+        "meant, by folder or in a manifest, or they are trained on as well"
     ]

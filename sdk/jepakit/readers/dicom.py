@@ -5,8 +5,8 @@ includes MONOCHROME1, whose lowest value is white, as the header says. With the 
 one end of the window to the other, however it is stored. Padding, a value or a range of values, is no data. One-bit
 segmentations are grey with 0 and 1. Colour (RGB, YBR, palettes) is uint8 [H, W, 3].
 
-Only the tags that pixels need are ever read, so that no data about a patient can leak: only `dicom_group` reads the
-PatientID, and returns its digest.
+Only the tags that pixels need, and the kind of image, are ever read, so that no data about a patient can leak: only
+`dicom_group` reads the PatientID, and returns its digest. The kind of image is told in words of this module, not the file's.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _TAGS = [
     "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "Modality", "SOPClassUID", "ImageType",
 ]  # fmt: skip
 _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 """Functional groups of enhanced objects, which hold the rescale and the window of each frame."""
@@ -46,6 +47,11 @@ _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 _AMBIGUOUS = ("ModalityLUTSequence", "PerFrameFunctionalGroupsSequence")
 """With a table, or a rescale per frame, a value in real units does not identify the stored value."""
 
+_MODALITIES = frozenset({
+    "BI", "CR", "CT", "DG", "DX", "ES", "GM", "IO", "IVOCT", "IVUS", "LS", "MG", "MR", "NM", "OCT", "OP", "OPM", "OPT", "OPV", "OSS",
+    "OT", "PA", "PT", "PX", "RF", "RG", "RTDOSE", "RTIMAGE", "SC", "SEG", "SM", "TG", "US", "XA", "XC",
+})  # fmt: skip
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _VERBATIM = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _DECODERS = ("gdcm", "pillow", "pydicom")
@@ -108,7 +114,15 @@ class DicomRaster(Raster):
         bands, dtype = (1, "float32") if self._grey else (3, "uint8")
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
         header = Header(
-            "DICOM", int(dataset.Rows), int(dataset.Columns), bands, dtype, frames, self._nodata(), inverted=inverted
+            "DICOM",
+            int(dataset.Rows),
+            int(dataset.Columns),
+            bands,
+            dtype,
+            frames,
+            self._nodata(),
+            inverted=inverted,
+            content=_content(dataset),
         )
         pixel_bytes = encoded.size - pixels_at
         super().__init__(header, encoded.name, limits, encoded.file, pixel_bytes)
@@ -327,6 +341,19 @@ def _refuse_unread(dataset: Any, name: str) -> None:
         for tag in _RESCALE:
             if dataset.get(tag) in (None, ""):
                 raise ImageError(f"{name}: its {tag} is empty: give it a number, or remove it", code="unsupported_mode")
+
+
+def _content(dataset: Any) -> str:
+    """The kind of image, `CT` or `CT localizer`. Only words that are known beforehand: any tag may hold any text."""
+    try:
+        modality, types = str(dataset.get("Modality")), dataset.get("ImageType") or ()
+        words = {types} if isinstance(types, str) else set(types)
+        captured = str(dataset.get("SOPClassUID")).startswith(_SECONDARY_CAPTURE) or "SCREEN SAVE" in words
+    except Exception:
+        # The pixels do not depend on these tags.
+        return "unknown modality"
+    kind = " localizer" if "LOCALIZER" in words else " secondary capture" if captured else ""
+    return (modality if modality in _MODALITIES else "unknown modality") + kind
 
 
 def _of_frame(dataset: Any, frame: int) -> Any:

@@ -77,6 +77,8 @@ class Header:
     """Whether the lowest value is white (DICOM's MONOCHROME1). Values stay as stored; inverting them needs a range."""
     strip: int = 0
     """The rows of a strip if windows are read by decoding strips as wide as the image, else 0."""
+    content: str = ""
+    """DICOM: its modality, and whether it is a localizer or a secondary capture; empty for other formats."""
 
     def decoded_bytes(self, window: Window) -> int:
         """Bytes of a window once decoded."""

@@ -21,6 +21,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
+    CTImageStorage,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -501,6 +502,30 @@ def test_no_message_holds_a_tag() -> None:
             messages.append(str(error))
     assert len(messages) > 20
     assert not any(SECRET in message or "Doe" in message or "4711" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("tags", "content"),
+    [
+        ({"Modality": "CT"}, "CT"),
+        ({"Modality": "MR", "ImageType": ["DERIVED", "SECONDARY", "MPR"]}, "MR"),
+        ({"Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "CT localizer"),
+        ({"Modality": "CT", "ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "CT secondary capture"),
+        ({"Modality": "DX", "SOPClassUID": SecondaryCaptureImageStorage}, "DX secondary capture"),
+        ({}, "unknown modality"),
+        ({"Modality": "DOE", "ImageType": "DOE JANE"}, "unknown modality"),
+    ],
+)
+def test_the_kind_of_image_is_told_in_known_words_only(tags: dict[str, Any], content: str) -> None:
+    with open_raster(make(ramp(), **{"SOPClassUID": CTImageStorage, **tags})) as raster:
+        assert raster.header.content == content
+
+
+def test_a_kind_of_image_that_cannot_be_read_hinders_nothing() -> None:
+    data = make(ramp(), SOPClassUID=CTImageStorage, ImageType="ORIGINAL")
+    with open_raster(data.replace(b"CS\x08\x00ORIGINAL", b"US\x08\x00ORIGINAL", 1)) as raster:
+        assert raster.read().shape == (16, 20, 1)
+        assert raster.header.content == "unknown modality"
 
 
 def test_the_group_is_a_digest_of_the_patient_and_nothing_else(tmp_path: Path) -> None:
