@@ -18,6 +18,7 @@ from jepakit.readers.png import decode_deep, has_late_chunks
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import not_an_image
+from jepakit.readers.zeros import has_lost_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +63,23 @@ class PillowFile(Raster):
             return upright(decode_deep(self._encoded), self._orientation)
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (max(1, at_least),) * 2)
-        return to_pixels(image, self._name)
+        pixels = to_pixels(image, self._name)
+        if image.format in ("JPEG", "MPO"):
+            self._refuse_lost_pixels()
+        return pixels
+
+    def _refuse_lost_pixels(self) -> None:
+        """Refuse a JPEG with a run of zeros in its pixels, of which libjpeg warns only, and Pillow says nothing."""
+        data = self._encoded.data
+        if data is None:
+            self._encoded.file.seek(0)
+            data = self._encoded.file.read()
+        if has_lost_pixels(data):
+            raise ImageError(
+                f"{self._name}: damaged: zeros stand where part of its pixels were, as after a broken copy: copy it again, or leave "
+                "it out",
+                code="unreadable",
+            )
 
 
 class PillowImage(Raster):

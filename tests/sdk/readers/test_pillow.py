@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tests.files import encoded, png_chunk
 
+from jepakit.errors import ImageError
 from jepakit.readers import Limits, Window, open_raster
+from jepakit.readers.zeros import has_lost_pixels
 
 Refused = Callable[..., str]
 
@@ -201,6 +203,48 @@ def test_a_jpeg_is_reduced_as_far_as_asked_for(at_least: int | None, size: tuple
         assert raster.read(Window(0, 0, 50, 40), at_least=at_least).shape == (40, 50, 3)
     with open_raster(encoded(Image.fromarray(make(600, 80, 3)), "PNG")) as raster:
         assert raster.read(at_least=10).shape == (600, 80, 3)
+
+
+def zeroed(jpeg: bytes, count: int = 600) -> bytes:
+    """The file with zeros in place of some bytes in its middle."""
+    half = len(jpeg) // 2
+    return jpeg[:half] + bytes(count) + jpeg[half + count :]
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"optimize": True}, {"restart_marker_blocks": 8}], ids=str)
+@pytest.mark.parametrize("shape", [(200, 200), (200, 200, 3)], ids=["grey", "colour"])
+def test_a_jpeg_that_has_lost_a_block_of_its_file_is_refused(
+    tmp_path: Path, refused: Refused, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    jpeg = encoded(Image.fromarray(make(*shape)), "JPEG", **options)
+    assert "a.jpg: damaged: zeros stand where" in refused(zeroed(jpeg), "unreadable", name="a.jpg")
+    (tmp_path / "a.jpg").write_bytes(zeroed(jpeg))
+    with open_raster(tmp_path / "a.jpg") as raster, pytest.raises(ImageError, match="zeros stand where"):
+        raster.read(at_least=50)
+    assert read(zeroed(jpeg, 100)).any(), "a code or two"
+
+
+def test_zeros_that_belong_in_a_jpeg_are_read() -> None:
+    some = Image.fromarray(make(200, 200, 3))
+    flat = Image.new("RGB", (2000, 2000))
+    flat.paste(some, (900, 900))
+    kept = [
+        encoded(flat, "JPEG", optimize=True),
+        encoded(flat, "JPEG", progressive=True),
+        encoded(some, "JPEG", exif=b"Exif\0\0" + bytes(2000)),
+        encoded(some, "JPEG") + bytes(2000),
+    ]
+    for jpeg in kept:
+        assert bytes(512) in jpeg
+        assert read(jpeg).any()
+
+
+@pytest.mark.parametrize("at", range(2, 640, 29))
+def test_a_damaged_header_of_a_jpeg_is_refused_or_read(at: int) -> None:
+    jpeg = zeroed(encoded(Image.fromarray(make(200, 200, 3)), "JPEG"))
+    for byte in b"\x00\x03\xff":
+        assert has_lost_pixels(jpeg[:at] + bytes([byte]) + jpeg[at + 1 :]) in (True, False)
+        assert not has_lost_pixels(jpeg[:at] + bytes(600))
 
 
 def test_the_callers_pillow_image_is_left_as_it_was() -> None:

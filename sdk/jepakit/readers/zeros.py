@@ -1,0 +1,52 @@
+"""Zeros in a JPEG's compressed pixels, as a bad disk or a broken copy leaves them: decoders make up what was there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_RUN = bytes(512)
+_FRAMES, _TABLES, _SCAN, _END = (0xC0, 0xC1), 0xC4, 0xDA, b"\xff\xd9"
+
+
+def has_lost_pixels(jpeg: bytes) -> bool:
+    """Whether the compressed pixels hold 512 zero bytes in a row that no picture is encoded as.
+
+    A code of nothing but zeros sets a coefficient of the block, or says that the rest of the block is flat. Where it does
+    so in all tables of the scan, zeros are a flat area, and nothing is said. Nor is it of progressive files and those
+    with a scan for each band.
+    """
+    if _RUN not in jpeg:
+        return False
+    bands = b""
+    flat: dict[int, bool] = {}
+    for marker, start, end in _segments(jpeg):
+        segment = jpeg[start:end]
+        if marker in _FRAMES:
+            bands = segment[5:6]
+        elif marker == _TABLES:
+            flat |= dict(_zero_codes(segment))
+        elif marker == _SCAN and bands and segment[:1] == bands:
+            place, tables = jpeg.find(_RUN, end), segment[2 : 1 + 2 * bands[0] : 2]
+            lost = place >= 0 and _END not in jpeg[end:place]
+            return lost and not all(flat.get(table & 0x0F, True) for table in tables)
+    return False
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """The marker, start and end of each segment up to the first scan's header; none where they are not in order."""
+    at, marker = 2, 0
+    while marker != _SCAN and jpeg[at : at + 1] == b"\xff":
+        marker, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4])
+        if length < 2 or at + 2 + length > len(jpeg):
+            return
+        yield marker, at + 4, at + 2 + length
+        at += 2 + length
+
+
+def _zero_codes(tables: bytes) -> Iterator[tuple[int, bool]]:
+    """The number of each table of AC coefficients, and whether its code of nothing but zeros sets no coefficient."""
+    at = 0
+    while at + 17 < len(tables):
+        if tables[at] >> 4:
+            yield tables[at] & 0x0F, tables[at + 17] & 0x0F == 0
+        at += 17 + sum(tables[at + 1 : at + 17])
