@@ -464,6 +464,22 @@ def test_a_collar_that_is_not_declared_is_told_before_it_widens_the_range(
     assert fill_notes(look(write(tmp_path / "b", noise(5, (40, 40), low, 3000, dtype)))) == []
 
 
+def test_near_duplicates_of_two_classes_groups_or_sides_of_the_split_are_told(tmp_path: Path) -> None:
+    a, b, c = noise(3, (64, 64, 3), 0, 255, "uint8")
+    for name, pixels in {"a": a, "a2": a, "b": b, "b2": b, "c": c, "c2": c}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    rows = ["path,label,group,split", "a.png,x,1,train", "a2.png,x,1,test", "b.png,x,1,train", "b2.png,y,2,train",
+            "c.png,x,1,train", "c2.png,,2,train"]  # fmt: skip
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    told = [
+        "1 of 3 pairs of near-duplicates, e.g. b.png ~ b2.png, have different labels",
+        "2 of 3 pairs of near-duplicates, e.g. b.png ~ b2.png, are in different groups",
+        "1 of 3 pairs of near-duplicates, e.g. a.png ~ a2.png, lie on both sides of the split",
+    ]
+    seen = report(list_images(tmp_path / "m.csv"), look(tmp_path), image_size=32, tile=None, value_range="auto")
+    assert [words.partition(":")[0] for words in seen.advice if "near-dup" in words] == told
+
+
 def test_dicom_images_of_several_kinds_are_counted(tmp_path: Path) -> None:
     for number, (modality, types) in enumerate(
         [("CT", "AXIAL"), ("CT", "AXIAL"), ("CT", "LOCALIZER"), ("DOE", "JANE")]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -82,6 +83,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
     odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
     advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
+    advice += _crossing(images, pairs)
     advice += [*doubts(images, found), *_faint(images, found, scaling), *_beyond(images, found, scaling)]
     advice += [*outlier_notes(measured, images.ids, scaling), *fill_notes(measured), *range_notes(measured, scaling)]
     return Inspection(
@@ -187,6 +189,33 @@ def _advice(
         advice.append(
             "without labels there can be no verdict: a few hundred labelled images suffice (in class folders, or with --labels FILE, which need not name the others)"
         )
+    return advice
+
+
+def _crossing(images: ImageList, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """Near-duplicates that labels, groups or the split tell apart."""
+    by: list[tuple[Sequence[Any] | None, str]] = [
+        (images.labels, "have different labels: one of the two is wrong, or they cannot be told apart"),
+        (
+            images.groups,
+            "are in different groups: unless they are put in one, held-out images have siblings in training",
+        ),
+        (
+            None if images.held_out is None else images.held_out.tolist(),
+            "lie on both sides of the split: held-out images have siblings in training, and the verdict is optimistic",
+        ),
+    ]
+    advice = []
+    for values, words in by:
+        apart = [
+            (a, b)
+            for a, b in pairs
+            if values is not None and None not in (values[a], values[b]) and values[a] != values[b]
+        ]
+        if apart:
+            a, b = apart[0]
+            example = f"e.g. {images.ids[a]} ~ {images.ids[b]}"
+            advice.append(f"{len(apart)} of {counted(len(pairs), 'pair')} of near-duplicates, {example}, {words}")
     return advice
 
 
