@@ -480,6 +480,21 @@ def test_near_duplicates_of_two_classes_groups_or_sides_of_the_split_are_told(tm
     assert [words.partition(":")[0] for words in seen.advice if "near-dup" in words] == told
 
 
+@pytest.mark.parametrize(("mode", "soft", "told"), [("RGBA", 30, True), ("LA", 30, True), ("RGBA", 1, False)], ids=str)
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_a_band_that_may_not_be_transparency_is_told(
+    tmp_path: Path, mode: str, soft: int, told: bool, format: str
+) -> None:
+    images = noise(3, (40, 40, 4), 0, 255, "uint8")
+    for number, pixels in enumerate(images):
+        pixels[:, :, 3] = 255
+        pixels[:soft, :, 3] = 100 if number else 255
+        Image.fromarray(pixels).convert(mode).save(tmp_path / f"{number}.{format}", lossless=True)
+    doubted = doubts(list_images(tmp_path), look(tmp_path))
+    assert len(doubted) == told
+    assert all(line.startswith(f"of 2 images of 3 looked at, e.g. 1.{format}, over 5% is half") for line in doubted)
+
+
 def test_dicom_images_of_several_kinds_are_counted(tmp_path: Path) -> None:
     for number, (modality, types) in enumerate(
         [("CT", "AXIAL"), ("CT", "AXIAL"), ("CT", "LOCALIZER"), ("DOE", "JANE")]

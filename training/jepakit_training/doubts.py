@@ -23,7 +23,12 @@ _MOST_COMPANIONS = 0.2
 def doubts(images: ImageList, found: Scan) -> list[str]:
     """A line for each doubt about the images, by their names and by the sample that was looked at."""
     names = list(dict.fromkeys(map(image_of, images.ids)))
-    return [*_ungrouped_folders(images, names), *_companions(names), *_several_contents(images, found)]
+    return [
+        *_ungrouped_folders(images, names),
+        *_companions(names),
+        *_several_contents(images, found),
+        *_doubtful_pixels(images, found),
+    ]
 
 
 def _ungrouped_folders(images: ImageList, names: Sequence[str]) -> list[str]:
@@ -74,4 +79,15 @@ def _several_contents(images: ImageList, found: Scan) -> list[str]:
     return [
         f"the DICOM images are of several kinds ({each}; {images.ids[rarest.index]} is {rarest.header.content}): leave out those that are not "
         "meant, by folder or in a manifest, or they are trained on as well"
+    ]
+
+
+def _doubtful_pixels(images: ImageList, found: Scan) -> list[str]:
+    """What the readers were in doubt about, each with the first image."""
+    doubtful = [one for one in found.seen if one.doubt]
+    first = {one.doubt: images.ids[one.index] for one in reversed(doubtful)}
+    counts = Counter(one.doubt for one in doubtful)
+    return [
+        f"of {counted(count, 'image')} of {len(found.seen):,} looked at, e.g. {first[doubt]}, {doubt}"
+        for doubt, count in counts.items()
     ]

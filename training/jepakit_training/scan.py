@@ -62,6 +62,8 @@ class Seen:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     fingerprint: NDArray[np.bool_]
+    doubt: str = ""
+    """Why its pixels may not be what is meant; may be empty."""
 
     @property
     def kind(self) -> Kind:
@@ -269,7 +271,8 @@ def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | N
             window = Window(0, 0, header.width, header.height) if ref.window is None else ref.window
             chosen = choose_frame(header, ref.frame if ref.frame is not None else frame, ref.name)
             with room_for(header.decoded_bytes(decoded_around(window, header))):
-                return _seen(raster.read(ref.window, frame=chosen), index, header, ref.name)
+                seen = _seen(raster.read(ref.window, frame=chosen), index, header, ref.name)
+                return replace(seen, doubt=raster.doubt)
     except ImageError as error:
         return index, str(error)
 

@@ -29,7 +29,11 @@ _TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _MOST_HALF_TRANSPARENT = 0.05
-"""Share of a TIFF's alpha: the soft edges of a cut-out are a few per cent of it."""
+"""Share of the alpha: the soft edges of a cut-out are a few per cent of it."""
+_FALSE_ALPHA = (
+    f"over {_MOST_HALF_TRANSPARENT:.0%} is half transparent, and is laid on white: if the last band is no transparency but a band like "
+    "the others (near infrared), write it as a TIFF of plain bands"
+)
 
 
 class PillowFile(Raster):
@@ -64,6 +68,7 @@ class PillowFile(Raster):
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (max(1, at_least),) * 2)
         pixels = to_pixels(image, self._name)
+        self.doubt = _FALSE_ALPHA if _half_transparent(image) > _MOST_HALF_TRANSPARENT else ""
         if image.format in ("JPEG", "MPO"):
             self._refuse_lost_pixels()
         return pixels
@@ -143,17 +148,21 @@ def to_pixels(image: Image, name: str) -> Pixels:
 
 def _refuse_false_alpha(image: Image, name: str) -> None:
     """Refuse a TIFF whose last band is an ordinary band that is only marked as transparency."""
-    if image.format != "TIFF" or image.mode not in _TRANSPARENT_MODES:
-        return
-    *_, alpha = image.split()
-    between = sum(alpha.histogram()[1:255]) / (image.width * image.height)
-    if between > _MOST_HALF_TRANSPARENT:
+    if image.format == "TIFF" and (between := _half_transparent(image)) > _MOST_HALF_TRANSPARENT:
         raise ImageError(
             f"{name}: its band {len(image.getbands())} is marked as transparency, as GDAL and tifffile mark the fourth of "
             f"any four 8-bit bands, but {between:.0%} of it is half transparent: write it as a plain band (GDAL: "
             "-co ALPHA=NO, tifffile: photometric='minisblack'), or leave it out",
             code="unsupported_mode",
         )
+
+
+def _half_transparent(image: Image) -> float:
+    """The share of pixels that are neither opaque nor fully transparent."""
+    if image.mode not in _TRANSPARENT_MODES:
+        return 0.0
+    alpha = image.getchannel(len(image.getbands()) - 1)
+    return sum(alpha.histogram()[1:255]) / (image.width * image.height)
 
 
 def import_pillow() -> Any:

@@ -32,6 +32,8 @@ class Raster(ABC):
     """
 
     header: Header
+    doubt = ""
+    """Why the pixels that were read last may not be what is meant, although they were read; may be empty."""
     _decodes_anew = False
     """Whether nobody else can change what `_decode` returns, unless it is read-only."""
 
