@@ -489,11 +489,12 @@ def _parse_manifest(text: str, file: Path) -> Manifest:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
-        if (version := values.get("schema_version")) != 1:
-            raise BundleError(f"{file} has schema version {version!r}, this jepakit reads version 1: upgrade jepakit")
+        version = values.get("schema_version")
         whole = values.get("digest") == _digest_of(values) and text == _render(values)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is damaged ({str(error)[:300]}): {again}") from None
+    if version != 1:
+        raise BundleError(f"{file} has schema version {version!r}, this jepakit reads version 1: upgrade jepakit")
     if not whole:
         raise BundleError(f"{file} is damaged, it does not match its own digest: {again}")
     try:
