@@ -119,26 +119,27 @@ class _Probe(ABC):
         return self._shares(self._checked(X))
 
     def score(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> float:
-        """Accuracy, 0 to 1."""
-        return self.evaluate(X, y).accuracy
+        """Accuracy, 0 to 1. A class that this probe does not know counts as missed, as in a fold of a grid search; if such
+        are all, `evaluate` raises.
+
+        Raises DataError for text where the classes are numbers, and the reverse.
+        """
+        right, truth = self._judged(X, y)
+        if _is_text(truth) != _is_text(self.classes_):
+            raise self._knows_none_of(truth)
+        return float(right.mean())
 
     def evaluate(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> ProbeReport:
         """Accuracy, balanced accuracy and each class's accuracy on labelled vectors.
 
         Raises DataError when no label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
         """
-        vectors = self._checked(X)
-        truth = _labels_of(X, y, len(vectors))
-        if not len(truth):
-            raise DataError("no vectors to evaluate on")
-        right = self._predicted(vectors) == truth
+        right, truth = self._judged(X, y)
         if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
-            raise DataError(
-                f"none of the labels is a class of this probe: the labels are {_some(truth)}, its classes are {_some(self.classes_)}"
-            )
+            raise self._knows_none_of(truth)
         per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
         balanced = float(np.mean(list(per_class.values())))
-        n_fitted_on = int(np.isin(_digests(vectors), self.fitted_on_).sum())
+        n_fitted_on = int(np.isin(_digests(_vectors_of(X)), self.fitted_on_).sum())
         return ProbeReport(float(right.mean()), balanced, per_class, len(truth), n_fitted_on)
 
     def save(self, path: str | Path) -> None:
@@ -192,6 +193,19 @@ class _Probe(ABC):
         places = [np.empty(0, np.intp), *(self._shares(block).argmax(axis=1) for block in blocks)]
         result: Labels = self.classes_[np.concatenate(places)]
         return result
+
+    def _judged(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[NDArray[np.bool_], Labels]:
+        """Whether the probe is right about each vector, and the labels."""
+        vectors = self._checked(X)
+        truth = _labels_of(X, y, len(vectors))
+        if not len(truth):
+            raise DataError("no vectors to evaluate on")
+        return self._predicted(vectors) == truth, truth
+
+    def _knows_none_of(self, truth: Labels) -> DataError:
+        return DataError(
+            f"none of the labels is a class of this probe: the labels are {_some(truth)}, its classes are {_some(self.classes_)}"
+        )
 
     def _examples(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, Labels, NDArray[np.intp]]:
         """Vectors, classes, and each vector's class as an index; nothing is stored on the probe yet."""
@@ -521,6 +535,10 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
                 "range into classes (numpy.digitize, pandas.cut)"
             )
     return np.array(labels.tolist()) if labels.dtype == object else labels
+
+
+def _is_text(labels: Labels) -> bool:
+    return labels.dtype.kind in "UT"
 
 
 def _some(labels: Labels) -> str:

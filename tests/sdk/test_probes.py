@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.feature_selection import RFE, SelectFromModel
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -601,10 +601,28 @@ def test_texts_in_an_array_of_objects_are_classes_like_any(tmp_path: Path) -> No
 )
 def test_labels_of_which_the_probe_knows_none_are_refused(fitted: list[Any], given: list[Any], told: str) -> None:
     probe = KNNProbe(k=1).fit([[1.0], [-1.0]], fitted)
-    for judge in (probe.evaluate, probe.score):
-        with pytest.raises(DataError, match=f"none of the labels is a class of this probe: the labels are {told}"):
-            judge([[1.0], [-1.0]], given)
+    with pytest.raises(DataError, match=f"none of the labels is a class of this probe: the labels are {told}"):
+        probe.evaluate([[1.0], [-1.0]], given)
     assert probe.score([[1.0], [-1.0]], [fitted[0], type(fitted[0])(7)]) == 0.5, "one that it knows is enough"
+
+
+@pytest.mark.parametrize(("fitted", "given"), [([0, 1], ["0", "1"]), (["0", "1"], [0, 1])], ids=["numbers", "text"])
+def test_the_score_of_text_for_numbers_is_refused(fitted: list[Any], given: list[Any]) -> None:
+    probe = KNNProbe(k=1).fit([[1.0], [-1.0]], fitted)
+    with pytest.raises(DataError, match="none of the labels is a class of this probe"):
+        probe.score([[1.0], [-1.0]], given)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_a_fold_of_classes_it_was_not_fitted_on_scores_nothing(probe: LinearProbe | KNNProbe) -> None:
+    vectors, labels = blobs(n=30)
+    names = np.array(["ant", "bee", "cat"])[labels]
+    labels[0], names[0] = 9, "yak"
+    for y in (labels, names):
+        scores = cross_val_score(probe, vectors, y, cv=LeaveOneOut(), error_score="raise")
+        assert scores[0] == 0
+        assert set(scores) <= {0, 1}
+        assert scores.mean() > 0.8
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=repr)
