@@ -5,6 +5,10 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import TypeGuard
 
+import numpy as np
+
+from jepakit.errors import DataError
+
 
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether it is an integer of Python or numpy; True and False are none."""
@@ -24,3 +28,9 @@ def is_share(value: object) -> TypeGuard[float]:
 def exceeds(found: int, of: int, share: float) -> bool:
     """Whether `found` of so many are more than a share of them."""
     return found > 0 and found / of > share
+
+
+def refuse_masked(what: str, values: object) -> None:
+    """Raise DataError for a numpy array with masked entries: numpy would pass on what lies under the mask as data."""
+    if np.ma.is_masked(values):
+        raise DataError(f"{what} are an array with masked entries: fill them (array.filled(…)) or leave them out")

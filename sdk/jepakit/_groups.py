@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jepakit._checks import refuse_masked
 from jepakit.errors import DataError
 
 _PIECE = re.compile(r"(#frame=\d+)?(#\d+(,\d+){3})?$")
@@ -35,6 +36,7 @@ def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:
 
 
 def _names(groups: ArrayLike, count: int) -> list[Any]:
+    refuse_masked("the groups", groups)
     try:
         array = np.asarray(groups)
     except ValueError:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._checks import is_whole
+from jepakit._checks import is_whole, refuse_masked
 from jepakit._files import as_path, reason_of, written
 from jepakit._messages import counted
 from jepakit._vectors import most_similar
@@ -64,6 +64,7 @@ class Embeddings:
                 raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
         names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)
+        refuse_masked("the vectors", vectors)
         try:
             array = np.asarray(vectors)
         except (TypeError, ValueError) as error:  # rows of different lengths, a tensor on a GPU

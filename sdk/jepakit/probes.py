@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._checks import is_number, is_whole
+from jepakit._checks import is_number, is_whole, refuse_masked
 from jepakit._files import as_path, written
 from jepakit._frozen import Printed
 from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, main_class, numbered
@@ -488,6 +488,7 @@ def stratified_folds(
 def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
     if isinstance(X, str | Path):
         raise DataError(f"{str(X)!r} is a path: give Embeddings.load({str(X)!r})")
+    refuse_masked("the vectors", X)
     try:
         vectors = np.asarray(X.vectors if isinstance(X, Embeddings) else X, dtype=np.float64)
     except (ValueError, TypeError):
@@ -516,6 +517,7 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
         raise DataError(
             "no labels: embed a folder with one subfolder per class, or with labels from a CSV file, or pass y"
         )
+    refuse_masked("the labels", y)
     try:
         labels = np.asarray(y)
     except ValueError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
 import jepakit
 from jepakit._checks import exceeds, is_number, is_share, is_whole
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("value", [0, -3, 10**30, np.int64(7), np.uint8(1)])
@@ -41,3 +43,23 @@ def test_true_is_no_number_of_seconds_and_one_of_numpy_is() -> None:
         assert client._settings.deadline_s == 5
     with pytest.raises(ConfigError, match="seed = True"):
         jepakit.LinearProbe(seed=True).fit(np.eye(2), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("what", "take"),
+    [
+        ("vectors", lambda masked: jepakit.KNNProbe().fit(masked(np.eye(4)), [0, 1, 0, 1])),
+        ("labels", lambda masked: jepakit.KNNProbe().fit(np.eye(4), masked([0, 1, 0, 1]))),
+        ("labels", lambda masked: jepakit.KNNProbe().fit(np.eye(4), masked(list("abab")))),
+        ("groups", lambda masked: jepakit.LinearProbe().fit(np.eye(4), [0, 1, 0, 1], groups=masked([0, 1, 2, 3]))),
+        ("vectors", lambda masked: jepakit.Embeddings(masked(np.eye(4)), "0123456789abcdef", list("abcd"))),
+    ],
+)
+def test_arrays_with_masked_entries_are_refused(what: str, take: Callable[[Any], Any]) -> None:
+    def masked(values: Any) -> Any:
+        array = np.ma.masked_array(values, np.zeros(np.shape(values), bool))
+        array[1] = np.ma.masked
+        return array
+
+    with pytest.raises(DataError, match=rf"the {what} are an array with masked entries: fill them \(array\.filled"):
+        take(masked)

@@ -212,6 +212,8 @@ def test_an_image_without_a_label_costs_the_others_none(missing: Any, place: int
     listed = list_images(list(zip([array()] * 3, targets, strict=True)))
     assert listed.labels == tuple(None if target is missing else target for target in targets)
     assert "2 of 3 images are labelled" in listed.note
+    masked = np.ma.masked_array([1, 0, 2], [False, True, False])
+    assert list_images(list(zip([array()] * 3, masked, strict=True))).labels == ("1", None, "2")
     numbers = pd.Series([1, None, 2])  # whole numbers become floats where one is missing
     assert list_images(list(zip([array()] * 3, numbers, strict=True))).labels == ("1", None, "2")
     assert "the list gives no target" in list_images([(array(), missing)] * 3).note

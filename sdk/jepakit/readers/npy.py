@@ -52,7 +52,14 @@ class NpyRaster(Raster):
 
 
 def open_array(array: NDArray[Any], name: str, limits: Limits) -> ArrayRaster:
-    """An array [H, W] or [H, W, bands] as a raster; ImageError for another dtype or shape."""
+    """An array [H, W] or [H, W, bands] as a raster; ImageError for another dtype or shape, or masked values."""
+    if np.ma.is_masked(array):
+        raise ImageError(
+            f"{name}: an array with masked values, and no value can stand for them: fill them (array.filled(…)), or "
+            "leave the image out",
+            code="unsupported_mode",
+        )
+    array = np.asarray(array)  # a matrix, for one, has no third axis
     return ArrayRaster(array, _header("array", array.dtype, array.shape, name, limits), name, limits, None)
 
 

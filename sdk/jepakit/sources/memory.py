@@ -168,7 +168,9 @@ def _label(target: Any, classes: Any) -> str | None:
 
 
 def _plain(target: Any) -> Any:
-    """A numpy scalar or one-element tensor as a plain Python value."""
+    """A numpy scalar or one-element tensor as a plain Python value; None for a masked entry of an array."""
+    if target is np.ma.masked:
+        return None
     return target.item() if hasattr(target, "item") and getattr(target, "ndim", 0) == 0 else target
 
 

@@ -125,6 +125,26 @@ def test_no_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch, refused
     assert "out of memory" in refused(npy(make(20, 30)), "too_large")
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_masked_values_are_refused_and_a_mask_of_nothing_is_not(dtype: str, refused: Refused) -> None:
+    whole = make(20, 30, dtype=dtype)
+    masked = np.ma.masked_array(whole, np.zeros((20, 30), bool))
+    with open_raster(masked) as raster:
+        assert type(raster.read()) is np.ndarray
+    masked[3, 4] = np.ma.masked
+    assert "masked values" in refused(masked, "unsupported_mode", name="image 7")
+
+
+def test_a_matrix_is_read_as_an_array() -> None:
+    """NumPy reads past the end of a matrix to which a third axis was added."""
+    array = make(140, 160, dtype="uint8")
+    matrix = array.view(np.matrix)
+    for source in (matrix, np.ma.masked_array(array)):
+        with open_raster(source) as raster:
+            assert type(raster._decode(Window(0, 0, 160, 140), 0, None)) is np.ndarray
+            np.testing.assert_array_equal(raster.read()[..., 0], array)
+
+
 def test_sizes_are_judged_on_the_header(refused: Refused) -> None:
     assert "100 bands" in refused(make(200, 200, 100), "too_large")
     refused(make(7, 20), "too_small")
