@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from jepakit.errors import ConfigError
 
@@ -81,10 +81,12 @@ def _setting(loc: Sequence[int | str], model: type[BaseModel]) -> str:
 
 
 def _group(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The group that a field of `model` holds, optional ones included; None for any other field."""
     from pydantic import BaseModel
 
     annotation = model.model_fields[field].annotation if field in model.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    kinds = get_args(annotation) or (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> str:

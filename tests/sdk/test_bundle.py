@@ -344,6 +344,16 @@ def test_an_unknown_field_is_refused_even_under_a_right_digest_and_not_called_da
         open_bundle(bundle.path)
 
 
+def test_a_field_of_an_optional_part_is_told_by_its_own_name(bundle: Bundle) -> None:
+    rewrite_manifest(bundle.path, lambda values: values["comparison"]["before"].update(linaer=1))
+    with pytest.raises(BundleError, match=r"\(unknown setting 'comparison\.before\.linaer'; did you mean linear"):
+        open_bundle(bundle.path)
+    rewrite_manifest(bundle.path, lambda values: values["comparison"]["before"].pop("linaer"))
+    rewrite_manifest(bundle.path, lambda values: values["comparison"]["verdict"].pop("word"))
+    with pytest.raises(BundleError, match=r"\(setting 'comparison\.verdict\.word' is missing\)"):
+        open_bundle(bundle.path)
+
+
 def test_a_manifest_from_before_a_field_was_added_is_whole(bundle: Bundle) -> None:
     rewrite_manifest(bundle.path, lambda values: values["preprocess"].pop("tile"))
     assert open_bundle(bundle.path).manifest.preprocess == PREPROCESS
