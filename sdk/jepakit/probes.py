@@ -157,6 +157,8 @@ class _Probe(ABC):
             "classes": json.dumps(self.classes_.tolist()),
             "model_id": self.model_id_ or "",
         }
+        if not _is_text(self.classes_):
+            header["classes_dtype"] = self.classes_.dtype.str
         path = as_path(path, "path")
         learned = {**self._arrays(), "fitted_on": self.fitted_on_}
         arrays = {name: np.ascontiguousarray(value) for name, value in learned.items()}
@@ -451,20 +453,37 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        probe = _KINDS[header["jepakit_probe"]](**json.loads(header["params"]))
-        probe.classes_ = np.array(json.loads(header["classes"]))
-        probe.model_id_ = header["model_id"] or None
-        probe.fitted_on_ = arrays.pop("fitted_on", np.empty(0, np.uint64))
-        probe._restore(arrays)
-        return probe
+        kind, params = header["jepakit_probe"], json.loads(header["params"])
+        unknown = _unknown(kind, params)
+        if not unknown:
+            probe = _KINDS[kind](**params)
+            probe.classes_, probe.model_id_ = _stored_classes(header), header["model_id"] or None
+            probe.fitted_on_ = arrays.pop("fitted_on", np.empty(0, np.uint64))
+            probe._restore(arrays)
+            return probe
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
-    except DataError as error:
-        raise DataError(f"{path} is not a saved probe: {error}") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, OSError):
         raise DataError(
             f"{path} is not a saved probe: make one with probe.save or `jepakit probe fit … --out FILE.safetensors`"
         ) from None
+    raise DataError(f"{path} holds {unknown}, unknown to this jepakit: upgrade jepakit, or fit the probe again")
+
+
+def _unknown(kind: str, params: dict[str, Any]) -> str:
+    """What a saved probe has that this version cannot read, in words; empty if nothing."""
+    if kind not in _KINDS:
+        return f"a probe of kind {kind[:40]!r}"
+    strange = [name for name in params if name not in _KINDS[kind]().get_params()]
+    return f"a {_KINDS[kind].__name__} with the parameter {strange[0][:40]!r}" if strange else ""
+
+
+def _stored_classes(header: dict[str, str]) -> Labels:
+    """The classes as they were; numbers in files of an earlier version get numpy's usual dtype."""
+    dtype = header.get("classes_dtype")
+    if dtype is not None and np.dtype(dtype).kind not in "biuf":
+        raise ValueError(f"classes of dtype {dtype}")
+    return np.array(json.loads(header["classes"]), dtype)
 
 
 def _plain_number(value: Any) -> Any:

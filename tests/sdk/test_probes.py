@@ -418,6 +418,15 @@ def test_classes_keep_their_type_also_on_disk(tmp_path: Path, probe: LinearProbe
     assert load_probe(tmp_path / "p.safetensors").classes_.dtype.kind == y.dtype.kind
 
 
+@pytest.mark.parametrize("dtype", ["u1", "i2", "u8", ">i4", "f4", "?"])
+def test_numbers_of_classes_keep_their_dtype_on_disk(tmp_path: Path, dtype: str) -> None:
+    classes = np.array([0, 2**63 + 1 if dtype == "u8" else 1], dtype)
+    KNNProbe(k=1).fit([[1.0], [-1.0]], classes).save(tmp_path / "p.safetensors")
+    loaded = load_probe(tmp_path / "p.safetensors").classes_
+    assert loaded.dtype == dtype
+    np.testing.assert_array_equal(loaded, classes)
+
+
 def test_a_report_tells_accuracy_from_balanced_accuracy() -> None:
     probe = LinearProbe(C=1.0).fit([[-1.0], [-1.1], [1.0], [1.1]], ["no", "no", "yes", "yes"])
     report = probe.evaluate([[-1.05], [-1.05], [-1.05], [-1.05]], ["no", "no", "no", "yes"])
@@ -721,11 +730,13 @@ ARRAYS = {"vectors": np.eye(2, dtype=np.float32), "targets": np.array([0, 1])}
 @pytest.mark.parametrize(
     "header",
     [
-        {"jepakit_probe": "other"},
+        {"jepakit_probe": None},
         {"params": "["},
         {"params": "[]"},
-        {"params": '{"C": 1.0}'},
         {"classes": "{"},
+        {"classes": "[1, 300]", "classes_dtype": "|u1"},
+        {"classes_dtype": "<U3"},
+        {"classes_dtype": "other"},
         {"model_id": None},
     ],
     ids=str,
@@ -737,6 +748,21 @@ def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: d
     save_file(ARRAYS, tmp_path / "bad", metadata=metadata)
     with pytest.raises(DataError, match="bad is not a saved probe"):
         load_probe(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ({"jepakit_probe": "forest"}, "a probe of kind 'forest'"),
+        ({"params": '{"k": 5, "metric": "cosine"}'}, "a KNNProbe with the parameter 'metric'"),
+    ],
+)
+def test_a_probe_of_a_later_version_is_told_from_another_file(
+    tmp_path: Path, header: dict[str, str], told: str
+) -> None:
+    save_file(ARRAYS, tmp_path / "new", metadata={**HEADER, **header})
+    with pytest.raises(DataError, match=f"new holds {told}, unknown to this jepakit: upgrade jepakit"):
+        load_probe(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
