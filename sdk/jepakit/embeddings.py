@@ -6,17 +6,18 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from numbers import Integral
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from jepakit._checks import is_whole, refuse_masked
 from jepakit._files import as_path, reason_of, written
-from jepakit._messages import counted
+from jepakit._messages import counted, lines_of
 from jepakit._vectors import most_similar
 from jepakit.errors import DataError, SpaceError
 
@@ -67,8 +68,10 @@ class Embeddings:
         refuse_masked("the vectors", vectors)
         try:
             array = np.asarray(vectors)
-        except (TypeError, ValueError) as error:  # rows of different lengths, a tensor on a GPU
-            raise DataError(f"vectors of type {type(vectors).__name__}: give floats [N, D] ({error})") from None
+        except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, a tensor on a GPU
+            raise DataError(
+                f"vectors of type {type(vectors).__name__}: give floats [N, D] ({lines_of(error)[0]})"
+            ) from None
         fits = array.ndim == 2 and len(array) == len(names) and np.issubdtype(array.dtype, np.floating)
         if not fits or (classes is not None and len(classes) != len(names)):
             raise DataError(
@@ -85,11 +88,15 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def __getitem__(self, which: slice | Sequence[int] | Sequence[bool] | NDArray[Any]) -> Embeddings:
+    def __getitem__(
+        self, which: slice | Sequence[int] | Sequence[bool] | NDArray[Any] | tuple[NDArray[Any], EllipsisType]
+    ) -> Embeddings:
         """Select by slice, boolean mask or indices; ids and labels follow. For one vector use `vectors[index]`.
 
         Raises DataError for a mask of the wrong length or an index out of range.
         """
+        if isinstance(which, tuple) and len(which) == 2 and which[1] is ...:
+            which = which[0]  # as scikit-learn takes rows of an array
         try:
             places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
         except IndexError as error:
@@ -103,6 +110,15 @@ class Embeddings:
         chosen = places.tolist()
         labels = None if self.labels is None else tuple(self.labels[place] for place in chosen)
         return Embeddings(self.vectors[places], self.model_id, tuple(self.ids[place] for place in chosen), labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the vectors, (N, D)."""
+        return self.vectors.shape
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        """The vectors: numpy and scikit-learn take embeddings for the array [N, D]."""
+        return np.array(self.vectors, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
         count, width = self.vectors.shape
@@ -149,6 +165,39 @@ class Embeddings:
         others = places != np.arange(len(self))[:, None]
         others[others.all(axis=1), -1] = False  # a vector with many equals may not have found itself: drop the last
         return places[others].reshape(-1, k), cosines[others].reshape(-1, k)
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Embeddings]) -> Embeddings:
+        """All vectors of several embeddings of one model, in their order. Ids stay as they are, even if two are equal.
+
+        Raises SpaceError for vectors of different models, DataError if only some of the parts have labels.
+        """
+        if isinstance(parts, Embeddings) or not (given := tuple(parts)):
+            raise DataError("give a list of one or more embeddings")
+        for place, part in enumerate(given):
+            if not isinstance(part, Embeddings):
+                raise DataError(f"part {place} is of type {type(part).__name__}: give embeddings")
+            given[0]._check_joins(part, place)
+        return cls(
+            np.concatenate([part.vectors for part in given]),
+            given[0].model_id,
+            chain.from_iterable(part.ids for part in given),
+            None if given[0].labels is None else chain.from_iterable(part.labels or () for part in given),
+        )
+
+    def _check_joins(self, part: Embeddings, place: int) -> None:
+        """Raise unless another part can be appended to this one, the first."""
+        if part.model_id != self.model_id or part.vectors.shape[1] != self.vectors.shape[1]:
+            raise SpaceError(
+                f"part 0 holds vectors of model {self.model_id} ({self.vectors.shape[1]} numbers), part {place} of "
+                f"{part.model_id} ({part.vectors.shape[1]}): embed both with one model"
+            )
+        if (part.labels is None) != (self.labels is None):
+            with_labels, without = (0, place) if part.labels is None else (place, 0)
+            raise DataError(
+                f"part {with_labels} has labels, part {without} has none: give it labels, or take them from all "
+                "(dataclasses.replace(part, labels=…))"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` file atomically: plain arrays, no pickle. Raises WriteError if it cannot be written."""

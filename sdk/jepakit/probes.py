@@ -25,7 +25,7 @@ from jepakit._files import as_path, written
 from jepakit._frozen import Printed
 from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, main_class, numbered
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
-from jepakit._messages import first_few
+from jepakit._messages import first_few, lines_of
 from jepakit._vectors import unit_length
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -510,8 +510,8 @@ def _vectors_of(X: Embeddings | ArrayLike) -> Floats:
     refuse_masked("the vectors", X)
     try:
         vectors = np.asarray(X.vectors if isinstance(X, Embeddings) else X, dtype=np.float64)
-    except (ValueError, TypeError):
-        raise DataError("the vectors are not an array of numbers: give one [N, D]") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"the vectors are not an array of numbers: give one [N, D] ({lines_of(error)[0]})") from None
     if vectors.ndim != 2:
         raise DataError(f"the vectors are an array of shape {list(vectors.shape)}: give one [N, D]")
     if not np.isfinite(vectors).all():
@@ -543,6 +543,8 @@ def _labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, c
         raise DataError(
             f"the labels are lists of different lengths: give one label for each of {count} vectors"
         ) from None
+    except (TypeError, RuntimeError) as error:  # a tensor on a GPU
+        raise DataError(f"the labels are no array: give one label for each vector ({lines_of(error)[0]})") from None
     if labels.shape != (count,):
         raise DataError(f"{count} vectors, but labels of shape {list(labels.shape)}")
     for place, label in enumerate(as_given(y, labels)):

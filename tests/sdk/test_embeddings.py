@@ -13,13 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
 from jepakit.cli import app
 from jepakit.embeddings import is_embeddings
-from jepakit.errors import ConfigError, DataError, InputError, WriteError
+from jepakit.errors import ConfigError, DataError, InputError, SpaceError, WriteError
 
 VECTORS = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
 IDS = ("cat/1.png", "café/ü 2.png", "dog/3.png")
@@ -96,6 +98,60 @@ def test_one_place_is_no_part(which: Any) -> None:
         make()[which]
     with pytest.raises(TypeError, match="for one vector"):
         list(make())  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", [None, np.float64])
+def test_as_an_array_they_are_their_vectors(dtype: type | None) -> None:
+    made = make()
+    np.testing.assert_array_equal(np.asarray(made, dtype), VECTORS)
+    assert np.asarray(made, dtype).dtype == (dtype or np.float32)
+    assert np.asarray(made) is made.vectors
+    assert not np.shares_memory(np.array(made, dtype), made.vectors)
+    assert KNeighborsClassifier(1).fit(made, made.labels).predict(made).tolist() == list(made.labels or ())
+
+
+def test_scikit_learn_takes_their_rows_with_their_ids() -> None:
+    assert make().shape == VECTORS.shape
+    train, test = train_test_split(make(), random_state=0, test_size=1)
+    assert {*train.ids, *test.ids} == set(IDS)
+    assert (len(train), len(test)) == (2, 1)
+
+
+@pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
+def test_parts_are_joined_in_their_order(labels: tuple[str, ...] | None) -> None:
+    whole = make(labels)
+    joined = Embeddings.concatenate(whole[places] for places in ([2], [0, 1], [], [2]))
+    np.testing.assert_array_equal(joined.vectors, VECTORS[[2, 0, 1, 2]])
+    assert (joined.model_id, joined.ids) == (MODEL_ID, (IDS[2], *IDS))
+    assert joined.labels == (None if labels is None else (labels[2], *labels))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([], "give a list of one or more embeddings"),
+        (make(), "give a list of one or more embeddings"),
+        ([make(), "test.npz"], "part 1 is of type str: give embeddings"),
+        ([make(), make(None)], "part 0 has labels, part 1 has none: give it labels"),
+        ([make(None), make()], "part 1 has labels, part 0 has none: give it labels"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(parts: Any, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        Embeddings.concatenate(parts)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (Embeddings(VECTORS, "f" * 16, IDS), r"ffffffffffffffff \(5\)"),
+        (Embeddings(VECTORS[:, :4], MODEL_ID, IDS), rf"{MODEL_ID} \(4\)"),
+    ],
+    ids=["model", "length"],
+)
+def test_vectors_of_two_models_are_never_joined(other: Embeddings, told: str) -> None:
+    with pytest.raises(SpaceError, match=rf"part 0 holds vectors of model {MODEL_ID} \(5 numbers\), part 2 of {told}"):
+        Embeddings.concatenate([make(None), make(None), other])
 
 
 def test_no_images_are_embeddings_too(tmp_path: Path) -> None:

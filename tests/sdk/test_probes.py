@@ -509,6 +509,24 @@ def test_numbers_that_are_not_finite_are_refused(probe: LinearProbe | KNNProbe, 
 
 
 @pytest.mark.parametrize(
+    ("tensor", "cause"),
+    [
+        (torch.ones(2, 1, dtype=torch.bfloat16), "BFloat16"),
+        (torch.ones(2, 1, device="meta"), r"Use Tensor\.cpu\(\)"),
+        (torch.ones(2, 1, requires_grad=True), r"Use tensor\.detach\(\)"),
+    ],
+    ids=["half precision", "on another device", "with a gradient"],
+)
+def test_a_tensor_that_numpy_cannot_read_is_refused_with_the_cause(tensor: torch.Tensor, cause: str) -> None:
+    with pytest.raises(DataError, match=rf"the vectors are not an array of numbers: give one \[N, D\] \(.*{cause}"):
+        KNNProbe().fit(tensor, ["a", "b"])
+    with pytest.raises(DataError, match=rf"the labels are no array: give one label for each vector \(.*{cause}"):
+        KNNProbe().fit(np.ones((2, 1)), tensor[:, 0])
+    with pytest.raises(DataError, match=rf"vectors of type Tensor: give floats \[N, D\] \(.*{cause}"):
+        Embeddings(tensor, SPACE, ["a", "b"])
+
+
+@pytest.mark.parametrize(
     ("X", "y", "message"),
     [
         ([1.0, 2.0], ["a", "b"], r"the vectors are an array of shape \[2\]: give one \[N, D\]"),
