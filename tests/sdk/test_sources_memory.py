@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset, random_split
 from torchvision.datasets import FakeData
 
 from jepakit.errors import DataError, ImageError
@@ -51,7 +53,7 @@ class Dataset:
 
 
 class Described(Dataset):
-    def __init__(self, targets: Any, classes: list[str]) -> None:
+    def __init__(self, targets: Any, classes: Any) -> None:
         super().__init__(list(range(len(targets))))
         self.targets, self.classes = targets, classes
 
@@ -166,6 +168,39 @@ def test_targets_and_classes_label_a_dataset_without_decoding_it() -> None:
         assert listed.note == "labels: 2 classes from the Described"
 
 
+def test_names_of_classes_may_be_an_array() -> None:
+    assert list_images(Described([1, 0], np.array(["cat", "dog"]))).labels == ("dog", "cat")
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_subset_has_the_labels_of_its_dataset_without_decoding_it(kind: Callable[[list[int]], Any]) -> None:
+    dataset: Any = Described(kind([1, 0, 1, 2]), ["cat", "dog", "elk"])
+    places: Any = np.array([3, 0, 1])
+    part = Subset(dataset, places)
+    assert list_images(part).labels == ("elk", "dog", "cat")
+    assert dataset.asked == [3]
+    assert list_images(Subset(part, [2, 0])).labels == ("cat", "elk")
+    assert dataset.asked == [3, 1]
+    for each in random_split(dataset, [2, 2]):
+        assert set(list_images(each).labels or ()) <= {"cat", "dog", "elk"}
+
+
+def test_a_subset_that_gives_other_labels_keeps_them() -> None:
+    class Renamed(Subset[Any]):
+        def __getitem__(self, place: int) -> Any:
+            return self.dataset[self.indices[place]][0], "all"
+
+        def __getitems__(self, places: list[int]) -> Any:
+            return [self[place] for place in places]
+
+    dataset: Any = Described([1, 0], ["cat", "dog"])
+    assert list_images(Renamed(dataset, [0, 1])).labels == ("all", "all")
+    dataset.target_transform = str
+    assert list_images(Subset(dataset, [1, 0])).labels == ("1", "0"), "those of its items"
+    plain: Any = Dataset([5, 6])
+    assert list_images(Subset(plain, [1])).labels == ("6",)
+
+
 @pytest.mark.parametrize(
     ("made_of", "expected"),
     [({0: "other", 1: "tumour", 2: "tumour"}, ("other", "tumour", "tumour")), ({0: 0, 1: 1, 2: 1}, ("0", "1", "1"))],
@@ -243,6 +278,39 @@ def test_a_torchvision_dataset_is_taken_as_it_is() -> None:
     listed = list_images(FakeData(size=6, image_size=(3, 16, 16), num_classes=3))
     assert len(listed) == len(listed.labels or ()) == 6
     assert isinstance(listed[5].data, Image.Image)
+
+
+def test_rows_by_name_are_refused_with_the_way_out() -> None:
+    rows: dict[str, Any] = {
+        "id": [7, 8],
+        "picture": [Image.fromarray(array(place)) for place in range(2)],
+        "label": [1, 0],
+    }
+
+    class Rows:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, which: Any) -> Any:
+            return rows[which] if isinstance(which, str) else {name: column[which] for name, column in rows.items()}
+
+    data = Rows()
+    with pytest.raises(
+        DataError, match=r"dict \('id', 'picture', 'label'\): give .* zip\(data\['picture'\], data\['la"
+    ):
+        list_images(data)
+    assert list_images(zip(data["picture"], data["label"], strict=True)).labels == ("1", "0")
+    with pytest.raises(DataError, match=r"dict \('image'\): give its columns, such as zip\(data\['image'\]"):
+        list_images([{"image": {"bytes": png()}}])
+
+
+def test_a_column_of_arrow_is_a_list(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{place}.png") for place in range(2)]
+    for path in paths:
+        Path(path).write_bytes(png())
+    for column in (pa.array(paths), pa.chunked_array([paths[:1], paths[1:]])):
+        assert gather(column).ids == tuple(paths)
+    assert gather(pa.array([png(0), png(1)]))[1].data == png(1)
 
 
 def test_tensors_are_refused_with_the_way_out() -> None:

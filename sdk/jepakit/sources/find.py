@@ -41,6 +41,8 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
         return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups, with_splits=with_splits)
     if hasattr(images, "read"):
         raise DataError(f"images of type {type(images).__name__}: give an open file's path, or its bytes (.read())")
+    if hasattr(images, "to_pylist"):  # a column of pyarrow
+        images = images.to_pylist()
     if isinstance(images, Iterator) or _is_column(images):
         images = list(images)
     if hasattr(images, "iloc"):

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jepakit._files import with_home
-from jepakit._messages import counted
+from jepakit._messages import counted, first_few
 from jepakit._progress import track
 from jepakit.errors import DataError, ImageError
 from jepakit.readers import EncodedSource, ImageSource
@@ -79,7 +79,7 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     except Exception as error:
         raise DataError(f"the {_kind(items)} has no item 0 ({type(error).__name__}: {error}): give a list") from None
     if not is_one_image(first):
-        hint = ": leave ToTensor out of its transform" if _kind(first) == "Tensor" else ""
+        hint = _hint(first)
         raise DataError(f"the first item is of type {_kind(first)}{hint}; give {_WANTED}, or (image, label)")
     ids = tuple(map(str, range(len(items))))
     if isinstance(items, list):
@@ -92,6 +92,16 @@ def find_in_memory(items: Any, *, with_labels: bool) -> Found:
     targets, classes = ([label], None) if _is_strange(label) else _targets(items)
     labels, note = read_labels(targets, classes, of=_kind(items))
     return Found(Items(items), ids, kind=_IN_MEMORY, labels=labels, label_note=note)
+
+
+def _hint(item: Any) -> str:
+    """What to do about the first item of a dataset that gives no images."""
+    if _kind(item) == "Tensor":
+        return ": leave ToTensor out of its transform"
+    if isinstance(item, Mapping):
+        names = [name for name in item if is_one_image(item[name])] or ["image"]
+        return f" ({first_few(list(map(repr, item)), 5)}): give its columns, such as zip(data[{names[0]!r}], data['label'])"
+    return ""
 
 
 def is_one_image(value: Any) -> bool:
@@ -138,13 +148,24 @@ def _has_label(item: Any) -> bool:
 
 def _targets(items: Any) -> tuple[Sequence[Any], Any]:
     """Each item's target, and the names for targets that are numbers."""
-    targets: Any = getattr(items, "targets", None)
-    classes: Any = getattr(items, "classes", None)
-    if getattr(items, "target_transform", None) is not None:
-        targets = classes = None
-    if not isinstance(targets, Sized) or len(targets) != len(items):
+    targets, classes = _described(items)
+    if targets is None:
         targets = [_split(items[place])[1] for place in track(range(len(items)), "labels")]
-    return list(targets), classes
+    return targets, classes
+
+
+def _described(items: Any) -> tuple[Sequence[Any] | None, Any]:
+    """`.targets` and `.classes` of a dataset, or of the one that it is a part of; None for what it does not have."""
+    # A subset cannot exist without torch having been imported. A subclass may give other labels.
+    torch_data: Any = sys.modules.get("torch.utils.data")
+    if torch_data is not None and type(items) is torch_data.Subset:
+        of_all, classes = _described(items.dataset)
+        return None if of_all is None else [of_all[place] for place in items.indices], classes
+    if getattr(items, "target_transform", None) is not None:
+        return None, None
+    targets: Any = getattr(items, "targets", None)
+    is_of_all = isinstance(targets, Sized) and len(targets) == len(items)
+    return list(targets) if is_of_all else None, getattr(items, "classes", None)
 
 
 def _is_strange(target: Any) -> bool:
@@ -163,7 +184,7 @@ def _label(target: Any, classes: Any) -> str | None:
         return sys.intern(str(target)) or None
     if not isinstance(target, int):
         return None
-    named = isinstance(classes, list | tuple) and 0 <= target < len(classes)
+    named = isinstance(classes, list | tuple | np.ndarray) and 0 <= target < len(classes)
     return sys.intern(str(classes[target] if named else target))
 
 
