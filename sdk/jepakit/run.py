@@ -72,9 +72,15 @@ class Run:
 
     @property
     def comparison(self) -> Comparison:
-        """Scores before and after, on images never trained on, and the verdict."""
+        """Scores before and after, on images never trained on, and the verdict.
+
+        BundleError when the run has not finished, or its bundle was replaced by one without a comparison.
+        """
         comparison = self.bundle.manifest.comparison
-        assert comparison is not None, "a run's bundle always holds one"
+        if comparison is None:
+            raise BundleError(
+                f"{self.path / BUNDLE} holds no comparison, so no run wrote it: put the run's own bundle back, or adapt again"
+            )
         return comparison
 
     @property

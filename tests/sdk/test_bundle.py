@@ -42,6 +42,7 @@ from jepakit.bundle import (
 from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import BundleError, ConfigError, WriteError
 from jepakit.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
+from jepakit.run import BUNDLE, Run
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {
     "stem.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
@@ -352,6 +353,14 @@ def test_a_field_of_an_optional_part_is_told_by_its_own_name(bundle: Bundle) -> 
     rewrite_manifest(bundle.path, lambda values: values["comparison"]["verdict"].pop("word"))
     with pytest.raises(BundleError, match=r"\(setting 'comparison\.verdict\.word' is missing\)"):
         open_bundle(bundle.path)
+
+
+def test_a_run_whose_bundle_holds_no_comparison_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    rewrite_manifest(bundle.path, lambda values: values.update(comparison=None))
+    (tmp_path / "run").mkdir()
+    bundle.path.rename(tmp_path / "run" / BUNDLE)
+    with pytest.raises(BundleError, match="run/bundle holds no comparison, so no run wrote it: put the run's own"):
+        _ = Run(tmp_path / "run").verdict
 
 
 def test_a_manifest_from_before_a_field_was_added_is_whole(bundle: Bundle) -> None:

@@ -226,6 +226,33 @@ def test_a_damaged_folder_is_told_with_its_file_and_what_to_do(begin: Begin, nam
             _ = Run(file.parent).config
 
 
+@pytest.fixture
+def by_another_version(begin: Begin) -> Run:
+    """A run that was begun by a version without the setting `clip_norm`."""
+    run = begin("run")
+    for name, old, new in ((CONFIG, r"clip_norm = .*\n", ""), (ENVIRONMENT, '("jepakit": )".*?"', r'\1"0.0.9"')):
+        text, count = re.subn(old, new, (run.path / name).read_text())
+        assert count == 1
+        (run.path / name).write_text(text)
+    return run
+
+
+def test_settings_of_another_version_are_told_with_it(begin: Begin, by_another_version: Run) -> None:
+    told = r"\(clip_norm was None, now 1\.0\) by jepakit 0\.0\.9, and this is "
+    with pytest.raises(ConfigError, match=told):
+        begin("run")
+    (by_another_version.path / BUNDLE).mkdir()
+    with pytest.raises(ConfigError, match=r"\(clip_norm was 1\.0, now 2\.0\) by jepakit 0\.0\.9"):
+        begin("run", clip_norm=2.0)
+
+
+def test_a_finished_run_need_not_know_a_later_versions_settings(begin: Begin, by_another_version: Run) -> None:
+    (by_another_version.path / BUNDLE).mkdir()
+    begin("run")
+    with pytest.raises(ConfigError, match=r"\(seed was 0, now 1\) by jepakit 0\.0\.9"):
+        begin("run", seed=1)
+
+
 def test_a_setting_that_is_not_utf_8_stays_the_same_one(begin: Begin) -> None:
     labels = os.fsdecode(b"labels\xfe.csv")
     Path(labels).touch()

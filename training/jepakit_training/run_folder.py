@@ -11,9 +11,10 @@ import platform
 import socket
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tomli_w
@@ -130,8 +131,12 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
     if _has_begun(out):
         # The tensors of an unfinished run's weights are compared before it goes on (`run_bundles.check_start`).
         unfinished = not (out / BUNDLE).exists()
-        if changed := _changed_settings(out, _as_toml(config), weights_may_move=unfinished):
-            raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}); {_go_on(out)}")
+        # A finished run is only reported: it need not have settings that its version did not know.
+        unknown = {} if unfinished else _defaults(config)
+        if changed := _changed_settings(out, _as_toml(config), weights_may_move=unfinished, unknown=unknown):
+            other = _other_version(out)
+            by = f" by jepakit {other}, and this is {versions()['jepakit']}" if other else ""
+            raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}){by}; {_go_on(out)}")
         return
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, and a run is a folder: name another --out")
@@ -244,15 +249,31 @@ def _as_toml(config: AdaptConfig) -> str:
     return tomli_w.dumps(settings).encode("utf-8", "replace").decode()
 
 
-def _changed_settings(out: Path, settings: str, *, weights_may_move: bool) -> list[str]:
+def _defaults(config: AdaptConfig) -> dict[str, Any]:
+    """What the settings are where a command names none, in this domain."""
+    plain = AdaptConfig(images=config.images, domain=config.domain)
+    return _compared(tomllib.loads(_as_toml(plain)), weights_may_move=False)
+
+
+def _other_version(out: Path) -> str:
+    """The version of jepakit that started the run in `out`; empty if it is this one."""
+    then = _environment(out).get("versions", {}).get("jepakit")
+    return "" if then == versions()["jepakit"] else str(then)
+
+
+def _changed_settings(
+    out: Path, settings: str, *, weights_may_move: bool, unknown: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
     """How `settings` differ from those that the run in `out` was started with, in words.
 
     weights_may_move  whether another path of the weights does not count as a difference
+    unknown           values of settings that the run's config.toml lacks
 
     Raises DataError if its config.toml is missing or damaged.
     """
     both = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
     before, now = (_compared(each, weights_may_move=weights_may_move) for each in both)
+    before = {**unknown, **before}
     return [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*before, *now})
