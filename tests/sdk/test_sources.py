@@ -114,6 +114,50 @@ def test_bundles_among_the_images_are_passed_over_and_other_manifests_are_not(tm
     assert len(set(after.labels or ())) == 2
 
 
+def test_runs_and_the_cache_among_the_images_are_passed_over_and_a_file_of_settings_hides_nothing(
+    tmp_path: Path,
+) -> None:
+    classes(tmp_path, {"cat": 10, "dog": 10})
+    touch(tmp_path, "config.toml", "cat/config.toml")
+    everywhere = f"{tmp_path}/**/*"
+    before, matching = list_images(tmp_path), list_images(everywhere)
+    run = ("config.toml", "environment.json", "neighbours.png")
+    touch(tmp_path, *(f"{folder}/{name}" for folder in ("run", "cat/sweep/lamb=0.1") for name in run))
+    touch(tmp_path, *(f"cache/{name}" for name in ("1.jepakit.npy", "2.jepakit.npy", ".used_bytes")))
+    after = list_images(tmp_path)
+    assert (after.ids, after.labels, after.digest()) == (before.ids, before.labels, before.digest())
+    assert after.note == before.note
+    assert list_images(everywhere).ids == matching.ids
+    assert list_images(f"{tmp_path}/run/*.png").ids == (f"{tmp_path}/run/neighbours.png",), "named by the user"
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"])
+def test_folders_that_systems_keep_are_passed_over_and_told(tmp_path: Path, name: str) -> None:
+    classes(tmp_path, {"cat": 10, "dog": 10})
+    before, matching = list_images(tmp_path), list_images(f"{tmp_path}/**/*.png")
+    touch(tmp_path, f"{name}/1.png", f"cat/{name}/000.png/thumb.png")
+    after = list_images(tmp_path)
+    assert (after.ids, after.digest()) == (before.ids, before.digest())
+    told = "2 system folders passed over"
+    assert told in after.note
+    found = list_images(f"{tmp_path}/**/*.png")
+    assert found.ids == matching.ids
+    assert told in found.note
+    assert len(list_images(f"{tmp_path}/{name}/*.png")) == 1, "named by the user"
+    for listed in archived(tmp_path):
+        assert len(listed) == 20
+
+
+def archived(folder: Path) -> list[ImageList]:
+    """The images of the folder's files in a ZIP and in a tar."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    with zipfile.ZipFile(folder / "a.zip", "w") as unpacked, tarfile.open(folder / "a.tar", "w") as tar:
+        for name in names:
+            unpacked.write(folder / name, name)
+            tar.add(folder / name, name)
+    return [list_images(folder / "a.zip"), list_images(folder / "a.tar")]
+
+
 def test_embeddings_that_were_saved_among_the_images_are_passed_over(tmp_path: Path) -> None:
     classes(tmp_path, {"cat": 10, "dog": 10})
     np.savez(tmp_path / "cat" / "scan.npz", pixels=np.zeros((9, 9, 3), np.uint8))

@@ -230,9 +230,9 @@ def test_opening_removes_what_a_crash_left_half_written_and_no_strangers_array(t
     for name in (".tmp-1-b.jepakit.npy", "mine.npy", "notes.txt"):
         (tmp_path / name).write_bytes(b"mine" * 9000)
         os.utime(tmp_path / name, (0, 0))
-    (tmp_path / "used_bytes").write_text(str(12_416 + 36_000))  # room had been reserved for b
+    (tmp_path / ".used_bytes").write_text(str(12_416 + 36_000))  # room had been reserved for b
     opened(tmp_path, limit=2 * 12500)
-    assert {file.name for file in tmp_path.iterdir()} == {"a.jepakit.npy", "mine.npy", "notes.txt", "used_bytes"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a.jepakit.npy", "mine.npy", "notes.txt", ".used_bytes"}
 
 
 def test_files_are_counted_at_the_start_only_where_the_folder_is_nearly_full(
@@ -282,7 +282,7 @@ def test_a_folder_that_goes_away_while_in_use_is_no_error(tmp_path: Path) -> Non
 def test_a_damaged_ledger_is_written_anew(tmp_path: Path) -> None:
     cache = opened(tmp_path, limit=3 * 12500)
     cache.put("a", pixels_of(0))
-    (tmp_path / "used_bytes").write_bytes(b"")
+    (tmp_path / ".used_bytes").write_bytes(b"")
     for key in "bcd":
         cache.put(key, pixels_of(1))
     assert len(list(tmp_path.glob("*.npy"))) == 3

@@ -1,8 +1,8 @@
 """Decoded images on disk, already downscaled to what the views need: a second pass over the data decodes nothing.
 
 One .npy file per image, read through a memory map, so that a crop reads only its own pages. Any number of
-worker processes share a folder. A full cache stores nothing more: in passes over all the data, making room
-for one image would always evict one that is needed sooner.
+worker processes share a folder; other files in it are left alone. A full cache stores nothing more: in passes over all
+the data, making room for one image would always evict one that is needed sooner.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from jepakit._files import reason_of, replacing
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
+from jepakit.sources.aside import CACHED
 from jepakit_training.memory import GB
 from jepakit_training.run_folder import lock
 from jepakit_training.views import resize
 
 _FORMAT = 2
 """Increase it when the same file would give other pixels."""
-_SUFFIX = ".jepakit.npy"
-"""The cache only removes files with such names: the folder may hold other arrays."""
 _HEADER_BYTES = 128
-_LEDGER = "used_bytes"
+_LEDGER = ".used_bytes"
 _STALE_S = 30 * 24 * 3600
 _NEARLY_FULL = 0.9
 
@@ -98,7 +97,7 @@ class ImageCache:
             self._full = True
 
     def _file(self, key: str) -> Path:
-        return self._folder / f"{key}{_SUFFIX}"
+        return self._folder / f"{key}{CACHED}"
 
     @contextmanager
     def _ledger(self) -> Iterator[tuple[BinaryIO, bool]]:
@@ -124,7 +123,7 @@ class ImageCache:
             with suppress(FileNotFoundError):  # another process has just renamed its temporary file
                 stat = path.stat()
                 found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
-        return [file for file in found if file[2].name.endswith(_SUFFIX)]
+        return [file for file in found if file[2].name.endswith(CACHED)]
 
     def _tidied(self) -> int:
         """The bytes in use, after removing what must go."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from jepakit._threads import in_threads
-from jepakit.bundle import MANIFEST, WEIGHTS
 from jepakit.embeddings import is_embeddings
 from jepakit.readers import DICOM_HEAD, ImageSource, begins_as_dicom
+from jepakit.sources.aside import CACHED, is_own_folder, is_system_folder
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 _DICOM = frozenset({".dcm", ".dicom", ".ima"})
@@ -54,7 +54,7 @@ def suffix(name: str) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a name, folders included, is a visible image by its suffix."""
-    return suffix(name) in SUFFIXES and not is_hidden(name)
+    return suffix(name) in SUFFIXES and not name.endswith(CACHED) and not is_hidden(name)
 
 
 def has_no_suffix(name: str) -> bool:
@@ -104,8 +104,8 @@ def may_be_dicom(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of a name begins with a dot, as in the files that macOS adds."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    """Whether any part of a name begins with a dot, as in the files that macOS adds, or is a system's folder."""
+    return any((part.startswith(".") and part not in (".", "..")) or is_system_folder(part) for part in name.split("/"))
 
 
 @dataclass
@@ -121,6 +121,8 @@ class Listing:
     """Those of the links that are broken."""
     repeats: int = 0
     """Number of folders left out because they are listed under another name."""
+    system: list[str] = field(default_factory=list)
+    """Folders left out because a system keeps them for itself."""
 
     def once(self, names: Sequence[str]) -> list[str]:
         """`names` with each file once: without links to another of the names, or to the target of an earlier link."""
@@ -169,7 +171,7 @@ def _resolver() -> Callable[[str], str]:
 
 
 def walk(folder: str) -> Listing:
-    """List the visible files below `folder`; bundles are left out.
+    """List the visible files below `folder`; system folders and what jepakit wrote are left out.
 
     Links are followed, except to a folder that is listed already: it keeps its own name in `folder`, else that of the
     first link to it. Costs one stat per folder and link but none per file: the listing tells folders from files, and a
@@ -205,16 +207,18 @@ def _visit(
     deeper = None if above is None else above | {place}
     with os.scandir(here) as entries:
         found = sorted((entry.name, _kind(entry), entry.is_symlink()) for entry in entries if entry.name[0] != ".")
-    if sum(kind == _FILE and name in (MANIFEST, WEIGHTS) for name, kind, _ in found) == 2:
-        return []  # a bundle: its golden.npz is not one of the user's images
+    if is_own_folder(name for name, kind, _ in found if kind == _FILE):
+        return []
     linked = []
     for base, kind, is_link in found:
         name = inside + base
-        if kind == _FOLDER and is_link:
+        if kind == _FOLDER and is_system_folder(base):
+            listing.system.append(name)
+        elif kind == _FOLDER and is_link:
             linked.append(f"{name}/")
         elif kind == _FOLDER:
             linked += _visit(listing, f"{name}/", seen, deeper)
-        elif kind != _OTHER:
+        elif kind != _OTHER and not base.endswith(CACHED):
             listing.names.append(name)
             if is_link:
                 listing.links.add(name)

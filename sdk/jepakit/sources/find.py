@@ -15,6 +15,7 @@ import numpy as np
 from jepakit._files import reason_of, with_home
 from jepakit._messages import counted, joined
 from jepakit.errors import DataError
+from jepakit.sources.aside import system_folders_passed_over, without_aside
 from jepakit.sources.files import SUFFIXES, Files, dicom_among, embeddings_among, is_image, not_files, suffix, walk
 from jepakit.sources.manifest import find_in_manifest
 from jepakit.sources.memory import are_labelled_files, find_in_memory, is_one_image, read_labels
@@ -129,7 +130,7 @@ def _find_in_folder(folder: str, *, with_labels: bool) -> Found:
     wanted = names or archives
     once = listing.once(wanted)
     repeats = listing.repeats + len(wanted) - len(once)
-    note = joined(passed_over(others), links_passed_over(repeats, lost))
+    note = joined(passed_over(others), links_passed_over(repeats, lost), system_folders_passed_over(listing.system))
     if names:
         ids = tuple(once)
         return Found(Files(folder, ids), ids, folders=ids, note=joined(_beside(archives), note))
@@ -146,9 +147,9 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
     )
     # Files in hidden folders are wanted if the pattern itself names the folders.
     strangers = set(not_files("", matches))
-    there = [name for name in matches if name not in strangers]
+    there, system = without_aside([name for name in matches if name not in strangers], pattern)
     files = _once(there)
-    repeats = links_passed_over(len(there) - len(files), [])
+    left_out = joined(links_passed_over(len(there) - len(files), []), system_folders_passed_over(system))
     archives = [name for name in files if _is_archive(name)]
     others = [name for name in files if suffix(name) not in SUFFIXES and not _is_archive(name)]
     bare = dicom_among("", others)
@@ -161,11 +162,11 @@ def _find_matching(pattern: str, *, with_labels: bool) -> Found:
             ids,
             kind="a glob",
             label_note="no labels: a glob has no class folders",
-            note=joined(_beside(archives), passed_over(others), repeats),
+            note=joined(_beside(archives), passed_over(others), left_out),
         )
     if archives:
         return _find_in_archives(archives, with_labels=with_labels)
-    raise _nothing(pattern, passed_over(others))
+    raise _nothing(pattern, joined(passed_over(others), left_out))
 
 
 def _once(files: Sequence[str]) -> list[str]:
