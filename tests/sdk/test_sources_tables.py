@@ -48,7 +48,7 @@ def test_a_manifest_gives_images_labels_groups_and_what_is_held_out(tmp_path: Pa
     assert listed.held_out.tolist() == [False, True, False]
     assert listed.note == (
         "labels: 2 classes from the manifest's column label; groups: 2 groups from the manifest's column group; "
-        "1 of 3 images held out by the manifest's split"
+        "1 of 3 images held out by the manifest's split; columns not used: age"
     )
 
 
@@ -78,13 +78,39 @@ def test_delimiters_and_byte_order_marks_of_any_spreadsheet_are_read(
 
 @pytest.mark.parametrize(
     ("path", "label", "group"),
-    [("file", "class", "patient"), ("filepath", "target", "patient_id"), ("image", "category", "scene"), ("IMAGE_PATH", "Label", "Slide")],
+    [
+        ("file", "class", "patient"), ("filepath", "target", "patient_id"), ("image", "category", "scene"), ("IMAGE_PATH", "Label", "Slide"),
+        ("file_name", "CLASS", "PatientID"), ("File Name", "Target", "Patient ID"), ("file-path", "label", "subject_id"),
+        ("imagePath", "label", "Subject"), ("path", "label", "CASE-ID"),
+    ],
 )  # fmt: skip
 def test_columns_are_known_by_their_usual_names(tmp_path: Path, path: str, label: str, group: str) -> None:
     touch(tmp_path, "1.png")
     listed = list_images(csv(tmp_path / "m.csv", f"{group},{label},{path}", "g,c,1.png"))
     assert (listed.ids, listed.labels, listed.groups) == (("1.png",), ("c",), ("g",))
     assert f"column {label}" in listed.note
+
+
+@pytest.mark.parametrize("column", ["Set", "subset", "partition", "Split"])
+def test_a_split_may_be_called_a_set_if_one_of_them_is_train(tmp_path: Path, column: str) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    listed = list_images(csv(tmp_path / "m.csv", f"path,{column}", "1.png,test", "2.png,train"))
+    assert listed.held_out is not None
+    assert listed.held_out.tolist() == [True, False]
+    if column != "Split":
+        listed = list_images(csv(tmp_path / "m.csv", f"path,{column}", "1.png,A", "2.png,B"))
+        assert listed.held_out is None
+        assert f"column {column} names no train, so it is taken for no split" in listed.note
+
+
+def test_columns_that_are_not_used_are_told_once(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png")
+    header = "path,label,slide,patient,image,,age,sex,weight"
+    manifest = csv(tmp_path / "m.csv", header, "1.png,a,s,p,i,,9,f,1")
+    listed = list_images(manifest)
+    assert listed.groups == ("p",)
+    assert listed.note.endswith("column patient; columns not used: slide, image, age, sex and 1 more")
+    assert "not used" not in list_images(csv(tmp_path / "m.csv", "path,label,split", "1.png,a,train"), "none").note
 
 
 def test_absolute_paths_and_a_manifest_named_from_elsewhere_work(
@@ -107,8 +133,8 @@ def test_parquet_says_the_same_as_csv(tmp_path: Path) -> None:
         "patient": ["a", "b"],
         "split": ["train", "val"],
     }
-    rows = [",".join(map(str, row)) for row in zip(*same.values(), strict=True)]
-    from_csv = list_images(csv(tmp_path / "m.csv", ",".join(same), *rows))
+    rows = [",".join([*map(str, row), ""]) for row in zip(*same.values(), strict=True)]
+    from_csv = list_images(csv(tmp_path / "m.csv", ",".join([*same, "pixels"]), *rows))
     from_parquet = list_images(parquet(tmp_path / "m.parquet", {**same, "pixels": [b"", b""]}))
     assert from_parquet.ids == from_csv.ids
     assert from_parquet.labels == from_csv.labels == ("3", "4")
@@ -123,6 +149,12 @@ def test_numbers_that_an_empty_cell_made_fractions_are_labels_as_they_were(tmp_p
         file = parquet(tmp_path / "m.parquet", {"path": ["1", "2", "3"], "label": cells})
         rows = [f"{path},{'' if cell is None else cell}" for path, cell in zip("123", cells, strict=True)]
         assert list_images(file).labels == list_images(csv(tmp_path / "m.csv", "path,label", *rows)).labels == labels
+
+
+def test_whole_numbers_are_one_class_with_and_without_a_point(tmp_path: Path) -> None:
+    touch(tmp_path, *"1234")
+    rows = (f"{path},{label}" for path, label in zip("1234", ("0", "1", "1.0", "0.0"), strict=True))
+    assert list_images(csv(tmp_path / "m.csv", "path,label", *rows)).labels == ("0", "1", "1", "0")
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +193,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         (["path", "1.png", "./1.png"], r"lists 1\.png more than once"),
         (["path,Label,label", "1.png,a,b"], r"has two columns named 'Label'"),
         (["path,label,Label,label", "1.png,a,b,c"], r"has two columns named 'label'"),
+        (["path,Patient ID,patient_id", "1.png,a,b"], r"has two columns named 'Patient ID' and 'patient_id': rename or drop"),
         (["path", "1.png", "a\0/b.png"], r"lists a\\x00/b\.png, which is not a file"),
         (["path,split", "1.png,test", "2.png,val"], r"no row's split is train \(found test, val\)"),
     ],
@@ -336,6 +369,39 @@ def test_classes_that_differ_by_case_alone_are_told(tmp_path: Path) -> None:
     assert f"column label; {told}" in list_images(manifest).note
     pairs = [(tmp_path / f"{number}.png", label) for number, label in zip("123", ("Cat", "cat", "dog"), strict=True)]
     assert told in list_images(pairs).note.split("; ")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("no tumor", "no  tumor"), ("no tumor", "no\xa0tumor"), ("L\xe9sion", "Le\u0301sion")]
+)
+@pytest.mark.parametrize(("column", "things"), [("label", "classes"), ("patient", "groups")])
+def test_names_that_look_alike_are_told(tmp_path: Path, one: str, other: str, column: str, things: str) -> None:
+    touch(tmp_path, "1.png", "2.png", "3.png")
+    manifest = csv(tmp_path / "m.csv", f"path,{column}", f"1.png,{one}", f"2.png,{other}", "3.png,dog")
+    first, second = sorted((one, other))
+    told = f"warning: {first!a} and {second!a} are two {things}, though they differ only in spaces"
+    assert told in list_images(manifest).note
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "null", "NA", "n/a", "#N/A", "<NA>"])
+def test_words_for_nothing_are_labels_and_groups_with_a_warning(tmp_path: Path, word: str) -> None:
+    touch(tmp_path, "1.png", "2.png", "3.png")
+    manifest = csv(tmp_path / "m.csv", "path,label,group", "1.png,a,p1", f"2.png,{word},p2", f"3.png,{word},{word}")
+    note = list_images(manifest).note
+    assert f"warning: 2 images of the label {word}: if it means that there is none, leave it empty" in note
+    assert f"warning: 1 image of the group {word}: if it means that there is none, give each of these" in note
+
+
+def test_a_class_folder_may_be_called_none(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{kind}/{i}.png" for kind in ("none", "scratch") for i in range(10)))
+    assert "warning" not in list_images(tmp_path, group="folder").note
+
+
+def test_as_many_labels_as_images_are_told(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(12)]
+    touch(tmp_path, *names)
+    manifest = csv(tmp_path / "m.csv", "path,target", *(f"{name},5{place}.3" for place, name in enumerate(names)))
+    assert "warning: each of 12 images has a label of its own: are these classes?" in list_images(manifest).note
 
 
 def test_an_image_without_a_label_is_another_thing_than_any_label(tmp_path: Path) -> None:

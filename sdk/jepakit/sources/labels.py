@@ -10,6 +10,7 @@ from pathlib import Path
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
+from jepakit.sources.doubts import doubts_about_labels
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import RULES, check_rule, look_up_some, read_table
@@ -28,8 +29,9 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 
     Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
-    labels, note = _choose(found, check_rule("labels", rule, column="label"), embedding=embedding)
-    note = joined(note, _alike(labels))
+    rule = check_rule("labels", rule, column="label")
+    labels, note = _choose(found, rule, embedding=embedding)
+    note = joined(note, doubts_about_labels(labels, written=not _by_folders(found, rule)))
     if labels is None or None not in labels:
         return labels, note
     n_images, n_labelled = len(labels), len(labels) - labels.count(None)
@@ -49,13 +51,9 @@ def names_pieces(rule: str | Path) -> bool:
     )
 
 
-def _alike(labels: Labels) -> str:
-    """A remark on classes that differ only in upper and lower case; empty if there are none."""
-    spellings: dict[str, str] = {}
-    for label in sorted(filter(None, set(labels or ()))):
-        if (first := spellings.setdefault(label.casefold(), label)) != label:
-            return f"warning: {first} and {label} are two classes, though only their letters' case differs"
-    return ""
+def _by_folders(found: Found, rule: str) -> bool:
+    """Whether folders decide about the labels, and not a table or the source's own labels."""
+    return rule == "folder" or (rule == "auto" and not found.label_note)
 
 
 def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
@@ -67,7 +65,7 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
         if strangers:
             note += f" ({counted(len(strangers), 'row')} of no image here, {min(strangers)} first)"
         return listed, note
-    if rule == "auto" and found.label_note:
+    if not _by_folders(found, rule):
         return found.labels, found.label_note
     if found.folders is None:
         if rule == "folder":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._messages import counted
+from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
 from jepakit.sources.files import Files, not_files
 from jepakit.sources.store import Found, repeated
@@ -30,6 +30,7 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool, with_sp
     _check_paths(file, root, ids)
     labels, label_note = _labels(table)
     held_out, note = _held_out(file, table)
+    unused = f"columns not used: {first_few(table.unused, 4)}" if table.unused else ""
     return Found(
         Files(root, ids),
         ids,
@@ -39,7 +40,7 @@ def find_in_manifest(file: str, *, with_labels: bool, with_groups: bool, with_sp
         groups=tuple(table.columns["group"]) if "group" in table.columns else None,
         group_note=_describe(table, "group", "group"),
         held_out=held_out,
-        note=note,
+        note=joined(note, unused),
     )
 
 
@@ -73,9 +74,12 @@ def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
     if splits is None:
         return None, ""
     held_out = np.array([split.casefold() not in ("train", "training") for split in splits])
+    name = table.names["split"]
+    if held_out.all() and name.casefold() != "split":
+        return None, f"the manifest's column {name} names no train, so it is taken for no split"
     if held_out.all():
         raise DataError(
-            f"{file}: no row's {table.names['split']} is train (found {', '.join(sorted(set(splits))[:6])}): "
+            f"{file}: no row's {name} is train (found {', '.join(sorted(set(splits))[:6])}): "
             "write train in the rows to train on, or drop the column"
         )
     if not held_out.any():

@@ -23,23 +23,25 @@ TABLES = (".csv", ".tsv", ".parquet")
 RULES = ("auto", "folder", "none")
 """Where labels or groups come from, if not from a table file."""
 COLUMNS = {
-    "path": ("path", "file", "filename", "filepath", "image", "image_path"),
+    "path": ("path", "file", "filename", "filepath", "image", "imagepath"),
     "label": ("label", "class", "target", "category"),
-    "group": ("group", "patient", "patient_id", "scene", "slide"),
-    "split": ("split",),
+    "group": ("group", "patient", "patientid", "subject", "subjectid", "caseid", "scene", "slide"),
+    "split": ("split", "set", "subset", "partition"),
 }
-"""The roles of columns, and the names that each may have; the first one present is used."""
+"""The roles of columns, and the names that each may have; the first one present is used. Names are compared in lower
+case, without spaces, "_" and "-": `Patient ID` is `patientid`."""
 
-_WHOLE = re.compile(r"[+-]?\d+\.0+")
+_WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 Rows = Iterator[tuple[int, list[str]]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by role, all of the same length; `names` are their names in the file."""
+    """Columns by role, all of the same length; `names` are their names in the file, `unused` those of no role."""
 
     columns: dict[str, list[str]]
     names: dict[str, str]
+    unused: list[str]
 
 
 def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
@@ -57,10 +59,10 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
                 f"{file} has no column {role!r} (nor {', '.join(COLUMNS[role][1:])}); "
                 f"its columns are {', '.join(header)}{hint or f': rename the one that is meant to {role}'}"
             )
-    names = [name.casefold() for name in header]
-    twice = [header[place] for place in places.values() if names.count(names[place]) > 1]
-    if twice:
-        raise DataError(f"{file} has two columns named {twice[0]!r}: rename or drop one")
+    for place in places.values():
+        same = [name for name in header if _plain(name) == _plain(header[place])]
+        if len(same) > 1:
+            raise DataError(f"{file} has two columns named {same[0]!r} and {same[1]!r}: rename or drop one")
     columns: dict[str, list[str]] = {role: [] for role in places}
     for number, values in rows(list(places.values())):
         for role, value in zip(places, values, strict=True):
@@ -73,7 +75,9 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
         raise DataError(f"{file} has a header but no rows")
     for role in {"label", "group"} & columns.keys():
         columns[role] = _without_points(columns[role])
-    return Table(columns, {role: header[place] for role, place in places.items()})
+    known = {_find_column(header, role) for role in COLUMNS}
+    unused = [name for place, name in enumerate(header) if name and place not in known]
+    return Table(columns, {role: header[place] for role, place in places.items()}, unused)
 
 
 def is_rule(rule: str) -> bool:
@@ -182,8 +186,13 @@ def _speller(files: Files, file: str) -> Callable[[int], list[str]]:
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
-    names = [name.casefold() for name in header]
+    names = [_plain(name) for name in header]
     return next((names.index(name) for name in COLUMNS[role] if name in names), None)
+
+
+def _plain(name: str) -> str:
+    """A column's name as it is compared."""
+    return re.sub(r"[\s_-]", "", name).casefold()
 
 
 def _open_csv(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows]]:
@@ -265,7 +274,7 @@ def _texts(file: str, name: str, values: Sequence[Any]) -> list[str]:
 
 
 def _without_points(cells: list[str]) -> list[str]:
-    """Whole numbers without the decimal point: pandas writes 1 as 1.0 if another cell of the column is empty."""
+    """Whole numbers without the decimal point: pandas writes 1 as 1.0 if another cell of the column was empty."""
     if not all(_WHOLE.fullmatch(cell) for cell in cells if cell):
         return cells
     return [cell.partition(".")[0] for cell in cells]
