@@ -406,7 +406,7 @@ def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path) -> Non
     ("counts", "labelled", "note"),
     [
         ({"cat": 10, "dog": 12}, True, "2 folders are classes (cat, dog)"),
-        ({"cat": 10, "dog": 9}, False, "a folder holds 9 images"),
+        ({"cat": 10, "dog": 9}, False, "no labels: the folder dog holds 9 images (classes have 10 or more; labels folder takes any number)"),
         ({"cat": 30}, False, "1 first-level folders"),
         ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES)}, True, "50 folders are classes (c00, c01, c02, c03, c04, c05 and 44 more)"),
         ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES + 1)}, False, "51 first-level folders"),
@@ -453,7 +453,14 @@ def test_none_gives_no_labels(tmp_path: Path) -> None:
     assert (listed.labels, listed.note) == (None, "no labels, as requested")
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("Training", "VAL"), ("train", "valid", "test")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "test"), ("Training", "VAL"), ("train", "valid", "test"), ("train2017", "val2017"), ("train", "test", "dev"),
+        ("train", "val", "test", "unlabeled"), ("images_train", "images_test"), ("fold1", "fold2", "fold3"), ("trainA", "testA"),
+        ("labeled", "unlabeled"), ("holdout", "train_images"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rule", ["auto", "folder"])
 def test_folders_named_like_splits_are_not_taken_for_classes(tmp_path: Path, names: Sequence[str], rule: Any) -> None:
     classes(tmp_path, dict.fromkeys(names, 10))
@@ -462,8 +469,71 @@ def test_folders_named_like_splits_are_not_taken_for_classes(tmp_path: Path, nam
     assert list_images(tmp_path, "none").labels is None
 
 
-def test_a_class_may_be_called_test_among_others(tmp_path: Path) -> None:
-    assert list_images(classes(tmp_path, {"test": 10, "control": 10})).labels is not None
+@pytest.mark.parametrize("names", [("train", "test", "ground_truth"), ("train", "val", "extra")])
+def test_several_splits_beside_other_folders_are_classes_only_by_order(tmp_path: Path, names: Sequence[str]) -> None:
+    classes(tmp_path, dict.fromkeys(names, 10))
+    with pytest.raises(DataError, match=r"look like splits, not classes: .*, or labels folder if they are classes"):
+        list_images(tmp_path)
+    assert set(list_images(tmp_path, "folder").labels or ()) == set(names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test", "control"), ("bullet train", "steam train"), ("mask", "no_mask"), ("with_mask", "without_mask"), ("fold", "label"),
+        ("skin fold", "wrist fold"), ("label", "cap", "scratch"), ("left", "right"), ("valid", "invalid"), ("1", "2"), ("good", "thumb"),
+    ],
+)  # fmt: skip
+def test_classes_may_have_a_name_that_is_usual_for_something_else(tmp_path: Path, names: Sequence[str]) -> None:
+    listed = list_images(classes(tmp_path, dict.fromkeys(names, 10)))
+    assert set(listed.labels or ()) == set(names)
+    assert "warning" not in listed.note
+
+
+@pytest.mark.parametrize(
+    ("pictures", "beside"),
+    [
+        (("images",), "masks"), (("originals",), "thumbnails"), (("JPEGImages",), "SegmentationClass"), (("leftImg8bit",), "gtFine"),
+        (("train",), "train_masks"), (("cat", "dog"), "ground_truth"), (("cat", "dog"), "thumbnails"), (("raw", "Dogs"), "labels"),
+    ],
+)  # fmt: skip
+def test_folders_of_what_belongs_to_other_images_are_no_classes(
+    tmp_path: Path, pictures: Sequence[str], beside: str
+) -> None:
+    classes(tmp_path, dict.fromkeys([*pictures, beside], 10))
+    listed, warning = list_images(tmp_path), f"warning: 10 files in {beside} count as images, too"
+    assert listed.labels is None
+    assert listed.note.startswith(
+        f"no labels: what lies in {beside} seems to belong to the images beside it (masks, thumbnails)"
+    )
+    assert warning in listed.note
+    assert warning in list_images(tmp_path, "none").note
+    assert gather(tmp_path).labels is None
+    assert set(list_images(tmp_path, "folder").labels or ()) == {*pictures, beside}
+    assert "warning" not in list_images(tmp_path, "folder").note
+
+
+@pytest.mark.parametrize("around", ["dataset", "train", "a/b c"])
+def test_a_lone_folder_around_the_classes_is_passed_through(tmp_path: Path, around: str) -> None:
+    classes(tmp_path / around, {"cat": 10, "dog": 12})
+    touch(tmp_path, f"{around}/dog/deeper/1.png")
+    for listed in (list_images(tmp_path), gather(tmp_path), list_images(tmp_path, "folder"), *archived(tmp_path)[:1]):
+        assert (listed.labels or ()).count("cat") == 10
+        assert (listed.labels or ()).count("dog") == 13
+        assert f"2 folders in {around} are classes (cat, dog)" in listed.note
+
+
+def test_a_lone_folder_that_holds_images_is_a_class(tmp_path: Path) -> None:
+    touch(tmp_path, "set/cat/1.png", "set/cat/2.png")
+    assert gather(tmp_path).labels == ("cat", "cat")
+    touch(tmp_path, "set/3.png")
+    assert gather(tmp_path).labels == ("set", "set", "set")
+
+
+def test_splits_in_a_lone_folder_are_no_classes(tmp_path: Path) -> None:
+    classes(tmp_path / "set", {"train": 10, "test": 10})
+    with pytest.raises(DataError, match="the folders test, train look like splits"):
+        list_images(tmp_path)
 
 
 # The digest

@@ -11,12 +11,12 @@ from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
 from jepakit.sources.doubts import doubts_about_labels
+from jepakit.sources.layout import companions, splits, wrapper
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.store import Found
 from jepakit.sources.table import RULES, check_rule, look_up_some, read_table
 
 MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
-_SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 Labels = tuple[str | None, ...] | None
 
@@ -32,6 +32,8 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     rule = check_rule("labels", rule, column="label")
     labels, note = _choose(found, rule, embedding=embedding)
     note = joined(note, doubts_about_labels(labels, written=not _by_folders(found, rule)))
+    if not embedding and rule != "folder":
+        note = joined(note, _companions_count(found))
     if labels is None or None not in labels:
         return labels, note
     n_images, n_labelled = len(labels), len(labels) - labels.count(None)
@@ -54,6 +56,18 @@ def names_pieces(rule: str | Path) -> bool:
 def _by_folders(found: Found, rule: str) -> bool:
     """Whether folders decide about the labels, and not a table or the source's own labels."""
     return rule == "folder" or (rule == "auto" and not found.label_note)
+
+
+def _companions_count(found: Found) -> str:
+    """A warning about what lies beside the images in folders of its own, and trains like them; empty if nothing does."""
+    if found.folders is None:
+        return ""
+    counts = Counter(_tops(found.folders, wrapper(found.folders)))
+    beside = companions(sorted(filter(None, counts)))
+    if not beside:
+        return ""
+    number = counted(sum(counts[name] for name in beside), "file")
+    return f"warning: {number} in {first_few(beside, 3)} count as images, too: name the others alone (their folder, a glob or a manifest)"
 
 
 def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
@@ -81,8 +95,8 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
 
 
 def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[tuple[str, ...] | None, str]:
-    # One string per class, not one per image.
-    tops = [sys.intern(name.partition("/")[0]) if "/" in name else None for name in names]
+    around = wrapper(names)
+    tops = _tops(names, around)
     counts = Counter(tops)
     if None in counts:
         stray = names[tops.index(None)]
@@ -90,14 +104,46 @@ def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tupl
             raise DataError(f"{stray} is in no class folder: move it into one, or use labels none")
         return None, f"no labels: images lie outside class folders ({counts[None]:,} of {len(names):,}, {stray} first)"
     classes = sorted(str(name) for name in counts)
-    if {name.lower() for name in classes} <= _SPLIT_NAMES and len(classes) > 1:
+    _refuse_splits(classes, rule)
+    if rule == "auto" and (why_not := _no_classes(classes, counts, any_number=any_number)):
+        return None, f"no labels: {why_not}"
+    inside = f" in {around.rstrip('/')}" if around else ""
+    note = f"labels: {len(classes)} folders{inside} are classes ({first_few(classes, 6)})"
+    return tuple(str(top) for top in tops), note
+
+
+def _tops(names: Sequence[str], around: str) -> list[str | None]:
+    """The folder of each image below `around`; None for an image in no folder there."""
+    inner = (name[len(around) :].partition("/") for name in names)
+    # One string per class, not one per image.
+    return [sys.intern(top) if slash else None for top, slash, _ in inner]
+
+
+def _refuse_splits(classes: Sequence[str], rule: str) -> None:
+    """Raise DataError if folders are splits; asked for as classes, they may be some of them, but not all."""
+    found = splits(classes)
+    if found and (rule == "auto" or len(found) == len(classes)):
+        forced = "" if len(found) == len(classes) else ", or labels folder if they are classes"
         raise DataError(
-            f"the folders {', '.join(classes)} look like splits, not classes: name one of them, or use labels none"
+            f"the folders {first_few(found, 6)} look like splits, not classes: name one of them, or use labels none{forced}"
         )
-    if rule == "auto" and not any_number:
-        fewest = min(counts.values())
-        if not MIN_CLASSES <= len(classes) <= MAX_CLASSES:
-            return None, f"no labels: {len(classes)} first-level folders (classes are {MIN_CLASSES} to {MAX_CLASSES})"
-        if fewest < MIN_IMAGES_PER_CLASS:
-            return None, f"no labels: a folder holds {fewest} images (classes have {MIN_IMAGES_PER_CLASS} or more)"
-    return tuple(str(top) for top in tops), f"labels: {len(classes)} folders are classes ({first_few(classes, 6)})"
+
+
+def _no_classes(classes: Sequence[str], counts: Counter[str | None], *, any_number: bool) -> str:
+    """Why folders are not taken as classes; empty if they are."""
+    if beside := companions(classes):
+        return (
+            f"what lies in {first_few(beside, 3)} seems to belong to the images beside it (masks, thumbnails), so folders are no "
+            "classes (labels folder takes them as such)"
+        )
+    if any_number:
+        return ""
+    if not MIN_CLASSES <= len(classes) <= MAX_CLASSES:
+        return f"{len(classes)} first-level folders (classes are {MIN_CLASSES} to {MAX_CLASSES}; labels folder takes any number)"
+    smallest = min(classes, key=lambda name: counts[name])
+    if counts[smallest] < MIN_IMAGES_PER_CLASS:
+        return (
+            f"the folder {smallest} holds {counted(counts[smallest], 'image')} (classes have {MIN_IMAGES_PER_CLASS} or more; "
+            "labels folder takes any number)"
+        )
+    return ""

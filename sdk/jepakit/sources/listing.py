@@ -39,9 +39,10 @@ def list_images(
     images     a folder (recursive) or a glob (sorted by name), a file, a list of paths or of (path, label) (in its own
                order), a manifest (.csv, .tsv, .parquet), one or many .tar shards, a ZIP, or a sequence or map-style
                dataset of arrays, Pillow images, bytes or (image, label)
-    labels     "auto": the source's own (manifest, shards, dataset), else the first-level folders if all images lie in
-               2 to 50 of them with at least 10 images each; "folder": any number of first-level folders; "none"; or a
-               table file with the columns path and label, whose paths may be the ids of tiles
+    labels     "auto": the source's own (manifest, shards, dataset), else the first-level folders (or those in a lone one)
+               if all images lie in 2 to 50 of them with at least 10 images each and their names may be classes;
+               "folder": any number of such folders; "none"; or a table file with the columns path and label, whose
+               paths may be the ids of tiles
     group      images that stay together when some are held out. "auto": the manifest's groups, else the patients of
                DICOM files; "folder": the folder of each image; "none"; or a table file with path and group
     tile       side in pixels of the tiles to cut scenes into; neighbours share `overlap` pixels
@@ -53,7 +54,7 @@ def list_images(
                share of the files to be cut into tiles or frames that may be left out because they cannot be opened;
                with 0, ImageError names the first
 
-    Hidden files, bundles and saved embeddings are ignored; nothing is decoded. Raises DataError when there is nothing
+    Hidden files, system folders and what jepakit wrote (bundles, runs, ...) are ignored; nothing is decoded. Raises DataError when there is nothing
     to read or the source contradicts itself, ConfigError for settings that are wrong in themselves.
     """
     return _list(
@@ -80,8 +81,8 @@ def gather(
 ) -> ImageList:
     """`list_images` for the input of `embed`, which may also be a single image in memory.
 
-    labels    "auto": the source's own, else any number of first-level folders, but no labels if an image lies outside
-              them; "folder": only those folders; "none"; or a table file
+    labels    "auto": the source's own, else any number of first-level folders (or of those in a lone one), but no labels if
+              an image lies outside them; "folder": only those folders; "none"; or a table file
     progress  show progress, assumptions and what was left out on standard error
     """
     one = is_one_image(images) and not isinstance(images, str | Path)

@@ -1,0 +1,70 @@
+"""What folders' names say: which may be classes, and which are splits, wrappers, or hold what belongs to other images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+_SPLIT = frozenset({
+    "train", "training", "trainset", "val", "valid", "validation", "test", "testing", "testset", "dev", "eval", "evaluation",
+    "holdout", "heldout", "labeled", "labelled", "unlabeled", "unlabelled", "fold", "folds",
+})  # fmt: skip
+"""Words of the names of splits: `train2017`, `images_test`, `fold3`. All their words are of these or of `_PICTURES`."""
+_PICTURES = frozenset({
+    "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpeg", "jpegs", "jpg", "jpgs", "png", "pngs",
+    "tif", "tiff", "rgb", "bit", "raw", "original", "originals", "input", "inputs", "scan", "scans", "left", "right",
+    "set", "data", "dataset",
+})  # fmt: skip
+"""Words of the names of folders of images of any class: `JPEGImages`, `originals`, `leftImg8bit`. All their words are of these."""
+_BESIDE = frozenset({
+    "mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "truth", "gt", "seg", "segs",
+    "segmentation", "segmentations", "thumb", "thumbs", "thumbnail", "thumbnails", "preview", "previews",
+})  # fmt: skip
+"""Words of the names of what belongs to the images in such a folder, or in `train`, beside it: `masks`, `gtFine`. Beside
+others it may be a class: a defect `label`, faces with `mask` and `no_mask`."""
+_NEVER_A_CLASS = frozenset({
+    "ground", "truth", "groundtruth", "annotation", "annotations", "thumbnail", "thumbnails"
+})  # fmt: skip
+"""The same beside any folder, for names with no other word: `ground_truth`, `thumbnails`."""
+_WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+")
+
+
+def wrapper(names: Sequence[str]) -> str:
+    """The path, ending in "/", of the lone folders around all folders of images, such as the one folder of a ZIP.
+
+    Empty if there are several folders at the top; a folder that holds images itself wraps nothing.
+    """
+    around = _folder_of(os.path.commonprefix([min(names), max(names)]))  # noqa: RUF071 (cut at a "/")
+    holds_images = any(name.find("/", len(around)) < 0 for name in names)
+    return _folder_of(around[:-1]) if holds_images else around
+
+
+def splits(folders: Sequence[str]) -> list[str]:
+    """Those of the folders, two or more, that are named like parts of a data set."""
+    found = [name for name in folders if _is_split(_words(name))]
+    return found if len(found) > 1 else []
+
+
+def companions(folders: Sequence[str]) -> list[str]:
+    """Those of several folders that seem to hold masks, thumbnails or the like of the images in the others."""
+    if len(folders) < 2:
+        return []
+    words = {name: _words(name) for name in folders}
+    with_pictures = any(each <= _PICTURES | {"train", "training"} for each in words.values() if each)
+    beside = [
+        name for name, each in words.items() if (with_pictures and each & _BESIDE) or (each and each <= _NEVER_A_CLASS)
+    ]
+    return beside if len(beside) < len(folders) else []
+
+
+def _is_split(words: frozenset[str]) -> bool:
+    return bool(words & _SPLIT) and words <= _SPLIT | _PICTURES
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in _WORD.findall(name) if len(word) > 1)
+
+
+def _folder_of(path: str) -> str:
+    return path[: path.rfind("/") + 1]
