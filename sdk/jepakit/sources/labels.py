@@ -10,9 +10,9 @@ from pathlib import Path
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
-from jepakit.sources.doubts import doubts_about_labels
 from jepakit.sources.layout import companions, splits, wrapper
 from jepakit.sources.patients import folders_are_patients
+from jepakit.sources.remarks import remarks_on_labels
 from jepakit.sources.store import Found
 from jepakit.sources.table import RULES, check_rule, look_up_some, read_table
 
@@ -31,7 +31,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     """
     rule = check_rule("labels", rule, column="label")
     labels, note = _choose(found, rule, embedding=embedding)
-    note = joined(note, doubts_about_labels(labels, written=not _by_folders(found, rule)))
+    note = joined(note, remarks_on_labels(labels, written=not _by_folders(found, rule)))
     if not embedding and rule != "folder":
         note = joined(note, _companions_count(found))
     if labels is None or None not in labels:

@@ -11,13 +11,13 @@ from jepakit._messages import joined
 from jepakit._one_line import one_line
 from jepakit._progress import shown
 from jepakit.errors import DataError
-from jepakit.sources.doubts import doubts_about_groups
 from jepakit.sources.files import Files
 from jepakit.sources.find import LISTED, find
 from jepakit.sources.groups import choose_groups
 from jepakit.sources.imagelist import ImageList
 from jepakit.sources.labels import choose_labels, names_pieces
 from jepakit.sources.memory import is_one_image
+from jepakit.sources.remarks import remarks_on_groups
 from jepakit.sources.store import Found, repeated
 from jepakit.sources.tiles import Cut, cut_into_pieces
 
@@ -121,8 +121,8 @@ def _list(
     of_pieces = cut.cuts and names_pieces(labels)
     chosen, label_note = (None, "") if of_pieces else choose_labels(found, labels, embedding=embedding)
     groups, group_note = choose_groups(found, group)
-    group_doubts = doubts_about_groups(groups, written=group != "folder")
-    note = joined(label_note, group_note, group_doubts, found.note)
+    group_remarks = remarks_on_groups(groups, written=group != "folder")
+    note = joined(label_note, group_note, group_remarks, found.note)
     images = ImageList(found.ids, chosen, groups, found.held_out, note, found.store)
     pieces = cut_into_pieces(images, cut, most_skipped=most_skipped)
     if not of_pieces:

@@ -12,7 +12,7 @@ _MISSING = frozenset({"nan", "none", "null", "na", "n/a", "#n/a", "<na>"})
 _FEW = 10
 
 
-def doubts_about_labels(labels: Sequence[str | None] | None, *, written: bool) -> str:
+def remarks_on_labels(labels: Sequence[str | None] | None, *, written: bool) -> str:
     """A remark on labels; empty if there is nothing to say.
 
     written  whether somebody wrote them into a table or a list: a folder called `none` is meant
@@ -22,7 +22,7 @@ def doubts_about_labels(labels: Sequence[str | None] | None, *, written: bool) -
     return joined(_alike(given, "classes"), missing, _all_different(given))
 
 
-def doubts_about_groups(groups: Sequence[str] | None, *, written: bool) -> str:
+def remarks_on_groups(groups: Sequence[str] | None, *, written: bool) -> str:
     """The same of groups."""
     given = Counter(groups or ())
     missing = _missing(given, "group", "give each of these images a group of its own") if written else ""
