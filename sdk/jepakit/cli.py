@@ -241,7 +241,9 @@ def sweep(
     )
     for given in ("images", "out"):  # a run's config.toml has them
         settings.pop(given, None)
-    varied = dict(map(_varied, vary))
+    varied: dict[str, list[Any]] = {}
+    for key, values in map(_varied, vary):
+        varied.setdefault(key, []).extend(values)
     if dry_run:
         _print_estimates(dry_sweep(_source(images), out=out, vary=varied, **settings), as_json=as_json)
         return
@@ -262,6 +264,7 @@ def sweep(
 def _varied(given: str) -> tuple[str, list[Any]]:
     """A setting and its values from `lamb=0.02,0.05`; values are parsed as TOML, else taken as plain strings."""
     key, equals, text = given.partition("=")
+    key = key.strip()
     if not equals or not text:
         raise ConfigError(f"--vary {given}: write KEY=VALUE,VALUE, e.g. --vary unfreeze=auto,all")
     try:

@@ -81,6 +81,11 @@ def test_the_command_refuses_a_wrong_value_at_once(tmp_path: Path, given: str, w
     assert told.stderr.count("\n") == 1
 
 
+def test_values_of_a_setting_that_is_named_twice_are_joined(tmp_path: Path) -> None:
+    asked = ["sweep", str(tmp_path), "--out", str(tmp_path / "out"), "--vary", "lamb=0.1", "--vary", "lamb = 0.1"]
+    assert "two of the sweep's runs would be called lamb=0.1" in str(CliRunner().invoke(app, asked).exception)
+
+
 def test_what_is_wrong_in_all_runs_is_told_without_a_combination(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^views = 3: "):
         jepakit.sweep(tmp_path, out=tmp_path / "out", vary={"views.hue": [0.1]}, views=3)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from pathlib import Path
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
-from jepakit.sources.layout import companions, splits, wrapper
+from jepakit.sources.layout import PLAIN_SPLITS, companions, splits, wrapper
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.remarks import remarks_on_labels
 from jepakit.sources.store import Found
@@ -95,7 +95,7 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
 
 
 def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[tuple[str, ...] | None, str]:
-    around = wrapper(names)
+    around = wrapper(names) if rule == "auto" and not any_number else ""
     tops = _tops(names, around)
     counts = Counter(tops)
     if None in counts:
@@ -120,12 +120,13 @@ def _tops(names: Sequence[str], around: str) -> list[str | None]:
 
 
 def _refuse_splits(classes: Sequence[str], rule: str) -> None:
-    """Raise DataError if folders are splits; asked for as classes, they may be some of them, but not all."""
+    """Raise DataError if folders are splits; asked for as classes, they are refused only if none has a name of a class."""
     found = splits(classes)
-    if found and (rule == "auto" or len(found) == len(classes)):
-        forced = "" if len(found) == len(classes) else ", or labels folder if they are classes"
+    are_plain = len(classes) > 1 and {name.lower() for name in classes} <= PLAIN_SPLITS
+    if (found and rule == "auto") or are_plain:
+        forced = "" if are_plain else ", or labels folder if they are classes"
         raise DataError(
-            f"the folders {first_few(found, 6)} look like splits, not classes: name one of them, or use labels none{forced}"
+            f"the folders {first_few(found or classes, 6)} look like splits, not classes: name one of them, or use labels none{forced}"
         )
 
 

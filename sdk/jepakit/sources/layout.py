@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 _SPLIT = frozenset({
     "train", "training", "trainset", "val", "valid", "validation", "test", "testing", "testset", "dev", "eval", "evaluation",
-    "holdout", "heldout", "labeled", "labelled", "unlabeled", "unlabelled", "fold", "folds",
+    "holdout", "heldout", "fold", "folds",
 })  # fmt: skip
 """Words of the names of splits: `train2017`, `images_test`, `fold3`. All their words are of these or of `_PICTURES`."""
+PLAIN_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+"""Names that no class has."""
 _PICTURES = frozenset({
     "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpeg", "jpegs", "jpg", "jpgs", "png", "pngs",
     "tif", "tiff", "rgb", "bit", "raw", "original", "originals", "input", "inputs", "scan", "scans", "left", "right",
@@ -23,11 +25,9 @@ _BESIDE = frozenset({
 })  # fmt: skip
 """Words of the names of what belongs to the images in such a folder, or in `train`, beside it: `masks`, `gtFine`. Beside
 others it may be a class: a defect `label`, faces with `mask` and `no_mask`."""
-_NEVER_A_CLASS = frozenset({
-    "ground", "truth", "groundtruth", "annotation", "annotations", "thumbnail", "thumbnails"
-})  # fmt: skip
-"""The same beside any folder, for names with no other word: `ground_truth`, `thumbnails`."""
-_WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+")
+_NEVER_A_CLASS = frozenset({"ground_truth", "groundtruth", "annotations", "thumbnails"})
+"""Whole names of the same, beside any folder."""
+_WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+")
 
 
 def wrapper(names: Sequence[str]) -> str:
@@ -53,7 +53,7 @@ def companions(folders: Sequence[str]) -> list[str]:
     words = {name: _words(name) for name in folders}
     with_pictures = any(each <= _PICTURES | {"train", "training"} for each in words.values() if each)
     beside = [
-        name for name, each in words.items() if (with_pictures and each & _BESIDE) or (each and each <= _NEVER_A_CLASS)
+        name for name, each in words.items() if (with_pictures and each & _BESIDE) or name.lower() in _NEVER_A_CLASS
     ]
     return beside if len(beside) < len(folders) else []
 
@@ -63,7 +63,7 @@ def _is_split(words: frozenset[str]) -> bool:
 
 
 def _words(name: str) -> frozenset[str]:
-    return frozenset(word.lower() for word in _WORD.findall(name) if len(word) > 1)
+    return frozenset(word.lower() for word in _WORD.findall(name) if len(word) > 1 or not word.isascii())
 
 
 def _folder_of(path: str) -> str:

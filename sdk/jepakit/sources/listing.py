@@ -41,7 +41,7 @@ def list_images(
                dataset of arrays, Pillow images, bytes or (image, label)
     labels     "auto": the source's own (manifest, shards, dataset), else the first-level folders (or those in a lone one)
                if all images lie in 2 to 50 of them with at least 10 images each and their names may be classes;
-               "folder": any number of such folders; "none"; or a table file with the columns path and label, whose
+               "folder": any number of first-level folders; "none"; or a table file with the columns path and label, whose
                paths may be the ids of tiles
     group      images that stay together when some are held out. "auto": the manifest's groups, else the patients of
                DICOM files; "folder": the folder of each image; "none"; or a table file with path and group
@@ -81,7 +81,7 @@ def gather(
 ) -> ImageList:
     """`list_images` for the input of `embed`, which may also be a single image in memory.
 
-    labels    "auto": the source's own, else any number of first-level folders (or of those in a lone one), but no labels if
+    labels    "auto": the source's own, else any number of first-level folders, but no labels if
               an image lies outside them; "folder": only those folders; "none"; or a table file
     progress  show progress, assumptions and what was left out on standard error
     """

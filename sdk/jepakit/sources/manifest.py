@@ -75,8 +75,6 @@ def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
         return None, ""
     held_out = np.array([split.casefold() not in ("train", "training") for split in splits])
     name = table.names["split"]
-    if held_out.all() and name.casefold() != "split":
-        return None, f"the manifest's column {name} names no train, so it is taken for no split"
     if held_out.all():
         raise DataError(
             f"{file}: no row's {name} is train (found {', '.join(sorted(set(splits))[:6])}): "

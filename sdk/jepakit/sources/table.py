@@ -23,13 +23,13 @@ TABLES = (".csv", ".tsv", ".parquet")
 RULES = ("auto", "folder", "none")
 """Where labels or groups come from, if not from a table file."""
 COLUMNS = {
-    "path": ("path", "file", "filename", "filepath", "image", "imagepath"),
+    "path": ("path", "file", "filename", "filepath", "image", "image_path"),
     "label": ("label", "class", "target", "category"),
-    "group": ("group", "patient", "patientid", "subject", "subjectid", "caseid", "scene", "slide"),
-    "split": ("split", "set", "subset", "partition"),
+    "group": ("group", "patient", "patient_id", "scene", "slide"),
+    "split": ("split",),
 }
-"""The roles of columns, and the names that each may have; the first one present is used. Names are compared in lower
-case, without spaces, "_" and "-": `Patient ID` is `patientid`."""
+"""The roles of columns, and the names that each may have; the first one present is used, in any case. If none is, one
+that differs from them only in spaces, "_" and "-" is: `Patient ID`, `PatientID`."""
 
 _WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 Rows = Iterator[tuple[int, list[str]]]
@@ -60,7 +60,7 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
                 f"its columns are {', '.join(header)}{hint or f': rename the one that is meant to {role}'}"
             )
     for place in places.values():
-        same = [name for name in header if _plain(name) == _plain(header[place])]
+        same = [name for name in header if name.casefold() == header[place].casefold()]
         if len(same) > 1:
             raise DataError(f"{file} has two columns named {same[0]!r} and {same[1]!r}: rename or drop one")
     columns: dict[str, list[str]] = {role: [] for role in places}
@@ -186,8 +186,12 @@ def _speller(files: Files, file: str) -> Callable[[int], list[str]]:
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
-    names = [_plain(name) for name in header]
-    return next((names.index(name) for name in COLUMNS[role] if name in names), None)
+    for spelt in (str.casefold, _plain):
+        names = [spelt(name) for name in header]
+        found = next((names.index(spelt(name)) for name in COLUMNS[role] if spelt(name) in names), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _plain(name: str) -> str:
