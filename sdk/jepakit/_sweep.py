@@ -26,11 +26,12 @@ from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import judge_best
 from jepakit.run import START, Run, is_run
 
+_VIEWS = tuple(f"views.{name}" for name in ViewsConfig.model_fields)
 # These change neither the start nor what it is measured on, so the runs can be compared.
 _VARIABLE = (
     "domain", "steps", "epochs", "batch_size", "unfreeze", "lora_rank", "norm_statistics", "lamb", "lr", "layer_decay",
     "projector_lr", "weight_decay", "warmup", "clip_norm", "n_slices", "projector", "anchor", "mix", "average",
-    "average_over", *(f"views.{name}" for name in ViewsConfig.model_fields),
+    "average_over", *_VIEWS,
 )  # fmt: skip
 # These decide what is measured: they are the same in all runs of a sweep.
 _SHARED = (
@@ -70,7 +71,7 @@ def combinations(vary: Mapping[str, Sequence[Any]], settings: Mapping[str, Any])
 
 def _check(key: str, values: Sequence[Any], settings: Mapping[str, Any]) -> None:
     """ConfigError unless the setting `key` can vary over `values`."""
-    known = [*AdaptConfig.model_fields, *(f"views.{name}" for name in ViewsConfig.model_fields)]
+    known = [*AdaptConfig.model_fields, *_VIEWS]
     if key not in known:
         raise ConfigError(f"vary: unknown setting {key!r}{did_you_mean(key, known)}")
     if key not in _VARIABLE:

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -180,12 +181,8 @@ def adapt(
         estimate = run_dry(_source(images), **settings)
         print(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
         return
-    try:
+    with _exiting_when_stopped():
         run = run_adapt(_source(images), **settings)
-    except KeyboardInterrupt as stop:  # one with a message has been reported: where training stopped
-        if not str(stop):
-            print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") != "0":  # of several under a launcher one speaks
         return
     _report(run, as_json=as_json)
@@ -247,18 +244,25 @@ def sweep(
     if dry_run:
         _print_estimates(dry_sweep(_source(images), out=out, vary=varied, **settings), as_json=as_json)
         return
-    try:
+    with _exiting_when_stopped():
         found = run_sweep(_source(images), out=out, vary=varied, **settings)
-    except KeyboardInterrupt as stop:  # one with a message has been reported: where training stopped
-        if not str(stop):
-            print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
     _report_sweep(found, as_json=as_json)
     if found.failed:
         raise TrainingError(
             f"{counted(len(found.failed), 'run')} failed ({first_few(list(found.failed), 3)}): see the warnings above; the same command "
             "tries again"
         )
+
+
+@contextmanager
+def _exiting_when_stopped() -> Iterator[None]:
+    """A block of training that Ctrl-C ends with exit code 130, and with a word unless it has said where it stopped."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _varied(given: str) -> tuple[str, list[Any]]:

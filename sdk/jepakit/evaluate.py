@@ -252,8 +252,7 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
     if n == 1 or best.difference is None or best.low is None or best.high is None:
         return best
     wider = NormalDist().inv_cdf(1 - 0.025 / n) / _NORMAL_95
-    low = max(-1.0, best.difference - (best.difference - best.low) * wider)
-    high = min(1.0, best.difference + (best.high - best.difference) * wider)
+    _, low, high = _scaled((best.difference, best.low, best.high), wider)
     word: Word = "cannot tell"
     if low > 0:
         word, todo = "better", f"keep {name}"
@@ -479,9 +478,14 @@ def _student(degrees: ArrayLike) -> NDArray[np.float64]:
 
 def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
     """A mean and its 95 % interval, with `variance` added."""
-    mean, low, high = interval
+    _, low, high = interval
     known = ((high - low) / 2 / _NORMAL_95) ** 2
-    factor = float(np.sqrt(1 + variance / known))
+    return _scaled(interval, float(np.sqrt(1 + variance / known)))
+
+
+def _scaled(interval: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
+    """A mean and its interval, `factor` times as wide, within -1 to 1."""
+    mean, low, high = interval
     return mean, max(-1.0, mean - (mean - low) * factor), min(1.0, mean + (high - mean) * factor)
 
 

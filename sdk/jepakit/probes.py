@@ -124,7 +124,7 @@ class _Probe(ABC):
 
         Raises DataError for text where the classes are numbers, and the reverse.
         """
-        right, truth = self._judged(X, y)
+        _, right, truth = self._judged(X, y)
         if _is_text(truth) != _is_text(self.classes_):
             raise self._knows_none_of(truth)
         return float(right.mean())
@@ -134,12 +134,12 @@ class _Probe(ABC):
 
         Raises DataError when no label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
         """
-        right, truth = self._judged(X, y)
+        vectors, right, truth = self._judged(X, y)
         if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
             raise self._knows_none_of(truth)
         per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
         balanced = float(np.mean(list(per_class.values())))
-        n_fitted_on = int(np.isin(_digests(_vectors_of(X)), self.fitted_on_).sum())
+        n_fitted_on = int(np.isin(_digests(vectors), self.fitted_on_).sum())
         return ProbeReport(float(right.mean()), balanced, per_class, len(truth), n_fitted_on)
 
     def save(self, path: str | Path) -> None:
@@ -196,13 +196,13 @@ class _Probe(ABC):
         result: Labels = self.classes_[np.concatenate(places)]
         return result
 
-    def _judged(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[NDArray[np.bool_], Labels]:
-        """Whether the probe is right about each vector, and the labels."""
+    def _judged(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, NDArray[np.bool_], Labels]:
+        """The vectors, whether the probe is right about each of them, and the labels."""
         vectors = self._checked(X)
         truth = _labels_of(X, y, len(vectors))
         if not len(truth):
             raise DataError("no vectors to evaluate on")
-        return self._predicted(vectors) == truth, truth
+        return vectors, self._predicted(vectors) == truth, truth
 
     def _knows_none_of(self, truth: Labels) -> DataError:
         return DataError(

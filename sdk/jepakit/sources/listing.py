@@ -54,8 +54,9 @@ def list_images(
                share of the files to be cut into tiles or frames that may be left out because they cannot be opened;
                with 0, ImageError names the first
 
-    Hidden files, system folders and what jepakit wrote (bundles, runs, ...) are ignored; nothing is decoded. Raises DataError when there is nothing
-    to read or the source contradicts itself, ConfigError for settings that are wrong in themselves.
+    Hidden files, system folders and what jepakit wrote (bundles, runs, ...) are ignored; nothing is decoded. Raises
+    DataError when there is nothing to read or the source contradicts itself, ConfigError for settings that are wrong in
+    themselves.
     """
     return _list(
         images,
@@ -81,8 +82,8 @@ def gather(
 ) -> ImageList:
     """`list_images` for the input of `embed`, which may also be a single image in memory.
 
-    labels    "auto": the source's own, else any number of first-level folders, but no labels if
-              an image lies outside them; "folder": only those folders; "none"; or a table file
+    labels    "auto": the source's own, else any number of first-level folders, but no labels if an image lies outside
+              them; "folder": only those folders; "none"; or a table file
     progress  show progress, assumptions and what was left out on standard error
     """
     one = is_one_image(images) and not isinstance(images, str | Path)

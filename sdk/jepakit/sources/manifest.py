@@ -74,10 +74,9 @@ def _held_out(file: str, table: Table) -> tuple[NDArray[np.bool_] | None, str]:
     if splits is None:
         return None, ""
     held_out = np.array([split.casefold() not in ("train", "training") for split in splits])
-    name = table.names["split"]
     if held_out.all():
         raise DataError(
-            f"{file}: no row's {name} is train (found {', '.join(sorted(set(splits))[:6])}): "
+            f"{file}: no row's {table.names['split']} is train (found {', '.join(sorted(set(splits))[:6])}): "
             "write train in the rows to train on, or drop the column"
         )
     if not held_out.any():
