@@ -23,8 +23,9 @@ SILENT = {
 """Ray reads these when it is imported."""
 OWN: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
 """Options of our own cluster."""
-_LONGEST_PLACE = (103 if sys.platform == "darwin" else 107) - 89
-"""Longest path of a temporary folder in bytes: Ray adds up to 89 for its sockets, whose paths are limited."""
+_LONGEST_PLACE = 103 - 89 if sys.platform == "darwin" else min(107 - 89, 97 - 80)
+"""Longest path of a temporary folder in bytes. The paths of sockets are limited, those of HAProxy's (Linux) even more: Ray
+adds up to 89 bytes for its own, and 80 for HAProxy's (`ray_environment`)."""
 
 
 @contextmanager

@@ -225,6 +225,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _innermost(error: object) -> str:
-    """The last line that says something: our own message inside Ray's."""
+    """The line that says why: HAProxy's first, as its last only says that there were errors; else our own, Ray's last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix("jepakit.errors.") if lines else type(error).__name__
+    alerts = [line for line in lines if "[ALERT]" in line]
+    return (alerts[0] if alerts else lines[-1].removeprefix("jepakit.errors.")) if lines else type(error).__name__

@@ -53,7 +53,8 @@ def _haproxy(folder: Path, settings: ServeSettings) -> dict[str, str]:
 
     While no replica is up, HAProxy sends requests to the fallback; if services shared its port, one would answer the
     other's requests. By default Ray has it log every request, with client and query, to port 514 of this machine; here
-    the log goes to a socket that nobody opens.
+    the log goes to a socket that nobody opens. The other socket's name is short, because Ray puts it into a subfolder
+    named by 56 digits, and a path may have 97 bytes (`_ray.own_folder`).
     """
     return {
         FALLBACK_PORT: str(free_port()),
@@ -65,7 +66,7 @@ def _haproxy(folder: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "s"),
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "no-log.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "haproxy-state"),

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,10 +18,12 @@ import pytest
 import yaml
 
 from jepakit._frontdoor import serve
+from jepakit._ray import _LONGEST_PLACE, own_folder
 from jepakit.errors import ConfigError, ServeError
 from jepakit_service import app, keys, listeners, single
 from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.listeners import announce_when_ready, check_port_is_free, own_url
+from jepakit_service.ray_environment import environment
 from jepakit_service.settings import ServeSettings, as_yaml, load
 
 HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck.py"
@@ -305,6 +308,35 @@ def test_requests_in_flight_are_answered_though_nothing_can_be_printed(monkeypat
         ray_driver._drain(handle, ServeSettings(bundles=("a",)))
         monkeypatch.undo()
     assert handle.asked == "drain"
+
+
+def test_haproxy_s_socket_has_a_path_that_haproxy_accepts_wherever_temporary_files_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even in the folder with the longest path that is taken."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    with tempfile.TemporaryDirectory(prefix="x" * (_LONGEST_PLACE - len("/tmp/12345678"))) as longest:
+        for place in (longest, "/var/tmp"):
+            monkeypatch.setattr(tempfile, "tempdir", place)
+            with own_folder() as folder:
+                assert folder.parent == Path(place)
+                given = environment(ServeSettings(bundles=("a",), proxy="haproxy"), folder)
+            socket_path = Path(given["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+            assert len(str(socket_path.parent / ("0" * 56) / socket_path.name)) <= 97
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        ("Traceback\n  HAProxy crashed: [ALERT] socket path too long\n[ALERT] Fatal errors found", "HAProxy crashed: [ALERT] socket path too long"),
+        ("ray.exceptions.RayTaskError\njepakit.errors.BundleError: damaged\n", "BundleError: damaged"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)  # fmt: skip
+def test_why_ray_did_not_start_is_told_in_the_line_that_says_it(raised: object, told: str) -> None:
+    from jepakit_service import ray_driver
+
+    assert ray_driver._innermost(raised) == told
 
 
 @pytest.mark.parametrize("name", ServeSettings.model_fields)
