@@ -13,7 +13,7 @@ from jepakit_service.settings import ServeSettings
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight are answered first. Raises if the service cannot start."""
+    """Serve until SIGINT, SIGTERM or SIGHUP; requests in flight are answered first. Raises if the service cannot start."""
     check_provider(settings.provider, settings.arithmetic)
     bundles = find_bundles(settings)
     for bundle in bundles:

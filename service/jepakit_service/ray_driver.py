@@ -25,6 +25,7 @@ from jepakit_service.listeners import announce_when_ready
 from jepakit_service.ray_app import DEPLOYMENT, application
 from jepakit_service.ray_environment import FALLBACK_PORT, REPLICAS, environment
 from jepakit_service.settings import ServeSettings
+from jepakit_service.stopping import on_stop
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _APPLICATION = "jepakit"
@@ -38,21 +39,20 @@ _LINGER_S = 1.0
 
 
 class _Stop:
-    """Whether SIGINT or SIGTERM has come. A plain flag: the signal may interrupt code that holds an Event's lock."""
+    """Whether a signal to stop has come. A plain flag: the signal may interrupt code that holds an Event's lock."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def watch(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
+        on_stop(self._request)
 
     def _request(self, *_: object) -> None:
         self.requested = True
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError when Ray or a model does not start.
+    """Serve until SIGINT, SIGTERM or SIGHUP, then answer what is in flight. Raises ServeError when Ray or a model does not start.
 
     Ray and its driver run in a session of their own. A signal to our process group, as sent by a terminal, `timeout` or
     a supervisor, would end Ray's processes at once, and the requests in flight with them. So only the driver gets it.
@@ -69,11 +69,9 @@ def run(settings: ServeSettings) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(driver, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+    on_stop(pass_on)
     _, status = os.waitpid(driver, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the pid may be another process's now
-        signal.signal(number, signal.SIG_IGN)
+    on_stop(signal.SIG_IGN)  # the pid may be another process's now
     code = os.waitstatus_to_exitcode(status)
     raise SystemExit(code if code >= 0 else 128 - code)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import threading
 from typing import Any
 
@@ -16,6 +15,7 @@ from jepakit_service.api import build_app
 from jepakit_service.gate import Gate
 from jepakit_service.listeners import announce_when_ready
 from jepakit_service.settings import ServeSettings
+from jepakit_service.stopping import on_stop
 
 _KEEP_ALIVE_S = 90
 """As in Ray Serve, and longer than nginx keeps a connection idle: closing one that nginx is using costs a request."""
@@ -46,7 +46,7 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
 
 
 def run(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what is in flight. Raises ServeError if the port is no longer free."""
+    """Serve until SIGINT, SIGTERM or SIGHUP, then answer what is in flight. Raises ServeError if the port is no longer free."""
     logs.configure(settings)
     gate = build_app(settings)
     server = _Server(config(gate, settings))
@@ -58,8 +58,7 @@ def run(settings: ServeSettings) -> None:
     def announce() -> None:
         announce_when_ready(settings, lambda: server.should_exit)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    on_stop(stop)
     threading.Thread(target=announce, daemon=True).start()
     try:
         server.run()

@@ -136,10 +136,18 @@ def good_per_s(answers: list[Answer]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("options", "to_all"), [(RAY, False), (RAY, True), (NO_RAY, False)], ids=["ray", "ray, its group", "no-ray"]
+    ("options", "number", "to_all"),
+    [
+        (RAY, signal.SIGTERM, False),
+        (RAY, signal.SIGTERM, True),
+        (RAY, signal.SIGHUP, False),
+        (NO_RAY, signal.SIGTERM, False),
+        (NO_RAY, signal.SIGHUP, False),
+    ],
+    ids=["ray", "ray, its group", "ray, SIGHUP", "no-ray", "no-ray, SIGHUP"],
 )
-def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
-    options: tuple[str, ...], to_all: bool, bundle: Path, right: dict[str, NDArray[np.float32]]
+def test_a_signal_under_load_answers_what_is_in_flight_and_ends_with_0(
+    options: tuple[str, ...], number: int, to_all: bool, bundle: Path, right: dict[str, NDArray[np.float32]]
 ) -> None:
     margin_s = 0.5  # a request may be on its way for so long, on a busy machine, before the service has it
     images = 5 * IMAGES
@@ -162,7 +170,7 @@ def test_sigterm_under_load_answers_what_is_in_flight_and_ends_with_0(
                 while not asking.done() and min(under_way, default=math.inf) > time.monotonic() - margin_s:
                     await asyncio.sleep(0.01)
                 stopped = time.monotonic()
-                (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+                (os.killpg if to_all else os.kill)(process.pid, number)
                 return await asking, stopped
 
         answers, stopped = asyncio.run(run())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from jepakit._ray import _LONGEST_PLACE, own_folder
 from jepakit.errors import ConfigError, ServeError
 from jepakit_service import app, keys, listeners, single
 from jepakit_service.keys import KeyFile, new_key
-from jepakit_service.listeners import announce_when_ready, check_port_is_free, own_url
+from jepakit_service.listeners import announce_when_ready, check_port_is_free, free_port, own_url
 from jepakit_service.ray_environment import environment
 from jepakit_service.settings import ServeSettings, as_yaml, load
 
@@ -218,6 +220,48 @@ def test_a_port_taken_while_models_were_loaded_is_one_line(monkeypatch: pytest.M
         settings = ServeSettings(bundles=("a",), port=taken.getsockname()[1])
         with pytest.raises(ServeError, match="another program has taken it while the models were loaded"):
             single.run(settings)
+
+
+class _Stoppable:
+    """An application that sends this process a signal as soon as it is started."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.drained = False
+
+    def drain(self) -> None:
+        self.drained = True
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        asyncio.get_running_loop().call_soon(signal.raise_signal, self._number)
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Signals have the handlers they had."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_the_end_of_its_terminal_stops_the_service_like_sigterm_unless_it_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, nohup: bool
+) -> None:
+    gate = _Stoppable(signal.SIGTERM if nohup else signal.SIGHUP)
+    monkeypatch.setattr(single, "build_app", lambda _: gate)
+    monkeypatch.setattr(single, "announce_when_ready", lambda *_: None)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else lambda *_: sys.exit("the signal is not handled"))
+    single.run(ServeSettings(bundles=("a",), port=free_port()))
+    assert gate.drained
+    assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) == nohup
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,16 @@
+"""The signals that stop the service."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+def on_stop(handler: Callable[[int, Any], object] | signal.Handlers) -> None:
+    """Handle SIGINT, SIGTERM and SIGHUP so from now on. A SIGHUP that is ignored stays ignored, as nohup wants."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    for number in (*_STOP, signal.SIGHUP) if hangs_up else _STOP:
+        signal.signal(number, handler)
