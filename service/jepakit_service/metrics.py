@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import (
@@ -14,12 +15,14 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _ALARMING = ("overloaded", "timeout", "out_of_memory", "internal_error")
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
+_RESULTS, _STAGES = ("ok", "error"), ("decode", "queue", "inference")
 
 
 class Metrics:
@@ -66,6 +69,15 @@ class Metrics:
         """The counters of one model."""
         return ModelMetrics(self, model)
 
+    def forget(self, model: str) -> None:
+        """Leave out a model from now on, whatever its last images still add to its counters."""
+        for metric in (self.waiting, self.batch_size):
+            _remove(metric, model)
+        for result in _RESULTS:
+            _remove(self.images, model, result)
+        for stage in _STAGES:
+            _remove(self.stage_seconds, model, stage)
+
     def families(self) -> list[Metric]:
         """All metrics with their current values; can be pickled."""
         return list(self.registry.collect())
@@ -75,12 +87,9 @@ class ModelMetrics:
     """The counters of one model: its images, and its batcher's stages as they end."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
-        self._ok = metrics.images.labels(model, "ok")
-        self._bad = metrics.images.labels(model, "error")
+        self._ok, self._bad = (metrics.images.labels(model, result) for result in _RESULTS)
         self._size = metrics.batch_size.labels(model)
-        stages = metrics.stage_seconds
-        self._decode, self._queue = stages.labels(model, "decode"), stages.labels(model, "queue")
-        self._inference = stages.labels(model, "inference")
+        self._decode, self._queue, self._inference = (metrics.stage_seconds.labels(model, stage) for stage in _STAGES)
         self.waiting = metrics.waiting.labels(model)
 
     def answered(self, good: int, bad: int) -> None:
@@ -96,6 +105,11 @@ class ModelMetrics:
         for wait in queued:
             self._queue.observe(wait)
         self._inference.observe(seconds)
+
+
+def _remove(metric: MetricWrapperBase, *labels: str) -> None:
+    with contextlib.suppress(KeyError):  # older versions of prometheus-client raise it for labels that are not there
+        metric.remove(*labels)
 
 
 class _Collected(Collector):

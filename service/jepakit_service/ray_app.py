@@ -77,8 +77,8 @@ def application(settings: ServeSettings, log_socket: str | None) -> Any:
         def __serve_build_asgi_app__(self) -> ASGIApp:
             return _named_once(self._gate)
 
-        async def report(self) -> Report:
-            return await self._gate.replica.report()
+        async def report(self, measured: bool) -> Report:
+            return await self._gate.replica.report(measured)
 
         async def check_health(self) -> None:
             self._gate.replica.watch()
@@ -112,17 +112,18 @@ def _named_once(gate: Gate) -> ASGIApp:
     return app
 
 
-async def _ask_all() -> Sequence[Report | None]:
-    """The reports of the deployment's replicas, asked from within one of them; None for one that has ended.
+async def _ask_all(measured: bool) -> Sequence[Report | None]:
+    """The reports of the deployment's replicas, asked from within one of them; see `AskAll`.
 
-    If one does not answer, or Ray knows of none at the moment, there are no reports at all: a single None.
+    There are also none if Ray knows of no replica at the moment.
     """
     from ray import serve
 
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
-        answers = await handle.broadcast("report").results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
+        asked = handle.broadcast("report", measured)
+        answers = await asked.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
     except asyncio.CancelledError:  # Ray also raises this for a call that ended in another replica
         if is_cancelled():
             raise

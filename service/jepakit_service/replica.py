@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import Metric
 
@@ -23,7 +24,10 @@ from jepakit_service.updates import Updates
 
 @dataclass(frozen=True)
 class Report:
-    """What one replica says about itself; can be pickled. `faults` is empty when it answers correctly."""
+    """What one replica says about itself; can be pickled. `faults` is empty when it answers correctly.
+
+    families  its metrics; empty unless they were asked for
+    """
 
     replica: str
     faults: tuple[str, ...]
@@ -36,8 +40,11 @@ class Report:
         return {name for name, state in self.models.items() if state.current}
 
 
-AskAll = Callable[[], Awaitable[Sequence[Report | None]]]
-"""Gives the reports of the replicas; None for one that has ended, or a single None if one of them does not answer."""
+AskAll = Callable[[bool], Awaitable[Sequence[Report | None]]]
+"""Gives the reports of the replicas, with their metrics or without: collecting them takes milliseconds for each model.
+
+None for a replica that has ended; a single None if one of them does not answer.
+"""
 
 
 class Replica:
@@ -55,7 +62,7 @@ class Replica:
         self.registry = Registry()
         self.engine = Engine(settings)
         self._ask_all = ask_all or self._ask_alone
-        self._reports = Shared(self._answering)
+        self._reports = {measured: Shared(partial(self._answering, measured)) for measured in (False, True)}
         self._updates = Updates(settings, self.registry, self.metrics, self._states)
         for bundle in find_bundles(settings) if ask_all is None else self._updates.whole():
             versions = self.registry.versions(bundle.manifest.name)
@@ -77,35 +84,39 @@ class Replica:
         self.metrics.ready.set(not faults and not self.draining)
         return tuple(faults)
 
-    async def report(self) -> Report:
-        """This replica's own state."""
+    async def report(self, measured: bool = False) -> Report:
+        """This replica's own state, with its metrics if they are asked for."""
         faults = await self.faults()
+        return Report(self.id, faults, self.registry.state(), self._families() if measured else [])
+
+    def _families(self) -> list[Metric]:
+        """All metrics with their current values."""
         self.metrics.model_info.clear()
         for model in self.registry:
             manifest = model.manifest
             self.metrics.model_info.labels(
                 manifest.name, manifest.model_id, manifest.digest, model.precision, model.provider
             ).set(1)
-        return Report(self.id, faults, self.registry.state(), self.metrics.families())
+        return self.metrics.families()
 
-    async def reports(self) -> Sequence[Report]:
+    async def reports(self, *, measured: bool = False) -> Sequence[Report]:
         """The reports of all replicas that answer, this one's included. One round at a time, as strangers may ask."""
-        return await self._reports()
+        return await self._reports[measured]()
 
     async def check(self) -> None:
         """Raise ServeError if this replica should be replaced. Not if it has no models: no other could start."""
         if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 
-    async def _answering(self) -> Sequence[Report]:
-        answered = [report for report in await self._ask_all() if report is not None]
-        return answered or await self._ask_alone()  # another replica hangs
+    async def _answering(self, measured: bool) -> Sequence[Report]:
+        answered = [report for report in await self._ask_all(measured) if report is not None]
+        return answered or await self._ask_alone(measured)  # another replica hangs
 
-    async def _ask_alone(self) -> Sequence[Report]:
-        return [await self.report()]
+    async def _ask_alone(self, measured: bool) -> Sequence[Report]:
+        return [await self.report(measured)]
 
     async def _states(self) -> list[dict[str, VersionsState] | None]:
-        reports = await self._ask_all()
+        reports = await self._ask_all(False)
         if not any(report is not None and report.replica == self.id for report in reports):
             return [None]  # a replica that does not hear itself cannot be hearing all the others
         return [None if report is None else report.models for report in reports]

@@ -235,6 +235,7 @@ class Updates:
             versions.absent = versions.absent + 1 if name in gone else 0
             if versions.absent >= _ABSENT_LOOKS:
                 self._retire(*self._registry.forget(name).loaded())
+                self._metrics.forget(name)
                 _log.info("%s is no longer served: its bundle is gone", name)
 
 

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import numpy as np
@@ -55,10 +55,10 @@ class Deployment:
         self.frozen = False
         self.replicas = [Replica(settings(bundle, replicas=2), self.ask_all) for _ in range(2)]
 
-    async def ask_all(self) -> list[Report | None]:
+    async def ask_all(self, measured: bool) -> list[Report | None]:
         if self.frozen:
             return [None]
-        return [await replica.report() for replica in self.replicas if replica.id not in self.silent]
+        return [await replica.report(measured) for replica in self.replicas if replica.id not in self.silent]
 
     async def get(self, path: str) -> httpx.Response:
         """Send a GET to the first replica."""
@@ -198,6 +198,25 @@ def test_a_large_answer_is_sent_as_it_is_taken_and_not_waited_with_for_ever(monk
     monkeypatch.setattr(answers, "_TAKEN_S", 0.05)
     with pytest.raises(TimeoutError):
         asyncio.run(answers.send_whole(never, 200, body, "application/octet-stream", {}))
+
+
+def test_metrics_are_collected_for_those_who_ask_for_them_alone(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many models it takes long, and everybody may ask whether the service is ready."""
+
+    def collected() -> NoReturn:
+        raise AssertionError
+
+    async def go() -> None:
+        with monkeypatch.context() as patch:
+            for replica in deployment.replicas:
+                patch.setattr(replica.metrics, "families", collected)
+            for path in ("/readyz", "/v1/models"):
+                assert (await deployment.get(path)).status_code == 200
+        assert (await deployment.get("/metrics")).text.count("\njepakit_model_info{") == 2
+
+    asyncio.run(go())
 
 
 def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,9 +437,9 @@ def test_a_switch_while_the_replicas_are_asked_is_described_as_done(
     new.manifest = new.manifest.model_copy(update={"model_id": "0" * 16})
     ask_all = deployment.ask_all
 
-    async def switching() -> list[Report | None]:
+    async def switching(measured: bool) -> list[Report | None]:
         replica.registry.versions("tiny").current = new
-        return await ask_all()
+        return await ask_all(measured)
 
     monkeypatch.setattr(replica, "_ask_all", switching)
     assert asyncio.run(deployment.get("/v1/models/tiny")).json()["model_id"] == new.manifest.model_id

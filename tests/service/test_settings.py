@@ -315,7 +315,7 @@ def test_a_peer_whose_call_was_cancelled_is_one_that_does_not_answer(monkeypatch
     from jepakit_service import ray_app
 
     class Handle:
-        def broadcast(self, _method: str) -> Self:
+        def broadcast(self, _method: str, _measured: bool) -> Self:
             return self
 
         async def results_async(self, **_: object) -> list[object]:
@@ -329,10 +329,10 @@ def test_a_peer_whose_call_was_cancelled_is_one_that_does_not_answer(monkeypatch
     serve = SimpleNamespace(get_replica_context=lambda: context, get_deployment_handle=lambda *_: Handle())
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
     asked, hangs = asyncio.Event(), False
-    assert asyncio.run(ray_app._ask_all()) == [None]
+    assert asyncio.run(ray_app._ask_all(False)) == [None]
 
     async def end() -> None:
-        asking = asyncio.create_task(ray_app._ask_all())
+        asking = asyncio.create_task(ray_app._ask_all(False))
         await asyncio.wait_for(asked.wait(), 10)
         asking.cancel()
         await asyncio.wait([asking])

@@ -37,6 +37,7 @@ from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import Deployed, _swapped, deploy
 from jepakit_service.faults import ApiError
 from jepakit_service.locks import holding
+from jepakit_service.metrics import merge
 from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
@@ -91,9 +92,10 @@ class Deployment:
     def __init__(self, folder: Path, count: int) -> None:
         self.replicas = [Replica(settings(folder), self.ask_all) for _ in range(count)]
 
-    async def ask_all(self) -> list[Report | None]:
+    async def ask_all(self, measured: bool = False) -> list[Report | None]:
         return [
-            None if number == self.silent else await replica.report() for number, replica in enumerate(self.replicas)
+            None if number == self.silent else await replica.report(measured)
+            for number, replica in enumerate(self.replicas)
         ]
 
     silent: int | None = None
@@ -950,17 +952,27 @@ def test_an_incomplete_version_that_comes_back_is_told_of_again(bundle: Path, ot
     asyncio.run(go())
 
 
-def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path, whole: bool) -> None:
     replica = Replica(settings(folder))
+
+    async def counted() -> bytes:
+        return merge({report.replica: report.families for report in await replica.reports(measured=True)})
 
     async def go() -> None:
         shutil.copytree(second, folder / "second")
-        (folder / "second" / "model.onnx").write_bytes(b"cut")
+        if not whole:
+            (folder / "second" / "model.onnx").write_bytes(b"cut")
         await step(replica)
-        assert replica.registry.versions("second").incomplete is not None
+        assert (replica.registry.versions("second").incomplete is None) == whole
+        assert (b'"second"' in await counted()) == whole
+        model = replica.registry.versions("second").next
         shutil.rmtree(folder / "second")
         for _ in range(updates._ABSENT_LOOKS):
             await step(replica)
+        if model is not None:  # until the next look it answers those who have found it
+            await replica.engine.answer(model, [picture(0), b"no image"])
+        assert b'"second"' not in await counted()
 
     asyncio.run(go())
     assert replica.registry.names() == ["tiny"]
@@ -1024,7 +1036,7 @@ def test_replicas_of_one_machine_load_a_version_one_after_the_other(
 
 
 def test_looks_that_were_ended_go_on(folder: Path, other: Path) -> None:
-    async def ended() -> list[Report | None]:
+    async def ended(_measured: bool) -> list[Report | None]:
         raise asyncio.CancelledError
 
     replica = Replica(settings(folder), ended)
@@ -1051,7 +1063,7 @@ def test_looks_that_were_ended_go_on(folder: Path, other: Path) -> None:
 def test_a_replica_that_does_not_hear_itself_agrees_to_nothing(folder: Path) -> None:
     first, second = Deployment(folder, 2).replicas
 
-    async def others() -> list[Report | None]:
+    async def others(_measured: bool) -> list[Report | None]:
         return [await second.report()]
 
     first._ask_all = others
