@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import secrets
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,19 +34,29 @@ def new_key(name: str) -> tuple[str, str]:
 def append(line: str, path: Path) -> int:
     """Add a line to the key file, creating it if missing; returns how many other keys of that name it holds.
 
-    Raises ConfigError if the file cannot be written.
+    Raises ConfigError, and leaves the file as it was, if it cannot be written.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
             written = file.read()
             between = "" if not written or written.endswith(b"\n") else "\n"
-            file.write(f"{between}{line}\n".encode())
+            _write_whole(file, f"{between}{line}\n".encode(), len(written))
     except OSError as error:
         raise ConfigError(
             f"the API key file {path} cannot be written ({reason_of(error)}): name a file in a folder that exists and that you may write to"
         ) from None
     before, _ = _parse(written.decode("utf-8", "replace"))
     return [key.name for key in before].count(line.partition(":")[0])
+
+
+def _write_whole(file: FileIO, data: bytes, length: int) -> None:
+    """Write to the end of a file of this length; if not all of it can be written, the file keeps its length."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(length)
+        raise
 
 
 def check(path: Path) -> None:

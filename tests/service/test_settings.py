@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 import subprocess
@@ -476,6 +477,20 @@ def test_a_new_key_is_a_line_of_its_own(key_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match=r"none/keys cannot be written"):
         keys.append(made[0][1], tmp_path / "none" / "keys")
+
+
+@pytest.mark.parametrize("room", [0, 30])
+def test_a_key_that_the_disk_has_no_room_for_leaves_the_file_as_it_was(key_file: Path, room: int) -> None:
+    lines = [new_key(name)[1] for name in ("alice", "bob")]
+    keys.append(lines[0], key_file)
+    before, limits = key_file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"keys cannot be written \(File too large\)"):
+            keys.append(lines[1], key_file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert key_file.read_bytes() == before
 
 
 def test_what_this_machine_cannot_have_is_refused_before_ray_starts(
