@@ -34,7 +34,10 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
 class Gate:
-    """Wraps the application; `drain()` makes it refuse new requests, `in_flight` counts those inside."""
+    """Wraps the application; `drain()` makes it refuse new requests, `in_flight` counts those inside.
+
+    It leaves out open paths and /metrics, which would find itself inside.
+    """
 
     def __init__(self, app: ASGIApp, replica: Replica) -> None:
         self._app, self.replica = app, replica
@@ -117,7 +120,8 @@ class Gate:
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         is_open, state = routes.is_open(scope["path"]), _state(scope)
-        self.in_flight += not is_open
+        counts = not is_open and scope["path"] != routes.METRICS
+        self.in_flight += counts
         self._metrics.in_flight.set(self.in_flight)
         held = 0
         try:
@@ -149,7 +153,7 @@ class Gate:
                 state["code"] = failure.code
                 await send_error(send, failure, scope)
         finally:
-            self.in_flight -= not is_open
+            self.in_flight -= counts
             self._held -= held
             self._metrics.in_flight.set(self.in_flight)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+METRICS = "/metrics"
 EMBEDDINGS, VOYAGE, COHERE = "/v1/embeddings", "/v1/multimodalembeddings", "/v2/embed"
 INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
@@ -11,7 +12,7 @@ _OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/v2/he
 _STEADY = (
     "/healthz",
     "/readyz",
-    "/metrics",
+    METRICS,
     "/openapi.json",
     "/docs",
     EMBEDDINGS,

@@ -175,6 +175,12 @@ def test_what_is_shared_is_no_part_of_the_request_that_began_it() -> None:
     assert asyncio.run(go()) == "none"
 
 
+def test_no_request_is_in_flight_beside_the_one_for_the_metrics(service: str) -> None:
+    """An upgrade waits for this."""
+    answer = httpx.get(f"{service}/metrics")
+    assert re.search(r'^jepakit_in_flight_requests\{replica="\w+"\} 0\.0$', answer.text, re.MULTILINE)
+
+
 def test_one_process_is_all_there_is_without_ray(bundle: Path) -> None:
     with running(settings(bundle, replicas=2, ray=False)) as url:
         assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
