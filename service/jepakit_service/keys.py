@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import logging
@@ -19,6 +20,7 @@ from jepakit.errors import ConfigError
 _log = logging.getLogger("jepakit.service")
 _MAKE = "make lines with `jepakit serve --new-key NAME`"
 _NUMBERS_SHOWN = 10
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 _LINE = re.compile(r"^([A-Za-z0-9._-]+):([0-9a-f]{64})$")
 
 
@@ -70,7 +72,10 @@ def check(path: Path) -> None:
 
 
 class KeyFile:
-    """The keys of one file, reread when it changes. While the file cannot be read, no key is valid."""
+    """The keys of one file, reread when it changes. While the file cannot be read, no key is valid.
+
+    Except for lack of file descriptors, which says nothing about the file: then the keys read last stay valid.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -95,6 +100,8 @@ class KeyFile:
                 return
             self._keys, fault = _read(self._path)
         except OSError as error:
+            if error.errno in _NO_DESCRIPTOR:
+                return
             self._keys, fault = [], _unreadable(self._path, error)
             state = fault
         if fault and state != self._state:

@@ -78,8 +78,8 @@ class Replica:
         """What is wrong with this replica, after a heartbeat of every model; empty when it is ready."""
         beats = await asyncio.gather(*(model.heartbeat() for model in self.registry))
         faults = [fault for fault in beats if fault is not None] if beats else [NO_MODEL]
-        limit, used = self.settings.max_memory_mb, memory.used_mb()
-        if limit is not None and used > limit:
+        limit = self.settings.max_memory_mb
+        if limit is not None and (used := memory.used_mb()) > limit:
             faults.append(f"uses {used:.0f} MB of memory, more than max_memory_mb = {limit}")
         self.metrics.ready.set(not faults and not self.draining)
         return tuple(faults)

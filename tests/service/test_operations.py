@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import gc
 import json
 import logging
@@ -377,6 +378,16 @@ def test_too_much_memory_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "used_mb", lambda: 10_001.0)
     with pytest.raises(jepakit.errors.ServeError, match="10001 MB"):
         asyncio.run(replica.check())
+
+
+def test_memory_that_is_not_limited_is_not_looked_at(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a file descriptor, and there may be none left."""
+
+    def too_many() -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(memory, "used_mb", too_many)
+    assert asyncio.run(deployment.replicas[0].faults()) == ()
 
 
 def test_the_memory_that_is_left_is_no_more_than_the_machines() -> None:

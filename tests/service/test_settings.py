@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import resource
 import signal
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, NoReturn, Self, get_args, get_origin
 
 import pytest
 import yaml
@@ -443,6 +444,22 @@ def test_a_key_file_that_cannot_be_read_for_a_moment_is_tried_again(
         known = KeyFile(key_file)
         assert known.name_of(key) is None
     assert known.name_of(key) == "alice"
+
+
+def test_keys_stay_valid_while_no_file_can_be_opened(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were read last, whatever has become of the file since."""
+    (alice, line), (bob, other) = new_key("alice"), new_key("bob")
+    key_file.write_text(line)
+    known = KeyFile(key_file)
+
+    def too_many(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    key_file.write_text(other + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", too_many)
+        assert [known.name_of(key) for key in (alice, bob)] == ["alice", None]
+    assert [known.name_of(key) for key in (alice, bob)] == [None, "bob"]
 
 
 def denied(*_: object, **__: object) -> str:
