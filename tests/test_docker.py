@@ -320,6 +320,7 @@ def test_the_unit_of_systemd_starts_with_the_machine_and_a_service_that_wants_ke
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert unit["Service"]["KillMode"] == "mixed", "Ray's processes must not get the signal"
     assert unit.getint("Service", "TimeoutStopSec") > 2 * default("drain_s")
+    assert (unit["Service"]["Restart"], unit["Unit"]["StartLimitIntervalSec"]) == ("always", "0"), "a mount may be late"
     (tmp_path / "keys").touch()
     given = unit["Service"]["ExecStart"].replace("/etc/jepakit", str(tmp_path))
     _, *arguments = shlex.split(given)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import tempfile
 from pathlib import Path
 from typing import NoReturn
@@ -33,3 +35,14 @@ def test_ray_s_sockets_lie_where_their_paths_are_short_enough(tmp_path: Path, mo
         own_folder(),
     ):
         pass
+
+
+def test_who_cleans_temporary_files_up_finds_ray_s_locked() -> None:
+    """As systemd-tmpfiles does after ten days."""
+    with own_folder() as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
