@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from jepakit._ray import OWN, init, own_folder
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
@@ -56,14 +58,21 @@ def run(settings: ServeSettings) -> None:
 
     Ray and its driver run in a session of their own. A signal to our process group, as sent by a terminal, `timeout` or
     a supervisor, would end Ray's processes at once, and the requests in flight with them. So only the driver gets it.
+    Driver and parent both remove Ray's files, and end what Ray leaves running: whichever of them is killed, the other does.
     """
-    parent, driver = os.getpid(), os.fork()
-    if driver == 0:
-        os.setsid()
-        _end_with(parent)
+    with own_folder() as folder:
+        parent, driver = os.getpid(), os.fork()
         _adopt_orphans()
-        _drive(settings)
-        return
+        if driver == 0:
+            os.setsid()
+            _end_with(parent)
+            _drive(settings, folder)
+        else:
+            raise SystemExit(_accompany(driver))
+
+
+def _accompany(driver: int) -> int:
+    """Pass signals to stop on to the driver until it ends, and end what it leaves running if it is killed; its exit code."""
 
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -73,7 +82,10 @@ def run(settings: ServeSettings) -> None:
     _, status = os.waitpid(driver, 0)
     on_stop(signal.SIG_IGN)  # the pid may be another process's now
     code = os.waitstatus_to_exitcode(status)
-    raise SystemExit(code if code >= 0 else 128 - code)
+    if code >= 0:
+        return code
+    _end(psutil.Process().children(recursive=True))
+    return 128 - code
 
 
 def _end_with(parent: int) -> None:
@@ -85,30 +97,29 @@ def _end_with(parent: int) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Adopt what Ray's processes leave behind when they die, so that it is ended with the other children."""
+    """Adopt what processes below this one leave behind when they die, so that it is ended with the other children."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _drive(settings: ServeSettings) -> None:
-    with own_folder() as folder:
-        os.environ.update(environment(settings, folder))  # Ray reads it at import
-        try:
-            importlib.import_module("ray.serve")
-        except ImportError as error:
-            raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
-        # For the processes that Ray starts: this one has no event loop that Ray could share.
-        os.environ.update(REPLICAS)
-        stop = _Stop()
-        stop.watch()
-        logs.say("starting Ray Serve …")
-        with contextlib.closing(logs.Collector(folder / "logs.sock")) as collector:
-            _serve(settings, folder / "ray", collector.path, stop)
+def _drive(settings: ServeSettings, folder: Path) -> None:
+    """Start Ray with its files in `folder`, and serve until told to stop."""
+    os.environ.update(environment(settings, folder))  # Ray reads it at import
+    try:
+        importlib.import_module("ray.serve")
+    except ImportError as error:
+        raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
+    # For the processes that Ray starts: this one has no event loop that Ray could share.
+    os.environ.update(REPLICAS)
+    stop = _Stop()
+    stop.watch()
+    logs.say("starting Ray Serve …")
+    with contextlib.closing(logs.Collector(folder / "logs.sock")) as collector:
+        _serve(settings, folder / "ray", collector.path, stop)
 
 
 def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) -> None:
     """Start Ray with its files in `folder`, serve until told to stop, and end all of Ray."""
-    import psutil
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -151,8 +162,6 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
 
 def _check_core(core: Mapping[str, Any]) -> None:
     """Raise ServeError once one of Ray's own processes, given by their names, has ended."""
-    import psutil
-
     for name, process in core.items():
         try:
             ended = process.status() == psutil.STATUS_ZOMBIE
@@ -187,8 +196,6 @@ def _end_idle_helpers() -> None:
     The three take 200 MB and wake up all the time, which delays a lone image, computed by all cores together. They are
     killed, because one of them reports being asked to end as a failure.
     """
-    import psutil
-
     ended = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -200,8 +207,6 @@ def _end_idle_helpers() -> None:
 
 def _end(processes: list[Any]) -> None:
     """End what Ray left running: some of its agents outlive it by half a minute."""
-    import psutil
-
     for end in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):

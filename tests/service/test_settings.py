@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NoReturn, Self, get_args, get_origin
 
+import psutil
 import pytest
 import yaml
 
@@ -354,6 +355,26 @@ def test_requests_in_flight_are_answered_though_nothing_can_be_printed(monkeypat
         ray_driver._drain(handle, ServeSettings(bundles=("a",)))
         monkeypatch.undo()
     assert handle.asked == "drain"
+
+
+def test_what_a_killed_driver_leaves_behind_is_ended_and_removed() -> None:
+    """Otherwise HAProxy would keep the port, and the next start would be refused."""
+    program = (
+        "import os, signal, subprocess\n"
+        "from jepakit_service import ray_driver\n"
+        "def drive(_, folder):\n"
+        "    left = subprocess.Popen(['sleep', '20'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
+        "    print(left.pid, folder, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ray_driver._drive = drive\n"
+        "ray_driver.run(None)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGKILL
+    left, folder = ended.stdout.split()
+    assert Path(folder).name.startswith("jepakit-ray-")
+    assert not Path(folder).exists()
+    assert not psutil.pid_exists(int(left))
 
 
 def test_haproxy_s_socket_has_a_path_that_haproxy_accepts_wherever_temporary_files_lie(
