@@ -18,6 +18,7 @@ from jepakit_service.logs import say
 from jepakit_service.settings import ServeSettings
 
 _START_TIMEOUT_S = 300.0
+_POLL_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _WHY_NOT = {
     errno.EADDRINUSE: "another program has it; choose another --port",
     errno.EADDRNOTAVAIL: "this machine has no such address; --host 0.0.0.0 means all of its own",
@@ -70,16 +71,19 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *
     import httpx
 
     url = own_url(settings)
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    deadline, pause_s = time.monotonic() + _START_TIMEOUT_S, _POLL_S
     while time.monotonic() < deadline and not stopping():
         try:
             if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
                 _print_listeners(settings, fallback)
                 say(f"ready: {url} (its routes: {url}/docs)")
                 return
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # that answer is an error in the log
         except httpx.TransportError:
             pass
-        time.sleep(0.1)
+        until = time.monotonic() + pause_s
+        while time.monotonic() < until and not stopping():
+            time.sleep(_POLL_S)
     if not stopping():
         say(f"not ready after {_START_TIMEOUT_S:.0f} s", sys.stderr)
 

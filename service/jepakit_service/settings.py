@@ -95,7 +95,8 @@ class ServeSettings(BaseSettings):
     """Maximum number of images waiting or running in a replica; requests beyond it get 429, as do those beyond what the model can
     answer in half of `request_timeout_s` at the speed measured at start."""
     max_memory_mb: Positive | None = None
-    """Resident memory, in MB, above which a replica counts as unhealthy: Ray replaces it, and /readyz reports it. null: no limit."""
+    """Resident memory, in MB, above which a replica counts as unhealthy: Ray replaces it, and /readyz reports it (that alone
+    without Ray). null: no limit."""
     body_timeout_s: Seconds = 30.0
     """Seconds within which a request's body must arrive."""
     request_timeout_s: Seconds = 60.0

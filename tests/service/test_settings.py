@@ -177,6 +177,28 @@ def test_readiness_is_asked_for_past_any_proxy(
     assert capfd.readouterr().out.splitlines()[-1] == f"ready: {url} (its routes: {url}/docs)"
 
 
+def test_a_service_that_does_not_become_ready_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every such answer is a line in its log; but a signal to stop is noticed at once."""
+    now, asked = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def get(*_: object, **__: object) -> object:
+        asked.append(now)
+        return SimpleNamespace(status_code=503)
+
+    monkeypatch.setattr(listeners, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr("httpx.get", get)
+    announce_when_ready(ServeSettings(bundles=("a",)), lambda: False)
+    assert asked[1] < 1
+    assert 10 < len(asked) < 50
+    now, end = 0.0, 100.0
+    announce_when_ready(ServeSettings(bundles=("a",)), lambda: now > end)
+    assert now < end + 1
+
+
 @pytest.mark.parametrize(
     ("host", "words"),
     [("203.0.113.1", "this machine has no such address"), ("a..b", "it is neither an address nor a name")],
