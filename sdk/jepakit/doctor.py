@@ -104,8 +104,10 @@ def _idle_gpu() -> Iterator[str]:
 
 
 def _little_shared_memory() -> Iterator[str]:
-    if _version("ray") and _SHARED.is_dir() and (size := shutil.disk_usage(_SHARED).total) < _LEAST_SHARED:
-        yield (
-            f"{_SHARED} has only {size >> 20} MB, so Ray would write images to disk: give the container more (docker run --shm-size 1g), "
-            "or serve with --no-ray"
-        )
+    effects = {
+        "torch": "training would have fewer loader processes",
+        "ray": "Ray would write images to disk (unless you serve with --no-ray)",
+    }
+    told = [words for package, words in effects.items() if _version(package)]
+    if told and _SHARED.is_dir() and (size := shutil.disk_usage(_SHARED).total) < _LEAST_SHARED:
+        yield f"{_SHARED} has only {size >> 20} MB, so {' and '.join(told)}: give the container more (docker run --shm-size 1g)"

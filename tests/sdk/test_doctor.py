@@ -59,7 +59,10 @@ def test_problems_are_told_with_their_remedies(sound: pytest.MonkeyPatch) -> Non
     problems = examine().problems
     assert len(problems) == 2
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problems[0]
-    assert "/dev/shm has only 64 MB" in problems[1]
+    assert (
+        "/dev/shm has only 64 MB, so training would have fewer loader processes and Ray would write images"
+        in problems[1]
+    )
     assert "--shm-size 1g" in problems[1]
     told = CliRunner().invoke(app, ["doctor"])
     assert told.exit_code == 1

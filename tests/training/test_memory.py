@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import resource
 import sys
@@ -14,6 +16,7 @@ from tests.training.forked import start
 
 from jepakit.errors import TrainingError
 from jepakit_training import checkpoint
+from jepakit_training.loader_limits import more_open_files
 from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
 
 
@@ -98,6 +101,35 @@ def test_a_killed_loader_process_is_told_from_a_full_dev_shm() -> None:
         RuntimeError("DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's ")
     )
     assert "--shm-size" in shm
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+        RuntimeError("received 0 items of ancdata"),
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    ],
+)
+def test_too_many_open_files_are_told_with_the_limit(error: Exception) -> None:
+    told = words(error)
+    assert f"may have ({resource.getrlimit(resource.RLIMIT_NOFILE)[0]})" in told
+    assert "ulimit -n" in told
+    assert "fewer --workers" in told
+
+
+def test_training_may_open_as_many_files_as_the_process_can_allow_itself() -> None:
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if most == resource.RLIM_INFINITY else min(most, 65_536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, 500), most))
+    try:
+        with more_open_files():
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, most)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(wanted, 500), most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+    with more_open_files(), more_open_files():
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= wanted
 
 
 def test_a_loader_that_waits_in_vain_says_what_may_be_slow() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,17 @@ from jepakit.bundle import WEIGHTS, Backbone, EmbeddingSpec, Manifest, Provenanc
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.sources import list_images
+from jepakit_training import loader_limits
 from jepakit_training import plan as plan_module
 from jepakit_training.loop import explaining_out_of_memory
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import cpu_has_bf16, mixed_precision
+
+
+@pytest.fixture(autouse=True)
+def much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "shared_bytes", lambda: math.inf)
+    monkeypatch.setattr(plan_module, "can_share", lambda: True)
 
 
 def plan(backbone: str = "test_vit", *, images: int = 1000, world: int = 1, **settings: Any) -> Plan:
@@ -168,6 +176,59 @@ def test_batches_made_ahead_take_a_quarter_of_the_memory_at_most(
     assert any("of views in advance" in note and "lower --workers" in note for note in made.notes) == warned
     halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, bands=3, value_bytes=4)
     assert halved.batch_bytes == made.batch_bytes // 2
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "world", "workers", "expected"),
+    [
+        (1000, 1, None, (8, 2)),
+        (480, 1, None, (8, 1)),
+        (160, 1, None, (3, 1)),
+        (160, 1, 3, (3, 1)),
+        (160, 1, 0, (0, 2)),
+        (640, 2, None, (8, 1)),
+        (20, 1, None, (0, 2)),
+    ],
+)
+def test_batches_made_ahead_fit_in_dev_shm(
+    monkeypatch: pytest.MonkeyPatch, free_mb: int, world: int, workers: int | None, expected: tuple[int, int]
+) -> None:
+    """Batches of 96 × 137,216 pixels of three bands: 39.5 MB, one of which is trained on."""
+    monkeypatch.setattr(plan_module, "usable_cpus", lambda: 64)
+    monkeypatch.setattr(plan_module, "main_memory", lambda: 10**12)
+    monkeypatch.setattr(plan_module, "shared_bytes", lambda: free_mb * 1e6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made = plan(batch_size=96, workers=workers, world=world)
+    assert (made.workers, made.prefetch) == expected
+    notes = [note for note in made.notes if "loader process" in note]
+    assert bool(notes) == (workers is None and made.workers < 8)
+    for note in notes:
+        assert note.startswith(f"{made.workers} loader processes instead of 8: /dev/shm has {free_mb}.0 MB free")
+        assert note.endswith("takes 39.5 MB there: give the container more (docker run --shm-size 2g)")
+
+
+def test_more_loader_processes_than_dev_shm_has_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "shared_bytes", lambda: 160e6)
+    with pytest.raises(ConfigError, match=r"workers = 4: /dev/shm has 160\.0 MB free.*--shm-size.*take --workers 3$"):
+        plan(batch_size=96, workers=4)
+
+
+def test_loader_processes_need_a_dev_shm_that_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "usable_cpus", lambda: 4)
+    monkeypatch.setattr(plan_module, "can_share", lambda: False)
+    with pytest.raises(ConfigError, match=r"workers = 4: /dev/shm cannot be written.*, or take --workers 0$"):
+        plan(workers=4)
+    assert any(note.startswith("0 loader processes instead of 3: /dev/shm cannot be") for note in plan().notes)
+    assert plan(workers=0).workers == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_a_missing_dev_shm_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert loader_limits.can_share()
+    monkeypatch.setattr(loader_limits, "SHARED", tmp_path / "none")
+    assert not loader_limits.can_share()
+    assert loader_limits.shared_bytes() == math.inf
 
 
 @pytest.mark.parametrize(("on_gpu", "cores", "expected"), [(False, 64, 8), (True, 64, 16), (True, 6, 5), (True, 1, 0)])

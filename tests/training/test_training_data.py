@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.training.full_disk import files_no_longer_than
 
 from jepakit.bundle import Preprocess
 from jepakit.config import ViewsConfig
-from jepakit.errors import DataError
+from jepakit.errors import DataError, TrainingError
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
 from jepakit_training.data import Key, StepBatches, ViewDataset, iterating, make_loader, views_on
@@ -173,3 +174,16 @@ def test_from_the_cache_the_views_are_the_same_and_a_changed_file_is_read_anew(
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     (folder / "001.png").write_bytes((folder / "002.png").read_bytes())
     assert not torch.equal(views_of(dataset, Key(0, 1)).global_, first.global_)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_batch_without_room_in_shared_memory_is_an_error_at_once(
+    image_folder: Callable[..., Path], finished: bool
+) -> None:
+    """Left to torch, it is dropped, and the trainer waits for ten minutes."""
+    dataset = make_dataset(image_folder(classes=0, per_class=6))
+    loader = make_loader(dataset, StepBatches(6, 4, 0, range(2)), 1, prefetch=1, pin=False, finished=finished)
+    with files_no_longer_than(4096), iterating(loader) as batches:
+        batch = next(batches)
+    with pytest.raises(TrainingError, match=r"no room in /dev/shm .* MB are free.*--shm-size.*fewer --workers"):
+        views_on(torch.device("cpu"), batch)

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from jepakit.bundle import Preprocess
-from jepakit.errors import DataError, ImageError, InputError
+from jepakit.errors import DataError, ImageError, InputError, JepakitError, TrainingError
 from jepakit.images import Pixels, read_image
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
 from jepakit_training.cache import ImageCache, downscale
+from jepakit_training.loader_limits import hand_over
 from jepakit_training.randomness import derive_seed
 from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
@@ -70,7 +71,7 @@ class Batch(NamedTuple):
 
     views: Crops | Views | None
     skipped: list[tuple[int, str]]
-    fault: InputError | None = None
+    fault: JepakitError | None = None
 
 
 class ViewDataset(Dataset[Item]):
@@ -167,6 +168,15 @@ def iterating(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
 
 
 def _collate(items: list[Item]) -> Batch:
+    return _handed_over(_batch(items))
+
+
+def _collate_finished(items: list[Item]) -> Batch:
+    batch = _batch(items)
+    return _handed_over(batch._replace(views=finish(batch.views)) if isinstance(batch.views, Crops) else batch)
+
+
+def _batch(items: list[Item]) -> Batch:
     skipped = [skip for item in items for skip in item.skipped]
     crops = [item.crops for item in items if item.crops is not None]
     if len(crops) < len(items):
@@ -174,9 +184,15 @@ def _collate(items: list[Item]) -> Batch:
     return Batch(collate(crops), skipped)
 
 
-def _collate_finished(items: list[Item]) -> Batch:
-    batch = _collate(items)
-    return batch._replace(views=finish(batch.views)) if isinstance(batch.views, Crops) else batch
+def _handed_over(batch: Batch) -> Batch:
+    """The batch where the trainer can take it; without views, and with the fault, if there is no room for it."""
+    if batch.views is None:
+        return batch
+    try:
+        hand_over(batch.views.views if isinstance(batch.views, Crops) else batch.views)
+    except TrainingError as fault:
+        return Batch(None, batch.skipped, fault)
+    return batch
 
 
 def views_on(device: torch.device, batch: Batch) -> Views:

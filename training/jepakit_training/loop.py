@@ -24,6 +24,7 @@ from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, iterating, make_loader, views_on
 from jepakit_training.distributed import SharedFlag
 from jepakit_training.learner import Learner
+from jepakit_training.loader_limits import more_open_files
 from jepakit_training.memory import freed_memory_kept, memory_errors
 from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
@@ -47,6 +48,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         locked(out, main=first_rank),
         warnings.catch_warnings(),
         freed_memory_kept(),
+        more_open_files(),
         own_precision(),
         own_generators(),
     ):

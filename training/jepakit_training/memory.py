@@ -14,6 +14,7 @@ import torch
 
 from jepakit._machine import main_memory, trim_heap
 from jepakit.errors import TrainingError
+from jepakit_training.loader_limits import is_of_files, many_files, no_room
 
 GB = 10**9
 
@@ -55,7 +56,7 @@ def freed_memory_kept() -> Iterator[None]:
 @contextmanager
 def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_size: int, workers: int) -> Iterator[None]:
     """Turn "out of memory" in the block into a TrainingError that names the settings to change, in order; also loader
-    processes that were killed or deliver nothing.
+    processes that were killed, deliver nothing, or need more open files than there may be.
 
     micro_batch               images per backbone pass at present; 1 if there cannot be fewer
     activation_checkpointing  whether it is on, or cannot be used
@@ -63,13 +64,15 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in _NO_MEMORY):
             where = "the GPU's memory" if "CUDA" in str(error) or "CUBLAS" in str(error) else "memory"
             raise TrainingError(
                 f"out of {where} ({_asked_for(error)}); the last checkpoint is sound. "
                 f"{_advice(micro_batch, activation_checkpointing, image_size)}"
             ) from error
+        if is_of_files(error):
+            raise TrainingError(many_files()) from error
         if "DataLoader worker" in str(error) and "Terminated" not in str(error):
             raise TrainingError(_of_a_worker(str(error), workers)) from error
         if found := re.match(r"DataLoader timed out after (\d+) seconds", str(error)):
@@ -117,10 +120,7 @@ def _asked_for(error: BaseException) -> str:
 
 def _of_a_worker(text: str, workers: int) -> str:
     if "Bus error" in text or "shared memory" in text:
-        return (
-            f"a loader's process found no room in /dev/shm; the last checkpoint is sound. Give the container more "
-            f"(--shm-size), or take fewer --workers (now {workers})"
-        )
+        return no_room()
     return (
         f"a loader's process was ended from outside, most likely because memory ran out ({text.splitlines()[0]}); the "
         f"last checkpoint is sound. Take fewer --workers (now {workers}), then run the same command again"

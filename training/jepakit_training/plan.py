@@ -28,6 +28,7 @@ from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.holdout import Split, hold_out
+from jepakit_training.loader_limits import MORE_SHARED, SHARED, can_share, shared_bytes
 from jepakit_training.memory import GB
 from jepakit_training.trainable import trained_share
 
@@ -210,23 +211,44 @@ def _check_norms_frozen(config: AdaptConfig, norm_statistics: str, setting: str,
 
 
 def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, list[str]]:
-    """The number of loader processes, and of batches that each prefetches, with notes.
+    """The number of loader processes, and of batches that each prefetches, with notes; ConfigError for more than can run.
 
     One per core of this process's share, minus one for the model; at most 8, or 16 if there is a GPU. Fewer if the
-    prefetched batches would take over a quarter of this process's share of main memory.
+    prefetched batches would take over a quarter of this process's share of main memory, or its share of /dev/shm.
     """
     sharing = ranks.local_world_size()
     room = int(_QUEUED_SHARE * main_memory() / sharing / batch_bytes)
+    shared = _room_in_shared(batch_bytes * sharing)
     workers, notes = config.workers, []
     if workers is None:
         most = 16 if torch.cuda.is_available() else 8
-        workers = max(0, min(most, usable_cpus() // sharing - 1, max(1, room)))
+        wanted = max(0, min(most, usable_cpus() // sharing - 1, max(1, room)))
+        workers = int(min(wanted, shared))
+        if workers < wanted:
+            notes.append(f"{counted(workers, 'loader process')} instead of {wanted}: {_little_shared(batch_bytes)}")
+    if workers > shared:
+        raise ConfigError(f"workers = {workers}: {_little_shared(batch_bytes)}, or take --workers {int(shared)}")
     if workers > room:
         notes.append(
             f"warning: {counted(workers, 'loader process')} may prepare {workers * batch_bytes / GB:.1f} GB of "
             f"views in advance, but there are only {main_memory() / GB:.0f} GB of main memory: lower --workers or --image-size"
         )
-    return workers, 2 if 2 * workers <= room else 1, notes
+    return workers, 2 if 2 * workers <= min(room, shared) else 1, notes
+
+
+def _room_in_shared(batch_bytes: int) -> float:
+    """How many batches fit in /dev/shm, beside the one that is trained on."""
+    return max(0.0, shared_bytes() / batch_bytes - 1) if can_share() else 0.0
+
+
+def _little_shared(batch_bytes: int) -> str:
+    """Why there cannot be more loader processes, and what to do."""
+    if not can_share():
+        return f"{SHARED} cannot be written, and loader processes need it: mount it as a tmpfs"
+    return (
+        f"{SHARED} has {shared_bytes() / 1e6:,.1f} MB free, and each batch that they prepare takes {batch_bytes / 1e6:,.1f} MB "
+        f"there: {MORE_SHARED}"
+    )
 
 
 def _takes(backbone: Any, bands: int, size: int) -> bool:

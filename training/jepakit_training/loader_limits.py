@@ -1,0 +1,82 @@
+"""What the system grants the loader's processes: room in /dev/shm, through which they hand over batches, and open files."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from jepakit.errors import TrainingError
+
+SHARED = Path("/dev/shm")
+MORE_SHARED = "give the container more (docker run --shm-size 2g)"
+_ENOUGH_FILES = 65_536
+
+
+def can_share() -> bool:
+    """Whether loader processes can run at all: even their locks are files in /dev/shm."""
+    return sys.platform != "linux" or os.access(SHARED, os.W_OK)
+
+
+def shared_bytes() -> float:
+    """Bytes that are free in /dev/shm; infinite where the system has none."""
+    return shutil.disk_usage(SHARED).free if SHARED.is_dir() else math.inf
+
+
+def hand_over(tensors: Iterable[Tensor]) -> None:
+    """In a loader's process, move the tensors to shared memory; TrainingError if they cannot be moved.
+
+    Left to torch's queue, that would happen in a thread that drops the batch, and the trainer would wait for it in vain.
+    """
+    if get_worker_info() is None:
+        return
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise TrainingError(many_files() if is_of_files(error) else no_room()) from error
+
+
+def no_room() -> str:
+    """What to tell where batches find no room in /dev/shm."""
+    return (
+        f"a loader's process found no room in {SHARED} ({shared_bytes() / 1e6:,.1f} MB are free); the last checkpoint is "
+        f"sound. In a container, {MORE_SHARED}; or take fewer --workers (0 needs none), then run the same command again"
+    )
+
+
+def is_of_files(error: BaseException) -> bool:
+    """Whether torch or Python says that there are too many open files; passed-on ones are lost without a word."""
+    return any(part in str(error) for part in ("Too many open files", "received 0 items of ancdata"))
+
+
+def many_files() -> str:
+    """What to tell where a process may open no more files."""
+    now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"the loader's processes need more open files than this process may have ({now}); the last checkpoint is sound. "
+        "Raise the limit (ulimit -n), or take fewer --workers (0 needs none), then run the same command again"
+    )
+
+
+@contextmanager
+def more_open_files() -> Iterator[None]:
+    """In the block, this process may open as many files as it can allow itself: each batch on its way takes a few."""
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_FILES if most == resource.RLIM_INFINITY else min(most, _ENOUGH_FILES)
+    if before == resource.RLIM_INFINITY or before >= wanted:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
