@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-import sys
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._checks import exceeds
 from jepakit._messages import lines_of
+from jepakit._say import say
 from jepakit.backbone import round_size, size_multiple
 from jepakit.bundle import Precision, Preprocess
 from jepakit.embedder import Embedder
@@ -77,7 +77,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
     if exceeds(len(skipped), len(places), MOST_SKIPPED):
         raise DataError(f"{source}: {unread}; {MOST_SKIPPED:.0%} may be left out: repair or remove them")
     if skipped:
-        print(f"{source}: {unread}: left out of what is verified on", file=sys.stderr)
+        say(f"{source}: {unread}: left out of what is verified on")
     return np.stack(pixels)
 
 
@@ -91,9 +91,8 @@ def apart(precision: Precision, inputs: Pixels, users: Pixels | None) -> tuple[P
         return inputs, users
     if users is not None:
         return users[::2], users[1::2]
-    print(
-        "int8 is calibrated and verified on synthetic images only, and real ones may do worse: give some with --verify-images DIR",
-        file=sys.stderr,
+    say(
+        "int8 is calibrated and verified on synthetic images only, and real ones may do worse: give some with --verify-images DIR"
     )
     return inputs, None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
 from jepakit._messages import parse
+from jepakit._say import say, show
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit._sweep import Sweep, check_can_hold, combinations
 from jepakit.bundle import Bundle, StartWeights, check_new
@@ -115,12 +115,12 @@ def sweep(
 
     failed = {}
     for number, (name, config) in enumerate(configs.items(), 1):
-        print(f"run {number} of {len(configs)}: {folder / name}", file=sys.stderr)
+        say(f"run {number} of {len(configs)}: {folder / name}")
         try:
             run_training(config, listed, folder / name)
         except TrainingError as error:
             failed[name] = str(error)
-            print(f"warning: {name} failed: {error}", file=sys.stderr)
+            say(f"warning: {name} failed: {error}")
     if len(failed) == len(configs):
         raise TrainingError(f"all {len(failed)} runs failed; {name}: {failed[name]}")
     return Sweep(folder, failed)
@@ -215,7 +215,7 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
 
     parsed = load(settings, None if file is None else as_path(file, "config"))
     if print_config:
-        print(as_yaml(parsed), end="")
+        show(as_yaml(parsed), end="")
         return
     from jepakit_service.app import run
 

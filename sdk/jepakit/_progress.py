@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self, TypeVar
+
+from jepakit._say import has_terminal, say, standard_error
 
 _Item = TypeVar("_Item")
 _PLAIN_EVERY_S = 15.0
@@ -31,7 +32,7 @@ def shown(progress: bool) -> Iterator[None]:
 def stage(words: str) -> None:
     """Announce the start of work that cannot be counted."""
     if _is_shown.get():
-        print(f"{words} …", file=sys.stderr, flush=True)
+        say(f"{words} …")
 
 
 def track(items: Sequence[_Item], what: str, *, progress: bool = True) -> Iterator[_Item]:
@@ -69,7 +70,7 @@ class Steps:
         self._start = self._last_line = time.monotonic()
         self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_POINTS)
         self._values, self._spoke = "", False
-        self._bar = _bar(what, total, first) if self._progress and sys.stderr.isatty() else None
+        self._bar = _bar(what, total, first) if self._progress and has_terminal() else None
 
     def update(self, done: int, values: str = "") -> None:
         """Report that `done` steps are done; the text `values` is shown until there are newer ones."""
@@ -88,7 +89,7 @@ class Steps:
             line = "  ".join(
                 part for part in (f"{self._what} {done}/{self._total}", self._left(done, now), words) if part
             )
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +131,7 @@ def _bar(what: str, total: int, first: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
+    console = Console(file=standard_error())
     if console.is_dumb_terminal:
         return None
     columns = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from jepakit._checks import exceeds, is_share
 from jepakit._messages import counted, first_few
+from jepakit._say import say
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, ImageError
 from jepakit.sources import ImageList
@@ -93,7 +93,7 @@ class Skipped:
             line = (
                 f"{counted(len(told), 'image')} left out, as they cannot be embedded: {names}; the first: {told[0][1]}"
             )
-            print(line, file=sys.stderr, flush=True)
+            say(line)
         if on_skipped is not None:
             for name, reason in told:
                 on_skipped(name, reason)

@@ -24,6 +24,7 @@ from jepakit._files import as_path, prepare_place, reason_of, written
 from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
 from jepakit._progress import human_time
+from jepakit._say import drop_unwritten, flush_shown, say, show, taking
 from jepakit.errors import ConfigError, JepakitError, TrainingError
 
 if TYPE_CHECKING:
@@ -59,18 +60,38 @@ app.add_typer(weights_app, name="weights")
 def main() -> None:
     """Entry point: every JepakitError becomes one line on standard error and its exit code."""
     try:
-        app(standalone_mode=True)
+        code = _run()
+        flush_shown()
     except JepakitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        say(f"error: {error}")
+        code = error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        say("stopped")
+        code = 130
+    except ImportError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        say(f"error: {error}: this process may not have enough address space; raise its limit (ulimit -v)")
+        code = 1
+    except BrokenPipeError:  # whoever read the output has seen enough
+        code = 1
+    finally:
+        drop_unwritten(sys.stdout)
+    sys.exit(code)
+
+
+def _run() -> str | int | None:
+    """Run the command; returns its exit code, or raises its error."""
+    try:
+        app(standalone_mode=True)
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"jepakit {__version__}")
+        show(f"jepakit {__version__}")
         raise typer.Exit
 
 
@@ -179,7 +200,7 @@ def adapt(
     settings.pop("images", None)  # a run's config.toml has them
     if dry_run:
         estimate = run_dry(_source(images), **settings)
-        print(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
+        show(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
         return
     with _exiting_when_stopped():
         run = run_adapt(_source(images), **settings)
@@ -261,7 +282,7 @@ def _exiting_when_stopped() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         if not str(stop):
-            print("stopped", file=sys.stderr)
+            say("stopped")
         raise typer.Exit(130) from None
 
 
@@ -289,7 +310,7 @@ def init(
     prepare_place(file)
     with written(file) as stream:
         stream.write(template().encode())
-    print(
+    show(
         f"{file}: every setting with its default, commented out\nnext: jepakit adapt IMAGES --config {quote(str(file))}"
     )
 
@@ -311,11 +332,11 @@ def report(
 
 def _report(run: Run, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_as_json(run)))
+        show(json.dumps(_as_json(run)))
         return
-    print(run.comparison)
+    show(run.comparison)
     if run.neighbours.is_file():
-        print(f"to see for yourself: {run.neighbours}")
+        show(f"to see for yourself: {run.neighbours}")
     _print_exports(run, run.verdict, run.path.name)
 
 
@@ -332,15 +353,15 @@ def _print_exports(run: Run, verdict: Verdict, name: str) -> None:
     else:  # no verdict: export both, to compare them
         exports = [(" --which start", f"{target}-start"), ("", target)]
     for which, bundle in exports:
-        print(f"next: jepakit export {source}{which} --out {quote(bundle)}")
+        show(f"next: jepakit export {source}{which} --out {quote(bundle)}")
     if not has_scores:
-        print(f"next: jepakit compare {quote(exports[0][1])} {quote(target)} --images LABELLED")
+        show(f"next: jepakit compare {quote(exports[0][1])} {quote(target)} --images LABELLED")
 
 
 def _report_sweep(found: Sweep, *, as_json: bool) -> None:
     if as_json:
         runs = [{"name": name, **_as_json(run), "loss": found.losses.get(name)} for name, run in found.runs.items()]
-        print(
+        show(
             json.dumps(
                 {
                     "sweep": str(found.path),
@@ -351,7 +372,7 @@ def _report_sweep(found: Sweep, *, as_json: bool) -> None:
             )
         )
         return
-    print(found)
+    show(found)
     _print_exports(found.best, found.verdict, found.path.name)
 
 
@@ -359,13 +380,13 @@ def _print_estimates(estimates: dict[str, DryRun], *, as_json: bool) -> None:
     total_s = sum(each.total_s for each in estimates.values())
     if as_json:
         runs = {name: {**each.model_dump(), "total_s": each.total_s} for name, each in estimates.items()}
-        print(json.dumps({"runs": runs, "total_s": total_s}))
+        show(json.dumps({"runs": runs, "total_s": total_s}))
         return
     for name, each in estimates.items():
-        print(
+        show(
             f"{name}: {human_time(each.total_s)}, {each.step_s:.2f} s a step, {each.peak_memory_gb:.1f} GB of memory at most"
         )
-    print(f"{counted(len(estimates), 'run')}: about {human_time(total_s)}; nothing was kept")
+    show(f"{counted(len(estimates), 'run')}: about {human_time(total_s)}; nothing was kept")
 
 
 @app.command()
@@ -402,7 +423,7 @@ def inspect(
         value_range=_range_or_word(value_range),
     )
     seen = run_inspection(_source(images), sheet=sheet, **settings)
-    print(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
+    show(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
 
 @app.command()
@@ -454,13 +475,13 @@ def export(
     bundle = run_export(source, out, **settings)
     manifest = bundle.manifest
     assert manifest.graph is not None
-    print(
+    show(
         f"{bundle.path}: {manifest.backbone.name}, {manifest.preprocess.size} px → {manifest.embedding.dim} numbers "
         f"({manifest.embedding.pooling}), {manifest.graph.precision}: relative error to torch "
         f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
     )
-    print(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
-    print(f"next: jepakit serve {quote(str(bundle.path))}")
+    show(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
+    show(f"next: jepakit serve {quote(str(bundle.path))}")
     comparison = manifest.comparison
     if (
         which is None
@@ -468,10 +489,9 @@ def export(
         and comparison.after is not None
         and comparison.verdict.word != "better"
     ):
-        print(
+        say(
             f"warning: the run's verdict on these weights is {comparison.verdict.word}; --which best follows it, --which start "
-            "exports the weights that the run began with",
-            file=sys.stderr,
+            "exports the weights that the run began with"
         )
 
 
@@ -511,11 +531,11 @@ def serve(
 
     if new_key is not None:
         key, line, n_others = new_api_key(new_key, api_key_file)
-        print(f"key for clients (shown once): {key}")
-        print(f"line for the key file:        {line}" if api_key_file is None else f"added to {api_key_file}")
-        print("next: jepakit serve … --api-key-file FILE; a client reads its key from JEPAKIT_API_KEY")
+        show(f"key for clients (shown once): {key}")
+        show(f"line for the key file:        {line}" if api_key_file is None else f"added to {api_key_file}")
+        show("next: jepakit serve … --api-key-file FILE; a client reads its key from JEPAKIT_API_KEY")
         if n_others:
-            print(
+            show(
                 f"older keys named {new_key!r} in that file, which stay valid until their lines are deleted: {n_others}"
             )
         return
@@ -553,9 +573,9 @@ def deploy(
 
     _exit_on_signals()
     model, replaced, beside = run_deploy(bundle, folder, url, timeout_s=timeout)
-    print(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
+    show(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
     if beside and not replaced:
-        print(
+        show(
             f"{model.name} is a new model beside {first_few(beside, 3)}: if it is meant to replace one of them, deploy it "
             "under that name (`jepakit export --name`), and remove this one from the folder"
         )
@@ -624,12 +644,12 @@ def embed(
     labelled = (
         "no labels" if embeddings.labels is None else f"labels of {counted(len(set(embeddings.labels)), 'class')}"
     )
-    print(
+    show(
         f"{out}: {counted(len(embeddings), 'vector')} of {embeddings.vectors.shape[1]} numbers, {labelled}, "
         f"model {embeddings.model_id}"
     )
     if embeddings.labels is not None:
-        print(f"next: jepakit probe fit {quote(str(out))} --out probe.safetensors")
+        show(f"next: jepakit probe fit {quote(str(out))} --out probe.safetensors")
 
 
 @app.command()
@@ -660,9 +680,9 @@ def compare(
     before, after = (each if isinstance(each, Embeddings) else each.embed(images, labels=labels) for each in opened)
     comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
     if as_json:
-        print(json.dumps(comparison.model_dump(mode="json")))
+        show(json.dumps(comparison.model_dump(mode="json")))
         return
-    print(comparison.table("first", "second"))
+    show(comparison.table("first", "second"))
 
 
 def _open_embeddings_or_bundle(path: Path, images: str | None) -> Embeddings | Model:
@@ -712,12 +732,12 @@ def doctor() -> None:
     from jepakit.doctor import examine
 
     lines, problems = examine()
-    print("\n".join(lines))
+    show("\n".join(lines))
     for problem in problems:
-        print(f"problem: {problem}")
+        show(f"problem: {problem}")
     if problems:
         raise typer.Exit(1)
-    print("nothing to fix")
+    show("nothing to fix")
 
 
 @weights_app.command("fetch")
@@ -730,8 +750,8 @@ def weights_fetch(
 
     _check_out(out, ".safetensors")
     start = fetch_weights(name, out)
-    print(f"{out}: {start.source}, licence: {start.license}")
-    print(f"next, on the other machine: jepakit adapt IMAGES --backbone {name} --weights {quote(str(out))}")
+    show(f"{out}: {start.source}, licence: {start.license}")
+    show(f"next, on the other machine: jepakit adapt IMAGES --backbone {name} --weights {quote(str(out))}")
 
 
 @probe_app.command("fit")
@@ -780,7 +800,7 @@ def probe_fit(
     told = f"{out}: {kind} probe, {len(probe.classes_)} classes, fitted on {counted(len(vectors), 'image')}"
     if isinstance(probe, LinearProbe) and probe.cv_balanced_accuracy_ is not None:
         told += f"; balanced accuracy in cross-validation {probe.cv_balanced_accuracy_:.1%} (C = {probe.C_:g})"
-    print(
+    show(
         f"{told}\nnext: jepakit probe evaluate {quote(str(out))} OTHER.npz, with embeddings of labelled images that it was not fitted on"
     )
 
@@ -797,7 +817,7 @@ def probe_evaluate(
     from jepakit import Embeddings, load_probe
 
     report = load_probe(probe).evaluate(Embeddings.load(embeddings))
-    print(json.dumps(asdict(report)) if as_json else report)
+    show(json.dumps(asdict(report)) if as_json else report)
 
 
 @probe_app.command("predict")
@@ -821,9 +841,10 @@ def probe_predict(
 
 def _print_rows(rows: Iterable[tuple[object, ...]]) -> None:
     """Print tab-separated rows; cells with tabs, line breaks or quotes are quoted (on a terminal, escaped)."""
-    show = one_line if sys.stdout.isatty() else str
+    shown = one_line if sys.stdout.isatty() else str
     table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-    table.writerows([show(str(cell)) for cell in row] for row in rows)
+    with taking():
+        table.writerows([shown(str(cell)) for cell in row] for row in rows)
 
 
 def _source(images: list[str]) -> str | list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._files import reason_of, replacing
+from jepakit._say import say
 from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
@@ -63,10 +63,9 @@ class ImageCache:
                 f"{folder} cannot hold the image cache ({reason_of(error)}): name another folder"
             ) from None
         if not is_locked:
-            print(
+            say(
                 f"warning: {folder} lies where files cannot be locked: with several processes, the image cache may "
-                "exceed its limit",
-                file=sys.stderr,
+                "exceed its limit"
             )
 
     def key(self, stamp: str) -> str:

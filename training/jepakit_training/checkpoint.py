@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from jepakit._files import file_sha256, making_folder, reason_of
+from jepakit._say import say
 from jepakit.errors import CheckpointError, TrainingError
 
 _KEEP = 2
@@ -68,7 +68,7 @@ class Saver:
             if must:
                 raise CheckpointError(f"{error}; then the same command will {go_on}") from error
             if not self._warned:
-                print(f"warning: {error}; training goes on, and would {go_on} after a stop", file=sys.stderr)
+                say(f"warning: {error}; training goes on, and would {go_on} after a stop")
             self._warned = True
         else:
             self.newest, self._warned = done, False
@@ -148,10 +148,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
                 f"{damaged} is damaged or incomplete, and could not be renamed to {aside.name} ({reason_of(error)}): "
                 "move it away, then run the same command again"
             ) from error
-        print(
-            f"warning: {damaged} is damaged or incomplete and is passed over; it is kept as {aside.name}",
-            file=sys.stderr,
-        )
+        say(f"warning: {damaged} is damaged or incomplete and is passed over; it is kept as {aside.name}")
 
 
 def _whole_step(checkpoint: Path) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from jepakit._say import say
 from jepakit.bundle import Pooling, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.run import DryRun
@@ -41,7 +41,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     """
     count = (config.processes or 1) if config.launcher == "ray" else count_processes(config, images)
     if count > 1:
-        print(f"the dry run uses one process, for the whole batch; the run itself would use {count}", file=sys.stderr)
+        say(f"the dry run uses one process, for the whole batch; the run itself would use {count}")
     with alone(), freed_memory_kept(), more_open_files(), own_precision(), own_generators():
         setup = prepare(config, images, None)
         plan = setup.plan

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jepakit._machine import usable_cpus
+from jepakit._say import say
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import Run
@@ -259,7 +260,7 @@ def _raise_ending(group: _Group) -> NoReturn:
             raise TrainingError(f"process {rank} of {many} was ended by {signal.Signals(-code).name}{why}; {go_on}")
     if endings:
         first = endings[0]
-        print(first.traceback, file=sys.stderr, end="")
+        say(first.traceback, end="")
         raise TrainingError(f"process {first.rank} of {many} failed: {first}; {go_on}")
     rank, code = next((rank, code) for rank, code in group.ended.items() if code)
     words = group.log(rank).read_text(encoding="utf-8", errors="replace").strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from contextlib import AbstractContextManager
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from jepakit._say import say
 from jepakit.bundle import name_for
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
@@ -55,7 +55,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         if first_rank:
             open_folder(out, config, images)
         if run.finished:
-            print(f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW", file=sys.stderr)
+            say(f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW")
             return run
         warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not actionable for users
         _adapt(config, images, run)
@@ -75,10 +75,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
         write_run_bundle(run.path / START, setup, before.embedding, name=f"{name}-start", steps=0)
     _train(setup, run, measuring_s)
     if main and len(setup.skipped):
-        print(
-            f"{len(setup.skipped)} images could not be read and were left out: see {run.path / SKIPPED}",
-            file=sys.stderr,
-        )
+        say(f"{len(setup.skipped)} images could not be read and were left out: see {run.path / SKIPPED}")
     after = setup.measuring.end(setup.backbone, before.embedding.pooling)
     if main:
         comparison = setup.measuring.conclude(before, after)
@@ -167,9 +164,9 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
     if found is not None:
         learner.load_state_dict(found[1])
         if accelerator.is_main_process:
-            print(f"going on from step {step}", file=sys.stderr)
+            say(f"going on from step {step}")
     elif accelerator.is_main_process and (folder.parent / METRICS).exists():
-        print("no checkpoint had been saved: starting over", file=sys.stderr)
+        say("no checkpoint had been saved: starting over")
     return step
 
 

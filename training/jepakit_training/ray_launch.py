@@ -28,6 +28,7 @@ from jepakit._files import reason_of
 from jepakit._machine import usable_cpus
 from jepakit._messages import lines_of
 from jepakit._ray import OWN, SILENT, init, own_folder
+from jepakit._say import say
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.run import Run
@@ -139,7 +140,7 @@ def _fit(job: _Job) -> None:
     workers = job.config.processes or max(1, gpus)
     kind, have = ("GPU", gpus) if gpus else ("CPU", int(there.get("CPU", 0)))
     if have < workers:
-        print(f"waiting for {workers} {kind}s: the cluster has {have} now", file=sys.stderr)
+        say(f"waiting for {workers} {kind}s: the cluster has {have} now")
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"job": job},
@@ -154,7 +155,7 @@ def _fit(job: _Job) -> None:
     if failure is None:
         return
     if endings:
-        print(endings[0].traceback, file=sys.stderr, end="")
+        say(endings[0].traceback, end="")
     why = endings[0] if endings else lines_of(failure)[-1]
     raise TrainingError(
         f"training on Ray failed {_MOST_LOSSES + 1} times, the last time by {why}; the same command goes on from the "
@@ -193,7 +194,7 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
         return raised[0] if raised else None
     line = "stopped; the same command goes on from the last checkpoint"
     if thread.is_alive():
-        print(line, file=sys.stderr)
+        say(line)
     raise KeyboardInterrupt(line) if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
 
 
@@ -233,8 +234,7 @@ def _repeating(file: Path) -> Iterator[None]:
             last = False
             while not last:
                 last = done.wait(0.5)
-                sys.stderr.write(lines.read())
-                sys.stderr.flush()
+                say(lines.read(), end="")
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

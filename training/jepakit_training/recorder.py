@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from jepakit._progress import Steps
+from jepakit._say import say
 from jepakit.config import AdaptConfig
 from jepakit.run import METRICS, Run, read_metrics
 from jepakit_training.alarms import FLOOR, Alarms, projection_stats
@@ -80,7 +80,7 @@ class Recorder:
             self.log.write({"step": step, **values})
             self.trackers.log(step, values)
             for line in self.alarms.check(step, values) if self.accelerator.is_main_process else ():
-                print(line, file=sys.stderr)
+                say(line)
             numbers = describe(values)
         self.progress.update(step + 1, numbers)
 

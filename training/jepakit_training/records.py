@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from accelerate.utils import gather_object
 
 from jepakit._checks import exceeds
 from jepakit._files import reason_of
+from jepakit._say import say
 from jepakit.errors import DataError
 from jepakit.run import SKIPPED, read_metrics
 from jepakit_training.run_folder import must_write, write_atomically
@@ -35,10 +35,9 @@ class TolerateWriteErrors:
         if not isinstance(error, OSError):
             return False
         if not self._warned:
-            print(
+            say(
                 f"warning: {self._what} could not be written ({reason_of(error)}): make room there; training goes on, and "
-                "what has no room is missing there",
-                file=sys.stderr,
+                "what has no room is missing there"
             )
         self._warned = True
         return True

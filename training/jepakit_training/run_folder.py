@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import socket
-import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import tomli_w
 
 from jepakit._files import reason_of, replacing
 from jepakit._messages import counted
+from jepakit._say import say
 from jepakit.bundle import START_WORDS, versions_of
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
@@ -103,9 +103,7 @@ def _lock(path: Path) -> int:
             os.close(descriptor)
             raise
         if not is_locked:
-            print(
-                f"warning: {path.parent} lies where files cannot be locked: start no second run on it", file=sys.stderr
-            )
+            say(f"warning: {path.parent} lies where files cannot be locked: start no second run on it")
         # The last holder may have removed the file between our two calls: then we hold a lock on a deleted file.
         if os.fstat(descriptor).st_nlink:
             os.ftruncate(descriptor, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from jepakit._messages import counted
 from jepakit._one_line import one_line
+from jepakit._say import say
 from jepakit.backbone import start_backbone, start_preprocess
 from jepakit.bundle import Backbone, Preprocess
 from jepakit.config import AdaptConfig
@@ -79,7 +79,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
     notes = (images.note, *describe_values(found, spec, images.ids), *doubts(images, found), *plan.notes)
     for note in notes if main else ():
-        print(one_line(note), file=sys.stderr)
+        say(one_line(note))
 
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
     cache = open_cache(config, make_views.least_side, spec)

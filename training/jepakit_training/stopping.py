@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
+
+from jepakit._say import say
 
 GRACE_S = 20.0
 _SECOND_GRACE_S = 2.0
@@ -79,7 +80,7 @@ class Stop:
         KeyboardInterrupt after SIGINT, SystemExit(143) after SIGTERM, or when another process was told to stop.
         """
         line = f"stopped after step {done}; run the same command again to go on"
-        print(line, file=sys.stderr, flush=True)
+        say(line)
         return KeyboardInterrupt(line) if self.number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
     def in_a_step(self) -> str:
@@ -131,7 +132,8 @@ class _Watchdog:
     def _leave_now(self, code: int) -> None:
         # A progress bar has hidden the cursor; `print` could wait for a lock that the main thread holds.
         show_cursor = "\033[?25h" if os.isatty(2) else ""
-        os.write(2, f"{show_cursor}\n{self._stop.in_a_step()}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"{show_cursor}\n{self._stop.in_a_step()}\n".encode())
         os._exit(code)
 
 
@@ -156,7 +158,7 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
             # A SIGTERM sent to all processes of a job would also end the loader's, unless they ignore it.
             if stop.number is None or "DataLoader worker" not in str(error):
                 raise
-            print(stop.in_a_step(), file=sys.stderr, flush=True)
+            say(stop.in_a_step())
             raise SystemExit(128 + stop.number) from error
 
 

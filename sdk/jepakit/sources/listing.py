@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from jepakit._messages import joined
 from jepakit._one_line import one_line
 from jepakit._progress import shown
+from jepakit._say import say
 from jepakit.errors import DataError
 from jepakit.sources.files import Files
 from jepakit.sources.find import LISTED, find
@@ -97,7 +97,7 @@ def gather(
             most_skipped=most_skipped,
         )
     if progress and listed.note:
-        print(one_line(listed.note), file=sys.stderr, flush=True)
+        say(one_line(listed.note))
     return listed
 
 
