@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from jepakit.readers.png import decode_deep, has_late_chunks
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import not_an_image
-from jepakit.readers.zeros import has_lost_pixels
+from jepakit.readers.zeros import zeros_in_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,8 @@ _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _MOST_HALF_TRANSPARENT = 0.05
 """Share of the alpha: the soft edges of a cut-out are a few per cent of it."""
+_READ_AHEAD = 8
+"""Bytes that libjpeg wants after the last pixel's: by so many zeros it makes up a block at most."""
 _FALSE_ALPHA = (
     f"over {_MOST_HALF_TRANSPARENT:.0%} is half transparent, and is laid on white: if the last band is no transparency but a band like "
     "the others (near infrared), write it as a TIFF of plain bands"
@@ -79,12 +82,25 @@ class PillowFile(Raster):
         if data is None:
             self._encoded.file.seek(0)
             data = self._encoded.file.read()
-        if has_lost_pixels(data):
+        place = zeros_in_pixels(data)
+        if place is not None and not _is_padded(data, place):
             raise ImageError(
                 f"{self._name}: damaged: zeros stand where part of its pixels were, as after a broken copy: copy it again, or leave "
                 "it out",
                 code="unreadable",
             )
+
+
+def _is_padded(jpeg: bytes, end: int) -> bool:
+    """Whether all pixels stand before `end`, and nothing but zeros after: the end marker is missing, and no pixel."""
+    if jpeg[end:].strip(b"\0"):
+        return False
+    try:
+        with quiet():
+            import_pillow().open(io.BytesIO(jpeg[: end + _READ_AHEAD]), formats=("JPEG",)).load()
+    except OSError:
+        return False
+    return True
 
 
 class PillowImage(Raster):

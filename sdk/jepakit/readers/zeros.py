@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 _RUN = bytes(512)
-_FRAMES, _TABLES, _SCAN, _END = (0xC0, 0xC1), 0xC4, 0xDA, b"\xff\xd9"
+_FRAMES, _TABLES, _SCAN = (0xC0, 0xC1), 0xC4, 0xDA
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""Any marker but those that restart the decoder within a scan."""
 
 
-def has_lost_pixels(jpeg: bytes) -> bool:
-    """Whether the compressed pixels hold 512 zero bytes in a row that no picture is encoded as.
+def zeros_in_pixels(jpeg: bytes) -> int | None:
+    """Where the compressed pixels hold 512 zero bytes in a row that no picture is encoded as; None if nowhere.
 
     A code of nothing but zeros sets a coefficient of the block, or says that the rest of the block is flat. Where it does
     so in all tables of the scan, zeros are a flat area, and nothing is said. Nor is it of progressive files and those
     with a scan for each band.
     """
     if _RUN not in jpeg:
-        return False
+        return None
     bands = b""
     flat: dict[int, bool] = {}
     for marker, start, end in _segments(jpeg):
@@ -27,9 +30,14 @@ def has_lost_pixels(jpeg: bytes) -> bool:
             flat |= dict(_zero_codes(segment))
         elif marker == _SCAN and bands and segment[:1] == bands:
             place, tables = jpeg.find(_RUN, end), segment[2 : 1 + 2 * bands[0] : 2]
-            lost = place >= 0 and _END not in jpeg[end:place]
-            return lost and not all(flat.get(table & 0x0F, True) for table in tables)
-    return False
+            if (
+                place < 0
+                or _END_OF_SCAN.search(jpeg, end, place)
+                or all(flat.get(table & 0x0F, True) for table in tables)
+            ):
+                return None
+            return place
+    return None
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:

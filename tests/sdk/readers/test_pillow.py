@@ -17,7 +17,7 @@ from tests.files import encoded, png_chunk
 
 from jepakit.errors import ImageError
 from jepakit.readers import Limits, Window, open_raster
-from jepakit.readers.zeros import has_lost_pixels
+from jepakit.readers.zeros import zeros_in_pixels
 
 Refused = Callable[..., str]
 
@@ -222,6 +222,7 @@ def test_a_jpeg_that_has_lost_a_block_of_its_file_is_refused(
     with open_raster(tmp_path / "a.jpg") as raster, pytest.raises(ImageError, match="zeros stand where"):
         raster.read(at_least=50)
     assert read(zeroed(jpeg, 100)).any(), "a code or two"
+    assert "image: damaged" in refused(jpeg[: len(jpeg) // 2] + bytes(100_000), "unreadable")
 
 
 def test_zeros_that_belong_in_a_jpeg_are_read() -> None:
@@ -233,6 +234,8 @@ def test_zeros_that_belong_in_a_jpeg_are_read() -> None:
         encoded(flat, "JPEG", progressive=True),
         encoded(some, "JPEG", exif=b"Exif\0\0" + bytes(2000)),
         encoded(some, "JPEG") + bytes(2000),
+        encoded(some, "JPEG")[:-2] + bytes(2000),
+        encoded(some, "JPEG")[:-2] + b"\xff\xfe\x07\xd2" + bytes(2000) + b"\xff\xd9",
     ]
     for jpeg in kept:
         assert bytes(512) in jpeg
@@ -242,9 +245,11 @@ def test_zeros_that_belong_in_a_jpeg_are_read() -> None:
 @pytest.mark.parametrize("at", range(2, 640, 29))
 def test_a_damaged_header_of_a_jpeg_is_refused_or_read(at: int) -> None:
     jpeg = zeroed(encoded(Image.fromarray(make(200, 200, 3)), "JPEG"))
+    place = zeros_in_pixels(jpeg)
+    assert place is not None
     for byte in b"\x00\x03\xff":
-        assert has_lost_pixels(jpeg[:at] + bytes([byte]) + jpeg[at + 1 :]) in (True, False)
-        assert not has_lost_pixels(jpeg[:at] + bytes(600))
+        assert zeros_in_pixels(jpeg[:at] + bytes([byte]) + jpeg[at + 1 :]) in (None, place)
+        assert zeros_in_pixels(jpeg[:at] + bytes(600)) is None
 
 
 def test_the_callers_pillow_image_is_left_as_it_was() -> None:
