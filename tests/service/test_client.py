@@ -6,7 +6,6 @@ import asyncio
 import csv
 import inspect
 import io
-import itertools
 import json
 import os
 import re
@@ -250,7 +249,7 @@ def test_a_closed_client_says_so(service: str) -> None:
 
 def test_a_client_closed_in_the_middle_says_so() -> None:
     busy = (503, {"Retry-After": "0"}, b"")
-    with _answering([busy], before=lambda: client.close()) as url:
+    with _answering([busy], before=lambda _: client.close()) as url:
         client = jepakit.Client(url)
         with pytest.raises(ClientError, match="this client is closed: make another"):
             client.models()
@@ -756,7 +755,7 @@ def test_overload_is_told_where_the_deadline_cuts_the_last_attempt_short() -> No
     busy = (503, {"Retry-After": "0.3"}, b'{"error": {"message": "later", "code": "overloaded"}}')
     waits = iter([0, 3])
     with (
-        _answering([busy], lambda: time.sleep(next(waits, 0))) as url,
+        _answering([busy], lambda _: time.sleep(next(waits, 0))) as url,
         jepakit.Client(url, deadline_s=0.7) as client,
         pytest.raises(OverloadedError, match="later"),
     ):
@@ -793,7 +792,7 @@ def test_what_waits_for_the_clients_own_requests_is_not_late(kind: type[Any]) ->
         async with kind(url, deadline_s=2) as client:
             return await all_at_once(client)
 
-    with _answering([(200, GOOD, VECTOR)], before=lambda: time.sleep(0.5)) as url:
+    with _answering([(200, GOOD, VECTOR)], before=lambda _: time.sleep(0.5)) as url:
         assert len(asyncio.run(go(url))) == 48
 
 
@@ -950,17 +949,17 @@ def test_a_dataset_is_read_in_the_caller_s_own_thread(service: str) -> None:
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
 def test_the_next_request_is_sent_as_soon_as_the_oldest_is_answered(kind: type[Any]) -> None:
-    fifth, in_time, numbers = threading.Event(), list[bool](), itertools.count()
+    pictures = [picture(seed) for seed in range(6)]
+    fifth, in_time = threading.Event(), list[bool]()
 
-    def wait_for_the_fifth() -> None:
-        number = next(numbers)  # the first of all asks for the limits
-        if number == 5:
+    def wait_for_the_fifth(sent: bytes) -> None:
+        if pictures[4] in sent:
             fifth.set()
-        if 2 <= number < 5:
+        if any(each in sent for each in pictures[1:4]):
             in_time.append(fifth.wait(10))
 
     with _answering([told(1), rows(1)], wait_for_the_fifth) as url:
-        asked(kind, url, lambda client: client.embed([picture(0)] * 6, progress=False))
+        asked(kind, url, lambda client: client.embed(pictures, progress=False))
     assert in_time == [True] * 3
 
 
@@ -1111,7 +1110,7 @@ def ctrl_c() -> Iterator[None]:
 def test_ctrl_c_waits_for_no_answer_and_nothing_is_sent_after_it() -> None:
     released = threading.Event()
 
-    def interrupt() -> None:
+    def interrupt(_: bytes) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         released.wait(5)
 
@@ -1274,14 +1273,14 @@ def asked(kind: type[Any], url: str, call: Callable[[Any], Any], **options: Any)
 class _Scripted(BaseHTTPRequestHandler):
     answers: ClassVar[list[tuple[int, dict[str, str], bytes]]] = []
     seen: ClassVar[int] = 0
-    before: ClassVar[Callable[[], object] | None] = None
+    before: ClassVar[Callable[[bytes], object] | None] = None
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         place = _Scripted.seen
         _Scripted.seen += 1
         if _Scripted.before is not None:
-            _Scripted.before()
+            _Scripted.before(sent)
         status, headers, body = self.answers[min(place, len(self.answers) - 1)]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -1296,10 +1295,10 @@ class _Scripted(BaseHTTPRequestHandler):
 
 
 class _answering:  # noqa: N801 (used like a function)
-    """A server that gives these answers, one per request, and calls `before` before each; with `context` over HTTPS."""
+    """A server that gives these answers, one per request, and calls `before` with its body before each; with `context` over HTTPS."""
 
     def __init__(
-        self, answers: list[tuple[int, dict[str, str], bytes]], before: Callable[[], object] | None = None,
+        self, answers: list[tuple[int, dict[str, str], bytes]], before: Callable[[bytes], object] | None = None,
         context: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
         _Scripted.answers, _Scripted.seen, _Scripted.before = answers, 0, before
