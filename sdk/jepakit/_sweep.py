@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Unpack
 
 from jepakit._files import as_path
 from jepakit._frozen import Printed
 from jepakit._messages import did_you_mean, first_few
-from jepakit.bundle import WEIGHTS, open_bundle
+from jepakit._signatures import ExportSettings
+from jepakit.bundle import WEIGHTS, Bundle, open_bundle
 from jepakit.comparison import SCORES, Comparison, Scores, Verdict
 from jepakit.config import LAMBDA_PER_VIEW, AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError, DataError
@@ -149,6 +150,15 @@ class Sweep(Printed):
     def best(self) -> Run:
         """The first of `runs`; `verdict` says whether to keep it."""
         return next(iter(self.runs.values()))
+
+    def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
+        """Export what `verdict` says to keep, the best run or the start, to ONNX.
+
+        Takes the settings of `jepakit.export`; `which` is "best" unless given, and "last" is the best run in any case.
+        """
+        if settings.get("which", "best") == "best":
+            settings["which"] = "last" if self.verdict.word == "better" else "start"
+        return self.best.export(out, **settings)
 
     def __str__(self) -> str:
         comparisons = {name: run.comparison for name, run in self.runs.items()}

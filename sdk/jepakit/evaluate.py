@@ -257,7 +257,7 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
     if low > 0:
         word, todo = "better", f"keep {name}"
     elif high < 0:
-        word, todo = "worse", "all runs are worse than the original: keep that (`jepakit export RUN --which start`)"
+        word, todo = "worse", "even that is worse than the original: keep that (`jepakit export RUN --which start`)"
     elif best.word == "same" and low >= -SAME_WITHIN and high <= SAME_WITHIN:
         word, todo = "same", _AFTER_ADAPTATION.same
     else:

@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 import jepakit
 import jepakit_training
 from jepakit import Sweep
+from jepakit.bundle import WEIGHTS, open_bundle
 from jepakit.cli import app
+from jepakit.comparison import Verdict
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
-from jepakit.run import Run
+from jepakit.run import BUNDLE, START, Run
 from jepakit.sources import ImageList
 
 STEPS = 4
@@ -195,6 +197,19 @@ def test_the_command_reports_what_to_export_and_so_does_report(
     assert [run["name"] for run in as_json["runs"]] == list(jepakit.open_sweep(copied).runs)
     assert as_json["verdict"]["word"] == jepakit.open_sweep(copied).verdict.word
     assert as_json["runs"][0]["after"] == best.comparison.model_dump()["after"]
+
+
+@pytest.mark.parametrize(
+    ("word", "asked", "kept"),
+    [("better", {}, BUNDLE), ("cannot tell", {}, START), ("worse", {"which": "last"}, BUNDLE)],
+)
+def test_a_sweep_exports_what_its_own_verdict_says_to_keep(
+    copied: Path, tmp_path: Path, word: Any, asked: dict[str, Any], kept: str
+) -> None:
+    sweep = jepakit.open_sweep(copied)
+    sweep.verdict = Verdict(word=word, reason="")
+    exported = sweep.export(tmp_path / "exported", **asked)
+    assert exported.manifest.files[WEIGHTS] == open_bundle(sweep.best.path / kept).manifest.files[WEIGHTS]
 
 
 def test_a_dry_run_estimates_every_run_and_keeps_nothing(
