@@ -44,6 +44,8 @@ _LEAVES_THE_LOSS_ALONE = frozenset({
     "steps", "epochs", "unfreeze", "lora_rank", "norm_statistics", "lamb", "lr", "layer_decay", "projector_lr",
     "weight_decay", "warmup", "clip_norm",
 })  # fmt: skip
+_LONGEST_NAME = 200
+"""Characters: file systems take 255 bytes, and some names are made of it."""
 _LAMBDA_POWER = 0.4
 _LAST_SHARE = 0.1
 """Share of the logged steps, at the end, over which the loss is averaged."""
@@ -64,6 +66,11 @@ def combinations(vary: Mapping[str, Sequence[Any]], settings: Mapping[str, Any])
     for values in product(*vary.values()):
         chosen = dict(zip(vary, values, strict=True))
         name = ",".join(f"{key}={_as_word(value)}" for key, value in chosen.items())
+        if len(name) > _LONGEST_NAME:
+            raise ConfigError(
+                f"a run of the sweep would be called {name}, longer than a folder's name may be ({_LONGEST_NAME} characters): "
+                "let fewer settings vary at a time"
+            )
         if name in runs:
             raise ConfigError(f"two of the sweep's runs would be called {name}: give each value once")
         runs[name] = _merged(settings, chosen)
