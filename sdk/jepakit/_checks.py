@@ -31,6 +31,7 @@ def exceeds(found: int, of: int, share: float) -> bool:
 
 
 def refuse_masked(what: str, values: object) -> None:
-    """Raise DataError for a numpy array with masked entries: numpy would pass on what lies under the mask as data."""
-    if np.ma.is_masked(values):
+    """Raise DataError for a numpy array with masked entries, or a list with one: numpy would pass on what lies under the
+    mask as data."""
+    if np.ma.is_masked(values) or (isinstance(values, list | tuple) and any(map(np.ma.is_masked, values))):
         raise DataError(f"{what} are an array with masked entries: fill them (array.filled(…)) or leave them out")

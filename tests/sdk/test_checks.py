@@ -52,6 +52,8 @@ def test_true_is_no_number_of_seconds_and_one_of_numpy_is() -> None:
         ("labels", lambda masked: jepakit.KNNProbe().fit(np.eye(4), masked([0, 1, 0, 1]))),
         ("labels", lambda masked: jepakit.KNNProbe().fit(np.eye(4), masked(list("abab")))),
         ("groups", lambda masked: jepakit.LinearProbe().fit(np.eye(4), [0, 1, 0, 1], groups=masked([0, 1, 2, 3]))),
+        ("vectors", lambda masked: jepakit.KNNProbe().fit([*masked(np.eye(4))], [0, 1, 0, 1])),
+        ("labels", lambda masked: jepakit.KNNProbe().fit(np.eye(4), [*masked([0, 1, 0, 1])])),
         ("vectors", lambda masked: jepakit.Embeddings(masked(np.eye(4)), "0123456789abcdef", list("abcd"))),
     ],
 )
