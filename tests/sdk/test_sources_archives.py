@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -211,6 +212,16 @@ def test_damaged_tars_are_refused(tmp_path: Path, damage: Callable[[bytes], byte
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(DataError, match=message):
         list_images(file)
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.cls"])
+def test_a_sparse_file_in_a_tar_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1_000_000)
+    (tmp_path / "0.png").write_bytes(b"0")
+    subprocess.run(["tar", "--sparse", "-cf", "a.tar", "0.png", name], cwd=tmp_path, check=True)
+    with pytest.raises(DataError, match=f"{name} is stored as a sparse file: make the tar without --sparse"):
+        list_images(tmp_path / "a.tar")
 
 
 def test_links_and_dangerous_names_in_a_tar_harm_nobody(tmp_path: Path) -> None:

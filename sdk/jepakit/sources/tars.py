@@ -80,9 +80,9 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                     links += [name] if is_sidecar or is_image(name) else []
                 elif entry.islnk():
                     _link(path, name, entry.linkname.removeprefix("./"), members, sidecars)
+                elif entry.issparse() and (is_sidecar or is_image(name)):
+                    raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
                 elif is_image(name):
-                    if entry.issparse():
-                        raise DataError(f"{path}: {name} is stored as a sparse file: make the tar without --sparse")
                     members[name] = Member(name, entry.offset_data, entry.size, entry.size, TAR, 0)
                 elif is_sidecar:
                     sidecars[name] = _label(path, name, entry, file)
@@ -158,7 +158,7 @@ def _entries(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise DataError(f"{path} is damaged at byte {here:,} ({error}): copy or make it again") from None
         if entry.size < 0 or tar.offset <= here:
             raise DataError(f"{path} is damaged at byte {here:,} (a size below 0): copy or make it again")
-        if entry.offset_data + (entry.size if entry.isreg() else 0) > end:
+        if entry.offset_data + (entry.size if entry.isreg() and not entry.issparse() else 0) > end:
             raise DataError(f"{path} is cut short in the middle of {entry.name}: copy or make it again")
         if entry.isreg() or entry.issym() or entry.islnk():
             yield entry
