@@ -118,10 +118,10 @@ def test_runs_and_the_cache_among_the_images_are_passed_over_and_a_file_of_setti
     tmp_path: Path,
 ) -> None:
     classes(tmp_path, {"cat": 10, "dog": 10})
-    touch(tmp_path, "config.toml", "cat/config.toml")
+    touch(tmp_path, "config.toml", "cat/config.toml", "cat/environment.json")
     everywhere = f"{tmp_path}/**/*"
     before, matching = list_images(tmp_path), list_images(everywhere)
-    run = ("config.toml", "environment.json", "neighbours.png")
+    run = ("config.toml", "environment.json", "metrics.jsonl", "neighbours.png")
     touch(tmp_path, *(f"{folder}/{name}" for folder in ("run", "cat/sweep/lamb=0.1") for name in run))
     touch(tmp_path, *(f"cache/{name}" for name in ("1.jepakit.npy", "2.jepakit.npy", ".used_bytes")))
     after = list_images(tmp_path)
@@ -487,7 +487,7 @@ def test_several_splits_beside_other_folders_are_classes_only_by_order(tmp_path:
     "names",
     [
         ("ground", "water"), ("labeled", "unlabeled"), ("猫_test", "犬_test"), ("test", "control"), ("bullet train", "steam train"), ("mask", "no_mask"), ("with_mask", "without_mask"), ("fold", "label"),
-        ("skin fold", "wrist fold"), ("label", "cap", "scratch"), ("left", "right"), ("valid", "invalid"), ("1", "2"), ("good", "thumb"),
+        ("skin fold", "wrist fold"), ("label", "cap", "scratch"), ("left", "right"), ("valid", "invalid"), ("1", "2"), ("good", "thumb"), ("patient1", "control1"),
     ],
 )  # fmt: skip
 def test_classes_may_have_a_name_that_is_usual_for_something_else(tmp_path: Path, names: Sequence[str]) -> None:
@@ -517,6 +517,17 @@ def test_folders_of_what_belongs_to_other_images_are_no_classes(
     assert gather(tmp_path).labels is None
     assert set(list_images(tmp_path, "folder").labels or ()) == {*pictures, beside}
     assert "warning" not in list_images(tmp_path, "folder").note
+
+
+@pytest.mark.parametrize("names", [("patient1", "patient2"), ("sub-01", "sub-02"), ("Slide_7", "case 3")])
+@pytest.mark.parametrize("around", ["", "cohort"])
+def test_folders_of_patients_are_no_classes(tmp_path: Path, names: Sequence[str], around: str) -> None:
+    folder = classes(tmp_path / around, dict.fromkeys(names, 10))
+    listed, told = list_images(tmp_path), "and the other folders seem to hold one patient, slide or scene each"
+    assert listed.labels is None
+    assert f"no labels: {min(names)} {told}" in listed.note
+    assert gather(folder).labels is None
+    assert set(list_images(folder, "folder").labels or ()) == set(names)
 
 
 @pytest.mark.parametrize("around", ["dataset", "train", "a/b c"])

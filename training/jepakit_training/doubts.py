@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few
 from jepakit.sources import ImageList
+from jepakit.sources.layout import BESIDE
 from jepakit_training.scan import Scan
 
 _SHARDS = (".tar", ".zip")
-_COMPANION = re.compile(
-    r"[ _.-](masks?|seg|segm|segmentation|labels?|gt|ground_?truth|annotations?|thumb|thumbnail|preview)$", re.I
-)
+_COMPANION = re.compile(rf"[ _.-](ground_truth|{'|'.join(BESIDE)})$", re.I)
 _CHANNEL = re.compile(r"[ _.-](w\d|ch\d+|b\d{1,2}a?|red|green|blue|yellow|nir|dapi)$", re.I)
 _MOST_COMPANIONS = 0.2
 

@@ -34,10 +34,10 @@ def is_own_folder(files: Iterable[str]) -> bool:
 
 @cache
 def _marks() -> tuple[set[str], set[str]]:
-    """The files by which a bundle is known, and a run."""
-    from jepakit.run import CONFIG, ENVIRONMENT  # it imports this package, for its settings
+    """The files by which a bundle is known, and a run that has begun to train."""
+    from jepakit.run import CONFIG, ENVIRONMENT, METRICS  # it imports this package, for its settings
 
-    return {MANIFEST, WEIGHTS}, {CONFIG, ENVIRONMENT}
+    return {MANIFEST, WEIGHTS}, {CONFIG, ENVIRONMENT, METRICS}
 
 
 def without_aside(matches: Sequence[str], pattern: str) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
 from jepakit.errors import DataError
-from jepakit.sources.layout import PLAIN_SPLITS, companions, splits, wrapper
+from jepakit.sources.layout import PLAIN_SPLITS, are_groups, companions, splits, wrapper
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.remarks import remarks_on_labels
 from jepakit.sources.store import Found
@@ -136,6 +136,11 @@ def _no_classes(classes: Sequence[str], counts: Counter[str | None], *, any_numb
         return (
             f"what lies in {first_few(beside, 3)} seems to belong to the images beside it (masks, thumbnails), so folders are no "
             "classes (labels folder takes them as such)"
+        )
+    if are_groups(classes):
+        return (
+            f"{classes[0]} and the other folders seem to hold one patient, slide or scene each, so they are no classes (labels folder "
+            "takes them as such; group folder keeps each together)"
         )
     if any_number:
         return ""

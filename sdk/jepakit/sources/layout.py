@@ -1,4 +1,4 @@
-"""What folders' names say: which may be classes, and which are splits, wrappers, or hold what belongs to other images."""
+"""What folders' names say: which may be classes, and which are splits, patients, wrappers, or hold what belongs to other images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ _PICTURES = frozenset({
     "set", "data", "dataset",
 })  # fmt: skip
 """Words of the names of folders of images of any class: `JPEGImages`, `originals`, `leftImg8bit`. All their words are of these."""
-_BESIDE = frozenset({
-    "mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "truth", "gt", "seg", "segs",
+BESIDE = frozenset({
+    "mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "truth", "gt", "seg", "segs", "segm",
     "segmentation", "segmentations", "thumb", "thumbs", "thumbnail", "thumbnails", "preview", "previews",
 })  # fmt: skip
 """Words of the names of what belongs to the images in such a folder, or in `train`, beside it: `masks`, `gtFine`. Beside
 others it may be a class: a defect `label`, faces with `mask` and `no_mask`."""
 _NEVER_A_CLASS = frozenset({"ground_truth", "groundtruth", "annotations", "thumbnails"})
 """Whole names of the same, beside any folder."""
+_GROUP = re.compile(
+    r"(patient|pat|subject|subj|sub|participant|donor|case|specimen|animal|mouse|slide|scene|plate|session|ses|study)[ _.-]?\d+",
+    re.I,
+)
 _WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+")
 
 
@@ -53,9 +57,14 @@ def companions(folders: Sequence[str]) -> list[str]:
     words = {name: _words(name) for name in folders}
     with_pictures = any(each <= _PICTURES | {"train", "training"} for each in words.values() if each)
     beside = [
-        name for name, each in words.items() if (with_pictures and each & _BESIDE) or name.lower() in _NEVER_A_CLASS
+        name for name, each in words.items() if (with_pictures and each & BESIDE) or name.lower() in _NEVER_A_CLASS
     ]
     return beside if len(beside) < len(folders) else []
+
+
+def are_groups(folders: Sequence[str]) -> bool:
+    """Whether all folders are named like a patient, a slide or another thing of which each has a number: `sub-01`."""
+    return all(map(_GROUP.fullmatch, folders))
 
 
 def _is_split(words: frozenset[str]) -> bool:
