@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self, TypeVar
 
-from jepakit._say import has_terminal, say, standard_error
+from jepakit._say import is_terminal, say, standard_error
 
 _Item = TypeVar("_Item")
 _PLAIN_EVERY_S = 15.0
@@ -70,7 +71,7 @@ class Steps:
         self._start = self._last_line = time.monotonic()
         self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_POINTS)
         self._values, self._spoke = "", False
-        self._bar = _bar(what, total, first) if self._progress and has_terminal() else None
+        self._bar = _bar(what, total, first) if self._progress and is_terminal(sys.stderr) else None
 
     def update(self, done: int, values: str = "") -> None:
         """Report that `done` steps are done; the text `values` is shown until there are newer ones."""

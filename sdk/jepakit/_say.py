@@ -22,19 +22,19 @@ def say(text: str, *, end: str = "\n") -> None:
 
 def show(result: object, *, end: str = "\n") -> None:
     """Print to standard output; WriteError if it does not take the text, except for a closed pipe's BrokenPipeError."""
-    with taking():
+    with _taking():
         print(result, end=end)
 
 
 def flush_shown() -> None:
     """Have everything that was shown written out, or raise as `show` does."""
-    with taking():
+    with _taking():
         if sys.stdout is not None:
             sys.stdout.flush()
 
 
 @contextmanager
-def taking() -> Iterator[None]:
+def _taking() -> Iterator[None]:
     """A block that prints to standard output, and raises as `show` does."""
     try:
         yield
@@ -52,10 +52,10 @@ def standard_error() -> Any:
     return None if sys.stderr is None else _Unfailing(sys.stderr)
 
 
-def has_terminal() -> bool:
-    """Whether standard error is a terminal."""
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether standard output or error is a terminal; None if it was closed before the program began."""
     try:
-        return sys.stderr is not None and sys.stderr.isatty()
+        return stream is not None and stream.isatty()
     except ValueError:  # closed by the program
         return False
 

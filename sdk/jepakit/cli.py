@@ -13,8 +13,10 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from shlex import quote
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +26,7 @@ from jepakit._files import as_path, prepare_place, reason_of, written
 from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
 from jepakit._progress import human_time
-from jepakit._say import drop_unwritten, flush_shown, say, show, taking
+from jepakit._say import drop_unwritten, flush_shown, is_terminal, say, show
 from jepakit.errors import ConfigError, JepakitError, TrainingError
 
 if TYPE_CHECKING:
@@ -841,10 +843,9 @@ def probe_predict(
 
 def _print_rows(rows: Iterable[tuple[object, ...]]) -> None:
     """Print tab-separated rows; cells with tabs, line breaks or quotes are quoted (on a terminal, escaped)."""
-    shown = one_line if sys.stdout.isatty() else str
-    table = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-    with taking():
-        table.writerows([shown(str(cell)) for cell in row] for row in rows)
+    shown = one_line if is_terminal(sys.stdout) else str
+    lines = SimpleNamespace(write=partial(show, end=""))
+    csv.writer(lines, delimiter="\t", lineterminator="\n").writerows([shown(str(cell)) for cell in row] for row in rows)
 
 
 def _source(images: list[str]) -> str | list[str]:

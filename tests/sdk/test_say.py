@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from jepakit import Embeddings, KNNProbe
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="/dev/full is Linux's")
@@ -77,6 +80,15 @@ def test_a_result_that_standard_output_does_not_take_is_an_error_in_one_line(buf
     assert ended.returncode == 1
     (line,) = ended.stderr.decode().splitlines()
     assert line.startswith("error: the result could not be printed (No space left on device)")
+
+
+def test_without_standard_output_a_table_is_shown_to_nobody(tmp_path: Path) -> None:
+    embeddings = Embeddings(np.eye(4, dtype=np.float32), "0123456789abcdef", list("abcd"), list("xyxy"))
+    embeddings.save(tmp_path / "e.npz")
+    KNNProbe().fit(embeddings).save(tmp_path / "p.safetensors")
+    asked = ["probe", "predict", str(tmp_path / "p.safetensors"), str(tmp_path / "e.npz")]
+    ended = done(f"import sys; sys.stdout = None\n{COMMAND}", *asked, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("buffered", [True, False])
