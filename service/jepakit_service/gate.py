@@ -98,9 +98,7 @@ class Gate:
     def _log_and_count(self, scope: Scope, route: str, status: int, seconds: float, span: Any) -> None:
         """Log and count a finished request."""
         state = _state(scope)
-        if span is not None:
-            span.set_attribute("http.response.status_code", status)
-            span.set_attribute("jepakit.request_id", state["request_id"])
+        trace = {} if span is None else {"trace_id": tracing.answered(span, status, state["request_id"])}
         if "code" in state:
             self._metrics.refused.labels(state["code"]).inc()
         self._metrics.requests.labels(route, status).inc()
@@ -108,6 +106,7 @@ class Gate:
         if not routes.is_open(scope["path"]) or status >= 500:
             fields = {
                 "request_id": state["request_id"],
+                **trace,
                 "method": scope["method"],
                 "route": route,
                 "status": status,

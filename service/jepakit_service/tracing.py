@@ -88,6 +88,18 @@ class Tracer:
         _for_a_while(self._provider.shutdown)
 
 
+def answered(span: Any, status: int, request_id: str) -> str:
+    """Note the answer in its span, which has failed if the service is to blame; returns the trace's id, for the log."""
+    from opentelemetry.trace import StatusCode, format_trace_id
+
+    span.set_attribute("http.response.status_code", status)
+    span.set_attribute("jepakit.request_id", request_id)
+    if status >= 500:
+        span.set_attribute("error.type", str(status))
+        span.set_status(StatusCode.ERROR)
+    return format_trace_id(span.get_span_context().trace_id)
+
+
 def _for_a_while(send: Callable[[], object]) -> None:
     """Wait two seconds at most: a hanging collector must not delay the end, and OpenTelemetry exceeds its limits."""
     thread = threading.Thread(target=send, daemon=True)

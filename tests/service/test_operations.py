@@ -689,6 +689,29 @@ def test_traces_follow_the_usual_variables(bundle: Path, spans: Spans) -> None:
     assert span.trace_id.hex() == trace_id
     attributes = {item.key: item.value.int_value or item.value.string_value for item in span.attributes}
     assert attributes["http.response.status_code"] == 200
+    assert span.status.code == 0, "unset"
+
+
+def test_a_failure_marks_its_span_and_the_log_names_the_trace(
+    bundle: Path, spans: Spans, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_: Replica) -> None:
+        raise RuntimeError("patient42")
+
+    monkeypatch.setattr(Replica, "reports", broken)
+    wanted = settings(bundle, log_format="json")
+    logs.configure(wanted)
+    try:
+        with running(wanted) as url:
+            assert httpx.get(f"{url}/v1/models").status_code == 500
+            assert httpx.get(f"{url}/v1/nothing").status_code == 404
+    finally:
+        logs.silence()
+    failed, refused = spans()
+    assert (failed.status.code, refused.status.code) == (2, 0), "2 is an error; a refusal is the client's"
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"request"' in line]
+    assert [line["trace_id"] for line in lines] == [failed.trace_id.hex(), refused.trace_id.hex()]
+    assert not any("patient42" in str(span) for span in (failed, refused))
 
 
 @pytest.mark.parametrize("end", ["flush", "close"])
