@@ -234,6 +234,8 @@ def test_pods_are_not_roots_cannot_write_to_their_root_and_lie_behind_the_networ
         container = check_hardened(pod)
         assert mounts(pod, "jepakit-bundles") == [("/bundles", False)]
         assert {entry["name"]: entry["value"] for entry in container["env"]} == NODE_ENVIRONMENT
+    scrape = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}}
+    assert {"from": [scrape], "ports": [{"port": 8000}]} in policy["spec"]["ingress"]
     # Ray's log files lie in /tmp, which is memory there.
     assert NODE_ENVIRONMENT.keys() >= {"RAY_ROTATION_MAX_BYTES", "RAY_ROTATION_BACKUP_COUNT", "RAY_event_stats"}
 
