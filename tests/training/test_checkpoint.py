@@ -141,6 +141,21 @@ def test_one_that_cannot_be_set_aside_is_told(tmp_path: Path, monkeypatch: pytes
         checkpoint.set_aside_newer(tmp_path, 0)
 
 
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_one_that_would_run_code_is_an_error_and_runs_none(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 5, {"bomb": Bomb(tmp_path / "ran")})
+    with pytest.raises(CheckpointError, match=r"step-000000005.*holds more than tensors and numbers"):
+        checkpoint.load_newest(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_all_damaged_means_none(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, state_of(1))
     flip_a_byte(tmp_path / "step-000000001" / "state.pt")

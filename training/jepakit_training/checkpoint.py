@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -116,18 +117,30 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, state) of the newest intact checkpoint, or None.
 
-    Raises CheckpointError if one cannot be read: it may be intact, and training must not start over beside it.
+    Raises CheckpointError if one cannot be read: it may be intact, and training must not start over beside it; also if it
+    holds code.
     """
     try:
         for candidate in _newest_first(folder):
             if (step := _whole_step(candidate)) is not None:
-                return step, torch.load(candidate / "state.pt", map_location="cpu", weights_only=True)
+                return step, _load_state(candidate / "state.pt")
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or folder} could not be read ({reason_of(error)}), and may be sound: once it can be "
             "read, run the same command again. To go on without this checkpoint, remove its folder"
         ) from error
     return None
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """The state in a file, which may hold tensors and plain values only; CheckpointError for anything else."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds more than tensors and numbers, so no trainer wrote it, and nothing of it was run: remove its folder"
+        ) from None
+    return state
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
