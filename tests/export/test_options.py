@@ -25,7 +25,7 @@ from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
 from jepakit.session import Session
-from jepakit_export import convert, exporter, quantize
+from jepakit_export import convert, exporter, quantize, verify
 from jepakit_export.verify import Expected, apart, check, int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
@@ -158,6 +158,40 @@ def test_fp16_that_overflows_in_half_precision_is_refused_though_a_cpu_computes_
     file = with_large_activations(weights_file("test_resnet"), tmp_path / "large.safetensors", largest)
     with pytest.raises(ExportError, match=rf"in half precision .* {told}: .* exceed 65504.*; use --precision fp32"):
         export(f"test_resnet:{file}", precision="fp16")
+
+
+def test_half_precision_is_tried_on_the_users_images_as_well(
+    export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried = list[Any]()
+    monkeypatch.setattr(exporter, "check_half", lambda _, spec, sets: tried.extend([spec, *sets]))
+    source = str(films(tmp_path / "films", 16, frames=1))
+    export(precision="fp16", verify_images=source)
+    spec, _, users = tried
+    np.testing.assert_array_equal(users, read_users_images(source, spec))
+
+
+def test_patch_tokens_that_overflow_in_half_precision_are_refused() -> None:
+    class Overflowing(torch.nn.Module):
+        tokens = True
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = torch.zeros(len(images), 4, 8)
+            tokens[0, 3] = torch.inf
+            return torch.zeros(len(images), 8), tokens
+
+    with pytest.raises(ExportError, match="in half precision the vectors of 1 of 3 images are not finite"):
+        verify._check_finite(Overflowing(), IMAGES[:3])  # type: ignore[arg-type]
+
+
+def test_patch_tokens_that_differ_from_torchs_are_refused(export: Callable[..., Bundle]) -> None:
+    bundle = export(tokens=True)
+    session = Session.open(bundle, provider="cpu")
+    vectors, tokens = session.run_all(IMAGES)
+    assert verify._compare(session, "fp32", Expected(IMAGES, vectors, tokens), 2).relative_error < 1e-3
+    others = np.roll(tokens, 1, axis=1)
+    with pytest.raises(ExportError, match="does not reproduce torch at batch size 2: patch tokens: "):
+        verify._compare(session, "fp32", Expected(IMAGES, vectors, others), 2)
 
 
 def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file: Callable[[str], Path]) -> None:

@@ -22,6 +22,7 @@ from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError, InputError
 from jepakit.readers import open_raster
 from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, files, gather, list_images
+from jepakit.sources.store import SAMPLE_BYTES
 
 
 def classes(root: Path, counts: dict[str, int]) -> Path:
@@ -96,6 +97,13 @@ def test_only_images_are_listed_whatever_the_case_of_their_suffix(tmp_path: Path
     touch(tmp_path, *images, "notes.txt", "png", "m.gif", "n.png.txt", "labels.csv")
     assert list_images(tmp_path, group="none").ids == images
     assert {Path(name).suffix.lower() for name in images} == SUFFIXES
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert list_images(tmp_path).ids == ("a.png",)
+    assert list_images(f"{tmp_path}/*.png").ids == (f"{tmp_path}/a.png",)
 
 
 def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
@@ -575,6 +583,13 @@ def test_the_digest_changes_with_a_name_a_size_or_the_number_of_files(tmp_path: 
     (tmp_path / "d.png").unlink()
     seen.add(list_images(tmp_path).digest())
     assert len(seen) == 4, "without the third file it is the first digest again"
+
+
+def test_the_digest_changes_with_the_size_beyond_the_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(bytes(SAMPLE_BYTES))
+    before = list_images(tmp_path).digest()
+    (tmp_path / "a.png").write_bytes(bytes(SAMPLE_BYTES + 1))
+    assert list_images(tmp_path).digest() != before
 
 
 def test_names_that_are_not_utf_8_have_a_digest(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import multiprocessing
 import pickle
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 from jepakit.errors import DataError, ImageError
 from jepakit.readers.checks import RATIO_MATTERS_ABOVE
 from jepakit.sources import ImageList, gather, list_images
+from jepakit.sources.archives import DEFLATED, TAR, Archives, Member
 
 
 def tar(path: Path, members: dict[str, bytes], mode: str = "w", format: int = tarfile.PAX_FORMAT) -> Path:
@@ -389,6 +392,34 @@ def test_an_archive_gone_or_changed_after_listing_is_an_image_error(tmp_path: Pa
         file.unlink()
         assert "0.png: cannot be read" in refused(listed, "unreadable")
         assert listed.digest()
+
+
+def test_the_digest_changes_with_the_content_of_a_member(tmp_path: Path) -> None:
+    for write, name in ((tar, "a.tar"), (partial(zip_of, compression=zipfile.ZIP_STORED), "a.zip")):
+        before, after = (list_images(write(tmp_path / name, {"1.png": noise(100, seed)})).digest() for seed in (1, 2))
+        assert before != after
+
+
+def test_members_beyond_four_gigabytes_are_read(tmp_path: Path) -> None:
+    place = 5 << 30
+    with (tmp_path / "a.tar").open("wb") as file:  # a file with a hole
+        file.seek(place)
+        file.write(b"far away")
+    archives = Archives.of([str(tmp_path / "a.tar")], ["a.tar/1.png"], [[Member("1.png", place, 8, 8, TAR, 0)]])
+    assert archives.image(0) == b"far away"
+
+
+def test_a_member_that_claims_to_be_empty_is_not_unpacked(tmp_path: Path) -> None:
+    packed = zip_of(tmp_path / "a.zip", {"1.png": bytes(50_000_000)})
+    with zipfile.ZipFile(packed) as file:
+        info = file.getinfo("1.png")
+    member = Member("1.png", info.header_offset, info.compress_size, 0, DEFLATED, 0)
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="its bytes are not those declared"):
+        Archives.of([str(packed)], ["a.zip/1.png"], [[member]]).image(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_members_are_read_rightly_after_pickling_and_from_many_threads(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
         Path(f"set/{name}.png").write_text(name)
 
     def call(out: str | Path, images: str = "set", **settings: Any) -> Run:
-        config = AdaptConfig(images=images, backbone="test_vit", weights="random", **settings)
+        config = AdaptConfig(**{"images": images, "backbone": "test_vit", "weights": "random", **settings})
         open_folder(Path(out), config, list_images(images))
         (Path(out) / START).mkdir(exist_ok=True)
         return Run(Path(out))
@@ -263,7 +263,7 @@ def test_a_setting_that_is_not_utf_8_stays_the_same_one(begin: Begin) -> None:
 
 def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begin) -> None:
     def folder(images: str = "set", **settings: Any) -> Path:
-        config = AdaptConfig(images=images, backbone="test_vit", weights="random", **settings)
+        config = AdaptConfig(**{"images": images, "backbone": "test_vit", "weights": "random", **settings})
         return _frontdoor._folder(config, list_images(images))
 
     today = folder()
@@ -277,6 +277,14 @@ def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begi
     assert folder(seed=1) == Path("runs/set-2001-01-03")
     assert folder(seed=2) == today
     assert folder(out="here") == Path("here")
+    for name in ("w", "other"):
+        Path(f"{name}.safetensors").touch()
+    assert folder(weights="w.safetensors") == folder(cache="cached") == today
+    begin("runs/set-2001-01-06", cache="cached")
+    begin("runs/set-2001-01-07", weights="w.safetensors")
+    assert folder(cache="elsewhere") == Path("runs/set-2001-01-06")
+    assert folder(weights="w.safetensors") == Path("runs/set-2001-01-07")
+    assert folder(weights="other.safetensors") == today, "another model"
     Path("set/d.png").write_text("d")
     assert folder() == today
 

@@ -279,3 +279,16 @@ def test_libraries_are_quiet_inside_and_as_they_were_afterwards() -> None:
     assert logging.getLogger("pydicom").level == level
     with pytest.raises(UserWarning):
         warnings.warn_explicit("noise", UserWarning, "a.py", 1, module="pydicom.values")
+
+
+def test_room_is_given_back_after_an_error() -> None:
+    with pytest.raises(OSError, match="damaged"), room_for(AT_ONCE_BYTES):
+        raise OSError("damaged")
+    entered = threading.Event()
+
+    def enter() -> None:
+        with room_for(AT_ONCE_BYTES):
+            entered.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    assert entered.wait(10)

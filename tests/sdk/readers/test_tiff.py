@@ -219,6 +219,11 @@ def test_nodata_is_the_value_that_pixels_hold() -> None:
         with open_raster(data) as raster:
             assert raster.header.nodata == expected
             assert (raster.read() == raster.header.nodata).sum() == 1
+    inverted = np.full((20, 20), 30, np.uint16)
+    inverted[3, 3] = 7
+    with open_raster(encode(inverted, photometric="miniswhite", extratags=[(42113, 2, 0, "7", True)])) as raster:
+        assert raster.header.nodata == 65535 - 7
+        assert (raster.read() == raster.header.nodata).sum() == 1
     with open_raster(encode(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, "nan", True)])) as raster:
         assert np.isnan(raster.header.nodata or 0)
     with open_raster(encode(make(20, 20))) as raster:
@@ -584,6 +589,18 @@ def test_a_window_of_a_file_with_missing_strips_is_read_though_its_strips_reach_
     window = read(tmp_path / "s.tif", Window(20, 0, 160, 160))
     np.testing.assert_array_equal(window[..., 0], pixels[:160, 20:180])
     assert "damaged or cut short" in refused(tmp_path / "s.tif", "unreadable")
+
+
+def test_a_tile_that_was_left_out_holds_no_data(tmp_path: Path) -> None:
+    pixels = make(64, 64, dtype="int16")
+    tag = (42113, 2, 0, "-9999", True)
+    tifffile.imwrite(tmp_path / "s.tif", pixels, tile=(32, 32), compression="deflate", extratags=[tag])
+    with tifffile.TiffFile(tmp_path / "s.tif", mode="r+") as file:
+        for name in ("TileByteCounts", "TileOffsets"):  # as GDAL's SPARSE_OK leaves out a tile without data
+            values = list(file.pages[0].tags[name].value)  # type: ignore[union-attr]
+            file.pages[0].tags[name].overwrite([values[0], 0, *values[2:]])  # type: ignore[union-attr]
+    pixels[:32, 32:] = -9999
+    np.testing.assert_array_equal(read(tmp_path / "s.tif")[..., 0], pixels)
 
 
 def test_real_files_equal_tifffile(shared: Path) -> None:
