@@ -295,3 +295,8 @@ def test_rows_are_escaped_on_a_terminal_alone(tmp_path: Path) -> None:
     os.close(master)
     assert rb"\x1b]0;owned" in shown
     assert b"\x1b" not in shown
+
+
+def test_the_command_is_there_as_a_module_too() -> None:
+    told = subprocess.run([sys.executable, "-m", "jepakit", "probe"], capture_output=True, text=True, check=False)
+    assert "Usage: python -m jepakit probe" in told.stderr + told.stdout
