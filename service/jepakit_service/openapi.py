@@ -76,7 +76,7 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Every answer other than 200, in OpenAI's shape. `detail` repeats the message, only on Voyage's route."""
+    """Every answer other than 200, in OpenAI's shape. `detail` repeats the message, only on Jina's and Voyage's routes."""
 
     error: ErrorDetail
     detail: NotRequired[str]
@@ -205,6 +205,9 @@ def _schema(kind: Any, schemas: dict[str, Any], mode: Any) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
+_NULL = {"type": "object", "nullable": True, "enum": [None]}
+
+
 def _lower(node: Any) -> Any:
     """Translate JSON Schema as pydantic writes it to OpenAPI 3.0, without what misleads generators of clients.
 
@@ -224,7 +227,10 @@ def _lower(node: Any) -> Any:
         node["enum"] = [node.pop("const")]
     if {"type": "null"} in node.get("anyOf", []):
         forms = [form for form in node.pop("anyOf") if form != {"type": "null"}]
-        node = {**(forms[0] if len(forms) == 1 else {"anyOf": forms}), **node, "nullable": True}
+        if len(forms) == 1 and "type" in forms[0]:
+            node = {**forms[0], **node, "nullable": True}
+        else:  # `nullable` widens only the `type` that it stands beside
+            node["anyOf"] = [*forms, _NULL]
         if "enum" in node:
             node["enum"] = [*node["enum"], None]
     if "$ref" in node and len(node) > 1:  # keys beside a reference are ignored

@@ -110,7 +110,7 @@ def test_the_document_misleads_no_generator_of_clients(document: dict[str, Any])
     for schema in schemas:
         assert "title" not in schema
         assert schema.get("default", "") is not None, schema
-    nullable = [schema["enum"] for schema in schemas if "enum" in schema and schema.get("nullable")]
+    nullable = [schema["enum"] for schema in schemas if schema.get("nullable") and schema.get("enum", [None]) != [None]]
     assert nullable == [["base64", None], ["float", None]]
     names = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
     assert len(set(names)) == len(names)
@@ -118,6 +118,21 @@ def test_the_document_misleads_no_generator_of_clients(document: dict[str, Any])
     components = document["components"]["schemas"]
     assert {"Input", "Encoding"} < set(components)
     assert components["Readiness"]["properties"]["status"]["enum"] == ["ready", "degraded"]
+
+
+def test_null_is_allowed_by_strict_readers_too(document: dict[str, Any]) -> None:
+    """In OpenAPI 3.0, `nullable` widens only the `type` beside it; a reference or a union beside it still forbids null."""
+    schemas = list(mappings_in([document["paths"], document["components"]]))
+    for schema in schemas:
+        if schema.get("nullable"):
+            assert "type" in schema
+            assert not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}
+    (model,) = (
+        each["properties"]
+        for each in document["components"]["schemas"].values()
+        if "update" in each.get("properties", ())
+    )
+    assert {"type": "object", "nullable": True, "enum": [None]} in model["update"]["anyOf"]
 
 
 def mappings_in(node: Any) -> Iterator[dict[str, Any]]:
