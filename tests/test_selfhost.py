@@ -317,6 +317,10 @@ def test_more_requests_at_once_than_one_address_may_have_are_told_to_come_back(p
             connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
         answer = wait_for(lambda: proxy.get("/v1/models"), lambda got: got[0] == 429)
         assert json.loads(answer[1])["error"]["code"] == "too_many_connections"
+        assert "too many requests at once" in json.loads(proxy.get("/v2/models/tiny/ready")[1])["error"], (
+            "the protocol's"
+        )
+        assert json.loads(proxy.get("/v2/embed")[1])["error"]["code"] == "too_many_connections"
         assert proxy.get("/readyz")[0] == 200
     wait_for(lambda: proxy.get("/v1/models"), lambda got: got[0] == 200)
     # Not one of the slow bodies has kept the service busy.
@@ -443,7 +447,9 @@ def test_a_service_that_is_away_is_told_as_such_and_the_query_is_not_logged(tmp_
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["code"] == "unreachable"
-        (line,) = wait_for(proxy.log, lambda lines: len(lines) == 1)
+        of_protocol = httpx.get(f"https://localhost:{proxy.port}/v2/repository/index", verify=proxy.trust)
+        assert of_protocol.json() == {"error": "the service does not answer: try again shortly"}
+        line, _ = wait_for(proxy.log, lambda lines: len(lines) == 2)
     assert line["upstream_status"] == "502"
     assert "patient-42" not in (tmp_path / "errors.log").read_text()
 

@@ -63,6 +63,8 @@ class OutputParameters(_Part):
     """Parameters of one output."""
 
     binary_data: bool | None = None
+    classification: Any = Field(None, description="not supported")
+    shared_memory_region: Any = Field(None, description="not supported")
 
 
 class InferOutput(_Part):
@@ -268,6 +270,9 @@ def _wants_binary(request: InferRequest) -> bool:
     for output in outputs:
         if output.name != OUTPUT:
             raise _wrong(f"there is no output {output.name[:100]!r}: the only one is {OUTPUT!r}", "outputs")
+        for name in ("classification", "shared_memory_region"):
+            if getattr(output.parameters, name, None) is not None:
+                raise _wrong(f"the output's parameter {name} is not supported: leave it out", f"outputs.{name}")
     of_request = bool(request.parameters and request.parameters.binary_data_output)
     wishes = [output.parameters.binary_data for output in outputs if output.parameters]
     return of_request if not wishes or wishes[0] is None else wishes[0]

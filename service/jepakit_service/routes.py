@@ -6,6 +6,8 @@ import re
 
 METRICS = "/metrics"
 EMBEDDINGS, VOYAGE, COHERE = "/v1/embeddings", "/v1/multimodalembeddings", "/v2/embed"
+WITH_DETAIL = (EMBEDDINGS, VOYAGE)
+"""Where errors repeat their message as `detail`."""
 INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 _OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
@@ -39,8 +41,9 @@ def is_open(path: str) -> bool:
 
 
 def is_oip(path: str) -> bool:
-    """Whether errors have the shape of the Open Inference Protocol."""
-    return path in ("/v2", "/v2/models", "/v2/health") or path.startswith(("/v2/models/", "/v2/health/"))
+    """Whether errors have the shape of the Open Inference Protocol: also below `/v2/repository` and the like, which its
+    clients may ask for."""
+    return path == "/v2" or (path.startswith("/v2/") and path != COHERE)
 
 
 def label(path: str) -> str:

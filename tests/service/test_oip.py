@@ -147,6 +147,11 @@ WRONG = {
     "sides of thousands of digits": pixels(shape=[1, 10**3000, 10**3000, 3]),
     "bytes announced that do not come": request(data=None, parameters={"binary_data_size": 9}),
     "another output": {**request(), "outputs": [{"name": "tokens"}]},
+    "classes as output": {**request(), "outputs": [{"name": "embeddings", "parameters": {"classification": 2}}]},
+    "an output in shared memory": {
+        **request(),
+        "outputs": [{"name": "embeddings", "parameters": {"shared_memory_region": "mine"}}],
+    },
     "too many outputs": {**request(), "outputs": [{"name": "embeddings"}] * 17},
     "a list": [1],
 }
