@@ -19,7 +19,7 @@ def error_body(error: ApiError, scope: Scope) -> bytes:
     """An error in the shape of the route's family."""
     if routes.is_oip(scope["path"]):
         return oip.write_error(error)
-    return error.body(scope["state"]["request_id"], with_detail=scope["path"] == routes.VOYAGE)
+    return error.body(scope["state"]["request_id"], with_detail=scope["path"] in routes.WITH_DETAIL)
 
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:

@@ -67,9 +67,13 @@ async def _read_call(scope: Scope, receive: Receive) -> Call:
             405, "method_not_allowed", f"{scope['method']} {scope['path']}: send POST", headers={"Allow": "POST"}
         )
     headers: dict[bytes, bytes] = dict(scope["headers"])
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+    headers[b"accept"] = b",".join(value for name, value in scope["headers"] if name == b"accept")
+    if headers.get(b"content-encoding", b"").lower() not in (b"", b"identity"):
         raise ApiError(
-            415, "unsupported_content_encoding", "compressed bodies are not read: image files are compressed already"
+            415,
+            "unsupported_content_encoding",
+            "compressed bodies are not read: image files are compressed already",
+            headers={"Accept-Encoding": "identity"},
         )
     query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True) if scope["query_string"] else {}
     _check_query(query, _QUERY.get(scope["path"], ()))
@@ -146,7 +150,10 @@ def _answer_errors_in_one_shape(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return await on_api_error(request, ApiError(error.status_code, code, message, headers=error.headers))
+        headers = dict(error.headers or {})
+        if headers.get("Allow") == "GET":
+            headers["Allow"] = "GET, HEAD"
+        return await on_api_error(request, ApiError(error.status_code, code, message, headers=headers))
 
     @app.exception_handler(Exception)
     async def on_fault(request: Request, error: Exception) -> Response:

@@ -24,7 +24,7 @@ from jepakit_service.wire import Ask, Computed, Dimensions, Encoding, Results
 MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out if only one model is loaded"
 DIMENSIONS = "must be the model's own length: cutting vectors short would change the space"
 _EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
-_IMAGE_FIELDS = ("image", "image_url", "image_base64")
+_IMAGE_FIELDS = ("image", "image_url", "image_base64", "image_bytes")
 # Tags tell the members of unions apart; pydantic adds them to an error's location, hence the parentheses.
 
 
@@ -33,6 +33,14 @@ def _form_of_url(value: object) -> str:
 
 
 def _form_of_input(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        raise ApiError(
+            400,
+            "text_not_supported",
+            "token ids stand for text, and only images can be embedded here: send data URIs or base64 (LangChain: "
+            "check_embedding_ctx_length=False)",
+            param="input",
+        )
     return "(text)" if isinstance(value, str) else "(item)"
 
 
@@ -63,6 +71,7 @@ class ImagePart(_Request):
         | None
     ) = Field(None, description="OpenAI, Cohere, Voyage: a data URI, or an object with one")
     image_base64: str | None = Field(None, description="Voyage: a data URI or base64")
+    image_bytes: str | None = Field(None, alias="bytes", description="Jina, formerly: base64 or a data URI")
     text: str | None = None
 
 
@@ -368,7 +377,7 @@ def _only_image(part: ImagePart, where: str) -> str:
         raise ApiError(
             400,
             "invalid_input",
-            f"{where} holds {len(given)} images: send exactly one, as `image`, `image_url` or `image_base64`",
+            f"{where} holds {len(given)} images: send exactly one, as `image`, `image_url`, `image_base64` or `bytes`",
             param=where,
         )
     return given[0].url if isinstance(given[0], ImageUrl) else str(given[0])

@@ -27,7 +27,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self, request_id: str, *, with_detail: bool = False) -> bytes:
-        """The error in OpenAI's shape, with the request id. Voyage's client reads the message from `detail`."""
+        """The error in OpenAI's shape, with the request id. Jina's and Voyage's clients read the message from `detail`."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         error = {
             "message": self.message,

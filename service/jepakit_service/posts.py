@@ -162,9 +162,9 @@ def _facts(computed: Computed) -> dict[str, str]:
 
 def _only_json(call: Call) -> None:
     media = wire.media_type(call.header("content-type"))[0]
-    if media != wire.JSON:
+    if media not in ("", wire.JSON):  # LiteLLM names none
         raise ApiError(
             415,
             "unsupported_media_type",
-            f"content type {media[:100] or 'none'} is not read at {call.path}: send application/json",
+            f"content type {media[:100]} is not read at {call.path}: send application/json",
         )

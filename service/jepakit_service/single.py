@@ -33,6 +33,7 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
         gate,
         host=settings.host,
         port=settings.port,
+        http="h11",  # with httptools, uvicorn takes the body of a request that offers an upgrade for the next request
         ws="none",
         log_config=None,
         log_level="error",

@@ -236,8 +236,12 @@ def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Raw | None
     return None
 
 
+_SERVED = (JSON, OCTETS, NPY, "application/*", "*/*")
+
+
 def _most_wanted(accept: str) -> str:
-    """The media type with the highest `q` in `Accept`, the first of equals; empty if none is above zero."""
+    """Of the media types that are served, the one with the highest `q` in `Accept`, the first of equals; empty if none
+    is above zero."""
     wanted, most = "", 0.0
     for entry in accept.split(","):
         media, options = media_type(entry)
@@ -245,7 +249,7 @@ def _most_wanted(accept: str) -> str:
             quality = float(options.get(b"q", b"1"))
         except ValueError:
             continue
-        if quality > most:
+        if media in _SERVED and quality > most:
             wanted, most = media, quality
     return wanted
 

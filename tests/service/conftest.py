@@ -20,7 +20,7 @@ from PIL import Image
 import jepakit
 from jepakit import golden
 from jepakit.bundle import GOLDEN, write_bundle
-from jepakit_service import tuning
+from jepakit_service import single, tuning
 from jepakit_service.api import build_app
 from jepakit_service.settings import ServeSettings
 
@@ -67,10 +67,8 @@ class running:  # noqa: N801 (used like a function)
 
     def __init__(self, settings: ServeSettings) -> None:
         self.gate = build_app(settings)
-        # Without a `log_config`, as in `single`: uvicorn's own closes every existing handler.
-        config = uvicorn.Config(
-            self.gate, port=0, log_config=None, log_level="critical", access_log=False, lifespan="on"
-        )
+        config = single.config(self.gate, settings)
+        config.port = 0
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 

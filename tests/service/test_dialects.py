@@ -48,6 +48,7 @@ OPENAI_INPUTS = {
     "Jina's images": [{"image": text} for text in PLAIN],
     "Jina's images as data URIs": [{"image": uri} for uri in URIS],
     "OpenAI's parts": [{"type": "image_url", "image_url": {"url": uri, "detail": "low"}} for uri in URIS],
+    "Jina's former images": [{"bytes": text} for text in PLAIN],
     "Voyage's parts": [{"type": "image_base64", "image_base64": uri} for uri in URIS],
     "contents": [{"content": [{"type": "image_url", "image_url": {"url": uri}}]} for uri in URIS],
     "all sorts": [URIS[0], {"image": PLAIN[1]}, {"content": [{"type": "image_url", "image_url": URIS[2]}]}],
@@ -115,12 +116,12 @@ def test_voyages_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> 
     assert_vectors([row["embedding"] for row in body["data"]], expected)
 
 
-def test_voyages_client_finds_the_message_of_every_error(bundle: Path, tmp_path: Path) -> None:
-    """What it reads is `detail`, and no other route has one."""
+def test_jinas_and_voyages_clients_find_the_message_of_every_error(bundle: Path, tmp_path: Path) -> None:
+    """What they read is `detail`."""
     keys, (key, line) = tmp_path / "keys", new_key("a")
     keys.write_text(f"{line}\n")
     with running(ServeSettings(bundles=(str(bundle),), port=1, api_key_file=str(keys))) as url:
-        for path, there in (("/v1/multimodalembeddings", True), ("/v1/embeddings", False), ("/v2/embed", False)):
+        for path, there in (("/v1/multimodalembeddings", True), ("/v1/embeddings", True), ("/v2/embed", False)):
             refused = [
                 httpx.post(url + path, json={}, headers=headers) for headers in ({}, {"Authorization": f"Bearer {key}"})
             ]
@@ -163,7 +164,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/embeddings", {"input": [{"image": PLAIN[0], "image_base64": PLAIN[0]}]}, "invalid_input", "input[0]"),
     ("/v1/embeddings", {"input": [{"content": []}]}, "invalid_input", "input[0]"),
     ("/v1/embeddings", {"input": [{"content": [{"image": PLAIN[0]}] * 2}]}, "invalid_input", "input[0]"),
-    ("/v1/embeddings", {"input": [URIS[0], [1, 2]]}, "invalid_input", "input[1]"),
+    ("/v1/embeddings", {"input": [URIS[0], [1, 2]]}, "text_not_supported", "input"),
+    ("/v1/embeddings", {"input": [URIS[0], [URIS[0]]]}, "invalid_input", "input[1]"),
     ("/v1/embeddings", {"input": [{"image": 7}]}, "invalid_input", "input[0].image"),
     ("/v1/embeddings", {"input": ["data:image/png,raw"]}, "invalid_base64", "input[0]"),
     ("/v1/embeddings", {"input": [{"image": "https://x/y.png"}]}, "url_not_supported", "input[0]"),
@@ -217,6 +219,21 @@ def test_voyages_answer_may_be_partial(http: httpx.Client, expected: np.ndarray[
     rows = http.post("/v1/multimodalembeddings?partial=true", json={"inputs": items}).json()["data"]
     assert_vectors([rows[0]["embedding"], rows[2]["embedding"]], expected[[0, 2]])
     assert rows[1]["error"]["code"] == "unsupported_format"
+
+
+def test_tokens_of_text_are_told_to_be_text(http: httpx.Client) -> None:
+    """As LangChain sends what it has tokenized."""
+    answer = http.post("/v1/embeddings", json={"input": [[1, 2], [3]]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "text_not_supported")
+
+
+def test_json_without_a_content_type_is_read_where_nothing_else_is(
+    http: httpx.Client, expected: np.ndarray[Any, Any]
+) -> None:
+    """As LiteLLM sends it to Voyage's route."""
+    body = json.dumps({"inputs": [{"content": [{"type": "image_base64", "image_base64": URIS[0]}]}]}).encode()
+    (row,) = http.post("/v1/multimodalembeddings", content=body).json()["data"]
+    assert_vectors([row["embedding"]], expected[:1])
 
 
 @pytest.mark.parametrize("path", ["/v1/multimodalembeddings", "/v2/embed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -457,11 +458,20 @@ def test_strangers_take_no_room_from_those_with_a_key(bundle: Path) -> None:
         assert answer.status_code == 200
 
 
-def test_a_websocket_is_refused(service: str) -> None:
+def test_a_websocket_is_refused(service: str, bundle: Path) -> None:
+    """Ray passes them on; without it they are requests like others."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    gate = build_app(ServeSettings(bundles=(str(bundle),), port=1))
+    asyncio.run(gate({"type": "websocket", "path": "/v1/embeddings"}, None, send))  # type: ignore[arg-type]
+    assert sent == [{"type": "websocket.close"}]
     lines = ["GET /v1/embeddings HTTP/1.1", "Host: localhost", "Connection: Upgrade", "Upgrade: websocket"]
     key = ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
     answer = talk(service, ("\r\n".join([*lines, *key]) + "\r\n\r\n").encode())
-    assert answer.startswith(b"HTTP/1.1 403")
+    assert answer.startswith(b"HTTP/1.1 405")
 
 
 @contextlib.contextmanager
