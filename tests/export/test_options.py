@@ -19,14 +19,14 @@ from safetensors.torch import load, save_file
 import jepakit
 from jepakit import golden
 from jepakit.backbone import build, restore, stock_preprocess
-from jepakit.bundle import GRAPH, WEIGHTS, Bundle, EmbeddingSpec
+from jepakit.bundle import GRAPH, WEIGHTS, Bundle, EmbeddingSpec, Preprocess
 from jepakit.embedder import Embedder
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
 from jepakit.session import Session
 from jepakit_export import convert, exporter, quantize, verify
-from jepakit_export.verify import Expected, apart, check, int8_is_exact_here, read_users_images
+from jepakit_export.verify import BATCH_SIZES, Expected, apart, check, int8_is_exact_here, read_users_images
 
 VIT = "test_vit:random"
 
@@ -169,6 +169,24 @@ def test_half_precision_is_tried_on_the_users_images_as_well(
     export(precision="fp16", verify_images=source)
     spec, _, users = tried
     np.testing.assert_array_equal(users, read_users_images(source, spec))
+
+
+def test_half_precision_is_tried_on_images_spread_over_those_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[NDArray[Any]]()
+    monkeypatch.setattr(verify, "use_plain_attention", lambda _: None)
+    monkeypatch.setattr(verify, "_check_finite", lambda _, images: tried.append(images))
+    monkeypatch.setattr(verify, "_stark_images", lambda _: IMAGES)
+    many = np.arange(2 * verify._MOST_HALVED - 1)
+    verify.check_half(None, None, [many])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(tried[0], many[::2])
+
+
+def test_the_worst_agreement_of_all_batch_sizes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = Agreement(1, 0.9, 1, 0), Agreement(3, 1, 1, 0), Agreement(2, 1, 0.5, 0), Agreement(0, 1, 1, 4)
+    found = dict(zip(BATCH_SIZES, each, strict=True))
+    monkeypatch.setattr(verify, "_compare", lambda *arguments: found[arguments[-1]])
+    monkeypatch.setattr(verify, "_check_mates", lambda *_: None)
+    assert check(None, "fp32", Expected(IMAGES, IMAGES, None)) == Agreement(3, 0.9, 0.5, 4)  # type: ignore[arg-type]
 
 
 def test_patch_tokens_that_overflow_in_half_precision_are_refused() -> None:
@@ -334,6 +352,17 @@ def test_every_frame_is_verified_on_unless_the_model_means_one(tmp_path: Path) -
     second = read_users_images(str(folder), spec.model_copy(update={"frame": 1}))
     assert second.shape == (16, 64, 64, 3)
     np.testing.assert_array_equal(second[3], preprocess(tifffile.imread(folder / "003.tif")[1], spec))
+
+
+def test_images_spread_over_the_whole_source_are_verified_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Preprocess(
+        size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )  # fmt: skip
+    folder = str(films(tmp_path / "films", 46, frames=1))
+    whole = read_users_images(folder, spec)
+    monkeypatch.setattr(verify, "MOST_IMAGES", 16)
+    np.testing.assert_array_equal(read_users_images(folder, spec), whole[::3])
 
 
 def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(

@@ -466,7 +466,7 @@ def test_none_gives_no_labels(tmp_path: Path) -> None:
     [
         ("train", "test"), ("Training", "VAL"), ("train", "valid", "test"), ("train2017", "val2017"), ("train", "test", "dev"),
         ("images_train", "images_test"), ("fold1", "fold2", "fold3"), ("trainA", "testA"),
-        ("holdout", "train_images"),
+        ("holdout", "train_images"), ("training_set", "test_set"),
     ],
 )  # fmt: skip
 def test_folders_named_like_splits_are_not_taken_for_classes(tmp_path: Path, names: Sequence[str]) -> None:
@@ -508,7 +508,7 @@ def test_classes_may_have_a_name_that_is_usual_for_something_else(tmp_path: Path
     ("pictures", "beside"),
     [
         (("images",), "masks"), (("originals",), "thumbnails"), (("JPEGImages",), "SegmentationClass"), (("leftImg8bit",), "gtFine"),
-        (("train",), "train_masks"), (("cat", "dog"), "ground_truth"), (("cat", "dog"), "thumbnails"), (("raw", "Dogs"), "labels"),
+        (("train",), "train_masks"), (("Training",), "masks"), (("cat", "dog"), "ground_truth"), (("cat", "dog"), "thumbnails"), (("raw", "Dogs"), "labels"),
     ],
 )  # fmt: skip
 def test_folders_of_what_belongs_to_other_images_are_no_classes(

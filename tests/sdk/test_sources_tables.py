@@ -38,7 +38,7 @@ def parquet(file: Path, columns: dict[str, Sequence[Any]]) -> Path:
 
 def test_a_manifest_gives_images_labels_groups_and_what_is_held_out(tmp_path: Path) -> None:
     touch(tmp_path, "x/1.png", "x/2.png", "y/3.png")
-    manifest = csv(tmp_path / "m.csv", "path,label,group,split,age", "y/3.png,cat,p1,train,9", "x/1.png,dog,p2,test,8", "x/2.png,cat,p1,Train,7")  # fmt: skip
+    manifest = csv(tmp_path / "m.csv", "path,label,group,split,age", "y/3.png,cat,p1,training,9", "x/1.png,dog,p2,test,8", "x/2.png,cat,p1,Train,7")  # fmt: skip
     listed = list_images(manifest)
     assert listed.ids == ("y/3.png", "x/1.png", "x/2.png")
     assert [ref.data for ref in listed] == [tmp_path / name for name in listed.ids]

@@ -38,6 +38,11 @@ def test_exponential_weights_forget_within_their_share_of_the_steps() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_a_share_of_less_than_a_step_is_the_last_step(kind: str) -> None:
+    assert averaged(kind, [float(step**2) for step in range(10)], steps=10, share=0.04) == 81
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
 @pytest.mark.parametrize("resume_at", [3, 8])
 def test_a_resumed_average_is_the_uninterrupted_one(kind: str, resume_at: int) -> None:
     values = [float(step**2) for step in range(10)]

@@ -87,6 +87,14 @@ def test_one_process_cannot_hold_it_twice(tmp_path: Path) -> None:
         pass
 
 
+def test_only_the_last_holder_is_named_after_a_killed_one(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(
+        "process 12345678901234567890 on a machine whose name is far longer than this one's\n" * 2
+    )
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
 def test_a_lock_that_the_last_holder_removed_is_not_taken_for_one(tmp_path: Path) -> None:
     """Between opening and locking: what is locked then is a file without a name."""
     real, calls = fcntl.flock, iter(range(10))

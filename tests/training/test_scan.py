@@ -480,7 +480,9 @@ def test_near_duplicates_of_two_classes_groups_or_sides_of_the_split_are_told(tm
     assert [words.partition(":")[0] for words in seen.advice if "near-dup" in words] == told
 
 
-@pytest.mark.parametrize(("mode", "soft", "told"), [("RGBA", 30, True), ("LA", 30, True), ("RGBA", 1, False)], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "soft", "told"), [("RGBA", 30, True), ("LA", 30, True), ("RGBA", 4, True), ("RGBA", 1, False)], ids=str
+)
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_a_band_that_may_not_be_transparency_is_told(
     tmp_path: Path, mode: str, soft: int, told: bool, format: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -90,6 +92,14 @@ def test_a_second_ctrl_c_ends_even_a_long_step(tmp_path: Path) -> None:
     assert ended(process, 20) == 130
 
 
+def test_a_second_ctrl_c_interrupts_a_step_at_once() -> None:
+    with stopping(lambda: 0) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.at_boundary()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_one_ctrl_c_lets_a_long_step_go_on(tmp_path: Path) -> None:
     process = begun(tmp_path, in_one_call=True)
     os.kill(process.pid or 0, signal.SIGINT)
@@ -115,6 +125,39 @@ def test_ctrl_c_in_the_loaders_processes_counts_once(tmp_path: Path) -> None:
         assert "stopped after step 1" in (tmp_path / "log").read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def opened(folder: Path) -> list[int]:
+    """Ten new files: among them are the numbers of those closed before."""
+    return [os.open(folder / f"file{number}", os.O_WRONLY | os.O_CREAT) for number in range(10)]
+
+
+def fork_in_a_run(folder: Path) -> None:
+    with stopping(lambda: 0):
+        if os.fork() == 0:
+            opened(folder)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        os.wait()
+
+
+def fork_after_a_run(folder: Path) -> None:
+    with stopping(lambda: 0):
+        pass
+    files = opened(folder)
+    if os.fork() == 0:
+        for file in files:
+            os.write(file, b"whole")
+        os._exit(0)
+    os.wait()
+
+
+@pytest.mark.parametrize(("fork", "content"), [(fork_in_a_run, b""), (fork_after_a_run, b"whole")])
+def test_the_files_of_a_forked_child_are_its_own(tmp_path: Path, fork: Callable[[Path], None], content: bytes) -> None:
+    """Neither gets a signal's number, nor is closed because a pipe of the run had its number."""
+    assert ended(start(fork, tmp_path, log=tmp_path / "log"), 30) == 0
+    assert [file.read_bytes() for file in tmp_path.glob("file*")] == [content] * 10
+    assert (tmp_path / "log").read_text() == ""
 
 
 def load(folder: Path) -> None:
@@ -161,6 +204,16 @@ def test_everything_is_as_before_afterwards() -> None:
     assert threading.active_count() == threads
     assert signal.set_wakeup_fd(-1) == -1
     assert open_files() == files
+
+
+def test_signals_wake_up_again_what_they_did_before() -> None:
+    """As asyncio's loop, in an application that trains."""
+    with socket.socket() as other:
+        other.setblocking(False)
+        signal.set_wakeup_fd(other.fileno())
+        with stopping(lambda: 0):
+            pass
+        assert signal.set_wakeup_fd(-1) == other.fileno()
 
 
 def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch) -> None:

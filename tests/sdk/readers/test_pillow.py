@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from tests.files import encoded, png_chunk
 
 from jepakit.errors import ImageError
-from jepakit.readers import Limits, Window, open_raster
+from jepakit.readers import Limits, Window, libtiff, open_raster
 from jepakit.readers.zeros import zeros_in_pixels
 
 Refused = Callable[..., str]
@@ -323,3 +324,12 @@ def test_a_tiff_that_libtiff_finds_damaged_is_refused_without_a_line_on_standard
     damaged[500:-500:7] = bytes(len(damaged[500:-500:7]))
     assert "damaged or cut short" in refused(bytes(damaged), "unreadable")
     assert capfd.readouterr().err == ""
+
+
+def test_what_libtiff_reports_in_one_thread_is_no_error_in_another() -> None:
+    with libtiff.refusing_damage():
+        other = threading.Thread(target=libtiff._note, args=(b"", b"", 0))
+        other.start()
+        other.join()
+    with pytest.raises(ValueError, match="not valid"), libtiff.refusing_damage():
+        libtiff._note(b"", b"", 0)

@@ -125,6 +125,42 @@ def test_channels_of_a_hyperstack_are_bands_and_its_times_are_frames(
             np.testing.assert_array_equal(raster.read(frame=frame), np.moveaxis(stack[frame], 0, 2))
 
 
+def test_of_an_ome_series_over_several_files_only_the_named_file_is_read(tmp_path: Path) -> None:
+    planes = make(2, 20, 30)
+    parts = "".join(
+        f'<TiffData IFD="0" FirstT="{place}" PlaneCount="1"><UUID FileName="{place}.ome.tif">urn:uuid:{place}</UUID></TiffData>'
+        for place in range(2)
+    )
+    description = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels '
+        'ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" SizeX="30" SizeY="20" SizeZ="1" SizeC="1" SizeT="2">'
+        f"{parts}</Pixels></Image></OME>"
+    )
+    for place, plane in enumerate(planes):
+        (tmp_path / f"{place}.ome.tif").write_bytes(encode(plane, description=description, metadata=None))
+    for place, plane in enumerate(planes):
+        with open_raster(tmp_path / f"{place}.ome.tif") as raster:
+            assert raster.header.frames == 1
+            np.testing.assert_array_equal(raster.read()[..., 0], plane)
+
+
+def test_an_ome_description_with_declarations_is_refused(refused: Refused) -> None:
+    pixels = make(2, 20, 30)
+    with tifffile.TiffFile(io.BytesIO(encode(pixels, writer={"ome": True}, photometric="minisblack"))) as file:
+        described = file.pages.first.description
+    declared = described.replace("?><OME ", '?><!DOCTYPE OME [<!ENTITY a "a">]><OME ')
+    plain, data = (
+        encode(pixels, photometric="minisblack", description=text, metadata=None) for text in (described, declared)
+    )
+    np.testing.assert_array_equal(read(plain, frame=0)[..., 0], pixels[0])
+    assert "damaged or cut short" in refused(data, "unreadable")
+
+
+def test_a_cameras_raw_file_is_refused_by_name(refused: Refused) -> None:
+    data = encode(make(20, 30), extratags=[(50706, 1, 4, (1, 4, 0, 0), True)])
+    assert "a camera's raw file: develop it to TIFF" in refused(data, "unsupported_mode")
+
+
 def test_bands_that_were_saved_as_pages_are_refused_with_the_remedy(refused: Refused) -> None:
     data = encode(make(40, 50, 6), photometric="minisblack")
     assert 'planarconfig="contig"' in refused(data, "wrong_shape")
@@ -329,6 +365,15 @@ def test_a_fourth_band_that_is_only_marked_as_transparency_is_refused(refused: R
         assert "its band 4 is marked as transparency" in message
         assert "-co ALPHA=NO" in message
     np.testing.assert_array_equal(read(encode(pixels, photometric="minisblack", planarconfig="contig")), pixels)
+
+
+def test_a_twentieth_of_half_transparency_is_an_edge_and_a_tenth_is_none(refused: Refused) -> None:
+    pixels = make(40, 40, 4, dtype="uint8")
+    pixels[..., 3] = 255
+    pixels[:2, :, 3] = 128
+    np.testing.assert_array_equal(read(encode(pixels))[2:], pixels[2:, :, :3])
+    pixels[2:4, :, 3] = 128
+    assert "10% of it is half transparent" in refused(encode(pixels), "unsupported_mode")
 
 
 def test_a_cut_out_with_soft_edges_lies_on_white() -> None:
