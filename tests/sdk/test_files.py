@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from jepakit import _files
 from jepakit._files import as_path, fsync, making_folder, reason_of, replacing
 
 
@@ -74,12 +73,15 @@ def test_a_folder_has_its_name_when_it_is_whole_and_nothing_is_left_of_a_block_t
 
 
 def test_what_a_folder_holds_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, flushed = tmp_path / "whole", list[tuple[str, bool]]()
-    monkeypatch.setattr(_files, "fsync", lambda what: flushed.append((what.suffix or what.name, path.exists())))
+    path, flushed = tmp_path / "whole", list[tuple[Path, bool]]()
+
+    def record(descriptor: int) -> None:
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", record)
     with making_folder(path) as folder:
         (folder / "weights.bin").write_bytes(b"1")
-        temporary = folder.suffix or folder.name
-    assert flushed == [(".bin", False), (temporary, False), (tmp_path.name, True)]
+    assert flushed == [(folder / "weights.bin", False), (folder, False), (tmp_path, True)]
 
 
 def test_the_reason_of_an_error_that_the_system_did_not_name_is_its_own_words() -> None:
