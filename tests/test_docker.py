@@ -313,7 +313,9 @@ def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_ano
         cells |= mine
         for target in panel["targets"]:
             check_counted(target["expr"])
-            assert panel["type"] != "stat" or target["instant"], "the last value of an hour hides that there is none now"
+            assert panel["type"] != "stat" or target["instant"], (
+                "the last value of an hour hides that there is none now"
+            )
     (ready,) = (panel for panel in dashboard["panels"] if panel["title"] == "Ready")
     assert ready["targets"][0]["expr"].endswith(" or vector(0)")
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

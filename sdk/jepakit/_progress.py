@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self, TypeVar
@@ -71,7 +71,7 @@ class Steps:
         self._start = self._last_line = time.monotonic()
         self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_POINTS)
         self._values, self._spoke = "", False
-        self._bar = _bar(what, total, first) if self._progress and is_terminal(sys.stderr) else None
+        self._bar = _bar(what, total, first) if self._progress and total and is_terminal(sys.stderr) else None
 
     def update(self, done: int, values: str = "") -> None:
         """Report that `done` steps are done; the text `values` is shown until there are newer ones."""
@@ -128,9 +128,17 @@ def human_time(seconds: float) -> str:
 
 
 def _bar(what: str, total: int, first: int) -> Any:
-    """A running bar on standard error, with other output passing above it; None on a dumb terminal."""
-    from rich.console import Console
+    """A running bar on standard error, its values below it and other output passing above; None on a dumb terminal."""
+    from rich.console import Console, RenderableType
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
+
+    class Bar(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            for task in self.tasks:
+                if task.fields["values"]:
+                    yield Text(task.fields["values"])
 
     console = Console(file=standard_error())
     if console.is_dumb_terminal:
@@ -140,9 +148,8 @@ def _bar(what: str, total: int, first: int) -> Any:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[values]}"),
     )
-    bar = Progress(*columns, console=console)
+    bar = Bar(*columns, console=console)
     bar.start()
     bar.add_task(what, total=total, completed=first, left="", values="")
     return bar

@@ -121,11 +121,11 @@ with Steps(4, epochs=2) as steps:
 """
 
 
-def on_terminal(term: str) -> str:
-    """What a program writes to a 200-column pseudo-terminal."""
+def on_terminal(term: str, columns: int = 200, program: str = ON_A_TERMINAL) -> str:
+    """What a program writes to a pseudo-terminal."""
     outer, inner = pty.openpty()
-    environment = {**os.environ, "TERM": term, "COLUMNS": "200"}
-    child = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stderr=inner, env=environment)
+    environment = {**os.environ, "TERM": term, "COLUMNS": str(columns)}
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=inner, env=environment)
     os.close(inner)
     written = b""
     try:
@@ -144,6 +144,19 @@ def test_a_bar_on_a_terminal() -> None:
     assert "4/4" in written
     assert "epoch 2.0/2  loss 0.4321" in written
     assert re.search(r"(^|[\r\n])warning: in between", written)
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_shows_the_bar_and_every_value(columns: int) -> None:
+    written = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", on_terminal("xterm", columns)).replace("\r", "")
+    last = written.rpartition("step")[2]
+    assert re.match(r" ━+ +4/4 +in \d+ s", last)
+    assert " ".join(last.split("s", 1)[1].split()).startswith(" ".join(f"epoch 2.0/2  {VALUES}".split()))
+
+
+def test_nothing_to_do_has_no_bar() -> None:
+    program = "from jepakit._progress import Steps\nwith Steps(0): pass"
+    assert on_terminal("xterm", program=program) == ""
 
 
 def test_plain_lines_on_a_terminal_that_cannot_move_its_cursor() -> None:
