@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont, ImageOps
 from tests.training.full_disk import files_no_longer_than
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ import jepakit
 from jepakit.cli import app
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
+from jepakit_training import pictures
 from jepakit_training.inspecting import near_duplicates
 from jepakit_training.pictures import _fitting
 from jepakit_training.sheet_path import _is_among, is_sheet
@@ -112,10 +114,31 @@ def test_any_encoding_shows_any_name(images: Path, charset: str, options: list[s
         assert json.loads(done.stdout)["unreadable"][0]["id"] == r"größe→\udcfe.png"
 
 
-def test_a_caption_holds_what_the_sheet_s_font_can_draw() -> None:
-    assert _fitting("a b/im 1.jpg", 150) == "a b/im 1.jpg"
-    assert _fitting("Köln/目.tif", 150) == r"K\xf6ln/\u76ee.tif"
-    assert _fitting("x" * 200 + ".tif", 150) == "..." + "x" * 143 + ".tif"
+def test_a_caption_holds_what_the_sheet_s_fonts_can_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pictures._fonts()[0]
+    monkeypatch.setattr(pictures, "_fonts", lambda: (own,))
+    assert _fitting("a b/im 1.jpg", 150) == ("a b/im 1.jpg", own)
+    assert _fitting("Köln/目.tif", 150) == (r"K\xf6ln/\u76ee.tif", own)
+    escaped, _ = _fitting("血小板（正常）", 160)
+    assert re.fullmatch(r"(\\u[0-9a-f]{4})*\.\.\.(\\u[0-9a-f]{4})+", escaped), "no escape is cut"
+    monkeypatch.setattr(pictures, "_has", lambda font, letter: font is not own or letter.isascii())
+    other = ImageFont.load_default(15)
+    monkeypatch.setattr(pictures, "_fonts", lambda: (own, other))
+    assert _fitting("Köln/目.tif", 150) == ("Köln/目.tif", other)
+    assert _fitting("Koln.tif", 150) == ("Koln.tif", own)
+
+
+def test_names_that_are_too_long_keep_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = pictures._fonts()[0]
+    names = [f"{cells} carcinoma, poorly differentiated, stage II" for cells in ("Adeno", "Squamous cell")]
+    cut = [_fitting(name, 160)[0] for name in names]
+    assert len(set(cut)) == 2
+    for name, short in zip(names, cut, strict=True):
+        start, _, end = short.partition("...")
+        assert name.startswith(start)
+        assert name.endswith(end)
+        assert min(len(start), len(end)) > 3
+        assert 140 < own.getlength(short) <= 160
 
 
 def test_what_is_said_of_grey_images_is_what_the_preset_of_radiographs_does(images: Path) -> None:
@@ -142,3 +165,33 @@ def test_images_whose_hash_says_nothing_are_no_near_duplicates() -> None:
     flat, noisy = np.ones(256, bool), np.arange(256) % 2 == 0
     seen = [SimpleNamespace(index=place, fingerprint=bits) for place, bits in enumerate([flat, flat, noisy, noisy])]
     assert near_duplicates(SimpleNamespace(seen=seen)) == [(2, 3)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sees_the_rim"), [("vit_small_patch14_reg4_dinov2.lvd142m", True), ("mobilenetv2_100", False)]
+)
+def test_the_sheet_shows_as_much_of_an_image_as_the_backbone_sees(
+    images: Path, backbone: str, sees_the_rim: bool
+) -> None:
+    for file in images.glob("*.png"):
+        ImageOps.expand(Image.open(file).convert("RGB").resize((206, 206)), 9, "red").save(file)
+    jepakit.inspect("set", sheet="sheet.png", image_size=224, backbone=backbone)
+    with Image.open("sheet.png") as sheet:
+        red, green, blue = sheet.convert("RGB").getpixel((8 + 1, 56 + 80))  # type: ignore[misc]
+    assert (red > 200 and green < 60 and blue < 60) == sees_the_rim
+
+
+def test_long_images_are_advised_to_be_cut(images: Path) -> None:
+    before = jepakit.inspect("set", image_size=64)
+    assert not any("are long" in line for line in before.advice)
+    for file in images.glob("*.png"):
+        Image.open(file).resize((160, 40)).save(file)
+    told = "images are long, such as 160 × 40, of which the model sees the middle 25%: cut them into tiles, --tile 40"
+    assert any(told in line for line in jepakit.inspect("set", image_size=64).advice)
+    assert not any("are long" in line for line in jepakit.inspect("set", image_size=64, tile=40).advice)
+
+
+def test_a_title_says_which_of_many_bands_are_shown() -> None:
+    assert [pictures.bands_shown(bands) for bands in (1, 3)] == ["", ""]
+    assert pictures.bands_shown(2) == "; shown: band 1"
+    assert pictures.bands_shown(4) == "; shown: bands 3, 2, 1 as red, green, blue"

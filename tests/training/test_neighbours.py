@@ -51,7 +51,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     def noting(path: Path, title: str, blocks: Any, rows: list[list[Cell | None]]) -> None:
-        seen.update(title=title, captions=[[cell and (cell.caption, cell.colour) for cell in row] for row in rows])
+        seen.update(title=title, captions=[[cell and (cell.caption, cell.mark) for cell in row] for row in rows])
         draw(path, title, blocks, rows)
 
     monkeypatch.setattr(neighbours, "draw", noting)
@@ -76,14 +76,14 @@ def test_without_labels_each_picture_has_its_name(folder: Path, tmp_path: Path, 
     names = [
         [f"{place:02}.png" for place in row] for row in ((10, 9, 11, 8, 7, 9, 8, 7, 6), (11, 10, 9, 8, 7, 0, 1, 2, 3))
     ]
-    assert drawn["captions"] == [[(name, "black") for name in row] for row in names]
+    assert drawn["captions"] == [[(name, "") for name in row] for row in names]
     with Image.open(sheet) as picture:
         assert picture.getpixel((80, 56 + 80)) == (200, 0, 255), "the query, image 10"
         assert picture.getpixel((8 + 8 + 168 + 80, 56 + 80)) == (180, 0, 255), "its nearest before, image 9"
         assert picture.getpixel((8 + 16 + 5 * 168 + 80, 56 + 186 + 80)) == (0, 0, 255), "image 11's after, image 0"
 
 
-def test_other_labels_are_red_and_a_file_that_is_gone_costs_its_row(
+def test_other_labels_are_framed_in_red_and_a_file_that_is_gone_costs_its_row(
     folder: Path, tmp_path: Path, drawn: dict[str, Any]
 ) -> None:
     images = list_images(folder)
@@ -92,6 +92,11 @@ def test_other_labels_are_red_and_a_file_that_is_gone_costs_its_row(
     which = measured(labels, groups)
     which.is_labelled[7] = False
     write_neighbours(tmp_path / "neighbours.png", images, which, on_a_circle(), on_a_circle(1), SPEC)
-    assert drawn["title"] == "The nearest of 12 images, by cosine; none of the same group; red: another label"
-    dog, cat = ("dog", "black"), ("cat", "#c00000")
-    assert drawn["captions"] == [[dog, dog, dog, cat, ("07.png", "black"), cat, cat, cat, cat]]
+    assert drawn["title"] == "The nearest of 12 images, by cosine; none of the same group; framed in red: another label"
+    dog, cat = ("dog", ""), ("cat", "#c00000")
+    assert drawn["captions"] == [[dog, dog, dog, cat, ("07.png", ""), cat, cat, cat, cat]]
+    with Image.open(tmp_path / "neighbours.png") as picture:
+        corners = [
+            picture.getpixel((8 + 8 * (place > 0) + 8 * (place > 4) + place * 168 + 1, 56 + 1)) for place in range(9)
+        ]
+    assert [corner == (0xC0, 0, 0) for corner in corners] == [label == cat for label in drawn["captions"][0]]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from jepakit._checks import exceeds
 from jepakit._messages import counted
 from jepakit._progress import stage
-from jepakit.bundle import Preprocess, Scaling
+from jepakit.backbone import build, fitting_size, round_size, size_multiple, stock_preprocess
+from jepakit.bundle import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.doubts import doubts
+from jepakit_training.pictures import bands_shown
 from jepakit_training.plan import FEW_IMAGES, local_size_of
 from jepakit_training.scan import Scan, fill_notes, outlier_notes, range_notes, sampled, scan
 from jepakit_training.sheet import write_sheet
@@ -31,7 +33,8 @@ _SAME_BITS = 10  # of 256: photographs of the same part differ by less, other im
 _TILE_ABOVE = 4
 _SMALL_SIDE = 96
 _FAINT = 0.02
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LONG, _MOST_LONG = 2, 0.05
+"""The ratio of an image's sides from which on most of it goes unseen, and the share of such images that goes unsaid."""
 
 
 def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspection:
@@ -49,26 +52,15 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
         return seen
     recipe = config.model_copy(update={"domain": seen.domain}).resolved_views()
     recipe.check_bands(found.kind.bands)
-    spec = choose_preprocess(found.only(trained_on), config, _any_backbone(config.image_size))
-    sizes = config.image_size, local_size_of(config.image_size, recipe)
+    with torch.device("meta"):
+        backbone = build(config.backbone, {})
+    size = fitting_size(backbone, config.image_size)
+    spec = choose_preprocess(found.only(trained_on), config, stock_preprocess(backbone, size))
+    sizes = size, round_size(local_size_of(size, recipe), size_multiple(backbone))
     stage("drawing the views")
-    title = f"{found.kind}; views of domain {seen.domain} at {sizes[0]} and {sizes[1]} px"
+    title = f"{found.kind}{bands_shown(spec.bands)}; views of domain {seen.domain} at {sizes[0]} and {sizes[1]} px"
     write_sheet(sheet, images, spec, recipe, sizes, title)
     return seen.model_copy(update={"sheet": printable(str(sheet))})
-
-
-def _any_backbone(size: int) -> Preprocess:
-    """The preprocess of most backbones; only the picture depends on it."""
-    return Preprocess(
-        size=size,
-        resize_to=math.floor(size / 0.9),
-        resize="shorter",
-        interpolation="bicubic",
-        bands=3,
-        dtype="uint8",
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
-    )
 
 
 def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None, value_range: ValueRange) -> Inspection:
@@ -166,6 +158,16 @@ def _advice(
     if tile is None and min(largest) > _TILE_ABOVE * image_size:
         advice.append(
             f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, --tile {2 * image_size}"
+        )
+    long = sorted(
+        (one.size for one in found.seen if max(one.size) > _LONG * min(one.size)),
+        key=lambda size: max(size) / min(size),
+    )
+    if tile is None and len(long) > _MOST_LONG * len(found.seen):
+        width, height = long[len(long) // 2]
+        advice.append(
+            f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
+            f"{min(width, height) / max(width, height):.0%}: cut them into tiles, --tile {min(width, height)}"
         )
     if min(median) < _SMALL_SIDE < image_size:
         advice.append(f"images are {median[0]} × {median[1]} pixels: --image-size {_SMALL_SIDE} trains faster")

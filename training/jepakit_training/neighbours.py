@@ -17,7 +17,7 @@ from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.holdout import MeasuringSet
-from jepakit_training.pictures import Cell, as_picture, draw
+from jepakit_training.pictures import Cell, as_picture, bands_shown, draw
 
 ROWS, NEIGHBOURS = 10, 4
 _OTHER_CLASS = "#c00000"
@@ -50,11 +50,11 @@ def write_neighbours(
             )
         except ImageError:
             continue  # it was measured, but is gone or damaged since
-    title = f"The nearest of {len(measured.indices):,} images, by cosine"
+    title = f"The nearest of {len(measured.indices):,} images, by cosine{bands_shown(spec.bands)}"
     if measured.groups is not None:
         title += "; none of the same group"
     if measured.labels is not None:
-        title += "; red: another label"
+        title += "; framed in red: another label"
     blocks = [["held out"], *([f"nearest {when}", *[""] * (NEIGHBOURS - 1)] for when in ("before", "after"))]
     draw(path, title, blocks, rows)
 
@@ -70,9 +70,9 @@ def nearest(query: int, vectors: NDArray[np.float32], measured: MeasuringSet) ->
 
 
 def _cell(picture: NDArray[np.uint8], place: int, query: int, images: ImageList, measured: MeasuringSet) -> Cell:
-    """An image with its label (red if it differs from the query's) or its name."""
+    """An image with its label (in a red frame if it differs from the query's) or its name."""
     labels = measured.labels
     if labels is None or not measured.is_labelled[place]:
         return Cell(picture, images.ids[int(measured.indices[place])])
     other = bool(measured.is_labelled[query]) and labels[place] != labels[query]
-    return Cell(picture, str(labels[place]), _OTHER_CLASS if other else "black")
+    return Cell(picture, str(labels[place]), _OTHER_CLASS if other else "")

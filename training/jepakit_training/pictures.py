@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +17,25 @@ from jepakit._files import written
 from jepakit.bundle import Preprocess
 from jepakit.inspection import printable
 
-_CELL, _GAP, _HEAD, _CAPTION = 160, 8, 34, 18
-_LETTER = 8
-"""Maximum width of a caption's letter in pixels."""
+_CELL, _GAP, _HEAD, _CAPTION, _FRAME = 160, 8, 34, 18, 4
+_LETTERS_PX = 14
+_FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msgothic.ttc",
+    "malgun.ttf", "simsun.ttc",
+)  # fmt: skip
+"""Fonts that systems have, in the order in which they are tried for letters that Pillow's own lacks (all but ASCII)."""
+_NO_LETTER = "\U0010fffe"
 
 
 class Cell(NamedTuple):
-    """A picture, uint8 [H, W, 3], and its caption; an empty caption leaves its space to the one before it."""
+    """A picture, uint8 [H, W, 3], and its caption; an empty caption leaves its space to the one before it.
+
+    mark  the colour of a frame and of the caption; empty: no frame, and black
+    """
 
     picture: NDArray[np.uint8]
     caption: str = ""
-    colour: str = "black"
+    mark: str = ""
 
 
 def draw(
@@ -51,20 +61,24 @@ def draw(
         left += _GAP
     row_height = _CELL + _CAPTION + _GAP
     sheet = Image.new("RGB", (left, _HEAD + 24 + len(rows) * row_height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LETTERS_PX)
     pen.text((_GAP, 6), title, "black", ImageFont.load_default(17))
     for at, words in zip(lefts, heads, strict=True):
         pen.text((at, _HEAD), words, "#555555", font)
     for place, row in enumerate(rows):
         top = _HEAD + 22 + place * row_height
-        room = left
+        columns = 0
         for at, cell in reversed([*zip(lefts, row, strict=False)]):
+            columns += 1
             if cell is None:
                 continue
             sheet.paste(Image.fromarray(cell.picture).resize((_CELL, _CELL), Image.Resampling.BICUBIC), (at, top))
+            if cell.mark:
+                pen.rectangle((at, top, at + _CELL - 1, top + _CELL - 1), outline=cell.mark, width=_FRAME)
             if cell.caption:
-                pen.text((at, top + _CELL + 1), _fitting(cell.caption, (room - at) // _LETTER), cell.colour, font)
-                room = at
+                caption, its_font = _fitting(cell.caption, columns * _CELL)
+                pen.text((at, top + _CELL + 1), caption, cell.mark or "black", its_font)
+                columns = 0
     info = PngInfo()
     if mark is not None:
         info.add_text(*mark)
@@ -86,7 +100,44 @@ def three_bands(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels[:, :, chosen])
 
 
-def _fitting(name: str, letters: int) -> str:
-    """The end of a name. Pillow's own font only has ASCII letters: others are written as escapes."""
-    text = printable(name).encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= letters else f"...{text[3 - letters :]}"
+def bands_shown(bands: int) -> str:
+    """Which bands `three_bands` shows, for a title; empty where it is as expected."""
+    return "; shown: bands 3, 2, 1 as red, green, blue" if bands > 3 else "; shown: band 1" if bands == 2 else ""
+
+
+def _fitting(name: str, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A name, cut in its middle to a width in pixels, and a font for it; letters that no font here has are escaped."""
+    text = printable(name)
+    font = next((font for font in _fonts() if all(_has(font, letter) for letter in set(text))), None)
+    if font is None:
+        font = _fonts()[0]
+        letters = [each.encode("ascii", "backslashreplace").decode() for each in text]
+    else:
+        letters = list(text)
+    if font.getlength("".join(letters)) <= width:
+        return "".join(letters), font
+    fitting = (short for count in range(len(letters), -1, -1) if font.getlength(short := _cut(letters, count)) <= width)
+    return next(fitting, ""), font
+
+
+def _cut(letters: Sequence[str], count: int) -> str:
+    """So many of the letters, two thirds of them from the end: names of files differ there, and those of classes often."""
+    start = count // 3
+    return "".join([*letters[:start], "...", *letters[len(letters) - count + start :]])
+
+
+@cache
+def _fonts() -> tuple[ImageFont.FreeTypeFont, ...]:
+    """Pillow's own font, and those of `_FONTS` that there are."""
+    own = ImageFont.load_default(_LETTERS_PX)
+    assert isinstance(own, ImageFont.FreeTypeFont), "a wheel of Pillow has FreeType"
+    found = [own]
+    for name in _FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, _LETTERS_PX))
+    return tuple(found)
+
+
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether a font draws a letter as anything but the sign for letters that it lacks."""
+    return letter.isascii() or bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
