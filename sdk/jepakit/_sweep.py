@@ -254,7 +254,7 @@ def _loss(run: Run) -> float:
 
 def _score_rows(start: Scores, comparisons: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
     """A heading, and for the start and each run its balanced accuracies, the difference and its interval."""
-    heading = ("", SCORES["linear_balanced"], SCORES["knn_balanced"], "difference (95 % interval)")
+    heading = ("", SCORES["linear_balanced"], SCORES["knn_balanced"], "points (95 % interval)")
     rows: list[tuple[str, ...]] = [heading, ("the start", *_percent(start), "")]
     for name, comparison in comparisons.items():
         assert comparison.after is not None, "a start with scores has a result with scores"

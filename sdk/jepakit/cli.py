@@ -742,7 +742,7 @@ def doctor() -> None:
     show("nothing to fix")
 
 
-@weights_app.command("fetch")
+@weights_app.command("fetch", short_help="Fetch pretrained weights into a file.")
 def weights_fetch(
     name: Annotated[str, typer.Argument(help="timm model name, with or without the tag of its weights")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
@@ -822,7 +822,7 @@ def probe_evaluate(
     show(json.dumps(asdict(report)) if as_json else report)
 
 
-@probe_app.command("predict")
+@probe_app.command("predict", short_help="Print each image's class and probability.")
 def probe_predict(
     probe: Annotated[Path, typer.Argument(help="a probe, from `jepakit probe fit`")],
     embeddings: Annotated[Path, typer.Argument(help="embeddings, from `jepakit embed`")],

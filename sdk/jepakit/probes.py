@@ -11,7 +11,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from numbers import Real
 from pathlib import Path
@@ -26,6 +26,7 @@ from jepakit._frozen import Printed
 from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, main_class, numbered
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few, lines_of
+from jepakit._one_line import one_line
 from jepakit._vectors import unit_length
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -49,6 +50,7 @@ class ProbeReport(Printed):
 
     n            vectors it was evaluated on
     n_fitted_on  how many of them equal a vector it was fitted on: results there say nothing about new images
+    n_per_class  how many of them are of each class
     """
 
     accuracy: float
@@ -56,17 +58,33 @@ class ProbeReport(Printed):
     per_class: dict[str, float]
     n: int
     n_fitted_on: int = 0
+    n_per_class: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"accuracy {self.accuracy:.1%}   balanced {self.balanced_accuracy:.1%}   on {self.n} images"]
+        whole, balanced = _percent(self.accuracy), _percent(self.balanced_accuracy)
+        lines = [f"accuracy {whole}   balanced {balanced}   on {self.n} images"]
         if self.n_fitted_on:
             lines.append(
                 f"warning: the probe was fitted on the vectors of {self.n_fitted_on} of these {self.n} images, so new ones will do "
                 "worse: evaluate on others"
             )
-        width = max(map(len, self.per_class))
-        lines += [f"  {name:<{width}}  {value:.1%}" for name, value in self.per_class.items()]
+        names = {name: one_line(name) for name in self.per_class}
+        width = max(map(len, names.values()))
+        lines += [
+            f"  {names[name]:<{width}}  {_percent(value):>6}{self._of(name, value)}"
+            for name, value in self.per_class.items()
+        ]
         return "\n".join(lines)
+
+    def _of(self, name: str, share: float) -> str:
+        """How many vectors of a class are right, of how many."""
+        n = self.n_per_class.get(name, 0)
+        return f"  ({round(share * n)} of {n})" if n else ""
+
+
+def _percent(share: float) -> str:
+    """A share in per cent, which is 100.0 % only if nothing is wrong."""
+    return f"{min(share, 0.999 if share < 1 else 1.0):.1%}"
 
 
 class _Probe(ABC):
@@ -137,10 +155,18 @@ class _Probe(ABC):
         vectors, right, truth = self._judged(X, y)
         if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
             raise self._knows_none_of(truth)
-        per_class = {str(name): float(right[truth == name].mean()) for name in np.unique(truth)}
+        names, counts = np.unique(truth, return_counts=True)
+        per_class = {str(name): float(right[truth == name].mean()) for name in names}
         balanced = float(np.mean(list(per_class.values())))
         n_fitted_on = int(np.isin(_digests(vectors), self.fitted_on_).sum())
-        return ProbeReport(float(right.mean()), balanced, per_class, len(truth), n_fitted_on)
+        return ProbeReport(
+            float(right.mean()),
+            balanced,
+            per_class,
+            len(truth),
+            n_fitted_on,
+            dict(zip(per_class, counts.tolist(), strict=True)),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the fitted probe to one safetensors file; WriteError if it cannot be written.

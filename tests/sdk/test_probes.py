@@ -427,11 +427,23 @@ def test_numbers_of_classes_keep_their_dtype_on_disk(tmp_path: Path, dtype: str)
     np.testing.assert_array_equal(loaded, classes)
 
 
+def test_a_report_is_whole_only_if_nothing_is_wrong_and_names_harm_no_terminal() -> None:
+    name = "a\x1b[31m\nb"
+    report = ProbeReport(0.9999, 0.9999, {name: 2999 / 3000}, 3000, n_per_class={name: 3000})
+    assert str(report).splitlines() == [
+        "accuracy 99.9%   balanced 99.9%   on 3000 images", r"  a\x1b[31m\x0ab   99.9%  (2999 of 3000)",
+    ]  # fmt: skip
+
+
 def test_a_report_tells_accuracy_from_balanced_accuracy() -> None:
     probe = LinearProbe(C=1.0).fit([[-1.0], [-1.1], [1.0], [1.1]], ["no", "no", "yes", "yes"])
     report = probe.evaluate([[-1.05], [-1.05], [-1.05], [-1.05]], ["no", "no", "no", "yes"])
-    assert report == ProbeReport(accuracy=0.75, balanced_accuracy=0.5, per_class={"no": 1.0, "yes": 0.0}, n=4)
-    assert str(report).splitlines() == ["accuracy 75.0%   balanced 50.0%   on 4 images", "  no   100.0%", "  yes  0.0%"]
+    assert report == ProbeReport(
+        accuracy=0.75, balanced_accuracy=0.5, per_class={"no": 1.0, "yes": 0.0}, n=4, n_per_class={"no": 3, "yes": 1}
+    )
+    assert str(report).splitlines() == [
+        "accuracy 75.0%   balanced 50.0%   on 4 images", "  no   100.0%  (3 of 3)", "  yes    0.0%  (0 of 1)",
+    ]  # fmt: skip
     assert probe.score([[-1.0], [1.0]], ["no", "no"]) == 0.5
 
 

@@ -84,7 +84,7 @@ def test_each_wrong_distribution_has_its_own_warning_given_once(shape: dict[str,
 @pytest.mark.parametrize("shape", [{}, {"std": 0.8}, {"std": 1.2}, {"rank": 32}, {"rank": 4}, {"shift": 0.1}])
 def test_healthy_projections_give_no_warning(shape: dict[str, Any]) -> None:
     said = run(lambda step: gaussian(step, **shape))
-    assert all(line.startswith("note: SIGReg ends at") for lines in said.values() for line in lines)
+    assert all(line.startswith("note: SIGReg was") for lines in said.values() for line in lines)
     assert said == {} or said.keys() == {299}
 
 
@@ -103,7 +103,7 @@ def test_four_directions_are_few_for_a_wide_projector_only() -> None:
 def test_a_short_run_that_ends_far_from_the_floor_is_told_to_take_more_steps() -> None:
     said = run(lambda step: gaussian(step, std=0.7), steps=40, warmup_steps=4)
     assert said.keys() == {39}
-    assert "SIGReg ends at" in said[39][0]
+    assert "SIGReg was" in said[39][0]
     assert "steps = 300" in said[39][0]
 
 

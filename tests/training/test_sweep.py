@@ -79,7 +79,7 @@ def test_the_best_comes_first_and_the_table_names_all(finished: Sweep) -> None:
     assert gains == sorted(gains, reverse=True)
     assert finished.best is next(iter(finished.runs.values()))
     heading, of_start, *of_runs = str(finished).splitlines()
-    assert heading.split("  ")[-1] == "difference (95 % interval)"
+    assert heading.split("  ")[-1] == "points (95 % interval)"
     assert of_start.startswith("the start ")
     assert [row.split()[0] for row in of_runs[:-1]] == list(finished.runs)
     assert of_runs[-1] == str(finished.verdict)

@@ -187,6 +187,6 @@ class Alarms:
 
     def _unfinished(self, sigreg: float) -> dict[str, str]:
         return {
-            "unfinished": f"note: SIGReg ends at {sigreg:.1f}, still far from its floor of {FLOOR}; more steps may help: "
+            "unfinished": f"note: SIGReg was {sigreg:.1f} over the last steps logged, still far from its floor of {FLOOR}; more steps may help: "
             f"steps = {max(2 * self.steps, DEFAULT_STEPS)}, in a new run"
         }
