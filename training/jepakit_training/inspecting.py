@@ -155,20 +155,8 @@ def _advice(
     advice = []
     if len(images) < FEW_IMAGES:
         advice.append(f"{counted(len(images), 'image')} are very few to learn from and to judge by")
-    if tile is None and min(largest) > _TILE_ABOVE * image_size:
-        advice.append(
-            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, --tile {2 * image_size}"
-        )
-    long = sorted(
-        (one.size for one in found.seen if max(one.size) > _LONG * min(one.size)),
-        key=lambda size: max(size) / min(size),
-    )
-    if tile is None and len(long) > _MOST_LONG * len(found.seen):
-        width, height = long[len(long) // 2]
-        advice.append(
-            f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
-            f"{min(width, height) / max(width, height):.0%}: cut them into tiles, --tile {min(width, height)}"
-        )
+    if tile is None:
+        advice += _tiling(found, largest, image_size)
     if min(median) < _SMALL_SIDE < image_size:
         advice.append(f"images are {median[0]} × {median[1]} pixels: --image-size {_SMALL_SIDE} trains faster")
     if n_duplicates and images.groups is None:
@@ -192,6 +180,22 @@ def _advice(
             "without labels there can be no verdict: a few hundred labelled images suffice (in class folders, or with --labels FILE, which need not name the others)"
         )
     return advice
+
+
+def _tiling(found: Scan, largest: tuple[int, int], image_size: int) -> list[str]:
+    """Why to cut the images into tiles: they are large, or else long; empty if they are neither."""
+    if min(largest) > _TILE_ABOVE * image_size:
+        return [
+            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, --tile {2 * image_size}"
+        ]
+    long = [one.size for one in found.seen if max(one.size) > _LONG * min(one.size)]
+    if len(long) <= _MOST_LONG * len(found.seen):
+        return []
+    width, height = sorted(long, key=lambda size: max(size) / min(size))[len(long) // 2]
+    return [
+        f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
+        f"{min(width, height) / max(width, height):.0%}: cut them into tiles, --tile {min(width, height)}"
+    ]
 
 
 def _crossing(images: ImageList, pairs: Sequence[tuple[int, int]]) -> list[str]:
