@@ -762,7 +762,7 @@ def probe_fit(
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     kind: Annotated[str, typer.Option(help="linear or knn")] = "linear",
     class_weight: Annotated[
-        str | None, typer.Option(help="balanced: a rare class counts as much as a common one (linear)")
+        str | None, typer.Option(help="balanced: a rare class counts as much as a common one")
     ] = None,
     group: Annotated[
         Path | None,
@@ -783,7 +783,7 @@ def probe_fit(
     if kind not in ("linear", "knn"):
         raise ConfigError(f"kind = {kind!r}: choose linear or knn")
     of_kind: dict[str, dict[str, object]] = {
-        "linear": {"--class-weight": class_weight, "--group": group, "-C": c, "--seed": seed},
+        "linear": {"--group": group, "-C": c, "--seed": seed},
         "knn": {"-k": k},
     }
     other = "knn" if kind == "linear" else "linear"
@@ -794,7 +794,7 @@ def probe_fit(
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe
     if kind == "knn":
-        probe = KNNProbe(**_given(k=k)).fit(vectors)
+        probe = KNNProbe(**_given(k=k, class_weight=class_weight)).fit(vectors)
     else:
         groups = None if group is None else groups_of(vectors.ids, group)
         probe = LinearProbe(**_given(C=c, seed=seed, class_weight=class_weight)).fit(vectors, groups=groups)

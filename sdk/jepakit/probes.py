@@ -89,6 +89,7 @@ def _percent(share: float) -> str:
 
 class _Probe(ABC):
     kind: ClassVar[str]
+    class_weight: Literal["balanced"] | None
     classes_: Labels
     model_id_: str | None
     fitted_on_: NDArray[np.uint64]
@@ -167,6 +168,14 @@ class _Probe(ABC):
             n_fitted_on,
             dict(zip(per_class, counts.tolist(), strict=True)),
         )
+
+    def _importance(self, targets: NDArray[np.intp]) -> Floats:
+        """The weight of each training vector, by its class's index in `targets`, [N]."""
+        if self.class_weight is None:
+            return np.ones(len(targets))
+        counts = np.bincount(targets)
+        importance: Floats = len(targets) / (np.count_nonzero(counts) * counts[targets])
+        return importance
 
     def save(self, path: str | Path) -> None:
         """Write the fitted probe to one safetensors file; WriteError if it cannot be written.
@@ -365,23 +374,12 @@ class LinearProbe(_Probe):
         judged = n_judged > 0
         return C_GRID[best], float((right[best, judged] / n_judged[judged]).mean())
 
-    def _importance(self, targets: NDArray[np.intp]) -> Floats:
-        """The weight of each vector in a fit, [N]."""
-        if self.class_weight is None:
-            return np.ones(len(targets))
-        counts = np.bincount(targets)
-        importance: Floats = len(targets) / (np.count_nonzero(counts) * counts[targets])
-        return importance
-
     def _check_params(self) -> None:
         if self.C is not None and (not is_number(self.C) or not 0 < self.C < np.inf):
             raise ConfigError(f"C = {self.C!r}: give a number above 0, or None to choose it by cross-validation")
         if not is_whole(self.seed) or self.seed < 0:
             raise ConfigError(f"seed = {self.seed!r}: give a whole number, 0 or more")
-        if self.class_weight is not None and not (
-            isinstance(self.class_weight, str) and self.class_weight == "balanced"
-        ):
-            raise ConfigError(f"class_weight = {self.class_weight!r}: give 'balanced' or None")
+        _check_class_weight(self.class_weight)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {
@@ -408,7 +406,8 @@ class LinearProbe(_Probe):
 class KNNProbe(_Probe):
     """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / 0.07) (as DINO does).
 
-    k  number of neighbours; with fewer training vectors, all of them vote. Ties for k-th place are decided by order
+    k             number of neighbours; with fewer training vectors, all of them vote. Ties for k-th place are decided by order
+    class_weight  "balanced" divides each vote by how many training vectors its class has; None leaves votes as they are
 
     Once fitted, on N vectors of D numbers and K classes:
 
@@ -422,8 +421,9 @@ class KNNProbe(_Probe):
     vectors_: NDArray[np.float32]
     targets_: NDArray[np.intp]
 
-    def __init__(self, *, k: int = 20) -> None:
+    def __init__(self, *, k: int = 20, class_weight: Literal["balanced"] | None = None) -> None:
         self.k = k
+        self.class_weight = class_weight
 
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> Self:
         """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
@@ -448,6 +448,7 @@ class KNNProbe(_Probe):
         away = -queries @ self.vectors_.T
         nearest = np.argpartition(away, k - 1, axis=1)[:, :k]
         weights = np.exp((-np.take_along_axis(away, nearest, axis=1) - 1) / _KNN_TEMPERATURE).astype(np.float64)
+        weights *= self._importance(self.targets_)[nearest]
         votes = np.zeros((len(queries), len(self.classes_)))
         np.add.at(votes, (np.arange(len(queries))[:, None], self.targets_[nearest]), weights)
         shares: Floats = votes / votes.sum(axis=1, keepdims=True)
@@ -456,6 +457,7 @@ class KNNProbe(_Probe):
     def _check_params(self) -> None:
         if not is_whole(self.k) or self.k < 1:
             raise ConfigError(f"k = {self.k!r}: give a whole number of neighbours, 1 or more")
+        _check_class_weight(self.class_weight)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {"vectors": self.vectors_, "targets": self.targets_}
@@ -465,6 +467,11 @@ class KNNProbe(_Probe):
         fits = self.vectors_.ndim == 2 and self.targets_.shape == (len(self.vectors_),) and len(self.vectors_)
         if not fits or not 0 <= self.targets_.min() <= self.targets_.max() < len(self.classes_):
             raise ValueError("its arrays do not fit together")
+
+
+def _check_class_weight(given: object) -> None:
+    if given is not None and not (isinstance(given, str) and given == "balanced"):
+        raise ConfigError(f"class_weight = {given!r}: give 'balanced' or None")
 
 
 _KINDS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, "knn": KNNProbe}

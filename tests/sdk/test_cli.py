@@ -103,8 +103,10 @@ def test_classes_of_a_probe_can_count_alike_and_all_probabilities_be_printed(tmp
     assert head == "id\tcrack\tgood"
     table = np.array([row.split("\t") for row in rows], float)
     np.testing.assert_allclose(table[:, 1:], probe.predict_proba(vectors), atol=1e-4)
-    with pytest.raises(AssertionError, match="--class-weight balanced is for linear probes, but this one is knn"):
-        run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--class-weight=balanced", "--out", tmp_path / "k")
+    run(
+        "probe", "fit", tmp_path / "e.npz", "--kind=knn", "--class-weight=balanced", "--out", tmp_path / "b.safetensors"
+    )
+    assert jepakit.load_probe(tmp_path / "b.safetensors").get_params()["class_weight"] == "balanced"
     with pytest.raises(AssertionError, match=r"--group g\.csv is for linear probes, but this one is knn"):
         run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--group=g.csv", "--out", tmp_path / "k")
     with pytest.raises(AssertionError, match="-k 3 is for knn probes, but this one is linear"):
@@ -129,7 +131,7 @@ def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) 
     Embeddings(vectors, "0" * 16, tuple(map(str, range(20))), ("cat",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
     run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "-k", "3", "--out", tmp_path / "k.safetensors")
     run("probe", "fit", tmp_path / "e.npz", "-C", "0.5", "--seed", "2", "--out", tmp_path / "l.safetensors")
-    assert jepakit.load_probe(tmp_path / "k.safetensors").get_params() == {"k": 3}
+    assert jepakit.load_probe(tmp_path / "k.safetensors").get_params() == {"k": 3, "class_weight": None}
     assert jepakit.load_probe(tmp_path / "l.safetensors").get_params() == {"C": 0.5, "seed": 2, "class_weight": None}
 
 

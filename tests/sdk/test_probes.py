@@ -385,7 +385,19 @@ def test_grid_search_works_and_its_winner_can_be_saved(tmp_path: Path) -> None:
     vectors, labels = blobs()
     search = GridSearchCV(KNNProbe(), {"k": np.arange(1, 8, 3)}, cv=3, error_score="raise").fit(vectors, labels)
     search.best_estimator_.save(tmp_path / "knn.safetensors")
-    assert load_probe(tmp_path / "knn.safetensors").get_params() == {"k": search.best_params_["k"]}
+    assert load_probe(tmp_path / "knn.safetensors").get_params() == {
+        "k": search.best_params_["k"], "class_weight": None,
+    }  # fmt: skip
+
+
+def test_balanced_votes_of_neighbours_count_by_how_rare_their_class_is() -> None:
+    vectors = np.array([[1.0, 0.0]] * 9 + [[1.0, 0.001]])
+    labels = ["common"] * 9 + ["rare"]
+    plain, balanced = (KNNProbe(class_weight=weight).fit(vectors, labels) for weight in (None, "balanced"))
+    np.testing.assert_allclose(plain.predict_proba([[1.0, 0.0005]])[0], [0.9, 0.1], atol=1e-5)
+    np.testing.assert_allclose(balanced.predict_proba([[1.0, 0.0005]])[0], [0.5, 0.5], atol=1e-5)
+    with pytest.raises(ConfigError, match="class_weight = 'even': give 'balanced' or None"):
+        KNNProbe(class_weight="even").fit(vectors, labels)  # type: ignore[arg-type]
 
 
 def test_parameters_are_set_by_name_and_typos_refused() -> None:
