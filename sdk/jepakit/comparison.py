@@ -17,7 +17,7 @@ SCORES = {
 
 
 class Scores(Frozen):
-    """Accuracy, 0 to 1, of probes fitted on training images and judged on held-out ones."""
+    """Accuracy, 0 to 1, of probes fitted on training images, with equal weight for all classes, and judged on held-out ones."""
 
     linear: float
     linear_balanced: float
@@ -31,7 +31,9 @@ class Verdict(Frozen, Printed):
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
     low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups if given;
                 at least 3 / N to either side, more if classes differ in size. If the probes were fitted on fewer images
-                than were held out, it is widened by how much other images to fit on would change (jackknife)
+                than were held out, over all or of a class, it is widened by how much other images to fit on would change
+                (jackknife)
+    n_groups    groups that the interval is over, of the class with the fewest; None if it is over images
 
     Harm to a group that happens not to be held out goes unseen. By the rule of three, up to 3/G of all groups may be
     harmed with none of them among the G held out. The verdict is "same" only if that could shift the result by no more
@@ -44,6 +46,7 @@ class Verdict(Frozen, Printed):
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    n_groups: int | None = None
 
     def __str__(self) -> str:
         return f"{self.word}: {self.reason}"

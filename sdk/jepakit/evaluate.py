@@ -19,12 +19,11 @@ _RESAMPLES = 2000
 _LEFT_OUT = 10
 """Parts of the images to fit on, left out one at a time."""
 _FOLDS = 5
+_FEW = 1.25
+"""Times as many groups of a class held out as fitted on: from there on the latter count."""
 _NORMAL_95 = 1.96
 _RULE_OF_THREE = 3.0
 """What happened to none of N images may still happen to 3 in N of all (95 %)."""
-_STUDENT_WIDENING = (1.21, 1.44, 1.30)
-"""A spread estimated from n groups widens the interval by 1 + Σ cᵢ / (n - 1)ⁱ: the 95 % quantile of Student's t over the
-normal's, by Cornish and Fisher's expansion, within 3 % from three groups on. So does one from n parts left out."""
 _PLAUSIBLE_GROUP_LOSS = 0.3
 """The accuracy that a group harmed by adaptation may plausibly lose."""
 _NAMED = 3
@@ -69,7 +68,7 @@ class Refits(NamedTuple):
 class Measurement(NamedTuple):
     """`scores`, and for each held-out image whether the linear probe and the k-NN were right, bool [2, N].
 
-    refits  None if there are at least as many images to fit on as held out
+    refits  None if there are enough images to fit on (`measure`)
     """
 
     scores: Scores
@@ -86,11 +85,12 @@ def measure(
     train_groups: ArrayLike | None = None,
     held_out_groups: ArrayLike | None = None,
 ) -> Measurement:
-    """Fit a linear probe and a k-NN on `train` [N, D], evaluate them on `held_out` [M, D].
+    """Fit a linear probe and a k-NN on `train` [N, D], evaluate them on `held_out` [M, D]; all classes weigh the same.
 
     train_groups     the group name of each training image: the linear probe's folds do not split groups
     held_out_groups  the same for held-out images. If more groups (images, without groups) are held out than fitted
-                     on, the probes are refitted without each tenth of the latter in turn, as `judge` then needs
+                     on, over all or of a class, the probes are refitted without each tenth of the latter in turn, as
+                     `judge` then needs
     """
     labels, truth = np.asarray(train_labels), np.asarray(held_out_labels)
     group_of = numbered(train_groups, len(train))
@@ -98,16 +98,39 @@ def measure(
     def right(linear: LinearProbe, knn: KNNProbe) -> NDArray[np.bool_]:
         return np.stack([linear.predict(held_out) == truth, knn.predict(held_out) == truth])
 
-    linear, knn = LinearProbe().fit(train, labels, groups=group_of), KNNProbe().fit(train, labels)
+    linear, knn = _fitted(train, labels, group_of)
     refits = None
-    if numbered(held_out_groups, len(truth)).max() > group_of.max():
+    if _fits_on_few(labels, group_of, truth, numbered(held_out_groups, len(truth))):
         parts = [
-            right(LinearProbe(C=linear.C_).fit(train[kept], labels[kept]), KNNProbe().fit(train[kept], labels[kept]))
+            right(*_fitted(train[kept], labels[kept], group_of[kept], linear.C_))
             for kept in _leaving_out(labels, group_of)
         ]
         again = np.array(parts, np.bool_).reshape(-1, 2, len(truth))
         refits = Refits(again, np.zeros((len(again), len(truth)), np.bool_))
     return _measurement(right(linear, knn), truth, refits)
+
+
+def _fitted(
+    vectors: NDArray[np.float32], labels: NDArray[np.str_], group_of: NDArray[np.intp], strength: float | None = None
+) -> tuple[LinearProbe, KNNProbe]:
+    """A linear probe (its C chosen if None) and a k-NN to which all classes weigh the same, as in balanced accuracy.
+
+    Fitted with the classes' own weights, both would hardly ever predict a rare class, before as after.
+    """
+    linear = LinearProbe(C=strength, class_weight="balanced").fit(vectors, labels, groups=group_of)
+    return linear, KNNProbe(class_weight="balanced").fit(vectors, labels)
+
+
+def _fits_on_few(
+    labels: NDArray[np.str_], group_of: NDArray[np.intp], truth: NDArray[np.str_], held_out_group_of: NDArray[np.intp]
+) -> bool:
+    """Whether more groups are held out than fitted on, over all or, beyond chance and rounding, of a class that is judged."""
+    if held_out_group_of.max() > group_of.max():
+        return True
+    names = np.union1d(labels, truth)
+    fitted = groups_of_class(group_of, np.searchsorted(names, labels), len(names))
+    held_out = groups_of_class(held_out_group_of, np.searchsorted(names, truth), len(names))
+    return bool(((held_out > _FEW * fitted) & (fitted > 0) & (held_out >= FEWEST_PER_CLASS)).any())
 
 
 def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: ArrayLike | None = None) -> Measurement:
@@ -156,8 +179,7 @@ def _right(
     classes = np.unique(truth[fit])
     if len(classes) < 2:
         return np.tile(np.isin(truth[judged], classes), (2, 1)), strength
-    linear = LinearProbe(C=strength).fit(vectors[fit], truth[fit], groups=group_of[fit])
-    knn = KNNProbe().fit(vectors[fit], truth[fit])
+    linear, knn = _fitted(vectors[fit], truth[fit], group_of[fit], strength)
     return np.stack([probe.predict(vectors[judged]) == truth[judged] for probe in (linear, knn)]), linear.C_
 
 
@@ -219,25 +241,38 @@ def judge(
     if not classes.is_judged.all():
         truth, group_of = truth[classes.is_judged], group_of[classes.is_judged]
         before, after = (_only(measured, classes.is_judged, truth) for measured in (before, after))
-    gain = (after.right.astype(np.float64) - before.right).mean(axis=0)
-    interval = _bootstrap(gain, truth, group_of)
-    if before.refits is not None and after.refits is not None:
-        gains = (after.refits.right.astype(np.float64) - before.refits.right).mean(axis=1)
-        variance = _variance_of_fits(gains, truth, group_of) + 2 * _covariance(
-            gain, gains, after.refits.left_out, truth
-        )
-        interval = _widened(interval, max(0.0, variance) * float(_student(len(gains) - 1)) ** 2)
-    result = _Result(*interval, len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of))
+    intervals = [_interval(before, after, truth, group_of, probes) for probes in ([0, 1], [0], [1])]
+    result = _Result(
+        *intervals[0], len(np.unique(group_of)), _groups_to_call_it_the_same(truth, group_of), tuple(intervals[1:])
+    )
     by_group = groups is not None
     if classes.can_judge:
         reason = _describe_result(result, classes, advice, by_group=by_group)
         verdict = Verdict(
-            word=result.word, reason=reason, difference=result.difference, low=result.low, high=result.high
+            word=result.word,
+            reason=reason,
+            difference=result.difference,
+            low=result.low,
+            high=result.high,
+            n_groups=_fewest_groups(truth, group_of) if by_group else None,
         )
     else:
         reason = _describe_too_few(np.unique(truth).tolist(), classes, by_group=by_group)
         verdict = Verdict(word="cannot tell", reason=reason, difference=result.difference)
     return Comparison(before=before.scores, after=after.scores, verdict=verdict, n_train=n_train, n_held_out=len(truth))
+
+
+def _interval(
+    before: Measurement, after: Measurement, truth: NDArray[np.str_], group_of: NDArray[np.intp], probes: list[int]
+) -> tuple[float, float, float]:
+    """The difference in balanced accuracy, as a mean over `probes` (0 is linear, 1 k-NN), and its 95 % interval."""
+    gain = (after.right[probes].astype(np.float64) - before.right[probes]).mean(axis=0)
+    interval = _bootstrap(gain, truth, group_of)
+    if before.refits is None or after.refits is None:
+        return interval
+    gains = (after.refits.right[:, probes].astype(np.float64) - before.refits.right[:, probes]).mean(axis=1)
+    variance = _variance_of_fits(gains, truth, group_of) + 2 * _covariance(gain, gains, after.refits.left_out, truth)
+    return _widened(interval, max(0.0, variance) * float(_student(len(gains) - 1)) ** 2)
 
 
 def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
@@ -251,7 +286,10 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
     best, n = verdicts[0], len(verdicts)
     if n == 1 or best.difference is None or best.low is None or best.high is None:
         return best
-    wider = NormalDist().inv_cdf(1 - 0.025 / n) / _NORMAL_95
+    z = NormalDist().inv_cdf(1 - 0.025 / n)
+    wider = z / _NORMAL_95
+    if best.n_groups is not None:
+        wider *= float(_student(best.n_groups - 1, z) / _student(best.n_groups - 1))
     _, low, high = _scaled((best.difference, best.low, best.high), wider)
     word: Word = "cannot tell"
     if low > 0:
@@ -266,7 +304,7 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
         f"{100 * best.difference:+.1f} points for {name}, the best of {n} (95 % interval that holds for all of them, "
         f"{100 * low:+.1f} to {100 * high:+.1f}); {todo}"
     )
-    return Verdict(word=word, reason=reason, difference=best.difference, low=low, high=high)
+    return Verdict(word=word, reason=reason, difference=best.difference, low=low, high=high, n_groups=best.n_groups)
 
 
 def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Comparison:
@@ -308,13 +346,21 @@ def _choose_classes(truth: NDArray[np.str_], fitted: NDArray[np.str_], group_of:
 
 
 class _Result(NamedTuple):
-    """The difference and its 95 % interval, the number of groups, and the number needed for the verdict "same"."""
+    """The difference and its 95 % interval, the number of groups, the number needed for the verdict "same", and the
+    differences and intervals of the linear probe and the k-NN by themselves."""
 
     difference: float
     low: float
     high: float
     n_groups: int
     n_needed: int
+    of_each: tuple[tuple[float, float, float], ...]
+
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether one of the probes moves the other way, beyond its own interval, or both move apart around 0."""
+        lowest, highest = min(high for _, _, high in self.of_each), max(low for _, low, _ in self.of_each)
+        return (self.difference >= 0 and lowest < 0) or (self.difference <= 0 and highest > 0)
 
     @property
     def is_small(self) -> bool:
@@ -322,6 +368,8 @@ class _Result(NamedTuple):
 
     @property
     def word(self) -> Word:
+        if self.is_contradicted:
+            return "cannot tell"
         if self.low > 0:
             return "better"
         if self.high < 0:
@@ -330,7 +378,13 @@ class _Result(NamedTuple):
 
 
 def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_group: bool) -> str:
-    if result.word == "better":
+    if result.is_contradicted:
+        (linear, *of_linear), (knn, *of_knn) = ([f"{100 * number:+.1f}" for number in each] for each in result.of_each)
+        todo = (
+            f"but the linear probe changes by {linear} ({' to '.join(of_linear)}) and k-NN by {knn} ({' to '.join(of_knn)}): keep the one "
+            "that does better by the probe you will use"
+        )
+    elif result.word == "better":
         todo = advice.better
     elif result.word == "worse":
         todo = advice.worse
@@ -383,6 +437,11 @@ def _some(few: dict[str, int]) -> str:
 def _balanced(right: NDArray[np.bool_] | NDArray[np.float64], truth: NDArray[np.str_]) -> float:
     """Mean of `right` [N] in each class, averaged over the classes."""
     return float(np.mean([right[truth == name].mean() for name in np.unique(truth)]))
+
+
+def _fewest_groups(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
+    """How many groups the class with the fewest has."""
+    return int((in_cells(group_of, codes(truth)) > 0).sum(axis=0).min())
 
 
 def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
@@ -470,10 +529,15 @@ def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return factor
 
 
-def _student(degrees: ArrayLike) -> NDArray[np.float64]:
-    """How much wider an interval is for degrees of freedom as few as these, at least 1 (_STUDENT_WIDENING)."""
+def _student(degrees: ArrayLike, z: float = _NORMAL_95) -> NDArray[np.float64]:
+    """How much wider an interval is for degrees of freedom as few as these, at least 1, where the normal's ends at `z`.
+
+    A spread estimated from n groups, or n parts left out, has n - 1. The quantile of Student's t over the normal's, by
+    Cornish and Fisher's expansion: at 1.96 within 3 % from two degrees on, at 2.87 within 6 % from three.
+    """
+    terms = (z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96, (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384
     at_least_one = np.maximum(1.0, degrees)
-    return np.asarray(np.polynomial.polynomial.polyval(1 / at_least_one, (1, *_STUDENT_WIDENING)), np.float64)
+    return np.asarray(np.polynomial.polynomial.polyval(1 / at_least_one, (1, *terms)), np.float64)
 
 
 def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
