@@ -292,7 +292,9 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
         wider *= float(_student(best.n_groups - 1, z) / _student(best.n_groups - 1))
     _, low, high = _scaled((best.difference, best.low, best.high), wider)
     word: Word = "cannot tell"
-    if low > 0:
+    if best.word == "cannot tell" and not low <= 0 <= high:
+        todo = "but its linear probe and its k-NN disagree, as its own report says: keep the one that does better by the probe you will use"
+    elif low > 0:
         word, todo = "better", f"keep {name}"
     elif high < 0:
         word, todo = "worse", "even that is worse than the original: keep that (`jepakit export RUN --which start`)"
@@ -358,7 +360,7 @@ class _Result(NamedTuple):
 
     @property
     def is_contradicted(self) -> bool:
-        """Whether one of the probes moves the other way, beyond its own interval, or both move apart around 0."""
+        """Whether one of the probes, beyond its own interval, moves the other way than both together."""
         lowest, highest = min(high for _, _, high in self.of_each), max(low for _, low, _ in self.of_each)
         return (self.difference >= 0 and lowest < 0) or (self.difference <= 0 and highest > 0)
 

@@ -748,6 +748,12 @@ def test_probes_that_move_apart_are_told_and_decide_nothing() -> None:
         )
 
 
+def test_the_best_of_several_whose_probes_disagree_is_not_called_better() -> None:
+    own = Verdict(word="cannot tell", reason="", difference=0.2, low=0.15, high=0.25)
+    found = judge_best("one", [own, own])
+    assert (found.word, "its linear probe and its k-NN disagree" in found.reason) == ("cannot tell", True)
+
+
 def test_the_best_of_several_by_few_groups_allows_for_how_few_they_are() -> None:
     """As Student's t: 4.98 standard errors over 2.57 with six groups, 2.87 over 1.96 with very many."""
     own = Verdict(word="better", reason="", difference=0.2, low=0.1, high=0.3)
