@@ -40,6 +40,7 @@ EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCL
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
 JSON, OCTETS, NPY = "application/json", "application/octet-stream", "application/x-npy"
+_SERVED = (JSON, OCTETS, NPY, "application/*", "*/*")
 
 
 class Dimensions(NamedTuple):
@@ -234,9 +235,6 @@ def write_raw(vectors: Sequence[NDArray[np.float32]], accept: str) -> Raw | None
         np.save(buffer, np.stack(vectors).astype("<f4", copy=False), allow_pickle=False)
         return Raw(buffer.getvalue(), wanted)
     return None
-
-
-_SERVED = (JSON, OCTETS, NPY, "application/*", "*/*")
 
 
 def _most_wanted(accept: str) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from jepakit._checks import exceeds
 from jepakit._messages import counted
 from jepakit._progress import stage
-from jepakit.backbone import build, fitting_size, round_size, size_multiple, stock_preprocess
+from jepakit.backbone import build, fitting_size, stock_preprocess
 from jepakit.bundle import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
@@ -56,7 +56,7 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
         backbone = build(config.backbone, {})
     size = fitting_size(backbone, config.image_size)
     spec = choose_preprocess(found.only(trained_on), config, stock_preprocess(backbone, size))
-    sizes = size, round_size(local_size_of(size, recipe), size_multiple(backbone))
+    sizes = size, local_size_of(size, recipe, backbone)
     stage("drawing the views")
     title = f"{found.kind}{bands_shown(spec.bands)}; views of domain {seen.domain} at {sizes[0]} and {sizes[1]} px"
     write_sheet(sheet, images, spec, recipe, sizes, title)

@@ -61,7 +61,7 @@ def draw(
         left += _GAP
     row_height = _CELL + _CAPTION + _GAP
     sheet = Image.new("RGB", (left, _HEAD + 24 + len(rows) * row_height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LETTERS_PX)
+    pen, font = ImageDraw.Draw(sheet), _fonts()[0]
     pen.text((_GAP, 6), title, "black", ImageFont.load_default(17))
     for at, words in zip(lefts, heads, strict=True):
         pen.text((at, _HEAD), words, "#555555", font)

@@ -126,9 +126,10 @@ def make_plan(
     )
 
 
-def local_size_of(image_size: int, views: ViewsConfig) -> int:
-    """Pixels a side of local views, before they are rounded to the backbone's patch or stride."""
-    return round(image_size * LOCAL_SHARE) if views.local_size is None else views.local_size
+def local_size_of(image_size: int, views: ViewsConfig, backbone: Any) -> int:
+    """Pixels a side of local views, rounded to the backbone's patch or stride."""
+    wanted = round(image_size * LOCAL_SHARE) if views.local_size is None else views.local_size
+    return round_size(wanted, size_multiple(backbone))
 
 
 def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tuple[int, list[str]]:
@@ -160,15 +161,15 @@ def _count_steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:
 def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -> tuple[int, int, list[str]]:
     """Pixels a side of global and of local views, with notes; ConfigError if the backbone does not take them."""
     image_size = fitting_size(backbone, config.image_size)
-    notes, multiple = [], size_multiple(backbone)
+    notes = []
     if image_size != config.image_size:
         notes.append(
-            f"image_size = {image_size} instead of {config.image_size}: {config.backbone} takes only multiples of {multiple}"
+            f"image_size = {image_size} instead of {config.image_size}: {config.backbone} takes only multiples of {size_multiple(backbone)}"
         )
     if not _takes(backbone, bands, image_size):
         own = backbone.pretrained_cfg["input_size"][-1]
         raise ConfigError(f"image_size = {image_size}: {config.backbone} does not take this size; its own is {own}")
-    local_size = round_size(local_size_of(image_size, views), multiple)
+    local_size = local_size_of(image_size, views, backbone)
     if views.n_local and local_size >= image_size:
         raise ConfigError(
             f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
