@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jepakit._groups import image_of
+from jepakit._groups import copies, image_of, merged, numbered
 from jepakit._messages import counted, first_few
 from jepakit.comparison import Comparison
 from jepakit.embeddings import Embeddings
@@ -21,6 +21,7 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     groups  the name of each image's group (patient, slide or scene), in the order of `before`; folds never split one,
             and the interval is over groups. None: the tiles and frames of an image form a group
 
+    Images to which both models give the vector of another one are copies of it, and count as one group with it.
     Each image is judged by probes fitted on the others, in five folds; docs/verdict.md explains the interval. Print the
     result for a table. Use images that neither model was trained on.
 
@@ -48,8 +49,13 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     if groups is None and (images := tuple(map(image_of, before.ids))) != before.ids:
         groups = images
     labels = np.array(before.labels)
+    same = copies(np.hstack([before.vectors, after.vectors]))
+    if n_copies := len(same) - len(np.unique(same)):
+        groups = merged(numbered(groups, len(same)), same)
     measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (before, after))
     judged = judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
+    if n_copies:
+        judged = judged.noting(f"copies of an image count as one with it ({counted(n_copies, 'image')})")
     if can_cross_measure(labels, groups=groups):
         return judged
     return judged.model_copy(update={"before": None, "after": None})  # what was not fitted has no scores

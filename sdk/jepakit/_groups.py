@@ -55,9 +55,28 @@ def as_given(names: Any, array: NDArray[Any]) -> Iterable[Any]:
     return names if array.dtype.kind == "U" and isinstance(names, list | tuple) else array
 
 
+def merged(groups: NDArray[np.intp], others: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The groups that are left when all images that share one of `groups`, or one of `others`, belong together, [N]."""
+    joint = groups
+    while True:
+        last = joint
+        for by in (groups, others):
+            least = np.full(by.max() + 1, joint.max())
+            np.minimum.at(least, by, joint)
+            joint = least[by]
+        if np.array_equal(joint, last):
+            return codes(joint)
+
+
 def codes(names: ArrayLike) -> NDArray[np.intp]:
     """Each name's index among the sorted distinct names, [N]."""
     numbers: NDArray[np.intp] = np.unique(np.asarray(names), return_inverse=True)[1]
+    return numbers
+
+
+def copies(vectors: NDArray[np.float32]) -> NDArray[np.intp]:
+    """The same number for images of the same vector [N, D], [N]: the same image under several names, or blank ones."""
+    numbers: NDArray[np.intp] = np.unique(vectors, axis=0, return_inverse=True)[1].ravel()
     return numbers
 
 

@@ -65,6 +65,11 @@ class Comparison(Frozen, Printed):
     n_train: int
     n_held_out: int
 
+    def noting(self, note: str) -> Comparison:
+        """The same comparison, with a note before the verdict's reason."""
+        verdict = self.verdict.model_copy(update={"reason": f"{note}; {self.verdict.reason}"})
+        return self.model_copy(update={"verdict": verdict})
+
     def __str__(self) -> str:
         return self.table("before", "after")
 

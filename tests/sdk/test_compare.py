@@ -91,6 +91,23 @@ def width(comparison: jepakit.Comparison) -> float:
     return comparison.verdict.high - comparison.verdict.low
 
 
+def test_copies_of_an_image_are_one_group_with_it() -> None:
+    noise = np.random.default_rng(0).standard_normal((60, 64)).astype(np.float32)
+    labels = tuple(NAMES[np.random.default_rng(1).permutation(60) % 2].tolist())
+    ids = tuple(f"{place}.png" for place in range(120))
+    one, other = (Embeddings(np.tile(noise * sign, (2, 1)), f"{7:016x}", ids, labels * 2) for sign in (1, -1))
+    found = jepakit.compare(one, other)
+    assert found.before is not None
+    assert max(found.before.linear, found.before.knn) < 0.7, "the copy was fitted on"
+    assert found.verdict.reason.startswith("copies of an image count as one with it (60 images); ")
+    assert found == jepakit.compare(one, other, groups=[str(place) for place in range(120)])
+    scenes = [str(place % 60 // 2) for place in range(120)]
+    assert (
+        jepakit.compare(one, other, groups=scenes).before
+        == cross_measure(one.vectors, labels * 2, groups=scenes).scores
+    )
+
+
 @pytest.mark.parametrize("labels", [["ant"] * 8 + ["bee"] * 2, ["ant"] * 10, ["ant"]])
 def test_two_classes_of_few_images_tell_nothing(labels: list[str]) -> None:
     vectors = np.random.default_rng(0).standard_normal((len(labels), 4)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_the_verdict_is_over_the_groups_of_the_source(image_folder: Callable[...
     alone = jepakit.adapt(folder, out=tmp_path / "alone", group=str(table), **settings)
     assert "group" not in alone.verdict.reason
     assert alone.verdict.low is not None
+
+
+def test_copies_of_images_to_fit_on_are_counted_among_the_held_out(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, table = image_folder(), tmp_path / "split.csv"
+    rows = ["path,label,split"]
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        rows.append(f"{path},{path.parent.name},{'test' if number % 3 else 'train'}")
+        if number % 7 == 1:
+            rows.append(f"{shutil.copy(path, tmp_path / f'{number}.png')},{path.parent.name},train")
+    table.write_text("\n".join(rows))
+    run = jepakit.adapt(
+        table, out=tmp_path / "run", backbone="test_vit", weights="random", image_size=64, steps=1, batch_size=8,
+        workers=0,
+    )  # fmt: skip
+    assert run.verdict.reason.startswith("3 of 18 held-out images are also among those that probes are fitted on")
 
 
 def test_a_class_of_one_patient_is_named_where_the_other_class_alone_is_held_out(

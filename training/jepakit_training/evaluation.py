@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit._groups import assign_folds, codes, numbered
+from jepakit._groups import assign_folds, codes, copies, numbered
 from jepakit._messages import counted
 from jepakit._progress import track
 from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
@@ -198,7 +198,7 @@ class Measuring:
             return no_labels(int(is_fit.sum()), int((~is_fit).sum()), self._why_no_labels)
         fit, held_out = self.images.only(is_fit & is_labelled), self.images.only(~is_fit & is_labelled)
         assert held_out.labels is not None
-        return judge(
+        judged = judge(
             before.measurement,
             after.measurement,
             held_out.labels,
@@ -206,6 +206,13 @@ class Measuring:
             groups=held_out.groups,
             train_labels=fit.labels,
         )
+        image = copies(np.hstack([before.vectors, after.vectors]))
+        if n_known := int(np.isin(image[~is_fit & is_labelled], image[is_fit]).sum()):
+            judged = judged.noting(
+                f"{n_known} of {counted(len(held_out.indices), 'held-out image')} are also among those that probes are fitted on, under "
+                "other names, so this is optimistic: remove copies (`jepakit inspect` names some)"
+            )
+        return judged
 
     def _check_images(self) -> None:
         """DataError if no image of one part can be read. Labels that cannot be probed are dropped: those of a single
