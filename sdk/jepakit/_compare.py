@@ -35,6 +35,11 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
             )
     if not len(before):
         raise DataError("there are no embeddings to compare")
+    # By name, as the draw of the folds goes by row.
+    order = sorted(range(len(before)), key=before.ids.__getitem__)
+    if groups is not None:
+        groups = numbered(groups, len(before))[order]
+    before = before[order]
     after = after[_places(before.ids, after.ids)]
     if before.labels is None or after.labels is None:
         which = "the first" if before.labels is None else "the second"

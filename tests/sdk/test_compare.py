@@ -45,8 +45,10 @@ def test_the_better_of_two_models_is_kept_whichever_comes_first() -> None:
 
 def test_images_are_told_by_their_names_not_by_their_order() -> None:
     one, other = embeddings(2.0), embeddings(1.0, seed=1)
-    turned = other[np.random.default_rng(0).permutation(len(other))]
-    assert jepakit.compare(one, turned) == jepakit.compare(one, other)
+    order = np.random.default_rng(0).permutation(len(other))
+    assert jepakit.compare(one, other[order]) == jepakit.compare(one[order], other) == jepakit.compare(one, other)
+    scenes = np.array([f"scene {place // 2}" for place in range(len(one))])
+    assert jepakit.compare(one[order], other, groups=scenes[order]) == jepakit.compare(one, other, groups=scenes)
 
 
 def test_no_image_is_judged_by_probes_that_it_was_fitted_on() -> None:
@@ -94,7 +96,7 @@ def width(comparison: jepakit.Comparison) -> float:
 def test_copies_of_an_image_are_one_group_with_it() -> None:
     noise = np.random.default_rng(0).standard_normal((60, 64)).astype(np.float32)
     labels = tuple(NAMES[np.random.default_rng(1).permutation(60) % 2].tolist())
-    ids = tuple(f"{place}.png" for place in range(120))
+    ids = tuple(f"{place:03d}.png" for place in range(120))
     one, other = (Embeddings(np.tile(noise * sign, (2, 1)), f"{7:016x}", ids, labels * 2) for sign in (1, -1))
     found = jepakit.compare(one, other)
     assert found.before is not None
