@@ -94,7 +94,10 @@ def test_a_changed_file_has_another_key(tmp_path: Path) -> None:
     touched = key()
     path.write_bytes(b"another size")
     os.utime(path, ns=(0, 0))
-    assert len({before, touched, key()}) == 3
+    changed = key()
+    path.write_bytes(b"as long, too")
+    os.utime(path, ns=(0, 0))  # as `cp -p` and `rsync -t` do
+    assert len({before, touched, changed, key()}) == 4
 
 
 def test_what_else_decides_the_pixels_is_part_of_the_key(tmp_path: Path) -> None:

@@ -169,8 +169,12 @@ def test_a_views_bytes_do_not_depend_on_how_many_are_changed_at_once() -> None:
             assert torch.equal(part, whole[first:last])
 
 
-def test_the_number_of_threads_changes_no_byte() -> None:
-    views, changes, threads = noise(6, 3, 224, 224), drawn("natural", 6, size=224), torch.get_num_threads()
+@pytest.mark.parametrize(("bands", "size", "dtype"), [(3, 224, torch.uint8), (1, 576, torch.float32)])
+def test_the_number_of_threads_changes_no_byte(bands: int, size: int, dtype: torch.dtype) -> None:
+    views, threads = noise(6, bands, size, size).to(dtype), torch.get_num_threads()
+    if dtype == torch.float32:
+        views = views / 255
+    changes = drawn("natural" if bands == 3 else "radiology", 6, bands=bands, size=size)
     try:
         torch.set_num_threads(1)
         alone = photometric.apply(views, changes)

@@ -135,9 +135,10 @@ def _recoloured(views_BCHW: Tensor, changes: Changes, most: float) -> Tensor:
     Colour changes keep the mean grey or scale it, so their order does not matter; gains and offsets come last.
     """
     flat_BCP = views_BCHW.contiguous().flatten(2)
-    # In integers, as a sum of floats depends on its order, and the order on the size of the batch.
-    exact = torch.int32 if views_BCHW.dtype == torch.uint8 else torch.float32
-    mean_BC = flat_BCP.sum(2, dtype=exact).float() / flat_BCP.shape[2]
+    # A sum of float32 depends on its order, and the order on threads and the size of the batch. Integers are exact, and
+    # what float64 depends on is lost when rounded.
+    exact = torch.int32 if views_BCHW.dtype == torch.uint8 else torch.float64
+    mean_BC = (flat_BCP.sum(2, dtype=exact) / flat_BCP.shape[2]).float()
     scale_BC = changes.gain * changes.brightness[:, None]
     pull_BC = scale_BC * (1 - changes.contrast[:, None])
     colours = flat_BCP.shape[1] == 3

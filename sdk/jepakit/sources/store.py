@@ -20,13 +20,14 @@ SAMPLE_BYTES = 4096
 
 
 def stamp_of(path: str | Path, *part: int) -> str | None:
-    """A file's path, size and modification time, and `part` if only a part of it is meant. None if it is gone."""
+    """A file's path, size, and when its contents and its entry were last changed (the former can be set, as by `cp -p`), and
+    `part` if only a part of it is meant. None if it is gone."""
     path = Path(path).absolute()
     try:
         stat = path.stat()
     except OSError:
         return None
-    return json.dumps([os.fsdecode(path), stat.st_size, stat.st_mtime_ns, *part])
+    return json.dumps([os.fsdecode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *part])
 
 
 def repeated(names: Sequence[str], root: str = "") -> str | None:
