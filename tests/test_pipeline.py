@@ -156,6 +156,7 @@ def test_every_mistake_is_one_line_with_exit_code_2(images: Path, tmp_path: Path
             (("export", "test_vit:random", "--out", bundle), "already exists"),
             (("serve", tmp_path / "nowhere"), "is not a bundle"),
             (("serve", tmp_path / "empty"), "holds no bundle"),
+            (("serve", bundle, bundle.parent / "." / bundle.name), "is named twice"),
             (("serve", damaged_bundle(tmp_path)), "model.onnx is damaged"),
             (("serve", bundle, "--port", taken.getsockname()[1]), "cannot listen"),
             (("serve", bundle, "--host", "0.0.0.0"), "--api-key-file"),

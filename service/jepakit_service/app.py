@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jepakit.bundle import GRAPH
 from jepakit.runtime import check_provider
 from jepakit_service import keys, tracing
 from jepakit_service.bundles import find_bundles
@@ -17,6 +18,8 @@ def run(settings: ServeSettings) -> None:
     check_provider(settings.provider, settings.arithmetic)
     bundles = find_bundles(settings)
     for bundle in bundles:
+        if bundle.manifest.graph is None:
+            bundle.check(GRAPH)  # says so
         bundle.verify()
     if settings.api_key_file is not None:
         keys.check(Path(settings.api_key_file))

@@ -20,6 +20,8 @@ def find_bundles(settings: ServeSettings) -> list[Bundle]:
         bundle = open_bundle(path)
         check_expected(bundle, settings)
         other = by_name.setdefault(bundle.manifest.name, bundle)
+        if other is not bundle and other.path.resolve() == bundle.path.resolve():
+            raise BundleError(f"{bundle.path} is named twice: name it once, or only the folder around it")
         if other is not bundle:
             raise BundleError(
                 f"{other.path} and {bundle.path} are both named {bundle.manifest.name!r}: export one with another --name"
@@ -31,8 +33,8 @@ def check_expected(bundle: Bundle, settings: ServeSettings) -> None:
     """Raise BundleError for a bundle whose digest is not one of those that were pinned."""
     if settings.expect and bundle.digest not in settings.expect:
         raise BundleError(
-            f"{bundle.path} has digest {bundle.digest}, which is not the expected one: "
-            "it is another bundle than the one you pinned"
+            f"{bundle.path} has digest {bundle.digest}, which is not the expected one ({' or '.join(settings.expect)}): it is another "
+            "bundle than the one you pinned, or what you pinned is no digest of 64 hex digits (a model_id has 16)"
         )
 
 

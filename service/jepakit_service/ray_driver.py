@@ -134,6 +134,7 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
             num_cpus=(settings.max_replicas or settings.replicas) + 1,
         )
         stop.watch()  # ray.init installed its own handlers
+        _check_gpus(settings, ray.cluster_resources().get("GPU", 0))
         _end_idle_helpers()
         core = {name: child for child in psutil.Process().children() if (name := child.name()) in _CORE}
         options = HTTPOptions(host=settings.host, port=settings.port)
@@ -188,6 +189,15 @@ def _drain(handle: Any, settings: ServeSettings) -> None:
 def _gpus(settings: ServeSettings) -> int | None:
     """None, so that Ray counts the GPUs itself, if replicas ask for any; else 0."""
     return None if settings.num_gpus else 0
+
+
+def _check_gpus(settings: ServeSettings, found: float) -> None:
+    """ServeError if the replicas ask for more GPUs than Ray has, for which it would wait forever."""
+    if (wanted := settings.replicas * settings.num_gpus) > found:
+        raise ServeError(
+            f"replicas = {settings.replicas} with num_gpus = {settings.num_gpus:g} each ask for {wanted:g} GPUs, and Ray finds {found:g}: "
+            "ask for fewer, or check nvidia-smi"
+        )
 
 
 def _end_idle_helpers() -> None:

@@ -32,9 +32,9 @@ UserPath = Annotated[str, AfterValidator(with_home)]
 AccessLog = Literal["all", "errors", "none"]
 _PREFIX = "JEPAKIT_SERVE_"
 # Variables that Kubernetes sets for a service whose name begins like ours, such as KubeRay's `jepakit-serve-svc`.
-_OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port(_\d+_.*)?$")
+_OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port_\d+_.*$")
 _LINK = re.compile(r"(tcp|udp|sctp)://")
-"""What Kubernetes puts in `JEPAKIT_SERVE_PORT` for a service `jepakit-serve`."""
+"""How Kubernetes' values begin, as in `JEPAKIT_SERVE_PORT` for a service `jepakit-serve`."""
 
 
 class ServeSettings(BaseSettings):
@@ -165,6 +165,8 @@ def _check_variables() -> None:
     for variable, value in os.environ.items():
         prefix, name = variable[: len(_PREFIX)].upper(), variable[len(_PREFIX) :].lower()
         if not value or prefix != _PREFIX or name in ServeSettings.model_fields or _OF_KUBERNETES.search(f"_{name}"):
+            continue
+        if name.endswith("port") and _LINK.match(value):
             continue
         raise ConfigError(f"{variable}: unknown setting {name!r}{did_you_mean(name, ServeSettings.model_fields)}")
 

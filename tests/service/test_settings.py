@@ -106,9 +106,12 @@ def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 def test_what_kubernetes_tells_of_its_services_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SERVICE_HOST", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR", "SERVICE_PORT_HTTP"):
-        monkeypatch.setenv(f"JEPAKIT_SERVE_SVC_{name}", "x")
+        monkeypatch.setenv(f"JEPAKIT_SERVE_SVC_{name}", "tcp://10.96.3.7:8000")
     monkeypatch.setenv("JEPAKIT_SERVE_SERVICE_HOST", "x")
     assert load({"bundles": ("a",)})
+    monkeypatch.setenv("JEPAKIT_SERVE_HTTP_PORT", "9000")
+    with pytest.raises(ConfigError, match="JEPAKIT_SERVE_HTTP_PORT: unknown setting 'http_port'"):
+        load({"bundles": ("a",)})
 
 
 def test_what_kubernetes_tells_of_a_service_named_like_our_variables_is_no_port(
@@ -580,3 +583,14 @@ def test_a_key_is_added_behind_a_last_line_without_its_end(tmp_path: Path) -> No
     keys.append(other, path)
     held = KeyFile(path)
     assert (held.name_of(old), held.name_of(new)) == ("ann", "bob")
+
+
+def test_more_gpus_than_ray_has_are_refused_before_it_waits_for_them() -> None:
+    from jepakit_service import ray_driver
+
+    asked = ServeSettings(bundles=("a",), replicas=2, num_gpus=0.5)
+    ray_driver._check_gpus(asked, 1)
+    with pytest.raises(
+        ServeError, match=r"replicas = 2 with num_gpus = 0.5 each ask for 1 GPUs, and Ray finds 0: ask for fewer"
+    ):
+        ray_driver._check_gpus(asked, 0)
