@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from jepakit._ort import import_ort
+from jepakit.bundle import INPUT
 from jepakit.images import Pixels
 from jepakit.sources import evenly_spread
 from jepakit_export.convert import is_large, quiet
@@ -89,7 +90,7 @@ def _reader(images: Pixels) -> Any:
 
 def _batches(images: Pixels) -> Iterator[dict[str, NDArray[Any]]]:
     for start in range(0, len(images), 8):
-        yield {"images": np.ascontiguousarray(images[start : start + 8])}
+        yield {INPUT: np.ascontiguousarray(images[start : start + 8])}
 
 
 def _mostly_matrices(graph: onnx.GraphProto) -> bool:

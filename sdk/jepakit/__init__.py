@@ -73,12 +73,7 @@ _HOME = {
 
 _MODULES = ("config", "errors")
 
-__all__ = [  # noqa: RUF022 (sorted as _HOME is)
-    "AsyncClient", "Bundle", "Client", "Comparison", "DryRun", "Embeddings", "Inspection", "JepakitError", "KNNProbe",
-    "LinearProbe", "Model", "ModelInfo", "ProbeReport", "Run", "Sweep", "Verdict", "config", "errors",
-    "adapt", "compare", "dry_run", "export", "inspect", "load", "load_probe", "open_bundle", "open_run", "open_sweep", "sweep",
-    "__version__",
-]  # fmt: skip
+__all__ = [*_MODULES, *_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> object:

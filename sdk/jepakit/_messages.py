@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 _Model = TypeVar("_Model", bound="BaseModel")
 
 
+_MEANT = {"gpu": "cuda"}
+"""What a word means that is spelt more like another one."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean a, b?"` with the known words closest to `word`, or an empty string."""
-    nearest = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    known = list(known)
+    nearest = [_MEANT[word]] if _MEANT.get(word) in known else difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(nearest)}?" if nearest else ""
 
 
@@ -89,12 +94,23 @@ def _group(model: type[BaseModel], field: str) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
+def _elsewhere(name: str, parents: list[str], root: type[BaseModel]) -> str:
+    """Where a setting belongs that was given in another group, or in none; empty if it is in none."""
+    if parents and name in root.model_fields:
+        return (
+            f": {name} is no part of {'.'.join(parents)}; in a TOML file, write it above the line [{'.'.join(parents)}]"
+        )
+    groups = [group for group in root.model_fields if (inner := _group(root, group)) and name in inner.model_fields]
+    return f"; did you mean {groups[0]}.{name}?" if groups and not parents else ""
+
+
 def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         *parents, last = where.split(".")
+        root = model
         for parent in parents:
             model = _group(model, parent) or model
-        return f"unknown setting {where!r}{did_you_mean(last, model.model_fields)}"
+        return f"unknown setting {where!r}{_elsewhere(last, parents, root) or did_you_mean(last, model.model_fields)}"
     if detail["type"] == "missing" and not isinstance(detail["loc"][-1], int):
         return f"setting {where!r} is missing"
     message = detail["msg"].removeprefix("Value error, ")

@@ -58,6 +58,8 @@ def combinations(vary: Mapping[str, Sequence[Any]], settings: Mapping[str, Any])
 
     Raises ConfigError if a setting cannot vary, or has no values or one of them twice.
     """
+    if not isinstance(vary, Mapping):
+        raise ConfigError(f"vary = {vary!r}: give a dict of settings and their values, e.g. {{'lamb': [0.02, 0.05]}}")
     if not vary:
         raise ConfigError("vary names no setting: give one or more with their values, e.g. lamb with 0.02 and 0.05")
     for key, values in vary.items():

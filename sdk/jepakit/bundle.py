@@ -45,6 +45,8 @@ WEIGHTS = "weights.safetensors"
 GOLDEN = "golden.npz"
 GRAPH = "model.onnx"
 DATA = "model.safetensors"
+INPUT, OUTPUT, TOKENS = "images", "embeddings", "tokens"
+"""The graph's input, its output, and its second output if there is one."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -299,6 +301,8 @@ def check_new(path: Path) -> None:
 
     Creates the parent folder.
     """
+    if path.is_dir() and not is_bundle(path):
+        raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}, with --out")
     if path.exists():
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
     prepare_place(path)

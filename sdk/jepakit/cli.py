@@ -45,6 +45,18 @@ _TILE = "side length, in pixels, of the tiles that large images are cut into"
 _OVERLAP = "overlap of neighbouring tiles, in pixels"
 _FRAME = "for multi-frame files: the number of the frame, from 0, or each"
 _VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
+# Options of several commands.
+_Backbone = Annotated[str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")]
+_Weights = Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")]
+_ImageSize = Annotated[int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")]
+_StepCount = Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")]
+_Tile = Annotated[int | None, typer.Option(help=_TILE)]
+_Overlap = Annotated[int | None, typer.Option(help=_OVERLAP)]
+_Frame = Annotated[str | None, typer.Option(help=_FRAME)]
+_ValueRange = Annotated[str | None, typer.Option(help=_VALUE_RANGE)]
+_Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line override it")]
+_RuleOrTable = Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")]
+_AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,23 +125,19 @@ def options(
 def adapt(
     images: _Images,
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")] = None,
+    backbone: _Backbone = None,
+    weights: _Weights = None,
     domain: Annotated[
         str | None,
         typer.Option(help="general, natural, satellite, histology, radiology, microscopy, multispectral [general]"),
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")
-    ] = None,
-    tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
-    overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
-    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
-    value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
+    image_size: _ImageSize = None,
+    tile: _Tile = None,
+    overlap: _Overlap = None,
+    frame: _Frame = None,
+    value_range: _ValueRange = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the training images, instead of --steps")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
+    steps: _StepCount = None,
     batch_size: Annotated[
         int | None, typer.Option(help="images in one step, and so in one SIGReg test, over all processes [128]")
     ] = None,
@@ -158,16 +166,14 @@ def adapt(
     ] = None,
     processes: Annotated[int | None, typer.Option(help="training processes [one per GPU, else 1]")] = None,
     launcher: Annotated[str | None, typer.Option(help="local, or ray for a cluster [local]")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of settings; options on the command line override it")
-    ] = None,
+    config: _Config = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting, e.g. views.n_local=6; overrides its option")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="run a few steps, estimate time and memory, keep nothing")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Adapt a backbone to your images, and measure whether it helped."""
     from jepakit._frontdoor import adapt as run_adapt
@@ -219,27 +225,21 @@ def sweep(
         list[str],
         typer.Option(help="a setting and its values, e.g. unfreeze=auto,all or views.hue=0,0.1; can be repeated"),
     ],
-    backbone: Annotated[
-        str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")] = None,
+    backbone: _Backbone = None,
+    weights: _Weights = None,
     domain: Annotated[str | None, typer.Option(help="preset for the views [general]")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")] = None,
-    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
-    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of settings; options on the command line override it")
-    ] = None,
+    image_size: _ImageSize = None,
+    steps: _StepCount = None,
+    labels: _RuleOrTable = None,
+    group: _RuleOrTable = None,
+    config: _Config = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. lr=1e-4; overrides its option")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="run a few steps of each run, estimate time and memory, keep nothing")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Adapt with several settings, and tell which result to keep.
 
@@ -320,7 +320,7 @@ def init(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run, or of a sweep")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Print again what a finished run, or a sweep, found."""
     from jepakit._sweep import Sweep, is_sweep
@@ -397,15 +397,13 @@ def inspect(
     sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     domain: Annotated[str | None, typer.Option(help="preset for the views that are drawn [the suggested one]")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")
-    ] = None,
-    tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
-    overlap: Annotated[int | None, typer.Option(help=_OVERLAP)] = None,
-    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
-    value_range: Annotated[str | None, typer.Option(help=_VALUE_RANGE)] = None,
-    labels: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
-    group: Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")] = None,
+    image_size: _ImageSize = None,
+    tile: _Tile = None,
+    overlap: _Overlap = None,
+    frame: _Frame = None,
+    value_range: _ValueRange = None,
+    labels: _RuleOrTable = None,
+    group: _RuleOrTable = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; overrides its option")
     ] = None,
@@ -596,10 +594,10 @@ def embed(
     threads: Annotated[int | None, typer.Option(help="for a bundle: threads for one inference [one per core]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="for a bundle: model, or bf16 with openvino [model]")] = None,
     labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV or Parquet file")] = "auto",
-    tile: Annotated[int | None, typer.Option(help=_TILE)] = None,
+    tile: _Tile = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
     min_valid: Annotated[float, typer.Option(help="smallest share of a tile that must be valid (not no-data)")] = 0.5,
-    frame: Annotated[str | None, typer.Option(help=_FRAME)] = None,
+    frame: _Frame = None,
     most_skipped: Annotated[
         float, typer.Option(help="share of the images that may be left out; OUT.skipped.csv then lists which and why")
     ] = 0.0,
@@ -667,7 +665,7 @@ def compare(
         Path | None,
         typer.Option(help="CSV or Parquet table of path and group (patient, slide): no group is split between folds"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Judge on labelled images which of two models to keep."""
     from jepakit import Embeddings

@@ -94,20 +94,16 @@ def measure(
     """
     labels, truth = np.asarray(train_labels), np.asarray(held_out_labels)
     group_of = numbered(train_groups, len(train))
-
-    def right(linear: LinearProbe, knn: KNNProbe) -> NDArray[np.bool_]:
-        return np.stack([linear.predict(held_out) == truth, knn.predict(held_out) == truth])
-
     linear, knn = _fitted(train, labels, group_of)
     refits = None
     if _fits_on_few(labels, group_of, truth, numbered(held_out_groups, len(truth))):
         parts = [
-            right(*_fitted(train[kept], labels[kept], group_of[kept], linear.C_))
+            _right(_fitted(train[kept], labels[kept], group_of[kept], linear.C_), held_out, truth)
             for kept in _leaving_out(labels, group_of)
         ]
         again = np.array(parts, np.bool_).reshape(-1, 2, len(truth))
         refits = Refits(again, np.zeros((len(again), len(truth)), np.bool_))
-    return _measurement(right(linear, knn), truth, refits)
+    return _measurement(_right((linear, knn), held_out, truth), truth, refits)
 
 
 def _fitted(
@@ -151,7 +147,7 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
         for done, judged in enumerate((fold == number for number in np.unique(fold)), 1):
             strength = None  # chosen with all images to fit on
             for row, stay in zip(right, stays, strict=True):
-                row[:, judged], strength = _right(vectors, truth, stay & ~judged, judged, group_of, strength)
+                row[:, judged], strength = _right_of_refit(vectors, truth, stay & ~judged, judged, group_of, strength)
             show.update(done)
     return _measurement(right[0], truth, Refits(right[1:], ~np.array(stays[1:], np.bool_).reshape(-1, len(truth))))
 
@@ -168,6 +164,13 @@ def _folds(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> NDArray[np.in
 
 
 def _right(
+    probes: tuple[LinearProbe, KNNProbe], vectors: NDArray[np.float32], truth: NDArray[np.str_]
+) -> NDArray[np.bool_]:
+    """Whether each probe is right about each vector, bool [2, N]."""
+    return np.stack([probe.predict(vectors) == truth for probe in probes])
+
+
+def _right_of_refit(
     vectors: NDArray[np.float32],
     truth: NDArray[np.str_],
     fit: NDArray[np.bool_],
@@ -179,8 +182,8 @@ def _right(
     classes = np.unique(truth[fit])
     if len(classes) < 2:
         return np.tile(np.isin(truth[judged], classes), (2, 1)), strength
-    linear, knn = _fitted(vectors[fit], truth[fit], group_of[fit], strength)
-    return np.stack([probe.predict(vectors[judged]) == truth[judged] for probe in (linear, knn)]), linear.C_
+    probes = _fitted(vectors[fit], truth[fit], group_of[fit], strength)
+    return _right(probes, vectors[judged], truth[judged]), probes[0].C_
 
 
 def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[NDArray[np.bool_]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from jepakit._external import as_inputs, check_external, names_other_files
 from jepakit._messages import did_you_mean, lines_of
 from jepakit._ort import import_ort
-from jepakit.bundle import DATA
+from jepakit.bundle import DATA, INPUT
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.images import Pixels
 
@@ -41,7 +41,7 @@ _OF_THE_BATCH = b"DynamicQuantizeLinear"
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
 # What ONNX Runtime and CUDA's libraries say when memory runs out.
-_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
 class Runtime(Protocol):
@@ -117,7 +117,7 @@ class _OnnxRuntime:
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(None, {"images": images})
+            outputs: list[NDArray[np.float32]] = self._session.run(None, {INPUT: images})
         except Exception as error:  # pybind exceptions have no common base worth naming
             if any(words in str(error) for words in _NO_MEMORY):
                 where = "on the GPU" if self.provider in ON_GPU else "in main memory"
@@ -151,7 +151,7 @@ class _OpenVino:
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._model.create_infer_request()
-        results = request.infer({"images": images})
+        results = request.infer({INPUT: images})
         return [np.array(results[output]) for output in self._model.outputs]
 
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from typing_extensions import TypeAliasType, TypedDict
 
 from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit_service import wire
-from jepakit_service.batcher import ImageData
+from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError
-from jepakit_service.wire import Ask, Computed, Dimensions, Encoding, Results
+from jepakit_service.wire import Ask, Computed, Dimensions, Encoding
 
 MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out if only one model is loaded"
 DIMENSIONS = "must be the model's own length: cutting vectors short would change the space"
@@ -287,12 +285,11 @@ def write_voyage(ask: Ask, computed: Computed) -> VoyageAnswer:
 
 def write_cohere(ask: Ask, computed: Computed) -> CohereAnswer:
     """The answer to `read_cohere`. It has no place for an image that could not be read: all or nothing."""
-    vectors = [result for result in computed.results if not isinstance(result, ImageError)]
     return {
         "id": computed.request_id,
         "response_type": "embeddings_by_type",
         "embeddings": {
-            encoding: [wire.write_vector(vector, encoding) for vector in vectors] for encoding in ask.encodings
+            encoding: [wire.write_vector(vector, encoding) for vector in computed.vectors] for encoding in ask.encodings
         },
         "texts": [],
         "model": computed.manifest.name,
@@ -323,11 +320,11 @@ def check_space(ask: Ask, manifest: Manifest) -> None:
         )
 
 
-def _rows(ask: Ask, results: Results) -> list[Row | BadRow]:
+def _rows(ask: Ask, results: Sequence[Result]) -> list[Row | BadRow]:
     return [_row(index, result, ask.encodings[0]) for index, result in enumerate(results)]
 
 
-def _row(index: int, result: NDArray[np.float32] | ImageError, encoding: Encoding) -> Row | BadRow:
+def _row(index: int, result: Result, encoding: Encoding) -> Row | BadRow:
     if isinstance(result, ImageError):
         return {"object": "embedding", "index": index, "error": {"code": result.code, "message": str(result)}}
     return {"object": "embedding", "index": index, "embedding": wire.write_vector(result, encoding)}

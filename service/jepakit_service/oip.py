@@ -18,7 +18,6 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from jepakit.bundle import Manifest
-from jepakit.errors import ImageError
 from jepakit_service import wire
 from jepakit_service.batcher import ImageData
 from jepakit_service.faults import ApiError
@@ -209,7 +208,7 @@ def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> I
 
 def write(inference: Inference, computed: Computed) -> Written:
     """The answer, JSON or JSON followed by the tensor."""
-    vectors = [result for result in computed.results if not isinstance(result, ImageError)]
+    vectors = computed.vectors
     output: InferTensor = {
         "name": OUTPUT,
         "datatype": "FP32",

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from jepakit_service import routes
 from jepakit_service.oip import OipError
+from jepakit_service.wire import JSON
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "index.css", "favicon-32x32.png")
 _PAGE = """<!doctype html>
@@ -110,8 +111,8 @@ class Post:
     tag: str
     takes: Mapping[str, Any]
     gives: Mapping[str, Any]
-    parameters: Sequence[Parameter] = ()
-    answer_headers: Mapping[str, str] | None = None
+    parameters: Sequence[Parameter]
+    answer_headers: Mapping[str, str]
 
 
 def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, Any]:
@@ -162,8 +163,7 @@ def _guarded() -> dict[str, str]:
 
 def _operation(post: Post, schemas: dict[str, Any]) -> dict[str, Any]:
     headers = {
-        name: {"description": about, "schema": {"type": "string"}}
-        for name, about in (post.answer_headers or {}).items()
+        name: {"description": about, "schema": {"type": "string"}} for name, about in post.answer_headers.items()
     }
     operation: dict[str, Any] = {
         "operationId": post.name,
@@ -187,7 +187,7 @@ def _add_errors(operation: dict[str, Any], path: str, statuses: Sequence[int], s
     shape: Any = OipError if routes.is_oip(path) else ErrorAnswer
     for status in statuses:
         if str(status) not in operation["responses"]:
-            content = _content({"application/json": shape}, schemas, "serialization")
+            content = _content({JSON: shape}, schemas, "serialization")
             operation["responses"][str(status)] = {"description": _REASONS[status], "content": content}
 
 

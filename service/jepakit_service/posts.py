@@ -32,11 +32,12 @@ class Call(NamedTuple):
         """A header's value, or an empty string."""
         return self.headers.get(name.encode("ascii"), b"").decode("latin-1")
 
-    def wants(self, name: str) -> bool:
-        """Whether the query switches `name` on."""
-        value = self.query.get(name, ["false"])[0].lower()
+    @property
+    def partial(self) -> bool:
+        """Whether the query asks for `partial`: images that cannot be read do not fail the others."""
+        value = self.query.get("partial", ["false"])[0].lower()
         if value not in ("true", "1", "false", "0"):
-            raise ApiError(400, "invalid_request", f"{name} = {value[:20]!r}: give true or false", param=name)
+            raise ApiError(400, "invalid_request", f"partial = {value[:20]!r}: give true or false", param="partial")
         return value in ("true", "1")
 
 
@@ -61,8 +62,8 @@ class Posts:
         self._max_images = replica.settings.max_images
         self._by_path: dict[str, Handler] = {
             routes.EMBEDDINGS: self._embeddings,
-            routes.VOYAGE: self._voyage,
-            routes.COHERE: self._cohere,
+            routes.VOYAGE: partial(self._json_only, dialects.read_voyage, dialects.write_voyage),
+            routes.COHERE: partial(self._json_only, dialects.read_cohere, dialects.write_cohere),
         }
 
     def handler(self, path: str) -> Handler | None:
@@ -75,22 +76,18 @@ class Posts:
         read = dialects.read_openai if is_json else partial(wire.read_binary, content_type)
         ask = await _read(call, read, self._max_images)
         computed = await self._compute(ask, call)
-        vectors = [result for result in computed.results if not isinstance(result, ImageError)]
-        if not call.wants("partial") and (raw := wire.write_raw(vectors, call.header("accept"))):
+        if not call.partial and (raw := wire.write_raw(computed.vectors, call.header("accept"))):
             return Reply(raw.body, raw.content_type, _facts(computed))
         return await _json(computed, lambda: dialects.write_openai(ask, computed))
 
-    async def _voyage(self, call: Call) -> Reply:
-        _only_json(call)
-        ask = await _read(call, dialects.read_voyage, self._max_images)
+    async def _json_only(
+        self, read: Callable[[bytes, int], Ask], write: Callable[[Ask, Computed], Mapping[str, Any]], call: Call
+    ) -> Reply:
+        """Any dialect whose requests and answers are JSON alone."""
+        _check_json(call)
+        ask = await _read(call, read, self._max_images)
         computed = await self._compute(ask, call)
-        return await _json(computed, lambda: dialects.write_voyage(ask, computed))
-
-    async def _cohere(self, call: Call) -> Reply:
-        _only_json(call)
-        ask = await _read(call, dialects.read_cohere, self._max_images)
-        computed = await self._compute(ask, call)
-        return await _json(computed, lambda: dialects.write_cohere(ask, computed))
+        return await _json(computed, lambda: write(ask, computed))
 
     async def _infer(self, call: Call) -> Reply:
         asked = routes.model_of_inference(call.path)
@@ -106,7 +103,7 @@ class Posts:
 
     async def _compute(self, ask: Ask, call: Call) -> Computed:
         """The vectors. ApiError for a wrong model or space, overload or (unless partial) the first bad image."""
-        allow_partial = call.wants("partial")
+        allow_partial = call.partial
         model = self._registry.find(_model_asked(ask, call))
         dialects.check_space(ask, model.manifest)
         answer = await self._engine.answer(model, ask.images)
@@ -160,7 +157,7 @@ def _facts(computed: Computed) -> dict[str, str]:
     }
 
 
-def _only_json(call: Call) -> None:
+def _check_json(call: Call) -> None:
     media = wire.media_type(call.header("content-type"))[0]
     if media not in ("", wire.JSON):  # LiteLLM names none
         raise ApiError(

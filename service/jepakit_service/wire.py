@@ -22,7 +22,7 @@ from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet
-from jepakit_service.batcher import ImageData
+from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError
 from jepakit_service.forms import read_form
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 # As a named alias it is a component of the OpenAPI document, so generated clients have one type for it.
 Encoding = TypeAliasType("Encoding", Literal["float", "base64"])
-Results = Sequence[NDArray[np.float32] | ImageError]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCLCNKAACUmgEbS4ZzXgAAAABJRU5ErkJggg=="
@@ -68,9 +67,14 @@ class Computed(NamedTuple):
     manifest: Manifest
     precision: str
     provider: str
-    results: Results
+    results: Sequence[Result]
     pixels: int
     request_id: str
+
+    @property
+    def vectors(self) -> list[NDArray[np.float32]]:
+        """Those of the images that could be read, in order."""
+        return [result for result in self.results if not isinstance(result, ImageError)]
 
 
 def check_number(count: int, max_images: int, field: str) -> None:

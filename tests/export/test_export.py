@@ -364,9 +364,11 @@ def test_what_is_open_already_is_exported_as_its_folder_is(run: Run, tmp_path: P
 
 def test_an_existing_folder_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
-    with pytest.raises(BundleError, match="already exists, and a bundle is never overwritten"):
+    with pytest.raises(BundleError, match=r"is a folder and no bundle: name a new folder, such as .*bundle/NAME"):
         jepakit.export(run.path, tmp_path / "bundle")
     assert left_nothing(tmp_path / "bundle")
+    with pytest.raises(BundleError, match="already exists, and a bundle is never overwritten"):
+        jepakit.export(run.path, run.bundle.path)
 
 
 def test_a_run_that_has_not_finished_is_refused(run: Run, tmp_path: Path) -> None:

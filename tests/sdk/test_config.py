@@ -90,6 +90,13 @@ def test_a_misspelt_setting_suggests_the_right_one(typo: str, meant: str | None)
         assert f"did you mean {meant}" in message
 
 
+def test_a_setting_in_another_group_than_its_own_is_told_where_it_belongs() -> None:
+    assert "unknown setting 'n_local'; did you mean views.n_local?" in complaint(n_local=6)
+    assert "unknown setting 'views.steps': steps is no part of views; in a TOML file, write it above" in complaint(
+        views={"steps": 6}
+    )
+
+
 @pytest.mark.parametrize(
     ("typo", "meant"), [("brightnes", "brightness"), ("n_locl", "n_local"), ("vertical_flips", "vertical_flip")]
 )

@@ -148,8 +148,9 @@ def test_bf16_on_another_provider_is_refused(bundle: Bundle, asked: Provider) ->
 
 
 def test_an_unknown_provider_is_named_with_the_one_that_was_meant(bundle: Bundle) -> None:
-    with pytest.raises(ConfigError, match=r"provider = .cud.: one of auto, cpu, .*did you mean cuda"):
-        jepakit.load(bundle.path, provider="cud")  # type: ignore[arg-type]
+    for provider in ("cud", "gpu"):
+        with pytest.raises(ConfigError, match=rf"provider = .{provider}.: one of auto, cpu, .*did you mean cuda"):
+            jepakit.load(bundle.path, provider=provider)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])

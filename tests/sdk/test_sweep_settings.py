@@ -45,6 +45,7 @@ def test_what_is_measured_cannot_vary(name: str) -> None:
     ("vary", "settings", "words"),
     [
         ({}, {}, "vary names no setting"),
+        (["lr"], {}, "give a dict of settings and their values"),
         ({"lamd": [1]}, {}, "unknown setting 'lamd'; did you mean lamb"),
         ({"views.hoe": [1]}, {}, "unknown setting 'views.hoe'; did you mean views.hue"),
         ({"lamb": 0.1}, {}, "lamb = 0.1: give a list of values"),

@@ -24,6 +24,7 @@ _NO_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",
 )
 
 # From glibc's <malloc.h>, then the two defaults (for the threshold, the most that it grows to).
@@ -66,7 +67,7 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in _NO_MEMORY):
-            where = "the GPU's memory" if "CUDA" in str(error) or "CUBLAS" in str(error) else "memory"
+            where = "the GPU's memory" if any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN")) else "memory"
             raise TrainingError(
                 f"out of {where} ({_asked_for(error)}); the last checkpoint is sound. "
                 f"{_advice(micro_batch, activation_checkpointing, image_size)}"
