@@ -189,7 +189,7 @@ def test_what_already_exists_is_never_overwritten(bundle: Bundle) -> None:
 
     empty = bundle.path.parent / "empty"
     empty.mkdir()
-    with pytest.raises(BundleError, match="already exists"):
+    with pytest.raises(BundleError, match="is a folder and no bundle"):
         write_bundle(empty, make_manifest(), write_files)
 
 
