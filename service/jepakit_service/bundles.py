@@ -20,9 +20,9 @@ def find_bundles(settings: ServeSettings) -> list[Bundle]:
         bundle = open_bundle(path)
         check_expected(bundle, settings)
         other = by_name.setdefault(bundle.manifest.name, bundle)
-        if other is not bundle and other.path.resolve() == bundle.path.resolve():
-            raise BundleError(f"{bundle.path} is named twice: name it once, or only the folder around it")
         if other is not bundle:
+            if other.path.resolve() == bundle.path.resolve():
+                raise BundleError(f"{bundle.path} is named twice: name it once, or only the folder around it")
             raise BundleError(
                 f"{other.path} and {bundle.path} are both named {bundle.manifest.name!r}: export one with another --name"
             )
