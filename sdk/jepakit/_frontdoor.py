@@ -15,7 +15,7 @@ from jepakit._say import say, show
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit._sweep import Sweep, check_can_hold, combinations
 from jepakit.bundle import Bundle, StartWeights, check_new
-from jepakit.config import AdaptConfig, ExportConfig, chosen_range
+from jepakit.config import AdaptConfig, ExportConfig, ViewsConfig, chosen_range
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.inspection import Inspection
 from jepakit.run import DryRun, Run
@@ -220,6 +220,18 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
     from jepakit_service.app import run
 
     run(parsed)
+
+
+def setting_named(name: str, command: str | None) -> str | None:
+    """The dotted name of the setting `name` of a command (`serve`, or one that takes those of `adapt`); None if it has none."""
+    if command == "serve":
+        require("serve")
+        from jepakit_service.settings import ServeSettings
+
+        return name if name in ServeSettings.model_fields else None
+    if name in AdaptConfig.model_fields:
+        return name
+    return f"views.{name}" if name in ViewsConfig.model_fields else None
 
 
 def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> Deployed:

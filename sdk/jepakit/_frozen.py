@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Frozen(BaseModel):
     """A record with exactly these fields, which never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StrictBools(BaseModel):
+    """Settings that take true and false only where something is on or off, never as the numbers 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("true and false are for what is on or off, and this setting is neither")
+        return value
 
 
 class Printed:

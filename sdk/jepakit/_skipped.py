@@ -61,9 +61,9 @@ class Skipped:
         return self._most > 0
 
     def add(self, place: int, error: ImageError) -> None:
-        """Leave out one image. Raises `error` if none may be left out, ImageError if too many are or none remains."""
+        """Leave out one image. Raises ImageError if none may be left out, if too many are, or if none remains."""
         if not self.allowed:
-            raise error
+            raise ImageError(f"{error}; most_skipped=0.01 would leave out up to 1 % of the images", code=error.code)
         self._errors[place] = error
         found, of = len(self._errors), len(self._images)
         if exceeds(found, of, self._most) or found == of:

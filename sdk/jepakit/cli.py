@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from jepakit import __version__
 from jepakit._files import as_path, prepare_place, reason_of, written
@@ -27,7 +28,7 @@ from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
 from jepakit._progress import human_time
 from jepakit._say import drop_unwritten, flush_shown, is_terminal, say, show
-from jepakit.errors import ConfigError, JepakitError, TrainingError
+from jepakit.errors import ConfigError, DataError, JepakitError, TrainingError
 
 if TYPE_CHECKING:
     from jepakit._sweep import Sweep
@@ -121,7 +122,21 @@ def options(
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-@app.command()
+class _WithSettings(TyperCommand):
+    """A command with --set, which an unknown option that is the name of a setting is told to use."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from jepakit._frontdoor import setting_named
+
+        options = {option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for option in {word.partition("=")[0] for word in args if word.startswith("--")} - options:
+            name = option.lstrip("-").replace("-", "_")
+            if f"--{name.replace('_', '-')}" not in options and (setting := setting_named(name, self.name)):
+                raise ConfigError(f"{option} is a setting without an option of its own: give --set {setting}=VALUE")
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_WithSettings)
 def adapt(
     images: _Images,
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
@@ -217,7 +232,7 @@ def adapt(
     _report(run, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=_WithSettings)
 def sweep(
     images: _Images,
     out: Annotated[str, typer.Option(help="the sweep's folder, which will hold a run for each combination")],
@@ -495,7 +510,7 @@ def export(
         )
 
 
-@app.command()
+@app.command(cls=_WithSettings)
 def serve(
     bundles: Annotated[list[str] | None, typer.Argument(help="bundles, or folders of bundles")] = None,
     config: Annotated[
@@ -677,6 +692,8 @@ def compare(
         raise ConfigError(
             f"--images and --labels say what bundles embed, but {first} and {second} already hold embeddings and labels: leave them out"
         )
+    if images is not None:
+        _check_comparable(images, labels, group)
     before, after = (each if isinstance(each, Embeddings) else each.embed(images, labels=labels) for each in opened)
     comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
     if as_json:
@@ -685,12 +702,26 @@ def compare(
     show(comparison.table("first", "second"))
 
 
+def _check_comparable(images: str, labels: str, group: Path | None) -> None:
+    """Raise, before anything is embedded, unless the images have labels, and groups if they are to."""
+    from jepakit.sources import gather
+    from jepakit.sources.groups import groups_of
+
+    listed = gather(images, labels, progress=False)
+    if listed.labels is None:
+        raise DataError(
+            f"no labels were found for {images}, and models are compared on labelled images: name them with --labels"
+        )
+    if group is not None:
+        groups_of(listed.ids, group)
+
+
 def _open_embeddings_or_bundle(path: Path, images: str | None) -> Embeddings | Model:
     """Open an argument of `compare`; ConfigError for a bundle without images to embed."""
     from jepakit import Embeddings
     from jepakit.session import load
 
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" or path.is_file():
         return Embeddings.load(path)
     if images is None:
         raise ConfigError(
@@ -776,6 +807,7 @@ def probe_fit(
 ) -> None:
     """Fit a probe on labelled embeddings."""
     from jepakit import Embeddings, KNNProbe, LinearProbe
+    from jepakit.probes import is_probe
     from jepakit.sources.groups import groups_of
 
     if kind not in ("linear", "knn"):
@@ -789,6 +821,8 @@ def probe_fit(
         if given is not None:
             raise ConfigError(f"{option} {given} is for {other} probes, but this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
+    if as_path(out, "out").exists() and not is_probe(as_path(out, "out")):
+        raise ConfigError(f"--out {out} exists and is no probe, but may be a model's weights: name another file")
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe
     if kind == "knn":

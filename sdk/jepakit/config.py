@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from jepakit._files import with_home
-from jepakit._frozen import Frozen
+from jepakit._frozen import Frozen, StrictBools
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize
@@ -70,7 +70,7 @@ def _check_value_range(value: object) -> object:
     return value
 
 
-class _Settings(Frozen):
+class _Settings(StrictBools, Frozen):
     model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
     @classmethod

@@ -63,6 +63,8 @@ class Embeddings:
         for name, words in (("ids", ids), ("labels", labels)):
             if isinstance(words, str):
                 raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
+        if not isinstance(ids, Iterable):
+            raise DataError(f"ids = {ids!r}: give one for each vector")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
         names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)
         refuse_masked("the vectors", vectors)
@@ -72,8 +74,11 @@ class Embeddings:
             raise DataError(
                 f"vectors of type {type(vectors).__name__}: give floats [N, D] ({lines_of(error)[0]})"
             ) from None
-        fits = array.ndim == 2 and len(array) == len(names) and np.issubdtype(array.dtype, np.floating)
-        if not fits or (classes is not None and len(classes) != len(names)):
+        if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+            raise DataError(
+                f"vectors {list(array.shape)} of {array.dtype}: give floats [N, D], a row for each image (astype, reshape)"
+            )
+        if len(array) != len(names) or (classes is not None and len(classes) != len(names)):
             raise DataError(
                 f"embeddings do not fit together: vectors {list(array.shape)} of {array.dtype}, {len(names)} ids, "
                 f"{'no' if classes is None else len(classes)} labels"

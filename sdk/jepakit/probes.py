@@ -51,6 +51,7 @@ class ProbeReport(Printed):
     n            vectors it was evaluated on
     n_fitted_on  how many of them equal a vector it was fitted on: results there say nothing about new images
     n_per_class  how many of them are of each class
+    unknown      classes of the images that the probe does not know, so that it cannot be right about them
     """
 
     accuracy: float
@@ -59,6 +60,7 @@ class ProbeReport(Printed):
     n: int
     n_fitted_on: int = 0
     n_per_class: dict[str, int] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         whole, balanced = _percent(self.accuracy), _percent(self.balanced_accuracy)
@@ -67,6 +69,12 @@ class ProbeReport(Printed):
             lines.append(
                 f"warning: the probe was fitted on the vectors of {self.n_fitted_on} of these {self.n} images, so new ones will do "
                 "worse: evaluate on others"
+            )
+        if self.unknown:
+            n_unknown = sum(self.n_per_class[name] for name in self.unknown)
+            lines.append(
+                f"warning: {n_unknown} of these {self.n} images are of classes that the probe does not know, and count as wrong: "
+                f"{one_line(first_few(self.unknown, 3))}"
             )
         names = {name: one_line(name) for name in self.per_class}
         width = max(map(len, names.values()))
@@ -154,9 +162,10 @@ class _Probe(ABC):
         Raises DataError when no label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
         """
         vectors, right, truth = self._judged(X, y)
-        if set(truth.tolist()).isdisjoint(self.classes_.tolist()):
-            raise self._knows_none_of(truth)
         names, counts = np.unique(truth, return_counts=True)
+        unknown = sorted(set(names.tolist()).difference(self.classes_.tolist()), key=str)
+        if len(unknown) == len(names):
+            raise self._knows_none_of(truth)
         per_class = {str(name): float(right[truth == name].mean()) for name in names}
         balanced = float(np.mean(list(per_class.values())))
         n_fitted_on = int(np.isin(_digests(vectors), self.fitted_on_).sum())
@@ -167,6 +176,7 @@ class _Probe(ABC):
             len(truth),
             n_fitted_on,
             dict(zip(per_class, counts.tolist(), strict=True)),
+            tuple(map(str, unknown)),
         )
 
     def _importance(self, targets: NDArray[np.intp]) -> Floats:
@@ -501,6 +511,17 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
             f"{path} is not a saved probe: make one with probe.save or `jepakit probe fit … --out FILE.safetensors`"
         ) from None
     raise DataError(f"{path} holds {unknown}, unknown to this jepakit: upgrade jepakit, or fit the probe again")
+
+
+def is_probe(path: Path) -> bool:
+    """Whether a file is a saved probe, of this version or another, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return "jepakit_probe" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _unknown(kind: str, params: dict[str, Any]) -> str:

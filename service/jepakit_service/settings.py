@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from jepakit._files import reason_of, with_home
+from jepakit._frozen import StrictBools
 from jepakit._loopback import is_loopback
 from jepakit._machine import usable_cpus
 from jepakit._messages import did_you_mean, parse
@@ -37,7 +38,7 @@ _LINK = re.compile(r"(tcp|udp|sctp)://")
 """How Kubernetes' values begin, as in `JEPAKIT_SERVE_PORT` for a service `jepakit-serve`."""
 
 
-class ServeSettings(BaseSettings):
+class ServeSettings(StrictBools, BaseSettings):
     """Settings of `jepakit serve`. Only `bundles` is required."""
 
     model_config = SettingsConfigDict(

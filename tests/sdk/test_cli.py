@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
 from jepakit._extras import NEEDS
-from jepakit.cli import _settings, app
+from jepakit.cli import _check_comparable, _settings, app
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
-from jepakit.errors import ConfigError
+from jepakit.errors import ConfigError, DataError
 from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
 
@@ -133,6 +134,17 @@ def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) 
     run("probe", "fit", tmp_path / "e.npz", "-C", "0.5", "--seed", "2", "--out", tmp_path / "l.safetensors")
     assert jepakit.load_probe(tmp_path / "k.safetensors").get_params() == {"k": 3, "class_weight": None}
     assert jepakit.load_probe(tmp_path / "l.safetensors").get_params() == {"C": 0.5, "seed": 2, "class_weight": None}
+
+
+def test_a_probe_replaces_a_probe_and_no_other_file(tmp_path: Path) -> None:
+    Embeddings(np.eye(20, 3), "m", map(str, range(20)), ["a", "b"] * 10).save(tmp_path / "e.npz")
+    out = tmp_path / "p.safetensors"
+    for _ in range(2):
+        run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--out", out)
+    save_file({"conv_stem.weight": np.ones(3)}, out)
+    with pytest.raises(AssertionError, match="is no probe, but may be a model's weights: name another file"):
+        run("probe", "fit", tmp_path / "e.npz", "--kind=knn", "--out", out)
+    assert load_file(out).keys() == {"conv_stem.weight"}
 
 
 def test_rows_stay_rows_whatever_names_hold(tmp_path: Path) -> None:
@@ -246,6 +258,32 @@ def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> 
     (tmp_path / "settings.toml").write_text("steps = 1\nseed = 1\nlr = 1\n[views]\nn_local = 1\n")
     made = _settings(["steps=3", "views.blur=0.5"], tmp_path / "settings.toml", steps=2, seed=2, out=None)
     assert made == {"steps": 3, "seed": 2, "lr": 1, "views": {"n_local": 1, "blur": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "advice"),
+    [
+        ("adapt", "--micro-batch", "--micro-batch is a setting without an option of its own: give --set micro_batch="),
+        ("adapt", "--n_local", "give --set views.n_local=VALUE"),
+        ("sweep", "--lr", "give --set lr=VALUE"),
+        ("serve", "--num-gpus", "give --set num_gpus=VALUE"),
+    ],
+)
+def test_a_setting_without_an_option_is_told_to_set(command: str, option: str, advice: str) -> None:
+    with pytest.raises(AssertionError, match=advice):
+        run(command, "x", option, "3")
+
+
+def test_what_two_bundles_are_compared_on_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((40, 40), 50).save(tmp_path / name)
+    Path("labels.csv").write_text("path,label\na.png,a\nb.png,b\n", "utf-8")
+    Path("groups.csv").write_text("path,group\na.png,a\n", "utf-8")
+    with pytest.raises(DataError, match=r"no labels were found for \..*: name them with --labels"):
+        _check_comparable(".", "none", None)
+    with pytest.raises(DataError, match=r"b\.png is not in groups\.csv"):
+        _check_comparable(".", "labels.csv", Path("groups.csv"))
 
 
 @pytest.mark.parametrize("command", ["adapt", "inspect"])

@@ -372,3 +372,11 @@ def test_help_explains_every_setting(kind: type[BaseModel]) -> None:
         described = " ".join((field.description or "").split())
         assert re.search(rf"{name}  \((required|default: .+)\)\n +{re.escape(described)}(\n|$)", told), name
     assert kind is not AdaptConfig or "image_size  (default: 224)" in told
+
+
+def test_true_is_no_number() -> None:
+    for name in ("steps", "unfreeze", "lr"):
+        with pytest.raises(ConfigError, match=f"{name} = True: true and false are for what is on or off"):
+            parse(AdaptConfig, {"images": "x", name: True})
+    with pytest.raises(ConfigError, match=r"views\.n_local = True: true and false are for what is on or off"):
+        parse(AdaptConfig, {"images": "x", "views": {"n_local": True}})

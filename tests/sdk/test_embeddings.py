@@ -219,9 +219,6 @@ def test_one_long_name_among_many_takes_its_own_room_alone(tmp_path: Path) -> No
         (VECTORS, IDS[:2], None),
         (VECTORS, IDS, ("cat", "dog")),
         (VECTORS, (), None),
-        (VECTORS[0], IDS, None),
-        (VECTORS[None], IDS[:1], None),
-        (np.zeros((), np.float32), (), None),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(
@@ -229,6 +226,14 @@ def test_parts_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=r"do not fit together: vectors \["):
         Embeddings(vectors, MODEL_ID, ids, labels)
+
+
+@pytest.mark.parametrize("vectors", [VECTORS[0], VECTORS[None], np.zeros((), np.float32), VECTORS.astype(int)])
+def test_vectors_are_rows_of_floats(vectors: Any) -> None:
+    with pytest.raises(DataError, match=r"vectors \[.*\] of (float|int)\d+: give floats \[N, D\]"):
+        Embeddings(vectors, MODEL_ID, IDS)
+    with pytest.raises(DataError, match="ids = None: give one for each vector"):
+        Embeddings(VECTORS, MODEL_ID, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda names: pd.Series(names, index=[7, 8, 0])])

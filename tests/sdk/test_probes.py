@@ -643,6 +643,13 @@ def test_texts_in_an_array_of_objects_are_classes_like_any(tmp_path: Path) -> No
     assert load_probe(tmp_path / "p.safetensors").predict([[1.0]]).tolist() == ["cat"]
 
 
+def test_labels_of_which_the_probe_knows_some_are_told() -> None:
+    probe = KNNProbe(k=1).fit(np.eye(4, dtype=np.float32), ["cat", "dog"] * 2)
+    report = probe.evaluate(np.eye(4, dtype=np.float32)[:3], ["cat", "Cat", "cat"])
+    assert (report.unknown, report.accuracy) == (("Cat",), 2 / 3)
+    assert "1 of these 3 images are of classes that the probe does not know, and count as wrong: Cat" in str(report)
+
+
 @pytest.mark.parametrize(
     ("fitted", "given", "told"),
     [

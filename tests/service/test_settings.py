@@ -86,6 +86,7 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capfd: pytest.Capture
         ("port: 1\nbundles: [a]\nport: 2\n", "sets 'port' 2 times"),
         ("bundles: [a]\ndrain_s: .inf\n", "drain_s = inf: input should be a finite number"),
         ("bundles: [a]\nrequest_timeout_s: .nan\n", "request_timeout_s = nan"),
+        ("bundles: [a]\nreplicas: yes\n", "replicas = True: true and false are for what is on or off"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
