@@ -83,6 +83,7 @@ def eight_bit_tiff() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_16_bit_grey_tiles(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
     random = np.random.default_rng(0)
     for number in range(24):
@@ -99,6 +100,7 @@ def test_16_bit_grey_tiles(tmp_path: Path, weights_file: Callable[[str], Path]) 
     assert run.bundle.manifest.backbone.arguments["in_chans"] == 1
 
 
+@pytest.mark.slow
 def test_six_band_tiles(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
     random = np.random.default_rng(1)
     for number in range(24):

@@ -107,7 +107,7 @@ def test_the_vectors_are_those_of_the_graph_in_one_file(
     assert outside.manifest.graph.batch_sizes == (1, 2, 7, 33)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_resnet", marks=pytest.mark.slow)])
 def test_int8_of_weights_outside_the_graph_is_int8_of_those_inside(
     name: str, weights_file: Callable[[str], Path]
 ) -> None:

@@ -227,6 +227,7 @@ def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file:
     assert session.precision == "int8"
 
 
+@pytest.mark.slow
 def test_each_int8_graph_is_a_space_of_its_own_and_float_ones_are_not(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, weights_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -304,6 +305,7 @@ def test_int8_that_would_give_other_vectors_is_refused_with_the_numbers(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_two_exports_of_each_precision_are_the_same_bytes(
     export: Callable[..., Bundle], weights_file: Callable[[str], Path]
 ) -> None:
@@ -365,6 +367,7 @@ def test_images_spread_over_the_whole_source_are_verified_on(tmp_path: Path, mon
     np.testing.assert_array_equal(read_users_images(folder, spec), whole[::3])
 
 
+@pytest.mark.slow
 def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -460,6 +463,7 @@ def test_agreement_tells_what_falls_short() -> None:
     assert wrong == Agreement(float("inf"), -1.0, 0.0, float("inf"))
 
 
+@pytest.mark.slow
 def test_what_is_taken_off_does_not_depend_on_the_length_afterwards(
     export: Callable[..., Bundle], image_folder: Callable[..., Path], weights_file: Callable[[str], Path]
 ) -> None:

@@ -62,6 +62,7 @@ def test_no_image_is_judged_by_probes_that_it_was_fitted_on() -> None:
     assert cross_measure(twins, of_pair, groups=pairs).scores.linear < 0.7
 
 
+@pytest.mark.slow
 def test_chance_is_seldom_called_a_difference() -> None:
     words = [
         jepakit.compare(embeddings(1.5, seed=2 * seed), embeddings(1.5, seed=2 * seed + 1)).verdict.word

@@ -447,6 +447,7 @@ def called(comparisons: list[Comparison]) -> int:
     return sum(comparison.verdict.word in ("better", "worse") for comparison in comparisons)
 
 
+@pytest.mark.slow
 def test_what_another_draw_of_few_images_to_fit_on_would_turn_round_is_seldom_called() -> None:
     random = np.random.default_rng(0)
     told, alone = zip(*(noisy_twice(random, 40, 800) for _ in range(30)), strict=True)

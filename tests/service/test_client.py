@@ -168,6 +168,7 @@ def test_several_frames_in_memory_are_refused_here_and_there_and_one_may_be_chos
             np.testing.assert_allclose(one.vectors, embed(pages[2], progress=False).vectors, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_of_one_frame_of_films_takes_films_arrays_and_its_golden_inputs(
     tmp_path: Path, weights_file: Callable[[str], Path]
 ) -> None:

@@ -693,6 +693,7 @@ def test_a_local_view_as_large_as_the_image_is_refused(adapt: Adapt, tmp_path: P
         adapt(tmp_path / "run", views={"n_local": 1, "local_size": 64})
 
 
+@pytest.mark.slow
 def test_layers_under_two_names_are_written_and_exported(images: Path, tmp_path: Path) -> None:
     """CoaT shares position encodings between blocks, which safetensors refuses to write as they are."""
     run = jepakit.adapt(

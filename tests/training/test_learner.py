@@ -146,6 +146,7 @@ def test_an_average_lags_behind(make: Callable[..., Any], kind: str) -> None:
     assert 0 < moves[1] < moves[0]
 
 
+@pytest.mark.slow
 def test_an_anchor_holds_the_features_near_the_start(make: Callable[..., Any]) -> None:
     ends = {}
     for weight in (0.001, 100.0):

@@ -330,7 +330,7 @@ def test_asking_whether_it_can_train_changes_nothing_and_refuses_what_training_w
     ("name", "size"),
     [
         ("swin_tiny_patch4_window7_224", 64),
-        ("nest_tiny", 224),
+        pytest.param("nest_tiny", 224, marks=pytest.mark.slow),
         ("rexnet_100", 32),
         ("ghostnet_050", 32),
         ("legacy_seresnet18", 32),
