@@ -15,7 +15,7 @@ from jepakit import __version__
 from jepakit._extras import NEEDS, missing
 from jepakit._machine import main_memory, usable_cpus
 from jepakit.errors import JepakitError
-from jepakit.runtime import Provider, check_provider, has_nvidia_driver
+from jepakit.runtime import Provider, has_nvidia_driver, open_runtime
 
 _PACKAGES = {
     "train": ("torch", "timm", "torchvision", "accelerate"),
@@ -26,6 +26,11 @@ _PACKAGES = {
     "runtime": ("onnxruntime", "onnxruntime-gpu", "openvino"),
 }
 """By the extra that installs them."""
+_IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
+"""An ONNX graph of a single node, y = x of one float."""
 _LEAST_SHARED = 512 << 20
 _SHARED = Path("/dev/shm")
 
@@ -72,12 +77,17 @@ def _version(name: str) -> str | None:
 
 def _usable_providers() -> Iterator[str]:
     for provider in get_args(Provider):
-        try:
-            check_provider(provider)
-        except JepakitError:
-            continue
-        if provider != "auto":
+        if provider != "auto" and _why_not(provider) is None:
             yield provider
+
+
+def _why_not(provider: Provider) -> JepakitError | None:
+    """Why a provider cannot open a graph here, found by opening one; None if it can."""
+    try:
+        open_runtime(_IDENTITY, provider, threads=1)
+    except JepakitError as error:
+        return error
+    return None
 
 
 def _two_runtimes() -> Iterator[str]:
@@ -96,11 +106,9 @@ def _idle_gpu() -> Iterator[str]:
 
         if not torch.cuda.is_available():
             yield f"torch {torch.__version__} sees no GPU, so training would not use it: install torch for this driver's CUDA (nvidia-smi)"
-    if _version("onnxruntime-gpu") or _version("onnxruntime"):
-        try:
-            check_provider("cuda")
-        except JepakitError as error:
-            yield f"the service would not use the GPU: {error}"
+    runtime = _version("onnxruntime-gpu") or _version("onnxruntime")
+    if runtime and (error := _why_not("cuda")) is not None:
+        yield f"the service would not use the GPU: {error}"
 
 
 def _little_shared_memory() -> Iterator[str]:

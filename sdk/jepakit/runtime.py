@@ -8,7 +8,10 @@ too; any other external file is refused, as OpenVINO would read it from the work
 from __future__ import annotations
 
 import importlib.util
+import io
+import logging
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -40,6 +43,8 @@ _OF_THE_BATCH = b"DynamicQuantizeLinear"
 # Devices that show a driver: NVIDIA's on Linux; in WSL 2, where Windows has the driver, that of any GPU.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
+_LOG = logging.getLogger("jepakit")
+
 # What ONNX Runtime and CUDA's libraries say when memory runs out.
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
@@ -62,7 +67,7 @@ class Runtime(Protocol):
 def open_runtime(
     graph: bytes, provider: Provider, threads: int, arithmetic: Arithmetic = "model", data: bytes | None = None
 ) -> Runtime:
-    """Open `graph` on `provider`; `auto` uses CUDA if it works, else the CPU.
+    """Open `graph` on `provider`; `auto` uses CUDA if it works, else the CPU, with a warning if there is a driver.
 
     data        the bytes of model.safetensors, where a large model's graph keeps its tensors; not needed once it is open
     arithmetic  `bf16`: OpenVINO computes in bfloat16, which is faster if the CPU has instructions for it
@@ -75,13 +80,27 @@ def open_runtime(
     alone = (1,) if _OF_THE_BATCH in graph else None
     if provider == "openvino":
         return _OpenVino(graph, threads, arithmetic, data, alone)
-    wanted: tuple[Chosen, ...] = ("cuda", "cpu") if provider == "auto" else (provider,)
-    for choice in wanted:
-        if _missing(choice) is None:
-            session = _ort_session(graph, choice, threads, data)
-            if session.get_providers()[0] == _ORT_PROVIDERS[choice]:
-                return _OnnxRuntime(session, choice, alone or (_BUCKETS if choice == "tensorrt" else None))
-    raise _unusable(provider, "ONNX Runtime lists it but cannot load it")
+    if provider == "auto":
+        return _on_gpu_or_cpu(graph, threads, data, alone)
+    session = _ort_session(graph, provider, threads, data)
+    return _OnnxRuntime(session, provider, alone or (_BUCKETS if provider == "tensorrt" else None))
+
+
+def _on_gpu_or_cpu(graph: bytes, threads: int, data: bytes | None, alone: tuple[int, ...] | None) -> Runtime:
+    """The graph on CUDA, else on the CPU; a warning says why a GPU is not used where there is a driver for one.
+
+    Graphs that quantise each batch are for CPUs: CUDA has no kernels for that.
+    """
+    reason = _missing("cuda") if alone is None else "its int8 operators are the CPU's alone"
+    if reason is None:
+        try:
+            return _OnnxRuntime(_ort_session(graph, "cuda", threads, data), "cuda", None)
+        except (BundleError, InferenceError) as error:
+            reason = str(error)
+    session = _ort_session(graph, "cpu", threads, data)
+    if has_nvidia_driver():
+        _LOG.warning("the model runs on the CPU, not on the GPU: %s", reason)
+    return _OnnxRuntime(session, "cpu", alone)
 
 
 def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None:
@@ -100,7 +119,7 @@ def check_provider(provider: Provider, arithmetic: Arithmetic = "model") -> None
     if provider == "openvino":
         if importlib.util.find_spec("openvino") is None:
             raise MissingExtraError("provider openvino needs OpenVINO: pip install 'jepakit[openvino]'")
-    elif provider != "auto" and provider != "cpu" and (reason := _missing(provider)) is not None:
+    elif provider != "auto" and (reason := _missing(provider)) is not None:
         raise _unusable(provider, reason)
 
 
@@ -189,12 +208,13 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
     if choice == "tensorrt":
         configured.append((_ORT_PROVIDERS["cuda"], {"use_tf32": 0}))
     try:
-        session = ort.InferenceSession(graph, options, providers=configured)
+        # With its fallback, a provider that fails, now or while running, would be replaced by the CPU.
+        session = ort.InferenceSession(graph, options, providers=configured, enable_fallback=0)
     except Exception as error:  # pybind exceptions have no common base worth naming
-        raise BundleError(f"ONNX Runtime cannot open the graph: {lines_of(error)[0]}") from None
-    # Otherwise a provider that fails while running is replaced by the CPU, and the graph's bytes are kept for that.
-    session.disable_fallback()
-    session._model_bytes = None
+        raise BundleError(f"ONNX Runtime cannot open the graph on {choice}: {lines_of(error)[0]}") from None
+    if session.get_providers()[0] != _ORT_PROVIDERS[choice]:
+        raise _unusable(choice, "ONNX Runtime lists it but cannot load it")
+    session._model_bytes = None  # kept for a fallback alone
     return session
 
 
@@ -215,5 +235,6 @@ def _missing(choice: Chosen) -> str | None:
         return "this ONNX Runtime was built without it"
     if not has_nvidia_driver():
         return "no NVIDIA driver is loaded"
-    ort.preload_dlls()
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find, and ONNX Runtime then logs it
+        ort.preload_dlls()
     return None

@@ -79,8 +79,18 @@ def test_a_gpu_that_would_lie_idle_is_a_problem(sound: pytest.MonkeyPatch) -> No
     assert any("sees no GPU, so training would not use it" in problem for problem in problems)
     assert any("the service would not use the GPU: provider cuda was asked for" in problem for problem in problems)
     sound.setattr(torch.cuda, "is_available", lambda: True)
-    sound.setattr(runtime, "_missing", lambda choice: None)
+    sound.setattr(doctor, "_why_not", lambda provider: None)
     assert examine().problems == []
+
+
+def test_a_provider_is_usable_if_it_opens_a_graph_and_not_for_being_compiled_in(sound: pytest.MonkeyPatch) -> None:
+    if runtime.has_nvidia_driver():
+        pytest.skip("an NVIDIA driver is loaded")
+    sound.setattr(runtime, "_missing", lambda choice: None)
+    assert "providers  cpu" in "\n".join(examine().lines)
+    assert "cuda" not in examine().lines[-1]
+    sound.setattr(doctor, "has_nvidia_driver", lambda: True)
+    assert any("the service would not use the GPU: provider cuda was asked for" in told for told in examine().problems)
 
 
 def test_a_module_that_an_extra_needs_is_told_as_missing(sound: pytest.MonkeyPatch) -> None:

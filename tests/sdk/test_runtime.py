@@ -97,10 +97,41 @@ def test_a_provider_that_quietly_became_the_cpu_is_an_error(bundle: Bundle, monk
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda graph, options, providers: opened(graph, options, ["CPUExecutionProvider"]),
+        lambda graph, options, providers, **_: opened(graph, options, ["CPUExecutionProvider"]),
     )
     with pytest.raises(InferenceError, match="lists it but cannot load it"):
         Session.open(bundle, provider="cuda")
+
+
+def test_a_gpu_that_fails_is_an_error_or_with_auto_the_cpu_and_a_warning(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime's own way is to print the reason to standard output, and to open the CPU."""
+
+    class Broken(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def _create_inference_session(self, providers: list[Any], *others: Any) -> None:
+            if any("CUDA" in str(provider) for provider in providers):
+                raise RuntimeError("CUDA failure 2: out of memory")
+            super()._create_inference_session(providers, *others)
+
+    monkeypatch.setattr(jepakit.runtime, "_missing", lambda _choice: None)
+    monkeypatch.setattr(jepakit.runtime, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Broken)
+    with pytest.raises(BundleError, match="cannot open the graph on cuda: CUDA failure 2: out of memory"):
+        Session.open(bundle, provider="cuda")
+    assert Session.open(bundle, provider="auto").provider == "cpu"
+    assert "runs on the CPU, not on the GPU: ONNX Runtime cannot open the graph on cuda: CUDA failure 2" in caplog.text
+    assert capfd.readouterr().out == ""
+
+
+def test_auto_takes_the_cpu_for_graphs_that_quantise_each_batch(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jepakit.runtime, "_missing", lambda _choice: None)
+    monkeypatch.setattr(jepakit.runtime, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(jepakit.runtime, "_OF_THE_BATCH", b"")  # found in every graph
+    assert open_runtime(bundle.read(GRAPH), "auto", 1).provider == "cpu"
+    assert "not on the GPU: its int8 operators are the CPU's alone" in caplog.text
 
 
 def test_a_provider_that_fails_while_running_is_not_replaced_by_the_cpu(
@@ -156,7 +187,7 @@ def test_an_unknown_provider_is_named_with_the_one_that_was_meant(bundle: Bundle
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])
 def test_bytes_that_are_no_graph_are_refused(bundle: Bundle, provider: Provider, damage: str) -> None:
     graph = {"empty": b"", "garbage": b"garbage" * 100, "cut short": bundle.read(GRAPH)[:5000]}[damage]
-    with pytest.raises(BundleError, match=r"cannot open the graph: .*[a-z]{4}") as caught:
+    with pytest.raises(BundleError, match=r"cannot open the graph( on cpu)?: .*[a-z]{4}") as caught:
         open_runtime(graph, provider, 1)
     assert "\n" not in str(caught.value)
     assert ".cpp" not in str(caught.value)

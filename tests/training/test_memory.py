@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.training.forked import start
 
 from jepakit.errors import TrainingError
 from jepakit_training import checkpoint
+from jepakit_training.alone import own_process
 from jepakit_training.loader_limits import more_open_files
 from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
 
@@ -48,6 +50,19 @@ def test_out_of_memory_names_what_to_change_and_keeps_the_checkpoint(tmp_path: P
     assert places == sorted(places) if not tuned else places[:2] == [-1, -1]
     assert places[2] > 0
     assert checkpoint.load_newest(tmp_path / "checkpoints") is not None
+
+
+def test_a_gpu_that_is_full_before_or_after_training_is_told() -> None:
+    with (
+        pytest.raises(TrainingError, match=r"outside of training \(asked for 20\.00 MiB more\): end .*nvidia-smi"),
+        own_process(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of")
+
+
+def test_no_librarys_warning_reaches_a_run_or_a_dry_run() -> None:
+    with own_process():
+        warnings.warn_explicit("not for users", UserWarning, "layers.py", 1, module="timm.layers")
 
 
 def pages_of_steps(count: int) -> int:

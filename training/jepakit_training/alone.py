@@ -1,15 +1,37 @@
-"""One adaptation at a time in a process: torch's generators, its precision and Python's warnings belong to all threads."""
+"""One adaptation at a time in a process, with what belongs to all threads set for it: torch's generators and precision,
+Python's warnings, freed memory, the limit of open files."""
 
 from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jepakit.errors import ConfigError
+from jepakit_training.loader_limits import more_open_files
+from jepakit_training.memory import freed_memory_kept, full_gpu_explained
+from jepakit_training.precision import own_precision
+from jepakit_training.randomness import own_generators
 
 _running = threading.Lock()
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """A block that adapts; afterwards the process is as it was. ConfigError if another thread is in such a block."""
+    with (
+        alone(),
+        warnings.catch_warnings(),
+        freed_memory_kept(),
+        more_open_files(),
+        own_precision(),
+        own_generators(),
+        full_gpu_explained(),
+    ):
+        warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not actionable for users
+        yield
 
 
 @contextmanager

@@ -18,16 +18,13 @@ from jepakit.config import AdaptConfig
 from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
-from jepakit_training.alone import alone
+from jepakit_training.alone import own_process
 from jepakit_training.data import iterating, views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import count_processes
 from jepakit_training.learner import Learner
-from jepakit_training.loader_limits import more_open_files
 from jepakit_training.loop import explaining_out_of_memory, step_loader
-from jepakit_training.memory import GB, freed_memory_kept, memory_gb, peak_gb
-from jepakit_training.precision import own_precision
-from jepakit_training.randomness import own_generators
+from jepakit_training.memory import GB, memory_gb, peak_gb
 from jepakit_training.setup import Setup, prepare
 
 _STEPS = 4
@@ -42,7 +39,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
     count = (config.processes or 1) if config.launcher == "ray" else count_processes(config, images)
     if count > 1:
         say(f"the dry run uses one process, for the whole batch; the run itself would use {count}")
-    with alone(), freed_memory_kept(), more_open_files(), own_precision(), own_generators():
+    with own_process():
         setup = prepare(config, images, None)
         plan = setup.plan
         with explaining_out_of_memory(config, plan, setup.backbone, setup.accelerator):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,17 +18,14 @@ from jepakit.errors import TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training import ranks
-from jepakit_training.alone import alone
+from jepakit_training.alone import own_process
 from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.data import Batch, StepBatches, iterating, make_loader, views_on
 from jepakit_training.distributed import SharedFlag
 from jepakit_training.learner import Learner
-from jepakit_training.loader_limits import more_open_files
-from jepakit_training.memory import freed_memory_kept, memory_errors
+from jepakit_training.memory import memory_errors
 from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
-from jepakit_training.precision import own_precision
-from jepakit_training.randomness import own_generators
 from jepakit_training.recorder import recording
 from jepakit_training.records import SharedSkippedFiles
 from jepakit_training.run_bundles import check_start, write_run_bundle
@@ -43,21 +39,12 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
     """`launch.adapt` in this process, alone or as one of several ranks, as the environment says."""
     first_rank = ranks.rank() == 0  # accelerate has not started yet
     run = Run(out)
-    with (
-        alone(),
-        locked(out, main=first_rank),
-        warnings.catch_warnings(),
-        freed_memory_kept(),
-        more_open_files(),
-        own_precision(),
-        own_generators(),
-    ):
+    with own_process(), locked(out, main=first_rank):
         if first_rank:
             open_folder(out, config, images)
         if run.finished:
             say(f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW")
             return run
-        warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not actionable for users
         _adapt(config, images, run)
     return run
 

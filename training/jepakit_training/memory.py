@@ -81,6 +81,18 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
         raise
 
 
+@contextmanager
+def full_gpu_explained() -> Iterator[None]:
+    """Turn a lack of GPU memory in the block, where no setting of the run would help, into a TrainingError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of the GPU's memory outside of training ({_asked_for(error)}): end other programs that use it (nvidia-smi), or "
+            "choose another GPU (CUDA_VISIBLE_DEVICES), then run the same command again"
+        ) from error
+
+
 def peak_gb(device: torch.device) -> float:
     """Peak memory of this process so far, in GB: of the GPU that it trains on, or main memory."""
     if device.type == "cuda":
