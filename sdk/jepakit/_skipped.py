@@ -63,7 +63,8 @@ class Skipped:
     def add(self, place: int, error: ImageError) -> None:
         """Leave out one image. Raises ImageError if none may be left out, if too many are, or if none remains."""
         if not self.allowed:
-            raise ImageError(f"{error}; most_skipped=0.01 would leave out up to 1 % of the images", code=error.code)
+            remedy = "; to leave such images out, allow a share of them (most_skipped)" if len(self._images) > 1 else ""
+            raise ImageError(f"{error}{remedy}", code=error.code)
         self._errors[place] = error
         found, of = len(self._errors), len(self._images)
         if exceeds(found, of, self._most) or found == of:

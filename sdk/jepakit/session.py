@@ -23,7 +23,7 @@ from jepakit._skipped import OnSkipped, Skipped, check_skipping
 from jepakit._threads import work_ahead
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
 from jepakit.embeddings import Embeddings
-from jepakit.errors import BundleError, ConfigError, ImageError
+from jepakit.errors import BundleError, ConfigError, ImageError, InferenceError
 from jepakit.images import Pixels, check_tile, preprocess
 from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
@@ -241,7 +241,7 @@ class Model:
             closing(_batches(listed, self.manifest.preprocess, self._session.batch, skipped)) as batches,
         ):
             for places, pixels in batches:
-                found = self._session.run(pixels)
+                found = self._vectors(pixels)
                 finite = np.isfinite(found).all(axis=1)
                 for place in places[~finite].tolist():
                     skipped.add(place, ImageError(f"{listed.ids[place]}: {NOT_FINITE}", code="not_finite"))
@@ -250,6 +250,16 @@ class Model:
                 show.update(done + len(skipped))
         skipped.tell(on_skipped, progress=progress)
         return skipped.embeddings(vectors[:done], self.model_id)
+
+    def _vectors(self, pixels: Pixels) -> NDArray[np.float32]:
+        """The vectors of a batch, in halves where there is no room for the whole."""
+        try:
+            return self._session.run(pixels)
+        except InferenceError:
+            if len(pixels) == 1:
+                raise
+            half = len(pixels) // 2
+            return np.concatenate([self._vectors(pixels[:half]), self._vectors(pixels[half:])])
 
 
 def _batches(

@@ -21,7 +21,7 @@ from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import Measurement
 from jepakit.run import DryRun
-from jepakit_training import dryrun, evaluation
+from jepakit_training import dryrun, evaluation, launch, setup
 from jepakit_training.evaluation import Features
 from jepakit_training.holdout import MeasuringSet
 from jepakit_training.setup import Setup, prepare
@@ -79,13 +79,27 @@ def test_a_single_step_and_rare_labels_can_be_tried_too(
 def test_a_dry_run_tells_of_a_process_a_gpu(
     image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(launch, "count_gpus", lambda: 4)
     settings: dict[str, Any] = {"backbone": "test_vit", "image_size": 64, "unfreeze": 50, "workers": 0}
     with pytest.raises(ConfigError, match="has 6 blocks"):
         jepakit.dry_run(image_folder(), weights="random", **settings)
     assert "the run itself would use 4" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="this machine has 4 GPUs"):
         jepakit.dry_run(image_folder(), weights="random", processes=5, **settings)
+
+
+def test_gpus_that_torch_cannot_use_train_nothing_and_are_told(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with a driver that is too old."""
+    if torch.cuda.is_available():
+        pytest.skip("torch can use this machine's GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(setup, "has_nvidia_driver", lambda: True)
+    jepakit.dry_run(image_folder(), weights="random", backbone="test_vit", image_size=64, workers=0, steps=1)
+    told = capsys.readouterr().err
+    assert "the run itself would use" not in told
+    assert "warning: trains on the CPU, as torch cannot use this machine's GPU: see `jepakit doctor`" in told
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(image_folder: Callable[..., Path]) -> None:

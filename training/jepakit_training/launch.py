@@ -100,9 +100,7 @@ def count_processes(config: AdaptConfig, images: ImageList) -> int:
     """How many processes train on this machine; ConfigError if it has fewer GPUs."""
     if config.processes == 1 or images.in_memory:
         return 1
-    import torch
-
-    gpus = torch.cuda.device_count()
+    gpus = count_gpus()
     if config.processes is None:
         return max(1, gpus)
     if gpus and config.processes > gpus:
@@ -110,6 +108,13 @@ def count_processes(config: AdaptConfig, images: ImageList) -> int:
             f"processes = {config.processes}, but this machine has {gpus} GPUs: start at most one process per GPU"
         )
     return config.processes
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use: the driver also counts those that it is too old for."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path) -> Run:

@@ -17,6 +17,7 @@ from jepakit.bundle import Backbone, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
 from jepakit.run import SKIPPED, Run
+from jepakit.runtime import has_nvidia_driver
 from jepakit.sources import ImageList
 from jepakit_training.cache import open_cache
 from jepakit_training.data import ViewDataset
@@ -77,8 +78,14 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         value_bytes=1 if found.is_8_bit else 4,
     )
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
-    notes = (images.note, *describe_values(found, spec, images.ids), *doubts(images, found), *plan.notes)
-    for note in notes if main else ():
+    notes = (
+        images.note,
+        _where(accelerator.device),
+        *describe_values(found, spec, images.ids),
+        *doubts(images, found),
+        *plan.notes,
+    )
+    for note in filter(None, notes) if main else ():
         say(one_line(note))
 
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
@@ -96,6 +103,15 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         progress=main,
     )
     return Setup(config, images, accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
+
+
+def _where(device: torch.device) -> str:
+    """What the run trains on; empty where there is no GPU to speak of."""
+    if device.type == "cuda":
+        return f"trains on {torch.cuda.get_device_name(device)}"
+    if has_nvidia_driver() and not torch.cuda.is_available():
+        return "warning: trains on the CPU, as torch cannot use this machine's GPU: see `jepakit doctor`"
+    return ""
 
 
 def _check_same_images(images: ImageList, accelerator: Accelerator) -> None:
