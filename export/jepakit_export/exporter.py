@@ -73,6 +73,8 @@ class Source(NamedTuple):
     embedding: EmbeddingSpec
     provenance: Provenance
     comparison: Comparison | None
+    model_id: str | None
+    """Of the bundle that it is exported from."""
 
 
 def export(config: ExportConfig) -> Bundle:
@@ -129,20 +131,19 @@ def _manifest(config: ExportConfig, source: Source, tensors: dict[str, torch.Ten
     if config.precision == "int8":  # its rounding and calibrated ranges are part of the space
         held = {name: value.const_value for name, value in graph.graph.initializers.items()}
         named |= {f"graph/{name}": tensor.numpy() for name, tensor in held.items() if tensor is not None}
+    kind: Literal["int8", "float"] = "int8" if config.precision == "int8" else "float"
+    model_id = compute_model_id(source.described, source.preprocess, source.embedding, named, kind)
+    comparison = source.comparison
+    if comparison is not None and model_id != source.model_id:
+        comparison = comparison.noting(f"measured on vectors of model {source.model_id}, of which these are a variant")
     return Manifest(
         name=config.name or name_for(Path(config.out)),
-        model_id=compute_model_id(
-            source.described,
-            source.preprocess,
-            source.embedding,
-            named,
-            "int8" if config.precision == "int8" else "float",
-        ),
+        model_id=model_id,
         backbone=source.described,
         preprocess=source.preprocess,
         embedding=source.embedding,
         provenance=source.provenance,
-        comparison=source.comparison,
+        comparison=comparison,
     )
 
 
@@ -236,7 +237,15 @@ def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
     if config.normalize is not None:
         embedding = embedding.model_copy(update={"normalize": config.normalize})
     backbone = restore(manifest.backbone, load(bundle.read(WEIGHTS)))
-    return Source(backbone, manifest.backbone, manifest.preprocess, embedding, manifest.provenance, manifest.comparison)
+    return Source(
+        backbone,
+        manifest.backbone,
+        manifest.preprocess,
+        embedding,
+        manifest.provenance,
+        manifest.comparison,
+        manifest.model_id,
+    )
 
 
 def _of_timm(config: ExportConfig) -> Source:
@@ -256,7 +265,7 @@ def _of_timm(config: ExportConfig) -> Source:
     embedding = EmbeddingSpec(dim=dim, pooling=pooling, standardize="none", normalize=bool(config.normalize))
     settings = {"source": f"{name}:{Path(weights).name}"}
     provenance = Provenance(config=settings, steps=0, images_seen=0, data_digest=None, versions=versions_of(_PACKAGES))
-    return Source(backbone, described, preprocess, embedding, provenance, None)
+    return Source(backbone, described, preprocess, embedding, provenance, None, None)
 
 
 def _stamp(manifest: Manifest, precision: Precision) -> dict[str, str]:

@@ -26,6 +26,7 @@ from jepakit.bundle import (
     WEIGHTS,
     Backbone,
     Preprocess,
+    Provenance,
     StartWeights,
     is_bundle,
     open_bundle,
@@ -197,6 +198,12 @@ def fitting_size(module: Any, size: int) -> int:
 def is_bundle_weights(weights: str) -> bool:
     """Whether `weights` names the folder of a bundle."""
     return weights not in START_WORDS and is_bundle(Path(weights))
+
+
+def provenance_behind(weights: str) -> Provenance | None:
+    """How start weights came to be, if they are a bundle or the weights file in one; None if nobody says."""
+    folder = Path(weights).parent if Path(weights).name == WEIGHTS else Path(weights)
+    return open_bundle(folder).manifest.provenance if weights not in START_WORDS and is_bundle(folder) else None
 
 
 def _size_arguments(name: str, image_size: int | None) -> dict[str, Any]:

@@ -234,6 +234,8 @@ class Provenance(Frozen):
     images_seen: int
     data_digest: str | None
     versions: dict[str, str]
+    start: Provenance | None = None
+    """How the weights that training began with came to be, if those were a bundle's."""
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

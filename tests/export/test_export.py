@@ -185,6 +185,10 @@ def test_normalised_vectors_have_length_one_and_a_space_of_their_own(
     lengths = np.linalg.norm(plain.vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(plain.vectors / lengths, normalised.vectors, atol=1e-5)
     assert plain.model_id != normalised.model_id
+    measured, noted = (exported(source).manifest.comparison for source in ("run", "bundle"))
+    assert measured is not None
+    note = f"measured on vectors of model {plain.model_id}, of which these are a variant"
+    assert noted == measured.noting(note)
 
 
 def test_a_few_lines_of_plain_onnx_runtime_give_the_same_vectors(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 import jepakit
 from jepakit.backbone import build
@@ -21,7 +22,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, MissingExtraError
 from jepakit.evaluate import Measurement
 from jepakit.run import Run
-from jepakit.sources import list_images
+from jepakit.sources import ImageList, list_images
 from jepakit_training import evaluation, loop
 from jepakit_training.evaluation import Features, Measuring, extract, measure_vectors, pick_pooling
 from jepakit_training.holdout import MeasuringSet
@@ -30,6 +31,8 @@ SPEC = Preprocess(
     size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
     std=(0.5,) * 3,
 )  # fmt: skip
+
+NONE = np.empty(0, np.uint64)
 
 
 def siblings(n_groups: int, per_group: int) -> MeasuringSet:
@@ -47,7 +50,7 @@ def test_the_pooling_is_chosen_by_groups_that_the_probes_have_not_seen() -> None
     by_heart = random.standard_normal((36, 64))[images.groups.astype(int)]
     telling = np.where(images.labels == "a", 1.0, -1.0)[:, None] + 1.5 * random.standard_normal((360, 1))
     features = Features(
-        {"head": by_heart.astype(np.float32), "stages": telling.astype(np.float32)}, np.ones(360, bool), []
+        {"head": by_heart.astype(np.float32), "stages": telling.astype(np.float32)}, np.ones(360, bool), [], NONE
     )
     assert pick_pooling(features, images, "none") == "stages"
     images.groups = None
@@ -67,7 +70,7 @@ def test_the_pooling_is_chosen_by_the_scores_that_the_verdict_speaks_of(monkeypa
 
     monkeypatch.setattr(evaluation, "measure_vectors", measured)
     nothing = np.zeros((120, 2), np.float32)
-    features = Features({"head": nothing[:, :1], "stages": nothing}, np.ones(120, bool), [])
+    features = Features({"head": nothing[:, :1], "stages": nothing}, np.ones(120, bool), [], NONE)
     assert pick_pooling(features, images, "none") == "stages"
 
 
@@ -75,7 +78,10 @@ def test_the_pooling_is_chosen_by_the_scores_that_the_verdict_speaks_of(monkeypa
 def test_where_groups_are_too_few_to_tell_the_first_pooling_is_taken(n_groups: int) -> None:
     images = siblings(n_groups, 10)
     nothing = np.zeros((len(images.indices), 2), np.float32)
-    assert pick_pooling(Features({"head": nothing, "stages": nothing}, np.ones(1, bool), []), images, "none") == "head"
+    assert (
+        pick_pooling(Features({"head": nothing, "stages": nothing}, np.ones(1, bool), [], NONE), images, "none")
+        == "head"
+    )
 
 
 def test_thirds_are_the_same_without_groups_and_with_groups_of_one_image_each(
@@ -90,7 +96,7 @@ def test_thirds_are_the_same_without_groups_and_with_groups_of_one_image_each(
 
     monkeypatch.setattr(evaluation, "measure_vectors", noting)
     noise = np.random.default_rng(0).standard_normal((72, 4)).astype(np.float32)
-    features = Features({"head": noise, "stages": noise}, np.ones(72, bool), [])
+    features = Features({"head": noise, "stages": noise}, np.ones(72, bool), [], NONE)
     images.groups = np.random.default_rng(1).permutation(72).astype(str)
     pick_pooling(features, images, "none")
     images.groups = None
@@ -116,7 +122,11 @@ def test_the_verdict_is_over_the_groups_of_the_source(image_folder: Callable[...
     assert "images of more groups" in grouped.verdict.reason
     table.write_text("\n".join(["path,group", *(f"{name},all" for name in names)]))
     alone = jepakit.adapt(folder, out=tmp_path / "alone", group=str(table), **settings)
-    assert "group" not in alone.verdict.reason
+    caveat, _, reason = alone.verdict.reason.partition("; ")
+    assert caveat == (
+        "optimistic: all images are one group, which cannot be held out whole: held-out images have siblings in training"
+    )
+    assert "group" not in reason
     assert alone.verdict.low is not None
 
 
@@ -169,7 +179,8 @@ def test_images_without_a_label_centre_the_embedding_and_are_never_probed() -> N
     assert measured.right.shape == (2, int((~images.is_fit).sum()))
     noise = random.standard_normal((360, 2)).astype(np.float32)
     assert (
-        pick_pooling(Features({"head": noise, "stages": vectors}, np.ones(360, bool), []), images, "none") == "stages"
+        pick_pooling(Features({"head": noise, "stages": vectors}, np.ones(360, bool), [], NONE), images, "none")
+        == "stages"
     )
 
 
@@ -235,11 +246,13 @@ def test_a_missing_extra_is_raised_as_it_is_and_not_as_a_traceback_of_a_loader(
         )  # fmt: skip
 
 
-def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_it(
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_lost_or_replaced_while_training_is_named_and_the_same_command_goes_on_with_it(
     image_folder: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    replaced: bool,
 ) -> None:
     folder = image_folder()
     file = folder / "texture1" / "003.png"
@@ -247,7 +260,7 @@ def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_i
 
     def and_lose_it(*args: Any) -> None:
         train(*args)
-        file.write_bytes(content[:60])
+        file.write_bytes((folder / "texture0" / "003.png").read_bytes() if replaced else content[:60])
 
     def adapt() -> Run:
         return jepakit.adapt(
@@ -267,6 +280,19 @@ def test_a_file_lost_while_training_is_named_and_the_same_command_goes_on_with_i
             DataError, match=r"^1 image measured before training .* the first: texture1/003.png.*same command"
         ):
             adapt()
+    if replaced:  # with all of them replaced before it goes on
+        kept = {name: name.read_bytes() for name in folder.rglob("*.png")}
+        for name in kept:
+            Image.effect_noise((80, 72), 60).convert("RGB").save(name)
+        monkeypatch.setattr(
+            ImageList,
+            "digest",
+            lambda _: jepakit.open_bundle(tmp_path / "run" / "start").manifest.provenance.data_digest,
+        )
+        with pytest.raises(DataError, match="was started with other images: what was measured on them has changed"):
+            adapt()
+        for name, was in kept.items():
+            name.write_bytes(was)
     file.write_bytes(content)
     run = adapt()
     assert "going on from step 2" in capsys.readouterr().err
@@ -281,7 +307,7 @@ def test_held_out_images_have_no_say_in_the_centre() -> None:
     measuring = object.__new__(Measuring)
     measuring.images = MeasuringSet(np.arange(40), IS_FIT, IS_FIT, None, None)
     measuring._config = AdaptConfig(images="x")
-    embedding = measuring._measured(Features({"head": raw}, np.ones(40, bool), []), "head").embedding
+    embedding = measuring._measured(Features({"head": raw}, np.ones(40, bool), [], NONE), "head").embedding
     assert embedding.center is not None
     np.testing.assert_allclose(embedding.center, raw[:30].mean(axis=0), atol=1e-5)
 

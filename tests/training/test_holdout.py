@@ -244,8 +244,8 @@ def test_a_group_of_labelled_and_other_images_is_held_out_whole() -> None:
 def test_labelled_images_of_one_group_among_many_are_held_out_with_a_warning() -> None:
     groups = np.where(np.arange(3000) % 10, np.arange(3000) // 20, 7)
     images = partly_labelled(3000, groups)
-    parts, (warning,) = hold_out(AdaptConfig(images="x"), images)
-    assert "all labelled images are one group" in warning
+    parts, (caveat,) = hold_out(AdaptConfig(images="x"), images)
+    assert "all labelled images are one group" in caveat.warning
     assert len(parts.held_out) == 60
     assert MeasuringSet.choose(images, parts, 2000).groups is None
 
@@ -281,7 +281,7 @@ def test_the_seed_of_a_run_says_which_images_are_held_out() -> None:
 def test_groups_on_both_sides_of_a_manifests_split_are_told() -> None:
     source = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
     source = replace(source, groups=tuple(f"g{place % 10}" for place in range(40)), held_out=np.arange(40) < 12)
-    assert "10 groups are on both sides" in " ".join(hold_out(AdaptConfig(images="x"), source)[1])
+    assert "10 groups on both sides" in hold_out(AdaptConfig(images="x"), source)[1][0].warning
 
 
 def test_the_group_that_brings_the_share_nearer_is_held_out() -> None:

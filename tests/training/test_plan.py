@@ -305,28 +305,37 @@ def test_groups_are_held_out_past_the_images_to_measure_on_where_labels_can_judg
         (0, False, {}, False),
     ],
 )
-@pytest.mark.parametrize("first", ["pretrained", "a bundle that is gone"])
+@pytest.mark.parametrize("before", [None, "other data", "these data"])
+@pytest.mark.parametrize("named", ["first", f"first/{WEIGHTS}"])
 def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
-    tmp_path: Path, steps: int, same_data: bool, settings: dict[str, Any], warns: bool, first: str
+    tmp_path: Path, steps: int, same_data: bool, settings: dict[str, Any], warns: bool, before: str | None, named: str
 ) -> None:
     images, backbone = list_images([np.zeros((8, 8), np.uint8)] * 100, "none"), build("test_resnet", {})
+    chosen = {"seed": 0, "held_out": 0.2, "measure_on": 2000}
+    start = None if before is None else Provenance(
+        config=chosen, steps=9, images_seen=9, versions={},
+        data_digest=images.digest() if before == "these data" else "1" * 16,
+    )  # fmt: skip
     manifest = Manifest(
         name="first", model_id="0" * 16,
         backbone=Backbone(name="test_resnet", arguments={}, start=StartWeights(source="made", license="mit")),
         preprocess=stock_preprocess(backbone, 64),
         embedding=EmbeddingSpec(dim=64, pooling="head", standardize="none"),
         provenance=Provenance(
-            config={"seed": 0, "held_out": 0.2, "measure_on": 2000, "weights": first}, steps=steps, images_seen=steps, versions={},
+            config=chosen, steps=steps, images_seen=steps, versions={}, start=start,
             data_digest=images.digest() if same_data else "0" * 16,
         ),
     )  # fmt: skip
     write_bundle(tmp_path / "first", manifest, lambda folder: save_file(backbone.state_dict(), folder / WEIGHTS))
-    config = AdaptConfig(images="x", backbone="test_resnet", weights=str(tmp_path / "first"), **settings)
-    notes = " ".join(make_plan(config, images, backbone, 1, bands=3, value_bytes=1).notes)
-    warns = warns or (steps > 0 and first != "pretrained")
+    config = AdaptConfig(images="x", backbone="test_resnet", weights=str(tmp_path / named), **settings)
+    plan = make_plan(config, images, backbone, 1, bands=3, value_bytes=1)
+    notes = " ".join(plan.notes)
+    warns = warns or before == "other data" or (before is not None and bool(settings))
     assert ("may be others" in notes and "split column" in notes) == warns
-    chosen = replace(images, held_out=np.arange(100) < 20)
-    assert "may be others" not in " ".join(make_plan(config, chosen, backbone, 1, bands=3, value_bytes=1).notes)
+    kept = ("optimistic, maybe: the start was trained in a run whose held-out images may be others",)
+    assert plan.caveats == (kept if warns else ())
+    apart = replace(images, held_out=np.arange(100) < 20)
+    assert "may be others" not in " ".join(make_plan(config, apart, backbone, 1, bands=3, value_bytes=1).notes)
 
 
 def test_bfloat16_is_refused_where_it_would_crawl() -> None:

@@ -84,6 +84,7 @@ def _seconds_to_measure(setup: Setup) -> float:
         setup.images,
         setup.plan.split,
         setup.spec,
+        caveats=setup.plan.caveats,
         device=setup.accelerator.device,
         workers=setup.plan.workers,
         skipped=setup.skipped,
@@ -120,4 +121,4 @@ class _Sampling:
             pooling: random.standard_normal((rows, vectors.shape[1]), np.float32)
             for pooling, vectors in few.by_pooling.items()
         }
-        return Features(stand_ins, np.full(count, few.readable.any()), few.skipped)
+        return Features(stand_ins, np.full(count, few.readable.any()), few.skipped, np.zeros(rows, np.uint64))

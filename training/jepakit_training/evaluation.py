@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -32,12 +33,14 @@ _BATCH = 16
 class Features:
     """Pooled outputs, before centring, of the images to measure on: float32 [N, D] for each pooling.
 
-    `readable` covers all images asked for, `skipped` holds indices into the source; rows are the readable images.
+    `readable` covers all images asked for, `skipped` holds indices into the source; rows are the readable images, and
+    `digests`, uint64 [N], tell whether their pixels are the same another time.
     """
 
     by_pooling: dict[Pooling, NDArray[np.float32]]
     readable: NDArray[np.bool_]
     skipped: list[tuple[int, str]]
+    digests: NDArray[np.uint64]
 
 
 def extract(
@@ -63,7 +66,7 @@ def extract(
         collate_fn=list,
     )
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
-    readable, skipped = np.ones(len(indices), bool), []
+    readable, skipped, digests = np.ones(len(indices), bool), [], []
     starts = range(0, len(indices), _BATCH)
     for start, items in zip(track(starts, what, progress=progress), loader, strict=True):
         for place, item in enumerate(items, start):
@@ -73,6 +76,7 @@ def extract(
                 readable[place] = False
                 skipped.append((int(indices[place]), item))
         pixels = [item for item in items if not isinstance(item, str)]
+        digests += [int.from_bytes(blake2b(image, digest_size=8).digest()) for image in pixels]
         if not pixels:
             continue
         with torch.inference_mode():
@@ -81,7 +85,7 @@ def extract(
                 rows[pooling].append(vectors.float().cpu().numpy())
     nothing = np.empty((0, 0), np.float32)
     pooled = {pooling: np.concatenate(parts) if parts else nothing for pooling, parts in rows.items()}
-    return Features(pooled, readable, skipped)
+    return Features(pooled, readable, skipped, np.array(digests, np.uint64))
 
 
 def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
@@ -150,6 +154,7 @@ class Measured:
 class Measuring:
     """Measures the start and the end of a run on the same images.
 
+    caveats  what makes the verdict optimistic, to keep with it
     extract  the function that computes features, with the arguments of this module's `extract`
     """
 
@@ -160,6 +165,7 @@ class Measuring:
         parts: Split,
         spec: Preprocess,
         *,
+        caveats: Sequence[str],
         device: torch.device,
         workers: int,
         skipped: SkippedFiles,
@@ -168,7 +174,7 @@ class Measuring:
     ) -> None:
         self.images = MeasuringSet.choose(images, parts, config.measure_on)
         self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
-        self._skipped, self._progress, self._take = skipped, progress, extract
+        self._skipped, self._progress, self._take, self._caveats = skipped, progress, extract, caveats
         self._why_no_labels = NO_LABELS
 
     def start(self, backbone: Any) -> Measured:
@@ -177,17 +183,25 @@ class Measuring:
         features = self._extract(backbone, poolings, "measure the start")
         self._skipped.add(*((self._source.ids[index], reason) for index, reason in features.skipped))
         self.images = self.images.only(features.readable)
+        self._digests = features.digests
         self._check_images()
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
     def end(self, backbone: Any, pooling: Pooling) -> Measured:
-        """After: the same pooling, centre and scale measured again. DataError if an image can no longer be read."""
+        """After: the same pooling, centre and scale measured again. DataError if an image cannot be read any more, or is
+        another one."""
         features = self._extract(backbone, (pooling,), "measure the result")
         if not features.readable.all():
             raise DataError(
                 f"{counted(len(features.skipped), 'image')} measured before training cannot be read any more, the first: "
                 f"{features.skipped[0][1]}. Put back what was there and run the same command again: it goes on from the "
                 "last checkpoint"
+            )
+        if len(changed := np.flatnonzero(features.digests != self._digests)):
+            first = self._source.ids[self.images.indices[changed[0]]]
+            raise DataError(
+                f"{counted(len(changed), 'image')} measured before training have changed since, the first: {first}. Put back what was "
+                "there and run the same command again: it goes on from the last checkpoint"
             )
         return self._measured(features, pooling)
 
@@ -212,6 +226,8 @@ class Measuring:
                 f"{n_known} of {counted(len(held_out.indices), 'held-out image')} are also among those that probes are fitted on, under "
                 "other names, so this is optimistic: remove copies (`jepakit inspect` names some)"
             )
+        for caveat in self._caveats:
+            judged = judged.noting(caveat)
         return judged
 
     def _check_images(self) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._groups import codes, main_class
-from jepakit.backbone import is_bundle_weights
-from jepakit.bundle import START_WORDS, open_bundle
+from jepakit._messages import counted
+from jepakit.backbone import provenance_behind
+from jepakit.bundle import Provenance
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
 from jepakit.evaluate import FEWEST_PER_CLASS
@@ -35,39 +35,45 @@ class Split(NamedTuple):
     held_out: NDArray[np.intp]
 
 
-def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
-    """The training and held-out images, with notes on what makes the verdict optimistic; DataError if too few."""
+class Caveat(NamedTuple):
+    """What makes a verdict optimistic: `warning` before the run, `kept` with the verdict, which names no file or group."""
+
+    warning: str
+    kept: str
+
+
+def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[Caveat]]:
+    """The training and held-out images, with what makes the verdict optimistic; DataError if too few."""
     if len(images) < _FEWEST_IMAGES:
         raise DataError(
             f"{len(images)} images are too few to adapt on: at least {_FEWEST_IMAGES} are needed, hundreds are better"
         )
-    parts, notes = _chosen_parts(config, images)
+    parts, caveats = _chosen_parts(config, images)
     if len(parts.train) < _FEWEST_IMAGES // 2 or not len(parts.held_out):
         raise DataError(
             f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the fewest possible; "
             "check the split column, the groups, or the labels"
         )
-    return parts, [*notes, *_start_notes(config, images)]
+    return parts, [*caveats, *_of_the_start(config, images)]
 
 
-def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[str]]:
+def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[Caveat]]:
     """Held-out images: those named by the manifest, else a share of the labelled ones (of all, without labels) and of
     their whole groups, from each stratum in proportion."""
-    groups, notes = images.groups, []
+    groups, caveats = images.groups, []
     if images.held_out is not None:
         parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
         if groups is not None and (both := {groups[i] for i in parts.train} & {groups[i] for i in parts.held_out}):
-            notes.append(
-                f"warning: {len(both)} groups are on both sides of the manifest's split, e.g. {min(both)}: the verdict is optimistic"
+            told = f"{counted(len(both), 'group')} on both sides of the manifest's split"
+            caveats.append(
+                Caveat(f"warning: {told}, e.g. {min(both)}: the verdict is optimistic", f"optimistic: {told}")
             )
-        return parts, notes
+        return parts, caveats
     judges = images.judges()
     if _are_one_group(judges, groups):
         which = "images" if len(judges) == len(images) else "labelled images"
-        notes.append(
-            f"warning: all {which} are one group, which cannot be held out whole: held-out images have siblings in "
-            "training, and the verdict is optimistic"
-        )
+        told = f"all {which} are one group, which cannot be held out whole: held-out images have siblings in training"
+        caveats.append(Caveat(f"warning: {told}, and the verdict is optimistic", f"optimistic: {told}"))
         groups = None
     parts = split(
         len(judges),
@@ -78,7 +84,7 @@ def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[s
         seed=config.seed,
         enough_groups=0 if images.labels is None else ENOUGH_GROUPS,
     )
-    return _with_siblings(judges[parts.held_out], groups, len(images)), notes
+    return _with_siblings(judges[parts.held_out], groups, len(images)), caveats
 
 
 def _are_one_group(places: NDArray[np.intp], groups: Sequence[str] | None) -> bool:
@@ -151,31 +157,30 @@ def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float,
     return chosen
 
 
-def _start_notes(config: AdaptConfig, images: ImageList) -> list[str]:
-    """A warning if the start weights may have been trained on images that are held out here."""
-    if not is_bundle_weights(config.weights) or images.held_out is not None:
+def _of_the_start(config: AdaptConfig, images: ImageList) -> list[Caveat]:
+    """A caveat if the start weights may have been trained on images that are held out here."""
+    if images.held_out is not None or _held_out_alike(provenance_behind(config.weights), config, images):
         return []
-    if _held_out_alike(config.weights, config, images.digest()):
-        return []
+    told = "trained in a run whose held-out images may be others"
     return [
-        f"warning: {config.weights} was trained in a run whose held-out images may be others: where it has seen those held out "
-        "here, the verdict is optimistic; name them in a manifest's split column to keep them apart in every run"
+        Caveat(
+            f"warning: {config.weights} was {told}: where it has seen those held out here, the verdict is optimistic; name them "
+            "in a manifest's split column to keep them apart in every run",
+            f"optimistic, maybe: the start was {told}",
+        )
     ]
 
 
-def _held_out_alike(weights: str, config: AdaptConfig, data_digest: str) -> bool:
-    """Whether every run behind these start weights held out the same images as this one."""
-    if not is_bundle_weights(weights):
-        return weights in START_WORDS or Path(weights).is_file()  # otherwise a bundle that no longer exists
-    provenance = open_bundle(weights).manifest.provenance
-    before = provenance.config
-    if provenance.steps == 0:
+def _held_out_alike(provenance: Provenance | None, config: AdaptConfig, images: ImageList) -> bool:
+    """Whether every run behind some start weights held out the same images as this one."""
+    if provenance is None:
         return True
-    return (
-        provenance.data_digest == data_digest
-        and all(before.get(name) == getattr(config, name) for name in ("seed", "held_out", "measure_on"))
-        and _held_out_alike(str(before.get("weights")), config, data_digest)
+    chosen = ("seed", "held_out", "measure_on")
+    alike = provenance.steps == 0 or (
+        provenance.data_digest == images.digest()
+        and all(provenance.config.get(name) == getattr(config, name) for name in chosen)
     )
+    return alike and _held_out_alike(provenance.start, config, images)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
 from jepakit_training.recorder import recording
 from jepakit_training.records import SharedSkippedFiles
-from jepakit_training.run_bundles import check_start, write_run_bundle
+from jepakit_training.run_bundles import check_measured, check_start, write_run_bundle
 from jepakit_training.run_folder import keep_settings, locked, open_folder
 from jepakit_training.setup import Setup, prepare
 from jepakit_training.stopping import stopping
@@ -58,7 +58,9 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began
-    if main and not (run.path / START).exists():
+    if (run.path / START).exists():
+        check_measured(before.embedding, run)
+    elif main:
         write_run_bundle(run.path / START, setup, before.embedding, name=f"{name}-start", steps=0)
     _train(setup, run, measuring_s)
     if main and len(setup.skipped):

@@ -38,7 +38,7 @@ _QUEUED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run does. `notes` says what a user should know about it."""
+    """What one run does. `notes` says what a user should know about it, `caveats` what makes its verdict optimistic."""
 
     steps: int
     batch_size: int
@@ -58,6 +58,7 @@ class Plan:
     """Size of the views in a process's share of a batch."""
     split: Split
     notes: tuple[str, ...]
+    caveats: tuple[str, ...]
 
     @property
     def queued_bytes(self) -> int:
@@ -81,7 +82,7 @@ def make_plan(
 
     bands, value_bytes  of the images' views
     """
-    parts, split_notes = hold_out(config, images)
+    parts, caveats = hold_out(config, images)
     batch_size, batch_notes = _batch(config, len(images), len(parts.train), world)
     steps = _count_steps(config, len(parts.train), batch_size)
     views = config.resolved_views()
@@ -94,7 +95,7 @@ def make_plan(
     workers, prefetch, loader_notes = _loader_processes(config, batch_bytes)
     from_random, trains = config.weights == "random", config.unfreeze != "none"
     notes = [
-        *split_notes,
+        *(caveat.warning for caveat in caveats),
         *batch_notes,
         *size_notes,
         *loader_notes,
@@ -123,6 +124,7 @@ def make_plan(
         batch_bytes=batch_bytes,
         split=parts,
         notes=tuple(notes),
+        caveats=tuple(caveat.kept for caveat in caveats),
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load, save_file
 
-from jepakit.backbone import tensors_of
+from jepakit.backbone import provenance_behind, tensors_of
 from jepakit.bundle import (
     WEIGHTS,
     EmbeddingSpec,
@@ -20,10 +21,13 @@ from jepakit.bundle import (
     write_bundle,
 )
 from jepakit.comparison import Comparison
-from jepakit.errors import BundleError, ConfigError
+from jepakit.errors import BundleError, ConfigError, DataError
 from jepakit.run import START, Run
 from jepakit_training.run_folder import FREE_SETTINGS, versions
 from jepakit_training.setup import Setup
+
+_SAME_CENTER = 0.01
+"""How far, as a share of its length, a centre may move between machines; other images move it farther."""
 
 
 def write_run_bundle(
@@ -68,6 +72,24 @@ def check_start(setup: Setup, run: Run) -> None:
         )
 
 
+def check_measured(embedding: EmbeddingSpec, run: Run) -> None:
+    """DataError if a resumed run measures another centre on its start than it began with: most images are others."""
+    then = open_bundle(run.path / START).manifest.embedding
+    if then.pooling == embedding.pooling and _are_close(then.center, embedding.center):
+        return
+    raise DataError(
+        f"{run.path} was started with other images: what was measured on them has changed since. Put back what was there, or "
+        "name another --out"
+    )
+
+
+def _are_close(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:
+    """Whether two centres are the same, but for the rounding of another machine."""
+    if one is None or other is None:
+        return one is other
+    return bool(np.linalg.norm(np.subtract(one, other)) <= _SAME_CENTER * np.linalg.norm(one))
+
+
 def _start_of(run: Run) -> tuple[Preprocess, dict[str, torch.Tensor]]:
     """The preprocess and the weights that a run began with; BundleError if they are damaged."""
     start = run.path / START
@@ -94,4 +116,5 @@ def _provenance(setup: Setup, steps: int) -> Provenance:
         images_seen=steps * setup.plan.batch_size,
         data_digest=setup.images.digest(),
         versions=versions(),
+        start=provenance_behind(setup.config.weights),
     )

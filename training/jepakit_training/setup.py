@@ -97,6 +97,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         images,
         plan.split,
         spec,
+        caveats=plan.caveats,
         device=accelerator.device,
         workers=plan.workers,
         skipped=skipped,
