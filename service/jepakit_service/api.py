@@ -25,6 +25,7 @@ from jepakit_service.gate import Gate
 from jepakit_service.openapi_posts import POSTS
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
+from jepakit_service.routes import STEADY
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled
 from jepakit_service.wire import JSON
@@ -149,7 +150,10 @@ def _answer_errors_in_one_shape(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        path = request.url.path[:200]
+        message = f"{request.method} {path}: {error.detail}"
+        if error.status_code == 404:
+            message += did_you_mean(path, STEADY) or "; the routes are listed at /docs"
         headers = dict(error.headers or {})
         if headers.get("Allow") == "GET":
             headers["Allow"] = "GET, HEAD"

@@ -1,15 +1,17 @@
 """Requests and answers of the embedding services whose clients people already have: OpenAI, Jina, Voyage and Cohere.
 
 The models here are the only definition of each: they validate requests, and the OpenAPI document is made from them.
-Fields of those services that do not affect vectors are ignored; fields that do are honoured or refused by name.
+Fields of those services that do not affect vectors are ignored; fields that do are honoured or refused by name, and so
+are names that look like theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import TypeAliasType, TypedDict
 
 from jepakit.bundle import Manifest
@@ -50,6 +52,26 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+class _Body(BaseModel):
+    """A whole request. Other fields are those of other services and ignored, unless they look like a field that counts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _no_misspelt_field(self) -> Self:
+        for name in self.model_extra or ():
+            if name == "partial":
+                raise ApiError(400, "invalid_request", "partial is a query parameter: ?partial=true", param=name)
+            if name != "input_type" and (meant := get_close_matches(name, type(self).model_fields, n=1, cutoff=_ALIKE)):
+                raise ApiError(
+                    400, "invalid_request", f"unknown field {name[:40]!r}; did you mean {meant[0]}?", param=name[:40]
+                )
+        return self
+
+
+_ALIKE = 0.68
+"""Above it are slips and other services' words for our fields (`output_dimension` is 0.69 like `dimensions`), below it
+their own fields, but for Voyage's and Cohere's `input_type`."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
@@ -85,7 +107,7 @@ Input = TypeAliasType(
 )
 
 
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(_Body):
     """OpenAI's and Jina's request, with images instead of text."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"input": [_EXAMPLE_URI], "encoding_format": "float"}})
@@ -100,7 +122,7 @@ class EmbeddingRequest(_Request):
     normalized: bool | None = Field(None, description="must agree with what the model does")
 
 
-class VoyageRequest(_Request):
+class VoyageRequest(_Body):
     """Voyage's multimodal request."""
 
     model_config = ConfigDict(
@@ -116,7 +138,7 @@ class VoyageRequest(_Request):
     output_dimension: int | None = Field(None, description=DIMENSIONS)
 
 
-class CohereRequest(_Request):
+class CohereRequest(_Body):
     """Cohere's v2 embed request: `images` or `inputs`."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"images": [_EXAMPLE_URI], "embedding_types": ["float"]}})

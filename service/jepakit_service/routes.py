@@ -11,7 +11,7 @@ WITH_DETAIL = (EMBEDDINGS, VOYAGE)
 INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 _OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
-_STEADY = (
+STEADY = (
     "/healthz",
     "/readyz",
     METRICS,
@@ -50,4 +50,4 @@ def label(path: str) -> str:
     """A path as metrics and logs show it: without names of models, or whatever strangers ask for."""
     if _INFER.match(path):
         return INFER
-    return next((steady for steady in _STEADY if f"{path}/".startswith(f"{steady}/")), "other")
+    return next((steady for steady in STEADY if f"{path}/".startswith(f"{steady}/")), "other")

@@ -241,8 +241,16 @@ def test_the_answer_is_of_the_kind_that_is_wanted_most(http: httpx.Client, accep
 
 
 def test_unknown_routes_and_methods_answer_in_the_one_shape(http: httpx.Client) -> None:
-    assert http.get("/v1/nothing").json()["error"]["code"] == "no_such_route"
-    assert http.get("/v2/nothing").json()["error"] == "GET /v2/nothing: Not Found", "in the protocol's"
+    nowhere = http.get("/nothing").json()["error"]
+    assert nowhere["code"] == "no_such_route"
+    assert nowhere["message"].endswith("Not Found; the routes are listed at /docs")
+    for path, meant in {
+        "/embeddings": "/v1/embeddings",
+        "/v1/embeddings/": "/v1/embeddings",
+        "/health": "/healthz",
+    }.items():
+        assert f"did you mean {meant}" in http.post(path).json()["error"]["message"]
+    assert http.get("/v2/nothing").json()["error"].startswith("GET /v2/nothing: Not Found; "), "in the protocol's"
     assert http.get("/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
 
 

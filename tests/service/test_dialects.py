@@ -172,6 +172,12 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/embeddings", {"input": [{"image_url": {"url": "HTTP://x/y.png"}}]}, "url_not_supported", "input[0]"),
     ("/v1/embeddings", {"input": URIS, "normalized": True}, "normalized_not_supported", "normalized"),
     ("/v1/embeddings", {"input": URIS, "embedding_type": "binary"}, "invalid_request", "embedding_type"),
+    ("/v1/embeddings", {"input": URIS, "modle": "vit@0123"}, "invalid_request", "modle"),
+    ("/v1/embeddings", {"input": URIS, "dimension": 256}, "invalid_request", "dimension"),
+    ("/v1/embeddings", {"input": URIS, "output_dimension": 256}, "invalid_request", "output_dimension"),
+    ("/v1/embeddings", {"input": URIS, "normalize": True}, "invalid_request", "normalize"),
+    ("/v1/embeddings", {"input": URIS, "partial": True}, "invalid_request", "partial"),
+    ("/v2/embed", {"images": URIS, "embedding_type": ["base64"]}, "invalid_request", "embedding_type"),
     ("/v1/multimodalembeddings", {"inputs": [{"content": [{"text": "a"}]}]}, "text_not_supported", "inputs[0]"),
     ("/v1/multimodalembeddings", {"inputs": [{"image_url": "https://x"}]}, "url_not_supported", "inputs[0]"),
     ("/v1/multimodalembeddings", {"inputs": [{"content": [{"image": PLAIN[0]}], "image": PLAIN[1]}]}, "invalid_input", "inputs[0]"),
@@ -194,6 +200,27 @@ def test_what_cannot_be_given_is_refused_by_name(
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
     assert error["request_id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (
+            "/v1/embeddings",
+            {"input": URIS, "user": "me", "task": "classification", "input_type": "query", "late_chunking": False},
+        ),
+        (
+            "/v1/embeddings",
+            {"input": URIS, "truncate": True, "truncate_prompt_tokens": 9, "priority": 0, "prompt_name": "query"},
+        ),
+        ("/v1/multimodalembeddings", {"inputs": [{"image": PLAIN[0]}], "input_type": "document", "truncation": True}),
+        ("/v2/embed", {"images": URIS, "input_type": "image", "truncate": "END", "max_tokens": 9, "priority": 1}),
+    ],
+)
+def test_other_services_fields_that_do_not_change_vectors_are_ignored(
+    http: httpx.Client, path: str, asked: dict[str, Any]
+) -> None:
+    assert http.post(path, json=asked).status_code == 200
 
 
 def test_a_normalised_model_gives_no_other_vectors(bundle: Path) -> None:
@@ -246,8 +273,13 @@ def test_only_json_is_read_there(http: httpx.Client, path: str) -> None:
 
 def test_every_dialect_says_which_space_it_answers_in(http: httpx.Client, bundle: Path) -> None:
     model_id = jepakit.open_bundle(bundle).manifest.model_id
-    asked = {"input": URIS[:1], "inputs": [{"image": PLAIN[0]}]}
-    for path in ("/v1/embeddings", "/v1/multimodalembeddings", "/v2/embed"):
+    inputs = {"inputs": [{"image": PLAIN[0]}]}
+    ways: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": {"input": URIS[:1]},
+        "/v1/multimodalembeddings": inputs,
+        "/v2/embed": inputs,
+    }
+    for path, asked in ways.items():
         for model in (None, "tiny", f"tiny@{model_id}"):
             answer = http.post(path, json={**asked, "model": model})
             assert (answer.headers["x-model-id"], answer.json()["model_id"]) == (model_id, model_id)
