@@ -166,7 +166,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
     settings  as for `adapt`; only those about reading images have an effect: domain, views, image_size, tile, overlap,
               min_valid, frame, value_range, labels, group, most_skipped
 
-    Raises ConfigError for a wrong setting and DataError for unusable images.
+    Raises ConfigError for a wrong setting, DataError for unusable images, and WriteError if the sheet cannot be written.
     """
     config = parse(AdaptConfig, {"images": _describe_source(images), "weights": "random", **settings})
     place = None if sheet is None else as_path(sheet, "sheet")
@@ -189,7 +189,7 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
               dynamic_size, verify_images, normalize, image_size, opset
 
-    Raises ConfigError, BackboneError or BundleError for an unusable source, DataError for unusable `verify_images`,
+    Raises ConfigError, BackboneError, BundleError or DataError for an unusable source, DataError for unusable `verify_images`,
     ExportError when the graph does not reproduce torch, WriteError when there is no disk space left, MissingExtraError
     when torch is not installed. No bundle is written in any of these cases.
     """

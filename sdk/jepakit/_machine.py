@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+SHARED = Path("/dev/shm")
+MORE_SHARED = "give the container more (docker run --shm-size 2g)"
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -20,6 +20,7 @@ import json
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
@@ -239,8 +240,12 @@ class Provenance(Frozen):
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package, as `Provenance` keeps them."""
-    return {name: metadata.version(name) for name in packages}
+    """The versions of those packages that are installed, as `Provenance` keeps them."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 class Manifest(Frozen):

@@ -8,12 +8,11 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 from jepakit import __version__
 from jepakit._extras import NEEDS, missing
-from jepakit._machine import main_memory, usable_cpus
+from jepakit._machine import MORE_SHARED, SHARED, main_memory, usable_cpus
 from jepakit.errors import JepakitError
 from jepakit.runtime import Provider, has_nvidia_driver, open_runtime
 
@@ -32,7 +31,6 @@ _IDENTITY = (
 )
 """An ONNX graph of a single node, y = x of one float."""
 _LEAST_SHARED = 512 << 20
-_SHARED = Path("/dev/shm")
 
 
 class Examination(NamedTuple):
@@ -117,5 +115,5 @@ def _little_shared_memory() -> Iterator[str]:
         "ray": "Ray would write images to disk (unless you serve with --no-ray)",
     }
     told = [words for package, words in effects.items() if _version(package)]
-    if told and _SHARED.is_dir() and (size := shutil.disk_usage(_SHARED).total) < _LEAST_SHARED:
-        yield f"{_SHARED} has only {size >> 20} MB, so {' and '.join(told)}: give the container more (docker run --shm-size 1g)"
+    if told and SHARED.is_dir() and (size := shutil.disk_usage(SHARED).total) < _LEAST_SHARED:
+        yield f"{SHARED} has only {size >> 20} MB, so {' and '.join(told)}: {MORE_SHARED}"

@@ -154,7 +154,7 @@ def check_tile(tile: int | None, spec: Preprocess) -> None:
 
 
 def describe_kind(bands: int, stored_as: str) -> str:
-    """Depth and bands in words: `8-bit RGB`, `uint16 of 1 band`."""
+    """Depth and bands in words: `8-bit RGB or grey pixels`, `uint16 pixels of 1 band`."""
     if stored_as == "uint8" and bands == 3:
         return "8-bit RGB or grey pixels"
     return f"{stored_as} pixels of {counted(bands, 'band')}"

@@ -101,7 +101,7 @@ class _Probe(ABC):
     classes_: Labels
     model_id_: str | None
     fitted_on_: NDArray[np.uint64]
-    """[N], a digest of each vector it was fitted on; empty if loaded from a file of an earlier version."""
+    """[N], a digest of each vector it was fitted on."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The hyper-parameters by name (scikit-learn's contract)."""
@@ -197,18 +197,19 @@ class _Probe(ABC):
 
         self._check_fitted()
         header = {
-            "jepakit_probe": self.kind,
-            "params": json.dumps(self.get_params(), default=_plain_number),
-            "classes": json.dumps(self.classes_.tolist()),
-            "model_id": self.model_id_ or "",
+            "kind": self.kind,
+            "params": self.get_params(),
+            "classes": self.classes_.tolist(),
+            "classes_dtype": None if _is_text(self.classes_) else self.classes_.dtype.str,
+            "model_id": self.model_id_,
         }
-        if not _is_text(self.classes_):
-            header["classes_dtype"] = self.classes_.dtype.str
+        # In one entry: safetensors writes several in any order, and the same probe is to be the same bytes.
+        metadata = {_HEADER: json.dumps(header, sort_keys=True, default=_plain_number)}
         path = as_path(path, "path")
         learned = {**self._arrays(), "fitted_on": self.fitted_on_}
         arrays = {name: np.ascontiguousarray(value) for name, value in learned.items()}
         with written(path) as file:
-            file.write(save(arrays, metadata=header))
+            file.write(save(arrays, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -357,12 +358,14 @@ class LinearProbe(_Probe):
         n_classes = int(targets.max()) + 1
         spread = groups_of_class(groups, targets, n_classes)
         most = int(np.bincount(main_class(groups, targets)).max())
-        folds = stratified_folds(targets, groups, n_folds=min(5, most), seed=self.seed)
-        if folds is None or (spread >= 2).sum() < 2:
+        n_folds = min(5, most)
+        if n_folds < 2 or (spread >= 2).sum() < 2:
             return 1.0, None
+        fold_of = assign_folds(groups, targets, n_folds, np.random.default_rng(self.seed))
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
         n_judged = np.zeros(n_classes, np.intp)
-        for held_out in folds:
+        for fold in range(n_folds):
+            held_out = fold_of == fold
             inside = ~held_out
             mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
             train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
@@ -494,14 +497,14 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
     path = as_path(path, "path")
     try:
         with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {})[_HEADER])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        kind, params = header["jepakit_probe"], json.loads(header["params"])
+        kind, params = header["kind"], header["params"]
         unknown = _unknown(kind, params)
         if not unknown:
             probe = _KINDS[kind](**params)
-            probe.classes_, probe.model_id_ = _stored_classes(header), header["model_id"] or None
-            probe.fitted_on_ = arrays.pop("fitted_on", np.empty(0, np.uint64))
+            probe.classes_, probe.model_id_ = _stored_classes(header), _stored_space(header)
+            probe.fitted_on_ = arrays.pop("fitted_on")
             probe._restore(arrays)
             return probe
     except FileNotFoundError:
@@ -513,13 +516,17 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
     raise DataError(f"{path} holds {unknown}, unknown to this jepakit: upgrade jepakit, or fit the probe again")
 
 
+_HEADER = "jepakit_probe"
+"""The entry of a file's metadata that says what its arrays are."""
+
+
 def is_probe(path: Path) -> bool:
     """Whether a file is a saved probe, of this version or another, by its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return "jepakit_probe" in (file.metadata() or {})
+            return _HEADER in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
@@ -532,30 +539,25 @@ def _unknown(kind: str, params: dict[str, Any]) -> str:
     return f"a {_KINDS[kind].__name__} with the parameter {strange[0][:40]!r}" if strange else ""
 
 
-def _stored_classes(header: dict[str, str]) -> Labels:
-    """The classes as they were; numbers in files of an earlier version get numpy's usual dtype."""
-    dtype = header.get("classes_dtype")
+def _stored_classes(header: dict[str, Any]) -> Labels:
+    """The classes as they were."""
+    dtype = header["classes_dtype"]
     if dtype is not None and np.dtype(dtype).kind not in "biuf":
         raise ValueError(f"classes of dtype {dtype}")
-    return np.array(json.loads(header["classes"]), dtype)
+    return np.array(header["classes"], dtype)
+
+
+def _stored_space(header: dict[str, Any]) -> str | None:
+    """The model_id of the vectors; None if they were not embeddings."""
+    if not isinstance(header["model_id"], str | None):
+        raise TypeError(f"a model_id of type {type(header['model_id']).__name__}")
+    model_id: str | None = header["model_id"]
+    return model_id
 
 
 def _plain_number(value: Any) -> Any:
     """Convert a numpy scalar, as grid searches set them, for JSON."""
     return value.item()
-
-
-def stratified_folds(
-    targets: NDArray[np.intp], groups: NDArray[np.intp] | None = None, *, n_folds: int, seed: int
-) -> list[NDArray[np.bool_]] | None:
-    """`n_folds` masks [N] of held-out vectors, each class spread as evenly as possible; None when n_folds < 2.
-
-    groups  numbers from 0, [N]: a group stays in one fold and counts as the class of most of its vectors
-    """
-    if n_folds < 2:
-        return None
-    fold_of = assign_folds(numbered(groups, len(targets)), targets, n_folds, np.random.default_rng(seed))
-    return [fold_of == fold for fold in range(n_folds)]
 
 
 def _vectors_of(X: Embeddings | ArrayLike) -> Floats:

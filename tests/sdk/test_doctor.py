@@ -63,7 +63,7 @@ def test_problems_are_told_with_their_remedies(sound: pytest.MonkeyPatch) -> Non
         "/dev/shm has only 64 MB, so training would have fewer loader processes and Ray would write images"
         in problems[1]
     )
-    assert "--shm-size 1g" in problems[1]
+    assert "--shm-size 2g" in problems[1]
     told = CliRunner().invoke(app, ["doctor"])
     assert told.exit_code == 1
     assert told.stdout.count("problem: ") == 2

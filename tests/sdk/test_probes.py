@@ -26,9 +26,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe, probes
+from jepakit._groups import assign_folds
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit.errors import ConfigError, DataError, InputError, SpaceError
-from jepakit.probes import C_GRID, ProbeReport, stratified_folds
+from jepakit.probes import C_GRID, ProbeReport
 
 Floats = NDArray[np.float64]
 
@@ -205,10 +206,19 @@ def test_probabilities_add_up_to_one_and_no_vectors_give_none(probe: LinearProbe
 # The choice of C
 
 
+def folds_of(
+    targets: NDArray[np.intp], groups: NDArray[np.intp] | None = None, *, n_folds: int, seed: int
+) -> list[NDArray[np.bool_]]:
+    """The held-out vectors of each fold, as the choice of C assigns them."""
+    alone = np.arange(len(targets))
+    fold_of = assign_folds(alone if groups is None else groups, targets, n_folds, np.random.default_rng(seed))
+    return [fold_of == fold for fold in range(n_folds)]
+
+
 def choice_by_scikit_learn(vectors: Floats, labels: NDArray[np.intp], n_folds: int) -> float:
     """The C with the best balanced accuracy over all folds together; of several, the one of least cross-entropy."""
     predicted, missed = np.empty((len(C_GRID), len(labels)), int), np.zeros(len(C_GRID))
-    for held_out in stratified_folds(labels, n_folds=n_folds, seed=0) or []:
+    for held_out in folds_of(labels, n_folds=n_folds, seed=0):
         scaler = StandardScaler().fit(vectors[~held_out])
         for i, C in enumerate(C_GRID):
             model = LogisticRegression(C=C, tol=1e-8, max_iter=5000).fit(
@@ -304,25 +314,20 @@ def test_a_given_c_is_taken_as_it_is() -> None:
 
 def test_folds_share_out_every_class_evenly_and_every_vector_once() -> None:
     targets = np.repeat([0, 1, 2], [50, 13, 7])
-    folds = stratified_folds(targets, n_folds=5, seed=3)
-    assert folds is not None
+    folds = folds_of(targets, n_folds=5, seed=3)
     assert (np.sum(folds, axis=0) == 1).all()
     for target in range(3):
         counts = [(targets[fold] == target).sum() for fold in folds]
         assert max(counts) - min(counts) <= 1
-    again, other = stratified_folds(targets, n_folds=5, seed=3), stratified_folds(targets, n_folds=5, seed=4)
-    assert again is not None
-    assert other is not None
+    again, other = folds_of(targets, n_folds=5, seed=3), folds_of(targets, n_folds=5, seed=4)
     np.testing.assert_array_equal(folds, again)
     assert (np.array(folds) != np.array(other)).any()
-    assert stratified_folds(targets, n_folds=1, seed=0) is None
 
 
 def test_a_group_is_in_one_fold_and_every_fold_has_groups_of_every_class() -> None:
     groups = np.random.default_rng(0).permutation(np.arange(120) % 24)
     targets = (groups % 3 == 0).astype(np.intp)  # 8 and 16 groups
-    folds = stratified_folds(targets, groups, n_folds=5, seed=3)
-    assert folds is not None
+    folds = folds_of(targets, groups, n_folds=5, seed=3)
     assert (np.sum(folds, axis=0) == 1).all()
     assert sorted(len(np.unique(groups[fold])) for fold in folds) == [4, 4, 5, 5, 6]
     for fold in folds:
@@ -332,7 +337,7 @@ def test_a_group_is_in_one_fold_and_every_fold_has_groups_of_every_class() -> No
 
 def test_folds_of_groups_of_one_vector_each_are_those_without_groups() -> None:
     targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 13, 7]))
-    plain, grouped = (stratified_folds(targets, groups, n_folds=5, seed=3) for groups in (None, np.arange(70)))
+    plain, grouped = (folds_of(targets, groups, n_folds=5, seed=3) for groups in (None, np.arange(70)))
     np.testing.assert_array_equal(plain, grouped)
 
 
@@ -743,13 +748,12 @@ def test_the_chosen_c_survives_the_disk(tmp_path: Path) -> None:
     assert (loaded.C, loaded.C_) == (None, fitted.C_)
 
 
-def test_a_probe_that_was_saved_before_classes_could_count_alike_still_opens(tmp_path: Path) -> None:
-    header = {"jepakit_probe": "linear", "params": '{"C": null, "seed": 1}', "classes": '["a", "b"]', "model_id": ""}
-    arrays = {"coef": np.eye(2), "intercept": np.zeros(2), "mean": np.zeros(2), "std": np.ones(2), "C": np.array(0.1)}
-    save_file(arrays, tmp_path / "p.safetensors", metadata=header)
-    probe = load_probe(tmp_path / "p.safetensors")
-    assert probe.get_params() == {"C": None, "seed": 1, "class_weight": None}
-    assert probe.predict([[1.0, 0.0]]).tolist() == ["a"]
+def test_the_same_probe_is_the_same_file(tmp_path: Path) -> None:
+    for kind in (LinearProbe, KNNProbe):
+        files = {tmp_path / str(number) for number in range(5)}
+        for file in files:
+            kind().fit(embeddings()).save(file)
+        assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_a_probe_of_the_other_kind_is_refused(tmp_path: Path) -> None:
@@ -772,29 +776,40 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path, data: bytes
         load_probe(tmp_path / "p.safetensors")
 
 
-HEADER = {"jepakit_probe": "knn", "params": '{"k": 5}', "classes": '["a", "b"]', "model_id": ""}
-ARRAYS = {"vectors": np.eye(2, dtype=np.float32), "targets": np.array([0, 1])}
+HEADER = {"kind": "knn", "params": {"k": 5}, "classes": ["a", "b"], "classes_dtype": None, "model_id": None}
+ARRAYS = {
+    "vectors": np.eye(2, dtype=np.float32),
+    "targets": np.array([0, 1]),
+    "fitted_on": np.empty(0, np.uint64),
+}
+
+
+def written(path: Path, header: Any, arrays: dict[str, Any] = ARRAYS) -> None:
+    save_file(arrays, path, metadata={"jepakit_probe": json.dumps(header)})
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        {"jepakit_probe": None},
-        {"params": "["},
-        {"params": "[]"},
-        {"classes": "{"},
-        {"classes": "[1, 300]", "classes_dtype": "|u1"},
+        {"kind": []},
+        {"params": 7},
+        {"params": []},
+        {"classes": {}},
+        {"classes": [1, 300], "classes_dtype": "|u1"},
         {"classes_dtype": "<U3"},
         {"classes_dtype": "other"},
-        {"model_id": None},
+        {"model_id": 7},
     ],
     ids=str,
 )
-def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: dict[str, str | None]) -> None:
-    save_file(ARRAYS, tmp_path / "good", metadata=HEADER)
+def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: dict[str, Any]) -> None:
+    written(tmp_path / "good", HEADER)
     assert load_probe(tmp_path / "good").predict([[1.0, 0.0]]).tolist() == ["a"]
-    metadata = {name: value for name, value in {**HEADER, **header}.items() if value is not None}
-    save_file(ARRAYS, tmp_path / "bad", metadata=metadata)
+    for number, bad in enumerate(({**HEADER, **header}, [], "probe")):
+        written(tmp_path / f"{number} bad", bad)
+        with pytest.raises(DataError, match="bad is not a saved probe"):
+            load_probe(tmp_path / f"{number} bad")
+    save_file(ARRAYS, tmp_path / "bad", metadata={"jepakit_probe": "{"})
     with pytest.raises(DataError, match="bad is not a saved probe"):
         load_probe(tmp_path / "bad")
 
@@ -802,14 +817,14 @@ def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: d
 @pytest.mark.parametrize(
     ("header", "told"),
     [
-        ({"jepakit_probe": "forest"}, "a probe of kind 'forest'"),
-        ({"params": '{"k": 5, "metric": "cosine"}'}, "a KNNProbe with the parameter 'metric'"),
+        ({"kind": "forest"}, "a probe of kind 'forest'"),
+        ({"params": {"k": 5, "metric": "cosine"}}, "a KNNProbe with the parameter 'metric'"),
     ],
 )
 def test_a_probe_of_a_later_version_is_told_from_another_file(
-    tmp_path: Path, header: dict[str, str], told: str
+    tmp_path: Path, header: dict[str, Any], told: str
 ) -> None:
-    save_file(ARRAYS, tmp_path / "new", metadata={**HEADER, **header})
+    written(tmp_path / "new", {**HEADER, **header})
     with pytest.raises(DataError, match=f"new holds {told}, unknown to this jepakit: upgrade jepakit"):
         load_probe(tmp_path / "new")
 
@@ -817,7 +832,7 @@ def test_a_probe_of_a_later_version_is_told_from_another_file(
 @pytest.mark.parametrize(
     "arrays",
     [
-        {"vectors": ARRAYS["vectors"]},
+        {"vectors": ARRAYS["vectors"], "fitted_on": ARRAYS["fitted_on"]},
         {**ARRAYS, "targets": np.array([0, 1, 1])},
         {**ARRAYS, "targets": np.array([0, 7])},
         {**ARRAYS, "vectors": np.ones(2, np.float32)},
@@ -825,7 +840,7 @@ def test_a_probe_of_a_later_version_is_told_from_another_file(
     ids=["no targets", "too many targets", "targets beyond the classes", "one vector"],
 )
 def test_arrays_that_do_not_fit_together_are_refused_by_name(tmp_path: Path, arrays: dict[str, Any]) -> None:
-    save_file(arrays, tmp_path / "bad", metadata=HEADER)
+    written(tmp_path / "bad", HEADER, arrays)
     with pytest.raises(DataError, match="bad is not a saved probe"):
         load_probe(tmp_path / "bad")
 
@@ -833,10 +848,11 @@ def test_arrays_that_do_not_fit_together_are_refused_by_name(tmp_path: Path, arr
 def test_a_saved_probe_is_plain_safetensors_with_a_readable_header(tmp_path: Path) -> None:
     LinearProbe(C=2.0).fit(embeddings()).save(tmp_path / "p.safetensors")
     data = (tmp_path / "p.safetensors").read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    assert header["jepakit_probe"] == "linear"
-    assert json.loads(header["params"]) == {"C": 2.0, "seed": 0, "class_weight": None}
-    assert json.loads(header["classes"]) == ["class 0", "class 1", "class 2"]
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    header = json.loads(metadata["jepakit_probe"])
+    assert header["kind"] == "linear"
+    assert header["params"] == {"C": 2.0, "seed": 0, "class_weight": None}
+    assert header["classes"] == ["class 0", "class 1", "class 2"]
     assert header["model_id"] == SPACE
 
 

@@ -254,6 +254,22 @@ def test_settings_of_another_version_are_told_with_it(begin: Begin, by_another_v
         begin("run", clip_norm=2.0)
 
 
+def test_a_run_that_goes_on_with_other_packages_says_so(begin: Begin, capsys: pytest.CaptureFixture[str]) -> None:
+    run = begin("run")
+    begin("run")
+    assert "packages" not in capsys.readouterr().err
+    text = (run.path / ENVIRONMENT).read_text()
+    (run.path / ENVIRONMENT).write_text(re.sub('("pillow": )".*?"', r'\1"9.0"', text))
+    begin("run")
+    assert re.search(
+        r"run was started with other packages \(pillow 9\.0, now [\d.]+\): the result may differ",
+        capsys.readouterr().err,
+    )
+    (run.path / BUNDLE).mkdir()
+    begin("run")
+    assert "packages" not in capsys.readouterr().err, "a finished run is only reported"
+
+
 def test_a_finished_run_need_not_know_a_later_versions_settings(begin: Begin, by_another_version: Run) -> None:
     (by_another_version.path / BUNDLE).mkdir()
     begin("run")

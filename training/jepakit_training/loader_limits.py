@@ -9,15 +9,13 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from jepakit._machine import MORE_SHARED, SHARED
 from jepakit.errors import TrainingError
 
-SHARED = Path("/dev/shm")
-MORE_SHARED = "give the container more (docker run --shm-size 2g)"
 _ENOUGH_FILES = 65_536
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from jepakit._machine import main_memory, usable_cpus
+from jepakit._machine import MORE_SHARED, SHARED, main_memory, usable_cpus
 from jepakit._messages import counted
 from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import (
@@ -28,7 +28,7 @@ from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.holdout import Split, hold_out
-from jepakit_training.loader_limits import MORE_SHARED, SHARED, can_share, shared_bytes
+from jepakit_training.loader_limits import can_share, shared_bytes
 from jepakit_training.memory import GB
 from jepakit_training.trainable import trained_share
 

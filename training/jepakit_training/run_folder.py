@@ -38,7 +38,10 @@ FREE_SETTINGS = frozenset({
 LOCK = ".lock"
 # Holds the output of Ray's processes while they train; not a leftover, unlike the .tmp-* of a killed process.
 RAY_FOLDER = ".ray-"
-_PACKAGES = ("jepakit", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+_PACKAGES = (
+    "jepakit", "torch", "torchvision", "timm", "peft", "accelerate", "numpy", "pillow", "tifffile", "imagecodecs", "pydicom",
+    "python-gdcm",
+)  # fmt: skip
 # Some network file systems (Lustre without `-o flock`, old NFS) have none.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: set[int] = set()
@@ -152,6 +155,8 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     check_folder(out, config)
     if _has_begun(out):
         _check_same(out, images)
+        if not (out / BUNDLE).exists():
+            _tell_other_versions(out)
         return
     environment = {
         "versions": versions(),
@@ -166,6 +171,20 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
         # In this order: a folder with settings alone counts as the user's own.
         write_atomically(out / ENVIRONMENT, json.dumps(environment, indent=1))
         write_atomically(out / CONFIG, _as_toml(config))
+
+
+def _tell_other_versions(out: Path) -> None:
+    """Warn of packages that are others than when the run in `out` was started."""
+    then, now = _environment(out).get("versions", {}), versions()
+    changed = [
+        f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}"
+        for name in _PACKAGES
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        say(
+            f"warning: {out} was started with other packages ({'; '.join(changed)}): the result may differ from an unbroken run's"
+        )
 
 
 def keep_settings(out: Path, config: AdaptConfig) -> None:
@@ -307,7 +326,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that can affect a result."""
+    """Versions of the packages that can affect a result, decoders included."""
     return versions_of(_PACKAGES)
 
 

@@ -23,7 +23,7 @@ _SILENT = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DI
 class Trackers:
     """Logs to every tracker named.
 
-    names     names of the trackers; their packages are installed (see `jepakit._frontdoor.require`)
+    names     names of the trackers; their packages are installed (see `jepakit._extras.require_tracker`)
     run       the run's folder, in which all of them keep their files
     settings  the run's settings, for the trackers' own tables
     first     the step that the run resumes from: later steps that were logged are repeated
