@@ -123,6 +123,7 @@ def test_16_bit_tiles_cut_from_a_real_scene(tmp_path: Path, weights_file: Callab
     assert run.bundle.manifest.preprocess.stored_as == "uint16"
 
 
+@pytest.mark.slow
 def test_multispectral_tiles_cut_from_a_real_scene(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
     if not MULTICHANNEL.is_dir():
         pytest.skip("shared data is not at hand")

@@ -36,7 +36,7 @@ class Sealed(NamedTuple):
 
 
 @contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
+def only_errors(*loggers: str) -> Iterator[None]:
     """Suppress warnings, and anything below an error from these loggers; the empty name is the root logger's."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     with warnings.catch_warnings():
@@ -127,7 +127,7 @@ def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size:
     shape = {0: torch.export.Dim("batch")}
     if dynamic_size:
         shape.update({1: torch.export.Dim("height", min=16), 2: torch.export.Dim("width", min=16)})
-    with quiet("torch.onnx", "onnxscript", "torch.export"):
+    with only_errors("torch.onnx", "onnxscript", "torch.export"):
         program = torch.onnx.export(
             embedder,
             (example,),

@@ -51,7 +51,7 @@ from jepakit_export.quantize import to_int8
 from jepakit_export.verify import (
     BATCH_SIZES,
     Expected,
-    apart,
+    calibration_and_check,
     check,
     check_half,
     check_sizes,
@@ -95,11 +95,11 @@ def export(config: ExportConfig) -> Bundle:
     expected = expect(embedder, inputs)
     tensors = tensors_of(source.backbone)
     converted = halved(embedder) if config.precision == "fp16" else embedder
-    calibrating, others = apart(config.precision, inputs, users)
+    calibrating, others = calibration_and_check(config.precision, inputs, users)
     graph = _graph(config, source, converted, calibrating)
     manifest = _manifest(config, source, tensors, graph)
     with _failing_as(f"the graph of {source.described.name} cannot be made a file"):
-        sealed = seal(graph, _stamp(manifest, config.precision))
+        sealed = seal(graph, _metadata(manifest, config.precision))
     stage("verifying it against torch")
     if config.precision == "fp16":
         with _failing_as(f"torch cannot compute {source.described.name} in half precision (use --precision fp32)"):
@@ -200,10 +200,7 @@ def _standardized(source: Source, config: ExportConfig, users: Pixels | None) ->
     plain = source.embedding.model_copy(update={"standardize": "none", "center": None, "scale": None})
     if config.standardize == "none":
         return plain
-    if users is None:
-        raise ConfigError(
-            f"standardize = {config.standardize!r} measures the domain's images: give some with --verify-images DIR"
-        )
+    assert users is not None
     unnormalised = plain.model_copy(update={"normalize": False})
     vectors = expect(Embedder(source.backbone, source.preprocess, unnormalised).eval(), users).vectors
     return plain.standardized_by(vectors, config.standardize)
@@ -218,22 +215,13 @@ def _source(config: ExportConfig) -> Source:
 
 def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
     """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start."""
-    run.check_finished()
     start = which == "start" or (which == "best" and run.verdict.word != "better")
     return open_bundle(run.path / START) if start else run.bundle
 
 
 def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:
     manifest = bundle.manifest
-    if config.image_size not in (None, manifest.preprocess.size):
-        raise ConfigError(
-            f"{bundle.path} was measured at {manifest.preprocess.size} px: --image-size is for timm names only"
-        )
     embedding = manifest.embedding
-    if config.pooling not in (None, embedding.pooling):
-        raise ConfigError(
-            f"{bundle.path} was measured with pooling {embedding.pooling}: adapt with --pooling {config.pooling} instead"
-        )
     if config.normalize is not None:
         embedding = embedding.model_copy(update={"normalize": config.normalize})
     backbone = restore(manifest.backbone, load(bundle.read(WEIGHTS)))
@@ -268,7 +256,7 @@ def _of_timm(config: ExportConfig) -> Source:
     return Source(backbone, described, preprocess, embedding, provenance, None, None)
 
 
-def _stamp(manifest: Manifest, precision: Precision) -> dict[str, str]:
+def _metadata(manifest: Manifest, precision: Precision) -> dict[str, str]:
     """The metadata written into model.onnx itself."""
     return {
         "jepakit.name": manifest.name,

@@ -23,7 +23,7 @@ from jepakit._ort import import_ort
 from jepakit.bundle import INPUT
 from jepakit.images import Pixels
 from jepakit.sources import evenly_spread
-from jepakit_export.convert import is_large, quiet
+from jepakit_export.convert import is_large, only_errors
 
 MOST_CALIBRATED = 128
 _MATRICES = ("MatMul", "Gemm")
@@ -35,7 +35,7 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, quiet(""):  # the quantiser logs its advice to the root logger
+    with tempfile.TemporaryDirectory() as folder, only_errors(""):  # the quantiser logs its advice to the root logger
         given, prepared, written = (Path(folder) / name for name in ("fp32.onnx", "prepared.onnx", "int8.onnx"))
         # Weights that do not fit into the graph are stored outside it, as the quantiser itself does for a large model.
         outside = is_large(model)

@@ -81,7 +81,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
     return np.stack(pixels)
 
 
-def apart(precision: Precision, inputs: Pixels, users: Pixels | None) -> tuple[Pixels, Pixels | None]:
+def calibration_and_check(precision: Precision, inputs: Pixels, users: Pixels | None) -> tuple[Pixels, Pixels | None]:
     """The images to calibrate on, and those to verify on in addition to the golden inputs.
 
     Of the user's images, int8 is calibrated on one half and verified on the other. Without them it is calibrated and

@@ -1,4 +1,4 @@
-"""What numbers given by a user are: the same rule for every argument, in whichever of Python's or numpy's types."""
+"""What a user gives is checked here where several places ask the same: numbers of Python or numpy, enough images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TypeGuard
 import numpy as np
 
 from jepakit.errors import DataError
+
+FEWEST_IMAGES = 16
+"""To adapt on."""
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -35,3 +38,11 @@ def refuse_masked(what: str, values: object) -> None:
     mask as data."""
     if np.ma.is_masked(values) or (isinstance(values, list | tuple) and any(map(np.ma.is_masked, values))):
         raise DataError(f"{what} are an array with masked entries: fill them (array.filled(…)) or leave them out")
+
+
+def check_enough(count: int) -> None:
+    """Raise DataError for fewer images than one can adapt on."""
+    if count < FEWEST_IMAGES:
+        raise DataError(
+            f"{count} images are too few to adapt on: at least {FEWEST_IMAGES} are needed, hundreds are better"
+        )

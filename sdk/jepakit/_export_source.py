@@ -8,10 +8,10 @@ from pathlib import Path
 from jepakit._files import with_home
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name, known_names
-from jepakit.bundle import MANIFEST, START_WORDS, is_bundle
+from jepakit.bundle import MANIFEST, START_WORDS, Bundle, Standardize, is_bundle, open_bundle
 from jepakit.config import ExportConfig
 from jepakit.errors import BackboneError, ConfigError, DataError
-from jepakit.run import CONFIG, is_run
+from jepakit.run import CONFIG, Run, is_run
 
 
 def name_and_weights(source: str) -> tuple[str, str]:
@@ -21,14 +21,18 @@ def name_and_weights(source: str) -> tuple[str, str]:
 
 
 def check_source(config: ExportConfig) -> None:
-    """Raise DataError, BackboneError or ConfigError for an invalid source, or one that the settings do not fit."""
+    """Raise DataError, BackboneError, BundleError or ConfigError for an invalid source, or one that the settings do not
+    fit."""
     path = Path(config.source)
     if is_run(path):
+        _check_fits(Run(path).bundle, config)
         return
     if "which" in config.model_fields_set:
         raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
     if is_bundle(path):
+        _check_fits(open_bundle(path), config)
         return
+    _check_standardize(config, "none")
     name, weights = name_and_weights(config.source)
     if path.exists():
         timm = f"; for timm's backbone say {path}:pretrained" if name.partition(".")[0] in known_names() else ""
@@ -39,4 +43,24 @@ def check_source(config: ExportConfig) -> None:
     if weights and weights not in START_WORDS and not Path(weights).exists():
         raise BackboneError(
             f"{weights} does not exist{did_you_mean(weights, START_WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
+        )
+
+
+def _check_fits(bundle: Bundle, config: ExportConfig) -> None:
+    """Raise ConfigError for settings that would make another model of what was measured."""
+    size, embedding = bundle.manifest.preprocess.size, bundle.manifest.embedding
+    if config.image_size not in (None, size):
+        raise ConfigError(f"{bundle.path} was measured at {size} px: --image-size is for timm names only")
+    if config.pooling not in (None, embedding.pooling):
+        raise ConfigError(
+            f"{bundle.path} was measured with pooling {embedding.pooling}: adapt with --pooling {config.pooling} instead"
+        )
+    _check_standardize(config, embedding.standardize)
+
+
+def _check_standardize(config: ExportConfig, measured: Standardize) -> None:
+    """Raise ConfigError where a centre or scale is to be measured on no images."""
+    if config.standardize not in (None, "none", measured) and config.verify_images is None:
+        raise ConfigError(
+            f"standardize = {config.standardize!r} measures the domain's images: give some with --verify-images DIR"
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from jepakit._checks import check_enough
 from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
 from jepakit._messages import parse
@@ -32,7 +33,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV or Parquet manifest,
               WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
               or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
-    out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, on any later day.
+    out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, or reports it, on any later day.
     settings  the fields of `jepakit.config.AdaptConfig`, whose `help` explains each: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
@@ -50,14 +51,14 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
 
 
 def _folder(config: AdaptConfig, images: ImageList) -> Path:
-    """The run's folder: as given, else that of the same run left unfinished, else a new one with today's date."""
+    """The run's folder: as given, else that of the newest run of the same settings and images, else a new one with today's date."""
     if config.out:
         return Path(config.out)
-    from jepakit_training.run_folder import find_unfinished
+    from jepakit_training.run_folder import find_begun
 
     name, runs = _stem(config.images), Path("runs")
     begun = sorted(runs.glob(f"{name}-????-??-??"), reverse=True)
-    return find_unfinished(begun, config, images) or runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
+    return find_begun(begun, config, images) or runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
 
 
 def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> DryRun:
@@ -76,6 +77,7 @@ def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> t
     """Check the settings and list the images; missing packages are reported before torch is imported."""
     config = _adapt_config(images, out, settings)
     listed = _listed(images, config)
+    check_enough(len(listed))
     _require_to_adapt(config)
     return config, listed
 
@@ -145,6 +147,7 @@ def _to_sweep(
         name: _adapt_config(images, folder / name, chosen) for name, chosen in combinations(vary, settings).items()
     }
     listed = _listed(images, next(iter(configs.values())))
+    check_enough(len(listed))
     for config in configs.values():
         _require_to_adapt(config)
     from jepakit_training.ranks import has_launcher

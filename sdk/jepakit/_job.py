@@ -248,14 +248,14 @@ def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None
 
 
 def in_flight(
-    chunks: Iterable[Chunk], begin: Callable[[Chunk], Future[httpx.Response]], at_once: int
+    chunks: Iterable[Chunk], begin: Callable[[Chunk], Future[httpx.Response]]
 ) -> Iterator[tuple[Chunk, Future[httpx.Response]]]:
-    """Begin a request for each chunk, `at_once` at a time; while the oldest is awaited, the others are computed, and the
+    """Begin a request for each chunk, `AT_ONCE` at a time; while the oldest is awaited, the others are computed, and the
     next chunk is read as soon as it has been answered."""
     waiting: deque[tuple[Chunk, Future[httpx.Response]]] = deque()
     for chunk in chunks:
         waiting.append((chunk, begin(chunk)))
-        if len(waiting) == at_once:
+        if len(waiting) == AT_ONCE:
             yield waiting.popleft()
     yield from waiting
 

@@ -20,6 +20,16 @@ _MEANT = {"gpu": "cuda"}
 """What a word means that is spelt more like another one."""
 
 
+_PLAIN = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "input should be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "input should be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "input should be true or false"),
+    **dict.fromkeys(("tuple_type", "missing", "too_long"), "input should be a list like the default"),
+    **dict.fromkeys(("dict_type", "model_type"), "input should be a group of settings, each set by its own name"),
+}
+"""Pydantic's kinds of errors whose own words suppose that one knows its types."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean a, b?"` with the known words closest to `word`, or an empty string."""
     known = list(known)
@@ -113,7 +123,7 @@ def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"unknown setting {where!r}{_elsewhere(last, parents, root) or did_you_mean(last, model.model_fields)}"
     if detail["type"] == "missing" and not isinstance(detail["loc"][-1], int):
         return f"setting {where!r} is missing"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(detail["type"], detail["msg"]).removeprefix("Value error, ")
     if not where:
         return message
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):

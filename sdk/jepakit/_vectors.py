@@ -26,11 +26,11 @@ def most_similar(queries: NDArray[Any], vectors: NDArray[Any], k: int) -> tuple[
     Ties go to the lower index. Memory grows with Q · k only; many queries show progress.
     """
     places, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-    with Steps(len(queries), what="query", progress=len(queries) > _QUERIES) as show:
+    with Steps(len(queries), what="query", progress=len(queries) > _QUERIES) as bar:
         for first in range(0, len(queries), _QUERIES):
             block = slice(first, first + _QUERIES)
             places[block], cosines[block] = _most_similar(unit_length(queries[block].astype(np.float64)), vectors, k)
-            show.update(min(first + _QUERIES, len(queries)))
+            bar.update(min(first + _QUERIES, len(queries)))
     return places, cosines
 
 

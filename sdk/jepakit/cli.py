@@ -216,7 +216,7 @@ def adapt(
         tile=tile,
         overlap=overlap,
         frame=_number_or_word(frame),
-        value_range=_range_or_word(value_range),
+        value_range=value_range,
         processes=processes,
         launcher=launcher,
     )
@@ -435,7 +435,7 @@ def inspect(
         labels=labels,
         group=group,
         frame=_number_or_word(frame),
-        value_range=_range_or_word(value_range),
+        value_range=value_range,
     )
     seen = run_inspection(_source(images), sheet=sheet, **settings)
     show(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
@@ -952,15 +952,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _number_or_word(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() else text
-
-
-def _range_or_word(text: str | None) -> list[float] | str | None:
-    """`LOW:HIGH` as two numbers, anything else unchanged."""
-    low, colon, high = (text or "").partition(":")
-    try:
-        return [float(low), float(high)] if colon else text
-    except ValueError:
-        return text
 
 
 def _assign(settings: dict[str, Any], assignment: str) -> None:

@@ -151,10 +151,10 @@ class Client:
             most_skipped=most_skipped,
         )
         job = Job(listed, model, self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
-        with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
+        with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as bar:
             while True:
                 try:
-                    self._embed_rest(job, show)
+                    self._embed_rest(job, bar)
                     break
                 except ClientError as error:
                     self._described = None
@@ -163,7 +163,7 @@ class Client:
         job.skipped.tell(on_skipped, progress=progress)
         return job.result()
 
-    def _embed_rest(self, job: Job, show: Steps) -> None:
+    def _embed_rest(self, job: Job, bar: Steps) -> None:
         """Send the images that have no vectors yet."""
         stop = threading.Event()
 
@@ -172,14 +172,14 @@ class Client:
 
         try:
             with closing(job.parts()) as chunks:
-                for chunk, answer in in_flight(chunks, begin, AT_ONCE):
+                for chunk, answer in in_flight(chunks, begin):
                     try:
                         with job.naming(chunk):
                             job.accept(chunk, answer.result())
                     except ImageError as error:
                         if (rest := job.tolerate(chunk, error)) is not None:
                             job.accept(rest, begin(rest).result())
-                    show.update(job.done)
+                    bar.update(job.done)
         finally:
             stop.set()
 
@@ -322,10 +322,10 @@ class AsyncClient:
             most_skipped=most_skipped,
         )
         job = Job(listed, model, await self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
-        with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as show:
+        with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as bar:
             while True:
                 try:
-                    await self._embed_rest(job, show)
+                    await self._embed_rest(job, bar)
                     break
                 except ClientError as error:
                     self._described = None
@@ -334,7 +334,7 @@ class AsyncClient:
         job.skipped.tell(on_skipped, progress=progress)
         return job.result()
 
-    async def _embed_rest(self, job: Job, show: Steps) -> None:
+    async def _embed_rest(self, job: Job, bar: Steps) -> None:
         """As `Client._embed_rest`."""
         import asyncio
 
@@ -350,7 +350,7 @@ class AsyncClient:
                 if (rest := job.tolerate(chunk, error)) is not None:
                     job.accept(rest, await self._send(rest.request(self._http)))
             waiting.popleft()
-            show.update(job.done)
+            bar.update(job.done)
 
         try:
             # Files are read and decoded in threads, so as not to block the event loop.

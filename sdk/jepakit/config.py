@@ -27,7 +27,7 @@ from jepakit._files import with_home
 from jepakit._frozen import Frozen, StrictBools
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
-from jepakit.bundle import NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize
+from jepakit.bundle import MANIFEST, NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize, is_bundle
 from jepakit.errors import ConfigError
 from jepakit.sources.table import RULES, is_rule
 from jepakit.sources.tiles import Cut
@@ -64,10 +64,17 @@ LOCAL_SHARE = 96 / 224
 """Side of local views, as a share of the image size."""
 
 
-def _check_value_range(value: object) -> object:
-    if isinstance(value, str) and value not in _RANGES:
-        raise ValueError(f"give {', '.join(_RANGES)}, or LOW:HIGH in the files' units{did_you_mean(value, _RANGES)}")
-    return value
+def _read_value_range(value: object) -> object:
+    """`LOW:HIGH`, as one writes in a shell, as two numbers; anything else unchanged."""
+    if not isinstance(value, str) or value in _RANGES:
+        return value
+    low, _, high = value.partition(":")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise ValueError(
+            f"give {', '.join(_RANGES)}, or LOW:HIGH in the files' units{did_you_mean(value, _RANGES)}"
+        ) from None
 
 
 class _Settings(StrictBools, Frozen):
@@ -229,7 +236,7 @@ class AdaptConfig(_Settings):
     """Tiles with a smaller share of valid (not "no data") area are left out."""
     frame: Annotated[int, Field(ge=0)] | Literal["each"] | None = None
     """For multi-frame files: the number of the frame to use, or `each`; None: such files are refused."""
-    value_range: Annotated[ValueRange, BeforeValidator(_check_value_range)] = "auto"
+    value_range: Annotated[ValueRange, BeforeValidator(_read_value_range)] = "auto"
     """Which values become black and white in images that are not 8-bit: `auto` (measured), `file` (each DICOM
     file's own window), the name of a CT window, or [low, high] in the files' units."""
     augment_on: Literal["auto", "cpu", "device"] = "auto"
@@ -367,7 +374,13 @@ class AdaptConfig(_Settings):
     @field_validator("weights")
     @classmethod
     def _known_weights(cls, weights: str) -> str:
-        if weights not in START_WORDS and not Path(weights).exists():
+        if weights in START_WORDS:
+            return weights
+        if Path(weights).is_dir() and not is_bundle(Path(weights)):
+            inside = Path(weights) / "bundle"
+            hint = f": do you mean {inside}?" if is_bundle(inside) else ""
+            raise ValueError(f"a folder, but not a bundle (it has no {MANIFEST}){hint}")
+        if not Path(weights).exists():
             raise ValueError(
                 "no such file; give `pretrained`, `random`, a .safetensors or .pth file, or a bundle"
                 + did_you_mean(weights, START_WORDS)

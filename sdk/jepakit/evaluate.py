@@ -143,12 +143,12 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
     fold = _folds(truth, group_of)
     stays = [np.ones(len(truth), bool), *_leaving_out(truth, group_of)]
     right = np.empty((len(stays), 2, len(truth)), np.bool_)
-    with Steps(len(np.unique(fold)), what="fold") as show:
+    with Steps(len(np.unique(fold)), what="fold") as bar:
         for done, judged in enumerate((fold == number for number in np.unique(fold)), 1):
             strength = None  # chosen with all images to fit on
             for row, stay in zip(right, stays, strict=True):
                 row[:, judged], strength = _right_of_refit(vectors, truth, stay & ~judged, judged, group_of, strength)
-            show.update(done)
+            bar.update(done)
     return _measurement(right[0], truth, Refits(right[1:], ~np.array(stays[1:], np.bool_).reshape(-1, len(truth))))
 
 

@@ -3,6 +3,8 @@
 RUN/
   config.toml       the resolved settings (holds paths: keep it private)
   environment.json  versions, and a fingerprint of the data
+  plan.json         what the settings came to: steps, learning rate, λ, sizes, device, threads
+  split.csv         which images train and which are held out (holds paths: keep it private)
   metrics.jsonl     one line per logged step
   skipped.csv       images that could not be read, and why (holds paths: keep it private)
   checkpoints/      where the same command resumes from
@@ -29,6 +31,8 @@ from jepakit.errors import BundleError, DataError
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
+PLAN = "plan.json"
+SPLIT = "split.csv"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.csv"
 CHECKPOINTS = "checkpoints"

@@ -237,7 +237,7 @@ class Model:
         vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
         done = 0
         with (
-            Steps(len(listed), what="embed", progress=progress) as show,
+            Steps(len(listed), what="embed", progress=progress) as bar,
             closing(_batches(listed, self.manifest.preprocess, self._session.batch, skipped)) as batches,
         ):
             for places, pixels in batches:
@@ -247,7 +247,7 @@ class Model:
                     skipped.add(place, ImageError(f"{listed.ids[place]}: {NOT_FINITE}", code="not_finite"))
                 vectors[done : done + finite.sum()] = found[finite]
                 done += int(finite.sum())
-                show.update(done + len(skipped))
+                bar.update(done + len(skipped))
         skipped.tell(on_skipped, progress=progress)
         return skipped.embeddings(vectors[:done], self.model_id)
 

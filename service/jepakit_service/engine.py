@@ -57,7 +57,7 @@ class Engine:
             model.inside -= len(images)
         results = [_finite(result) for result in results]
         bad = sum(isinstance(result, ImageError) for result in results)
-        model.counted.answered(len(results) - bad, bad)
+        model.metrics.answered(len(results) - bad, bad)
         return Answer(results, pixels)
 
     def _is_full(self, model: LoadedModel, more: int) -> bool:

@@ -50,13 +50,13 @@ class LoadedModel:
             set_by="the service's setting max_pixels",
         )
         self._warm_up()
-        self.counted = metrics.of_model(self.manifest.name)
+        self.metrics = metrics.of_model(self.manifest.name)
         self.inside = 0
         """Images of requests that the engine has let in."""
         # Where the table judges by cosines, one vector shows no more than that its values are numbers.
         limit = golden.TOLERANCES[self.precision, self.provider].relative or 1.0
         self.heartbeat = Heartbeat(
-            self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.counted
+            self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.metrics
         )
         capacity = Capacity(
             self.plan.max_batch,
@@ -79,11 +79,11 @@ class LoadedModel:
 
         Raises TimeoutError.
         """
-        self.counted.waiting.inc(len(images))
+        self.metrics.waiting.inc(len(images))
         try:
             return await self._batcher.embed(images, timeout_s)
         finally:
-            self.counted.waiting.dec(len(images))
+            self.metrics.waiting.dec(len(images))
 
     def close(self) -> None:
         """Answer the waiting requests, then release the threads and the graph's memory."""

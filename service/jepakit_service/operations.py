@@ -102,7 +102,7 @@ def router(replica: Replica) -> APIRouter:
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics of all replicas in Prometheus' text format, each sample with the label `replica`."""
-        reports = await replica.reports(measured=True)
+        reports = await replica.reports(with_metrics=True)
         text = merge({report.replica: report.families for report in reports})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

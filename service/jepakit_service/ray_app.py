@@ -77,8 +77,8 @@ def application(settings: ServeSettings, log_socket: str | None) -> Any:
         def __serve_build_asgi_app__(self) -> ASGIApp:
             return _named_once(self._gate)
 
-        async def report(self, measured: bool) -> Report:
-            return await self._gate.replica.report(measured)
+        async def report(self, with_metrics: bool) -> Report:
+            return await self._gate.replica.report(with_metrics)
 
         async def check_health(self) -> None:
             self._gate.replica.watch()
@@ -112,7 +112,7 @@ def _named_once(gate: Gate) -> ASGIApp:
     return app
 
 
-async def _ask_all(measured: bool) -> Sequence[Report | None]:
+async def _ask_all(with_metrics: bool) -> Sequence[Report | None]:
     """The reports of the deployment's replicas, asked from within one of them; see `AskAll`.
 
     There are also none if Ray knows of no replica at the moment.
@@ -122,7 +122,7 @@ async def _ask_all(measured: bool) -> Sequence[Report | None]:
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
-        asked = handle.broadcast("report", measured)
+        asked = handle.broadcast("report", with_metrics)
         answers = await asked.results_async(timeout_s=_REPORT_TIMEOUT_S, return_exceptions=True)
     except asyncio.CancelledError:  # Ray also raises this for a call that ended in another replica
         if is_cancelled():

@@ -62,7 +62,7 @@ class Replica:
         self.registry = Registry()
         self.engine = Engine(settings)
         self._ask_all = ask_all or self._ask_alone
-        self._reports = {measured: Shared(partial(self._answering, measured)) for measured in (False, True)}
+        self._reports = {with_metrics: Shared(partial(self._answering, with_metrics)) for with_metrics in (False, True)}
         self._updates = Updates(settings, self.registry, self.metrics, self._states)
         for bundle in find_bundles(settings) if ask_all is None else self._updates.whole():
             versions = self.registry.versions(bundle.manifest.name)
@@ -84,10 +84,10 @@ class Replica:
         self.metrics.ready.set(not faults and not self.draining)
         return tuple(faults)
 
-    async def report(self, measured: bool = False) -> Report:
+    async def report(self, with_metrics: bool = False) -> Report:
         """This replica's own state, with its metrics if they are asked for."""
         faults = await self.faults()
-        return Report(self.id, faults, self.registry.state(), self._families() if measured else [])
+        return Report(self.id, faults, self.registry.state(), self._families() if with_metrics else [])
 
     def _families(self) -> list[Metric]:
         """All metrics with their current values."""
@@ -99,21 +99,21 @@ class Replica:
             ).set(1)
         return self.metrics.families()
 
-    async def reports(self, *, measured: bool = False) -> Sequence[Report]:
+    async def reports(self, *, with_metrics: bool = False) -> Sequence[Report]:
         """The reports of all replicas that answer, this one's included. One round at a time, as strangers may ask."""
-        return await self._reports[measured]()
+        return await self._reports[with_metrics]()
 
     async def check(self) -> None:
         """Raise ServeError if this replica should be replaced. Not if it has no models: no other could start."""
         if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 
-    async def _answering(self, measured: bool) -> Sequence[Report]:
-        answered = [report for report in await self._ask_all(measured) if report is not None]
-        return answered or await self._ask_alone(measured)  # another replica hangs
+    async def _answering(self, with_metrics: bool) -> Sequence[Report]:
+        answered = [report for report in await self._ask_all(with_metrics) if report is not None]
+        return answered or await self._ask_alone(with_metrics)  # another replica hangs
 
-    async def _ask_alone(self, measured: bool) -> Sequence[Report]:
-        return [await self.report(measured)]
+    async def _ask_alone(self, with_metrics: bool) -> Sequence[Report]:
+        return [await self.report(with_metrics)]
 
     async def _states(self) -> list[dict[str, VersionsState] | None]:
         reports = await self._ask_all(False)

@@ -24,7 +24,7 @@ import jepakit._frontdoor
 import jepakit_export.convert
 import jepakit_export.exporter
 import jepakit_export.verify
-from jepakit import golden
+from jepakit import _frontdoor, golden
 from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
 from jepakit.cli import app
@@ -405,13 +405,21 @@ def test_a_damaged_runs_weights_are_refused(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"image_size": 96}, "was measured at 64 px"), ({"pooling": "head"}, "was measured with pooling stages")],
+    [
+        ({"image_size": 96}, "was measured at 64 px"),
+        ({"pooling": "head"}, "was measured with pooling stages"),
+        ({"standardize": "center"}, "measures the domain's images: give some with --verify-images"),
+    ],
 )
 def test_what_a_run_has_measured_is_not_changed_at_export(
-    run: Run, tmp_path: Path, settings: dict[str, Any], message: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
+    monkeypatch.setattr(_frontdoor, "require", lambda _: pytest.fail("that needs torch"))
     with pytest.raises(ConfigError, match=message):
         jepakit.export(run.path, tmp_path / "bundle", **settings)
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns(BUNDLE))
+    with pytest.raises(BundleError, match="has not finished"):
+        jepakit.export(tmp_path / "run", tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("which", ["best", "last", "start"])

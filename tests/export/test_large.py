@@ -47,7 +47,6 @@ from jepakit_export.verify import _check_mates
 
 SIZE = 64
 IMAGES = golden.synthetic_images(5, SIZE, 3, seed=3)
-PRECISIONS = ("fp32", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def provider(request: pytest.FixtureRequest) -> Provider:
     return asked
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_the_bundle_holds_one_more_file_and_the_graph_no_big_tensor(
     exported: Callable[[str, bool], Bundle], precision: str
 ) -> None:
@@ -94,7 +93,7 @@ def test_the_bundle_holds_one_more_file_and_the_graph_no_big_tensor(
     assert max(len(tensor.raw_data) for tensor in graph.initializer) < 1024
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_the_vectors_are_those_of_the_graph_in_one_file(
     exported: Callable[[str, bool], Bundle], provider: Provider, precision: str
 ) -> None:

@@ -26,7 +26,14 @@ from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
 from jepakit.session import Session
 from jepakit_export import convert, exporter, quantize, verify
-from jepakit_export.verify import BATCH_SIZES, Expected, apart, check, int8_is_exact_here, read_users_images
+from jepakit_export.verify import (
+    BATCH_SIZES,
+    Expected,
+    calibration_and_check,
+    check,
+    int8_is_exact_here,
+    read_users_images,
+)
 
 VIT = "test_vit:random"
 
@@ -57,7 +64,10 @@ def backbone_and_input(bundle: Bundle, images: NDArray[np.uint8]) -> tuple[Any, 
 IMAGES = synthetic_images(5, 64, 3, seed=3)
 
 
-@pytest.mark.parametrize("pooling", ["head", "stages", "cls", "mean", "cls+mean", "last2"])
+@pytest.mark.parametrize(
+    "pooling",
+    ["stages", "cls+mean", "last2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("head", "cls", "mean"))],
+)
 @torch.inference_mode()
 def test_each_pooling_is_what_timm_gives(export: Callable[..., Bundle], pooling: str) -> None:
     bundle = export(pooling=pooling)
@@ -160,6 +170,7 @@ def test_fp16_that_overflows_in_half_precision_is_refused_though_a_cpu_computes_
         export(f"test_resnet:{file}", precision="fp16")
 
 
+@pytest.mark.slow
 def test_half_precision_is_tried_on_the_users_images_as_well(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -202,6 +213,7 @@ def test_patch_tokens_that_overflow_in_half_precision_are_refused() -> None:
         verify._check_finite(Overflowing(), IMAGES[:3])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_patch_tokens_that_differ_from_torchs_are_refused(export: Callable[..., Bundle]) -> None:
     bundle = export(tokens=True)
     session = Session.open(bundle, provider="cpu")
@@ -283,16 +295,16 @@ def test_int8_is_verified_on_other_images_of_the_users_than_it_is_calibrated_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     users = synthetic_images(20, 64, 3, seed=40)
-    calibrating, others = apart("int8", IMAGES, users)
+    calibrating, others = calibration_and_check("int8", IMAGES, users)
     assert others is not None
     assert len(calibrating) == len(others) == 10
     assert not {image.tobytes() for image in calibrating} & {image.tobytes() for image in others}
     assert capsys.readouterr().err == ""
-    assert apart("fp32", IMAGES, users)[1] is users
+    assert calibration_and_check("fp32", IMAGES, users)[1] is users
 
 
 def test_int8_without_the_users_images_says_that_real_ones_may_do_worse(capsys: pytest.CaptureFixture[str]) -> None:
-    calibrating, others = apart("int8", IMAGES, None)
+    calibrating, others = calibration_and_check("int8", IMAGES, None)
     assert (calibrating is IMAGES, others) == (True, None)
     assert "verified on synthetic images only, and real ones may do worse: give some" in capsys.readouterr().err
 
@@ -315,7 +327,7 @@ def test_two_exports_of_each_precision_are_the_same_bytes(
         assert first == second
 
 
-@pytest.mark.parametrize("how", ["center", "scale"])
+@pytest.mark.parametrize("how", ["center", pytest.param("scale", marks=pytest.mark.slow)])
 def test_standardising_is_measured_on_the_users_images_and_done_inside(
     export: Callable[..., Bundle], image_folder: Callable[..., Path], weights_file: Callable[[str], Path], how: str
 ) -> None:
@@ -348,7 +360,7 @@ def films(folder: Path, count: int, *, frames: int = 2) -> Path:
 
 
 def test_every_frame_is_verified_on_unless_the_model_means_one(tmp_path: Path) -> None:
-    spec = jepakit.export(VIT, tmp_path / "bundle", image_size=64).manifest.preprocess
+    spec = stock_preprocess(build("test_vit", {}), 64)
     folder = films(tmp_path / "films", 16)
     assert read_users_images(str(folder), spec).shape == (32, 64, 64, 3)
     second = read_users_images(str(folder), spec.model_copy(update={"frame": 1}))
@@ -371,7 +383,7 @@ def test_images_spread_over_the_whole_source_are_verified_on(tmp_path: Path, mon
 def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = jepakit.export(VIT, tmp_path / "bundle", image_size=64).manifest.preprocess
+    spec = stock_preprocess(build("test_vit", {}), 64)
     folder = films(tmp_path / "films", 120, frames=1)
     capsys.readouterr()
     read_users_images(str(folder), spec)
@@ -389,7 +401,9 @@ def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(
         read_users_images(str(folder), spec)
 
 
-@pytest.mark.parametrize(("source", "multiple"), [(VIT, 16), ("test_resnet:random", 1)])
+@pytest.mark.parametrize(
+    ("source", "multiple"), [(VIT, 16), pytest.param("test_resnet:random", 1, marks=pytest.mark.slow)]
+)
 @torch.inference_mode()
 def test_a_graph_of_dynamic_size_takes_the_sizes_that_torch_takes(
     export: Callable[..., Bundle], source: str, multiple: int, capsys: pytest.CaptureFixture[str]

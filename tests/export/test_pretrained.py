@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 from tests.hub import serving_hub
 
@@ -31,6 +32,7 @@ def exported(source: str, place: Path, *, hub: str, home: Path) -> Bundle:
     return open_bundle(place)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_come_from_the_hub_once_or_by_a_file_from_another_machine(
     weights_file: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -54,7 +54,8 @@ def complaint(**settings: Any) -> str:
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "table.csv").touch()
+    for name in ("table.csv", "manifest.json"):
+        (tmp_path / name).touch()
     config = adapt(weights="~", labels="~/table.csv", group=Path("~/table.csv"), cache="~/cache")
     assert config.weights == str(tmp_path)
     assert config.labels == config.group == str(tmp_path / "table.csv")
@@ -120,7 +121,15 @@ def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, me
         ({"lamb": 1}, ["lamb = 1", "less than 1"]),
         ({"batch_size": 1}, ["batch_size = 1", "greater than or equal to 2"]),
         ({"image_size": 8}, ["image_size = 8"]),
-        ({"steps": 2.5}, ["steps = 2.5", "valid integer"]),
+        ({"steps": 2.5}, ["steps = 2.5: input should be a whole number"]),
+        (
+            {"unfreeze": "last2"},
+            ["unfreeze = 'last2': input should be 'auto', 'none' or 'all' or a whole number or 'lora'"],
+        ),
+        ({"compile": "maybe"}, ["compile = 'maybe': input should be true or false"]),
+        ({"projector": "1024,64"}, ["projector = '1024,64': input should be a list"]),
+        ({"views": 6}, ["views = 6: input should be a group of settings, each set by its own name"]),
+        ({"views": {"global_area": [0.3]}}, ["views.global_area = [0.3]: input should be a list like the default"]),
         ({"steps": "many"}, ["steps = 'many'"]),
         ({"held_out": 1}, ["held_out = 1"]),
         ({"views": {"blur": 2}}, ["views.blur = 2", "less than or equal to 1"]),
@@ -287,11 +296,6 @@ def test_presets_keep_what_a_domains_signal_is() -> None:
         assert adapt(domain=domain).resolved_views().hue == 0, "a stain's colour means something"
 
 
-def test_weights_may_be_a_file_or_a_folder_that_exists(tmp_path: Path) -> None:
-    assert adapt(weights=str(tmp_path)).weights == str(tmp_path)
-    assert adapt(weights="random").weights == "random"
-
-
 @pytest.mark.parametrize("settings", [{"wich": "last"}, {"which": "first"}, {"opset": 3}, {"pooling": "max"}], ids=str)
 def test_export_settings_are_checked_the_same_way(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -380,3 +384,12 @@ def test_true_is_no_number() -> None:
             parse(AdaptConfig, {"images": "x", name: True})
     with pytest.raises(ConfigError, match=r"views\.n_local = True: true and false are for what is on or off"):
         parse(AdaptConfig, {"images": "x", "views": {"n_local": True}})
+
+
+def test_a_folder_of_weights_is_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run': a folder, but not a bundle \(it has no manifest\.json\)$"):
+        parse(AdaptConfig, {"images": "x", "weights": str(tmp_path / "run")})
+    (tmp_path / "run" / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"not a bundle .*: do you mean .*run/bundle\?$"):
+        parse(AdaptConfig, {"images": "x", "weights": str(tmp_path / "run")})

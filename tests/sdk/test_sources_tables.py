@@ -168,6 +168,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
+        (["1.png|a", "2.png|b"], r"columns are 1\.png\|a: its first line must name the columns, separated by commas"),
         (["paht,label", "1.png,a"], r"no column 'path' \(nor file, .*\); its columns are paht, label; did you mean paht\?"),
         (["path,label", "1.png,a,b"], r"m\.csv, line 2: 3 fields, its first line has 2"),
         (["path,label", "1.png,a", "", "2.png"], r"m\.csv, line 4: 1 fields"),

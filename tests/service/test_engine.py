@@ -23,7 +23,7 @@ class Slow:
 
     def __init__(self, rate: float) -> None:
         self.plan = Plan(threads=1, lanes=1, max_batch=1, rate=rate, few=0)
-        self.counted = SimpleNamespace(answered=lambda good, bad: None)
+        self.metrics = SimpleNamespace(answered=lambda good, bad: None)
         self.inside = 0
         self.go = asyncio.Event()
 

@@ -56,10 +56,10 @@ class Deployment:
         self.frozen = False
         self.replicas = [Replica(settings(bundle, replicas=2), self.ask_all) for _ in range(2)]
 
-    async def ask_all(self, measured: bool) -> list[Report | None]:
+    async def ask_all(self, with_metrics: bool) -> list[Report | None]:
         if self.frozen:
             return [None]
-        return [await replica.report(measured) for replica in self.replicas if replica.id not in self.silent]
+        return [await replica.report(with_metrics) for replica in self.replicas if replica.id not in self.silent]
 
     async def get(self, path: str) -> httpx.Response:
         """Send a GET to the first replica."""
@@ -276,7 +276,7 @@ def test_a_slow_model_is_given_the_time_of_some_of_its_batches(bundle: Path) -> 
         return made
 
     (model,) = Replica(settings(bundle)).registry
-    observer = model.counted
+    observer = model.metrics
     assert asyncio.run(beat(20.0)()) is None, "the batches before it take a minute"
     assert "has run no batch for 50 s" in (asyncio.run(beat(0.1)()) or "")
     made = beat(20.0)
@@ -454,9 +454,9 @@ def test_a_switch_while_the_replicas_are_asked_is_described_as_done(
     new.manifest = new.manifest.model_copy(update={"model_id": "0" * 16})
     ask_all = deployment.ask_all
 
-    async def switching(measured: bool) -> list[Report | None]:
+    async def switching(with_metrics: bool) -> list[Report | None]:
         replica.registry.versions("tiny").current = new
-        return await ask_all(measured)
+        return await ask_all(with_metrics)
 
     monkeypatch.setattr(replica, "_ask_all", switching)
     assert asyncio.run(deployment.get("/v1/models/tiny")).json()["model_id"] == new.manifest.model_id

@@ -344,7 +344,7 @@ def test_a_peer_whose_call_was_cancelled_is_one_that_does_not_answer(monkeypatch
     from jepakit_service import ray_app
 
     class Handle:
-        def broadcast(self, _method: str, _measured: bool) -> Self:
+        def broadcast(self, _method: str, _with_metrics: bool) -> Self:
             return self
 
         async def results_async(self, **_: object) -> list[object]:

@@ -92,9 +92,9 @@ class Deployment:
     def __init__(self, folder: Path, count: int) -> None:
         self.replicas = [Replica(settings(folder), self.ask_all) for _ in range(count)]
 
-    async def ask_all(self, measured: bool = False) -> list[Report | None]:
+    async def ask_all(self, with_metrics: bool = False) -> list[Report | None]:
         return [
-            None if number == self.silent else await replica.report(measured)
+            None if number == self.silent else await replica.report(with_metrics)
             for number, replica in enumerate(self.replicas)
         ]
 
@@ -957,7 +957,7 @@ def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path, whol
     replica = Replica(settings(folder))
 
     async def counted() -> bytes:
-        return merge({report.replica: report.families for report in await replica.reports(measured=True)})
+        return merge({report.replica: report.families for report in await replica.reports(with_metrics=True)})
 
     async def go() -> None:
         shutil.copytree(second, folder / "second")
@@ -1036,7 +1036,7 @@ def test_replicas_of_one_machine_load_a_version_one_after_the_other(
 
 
 def test_looks_that_were_ended_go_on(folder: Path, other: Path) -> None:
-    async def ended(_measured: bool) -> list[Report | None]:
+    async def ended(_with_metrics: bool) -> list[Report | None]:
         raise asyncio.CancelledError
 
     replica = Replica(settings(folder), ended)
@@ -1063,7 +1063,7 @@ def test_looks_that_were_ended_go_on(folder: Path, other: Path) -> None:
 def test_a_replica_that_does_not_hear_itself_agrees_to_nothing(folder: Path) -> None:
     first, second = Deployment(folder, 2).replicas
 
-    async def others(_measured: bool) -> list[Report | None]:
+    async def others(_with_metrics: bool) -> list[Report | None]:
         return [await second.report()]
 
     first._ask_all = others

@@ -26,7 +26,8 @@ from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.cli import app
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
-from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, SKIPPED, START, Run
+from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, PLAN, SKIPPED, SPLIT, START, Run
+from jepakit.sources import list_images
 from jepakit_training import checkpoint, loop
 from jepakit_training.alone import alone
 from jepakit_training.learner import Learner
@@ -84,11 +85,28 @@ def test_a_run_that_broke_off_before_a_checkpoint_begins_anew_and_says_so(
     assert equal(weights_of(run), weights_of(finished("test_vit")))
 
 
+def test_the_split_of_a_run_is_a_manifest_that_holds_the_same_images_out(
+    finished: Callable[[str], Run], images: Path, tmp_path: Path
+) -> None:
+    run = finished("test_vit")
+    shutil.copytree(images, tmp_path / "moved")
+    shutil.copy(run.path / SPLIT, tmp_path / "moved" / SPLIT)
+    rows = {row["path"]: row for row in csv.DictReader((run.path / SPLIT).read_text("utf-8").splitlines())}
+    listed = list_images(str(tmp_path / "moved" / SPLIT))
+    assert listed.held_out is not None
+    assert listed.labels is not None
+    assert len(listed) == 28
+    for name, held_out, label in zip(listed.ids, listed.held_out, listed.labels, strict=True):
+        assert (held_out, label) == (rows[name]["split"] == "test", rows[name]["label"])
+        assert label == name.partition("/")[0]
+    assert sum(listed.held_out) == json.loads((run.path / PLAN).read_text())["held_out"]
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, images: Path) -> None:
     run = finished(backbone)
     assert {path.name for path in run.path.iterdir()} == {
-        CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, NEIGHBOURS, START, BUNDLE,
+        CONFIG, ENVIRONMENT, PLAN, SPLIT, METRICS, CHECKPOINTS, NEIGHBOURS, START, BUNDLE,
     }  # fmt: skip
     assert run.neighbours.read_bytes().startswith(b"\x89PNG")
     assert run.finished
@@ -97,6 +115,9 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     environment = json.loads((run.path / ENVIRONMENT).read_text())
     assert environment["images"] == 28
     assert {"torch", "timm", "jepakit"} <= environment["versions"].keys()
+    plan = json.loads((run.path / PLAN).read_text())
+    assert (plan["steps"], plan["train"] + plan["held_out"], plan["device"]) == (STEPS, 28, "cpu")
+    assert plan["lr"] > 0 < plan["lamb"]
     assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
     assert set(run.metrics()[0]) == {
         "step", "loss", "prediction", "sigreg", "grad_norm", "lr", "images_per_s", "data_wait", "proj_std", "proj_rank",

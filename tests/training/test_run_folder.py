@@ -294,10 +294,10 @@ def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begi
     assert today.parent == Path("runs")
     for day, settings in (("01", {}), ("02", {}), ("03", {"seed": 1}), ("04", {})):
         begin(f"runs/set-2001-01-{day}", **settings)
-    Path("runs/set-2001-01-04", BUNDLE).mkdir()  # finished
     Path("runs/set-2001-01-05").mkdir()  # no run
-    assert folder() == Path("runs/set-2001-01-02")
-    assert folder("./set") == Path("runs/set-2001-01-02")
+    assert folder() == folder("./set") == Path("runs/set-2001-01-04")
+    Path("runs/set-2001-01-04", BUNDLE).mkdir()
+    assert folder() == Path("runs/set-2001-01-04"), "finished, and only reported"
     assert folder(seed=1) == Path("runs/set-2001-01-03")
     assert folder(seed=2) == today
     assert folder(out="here") == Path("here")

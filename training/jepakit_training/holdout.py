@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._checks import FEWEST_IMAGES, check_enough
 from jepakit._groups import codes, main_class
 from jepakit._messages import counted
 from jepakit.backbone import provenance_behind
@@ -20,7 +21,6 @@ from jepakit.evaluate import FEWEST_PER_CLASS
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.randomness import derive_seed
 
-_FEWEST_IMAGES = 16
 ENOUGH_GROUPS = 120
 """Held-out groups needed for the verdict "same": 90 of equal weight, and a third more as groups are uneven."""
 _OF_EACH_CLASS = 20
@@ -44,14 +44,11 @@ class Caveat(NamedTuple):
 
 def hold_out(config: AdaptConfig, images: ImageList) -> tuple[Split, list[Caveat]]:
     """The training and held-out images, with what makes the verdict optimistic; DataError if too few."""
-    if len(images) < _FEWEST_IMAGES:
-        raise DataError(
-            f"{len(images)} images are too few to adapt on: at least {_FEWEST_IMAGES} are needed, hundreds are better"
-        )
+    check_enough(len(images))
     parts, caveats = _chosen_parts(config, images)
-    if len(parts.train) < _FEWEST_IMAGES // 2 or not len(parts.held_out):
+    if len(parts.train) < FEWEST_IMAGES // 2 or not len(parts.held_out):
         raise DataError(
-            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {_FEWEST_IMAGES // 2} and 1 are the fewest possible; "
+            f"{len(parts.train)} images would train and {len(parts.held_out)} are held out: {FEWEST_IMAGES // 2} and 1 are the fewest possible; "
             "check the split column, the groups, or the labels"
         )
     return parts, [*caveats, *_of_the_start(config, images)]

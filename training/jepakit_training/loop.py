@@ -27,7 +27,7 @@ from jepakit_training.memory import memory_errors
 from jepakit_training.neighbours import write_neighbours
 from jepakit_training.plan import Plan
 from jepakit_training.recorder import recording
-from jepakit_training.records import SharedSkippedFiles
+from jepakit_training.records import SharedSkippedFiles, write_plan
 from jepakit_training.run_bundles import check_measured, check_start, write_run_bundle
 from jepakit_training.run_folder import keep_settings, locked, open_folder
 from jepakit_training.setup import Setup, prepare
@@ -55,6 +55,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     check_start(setup, run)
     if main:
         keep_settings(run.path, config)
+        write_plan(run.path, setup.plan, images, setup.accelerator.device)
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate.utils import gather_object
 
 from jepakit._checks import exceeds
 from jepakit._files import reason_of
 from jepakit._say import say
 from jepakit.errors import DataError
-from jepakit.run import SKIPPED, read_metrics
+from jepakit.run import PLAN, SKIPPED, SPLIT, read_metrics
+from jepakit.sources import ImageList
+from jepakit_training.plan import Plan
 from jepakit_training.run_folder import must_write, write_atomically
 
 _NAMED = 5
+
+
+def write_plan(run: Path, plan: Plan, images: ImageList, device: torch.device) -> None:
+    """Write plan.json and split.csv; WriteError if that fails.
+
+    split.csv has the columns of a manifest: beside a folder's images, it holds the same ones out in any other run.
+    """
+    is_held_out = np.zeros(len(images), bool)
+    is_held_out[plan.split.held_out] = True
+    columns = {
+        "path": images.ids,
+        "split": np.where(is_held_out, "test", "train").tolist(),
+        **({} if images.labels is None else {"label": [label or "" for label in images.labels]}),
+        **({} if images.groups is None else {"group": images.groups}),
+    }
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
+    settled = {name: value for name, value in vars(plan).items() if name != "split"}
+    settled |= {"train": len(plan.split.train), "held_out": len(plan.split.held_out)}
+    settled |= {"device": _device_name(device), "threads": torch.get_num_threads()}
+    with must_write(run):
+        write_atomically(run / PLAN, json.dumps(settled, indent=1))
+        write_atomically(run / SPLIT, table.getvalue())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class TolerateWriteErrors:

@@ -24,7 +24,7 @@ from jepakit._say import say
 from jepakit.bundle import START_WORDS, versions_of
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
-from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, SKIPPED, START, is_run
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START, is_run
 from jepakit.sources import ImageList
 from jepakit.sources.table import RULES
 from jepakit_training import ranks
@@ -215,17 +215,16 @@ def _has_begun(out: Path) -> bool:
     return is_run(out) and (out / START).exists()
 
 
-def find_unfinished(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
-    """The first of `folders` that holds an unfinished run of the same settings and images."""
+def find_begun(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
+    """The first of `folders` that holds a run of the same settings and images, finished or not."""
     settings = _as_toml(config)
-    return next((out for out in folders if _can_go_on(out, settings, images)), None)
+    return next((out for out in folders if _is_same_run(out, settings, images)), None)
 
 
-def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
+def _is_same_run(out: Path, settings: str, images: ImageList) -> bool:
     try:
         return (
-            not (out / BUNDLE).exists()
-            and not _changed_settings(out, settings, weights_may_move=False)
+            not _changed_settings(out, settings, weights_may_move=False)
             and _environment(out).get("data") == images.digest()
         )
     except DataError:
@@ -235,7 +234,7 @@ def _can_go_on(out: Path, settings: str, images: ImageList) -> bool:
 def _strangers(out: Path) -> list[str]:
     """Names in `out` that no trainer left there. Without our environment.json, settings are the user's own."""
     try:
-        ours = {LOCK, ENVIRONMENT, CONFIG, SKIPPED} if "data" in _environment(out) else {LOCK}
+        ours = {LOCK, ENVIRONMENT, CONFIG, PLAN, SPLIT, SKIPPED} if "data" in _environment(out) else {LOCK}
     except DataError:
         ours = {LOCK}
     names = (path.name for path in out.iterdir())
@@ -333,4 +332,4 @@ def versions() -> dict[str, str]:
 def write_atomically(path: Path, text: str) -> None:
     """Write the file completely or not at all."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "surrogateescape"))

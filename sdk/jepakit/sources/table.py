@@ -54,10 +54,9 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
     places = {role: place for role in (*needed, *optional) if (place := _find_column(header, role)) is not None}
     for role in needed:
         if role not in places:
-            hint = next(filter(None, (did_you_mean(name, header) for name in COLUMNS[role])), "")
             raise DataError(
                 f"{file} has no column {role!r} (nor {', '.join(COLUMNS[role][1:])}); "
-                f"its columns are {', '.join(header)}{hint or f': rename the one that is meant to {role}'}"
+                f"its columns are {', '.join(header)}{_remedy(header, role)}"
             )
     for place in places.values():
         same = [name for name in header if name.casefold() == header[place].casefold()]
@@ -78,6 +77,15 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
     known = {_find_column(header, role) for role in COLUMNS}
     unused = [name for place, name in enumerate(header) if name and place not in known]
     return Table(columns, {role: header[place] for role, place in places.items()}, unused)
+
+
+def _remedy(header: Sequence[str], role: str) -> str:
+    """What to do about a table without a column for `role`."""
+    if hint := next(filter(None, (did_you_mean(name, header) for name in COLUMNS[role])), ""):
+        return hint
+    if all(_find_column(header, other) is None for other in COLUMNS):
+        return ": its first line must name the columns, separated by commas, semicolons or tabs"
+    return f": rename the one that is meant to {role}"
 
 
 def is_rule(rule: str) -> bool:
