@@ -324,7 +324,6 @@ def init(
 
     if as_path(file, "file").exists():
         raise ConfigError(f"{file} is there already: name another file")
-    prepare_place(file)
     with written(file) as stream:
         stream.write(template().encode())
     show(

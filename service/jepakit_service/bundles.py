@@ -7,6 +7,7 @@ from pathlib import Path
 from jepakit._files import reason_of
 from jepakit.bundle import Bundle, Inside, bundles_inside, is_bundle, open_bundle
 from jepakit.errors import BundleError, DataError
+from jepakit.run import is_run
 from jepakit_service.settings import ServeSettings
 
 
@@ -46,7 +47,9 @@ def bundle_folders(given: Path) -> Inside:
 
 
 def _some_bundles(given: Path) -> list[Path]:
-    """Like `bundle_folders`, but raises DataError if there is no bundle or the path cannot be read."""
+    """Like `bundle_folders`, but raises DataError if there is no bundle, for a run, or if the path cannot be read."""
+    if is_run(given):
+        raise DataError(f"{given} is a run, and what is served is exported: jepakit export {given} --out bundles/NAME")
     try:
         bundles, closed = bundle_folders(given)
     except OSError as error:

@@ -32,6 +32,7 @@ from jepakit.errors import (
     ServeError,
     WriteError,
 )
+from jepakit.run import CONFIG
 from jepakit_service import memory, updates
 from jepakit_service.bundles import find_bundles
 from jepakit_service.deploy import Deployed, _swapped, deploy
@@ -794,6 +795,14 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
         monkeypatch.setattr(Path, "is_file", lambda path: False)  # as from Python 3.14 on
 
     return make
+
+
+def test_a_run_is_exported_before_it_is_served(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).touch()
+    with pytest.raises(
+        DataError, match=r"is a run, and what is served is exported: jepakit export .* --out bundles/NAME"
+    ):
+        find_bundles(settings(tmp_path))
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN], ids=errno.errorcode.get)

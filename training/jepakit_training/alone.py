@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from jepakit.errors import ConfigError
 from jepakit_training.loader_limits import more_open_files
-from jepakit_training.memory import freed_memory_kept, full_gpu_explained
+from jepakit_training.memory import forget_peaks, freed_memory_kept, full_gpu_explained
 from jepakit_training.precision import own_precision
 from jepakit_training.randomness import own_generators
 
@@ -30,6 +30,7 @@ def own_process() -> Iterator[None]:
         own_generators(),
         full_gpu_explained(),
     ):
+        forget_peaks()
         warnings.filterwarnings("ignore", module=r"(torch|accelerate|timm|peft)\b")  # not actionable for users
         yield
 

@@ -93,6 +93,13 @@ def full_gpu_explained() -> Iterator[None]:
         ) from error
 
 
+def forget_peaks() -> None:
+    """Let the peaks of GPU memory be those from now on: an earlier run of this process may have had higher ones."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gb(device: torch.device) -> float:
     """Peak memory of this process so far, in GB: of the GPU that it trains on, or main memory."""
     if device.type == "cuda":
