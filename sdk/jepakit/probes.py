@@ -337,6 +337,9 @@ class LinearProbe(_Probe):
         if groups is None and isinstance(X, Embeddings):
             groups = tuple(map(image_of, X.ids))
         group_of = numbered(groups, len(vectors))
+        if isinstance(X, Embeddings):  # by name, so that the same images give the same probe in any order
+            order = sorted(range(len(X)), key=X.ids.__getitem__)
+            vectors, targets, group_of = vectors[order], targets[order], numbered(group_of[order], len(order))
         C, self.cv_balanced_accuracy_ = self._choose_c(vectors, targets, group_of) if self.C is None else (self.C, None)
         mean, std = vectors.mean(axis=0), _safe_std(vectors)
         weights = fit_logistic((vectors - mean) / std, targets, C, importance=self._importance(targets))

@@ -748,6 +748,17 @@ def test_the_chosen_c_survives_the_disk(tmp_path: Path) -> None:
     assert (loaded.C, loaded.C_) == (None, fitted.C_)
 
 
+def test_the_same_images_give_the_same_probe_in_any_order(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    labels = ["a", "b", "c"] * 20
+    whole = Embeddings(random.standard_normal((60, 8)).astype(np.float32), SPACE, map(str, range(60)), labels)
+    files = []
+    for number in range(4):
+        files.append(tmp_path / str(number))
+        LinearProbe().fit(whole[random.permutation(60)]).save(files[-1])
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_the_same_probe_is_the_same_file(tmp_path: Path) -> None:
     for kind in (LinearProbe, KNNProbe):
         files = {tmp_path / str(number) for number in range(5)}
