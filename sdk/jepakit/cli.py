@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,10 +19,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from jepakit import __version__
-from jepakit._files import as_path, prepare_place, reason_of, written
+from jepakit._cli_settings import WithSettings, given_ones, number_or_word, settings_of, to_vary
+from jepakit._files import as_path, prepare_place, written
 from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
 from jepakit._progress import human_time
@@ -122,21 +121,7 @@ def options(
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-class _WithSettings(TyperCommand):
-    """A command with --set, which an unknown option that is the name of a setting is told to use."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from jepakit._frontdoor import setting_named
-
-        options = {option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for option in {word.partition("=")[0] for word in args if word.startswith("--")} - options:
-            name = option.lstrip("-").replace("-", "_")
-            if f"--{name.replace('_', '-')}" not in options and (setting := setting_named(name, self.name)):
-                raise ConfigError(f"{option} is a setting without an option of its own: give --set {setting}=VALUE")
-        return super().parse_args(ctx, args)
-
-
-@app.command(cls=_WithSettings)
+@app.command(cls=WithSettings)
 def adapt(
     images: _Images,
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
@@ -194,7 +179,7 @@ def adapt(
     from jepakit._frontdoor import adapt as run_adapt
     from jepakit._frontdoor import dry_run as run_dry
 
-    settings = _settings(
+    settings = settings_of(
         set_,
         config,
         out=out,
@@ -205,7 +190,7 @@ def adapt(
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
-        unfreeze=_number_or_word(unfreeze),
+        unfreeze=number_or_word(unfreeze),
         pooling=pooling,
         lamb=lamb,
         lr=lr,
@@ -215,7 +200,7 @@ def adapt(
         workers=workers,
         tile=tile,
         overlap=overlap,
-        frame=_number_or_word(frame),
+        frame=number_or_word(frame),
         value_range=value_range,
         processes=processes,
         launcher=launcher,
@@ -232,7 +217,7 @@ def adapt(
     _report(run, as_json=as_json)
 
 
-@app.command(cls=_WithSettings)
+@app.command(cls=WithSettings)
 def sweep(
     images: _Images,
     out: Annotated[str, typer.Option(help="the sweep's folder, which will hold a run for each combination")],
@@ -263,7 +248,7 @@ def sweep(
     from jepakit._frontdoor import dry_sweep
     from jepakit._frontdoor import sweep as run_sweep
 
-    settings = _settings(
+    settings = settings_of(
         set_,
         config,
         backbone=backbone,
@@ -274,10 +259,10 @@ def sweep(
         labels=labels,
         group=group,
     )
-    for given in ("images", "out"):  # a run's config.toml has them
-        settings.pop(given, None)
+    for name in ("images", "out"):  # a run's config.toml has them
+        settings.pop(name, None)
     varied: dict[str, list[Any]] = {}
-    for key, values in map(_varied, vary):
+    for key, values in map(to_vary, vary):
         varied.setdefault(key, []).extend(values)
     if dry_run:
         _print_estimates(dry_sweep(_source(images), out=out, vary=varied, **settings), as_json=as_json)
@@ -301,18 +286,6 @@ def _exiting_when_stopped() -> Iterator[None]:
         if not str(stop):
             say("stopped")
         raise typer.Exit(130) from None
-
-
-def _varied(given: str) -> tuple[str, list[Any]]:
-    """A setting and its values from `lamb=0.02,0.05`; values are parsed as TOML, else taken as plain strings."""
-    key, equals, text = given.partition("=")
-    key = key.strip()
-    if not equals or not text:
-        raise ConfigError(f"--vary {given}: write KEY=VALUE,VALUE, e.g. --vary unfreeze=auto,all")
-    try:
-        return key, list(tomllib.loads(f"values = [{text}]")["values"])
-    except tomllib.TOMLDecodeError:
-        return key, [_value(word.strip()) for word in text.split(",")]
 
 
 @app.command()
@@ -425,7 +398,7 @@ def inspect(
     """Report on your images as training would see them."""
     from jepakit._frontdoor import inspect as run_inspection
 
-    settings = _settings(
+    settings = settings_of(
         set_,
         domain=domain,
         image_size=image_size,
@@ -433,7 +406,7 @@ def inspect(
         overlap=overlap,
         labels=labels,
         group=group,
-        frame=_number_or_word(frame),
+        frame=number_or_word(frame),
         value_range=value_range,
     )
     seen = run_inspection(_source(images), sheet=sheet, **settings)
@@ -473,7 +446,7 @@ def export(
     """Export a model to ONNX, verified against torch."""
     from jepakit._frontdoor import export as run_export
 
-    settings = _settings(
+    settings = settings_of(
         which=which,
         name=name,
         precision=precision,
@@ -509,7 +482,7 @@ def export(
         )
 
 
-@app.command(cls=_WithSettings)
+@app.command(cls=WithSettings)
 def serve(
     bundles: Annotated[list[str] | None, typer.Argument(help="bundles, or folders of bundles")] = None,
     config: Annotated[
@@ -553,7 +526,7 @@ def serve(
                 f"older keys named {new_key!r} in that file, which stay valid until their lines are deleted: {n_others}"
             )
         return
-    settings = _settings(
+    settings = settings_of(
         set_,
         bundles=tuple(bundles) if bundles else None,
         host=host,
@@ -626,7 +599,7 @@ def embed(
         raise ConfigError(
             f"--model {model} chooses among a service's models, but a bundle is a single model: leave it out"
         )
-    runtime = _given(provider=provider, threads=threads, arithmetic=arithmetic)
+    runtime = given_ones(provider=provider, threads=threads, arithmetic=arithmetic)
     if url is not None and runtime:
         raise ConfigError(
             f"--{next(iter(runtime))} is for a bundle in this process; a service has its own setting: leave it out"
@@ -638,7 +611,7 @@ def embed(
         "tile": tile,
         "overlap": overlap,
         "min_valid": min_valid,
-        "frame": _number_or_word(frame),
+        "frame": number_or_word(frame),
         "most_skipped": most_skipped,
         "on_skipped": lambda *row: skipped.append(row),
     }
@@ -816,19 +789,19 @@ def probe_fit(
         "knn": {"-k": k},
     }
     other = "knn" if kind == "linear" else "linear"
-    for option, given in of_kind[other].items():
-        if given is not None:
-            raise ConfigError(f"{option} {given} is for {other} probes, but this one is {kind}: leave it out")
+    for option, value in of_kind[other].items():
+        if value is not None:
+            raise ConfigError(f"{option} {value} is for {other} probes, but this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
     if as_path(out, "out").exists() and not is_probe(as_path(out, "out")):
         raise ConfigError(f"--out {out} exists and is no probe, but may be a model's weights: name another file")
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe
     if kind == "knn":
-        probe = KNNProbe(**_given(k=k, class_weight=class_weight)).fit(vectors)
+        probe = KNNProbe(**given_ones(k=k, class_weight=class_weight)).fit(vectors)
     else:
         groups = None if group is None else groups_of(vectors.ids, group)
-        probe = LinearProbe(**_given(C=c, seed=seed, class_weight=class_weight)).fit(vectors, groups=groups)
+        probe = LinearProbe(**given_ones(C=c, seed=seed, class_weight=class_weight)).fit(vectors, groups=groups)
     probe.save(out)
     told = f"{out}: {kind} probe, {len(probe.classes_)} classes, fitted on {counted(len(vectors), 'image')}"
     if isinstance(probe, LinearProbe) and probe.cv_balanced_accuracy_ is not None:
@@ -923,56 +896,3 @@ def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:
     csv.writer(text, lineterminator="\n").writerows(rows)
     with written(as_path(file, "out")) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _settings(assignments: list[str] | None = None, file: Path | None = None, **options: Any) -> dict[str, Any]:
-    """Settings by name: from a TOML file, overridden by the `options` given, both overridden by `--set`."""
-    settings = _read_toml(file) if file else {}
-    settings.update(_given(**options))
-    for assignment in assignments or []:
-        _assign(settings, assignment)
-    return settings
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    path = as_path(path, "config")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-
-
-def _number_or_word(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else text
-
-
-def _assign(settings: dict[str, Any], assignment: str) -> None:
-    """Set `views.n_local=6` in nested settings; the value is parsed as TOML, else taken as a plain string."""
-    key, equals, text = assignment.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {assignment}: write KEY=VALUE, e.g. --set views.n_local=6")
-    if key == "images":
-        raise ConfigError(f"--set {assignment}: images cannot be set with --set: give them as arguments of the command")
-    value = _value(text)
-    *parents, last = key.split(".")
-    place = settings
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {assignment}: {parent} is not a group of settings")
-    place[last] = value
-
-
-def _value(text: str) -> Any:
-    """The value of a setting: parsed as TOML, else a plain string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

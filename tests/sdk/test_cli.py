@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
+from jepakit._cli_settings import settings_of
 from jepakit._extras import NEEDS
-from jepakit.cli import _check_comparable, _settings, app
+from jepakit.cli import _check_comparable, app
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import gather
@@ -256,7 +257,7 @@ def test_every_option_of_adapt_export_and_serve_has_a_help() -> None:
 
 def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("steps = 1\nseed = 1\nlr = 1\n[views]\nn_local = 1\n")
-    made = _settings(["steps=3", "views.blur=0.5"], tmp_path / "settings.toml", steps=2, seed=2, out=None)
+    made = settings_of(["steps=3", "views.blur=0.5"], tmp_path / "settings.toml", steps=2, seed=2, out=None)
     assert made == {"steps": 3, "seed": 2, "lr": 1, "views": {"n_local": 1, "blur": 0.5}}
 
 
