@@ -10,20 +10,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._groups import assign_folds, codes, groups_of_class, in_cells, main_class, numbered
+from jepakit._interval import (
+    NORMAL_95,
+    RULE_OF_THREE,
+    balanced,
+    bootstrap,
+    covariance,
+    scaled,
+    student,
+    variance_of_fits,
+    widened,
+)
 from jepakit._messages import first_few
 from jepakit._progress import Steps
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
 
-_RESAMPLES = 2000
 _LEFT_OUT = 10
 """Parts of the images to fit on, left out one at a time."""
 _FOLDS = 5
 _FEW = 1.25
 """Times as many groups of a class held out as fitted on: from there on the latter count."""
-_NORMAL_95 = 1.96
-_RULE_OF_THREE = 3.0
-"""What happened to none of N images may still happen to 3 in N of all (95 %)."""
 _PLAUSIBLE_GROUP_LOSS = 0.3
 """The accuracy that a group harmed by adaptation may plausibly lose."""
 _NAMED = 3
@@ -202,9 +209,9 @@ def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_], refits: Refi
     linear, knn = right
     scores = Scores(
         linear=linear.mean(),
-        linear_balanced=_balanced(linear, truth),
+        linear_balanced=balanced(linear, truth),
         knn=knn.mean(),
-        knn_balanced=_balanced(knn, truth),
+        knn_balanced=balanced(knn, truth),
     )
     return Measurement(scores, right, refits)
 
@@ -270,12 +277,12 @@ def _interval(
 ) -> tuple[float, float, float]:
     """The difference in balanced accuracy, as a mean over `probes` (0 is linear, 1 k-NN), and its 95 % interval."""
     gain = (after.right[probes].astype(np.float64) - before.right[probes]).mean(axis=0)
-    interval = _bootstrap(gain, truth, group_of)
+    interval = bootstrap(gain, truth, group_of)
     if before.refits is None or after.refits is None:
         return interval
     gains = (after.refits.right[:, probes].astype(np.float64) - before.refits.right[:, probes]).mean(axis=1)
-    variance = _variance_of_fits(gains, truth, group_of) + 2 * _covariance(gain, gains, after.refits.left_out, truth)
-    return _widened(interval, max(0.0, variance) * float(_student(len(gains) - 1)) ** 2)
+    variance = variance_of_fits(gains, truth, group_of) + 2 * covariance(gain, gains, after.refits.left_out, truth)
+    return widened(interval, max(0.0, variance) * float(student(len(gains) - 1)) ** 2)
 
 
 def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
@@ -290,10 +297,10 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
     if n == 1 or best.difference is None or best.low is None or best.high is None:
         return best
     z = NormalDist().inv_cdf(1 - 0.025 / n)
-    wider = z / _NORMAL_95
+    wider = z / NORMAL_95
     if best.n_groups is not None:
-        wider *= float(_student(best.n_groups - 1, z) / _student(best.n_groups - 1))
-    _, low, high = _scaled((best.difference, best.low, best.high), wider)
+        wider *= float(student(best.n_groups - 1, z) / student(best.n_groups - 1))
+    _, low, high = scaled((best.difference, best.low, best.high), wider)
     word: Word = "cannot tell"
     if best.word == "cannot tell" and not low <= 0 <= high:
         todo = "but its linear probe and its k-NN disagree, as its own report says: keep the one that does better by the probe you will use"
@@ -439,11 +446,6 @@ def _some(few: dict[str, int]) -> str:
     return first_few(words, _NAMED)
 
 
-def _balanced(right: NDArray[np.bool_] | NDArray[np.float64], truth: NDArray[np.str_]) -> float:
-    """Mean of `right` [N] in each class, averaged over the classes."""
-    return float(np.mean([right[truth == name].mean() for name in np.unique(truth)]))
-
-
 def _fewest_groups(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
     """How many groups the class with the fewest has."""
     return int((in_cells(group_of, codes(truth)) > 0).sum(axis=0).min())
@@ -457,123 +459,4 @@ def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.in
     counts = in_cells(group_of, codes(truth))
     weights = (counts / counts.sum(axis=0)).mean(axis=1)
     unevenness = np.count_nonzero(weights) * np.square(weights).sum()
-    return round(float(unevenness) * _RULE_OF_THREE * _PLAUSIBLE_GROUP_LOSS / SAME_WITHIN)
-
-
-def _bootstrap(
-    gain: NDArray[np.float64], truth: NDArray[np.str_], group_of: NDArray[np.intp]
-) -> tuple[float, float, float]:
-    """Class-balanced mean of `gain` [N] and its 95 % interval: (mean, low, high).
-
-    Whole groups (single images, without groups) are resampled within each class, or all together if a group spans
-    classes, as its gains are then correlated. The plain bootstrap is too narrow for small n, so
-
-    1. each class's spread is scaled by √(n / (n - 1));
-    2. if groups hold several images, also by Student's t (_student);
-    3. the interval is never narrower than the rule of three.
-
-    With no true difference, the plain bootstrap says "better" in 15 of 100 runs at 3 images per class, the corrected
-    one in at most 8 (2 to 10 classes of 3 to 30 images); over 8 to 60 groups, each shifted at random, in 2 to 8.
-    """
-    random = np.random.default_rng(0)
-    class_of = codes(truth)
-    counts, sums = in_cells(group_of, class_of), in_cells(group_of, class_of, gain)
-    images, n_classes = counts.sum(axis=0), counts.shape[1]
-    difference = float((sums.sum(axis=0) / images).mean())
-    a_group_spans_classes = (counts > 0).sum(axis=1).max() > 1
-    drawn_together = [list(range(n_classes))] if a_group_spans_classes else [[column] for column in range(n_classes)]
-    deviations = [_deviations(counts[:, columns], sums[:, columns], random) for columns in drawn_together]
-    low, high = difference + np.quantile(np.concatenate(deviations).mean(axis=0), [0.025, 0.975])
-    least = _RULE_OF_THREE * sum((1 / images).tolist()) / n_classes**2
-    return difference, max(-1.0, min(low, difference - least)), min(1.0, max(high, difference + least))
-
-
-def _variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> float:
-    """How much the difference would vary with other images to fit on: the jackknife's estimate, from the gains
-    [parts, N] with each part left out.
-
-    The jackknife also counts single held-out images that flip by chance, which the bootstrap has counted already: their
-    share of each part's mean, estimated from the spread between held-out groups, is subtracted, which may leave less than
-    nothing. Infinite without parts.
-    """
-    if not len(gains):
-        return np.inf
-    class_of = codes(truth)
-    counts = in_cells(group_of, class_of)
-    images, factor = counts.sum(axis=0), _unbiasing(counts)
-    of_fits = 0.0
-    for moved in gains - gains.mean(axis=0):
-        sums = in_cells(group_of, class_of, moved)
-        means = sums.sum(axis=0) / images
-        of_groups = ((sums - counts * means) / images * factor).mean(axis=1)
-        of_fits += float(means.mean() ** 2 - np.square(of_groups).sum())
-    return of_fits * (len(gains) - 1) / len(gains)
-
-
-def _covariance(
-    gain: NDArray[np.float64], gains: NDArray[np.float64], left_out: NDArray[np.bool_], truth: NDArray[np.str_]
-) -> float:
-    """How the effects of an image on the difference go together, as one that is judged and as one fitted on: the
-    jackknife's estimate, from the gain [N] and `gains` [parts, N], without the parts `left_out` [parts, N].
-    """
-    if not left_out.any():
-        return 0.0
-    classes = [truth == name for name in np.unique(truth)]
-    # A class of which nothing stays keeps its mean.
-    judged = np.array(
-        [np.mean([gain[of & stay if (of & stay).any() else of].mean() for of in classes]) for stay in ~left_out]
-    )
-    fitted = np.array([_balanced(each, truth) for each in gains])
-    return float(np.sum((judged - judged.mean()) * (fitted - fitted.mean())) * (len(gains) - 1) / len(gains))
-
-
-def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """√(n / (n - 1)) for each class, [classes], where n groups have images of it; `counts` [groups, classes]."""
-    groups = (counts > 0).sum(axis=0)
-    factor: NDArray[np.float64] = np.sqrt(groups / np.maximum(1, groups - 1))
-    return factor
-
-
-def _student(degrees: ArrayLike, z: float = _NORMAL_95) -> NDArray[np.float64]:
-    """How much wider an interval is for degrees of freedom as few as these, at least 1, where the normal's ends at `z`.
-
-    A spread estimated from n groups, or n parts left out, has n - 1. The quantile of Student's t over the normal's, by
-    Cornish and Fisher's expansion: at 1.96 within 3 % from two degrees on, at 2.87 within 6 % from three.
-    """
-    terms = (z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96, (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384
-    at_least_one = np.maximum(1.0, degrees)
-    return np.asarray(np.polynomial.polynomial.polyval(1 / at_least_one, (1, *terms)), np.float64)
-
-
-def _widened(interval: tuple[float, float, float], variance: float) -> tuple[float, float, float]:
-    """A mean and its 95 % interval, with `variance` added."""
-    _, low, high = interval
-    known = ((high - low) / 2 / _NORMAL_95) ** 2
-    return _scaled(interval, float(np.sqrt(1 + variance / known)))
-
-
-def _scaled(interval: tuple[float, float, float], factor: float) -> tuple[float, float, float]:
-    """A mean and its interval, `factor` times as wide, within -1 to 1."""
-    mean, low, high = interval
-    return mean, max(-1.0, mean - (mean - low) * factor), min(1.0, mean + (high - mean) * factor)
-
-
-def _deviations(
-    counts: NDArray[np.float64], sums: NDArray[np.float64], random: np.random.Generator
-) -> NDArray[np.float64]:
-    """How far each class's mean over resampled groups is from its own, unbiased in variance, [classes, resamples].
-
-    counts, sums  images and their summed gains, [groups, classes]; groups without images are not drawn, and a class
-                  missing from a resample has deviation 0 there
-    """
-    present = counts.any(axis=1)
-    counts, sums, n = counts[present], sums[present], int(present.sum())
-    drawn = random.integers(0, n, (_RESAMPLES, n)) + n * np.arange(_RESAMPLES)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=n * _RESAMPLES).reshape(_RESAMPLES, n).astype(np.float64)
-    images, mean = times @ counts, sums.sum(axis=0) / counts.sum(axis=0)
-    means = np.divide(times @ sums, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
-    factor = _unbiasing(counts)
-    if counts.sum() > n:
-        factor *= _student((counts > 0).sum(axis=0) - 1)
-    deviations: NDArray[np.float64] = ((means - mean) * factor).T
-    return deviations
+    return round(float(unevenness) * RULE_OF_THREE * _PLAUSIBLE_GROUP_LOSS / SAME_WITHIN)

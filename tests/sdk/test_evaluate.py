@@ -13,16 +13,15 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from jepakit import _frontdoor, evaluate
+from jepakit._interval import bootstrap, covariance, variance_of_fits
 from jepakit.cli import app
 from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import DataError
 from jepakit.evaluate import (
     SAME_WITHIN,
     Measurement,
-    _covariance,
     _groups_to_call_it_the_same,
     _leaving_out,
-    _variance_of_fits,
     cross_measure,
     judge,
     judge_best,
@@ -337,7 +336,7 @@ def test_the_interval_over_groups_is_as_wide_as_that_of_their_means() -> None:
     truth = np.tile(np.repeat(["a", "b"], 5), 200)
     grouped = by_groups(np.repeat(before, 10), np.repeat(after, 10), truth, groups)
     gain = after.astype(np.float64) - before
-    difference, low, high = evaluate._bootstrap(gain, np.repeat("a", 200), np.arange(200))
+    difference, low, high = bootstrap(gain, np.repeat("a", 200), np.arange(200))
     assert grouped.difference == pytest.approx(difference)
     for over_groups, over_images in ((grouped.low, low), (grouped.high, high)):
         assert over_groups is not None
@@ -586,7 +585,7 @@ def test_single_images_that_tip_over_are_not_counted_twice() -> None:
     random, truth = np.random.default_rng(0), np.repeat(["ant", "bee"], 1000)
     changes = (random.integers(-1, 2, (10, 2000)).astype(float) for _ in range(20))
     # Without what single images add it is 3e-3.
-    assert abs(np.mean([_variance_of_fits(each, truth, np.arange(2000)) for each in changes])) < 1e-3
+    assert abs(np.mean([variance_of_fits(each, truth, np.arange(2000)) for each in changes])) < 1e-3
 
 
 def test_an_image_that_moves_the_difference_in_both_ways_counts_in_both() -> None:
@@ -594,10 +593,10 @@ def test_an_image_that_moves_the_difference_in_both_ways_counts_in_both() -> Non
     gain = random.standard_normal(10)
     of_class = [np.mean([gain[stay & (truth == name)].mean() for name in ("ant", "bee")]) for stay in ~left_out]
     gains = np.repeat(0.5 * np.array(of_class)[:, None], 10, axis=1)  # fitting on an image does half of what it shows
-    assert _covariance(gain, gains, left_out, truth) == pytest.approx(
+    assert covariance(gain, gains, left_out, truth) == pytest.approx(
         0.5 * 0.9 * np.square(of_class - np.mean(of_class)).sum()
     )
-    assert _covariance(gain, gains, np.zeros((10, 10), bool), truth) == 0, "unless other images are judged"
+    assert covariance(gain, gains, np.zeros((10, 10), bool), truth) == 0, "unless other images are judged"
 
 
 def test_a_class_that_lies_wholly_in_one_part_does_not_change_what_is_meant_by_the_mean() -> None:
@@ -605,7 +604,7 @@ def test_a_class_that_lies_wholly_in_one_part_does_not_change_what_is_meant_by_t
     gain = np.where(truth == "bee", 1.0, 0.0)
     left_out = np.repeat(np.eye(5, dtype=bool), 2, axis=1)  # the last part holds all bees
     gains = np.repeat(np.linspace(0, 1, 5)[:, None], 10, axis=1)
-    assert _covariance(gain, gains, left_out, truth) == 0
+    assert covariance(gain, gains, left_out, truth) == 0
 
 
 def test_images_that_are_judged_and_fitted_on_make_the_interval_wider() -> None:
