@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts, Settings
+from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts
+from jepakit._connection import Connection
 from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, RequestLimits, in_flight
 from jepakit._models import ModelInfo as ModelInfo
 from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
@@ -59,7 +60,7 @@ class Client:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 75.0, deadline_s: float = 120.0
     ) -> None:
-        self._settings = Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._connection = Connection(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._described: list[ModelInfo] | None = None
         self._connect()
 
@@ -67,12 +68,12 @@ class Client:
         """Start without connections; after a fork, sharing the parent's would mix up its answers and this process's."""
         import httpx
 
-        self._http = self._settings.connect(httpx.Client)
+        self._http = self._connection.connect(httpx.Client)
         self._places = threading.Semaphore(MOST_AT_ONCE)
         self._process = os.getpid()
 
     def __repr__(self) -> str:
-        return f"<Client of {self._settings.url}>"
+        return f"<Client of {self._connection.url}>"
 
     def __reduce__(self) -> NoReturn:
         raise _no_copy(self)
@@ -198,7 +199,7 @@ class Client:
         """The service's limits, cached until an `embed` fails; not needed for a single image, which cannot be split."""
         if self._described is None and count > 1:
             self._described = self.models()
-        return RequestLimits.of(self._described or [], model, self._settings.patience_s)
+        return RequestLimits.of(self._described or [], model, self._connection.patience_s)
 
     def _own_connections(self) -> None:
         """In a forked process, replace the parent's connections, before each sending thread would make its own."""
@@ -226,7 +227,7 @@ class Client:
         _check_open(self._http)
         self._own_connections()
         with self._places:  # waiting here for this client's other requests does not count against the deadline
-            attempts = Attempts(self._settings)
+            attempts = Attempts(self._connection)
             pause: float | None = 0.0
             while not stop.wait(pause):
                 try:
@@ -248,7 +249,7 @@ class AsyncClient:
     def __init__(
         self, url: str, *, api_key: str | None = None, timeout_s: float = 75.0, deadline_s: float = 120.0
     ) -> None:
-        self._settings = Settings(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
+        self._connection = Connection(url, api_key=api_key, timeout_s=timeout_s, deadline_s=deadline_s)
         self._described: list[ModelInfo] | None = None
         self._loop: asyncio.AbstractEventLoop | None
         self._connect()
@@ -259,12 +260,12 @@ class AsyncClient:
 
         import httpx
 
-        self._http = self._settings.connect(httpx.AsyncClient)
+        self._http = self._connection.connect(httpx.AsyncClient)
         self._places = asyncio.Semaphore(MOST_AT_ONCE)
         self._process, self._loop = os.getpid(), None
 
     def __repr__(self) -> str:
-        return f"<AsyncClient of {self._settings.url}>"
+        return f"<AsyncClient of {self._connection.url}>"
 
     def __reduce__(self) -> NoReturn:
         raise _no_copy(self)
@@ -379,7 +380,7 @@ class AsyncClient:
     async def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         if self._described is None and count > 1:
             self._described = await self.models()
-        return RequestLimits.of(self._described or [], model, self._settings.patience_s)
+        return RequestLimits.of(self._described or [], model, self._connection.patience_s)
 
     def _check_loop(self) -> None:
         import asyncio
@@ -400,7 +401,7 @@ class AsyncClient:
         self._loop = self._loop or asyncio.get_running_loop()
         self._check_loop()
         async with self._places:
-            attempts = Attempts(self._settings)
+            attempts = Attempts(self._connection)
             while True:
                 try:
                     response = await self._http.send(attempts.begin(request))

@@ -40,7 +40,7 @@ def test_true_is_no_number_of_seconds_and_one_of_numpy_is() -> None:
     with pytest.raises(ConfigError, match="timeout_s = True"):
         jepakit.Client("http://127.0.0.1:8000", timeout_s=True)
     with jepakit.Client("http://127.0.0.1:8000", deadline_s=np.float32(5)) as client:  # type: ignore[arg-type]
-        assert client._settings.deadline_s == 5
+        assert client._connection.deadline_s == 5
     with pytest.raises(ConfigError, match="seed = True"):
         jepakit.LinearProbe(seed=True).fit(np.eye(2), ["a", "b"])
 
