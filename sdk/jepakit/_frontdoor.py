@@ -45,6 +45,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
 
     folder = _folder(config, listed)
     check_folder(folder, config)
+    check_enough(len(listed))
     from jepakit_training import adapt as run_training
 
     return run_training(config, listed, folder)
@@ -68,6 +69,7 @@ def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[Ad
     memory.
     """
     config, listed = _to_adapt(images, out, settings)
+    check_enough(len(listed))
     from jepakit_training.dryrun import dry_run as run_dry
 
     return run_dry(config, listed)
@@ -77,7 +79,6 @@ def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> t
     """Check the settings and list the images; missing packages are reported before torch is imported."""
     config = _adapt_config(images, out, settings)
     listed = _listed(images, config)
-    check_enough(len(listed))
     _require_to_adapt(config)
     return config, listed
 
@@ -147,7 +148,6 @@ def _to_sweep(
         name: _adapt_config(images, folder / name, chosen) for name, chosen in combinations(vary, settings).items()
     }
     listed = _listed(images, next(iter(configs.values())))
-    check_enough(len(listed))
     for config in configs.values():
         _require_to_adapt(config)
     from jepakit_training.ranks import has_launcher
@@ -158,6 +158,7 @@ def _to_sweep(
     check_can_hold(folder, configs, listed.digest())
     for name, config in configs.items():
         check_folder(folder / name, config)
+    check_enough(len(listed))
     return configs, listed
 
 

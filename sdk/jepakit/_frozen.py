@@ -1,4 +1,4 @@
-"""The base of all records that are stored as JSON and read back: no extra fields, no changes."""
+"""The bases of records and settings: records are stored as JSON and read back, with no extra fields and no changes."""
 
 from __future__ import annotations
 

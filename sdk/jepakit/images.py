@@ -165,7 +165,8 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
     if frame is None:
         if header.frames > 1:
             raise ImageError(
-                f"{name}: {header.frames} frames: choose one of them (frame=0 … {header.frames - 1}), or every one (frame='each')",
+                f"{name}: {header.frames} frames: choose one of them (frame=0 … {header.frames - 1}), or every one (frame='each'); "
+                "over HTTP, send one frame as a file or an array",
                 code="unsupported_mode",
             )
         return 0

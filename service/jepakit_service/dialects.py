@@ -62,13 +62,14 @@ class _Body(BaseModel):
         for name in self.model_extra or ():
             if name == "partial":
                 raise ApiError(400, "invalid_request", "partial is a query parameter: ?partial=true", param=name)
-            if name != "input_type" and (meant := get_close_matches(name, type(self).model_fields, n=1, cutoff=_ALIKE)):
-                raise ApiError(
-                    400, "invalid_request", f"unknown field {name[:40]!r}; did you mean {meant[0]}?", param=name[:40]
-                )
+            if name == "input_type" or len(name) > _LONGEST_FIELD:
+                continue
+            if meant := get_close_matches(name, type(self).model_fields, n=1, cutoff=_ALIKE):
+                raise ApiError(400, "invalid_request", f"unknown field {name!r}; did you mean {meant[0]}?", param=name)
         return self
 
 
+_LONGEST_FIELD = 40
 _ALIKE = 0.68
 """Above it are slips and other services' words for our fields (`output_dimension` is 0.69 like `dimensions`), below it
 their own fields, but for Voyage's and Cohere's `input_type`."""

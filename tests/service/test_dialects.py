@@ -214,7 +214,10 @@ def test_what_cannot_be_given_is_refused_by_name(
             {"input": URIS, "truncate": True, "truncate_prompt_tokens": 9, "priority": 0, "prompt_name": "query"},
         ),
         ("/v1/multimodalembeddings", {"inputs": [{"image": PLAIN[0]}], "input_type": "document", "truncation": True}),
-        ("/v2/embed", {"images": URIS, "input_type": "image", "truncate": "END", "max_tokens": 9, "priority": 1}),
+        (
+            "/v2/embed",
+            {"images": URIS, "input_type": "image", "truncate": "END", "max_tokens": 9, "output_dimension" * 9: 1},
+        ),
     ],
 )
 def test_other_services_fields_that_do_not_change_vectors_are_ignored(

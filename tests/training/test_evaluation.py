@@ -299,6 +299,23 @@ def test_a_file_lost_or_replaced_while_training_is_named_and_the_same_command_go
     assert run.comparison.n_train + run.comparison.n_held_out == 28
 
 
+class Flickering:
+    """A dataset that gives another image each time."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, place: int) -> NDArray[np.uint8]:
+        return np.random.default_rng().integers(0, 255, (72, 72, 3), np.uint8)
+
+
+def test_a_dataset_may_give_another_image_each_time(tmp_path: Path) -> None:
+    run = jepakit.adapt(
+        Flickering(), out=tmp_path / "run", backbone="test_vit", weights="random", image_size=64, steps=1, batch_size=8, workers=0,
+    )  # fmt: skip
+    assert run.finished
+
+
 IS_FIT = np.arange(40) < 30
 
 

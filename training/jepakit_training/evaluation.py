@@ -76,7 +76,7 @@ def extract(
                 readable[place] = False
                 skipped.append((int(indices[place]), item))
         pixels = [item for item in items if not isinstance(item, str)]
-        digests += [int.from_bytes(blake2b(image, digest_size=8).digest()) for image in pixels]
+        digests += [int.from_bytes(blake2b(image.tobytes(), digest_size=8).digest()) for image in pixels]
         if not pixels:
             continue
         with torch.inference_mode():
@@ -197,7 +197,8 @@ class Measuring:
                 f"{features.skipped[0][1]}. Put back what was there and run the same command again: it goes on from the "
                 "last checkpoint"
             )
-        if len(changed := np.flatnonzero(features.digests != self._digests)):
+        # A dataset of the caller's may give another view each time; files that differ were replaced.
+        if not self._source.in_memory and len(changed := np.flatnonzero(features.digests != self._digests)):
             first = self._source.ids[self.images.indices[changed[0]]]
             raise DataError(
                 f"{counted(len(changed), 'image')} measured before training have changed since, the first: {first}. Put back what was "
