@@ -124,7 +124,7 @@ def test_the_verdict_is_over_the_groups_of_the_source(image_folder: Callable[...
     alone = jepakit.adapt(folder, out=tmp_path / "alone", group=str(table), **settings)
     caveat, _, reason = alone.verdict.reason.partition("; ")
     assert caveat == (
-        "optimistic: all images are one group, which cannot be held out whole: held-out images have siblings in training"
+        "optimistic, as all images are one group, which cannot be held out whole: held-out images have siblings in training"
     )
     assert "group" not in reason
     assert alone.verdict.low is not None

@@ -281,7 +281,7 @@ def test_the_seed_of_a_run_says_which_images_are_held_out() -> None:
 def test_groups_on_both_sides_of_a_manifests_split_are_told() -> None:
     source = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
     source = replace(source, groups=tuple(f"g{place % 10}" for place in range(40)), held_out=np.arange(40) < 12)
-    assert "10 groups on both sides" in hold_out(AdaptConfig(images="x"), source)[1][0].warning
+    assert "10 groups are on both sides" in hold_out(AdaptConfig(images="x"), source)[1][0].warning
 
 
 def test_the_group_that_brings_the_share_nearer_is_held_out() -> None:

@@ -332,7 +332,7 @@ def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
     notes = " ".join(plan.notes)
     warns = warns or before == "other data" or (before is not None and bool(settings))
     assert ("may be others" in notes and "split column" in notes) == warns
-    kept = ("optimistic, maybe: the start was trained in a run whose held-out images may be others",)
+    kept = ("maybe optimistic, as the start was trained in a run whose held-out images may be others",)
     assert plan.caveats == (kept if warns else ())
     apart = replace(images, held_out=np.arange(100) < 20)
     assert "may be others" not in " ".join(make_plan(config, apart, backbone, 1, bands=3, value_bytes=1).notes)

@@ -61,16 +61,16 @@ def _chosen_parts(config: AdaptConfig, images: ImageList) -> tuple[Split, list[C
     if images.held_out is not None:
         parts = Split(np.flatnonzero(~images.held_out), np.flatnonzero(images.held_out))
         if groups is not None and (both := {groups[i] for i in parts.train} & {groups[i] for i in parts.held_out}):
-            told = f"{counted(len(both), 'group')} on both sides of the manifest's split"
+            told = f"{counted(len(both), 'group')} {'is' if len(both) == 1 else 'are'} on both sides of the manifest's split"
             caveats.append(
-                Caveat(f"warning: {told}, e.g. {min(both)}: the verdict is optimistic", f"optimistic: {told}")
+                Caveat(f"warning: {told}, e.g. {min(both)}: the verdict is optimistic", f"optimistic, as {told}")
             )
         return parts, caveats
     judges = images.judges()
     if _are_one_group(judges, groups):
         which = "images" if len(judges) == len(images) else "labelled images"
         told = f"all {which} are one group, which cannot be held out whole: held-out images have siblings in training"
-        caveats.append(Caveat(f"warning: {told}, and the verdict is optimistic", f"optimistic: {told}"))
+        caveats.append(Caveat(f"warning: {told}, and the verdict is optimistic", f"optimistic, as {told}"))
         groups = None
     parts = split(
         len(judges),
@@ -163,7 +163,7 @@ def _of_the_start(config: AdaptConfig, images: ImageList) -> list[Caveat]:
         Caveat(
             f"warning: {config.weights} was {told}: where it has seen those held out here, the verdict is optimistic; name them "
             "in a manifest's split column to keep them apart in every run",
-            f"optimistic, maybe: the start was {told}",
+            f"maybe optimistic, as the start was {told}",
         )
     ]
 
