@@ -793,7 +793,7 @@ def probe_fit(
         if value is not None:
             raise ConfigError(f"{option} {value} is for {other} probes, but this one is {kind}: leave it out")
     _check_out(out, ".safetensors")
-    if as_path(out, "out").exists() and not is_probe(as_path(out, "out")):
+    if (file := as_path(out, "out")).exists() and not is_probe(file):
         raise ConfigError(f"--out {out} exists and is no probe, but may be a model's weights: name another file")
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe

@@ -552,10 +552,10 @@ def _stored_classes(header: dict[str, Any]) -> Labels:
 
 def _stored_space(header: dict[str, Any]) -> str | None:
     """The model_id of the vectors; None if they were not embeddings."""
-    if not isinstance(header["model_id"], str | None):
-        raise TypeError(f"a model_id of type {type(header['model_id']).__name__}")
-    model_id: str | None = header["model_id"]
-    return model_id
+    model_id = header["model_id"]
+    if model_id is None or isinstance(model_id, str):
+        return model_id
+    raise TypeError(f"a model_id of type {type(model_id).__name__}")
 
 
 def _plain_number(value: Any) -> Any:

@@ -41,13 +41,14 @@ def write_plan(run: Path, plan: Plan, images: ImageList, device: torch.device) -
     csv.writer(table, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
     settled = {name: value for name, value in vars(plan).items() if name != "split"}
     settled |= {"train": len(plan.split.train), "held_out": len(plan.split.held_out)}
-    settled |= {"device": _device_name(device), "threads": torch.get_num_threads()}
+    settled |= {"device": device_name(device), "threads": torch.get_num_threads()}
     with must_write(run):
         write_atomically(run / PLAN, json.dumps(settled, indent=1))
         write_atomically(run / SPLIT, table.getvalue())
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a GPU is called; the kind of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

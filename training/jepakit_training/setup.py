@@ -27,7 +27,7 @@ from jepakit_training.model import layout_of
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.precision import mixed_precision
 from jepakit_training.randomness import derive_seed
-from jepakit_training.records import SkippedFiles
+from jepakit_training.records import SkippedFiles, device_name
 from jepakit_training.trainable import check_trainable
 from jepakit_training.values import choose_preprocess, describe_values, look_at
 from jepakit_training.views import ViewMaker
@@ -109,7 +109,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
 def _where(device: torch.device) -> str:
     """What the run trains on; empty where there is no GPU to speak of."""
     if device.type == "cuda":
-        return f"trains on {torch.cuda.get_device_name(device)}"
+        return f"trains on {device_name(device)}"
     if has_nvidia_driver() and not torch.cuda.is_available():
         return "warning: trains on the CPU, as torch cannot use this machine's GPU: see `jepakit doctor`"
     return ""
