@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,6 +23,14 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     """An image as a file written by Pillow."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def tiff(array: NDArray[Any], *, writer: dict[str, Any] | None = None, **options: Any) -> bytes:
+    """An array as a TIFF, with arguments for `tifffile.TiffWriter` and for its `write`."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer, **(writer or {})) as file:
+        file.write(array, **options)
     return buffer.getvalue()
 
 

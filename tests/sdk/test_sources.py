@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.files import touch
+from tests.files import encoded, touch
 
 from jepakit._messages import counted
 from jepakit.embeddings import Embeddings
@@ -34,9 +34,7 @@ def paths(images: ImageList) -> list[Any]:
 
 
 def png(size: int = 10) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), "red").save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (size, size), "red"), "PNG")
 
 
 # Folders, globs, lists

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from tests.files import encoded
 from torch.utils.data import Subset, random_split
 from torchvision.datasets import FakeData
 
@@ -30,9 +31,7 @@ def array(seed: int = 0) -> Any:
 
 
 def png(seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array(seed)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(array(seed)), "PNG")
 
 
 class Dataset:

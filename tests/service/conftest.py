@@ -48,6 +48,12 @@ def service(bundle: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def expected(bundle: Path) -> np.ndarray[Any, Any]:
+    """The bundle's vectors of pictures 0 to 2, computed in this process."""
+    return jepakit.load(bundle).embed([picture(seed) for seed in range(3)], progress=False).vectors
+
+
 def promising_others(bundle: Path, out: Path) -> Path:
     """A copy of a bundle, intact by its digests, whose golden vectors are not those its graph computes."""
     source = jepakit.open_bundle(bundle)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 from numpy.typing import NDArray
@@ -81,6 +82,14 @@ def wait_until(wanted: Callable[[], Any], otherwise: str, within_s: float = RECO
         assert time.monotonic() < deadline, otherwise
         time.sleep(every_s)
     return found
+
+
+def is_ready(url: str) -> bool:
+    """Whether the service at `url` answers that it is ready."""
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def processes(title: str) -> list[psutil.Process]:

@@ -48,12 +48,6 @@ def vectors_of(response: httpx.Response) -> np.ndarray[Any, Any]:
     return np.frombuffer(response.content, "<f4").reshape(rows, dim)
 
 
-@pytest.fixture(scope="module")
-def expected(bundle: Path) -> np.ndarray[Any, Any]:
-    """The bundle's vectors of three pictures, computed in this process."""
-    return jepakit.load(bundle).embed([picture(seed) for seed in range(3)], progress=False).vectors
-
-
 def test_raw_image_bytes_give_the_vector_of_the_bundle(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
     answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png", **RAW})
     np.testing.assert_allclose(vectors_of(answer), expected[:1], rtol=0, atol=1e-5 * np.abs(expected).max())

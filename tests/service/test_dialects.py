@@ -26,12 +26,6 @@ URIS = [f"data:image/png;base64,{text}" for text in PLAIN]
 PIXELS = 48 * 40
 
 
-@pytest.fixture(scope="module")
-def expected(bundle: Path) -> np.ndarray[Any, Any]:
-    """The bundle's vectors of the three pictures, computed in this process."""
-    return jepakit.load(bundle).embed([picture(seed) for seed in range(3)], progress=False).vectors
-
-
 def decoded(vector: str | list[float]) -> np.ndarray[Any, Any]:
     return np.frombuffer(base64.b64decode(vector), "<f4") if isinstance(vector, str) else np.array(vector, np.float32)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import io
 import json
 import logging
 import os
@@ -39,9 +38,10 @@ from jepakit_service.faults import ApiError
 from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
 from jepakit_service.wire import Ask
-from tests.files import png_chunk
+from tests.files import encoded, png_chunk
 
 from .conftest import picture, running
+from .load import is_ready
 
 MEGABYTE = 1 << 20
 _SERVE = """
@@ -89,7 +89,7 @@ def victim(bundle: Path) -> Iterator[Victim]:
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while not _answers(url):
+        while not is_ready(url):
             assert process.poll() is None, "the service ended"
             assert time.monotonic() < deadline, "the service did not start"
             time.sleep(0.2)
@@ -99,20 +99,7 @@ def victim(bundle: Path) -> Iterator[Victim]:
         process.wait(30)
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 # --- images ---------------------------------------------------------------------------------------------------------
-
-
-def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(mode: str, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -134,23 +121,23 @@ def png_text_bomb() -> bytes:
     """64 MB of text behind a compressed chunk of 64 kB."""
     info = PngImagePlugin.PngInfo()
     info.add_text("bomb", "a" * (64 * MEGABYTE), zip=True)
-    return saved(noise("RGB"), pnginfo=info)
+    return encoded(noise("RGB"), "PNG", pnginfo=info)
 
 
 def jpeg_claiming(width: int, height: int) -> bytes:
-    data = bytearray(saved(noise("RGB"), "JPEG"))
+    data = bytearray(encoded(noise("RGB"), "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
     return bytes(data)
 
 
 def tiff_of(dtype: Any) -> bytes:
-    return saved(Image.fromarray((np.random.default_rng(0).random((40, 48)) * 60_000).astype(dtype)), "TIFF")
+    return encoded(Image.fromarray((np.random.default_rng(0).random((40, 48)) * 60_000).astype(dtype)), "TIFF")
 
 
 def animated(kind: str) -> bytes:
     frames = [noise("RGB", (48, 40)).rotate(90 * turn) for turn in range(3)]
-    return saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
 IMAGES: dict[str, tuple[Callable[[], bytes], set[int]]] = {
@@ -163,20 +150,20 @@ IMAGES: dict[str, tuple[Callable[[], bytes], set[int]]] = {
     "a ZIP": (lambda: b"PK\x03\x04" + b"\0" * 100, {415, 422}),
     "an EPS": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nsystem\n", {415}),
     "an ELF": (lambda: Path(sys.executable).resolve().read_bytes()[:100_000], {415}),
-    "a GIF": (lambda: saved(noise("RGB"), "GIF"), {415}),
+    "a GIF": (lambda: encoded(noise("RGB"), "GIF"), {415}),
     "an animated GIF": (lambda: animated("GIF"), {415}),
     "an animated PNG": (lambda: animated("PNG"), {200, 422}),
     "an animated WebP": (lambda: animated("WEBP"), {422}),
     "a TIFF of several pages": (lambda: animated("TIFF"), {422}),
     "a cut PNG": (lambda: picture(0)[:-200], {422}),
     "half a PNG": (lambda: picture(0)[: len(picture(0)) // 2], {422}),
-    "a cut JPEG": (lambda: saved(noise("RGB"), "JPEG")[:-200], {422}),
+    "a cut JPEG": (lambda: encoded(noise("RGB"), "JPEG")[:-200], {422}),
     "a PNG's signature": (lambda: b"\x89PNG\r\n\x1a\n", {415, 422}),
     "a JPEG's first bytes": (lambda: b"\xff\xd8\xff\xe0", {415, 422}),
     "a PNG of 1 x 1": (lambda: picture(0, (1, 1)), {422}),
     "a PNG of 1 x 3000": (lambda: picture(0, (1, 3000)), {422}),
     "a long thin PNG": (lambda: picture(0, (8, 100_000)), {200, 413}),
-    "one colour": (lambda: saved(Image.new("RGB", (48, 40), "red")), {422}),
+    "one colour": (lambda: encoded(Image.new("RGB", (48, 40), "red"), "PNG"), {422}),
     "a PNG of 2 thousand million pixels a side": (lambda: png_claiming(2**31 - 1, 2**31 - 1), {413, 415, 422}),
     "a PNG of 100 000 x 100 000": (lambda: png_claiming(100_000, 100_000), {413}),
     "a PNG just over the limit": (lambda: png_claiming(2001, 2000), {413}),
@@ -184,18 +171,18 @@ IMAGES: dict[str, tuple[Callable[[], bytes], set[int]]] = {
     "a JPEG of 65 000 x 65 000": (lambda: jpeg_claiming(65_000, 65_000), {413}),
     "a PNG's text chunk of 64 MB": (png_text_bomb, {415, 422}),
     "a PNG with a wrong sum": (lambda: picture(0).replace(b"IDAT", b"IDAU", 1), {415, 422}),
-    "a 16-bit PNG": (lambda: saved(Image.fromarray(np.full((40, 48), 40_000, np.uint16))), {422}),
+    "a 16-bit PNG": (lambda: encoded(Image.fromarray(np.full((40, 48), 40_000, np.uint16)), "PNG"), {422}),
     "a 16-bit TIFF": (lambda: tiff_of(np.uint16), {422}),
     "a float TIFF": (lambda: tiff_of(np.float32), {422}),
     "a TIFF whose offsets lead nowhere": (lambda: b"II*\0" + struct.pack("<I", 2**32 - 9) + b"\0" * 64, {415, 422}),
     "a TIFF that points at itself": (lambda: b"II*\0" + struct.pack("<IHI", 8, 0, 8) + b"\0" * 8, {415, 422}),
-    "CMYK": (lambda: saved(noise("CMYK"), "JPEG"), {200, 422}),
-    "RGBA": (lambda: saved(noise("RGBA")), {200, 422}),
-    "grey": (lambda: saved(noise("L")), {200}),
-    "a palette": (lambda: saved(noise("RGB").convert("P")), {200}),
-    "one bit": (lambda: saved(noise("1")), {200}),
+    "CMYK": (lambda: encoded(noise("CMYK"), "JPEG"), {200, 422}),
+    "RGBA": (lambda: encoded(noise("RGBA"), "PNG"), {200, 422}),
+    "grey": (lambda: encoded(noise("L"), "PNG"), {200}),
+    "a palette": (lambda: encoded(noise("RGB").convert("P"), "PNG"), {200}),
+    "one bit": (lambda: encoded(noise("1"), "PNG"), {200}),
     "rubbish behind the image": (lambda: picture(0) + os.urandom(10_000), {200}),
-    "a JPEG named PNG": (lambda: saved(noise("RGB"), "JPEG"), {200}),
+    "a JPEG named PNG": (lambda: encoded(noise("RGB"), "JPEG"), {200}),
     "DICOM's preamble alone": (lambda: b"\0" * 128 + b"DICM", {415, 422}),
     "DICOM cut short": (lambda: b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x04\0\xff\xff\xff\xff", {415, 422}),
 }  # fmt: skip
@@ -526,7 +513,7 @@ def test_clients_that_leave_in_the_middle_hurt_nobody(victim: Victim) -> None:
     for cut in (1, 100, 1000):
         with connected(victim.url, timeout_s=None) as connection:
             connection.sendall(head("Content-Length: 5000") + b"x" * cut)
-    assert _answers(victim.url)
+    assert is_ready(victim.url)
 
 
 # --- files and memory -----------------------------------------------------------------------------------------------
@@ -573,7 +560,7 @@ def test_after_all_that_the_service_answers_and_has_not_grown(victim: Victim) ->
     before = victim.resident_mb()
     all_of_it()
     assert victim.resident_mb() - before < 64, "MB more after the same requests again"
-    assert _answers(victim.url)
+    assert is_ready(victim.url)
 
 
 # --- parsers, on whatever bytes -------------------------------------------------------------------------------------

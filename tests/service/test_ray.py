@@ -27,7 +27,7 @@ from jepakit_service.listeners import free_port
 from tests.test_pipeline import PROGRAM, jepakit_cli, serving
 
 from .conftest import Spans, picture, promising_others
-from .load import Load, processes, wait_until
+from .load import Load, is_ready, processes, wait_until
 
 PNG = {"Content-Type": "image/png"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -219,18 +219,12 @@ def test_a_stop_answers_what_is_in_flight_though_nobody_reads_what_the_service_p
         assert stopped.wait(60)
         yield body[100:]
 
-    def is_ready() -> bool:
-        try:
-            return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
-
     with Path("/dev/full").open("w") as full:
         process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.close()
     try:
-        wait_until(is_ready, "the service does not start")
+        wait_until(lambda: is_ready(url), "the service does not start")
         with ThreadPoolExecutor(1) as pool:
             headers = {"Content-Length": str(len(body)), **PNG}
             answer = pool.submit(

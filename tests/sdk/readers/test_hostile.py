@@ -21,7 +21,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.pixels.utils import set_pixel_data
-from tests.files import png_chunk
+from tests.files import encoded, png_chunk, tiff
 
 from jepakit.errors import ImageError
 from jepakit.readers import Raster, Window, open_raster
@@ -32,16 +32,7 @@ DEEP: NDArray[Any] = RANDOM.integers(0, 60_000, (32, 48), dtype=np.uint16)
 
 
 def pillow(format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(COLOUR).save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def tiff(array: NDArray[Any] = DEEP, *, writer: dict[str, Any] | None = None, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with tifffile.TiffWriter(buffer, **(writer or {})) as file:
-        file.write(array, **options)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(COLOUR), format, **options)
 
 
 def numpy(save: Callable[..., None]) -> bytes:
@@ -75,12 +66,12 @@ FILES: dict[str, Callable[[], bytes]] = {
     "BMP": lambda: pillow("BMP"),
     "TIFF": lambda: pillow("TIFF"),
     "LZW TIFF": lambda: pillow("TIFF", compression="tiff_lzw"),
-    "deep TIFF": tiff,
-    "tiled TIFF": lambda: tiff(tile=(16, 16), compression="zlib", predictor=True),
-    "striped TIFF": lambda: tiff(rowsperstrip=8, compression="lzw"),
-    "BigTIFF": lambda: tiff(writer={"bigtiff": True, "byteorder": ">"}),
+    "deep TIFF": lambda: tiff(DEEP),
+    "tiled TIFF": lambda: tiff(DEEP, tile=(16, 16), compression="zlib", predictor=True),
+    "striped TIFF": lambda: tiff(DEEP, rowsperstrip=8, compression="lzw"),
+    "BigTIFF": lambda: tiff(DEEP, writer={"bigtiff": True, "byteorder": ">"}),
     "JPEG TIFF": lambda: tiff(COLOUR, tile=(16, 16), compression="jpeg", photometric="ycbcr"),
-    "JPEG 2000 TIFF": lambda: tiff(tile=(16, 16), compression="jpeg2000"),
+    "JPEG 2000 TIFF": lambda: tiff(DEEP, tile=(16, 16), compression="jpeg2000"),
     "ImageJ": lambda: tiff(STACK, writer={"imagej": True}, metadata={"axes": "TCYX"}),
     "OME": lambda: tiff(STACK, writer={"ome": True}, metadata={"axes": "TCYX"}),
     "DICOM": dicom,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.files import encoded
 
 from jepakit.errors import ImageError
 from jepakit.readers import Limits, Window, open_raster, tiffguard
@@ -30,10 +30,8 @@ Refused = Callable[..., str]
 
 
 def png(width: int = 30, height: int = 20) -> bytes:
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "PNG")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from tests.files import tiff
 
 from jepakit.errors import ImageError
 from jepakit.readers import Limits, Window, open_raster, tiffguard
@@ -28,13 +29,6 @@ Refused = Callable[..., str]
 def make(*shape: int, dtype: str = "uint16", seed: int = 0) -> NDArray[Any]:
     values = np.random.default_rng(seed).integers(0, 250, shape)
     return (values - (100 if dtype.startswith(("int", "float")) else 0)).astype(dtype)
-
-
-def encode(array: NDArray[Any], *, writer: dict[str, Any] | None = None, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with tifffile.TiffWriter(buffer, **(writer or {})) as file:
-        file.write(array, **options)
-    return buffer.getvalue()
 
 
 def read(data: bytes | Path, window: Window | None = None, frame: int = 0) -> NDArray[Any]:
@@ -72,7 +66,7 @@ def test_every_depth_and_layout_is_read_whole_and_by_windows(layout: str, dtype:
         options["predictor"] = 3
     pixels = make(70, 50, dtype=dtype)
     expected = np.repeat(pixels[..., None], 3, axis=2) if dtype == "uint8" else pixels[..., None]
-    data = encode(pixels, photometric="minisblack", **options)
+    data = tiff(pixels, photometric="minisblack", **options)
     file = tmp_path / "a.tif"
     file.write_bytes(data)
     for source in (data, file):
@@ -88,8 +82,8 @@ def test_every_depth_and_layout_is_read_whole_and_by_windows(layout: str, dtype:
 @pytest.mark.parametrize("options", [{}, {"tile": (16, 16), "compression": "zlib"}], ids=["bare", "tiles"])
 def test_bands_interleaved_or_planar_come_out_last(bands: int, dtype: str, options: dict[str, Any]) -> None:
     pixels = make(40, 30, bands, dtype=dtype)
-    together = encode(pixels, photometric="minisblack", planarconfig="contig", **options)
-    planar = encode(np.moveaxis(pixels, 2, 0).copy(), photometric="minisblack", planarconfig="separate", **options)
+    together = tiff(pixels, photometric="minisblack", planarconfig="contig", **options)
+    planar = tiff(np.moveaxis(pixels, 2, 0).copy(), photometric="minisblack", planarconfig="separate", **options)
     for data in (together, planar):
         np.testing.assert_array_equal(read(data), pixels)
         np.testing.assert_array_equal(read(data, Window(5, 17, 20, 16)), pixels[17:33, 5:25])
@@ -98,9 +92,9 @@ def test_bands_interleaved_or_planar_come_out_last(bands: int, dtype: str, optio
 def test_pages_saved_one_after_the_other_are_frames() -> None:
     stack = make(5, 20, 30)
     for data in (
-        encode(stack, photometric="minisblack"),
-        encode(stack, photometric="minisblack", metadata=None),
-        encode(stack, photometric="minisblack", compression="zlib"),
+        tiff(stack, photometric="minisblack"),
+        tiff(stack, photometric="minisblack", metadata=None),
+        tiff(stack, photometric="minisblack", compression="zlib"),
     ):
         with open_raster(data) as raster:
             assert (raster.header.frames, raster.header.bands) == (5, 1)
@@ -118,7 +112,7 @@ def test_channels_of_a_hyperstack_are_bands_and_its_times_are_frames(
     writer: dict[str, Any], options: dict[str, Any]
 ) -> None:
     stack = make(4, 3, 20, 30)
-    data = encode(stack, writer=writer, metadata={"axes": "TCYX"}, photometric="minisblack", **options)
+    data = tiff(stack, writer=writer, metadata={"axes": "TCYX"}, photometric="minisblack", **options)
     with open_raster(data) as raster:
         assert (raster.header.frames, raster.header.bands) == (4, 3)
         for frame in range(4):
@@ -137,7 +131,7 @@ def test_of_an_ome_series_over_several_files_only_the_named_file_is_read(tmp_pat
         f"{parts}</Pixels></Image></OME>"
     )
     for place, plane in enumerate(planes):
-        (tmp_path / f"{place}.ome.tif").write_bytes(encode(plane, description=description, metadata=None))
+        (tmp_path / f"{place}.ome.tif").write_bytes(tiff(plane, description=description, metadata=None))
     for place, plane in enumerate(planes):
         with open_raster(tmp_path / f"{place}.ome.tif") as raster:
             assert raster.header.frames == 1
@@ -146,29 +140,29 @@ def test_of_an_ome_series_over_several_files_only_the_named_file_is_read(tmp_pat
 
 def test_an_ome_description_with_declarations_is_refused(refused: Refused) -> None:
     pixels = make(2, 20, 30)
-    with tifffile.TiffFile(io.BytesIO(encode(pixels, writer={"ome": True}, photometric="minisblack"))) as file:
+    with tifffile.TiffFile(io.BytesIO(tiff(pixels, writer={"ome": True}, photometric="minisblack"))) as file:
         described = file.pages.first.description
     declared = described.replace("?><OME ", '?><!DOCTYPE OME [<!ENTITY a "a">]><OME ')
     plain, data = (
-        encode(pixels, photometric="minisblack", description=text, metadata=None) for text in (described, declared)
+        tiff(pixels, photometric="minisblack", description=text, metadata=None) for text in (described, declared)
     )
     np.testing.assert_array_equal(read(plain, frame=0)[..., 0], pixels[0])
     assert "damaged or cut short" in refused(data, "unreadable")
 
 
 def test_a_cameras_raw_file_is_refused_by_name(refused: Refused) -> None:
-    data = encode(make(20, 30), extratags=[(50706, 1, 4, (1, 4, 0, 0), True)])
+    data = tiff(make(20, 30), extratags=[(50706, 1, 4, (1, 4, 0, 0), True)])
     assert "a camera's raw file: develop it to TIFF" in refused(data, "unsupported_mode")
 
 
 def test_bands_that_were_saved_as_pages_are_refused_with_the_remedy(refused: Refused) -> None:
-    data = encode(make(40, 50, 6), photometric="minisblack")
+    data = tiff(make(40, 50, 6), photometric="minisblack")
     assert 'planarconfig="contig"' in refused(data, "wrong_shape")
 
 
 def test_a_stack_of_eight_bit_colour_has_colour_frames() -> None:
     stack = make(4, 20, 30, 3, dtype="uint8")
-    data = encode(stack, photometric="rgb", compression="zlib")
+    data = tiff(stack, photometric="rgb", compression="zlib")
     for frame in range(4):
         np.testing.assert_array_equal(read(data, frame=frame), stack[frame])
 
@@ -200,29 +194,27 @@ def test_a_file_that_begins_with_a_reduced_copy_is_refused(dtype: str, below: bo
 
 def test_a_reduced_copy_that_is_all_there_is_is_read() -> None:
     pixels = make(16, 24)
-    np.testing.assert_array_equal(read(encode(pixels, subfiletype=1))[..., 0], pixels)
+    np.testing.assert_array_equal(read(tiff(pixels, subfiletype=1))[..., 0], pixels)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_white_as_zero_is_turned_round(dtype: str) -> None:
     pixels = make(40, 30, dtype=dtype)
-    data = encode(pixels, photometric="miniswhite", tile=(16, 16))
+    data = tiff(pixels, photometric="miniswhite", tile=(16, 16))
     expected = np.iinfo(dtype).max - pixels
     np.testing.assert_array_equal(read(data)[..., 0], expected)
     np.testing.assert_array_equal(read(data, Window(9, 9, 10, 10))[..., 0], expected[9:19, 9:19])
 
 
 def test_white_as_zero_without_a_highest_value_is_refused(refused: Refused) -> None:
-    assert "black as zero" in refused(
-        encode(make(20, 20, dtype="float32"), photometric="miniswhite"), "unsupported_mode"
-    )
+    assert "black as zero" in refused(tiff(make(20, 20, dtype="float32"), photometric="miniswhite"), "unsupported_mode")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_orientation_turns_the_whole_and_its_windows(orientation: int, dtype: str) -> None:
     stored = make(20, 30, 3, dtype=dtype)
-    data = encode(
+    data = tiff(
         stored, photometric="rgb", compression="zlib", rowsperstrip=8, extratags=[(274, 3, 1, orientation, True)]
     )
     exif = Image.Exif()
@@ -237,7 +229,7 @@ def test_orientation_turns_the_whole_and_its_windows(orientation: int, dtype: st
 
 @pytest.mark.parametrize("text", ["none", "n/a", "0 0 0", "1.#QNAN", " "])
 def test_a_nodata_value_that_is_no_number_is_refused_by_what_it_is(text: str) -> None:
-    data = encode(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, text, True)])
+    data = tiff(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, text, True)])
     with pytest.raises(
         ImageError, match=rf"GDAL_NODATA\) is '{re.escape(text.strip())}', not a number: .*-unsetnodata"
     ):
@@ -251,18 +243,18 @@ def test_nodata_is_the_value_that_pixels_hold() -> None:
     ]:
         pixels = make(20, 20, dtype=dtype)
         pixels[3, 3] = expected
-        data = encode(pixels, extratags=[(42113, 2, 0, text, True)])
+        data = tiff(pixels, extratags=[(42113, 2, 0, text, True)])
         with open_raster(data) as raster:
             assert raster.header.nodata == expected
             assert (raster.read() == raster.header.nodata).sum() == 1
     inverted = np.full((20, 20), 30, np.uint16)
     inverted[3, 3] = 7
-    with open_raster(encode(inverted, photometric="miniswhite", extratags=[(42113, 2, 0, "7", True)])) as raster:
+    with open_raster(tiff(inverted, photometric="miniswhite", extratags=[(42113, 2, 0, "7", True)])) as raster:
         assert raster.header.nodata == 65535 - 7
         assert (raster.read() == raster.header.nodata).sum() == 1
-    with open_raster(encode(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, "nan", True)])) as raster:
+    with open_raster(tiff(make(20, 20, dtype="float32"), extratags=[(42113, 2, 0, "nan", True)])) as raster:
         assert np.isnan(raster.header.nodata or 0)
-    with open_raster(encode(make(20, 20))) as raster:
+    with open_raster(tiff(make(20, 20))) as raster:
         assert raster.header.nodata is None
 
 
@@ -270,7 +262,7 @@ def test_nodata_is_the_value_that_pixels_hold() -> None:
     {"extrasamples": ["unassalpha"]}, {"photometric": "rgb", "compression": "webp"}], ids=["palette", "CMYK", "alpha", "WebP"])  # fmt: skip
 def test_nodata_that_would_be_passed_over_is_refused(options: dict[str, Any], refused: Refused) -> None:
     bands = {"palette": (), "rgb": (3,)}.get(str(options.get("photometric")), (4,))
-    data = encode(make(20, 20, *bands, dtype="uint8"), extratags=[(42113, 2, 0, "0", True)], **options)
+    data = tiff(make(20, 20, *bands, dtype="uint8"), extratags=[(42113, 2, 0, "0", True)], **options)
     message = refused(data, "unsupported_mode")
     assert "no-data" in message
     assert "-unsetnodata" in message
@@ -295,7 +287,7 @@ def test_a_mask_that_would_be_passed_over_is_refused(dtype: str, options: dict[s
 def test_a_window_does_not_read_what_lies_outside_it(tmp_path: Path) -> None:
     """Everything outside the tiles that the window needs is corrupted, and the window is still right."""
     pixels = make(64, 64)
-    data = bytearray(encode(pixels, tile=(16, 16), compression="zlib"))
+    data = bytearray(tiff(pixels, tile=(16, 16), compression="zlib"))
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
         offsets, counts = file.pages.first.dataoffsets, file.pages.first.databytecounts
     for index in set(range(16)) - {5, 6}:
@@ -309,7 +301,7 @@ def test_a_window_does_not_read_what_lies_outside_it(tmp_path: Path) -> None:
 def test_an_image_over_the_limit_is_read_by_windows_and_refused_whole(refused: Refused) -> None:
     pixels = make(64, 64)
     small = Limits(max_pixels=1000)
-    data = encode(pixels, tile=(16, 16))
+    data = tiff(pixels, tile=(16, 16))
     assert "tile=512" in refused(data, "too_large", limits=small)
     with open_raster(data, limits=small) as raster:
         assert raster.header.windowed
@@ -317,7 +309,7 @@ def test_an_image_over_the_limit_is_read_by_windows_and_refused_whole(refused: R
 
 
 def test_one_compressed_strip_is_no_way_round_the_limit(refused: Refused) -> None:
-    data = encode(make(64, 64), compression="zlib", rowsperstrip=64)
+    data = tiff(make(64, 64), compression="zlib", rowsperstrip=64)
     with open_raster(data) as raster:
         assert not raster.header.windowed
         np.testing.assert_array_equal(raster.read(Window(8, 9, 8, 8))[..., 0], make(64, 64)[9:17, 8:16])
@@ -327,7 +319,7 @@ def test_one_compressed_strip_is_no_way_round_the_limit(refused: Refused) -> Non
 @pytest.mark.parametrize("photometric", ["ycbcr", "rgb"])
 def test_jpeg_tiles_give_the_same_pixels_whole_and_by_windows(photometric: str) -> None:
     smooth = np.asarray(Image.fromarray(make(5, 6, 3, dtype="uint8")).resize((80, 70)))
-    data = encode(smooth, photometric=photometric, compression="jpeg", tile=(32, 32))
+    data = tiff(smooth, photometric=photometric, compression="jpeg", tile=(32, 32))
     whole = read(data)
     np.testing.assert_array_equal(whole, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     np.testing.assert_array_equal(read(data, Window(20, 15, 40, 50)), whole[15:65, 20:60])
@@ -335,7 +327,7 @@ def test_jpeg_tiles_give_the_same_pixels_whole_and_by_windows(photometric: str) 
 
 def test_twelve_bits_are_read_as_they_are() -> None:
     pixels = (make(20, 30) * 16).astype(np.uint16)
-    np.testing.assert_array_equal(read(encode(pixels, bitspersample=12))[..., 0], pixels)
+    np.testing.assert_array_equal(read(tiff(pixels, bitspersample=12))[..., 0], pixels)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +345,7 @@ def test_what_has_no_one_meaning_is_refused_by_name(
     dtype: str, bands: int, options: dict[str, Any], word: str, refused: Refused
 ) -> None:
     pixels = make(20, 20, bands, dtype=dtype) if bands > 1 else make(20, 20, dtype=dtype)
-    assert word in refused(encode(pixels, **options), "unsupported_mode")
+    assert word in refused(tiff(pixels, **options), "unsupported_mode")
 
 
 def test_a_fourth_band_that_is_only_marked_as_transparency_is_refused(refused: Refused) -> None:
@@ -361,19 +353,19 @@ def test_a_fourth_band_that_is_only_marked_as_transparency_is_refused(refused: R
     pixels = make(40, 40, 4, dtype="uint8")
     tiled: dict[str, Any] = {"compression": "zlib", "tile": (16, 16)}
     for options in ({}, tiled):
-        message = refused(encode(pixels, **options), "unsupported_mode")
+        message = refused(tiff(pixels, **options), "unsupported_mode")
         assert "its band 4 is marked as transparency" in message
         assert "-co ALPHA=NO" in message
-    np.testing.assert_array_equal(read(encode(pixels, photometric="minisblack", planarconfig="contig")), pixels)
+    np.testing.assert_array_equal(read(tiff(pixels, photometric="minisblack", planarconfig="contig")), pixels)
 
 
 def test_a_twentieth_of_half_transparency_is_an_edge_and_a_tenth_is_none(refused: Refused) -> None:
     pixels = make(40, 40, 4, dtype="uint8")
     pixels[..., 3] = 255
     pixels[:2, :, 3] = 128
-    np.testing.assert_array_equal(read(encode(pixels))[2:], pixels[2:, :, :3])
+    np.testing.assert_array_equal(read(tiff(pixels))[2:], pixels[2:, :, :3])
     pixels[2:4, :, 3] = 128
-    assert "10% of it is half transparent" in refused(encode(pixels), "unsupported_mode")
+    assert "10% of it is half transparent" in refused(tiff(pixels), "unsupported_mode")
 
 
 def test_a_cut_out_with_soft_edges_lies_on_white() -> None:
@@ -381,7 +373,7 @@ def test_a_cut_out_with_soft_edges_lies_on_white() -> None:
     pixels[..., 3] = 255
     pixels[:8, :, 3] = 0
     pixels[8, :, 3] = 128
-    got = read(encode(pixels))
+    got = read(tiff(pixels))
     assert (got[:8] == 255).all()
     np.testing.assert_array_equal(got[9:], pixels[9:, :, :3])
 
@@ -408,10 +400,10 @@ def test_colour_of_reduced_resolution_is_read_where_a_decoder_knows_it_and_else_
 
 
 def test_volumes_and_unknown_compressions_are_refused_by_name(refused: Refused) -> None:
-    volume = encode(make(16, 32, 32), volumetric=True, tile=(16, 16, 16))
+    volume = tiff(make(16, 32, 32), volumetric=True, tile=(16, 16, 16))
     assert "ZYX" in refused(volume, "unsupported_mode")
     for dtype in ("uint8", "uint16"):
-        assert "compression 34887" in refused(encode(make(20, 20, dtype=dtype), compression="lerc"), "unsupported_mode")
+        assert "compression 34887" in refused(tiff(make(20, 20, dtype=dtype), compression="lerc"), "unsupported_mode")
 
 
 def make_ome(**sizes: int | str) -> bytes:
@@ -421,7 +413,7 @@ def make_ome(**sizes: int | str) -> bytes:
     about = f"""<?xml version="1.0" encoding="UTF-8"?>
 <OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0"
 DimensionOrder="XYCZT" Type="uint16" {attributes}><TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>"""
-    return encode(make(20, 20), description=about, metadata=None)
+    return tiff(make(20, 20), description=about, metadata=None)
 
 
 def test_a_description_of_planes_that_are_not_there_is_refused(refused: Refused) -> None:
@@ -437,7 +429,7 @@ def test_a_description_of_planes_that_are_not_there_is_refused(refused: Refused)
 @pytest.mark.parametrize("options", [{"tile": (16, 16)}, {}], ids=["tiles", "one strip"])
 def test_8_bit_jpeg_2000_which_pillow_does_not_know_is_read(options: dict[str, Any]) -> None:
     pixels = make(40, 30, 3, dtype="uint8")
-    data = encode(pixels, photometric="rgb", compression="jpeg2000", **options)
+    data = tiff(pixels, photometric="rgb", compression="jpeg2000", **options)
     np.testing.assert_array_equal(read(data), pixels)
     np.testing.assert_array_equal(read(data, Window(3, 4, 9, 20)), pixels[4:24, 3:12])
 
@@ -604,7 +596,7 @@ def test_a_missing_codec_is_named_with_its_remedy(
 ) -> None:
     """Pillow decodes 8-bit LZW and JPEG by itself, and would ignore the no-data value."""
     file = tmp_path / "a.tif"
-    file.write_bytes(encode(make(*shape, dtype=dtype), **options))
+    file.write_bytes(tiff(make(*shape, dtype=dtype), **options))
     program = f"""
 import sys
 sys.modules["imagecodecs"] = None
