@@ -321,6 +321,8 @@ def test_more_requests_at_once_than_one_address_may_have_are_told_to_come_back(p
             "the protocol's"
         )
         assert json.loads(proxy.get("/v2/embed")[1])["error"]["code"] == "too_many_connections"
+        told = json.loads(proxy.get("/v1/embeddings")[1])
+        assert told["detail"] == told["error"]["message"], "Voyage's client retries only then"
         assert proxy.get("/readyz")[0] == 200
     wait_for(lambda: proxy.get("/v1/models"), lambda got: got[0] == 200)
     # Not one of the slow bodies has kept the service busy.

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jepakit.embeddings import Embeddings
     from jepakit.run import DryRun, Run
     from jepakit.session import Model
+    from jepakit.sources import ImageList
 
 _Images = Annotated[
     list[str],
@@ -208,7 +209,7 @@ def adapt(
     settings.pop("images", None)  # a run's config.toml has them
     if dry_run:
         estimate = run_dry(_source(images), **settings)
-        show(json.dumps({**estimate.model_dump(), "total_s": estimate.total_s}) if as_json else estimate)
+        show(json.dumps(estimate.model_dump()) if as_json else estimate)
         return
     with _exiting_when_stopped():
         run = run_adapt(_source(images), **settings)
@@ -368,7 +369,7 @@ def _report_sweep(found: Sweep, *, as_json: bool) -> None:
 def _print_estimates(estimates: dict[str, DryRun], *, as_json: bool) -> None:
     total_s = sum(each.total_s for each in estimates.values())
     if as_json:
-        runs = {name: {**each.model_dump(), "total_s": each.total_s} for name, each in estimates.items()}
+        runs = {name: each.model_dump() for name, each in estimates.items()}
         show(json.dumps({"runs": runs, "total_s": total_s}))
         return
     for name, each in estimates.items():
@@ -649,14 +650,18 @@ def compare(
     ] = None,
     labels: Annotated[str, typer.Option(help="for bundles: auto, folder, or a CSV or Parquet file")] = "auto",
     group: Annotated[
-        Path | None,
-        typer.Option(help="CSV or Parquet table of path and group (patient, slide): no group is split between folds"),
-    ] = None,
+        str,
+        typer.Option(
+            help="patient, slide or scene of each image, which is not split between folds: auto (a manifest's column, DICOM's "
+            "PatientID), folder, none, or a CSV or Parquet file; for files of embeddings only that"
+        ),
+    ] = "auto",
     as_json: _AsJson = False,
 ) -> None:
     """Judge on labelled images which of two models to keep."""
     from jepakit import Embeddings
     from jepakit._compare import compare as judge
+    from jepakit._groups import image_of
     from jepakit.sources.groups import groups_of
 
     opened = [_open_embeddings_or_bundle(each, images) for each in (first, second)]
@@ -664,28 +669,31 @@ def compare(
         raise ConfigError(
             f"--images and --labels say what bundles embed, but {first} and {second} already hold embeddings and labels: leave them out"
         )
-    if images is not None:
-        _check_comparable(images, labels, group)
+    listed = None if images is None else _comparable(images, labels, group)
     before, after = (each if isinstance(each, Embeddings) else each.embed(images, labels=labels) for each in opened)
-    comparison = judge(before, after, groups=None if group is None else groups_of(before.ids, group))
+    groups: Sequence[str] | None = None
+    if listed is not None and listed.groups is not None:
+        of_image = dict(zip(listed.ids, listed.groups, strict=True))
+        groups = [of_image.get(image_of(name), name) for name in before.ids]
+    elif listed is None and group != "auto":
+        groups = groups_of(before.ids, group)
+    comparison = judge(before, after, groups=groups)
     if as_json:
         show(json.dumps(comparison.model_dump(mode="json")))
         return
     show(comparison.table("first", "second"))
 
 
-def _check_comparable(images: str, labels: str, group: Path | None) -> None:
-    """Raise, before anything is embedded, unless the images have labels, and groups if they are to."""
+def _comparable(images: str, labels: str, group: str) -> ImageList:
+    """The images that two models are to be compared on, before anything is embedded; DataError if they have no labels."""
     from jepakit.sources import gather
-    from jepakit.sources.groups import groups_of
 
-    listed = gather(images, labels, progress=False)
+    listed = gather(images, labels, group)
     if listed.labels is None:
         raise DataError(
             f"no labels were found for {images}, and models are compared on labelled images: name them with --labels"
         )
-    if group is not None:
-        groups_of(listed.ids, group)
+    return listed
 
 
 def _open_embeddings_or_bundle(path: Path, images: str | None) -> Embeddings | Model:

@@ -3,7 +3,8 @@
 RUN/
   config.toml       the resolved settings (holds paths: keep it private)
   environment.json  versions, and a fingerprint of the data
-  plan.json         what the settings came to: steps, learning rate, λ, sizes, device, threads
+  plan.json         what the settings came to: steps, learning rate, λ, sizes, device, threads (may hold paths: keep it
+                    private)
   split.csv         which images train and which are held out (holds paths: keep it private)
   metrics.jsonl     one line per logged step
   skipped.csv       images that could not be read, and why (holds paths: keep it private)
@@ -20,6 +21,8 @@ import tomllib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
+
+from pydantic import computed_field
 
 from jepakit._files import as_path
 from jepakit._frozen import Frozen, Printed
@@ -128,6 +131,7 @@ class DryRun(Frozen, Printed):
     """Total available: the GPU's memory, else main memory."""
     device: str
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def total_s(self) -> float:
         """Seconds of the whole run."""

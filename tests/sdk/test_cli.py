@@ -23,7 +23,7 @@ import jepakit
 from jepakit import Embeddings
 from jepakit._cli_settings import settings_of
 from jepakit._extras import NEEDS
-from jepakit.cli import _check_comparable, app
+from jepakit.cli import _comparable, app
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import gather
@@ -282,9 +282,9 @@ def test_what_two_bundles_are_compared_on_is_looked_at_first(tmp_path: Path, mon
     Path("labels.csv").write_text("path,label\na.png,a\nb.png,b\n", "utf-8")
     Path("groups.csv").write_text("path,group\na.png,a\n", "utf-8")
     with pytest.raises(DataError, match=r"no labels were found for \..*: name them with --labels"):
-        _check_comparable(".", "none", None)
+        _comparable(".", "none", "auto")
     with pytest.raises(DataError, match=r"b\.png is not in groups\.csv"):
-        _check_comparable(".", "labels.csv", Path("groups.csv"))
+        _comparable(".", "labels.csv", "groups.csv")
 
 
 @pytest.mark.parametrize("command", ["adapt", "inspect"])

@@ -196,6 +196,14 @@ def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) ->
     told = CliRunner().invoke(app, ["compare", *bundles, "--images", str(images)])
     assert told.exit_code == 0, told.output
     assert "+0.0 points" in told.output
+    names = [path.relative_to(images) for path in sorted(images.rglob("*.png"))]
+    rows = [f"{name},{name.parts[0]},{place // 2}" for place, name in enumerate(names)]
+    (images / "manifest.csv").write_text("\n".join(["path,label,group", *rows]))
+    for option, groups in (([], 5), (["--group", "none"], None)):
+        grouped = CliRunner().invoke(
+            app, ["compare", *bundles, "--images", str(images / "manifest.csv"), "--json", *option]
+        )
+        assert json.loads(grouped.stdout)["verdict"]["n_groups"] == groups
     for arguments in ([bundles[0], str(tmp_path / "nothing")], [bundles[0], str(tmp_path / "nothing.npz")]):
         gone = CliRunner().invoke(app, ["compare", *arguments, "--images", str(tmp_path / "no images")])
         assert "nothing" in str(gone.exception), "both are opened before an image is embedded"

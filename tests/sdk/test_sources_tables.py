@@ -91,9 +91,14 @@ def test_columns_are_known_by_their_usual_names(tmp_path: Path, path: str, label
     assert f"column {label}" in listed.note
 
 
-def test_a_name_as_it_is_usual_comes_before_one_that_is_spelt_otherwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "header", ["image,file_path,PatientID,patient_id", "image,File Path,slide,PatientID", "FileName,path,scene,patient"]
+)
+def test_of_several_columns_the_first_of_the_usual_names_counts_however_it_is_spelt(
+    tmp_path: Path, header: str
+) -> None:
     touch(tmp_path, "1.png")
-    listed = list_images(csv(tmp_path / "m.csv", "file_path,image_path,PatientID,patient_id", "gone.png,1.png,a,b"))
+    listed = list_images(csv(tmp_path / "m.csv", header, "gone.png,1.png,a,b"))
     assert (listed.ids, listed.groups) == (("1.png",), ("b",))
 
 

@@ -64,11 +64,15 @@ def _patients(found: Found) -> tuple[Groups, str]:
     if not places or found.store.in_memory:
         return None, ""
     named = dict(zip(places, patients(found, places), strict=True))
-    known = {patient for patient in named.values() if patient is not None}
+    # Not their hashes: these get into a run's files, and a hash is found by trying all likely IDs.
+    known: dict[str | None, str] = {}
+    for patient in named.values():
+        if patient is not None:
+            known.setdefault(patient, f"patient {len(known) + 1}")
     if not known:
         by_name = sum(is_dicom(found.ids[place]) for place in places)
         return None, f"no groups: none of {by_name} DICOM files names its patient" if by_name else ""
-    groups = tuple(named.get(place) or name for place, name in enumerate(found.ids))
+    groups = tuple(known.get(named.get(place), name) for place, name in enumerate(found.ids))
     alone = sum(named.get(place) is None for place in range(len(groups)))
     rest = f", {counted(alone, 'image')} without one each on their own" if alone else ""
     return groups, f"groups: {counted(len(known), 'patient')} by DICOM PatientID{rest}"

@@ -71,6 +71,7 @@ def list_images(
 def gather(
     images: Any,
     labels: str | Path = "auto",
+    group: str | Path = "none",
     *,
     tile: int | None = None,
     overlap: int = 0,
@@ -91,7 +92,7 @@ def gather(
         listed = _list(
             [images] if one else images,
             labels,
-            "none",
+            group,
             Cut(tile, overlap, min_valid, frame, chosen_range),
             embedding=True,
             most_skipped=most_skipped,

@@ -1,4 +1,4 @@
-"""Which patient each DICOM file belongs to, read from the headers and kept only as a hash in memory."""
+"""Which patient each DICOM file belongs to, read from the headers; only a hash is kept, in memory."""
 
 from __future__ import annotations
 

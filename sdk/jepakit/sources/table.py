@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ TABLES = (".csv", ".tsv", ".parquet")
 RULES = ("auto", "folder", "none")
 """Where labels or groups come from, if not from a table file."""
 COLUMNS = {
-    "path": ("path", "file", "filename", "filepath", "image", "image_path"),
+    "path": ("path", "file", "file_name", "file_path", "image", "image_path"),
     "label": ("label", "class", "target", "category"),
     "group": ("group", "patient", "patient_id", "scene", "slide"),
     "split": ("split",),
 }
-"""The roles of columns, and the names that each may have; the first one present is used, in any case. If none is, one
-that differs from them only in spaces, "_" and "-" is: `Patient ID`, `PatientID`."""
+"""The roles of columns, and the names that each may have, of which the first one present is used. Case, spaces, "_" and "-"
+make no difference (`Patient ID`, `PatientID`), except between columns that differ in nothing else."""
 
 _WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 Rows = Iterator[tuple[int, list[str]]]
@@ -194,11 +195,10 @@ def _speller(files: Files, file: str) -> Callable[[int], list[str]]:
 
 
 def _find_column(header: Sequence[str], role: str) -> int | None:
-    for spelt in (str.casefold, _plain):
-        names = [spelt(name) for name in header]
-        found = next((names.index(spelt(name)) for name in COLUMNS[role] if spelt(name) in names), None)
-        if found is not None:
-            return found
+    for name, spelt in product(COLUMNS[role], (str.casefold, _plain)):
+        names = [spelt(each) for each in header]
+        if spelt(name) in names:
+            return names.index(spelt(name))
     return None
 
 
