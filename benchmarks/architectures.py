@@ -44,20 +44,10 @@ from _processes import EndedError
 from jepakit import golden
 from jepakit._ort import import_ort
 from jepakit.backbone import fitting_size, start_backbone, stock_preprocess, tensors_of
-from jepakit.bundle import (
-    GOLDEN,
-    GRAPH,
-    WEIGHTS,
-    Backbone,
-    EmbeddingSpec,
-    Manifest,
-    Preprocess,
-    Provenance,
-    compute_model_id,
-    write_bundle,
-)
+from jepakit.bundle import GOLDEN, GRAPH, WEIGHTS, write_bundle
 from jepakit.embedder import Embedder, pool, pool_all, poolings_of
 from jepakit.errors import JepakitError
+from jepakit.manifest import Backbone, EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.run import BUNDLE, START
 from jepakit_export.verify import BATCH_SIZES
 

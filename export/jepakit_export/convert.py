@@ -18,9 +18,10 @@ import torch
 from safetensors.numpy import save_file
 
 from jepakit._external import as_inputs, placed_tensors
-from jepakit.bundle import DATA, INPUT, OUTPUT, TOKENS
+from jepakit.bundle import DATA
 from jepakit.embedder import Embedder
 from jepakit.errors import ExportError
+from jepakit.manifest import INPUT, OUTPUT, TOKENS
 
 INLINE_LIMIT = (2 << 30) - (64 << 20)
 """Most bytes of weights inside a graph: a protobuf is limited to 2 GB. Larger ones go to model.safetensors."""

@@ -19,13 +19,14 @@ from jepakit._export_source import name_and_weights
 from jepakit._messages import lines_of
 from jepakit._progress import stage
 from jepakit.backbone import fitting_size, is_bundle_weights, restore, start_backbone, stock_preprocess, tensors_of
-from jepakit.bundle import (
-    DATA,
-    GOLDEN,
-    GRAPH,
-    WEIGHTS,
+from jepakit.bundle import DATA, GOLDEN, GRAPH, WEIGHTS, Bundle, is_bundle, name_for, open_bundle, write_bundle
+from jepakit.comparison import Comparison
+from jepakit.config import ExportConfig
+from jepakit.embedder import Embedder, check_pooling, pool
+from jepakit.errors import ConfigError, ExportError, WriteError
+from jepakit.images import Pixels, center_crop
+from jepakit.manifest import (
     Backbone,
-    Bundle,
     EmbeddingSpec,
     Graph,
     Manifest,
@@ -33,17 +34,8 @@ from jepakit.bundle import (
     Preprocess,
     Provenance,
     compute_model_id,
-    is_bundle,
-    name_for,
-    open_bundle,
     versions_of,
-    write_bundle,
 )
-from jepakit.comparison import Comparison
-from jepakit.config import ExportConfig
-from jepakit.embedder import Embedder, check_pooling, pool
-from jepakit.errors import ConfigError, ExportError, WriteError
-from jepakit.images import Pixels, center_crop
 from jepakit.run import START, Run, is_run
 from jepakit.session import Session
 from jepakit_export.convert import seal, to_onnx
@@ -243,7 +235,9 @@ def _of_timm(config: ExportConfig) -> Source:
         raise ConfigError(
             f"{weights} is a bundle, which says itself how its images are fed and pooled: jepakit export {weights}"
         )
-    backbone, described = start_backbone(name, weights, config.image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # `random` is the same backbone each time
+        backbone, described = start_backbone(name, weights, config.image_size)
     size = None if config.image_size is None else fitting_size(backbone, config.image_size)
     preprocess = stock_preprocess(backbone, size)
     pooling = config.pooling or "head"

@@ -20,8 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from jepakit._ort import import_ort
-from jepakit.bundle import INPUT
 from jepakit.images import Pixels
+from jepakit.manifest import INPUT
 from jepakit.sources import evenly_spread
 from jepakit_export.convert import is_large, only_errors
 

@@ -16,10 +16,10 @@ from jepakit._checks import exceeds
 from jepakit._messages import lines_of
 from jepakit._say import say
 from jepakit.backbone import round_size, size_multiple
-from jepakit.bundle import Precision, Preprocess
 from jepakit.embedder import Embedder
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
+from jepakit.manifest import Precision, Preprocess
 from jepakit.session import Session
 from jepakit.sources import evenly_spread, gather
 from jepakit_export.convert import use_plain_attention

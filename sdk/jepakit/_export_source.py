@@ -8,9 +8,10 @@ from pathlib import Path
 from jepakit._files import with_home
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name, known_names
-from jepakit.bundle import MANIFEST, START_WORDS, Bundle, Standardize, is_bundle, open_bundle
-from jepakit.config import ExportConfig
+from jepakit.bundle import MANIFEST, Bundle, is_bundle, open_bundle
+from jepakit.config import START_WORDS, ExportConfig
 from jepakit.errors import BackboneError, ConfigError, DataError
+from jepakit.manifest import Standardize
 from jepakit.run import CONFIG, Run, is_run
 
 

@@ -15,10 +15,11 @@ from jepakit._messages import parse
 from jepakit._say import say, show
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit._sweep import Sweep, check_can_hold, combinations
-from jepakit.bundle import Bundle, StartWeights, check_new
+from jepakit.bundle import Bundle, check_new
 from jepakit.config import AdaptConfig, ExportConfig, ViewsConfig, chosen_range
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.inspection import Inspection
+from jepakit.manifest import StartWeights
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList, list_images
 from jepakit.sources.memory import are_labelled_files
@@ -167,7 +168,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
 
     images    as in `adapt`
     sheet     a PNG to write, showing some images and the views that training would make of them
-    settings  as for `adapt`; only those about reading images have an effect: domain, views, image_size, tile, overlap,
+    settings  as for `adapt`; only those about reading images have an effect: domain, views, backbone, image_size, tile, overlap,
               min_valid, frame, value_range, labels, group, most_skipped
 
     Raises ConfigError for a wrong setting, DataError for unusable images, and WriteError if the sheet cannot be written.

@@ -28,7 +28,7 @@ from jepakit.sources import ImageList
 if TYPE_CHECKING:
     import httpx
 
-    from jepakit.bundle import Preprocess
+    from jepakit.manifest import Preprocess
     from jepakit.readers import ImageRef
 
 IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20

@@ -11,7 +11,7 @@ from jepakit.errors import ConfigError, ProtocolError
 if TYPE_CHECKING:
     import httpx
 
-    from jepakit.bundle import Preprocess
+    from jepakit.manifest import Preprocess
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pre
     """How the requested model wants its images, from the service's description; `tile` must match the model's."""
     from pydantic import ValidationError
 
-    from jepakit.bundle import Preprocess
     from jepakit.images import check_tile
+    from jepakit.manifest import Preprocess
 
     meant = named(models, asked)
     if len(meant) != 1:

@@ -22,7 +22,7 @@ from jepakit._messages import did_you_mean, first_few
 from jepakit._signatures import ExportSettings
 from jepakit.bundle import WEIGHTS, Bundle, open_bundle
 from jepakit.comparison import SCORES, Comparison, Scores, Verdict
-from jepakit.config import LAMBDA_PER_VIEW, AdaptConfig, ViewsConfig
+from jepakit.config import LAMBDA_PER_VIEW, AdaptConfig, ViewsConfig, flattened
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import judge_best
 from jepakit.run import START, Run, is_run
@@ -237,9 +237,7 @@ def _ranked(comparisons: Mapping[str, Comparison], losses: Mapping[str, float]) 
 
 
 def _losses(runs: Mapping[str, Run]) -> dict[str, float]:
-    configs = [
-        {**run.config, **{f"views.{key}": value for key, value in run.config["views"].items()}} for run in runs.values()
-    ]
+    configs = [flattened(run.config) for run in runs.values()]
     for name in _VARIABLE:
         if name not in _LEAVES_THE_LOSS_ALONE and any(config.get(name) != configs[0].get(name) for config in configs):
             return {}

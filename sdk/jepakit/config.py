@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,10 +28,14 @@ from jepakit._files import with_home
 from jepakit._frozen import Frozen, StrictBools
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
-from jepakit.bundle import MANIFEST, NAME_PATTERN, START_WORDS, Pooling, Precision, Standardize, is_bundle
+from jepakit.bundle import MANIFEST, is_bundle
 from jepakit.errors import ConfigError
+from jepakit.manifest import NAME_PATTERN, Pooling, Precision, Standardize
 from jepakit.sources.table import RULES, is_rule
 from jepakit.sources.tiles import Cut
+
+START_WORDS = ("pretrained", "random")
+"""Start weights that are not a file: timm's own, and none."""
 
 Domain = Literal["general", "natural", "satellite", "histology", "radiology", "microscopy", "multispectral"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -411,6 +416,17 @@ class AdaptConfig(_Settings):
         Read back they give the same views, since explicit values win over the domain.
         """
         return self.model_copy(update={"views": self.resolved_views()})
+
+
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names that --set takes, such as `views.n_local`, from nested ones."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": each for inner, each in flattened(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _usable_name(name: str) -> str:

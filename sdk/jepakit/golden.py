@@ -17,7 +17,7 @@ from jepakit.errors import BundleError
 from jepakit.images import Pixels, center_crop
 
 if TYPE_CHECKING:
-    from jepakit.bundle import Preprocess
+    from jepakit.manifest import Preprocess
 
 
 Vectors = NDArray[np.float32]

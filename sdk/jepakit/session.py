@@ -21,10 +21,11 @@ from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
 from jepakit._skipped import OnSkipped, Skipped, check_skipping
 from jepakit._threads import work_ahead
-from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, Manifest, Preprocess, open_bundle
+from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError, InferenceError
 from jepakit.images import Pixels, check_tile, preprocess
+from jepakit.manifest import Manifest, Preprocess
 from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
 

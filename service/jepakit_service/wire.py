@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from typing_extensions import TypeAliasType
 
-from jepakit.bundle import Manifest
 from jepakit.errors import ImageError
+from jepakit.manifest import Manifest
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet
 from jepakit_service.batcher import ImageData, Result

@@ -29,6 +29,7 @@ from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle
 from jepakit.cli import app
 from jepakit.comparison import Comparison, Scores, Verdict
+from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.images import preprocess
@@ -160,6 +161,16 @@ def test_two_exports_give_the_same_bytes(
     for name in (*once.manifest.files, MANIFEST):
         assert (once.path / name).read_bytes() == (twice.path / name).read_bytes(), name
     assert once.digest == twice.digest
+
+
+def test_random_weights_are_the_same_each_time_and_the_caller_s_random_numbers_stay(tmp_path: Path) -> None:
+    config = ExportConfig(source="test_resnet:random", out=str(tmp_path / "x"))
+    once = jepakit_export.exporter._of_timm(config).backbone.state_dict()
+    torch.rand(5)
+    random_numbers = torch.random.get_rng_state()
+    again = jepakit_export.exporter._of_timm(config).backbone.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in once.items())
+    assert torch.equal(torch.random.get_rng_state(), random_numbers)
 
 
 def test_start_and_end_of_a_run_are_two_spaces_and_keep_their_words(

@@ -26,20 +26,10 @@ import jepakit.runtime
 import jepakit_export.convert
 from jepakit import golden
 from jepakit.backbone import start_backbone, stock_preprocess
-from jepakit.bundle import (
-    DATA,
-    GOLDEN,
-    GRAPH,
-    MANIFEST,
-    WEIGHTS,
-    Bundle,
-    EmbeddingSpec,
-    Precision,
-    open_bundle,
-    write_bundle,
-)
+from jepakit.bundle import DATA, GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, open_bundle, write_bundle
 from jepakit.embedder import Embedder
 from jepakit.errors import BundleError, ExportError
+from jepakit.manifest import EmbeddingSpec, Precision
 from jepakit.runtime import Provider, open_runtime
 from jepakit.session import Session
 from jepakit_export.quantize import to_int8

@@ -19,11 +19,12 @@ from safetensors.torch import load, save_file
 import jepakit
 from jepakit import golden
 from jepakit.backbone import build, restore, stock_preprocess
-from jepakit.bundle import GRAPH, WEIGHTS, Bundle, EmbeddingSpec, Preprocess
+from jepakit.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.embedder import Embedder
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
+from jepakit.manifest import EmbeddingSpec, Preprocess
 from jepakit.session import Session
 from jepakit_export import convert, exporter, quantize, verify
 from jepakit_export.verify import (

@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils._headers import build_hf_headers
 
 from jepakit.backbone import _hub_in_reach, restore, start_backbone, tensors_of
-from jepakit.bundle import Backbone, StartWeights
 from jepakit.errors import BackboneError
+from jepakit.manifest import Backbone, StartWeights
 
 RANDOM = StartWeights(source="random", license="none needed")
 

@@ -19,13 +19,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tests.files import npy
 
-from jepakit.bundle import (
-    GOLDEN,
-    GRAPH,
-    MANIFEST,
-    WEIGHTS,
+from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle, write_bundle
+from jepakit.comparison import Comparison, Scores, Verdict
+from jepakit.errors import BundleError, ConfigError, WriteError
+from jepakit.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
+from jepakit.manifest import (
     Backbone,
-    Bundle,
     EmbeddingSpec,
     Graph,
     Manifest,
@@ -35,13 +34,7 @@ from jepakit.bundle import (
     StartWeights,
     canonical_json,
     compute_model_id,
-    is_bundle,
-    open_bundle,
-    write_bundle,
 )
-from jepakit.comparison import Comparison, Scores, Verdict
-from jepakit.errors import BundleError, ConfigError, WriteError
-from jepakit.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
 from jepakit.run import BUNDLE, Run
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {

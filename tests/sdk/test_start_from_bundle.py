@@ -9,18 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from jepakit.backbone import build, start_backbone, stock_preprocess
-from jepakit.bundle import (
-    WEIGHTS,
-    Backbone,
-    Bundle,
-    EmbeddingSpec,
-    Manifest,
-    Provenance,
-    StartWeights,
-    open_bundle,
-    write_bundle,
-)
+from jepakit.bundle import WEIGHTS, Bundle, open_bundle, write_bundle
 from jepakit.errors import BundleError
+from jepakit.manifest import Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights
 
 
 @pytest.fixture

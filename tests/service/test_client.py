@@ -35,7 +35,6 @@ import jepakit
 from jepakit import Embeddings
 from jepakit._job import Job, RequestLimits
 from jepakit._models import spec_of
-from jepakit.bundle import Manifest
 from jepakit.cli import app
 from jepakit.client import ModelInfo
 from jepakit.errors import (
@@ -51,9 +50,11 @@ from jepakit.errors import (
     ProtocolError,
     ResponseError,
 )
+from jepakit.manifest import Manifest
 from jepakit.session import Model, Session
 from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
+from tests.files import encoded
 
 from .conftest import picture, promising_others, running
 
@@ -389,9 +390,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Path:
 
 
 def blank() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (48, 40), (7, 7, 7)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (48, 40), (7, 7, 7)), "PNG")
 
 
 def embedding_everywhere(service: str, bundle: Path) -> list[Callable[..., Embeddings]]:

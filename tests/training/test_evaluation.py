@@ -16,11 +16,11 @@ from PIL import Image
 
 import jepakit
 from jepakit.backbone import build
-from jepakit.bundle import Preprocess
 from jepakit.comparison import Scores
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, MissingExtraError
 from jepakit.evaluate import Measurement
+from jepakit.manifest import Preprocess
 from jepakit.run import Run
 from jepakit.sources import ImageList, list_images
 from jepakit_training import evaluation, loop

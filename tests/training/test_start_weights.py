@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import jepakit
 from jepakit import backbone as backbone_module
 from jepakit.backbone import build, round_size, size_multiple, start_backbone, stock_preprocess
-from jepakit.bundle import EmbeddingSpec
 from jepakit.embedder import Embedder, pool, pool_all, poolings_of
 from jepakit.errors import BackboneError
+from jepakit.manifest import EmbeddingSpec
 
 
 def write(folder: Path, state: dict[str, Any], name: str = "weights.safetensors") -> str:

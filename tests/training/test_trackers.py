@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import TensorBoardTracker
 
-from jepakit_training.trackers import Trackers, _flat, _tracker
+from jepakit_training.trackers import Trackers, _loggable, _tracker
 
 SETTINGS = {"lr": 1e-4, "views": {"n_local": 4, "global_area": (0.3, 1.0)}, "labels": None}
 
@@ -78,7 +78,7 @@ def test_no_tracker_is_imported_unless_asked_for() -> None:
 
 
 def test_nested_settings_become_one_table() -> None:
-    assert _flat(SETTINGS) == {
+    assert _loggable(SETTINGS) == {
         "lr": 1e-4, "views.n_local": 4, "views.global_area": "(0.3, 1.0)", "labels": "None"
     }  # fmt: skip
 

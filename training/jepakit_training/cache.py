@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from jepakit._files import reason_of, replacing
 from jepakit._say import say
-from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
+from jepakit.manifest import Preprocess
 from jepakit.sources.aside import CACHED
 from jepakit_training.memory import GB
 from jepakit_training.run_folder import lock

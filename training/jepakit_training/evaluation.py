@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from jepakit._groups import assign_folds, codes, copies, numbered
 from jepakit._messages import counted
 from jepakit._progress import track
-from jepakit.bundle import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.comparison import Comparison
 from jepakit.config import AdaptConfig
 from jepakit.embedder import Embedder, check_pooling, pool_all, poolings_of
 from jepakit.errors import DataError, ImageError, InputError
 from jepakit.evaluate import NO_LABELS, Measurement, judge, measure, no_labels
 from jepakit.images import Pixels, preprocess
+from jepakit.manifest import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split
 from jepakit_training.records import SkippedFiles

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jepakit.backbone import is_hierarchical
-from jepakit.bundle import Preprocess
+from jepakit.manifest import Preprocess
 from jepakit_training.batchnorm import GlobalBatchNorm1d
 from jepakit_training.views import Views
 

@@ -10,18 +10,10 @@ import torch
 from safetensors.torch import load, save_file
 
 from jepakit.backbone import provenance_behind, tensors_of
-from jepakit.bundle import (
-    WEIGHTS,
-    EmbeddingSpec,
-    Manifest,
-    Preprocess,
-    Provenance,
-    compute_model_id,
-    open_bundle,
-    write_bundle,
-)
+from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.comparison import Comparison
 from jepakit.errors import BundleError, ConfigError, DataError
+from jepakit.manifest import EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.run import START, Run
 from jepakit_training.run_folder import FREE_SETTINGS, versions
 from jepakit_training.setup import Setup

@@ -21,9 +21,9 @@ import tomli_w
 from jepakit._files import reason_of, replacing
 from jepakit._messages import counted
 from jepakit._say import say
-from jepakit.bundle import START_WORDS, versions_of
-from jepakit.config import AdaptConfig
+from jepakit.config import START_WORDS, AdaptConfig, flattened
 from jepakit.errors import ConfigError, DataError, WriteError
+from jepakit.manifest import versions_of
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START, is_run
 from jepakit.sources import ImageList
 from jepakit.sources.table import RULES
@@ -298,15 +298,14 @@ def _changed_settings(
 
 
 def _compared(settings: dict[str, Any], *, weights_may_move: bool) -> dict[str, Any]:
-    """The settings of a config.toml that must stay the same for a resumed run; each view setting by its own name."""
-    views = settings.get("views", {})
-    flat = {**settings, **{f"views.{name}": value for name, value in views.items()}}
+    """The settings of a config.toml that must stay the same for a resumed run."""
+    flat = flattened(settings)
     # The place of the cache does not matter, but its presence does: it holds images already downscaled.
     flat["cache"] = "cache" in settings
     # Nor does the place of the tables: the images' digest covers their content.
     movable = {"labels": RULES, "group": RULES, **({"weights": START_WORDS} if weights_may_move else {})}
     flat |= {name: "a file" for name, words in movable.items() if flat.get(name) not in words}
-    return {key: value for key, value in flat.items() if key != "views" and key not in FREE_SETTINGS}
+    return {name: value for name, value in flat.items() if name not in FREE_SETTINGS}
 
 
 def _environment(out: Path) -> dict[str, Any]:

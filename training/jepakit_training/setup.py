@@ -13,9 +13,9 @@ from jepakit._messages import counted
 from jepakit._one_line import one_line
 from jepakit._say import say
 from jepakit.backbone import start_backbone, start_preprocess
-from jepakit.bundle import Backbone, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
+from jepakit.manifest import Backbone, Preprocess
 from jepakit.run import SKIPPED, Run
 from jepakit.runtime import has_nvidia_driver
 from jepakit.sources import ImageList

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
-from jepakit.config import Tracker
+from jepakit.config import Tracker, flattened
 from jepakit_training.records import TolerateWriteErrors
 
 _PROJECT = "jepakit"
@@ -40,7 +40,7 @@ class Trackers:
         if self._trackers:
             PartialState()  # required by accelerate's logging of the trackers
         self._tolerate = {tracker.name: TolerateWriteErrors(f"{tracker.name} in {run}") for tracker in self._trackers}
-        flat = _flat(settings)
+        flat = _loggable(settings)
         for tracker in self._trackers:
             tracker.start()
             if tracker.name == "mlflow":
@@ -93,12 +93,9 @@ def _wandb_id(run: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `views.n_local = 4`."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+def _loggable(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The settings in one level, values of other kinds as text."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in flattened(settings).items()
+    }

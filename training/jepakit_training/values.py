@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jepakit.bundle import Preprocess
 from jepakit.config import AdaptConfig
+from jepakit.manifest import Preprocess
 from jepakit.sources import ImageList
 from jepakit_training.scan import Scan, fill_notes, outlier_notes, range_notes, refuse_mixed, scan
 

@@ -17,9 +17,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from jepakit.bundle import Preprocess
 from jepakit.errors import ImageError
 from jepakit.images import read_image
+from jepakit.manifest import Preprocess
 from jepakit.readers import Scenes, Window, open_raster
 from jepakit.readers.pillow import PillowFile
 from jepakit.readers.raster import crop
