@@ -16,6 +16,7 @@ from safetensors.torch import load, save_file
 
 from jepakit import golden
 from jepakit._export_source import name_and_weights
+from jepakit._extras import versions_of
 from jepakit._messages import lines_of
 from jepakit._progress import stage
 from jepakit.backbone import fitting_size, is_bundle_weights, restore, start_backbone, stock_preprocess, tensors_of
@@ -34,7 +35,6 @@ from jepakit.manifest import (
     Preprocess,
     Provenance,
     compute_model_id,
-    versions_of,
 )
 from jepakit.run import START, Run, is_run
 from jepakit.session import Session

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from jepakit._ort import import_ort
 from jepakit.images import Pixels
@@ -60,10 +59,11 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
             )
         else:
             some = images[evenly_spread(len(images), MOST_CALIBRATED)]
+            batches = ({INPUT: np.ascontiguousarray(some[at : at + 8])} for at in range(0, len(some), 8))
             quantize_static(
                 prepared,
                 written,
-                _reader(some),
+                SimpleNamespace(get_next=partial(next, batches, None)),  # a CalibrationDataReader
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
@@ -73,24 +73,6 @@ def to_int8(model: ir.Model, images: Pixels) -> ir.Model:
                 nodes_to_exclude=_computed_on_both_sides(graph),
             )
         return ir.external_data.load_to_model(ir.load(written))
-
-
-def _reader(images: Pixels) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._batches = _batches(images)
-
-        def get_next(self) -> dict[str, NDArray[Any]] | None:
-            return next(self._batches, None)
-
-    return Reader()
-
-
-def _batches(images: Pixels) -> Iterator[dict[str, NDArray[Any]]]:
-    for start in range(0, len(images), 8):
-        yield {INPUT: np.ascontiguousarray(images[start : start + 8])}
 
 
 def _mostly_matrices(graph: onnx.GraphProto) -> bool:

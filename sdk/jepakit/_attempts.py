@@ -21,7 +21,6 @@ from jepakit.errors import (
 if TYPE_CHECKING:
     import httpx
 
-# httpx is imported by the first client only: it imports its own command line, which takes 0.2 s.
 AT_ONCE = 4
 """Concurrent requests of one call."""
 MOST_AT_ONCE = 2 * AT_ONCE

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import httpx
 
 _C = TypeVar("_C")
-# httpx is imported by the first client only: it imports its own command line, which takes 0.2 s.
 _LONGEST_S = 1e6
 _KEY = re.compile(r"[!-~]+")
 _OURS = ("/v1", "/v1/embeddings", "/v1/models")
@@ -32,7 +31,7 @@ class Connection:
     """The arguments of both clients, checked, and how they configure httpx."""
 
     def __init__(self, url: str, *, api_key: str | None, timeout_s: float, deadline_s: float) -> None:
-        import httpx
+        import httpx  # by the first client only: httpx imports its own command line, which takes 0.2 s
 
         _check_url(url)
         for name, seconds in (("timeout_s", timeout_s), ("deadline_s", deadline_s)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 
 from jepakit.errors import MissingExtraError
 
@@ -32,6 +35,15 @@ NEEDS = {
 def missing(extra: str) -> list[str]:
     """Which modules of an extra are not installed."""
     return [module for module in NEEDS[extra] if importlib.util.find_spec(module) is None]
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def require(extra: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TypeVar
 
 from jepakit._progress import Steps
@@ -14,17 +15,17 @@ _Out = TypeVar("_Out")
 
 THREADS = 8
 # One future per file, all at once, would take more memory than the answers.
-_AT_ONCE = 64
+_AHEAD = 64
 
 
 def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], what: str, *, threads: int = THREADS) -> list[_Out]:
     """`[work(item) for item in items]` in threads, showing progress; raises the first error."""
     done: list[_Out] = []
-    with Steps(len(items), what=what) as steps, ThreadPoolExecutor(threads) as pool:
-        while len(done) < len(items):
-            for answer in pool.map(work, items[len(done) : len(done) + _AT_ONCE]):
-                done.append(answer)
-                steps.update(len(done))
+    reading = work_ahead(work, items, threads=threads, ahead=_AHEAD)
+    with Steps(len(items), what=what) as steps, closing(reading):
+        for _, answer in reading:
+            done.append(answer.result())
+            steps.update(len(done))
     return done
 
 

@@ -106,10 +106,14 @@ class Bundle:
         """Verify one file as `read` does, without holding it in memory."""
         self._verified(name, file_sha256, str)
 
-    def _verified(self, name: str, take: Callable[[Path], _Taken], digest: Callable[[_Taken], str]) -> _Taken:
+    def require(self, name: str) -> None:
+        """Raise BundleError if the bundle holds no such file: a graph comes with `jepakit export`."""
         if name not in self.manifest.files:
             hint = "; run `jepakit export` on it first" if self.manifest.graph is None else ""
             raise BundleError(f"bundle {self.path} has no {name}{hint}")
+
+    def _verified(self, name: str, take: Callable[[Path], _Taken], digest: Callable[[_Taken], str]) -> _Taken:
+        self.require(name)
         file = self.path / name
         try:
             _check_regular(file)

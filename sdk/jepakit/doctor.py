@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from jepakit import __version__
-from jepakit._extras import NEEDS, missing
+from jepakit._extras import NEEDS, missing, versions_of
 from jepakit._machine import MORE_SHARED, SHARED, main_memory, usable_cpus
 from jepakit.errors import JepakitError
-from jepakit.runtime import Provider, has_nvidia_driver, open_runtime
+from jepakit.runtime import Chosen, has_nvidia_driver, open_runtime
 
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _PACKAGES = {
     "train": ("torch", "timm", "torchvision", "accelerate"),
     "export": ("onnx", "onnxscript"),
     "serve": ("ray", "fastapi", "uvicorn"),
     "images": ("pillow", "tifffile", "pydicom"),
     "codecs": ("imagecodecs", "python-gdcm"),
-    "runtime": ("onnxruntime", "onnxruntime-gpu", "openvino"),
+    "runtime": (*_RUNTIMES, "openvino"),
 }
 """By the extra that installs them."""
 _IDENTITY = (
@@ -57,7 +57,7 @@ def _memory() -> str:
 
 
 def _installed(extra: str, names: Sequence[str]) -> str:
-    versions = {name: version for name in names if (version := _version(name))}
+    versions = versions_of(names)
     said = [f"{name} {version}" for name, version in versions.items()]
     if not said:
         return f"not installed (pip install 'jepakit[{'serve' if extra == 'runtime' else extra}]')"
@@ -66,20 +66,13 @@ def _installed(extra: str, names: Sequence[str]) -> str:
     return ", ".join(said + [f"no {name}" for name in lacking])
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _usable_providers() -> Iterator[str]:
-    for provider in get_args(Provider):
-        if provider != "auto" and _why_not(provider) is None:
+    for provider in get_args(Chosen):
+        if _why_not(provider) is None:
             yield provider
 
 
-def _why_not(provider: Provider) -> JepakitError | None:
+def _why_not(provider: Chosen) -> JepakitError | None:
     """Why a provider cannot open a graph here, found by opening one; None if it can."""
     try:
         open_runtime(_IDENTITY, provider, threads=1)
@@ -89,7 +82,7 @@ def _why_not(provider: Provider) -> JepakitError | None:
 
 
 def _two_runtimes() -> Iterator[str]:
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if len(versions_of(_RUNTIMES)) > 1:
         yield (
             "onnxruntime and onnxruntime-gpu are both installed, into the same folder: pip uninstall -y onnxruntime onnxruntime-gpu, "
             "then pip install only the one that you need"
@@ -104,8 +97,7 @@ def _idle_gpu() -> Iterator[str]:
 
         if not torch.cuda.is_available():
             yield f"torch {torch.__version__} sees no GPU, so training would not use it: install torch for this driver's CUDA (nvidia-smi)"
-    runtime = _version("onnxruntime-gpu") or _version("onnxruntime")
-    if runtime and (error := _why_not("cuda")) is not None:
+    if versions_of(_RUNTIMES) and (error := _why_not("cuda")) is not None:
         yield f"the service would not use the GPU: {error}"
 
 
@@ -114,6 +106,6 @@ def _little_shared_memory() -> Iterator[str]:
         "torch": "training would have fewer loader processes",
         "ray": "Ray would write images to disk (unless you serve with --no-ray)",
     }
-    told = [words for package, words in effects.items() if _version(package)]
+    told = [effects[package] for package in versions_of(effects)]
     if told and SHARED.is_dir() and (size := shutil.disk_usage(SHARED).total) < _LEAST_SHARED:
         yield f"{SHARED} has only {size >> 20} MB, so {' and '.join(told)}: {MORE_SHARED}"

@@ -205,7 +205,7 @@ def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[N
     return [stay for stay in kept if len(np.unique(classes[stay])) > 1]
 
 
-def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_], refits: Refits | None = None) -> Measurement:
+def _measurement(right: NDArray[np.bool_], truth: NDArray[np.str_], refits: Refits | None) -> Measurement:
     linear, knn = right
     scores = Scores(
         linear=linear.mean(),

@@ -277,18 +277,16 @@ def _check_scale(header: Header, ref: ImageRef, spec: Preprocess) -> None:
     if spec.tile is None:
         return
     width, height = (header.width, header.height) if ref.window is None else (ref.window.width, ref.window.height)
-    fits = max(width, height) <= spec.tile if ref.window is not None else (width, height) in _tile_sizes(spec)
+    if ref.window is None:  # a tile as cut, or already downscaled to what the model resizes it to
+        fits = width == height and width in (spec.tile, spec.resize_to)
+    else:
+        fits = max(width, height) <= spec.tile
     if not fits:
         raise ImageError(
             f"{ref.name}: {width} × {height} pixels, but the model was made for tiles of {spec.tile} × {spec.tile}: "
             f"cut it with tile={spec.tile} (`jepakit embed --tile {spec.tile}`)",
             code="wrong_scale",
         )
-
-
-def _tile_sizes(spec: Preprocess) -> set[tuple[int | None, int | None]]:
-    """The sizes of tiles as cut, and as already downscaled to what the model resizes them to."""
-    return {(spec.tile, spec.tile), (spec.resize_to, spec.resize_to)}
 
 
 def _padded(pixels: Pixels, ref: ImageRef, spec: Preprocess) -> Pixels:

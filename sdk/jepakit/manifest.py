@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -209,15 +207,6 @@ class Provenance(Frozen):
     versions: dict[str, str]
     start: Provenance | None = None
     """How the weights that training began with came to be, if those were a bundle's."""
-
-
-def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed, as `Provenance` keeps them."""
-    found = {}
-    for name in packages:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 class Manifest(Frozen):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -82,10 +81,9 @@ class Session:
         if threads is not None and (not is_whole(threads) or threads < 1):
             raise ConfigError(f"threads = {threads!r}: give a whole number, 1 or more, or None for one a core")
         bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        files = bundle.read_all()
         for name in (GRAPH, GOLDEN):
-            if name not in files:
-                bundle.read(name)  # raises: the file is missing, and for a graph, export first
+            bundle.require(name)
+        files = bundle.read_all()
         expected = golden.unpack(files[GOLDEN])
         expected.check(bundle.manifest.preprocess, bundle.manifest.embedding.dim)
         session = cls(
@@ -273,7 +271,9 @@ def _batches(
     many.
     """
     threads = listed.threads(min(usable_cpus(), _MOST_DECODERS))
-    reading = work_ahead(partial(_read, listed, spec), range(len(listed)), threads=threads, ahead=_BATCHES_AHEAD * size)
+    reading = work_ahead(
+        lambda place: preprocess(listed[place], spec), range(len(listed)), threads=threads, ahead=_BATCHES_AHEAD * size
+    )
     batch: dict[int, Pixels] = {}
     with closing(reading):
         for place, image in reading:
@@ -286,10 +286,6 @@ def _batches(
                 batch = {}
     if batch:
         yield np.array([*batch]), np.stack([*batch.values()])
-
-
-def _read(listed: ImageList, spec: Preprocess, place: int) -> Pixels:
-    return preprocess(listed[place], spec)
 
 
 def load(

@@ -18,8 +18,7 @@ def run(settings: ServeSettings) -> None:
     check_provider(settings.provider, settings.arithmetic)
     bundles = find_bundles(settings)
     for bundle in bundles:
-        if bundle.manifest.graph is None:
-            bundle.check(GRAPH)  # says so
+        bundle.require(GRAPH)
         bundle.verify()
     if settings.api_key_file is not None:
         keys.check(Path(settings.api_key_file))

@@ -36,6 +36,13 @@ class Decoded(NamedTuple):
     area: int
 
 
+class Answer(NamedTuple):
+    """A vector [D] for each image, or why it cannot be read, in order; and the total pixels of the decoded images."""
+
+    results: list[Result]
+    pixels: int
+
+
 class Observer(Protocol):
     """Receives the seconds each stage took, including failed decodings; called from the batcher's threads."""
 
@@ -177,8 +184,8 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Result], int]:
-        """A vector [D] for each image, or why it cannot be read, in order; and the total pixels of the decoded images.
+    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
+        """The vectors of a request's images.
 
         If cancelled or too late, images not yet decoded or run are dropped. Raises what `run` raised, or TimeoutError.
         """
@@ -197,7 +204,7 @@ class Batcher:
             raise
         finally:
             timer.cancel()
-        return [result for result in request.results if result is not None], request.area
+        return Answer([result for result in request.results if result is not None], request.area)
 
     def close(self) -> None:
         """Answer the requests already accepted, then stop the threads."""
@@ -289,12 +296,11 @@ class Batcher:
     def _run_batch(self, batch: list[_Ready], way: RunBatch) -> None:
         run = self._whole if way.whole else self._run
         start = time.perf_counter()
-        error: BaseException | None = None
-        vectors: Any = None
+        outcome: NDArray[np.float32] | BaseException
         try:
-            vectors = run(np.stack([pixels for _, _, pixels, _ in batch]))
-        except BaseException as caught:  # as above
-            error = caught
+            outcome = run(np.stack([pixels for _, _, pixels, _ in batch]))
+        except BaseException as error:  # as above
+            outcome = error
         else:
             seconds = time.perf_counter() - start
             self._observer.ran(len(batch), [start - request.since for request, *_ in batch], seconds)
@@ -302,10 +308,10 @@ class Batcher:
             self._running -= way.lanes
             self._at_work -= len(batch)
             for row, (request, place, *_) in enumerate(batch):
-                if error is None:
-                    self._finish(request, place, vectors[row])
+                if isinstance(outcome, BaseException):
+                    request.settle(outcome)
                 else:
-                    request.settle(error)
+                    self._finish(request, place, outcome[row])
             self._lock.notify()
 
     def _finish(self, request: _Request, place: int, result: Result) -> None:

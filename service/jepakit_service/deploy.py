@@ -43,7 +43,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
     it was, or a message says where the old version lies if it could not be put back.
     """
     bundle = open_bundle(source)
-    bundle.check(GRAPH)
+    bundle.require(GRAPH)
     bundle.verify()
     if not folder.is_dir() or is_bundle(folder):
         raise DataError(f"{folder} is not a folder of bundles: name the one that `jepakit serve` watches")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -48,7 +49,7 @@ def _form_of_inputs(value: object) -> str:
     return "(many)" if isinstance(value, list) else "(one)"
 
 
-class _Request(BaseModel):
+class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
@@ -59,7 +60,7 @@ class _Body(BaseModel):
 
     @model_validator(mode="after")
     def _no_misspelt_field(self) -> Self:
-        for name in self.model_extra or ():
+        for name in islice(self.model_extra or (), _MOST_FIELDS):
             if name == "partial":
                 raise ApiError(400, "invalid_request", "partial is a query parameter: ?partial=true", param=name)
             if name == "input_type" or len(name) > _LONGEST_FIELD:
@@ -69,20 +70,20 @@ class _Body(BaseModel):
         return self
 
 
-_LONGEST_FIELD = 40
+_LONGEST_FIELD, _MOST_FIELDS = 40, 64
 _ALIKE = 0.68
 """Above it are slips and other services' words for our fields (`output_dimension` is 0.69 like `dimensions`), below it
 their own fields, but for Voyage's and Cohere's `input_type`."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
-class ImageUrl(_Request):
+class ImageUrl(_Part):
     """OpenAI's wrapper around a URL."""
 
     url: str = Field(description="a data URI; http(s) is never fetched")
 
 
-class ImagePart(_Request):
+class ImagePart(_Part):
     """One image, in exactly one of these fields. `text` is refused: there is no text model here."""
 
     type: str | None = None

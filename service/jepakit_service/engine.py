@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from jepakit.errors import ImageError, InferenceError
 from jepakit.session import NOT_FINITE
-from jepakit_service.batcher import ImageData, Result
+from jepakit_service.batcher import Answer, ImageData, Result
 from jepakit_service.faults import unavailable
 from jepakit_service.models import LoadedModel
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import Plan
-
-
-class Answer(NamedTuple):
-    """A vector [D] or ImageError for each image in order, and the pixels decoded."""
-
-    results: list[Result]
-    pixels: int
 
 
 def max_images_in_time(plan: Plan, settings: ServeSettings) -> int:
@@ -46,7 +38,7 @@ class Engine:
         self._inside += len(images)
         model.inside += len(images)
         try:
-            results, pixels = await model.embed(images, self._settings.request_timeout_s)
+            answer = await model.embed(images, self._settings.request_timeout_s)
         except TimeoutError:
             seconds = self._settings.request_timeout_s
             raise unavailable("timeout", f"no answer within {seconds:g} s: try again") from None
@@ -55,10 +47,10 @@ class Engine:
         finally:
             self._inside -= len(images)
             model.inside -= len(images)
-        results = [_finite(result) for result in results]
+        results = [_finite(result) for result in answer.results]
         bad = sum(isinstance(result, ImageError) for result in results)
         model.metrics.answered(len(results) - bad, bad)
-        return Answer(results, pixels)
+        return answer._replace(results=results)
 
     def _is_full(self, model: LoadedModel, more: int) -> bool:
         """Whether `more` images are too many for this replica, or for the model to answer in half of the timeout.

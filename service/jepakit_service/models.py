@@ -17,7 +17,7 @@ from jepakit.images import fit, read_image
 from jepakit.readers import Limits
 from jepakit.runtime import ON_GPU
 from jepakit.session import Session
-from jepakit_service.batcher import Batcher, Capacity, Decoded, ImageData, Result
+from jepakit_service.batcher import Answer, Batcher, Capacity, Decoded, ImageData, Result
 from jepakit_service.heartbeat import Heartbeat
 from jepakit_service.metrics import Metrics
 from jepakit_service.settings import ServeSettings
@@ -74,11 +74,8 @@ class LoadedModel:
         """The bundle's digest."""
         return self.manifest.digest
 
-    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Result], int]:
-        """A vector [D] for each image, or why it cannot be read, in order; and the total pixels of the decoded images.
-
-        Raises TimeoutError.
-        """
+    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
+        """The vectors of a request's images. Raises TimeoutError."""
         self.metrics.waiting.inc(len(images))
         try:
             return await self._batcher.embed(images, timeout_s)

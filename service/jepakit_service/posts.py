@@ -68,7 +68,10 @@ class Posts:
 
     def handler(self, path: str) -> Handler | None:
         """The handler of a POST to `path`; None if FastAPI handles it."""
-        return self._by_path.get(path) or (self._infer if routes.model_of_inference(path) else None)
+        if path in self._by_path:
+            return self._by_path[path]
+        asked = routes.model_of_inference(path)
+        return None if asked is None else partial(self._infer, asked)
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
@@ -89,9 +92,7 @@ class Posts:
         computed = await self._compute(ask, call)
         return await _json(computed, lambda: write(ask, computed))
 
-    async def _infer(self, call: Call) -> Reply:
-        asked = routes.model_of_inference(call.path)
-        assert asked is not None
+    async def _infer(self, asked: str, call: Call) -> Reply:
         length = call.header(oip.JSON_LENGTH.lower()) or None
         inference = await _read(call, lambda body, most: oip.read(body, length, asked, most), self._max_images)
         computed = await self._compute(inference.ask, call)

@@ -129,7 +129,7 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
             **OWN,
             namespace="jepakit",
             _temp_dir=str(folder),
-            num_gpus=_gpus(settings),
+            num_gpus=None if settings.num_gpus else 0,  # None: Ray counts them itself
             # One for each replica, and one for the successor of a replica that hangs. Ray starts as many processes ahead.
             num_cpus=(settings.max_replicas or settings.replicas) + 1,
         )
@@ -184,11 +184,6 @@ def _drain(handle: Any, settings: ServeSettings) -> None:
     for answer in answers:
         if isinstance(answer, BaseException):
             raise ServeError(f"requests in flight may be lost: {_innermost(answer)}") from answer
-
-
-def _gpus(settings: ServeSettings) -> int | None:
-    """None, so that Ray counts the GPUs itself, if replicas ask for any; else 0."""
-    return None if settings.num_gpus else 0
 
 
 def _check_gpus(settings: ServeSettings, found: float) -> None:

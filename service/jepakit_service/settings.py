@@ -126,7 +126,7 @@ class ServeSettings(StrictBools, BaseSettings):
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _keys_beyond_loopback(self) -> Self:
+    def _fit_together(self) -> Self:
         if self.api_key_file is None and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is reachable from other machines, which needs --api-key-file FILE "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import onnxruntime.quantization
 import pytest
 import tifffile
 import torch
@@ -24,7 +27,7 @@ from jepakit.embedder import Embedder
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
-from jepakit.manifest import EmbeddingSpec, Preprocess
+from jepakit.manifest import INPUT, EmbeddingSpec, Preprocess
 from jepakit.session import Session
 from jepakit_export import convert, exporter, quantize, verify
 from jepakit_export.verify import (
@@ -279,13 +282,14 @@ def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[NDArray[Any]] = []
-    reader = quantize._reader
+    quantize_static = onnxruntime.quantization.quantize_static
 
-    def noted(images: NDArray[Any]) -> Any:
-        seen.append(images)
-        return reader(images)
+    def noted(model: Path, written: Path, reader: Any, **settings: Any) -> None:
+        batches = list(iter(reader.get_next, None))
+        seen.append(np.concatenate([batch[INPUT] for batch in batches]))
+        quantize_static(model, written, SimpleNamespace(get_next=partial(next, iter(batches), None)), **settings)
 
-    monkeypatch.setattr(quantize, "_reader", noted)
+    monkeypatch.setattr(onnxruntime.quantization, "quantize_static", noted)
     images = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
     quantize.to_int8(ir.load(export("test_resnet:random").path / GRAPH), images)
     assert len(seen[0]) == quantize.MOST_CALIBRATED

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import doctor, runtime
+from jepakit._extras import versions_of
 from jepakit.cli import app
 from jepakit.doctor import examine
 
@@ -42,9 +43,9 @@ def test_a_system_that_does_not_tell_its_memory_is_examined_too(sound: pytest.Mo
 
 
 def test_what_is_missing_is_told_with_what_installs_it(sound: pytest.MonkeyPatch) -> None:
-    there = doctor._version
+    there = versions_of
     gone = ("timm", "onnx", "onnxscript", "python-gdcm")
-    sound.setattr(doctor, "_version", lambda name: None if name in gone else there(name))
+    sound.setattr(doctor, "versions_of", lambda names: there(name for name in names if name not in gone))
     lines = "\n".join(examine().lines)
     assert "accelerate" in lines
     assert ", no timm" in lines
@@ -53,7 +54,7 @@ def test_what_is_missing_is_told_with_what_installs_it(sound: pytest.MonkeyPatch
 
 
 def test_problems_are_told_with_their_remedies(sound: pytest.MonkeyPatch) -> None:
-    sound.setattr(doctor, "_version", lambda name: "1.0")
+    sound.setattr(doctor, "versions_of", lambda names: dict.fromkeys(names, "1.0"))
     sound.setattr(doctor, "_LEAST_SHARED", 512 << 20)
     sound.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20))
     problems = examine().problems

@@ -739,7 +739,7 @@ def test_probes_that_move_apart_are_told_and_decide_nothing() -> None:
     was, now = np.ones((2, 600), bool), np.ones((2, 600), bool)
     now[0, ::6], was[1, ::2] = False, False
     for before, after, signs in ((was, now, ("-16.7", "+50.0")), (now, was, ("+16.7", "-50.0"))):
-        start, result = evaluate._measurement(before, truth), evaluate._measurement(after, truth)
+        start, result = (evaluate._measurement(right, truth, None) for right in (before, after))
         told = judge(start, result, truth, n_train=600).verdict
         assert told.word == "cannot tell"
         assert re.search(

@@ -28,8 +28,8 @@ from jepakit.readers import Header, ImageRef
 from jepakit.sources import list_images
 from jepakit_training.doubts import doubts
 from jepakit_training.inspecting import inspect, near_duplicates, report
-from jepakit_training.scan import Kind, Scan, _seen, fill_notes, outlier_notes, range_notes, refuse_mixed, scan
-from jepakit_training.values import choose_preprocess, describe_values, look_at
+from jepakit_training.scan import Kind, Scan, _seen, refuse_mixed, scan
+from jepakit_training.values import choose_preprocess, describe_values, fill_notes, look_at, outlier_notes, range_notes
 
 STOCK = Preprocess(
     size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),

@@ -197,13 +197,11 @@ def _handed_over(batch: Batch) -> Batch:
 
 def views_on(device: torch.device, batch: Batch) -> Views:
     """A batch's views on `device`, with colours changed there unless the loader has done so; raises its fault."""
-    views = batch.views
-    if views is None:
+    if batch.views is None:
         assert batch.fault is not None
         raise batch.fault
-    if isinstance(views, Crops):
-        return finish(views.to(device))
-    return Views(*(group.to(device, non_blocking=True) for group in views))
+    moved = batch.views.to(device)
+    return finish(moved) if isinstance(moved, Crops) else moved
 
 
 def _start_worker(_: int) -> None:

@@ -93,7 +93,7 @@ def _seconds_to_measure(setup: Setup) -> float:
     )
     began = time.perf_counter()
     before = measuring.start(setup.backbone)
-    measuring.conclude(before, measuring.end(setup.backbone, before.embedding.pooling))
+    measuring.conclude(before, measuring.end(setup.backbone, before))
     return time.perf_counter() - began + sampling.left_out_s
 
 

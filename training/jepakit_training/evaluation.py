@@ -70,12 +70,12 @@ def extract(
     starts = range(0, len(indices), _BATCH)
     for start, items in zip(track(starts, what, progress=progress), loader, strict=True):
         for place, item in enumerate(items, start):
-            if isinstance(item, InputError):
-                raise item
-            if isinstance(item, str):
+            if isinstance(item, ImageError):
                 readable[place] = False
-                skipped.append((int(indices[place]), item))
-        pixels = [item for item in items if not isinstance(item, str)]
+                skipped.append((int(indices[place]), str(item)))
+            elif isinstance(item, InputError):
+                raise item
+        pixels = [item for item in items if not isinstance(item, ImageError)]
         digests += [int.from_bytes(blake2b(image.tobytes(), digest_size=8).digest()) for image in pixels]
         if not pixels:
             continue
@@ -144,11 +144,13 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
 @dataclass
 class Measured:
-    """An embedding's spec, the vectors [N, D] of the images to measure on, and their results (None without labels)."""
+    """An embedding's spec, the vectors [N, D] of the images to measure on, their results (None without labels), and a
+    digest of each image's pixels, uint64 [N]."""
 
     embedding: EmbeddingSpec
     vectors: NDArray[np.float32]
     measurement: Measurement | None
+    digests: NDArray[np.uint64]
 
 
 class Measuring:
@@ -183,13 +185,13 @@ class Measuring:
         features = self._extract(backbone, poolings, "measure the start")
         self._skipped.add(*((self._source.ids[index], reason) for index, reason in features.skipped))
         self.images = self.images.only(features.readable)
-        self._digests = features.digests
         self._check_images()
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
-    def end(self, backbone: Any, pooling: Pooling) -> Measured:
+    def end(self, backbone: Any, before: Measured) -> Measured:
         """After: the same pooling, centre and scale measured again. DataError if an image cannot be read any more, or is
         another one."""
+        pooling = before.embedding.pooling
         features = self._extract(backbone, (pooling,), "measure the result")
         if not features.readable.all():
             raise DataError(
@@ -198,7 +200,7 @@ class Measuring:
                 "last checkpoint"
             )
         # A dataset of the caller's may give another view each time; files that differ were replaced.
-        if not self._source.in_memory and len(changed := np.flatnonzero(features.digests != self._digests)):
+        if not self._source.in_memory and len(changed := np.flatnonzero(features.digests != before.digests)):
             first = self._source.ids[self.images.indices[changed[0]]]
             raise DataError(
                 f"{counted(len(changed), 'image')} measured before training have changed since, the first: {first}. Put back what was "
@@ -260,9 +262,8 @@ class Measuring:
         raw = features.by_pooling[pooling]
         embedding = specify(pooling, self._config.standardize, raw[self.images.is_fit])
         vectors = embedding.standardized(raw)
-        return Measured(
-            embedding, vectors, None if self.images.labels is None else measure_vectors(vectors, self.images)
-        )
+        measurement = None if self.images.labels is None else measure_vectors(vectors, self.images)
+        return Measured(embedding, vectors, measurement, features.digests)
 
 
 def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
@@ -283,10 +284,8 @@ def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
 
 
 class _Preprocessed(Dataset[Any]):
-    """Images as the graph takes them, [H, W, C]; for an unreadable one, the reason as text.
-
-    An error that does not concern a single image is an item too: raised in a worker, it would come with a traceback.
-    """
+    """Images as the graph takes them, [H, W, C]. An error is an item too: raised in a worker, it would come with a
+    traceback."""
 
     def __init__(self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess) -> None:
         self._images, self._indices, self._spec = images, indices, spec
@@ -294,10 +293,8 @@ class _Preprocessed(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, place: int) -> Pixels | str | InputError:
+    def __getitem__(self, place: int) -> Pixels | InputError:
         try:
             return preprocess(self._images[int(self._indices[place])], self._spec)
-        except ImageError as error:
-            return str(error)
         except InputError as error:
             return error

@@ -22,9 +22,9 @@ from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.doubts import doubts
 from jepakit_training.pictures import bands_shown
 from jepakit_training.plan import FEW_IMAGES, local_size_of
-from jepakit_training.scan import Scan, fill_notes, outlier_notes, range_notes, sampled, scan
+from jepakit_training.scan import Scan, sampled, scan
 from jepakit_training.sheet import write_sheet
-from jepakit_training.values import choose_preprocess, chosen_frame
+from jepakit_training.values import choose_preprocess, chosen_frame, value_notes
 
 _OTHERS = 768
 """Images looked at in addition to those that training looks at."""
@@ -77,7 +77,7 @@ def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None,
     advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
     advice += _crossing(images, pairs)
     advice += [*doubts(images, found), *_faint(images, found, scaling), *_beyond(images, found, scaling)]
-    advice += [*outlier_notes(measured, images.ids, scaling), *fill_notes(measured), *range_notes(measured, scaling)]
+    advice += value_notes(measured, images.ids, scaling)
     return Inspection(
         n_images=len(images),
         n_looked_at=len(found.seen) + len(odd) + len(unreadable),

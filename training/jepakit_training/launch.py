@@ -190,11 +190,9 @@ class _Group:
     def hand_out(self, job: bytes) -> None:
         for process in self.processes:
             assert process.stdin is not None
-            try:
+            with suppress(BrokenPipeError):  # it has ended already: `wait` finds out
                 process.stdin.write(job)
                 process.stdin.flush()
-            except BrokenPipeError:  # it has ended already: `wait` finds out
-                continue
 
     @property
     def done(self) -> bool:
@@ -244,10 +242,8 @@ class _Group:
         for process in self.processes:
             process.wait()
             assert process.stdin is not None
-            try:
+            with suppress(BrokenPipeError):
                 process.stdin.close()
-            except BrokenPipeError:
-                continue
 
 
 def _raise_ending(group: _Group) -> NoReturn:

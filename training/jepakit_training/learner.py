@@ -105,7 +105,9 @@ class Learner:
         if self._two_pass is not None and trains_backbone:
             self._two_pass.backward()
 
-        grad_norm = self._accelerator.clip_grad_norm_(self._trainable(), config.clip_norm)
+        grad_norm = self._accelerator.clip_grad_norm_(
+            [*self._trained.values(), *self._raw_projector.parameters()], config.clip_norm
+        )
         # A single NaN would poison AdamW forever, so the optimizer skips the step. The norm is the same on every rank.
         bad = (~torch.isfinite(grad_norm)).float()
         self._raw_optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch's GradScaler does
@@ -238,22 +240,17 @@ class Learner:
             ramp = self._plan.ramp(step) if group["role"] == "projector" else self._plan.backbone_ramp(step)
             group["lr"] = group["base_lr"] * ramp
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [*self._trained.values(), *self._raw_projector.parameters()]
-
     def _twin(self) -> nn.Module:
         """The backbone as it is trained: a cheaper twin if a part of it is frozen."""
         frozen_part = self._lora is None and self._plan.norm_statistics == "frozen"
         if not frozen_part or len(self._trained) == len(list(self._backbone.parameters())):
             return self._backbone
-        return twin_of(self._backbone, self._noise(), bf16=self._config.precision == "auto" and self._on_bf16_cpu())
+        in_bf16 = self._config.precision == "auto" and self._accelerator.device.type == "cpu" and cpu_has_bf16()
+        return twin_of(self._backbone, self._noise(), bf16=in_bf16)
 
     def _frozen_start(self, spec: Preprocess) -> Encoder:
         start = copy.deepcopy(self._backbone).requires_grad_(False)
         return Encoder(twin_of(start, self._noise(), bf16=False), spec).to(self._accelerator.device).eval()
-
-    def _on_bf16_cpu(self) -> bool:
-        return self._accelerator.device.type == "cpu" and cpu_has_bf16()
 
     def _noise(self) -> Tensor:
         size = self._plan.image_size

@@ -66,7 +66,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     _train(setup, run, measuring_s)
     if main and len(setup.skipped):
         say(f"{len(setup.skipped)} images could not be read and were left out: see {run.path / SKIPPED}")
-    after = setup.measuring.end(setup.backbone, before.embedding.pooling)
+    after = setup.measuring.end(setup.backbone, before)
     if main:
         comparison = setup.measuring.conclude(before, after)
         measured = setup.measuring.images

@@ -5,7 +5,7 @@ Shapes: V views, N images on this rank, E features, K projector outputs; views c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -94,7 +94,9 @@ class TwoPass:
     no_sync   a context in which its gradients are not yet reduced over the ranks
     """
 
-    def __init__(self, encoder: nn.Module, micro_batch: int, no_sync: Any) -> None:
+    def __init__(
+        self, encoder: nn.Module, micro_batch: int, no_sync: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         self._encoder, self._micro_batch, self._no_sync = encoder, micro_batch, no_sync
         self._parts: list[tuple[int, Views]] = []
         self._features: Tensor = torch.empty(0)
@@ -112,16 +114,13 @@ class TwoPass:
         assert self._features.grad is not None
         gradients = torch.split(self._features.grad, self._micro_batch, dim=1)
         for (seed, part), gradient in zip(self._parts, gradients, strict=True):
-            with self._until_last(part is self._parts[-1][1]):
+            with nullcontext() if part is self._parts[-1][1] else self._no_sync():
                 torch.autograd.backward(self._embed(seed, part), gradient)
 
     def _embed(self, seed: int, part: Views) -> Tensor:
         torch.manual_seed(seed)
         features: Tensor = self._encoder(part)
         return features
-
-    def _until_last(self, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self._no_sync()
 
 
 def split_views(views: Views, size: int) -> Sequence[Views]:

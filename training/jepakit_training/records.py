@@ -1,4 +1,4 @@
-"""What a run writes while it trains: one line per logged step, and the images that could not be read."""
+"""What a run writes: its plan and split, one line per logged step, and the images that could not be read."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class StepLog:
     def __init__(self, path: Path, first_step: int, *, main: bool) -> None:
         self._file, self._tolerate = None, TolerateWriteErrors(path)
         if main:
-            kept = [line for line in read_metrics(path) if line["step"] < first_step] if path.is_file() else []
+            kept = [line for line in read_metrics(path) if line["step"] < first_step]
             with must_write(path.parent):
                 write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in kept))
                 self._file = path.open("a", encoding="utf-8", buffering=1)

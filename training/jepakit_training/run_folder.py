@@ -18,12 +18,12 @@ from typing import Any
 
 import tomli_w
 
+from jepakit._extras import versions_of
 from jepakit._files import reason_of, replacing
 from jepakit._messages import counted
 from jepakit._say import say
 from jepakit.config import START_WORDS, AdaptConfig, flattened
 from jepakit.errors import ConfigError, DataError, WriteError
-from jepakit.manifest import versions_of
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START, is_run
 from jepakit.sources import ImageList
 from jepakit.sources.table import RULES

@@ -21,7 +21,7 @@ from jepakit._threads import in_threads
 from jepakit._vectors import float32_tuple
 from jepakit.config import ValueRange, chosen_range
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.images import MOST_CLIPPED, choose_frame, describe_kind, usable
+from jepakit.images import choose_frame, describe_kind, usable
 from jepakit.manifest import Preprocess, Scaling
 from jepakit.readers import Header, Window, open_raster
 from jepakit.readers.room import room_for
@@ -34,7 +34,7 @@ _PIXELS_KEPT = 4096
 _PIXELS_JUDGED = 1 << 20
 _SIDE_JUDGED = 1024
 _THREADS = 4
-_MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE, _GAP = 0.25, 10, 0.2, 0.99, 0.5
+_MARGIN, _FENCE, _LEAST_SPREAD, _MOST_OUTSIDE = 0.25, 10, 0.2, 0.99
 
 
 class Kind(NamedTuple):
@@ -329,46 +329,3 @@ def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDA
         fence_C = _FENCE * np.maximum(third_C - first_C, spread_C)
         far |= (ends_NC < first_C - fence_C) | (ends_NC > third_C + fence_C)
     return far
-
-
-def outlier_notes(found: Scan, ids: Sequence[str], scaling: Scaling | None) -> list[str]:
-    """A warning that names an image far outside the others' range, if there is one."""
-    if scaling is None or not (far := found.outliers()):
-        return []
-    then = (
-        "they do not set the range, and are refused where it clips them"
-        if scaling.measured
-        else "are they in the same units? Refused are those of which the chosen range leaves nothing"
-    )
-    return [
-        f"warning: {len(far)} of {len(found.seen)} images have values far beyond the others', e.g. {ids[far[0]]}: {then}"
-    ]
-
-
-def fill_notes(found: Scan) -> list[str]:
-    """A remark on a value that looks like undeclared "no data": an end of a band, common and far from all others."""
-    if found.is_8_bit:
-        return []
-    for band, values in enumerate(np.concatenate([one.values for one in found.seen]).T, 1):
-        known = values[~np.isnan(values)].astype(np.float64)
-        for end in {known.min(), known.max()} if len(known) else ():
-            rest = known[known != end]
-            share = 1 - len(rest) / len(known)
-            if len(rest) and share > MOST_CLIPPED and np.abs(rest - end).min() > _GAP * np.ptp(rest):
-                return [
-                    f"{share:.0%} of band {band} is exactly {end:g}, and all else {rest.min():g} … {rest.max():g}: if it means no "
-                    f"data, declare it in the files (gdal_edit.py -a_nodata {end:g}), or it widens the value range"
-                ]
-    return []
-
-
-def range_notes(found: Scan, scaling: Scaling | None) -> list[str]:
-    """How much a window chosen by the user clips, if over 1 %."""
-    if scaling is None or scaling.measured:
-        return []
-    outside = found.outside(scaling.low[0], scaling.high[0])
-    return (
-        [f"{outside:.0%} of the values lie outside the chosen range and become black or white"]
-        if outside > MOST_CLIPPED
-        else []
-    )

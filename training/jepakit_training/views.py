@@ -40,6 +40,10 @@ class Views(NamedTuple):
     global_: Tensor
     local: Tensor
 
+    def to(self, device: torch.device) -> Views:
+        """The views on `device`."""
+        return Views(*(group.to(device, non_blocking=True) for group in self))
+
 
 class Crops(NamedTuple):
     """Unfinished views: cut and resized, with the changes still to be made to them."""
@@ -50,7 +54,7 @@ class Crops(NamedTuple):
 
     def to(self, device: torch.device) -> Crops:
         """The crops on `device`; their changes stay on the CPU, where they are needed."""
-        return self._replace(views=Views(*(group.to(device, non_blocking=True) for group in self.views)))
+        return self._replace(views=self.views.to(device))
 
 
 class ViewMaker:

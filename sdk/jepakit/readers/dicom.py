@@ -162,13 +162,13 @@ class DicomRaster(Raster):
         from pydicom.pixels.processing import apply_modality_lut
 
         dataset = _of_frame(self._dataset, frame)
-        return self._through_window(stored, dataset) if self._voi else np.asarray(apply_modality_lut(stored, dataset))
-
-    def _through_window(self, stored: Pixels, dataset: Any) -> Pixels:
-        """Values through the file's own window, 0 to 1; ImageError for a frame without one."""
-        from pydicom.pixels.processing import apply_modality_lut, apply_windowing
-
         values = np.asarray(apply_modality_lut(stored, dataset))
+        return self._through_window(values, dataset) if self._voi else values
+
+    def _through_window(self, values: Pixels, dataset: Any) -> Pixels:
+        """Values through the file's own window, 0 to 1; ImageError for a frame without one."""
+        from pydicom.pixels.processing import apply_windowing
+
         if _has_table(dataset):
             return _through_table(values, dataset)
         if None in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):

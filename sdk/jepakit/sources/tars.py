@@ -7,7 +7,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from jepakit._files import reason_of
 from jepakit._messages import counted, joined
@@ -32,10 +32,10 @@ _MOST_ZEROS = 16 * 2**20
 def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
     """The images of one or many shards, with the labels stored beside them if all have one."""
     indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", progress=len(paths) > 1)]
-    members = [each for each, _, _, _ in indexes]
-    labels = [label for _, of_shard, _, _ in indexes for label in of_shard]
-    links = [link for _, _, of_shard, _ in indexes for link in of_shard]
-    others = passed_over((name for _, _, _, of_shard in indexes for name in of_shard), bare_dicom=False)
+    members = [shard.members for shard in indexes]
+    labels = [label for shard in indexes for label in shard.labels]
+    links = [link for shard in indexes for link in shard.links]
+    others = passed_over((name for shard in indexes for name in shard.others), bare_dicom=False)
     known = tuple(label for label in labels if label is not None)
     ids = names_in_shards(paths, members)
     if len(known) == len(labels):
@@ -58,9 +58,17 @@ def _of_links(links: Sequence[str]) -> str:
     return f"{counted(len(links), 'symbolic link')} passed over ({links[0]} first): tar them with --dereference"
 
 
-def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | None], list[str], list[str]]:
-    """The image members of an uncompressed tar in order, the label of each, and the names of symbolic links and of other
-    visible files.
+class _Index(NamedTuple):
+    """The image members of a tar in order, the label of each, and the names of symbolic links and of other visible files."""
+
+    members: list[Member]
+    labels: list[str | None]
+    links: list[str]
+    others: list[str]
+
+
+def _index(path: str, *, with_labels: bool) -> _Index:
+    """What an uncompressed tar holds.
 
     A label is the content of `KEY.cls`, else "label" in `KEY.json`, where KEY is the image's name up to its last dot
     or, if there is no such file, up to its first; None if there is neither, or labels are not asked for. Of members
@@ -90,7 +98,7 @@ def _index(path: str, *, with_labels: bool) -> tuple[list[Member], list[str | No
                     others.append(name)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from None
-    return list(members.values()), _labels_of(path, list(members), sidecars), links, others
+    return _Index(list(members.values()), _labels_of(path, list(members), sidecars), links, others)
 
 
 def _link(path: str, name: str, to: str, members: dict[str, Member], sidecars: dict[str, str | None]) -> None:
