@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +88,31 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return file
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`exported(source="test_vit:random", name="tiny", **settings)`: that bundle, made once for the tests of all processes.
+
+    It takes seconds to make; a test that changes it makes a copy.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def get(source: str = "test_vit:random", *, name: str = "tiny", **settings: Any) -> Path:
+        import jepakit
+
+        what = repr((source, name, sorted(settings.items())))
+        place = folder / "exported" / hashlib.sha256(what.encode()).hexdigest()[:16]
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (place / name).exists():
+                jepakit.export(source, place / name, **settings)
+        return place / name
+
+    return get
 
 
 @pytest.fixture(scope="session")

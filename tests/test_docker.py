@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -336,16 +336,17 @@ def test_the_unit_of_systemd_starts_with_the_machine_and_a_service_that_wants_ke
 
 
 @pytest.mark.slow
-def test_the_installer_builds_an_environment_that_serves_without_torch(tmp_path: Path) -> None:
+def test_the_installer_builds_an_environment_that_serves_without_torch(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
     from tests.test_pipeline import serving
 
-    jepakit.export("test_vit:random", tmp_path / "tiny", image_size=32)
     subprocess.run(["sh", str(ROOT / "docker" / "install.sh"), str(tmp_path / "env"), "serve"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
     assert found.returncode == 1, "the serving image must not hold torch"
     with (
-        serving(tmp_path / "tiny", "--no-ray", program=python.with_name("jepakit")) as url,
+        serving(exported(image_size=32), "--no-ray", program=python.with_name("jepakit")) as url,
         jepakit.Client(url) as client,
     ):
-        assert client.verify(tmp_path / "tiny") < 1e-5
+        assert client.verify(exported(image_size=32)) < 1e-5

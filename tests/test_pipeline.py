@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,14 +114,14 @@ def test_the_whole_road_with_real_weights_ray_serve_and_real_http(images: Path, 
     assert len(predicted.stdout.splitlines()) == 80
 
 
-def test_without_ray_one_process_serves_the_same(tmp_path: Path) -> None:
-    jepakit.export("test_vit:random", tmp_path / "tiny", image_size=32)
-    with serving(tmp_path / "tiny", "--no-ray") as url, jepakit.Client(url) as client:
-        assert client.verify(tmp_path / "tiny") < 1e-5
+def test_without_ray_one_process_serves_the_same(exported: Callable[..., Path]) -> None:
+    bundle = exported(image_size=32)
+    with serving(bundle, "--no-ray") as url, jepakit.Client(url) as client:
+        assert client.verify(bundle) < 1e-5
 
 
-def damaged_bundle(folder: Path) -> Path:
-    jepakit.export("test_vit:random", folder / "broken", image_size=32)
+def damaged_copy(bundle: Path, folder: Path) -> Path:
+    shutil.copytree(bundle, folder / "broken")
     graph = folder / "broken" / "model.onnx"
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
@@ -128,7 +129,9 @@ def damaged_bundle(folder: Path) -> Path:
     return folder / "broken"
 
 
-def test_every_mistake_is_one_line_with_exit_code_2(images: Path, tmp_path: Path) -> None:
+def test_every_mistake_is_one_line_with_exit_code_2(
+    images: Path, exported: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     corrupt = tmp_path / "corrupt" / "a"
     corrupt.mkdir(parents=True)
@@ -138,8 +141,7 @@ def test_every_mistake_is_one_line_with_exit_code_2(images: Path, tmp_path: Path
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        bundle = tmp_path / "good"
-        jepakit.export("test_vit:random", bundle, image_size=32)
+        bundle = exported(image_size=32)
         cases = [
             (("adapt", tmp_path / "nowhere"), "does not exist"),
             (("adapt", tmp_path / "empty"), "holds no images"),
@@ -157,7 +159,7 @@ def test_every_mistake_is_one_line_with_exit_code_2(images: Path, tmp_path: Path
             (("serve", tmp_path / "nowhere"), "is not a bundle"),
             (("serve", tmp_path / "empty"), "holds no bundle"),
             (("serve", bundle, bundle.parent / "." / bundle.name), "is named twice"),
-            (("serve", damaged_bundle(tmp_path)), "model.onnx is damaged"),
+            (("serve", damaged_copy(bundle, tmp_path)), "model.onnx is damaged"),
             (("serve", bundle, "--port", taken.getsockname()[1]), "cannot listen"),
             (("serve", bundle, "--host", "0.0.0.0"), "--api-key-file"),
             (("serve", bundle, "--expect", "0" * 64), "not the expected one"),

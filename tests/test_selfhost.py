@@ -208,18 +208,19 @@ def proxy(tmp_path: Path, echo: Echo) -> Iterator[Proxy]:
         yield server
 
 
-def test_an_embedding_over_tls_is_the_direct_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jepakit.export("test_vit:random", tmp_path / "tiny", image_size=32)
+def test_an_embedding_over_tls_is_the_direct_one(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [picture(seed) for seed in range(3)]
     (tmp_path / "proxy").mkdir()
-    with serving(tmp_path / "tiny", "--no-ray") as url:
+    with serving(exported(image_size=32), "--no-ray") as url:
         with jepakit.Client(url) as client:
             direct = client.embed(images, progress=False)
         with Proxy(tmp_path / "proxy", int(url.rpartition(":")[2])) as proxy:
             monkeypatch.setenv("SSL_CERT_FILE", str(proxy.certificate))
             with jepakit.Client(f"https://localhost:{proxy.port}", deadline_s=20) as client:
                 through = client.embed(images, progress=False)
-                assert client.verify(tmp_path / "tiny") < 1e-5
+                assert client.verify(exported(image_size=32)) < 1e-5
             assert proxy.get("/readyz")[0] == 200
     np.testing.assert_array_equal(through.vectors, direct.vectors)
     assert through.model_id == direct.model_id

@@ -52,6 +52,12 @@ def export(tmp_path: Path) -> Callable[..., Bundle]:
     return run
 
 
+@pytest.fixture
+def made(exported: Callable[..., Path]) -> Callable[..., Bundle]:
+    """The bundle of a backbone and settings, which other tests may share."""
+    return lambda source=VIT, **settings: jepakit.open_bundle(exported(source, image_size=64, **settings))
+
+
 def run_graph(bundle: Bundle, images: NDArray[Any]) -> list[NDArray[np.float32]]:
     session = onnxruntime.InferenceSession(bundle.read(GRAPH), providers=["CPUExecutionProvider"])
     outputs: list[NDArray[np.float32]] = session.run(None, {"images": images})
@@ -96,8 +102,8 @@ def test_a_pooling_that_the_backbone_lacks_is_refused_with_those_it_has(export: 
 
 @pytest.mark.parametrize("source", [VIT, "test_resnet:random"])
 @torch.inference_mode()
-def test_patch_tokens_are_a_second_output(export: Callable[..., Bundle], source: str) -> None:
-    bundle = export(source, tokens=True)
+def test_patch_tokens_are_a_second_output(made: Callable[..., Bundle], source: str) -> None:
+    bundle = made(source, tokens=True)
     module, x = backbone_and_input(bundle, IMAGES)
     features = module.forward_features(x)
     expected = features[:, 1:] if features.ndim == 3 else features.flatten(2).transpose(1, 2)
@@ -127,11 +133,8 @@ def test_tokens_are_held_to_account_image_by_image_not_pair_by_pair(
     assert max(compared) == 16
 
 
-def test_fp16_halves_the_file_and_keeps_the_space(
-    export: Callable[..., Bundle], weights_file: Callable[[str], Path]
-) -> None:
-    source = f"test_vit:{weights_file('test_vit')}"
-    whole, half = export(source), export(source, precision="fp16")
+def test_fp16_halves_the_file_and_keeps_the_space(made: Callable[..., Bundle]) -> None:
+    whole, half = made(), made(precision="fp16")
     assert len(half.read(GRAPH)) < 0.6 * len(whole.read(GRAPH))
     assert half.manifest.model_id == whole.manifest.model_id
     graph = half.manifest.graph
@@ -218,8 +221,8 @@ def test_patch_tokens_that_overflow_in_half_precision_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_patch_tokens_that_differ_from_torchs_are_refused(export: Callable[..., Bundle]) -> None:
-    bundle = export(tokens=True)
+def test_patch_tokens_that_differ_from_torchs_are_refused(made: Callable[..., Bundle]) -> None:
+    bundle = made(tokens=True)
     session = Session.open(bundle, provider="cpu")
     vectors, tokens = session.run_all(IMAGES)
     assert verify._compare(session, "fp32", Expected(IMAGES, vectors, tokens), 2).relative_error < 1e-3
@@ -228,13 +231,13 @@ def test_patch_tokens_that_differ_from_torchs_are_refused(export: Callable[..., 
         verify._compare(session, "fp32", Expected(IMAGES, vectors, others), 2)
 
 
-def test_int8_is_a_space_of_its_own(export: Callable[..., Bundle], weights_file: Callable[[str], Path]) -> None:
+def test_int8_is_a_space_of_its_own(made: Callable[..., Bundle], weights_file: Callable[[str], Path]) -> None:
     source = f"test_vit:{weights_file('test_vit')}"
     if not int8_is_exact_here():
         with pytest.raises(ExportError, match="this CPU has no VNNI instructions"):
-            export(source, precision="int8")
+            made(source, precision="int8")
         return
-    whole, small = export(source), export(source, precision="int8")
+    whole, small = made(source), made(source, precision="int8")
     assert len(small.read(GRAPH)) < 0.5 * len(whole.read(GRAPH))
     assert small.manifest.model_id != whole.manifest.model_id
     assert small.manifest.graph is not None
@@ -279,7 +282,7 @@ def test_operator_sets_that_no_node_uses_are_not_declared() -> None:
 
 
 def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
-    export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[NDArray[Any]] = []
     quantize_static = onnxruntime.quantization.quantize_static
@@ -291,7 +294,7 @@ def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(
 
     monkeypatch.setattr(onnxruntime.quantization, "quantize_static", noted)
     images = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
-    quantize.to_int8(ir.load(export("test_resnet:random").path / GRAPH), images)
+    quantize.to_int8(ir.load(made("test_resnet:random").path / GRAPH), images)
     assert len(seen[0]) == quantize.MOST_CALIBRATED
     np.testing.assert_array_equal(seen[0][[0, -1]], images[[0, -1]])
 
@@ -411,10 +414,9 @@ def test_few_images_that_cannot_be_read_are_told_and_many_are_refused(
 )
 @torch.inference_mode()
 def test_a_graph_of_dynamic_size_takes_the_sizes_that_torch_takes(
-    export: Callable[..., Bundle], source: str, multiple: int, capsys: pytest.CaptureFixture[str]
+    made: Callable[..., Bundle], source: str, multiple: int
 ) -> None:
-    bundle = export(source, dynamic_size=True)
-    assert "to ONNX (fp32, for other sizes too: some backbones take minutes) …\n" in capsys.readouterr().err
+    bundle = made(source, dynamic_size=True)
     assert bundle.manifest.graph is not None
     assert bundle.manifest.graph.size_multiple == multiple
     session = Session.open(bundle, provider="cpu")
@@ -426,8 +428,17 @@ def test_a_graph_of_dynamic_size_takes_the_sizes_that_torch_takes(
 
 @pytest.mark.parametrize(("wrong_at", "told"), [((32, 32), "32 × 32"), ((48, 96), "48 × 96")])
 def test_a_graph_that_is_wrong_at_another_size_is_refused(
-    export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong_at: tuple[int, int], told: str
+    made: Callable[..., Bundle],
+    export: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    wrong_at: tuple[int, int],
+    told: str,
 ) -> None:
+    converted = ir.load(made(dynamic_size=True).path / GRAPH)
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_, **__: converted)
+
     class Elsewhere(Session):
         def run_all(self, images: NDArray[Any]) -> list[NDArray[np.float32]]:
             wrong = images.shape[1:3] == wrong_at
@@ -437,25 +448,26 @@ def test_a_graph_that_is_wrong_at_another_size_is_refused(
     message = rf"at {told} px: the exported graph does not reproduce torch .* relative error .*; export without --dynamic-size"
     with pytest.raises(ExportError, match=message):
         export(dynamic_size=True)
+    assert "to ONNX (fp32, for other sizes too: some backbones take minutes) …\n" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
-def test_a_graph_that_fixes_its_size_is_caught(export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    as_asked = convert._export
-    monkeypatch.setattr(
-        convert, "_export", lambda embedder, example, opset, _: as_asked(embedder, example, opset, False)
-    )
+def test_a_graph_that_fixes_its_size_is_caught(
+    made: Callable[..., Bundle], export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted = ir.load(made().path / GRAPH)
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_, **__: converted)
     with pytest.raises(ExportError, match="at 32 × 32 px: the exported graph fails at batch size 8"):
         export(dynamic_size=True)
 
 
-def test_a_fixed_size_is_fixed(export: Callable[..., Bundle]) -> None:
+def test_a_fixed_size_is_fixed(made: Callable[..., Bundle]) -> None:
     with pytest.raises(Exception, match=r"(?i)dimension|shape"):
-        run_graph(export(), synthetic_images(1, 96, 3))
+        run_graph(made(), synthetic_images(1, 96, 3))
 
 
-def test_the_file_itself_says_what_it_is(export: Callable[..., Bundle]) -> None:
-    bundle = export(normalize=True)
+def test_the_file_itself_says_what_it_is(made: Callable[..., Bundle]) -> None:
+    bundle = made("test_resnet:random", normalize=True)
     properties = {entry.key: entry.value for entry in onnx.load_model_from_string(bundle.read(GRAPH)).metadata_props}
     assert properties["jepakit.model_id"] == bundle.manifest.model_id
     assert '"normalize":true' in properties["jepakit.embedding"]

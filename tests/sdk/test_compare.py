@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -188,11 +189,11 @@ def test_files_are_compared_in_the_shell(tmp_path: Path) -> None:
         assert "hold embeddings and labels: leave them out" in str(ignored.exception)
 
 
-def test_bundles_are_compared_on_images(tmp_path: Path, image_folder: object) -> None:
-    assert callable(image_folder)
+def test_bundles_are_compared_on_images(
+    tmp_path: Path, image_folder: Callable[..., Path], exported: Callable[..., Path]
+) -> None:
     images = image_folder(per_class=10)
-    jepakit.export("test_vit:random", tmp_path / "one", image_size=64)
-    bundles = [str(tmp_path / "one")] * 2
+    bundles = [str(exported(image_size=64))] * 2
     told = CliRunner().invoke(app, ["compare", *bundles, "--images", str(images)])
     assert told.exit_code == 0, told.output
     assert "+0.0 points" in told.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -18,7 +19,7 @@ import jepakit
 import jepakit.runtime
 from jepakit import golden
 from jepakit._messages import lines_of
-from jepakit.bundle import GOLDEN, GRAPH, Bundle
+from jepakit.bundle import GOLDEN, GRAPH, Bundle, open_bundle
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.runtime import Provider, check_provider, open_runtime
 from jepakit.session import Session
@@ -29,8 +30,8 @@ needs_no_gpu = pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this 
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return jepakit.export("test_vit:random", tmp_path_factory.mktemp("bundles") / "vit", image_size=SIZE)
+def bundle(exported: Callable[..., Path]) -> Bundle:
+    return open_bundle(exported(image_size=SIZE))
 
 
 @pytest.fixture(params=HERE)

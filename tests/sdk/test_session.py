@@ -19,7 +19,7 @@ import jepakit
 import jepakit.session
 from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit.bundle import GRAPH, Bundle, write_bundle
+from jepakit.bundle import GRAPH, Bundle, open_bundle, write_bundle
 from jepakit.errors import BundleError, ConfigError, DataError, ImageError, InferenceError
 from jepakit.images import Pixels, preprocess
 from jepakit.runtime import Arithmetic, Provider
@@ -34,8 +34,8 @@ KINDS: dict[str, tuple[Provider, Arithmetic]] = {
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return jepakit.export("test_vit:random", tmp_path_factory.mktemp("bundles") / "vit", image_size=SIZE, tokens=True)
+def bundle(exported: Callable[..., Path]) -> Bundle:
+    return open_bundle(exported(name="vit", image_size=SIZE, tokens=True))
 
 
 @pytest.fixture(scope="session")

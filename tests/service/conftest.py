@@ -34,11 +34,9 @@ def briefly() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(exported: Callable[..., Path]) -> Path:
     """A tiny backbone with random weights, exported for real."""
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    jepakit.export("test_vit:random", out, image_size=32)
-    return out
+    return exported(image_size=32)
 
 
 @pytest.fixture(scope="session")
@@ -56,15 +54,21 @@ def expected(bundle: Path) -> np.ndarray[Any, Any]:
 
 def promising_others(bundle: Path, out: Path) -> Path:
     """A copy of a bundle, intact by its digests, whose golden vectors are not those its graph computes."""
+    expected = golden.unpack(jepakit.open_bundle(bundle).read(GOLDEN))
+    promised = golden.pack(expected._replace(vectors=expected.vectors[:, ::-1]))
+    return copied(bundle, out, lambda folder: (folder / GOLDEN).write_bytes(promised))
+
+
+def copied(bundle: Path, out: Path, change: Callable[[Path], object] = lambda _: None, **fields: Any) -> Path:
+    """A copy of a bundle, intact by its digests, with other fields of the manifest, or files that `change` makes."""
     source = jepakit.open_bundle(bundle)
-    expected = golden.unpack(source.read(GOLDEN))
 
     def write(folder: Path) -> None:
         for name in source.manifest.files:
             (folder / name).write_bytes(source.read(name))
-        (folder / GOLDEN).write_bytes(golden.pack(expected._replace(vectors=expected.vectors[:, ::-1])))
+        change(folder)
 
-    write_bundle(out, source.manifest, write)
+    write_bundle(out, source.manifest.model_copy(update=fields), write)
     return out
 
 

@@ -571,13 +571,12 @@ def test_a_bad_image_is_named_by_the_callers_own_name(service: str, folder: Path
         client.embed([*sorted(folder.rglob("*.png"))[:40], bad], progress=False)
 
 
-def test_verify_from_afar(service: str, bundle: Path, tmp_path: Path) -> None:
+def test_verify_from_afar(service: str, bundle: Path, exported: Callable[..., Path]) -> None:
     with jepakit.Client(service) as client:
         assert client.verify(bundle) < 1e-5
         assert client.verify(bundle, model=f"tiny@{jepakit.open_bundle(bundle).manifest.model_id}") < 1e-5
-        jepakit.export("test_vit:random", tmp_path / "tiny", image_size=48)
         with pytest.raises(NotFoundError, match="not"):
-            client.verify(tmp_path / "tiny")
+            client.verify(exported(image_size=48))
 
 
 def test_a_service_that_computes_something_else_is_caught(bundle: Path) -> None:

@@ -19,7 +19,7 @@ from jepakit_service.faults import ApiError
 from jepakit_service.keys import new_key
 from jepakit_service.settings import ServeSettings
 
-from .conftest import picture, running
+from .conftest import copied, picture, running
 
 PLAIN = [base64.b64encode(picture(seed)).decode() for seed in range(3)]
 URIS = [f"data:image/png;base64,{text}" for text in PLAIN]
@@ -285,7 +285,7 @@ def test_every_dialect_says_which_space_it_answers_in(http: httpx.Client, bundle
 
 
 def test_several_models_want_a_name(bundle: Path, tmp_path: Path) -> None:
-    jepakit.export("test_vit:random", tmp_path / "other", name="other", image_size=32)
+    copied(bundle, tmp_path / "other", name="other")
     with (
         running(ServeSettings(bundles=(str(bundle), str(tmp_path / "other")), port=1)) as url,
         httpx.Client(base_url=url, timeout=60) as http,

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,10 +34,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("proxy", ["python", "haproxy"])
-def test_two_replicas_are_one_deployment(bundle: Path, tmp_path: Path, proxy: str) -> None:
-    folder, other = tmp_path / "bundles", tmp_path / "tiny"
+def test_two_replicas_are_one_deployment(
+    bundle: Path, exported: Callable[..., Path], tmp_path: Path, proxy: str
+) -> None:
+    folder, other = tmp_path / "bundles", exported(image_size=48)
     shutil.copytree(bundle, folder / "tiny")
-    jepakit.export("test_vit:random", other, image_size=48)
     old, new = (jepakit.open_bundle(path).digest for path in (bundle, other))
     options = ("--replicas", "2", "--proxy", proxy, "--log-format", "json", "--set", "access_log=all")
     with serving(folder, *options) as url, httpx.Client(base_url=url, timeout=60) as http:

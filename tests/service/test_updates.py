@@ -43,25 +43,21 @@ from jepakit_service.models import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
 
-from .conftest import picture, running
+from .conftest import copied, picture, running
 
 PNG = {"Content-Type": "image/png"}
 
 
 @pytest.fixture(scope="module")
-def other(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(exported: Callable[..., Path]) -> Path:
     """Another version of the same name, with another vector space."""
-    out = tmp_path_factory.mktemp("other") / "tiny"
-    jepakit.export("test_vit:random", out, image_size=48)
-    return out
+    return exported(image_size=48)
 
 
 @pytest.fixture(scope="module")
-def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def third(exported: Callable[..., Path]) -> Path:
     """A third version."""
-    out = tmp_path_factory.mktemp("third") / "tiny"
-    jepakit.export("test_vit:random", out, image_size=64)
-    return out
+    return exported(image_size=64)
 
 
 @pytest.fixture
@@ -74,9 +70,7 @@ def folder(bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def second(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of another name."""
-    out = tmp_path_factory.mktemp("another") / "second"
-    jepakit.export("test_vit:random", out, image_size=32)
-    return out
+    return copied(bundle, tmp_path_factory.mktemp("another") / "second", name="second")
 
 
 def settings(*folders: Path, **more: Any) -> ServeSettings:
