@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jepakit._compare import compare as compare
     from jepakit._frontdoor import adapt as adapt
     from jepakit._frontdoor import dry_run as dry_run
+    from jepakit._frontdoor import dry_sweep as dry_sweep
     from jepakit._frontdoor import export as export
     from jepakit._frontdoor import inspect as inspect
     from jepakit._frontdoor import sweep as sweep
@@ -61,6 +62,7 @@ _HOME = {
     "adapt": "_frontdoor",
     "compare": "_compare",
     "dry_run": "_frontdoor",
+    "dry_sweep": "_frontdoor",
     "export": "_frontdoor",
     "inspect": "_frontdoor",
     "load": "session",

@@ -15,10 +15,10 @@ from jepakit.errors import DataError
 from jepakit.evaluate import Advice, can_cross_measure, cross_measure, judge
 
 
-def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None = None) -> Comparison:
-    """Judge `after` against `before`, two models' embeddings of the same labelled images, in any order.
+def compare(first: Embeddings, second: Embeddings, *, groups: ArrayLike | None = None) -> Comparison:
+    """Judge `second` against `first`, two models' embeddings of the same labelled images, in any order.
 
-    groups  the name of each image's group (patient, slide or scene), in the order of `before`; folds never split one,
+    groups  the name of each image's group (patient, slide or scene), in the order of `first`; folds never split one,
             and the interval is over groups. None: the tiles and frames of an image form a group
 
     Images to which both models give the vector of another one are copies of it, and count as one group with it.
@@ -28,37 +28,38 @@ def compare(before: Embeddings, after: Embeddings, *, groups: ArrayLike | None =
     Raises DataError if the two do not hold the same images with the same labels, if there are no labels, or if `groups`
     does not fit.
     """
-    for given in (before, after):
+    for given in (first, second):
         if not isinstance(given, Embeddings):
             raise DataError(
                 f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, from `embed` or Embeddings.load(FILE)"
             )
-    if not len(before):
+    if not len(first):
         raise DataError("there are no embeddings to compare")
     # By name, as the draw of the folds goes by row.
-    order = sorted(range(len(before)), key=before.ids.__getitem__)
+    order = sorted(range(len(first)), key=first.ids.__getitem__)
     if groups is not None:
-        groups = numbered(groups, len(before))[order]
-    before = before[order]
-    after = after[_places(before.ids, after.ids)]
-    if before.labels is None or after.labels is None:
-        which = "the first" if before.labels is None else "the second"
+        groups = numbered(groups, len(first))[order]
+    first = first[order]
+    second = second[_places(first.ids, second.ids)]
+    if first.labels is None or second.labels is None:
+        which = "the first" if first.labels is None else "the second"
         raise DataError(
             f"{which} embeddings have no labels, and models are compared on labelled images: embed images with labels"
         )
-    for name, one, other in zip(before.ids, before.labels, after.labels, strict=True):
+    for name, one, other in zip(first.ids, first.labels, second.labels, strict=True):
         if one != other:
             raise DataError(
                 f"{name} is labelled {one!r} in the first embeddings and {other!r} in the second: embed it again"
             )
-    if groups is None and (images := tuple(map(image_of, before.ids))) != before.ids:
+    if groups is None and (images := tuple(map(image_of, first.ids))) != first.ids:
         groups = images
-    labels = np.array(before.labels)
-    same = copies(np.hstack([before.vectors, after.vectors]))
+    labels = np.array(first.labels)
+    same = copies(np.hstack([first.vectors, second.vectors]))
     if n_copies := len(same) - len(np.unique(same)):
         groups = merged(numbered(groups, len(same)), same)
-    measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (before, after))
+    measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (first, second))
     judged = judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
+    judged = judged.model_copy(update={"names": ("first", "second")})
     if n_copies:
         judged = judged.noting(f"copies of an image count as one with it ({counted(n_copies, 'image')})")
     if can_cross_measure(labels, groups=groups):

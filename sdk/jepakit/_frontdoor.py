@@ -37,9 +37,9 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, or reports it, on any later day.
     settings  the fields of `jepakit.config.AdaptConfig`, whose `help` explains each: backbone, weights, domain, steps, …
 
-    Raises ConfigError for a wrong setting and DataError for unusable images, both before torch is imported;
-    BackboneError for weights that cannot be loaded; TrainingError when training cannot go on; WriteError when there is
-    no disk space left.
+    Raises ConfigError for a wrong setting, DataError for unusable images, ImageError for one that cannot be cut, and
+    MissingExtraError for a package that is not installed, all before torch is imported; BackboneError or BundleError for
+    weights that cannot be loaded; TrainingError when training cannot go on; WriteError when there is no disk space left.
     """
     config, listed = _to_adapt(images, out, settings)
     from jepakit_training.run_folder import check_folder
@@ -171,9 +171,10 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
     settings  as for `adapt`; only those about reading images have an effect: domain, views, backbone, image_size, tile, overlap,
               min_valid, frame, value_range, labels, group, most_skipped
 
-    Raises ConfigError for a wrong setting, DataError for unusable images, and WriteError if the sheet cannot be written.
+    Raises the errors of `adapt` for a wrong setting, unusable images or a missing package, and WriteError if the sheet cannot
+    be written.
     """
-    config = parse(AdaptConfig, {"images": _describe_source(images), "weights": "random", **settings})
+    config = parse(AdaptConfig, {**settings, "images": _describe_source(images), "weights": "random"})
     place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)
     require("train")
@@ -194,7 +195,8 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
               dynamic_size, verify_images, normalize, image_size, opset
 
-    Raises ConfigError, BackboneError, BundleError or DataError for an unusable source, DataError for unusable `verify_images`,
+    Raises ConfigError for a wrong setting, BundleError for an `out` that exists, ConfigError, BackboneError, BundleError or
+    DataError for an unusable source, DataError for unusable `verify_images`,
     ExportError when the graph does not reproduce torch, WriteError when there is no disk space left, MissingExtraError
     when torch is not installed. No bundle is written in any of these cases.
     """

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the service reports about one model; `raw` holds all of it."""
+    """What the service reports about one model.
+
+    name       what requests call it (`id` over HTTP)
+    model_id   id of its vector space (16 hex digits), digest: of its bundle (64)
+    dim        numbers in a vector
+    precision  computed in: fp32, fp16, int8 or bf16
+    provider   computed by: cpu, cuda, tensorrt or openvino
+    raw        the whole answer (docs/http.md)
+    """
 
     name: str
     model_id: str

@@ -132,11 +132,12 @@ class Sweep(Printed):
     unfinished  names of the runs that were stopped or have failed
     losses      by name, the mean loss over the last tenth of a run, divided by λ^0.4 (arXiv 2511.08544): the lower, the better
                 the embeddings, as was shown for runs of one recipe from random weights. It cannot see harm done to the
-                start. Empty if the runs differ in more than that allows (views, batch size, projector, anchor)
+                start. Empty if the runs differ in more than that allows (views, batch size, projector, anchor), or a log is empty
     verdict     whether to keep the best run or the start; the interval allows for its being the best of several
     failed      why runs failed, by name; known only to the call that ran them
 
-    Raises DataError if no run has finished, or if the runs are not of one start and the same images.
+    Raises DataError if no run has finished, or if the runs are not of one start and the same images; BundleError if the
+    bundle of one is damaged.
     """
 
     def __init__(self, path: str | Path, failed: Mapping[str, str] | None = None) -> None:
@@ -163,7 +164,8 @@ class Sweep(Printed):
     def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
         """Export what `verdict` says to keep, the best run or the start, to ONNX.
 
-        Takes the settings of `jepakit.export`; `which` is "best" unless given, and "last" is the best run in any case.
+        Takes the settings of `jepakit.export`, and raises its errors; `which` is "best" unless given, and "last" is the best
+        run in any case.
         """
         if settings.get("which", "best") == "best":
             settings["which"] = "last" if self.verdict.word == "better" else "start"
@@ -183,7 +185,7 @@ def is_sweep(path: Path) -> bool:
 
 
 def open_sweep(path: str | Path) -> Sweep:
-    """Open the folder of a sweep; DataError when it is not one, or none of its runs has finished."""
+    """Open the folder of a sweep; DataError when it is not one. Raises the errors of `Sweep`, too."""
     path = as_path(path, "path")
     if not is_sweep(path):
         raise DataError(f"{path} is not a sweep: it holds no runs")
@@ -241,11 +243,11 @@ def _losses(runs: Mapping[str, Run]) -> dict[str, float]:
     for name in _VARIABLE:
         if name not in _LEAVES_THE_LOSS_ALONE and any(config.get(name) != configs[0].get(name) for config in configs):
             return {}
-    return {name: _loss(run) for name, run in runs.items()}
+    logged = {name: [step["loss"] for step in run.metrics()] for name, run in runs.items()}
+    return {name: _loss(run, logged[name]) for name, run in runs.items()} if all(logged.values()) else {}
 
 
-def _loss(run: Run) -> float:
-    logged = [step["loss"] for step in run.metrics()]
+def _loss(run: Run, logged: Sequence[float]) -> float:
     views = run.config["views"]
     lamb = run.config.get("lamb", LAMBDA_PER_VIEW * (views["n_global"] + views["n_local"]))
     last = logged[-max(1, round(_LAST_SHARE * len(logged))) :]

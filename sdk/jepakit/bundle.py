@@ -88,10 +88,20 @@ class Bundle:
         self.manifest = manifest
 
     def __repr__(self) -> str:
-        return f"Bundle({str(self.path)!r}, name={self.manifest.name!r}, model_id={self.manifest.model_id!r})"
+        return f"Bundle({str(self.path)!r}, name={self.name!r}, model_id={self.model_id!r})"
 
     def __fspath__(self) -> str:
         return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """What a service calls the model."""
+        return self.manifest.name
+
+    @property
+    def model_id(self) -> str:
+        """Id of the vector space (16 hex digits)."""
+        return self.manifest.model_id
 
     @property
     def digest(self) -> str:

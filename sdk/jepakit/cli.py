@@ -49,6 +49,8 @@ _VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), 
 # Options of several commands.
 _Backbone = Annotated[str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")]
 _Weights = Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")]
+_DOMAINS = "general, natural, satellite, histology, radiology, microscopy, multispectral"
+_Domain = Annotated[str | None, typer.Option(help=f"preset for the views: {_DOMAINS} [general]")]
 _ImageSize = Annotated[int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")]
 _StepCount = Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")]
 _Tile = Annotated[int | None, typer.Option(help=_TILE)]
@@ -56,7 +58,20 @@ _Overlap = Annotated[int | None, typer.Option(help=_OVERLAP)]
 _Frame = Annotated[str | None, typer.Option(help=_FRAME)]
 _ValueRange = Annotated[str | None, typer.Option(help=_VALUE_RANGE)]
 _Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line override it")]
-_RuleOrTable = Annotated[str | None, typer.Option(help="auto, folder, none, or a CSV or Parquet file [auto]")]
+_Labels = Annotated[
+    str | None,
+    typer.Option(
+        help="classes, used only to measure: auto, folder (first-level ones), none, or a CSV or Parquet file, which may name only "
+        "some images [auto]"
+    ),
+]
+_Group = Annotated[
+    str | None,
+    typer.Option(
+        help="which images are held out together: auto (a manifest's column, DICOM's PatientID, the tiles of an image), folder, "
+        "none, or a CSV or Parquet file [auto]"
+    ),
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 app = typer.Typer(
@@ -128,10 +143,7 @@ def adapt(
     out: Annotated[str | None, typer.Option(help="the run's folder [runs/<folder>-<date>]")] = None,
     backbone: _Backbone = None,
     weights: _Weights = None,
-    domain: Annotated[
-        str | None,
-        typer.Option(help="general, natural, satellite, histology, radiology, microscopy, multispectral [general]"),
-    ] = None,
+    domain: _Domain = None,
     image_size: _ImageSize = None,
     tile: _Tile = None,
     overlap: _Overlap = None,
@@ -151,16 +163,8 @@ def adapt(
             help="learning rate of the backbone [1e-4 for a ViT, 3e-4 for a ConvNet or Swin; 5e-4 from random weights]"
         ),
     ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="whether folders are classes: auto, folder or none; or a CSV or Parquet file, which may label only some images; used only to measure [auto]"
-        ),
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(help="which images are held out together: auto, folder, none, or a CSV or Parquet file [auto]"),
-    ] = None,
+    labels: _Labels = None,
+    group: _Group = None,
     seed: Annotated[int | None, typer.Option(help="random seed of the whole run [0]")] = None,
     workers: Annotated[
         int | None, typer.Option(help="loader processes [cores minus one, at most 8, with a GPU at most 16]")
@@ -228,11 +232,11 @@ def sweep(
     ],
     backbone: _Backbone = None,
     weights: _Weights = None,
-    domain: Annotated[str | None, typer.Option(help="preset for the views [general]")] = None,
+    domain: _Domain = None,
     image_size: _ImageSize = None,
     steps: _StepCount = None,
-    labels: _RuleOrTable = None,
-    group: _RuleOrTable = None,
+    labels: _Labels = None,
+    group: _Group = None,
     config: _Config = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. lr=1e-4; overrides its option")
@@ -357,6 +361,7 @@ def _report_sweep(found: Sweep, *, as_json: bool) -> None:
                     "sweep": str(found.path),
                     "verdict": found.verdict.model_dump(mode="json"),
                     "runs": runs,
+                    "unfinished": list(found.unfinished),
                     "failed": found.failed,
                 }
             )
@@ -379,19 +384,22 @@ def _print_estimates(estimates: dict[str, DryRun], *, as_json: bool) -> None:
     show(f"{counted(len(estimates), 'run')}: about {human_time(total_s)}; nothing was kept")
 
 
-@app.command()
+@app.command(cls=WithSettings)
 def inspect(
     images: _Images,
     sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
-    domain: Annotated[str | None, typer.Option(help="preset for the views that are drawn [the suggested one]")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help=f"preset for the views that are drawn: {_DOMAINS} [the suggested one]")
+    ] = None,
     image_size: _ImageSize = None,
     tile: _Tile = None,
     overlap: _Overlap = None,
     frame: _Frame = None,
     value_range: _ValueRange = None,
-    labels: _RuleOrTable = None,
-    group: _RuleOrTable = None,
+    labels: _Labels = None,
+    group: _Group = None,
+    config: _Config = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any setting of adapt, e.g. min_valid=0.3; overrides its option")
     ] = None,
@@ -401,6 +409,7 @@ def inspect(
 
     settings = settings_of(
         set_,
+        config,
         domain=domain,
         image_size=image_size,
         tile=tile,
@@ -410,6 +419,8 @@ def inspect(
         frame=number_or_word(frame),
         value_range=value_range,
     )
+    for name in ("images", "out"):  # a run's config.toml has them
+        settings.pop(name, None)
     seen = run_inspection(_source(images), sheet=sheet, **settings)
     show(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)
 
@@ -426,7 +437,9 @@ def export(
     ] = None,
     standardize: Annotated[
         str | None,
-        typer.Option(help="adjust each number inside the graph, as measured on --verify-images: none, center, scale"),
+        typer.Option(
+            help="adjust each number inside the graph, as measured on --verify-images: none, center, scale [a run's or bundle's own]"
+        ),
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="add patch tokens as a second output")] = False,
     dynamic_size: Annotated[
@@ -575,13 +588,17 @@ def embed(
     out: Annotated[Path, typer.Option(help="the .npz file to write")],
     url: Annotated[str | None, typer.Option(help="URL of the service to embed with")] = None,
     bundle: Annotated[Path | None, typer.Option(help="exported bundle to embed with, in this process")] = None,
-    model: Annotated[str | None, typer.Option(help="for a service with several models: the model to use")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="for a service with several models: NAME, or NAME@MODEL_ID to pin it")
+    ] = None,
     provider: Annotated[
         str | None, typer.Option(help="for a bundle: auto, cpu, cuda, tensorrt, openvino [auto]")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="for a bundle: threads for one inference [one per core]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="for a bundle: model, or bf16 with openvino [model]")] = None,
-    labels: Annotated[str, typer.Option(help="auto, folder, none, or a CSV or Parquet file")] = "auto",
+    labels: Annotated[
+        str, typer.Option(help="classes, kept beside the vectors: auto, folder, none, or a CSV or Parquet file")
+    ] = "auto",
     tile: _Tile = None,
     overlap: Annotated[int, typer.Option(help=_OVERLAP)] = 0,
     min_valid: Annotated[float, typer.Option(help="smallest share of a tile that must be valid (not no-data)")] = 0.5,
@@ -646,7 +663,10 @@ def compare(
     second: Annotated[Path, typer.Argument(help="the other one; a file must be of the same images")],
     images: Annotated[
         str | None,
-        typer.Option(help="for bundles: labelled images to embed, preferably ones that neither was trained on"),
+        typer.Option(
+            help="for bundles: one source of labelled images to embed, preferably ones that neither was trained on (tiles, frames, "
+            "or a share to be skipped: `jepakit embed` first)"
+        ),
     ] = None,
     labels: Annotated[str, typer.Option(help="for bundles: auto, folder, or a CSV or Parquet file")] = "auto",
     group: Annotated[
@@ -681,7 +701,7 @@ def compare(
     if as_json:
         show(json.dumps(comparison.model_dump(mode="json")))
         return
-    show(comparison.table("first", "second"))
+    show(comparison)
 
 
 def _comparable(images: str, labels: str, group: str) -> ImageList:
@@ -716,7 +736,7 @@ def nearest(
     index: Annotated[
         Path | None, typer.Argument(help="embeddings to search, by the same model [the other queries]")
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="number of images to find for each query")] = 5,
+    k: Annotated[int, typer.Option("-k", "--k", help="number of images to find for each query")] = 5,
 ) -> None:
     """Find the images most similar to each query.
 

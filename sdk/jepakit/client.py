@@ -124,7 +124,7 @@ class Client:
                    `path#x,y,w,h`. A model of tiles only takes its own size. Needs `jepakit[images]`, as does `frame`
         overlap    pixels that neighbouring tiles share
         min_valid  tiles with a smaller share of valid area are left out
-        frame      which frame of multi-frame files to use, or "each"
+        frame      which frame of multi-frame files to use, from 0, or "each"; None: the model's own, else they are refused
         progress   show progress on standard error, also what was left out (blank tiles, files of other kinds, images
                    that cannot be embedded) and why there are no labels
         most_skipped
@@ -134,8 +134,8 @@ class Client:
         on_skipped called at the end with the id and the reason of each image that was left out
 
         Raises ImageError naming an image that cannot be embedded, once there are more of them than `most_skipped`
-        allows; ConfigError for tiles of another size than the model's, DataError when there are no images or they do
-        not exist, ResponseError when the service refuses, ConnectionFailedError after the deadline.
+        allows; ConfigError for a wrong argument, DataError when there are no images, they do not exist or too many cannot be
+        cut, ResponseError when the service refuses, ConnectionFailedError after the deadline.
         """
         check_asked(model)
         check_skipping(most_skipped, on_skipped)

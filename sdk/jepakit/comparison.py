@@ -16,8 +16,12 @@ SCORES = {
 }
 
 
+_OF_A_RUN = ("before", "after")
+
+
 class Scores(Frozen):
-    """Accuracy, 0 to 1, of probes fitted on training images, with equal weight for all classes, and judged on held-out ones."""
+    """Accuracy, 0 to 1, of probes fitted on training images, with equal weight for all classes, and judged on held-out ones:
+    the share of the images, and (`balanced`) the mean of the classes' shares."""
 
     linear: float
     linear_balanced: float
@@ -28,16 +32,18 @@ class Scores(Frozen):
 class Verdict(Frozen, Printed):
     """Which embeddings to keep.
 
+    word        "better", "same", "worse" or "cannot tell"
+    reason      the numbers behind it, and what to do, in words
     difference  after minus before, in balanced accuracy (mean of linear probe and k-NN), -1 to 1
     low, high   its 95 % interval, by paired bootstrap over the N held-out images, or over whole groups if given;
                 at least 3 / N to either side, more if classes differ in size. If the probes were fitted on fewer images
                 than were held out, over all or of a class, it is widened by how much other images to fit on would change
-                (jackknife)
+                (jackknife). None, as is the difference, where nothing could be measured
     n_groups    groups that the interval is over, of the class with the fewest; None if it is over images
 
     Harm to a group that happens not to be held out goes unseen. By the rule of three, up to 3/G of all groups may be
     harmed with none of them among the G held out. The verdict is "same" only if that could shift the result by no more
-    than SAME_WITHIN: from 90 groups of equal size, assuming that a harmed group loses 0.3. "better" and "worse" rest on
+    than 1 point: from 90 groups of equal size, assuming that a harmed group loses 0.3. "better" and "worse" rest on
     the interval alone.
     """
 
@@ -53,10 +59,12 @@ class Verdict(Frozen, Printed):
 
 
 class Comparison(Frozen, Printed):
-    """Before and after adaptation, on images never trained on. Scores are None without labels. Print it for a table.
+    """Two models on the same images: a backbone before and after adaptation, on images never trained on, or the two given
+    to `compare`. Scores are None without labels. Print it for a table.
 
     n_train     images that the probes were fitted on; with five folds, all of them in turn
     n_held_out  images that the scores and the verdict are based on, without the classes that the verdict leaves out
+    names       what the two are called
     """
 
     before: Scores | None
@@ -64,6 +72,7 @@ class Comparison(Frozen, Printed):
     verdict: Verdict
     n_train: int
     n_held_out: int
+    names: tuple[str, str] = _OF_A_RUN
 
     def noting(self, note: str) -> Comparison:
         """The same comparison, with a note before the verdict's reason."""
@@ -71,17 +80,13 @@ class Comparison(Frozen, Printed):
         return self.model_copy(update={"verdict": verdict})
 
     def __str__(self) -> str:
-        return self.table("before", "after")
-
-    def table(self, before: str, after: str) -> str:
-        """The scores, if any, in two columns with these headings, then the verdict."""
         if self.before is None or self.after is None:
             return str(self.verdict)
-        widths = [max(6, len(name)) for name in (before, after)]
+        widths = [max(6, len(name)) for name in self.names]
         rows = [
             f"{words:<16} {getattr(self.before, score):>{widths[0]}.1%}  {getattr(self.after, score):>{widths[1]}.1%}"
             for score, words in SCORES.items()
         ]
-        names = f"{'':<16} {before:>{widths[0]}}  {after:>{widths[1]}}"
-        heading = f"{names}   (on {counted(self.n_held_out, 'held-out image')})"
-        return "\n".join([heading, *rows, str(self.verdict)])
+        names = f"{'':<16} {self.names[0]:>{widths[0]}}  {self.names[1]:>{widths[1]}}"
+        on = counted(self.n_held_out, "held-out image" if self.names == _OF_A_RUN else "image")
+        return "\n".join([f"{names}   (on {on})", *rows, str(self.verdict)])

@@ -240,7 +240,7 @@ class AdaptConfig(_Settings):
     min_valid: Fraction = 0.5
     """Tiles with a smaller share of valid (not "no data") area are left out."""
     frame: Annotated[int, Field(ge=0)] | Literal["each"] | None = None
-    """For multi-frame files: the number of the frame to use, or `each`; None: such files are refused."""
+    """For multi-frame files: the number of the frame to use, from 0, or `each`; None: such files are refused."""
     value_range: Annotated[ValueRange, BeforeValidator(_read_value_range)] = "auto"
     """Which values become black and white in images that are not 8-bit: `auto` (measured), `file` (each DICOM
     file's own window), the name of a CT window, or [low, high] in the files' units."""
@@ -250,7 +250,7 @@ class AdaptConfig(_Settings):
     cache: TextOrPath | None = None
     """A folder in which to keep decoded and downscaled images, for files that are slow to read; None: no cache."""
     cache_gb: Annotated[float, Field(gt=0)] = 20.0
-    """Maximum size of `cache`."""
+    """Maximum size of `cache`, in GB (10^9 bytes)."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; None: given by `epochs`, else 300 or one epoch, whichever is more. At 300 steps SIGReg is still

@@ -19,7 +19,7 @@ from jepakit._checks import is_whole, refuse_masked
 from jepakit._files import as_path, reason_of, written
 from jepakit._messages import counted, lines_of
 from jepakit._vectors import most_similar
-from jepakit.errors import DataError, SpaceError
+from jepakit.errors import ConfigError, DataError, SpaceError
 
 _MOST_INFLATED, _SMALL = 100, 16 << 20
 
@@ -136,8 +136,8 @@ class Embeddings:
         queries  None: this set's own N vectors, each of which does not find itself
 
         Returns indices, int64 [Q, k], and cosines, float32 [Q, k], the most similar first; ties go to the lower index.
-        Raises SpaceError for queries of another model, DataError for numbers that are not finite, and unless k is 1 to N
-        (N - 1 without queries).
+        Raises SpaceError for queries of another model, DataError for numbers that are not finite, and ConfigError unless k is
+        1 to N (N - 1 without queries).
         """
         self._check_finite()
         if queries is None:
@@ -266,7 +266,7 @@ def _id(name: object) -> str:
 
 def _checked_k(k: int, most: int, what: str) -> int:
     if not is_whole(k) or not 1 <= k <= most:
-        raise DataError(f"k = {k!r}: give a whole number, 1 to {most}, which is how many {what} there are")
+        raise ConfigError(f"k = {k!r}: give a whole number, 1 to {most}, which is how many {what} there are")
     return int(k)
 
 

@@ -83,11 +83,11 @@ class BackboneError(InputError):
 
 
 class BundleError(InputError):
-    """Not a bundle, a damaged one, or one that was replaced."""
+    """Not a bundle, a damaged or replaced one, one that computes other vectors than it promises, or a place that is taken."""
 
 
 class SpaceError(InputError):
-    """Vectors from another vector space than the probe was fitted on."""
+    """Vectors of different vector spaces: of another model than the probe was fitted on, or than those to be searched."""
 
 
 class MissingExtraError(InputError):
@@ -115,7 +115,7 @@ class InferenceError(WorkError):
 
 
 class ServeError(WorkError):
-    """The service cannot start or stay up."""
+    """The service cannot start or stay up, or a new version did not get into service."""
 
 
 class WriteError(WorkError):

@@ -32,7 +32,23 @@ class Named(Frozen):
 
 
 class Inspection(Frozen, Printed):
-    """The report of `jepakit inspect`; lists hold the first 20 entries, the counts beside them cover all."""
+    """The report of `jepakit inspect`; lists hold the first 20 entries, the counts beside them cover all.
+
+    n_looked_at               images of the sample that was opened; all below is about these
+    formats                   how many are of each file format
+    holds, bands, stored_as   what most hold, in words; their bands; numpy's name of the files' dtype
+    smallest, median, largest (width, height) in pixels
+    low, high                 per band, what the values lie between, in the files' units
+    scaling                   how training would map values to 0 … 1; None for 8-bit data
+    mean, std                 per band, of the values so mapped
+    labels                    images by label; None without labels
+    source                    the images that were given, in words
+    unreadable, odd           images that cannot be read, or are of another kind than most, each with a remark
+    duplicates                pairs of ids of images that are nearly the same
+    domain, domain_because    the one that was asked for, else a guess, and why
+    advice                    what to do, in words
+    sheet                     the contact sheet that was written
+    """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -60,7 +76,6 @@ class Inspection(Frozen, Printed):
     n_duplicates: int
     duplicates: tuple[tuple[Text, Text], ...]
     domain: Domain
-    """The one that was asked for, else a guess."""
     domain_because: str
     advice: tuple[Text, ...]
     sheet: Text | None = None

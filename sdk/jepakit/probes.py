@@ -46,8 +46,9 @@ _KNN_PAIRS = 1 << 24
 
 @dataclass(frozen=True)
 class ProbeReport(Printed):
-    """How well a probe does. `balanced_accuracy` is the mean over classes of each class's accuracy.
+    """How well a probe does. Accuracies are shares, 0 to 1; `balanced_accuracy` is the mean over classes.
 
+    per_class    each class's accuracy, by its name
     n            vectors it was evaluated on
     n_fitted_on  how many of them equal a vector it was fitted on: results there say nothing about new images
     n_per_class  how many of them are of each class
@@ -188,7 +189,7 @@ class _Probe(ABC):
         return importance
 
     def save(self, path: str | Path) -> None:
-        """Write the fitted probe to one safetensors file; WriteError if it cannot be written.
+        """Write the fitted probe to one safetensors file; DataError before `fit`, WriteError if it cannot be written.
 
         The file holds a digest of each training vector: anyone with an image and the model can tell whether the probe
         was fitted on it.
@@ -332,6 +333,9 @@ class LinearProbe(_Probe):
 
         groups  the name of each vector's group (a patient, a scene), [N]; a group stays in one fold. None: if `X` is
                 `Embeddings`, the tiles and frames of an image form a group
+
+        Raises ConfigError for a wrong C, seed or class_weight; DataError without labels, for a single class, for numbers that
+        are not finite, or for groups that do not fit.
         """
         vectors, classes, targets = self._examples(X, y)
         if groups is None and isinstance(X, Embeddings):
@@ -442,7 +446,11 @@ class KNNProbe(_Probe):
         self.class_weight = class_weight
 
     def fit(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> Self:
-        """Remember `Embeddings` with labels, or vectors [N, D] and labels [N]."""
+        """Remember `Embeddings` with labels, or vectors [N, D] and labels [N].
+
+        Raises ConfigError for a wrong k or class_weight, DataError without labels, for a single class or for numbers that are
+        not finite.
+        """
         vectors, classes, targets = self._examples(X, y)
         self.classes_, self.model_id_, self.fitted_on_ = classes, _space_of(X), _digests(vectors)
         self.vectors_, self.targets_ = unit_length(vectors).astype(np.float32), targets

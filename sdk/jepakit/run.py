@@ -45,7 +45,7 @@ BUNDLE = "bundle"
 
 
 class Run:
-    """A run's folder, opened. The module's docstring lists what is in it."""
+    """A run's folder, as `adapt` and `open_run` return it. The module's docstring lists what is in it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path, "path")
@@ -55,11 +55,13 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved settings; DataError when the file is damaged."""
+        """The resolved settings; DataError when the file is gone or damaged."""
         try:
             return tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:  # damaged TOML or bytes
-            raise DataError(f"{self.path / CONFIG} is damaged ({error}): restore it, or start a new run") from None
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.path / CONFIG} is gone or damaged ({error}): restore it, or start a new run"
+            ) from None
 
     @property
     def finished(self) -> bool:
@@ -106,7 +108,7 @@ class Run:
         return read_metrics(self.path / METRICS)
 
     def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
-        """Export to ONNX, verified against torch; takes the settings of `jepakit.export`."""
+        """Export to ONNX, verified against torch; takes the settings of `jepakit.export`, and raises its errors."""
         from jepakit._frontdoor import export
 
         return export(self.path, out=out, **settings)

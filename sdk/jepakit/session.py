@@ -187,8 +187,7 @@ class Model:
         self.manifest = session.manifest
 
     def __repr__(self) -> str:
-        name, dim, provider = self.manifest.name, self.manifest.embedding.dim, self._session.provider
-        return f"<Model {name!r}: vectors of {dim} numbers, model_id={self.model_id!r}, on {provider}>"
+        return f"<Model {self.name!r}: vectors of {self.dim} numbers, model_id={self.model_id!r}, on {self.provider}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -196,9 +195,34 @@ class Model:
         )
 
     @property
+    def name(self) -> str:
+        """What the service would call it."""
+        return self.manifest.name
+
+    @property
     def model_id(self) -> str:
         """Id of the vector space (16 hex digits)."""
         return self.manifest.model_id
+
+    @property
+    def digest(self) -> str:
+        """That of the bundle (64 hex digits)."""
+        return self.manifest.digest
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a vector."""
+        return self.manifest.embedding.dim
+
+    @property
+    def precision(self) -> str:
+        """The precision computed in: fp32, fp16, int8 or bf16."""
+        return self._session.precision
+
+    @property
+    def provider(self) -> str:
+        """What computes: cpu, cuda, tensorrt or openvino."""
+        return self._session.provider
 
     def embed(
         self,
@@ -216,8 +240,8 @@ class Model:
         """Embed images, keeping their order; the arguments are those of `Client.embed` without `model`.
 
         Raises ImageError naming an image that cannot be embedded, once there are more of them than `most_skipped`
-        allows; ConfigError for tiles of another size than the model's, DataError when there are no images or they do
-        not exist.
+        allows; ConfigError for a wrong argument, DataError when there are no images or they do not exist, and InferenceError
+        when there is no room for a single one.
         """
         check_tile(tile, self.manifest.preprocess)
         check_skipping(most_skipped, on_skipped)
@@ -298,9 +322,12 @@ def load(
     """Open an exported bundle in this process; `.embed(images)` returns `Embeddings` as the client does.
 
     provider    `auto` uses CUDA if it works, else the CPU; any other is used or raises, with no fallback
-    threads     threads per inference; None: one per core that this process may use, within its container's quota
-    arithmetic  `model` computes as the graph says; `bf16` needs OpenVINO
+    threads     threads per inference (up to 8 others decode); None: one per core that this process may use, within its
+                container's quota
+    arithmetic  `model` computes as the graph says; `bf16` needs OpenVINO, and is then the `precision` that is reported
 
-    Raises the errors of `Session.open`.
+    Raises BundleError for a bundle that is not exported, is damaged, or computes other vectors here than torch did;
+    ConfigError for a wrong argument; InferenceError for a provider that does not work here; MissingExtraError when its
+    package is not installed.
     """
     return Model(Session.open(bundle, provider=provider, threads=threads, arithmetic=arithmetic))

@@ -52,7 +52,7 @@ _POLICY = (
 _REASONS = {
     400: "the request is wrong, and `code` says how",
     401: "an API key is missing or unknown",
-    403: "the service has no API keys, and the request comes from a page of another site",
+    403: "the service has no API keys, and the request names another host or comes from a page of another site",
     404: "there is no such model or route",
     405: "the route does not take this method",
     408: "the body took too long to arrive",
@@ -61,7 +61,7 @@ _REASONS = {
     422: "an image cannot be read correctly",
     429: "too much work is waiting: try again after Retry-After seconds",
     500: "a fault in the service",
-    503: "the service is stopping or too slow: try again after Retry-After seconds",
+    503: "the service is not ready, stopping, too slow or out of memory: try again after Retry-After seconds",
 }
 _OF_GET = (400, 401, 403, 404, 405, 500, 503)
 

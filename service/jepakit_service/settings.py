@@ -84,7 +84,7 @@ class ServeSettings(StrictBools, BaseSettings):
     max_batch: Positive | None = None
     """Largest batch of one inference; null: chosen by measuring at start."""
     max_body_mb: Positive = 64
-    """Maximum size of a request's body, in MB."""
+    """Maximum size of a request's body, in MB (2^20 bytes, as in all settings)."""
     max_bodies_mb: Positive = 512
     """Maximum total size, in MB, of the bodies that a replica holds at a time; requests beyond it get 429."""
     max_images: Positive = 256

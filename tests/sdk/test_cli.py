@@ -53,7 +53,12 @@ DEFAULTS_IN_WORDS = {
         "workers": "cores minus one, at most 8, with a GPU at most 16",
     },
     "inspect": {"domain": "the suggested one"},
-    "export": {"name": "the folder's", "pooling": "head", "verify_images": "golden inputs"},
+    "export": {
+        "name": "the folder's",
+        "pooling": "head",
+        "standardize": "a run's or bundle's own",
+        "verify_images": "golden inputs",
+    },
     "serve": {"proxy": "haproxy on Linux"},
 }
 
@@ -264,6 +269,7 @@ def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "option", "advice"),
     [
+        ("inspect", "--min-valid", "--min-valid is a setting without an option of its own: give --set min_valid=VALUE"),
         ("adapt", "--micro-batch", "--micro-batch is a setting without an option of its own: give --set micro_batch="),
         ("adapt", "--n_local", "give --set views.n_local=VALUE"),
         ("sweep", "--lr", "give --set lr=VALUE"),

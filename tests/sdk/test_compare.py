@@ -177,7 +177,7 @@ def test_files_are_compared_in_the_shell(tmp_path: Path) -> None:
     files = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
     told = CliRunner().invoke(app, ["compare", *files])
     assert told.exit_code == 0, told.output
-    assert "first  second   (on 90 held-out images)" in told.output.splitlines()[0]
+    assert "first  second   (on 90 images)" in told.output.splitlines()[0]
     assert "keep the second" in told.output
     found = json.loads(
         CliRunner().invoke(app, ["compare", *files, "--group", str(tmp_path / "groups.csv"), "--json"]).output

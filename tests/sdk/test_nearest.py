@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from jepakit import Embeddings, _vectors
 from jepakit.cli import app
-from jepakit.errors import DataError, SpaceError
+from jepakit.errors import ConfigError, DataError, SpaceError
 
 SPACE = "0123456789abcdef"
 RANDOM = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def test_no_queries_have_no_neighbours_and_zeros_are_like_nothing() -> None:
 @pytest.mark.parametrize("k", [0, -1, 4, 2.0, True, "2", None])
 def test_a_k_that_there_is_not_is_refused(k: Any) -> None:
     index = embeddings(np.eye(3))
-    with pytest.raises(DataError, match=r"k = .*: give a whole number, 1 to 3, which is how many vectors there are"):
+    with pytest.raises(ConfigError, match=r"k = .*: give a whole number, 1 to 3, which is how many vectors there are"):
         index.nearest(index, k)
     assert index.nearest(index, np.int32(3))[0].shape == (3, 3)  # type: ignore[arg-type]
 
@@ -85,7 +85,7 @@ def test_the_command_line_prints_a_line_for_each_neighbour(tmp_path: Path) -> No
     assert done.output.splitlines() == [
         "new0\t1\tknown0\t1.0000", "new0\t2\tknown1\t0.7071", "new1\t1\tknown1\t0.7071", "new1\t2\tknown0\t0.0000",
     ]  # fmt: skip
-    assert isinstance(CliRunner().invoke(app, [*command, "9"]).exception, DataError)
+    assert isinstance(CliRunner().invoke(app, [*command, "9"]).exception, ConfigError)
 
 
 def test_without_queries_each_finds_the_others() -> None:
@@ -96,7 +96,7 @@ def test_without_queries_each_finds_the_others() -> None:
     same = embeddings(np.ones((6, 2))).nearest(k=2)[0]
     assert not (same == np.arange(6)[:, None]).any(), "nor where more are equal to it than are asked for"
     for k in (0, 5, True):
-        with pytest.raises(DataError, match="give a whole number, 1 to 4, which is how many others there are"):
+        with pytest.raises(ConfigError, match="give a whole number, 1 to 4, which is how many others there are"):
             embeddings(vectors).nearest(k=k)
 
 

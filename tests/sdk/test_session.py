@@ -257,9 +257,10 @@ def test_a_batch_for_which_there_is_no_room_is_embedded_in_parts(
         model.embed(folder, progress=False)
 
 
-def test_a_model_tells_what_it_is_and_that_no_other_process_can_have_it(model: Model) -> None:
-    dim = model.manifest.embedding.dim
-    assert repr(model) == f"<Model 'vit': vectors of {dim} numbers, model_id='{model.model_id}', on cpu>"
+def test_a_model_tells_what_it_is_and_that_no_other_process_can_have_it(model: Model, bundle: Bundle) -> None:
+    assert (model.name, model.model_id, model.digest) == (bundle.name, bundle.model_id, bundle.digest)
+    assert (model.dim, model.precision, model.provider) == (bundle.manifest.embedding.dim, "fp32", "cpu")
+    assert repr(model) == f"<Model 'vit': vectors of {model.dim} numbers, model_id={model.model_id!r}, on cpu>"
     with pytest.raises(TypeError, match=r"a Model cannot be copied or sent .*: load the bundle there"):
         pickle.dumps(model)
 

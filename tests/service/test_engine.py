@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jepakit.errors import InferenceError
-from jepakit_service.batcher import ImageData
+from jepakit_service.batcher import Answer, ImageData
 from jepakit_service.engine import Engine
 from jepakit_service.faults import ApiError
 from jepakit_service.settings import ServeSettings
@@ -27,9 +27,9 @@ class Slow:
         self.inside = 0
         self.go = asyncio.Event()
 
-    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Any], int]:
+    async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
         await self.go.wait()
-        return [np.zeros(2, np.float32)] * len(images), 0
+        return Answer([np.zeros(2, np.float32)] * len(images), 0)
 
 
 @pytest.mark.parametrize(("rate", "most"), [(10.0, 20), (1000.0, 50)], ids=["the model's speed", "max_waiting"])
@@ -76,7 +76,7 @@ def test_a_busy_model_keeps_no_request_from_another() -> None:
 
 def test_no_room_to_run_is_told_as_such_and_counts_nobody_as_waiting() -> None:
     class Full(Slow):
-        async def embed(self, images: Sequence[ImageData], timeout_s: float) -> tuple[list[Any], int]:
+        async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
             raise InferenceError(f"no room on the GPU for a batch of {len(images)} images")
 
     engine = Engine(ServeSettings(bundles=("x",), max_waiting=50))

@@ -131,6 +131,8 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     assert (provenance.steps, provenance.images_seen) == (STEPS, STEPS * 8)
     assert run.bundle.manifest.backbone.start.license == "cc0-1.0"
     again = jepakit.open_run(run.path)
+    with pytest.raises(DataError, match=r"nowhere/config\.toml is gone or damaged"):
+        _ = jepakit.Run("nowhere").config
     assert again.verdict == run.verdict
     assert again.verdict.word in ("better", "same", "worse", "cannot tell")
     assert again.comparison.before is not None

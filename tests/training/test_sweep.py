@@ -21,7 +21,7 @@ from jepakit.cli import app
 from jepakit.comparison import Verdict
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
-from jepakit.run import BUNDLE, START, Run
+from jepakit.run import BUNDLE, METRICS, START, Run
 from jepakit.sources import ImageList
 
 STEPS = 4
@@ -129,9 +129,17 @@ def test_a_run_that_was_stopped_is_told(copied: Path) -> None:
     sweep = jepakit.open_sweep(copied)
     assert (list(sweep.runs), sweep.unfinished) == (["lamb=0.05"], ("lamb=0.02",))
     assert "\nnot finished: lamb=0.02\n" in str(sweep)
+    assert json.loads(CliRunner().invoke(app, ["report", str(copied), "--json"]).stdout)["unfinished"] == ["lamb=0.02"]
     shutil.rmtree(copied / "lamb=0.05" / "bundle")
     with pytest.raises(DataError, match=r"no run in .*sweep has finished"):
         jepakit.open_sweep(copied)
+
+
+def test_a_run_whose_log_was_lost_costs_no_verdict(copied: Path) -> None:
+    (copied / "lamb=0.02" / METRICS).unlink()
+    sweep = jepakit.open_sweep(copied)
+    assert sweep.losses == {}
+    assert len(sweep.runs) == 2
 
 
 def test_without_labels_runs_are_ranked_by_their_loss_where_it_means_the_same(start: Start, tmp_path: Path) -> None:

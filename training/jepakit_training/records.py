@@ -144,10 +144,8 @@ class SkippedFiles:
                 self._tolerate,
                 self._writes_to.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file,
             ):
-                is_empty = not file.tell()
-                if is_empty:
-                    file.write("# holds paths of your images: keep it to yourself\n")
-                csv.writer(file).writerows([*([("id", "reason")] if is_empty else []), *new.items()])
+                heading = [] if file.tell() else [("id", "reason")]
+                csv.writer(file).writerows([*heading, *new.items()])
         if exceeds(len(self._seen), self._of, self._share):
             more = f", and {len(self._seen) - 1} more, {self.where}" if len(self._seen) > 1 else ""
             raise DataError(
