@@ -281,6 +281,7 @@ def test_a_header_of_50_mb_is_refused_while_it_is_being_sent(proxy: Proxy, echo:
     assert answer.startswith(b"HTTP/1.1 400") or answer == b""
     assert sent < 50 << 20
     assert echo.seen == []
+    assert proxy.get("/v1/models")[0] == 200
 
 
 def unanswered(connection: ssl.SSLSocket) -> bool:

@@ -53,9 +53,10 @@ class Connection:
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "timeout": timeout_s,
             "follow_redirects": False,
-            # On loopback, no proxies. That would also ignore SSL_CERT_FILE, so `verify` reads it explicitly.
+            # On loopback, no proxies. That would also ignore SSL_CERT_FILE, so `verify` reads it explicitly; but not for plain
+            # HTTP, as reading all certificates takes 50 ms.
             "trust_env": not loopback,
-            "verify": _trusted(),
+            "verify": _trusted() if httpx.URL(url).scheme == "https" or self.proxy else False,
             # No limit: the clients send MOST_AT_ONCE at a time, and httpcore loses the place of a connection whose request
             # is cancelled before it begins (encode/httpcore#1093).
             "limits": httpx.Limits(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import ssl
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,26 @@ def briefly() -> Iterator[None]:
     """Tune models in a tenth of the time: no test depends on their speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "_LEAST_S", tuning._LEAST_S / 10)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_once() -> Iterator[None]:
+    """httpx reads all certificates for every client, also for plain HTTP: 50 ms for each of thousands of requests."""
+    read = httpx.create_ssl_context
+
+    @cache
+    def known(trust_env: bool, *_: str | None) -> ssl.SSLContext:
+        return read(trust_env=trust_env)
+
+    def once(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ssl.SSLContext:
+        if verify is not True or cert is not None:
+            return read(verify, cert, trust_env)
+        return known(trust_env, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpx, "create_ssl_context", once)
+        patch.setattr(httpx._transports.default, "create_ssl_context", once)
         yield
 
 
@@ -91,9 +114,10 @@ class running:  # noqa: N801 (used like a function)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         return f"http://127.0.0.1:{port}"
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._server.should_exit = True
         self._thread.join(timeout=30)
+        assert error is not None or not self._thread.is_alive(), "the service did not stop"
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_a_backlog_fills_the_batches_and_a_lone_image_waits_for_nobody() -> None
         await embed(packed, [b"\1"])
         model.gate.clear()
         first = asyncio.create_task(embed(packed, [b"\2"]))
-        await until(lambda: model.decodes >= 2)
+        await until(lambda: packed._running > 0)
         others = [asyncio.create_task(embed(packed, [bytes([n])])) for n in range(10, 18)]
         await asyncio.sleep(0.1)
         model.gate.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import errno
 import inspect
 import io
 import json
@@ -682,7 +683,7 @@ def test_what_the_environment_names_wrongly_is_said_by_its_variable(
         with monkeypatch.context() as patch:
             patch.setenv("SSL_CERT_FILE", str(file))
             with pytest.raises(ConfigError, match=rf"SSL_CERT_FILE = '{file}': no certificates can be read there \("):
-                kind("http://127.0.0.1:8000")
+                kind("https://127.0.0.1:8000")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for proxy in ("socks5://127.0.0.1:9", "foo://127.0.0.1:9", "http://127.0.0.1:port"):
@@ -749,15 +750,15 @@ def test_no_attempt_outlasts_the_deadline(kind: type[Any]) -> None:
         url, began = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
         with pytest.raises(ConnectionFailedError, match=r"gave no answer within 0\.3 s \(ReadTimeout"):
             asked(kind, url, lambda client: client.embed(picture(0)), timeout_s=5, deadline_s=0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
 
 
 def test_overload_is_told_where_the_deadline_cuts_the_last_attempt_short() -> None:
     busy = (503, {"Retry-After": "0.3"}, b'{"error": {"message": "later", "code": "overloaded"}}')
-    waits = iter([0, 3])
+    waits = iter([0, 5])
     with (
         _answering([busy], lambda _: time.sleep(next(waits, 0))) as url,
-        jepakit.Client(url, deadline_s=0.7) as client,
+        jepakit.Client(url, deadline_s=2) as client,
         pytest.raises(OverloadedError, match="later"),
     ):
         client.embed(picture(0))
@@ -773,7 +774,7 @@ def test_there_is_a_least_pause_whatever_the_service_says(retry_after: str) -> N
         pytest.raises(OverloadedError, match="later"),
     ):
         client.models()
-    assert _Scripted.seen <= 2
+    assert 1 <= _Scripted.seen <= 2
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
@@ -783,7 +784,8 @@ def test_what_waits_for_the_clients_own_requests_is_not_late(kind: type[Any]) ->
     async def all_at_once(client: Any) -> list[Embeddings]:
         calls = [partial(client.embed, picture(0), progress=False) for _ in range(48)]
         if kind is jepakit.Client:
-            return list(await asyncio.to_thread(lambda: list(ThreadPoolExecutor(48).map(lambda call: call(), calls))))
+            with ThreadPoolExecutor(48) as pool:
+                return list(await asyncio.to_thread(lambda: list(pool.map(lambda call: call(), calls))))
         return list(await asyncio.gather(*(call() for call in calls)))
 
     async def go(url: str) -> list[Embeddings]:
@@ -806,7 +808,7 @@ def test_a_service_that_was_never_started_is_told_while_one_waits(
     with jepakit.Client(url, deadline_s=1.5) as client, pytest.raises(ConnectionFailedError, match="gave no answer"):
         client.models()
     (line,) = caplog.messages
-    told = r" gives no answer yet \(\[Errno 111\] Connection refused\): trying for [01] s more\."
+    told = rf" gives no answer yet \(\[Errno {errno.ECONNREFUSED}\] Connection refused\): trying for [01] s more\."
     assert re.match(re.escape(url) + told, line)
 
 

@@ -147,44 +147,44 @@ IMAGES: dict[str, tuple[Callable[[], bytes], set[int]]] = {
     "a page": (lambda: b"<html><body>hello</body></html>", {415}),
     "a script in an SVG": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>", {415}),
     "a PDF": (lambda: b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n", {415}),
-    "a ZIP": (lambda: b"PK\x03\x04" + b"\0" * 100, {415, 422}),
+    "a ZIP": (lambda: b"PK\x03\x04" + b"\0" * 100, {422}),
     "an EPS": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nsystem\n", {415}),
     "an ELF": (lambda: Path(sys.executable).resolve().read_bytes()[:100_000], {415}),
     "a GIF": (lambda: encoded(noise("RGB"), "GIF"), {415}),
     "an animated GIF": (lambda: animated("GIF"), {415}),
-    "an animated PNG": (lambda: animated("PNG"), {200, 422}),
+    "an animated PNG": (lambda: animated("PNG"), {422}),
     "an animated WebP": (lambda: animated("WEBP"), {422}),
     "a TIFF of several pages": (lambda: animated("TIFF"), {422}),
     "a cut PNG": (lambda: picture(0)[:-200], {422}),
     "half a PNG": (lambda: picture(0)[: len(picture(0)) // 2], {422}),
     "a cut JPEG": (lambda: encoded(noise("RGB"), "JPEG")[:-200], {422}),
-    "a PNG's signature": (lambda: b"\x89PNG\r\n\x1a\n", {415, 422}),
-    "a JPEG's first bytes": (lambda: b"\xff\xd8\xff\xe0", {415, 422}),
+    "a PNG's signature": (lambda: b"\x89PNG\r\n\x1a\n", {415}),
+    "a JPEG's first bytes": (lambda: b"\xff\xd8\xff\xe0", {415}),
     "a PNG of 1 x 1": (lambda: picture(0, (1, 1)), {422}),
     "a PNG of 1 x 3000": (lambda: picture(0, (1, 3000)), {422}),
-    "a long thin PNG": (lambda: picture(0, (8, 100_000)), {200, 413}),
+    "a long thin PNG": (lambda: picture(0, (8, 100_000)), {413}),
     "one colour": (lambda: encoded(Image.new("RGB", (48, 40), "red"), "PNG"), {422}),
-    "a PNG of 2 thousand million pixels a side": (lambda: png_claiming(2**31 - 1, 2**31 - 1), {413, 415, 422}),
+    "a PNG of 2 thousand million pixels a side": (lambda: png_claiming(2**31 - 1, 2**31 - 1), {413}),
     "a PNG of 100 000 x 100 000": (lambda: png_claiming(100_000, 100_000), {413}),
     "a PNG just over the limit": (lambda: png_claiming(2001, 2000), {413}),
-    "a PNG of 0 x 0": (lambda: png_claiming(0, 0), {415, 422}),
+    "a PNG of 0 x 0": (lambda: png_claiming(0, 0), {415}),
     "a JPEG of 65 000 x 65 000": (lambda: jpeg_claiming(65_000, 65_000), {413}),
-    "a PNG's text chunk of 64 MB": (png_text_bomb, {415, 422}),
-    "a PNG with a wrong sum": (lambda: picture(0).replace(b"IDAT", b"IDAU", 1), {415, 422}),
+    "a PNG's text chunk of 64 MB": (png_text_bomb, {415}),
+    "a PNG with a wrong sum": (lambda: picture(0).replace(b"IDAT", b"IDAU", 1), {415}),
     "a 16-bit PNG": (lambda: encoded(Image.fromarray(np.full((40, 48), 40_000, np.uint16)), "PNG"), {422}),
     "a 16-bit TIFF": (lambda: tiff_of(np.uint16), {422}),
     "a float TIFF": (lambda: tiff_of(np.float32), {422}),
-    "a TIFF whose offsets lead nowhere": (lambda: b"II*\0" + struct.pack("<I", 2**32 - 9) + b"\0" * 64, {415, 422}),
-    "a TIFF that points at itself": (lambda: b"II*\0" + struct.pack("<IHI", 8, 0, 8) + b"\0" * 8, {415, 422}),
-    "CMYK": (lambda: encoded(noise("CMYK"), "JPEG"), {200, 422}),
-    "RGBA": (lambda: encoded(noise("RGBA"), "PNG"), {200, 422}),
+    "a TIFF whose offsets lead nowhere": (lambda: b"II*\0" + struct.pack("<I", 2**32 - 9) + b"\0" * 64, {422}),
+    "a TIFF that points at itself": (lambda: b"II*\0" + struct.pack("<IHI", 8, 0, 8) + b"\0" * 8, {422}),
+    "CMYK": (lambda: encoded(noise("CMYK"), "JPEG"), {200}),
+    "RGBA": (lambda: encoded(noise("RGBA"), "PNG"), {200}),
     "grey": (lambda: encoded(noise("L"), "PNG"), {200}),
     "a palette": (lambda: encoded(noise("RGB").convert("P"), "PNG"), {200}),
     "one bit": (lambda: encoded(noise("1"), "PNG"), {200}),
     "rubbish behind the image": (lambda: picture(0) + os.urandom(10_000), {200}),
     "a JPEG named PNG": (lambda: encoded(noise("RGB"), "JPEG"), {200}),
-    "DICOM's preamble alone": (lambda: b"\0" * 128 + b"DICM", {415, 422}),
-    "DICOM cut short": (lambda: b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x04\0\xff\xff\xff\xff", {415, 422}),
+    "DICOM's preamble alone": (lambda: b"\0" * 128 + b"DICM", {422}),
+    "DICOM cut short": (lambda: b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x04\0\xff\xff\xff\xff", {422}),
 }  # fmt: skip
 
 
@@ -479,6 +479,7 @@ def alone(bundle: Path) -> Iterator[str]:
         server.should_exit = True
         thread.join(timeout=30)
         logs.silence()
+    assert not thread.is_alive(), "the service did not stop"
 
 
 def test_strangers_write_nothing_into_the_log_and_uvicorn_writes_json(
@@ -545,15 +546,13 @@ def test_large_parts_of_a_form_stay_in_memory(victim: Victim) -> None:
 
 
 def test_after_all_that_the_service_answers_and_has_not_grown(victim: Victim) -> None:
+    bodies = [(content_type.encode("latin-1"), make(), due) for content_type, make, due in BODIES.values()]
+    bodies += [(b"image/png", make(), due) for make, due in IMAGES.values()]
+
     def all_of_it() -> None:
-        for content_type, make, due in BODIES.values():
-            headers = [(b"Content-Type", content_type.encode("latin-1"))]
-            answer = httpx.post(f"{victim.url}/v1/embeddings", content=make(), headers=headers, timeout=60)
-            assert answer.status_code in due
-        for make, due in IMAGES.values():
-            answer = httpx.post(
-                f"{victim.url}/v1/embeddings", content=make(), headers={"Content-Type": "image/png"}, timeout=60
-            )
+        for content_type, body, due in bodies:
+            headers = [(b"Content-Type", content_type)]
+            answer = httpx.post(f"{victim.url}/v1/embeddings", content=body, headers=headers, timeout=60)
             assert answer.status_code in due
 
     all_of_it()

@@ -141,7 +141,7 @@ def test_replicas_switch_only_when_all_have_the_new_version_and_answer_for_both_
         assert deployment.serving() == [new.digest, new.digest]
         for replica in (*deployment.replicas, *deployment.replicas):
             await step(replica)
-        with pytest.raises(Exception, match="not"):
+        with pytest.raises(ApiError, match=f"tiny is {new.model_id} here, not '{old.model_id}'"):
             await answering(first, f"tiny@{old.model_id}")
 
     asyncio.run(go())
