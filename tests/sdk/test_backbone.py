@@ -64,3 +64,11 @@ def test_a_download_tells_nothing_of_what_is_installed(monkeypatch: pytest.Monke
     assert "torch/" in build_hf_headers()["user-agent"]
     _hub_in_reach(None)
     assert "torch/" not in build_hf_headers()["user-agent"]
+
+
+def test_a_machine_that_is_to_be_offline_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("the hub is asked"))
+    assert not _hub_in_reach("nobody/nothing")

@@ -23,7 +23,7 @@ import jepakit
 from jepakit import Embeddings
 from jepakit._cli_settings import settings_of
 from jepakit._extras import NEEDS
-from jepakit.cli import _comparable, app
+from jepakit.cli import _comparable, app, main
 from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import gather
@@ -63,8 +63,17 @@ DEFAULTS_IN_WORDS = {
 }
 
 
-def run(*arguments: str | Path, program: str = "from jepakit.cli import main; main()", encoding: str = "utf-8") -> str:
-    """What `jepakit …` prints on a terminal with that encoding; its exit code must be 0."""
+def run(*arguments: str | Path) -> str:
+    """What `jepakit …` prints; it must succeed."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, f"{done.stderr}\n{done.exception}"
+    return done.stdout
+
+
+def run_alone(
+    *arguments: str | Path, program: str = "from jepakit.cli import main; main()", encoding: str = "utf-8"
+) -> str:
+    """The same in a process of its own, on a terminal with that encoding; its exit code must be 0."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, check=False,
         env={**os.environ, "PYTHONIOENCODING": encoding},
@@ -90,10 +99,10 @@ def test_any_encoding_shows_any_name_once_the_work_is_done(tmp_path: Path, encod
     ids = (NOT_UTF_8, *map(str, range(19)))
     Embeddings(vectors, "0" * 16, ids, ("猫",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
     probe = tmp_path / os.fsdecode(b"\xf6.safetensors")
-    assert r"\udcf6.safetensors: knn probe, 2 classes, fitted on 20 images" in run(
+    assert r"\udcf6.safetensors: knn probe, 2 classes, fitted on 20 images" in run_alone(
         "probe", "fit", tmp_path / "e.npz", "--kind", "knn", "--out", probe, encoding=encoding
     )
-    told = run("probe", "predict", probe, tmp_path / "e.npz", encoding=encoding).splitlines()
+    told = run_alone("probe", "predict", probe, tmp_path / "e.npz", encoding=encoding).splitlines()
     assert len(told) == 20
     cat = "猫" if encoding == "utf-8" else r"\u732b"
     assert told[0] == rf"gr\udcf6\udcdfe.png	{cat}	1.0000"
@@ -128,9 +137,24 @@ def test_a_probe_judged_by_what_it_was_fitted_on_says_so(tmp_path: Path) -> None
     Embeddings(vectors, "0" * 16, tuple(map(str, range(20))), ("cat",) * 10 + ("dog",) * 10).save(tmp_path / "e.npz")
     told = run("probe", "fit", tmp_path / "e.npz", "--out", tmp_path / "p.safetensors")
     assert "linear probe, 2 classes, fitted on 20 images; balanced accuracy in cross-validation" in told
-    assert "fitted on the vectors of 20 of these 20 images" in run(
-        "probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz"
-    )
+    judged = ("probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz")
+    assert "fitted on the vectors of 20 of these 20 images" in run(*judged)
+    as_json = json.loads(run(*judged, "--json"))
+    assert (as_json["n"], as_json["n_fitted_on"], as_json["n_per_class"]) == (20, 20, {"cat": 10, "dog": 10})
+
+
+def test_ctrl_c_ends_a_command_with_130_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jepakit.doctor.examine", interrupted)
+    monkeypatch.setattr(sys, "argv", ["jepakit", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_probe_in_the_shell_has_the_settings_of_one_in_python(tmp_path: Path) -> None:
@@ -206,19 +230,19 @@ def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fo
 
 
 def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:
-    told = run("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
+    told = run_alone("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
     assert told.startswith("key for clients")
     assert (tmp_path / "keys").read_text().startswith("lab:")
-    run("serve", "--new-key", "office", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
+    run_alone("serve", "--new-key", "office", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
     assert "older" not in told
-    again = run("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
+    again = run_alone("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
     assert again.splitlines()[-1].startswith("older keys named 'lab'")
     assert again.splitlines()[-1].endswith(": 1")
 
 
 def test_a_bundle_is_deployed_without_the_services_packages(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=rf"error: {tmp_path} is not a bundle"):
-        run("deploy", tmp_path, tmp_path, program=WITHOUT_SERVE)
+        run_alone("deploy", tmp_path, tmp_path, program=WITHOUT_SERVE)
 
 
 def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(tmp_path: Path) -> None:
@@ -228,11 +252,14 @@ def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(t
         run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "e.csv")
 
 
-def test_a_glob_that_the_shell_has_resolved_is_a_list_of_files(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "c.png"):
+def test_a_glob_that_the_shell_has_resolved_is_a_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a.png", "b.png", "c.png")
+    for name in names:
         Image.effect_noise((40, 40), 50).save(tmp_path / name)
-    told = run("inspect", *sorted(tmp_path.glob("?.png")), "--json", "--sheet", tmp_path / "sheet.png")
-    assert json.loads(told)["n_images"] == 3
+    given: list[Any] = []
+    monkeypatch.setattr("jepakit._frontdoor.inspect", lambda images, **_: given.extend(images))
+    run("inspect", *sorted(tmp_path.glob("?.png")))
+    assert given == [str(tmp_path / name) for name in names]
     with pytest.raises(
         AssertionError, match=r"is a folder: give its images, or the folder by itself \(1 of 2 files are missing\)"
     ):

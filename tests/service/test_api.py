@@ -25,7 +25,7 @@ import pytest
 
 import jepakit
 from jepakit.bundle import open_bundle
-from jepakit.errors import ConfigError, ImageError
+from jepakit.errors import AuthenticationError, ConfigError, ImageError
 from jepakit_service import api, dialects, posts, routes, wire
 from jepakit_service.api import build_app
 from jepakit_service.faults import ApiError
@@ -253,7 +253,9 @@ def test_a_request_id_is_kept_when_it_is_harmless(http: httpx.Client) -> None:
     assert len(http.get("/healthz", headers={"X-Request-Id": "a b<script>"}).headers["x-request-id"]) == 16
 
 
-def test_the_key_is_judged_before_the_body_and_the_key_file_is_reread(bundle: Path, tmp_path: Path) -> None:
+def test_the_key_is_judged_before_the_body_and_the_key_file_is_reread(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key, line = new_key("alice")
     file = tmp_path / "keys"
     file.write_text(f"# people\n{line}\n")
@@ -266,6 +268,11 @@ def test_the_key_is_judged_before_the_body_and_the_key_file_is_reread(bundle: Pa
             == "invalid_api_key"
         )
         assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        monkeypatch.setenv("JEPAKIT_API_KEY", key)
+        with jepakit.Client(url) as client, jepakit.Client(url, api_key="wrong") as stranger:
+            assert [model.name for model in client.models()] == ["tiny"]
+            with pytest.raises(AuthenticationError):
+                stranger.models()
         behind_a_proxy = {
             "Authorization": f"Bearer {key}",
             "Host": "embeddings.example",

@@ -1390,3 +1390,9 @@ def test_what_multipart_adds_to_a_file_counts_in_its_request() -> None:
         chunks = list(Job(listed, None, RequestLimits(bytes=2000, largest=2000)).parts())
         assert max(len(chunk.request(http).read()) for chunk in chunks) <= 2000
     assert [place for chunk in chunks for place in chunk.places] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(500, [32, 32, 6]), (1 << 20, [15, 15, 15, 15, 10])])
+def test_a_request_has_32_images_or_16_mb_at_most(size: int, expected: list[int]) -> None:
+    listed = gather([bytes(size)] * 70, "none")
+    assert [len(chunk.places) for chunk in Job(listed, None, RequestLimits()).parts()] == expected
