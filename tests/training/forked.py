@@ -32,3 +32,9 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
     function(*args, **kwargs)
+
+
+def import_trackers(file: Path) -> None:
+    """Import the trackers' module, and write down all that is imported then."""
+
+    file.write_text("\n".join(sys.modules))

@@ -59,6 +59,15 @@ def finished(adapt: Adapt, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return get
 
 
+@pytest.fixture(scope="module")
+def stopped(adapt: Adapt, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped after step 12. Look, don't touch."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch, stopping_in_step(11, patch), pytest.raises(SystemExit):
+        adapt(out)
+    return out
+
+
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -174,10 +183,7 @@ def test_another_seed_gives_other_weights(adapt: Adapt, finished: Callable[[str]
     assert not equal(weights_of(adapt(tmp_path / "run", seed=1)), weights_of(finished("test_vit")))
 
 
-@pytest.mark.parametrize(
-    ("backbone", "number"),
-    [("test_resnet", signal.SIGTERM), ("test_vit", signal.SIGTERM), ("test_vit", signal.SIGINT)],
-)
+@pytest.mark.parametrize(("backbone", "number"), [("test_resnet", signal.SIGTERM), ("test_vit", signal.SIGINT)])
 def test_an_interrupted_run_ends_as_the_uninterrupted_one_did(
     adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     backbone: str, number: signal.Signals, capsys: pytest.CaptureFixture[str],
@@ -227,11 +233,9 @@ def test_a_stop_while_the_last_checkpoint_is_written_is_one_too(
 
 
 def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
-    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapt: Adapt, finished: Callable[[str], Run], stopped: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    with stopping_in_step(15, monkeypatch), pytest.raises(SystemExit):
-        adapt(out)
+    out = shutil.copytree(stopped, tmp_path / "run")
     shutil.rmtree(next((out / CHECKPOINTS).glob("step-*")))  # as if killed before it was written
     run = adapt(out)
     assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
@@ -239,27 +243,19 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
 
 
 def test_a_damaged_checkpoint_is_told_and_kept(
-    adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    out = tmp_path / "run"
-    with stopping_in_step(11, monkeypatch), pytest.raises(SystemExit):
-        adapt(out)
+    adapt: Adapt, finished: Callable[[str], Run], stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
     (newest,) = (out / CHECKPOINTS).iterdir()
     (newest / "state.pt").write_bytes(b"half")
-    capsys.readouterr()
     run = adapt(out)
     assert f"warning: {newest} is damaged or incomplete and is passed over" in capsys.readouterr().err
     assert (out / CHECKPOINTS / f"damaged-{newest.name}" / "state.pt").read_bytes() == b"half"
     assert equal(weights_of(run), weights_of(finished("test_vit")))
 
 
-def test_a_half_written_line_of_metrics_does_not_stop_a_resume(
-    adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    with stopping_in_step(11, monkeypatch), pytest.raises(SystemExit):
-        adapt(out)
+def test_a_half_written_line_of_metrics_does_not_stop_a_resume(adapt: Adapt, stopped: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
     with (out / METRICS).open("a") as file:
         file.write('{"step": 19, "lo')  # a full disk, a power cut
     assert [row["step"] for row in adapt(out).metrics()] == [9, 19, STEPS - 1]
@@ -369,13 +365,10 @@ def test_settings_that_change_nothing_may_differ(adapt: Adapt, finished: Callabl
 
 
 @pytest.mark.parametrize("what", ["added", "removed", "replaced"])
-def test_changed_data_is_refused(
-    adapt: Adapt, images: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "images"
-    shutil.copytree(images, folder)
-    with stopping_in_step(0, monkeypatch), pytest.raises(SystemExit):
-        adapt(tmp_path / "run", folder=folder)
+def test_changed_data_is_refused(adapt: Adapt, images: Path, stopped: Path, tmp_path: Path, what: str) -> None:
+    folder, out = shutil.copytree(images, tmp_path / "images"), shutil.copytree(stopped, tmp_path / "run")
+    recorded = json.loads((out / ENVIRONMENT).read_text())["data"]
+    assert list_images(folder).digest() == recorded, "it does not depend on where they lie"
     first = min(folder.rglob("*.png"))
     if what == "added":
         shutil.copy(first, first.with_name("new.png"))
@@ -384,7 +377,7 @@ def test_changed_data_is_refused(
     else:
         first.write_bytes(max(folder.rglob("*.png")).read_bytes())
     with pytest.raises(DataError, match="images are not those"):
-        adapt(tmp_path / "run", folder=folder)
+        adapt(out, folder=folder)
 
 
 def test_a_finished_run_says_so_and_returns(
@@ -436,21 +429,19 @@ def test_unfreeze_none_exports_the_start(adapt: Adapt, tmp_path: Path) -> None:
     assert run.verdict.difference == 0
 
 
-def test_random_weights_train_everything_without_warm_up(adapt: Adapt, tmp_path: Path) -> None:
-    run = adapt(tmp_path / "run", "test_resnet", weights="random", steps=3)
-    start, end = weights_of(run, START), weights_of(run)
-    assert all(not torch.equal(start[key], end[key]) for key in start if key.endswith("weight"))
-    assert any(not torch.equal(start[key], end[key]) for key in start if key.endswith("running_mean"))
-    assert run.metrics()[0]["lr"] > 0
-
-
-def test_the_callers_random_numbers_are_as_they_were(adapt: Adapt, tmp_path: Path) -> None:
+def test_random_weights_train_everything_without_warm_up_and_leave_the_callers_random_numbers(
+    adapt: Adapt, tmp_path: Path
+) -> None:
     torch.manual_seed(123)
     expected = torch.rand(2)
     torch.manual_seed(123)
     drawn = [torch.rand(1)]
-    adapt(tmp_path / "run", "test_resnet", weights="random", steps=3)
+    run = adapt(tmp_path / "run", "test_resnet", weights="random", steps=3)
     assert torch.equal(torch.cat([*drawn, torch.rand(1)]), expected)
+    start, end = weights_of(run, START), weights_of(run)
+    assert all(not torch.equal(start[key], end[key]) for key in start if key.endswith("weight"))
+    assert any(not torch.equal(start[key], end[key]) for key in start if key.endswith("running_mean"))
+    assert run.metrics()[0]["lr"] > 0
 
 
 def test_a_second_one_in_the_same_process_is_refused(
@@ -497,24 +488,26 @@ def test_a_run_goes_on_with_weights_and_labels_that_were_moved(
 ) -> None:
     rows = [f"{path.relative_to(images).as_posix()},{path.parent.name}" for path in sorted(images.rglob("*.png"))]
     (tmp_path / "a.csv").write_text("\n".join(["path,label", *rows]))
-    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
-        adapt(tmp_path / "run", labels=str(tmp_path / "a.csv"))
+    with stopping_in_step(1, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", labels=str(tmp_path / "a.csv"), steps=4)
     (tmp_path / "moved").mkdir()
     weights = shutil.copy(weights_file("test_vit"), tmp_path / "moved" / "w.safetensors")
     labels = shutil.move(tmp_path / "a.csv", tmp_path / "moved" / "b.csv")
-    run = adapt(tmp_path / "run", weights=str(weights), labels=str(labels))
+    run = adapt(tmp_path / "run", weights=str(weights), labels=str(labels), steps=4)
     assert run.finished
-    adapt(tmp_path / "run", weights=str(weights), labels=str(labels))  # the same command again
+    adapt(tmp_path / "run", weights=str(weights), labels=str(labels), steps=4)  # the same command again
     with pytest.raises(ConfigError, match=r"weights was .*w\.safetensors"):  # a finished run's are not compared
-        adapt(tmp_path / "run", weights=str(shutil.move(weights, tmp_path / "w.safetensors")), labels=str(labels))
+        adapt(
+            tmp_path / "run", weights=str(shutil.move(weights, tmp_path / "w.safetensors")), labels=str(labels), steps=4
+        )
 
 
 def test_a_run_does_not_go_on_with_other_pixel_values(
     adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = finished("test_vit").path / START
-    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
-        adapt(tmp_path / "run", weights=str(start))
+    with stopping_in_step(1, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", weights=str(start), steps=4)
     whole = open_bundle(start)
     other = whole.manifest.preprocess.model_copy(update={"mean": (0.1, 0.2, 0.3)})
 
@@ -526,8 +519,8 @@ def test_a_run_does_not_go_on_with_other_pixel_values(
     with pytest.raises(
         ConfigError, match=r"another scaling or normalisation of values: weights = .*other is another bundle"
     ):
-        adapt(tmp_path / "run", weights=str(tmp_path / "other"))
-    assert adapt(tmp_path / "run", weights=str(start)).finished
+        adapt(tmp_path / "run", weights=str(tmp_path / "other"), steps=4)
+    assert adapt(tmp_path / "run", weights=str(start), steps=4).finished
 
 
 def test_other_weights_under_the_same_name_are_refused_in_the_middle_of_a_run(
@@ -535,28 +528,28 @@ def test_other_weights_under_the_same_name_are_refused_in_the_middle_of_a_run(
 ) -> None:
     weights = tmp_path / "weights.safetensors"
     shutil.copy(weights_file("test_vit"), weights)
-    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
-        adapt(tmp_path / "run", weights=str(weights))
+    with stopping_in_step(1, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", weights=str(weights), steps=4)
     tensors = load_file(weights)
     save_file({**tensors, "norm.weight": tensors["norm.weight"] + 1}, weights)
     with pytest.raises(ConfigError, match="was started with other weights"):
-        adapt(tmp_path / "run", weights=str(weights))
+        adapt(tmp_path / "run", weights=str(weights), steps=4)
     save_file(tensors, weights)
-    assert adapt(tmp_path / "run", weights=str(weights)).finished
+    assert adapt(tmp_path / "run", weights=str(weights), steps=4).finished
 
 
 def test_a_damaged_start_stops_the_run_that_goes_on_from_it_by_name(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stopping_in_step(8, monkeypatch), pytest.raises(SystemExit):
-        adapt(tmp_path / "run")
+    with stopping_in_step(1, monkeypatch), pytest.raises(SystemExit):
+        adapt(tmp_path / "run", steps=4)
     file = tmp_path / "run" / START / WEIGHTS
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BundleError, match=f"cannot go on: {file} is damaged: .* Put .*start back as it was, or name"):
-        adapt(tmp_path / "run")
+        adapt(tmp_path / "run", steps=4)
     file.write_bytes(whole)
-    assert adapt(tmp_path / "run").finished
+    assert adapt(tmp_path / "run", steps=4).finished
 
 
 def test_labels_that_cannot_be_probed_do_not_stop_a_run(
@@ -602,9 +595,9 @@ def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(
     with pytest.raises(TrainingError, match="not finite 3 times in a row, up to step 2"):
         adapt(tmp_path / "run", save_every_s=0)
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
-    assert found is None or all(
-        value.isfinite().all() for part in ("backbone", "projector") for value in found[1][part].values()
-    )
+    assert found is not None
+    assert found[0] == 2, "after two that were passed over, and not after the last"
+    assert all(value.isfinite().all() for part in ("backbone", "projector") for value in found[1][part].values())
 
 
 def test_one_bad_step_is_passed_over(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,20 +688,17 @@ def test_a_folder_that_is_no_run_is_left_alone(adapt: Adapt, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("name", ["my scans", "größe", "-dash"])
-def test_any_name_of_a_folder_will_do(adapt: Adapt, tmp_path: Path, name: str) -> None:
-    assert adapt(tmp_path / name, steps=2).finished
+def test_any_name_of_a_folder_will_do(adapt: Adapt, tmp_path: Path) -> None:
+    assert adapt(tmp_path / "-my größe", steps=2).finished
 
 
 def test_one_folder_asked_for_as_labels_is_no_crash(adapt: Adapt, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     shutil.copytree(images / "texture0", folder / "only")
     shutil.copytree(images / "texture1", folder / "only" / "more")
-    try:
-        run = adapt(tmp_path / "run", folder=folder, labels="folder", steps=2)
-    except JepakitError:
-        return
-    assert run.verdict.word in ("same", "cannot tell")
+    run = adapt(tmp_path / "run", folder=folder, labels="folder", steps=2)
+    assert run.verdict.word == "cannot tell"
+    assert "a probe tells two classes apart" in run.verdict.reason
 
 
 def test_a_local_view_as_large_as_the_image_is_refused(adapt: Adapt, tmp_path: Path) -> None:

@@ -81,11 +81,21 @@ def test_each_wrong_distribution_has_its_own_warning_given_once(shape: dict[str,
     assert re.search(words, line), line
 
 
-@pytest.mark.parametrize("shape", [{}, {"std": 0.8}, {"std": 1.2}, {"rank": 32}, {"rank": 4}, {"shift": 0.1}])
-def test_healthy_projections_give_no_warning(shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "noted"),
+    [
+        ({}, False),
+        ({"std": 0.8}, True),
+        ({"std": 1.2}, True),
+        ({"rank": 32}, False),
+        ({"rank": 4}, True),
+        ({"shift": 0.1}, False),
+    ],
+)
+def test_healthy_projections_give_no_warning_at_most_a_note_at_the_end(shape: dict[str, Any], noted: bool) -> None:
     said = run(lambda step: gaussian(step, **shape))
     assert all(line.startswith("note: SIGReg was") for lines in said.values() for line in lines)
-    assert said == {} or said.keys() == {299}
+    assert list(said) == ([299] if noted else [])
 
 
 def test_four_directions_are_few_for_a_wide_projector_only() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 import jepakit
 from jepakit.bundle import WEIGHTS
-from jepakit.run import BUNDLE, SKIPPED, START
+from jepakit.run import BUNDLE, SKIPPED, START, Run
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
+BACKBONES = {"convnet": "test_resnet", "vit": "test_vit"}
 
 
 @dataclass
@@ -51,6 +53,21 @@ def two_ranks(
     assert done.returncode == 0, done.stderr[-6000:]
     assert (out / "world").read_text() == "2"
     return TwoRanks(out, runpy.run_path(str(SCRIPT)), inputs)
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks: TwoRanks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """`one_rank("vit")`: the run of that name, by this process alone."""
+    images, *weights = two_ranks.inputs
+
+    @cache
+    def get(name: str) -> Run:
+        return jepakit.adapt(
+            images, out=tmp_path_factory.mktemp("one") / "run", backbone=BACKBONES[name],
+            weights=str(weights[name == "vit"]), **two_ranks.script["ADAPT"],
+        )  # fmt: skip
+
+    return get
 
 
 def relative_l2(got: Tensor, expected: Tensor) -> float:
@@ -129,19 +146,11 @@ def test_a_stopped_run_of_two_ranks_ends_as_one_that_was_not(two_ranks: TwoRanks
     assert all(torch.equal(stopped[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize(("name", "backbone"), [("convnet", "test_resnet"), ("vit", "test_vit")])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_adapt_gives_the_same_weights_on_two_ranks_as_on_one(
-    two_ranks: TwoRanks, tmp_path: Path, name: str, backbone: str
+    two_ranks: TwoRanks, one_rank: Callable[[str], Run], name: str
 ) -> None:
-    images, *weights = two_ranks.inputs
-    one = jepakit.adapt(
-        images,
-        out=tmp_path / "one",
-        backbone=backbone,
-        weights=str(weights[name == "vit"]),
-        **two_ranks.script["ADAPT"],
-    )
-    two = jepakit.open_run(two_ranks.out / name)
+    one, two = one_rank(name), jepakit.open_run(two_ranks.out / name)
     assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()] == [2]
     for key in ("sigreg", "grad_norm", "lr"):
         assert two.metrics()[0][key] == pytest.approx(one.metrics()[0][key], rel=1e-3), key
@@ -155,14 +164,11 @@ def test_adapt_gives_the_same_weights_on_two_ranks_as_on_one(
     assert two.bundle.manifest.provenance.images_seen == one.bundle.manifest.provenance.images_seen == 24
 
 
-@pytest.mark.parametrize("name", ["convnet", "vit"])
-def test_the_logged_loss_is_that_of_the_whole_batch(two_ranks: TwoRanks, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_logged_loss_is_that_of_the_whole_batch(
+    two_ranks: TwoRanks, one_rank: Callable[[str], Run], name: str
+) -> None:
     """Not of rank 0's share alone: runs are compared by it."""
-    images, *weights = two_ranks.inputs
-    one = jepakit.adapt(
-        images, out=tmp_path / "one", backbone={"convnet": "test_resnet", "vit": "test_vit"}[name],
-        weights=str(weights[name == "vit"]), **two_ranks.script["ADAPT"],
-    )  # fmt: skip
     for key in ("loss", "prediction"):
         logged = jepakit.open_run(two_ranks.out / name).metrics()[0][key]
-        assert logged == pytest.approx(one.metrics()[0][key], rel=1e-3), key
+        assert logged == pytest.approx(one_rank(name).metrics()[0][key], rel=1e-3), key

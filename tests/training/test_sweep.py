@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 import jepakit
 import jepakit_training
 from jepakit import Sweep
-from jepakit.bundle import WEIGHTS, open_bundle
 from jepakit.cli import app
 from jepakit.comparison import Verdict
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.run import BUNDLE, METRICS, START, Run
 from jepakit.sources import ImageList
+from jepakit_export.exporter import _of_run
 
 STEPS = 4
 LAMBDAS = {"lamb=0.02": 0.02, "lamb=0.05": 0.05}
@@ -44,6 +44,21 @@ def start(images: Path, weights_file: Callable[[str], Path]) -> Start:
     ) -> Sweep:
         given = {**TINY, "steps": STEPS, "weights": str(weights_file(backbone)), "backbone": backbone, **settings}
         return jepakit.sweep(folder, out=out, vary=vary, **given)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def command(images: Path, weights_file: Callable[[str], Path]) -> Callable[..., list[str]]:
+    """`command(out, *options)`: the command that does what `start` does, over LAMBDAS."""
+
+    def call(out: Path, *options: str) -> list[str]:
+        return [
+            "sweep", str(images), "--out", str(out), "--vary", "lamb=0.02,0.05", "--backbone", "test_vit",
+            "--weights", str(weights_file("test_vit")), "--steps", str(STEPS), "--image-size", "64",
+            *("--set", "batch_size=8", "--set", "projector=[32, 32, 8]", "--set", "n_slices=16"),
+            *("--set", "views.n_local=1", "--set", "workers=0"), *options,
+        ]  # fmt: skip
 
     return call
 
@@ -107,7 +122,7 @@ def test_every_combination_is_a_run(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = jepakit_training.adapt
 
@@ -120,6 +135,11 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     found = start(tmp_path / "sweep", {"lamb": list(LAMBDAS.values())}, steps=1)
     assert found.failed == {"lamb=0.02": "the loss is not finite"}
     assert list(found.runs) == ["lamb=0.05"]
+    told = CliRunner().invoke(app, command(found.path, "--steps", "1"))
+    assert told.stdout.startswith(str(found))
+    assert isinstance(told.exception, TrainingError)
+    assert told.exception.exit_code == 1
+    assert str(told.exception).startswith("1 run failed (lamb=0.02)")
     with pytest.raises(TrainingError, match=r"all 1 runs failed; lamb=0\.02: the loss is not finite"):
         start(tmp_path / "other", {"lamb": [0.02]}, steps=1)
 
@@ -187,16 +207,8 @@ def test_a_sweep_under_a_launcher_is_refused(start: Start, tmp_path: Path, monke
         start(tmp_path / "sweep", {"lamb": [0.02]})
 
 
-def test_the_command_reports_what_to_export_and_so_does_report(
-    copied: Path, images: Path, weights_file: Callable[[str], Path]
-) -> None:
-    asked = [
-        "sweep", str(images), "--out", str(copied), "--vary", "lamb=0.02,0.05", "--backbone", "test_vit",
-        "--weights", str(weights_file("test_vit")), "--steps", str(STEPS), "--image-size", "64",
-        *("--set", "batch_size=8", "--set", "projector=[32, 32, 8]", "--set", "n_slices=16"),
-        *("--set", "views.n_local=1", "--set", "workers=0"),
-    ]  # fmt: skip
-    told = CliRunner().invoke(app, asked)
+def test_the_command_reports_what_to_export_and_so_does_report(copied: Path, command: Callable[..., list[str]]) -> None:
+    told = CliRunner().invoke(app, command(copied))
     assert told.exit_code == 0, told.output
     best = jepakit.open_sweep(copied).best
     assert f"next: jepakit export {best.path}" in told.stdout
@@ -205,6 +217,7 @@ def test_the_command_reports_what_to_export_and_so_does_report(
     assert [run["name"] for run in as_json["runs"]] == list(jepakit.open_sweep(copied).runs)
     assert as_json["verdict"]["word"] == jepakit.open_sweep(copied).verdict.word
     assert as_json["runs"][0]["after"] == best.comparison.model_dump()["after"]
+    assert json.loads(CliRunner().invoke(app, command(copied, "--json")).stdout) == as_json
 
 
 @pytest.mark.parametrize(
@@ -212,12 +225,14 @@ def test_the_command_reports_what_to_export_and_so_does_report(
     [("better", {}, BUNDLE), ("cannot tell", {}, START), ("worse", {"which": "last"}, BUNDLE)],
 )
 def test_a_sweep_exports_what_its_own_verdict_says_to_keep(
-    copied: Path, tmp_path: Path, word: Any, asked: dict[str, Any], kept: str
+    finished: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: Any, asked: dict[str, Any], kept: str
 ) -> None:
-    sweep = jepakit.open_sweep(copied)
+    chosen: list[Path] = []
+    monkeypatch.setattr(Run, "export", lambda run, out, which: chosen.append(_of_run(run, which).path))
+    sweep = jepakit.open_sweep(finished.path)
     sweep.verdict = Verdict(word=word, reason="")
-    exported = sweep.export(tmp_path / "exported", **asked)
-    assert exported.manifest.files[WEIGHTS] == open_bundle(sweep.best.path / kept).manifest.files[WEIGHTS]
+    sweep.export(tmp_path / "exported", **asked)
+    assert chosen == [sweep.best.path / kept]
 
 
 def test_a_dry_run_estimates_every_run_and_keeps_nothing(

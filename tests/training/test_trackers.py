@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate.tracking import TensorBoardTracker
+from tests.training.forked import import_trackers, start
 
+from jepakit_training import trackers
 from jepakit_training.trackers import Trackers, _loggable, _tracker
 
 SETTINGS = {"lr": 1e-4, "views": {"n_local": 4, "global_area": (0.3, 1.0)}, "labels": None}
@@ -71,10 +73,12 @@ def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_tracker_is_imported_unless_asked_for() -> None:
-    code = "import sys, jepakit_training.trackers; print([m for m in ('tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
-    assert out.stdout == "[]\n"
+def test_no_tracker_is_imported_unless_asked_for(tmp_path: Path) -> None:
+    process = start(import_trackers, tmp_path / "imported", log=tmp_path / "log")
+    process.join(120)
+    imported = (tmp_path / "imported").read_text().splitlines()
+    assert "jepakit_training.trackers" in imported, (tmp_path / "log").read_text()
+    assert not {"tensorboard", "wandb", "mlflow"} & set(imported)
 
 
 def test_nested_settings_become_one_table() -> None:
@@ -83,11 +87,56 @@ def test_nested_settings_become_one_table() -> None:
     }  # fmt: skip
 
 
-def test_no_tracker_reports_to_its_makers_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(variable, "")  # so that what is set here ends with the test
+@pytest.fixture
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(variable, "")  # so that what a test sets ends with it
         monkeypatch.delenv(variable)
+
+
+@pytest.mark.usefixtures("nothing_set")
+def test_no_tracker_reports_to_its_makers_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
     _tracker("tensorboard", tmp_path, 0)
     told = {name: os.environ[name] for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY")}
     assert told == {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@pytest.fixture
+def made(nothing_set: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is asked of the packages of W&B and MLflow, which need not be there."""
+    asked: list[Any] = []
+    for name in ("WandBTracker", "MLflowTracker"):
+        monkeypatch.setattr(trackers, name, lambda project, **settings: asked.append(settings))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_tracking_uri=asked.append))
+    return asked
+
+
+def test_wandb_stays_in_the_runs_folder_as_one_run(
+    made: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in (None, None, "online"):
+        if mode:
+            monkeypatch.setenv("WANDB_MODE", mode)
+        _tracker("wandb", tmp_path, 0)
+    first, again, elsewhere = made
+    assert (first["dir"], first["mode"], first["resume"]) == (tmp_path, "offline", "allow")
+    assert len(first["id"]) == 8
+    assert again == first
+    assert elsewhere == {**first, "mode": "online"}
+    (tmp_path / "other").mkdir()
+    _tracker("wandb", tmp_path / "other", 0)
+    assert made[-1]["id"] != first["id"]
+
+
+def test_mlflow_stays_in_the_runs_folder_as_one_run_unless_told_where(
+    made: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tracker("mlflow", tmp_path, 0)
+    assert made == [f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}", {"run_name": tmp_path.name, "run_id": None}]
+    assert (tmp_path / "mlruns").is_dir()
+    (tmp_path / trackers._MLFLOW_RUN).write_text("r1")
+    made.clear()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+    _tracker("mlflow", tmp_path, 3)
+    assert made == [{"run_name": tmp_path.name, "run_id": "r1"}]
