@@ -177,11 +177,21 @@ def test_other_errors_pass() -> None:
         assert raised.value is error
 
 
-def test_peak_memory_grows_by_what_is_held() -> None:
+def hold_200_mb_more(file: Path) -> None:
+    """Write down the peak before it and then."""
     before = peak_gb(torch.device("cpu"))
     held = torch.ones(int(before * 1e9) // 4 + 50_000_000)
-    assert peak_gb(torch.device("cpu")) >= before + 0.2
+    file.write_text(f"{before} {peak_gb(torch.device('cpu'))}")
     assert held.sum() > 0
+
+
+def test_peak_memory_grows_by_what_is_held(tmp_path: Path) -> None:
+    """In a process that has held little before."""
+    process = start(hold_200_mb_more, tmp_path / "peaks", log=tmp_path / "log")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    before, after = map(float, (tmp_path / "peaks").read_text().split())
+    assert after >= before + 0.2
 
 
 def test_where_there_is_no_proc_peak_memory_is_what_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:

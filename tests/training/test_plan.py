@@ -20,11 +20,11 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.manifest import Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights
 from jepakit.sources import list_images
-from jepakit_training import loader_limits
+from jepakit_training import loader_limits, precision
 from jepakit_training import plan as plan_module
 from jepakit_training.loop import explaining_out_of_memory
 from jepakit_training.plan import Plan, make_plan
-from jepakit_training.precision import cpu_has_bf16, mixed_precision
+from jepakit_training.precision import mixed_precision
 
 
 @pytest.fixture(autouse=True)
@@ -339,11 +339,13 @@ def test_a_start_that_may_have_seen_what_is_held_out_is_warned_of(
     assert "may be others" not in " ".join(make_plan(config, apart, backbone, 1, bands=3, value_bytes=1).notes)
 
 
-def test_bfloat16_is_refused_where_it_would_crawl() -> None:
-    assert mixed_precision("fp32") == "no"
-    if cpu_has_bf16() or torch.cuda.is_available():
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_is_refused_where_it_would_crawl(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert mixed_precision("fp32") == mixed_precision("auto") == "no"
+    if has:
         assert mixed_precision("bf16") == "bf16"
-        return
-    assert mixed_precision("auto") == "no"
-    with pytest.raises(ConfigError, match="this machine has no bfloat16 instructions; use auto or fp32"):
-        mixed_precision("bf16")
+    else:
+        with pytest.raises(ConfigError, match="this machine has no bfloat16 instructions; use auto or fp32"):
+            mixed_precision("bf16")

@@ -552,10 +552,11 @@ def test_an_image_is_measured_in_little_more_memory_than_it_takes(nodata: bool) 
 
 def test_only_so_much_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, two, met = write(tmp_path / "a", noise(4, (40, 40), 0, 4000, "uint16")), threading.Barrier(2), []
+    most_s = 0.1
 
     def met_by_another(*of: Any) -> Any:
         with suppress(threading.BrokenBarrierError):
-            met.append(two.wait(0.1))
+            met.append(two.wait(most_s))
         return _seen(*of)
 
     monkeypatch.setattr("jepakit_training.scan._seen", met_by_another)
@@ -563,6 +564,7 @@ def test_only_so_much_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     look(folder)
     assert not met
     two.reset()
+    most_s = 10
     monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", 2 * 40 * 40 * 2)
     look(folder)
     assert len(met) >= 2

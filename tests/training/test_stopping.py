@@ -183,6 +183,7 @@ class Slow(Dataset[int]):
 def test_a_sigterm_to_the_whole_job_is_a_stop_too(tmp_path: Path) -> None:
     process = start(load, tmp_path, log=tmp_path / "log")
     while not (tmp_path / "began").exists() or not (tmp_path / "began").read_text():
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.01)
     for pid in (process.pid or 0, int((tmp_path / "began").read_text())):
         os.kill(pid, signal.SIGTERM)
