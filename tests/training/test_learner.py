@@ -97,7 +97,7 @@ def test_no_block_is_dropped_at_random(make: Callable[..., Any]) -> None:
     assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "mobilenetv2_050"])
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
 def test_low_rank_additions_train_and_are_merged(make: Callable[..., Any], name: str) -> None:
     learner, backbone = make(name, unfreeze="lora", lora_rank=4)
     start, _ = start_backbone(name, learner._config.weights, 64)
