@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests without the mark `gpu` run on the CPU, even on machines with a GPU."""
-    if config.option.markexpr != "gpu":
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -61,12 +62,27 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture(scope="session")
-def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`weights_file("test_vit")`: a .safetensors file of that timm model's seeded random weights.
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what all processes of this session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder that one process at a time works in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def weights_file(shared_folder: Path) -> Callable[[str], Path]:
+    """`weights_file("test_vit")`: a .safetensors file of that timm model's seeded random weights, the same in all processes.
 
     To their readers these are pretrained weights; BatchNorm's statistics are not trivial.
     """
-    folder = tmp_path_factory.mktemp("weights")
 
     def make(name: str) -> Path:
         import torch
@@ -74,40 +90,36 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
         from jepakit.backbone import build
 
-        file = folder / f"{name}.safetensors"
-        if not file.exists():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(7)
-                module = build(name, {})
-                for key, value in module.state_dict().items():
-                    if key.endswith("running_mean"):
-                        value.normal_(0, 0.1)
-                    elif key.endswith("running_var"):
-                        value.uniform_(0.5, 1.5)
-            save_file(module.state_dict(), file, {"license": "cc0-1.0"})
+        file = shared_folder / "weights" / f"{name}.safetensors"
+        with locked(file.parent):
+            if not file.exists():
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(7)
+                    module = build(name, {})
+                    for key, value in module.state_dict().items():
+                        if key.endswith("running_mean"):
+                            value.normal_(0, 0.1)
+                        elif key.endswith("running_var"):
+                            value.uniform_(0.5, 1.5)
+                save_file(module.state_dict(), file, {"license": "cc0-1.0"})
         return file
 
     return make
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def exported(shared_folder: Path) -> Callable[..., Path]:
     """`exported(source="test_vit:random", name="tiny", **settings)`: that bundle, made once for the tests of all processes.
 
     It takes seconds to make; a test that changes it makes a copy.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
 
     def get(source: str = "test_vit:random", *, name: str = "tiny", **settings: Any) -> Path:
         import jepakit
 
         what = repr((source, name, sorted(settings.items())))
-        place = folder / "exported" / hashlib.sha256(what.encode()).hexdigest()[:16]
-        place.mkdir(parents=True, exist_ok=True)
-        with (place / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        place = shared_folder / "exported" / hashlib.sha256(what.encode()).hexdigest()[:16]
+        with locked(place):
             if not (place / name).exists():
                 jepakit.export(source, place / name, **settings)
         return place / name

@@ -32,6 +32,7 @@ from jepakit.errors import BundleError, ExportError
 from jepakit.manifest import EmbeddingSpec, Precision
 from jepakit.runtime import Provider, open_runtime
 from jepakit.session import Session
+from jepakit_export.convert import Sealed
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import _check_mates
 
@@ -96,13 +97,22 @@ def test_the_vectors_are_those_of_the_graph_in_one_file(
     assert outside.manifest.graph.batch_sizes == (1, 2, 7, 33)
 
 
-@pytest.mark.parametrize("name", ["test_vit", pytest.param("test_resnet", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def quantised_inside(weights_file: Callable[[str], Path]) -> Callable[[str], Sealed]:
+    """`quantised_inside("test_vit")`: its int8 graph, with all tensors in it."""
+    return cache(lambda name: quantised(weights_file(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_int8_of_weights_outside_the_graph_is_int8_of_those_inside(
-    name: str, weights_file: Callable[[str], Path]
+    name: str,
+    weights_file: Callable[[str], Path],
+    quantised_inside: Callable[[str], Sealed],
 ) -> None:
     """With both methods of quantising. Whether int8 is close enough to torch depends on the CPU: not tested here."""
+    inside = quantised_inside(name)
     with pytest.MonkeyPatch.context() as patch:
-        inside = quantised(weights_file(name))
         patch.setattr(jepakit_export.convert, "INLINE_LIMIT", 20_000)
         outside = quantised(weights_file(name))
     assert inside.data is None
@@ -113,25 +123,30 @@ def test_int8_of_weights_outside_the_graph_is_int8_of_those_inside(
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_an_image_has_the_same_int8_vector_whatever_rides_with_it(
-    name: str, weights_file: Callable[[str], Path], exported: Callable[[str, bool], Bundle], provider: Provider
+    name: str,
+    quantised_inside: Callable[[str], Sealed],
+    exported: Callable[[str, bool], Bundle],
+    provider: Provider,
 ) -> None:
-    session = Session(quantised(weights_file(name)).graph, exported("fp32", False).manifest, provider=provider)
+    session = Session(quantised_inside(name).graph, exported("fp32", False).manifest, provider=provider)
     alone = np.concatenate([session.run(IMAGES[[n]]) for n in range(len(IMAGES))])
     extremes = np.stack([np.zeros_like(IMAGES[0]), np.full_like(IMAGES[0], 255)])
     assert golden.relative_error(session.run(np.concatenate([extremes, IMAGES]))[2:], alone) <= 1e-6
 
 
 def test_a_graph_whose_vectors_depend_on_the_batch_is_refused(
-    weights_file: Callable[[str], Path], exported: Callable[[str, bool], Bundle], monkeypatch: pytest.MonkeyPatch
+    quantised_inside: Callable[[str], Sealed],
+    exported: Callable[[str, bool], Bundle],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    graph, manifest = quantised(weights_file("test_vit")).graph, exported("fp32", False).manifest
+    graph, manifest = quantised_inside("test_vit").graph, exported("fp32", False).manifest
     _check_mates(Session(graph, manifest, provider="cpu"), IMAGES)
     monkeypatch.setattr(jepakit.runtime, "_OF_THE_BATCH", b"no such operator")
     with pytest.raises(ExportError, match=r"depends on which others are in its batch \(relative error 0\.\d+ beside"):
         _check_mates(Session(graph, manifest, provider="cpu"), IMAGES)
 
 
-def quantised(weights: Path) -> jepakit_export.convert.Sealed:
+def quantised(weights: Path) -> Sealed:
     backbone, described = start_backbone(weights.stem, str(weights), SIZE)
     spec = stock_preprocess(backbone, SIZE)
     embedding = EmbeddingSpec(dim=backbone.num_features, pooling="head", standardize="none")
@@ -140,6 +155,7 @@ def quantised(weights: Path) -> jepakit_export.convert.Sealed:
     return jepakit_export.convert.seal(to_int8(model, IMAGES), {"of": described.name})
 
 
+@pytest.mark.slow
 def test_two_exports_give_the_same_bytes(
     exported: Callable[[str, bool], Bundle], weights_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
