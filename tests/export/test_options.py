@@ -232,17 +232,23 @@ def test_patch_tokens_that_differ_from_torchs_are_refused(made: Callable[..., Bu
         verify._compare(session, "fp32", Expected(IMAGES, vectors, others), 2)
 
 
-def test_int8_is_a_space_of_its_own(made: Callable[..., Bundle], weights_file: Callable[[str], Path]) -> None:
-    source = f"test_vit:{weights_file('test_vit')}"
-    if not int8_is_exact_here():
-        pytest.skip("this CPU has no VNNI instructions")
-    whole, small = made(source), made(source, precision="int8")
+def test_int8_is_a_space_of_its_own(
+    made: Callable[..., Bundle],
+    export: Callable[..., Bundle],
+    weights_file: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU without VNNI instructions computes other vectors: there they are not looked at."""
+    source, exact = f"test_vit:{weights_file('test_vit')}", int8_is_exact_here()
+    if not exact:
+        monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0))
+    whole, small = made(source), export(source, precision="int8")
     assert len(small.read(GRAPH)) < 0.5 * len(whole.read(GRAPH))
-    assert small.manifest.model_id != whole.manifest.model_id
-    assert small.manifest.graph is not None
-    assert small.manifest.graph.centred_cosine >= 0.99
-    session = Session.open(small)
-    assert session.precision == "int8"
+    assert small.model_id != whole.model_id
+    if exact:
+        assert small.manifest.graph is not None
+        assert small.manifest.graph.centred_cosine >= 0.99
+        assert Session.open(small).precision == "int8"
 
 
 @pytest.mark.slow
