@@ -230,7 +230,7 @@ def test_a_damaged_folder_is_told_with_its_file_and_what_to_do(begin: Begin, nam
     with pytest.raises(DataError, match=rf"run/{name} is gone or damaged \(.+\): put it back, or name another --out"):
         begin("run")
     if (name, damage) == (CONFIG, "cut short"):
-        with pytest.raises(DataError, match=rf"run/{name} is damaged"):
+        with pytest.raises(DataError, match=rf"run/{name} is gone or damaged"):
             _ = Run(file.parent).config
 
 
