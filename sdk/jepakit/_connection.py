@@ -41,8 +41,9 @@ class Connection:
         key = api_key or os.environ.get("JEPAKIT_API_KEY")
         _check_key(key)
         self.url, self.deadline_s = url.rstrip("/"), deadline_s
-        loopback = is_loopback(httpx.URL(url).host)
-        self.proxy = None if loopback else _proxy_of(httpx.URL(url))
+        address = httpx.URL(url)
+        loopback = is_loopback(address.host)
+        self.proxy = None if loopback else _proxy_of(address)
         """The environment variable that names the proxy in between, if any."""
         self.patience_s = min(timeout_s, deadline_s)
         """How long to wait for the answer to one attempt."""
@@ -56,7 +57,7 @@ class Connection:
             # On loopback, no proxies. That would also ignore SSL_CERT_FILE, so `verify` reads it explicitly; but not for plain
             # HTTP, as reading all certificates takes 50 ms.
             "trust_env": not loopback,
-            "verify": _trusted() if httpx.URL(url).scheme == "https" or self.proxy else False,
+            "verify": _trusted() if address.scheme == "https" or self.proxy else False,
             # No limit: the clients send MOST_AT_ONCE at a time, and httpcore loses the place of a connection whose request
             # is cancelled before it begins (encode/httpcore#1093).
             "limits": httpx.Limits(),

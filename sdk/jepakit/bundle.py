@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 
 from jepakit._files import as_path, file_sha256, making_folder, prepare_place, reason_of, sha256
 from jepakit.errors import BundleError, WriteError
-from jepakit.manifest import NAME_PATTERN, Manifest, parse_manifest, render_manifest
+from jepakit.manifest import NAME_PATTERN, Described, Manifest, parse_manifest, render_manifest
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -80,7 +80,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
     return parse_manifest(text, path / MANIFEST)
 
 
-class Bundle:
+class Bundle(Described):
     """A bundle on disk whose manifest has been checked; `read` checks each file as it hands out its bytes."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -92,21 +92,6 @@ class Bundle:
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-    @property
-    def name(self) -> str:
-        """What a service calls the model."""
-        return self.manifest.name
-
-    @property
-    def model_id(self) -> str:
-        """Id of the vector space (16 hex digits)."""
-        return self.manifest.model_id
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the manifest: what `jepakit serve --expect` pins."""
-        return self.manifest.digest
 
     def read(self, name: str) -> bytes:
         """The verified bytes of one file of the bundle; BundleError names the file if they are wrong."""

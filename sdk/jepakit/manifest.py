@@ -226,6 +226,27 @@ class Manifest(Frozen):
     """SHA-256 of the canonical JSON of the file's other fields."""
 
 
+class Described:
+    """What has a `manifest`, and is called by it."""
+
+    manifest: Manifest
+
+    @property
+    def name(self) -> str:
+        """What a service calls the model."""
+        return self.manifest.name
+
+    @property
+    def model_id(self) -> str:
+        """Id of the vector space (16 hex digits)."""
+        return self.manifest.model_id
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the bundle's manifest (64 hex digits): what `jepakit serve --expect` pins."""
+        return self.manifest.digest
+
+
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no spaces, UTF-8: the same bytes for the same value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

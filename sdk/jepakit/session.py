@@ -24,7 +24,7 @@ from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, open_bundle
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError, InferenceError
 from jepakit.images import Pixels, check_tile, preprocess
-from jepakit.manifest import Manifest, Preprocess
+from jepakit.manifest import Described, Manifest, Preprocess
 from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
 
@@ -179,7 +179,7 @@ def _by_buckets(
     return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
-class Model:
+class Model(Described):
     """A bundle loaded in this process, with the client's `embed`: no service, no network."""
 
     def __init__(self, session: Session) -> None:
@@ -193,21 +193,6 @@ class Model:
         raise TypeError(
             "a Model cannot be copied or sent to another process, as its runtime cannot: load the bundle there"
         )
-
-    @property
-    def name(self) -> str:
-        """What the service would call it."""
-        return self.manifest.name
-
-    @property
-    def model_id(self) -> str:
-        """Id of the vector space (16 hex digits)."""
-        return self.manifest.model_id
-
-    @property
-    def digest(self) -> str:
-        """That of the bundle (64 hex digits)."""
-        return self.manifest.digest
 
     @property
     def dim(self) -> int:
