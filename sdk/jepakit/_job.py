@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from jepakit._attempts import AT_ONCE
 from jepakit._files import reason_of
 from jepakit._models import ModelInfo, named
-from jepakit._skipped import Skipped
+from jepakit._results import Results
 from jepakit._threads import work_ahead
-from jepakit.embeddings import Embeddings
 from jepakit.errors import ImageError, ModelChangedError, ProtocolError, ResponseError
 from jepakit.readers import DEFAULT_LIMITS
 from jepakit.sources import ImageList
@@ -89,31 +88,30 @@ class Chunk:
 
 
 class Job:
-    """One call of `embed`: splits the images into requests and assembles the answers in order.
-
-    most_skipped  share of the images that may be left out because they cannot be embedded
-    """
+    """One call of `embed`: splits the images without `results` into requests, and adds the answers to them in order."""
 
     def __init__(
         self,
         images: ImageList,
         model: str | None,
         limits: RequestLimits,
+        results: Results,
         spec: Preprocess | None = None,
-        *,
-        most_skipped: float = 0.0,
     ) -> None:
-        self._images, self._model, self._spec = images, model, spec
+        self._images, self._model, self._results, self._spec = images, model, results, spec
         self._told = self._limits = limits
-        self.skipped = Skipped(images, most_skipped)
-        self._vectors: list[NDArray[np.float32]] = []
         self._model_id: str | None = None
+        """Of the last answer."""
         self.computed = ("fp32", "cpu")
         """Precision and provider of the last answer."""
-        self.done = 0
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes more than one request."""
+        return len(self) > IMAGES_PER_REQUEST
 
     def cut_after(self, refusal: ResponseError, limits: RequestLimits) -> bool:
         """Split what is left by the service's current limits; if these are unchanged and the refusal has no code, it
@@ -144,14 +142,15 @@ class Job:
 
     def _read_rest(self) -> Generator[tuple[int, bytes | NDArray[Any]], None, None]:
         """The places and data of the images to send, in order; those that cannot be read are left out."""
-        rest = (place for place in range(self.done, len(self._images)) if place not in self.skipped)
+        results = self._results
+        rest = (place for place in range(results.done, len(self._images)) if place not in results.skipped)
         threads = 0 if self._images.in_memory else AT_ONCE  # a dataset may belong to the caller's thread
         with closing(work_ahead(self._read, rest, threads=threads, ahead=AT_ONCE)) as reading:
             for place, item in reading:
                 try:
                     yield place, item.result()
                 except ImageError as error:
-                    self.skipped.add(place, error)
+                    results.skipped.add(place, error)
 
     def _read(self, place: int) -> bytes | NDArray[Any]:
         """The data to send for an image."""
@@ -181,19 +180,17 @@ class Job:
         self.computed = (response.headers.get("x-precision", "fp32"), response.headers.get("x-provider", "cpu"))
         vectors, refused = found
         for place, message, code in refused:
-            self.skipped.add(chunk.places[place], self._named(chunk.places[place], message, code))
-        self._vectors.append(vectors)
-        self.done = chunk.places[-1] + 1
+            self._results.skipped.add(chunk.places[place], self._named(chunk.places[place], message, code))
+        self._results.add(chunk.places[-1] + 1, vectors, model_id)
 
     def tolerate(self, chunk: Chunk, error: ImageError) -> Chunk | None:
         """The chunk to send next after one image was refused; None if it was the only one, which is then left out.
 
         Raises `error` if nothing may be left out.
         """
-        if len(chunk.items) > 1 and self.skipped.allowed:
+        if len(chunk.items) > 1 and self._results.skipped.allowed:
             return replace(chunk, partial=True)
-        self.skipped.add(chunk.places[0], error)
-        self.done = chunk.places[0] + 1
+        self._results.skipped.add(chunk.places[0], error)
         return None
 
     @contextmanager
@@ -216,10 +213,6 @@ class Job:
     def _named(self, place: int, message: str, code: str | None) -> ImageError:
         """The service's refusal of one image, with the caller's name for it."""
         return ImageError(f"{self._images.ids[place]}: {_SERVICES_NAME.sub('', message)}", code=code or "unreadable")
-
-    def result(self) -> Embeddings:
-        assert self._model_id is not None
-        return self.skipped.embeddings(np.concatenate(self._vectors).astype(np.float32, copy=False), self._model_id)
 
 
 Rows = tuple[NDArray[np.float32], list[tuple[int, str, str]]]

@@ -71,6 +71,11 @@ def named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
     return [one for one in models if asked is None or one.name == asked.partition("@")[0]]
 
 
+def id_of(models: list[ModelInfo], asked: str | None) -> str:
+    """The model_id of the requested model: the one that `asked` pins, or else the service's."""
+    return (asked or "").partition("@")[2] or _meant(models, asked).model_id
+
+
 def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Preprocess:
     """How the requested model wants its images, from the service's description; `tile` must match the model's."""
     from pydantic import ValidationError
@@ -78,16 +83,21 @@ def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pre
     from jepakit.images import check_tile
     from jepakit.manifest import Preprocess
 
-    meant = named(models, asked)
-    if len(meant) != 1:
-        known = ", ".join(one.name for one in models)
-        raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
+    meant = _meant(models, asked)
     try:
-        spec = Preprocess.model_validate(meant[0].raw.get("preprocess"))
+        spec = Preprocess.model_validate(meant.raw.get("preprocess"))
     except ValidationError:
         raise ProtocolError(
-            f"the service describes how {meant[0].name} wants its images in a way that this jepakit does not know: install "
+            f"the service describes how {meant.name} wants its images in a way that this jepakit does not know: install "
             "the service's version here"
         ) from None
     check_tile(tile, spec)
     return spec
+
+
+def _meant(models: list[ModelInfo], asked: str | None) -> ModelInfo:
+    """The only model that may be meant; ConfigError if it is not clear."""
+    if len(meant := named(models, asked)) == 1:
+        return meant[0]
+    known = ", ".join(one.name for one in models)
+    raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")

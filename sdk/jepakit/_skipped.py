@@ -5,13 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from jepakit._checks import exceeds, is_share
 from jepakit._messages import counted, first_few
 from jepakit._say import say
-from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, ImageError
 from jepakit.sources import ImageList
 
@@ -75,16 +71,10 @@ class Skipped:
                 code=first.code,
             )
 
-    def embeddings(self, vectors: NDArray[np.float32], model_id: str) -> Embeddings:
-        """The embeddings of the other images, given their vectors in order."""
-        ids, labels = self._images.ids, self._images.labels_given()
-        kept = [place for place in range(len(ids)) if place not in self._errors]
-        return Embeddings(
-            vectors,
-            model_id,
-            tuple(ids[place] for place in kept),
-            None if labels is None else tuple(labels[place] for place in kept),
-        )
+    def told(self, first: int, end: int) -> list[tuple[int, str, str]]:
+        """Place, message and code of those from place `first` up to `end`, in order."""
+        found = ((place, self._errors[place]) for place in range(first, end) if place in self._errors)
+        return [(place, str(error), error.code) for place, error in found]
 
     def tell(self, on_skipped: OnSkipped | None, *, progress: bool) -> None:
         """Call `on_skipped` with each id and reason in order; with `progress`, name the first few on standard error."""

@@ -609,7 +609,8 @@ def embed(
 ) -> None:
     """Embed images with a service or a bundle, into one file.
 
-    Set JEPAKIT_API_KEY to a key if the service needs one.
+    Set JEPAKIT_API_KEY to a key if the service needs one. If it is stopped, the same command continues: what is done is
+    kept in OUT.part.
     """
     if (url is None) == (bundle is None):
         raise ConfigError("say what to embed with: either --url http://127.0.0.1:8000 or --bundle bundles/NAME")
@@ -624,6 +625,8 @@ def embed(
         )
     _check_out(out, ".npz")
     skipped: list[tuple[str, str]] = []
+    out = as_path(out, "out")
+    part = Path(f"{out}.part")
     options: dict[str, Any] = {
         "labels": labels,
         "tile": tile,
@@ -632,6 +635,7 @@ def embed(
         "frame": number_or_word(frame),
         "most_skipped": most_skipped,
         "on_skipped": lambda *row: skipped.append(row),
+        "resume": part,
     }
     if url is not None:
         from jepakit.client import Client
@@ -644,6 +648,7 @@ def embed(
         assert bundle is not None
         embeddings = load(bundle, **runtime).embed(_source(images), **options)
     embeddings.save(out)
+    part.unlink(missing_ok=True)
     if most_skipped:
         _write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
     labelled = (

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts
 from jepakit._connection import Connection
-from jepakit._job import IMAGES_PER_REQUEST, Chunk, Job, RequestLimits, in_flight
+from jepakit._job import Chunk, Job, RequestLimits, in_flight
 from jepakit._models import ModelInfo as ModelInfo
-from jepakit._models import check_asked, path_of, read_model, read_models, spec_of
+from jepakit._models import check_asked, id_of, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
+from jepakit._results import Results
 from jepakit._skipped import OnSkipped, check_skipping
 from jepakit.bundle import GOLDEN, Bundle, open_bundle
 from jepakit.embeddings import Embeddings
@@ -110,6 +111,7 @@ class Client:
         progress: bool = True,
         most_skipped: float = 0.0,
         on_skipped: OnSkipped | None = None,
+        resume: str | Path | None = None,
     ) -> Embeddings:
         """Embed images, keeping their order.
 
@@ -132,10 +134,14 @@ class Client:
                    take them; the others keep their order. The same share of files may be left out that `tile` or
                    `frame="each"` cannot open
         on_skipped called at the end with the id and the reason of each image that was left out
+        resume     a file that keeps what is done, written after each request: after an interruption, the same call
+                   continues from it, up to the first image that has changed. Delete it in the end. Not for images in
+                   memory
 
         Raises ImageError naming an image that cannot be embedded, once there are more of them than `most_skipped`
         allows; ConfigError for a wrong argument, DataError when there are no images, they do not exist or too many cannot be
-        cut, ResponseError when the service refuses, ConnectionFailedError after the deadline.
+        cut, ResponseError when the service refuses, ConnectionFailedError after the deadline, SpaceError when `resume`
+        keeps vectors of another model, WriteError when it cannot be written.
         """
         check_asked(model)
         check_skipping(most_skipped, on_skipped)
@@ -151,18 +157,21 @@ class Client:
             progress=progress,
             most_skipped=most_skipped,
         )
-        job = Job(listed, model, self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
-        with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as bar:
-            while True:
-                try:
-                    self._embed_rest(job, bar)
-                    break
-                except ClientError as error:
-                    self._described = None
-                    if not _too_much(error) or not job.cut_after(error, self._limits_for(len(job), model)):
-                        raise
-        job.skipped.tell(on_skipped, progress=progress)
-        return job.result()
+        with Results(listed, most_skipped, resume, progress=progress) as results:
+            if results.done:
+                results.check(id_of(self.models(), model))
+            job = Job(listed, model, self._limits_for(len(listed), model), results, spec)
+            with Steps(len(job), first=results.done, what="embed", progress=progress and job.is_long) as bar:
+                while True:
+                    try:
+                        self._embed_rest(job, bar)
+                        break
+                    except ClientError as error:
+                        self._described = None
+                        if not _too_much(error) or not job.cut_after(error, self._limits_for(len(job), model)):
+                            raise
+        results.skipped.tell(on_skipped, progress=progress)
+        return results.embeddings()
 
     def _embed_rest(self, job: Job, bar: Steps) -> None:
         """Send the images that have no vectors yet."""
@@ -180,7 +189,7 @@ class Client:
                     except ImageError as error:
                         if (rest := job.tolerate(chunk, error)) is not None:
                             job.accept(rest, begin(rest).result())
-                    bar.update(job.done)
+                    bar.update(chunk.places[-1] + 1)
         finally:
             stop.set()
 
@@ -190,10 +199,11 @@ class Client:
         Raises BundleError when the service computes other vectors than the bundle promises.
         """
         images, model, expected = _golden(bundle, model)
-        job = Job(images, model, self._limits_for(len(images), model))
+        results = Results(images, most_skipped=0)
+        job = Job(images, model, self._limits_for(len(images), model), results)
         for chunk in job.parts():
             job.accept(chunk, self._send(chunk.request(self._http)))
-        return _judge_golden(job, expected)
+        return _judge_golden(results, job.computed, expected)
 
     def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         """The service's limits, cached until an `embed` fails; not needed for a single image, which cannot be split."""
@@ -303,6 +313,7 @@ class AsyncClient:
         progress: bool = True,
         most_skipped: float = 0.0,
         on_skipped: OnSkipped | None = None,
+        resume: str | Path | None = None,
     ) -> Embeddings:
         """As `Client.embed`."""
         import asyncio
@@ -322,18 +333,21 @@ class AsyncClient:
             progress=progress,
             most_skipped=most_skipped,
         )
-        job = Job(listed, model, await self._limits_for(len(listed), model), spec, most_skipped=most_skipped)
-        with Steps(len(job), what="embed", progress=progress and len(job) > IMAGES_PER_REQUEST) as bar:
-            while True:
-                try:
-                    await self._embed_rest(job, bar)
-                    break
-                except ClientError as error:
-                    self._described = None
-                    if not _too_much(error) or not job.cut_after(error, await self._limits_for(len(job), model)):
-                        raise
-        job.skipped.tell(on_skipped, progress=progress)
-        return job.result()
+        with await asyncio.to_thread(Results, listed, most_skipped, resume, progress=progress) as results:
+            if results.done:
+                results.check(id_of(await self.models(), model))
+            job = Job(listed, model, await self._limits_for(len(listed), model), results, spec)
+            with Steps(len(job), first=results.done, what="embed", progress=progress and job.is_long) as bar:
+                while True:
+                    try:
+                        await self._embed_rest(job, bar)
+                        break
+                    except ClientError as error:
+                        self._described = None
+                        if not _too_much(error) or not job.cut_after(error, await self._limits_for(len(job), model)):
+                            raise
+        results.skipped.tell(on_skipped, progress=progress)
+        return results.embeddings()
 
     async def _embed_rest(self, job: Job, bar: Steps) -> None:
         """As `Client._embed_rest`."""
@@ -346,15 +360,15 @@ class AsyncClient:
             chunk, answer = waiting[0]
             try:
                 with job.naming(chunk):
-                    job.accept(chunk, await answer)
+                    await asyncio.to_thread(job.accept, chunk, await answer)
             except ImageError as error:
                 if (rest := job.tolerate(chunk, error)) is not None:
-                    job.accept(rest, await self._send(rest.request(self._http)))
+                    await asyncio.to_thread(job.accept, rest, await self._send(rest.request(self._http)))
             waiting.popleft()
-            bar.update(job.done)
+            bar.update(chunk.places[-1] + 1)
 
         try:
-            # Files are read and decoded in threads, so as not to block the event loop.
+            # Files are read, decoded and written in threads, so as not to block the event loop.
             while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
                 waiting.append((chunk, asyncio.create_task(self._send(chunk.request(self._http)))))
                 if len(waiting) == AT_ONCE:
@@ -372,10 +386,11 @@ class AsyncClient:
     async def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
         """As `Client.verify`."""
         images, model, expected = _golden(bundle, model)
-        job = Job(images, model, await self._limits_for(len(images), model))
+        results = Results(images, most_skipped=0)
+        job = Job(images, model, await self._limits_for(len(images), model), results)
         for chunk in job.parts():
             job.accept(chunk, await self._send(chunk.request(self._http)))
-        return _judge_golden(job, expected)
+        return _judge_golden(results, job.computed, expected)
 
     async def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         if self._described is None and count > 1:
@@ -439,10 +454,10 @@ def _golden(bundle: Bundle | str | Path, model: str | None) -> tuple[ImageList, 
     return gather(inputs.images, "none"), pinned, inputs.vectors
 
 
-def _judge_golden(job: Job, expected: NDArray[np.float32]) -> float:
+def _judge_golden(results: Results, computed: tuple[str, str], expected: NDArray[np.float32]) -> float:
     from jepakit import golden
 
-    found = golden.agreement(job.result().vectors, expected)
-    if missed := found.misses(golden.TOLERANCES.get(job.computed, golden.Tolerance(relative=1e-4))):
+    found = golden.agreement(results.embeddings().vectors, expected)
+    if missed := found.misses(golden.TOLERANCES.get(computed, golden.Tolerance(relative=1e-4))):
         raise BundleError(f"the service computes other vectors than the bundle promises: {missed}")
     return found.relative_error

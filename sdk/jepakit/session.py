@@ -18,7 +18,8 @@ from jepakit import golden
 from jepakit._checks import is_whole
 from jepakit._machine import usable_cpus
 from jepakit._progress import Steps
-from jepakit._skipped import OnSkipped, Skipped, check_skipping
+from jepakit._results import Results
+from jepakit._skipped import OnSkipped, check_skipping
 from jepakit._threads import work_ahead
 from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, open_bundle
 from jepakit.embeddings import Embeddings
@@ -221,12 +222,14 @@ class Model(Described):
         progress: bool = True,
         most_skipped: float = 0.0,
         on_skipped: OnSkipped | None = None,
+        resume: str | Path | None = None,
     ) -> Embeddings:
         """Embed images, keeping their order; the arguments are those of `Client.embed` without `model`.
 
         Raises ImageError naming an image that cannot be embedded, once there are more of them than `most_skipped`
-        allows; ConfigError for a wrong argument, DataError when there are no images or they do not exist, and InferenceError
-        when there is no room for a single one.
+        allows; ConfigError for a wrong argument, DataError when there are no images or they do not exist, SpaceError when
+        `resume` keeps vectors of another model, WriteError when it cannot be written, and InferenceError when there is no
+        room for a single image.
         """
         check_tile(tile, self.manifest.preprocess)
         check_skipping(most_skipped, on_skipped)
@@ -241,23 +244,21 @@ class Model(Described):
             progress=progress,
             most_skipped=most_skipped,
         )
-        skipped = Skipped(listed, most_skipped)
-        vectors = np.empty((len(listed), self.manifest.embedding.dim), np.float32)
-        done = 0
-        with (
-            Steps(len(listed), what="embed", progress=progress) as bar,
-            closing(_batches(listed, self.manifest.preprocess, self._session.batch, skipped)) as batches,
-        ):
-            for places, pixels in batches:
-                found = self._vectors(pixels)
-                finite = np.isfinite(found).all(axis=1)
-                for place in places[~finite].tolist():
-                    skipped.add(place, ImageError(f"{listed.ids[place]}: {NOT_FINITE}", code="not_finite"))
-                vectors[done : done + finite.sum()] = found[finite]
-                done += int(finite.sum())
-                bar.update(done + len(skipped))
-        skipped.tell(on_skipped, progress=progress)
-        return skipped.embeddings(vectors[:done], self.model_id)
+        with Results(listed, most_skipped, resume, progress=progress) as results:
+            results.check(self.model_id)
+            with (
+                Steps(len(listed), first=results.done, what="embed", progress=progress) as bar,
+                closing(_batches(listed, self.manifest.preprocess, self._session.batch, results)) as batches,
+            ):
+                for places, pixels in batches:
+                    found = self._vectors(pixels)
+                    finite = np.isfinite(found).all(axis=1)
+                    for place in places[~finite].tolist():
+                        results.skipped.add(place, ImageError(f"{listed.ids[place]}: {NOT_FINITE}", code="not_finite"))
+                    results.add(int(places[-1]) + 1, found[finite], self.model_id)
+                    bar.update(results.done)
+        results.skipped.tell(on_skipped, progress=progress)
+        return results.embeddings()
 
     def _vectors(self, pixels: Pixels) -> NDArray[np.float32]:
         """The vectors of a batch, in halves where there is no room for the whole."""
@@ -271,17 +272,19 @@ class Model(Described):
 
 
 def _batches(
-    listed: ImageList, spec: Preprocess, size: int, skipped: Skipped
+    listed: ImageList, spec: Preprocess, size: int, results: Results
 ) -> Generator[tuple[NDArray[np.intp], Pixels], None, None]:
-    """Places [B] and preprocessed images [B, S, S, C], in order and up to `size` at a time, decoded ahead by threads while
-    others run.
+    """Places [B] and preprocessed images [B, S, S, C] without results yet, in order and up to `size` at a time, decoded
+    ahead by threads while others run.
 
-    Images that cannot be read correctly are added to `skipped` by position; it raises ImageError once there are too
-    many.
+    Images that cannot be read correctly are left out; raises ImageError once there are too many.
     """
     threads = listed.threads(min(usable_cpus(), _MOST_DECODERS))
     reading = work_ahead(
-        lambda place: preprocess(listed[place], spec), range(len(listed)), threads=threads, ahead=_BATCHES_AHEAD * size
+        lambda place: preprocess(listed[place], spec),
+        range(results.done, len(listed)),
+        threads=threads,
+        ahead=_BATCHES_AHEAD * size,
     )
     batch: dict[int, Pixels] = {}
     with closing(reading):
@@ -289,7 +292,7 @@ def _batches(
             try:
                 batch[place] = image.result()
             except ImageError as error:
-                skipped.add(place, error)
+                results.skipped.add(place, error)
             if len(batch) == size:
                 yield np.array([*batch]), np.stack([*batch.values()])
                 batch = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import ssl
@@ -132,6 +133,28 @@ def picture(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG") -> b
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def asked(kind: type[Any], url: str, call: Callable[[Any], Any], **options: Any) -> Any:
+    """What `call` returns for a client of either kind."""
+
+    async def ask() -> Any:
+        if kind is jepakit.Client:
+            with kind(url, **options) as client:
+                return call(client)
+        async with kind(url, **options) as client:
+            return await call(client)
+
+    return asyncio.run(ask())
+
+
+def embedding_everywhere(service: str, bundle: Path) -> list[Callable[..., jepakit.Embeddings]]:
+    """`embed` of both clients, and of the bundle in this process."""
+    return [
+        jepakit.load(bundle).embed,
+        lambda images, **how: asked(jepakit.Client, service, lambda client: client.embed(images, **how)),
+        lambda images, **how: asked(jepakit.AsyncClient, service, lambda client: client.embed(images, **how)),
+    ]
 
 
 Spans = Callable[[], list[Any]]

@@ -36,6 +36,7 @@ import jepakit
 from jepakit import Embeddings
 from jepakit._job import Job, RequestLimits
 from jepakit._models import spec_of
+from jepakit._results import Results
 from jepakit.cli import app
 from jepakit.client import ModelInfo
 from jepakit.errors import (
@@ -57,7 +58,7 @@ from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
 from tests.files import encoded
 
-from .conftest import picture, promising_others, running
+from .conftest import asked, embedding_everywhere, picture, promising_others, running
 
 
 @pytest.fixture(scope="module")
@@ -392,15 +393,6 @@ def spoilt(folder: Path, tmp_path: Path) -> Path:
 
 def blank() -> bytes:
     return encoded(Image.new("RGB", (48, 40), (7, 7, 7)), "PNG")
-
-
-def embedding_everywhere(service: str, bundle: Path) -> list[Callable[..., Embeddings]]:
-    """`embed` of both clients, and of the bundle in this process."""
-    return [
-        jepakit.load(bundle).embed,
-        lambda images, **how: asked(jepakit.Client, service, lambda client: client.embed(images, **how)),
-        lambda images, **how: asked(jepakit.AsyncClient, service, lambda client: client.embed(images, **how)),
-    ]
 
 
 def test_bad_images_are_left_out_up_to_a_share_here_and_there(
@@ -1263,19 +1255,6 @@ def test_redirects_are_not_followed() -> None:
         client.models()
 
 
-def asked(kind: type[Any], url: str, call: Callable[[Any], Any], **options: Any) -> Any:
-    """What `call` returns for a client of either kind."""
-
-    async def ask() -> Any:
-        if kind is jepakit.Client:
-            with kind(url, **options) as client:
-                return call(client)
-        async with kind(url, **options) as client:
-            return await call(client)
-
-    return asyncio.run(ask())
-
-
 class _Scripted(BaseHTTPRequestHandler):
     answers: ClassVar[list[tuple[int, dict[str, str], bytes]]] = []
     seen: ClassVar[int] = 0
@@ -1387,7 +1366,7 @@ def test_what_multipart_adds_to_a_file_counts_in_its_request() -> None:
         [bytes(500)] * 4, "none", tile=None, overlap=0, min_valid=0.5, frame=None, progress=False, most_skipped=0
     )
     with httpx.Client(base_url="http://127.0.0.1") as http:
-        chunks = list(Job(listed, None, RequestLimits(bytes=2000, largest=2000)).parts())
+        chunks = list(Job(listed, None, RequestLimits(bytes=2000, largest=2000), Results(listed, 0)).parts())
         assert max(len(chunk.request(http).read()) for chunk in chunks) <= 2000
     assert [place for chunk in chunks for place in chunk.places] == [0, 1, 2, 3]
 
@@ -1395,4 +1374,4 @@ def test_what_multipart_adds_to_a_file_counts_in_its_request() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(500, [32, 32, 6]), (1 << 20, [15, 15, 15, 15, 10])])
 def test_a_request_has_32_images_or_16_mb_at_most(size: int, expected: list[int]) -> None:
     listed = gather([bytes(size)] * 70, "none")
-    assert [len(chunk.places) for chunk in Job(listed, None, RequestLimits()).parts()] == expected
+    assert [len(chunk.places) for chunk in Job(listed, None, RequestLimits(), Results(listed, 0)).parts()] == expected
