@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,7 @@ from jepakit._messages import did_you_mean, first_few
 from jepakit._signatures import ExportSettings
 from jepakit.bundle import WEIGHTS, Bundle, open_bundle
 from jepakit.comparison import SCORES, Comparison, Scores, Verdict
-from jepakit.config import LAMBDA_PER_VIEW, AdaptConfig, ViewsConfig, flattened
+from jepakit.config import AdaptConfig, ViewsConfig, flattened
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import judge_best
 from jepakit.run import START, Run, is_run
@@ -128,7 +128,8 @@ class Sweep(Printed):
     """A sweep's folder, opened. Print it for a table.
 
     path        the folder
-    runs        the finished runs by name, best first: by balanced accuracy or, without labels, by `losses`
+    runs        the finished runs by name, best first: by balanced accuracy or, without labels, by `losses`, and last those
+                whose projections collapsed
     unfinished  names of the runs that were stopped or have failed
     losses      by name, the mean loss over the last tenth of a run, divided by λ^0.4 (arXiv 2511.08544): the lower, the better
                 the embeddings, as was shown for runs of one recipe from random weights. It cannot see harm done to the
@@ -150,7 +151,8 @@ class Sweep(Printed):
             raise DataError(f"no run in {self.path} has finished: run its `jepakit sweep` command again to go on")
         _check_comparable(found.values())
         self.losses = _losses(found)
-        self.verdict, names = _ranked({name: run.comparison for name, run in found.items()}, self.losses)
+        collapsed = {name for name, run in found.items() if run.collapsed}
+        self.verdict, names = _ranked({name: run.comparison for name, run in found.items()}, self.losses, collapsed)
         self.runs = {name: found[name] for name in names}
 
     def __repr__(self) -> str:
@@ -174,7 +176,7 @@ class Sweep(Printed):
     def __str__(self) -> str:
         comparisons = {name: run.comparison for name, run in self.runs.items()}
         start = next(iter(comparisons.values())).before
-        rows = _loss_rows(self.runs, self.losses) if start is None else _score_rows(start, comparisons)
+        rows = _loss_rows(self.runs.values(), self.losses) if start is None else _score_rows(start, comparisons)
         unfinished = [f"not finished: {first_few(self.unfinished, 3)}"] if self.unfinished else []
         return "\n".join([*_aligned(rows), *unfinished, str(self.verdict)])
 
@@ -229,10 +231,12 @@ def _basis(run: Run) -> tuple[object, ...]:
     return manifest.files[WEIGHTS], manifest.provenance.data_digest, [run.config.get(name) for name in _SHARED]
 
 
-def _ranked(comparisons: Mapping[str, Comparison], losses: Mapping[str, float]) -> tuple[Verdict, list[str]]:
-    """The verdict on the best run, and the names of all, best first."""
+def _ranked(
+    comparisons: Mapping[str, Comparison], losses: Mapping[str, float], collapsed: Collection[str]
+) -> tuple[Verdict, list[str]]:
+    """The verdict on the best run, and the names of all, best first. The loss is lowest where the projections collapsed."""
     if next(iter(comparisons.values())).before is None:
-        names = sorted(comparisons, key=lambda name: losses.get(name, 0.0))
+        names = sorted(comparisons, key=lambda name: (name in collapsed, losses.get(name, 0.0)))
         return comparisons[names[0]].verdict, names
     names = sorted(comparisons, key=lambda name: -(comparisons[name].verdict.difference or 0.0))
     return judge_best(names[0], [comparisons[name].verdict for name in names]), names
@@ -248,10 +252,8 @@ def _losses(runs: Mapping[str, Run]) -> dict[str, float]:
 
 
 def _loss(run: Run, logged: Sequence[float]) -> float:
-    views = run.config["views"]
-    lamb = run.config.get("lamb", LAMBDA_PER_VIEW * (views["n_global"] + views["n_local"]))
     last = logged[-max(1, round(_LAST_SHARE * len(logged))) :]
-    return fmean(last) / math.pow(lamb, _LAMBDA_POWER)
+    return fmean(last) / math.pow(run.plan["lamb"], _LAMBDA_POWER)
 
 
 def _score_rows(start: Scores, comparisons: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
@@ -274,11 +276,14 @@ def _difference(verdict: Verdict) -> str:
     return f"{100 * verdict.difference:+.1f} ({100 * verdict.low:+.1f} to {100 * verdict.high:+.1f})"
 
 
-def _loss_rows(names: Iterable[str], losses: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """A heading, and each run with its loss, if it has one."""
-    if not losses:
-        return [(name,) for name in names]
-    return [("", "loss / λ^0.4"), *((name, f"{losses[name]:.4f}") for name in names)]
+def _loss_rows(runs: Iterable[Run], losses: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """A heading, and each run with its loss, if it has one, and whether its projections collapsed."""
+    rows = []
+    for run in runs:
+        name = run.path.name
+        loss = (f"{losses[name]:.4f}",) if losses else ()
+        rows.append((name, *loss, "collapsed" if run.collapsed else ""))
+    return [("", "loss / λ^0.4", ""), *rows] if losses else rows
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -156,7 +156,10 @@ def adapt(
     ] = None,
     unfreeze: Annotated[str | None, typer.Option(help="auto, none, all, lora, or the last N blocks [auto]")] = None,
     pooling: Annotated[str | None, typer.Option(help="auto, head, stages, cls, mean, cls+mean, last2 [auto]")] = None,
-    lamb: Annotated[float | None, typer.Option(help="weight of SIGReg [0.005 times the number of views]")] = None,
+    lamb: Annotated[
+        float | None,
+        typer.Option(help="weight of SIGReg [0.005 times the number of views, more for batches below 128]"),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(

@@ -62,7 +62,8 @@ Rate = Annotated[float, Field(gt=0, le=10)]
 
 DEFAULT_STEPS = 300
 RAMP_STEPS = 10
-LAMBDA_PER_VIEW = 0.005
+LAMBDA_PER_VIEW, MOST_LAMBDA = 0.005, 0.5
+DEFAULT_BATCH_SIZE = 128
 LR_SCRATCH, LR_CONVNET, LR_VIT = 5e-4, 3e-4, 1e-4
 LAYER_DECAY = 0.75
 LOCAL_SHARE = 96 / 224
@@ -257,7 +258,7 @@ class AdaptConfig(_Settings):
     falling: longer runs gain more."""
     epochs: Annotated[int, Field(ge=1)] | None = None
     """Passes over the training images: enough steps for each image to be seen at least this often. None: `steps` decides."""
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    batch_size: Annotated[int, Field(ge=2)] = DEFAULT_BATCH_SIZE
     """Images in one SIGReg test, over all processes: the statistic is computed over the whole batch and multiplied by
     its size, so the meaning of λ depends on it. 128 is the smallest that published runs use."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
@@ -272,9 +273,11 @@ class AdaptConfig(_Settings):
     """Rank of the additions made by `unfreeze = lora`."""
     norm_statistics: Literal["auto", "frozen", "trained"] = "auto"
     """Whether the backbone's BatchNorms keep their stored statistics or learn those of the images; `auto`: kept, except
-    when starting from random weights. Learning them from a small set was measured to cost 7 to 9 points."""
+    when starting from random weights. Re-estimating them on a small set,
+    without training, was measured to cost 7 to 9 points."""
     lamb: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """λ, the weight of SIGReg; None: 0.005 times the number of views, on which published runs agree."""
+    """λ, the weight of SIGReg; None: 0.005 times the number of views, on which published runs agree, and as many times more
+    as the batch is smaller than theirs, 128 images, up to 0.5: SIGReg shrinks with the batch, and collapse would pay."""
     lr: Rate | None = None
     """Learning rate of the backbone; None: 5e-4 from random weights, else 3e-4 for a ConvNet or another hierarchical
     backbone (Swin), 1e-4 for a ViT. 1e-3 gained more on one set and damaged another. Up over 10 steps, then down along a

@@ -20,6 +20,7 @@ import json
 import tomllib
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, Unpack
 
 from pydantic import computed_field
@@ -42,6 +43,8 @@ CHECKPOINTS = "checkpoints"
 NEIGHBOURS = "neighbours.png"
 START = "start"
 BUNDLE = "bundle"
+COLLAPSED_STD = 0.05
+"""Projections whose standard deviation is below this have collapsed; new projectors have 0.34, and SIGReg wants 1."""
 
 
 class Run:
@@ -101,6 +104,23 @@ class Run:
     def neighbours(self) -> Path:
         """The path of the picture of held-out images beside those most similar to them, before and after."""
         return self.path / NEIGHBOURS
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        """What the settings came to (plan.json); DataError when the file is gone or damaged."""
+        try:
+            plan: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.path / PLAN} is gone or damaged ({error}): restore it, or start a new run"
+            ) from None
+        return plan
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the projections collapsed: by the last steps logged, all images look alike to the model."""
+        last = [step["proj_std"] for step in self.metrics()[-3:]]
+        return bool(last) and median(last) < COLLAPSED_STD
 
     def metrics(self) -> list[dict[str, float]]:
         """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait (share of the time),

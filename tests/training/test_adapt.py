@@ -19,6 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import jepakit
+import jepakit.run
 import jepakit_training.learner
 import jepakit_training.sigreg
 from jepakit.backbone import start_backbone
@@ -152,6 +153,19 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     assert f"next: jepakit export {run.path}" in told
     assert f"to see for yourself: {run.neighbours}" in told
     assert json.loads(CliRunner().invoke(app, ["report", str(run.path), "--json"]).stdout)["run"] == str(run.path)
+
+
+def test_a_collapse_stays_with_the_verdict(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = adapt(tmp_path / "run", steps=2)
+    assert (run.collapsed, run.plan["steps"]) == (False, 2)
+    assert "collapsed" not in run.verdict.reason
+    monkeypatch.setattr(jepakit.run, "COLLAPSED_STD", 100.0)
+    assert adapt(tmp_path / "again", steps=2).verdict.reason.startswith("the projections collapsed")
+    (run.path / METRICS).unlink()
+    assert not run.collapsed
+    (run.path / PLAN).unlink()
+    with pytest.raises(DataError, match=r"plan\.json is gone or damaged"):
+        assert Run(run.path).plan
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -31,10 +31,11 @@ def test_equal_weights_are_the_mean_of_the_last_steps() -> None:
 
 def test_exponential_weights_forget_within_their_share_of_the_steps() -> None:
     values = [float(step**2) for step in range(10)]
-    expected = values[0]
-    for value in values[1:]:
+    expected = sum(values[:4]) / 4
+    for value in values[4:]:
         expected += (value - expected) / 4
     assert averaged("ema", values, steps=10, share=0.4) == pytest.approx(expected)
+    assert averaged("ema", values, steps=10, share=1.0) == pytest.approx(sum(values) / 10)
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])

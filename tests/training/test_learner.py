@@ -183,6 +183,15 @@ def test_trained_statistics_move_and_frozen_ones_do_not(make: Callable[..., Any]
         assert any(not torch.equal(a, b) for a, b in zip(before, backbone.buffers(), strict=True)) == moves
 
 
+def test_statistics_wait_for_the_projector_to_warm_up_like_the_weights(make: Callable[..., Any]) -> None:
+    learner, backbone = make("test_resnet", norm_statistics="trained", anchor=1)
+    before = weights(backbone)
+    assert [outcome.anchor for outcome in train(learner, range(2))] == [0, 0]
+    assert change(backbone, before) == 0
+    train(learner, range(2, 3))
+    assert change(backbone, before) > 0
+
+
 def test_trained_statistics_and_micro_batches_are_refused_together(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"micro_batch = 2: the BatchNorms of test_resnet train"):
         make("test_resnet", norm_statistics="trained", micro_batch=2)

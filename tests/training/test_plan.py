@@ -59,6 +59,15 @@ def test_defaults_follow_the_backbone_and_the_views() -> None:
     assert (plan(image_size=100).image_size, plan("test_resnet", image_size=100).image_size) == (96, 96)
 
 
+@pytest.mark.parametrize(("batch_size", "expected"), [(512, 0.03), (128, 0.03), (64, 0.06), (16, 0.24), (4, 0.5)])
+def test_a_small_batch_weighs_sigreg_as_much_as_a_large_one(batch_size: int, expected: float) -> None:
+    made = plan(batch_size=batch_size)
+    assert made.lamb == pytest.approx(expected)
+    assert any(f"lamb = {expected:g} instead of 0.03" in note for note in made.notes) == (batch_size < 128)
+    assert plan(batch_size=batch_size, lamb=0.01).lamb == 0.01
+    assert not any("lamb" in note for note in plan(batch_size=batch_size, lamb=0.01).notes)
+
+
 def test_length_in_steps_or_epochs() -> None:
     assert plan(steps=7).steps == 7
     assert plan(epochs=3, batch_size=100).steps == 3 * 8  # 800 of 1000 images train

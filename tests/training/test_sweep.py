@@ -174,6 +174,16 @@ def test_without_labels_runs_are_ranked_by_their_loss_where_it_means_the_same(st
     assert str(found).splitlines()[0].split() == ["loss", "/", "λ^0.4"]
 
 
+def test_a_run_whose_projections_collapsed_is_never_the_best_without_labels(start: Start, tmp_path: Path) -> None:
+    found = start(tmp_path / "sweep", {"lamb": [0.9, 0.02]}, labels="none")
+    first, second = found.runs
+    log = found.runs[first].path / METRICS
+    log.write_text("".join(json.dumps({**step, "proj_std": 0.01}) + "\n" for step in found.runs[first].metrics()))
+    again = jepakit.open_sweep(found.path)
+    assert list(again.runs) == [second, first]
+    assert str(again).splitlines()[2].endswith("collapsed")
+
+
 def test_without_labels_and_with_other_views_nothing_is_ranked(start: Start, tmp_path: Path) -> None:
     found = start(tmp_path / "sweep", {"views.n_global": [1, 2]}, labels="none", steps=1)
     assert found.losses == {}

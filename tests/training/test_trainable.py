@@ -359,3 +359,18 @@ def test_low_rank_additions_depend_on_the_seed_alone() -> None:
 
     assert torch.equal(factor(1), factor(1))
     assert not torch.equal(factor(1), factor(2))
+
+
+def test_no_weight_decay_on_positions_and_scales_of_any_shape() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rel_pos_h, self.rel_pos_w = nn.Parameter(torch.ones(7, 4)), nn.Parameter(torch.ones(7, 4))
+            self.gain, self.temperature = nn.Parameter(torch.ones(8, 1, 1, 1)), nn.Parameter(torch.ones(2, 1, 1))
+            self.layer = nn.Linear(4, 1)
+
+    block = Block()
+    groups = parameter_groups(block, nn.Linear(4, 4), lr=1.0, projector_lr=1.0, weight_decay=0.05)
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    found = {name for name, parameter in block.named_parameters() if decay[id(parameter)]}
+    assert found == {"layer.weight"}

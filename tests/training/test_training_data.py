@@ -39,6 +39,14 @@ def test_every_image_is_seen_equally_often(count: int, batch: int) -> None:
     assert len(seen) == count
 
 
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (9, 8), (140, 128), (200, 128), (255, 128), (400, 128)])
+def test_no_batch_holds_an_image_twice(count: int, batch: int) -> None:
+    for keys in take(count, batch, steps=range(60)):
+        assert len({key.place for key in keys}) == batch
+    places = [key.place for keys in take(count, batch, steps=range(count)) for key in keys]
+    assert all(sorted(places[first : first + count]) == list(range(count)) for first in range(0, len(places), count))
+
+
 def test_every_epoch_has_an_order_of_its_own() -> None:
     orders = np.array([[key.place for key in keys] for keys in take(30, 30, steps=range(3))])
     assert not np.array_equal(orders[0], orders[1])

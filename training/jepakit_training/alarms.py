@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from jepakit.config import DEFAULT_STEPS
+from jepakit.run import COLLAPSED_STD
 
 FLOOR = 1.05
 _TOTAL_COLLAPSE = 0.40205
@@ -34,7 +35,7 @@ _HEALTHY = 2.5
 # too short for that, the projections are judged by what was logged after the warm-up. Narrow ones are no fault in the first
 # steps: new projectors have a standard deviation of 0.34, and healthy runs of up to ten steps ended at 0.2 to 0.3.
 _SMOOTH, _FIRST_STEPS = 3, 50
-_COLLAPSED_STD, _NARROW_STD, _WIDE_STD, _DEAD_STD = 0.05, 0.3, 2.0, 16.0
+_NARROW_STD, _WIDE_STD, _DEAD_STD = 0.3, 2.0, 16.0
 # Healthy runs begin narrow and along few directions: a pretrained MobileNetV2 with batches of 64 satellite images had
 # std 0.39 at step 10, rank 2.1 at step 20 and 1.3 at step 30 (of 32).
 _RANK_SHARE, _RANK_FROM_STEP = 0.05, 200
@@ -116,7 +117,7 @@ class Alarms:
         if sigreg <= _HEALTHY:
             return {}
         seen = f"SIGReg is {sigreg:.1f} (floor {FLOOR})"
-        if std < _COLLAPSED_STD:
+        if std < COLLAPSED_STD:
             return {
                 "collapse": f"warning: the projections collapsed: {seen}, total collapse is {_TOTAL_COLLAPSE * self.batch_size:.1f} with "
                 f"{self.batch_size} images, and their standard deviation is {std:.2g} instead of 1. All images look alike to "

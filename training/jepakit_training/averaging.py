@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,10 +20,7 @@ class Average:
     def __init__(self, tensors: dict[str, Tensor], kind: Literal["ema", "swa"], *, steps: int, share: float) -> None:
         over = max(1, round(share * steps))
         self._tensors, self._first = tensors, steps - over if kind == "swa" else 0
-        make_step: Callable[..., Any] = (
-            partial(get_ema_multi_avg_fn, 1 - 1 / over) if kind == "ema" else get_swa_multi_avg_fn
-        )
-        self._step = make_step()
+        self._decay = 1 - 1 / over if kind == "ema" else None
         self._values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._count = 0
 
@@ -36,8 +32,15 @@ class Average:
             torch._foreach_copy_(list(self._values.values()), now)
             self._count = int(step >= self._first)
             return
-        self._step(list(self._values.values()), now, torch.tensor(self._count))
+        self._next()(list(self._values.values()), now, torch.tensor(self._count))
         self._count += 1
+
+    def _next(self) -> Callable[..., Any]:
+        """Torch's step of the average. An EMA of few steps is their mean, or the first would weigh as much as its time constant."""
+        if self._decay is None:
+            step: Callable[..., Any] = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+            return step
+        return get_ema_multi_avg_fn(min(self._decay, self._count / (self._count + 1)))  # type: ignore[no-any-return,no-untyped-call]
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class StepBatches(Sampler[list[Key]]):
     """This rank's keys for the optimizer steps `first` … `last - 1`.
 
     The stream of images is one permutation after another, cut into batches of `batch_size` over all ranks: every
-    image is seen equally often, however few there are; only between permutations can a batch hold one twice.
+    image is seen equally often, however few there are, and no batch holds one twice: that would raise SIGReg's floor.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, steps: range, *, rank: int = 0, world: int = 1) -> None:
@@ -47,15 +48,26 @@ class StepBatches(Sampler[list[Key]]):
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = -1, np.empty(0, np.intp)
+        orders = enumerate(self._orders())
+        epoch, order = next(orders)
         for step in self._steps:
             keys = []
             for position in range(step * self._batch_size, (step + 1) * self._batch_size):
-                if position // self._count != epoch:
-                    epoch = position // self._count
-                    order = np.random.default_rng(derive_seed(self._seed, "order", epoch)).permutation(self._count)
+                while position // self._count > epoch:
+                    epoch, order = next(orders)
                 keys.append(Key(epoch, int(order[position % self._count])))
             yield keys[self._rank :: self._world]
+
+    def _orders(self) -> Iterator[NDArray[np.intp]]:
+        """A permutation for each epoch. Where a batch ends one and begins the next, this one begins with other images."""
+        order = np.empty(0, np.intp)
+        for epoch in itertools.count():
+            shared = epoch * self._count % self._batch_size
+            taken = order[max(0, len(order) - shared) :]
+            order = np.random.default_rng(derive_seed(self._seed, "order", epoch)).permutation(self._count)
+            first = np.flatnonzero(~np.isin(order, taken))[: self._batch_size - shared]
+            order = np.concatenate([order[first], np.delete(order, first)])
+            yield order
 
 
 class Item(NamedTuple):

@@ -14,7 +14,7 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit.manifest import Preprocess
 from jepakit_training.averaging import Average, mix_with_start
-from jepakit_training.batchnorm import freeze_norm_statistics, make_norm_statistics_global
+from jepakit_training.batchnorm import batch_norms, freeze_norm_statistics, make_norm_statistics_global
 from jepakit_training.model import Encoder, Projector, TwoPass, layout_of, split_views
 from jepakit_training.plan import Plan
 from jepakit_training.precision import cpu_has_bf16
@@ -72,6 +72,7 @@ class Learner:
         self._trained = {name: value for name, value in backbone.named_parameters() if value.requires_grad}
         self._average = self._begin_average()
         encoder = self._make_encoder(spec)
+        self._learning_norms = batch_norms(encoder) if plan.norm_statistics == "trained" else []
         # Keep both the raw and the wrapped objects. DistributedDataParallel refuses a module with nothing to train.
         self._raw_projector = _seeded_projector(n_features, config)
         self._raw_optimizer = self._make_optimizer()
@@ -92,6 +93,8 @@ class Learner:
         self._set_learning_rates(step)
         seed = derive_seed(config.seed, "step", step, rank)
         trains_backbone = bool(self._trained) and step >= plan.warmup_steps
+        for norm in self._learning_norms:
+            norm.train(trains_backbone)
 
         with torch.set_grad_enabled(trains_backbone), self._accelerator.autocast():
             features_VNE = self._embed(views, seed)

@@ -69,6 +69,10 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     after = setup.measuring.end(setup.backbone, before)
     if main:
         comparison = setup.measuring.conclude(before, after)
+        if run.collapsed:
+            comparison = comparison.noting(
+                "the projections collapsed, so all images look alike to the result: raise --lamb"
+            )
         measured = setup.measuring.images
         write_neighbours(run.neighbours, images, measured, before.vectors, after.vectors, setup.spec)
         write_run_bundle(

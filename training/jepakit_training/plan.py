@@ -12,6 +12,7 @@ from jepakit._machine import MORE_SHARED, SHARED, main_memory, usable_cpus
 from jepakit._messages import counted
 from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import (
+    DEFAULT_BATCH_SIZE,
     DEFAULT_STEPS,
     LAMBDA_PER_VIEW,
     LAYER_DECAY,
@@ -19,6 +20,7 @@ from jepakit.config import (
     LR_CONVNET,
     LR_SCRATCH,
     LR_VIT,
+    MOST_LAMBDA,
     RAMP_STEPS,
     AdaptConfig,
     ViewsConfig,
@@ -94,9 +96,11 @@ def make_plan(
     batch_bytes = batch_size // world * pixels * bands * value_bytes
     workers, prefetch, loader_notes = _loader_processes(config, batch_bytes)
     from_random, trains = config.weights == "random", config.unfreeze != "none"
+    lamb, lamb_notes = _lamb(config, views, batch_size)
     notes = [
         *(caveat.warning for caveat in caveats),
         *batch_notes,
+        *lamb_notes,
         *size_notes,
         *loader_notes,
         f"{counted(len(parts.train), 'image')} train, {len(parts.held_out)} held out; {steps} steps of {batch_size} images, "
@@ -116,7 +120,7 @@ def make_plan(
         norm_statistics=norm_statistics,
         micro_batch=_micro_batch(config, batch_size, world, norm_statistics),
         bands=bands,
-        lamb=config.lamb or LAMBDA_PER_VIEW * (views.n_global + views.n_local),
+        lamb=lamb,
         image_size=image_size,
         local_size=local_size,
         workers=workers,
@@ -152,6 +156,20 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     if images < FEW_IMAGES:
         notes.append(f"warning: {images} images are very few to learn from and to judge by")
     return batch_size, notes
+
+
+def _lamb(config: AdaptConfig, views: ViewsConfig, batch_size: int) -> tuple[float, list[str]]:
+    """λ, with a note if it is raised for a small batch. SIGReg is the batch's size times a distance that does not depend on
+    it: were λ the same for a few images, a collapse would cost less than it gains."""
+    if config.lamb is not None:
+        return config.lamb, []
+    usual = LAMBDA_PER_VIEW * (views.n_global + views.n_local)
+    if batch_size >= DEFAULT_BATCH_SIZE or usual >= MOST_LAMBDA:
+        return usual, []
+    lamb = min(MOST_LAMBDA, usual * DEFAULT_BATCH_SIZE / batch_size)
+    return lamb, [
+        f"lamb = {lamb:.2g} instead of {usual:g}: SIGReg weighs less in batches of fewer than {DEFAULT_BATCH_SIZE} images"
+    ]
 
 
 def _count_steps(config: AdaptConfig, trained_on: int, batch_size: int) -> int:

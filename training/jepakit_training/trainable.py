@@ -114,6 +114,14 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
         return LoraModel(backbone, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers), _LORA)
 
 
+def _is_plain(name: str, value: nn.Parameter) -> bool:
+    """Whether it is a position embedding, a token (`cls_token`, but MetaFormer's `token_mixer` is a layer), or a scale, which
+    some backbones keep as [C, 1, 1]."""
+    is_position = "pos_embed" in name or name.endswith(("rel_pos_h", "rel_pos_w"))
+    is_scale = not name.endswith("weight") and value.squeeze().ndim <= 1
+    return is_position or is_scale or name.endswith(("token", "tokens"))
+
+
 def parameter_groups(
     backbone: nn.Module,
     projector: nn.Module,
@@ -123,8 +131,8 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """AdamW's groups, backbone first; no weight decay on norms, biases, position embeddings, tokens and what the backbone
-    itself exempts (`no_weight_decay`), e.g. tables of relative positions.
+    """AdamW's groups, backbone first; no weight decay on norms, biases, scales, position embeddings, tokens and what the
+    backbone itself exempts (`no_weight_decay`), e.g. tables of relative positions.
 
     layer_decay  the factor on the learning rate from each of timm's layer groups to the one before it
 
@@ -133,11 +141,7 @@ def parameter_groups(
     groups = []
     for module, rate, role in ((backbone, lr, "backbone"), (projector, projector_lr, "projector")):
         spared: set[str] | list[str] = getattr(module, "no_weight_decay", set)()
-        # `cls_token` and the like, but MetaFormer's `token_mixer` is a layer.
-        tokens = [
-            name for name, _ in module.named_parameters() if "pos_embed" in name or name.endswith(("token", "tokens"))
-        ]
-        plain = [*spared, *tokens]
+        plain = [*spared, *(name for name, value in module.named_parameters() if _is_plain(name, value))]
         if role == "backbone" and layer_decay < 1:
             found = param_groups_layer_decay(module, weight_decay, plain, layer_decay=layer_decay)
         else:
