@@ -175,6 +175,8 @@ class _PartsFile:
         begins = self._file.read(len(_MAGIC))
         if not _MAGIC.startswith(begins):
             self.close()
+            if begins.startswith(_MAGIC[:-2]):
+                raise _of_another_version(path)
             raise ConfigError(f"{path} exists, and no `embed` has made it to resume from: name another file")
         self._end = len(_MAGIC) if begins == _MAGIC else 0
         """Where the parts that count end."""
@@ -185,15 +187,18 @@ class _PartsFile:
         self._file.seek(self._end)
         while line := self._file.readline(_LONGEST_LINE):
             try:
-                part = _Part(**json.loads(line))
+                told = json.loads(line)
+                part = _Part(*(told.pop(name) for name in _Part._fields))
                 count = 4 * part.rows * part.dim
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, AttributeError, KeyError):
                 return
             if not 0 <= count <= size - self._file.tell():
                 return
             data = self._file.read(count)
             if self._file.read(_CHECKSUM_BYTES) != hashlib.sha256(line + data).digest():
                 return
+            if told:
+                raise _of_another_version(self.path)
             yield part, np.frombuffer(data, "<f4").reshape(part.rows, part.dim)
 
     def keep(self) -> None:
@@ -227,3 +232,7 @@ class _PartsFile:
             self._file.close()
         except OSError:
             return
+
+
+def _of_another_version(path: Path) -> ConfigError:
+    return ConfigError(f"{path} was begun by another version of jepakit: go on with that one, or delete the file")

@@ -511,13 +511,15 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
             header = json.loads((file.metadata() or {})[_HEADER])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         kind, params = header["kind"], header["params"]
-        unknown = _unknown(kind, params)
+        unknown = _unknown(kind, header)
         if not unknown:
             probe = _KINDS[kind](**params)
             probe.classes_, probe.model_id_ = _stored_classes(header), _stored_space(header)
             probe.fitted_on_ = arrays.pop("fitted_on")
             probe._restore(arrays)
-            return probe
+            if not (strange := arrays.keys() - probe._arrays().keys()):
+                return probe
+            unknown = f"a {type(probe).__name__} with {min(strange)[:40]!r}"
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, OSError):
@@ -529,6 +531,7 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
 
 _HEADER = "jepakit_probe"
 """The entry of a file's metadata that says what its arrays are."""
+_HEADER_FIELDS = ("kind", "params", "classes", "classes_dtype", "model_id")
 
 
 def is_probe(path: Path) -> bool:
@@ -542,12 +545,18 @@ def is_probe(path: Path) -> bool:
         return False
 
 
-def _unknown(kind: str, params: dict[str, Any]) -> str:
+def _unknown(kind: str, header: dict[str, Any]) -> str:
     """What a saved probe has that this version cannot read, in words; empty if nothing."""
     if kind not in _KINDS:
         return f"a probe of kind {kind[:40]!r}"
-    strange = [name for name in params if name not in _KINDS[kind]().get_params()]
-    return f"a {_KINDS[kind].__name__} with the parameter {strange[0][:40]!r}" if strange else ""
+    strange = [f"the parameter {name[:40]!r}" for name in header["params"] if name not in _KINDS[kind]().get_params()]
+    strange += [repr(name[:40]) for name in header if name not in _HEADER_FIELDS]
+    if not strange:
+        try:
+            _KINDS[kind](**header["params"])._check_params()
+        except ConfigError as error:
+            strange = [str(error).partition(":")[0]]
+    return f"a {_KINDS[kind].__name__} with {strange[0]}" if strange else ""
 
 
 def _stored_classes(header: dict[str, Any]) -> Labels:

@@ -830,6 +830,8 @@ def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: d
     [
         ({"kind": "forest"}, "a probe of kind 'forest'"),
         ({"params": {"k": 5, "metric": "cosine"}}, "a KNNProbe with the parameter 'metric'"),
+        ({"params": {"k": 5, "class_weight": "sqrt"}}, "a KNNProbe with class_weight = 'sqrt'"),
+        ({"temperature": 2.0}, "a KNNProbe with 'temperature'"),
     ],
 )
 def test_a_probe_of_a_later_version_is_told_from_another_file(
@@ -837,6 +839,12 @@ def test_a_probe_of_a_later_version_is_told_from_another_file(
 ) -> None:
     written(tmp_path / "new", {**HEADER, **header})
     with pytest.raises(DataError, match=f"new holds {told}, unknown to this jepakit: upgrade jepakit"):
+        load_probe(tmp_path / "new")
+
+
+def test_arrays_of_a_later_version_are_told_too(tmp_path: Path) -> None:
+    written(tmp_path / "new", HEADER, {**ARRAYS, "calibration": np.ones(2)})
+    with pytest.raises(DataError, match="new holds a KNNProbe with 'calibration', unknown to this jepakit"):
         load_probe(tmp_path / "new")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import shutil
@@ -186,6 +188,22 @@ def test_a_file_of_another_kind_is_left_as_it_is(embed: Embed, folder: Path, tmp
     with pytest.raises(ConfigError, match="no `embed` has made it to resume from"):
         embed(folder, resume=file, progress=False)
     assert file.read_text() == "mine"
+
+
+def test_a_file_of_another_version_is_left_as_it_is(bundle: Path, folder: Path, tmp_path: Path) -> None:
+    embed, part = jepakit.load(bundle).embed, tmp_path / "vectors.part"
+    embed(folder, resume=part, progress=False)
+    data = part.read_bytes()
+    first, line, *_ = data.split(b"\n")
+    told = json.loads(line)
+    line = json.dumps({**told, "tokens": 4}).encode() + b"\n"
+    vectors = data[len(first) + 1 :].partition(b"\n")[2][: 4 * told["dim"] * told["done"]]
+    more = first + b"\n" + line + vectors + hashlib.sha256(line + vectors).digest()
+    for other in (more, data.replace(b", 1\n", b", 2\n", 1)):
+        part.write_bytes(other)
+        with pytest.raises(ConfigError, match="begun by another version of jepakit"):
+            embed(folder, resume=part, progress=False)
+        assert part.read_bytes() == other
 
 
 def test_a_place_that_cannot_be_written_is_named(embed: Embed, folder: Path, tmp_path: Path) -> None:

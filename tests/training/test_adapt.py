@@ -26,7 +26,15 @@ from jepakit.backbone import start_backbone
 from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.cli import app
 from jepakit.config import AdaptConfig, ViewsConfig
-from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, JepakitError, TrainingError
+from jepakit.errors import (
+    BackboneError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JepakitError,
+    TrainingError,
+)
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, PLAN, SKIPPED, SPLIT, START, Run
 from jepakit.sources import list_images
 from jepakit_training import checkpoint, loop
@@ -153,6 +161,32 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     assert f"next: jepakit export {run.path}" in told
     assert f"to see for yourself: {run.neighbours}" in told
     assert json.loads(CliRunner().invoke(app, ["report", str(run.path), "--json"]).stdout)["run"] == str(run.path)
+
+
+@pytest.mark.parametrize("change", ["a part more", "a part less", "another name", "another group"])
+def test_a_checkpoint_of_other_libraries_is_refused_in_words(
+    adapt: Adapt, stopped: Path, tmp_path: Path, change: str
+) -> None:
+    def other(state: dict[str, Any]) -> None:
+        if change == "a part more":
+            state["scheduler"] = {}
+        elif change == "a part less":
+            del state["projector"]
+        elif change == "another name":
+            state["backbone"]["renamed"] = state["backbone"].pop(next(iter(state["backbone"])))
+        else:
+            state["optimizer"]["param_groups"].pop()
+
+    shutil.copytree(stopped, tmp_path / "run")
+    [folder] = (tmp_path / "run" / CHECKPOINTS).iterdir()
+    step, state = checkpoint.load_newest(folder.parent) or pytest.fail("no checkpoint")
+    other(state)
+    shutil.rmtree(folder)
+    checkpoint.save(folder.parent, step, state)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints holds the state of another model.*environment\.json again, or remove"
+    ):
+        adapt(tmp_path / "run")
 
 
 def test_a_collapse_stays_with_the_verdict(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

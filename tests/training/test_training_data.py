@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -195,3 +196,17 @@ def test_a_batch_without_room_in_shared_memory_is_an_error_at_once(
         batch = next(batches)
     with pytest.raises(TrainingError, match=r"no room in /dev/shm .* MB are free.*--shm-size.*fewer --workers"):
         views_on(torch.device("cpu"), batch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes never start by fork")
+def test_what_cannot_be_pickled_is_loaded_however_python_starts_processes(image_folder: Callable[..., Path]) -> None:
+    dataset = make_dataset(image_folder(classes=0, per_class=4))
+    dataset.unpicklable = lambda: None  # type: ignore[attr-defined]
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        loader = make_loader(dataset, StepBatches(4, 2, 0, range(2)), 1, prefetch=2, pin=False, finished=True)
+        with iterating(loader) as batches:
+            assert len(list(batches)) == 2
+    finally:
+        multiprocessing.set_start_method(before, force=True)

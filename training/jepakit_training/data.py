@@ -19,7 +19,7 @@ from jepakit.manifest import Preprocess
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
 from jepakit_training.cache import ImageCache, downscale
-from jepakit_training.loader_limits import hand_over
+from jepakit_training.loader_limits import hand_over, start_method
 from jepakit_training.randomness import derive_seed
 from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
@@ -157,6 +157,7 @@ def make_loader(
         prefetch_factor=prefetch if workers else None,
         collate_fn=_collate_finished if finished else _collate,
         pin_memory=pin,
+        multiprocessing_context=start_method(workers),
         worker_init_fn=_start_worker if workers else None,
         timeout=600 if workers else 0,
     )

@@ -164,7 +164,9 @@ class Learner:
         return state if self._average is None else {**state, "average": self._average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; KeyError, ValueError or RuntimeError if it is that of another learner."""
+        if strange := state.keys() ^ self.state_dict().keys():
+            raise KeyError(*strange)
         self._backbone.load_state_dict(state["backbone"])
         self._raw_projector.load_state_dict(state["projector"])
         self._raw_optimizer.load_state_dict(state["optimizer"])

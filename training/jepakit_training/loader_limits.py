@@ -19,6 +19,12 @@ from jepakit.errors import TrainingError
 _ENOUGH_FILES = 65_536
 
 
+def start_method(workers: int) -> str | None:
+    """How loader processes start; None for torch's own way. On Linux always by fork, not Python 3.14's way: a script needs no
+    guard, and a dataset that cannot be pickled can be trained on."""
+    return "fork" if workers and sys.platform == "linux" else None
+
+
 def can_share() -> bool:
     """Whether loader processes can run at all: even their locks are files in /dev/shm."""
     return sys.platform != "linux" or os.access(SHARED, os.W_OK)

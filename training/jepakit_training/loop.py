@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
+from jepakit._messages import lines_of
 from jepakit._say import say
 from jepakit.bundle import name_for
 from jepakit.config import AdaptConfig
-from jepakit.errors import TrainingError
-from jepakit.run import BUNDLE, CHECKPOINTS, METRICS, SKIPPED, START, Run
+from jepakit.errors import CheckpointError, TrainingError
+from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.alone import own_process
@@ -156,7 +157,13 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
     if accelerator.is_main_process:
         set_aside_newer(folder, step)
     if found is not None:
-        learner.load_state_dict(found[1])
+        try:
+            learner.load_state_dict(found[1])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder} holds the state of another model than these versions of the libraries build ({lines_of(error)[0]}): install "
+                f"those in {folder.parent / ENVIRONMENT} again, or remove the folder to start over"
+            ) from error
         if accelerator.is_main_process:
             say(f"going on from step {step}")
     elif accelerator.is_main_process and (folder.parent / METRICS).exists():

@@ -185,7 +185,11 @@ def _speller(files: Files, file: str) -> Callable[[int], list[str]]:
     @cache
     def of_folder(folder: str) -> list[str]:
         path = os.path.abspath(os.path.join(files.root, folder))  # noqa: PTH100, PTH118
-        return [each.replace(os.sep, "/") for each in (os.path.relpath(path, beside), path)]
+        try:
+            relative = [os.path.relpath(path, beside)]
+        except ValueError:  # on another drive of Windows
+            relative = []
+        return [each.replace(os.sep, "/") for each in (*relative, path)]
 
     def spell(place: int) -> list[str]:
         folder, base = os.path.split(files.names[place])
