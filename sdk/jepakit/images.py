@@ -9,6 +9,7 @@ Shapes: H × W pixels, C bands.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,24 @@ def read_image(
     without a choice, a missing frame, a scene where tiles are expected, and anything that cannot be read.
     """
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
-    with quiet(), open_raster(ref.data, name=ref.name, limits=limits, voi=spec.voi) as raster:
+    with quiet(), _opened(ref, limits, spec.voi) as raster:
         header = raster.header
         check_kind(header, spec, ref.name)
         _check_scale(header, ref, spec)
         frame = choose_frame(header, _frame_meant(header, ref, spec), ref.name)
         stored = _read(raster, ref, frame, spec.voi, at_least)
     return _padded(_checked(stored, header, spec, ref.name), ref, spec)
+
+
+def _opened(ref: ImageRef, limits: Limits, voi: bool) -> AbstractContextManager[Raster]:
+    """The image's raster. That of a file of several tiles or frames stays open for those that follow."""
+
+    def opened() -> Raster:
+        return open_raster(ref.data, name=ref.name, limits=limits, voi=voi)
+
+    if ref.scenes is None or not isinstance(ref.data, str | Path):
+        return opened()
+    return ref.scenes.raster(ref.data, ref.name, (limits, voi), opened)
 
 
 def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | None) -> Pixels:

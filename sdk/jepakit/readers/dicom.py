@@ -173,7 +173,7 @@ class DicomRaster(Raster):
             return _through_table(values, dataset)
         if None in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
             raise ImageError(
-                f"{self._name}: it has no window (VOI LUT) of its own, and value_range = 'file' needs one: choose "
+                f"{self.name}: it has no window (VOI LUT) of its own, and value_range = 'file' needs one: choose "
                 "another value_range",
                 code="unsupported_mode",
             )
@@ -202,7 +202,7 @@ class DicomRaster(Raster):
             self._check_fragments()
         if frames < 1 or needed > pixel_bytes:
             raise ImageError(
-                f"{self._name}: damaged or cut short: {frames} frames of {dataset.Columns} × {dataset.Rows} do not fit in "
+                f"{self.name}: damaged or cut short: {frames} frames of {dataset.Columns} × {dataset.Rows} do not fit in "
                 f"its {pixel_bytes:,} bytes of pixels",
                 code="unreadable",
             )
@@ -220,7 +220,7 @@ class DicomRaster(Raster):
                 break
         if at != self._encoded.size:
             raise ImageError(
-                f"{self._name}: damaged or cut short: the end of its compressed pixels is missing", code="unreadable"
+                f"{self.name}: damaged or cut short: the end of its compressed pixels is missing", code="unreadable"
             )
 
     def _find_plugin(self) -> str:
@@ -249,11 +249,11 @@ class DicomRaster(Raster):
         if not could:
             raise self._unread_syntax()
         raise MissingExtraError(
-            f"{self._name}: its transfer syntax ({self._syntax}) needs a decoder: pip install 'jepakit[codecs]'"
+            f"{self.name}: its transfer syntax ({self._syntax}) needs a decoder: pip install 'jepakit[codecs]'"
         )
 
     def _unread_syntax(self) -> ImageError:
-        return unsupported(self._name, "a DICOM file of a transfer syntax that is not read", "decompress it")
+        return unsupported(self.name, "a DICOM file of a transfer syntax that is not read", "decompress it")
 
     def _compressed_frame(self, frame: int) -> bytes:
         """A frame's own bytes, refused if they declare another size: decoders would trust it and allocate memory."""
@@ -271,12 +271,12 @@ class DicomRaster(Raster):
         size = claimed_size(data)
         if size is None and self._syntax.startswith(_JPEGS):
             raise ImageError(
-                f"{self._name}: damaged: a frame is not a JPEG or JPEG 2000 stream, or does not say how large it is",
+                f"{self.name}: damaged: a frame is not a JPEG or JPEG 2000 stream, or does not say how large it is",
                 code="unreadable",
             )
         if size is not None and size != (self.header.width, self.header.height):
             raise ImageError(
-                f"{self._name}: damaged: a frame claims {size[0]} × {size[1]} pixels, the header "
+                f"{self.name}: damaged: a frame claims {size[0]} × {size[1]} pixels, the header "
                 f"{self.header.width} × {self.header.height}",
                 code="unreadable",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import stat
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def _open_path(path: Path, name: str) -> Encoded:
         raise ImageError(f"{name!r}: cannot be read (not a path)", code="unreadable")
     try:
         # A pipe would block forever, a device would never end.
-        if path.exists() and not path.is_dir() and not path.is_file():
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
             raise ImageError(f"{name}: cannot be read (not a regular file)", code="unreadable")
         with ExitStack() as if_it_fails:
             file = if_it_fails.enter_context(path.open("rb"))

@@ -70,7 +70,7 @@ class PillowFile(Raster):
             return upright(decode_deep(self._encoded), self._orientation)
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (max(1, at_least),) * 2)
-        pixels = to_pixels(image, self._name)
+        pixels = to_pixels(image, self.name)
         self.doubt = _FALSE_ALPHA if _half_transparent(image) > _MOST_HALF_TRANSPARENT else ""
         if image.format in ("JPEG", "MPO"):
             self._refuse_lost_pixels()
@@ -85,7 +85,7 @@ class PillowFile(Raster):
         place = zeros_in_pixels(data)
         if place is not None and not _is_padded(data, place):
             raise ImageError(
-                f"{self._name}: damaged: zeros stand where part of its pixels were, as after a broken copy: copy it again, or leave "
+                f"{self.name}: damaged: zeros stand where part of its pixels were, as after a broken copy: copy it again, or leave "
                 "it out",
                 code="unreadable",
             )
@@ -123,11 +123,11 @@ class PillowImage(Raster):
 
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
         if self.header.frames == 1:
-            return to_pixels(self._image, self._name)
+            return to_pixels(self._image, self.name)
         before = self._image.tell()
         self._image.seek(frame)
         try:
-            return to_pixels(self._image, self._name)
+            return to_pixels(self._image, self.name)
         finally:
             self._image.seek(before)
 

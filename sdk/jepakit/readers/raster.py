@@ -42,7 +42,7 @@ class Raster(ABC):
     ) -> None:
         """`encoded`: size of the file in bytes if it must be read whole, else None."""
         self.header = header
-        self._name = name
+        self.name = name  # in messages
         self._limits = limits
         self._file = file
         self._kept: tuple[int, Window, Pixels] | None = None
@@ -62,12 +62,12 @@ class Raster(ABC):
         at_least  the image may be reduced by 2, 4 or 8 if its shorter side stays at least this long (JPEG's scaled
                   decoding; other readers ignore it). For views only, never for measuring
         """
-        check_frame(frame, self.header, self._name)
-        area = check_window(window, self.header, self._name)
-        with reading(self._name):
+        check_frame(frame, self.header, self.name)
+        area = check_window(window, self.header, self.name)
+        with reading(self.name):
             if self.header.windowed:
                 shape = (area.height, area.width, self.header.bands)
-                check_pixels(self._name, shape, self.header.dtype, self._limits, _BY_TILES)
+                check_pixels(self.name, shape, self.header.dtype, self._limits, _BY_TILES)
             around = decoded_around(area, self.header)
             if window is None or around == area:
                 pixels = self._decode(area, frame, at_least) if window is None else self._decode_part(area, frame)

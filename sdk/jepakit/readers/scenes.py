@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jepakit.errors import ImageError
 from jepakit.readers.header import Header, Pixels, Window
+
+if TYPE_CHECKING:
+    from jepakit.readers.raster import Raster
 
 KEPT_BYTES = 128 << 20
 """The most that is kept in addition to the scene used last."""
@@ -31,7 +37,8 @@ def decoded_around(window: Window, header: Header) -> Window:
 
 
 class Scenes:
-    """The scenes, or rows of them, used most recently: at most `KEPT_BYTES`, but always the last one, however large.
+    """The scenes, or rows of them, used most recently: at most `KEPT_BYTES`, but always the last one, however large. Also
+    the file that each thread read from last, still open: opening a TIFF takes longer the more tiles or frames it has.
 
     Safe in threads and forked processes; a copy sent to another process is empty.
     """
@@ -68,8 +75,26 @@ class Scenes:
         self._make_room()
         return pixels
 
+    @contextmanager
+    def raster(self, path: str | Path, name: str, how: Hashable, opened: Callable[[], Raster]) -> Iterator[Raster]:
+        """The raster of a file, called `name` in messages: the one that this thread has open, if it is of this file in its
+        present state and was opened the same way, else a newly `opened` one. After an error it is not used again.
+        """
+        if self._process != os.getpid():
+            self._forget()  # the parent's files share their position with it
+        held: _Held | None = getattr(self._held, "raster", None)
+        self._held.raster = None
+        if held is None or held.key != (path, how, _stamp(path)):
+            del held
+            raster = opened()
+            held = _Held(raster, (path, how, raster.stamp()))
+        held.raster.name = name
+        yield held.raster
+        self._held.raster = held
+
     def _forget(self) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()
+        self._held = threading.local()
         self._kept: dict[Hashable, Future[Pixels]] = {}
 
     def _make_room(self) -> None:
@@ -81,3 +106,22 @@ class Scenes:
                     break
                 del self._kept[key]
                 held -= decoded[key]
+
+
+class _Held:
+    """An open raster, closed with the last reference to it: when its thread ends, reads another file, or fails."""
+
+    def __init__(self, raster: Raster, key: Hashable) -> None:
+        self.raster, self.key = raster, key
+
+    def __del__(self) -> None:
+        self.raster.close()
+
+
+def _stamp(path: str | Path) -> tuple[int, ...] | None:
+    """As `Raster.stamp`, of a file that is not open; None if it is gone."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 (either kind of path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

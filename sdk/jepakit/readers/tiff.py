@@ -217,8 +217,8 @@ class TiffRaster(Raster):
             raise ValueError("strips or tiles are missing")
         counts = [page.databytecounts[index] for index in wanted]
         there = sum(count > 0 for count in counts)
-        size = check_pixels(self._name, key.chunks, key.dtype.name, self._limits, CUT)
-        check_ratio(self._name, there * size, sum(counts), self._limits)
+        size = check_pixels(self.name, key.chunks, key.dtype.name, self._limits, CUT)
+        check_ratio(self.name, there * size, sum(counts), self._limits)
         pixels = np.full((window.height, window.width, self._layout.samples), key.nodata, key.dtype)
         for index, count in zip(wanted, counts, strict=True):
             if count:

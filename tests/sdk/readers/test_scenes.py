@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import re
 import signal
 import threading
 from collections import Counter
@@ -16,11 +18,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from tests.files import tiff
 
 from jepakit.errors import ImageError
 from jepakit.images import read_image
 from jepakit.manifest import Preprocess
 from jepakit.readers import Scenes, Window, open_raster
+from jepakit.readers import tiff as tiff_reader
 from jepakit.readers.pillow import PillowFile
 from jepakit.readers.raster import crop
 from jepakit.readers.tiff import TiffRaster
@@ -48,7 +52,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     decode = PillowFile._decode
 
     def noted(self: PillowFile, *how: Any) -> Any:
-        names.append(self._name.partition("#")[0])
+        names.append(self.name.partition("#")[0])
         return decode(self, *how)
 
     monkeypatch.setattr(PillowFile, "_decode", noted)
@@ -280,3 +284,107 @@ def test_a_scene_that_failed_spoils_no_other_and_may_be_whole_later() -> None:
     for _ in range(2):
         assert scenes.whole("bad", once).sum() == 5
     assert times == [1]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the TIFF files that are opened, in order."""
+    names: list[str] = []
+    real = tiff_reader.open_tiff
+
+    def noted(encoded: Any, limits: Any) -> Any:
+        names.append(encoded.name.partition("#")[0])
+        return real(encoded, limits)
+
+    monkeypatch.setattr(tiff_reader, "open_tiff", noted)
+    return names
+
+
+def tiff_tiles(folder: Path, count: int = 2) -> ImageList:
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (96, 128, 3), np.uint8)
+        (folder / f"{number}.tif").write_bytes(tiff(pixels, photometric="rgb", tile=(32, 32)))
+    return list_images(folder, tile=32)
+
+
+def test_a_thread_opens_a_tiff_once_for_all_its_tiles(tmp_path: Path, opened: list[str]) -> None:
+    listed = tiff_tiles(tmp_path)
+    opened.clear()
+    tiles = [read_image(ref, SPEC) for ref in listed]
+    assert opened == ["0.tif", "1.tif"]
+    for ref, tile in zip(listed, tiles, strict=True):
+        np.testing.assert_array_equal(tile, read_image(replace(ref, scenes=None), SPEC))
+    with ThreadPoolExecutor(3) as pool:
+        for tile, again in zip(tiles, pool.map(lambda ref: read_image(ref, SPEC), listed), strict=True):
+            np.testing.assert_array_equal(tile, again)
+
+
+def test_a_thread_opens_a_tiff_once_for_all_its_frames(tmp_path: Path, opened: list[str]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), np.uint8)
+    (tmp_path / "stack.tif").write_bytes(tiff(frames, photometric="rgb"))
+    listed = list_images(tmp_path, frame="each")
+    opened.clear()
+    spec = SPEC.model_copy(update={"tile": None})
+    np.testing.assert_array_equal([read_image(ref, spec) for ref in listed], frames)
+    assert opened == ["stack.tif"]
+
+
+def test_a_damaged_tile_is_named_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    listed = tiff_tiles(tmp_path, 1)
+    file = tmp_path / "0.tif"
+    with tifffile.TiffFile(file) as tif:
+        page = tif.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        last = page.dataoffsets[-1]
+    whole = [read_image(ref, SPEC) for ref in listed]
+    with file.open("r+b") as cut:
+        cut.truncate(last + 9)
+    for place, ref in enumerate(listed):
+        if place < len(listed) - 1:
+            np.testing.assert_array_equal(read_image(ref, SPEC), whole[place])
+        else:
+            with pytest.raises(ImageError, match=f"^{re.escape(ref.name)}: "):
+                read_image(ref, SPEC)
+
+
+def test_a_tiff_that_was_written_again_is_opened_again(tmp_path: Path) -> None:
+    listed = tiff_tiles(tmp_path, 1)
+    read_image(listed[0], SPEC)
+    pixels = np.random.default_rng(7).integers(0, 256, (96, 128, 3), np.uint8)
+    (tmp_path / "new").write_bytes(tiff(pixels, photometric="rgb", tile=(32, 32)))
+    (tmp_path / "new").replace(tmp_path / "0.tif")
+    np.testing.assert_array_equal(read_image(listed[1], SPEC), pixels[:32, 32:64])
+    (tmp_path / "0.tif").unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(listed[0], SPEC)
+
+
+def test_a_forked_process_opens_files_of_its_own(tmp_path: Path) -> None:
+    listed = tiff_tiles(tmp_path, 1)
+    whole = [read_image(ref, SPEC) for ref in listed]
+    child = os.fork()
+    if child == 0:
+        same = all(
+            np.array_equal(read_image(ref, SPEC), tile)
+            for _ in range(50)
+            for ref, tile in zip(listed, whole, strict=True)
+        )
+        os._exit(0 if same else 1)
+    for _ in range(50):
+        for ref, tile in zip(listed, whole, strict=True):
+            np.testing.assert_array_equal(read_image(ref, SPEC), tile)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_no_file_stays_open_longer_than_its_list(tmp_path: Path) -> None:
+    listed = tiff_tiles(tmp_path, 1)
+    read_image(listed[0], SPEC)
+
+    def held() -> bool:
+        descriptors = Path("/proc/self/fd").iterdir()
+        return any(os.path.realpath(each) == str(tmp_path / "0.tif") for each in descriptors)
+
+    assert held()
+    del listed
+    gc.collect()
+    assert not held()
