@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
@@ -30,6 +31,8 @@ NEEDS = {
     ),
 }
 """The modules that each extra installs and that are imported."""
+_NOT_ON_WINDOWS = ("train", "cluster", "serve")
+"""They fork, and lock files."""
 
 
 def missing(extra: str) -> list[str]:
@@ -47,7 +50,9 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def require(extra: str) -> None:
-    """Raise MissingExtraError unless everything that `extra` installs is there."""
+    """Raise MissingExtraError unless everything that `extra` installs is there, and this system has what it uses."""
+    if os.name == "nt" and extra in _NOT_ON_WINDOWS:
+        raise MissingExtraError("this needs Linux or macOS: on Windows, install and run it in WSL 2")
     if modules := missing(extra):
         raise MissingExtraError(f"this needs {modules[0]}, which is not installed: pip install 'jepakit[{extra}]'")
 

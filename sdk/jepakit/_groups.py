@@ -17,7 +17,7 @@ _PIECE = re.compile(r"(#frame=\d+)?(#\d+(,\d+){3})?$")
 
 def image_of(piece_id: str) -> str:
     """The id of the image that a tile or a frame was cut from; for a whole image, its own id."""
-    return _PIECE.sub("", piece_id)
+    return _PIECE.sub("", piece_id) if "#" in piece_id else piece_id
 
 
 def numbered(groups: ArrayLike | None, count: int) -> NDArray[np.intp]:

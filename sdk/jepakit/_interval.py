@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jepakit._groups import codes, in_cells
 
-_RESAMPLES = 2000
+_RESAMPLES, _DRAWN_AT_ONCE = 2000, 1 << 22
 NORMAL_95 = 1.96
 RULE_OF_THREE = 3.0
 """What happened to none of N images may still happen to 3 in N of all (95 %)."""
@@ -15,7 +15,8 @@ RULE_OF_THREE = 3.0
 
 def balanced(right: NDArray[np.bool_] | NDArray[np.float64], truth: NDArray[np.str_]) -> float:
     """Mean of `right` [N] in each class, averaged over the classes."""
-    return float(np.mean([right[truth == name].mean() for name in np.unique(truth)]))
+    class_of = codes(truth)
+    return float((np.bincount(class_of, right) / np.bincount(class_of)).mean())
 
 
 def bootstrap(
@@ -126,10 +127,13 @@ def _deviations(
     """
     present = counts.any(axis=1)
     counts, sums, n = counts[present], sums[present], int(present.sum())
-    drawn = random.integers(0, n, (_RESAMPLES, n)) + n * np.arange(_RESAMPLES)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=n * _RESAMPLES).reshape(_RESAMPLES, n).astype(np.float64)
-    images, mean = times @ counts, sums.sum(axis=0) / counts.sum(axis=0)
-    means = np.divide(times @ sums, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
+    images, totals = np.empty((_RESAMPLES, counts.shape[1])), np.empty((_RESAMPLES, counts.shape[1]))
+    for rows in np.array_split(np.arange(_RESAMPLES), min(_RESAMPLES, 1 + _RESAMPLES * n // _DRAWN_AT_ONCE)):
+        drawn = random.integers(0, n, (len(rows), n)) + n * np.arange(len(rows))[:, None]
+        times = np.bincount(drawn.ravel(), minlength=n * len(rows)).reshape(len(rows), n).astype(np.float64)
+        images[rows], totals[rows] = times @ counts, times @ sums
+    mean = sums.sum(axis=0) / counts.sum(axis=0)
+    means = np.divide(totals, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
     factor = _unbiasing(counts)
     if counts.sum() > n:
         factor *= student((counts > 0).sum(axis=0) - 1)

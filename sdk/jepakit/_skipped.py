@@ -45,9 +45,6 @@ class Skipped:
         self._images, self._most = images, most
         self._errors: dict[int, ImageError] = {}
 
-    def __len__(self) -> int:
-        return len(self._errors)
-
     def __contains__(self, place: int) -> bool:
         return place in self._errors
 

@@ -27,6 +27,7 @@ from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, m
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few, lines_of
 from jepakit._one_line import one_line
+from jepakit._progress import Steps
 from jepakit._vectors import unit_length
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
@@ -163,11 +164,12 @@ class _Probe(ABC):
         Raises DataError when no label is a class of this probe: "1" is not 1, and "Cat" is not "cat".
         """
         vectors, right, truth = self._judged(X, y)
-        names, counts = np.unique(truth, return_counts=True)
+        names, class_of, counts = np.unique(truth, return_inverse=True, return_counts=True)
         unknown = sorted(set(names.tolist()).difference(self.classes_.tolist()), key=str)
         if len(unknown) == len(names):
             raise self._knows_none_of(truth)
-        per_class = {str(name): float(right[truth == name].mean()) for name in names}
+        shares = np.bincount(class_of, right) / counts
+        per_class = dict(zip(map(str, names), shares.tolist(), strict=True))
         balanced = float(np.mean(list(per_class.values())))
         n_fitted_on = int(np.isin(_digests(vectors), self.fitted_on_).sum())
         return ProbeReport(
@@ -238,9 +240,13 @@ class _Probe(ABC):
         """`predict_proba` for vectors that have been checked."""
 
     def _predicted(self, vectors: Floats) -> Labels:
-        blocks = (vectors[first : first + _ROWS] for first in range(0, len(vectors), _ROWS))
-        places = [np.empty(0, np.intp), *(self._shares(block).argmax(axis=1) for block in blocks)]
-        result: Labels = self.classes_[np.concatenate(places)]
+        places = np.empty(len(vectors), np.intp)
+        with Steps(len(vectors), what="predict", progress=len(vectors) > _ROWS) as bar:
+            for first in range(0, len(vectors), _ROWS):
+                block = slice(first, first + _ROWS)
+                places[block] = self._shares(vectors[block]).argmax(axis=1)
+                bar.update(min(first + _ROWS, len(vectors)))
+        result: Labels = self.classes_[places]
         return result
 
     def _judged(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, NDArray[np.bool_], Labels]:

@@ -24,7 +24,16 @@ from jepakit import Embeddings
 from jepakit._cli_settings import settings_of
 from jepakit._extras import NEEDS
 from jepakit.cli import _comparable, app, main
-from jepakit.config import DEFAULT_STEPS, LAMBDA_PER_VIEW, LR_CONVNET, LR_SCRATCH, LR_VIT, AdaptConfig, ExportConfig
+from jepakit.config import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_STEPS,
+    LAMBDA_PER_VIEW,
+    LR_CONVNET,
+    LR_SCRATCH,
+    LR_VIT,
+    AdaptConfig,
+    ExportConfig,
+)
 from jepakit.errors import ConfigError, DataError
 from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
@@ -46,7 +55,7 @@ DEFAULTS_IN_WORDS = {
         "out": "runs/<folder>-<date>",
         "steps": f"{DEFAULT_STEPS}, or one epoch if that is more",
         "processes": "one per GPU, else 1",
-        "lamb": f"{LAMBDA_PER_VIEW} times the number of views",
+        "lamb": f"{LAMBDA_PER_VIEW} times the number of views, more for batches below {DEFAULT_BATCH_SIZE}",
         "lr": f"{LR_VIT:.0e} for a ViT, {LR_CONVNET:.0e} for a ConvNet or Swin; {LR_SCRATCH:.0e} from random weights".replace(
             "e-0", "e-"
         ),

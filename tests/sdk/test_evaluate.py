@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from jepakit import _frontdoor, evaluate
+from jepakit import _frontdoor, _interval, evaluate
 from jepakit._interval import bootstrap, covariance, variance_of_fits
 from jepakit.cli import app
 from jepakit.comparison import Comparison, Scores, Verdict
@@ -326,6 +326,17 @@ def test_what_differs_from_slide_to_slide_is_not_called_better_or_worse(classes_
         by_slide += by_groups(before, after, truth, slide.astype(str)).word in ("better", "worse")
     assert by_image >= 15
     assert by_slide <= 3
+
+
+def test_resamples_drawn_a_few_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    gain, truth = random.normal(size=300), random.choice(["a", "b", "c"], 300)
+    for group_of in (np.arange(300), np.arange(300) // 7):
+        monkeypatch.setattr(_interval, "_DRAWN_AT_ONCE", 1 << 40)
+        at_once = bootstrap(gain, truth, group_of)
+        for few in (1, 1000, 9999):
+            monkeypatch.setattr(_interval, "_DRAWN_AT_ONCE", few)
+            assert bootstrap(gain, truth, group_of) == pytest.approx(at_once, abs=1e-12)
 
 
 def test_the_interval_over_groups_is_as_wide_as_that_of_their_means() -> None:

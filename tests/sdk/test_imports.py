@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
 import typing
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jepakit
+from jepakit import _extras
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit.config import AdaptConfig, ExportConfig
+from jepakit.errors import MissingExtraError
 
 HEAVY = ("torch", "torchvision", "PIL", "ray", "timm", "sklearn", "onnxruntime", "onnx", "pandas", "scipy")
 
@@ -124,3 +128,14 @@ before = state()
 print(json.dumps(before == state()))
 """
     assert in_a_fresh_process(program) is True
+
+
+@pytest.mark.parametrize(("extra", "refused"), [("train", True), ("serve", True), ("export", False)])
+def test_windows_is_told_where_training_and_service_run(
+    monkeypatch: pytest.MonkeyPatch, extra: str, refused: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        patch.setattr(_extras, "missing", lambda _: [])
+        with pytest.raises(MissingExtraError, match="WSL 2") if refused else nullcontext():
+            _extras.require(extra)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from jepakit._groups import assign_folds, codes, copies, numbered
 from jepakit._messages import counted
-from jepakit._progress import track
+from jepakit._progress import stage, track
 from jepakit.comparison import Comparison
 from jepakit.config import AdaptConfig
 from jepakit.embedder import Embedder, check_pooling, pool_all, poolings_of
@@ -188,6 +188,7 @@ class Measuring:
         self._skipped.add(*((self._source.ids[index], reason) for index, reason in features.skipped))
         self.images = self.images.only(features.readable)
         self._check_images()
+        self._say_fitting()
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
     def end(self, backbone: Any, before: Measured) -> Measured:
@@ -208,7 +209,12 @@ class Measuring:
                 f"{counted(len(changed), 'image')} measured before training have changed since, the first: {first}. Put back what was "
                 "there and run the same command again: it goes on from the last checkpoint"
             )
+        self._say_fitting()
         return self._measured(features, pooling)
+
+    def _say_fitting(self) -> None:
+        if self._progress and self.images.labels is not None:
+            stage("fitting probes")
 
     def conclude(self, before: Measured, after: Measured) -> Comparison:
         """The verdict on held-out images; "cannot tell" without labels."""

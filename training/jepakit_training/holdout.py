@@ -270,4 +270,5 @@ def _spread_over_groups(places: NDArray[np.intp], group_of: NDArray[np.intp] | N
     larger = np.flatnonzero(sizes > each)
     quotas[larger[evenly_spread(len(larger), most - int(quotas.sum()))]] += 1
     of_group = np.split(places[np.argsort(numbers, kind="stable")], np.cumsum(sizes)[:-1])
-    return np.concatenate([one[evenly_spread(len(one), quota)] for one, quota in zip(of_group, quotas, strict=True)])
+    chosen = [one[evenly_spread(len(one), quota)] for one, quota in zip(of_group, quotas, strict=True) if quota]
+    return np.concatenate([places[:0], *chosen])
