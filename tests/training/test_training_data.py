@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from tests.training.forked import start
 from tests.training.full_disk import files_no_longer_than
+from torch.utils.data import DataLoader, Dataset
 
 from jepakit.config import ViewsConfig
 from jepakit.errors import DataError, TrainingError
@@ -19,6 +24,7 @@ from jepakit.manifest import Preprocess
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
 from jepakit_training.data import Key, StepBatches, ViewDataset, iterating, make_loader, views_on
+from jepakit_training.loader_limits import end_with_trainer
 from jepakit_training.views import ViewMaker, Views, finish
 
 SPEC = Preprocess(
@@ -210,3 +216,39 @@ def test_what_cannot_be_pickled_is_loaded_however_python_starts_processes(image_
             assert len(list(batches)) == 2
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+class Large(Dataset[bytes]):
+    """Items that do not fit into a pipe; whoever makes them is noted in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, index: int) -> bytes:
+        (self._folder / str(os.getpid())).touch()
+        return bytes(1 << 20)
+
+
+def load_until_killed(folder: Path) -> None:
+    """Begin to load, and take nothing."""
+    loader = DataLoader(
+        Large(folder), sampler=range(8), num_workers=1, collate_fn=list, worker_init_fn=end_with_trainer
+    )  # fmt: skip
+    begun = iter(loader)
+    time.sleep(60)
+    del begun
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's way to be told")
+def test_a_loaders_process_ends_with_a_killed_trainer_though_nobody_takes_its_batch(tmp_path: Path) -> None:
+    start(int, log=tmp_path / "log").join()  # until everything is imported
+    trainer = start(load_until_killed, tmp_path, log=tmp_path / "log")
+    deadline = time.monotonic() + 30
+    while not (made := [int(file.name) for file in tmp_path.iterdir() if file.name.isdecimal()]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    trainer.kill()
+    while psutil.pid_exists(made[0]) and psutil.Process(made[0]).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    trainer.join()

@@ -19,7 +19,7 @@ from jepakit.manifest import Preprocess
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
 from jepakit_training.cache import ImageCache, downscale
-from jepakit_training.loader_limits import hand_over, start_method
+from jepakit_training.loader_limits import end_with_trainer, hand_over, start_method
 from jepakit_training.randomness import derive_seed
 from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
@@ -218,6 +218,7 @@ def views_on(device: torch.device, batch: Batch) -> Views:
 
 
 def _start_worker(_: int) -> None:
+    end_with_trainer()
     # A SIGTERM sent to a whole job is meant for the trainer, which still needs the batches of its last step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from jepakit.images import Pixels, preprocess
 from jepakit.manifest import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split
-from jepakit_training.loader_limits import start_method
+from jepakit_training.loader_limits import end_with_trainer, start_method
 from jepakit_training.records import SkippedFiles
 
 _BATCH = 16
@@ -65,6 +65,7 @@ def extract(
         batch_size=_BATCH,
         num_workers=workers,
         multiprocessing_context=start_method(workers),
+        worker_init_fn=end_with_trainer if workers else None,
         collate_fn=list,
     )
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}

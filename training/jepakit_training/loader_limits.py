@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,12 +19,20 @@ from jepakit._machine import MORE_SHARED, SHARED
 from jepakit.errors import TrainingError
 
 _ENOUGH_FILES = 65_536
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start_method(workers: int) -> str | None:
     """How loader processes start; None for torch's own way. On Linux always by fork, not Python 3.14's way: a script needs no
     guard, and a dataset that cannot be pickled can be trained on."""
     return "fork" if workers and sys.platform == "linux" else None
+
+
+def end_with_trainer(_: int = 0) -> None:
+    """In a loader's process: be killed when the trainer is. It holds both ends of the pipe to it, and would otherwise wait
+    for ever to hand over a batch that nobody reads."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def can_share() -> bool:
