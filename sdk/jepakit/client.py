@@ -159,7 +159,8 @@ class Client:
         )
         with Results(listed, most_skipped, resume, progress=progress) as results:
             if results.done:
-                results.check(id_of(self.models(), model))
+                self._described = self.models()
+                results.check(id_of(self._described, model))
             job = Job(listed, model, self._limits_for(len(listed), model), results, spec)
             with Steps(len(job), first=results.done, what="embed", progress=progress and job.is_long) as bar:
                 while True:
@@ -335,7 +336,8 @@ class AsyncClient:
         )
         with await asyncio.to_thread(Results, listed, most_skipped, resume, progress=progress) as results:
             if results.done:
-                results.check(id_of(await self.models(), model))
+                self._described = await self.models()
+                results.check(id_of(self._described, model))
             job = Job(listed, model, await self._limits_for(len(listed), model), results, spec)
             with Steps(len(job), first=results.done, what="embed", progress=progress and job.is_long) as bar:
                 while True:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -59,12 +60,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved settings; DataError when the file is gone or damaged."""
-        try:
-            return tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{self.path / CONFIG} is gone or damaged ({error}): restore it, or start a new run"
-            ) from None
+        return self._read(CONFIG, tomllib.loads)
 
     @property
     def finished(self) -> bool:
@@ -108,13 +104,15 @@ class Run:
     @cached_property
     def plan(self) -> dict[str, Any]:
         """What the settings came to (plan.json); DataError when the file is gone or damaged."""
+        return self._read(PLAN, json.loads)
+
+    def _read(self, name: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
         try:
-            plan: dict[str, Any] = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+            return parse((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.path / PLAN} is gone or damaged ({error}): restore it, or start a new run"
+                f"{self.path / name} is gone or damaged ({error}): restore it, or start a new run"
             ) from None
-        return plan
 
     @property
     def collapsed(self) -> bool:

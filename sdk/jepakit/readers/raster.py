@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -20,7 +19,7 @@ from jepakit.readers.checks import (
     reading,
 )
 from jepakit.readers.header import Header, Limits, Pixels, Window
-from jepakit.readers.scenes import decoded_around
+from jepakit.readers.scenes import decoded_around, stamp_of
 
 _BY_TILES = "read it in tiles (tile=512)"
 
@@ -106,10 +105,9 @@ class Raster(ABC):
     def stamp(self) -> tuple[int, ...] | None:
         """Identifies a file on disk in its present state; None for images in memory."""
         try:
-            status = os.fstat(-1 if self._file is None else self._file.fileno())
-        except OSError:
+            return None if self._file is None else stamp_of(self._file.fileno())
+        except OSError:  # of bytes
             return None
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def close(self) -> None:
         """Close the file."""
