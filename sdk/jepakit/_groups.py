@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,6 +70,9 @@ def merged(groups: NDArray[np.intp], others: NDArray[np.intp]) -> NDArray[np.int
 
 def codes(names: ArrayLike) -> NDArray[np.intp]:
     """Each name's index among the sorted distinct names, [N]."""
+    if isinstance(names, list | tuple):  # an array would give each name the space of the longest
+        number = {name: place for place, name in enumerate(sorted(set(names)))}
+        return np.fromiter(map(number.__getitem__, names), np.intp, len(names))
     numbers: NDArray[np.intp] = np.unique(np.asarray(names), return_inverse=True)[1]
     return numbers
 
@@ -80,11 +83,32 @@ def copies(vectors: NDArray[np.float32]) -> NDArray[np.intp]:
     return numbers
 
 
-def in_cells(groups: NDArray[np.intp], classes: NDArray[np.intp], values: ArrayLike = 1) -> NDArray[np.float64]:
-    """Sums of `values` [N] by group and class, [groups, classes]; by default, the number of images."""
-    sums = np.zeros((groups.max() + 1, classes.max() + 1))
-    np.add.at(sums, (groups, classes), values)
-    return sums
+class Cells(NamedTuple):
+    """The pairs of a group and a class that have images, sorted by class, then by group.
+
+    groups, classes, counts  each cell's group, class and number of images, [cells]
+    of_image                 each image's cell, [N]
+    """
+
+    groups: NDArray[np.intp]
+    classes: NDArray[np.intp]
+    counts: NDArray[np.intp]
+    of_image: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, groups: NDArray[np.intp], classes: NDArray[np.intp]) -> Cells:
+        """The cells of images, given each one's group and class, [N]."""
+        n_groups = groups.max() + 1
+        pairs, of_image, counts = np.unique(classes * n_groups + groups, return_inverse=True, return_counts=True)
+        return cls(pairs % n_groups, pairs // n_groups, counts, of_image)
+
+    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum of `values` [N] in each cell, [cells]."""
+        return np.bincount(self.of_image, values).astype(np.float64)
+
+    def images_of_class(self) -> NDArray[np.float64]:
+        """The number of images of each class, [classes]."""
+        return np.bincount(self.classes, self.counts).astype(np.float64)
 
 
 def groups_of_class(groups: NDArray[np.intp], classes: NDArray[np.intp], n_classes: int) -> NDArray[np.intp]:

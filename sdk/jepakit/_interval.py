@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import codes, in_cells
+from jepakit._groups import Cells, codes
 
 _RESAMPLES, _DRAWN_AT_ONCE = 2000, 1 << 22
 NORMAL_95 = 1.96
@@ -35,14 +35,22 @@ def bootstrap(
     one in at most 8 (2 to 10 classes of 3 to 30 images); over 8 to 60 groups, each shifted at random, in 2 to 8.
     """
     random = np.random.default_rng(0)
-    class_of = codes(truth)
-    counts, sums = in_cells(group_of, class_of), in_cells(group_of, class_of, gain)
-    images, n_classes = counts.sum(axis=0), counts.shape[1]
-    difference = float((sums.sum(axis=0) / images).mean())
-    a_group_spans_classes = (counts > 0).sum(axis=1).max() > 1
-    drawn_together = [list(range(n_classes))] if a_group_spans_classes else [[column] for column in range(n_classes)]
-    deviations = [_deviations(counts[:, columns], sums[:, columns], random) for columns in drawn_together]
-    low, high = difference + np.quantile(np.concatenate(deviations).mean(axis=0), [0.025, 0.975])
+    cells = Cells.of(group_of, codes(truth))
+    sums, images = cells.sums(gain), cells.images_of_class()
+    n_classes = len(images)
+    difference = float((np.bincount(cells.classes, sums) / images).mean())
+    a_group_spans_classes = np.bincount(cells.groups).max() > 1
+    ends = [len(sums)] if a_group_spans_classes else np.cumsum(np.bincount(cells.classes)).tolist()
+    deviation = np.zeros(_RESAMPLES)
+    for drawn_together in map(slice, [0, *ends[:-1]], ends):
+        deviation += _deviation(
+            cells.groups[drawn_together],
+            cells.classes[drawn_together],
+            cells.counts[drawn_together],
+            sums[drawn_together],
+            random,
+        )
+    low, high = difference + np.quantile(deviation / n_classes, [0.025, 0.975])
     least = RULE_OF_THREE * sum((1 / images).tolist()) / n_classes**2
     return difference, max(-1.0, min(low, difference - least)), min(1.0, max(high, difference + least))
 
@@ -57,14 +65,14 @@ def variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group_
     """
     if not len(gains):
         return np.inf
-    class_of = codes(truth)
-    counts = in_cells(group_of, class_of)
-    images, factor = counts.sum(axis=0), _unbiasing(counts)
+    cells = Cells.of(group_of, codes(truth))
+    images, factor = cells.images_of_class(), _unbiasing(np.bincount(cells.classes))
     of_fits = 0.0
     for moved in gains - gains.mean(axis=0):
-        sums = in_cells(group_of, class_of, moved)
-        means = sums.sum(axis=0) / images
-        of_groups = ((sums - counts * means) / images * factor).mean(axis=1)
+        sums = cells.sums(moved)
+        means = np.bincount(cells.classes, sums) / images
+        of_cells = (sums - cells.counts * means[cells.classes]) * (factor / images)[cells.classes]
+        of_groups = np.bincount(cells.groups, of_cells) / len(images)
         of_fits += float(means.mean() ** 2 - np.square(of_groups).sum())
     return of_fits * (len(gains) - 1) / len(gains)
 
@@ -77,18 +85,21 @@ def covariance(
     """
     if not left_out.any():
         return 0.0
-    classes = [truth == name for name in np.unique(truth)]
-    # A class of which nothing stays keeps its mean.
-    judged = np.array(
-        [np.mean([gain[of & stay if (of & stay).any() else of].mean() for of in classes]) for stay in ~left_out]
-    )
+    class_of = codes(truth)
+    n_classes = class_of.max() + 1
+    mean = np.bincount(class_of, gain) / np.bincount(class_of)
+    judged = np.empty(len(gains))
+    for part, stay in enumerate(~left_out):
+        images = np.bincount(class_of[stay], minlength=n_classes)
+        totals = np.bincount(class_of[stay], gain[stay], minlength=n_classes)
+        # A class of which nothing stays keeps its mean.
+        judged[part] = np.divide(totals, images, out=mean.copy(), where=images > 0).mean()
     fitted = np.array([balanced(each, truth) for each in gains])
     return float(np.sum((judged - judged.mean()) * (fitted - fitted.mean())) * (len(gains) - 1) / len(gains))
 
 
-def _unbiasing(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """√(n / (n - 1)) for each class, [classes], where n groups have images of it; `counts` [groups, classes]."""
-    groups = (counts > 0).sum(axis=0)
+def _unbiasing(groups: NDArray[np.intp]) -> NDArray[np.float64]:
+    """√(n / (n - 1)) for each class, [classes], where n `groups` [classes] have images of it."""
     factor: NDArray[np.float64] = np.sqrt(groups / np.maximum(1, groups - 1))
     return factor
 
@@ -117,25 +128,34 @@ def scaled(interval: tuple[float, float, float], factor: float) -> tuple[float, 
     return mean, max(-1.0, mean - (mean - low) * factor), min(1.0, mean + (high - mean) * factor)
 
 
-def _deviations(
-    counts: NDArray[np.float64], sums: NDArray[np.float64], random: np.random.Generator
+def _deviation(
+    groups: NDArray[np.intp],
+    classes: NDArray[np.intp],
+    counts: NDArray[np.intp],
+    sums: NDArray[np.float64],
+    random: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """How far each class's mean over resampled groups is from its own, unbiased in variance, [classes, resamples].
+    """How far each class's mean over resampled groups is from its own, unbiased in variance and summed over the classes,
+    [resamples].
 
-    counts, sums  images and their summed gains, [groups, classes]; groups without images are not drawn, and a class
-                  missing from a resample has deviation 0 there
+    groups, classes  of cells sorted by class, [cells]; a class missing from a resample has deviation 0 there
+    counts, sums     the cells' images and their summed gains, [cells]
     """
-    present = counts.any(axis=1)
-    counts, sums, n = counts[present], sums[present], int(present.sum())
-    images, totals = np.empty((_RESAMPLES, counts.shape[1])), np.empty((_RESAMPLES, counts.shape[1]))
-    for rows in np.array_split(np.arange(_RESAMPLES), min(_RESAMPLES, 1 + _RESAMPLES * n // _DRAWN_AT_ONCE)):
-        drawn = random.integers(0, n, (len(rows), n)) + n * np.arange(len(rows))[:, None]
-        times = np.bincount(drawn.ravel(), minlength=n * len(rows)).reshape(len(rows), n).astype(np.float64)
-        images[rows], totals[rows] = times @ counts, times @ sums
-    mean = sums.sum(axis=0) / counts.sum(axis=0)
-    means = np.divide(totals, images, out=np.tile(mean, (_RESAMPLES, 1)), where=images > 0)
-    factor = _unbiasing(counts)
+    column = codes(groups)
+    n = int(column.max()) + 1
+    first = np.flatnonzero(np.diff(classes, prepend=-1))
+    mean = np.add.reduceat(sums, first) / np.add.reduceat(counts, first)
+    n_groups = np.diff(first, append=len(classes))
+    factor = _unbiasing(n_groups)
     if counts.sum() > n:
-        factor *= student((counts > 0).sum(axis=0) - 1)
-    deviations: NDArray[np.float64] = ((means - mean) * factor).T
-    return deviations
+        factor *= student(n_groups - 1)
+    deviation = np.empty(_RESAMPLES)
+    blocks = min(_RESAMPLES, 1 + _RESAMPLES * len(column) // _DRAWN_AT_ONCE)
+    for rows in np.array_split(np.arange(_RESAMPLES), blocks):
+        drawn = random.integers(0, n, (len(rows), n)) + n * np.arange(len(rows))[:, None]
+        times = np.bincount(drawn.ravel(), minlength=n * len(rows)).reshape(len(rows), n)[:, column]
+        images = np.add.reduceat(times * counts, first, axis=1)
+        totals = np.add.reduceat(times * sums, first, axis=1)
+        means = np.divide(totals, images, out=np.tile(mean, (len(rows), 1)), where=images > 0)
+        deviation[rows] = (means - mean) @ factor
+    return deviation

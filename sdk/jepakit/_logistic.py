@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit._vectors import AT_A_TIME, blocks
+
 Floats = NDArray[np.float64]
 
 _MEMORY, _MAX_STEPS, _TOLERANCE = 10, 500, 1e-6
@@ -30,28 +32,36 @@ def fit_logistic(
     n, dim = vectors.shape
     classes = n_classes or int(targets.max()) + 1
     counted = importance / n
-    own = (np.arange(n), targets)
     # For two classes scikit-learn penalises one vector w; our two columns ±w/2 hold half of its square.
     penalty = (2 if classes == 2 else 1) / (C * n)
 
     def loss_and_gradient(flat: Floats) -> tuple[float, Floats]:
         weights = flat.reshape(dim + 1, classes)
-        logits = vectors @ weights[:-1]  # the only array of N × K numbers
-        logits += weights[-1]
-        logits -= logits.max(axis=1, keepdims=True)
-        of_own = logits[own]
-        exps = np.exp(logits, out=logits)
-        sums = exps.sum(axis=1)
-        loss = float((counted * (np.log(sums) - of_own)).sum() + penalty / 2 * np.square(weights[:-1]).sum())
-        residual = np.multiply(exps, (counted / sums)[:, None], out=exps)
-        residual[own] -= counted
-        gradient = np.empty_like(weights)
-        gradient[:-1] = vectors.T @ residual + penalty * weights[:-1]
-        gradient[-1] = residual.sum(axis=0)
+        loss = float(penalty / 2 * np.square(weights[:-1]).sum())
+        gradient = penalty * weights
+        gradient[-1] = 0
+        for rows in blocks(n, AT_A_TIME):
+            loss += _add_rows(weights, gradient, vectors[rows], targets[rows], counted[rows])
         return loss, gradient.ravel()
 
     first = np.zeros((dim + 1) * classes) if start is None else start.ravel().copy()
     return _lbfgs(loss_and_gradient, first).reshape(dim + 1, classes)
+
+
+def _add_rows(weights: Floats, gradient: Floats, vectors: Floats, targets: NDArray[np.intp], counted: Floats) -> float:
+    """The cross-entropy of some vectors, each weighed by `counted`; its gradient is added to `gradient`."""
+    own = (np.arange(len(targets)), targets)
+    logits = vectors @ weights[:-1]  # the only array of rows × K numbers
+    logits += weights[-1]
+    logits -= logits.max(axis=1, keepdims=True)
+    of_own = logits[own]
+    exps = np.exp(logits, out=logits)
+    sums = exps.sum(axis=1)
+    residual = np.multiply(exps, (counted / sums)[:, None], out=exps)
+    residual[own] -= counted
+    gradient[:-1] += vectors.T @ residual
+    gradient[-1] += residual.sum(axis=0)
+    return float((counted * (np.log(sums) - of_own)).sum())
 
 
 def cross_entropy(logits: Floats, targets: NDArray[np.intp]) -> Floats:

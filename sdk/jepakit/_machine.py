@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 SHARED = Path("/dev/shm")
 MORE_SHARED = "give the container more (docker run --shm-size 2g)"
 _CGROUP = Path("/sys/fs/cgroup")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class _Memory(NamedTuple):
@@ -71,6 +74,12 @@ def trim_heap() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """On Linux, have this process sent a signal when the thread that started it ends, however it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _memory() -> _Memory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,15 @@ from numpy.typing import NDArray
 
 from jepakit._progress import Steps
 
-_QUERIES, _VECTORS = 256, 4096
-"""The most to compare at a time; each pair takes about 12 bytes, and 48 more if it may be among the nearest."""
+AT_A_TIME = 4096
+"""The most vectors that are worked on at a time, so that memory grows with what is kept, not with what is computed."""
+_QUERIES = 256
+"""The most queries to compare with them; each pair takes about 12 bytes, and 48 more if it may be among the nearest."""
+
+
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `count` rows in order."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
 def unit_length(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -27,10 +35,9 @@ def most_similar(queries: NDArray[Any], vectors: NDArray[Any], k: int) -> tuple[
     """
     places, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
     with Steps(len(queries), what="query", progress=len(queries) > _QUERIES) as bar:
-        for first in range(0, len(queries), _QUERIES):
-            block = slice(first, first + _QUERIES)
+        for block in blocks(len(queries), _QUERIES):
             places[block], cosines[block] = _most_similar(unit_length(queries[block].astype(np.float64)), vectors, k)
-            bar.update(min(first + _QUERIES, len(queries)))
+            bar.update(block.stop)
     return places, cosines
 
 
@@ -38,8 +45,8 @@ def _most_similar(
     queries: NDArray[np.float64], vectors: NDArray[Any], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     best, best_cosines = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-    for first in range(0, len(vectors), _VECTORS):
-        block = unit_length(vectors[first : first + _VECTORS].astype(np.float64))
+    for rows in blocks(len(vectors), AT_A_TIME):
+        block = unit_length(vectors[rows].astype(np.float64))
         # In double precision, so that equal vectors get exactly the same float32 cosine.
         cosines = (queries @ block.T).astype(np.float32)
         if best.shape[1] == k:
@@ -47,10 +54,10 @@ def _most_similar(
         else:
             last = len(block) - min(k, len(block))
             is_better = cosines >= np.partition(cosines, last, axis=1)[:, last : last + 1]
-        rows, columns = np.nonzero(is_better)
-        of_query = np.concatenate([np.repeat(np.arange(len(queries)), best.shape[1]), rows])
-        places = np.concatenate([best.ravel(), first + columns])
-        near = np.concatenate([best_cosines.ravel(), cosines[rows, columns]])
+        better = np.nonzero(is_better)
+        of_query = np.concatenate([np.repeat(np.arange(len(queries)), best.shape[1]), better[0]])
+        places = np.concatenate([best.ravel(), rows.start + better[1]])
+        near = np.concatenate([best_cosines.ravel(), cosines[better]])
         order = np.lexsort((places, -near, of_query))
         starts = np.searchsorted(of_query[order], np.arange(len(queries)))
         chosen = order[starts[:, None] + np.arange(min(k, best.shape[1] + len(block)))]

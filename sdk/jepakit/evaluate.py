@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import assign_folds, codes, groups_of_class, in_cells, main_class, numbered
+from jepakit._groups import Cells, assign_folds, codes, groups_of_class, main_class, numbered
 from jepakit._interval import (
     NORMAL_95,
     RULE_OF_THREE,
@@ -22,7 +22,7 @@ from jepakit._interval import (
     widened,
 )
 from jepakit._messages import first_few
-from jepakit._progress import Steps
+from jepakit._progress import Steps, shown
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
 
@@ -150,12 +150,14 @@ def cross_measure(vectors: NDArray[np.float32], labels: ArrayLike, *, groups: Ar
     fold = _folds(truth, group_of)
     stays = [np.ones(len(truth), bool), *_leaving_out(truth, group_of)]
     right = np.empty((len(stays), 2, len(truth)), np.bool_)
-    with Steps(len(np.unique(fold)), what="fold") as bar:
-        for done, judged in enumerate((fold == number for number in np.unique(fold)), 1):
+    numbers = np.unique(fold)
+    with Steps(len(numbers) * len(stays), what="probe") as bar, shown(progress=False):
+        for turn, judged in enumerate(fold == number for number in numbers):
             strength = None  # chosen with all images to fit on
-            for row, stay in zip(right, stays, strict=True):
-                row[:, judged], strength = _right_of_refit(vectors, truth, stay & ~judged, judged, group_of, strength)
-            bar.update(done)
+            for part, stay in enumerate(stays):
+                fit = stay & ~judged
+                right[part][:, judged], strength = _right_of_refit(vectors, truth, fit, judged, group_of, strength)
+                bar.update(turn * len(stays) + part + 1)
     return _measurement(right[0], truth, Refits(right[1:], ~np.array(stays[1:], np.bool_).reshape(-1, len(truth))))
 
 
@@ -448,7 +450,7 @@ def _some(few: dict[str, int]) -> str:
 
 def _fewest_groups(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
     """How many groups the class with the fewest has."""
-    return int((in_cells(group_of, codes(truth)) > 0).sum(axis=0).min())
+    return int(np.bincount(Cells.of(group_of, codes(truth)).classes).min())
 
 
 def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.intp]) -> int:
@@ -456,7 +458,8 @@ def _groups_to_call_it_the_same(truth: NDArray[np.str_], group_of: NDArray[np.in
 
     More if some groups hold most of the images.
     """
-    counts = in_cells(group_of, codes(truth))
-    weights = (counts / counts.sum(axis=0)).mean(axis=1)
+    cells = Cells.of(group_of, codes(truth))
+    images = cells.images_of_class()
+    weights = np.bincount(cells.groups, cells.counts / images[cells.classes]) / len(images)
     unevenness = np.count_nonzero(weights) * np.square(weights).sum()
     return round(float(unevenness) * RULE_OF_THREE * _PLAUSIBLE_GROUP_LOSS / SAME_WITHIN)

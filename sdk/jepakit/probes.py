@@ -28,7 +28,7 @@ from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few, lines_of
 from jepakit._one_line import one_line
 from jepakit._progress import Steps
-from jepakit._vectors import unit_length
+from jepakit._vectors import AT_A_TIME, blocks, unit_length
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
 
@@ -39,7 +39,6 @@ C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # A dimension with a smaller deviation is constant: relative to its own largest value, and to that of most dimensions.
 _ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 _KNN_TEMPERATURE = 0.07
-_ROWS = 4096
 """Vectors whose class is predicted at a time: each takes some 24 bytes a class."""
 _KNN_PAIRS = 1 << 24
 """Most similarities computed at a time; each takes 16 bytes, including its sort index."""
@@ -241,11 +240,10 @@ class _Probe(ABC):
 
     def _predicted(self, vectors: Floats) -> Labels:
         places = np.empty(len(vectors), np.intp)
-        with Steps(len(vectors), what="predict", progress=len(vectors) > _ROWS) as bar:
-            for first in range(0, len(vectors), _ROWS):
-                block = slice(first, first + _ROWS)
+        with Steps(len(vectors), what="predict", progress=len(vectors) > AT_A_TIME) as bar:
+            for block in blocks(len(vectors), AT_A_TIME):
                 places[block] = self._shares(vectors[block]).argmax(axis=1)
-                bar.update(min(first + _ROWS, len(vectors)))
+                bar.update(block.stop)
         result: Labels = self.classes_[places]
         return result
 
@@ -352,7 +350,7 @@ class LinearProbe(_Probe):
             vectors, targets, group_of = vectors[order], targets[order], numbered(group_of[order], len(order))
         C, self.cv_balanced_accuracy_ = self._choose_c(vectors, targets, group_of) if self.C is None else (self.C, None)
         mean, std = vectors.mean(axis=0), _safe_std(vectors)
-        weights = fit_logistic((vectors - mean) / std, targets, C, importance=self._importance(targets))
+        weights = fit_logistic(_standardized(vectors, mean, std), targets, C, importance=self._importance(targets))
         self.classes_, self.model_id_, self.fitted_on_, self.C_ = classes, _space_of(X), _digests(vectors), C
         self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1].T, weights[-1]
         return self
@@ -362,7 +360,7 @@ class LinearProbe(_Probe):
         return len(self.mean_)
 
     def _shares(self, vectors: Floats) -> Floats:
-        return softmax(((vectors - self.mean_) / self.std_) @ self.coef_.T + self.intercept_)
+        return softmax(_standardized(vectors, self.mean_, self.std_) @ self.coef_.T + self.intercept_)
 
     def _choose_c(
         self, vectors: Floats, targets: NDArray[np.intp], groups: NDArray[np.intp]
@@ -377,23 +375,29 @@ class LinearProbe(_Probe):
         fold_of = assign_folds(groups, targets, n_folds, np.random.default_rng(self.seed))
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
         n_judged = np.zeros(n_classes, np.intp)
-        for fold in range(n_folds):
-            held_out = fold_of == fold
-            inside = ~held_out
-            mean, std = vectors[inside].mean(axis=0), _safe_std(vectors[inside])
-            train, test = (vectors[inside] - mean) / std, (vectors[held_out] - mean) / std
-            truth, importance = targets[held_out], self._importance(targets[inside])
-            # The low probability of a class that the fold was not fitted on says nothing about C.
-            fitted = np.isin(truth, targets[inside])
-            n_judged += np.bincount(truth[fitted], minlength=n_classes)
-            weights = None
-            for i, C in enumerate(C_GRID):
-                weights = fit_logistic(
-                    train, targets[inside], C, importance=importance, start=weights, n_classes=n_classes
+        with Steps(n_folds * len(C_GRID), what="fit", progress=len(vectors) > AT_A_TIME) as bar:
+            for fold in range(n_folds):
+                held_out = fold_of == fold
+                train, of_train, test, truth = (
+                    vectors[~held_out],
+                    targets[~held_out],
+                    vectors[held_out],
+                    targets[held_out],
                 )
-                logits = test @ weights[:-1] + weights[-1]
-                right[i] += np.bincount(truth[logits.argmax(axis=1) == truth], minlength=n_classes)
-                missed[i] += cross_entropy(logits[fitted], truth[fitted]).sum()
+                mean, std = train.mean(axis=0), _safe_std(train)
+                train, test = _standardized(train, mean, std), _standardized(test, mean, std)
+                fitted = np.isin(truth, of_train)
+                n_judged += np.bincount(truth[fitted], minlength=n_classes)
+                weights, importance = None, self._importance(of_train)
+                for i, C in enumerate(C_GRID):
+                    weights = fit_logistic(
+                        train, of_train, C, importance=importance, start=weights, n_classes=n_classes
+                    )
+                    is_right, of_own = _tested(weights, test, truth)
+                    right[i] += np.bincount(truth[is_right], minlength=n_classes)
+                    # The low probability of a class that the fold was not fitted on says nothing about C.
+                    missed[i] += of_own[fitted].sum()
+                    bar.update(fold * len(C_GRID) + i + 1)
         # Rounded, as equal sums may differ in the last bit.
         balanced = (right / np.bincount(targets)).mean(axis=1).round(9)
         best = int(np.where(balanced == balanced.max(), missed, np.inf).argmin())
@@ -651,6 +655,23 @@ def _some(labels: Labels) -> str:
     return first_few(list(map(repr, np.unique(labels).tolist())), 3)
 
 
+def _tested(weights: Floats, vectors: Floats, truth: NDArray[np.intp]) -> tuple[NDArray[np.bool_], Floats]:
+    """Whether logistic weights are right about each standardised vector, and its cross-entropy, [N] each."""
+    is_right, of_own = np.empty(len(vectors), np.bool_), np.empty(len(vectors))
+    for block in blocks(len(vectors), AT_A_TIME):
+        logits = vectors[block] @ weights[:-1] + weights[-1]
+        is_right[block] = logits.argmax(axis=1) == truth[block]
+        of_own[block] = cross_entropy(logits, truth[block])
+    return is_right, of_own
+
+
+def _standardized(vectors: Floats, mean: Floats, std: Floats) -> Floats:
+    """(vectors - mean) / std, with one array of their size at a time."""
+    result: Floats = vectors - mean
+    result /= std
+    return result
+
+
 def _safe_std(vectors: Floats) -> Floats:
     """The divisor of each of D dimensions, [D]: its standard deviation or, if constant, a large value of the others.
 
@@ -658,7 +679,7 @@ def _safe_std(vectors: Floats) -> Floats:
     differently. Rounding is judged against a value that nine in ten dimensions stay below, so that a single huge one,
     such as a file size appended to an embedding, does not make the others look constant.
     """
-    std, peaks = vectors.std(axis=0), np.abs(vectors).max(axis=0)
+    std, peaks = vectors.std(axis=0), np.maximum(vectors.max(axis=0), -vectors.min(axis=0))
     largest = np.quantile(peaks[peaks > 0], 0.9, method="lower") if peaks.any() else 0.0
     constant = std <= np.maximum(_ROUNDING * peaks, _ROUNDING_OF_ALL * largest)
     return np.where(constant, largest or 1.0, std)

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from jepakit._machine import end_with_parent
 from jepakit._ray import OWN, init, own_folder
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service import logs
@@ -29,7 +30,7 @@ from jepakit_service.ray_environment import FALLBACK_PORT, REPLICAS, environment
 from jepakit_service.settings import ServeSettings
 from jepakit_service.stopping import on_stop
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _APPLICATION = "jepakit"
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
 """For Ray's own files. The gate logs requests; Ray's access log would only repeat it."""
@@ -90,10 +91,9 @@ def _accompany(driver: int) -> int:
 
 def _end_with(parent: int) -> None:
     """Send this process SIGTERM once its parent is gone, however it ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _adopt_orphans() -> None:

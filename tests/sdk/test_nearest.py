@@ -40,7 +40,7 @@ def test_the_same_vectors_are_told_by_place_however_many_are_compared_at_once(mo
     places, cosines = index.nearest(queries, 50)
     np.testing.assert_array_equal(places[:, :23], np.arange(11)[:, None] + 11 * np.arange(23))
     monkeypatch.setattr(_vectors, "_QUERIES", 3)
-    monkeypatch.setattr(_vectors, "_VECTORS", 7)
+    monkeypatch.setattr(_vectors, "AT_A_TIME", 7)
     in_blocks = index.nearest(queries, 50)
     np.testing.assert_array_equal(in_blocks[0], places)
     np.testing.assert_allclose(in_blocks[1], cosines, atol=1e-6)

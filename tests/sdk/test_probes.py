@@ -248,17 +248,21 @@ def test_of_equally_good_choices_of_c_the_one_of_the_best_probabilities_is_taken
 
 
 def test_a_class_that_a_fold_was_not_fitted_on_has_no_say_in_the_choice_of_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[NDArray[np.intp]] = []
-
-    def cross_entropy(logits: Floats, targets: NDArray[np.intp]) -> Floats:
-        asked.append(targets)
-        return np.zeros(len(targets))
-
-    monkeypatch.setattr(probes, "cross_entropy", cross_entropy)
-    vectors, labels = blobs(n=90, dim=30, classes=2)
+    vectors, labels = blobs(n=90, dim=30, classes=2, noise=6.0)
     labels[0] = 2
-    LinearProbe().fit(vectors, labels)
-    assert set(np.concatenate(asked)) == {0, 1}
+    chosen = LinearProbe().fit(vectors, labels).C_
+
+    calls: list[Floats] = []
+
+    def favouring_the_last(logits: Floats, targets: NDArray[np.intp]) -> Floats:
+        """So low for that class that it alone would decide."""
+        calls.append(logits)
+        missed: Floats = cross_entropy(logits, targets) - 1e6 * len(calls) * (targets == 2)
+        return missed
+
+    monkeypatch.setattr(probes, "cross_entropy", favouring_the_last)
+    assert LinearProbe().fit(vectors, labels).C_ == chosen != C_GRID[-1]
+    assert calls
 
 
 def test_a_class_of_two_images_lies_in_two_of_five_folds() -> None:

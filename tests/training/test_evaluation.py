@@ -316,6 +316,20 @@ def test_a_dataset_may_give_another_image_each_time(tmp_path: Path) -> None:
     assert run.finished
 
 
+def test_the_verdict_says_that_not_all_classes_were_measured(tmp_path: Path) -> None:
+    for number in range(22 * 9):
+        picture = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
+        path = tmp_path / "images" / f"class {number % 22:02}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    run = jepakit.adapt(
+        tmp_path / "images", out=tmp_path / "run", backbone="test_vit", weights="random", image_size=64, steps=1, batch_size=8,
+        workers=0, labels="folder", measure_on=20,
+    )  # fmt: skip
+    assert run.comparison.n_held_out == 18
+    assert run.comparison.verdict.reason.startswith("measured on 6 of 22 classes (measure_on = 20); ")
+
+
 IS_FIT = np.arange(40) < 30
 
 

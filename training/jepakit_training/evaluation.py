@@ -223,6 +223,7 @@ class Measuring:
         if before.measurement is None or after.measurement is None:
             return no_labels(int(is_fit.sum()), int((~is_fit).sum()), self._why_no_labels)
         fit, held_out = self.images.only(is_fit & is_labelled), self.images.only(~is_fit & is_labelled)
+        assert fit.labels is not None
         assert held_out.labels is not None
         judged = judge(
             before.measurement,
@@ -237,6 +238,11 @@ class Measuring:
             judged = judged.noting(
                 f"{n_known} of {counted(len(held_out.indices), 'held-out image')} are also among those that probes are fitted on, under "
                 "other names, so this is optimistic: remove copies (`jepakit inspect` names some)"
+            )
+        if n_unmeasured := self.images.n_unmeasured:
+            n_measured = len(np.unique(fit.labels))
+            judged = judged.noting(
+                f"measured on {n_measured} of {n_measured + n_unmeasured} classes (measure_on = {self._config.measure_on})"
             )
         for caveat in self._caveats:
             judged = judged.noting(caveat)

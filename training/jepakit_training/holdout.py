@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -186,6 +186,7 @@ class MeasuringSet:
     the probes; the others are held out to evaluate on.
 
     `labels` and `groups` are None if there are none; the entry in `labels` of an unlabelled image has no meaning.
+    `n_unmeasured` is the number of classes that there was no room for.
     """
 
     indices: NDArray[np.intp]
@@ -193,39 +194,70 @@ class MeasuringSet:
     is_labelled: NDArray[np.bool_]
     labels: NDArray[np.str_] | None
     groups: NDArray[np.str_] | None
+    n_unmeasured: int = 0
 
     @classmethod
     def choose(cls, images: ImageList, split: Split, most: int) -> MeasuringSet:
         """At most `most` images of each part, evenly spread over groups if there are any, rare classes first.
 
-        There may be more held-out images if the verdict needs them for a class. In a partly labelled set only labelled
-        images are held out, and unlabelled images to fit on fill the places that labelled ones leave.
+        There may be more held-out images if the verdict needs them for a class. More classes than `most` are measured
+        on some of them. In a partly labelled set only labelled images are held out, and unlabelled images to fit on fill
+        the places that labelled ones leave.
         """
         judges = images.judges()
         labels = None if images.labels is None else np.array([label or "" for label in images.labels])
         # A single group is on both sides, as the plan warns: then only its images can be told apart.
         alone = images.groups is None or _are_one_group(judges, images.groups)
-        groups = None if alone else np.asarray(images.groups)
+        groups = None if alone else images.groups
+        group_of = None if groups is None else codes(groups)
+        n_unmeasured = 0
+        if labels is not None:
+            judges, n_unmeasured = _of_some_classes(judges, labels, split, most)
         train, others = _divide(split.train, judges)
-        fit = _spread_over_classes(train, labels, groups, most, least=0)
-        rest = _spread_over_classes(others, None, groups, most - len(fit), least=0)
+        fit = _spread_over_classes(train, labels, group_of, most, least=0)
+        rest = _spread_over_classes(others, None, group_of, most - len(fit), least=0)
         fit = np.sort(np.concatenate([fit, rest]))
         held_out, others = _divide(split.held_out, judges)
         held_out = held_out if len(held_out) else others
-        held_out = _spread_over_classes(held_out, labels, groups, most, least=FEWEST_PER_CLASS)
+        held_out = _spread_over_classes(held_out, labels, group_of, most, least=FEWEST_PER_CLASS)
         chosen = np.concatenate([fit, held_out])
         return cls(
             chosen,
             np.arange(len(chosen)) < len(fit),
             np.zeros(len(chosen), bool) if labels is None else np.isin(chosen, judges),
             None if labels is None else labels[chosen],
-            None if groups is None else groups[chosen],
+            None if groups is None else np.array([groups[index] for index in chosen]),
+            n_unmeasured,
         )
 
     def only(self, kept: NDArray[np.bool_] | NDArray[np.intp]) -> MeasuringSet:
         """A subset, e.g. the images that could be read."""
         labels, groups = (None if names is None else names[kept] for names in (self.labels, self.groups))
-        return MeasuringSet(self.indices[kept], self.is_fit[kept], self.is_labelled[kept], labels, groups)
+        return replace(
+            self,
+            indices=self.indices[kept],
+            is_fit=self.is_fit[kept],
+            is_labelled=self.is_labelled[kept],
+            labels=labels,
+            groups=groups,
+        )
+
+
+def _of_some_classes(
+    judges: NDArray[np.intp], labels: NDArray[np.str_], split: Split, most: int
+) -> tuple[NDArray[np.intp], int]:
+    """Those of `judges` whose classes are measured, and the number of other classes.
+
+    These are all classes or, if there are more than `most`, as many of those on both sides of the split as leave enough
+    images of each to fit on, evenly spread.
+    """
+    n_classes = len(np.unique(labels[judges]))
+    train, held_out = (labels[np.intersect1d(part, judges)] for part in split)
+    on_both = np.intersect1d(train, held_out)
+    if n_classes <= most or len(on_both) < 2:
+        return judges, 0
+    measured = on_both[evenly_spread(len(on_both), most // FEWEST_PER_CLASS)]
+    return judges[np.isin(labels[judges], measured)], n_classes - len(measured)
 
 
 def _divide(part: NDArray[np.intp], judges: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -235,16 +267,17 @@ def _divide(part: NDArray[np.intp], judges: NDArray[np.intp]) -> tuple[NDArray[n
 
 
 def _spread_over_classes(
-    part: NDArray[np.intp], labels: NDArray[np.str_] | None, groups: NDArray[np.str_] | None, most: int, *, least: int
+    part: NDArray[np.intp], labels: NDArray[np.str_] | None, group_of: NDArray[np.intp] | None, most: int, *, least: int
 ) -> NDArray[np.intp]:
     """At most `most` of the indices in `part`: up to _OF_EACH_CLASS per class if there is room, the rest regardless of
     class.
 
-    least  how many of every class to take, even beyond `most`
+    group_of  the group of every image; None: no groups
+    least     how many of every class to take, even beyond `most`
     """
     if len(part) <= most:
         return part
-    group_of = None if groups is None else codes(groups[part])
+    group_of = None if group_of is None else group_of[part]
     taken = np.empty(0, np.intp)
     if labels is not None:
         names, class_of = np.unique(labels[part], return_inverse=True)

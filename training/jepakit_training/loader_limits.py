@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import resource
@@ -15,11 +14,10 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from jepakit._machine import MORE_SHARED, SHARED
+from jepakit._machine import MORE_SHARED, SHARED, end_with_parent
 from jepakit.errors import TrainingError
 
 _ENOUGH_FILES = 65_536
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start_method(workers: int) -> str | None:
@@ -31,8 +29,7 @@ def start_method(workers: int) -> str | None:
 def end_with_trainer(_: int = 0) -> None:
     """In a loader's process: be killed when the trainer is. It holds both ends of the pipe to it, and would otherwise wait
     for ever to hand over a batch that nobody reads."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
 
 
 def can_share() -> bool:

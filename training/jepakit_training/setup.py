@@ -78,15 +78,16 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         value_bytes=1 if found.is_8_bit else 4,
     )
     spec = choose_preprocess(found, config, start_preprocess(backbone, config.weights, plan.image_size))
-    notes = (
-        images.note,
-        _where(accelerator.device),
-        *describe_values(found, spec, images.ids),
-        *doubts(images, found),
-        *plan.notes,
-    )
-    for note in filter(None, notes) if main else ():
-        say(one_line(note))
+    if main:
+        notes = (
+            images.note,
+            _where(accelerator.device),
+            *describe_values(found, spec, images.ids),
+            *doubts(images, found),
+            *plan.notes,
+        )
+        for note in filter(None, notes):
+            say(one_line(note))
 
     make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
     cache = open_cache(config, make_views.least_side, spec)
