@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jepakit.errors import ConfigError, WriteError
+
+# Some network file systems (Lustre without `-o flock`, old NFS) have none.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def as_path(value: object, name: str) -> Path:
@@ -34,6 +39,24 @@ def prepare_place(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({reason_of(error)}): name another --out") from None
+
+
+def lock_file(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False where there are no locks: on some file systems, and on Windows.
+
+    Raises BlockingIOError if another holds the lock and it is not waited for.
+    """
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 @contextmanager

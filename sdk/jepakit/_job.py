@@ -154,6 +154,7 @@ class Job:
 
     def _read(self, place: int) -> bytes | NDArray[Any]:
         """The data to send for an image."""
+        self._results.will_read(place)
         item = _encode(self._images[place], self._spec, self._limits.largest)
         _refuse_larger(self._images.ids[place], _bytes_of(item), self._limits.largest)
         return item
@@ -268,7 +269,7 @@ def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDA
         try:
             _refuse_larger(ref.name, Path(image).stat().st_size, largest)
             return Path(image).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ImageError(f"{image}: cannot be read ({reason_of(error)})", code="unreadable") from None
     return _read_here(ref)
 

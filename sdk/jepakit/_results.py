@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._files import as_path, reason_of
+from jepakit._files import as_path, lock_file, reason_of
 from jepakit._messages import counted
 from jepakit._say import say
 from jepakit._skipped import Skipped
@@ -20,7 +20,7 @@ from jepakit.errors import ConfigError, ImageError, SpaceError, WriteError
 from jepakit.sources import ImageList
 
 _MAGIC = b"jepakit: vectors so far, 1\n"
-_LONGEST_LINE, _CHECKSUM_BYTES = 1 << 20, 32
+_CHECKSUM_BYTES = 32
 
 
 class Results:
@@ -30,9 +30,8 @@ class Results:
     resume        file that keeps what is done; what it holds of the same images is taken from it
     progress      whether to say what was taken from the file, and what it keeps when the work ends early
 
-    Use it as a context manager. Raises ConfigError if `resume` cannot be written, is a file of another kind, or for
-    images in memory, which have no names that last; ImageError if the file holds more images left out than `most_skipped`
-    allows.
+    Use it as a context manager. Raises ConfigError if `resume` cannot be written, is a file of another kind or in use, or
+    for images in memory, which have no names that last.
     """
 
     def __init__(
@@ -51,11 +50,8 @@ class Results:
                     f"resume = {str(path)!r} needs images in files: those in memory have no names that last"
                 )
             self._file = _PartsFile(path)
-            try:
-                self._take_kept(self._file)
-            except BaseException:
-                self._file.close()
-                raise
+        self._stamps: dict[int, str | None] = {}
+        """Of the images that were read and have no vectors yet."""
 
     def __enter__(self) -> Self:
         return self
@@ -68,6 +64,37 @@ class Results:
             self._say(
                 f"{self._file.path} keeps what is done, {self._so_far()}: do the same again to continue from there"
             )
+
+    def take_kept(self) -> None:
+        """Take from the file what it holds of these images, up to the first that has changed or is damaged.
+
+        Raises ConfigError if it holds vectors of other images only, ImageError if more images are left out there than may
+        be.
+        """
+        if (file := self._file) is None:
+            return
+        for part, vectors in file.read():
+            follows = part.first == self.done and part.done <= len(self._images)
+            if not follows or part.images != self._fingerprint(part.first, part.done):
+                if not self.done:
+                    raise ConfigError(
+                        f"{file.path} keeps vectors of other images than these, or these have changed: name another file, or "
+                        "delete it to begin anew"
+                    )
+                break
+            for place, message, code in part.left_out:
+                self.skipped.add(place, ImageError(message, code=code))
+            self._take(part.done, vectors, part.model_id)
+            file.keep()
+        if left := file.bytes_left:
+            self._say(f"{file.path}: its last {left:,} bytes are damaged, or of other images than these: not used")
+        if self.done:
+            self._say(f"{file.path} keeps what is done, {self._so_far()}: continuing from there")
+
+    def will_read(self, place: int) -> None:
+        """Note the state of an image before it is read: its vector is of that state, whatever becomes of the file."""
+        if self._file is not None:
+            self._stamps[place] = self._images.stamp(place)
 
     def check(self, model_id: str) -> None:
         """Raise SpaceError if the vectors taken from the file are another model's."""
@@ -111,26 +138,12 @@ class Results:
         self._rows += len(vectors)
         self.done = done
 
-    def _take_kept(self, file: _PartsFile) -> None:
-        """Take from the file what it holds of these images, up to the first that has changed or is damaged."""
-        for part, vectors in file.read():
-            follows = part.first == self.done and part.done <= len(self._images)
-            if not follows or part.images != self._fingerprint(part.first, part.done):
-                break
-            for place, message, code in part.left_out:
-                self.skipped.add(place, ImageError(message, code=code))
-            self._take(part.done, vectors, part.model_id)
-            file.keep()
-        if dropped := file.drop_rest():
-            self._say(f"{file.path}: its last {dropped:,} bytes are damaged, or of other images than these: not used")
-        if self.done:
-            self._say(f"{file.path} keeps what is done, {self._so_far()}: continuing from there")
-
     def _fingerprint(self, first: int, done: int) -> str:
         """Changes whenever the pixels of these images may; no image is read."""
         digest = hashlib.sha256()
         for place in range(first, done):
-            digest.update(f"{self._images.ids[place]}\n{self._images.stamp(place)}\n".encode("utf-8", "surrogatepass"))
+            stamp = self._stamps.pop(place) if place in self._stamps else self._images.stamp(place)
+            digest.update(f"{self._images.ids[place]}\n{stamp}\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def _so_far(self) -> str:
@@ -171,6 +184,11 @@ class _PartsFile:
             self._file: BinaryIO = path.open("ab+")
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({reason_of(error)}): name another place") from None
+        try:
+            lock_file(self._file.fileno())
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(f"{path} is in use by another `embed`: let it end, or name another file") from None
         self._file.seek(0)
         begins = self._file.read(len(_MAGIC))
         if not _MAGIC.startswith(begins):
@@ -185,7 +203,7 @@ class _PartsFile:
         """The parts in order, up to the first that is damaged. Those for which `keep` is called count."""
         size = self._file.seek(0, 2)
         self._file.seek(self._end)
-        while line := self._file.readline(_LONGEST_LINE):
+        while line := self._file.readline():
             try:
                 told = json.loads(line)
                 part = _Part(*(told.pop(name) for name in _Part._fields))
@@ -205,19 +223,17 @@ class _PartsFile:
         """Count the part that was read last."""
         self._end = self._file.tell()
 
-    def drop_rest(self) -> int:
-        """Remove what follows the parts that count; returns how many bytes."""
-        dropped = self._file.seek(0, 2) - self._end
-        self._file.truncate(self._end)
-        return dropped
+    @property
+    def bytes_left(self) -> int:
+        """How many bytes follow the parts that count; the next part takes their place."""
+        return self._file.seek(0, 2) - self._end
 
     def append(self, part: _Part, vectors: NDArray[np.float32]) -> None:
         """Write one part, which then survives the death of this process. Raises WriteError."""
         line = json.dumps(part._asdict()).encode() + b"\n"
         data = vectors.astype("<f4", copy=False).tobytes()
         try:
-            if self._file.seek(0, 2) != self._end:
-                raise WriteError(f"{self.path} is written by another process, too: let it end, or name another file")
+            self._file.truncate(self._end)
             self._file.write(b"".join([b"" if self._end else _MAGIC, line, data, hashlib.sha256(line + data).digest()]))
             self._file.flush()
         except OSError as error:

@@ -128,7 +128,7 @@ class Sweep(Printed):
     """A sweep's folder, opened. Print it for a table.
 
     path        the folder
-    runs        the finished runs by name, best first: by balanced accuracy or, without labels, by `losses`, and last those
+    runs        the finished runs by name, best first: by balanced accuracy or, without labels, by `losses`, then last those
                 whose projections collapsed
     unfinished  names of the runs that were stopped or have failed
     losses      by name, the mean loss over the last tenth of a run, divided by λ^0.4 (arXiv 2511.08544): the lower, the better
@@ -174,9 +174,8 @@ class Sweep(Printed):
         return self.best.export(out, **settings)
 
     def __str__(self) -> str:
-        comparisons = {name: run.comparison for name, run in self.runs.items()}
-        start = next(iter(comparisons.values())).before
-        rows = _loss_rows(self.runs.values(), self.losses) if start is None else _score_rows(start, comparisons)
+        start = self.best.comparison.before
+        rows = _loss_rows(self.runs, self.losses) if start is None else _score_rows(start, self.runs)
         unfinished = [f"not finished: {first_few(self.unfinished, 3)}"] if self.unfinished else []
         return "\n".join([*_aligned(rows), *unfinished, str(self.verdict)])
 
@@ -256,13 +255,15 @@ def _loss(run: Run, logged: Sequence[float]) -> float:
     return fmean(last) / math.pow(run.plan["lamb"], _LAMBDA_POWER)
 
 
-def _score_rows(start: Scores, comparisons: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
-    """A heading, and for the start and each run its balanced accuracies, the difference and its interval."""
-    heading = ("", SCORES["linear_balanced"], SCORES["knn_balanced"], "points (95 % interval)")
-    rows: list[tuple[str, ...]] = [heading, ("the start", *_percent(start), "")]
-    for name, comparison in comparisons.items():
-        assert comparison.after is not None, "a start with scores has a result with scores"
-        rows.append((name, *_percent(comparison.after), _difference(comparison.verdict)))
+def _score_rows(start: Scores, runs: Mapping[str, Run]) -> list[tuple[str, ...]]:
+    """A heading, and for the start and each run its balanced accuracies, the difference and its interval, and whether its
+    projections collapsed."""
+    heading = ("", SCORES["linear_balanced"], SCORES["knn_balanced"], "points (95 % interval)", "")
+    rows: list[tuple[str, ...]] = [heading, ("the start", *_percent(start), "", "")]
+    for name, run in runs.items():
+        after, verdict = run.comparison.after, run.comparison.verdict
+        assert after is not None, "a start with scores has a result with scores"
+        rows.append((name, *_percent(after), _difference(verdict), _collapsed(run)))
     return rows
 
 
@@ -276,13 +277,16 @@ def _difference(verdict: Verdict) -> str:
     return f"{100 * verdict.difference:+.1f} ({100 * verdict.low:+.1f} to {100 * verdict.high:+.1f})"
 
 
-def _loss_rows(runs: Iterable[Run], losses: Mapping[str, float]) -> list[tuple[str, ...]]:
+def _collapsed(run: Run) -> str:
+    return "collapsed" if run.collapsed else ""
+
+
+def _loss_rows(runs: Mapping[str, Run], losses: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A heading, and each run with its loss, if it has one, and whether its projections collapsed."""
     rows = []
-    for run in runs:
-        name = run.path.name
+    for name, run in runs.items():
         loss = (f"{losses[name]:.4f}",) if losses else ()
-        rows.append((name, *loss, "collapsed" if run.collapsed else ""))
+        rows.append((name, *loss, _collapsed(run)))
     return [("", "loss / λ^0.4", ""), *rows] if losses else rows
 
 

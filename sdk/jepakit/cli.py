@@ -651,9 +651,9 @@ def embed(
         assert bundle is not None
         embeddings = load(bundle, **runtime).embed(_source(images), **options)
     embeddings.save(out)
-    part.unlink(missing_ok=True)
     if most_skipped:
         _write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
+    part.unlink(missing_ok=True)
     labelled = (
         "no labels" if embeddings.labels is None else f"labels of {counted(len(set(embeddings.labels)), 'class')}"
     )

@@ -158,6 +158,7 @@ class Client:
             most_skipped=most_skipped,
         )
         with Results(listed, most_skipped, resume, progress=progress) as results:
+            results.take_kept()
             if results.done:
                 self._described = self.models()
                 results.check(id_of(self._described, model))
@@ -334,7 +335,8 @@ class AsyncClient:
             progress=progress,
             most_skipped=most_skipped,
         )
-        with await asyncio.to_thread(Results, listed, most_skipped, resume, progress=progress) as results:
+        with Results(listed, most_skipped, resume, progress=progress) as results:
+            await asyncio.to_thread(results.take_kept)
             if results.done:
                 self._described = await self.models()
                 results.check(id_of(self._described, model))

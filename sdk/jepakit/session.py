@@ -245,6 +245,7 @@ class Model(Described):
             most_skipped=most_skipped,
         )
         with Results(listed, most_skipped, resume, progress=progress) as results:
+            results.take_kept()
             results.check(self.model_id)
             with (
                 Steps(len(listed), first=results.done, what="embed", progress=progress) as bar,
@@ -280,8 +281,13 @@ def _batches(
     Images that cannot be read correctly are left out; raises ImageError once there are too many.
     """
     threads = listed.threads(min(usable_cpus(), _MOST_DECODERS))
+
+    def read(place: int) -> Pixels:
+        results.will_read(place)
+        return preprocess(listed[place], spec)
+
     reading = work_ahead(
-        lambda place: preprocess(listed[place], spec),
+        read,
         range(results.done, len(listed)),
         threads=threads,
         ahead=_BATCHES_AHEAD * size,

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings, _job, session
+from jepakit._results import Results
 from jepakit.cli import app
 from jepakit.errors import ConfigError, ImageError, SpaceError, WriteError
 from jepakit.images import preprocess
@@ -232,22 +233,73 @@ def test_a_full_disk_is_told_and_costs_nothing_that_is_done(embed: Embed, folder
     assert_same(embed(folder, resume=part, progress=False), whole)
 
 
-def test_two_at_once_do_not_mix(bundle: Path, folder: Path, tmp_path: Path) -> None:
-    embed, part = jepakit.load(bundle).embed, tmp_path / "vectors.part"
+def test_a_second_at_the_same_time_is_refused_and_the_first_goes_on(
+    embed: Embed, bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, refused = tmp_path / "vectors.part", list[Exception]()
     whole = embed(folder, progress=False)
-    with pytest.MonkeyPatch.context() as patch:
-        real, calls = session.Model._vectors, iter(range(COUNT))
 
-        def with_another(self: session.Model, pixels: Any) -> Any:
-            if next(calls) == 3:
-                patch.undo()
-                assert_same(embed(folder, resume=part, progress=False), whole)
-            return real(self, pixels)
+    def with_another(self: Results, *rest: Any) -> None:
+        with pytest.raises(ConfigError, match=f"{part} is in use by another `embed`") as caught:
+            jepakit.load(bundle).embed(folder, resume=part, progress=False)
+        refused.append(caught.value)
+        add(self, *rest)
 
-        patch.setattr(session.Model, "_vectors", with_another)
-        with pytest.raises(WriteError, match="written by another process, too"):
-            embed(folder, resume=part, progress=False)
+    add = Results.add
+    monkeypatch.setattr(Results, "add", with_another)
     assert_same(embed(folder, resume=part, progress=False), whole)
+    assert refused
+
+
+def test_vectors_of_other_images_are_not_lost_to_a_mistake(embed: Embed, folder: Path, tmp_path: Path) -> None:
+    part = tmp_path / "vectors.part"
+    whole = embed(folder, resume=part, progress=False)
+    data = part.read_bytes()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "0.png").write_bytes(picture(1))
+    with pytest.raises(ConfigError, match=f"{part} keeps vectors of other images than these"):
+        embed(tmp_path / "others", resume=part, progress=False)
+    assert part.read_bytes() == data
+    (folder / "dogs" / "zzz.png").write_bytes(b"no image")
+    (image(folder, 79)).unlink()
+    with pytest.raises(ImageError):
+        embed(folder, resume=part, progress=False)
+    assert part.read_bytes() == data, "what does not fit is there until there is something to put in its place"
+    assert_same(embed(folder, resume=part, most_skipped=0.1, progress=False), whole[: COUNT - 1])
+
+
+def test_an_image_that_is_replaced_while_it_is_embedded_is_embedded_again(
+    embed: Embed, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = tmp_path / "vectors.part"
+
+    def replaced_before(self: Results, *rest: Any) -> None:
+        image(folder, 70).write_bytes(picture(1000))
+        add(self, *rest)
+
+    add = Results.add
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "add", replaced_before)
+        patch.setattr(_job, "AT_ONCE", COUNT)
+        embed(folder, resume=part, progress=False)
+    assert_same(embed(folder, resume=part, progress=False), embed(folder, progress=False))
+
+
+def test_thousands_left_out_before_the_first_vector_are_remembered(bundle: Path, tmp_path: Path) -> None:
+    embed, part = jepakit.load(bundle).embed, tmp_path / "vectors.part"
+    (tmp_path / "good.png").write_bytes(picture(0))
+    images = [*(tmp_path / f"{'gone' * 40}{place}.png" for place in range(5000)), tmp_path / "good.png"]
+    whole = embed(images, resume=part, most_skipped=1, progress=False)
+    assert part.stat().st_size > 1 << 20
+    data = part.read_bytes()
+    assert_same(embed(images, resume=part, most_skipped=1, progress=False), whole)
+    assert part.read_bytes() == data
+
+
+def test_a_name_that_no_file_can_have_is_left_out(embed: Embed, folder: Path, tmp_path: Path) -> None:
+    images = [image(folder, 0), "no\0file.png", image(folder, 1)]
+    found = embed(images, resume=tmp_path / "part", most_skipped=0.5, progress=False)
+    assert found.ids == (str(images[0]), str(images[2]))
 
 
 def test_the_command_keeps_what_is_done_and_clears_it_away_in_the_end(
@@ -270,6 +322,17 @@ def test_the_command_keeps_what_is_done_and_clears_it_away_in_the_end(
         assert "continuing from there" in done.stderr
         assert_same(Embeddings.load(out), whole)
         out.unlink()
+
+
+def test_the_command_keeps_what_is_done_until_all_is_written(bundle: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.npz"
+    (tmp_path / "e.npz.skipped.csv").mkdir()
+    command = ["embed", str(folder), "--bundle", str(bundle), "--out", str(out), "--most-skipped", "0.5"]
+    assert isinstance(CliRunner().invoke(app, command).exception, WriteError)
+    (tmp_path / "e.npz.skipped.csv").rmdir()
+    done = CliRunner().invoke(app, command)
+    assert f"keeps what is done, {COUNT} of {COUNT} images" in done.stderr
+    assert not (tmp_path / "e.npz.part").exists()
 
 
 def test_a_killed_command_continues(bundle: Path, folder: Path, tmp_path: Path) -> None:

@@ -189,6 +189,18 @@ def test_a_checkpoint_of_other_libraries_is_refused_in_words(
         adapt(tmp_path / "run")
 
 
+def test_a_gpu_without_room_for_a_checkpoint_is_no_reason_to_remove_it(
+    adapt: Adapt, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    shutil.copytree(stopped, tmp_path / "run")
+    monkeypatch.setattr(Learner, "load_state_dict", full)
+    with pytest.raises(TrainingError, match=r"out of the GPU's memory .*the last checkpoint is sound"):
+        adapt(tmp_path / "run")
+
+
 def test_a_collapse_stays_with_the_verdict(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = adapt(tmp_path / "run", steps=2)
     assert (run.collapsed, run.plan["steps"]) == (False, 2)

@@ -155,6 +155,13 @@ def test_a_run_that_was_stopped_is_told(copied: Path) -> None:
         jepakit.open_sweep(copied)
 
 
+def test_a_run_whose_projections_collapsed_is_named_beside_its_scores(copied: Path) -> None:
+    log = copied / "lamb=0.05" / METRICS
+    log.write_text("".join(json.dumps({**step, "proj_std": 0.01}) + "\n" for step in Run(log.parent).metrics()))
+    told = [line for line in str(jepakit.open_sweep(copied)).splitlines() if line.endswith("collapsed")]
+    assert [line.split()[0] for line in told] == ["lamb=0.05"]
+
+
 def test_a_run_whose_log_was_lost_costs_no_verdict(copied: Path) -> None:
     (copied / "lamb=0.02" / METRICS).unlink()
     sweep = jepakit.open_sweep(copied)

@@ -7,7 +7,6 @@ the data, making room for one image would always evict one that is needed sooner
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
@@ -19,14 +18,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._files import reason_of, replacing
+from jepakit._files import lock_file, reason_of, replacing
 from jepakit._say import say
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit.manifest import Preprocess
 from jepakit.sources.aside import CACHED
 from jepakit_training.memory import GB
-from jepakit_training.run_folder import lock
 from jepakit_training.views import resize
 
 _FORMAT = 2
@@ -102,7 +100,7 @@ class ImageCache:
     def _ledger(self) -> Iterator[tuple[BinaryIO, bool]]:
         """The file that records how many bytes are used, and whether it is locked against all other processes."""
         with (self._folder / _LEDGER).open("a+b") as ledger:
-            yield ledger, lock(ledger.fileno(), fcntl.LOCK_EX)
+            yield ledger, lock_file(ledger.fileno(), wait=True)
 
     def _reserve(self, size: int) -> bool:
         """Reserve `size` more bytes; returns whether there was room."""

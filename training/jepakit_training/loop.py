@@ -86,7 +86,8 @@ def _train(setup: Setup, run: Run, measuring_s: float) -> None:
     """Train the backbone in place, from the newest checkpoint if there is one."""
     config, accelerator, plan = setup.config, setup.accelerator, setup.plan
     learner = Learner(config, plan, setup.backbone, setup.spec, accelerator)
-    first = _restore(run.path / CHECKPOINTS, learner, accelerator)
+    with explaining_out_of_memory(config, plan, setup.backbone, accelerator):
+        first = _restore(run.path / CHECKPOINTS, learner, accelerator)
     saver = Saver(run.path / CHECKPOINTS, config.save_every_s, first, main=accelerator.is_main_process)
     skips = SharedSkippedFiles(setup.skipped, setup.dataset.images.ids, accelerator.num_processes)
     told_to_stop = SharedFlag()
@@ -159,6 +160,8 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
     if found is not None:
         try:
             learner.load_state_dict(found[1])
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{folder} holds the state of another model than these versions of the libraries build ({lines_of(error)[0]}): install "

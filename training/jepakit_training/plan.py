@@ -168,7 +168,7 @@ def _lamb(config: AdaptConfig, views: ViewsConfig, batch_size: int) -> tuple[flo
         return usual, []
     lamb = min(MOST_LAMBDA, usual * DEFAULT_BATCH_SIZE / batch_size)
     return lamb, [
-        f"lamb = {lamb:.2g} instead of {usual:g}: SIGReg weighs less in batches of fewer than {DEFAULT_BATCH_SIZE} images"
+        f"lamb = {lamb:.3g} instead of {usual:g}: SIGReg weighs less in batches of fewer than {DEFAULT_BATCH_SIZE} images"
     ]
 
 

@@ -3,8 +3,6 @@ folder is refused at once."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -19,7 +17,7 @@ from typing import Any
 import tomli_w
 
 from jepakit._extras import versions_of
-from jepakit._files import reason_of, replacing
+from jepakit._files import lock_file, reason_of, replacing
 from jepakit._messages import counted
 from jepakit._say import say
 from jepakit.config import START_WORDS, AdaptConfig, flattened
@@ -42,8 +40,6 @@ _PACKAGES = (
     "jepakit", "torch", "torchvision", "timm", "peft", "accelerate", "numpy", "pillow", "tifffile", "imagecodecs", "pydicom",
     "python-gdcm",
 )  # fmt: skip
-# Some network file systems (Lustre without `-o flock`, old NFS) have none.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _held: set[int] = set()
 
 
@@ -85,23 +81,12 @@ def _holder(out: Path) -> str:
     return words or "another process"
 
 
-def lock(descriptor: int, how: int) -> bool:
-    """Lock an open file, with the operation `how` of `flock`; False where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
-
-
 def _lock(path: Path) -> int:
     """An open, locked descriptor of the file at `path`, which says who holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            is_locked = lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock_file(descriptor)
         except OSError:
             os.close(descriptor)
             raise

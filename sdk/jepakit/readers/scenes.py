@@ -122,6 +122,6 @@ def stamp_of(file: int | str | Path) -> tuple[int, ...] | None:
     """Identifies a file, open or by its path, in its present state; None if it is gone."""
     try:
         status = os.stat(file)  # noqa: PTH116 (it may be a descriptor)
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL byte is no file's
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

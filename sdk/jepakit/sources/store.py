@@ -25,7 +25,7 @@ def stamp_of(path: str | Path, *part: int) -> str | None:
     path = Path(path).absolute()
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL byte is no file's
         return None
     return json.dumps([os.fsdecode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *part])
 
