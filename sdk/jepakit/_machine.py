@@ -7,12 +7,13 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 SHARED = Path("/dev/shm")
 MORE_SHARED = "give the container more (docker run --shm-size 2g)"
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,10 +28,7 @@ class _Memory(NamedTuple):
 
 _V2 = _Memory("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file"))
 _V1 = _Memory(
-    "memory/memory.limit_in_bytes",
-    "memory/memory.usage_in_bytes",
-    "memory/memory.stat",
-    ("total_inactive_file", "total_active_file"),
+    "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", ("total_inactive_file", "total_active_file")
 )
 
 
@@ -46,10 +44,8 @@ def usable_cpus() -> int:
 
 def memory_limit() -> int | None:
     """Memory limit of the control group (version 2, else 1) in bytes; None, or a huge number, if there is no limit."""
-    try:
-        return int((_CGROUP / _memory().limit).read_text())
-    except (OSError, ValueError):  # no control groups here, or "max"
-        return None
+    files, groups = _memory_groups()
+    return min(filter(None, (_limit(group, files) for group in groups)), default=None)
 
 
 def main_memory() -> int:
@@ -60,13 +56,8 @@ def main_memory() -> int:
 
 def memory_room() -> int | None:
     """Bytes left below `memory_limit`. Cached files count as free, a tmpfs does not."""
-    limit, files = memory_limit(), _memory()
-    try:
-        used = int((_CGROUP / files.used).read_text())
-        kinds = dict(line.split() for line in (_CGROUP / files.kinds).read_text().splitlines())
-        return None if limit is None else limit - used + sum(int(kinds[name]) for name in files.cached)
-    except (OSError, ValueError, KeyError):
-        return None
+    files, groups = _memory_groups()
+    return min((room for group in groups if (room := _room(group, files)) is not None), default=None)
 
 
 def trim_heap() -> None:
@@ -82,19 +73,57 @@ def end_with_parent(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def _memory() -> _Memory:
-    return _V2 if (_CGROUP / _V2.limit).is_file() else _V1
+def _limit(group: Path, files: _Memory) -> int | None:
+    try:
+        return int((group / files.limit).read_text())
+    except (OSError, ValueError):  # no such group here, or "max"
+        return None
+
+
+def _room(group: Path, files: _Memory) -> int | None:
+    limit = _limit(group, files)
+    try:
+        used = int((group / files.used).read_text())
+        kinds = dict(line.split() for line in (group / files.kinds).read_text().splitlines())
+        return None if limit is None else limit - used + sum(int(kinds[name]) for name in files.cached)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _memory_groups() -> tuple[_Memory, list[Path]]:
+    """The files and the folders of the groups that limit this process's memory."""
+    of_v2 = [group for group in _groups(_CGROUP, "") if (group / _V2.limit).is_file()]
+    return (_V2, of_v2) if of_v2 else (_V1, _groups(_CGROUP / "memory", "memory"))
 
 
 def _cpu_quota() -> float | None:
-    """Cores that the control group (version 2, else 1) grants; None for no limit."""
-    v2, v1 = _CGROUP / "cpu.max", _CGROUP / "cpu"
+    """Cores that the control groups (version 2, else 1) grant; None for no limit."""
+    of_v2 = [[group / "cpu.max"] for group in _groups(_CGROUP, "") if (group / "cpu.max").is_file()]
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    quotas = of_v2 or [[group / name for name in names] for group in _groups(_CGROUP / "cpu", "cpu")]
+    return min(filter(None, map(_cores, quotas)), default=None)
+
+
+def _cores(files: list[Path]) -> float | None:
+    """Cores that one group grants, from its file (version 2) or its two (version 1); None for no limit."""
     try:
-        if v2.is_file():
-            quota, period = v2.read_text().split()
-        else:
-            quota, period = ((v1 / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-        cores = int(quota) / int(period) if quota != "max" else 0
+        granted, period = " ".join(file.read_text() for file in files).split()
+        cores = int(granted) / int(period) if granted != "max" else 0
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return cores if cores > 0 else None  # version 1 writes -1 for no limit
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """The folder of this process's control group, such as a systemd unit's, and of those it lies in: all their limits hold.
+    A container often shows only its own, as `root`.
+
+    controller  of version 1; empty for version 2
+    """
+    own = PurePosixPath()
+    with suppress(OSError, ValueError):
+        for line in _OWN_GROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                own = PurePosixPath(path.lstrip("/"))
+    return [root] if ".." in own.parts else [root / part for part in (own, *own.parents)]

@@ -17,11 +17,12 @@ CORES = 8
 def _eight_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(CORES)))
     monkeypatch.setattr(_machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(_machine, "_OWN_GROUP", tmp_path / "own")
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
@@ -76,6 +77,41 @@ def test_without_an_affinity_all_cores_are_usable(
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: counted)
     assert usable_cpus() == cores
+
+
+UNIT = "system.slice/jepakit.service"
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_the_limits_of_a_systemd_unit_hold_and_so_do_those_around_it(tmp_path: Path, above: bool) -> None:
+    """On a machine of its own, the root of the control groups has none of these files."""
+    least, other = ("system.slice", UNIT) if above else (UNIT, "system.slice")
+    write(
+        tmp_path,
+        {
+            "own": f"1:cpu:/elsewhere\n0::/{UNIT}\n",
+            f"{least}/cpu.max": "200000 100000\n",
+            f"{other}/cpu.max": "400000 100000\n",
+            **{f"{least}/{name}": text for name, text in MEMORY_2.items()},
+            **{f"{other}/{name}": text for name, text in {**MEMORY_2, "memory.max": "5000\n"}.items()},
+        },
+    )
+    assert (usable_cpus(), memory_limit(), memory_room()) == (2, 1000, 700)
+
+
+@pytest.mark.parametrize("own", ["/unit", "/../../unit", "/docker/not-seen-here"])
+def test_groups_of_version_1_are_known_by_their_controller(tmp_path: Path, own: str) -> None:
+    folder = "unit/" if own == "/unit" else ""
+    write(
+        tmp_path,
+        {
+            "own": f"4:memory:{own}\n3:cpuset:/\n2:cpu,cpuacct:{own}\n0::/\n",
+            f"cpu/{folder}cpu.cfs_quota_us": "150000\n",
+            f"cpu/{folder}cpu.cfs_period_us": "100000\n",
+            **{name.replace("/", f"/{folder}"): text for name, text in MEMORY_1.items()},
+        },
+    )
+    assert (usable_cpus(), memory_limit(), memory_room()) == (2, 1000, 700)
 
 
 def test_without_control_groups_the_affinity_decides() -> None:

@@ -397,6 +397,7 @@ def test_the_memory_that_is_left_is_no_more_than_the_machines() -> None:
 
 def test_cached_files_of_a_container_are_no_used_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(_machine, "_OWN_GROUP", tmp_path / "none")
     (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{90 << 20}\n")
     (tmp_path / "memory.stat").write_text(f"anon {30 << 20}\ninactive_file {60 << 20}\nactive_file 0\n")
