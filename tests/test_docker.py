@@ -28,6 +28,7 @@ from jepakit._ray import OWN
 from jepakit.cli import app
 from jepakit_service.metrics import Metrics
 from jepakit_service.ray_environment import NODE_ENVIRONMENT
+from jepakit_service.routes import STEADY
 from jepakit_service.settings import ServeSettings, load
 
 ROOT = Path(__file__).parents[1]
@@ -281,6 +282,8 @@ def check_counted(expression: str) -> None:
     assert names
     for name in names:
         assert name.startswith("DCGM_") or re.sub("_(bucket|sum|total)$", "", name) in counted, name
+    for routes in re.findall('route!~"(.+?)"', expression):
+        assert set(routes.split("|")) <= set(STEADY), "each matches a route's whole label"
 
 
 def test_alerts_ask_for_what_the_service_counts_and_their_numbers_are_the_shipped_ones(compose: Any) -> None:

@@ -211,7 +211,8 @@ class Updates:
         self._give_up(versions)
         versions.failed[digest] = reason
         versions.update = Update(digest, "failed", reason)
-        _log.error("a new version was refused, the old one stays: %s", reason)
+        stays = "" if versions.current is None else ", the old one stays"
+        _log.error("a new version was refused%s: %s", stays, reason)
 
     def _give_up(self, versions: Versions) -> None:
         if versions.next is not None:
