@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepakit._files import fsync, reason_of
+from jepakit._say import say
 from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
@@ -80,21 +81,32 @@ def _alone(folder: Path) -> Iterator[None]:
 def _recover(folder: Path, name: str) -> None:
     """After deploys that were killed: put back an old version of `name` that nothing has replaced, and remove unfinished
     copies."""
-    for left in sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: path.stat().st_ctime, reverse=True):
+    for left in sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: path.lstat().st_ctime, reverse=True):
         if left.suffix != _OLD:
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
             continue
         with contextlib.suppress(InputError):  # damaged, or something else is in its place
             old = open_bundle(left)
             if old.manifest.name == name and not (target := _place(old, folder)).exists():
                 left.rename(target)
+                say(f"{target} is put back: a deploy that was ended early had moved it aside")
 
 
 def _sweep(folder: Path, name: str) -> None:
     """Remove old versions that killed deploys have left, now that another one is in service."""
     for old in folder.glob(f"{_PREFIX}*{_OLD}"):
         if not is_bundle(old) or _name_of(old) == name:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one; what this user may not remove is said to stay."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        say(f"warning: {folder} could not be removed: remove it as the user who made it")
 
 
 def _name_of(path: Path) -> str | None:
@@ -136,7 +148,7 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
     old = new.with_suffix(_OLD)
     try:
         _copy(bundle, new)
-        if target.exists():
+        if target.exists() or target.is_symlink():
             target.rename(old)
         new.rename(target)
         fsync(target.parent)
@@ -145,7 +157,8 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
         with _unstoppable():
             _undo(bundle, target, new, old)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists() or old.is_symlink():
+        _remove(old)
 
 
 @contextlib.contextmanager
@@ -179,13 +192,13 @@ def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
         with contextlib.suppress(BundleError):  # removed since, or somebody else's
             if not new.exists() and open_bundle(target).digest == bundle.digest:
                 target.rename(new)
-        if old.exists():
+        if old.exists() or old.is_symlink():
             old.rename(target)
     except OSError as error:
         raise ServeError(
             f"{target} could not be restored ({reason_of(error)}): put the old version back yourself, it is in {old}"
         ) from None
-    shutil.rmtree(new, ignore_errors=True)
+    _remove(new)
 
 
 def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelInfo:

@@ -654,6 +654,39 @@ def test_a_model_that_was_removed_is_not_brought_back_by_the_deploy_of_another(
     assert {path.name for path in folder.iterdir()} == {"tiny", ".deploy-a.old"}
 
 
+def test_a_bundle_that_is_a_link_is_replaced_and_the_link_goes(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path, tmp_path: Path
+) -> None:
+    """As release folders are switched: the deploy after the next finds that the linked release has been removed."""
+    (folder / "tiny").rename(tmp_path / "release")
+    (folder / "tiny").symlink_to(tmp_path / "release")
+    with pytest.raises(ServeError, match="the folder was restored"):
+        to(other, folder)
+    assert (folder / "tiny").is_symlink()
+    to(other, folder, lambda: told(other))
+    assert digest(tmp_path / "release") == digest(bundle)
+    assert [path.name for path in folder.iterdir()] == ["tiny"]
+    (folder / ".deploy-a.old").symlink_to(tmp_path / "gone")
+    shutil.rmtree(folder / "tiny")
+    (folder / "tiny").symlink_to(tmp_path / "gone")
+    to(bundle, folder, lambda: told(bundle))
+    assert [path.name for path in folder.iterdir()] == ["tiny"]
+    assert digest(folder / "tiny") == digest(bundle)
+
+
+def test_what_a_deploy_may_not_remove_is_named(
+    to: Callable[..., None],
+    other: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    to(other, folder, lambda: told(other))
+    [old] = folder.glob(".deploy-*.old")
+    assert f"warning: {old} could not be removed" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("signals")
 def test_a_signal_long_after_one_that_a_library_swallowed_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     cli._exit_on_signals()
