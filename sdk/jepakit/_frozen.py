@@ -28,5 +28,10 @@ class StrictBools(BaseModel):
 class Printed:
     """What `print` shows, a notebook shows too, as the last value of a cell."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # IPython takes the first class in the MRO that defines this or `__repr__` itself, and bases or decorators may.
+        super().__init_subclass__(**kwargs)
+        cls._repr_pretty_ = Printed._repr_pretty_  # type: ignore[method-assign]
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))

@@ -56,12 +56,12 @@ def is_terminal(stream: TextIO | None) -> bool:
     """Whether standard output or error is a terminal; None if it was closed before the program began."""
     try:
         return stream is not None and stream.isatty()
-    except ValueError:  # closed by the program
+    except (ValueError, AttributeError):  # closed by the program, or its own object that can only write
         return False
 
 
 class _Unfailing:
-    """A stream whose `write` and `flush` pass over a full disk, a closed pipe and a closed file."""
+    """A stream whose `write` and `flush` pass over a full disk, a closed pipe, a closed file, and a missing `flush`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -76,7 +76,7 @@ class _Unfailing:
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             _end_in_peace()
 
     def __getattr__(self, name: str) -> Any:
@@ -98,5 +98,5 @@ def drop_unwritten(stream: TextIO | None) -> None:
     except OSError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except ValueError:  # closed
+    except (ValueError, AttributeError):  # closed, or an object without `flush`
         return

@@ -57,7 +57,7 @@ class Skipped:
         """Leave out one image. Raises ImageError if none may be left out, if too many are, or if none remains."""
         if not self.allowed:
             remedy = "; to leave such images out, allow a share of them (most_skipped)" if len(self._images) > 1 else ""
-            raise ImageError(f"{error}{remedy}", code=error.code)
+            raise ImageError(f"{error}{remedy}", code=error.code) from None
         self._errors[place] = error
         found, of = len(self._errors), len(self._images)
         if exceeds(found, of, self._most) or found == of:
@@ -66,7 +66,7 @@ class Skipped:
                 f"{first}; {found:,} of {counted(of, 'image')} cannot be embedded so far, and at most a share of "
                 f"{self._most:g} may be left out, never all: repair or remove them, or allow a larger one (most_skipped)",
                 code=first.code,
-            )
+            ) from None
 
     def told(self, first: int, end: int) -> list[tuple[int, str, str]]:
         """Place, message and code of those from place `first` up to `end`, in order."""

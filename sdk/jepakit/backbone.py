@@ -103,7 +103,8 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
                 f"{', '.join(_ARGUMENTS)}): do not trust it"
             )
     try:
-        module = build(backbone.name, backbone.arguments)
+        with torch.random.fork_rng(devices=[]):  # timm draws weights, and a caller's seed is for the caller
+            module = build(backbone.name, backbone.arguments)
     except Exception as error:  # each architecture raises its own
         raise BackboneError(
             f"timm cannot build {backbone.name} as the bundle says, with {str(backbone.arguments)[:200]}: {lines_of(error)[0]}; "

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils._headers import build_hf_headers
 
@@ -53,7 +54,9 @@ def test_what_timm_cannot_build_is_told_with_its_reason(backbone: Backbone) -> N
 @pytest.mark.parametrize(("name", "bands"), [("test_vit", 3), ("test_vit", 4), ("test_resnet", 1)])
 def test_what_we_build_is_built_again_from_its_description(name: str, bands: int) -> None:
     module, backbone = start_backbone(name, "random", 64, bands)
+    before = torch.random.get_rng_state()
     again = restore(backbone, tensors_of(module))
+    assert torch.equal(torch.random.get_rng_state(), before), "a caller's seed is for the caller"
     assert all((value == again.state_dict()[key]).all() for key, value in module.state_dict().items())
 
 

@@ -25,7 +25,18 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from jepakit import Embeddings, KNNProbe, LinearProbe, load_probe, probes
+from jepakit import (
+    Comparison,
+    DryRun,
+    Embeddings,
+    Inspection,
+    KNNProbe,
+    LinearProbe,
+    Sweep,
+    Verdict,
+    load_probe,
+    probes,
+)
 from jepakit._groups import assign_folds
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit.errors import ConfigError, DataError, InputError, SpaceError
@@ -934,10 +945,13 @@ def test_digests_of_double_precision_tell_what_single_would_not() -> None:
     assert (np.diff(probe.fitted_on_.astype(object)) > 0).all(), "and their order tells nothing of the images'"
 
 
-def test_a_notebook_shows_what_print_does() -> None:
+@pytest.mark.parametrize("kind", [Comparison, DryRun, Inspection, ProbeReport, Sweep, Verdict])
+def test_a_notebook_shows_what_print_does(kind: type) -> None:
+    """IPython asks the first class in the MRO that defines `_repr_pretty_` or `__repr__` itself."""
+    asked = next(one for one in kind.__mro__ if vars(one).keys() & {"_repr_pretty_", "__repr__"})
     shown: list[str] = []
     report = ProbeReport(0.5, 0.5, {"cat": 0.5}, n=2, n_fitted_on=2)
-    report._repr_pretty_(SimpleNamespace(text=shown.append), cycle=False)
+    vars(asked)["_repr_pretty_"](report, SimpleNamespace(text=shown.append), cycle=False)
     assert shown == [str(report)]
 
 

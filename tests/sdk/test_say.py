@@ -51,7 +51,13 @@ def test_lines_that_nobody_reads_are_lost_and_the_work_goes_on() -> None:
     assert (ended.returncode, ended.stdout) == (0, b"worked\n")
 
 
-@pytest.mark.parametrize("closing", ["sys.stderr = None", "sys.stderr.close()"])
+_ONLY_WRITES = "sys.stderr = type('Only', (), {'write': lambda self, text: None})()"
+_UNTIL_PYTHON_FLUSHES = "import atexit; atexit.register(setattr, sys, 'stderr', None)"
+
+
+@pytest.mark.parametrize(
+    "closing", ["sys.stderr = None", "sys.stderr.close()", f"{_ONLY_WRITES}; {_UNTIL_PYTHON_FLUSHES}"]
+)
 def test_without_standard_error_nothing_is_said_and_standard_output_is_the_results(closing: str) -> None:
     ended = done(f"import sys; {closing}\n{TALKS}", stdout=subprocess.PIPE)
     assert (ended.returncode, ended.stdout) == (0, b"worked\n")

@@ -372,12 +372,13 @@ def test_images_that_cannot_be_embedded_are_left_out_up_to_a_share(
     assert f"3 images left out, as they cannot be embedded: {names}; the first: {reason}" in capsys.readouterr().err
     with pytest.raises(
         ImageError, match=rf"{first}: .*; 3 of 20 images cannot be embedded so far, and at most a share of 0.1"
-    ):
+    ) as too_many:
         model.embed(folder, most_skipped=0.1, progress=False)
     with pytest.raises(
         ImageError, match=rf"^{first}: .*; to leave such images out, allow a share of them \(most_skipped\)"
-    ):
+    ) as none_allowed:
         model.embed(folder, progress=False)
+    assert all(raised.value.__suppress_context__ for raised in (too_many, none_allowed)), "one traceback, not two"
 
 
 def test_some_image_must_be_left(model: Model, tmp_path: Path) -> None:
