@@ -9,11 +9,19 @@ from typing import Any
 from typer.core import TyperCommand
 
 from jepakit._files import as_path, reason_of
+from jepakit._messages import in_command
 from jepakit.errors import ConfigError
 
 
 class WithSettings(TyperCommand):
     """A command with --set, which an unknown option that is the name of a setting is told to use."""
+
+    def invoke(self, ctx: Any) -> Any:
+        before = in_command.set(True)
+        try:
+            return super().invoke(ctx)
+        finally:
+            in_command.reset(before)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = {

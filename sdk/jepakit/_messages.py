@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 from jepakit.errors import ConfigError
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _Model = TypeVar("_Model", bound="BaseModel")
+
+in_command: ContextVar[bool] = ContextVar("in_command", default=False)
+"""Whether one of our commands or workers runs, so that the process is jepakit's own: nobody else's work is lost with it."""
 
 
 _MEANT = {"gpu": "cuda"}

@@ -16,15 +16,23 @@ import torch
 from tests.training.forked import start
 from torch.utils.data import DataLoader, Dataset
 
+from jepakit._messages import in_command
 from jepakit_training.stopping import asked_by, stopping
 
 GRACE_S = 1.0
 
 
 def train(
-    folder: Path, step_s: float, *, in_one_call: bool = False, stubborn: bool = False, loader: bool = False
+    folder: Path,
+    step_s: float,
+    *,
+    in_one_call: bool = False,
+    stubborn: bool = False,
+    loader: bool = False,
+    command: bool = False,
 ) -> None:
     """A loop like the trainer's; `in_one_call`: a step is one call into C++, during which Python handles no signals."""
+    in_command.set(command)
     with stopping(lambda: 7, grace_s=GRACE_S) as stop:
         if loader and os.fork() == 0:
             (folder / "loader").write_text(str(os.getpid()))
@@ -84,12 +92,16 @@ def test_a_long_step_is_left_when_the_grace_is_over(tmp_path: Path) -> None:
     assert "stopped in the middle of a step: the same command will go on from step 7" in (tmp_path / "log").read_text()
 
 
-def test_a_second_ctrl_c_ends_even_a_long_step(tmp_path: Path) -> None:
-    process = begun(tmp_path, in_one_call=True)
+@pytest.mark.parametrize(("command", "code"), [(True, 130), (False, None)])
+def test_a_second_ctrl_c_ends_even_a_long_step_but_no_process_of_a_caller(
+    tmp_path: Path, command: bool, code: int | None
+) -> None:
+    process = begun(tmp_path, in_one_call=True, command=command)
     for _ in range(2):
         os.kill(process.pid or 0, signal.SIGINT)
         time.sleep(0.3)
-    assert ended(process, 20) == 130
+    assert (tmp_path / "log").read_text() == "stopping after this step …\n"
+    assert ended(process, 20 if command else 5) == code
 
 
 def test_a_second_ctrl_c_interrupts_a_step_at_once() -> None:

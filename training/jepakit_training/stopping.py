@@ -3,8 +3,9 @@
 SIGINT and SIGTERM ask for a stop at the end of the step. Python handles signals between two of its own
 instructions, and one backward pass of a large model on a CPU is one instruction that can take minutes; the senders
 of SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kill after about 30 s. So a thread waits on a pipe into which
-the C handler writes at once, and ends the process itself if the step does not end in time. Only that step is lost:
-slow steps are each saved (`checkpoint.Saver`).
+the C handler writes at once, says that the run stops, and ends the process itself if the step does not end in time. Only
+that step is lost: slow steps are each saved (`checkpoint.Saver`). Ctrl-C ends so only processes of jepakit's own: a
+notebook's kernel, or a caller's script, may hold other work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 
+from jepakit._messages import in_command
 from jepakit._say import say
 
 GRACE_S = 20.0
@@ -94,7 +96,7 @@ class _Watchdog:
     handler."""
 
     def __init__(self, stop: Stop, grace_s: float) -> None:
-        self._stop, self._grace_s = stop, grace_s
+        self._stop, self._grace_s, self._is_ours = stop, grace_s, in_command.get()
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._thread = threading.Thread(target=self._watch, name="jepakit-stopping", daemon=True)
@@ -112,7 +114,7 @@ class _Watchdog:
 
     def _watch(self) -> None:
         """Returns when the pipe's other end is closed."""
-        deadline, code, interrupts = None, 0, 0
+        deadline, code, interrupts, told = None, 0, 0, False
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._reading], [], [], left)[0]:
@@ -123,8 +125,11 @@ class _Watchdog:
             numbers = os.read(self._reading, 64)
             if not numbers:
                 return
+            if not told:  # in a thread, as a write can wait, and this one must not
+                threading.Thread(target=say, args=("stopping after this step …",), daemon=True).start()
+                told = True
             interrupts += numbers.count(signal.SIGINT)
-            if interrupts >= 2:
+            if interrupts >= 2 and self._is_ours:
                 deadline, code = time.monotonic() + _SECOND_GRACE_S, 128 + signal.SIGINT
             elif signal.SIGTERM in numbers and deadline is None:
                 deadline, code = time.monotonic() + self._grace_s, 128 + signal.SIGTERM
@@ -144,7 +149,8 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
     newest   the step of the newest checkpoint, for the message; 0 if there is none
     grace_s  seconds that a step may continue after SIGTERM; then the process ends with exit code 143
 
-    A second SIGINT interrupts the step, and ends the process with exit code 130 if even that takes over 2 s.
+    A second SIGINT interrupts the step; if even that takes over 2 s, a process of jepakit's own (`in_command`) ends
+    with exit code 130, and any other goes on to the end of what it computes.
     Outside the main thread (e.g. a notebook's worker) signal handling is not changed; use `asked_by` there.
     """
     stop = Stop(newest)

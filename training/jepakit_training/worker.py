@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 
+from jepakit._messages import in_command
 from jepakit.errors import JepakitError
 from jepakit_training import ranks
 from jepakit_training.endings import reporting_ending
@@ -19,6 +20,7 @@ from jepakit_training.launch import run_rank
 
 def main() -> int:
     """Train as the environment's RANK; returns the exit code, and leaves the reason where `launch` looks for it."""
+    in_command.set(True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside the training loop there is nothing to save
     config, images, out, folder = pickle.load(sys.stdin.buffer)  # from our own parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
