@@ -15,7 +15,7 @@ import psutil
 from jepakit._loopback import is_loopback
 from jepakit.errors import ConfigError
 from jepakit_service.logs import say
-from jepakit_service.settings import ServeSettings
+from jepakit_service.settings import SERVICE, ServeSettings
 
 _START_TIMEOUT_S = 300.0
 _POLL_S, _LONGEST_PAUSE_S = 0.1, 10.0
@@ -66,18 +66,24 @@ def _error_at(family: int, address: Any) -> int:
 def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:
     """Wait until the service is ready, which takes the golden check, then print its open ports and its URL.
 
+    Another service's answer at that URL does not count, and is reported: it would get this one's requests and keys.
+
     fallback  another port that serves all of the service's HTTP
     """
     import httpx
 
-    url = own_url(settings)
+    url, reported = own_url(settings), False
     deadline, pause_s = time.monotonic() + _START_TIMEOUT_S, _POLL_S
     while time.monotonic() < deadline and not stopping():
         try:
-            if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
+            answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
+            if answer.status_code == 200 and answer.headers.get(SERVICE) == settings.service:
                 _print_listeners(settings, fallback)
                 say(f"ready: {url} (its routes: {url}/docs)")
                 return
+            if answer.status_code == 200 and not reported:
+                say(f"another service answers at {url}: stop it, or choose another --port", sys.stderr)
+                reported = True
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # that answer is an error in the log
         except httpx.TransportError:
             pass

@@ -17,7 +17,7 @@ from jepakit_service.metrics import merge
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report
-from jepakit_service.settings import ServeSettings
+from jepakit_service.settings import SERVICE, ServeSettings
 
 
 class Alive(TypedDict):
@@ -93,10 +93,11 @@ def router(replica: Replica) -> APIRouter:
         return {"status": "alive"}
 
     @routes.get("/readyz")
-    async def readyz() -> Readiness:
+    async def readyz(response: Response) -> Readiness:
         """Whether the models answer correctly: `ready`; `degraded` if some replica does not; 503 if none does."""
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
+        response.headers[SERVICE] = replica.settings.service
         return _readiness(await replica.reports(), replica.settings.replicas if replica.settings.ray else 1)
 
     @routes.get("/metrics", response_class=PlainTextResponse)

@@ -30,10 +30,10 @@ _ONGOING = 100_000
 def build(args: dict[str, Any]) -> Any:
     """The application for a Serve config file: `import_path: jepakit_service.ray_app:build`.
 
-    args  fields of `ServeSettings`. Where the cluster listens is set by its own `http_options`, unknown here: keys are
-          required unless `host` in `args` says that it is loopback. Raises ConfigError.
+    args  fields of `ServeSettings`. Where the cluster listens is set by its own `http_options`, unknown here like its
+          proxy: keys are required unless `host` in `args` says that it is loopback. Raises ConfigError.
     """
-    return application(parse(ServeSettings, {"host": "0.0.0.0", **args}), None)
+    return application(parse(ServeSettings, {"host": "0.0.0.0", "proxy": "python", **args}), None)
 
 
 def application(settings: ServeSettings, log_socket: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -36,6 +37,10 @@ _PREFIX = "JEPAKIT_SERVE_"
 _OF_KUBERNETES = re.compile(r"_service_(host|port.*)$|_port_\d+_.*$")
 _LINK = re.compile(r"(tcp|udp|sctp)://")
 """How Kubernetes' values begin, as in `JEPAKIT_SERVE_PORT` for a service `jepakit-serve`."""
+SERVICE = "X-Jepakit-Service"
+"""The header in which a ready service states its `ServeSettings.service`."""
+_HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Replicas listen on the service's own host, and Ray's HAProxy asks for all of them at 127.0.0.1."""
 
 
 class ServeSettings(StrictBools, BaseSettings):
@@ -53,7 +58,8 @@ class ServeSettings(StrictBools, BaseSettings):
     bundles: Annotated[tuple[UserPath, ...], NoDecode, Field(min_length=1)]
     """Folders of exported bundles, or folders that contain such folders and are watched for new ones."""
     host: str = "127.0.0.1"
-    """Address to listen on; any address other than loopback needs an API key file."""
+    """Address to listen on; any address other than loopback needs an API key file. Behind HAProxy (`proxy`) it is `127.0.0.1`,
+    `localhost` or, for all IPv4 addresses, `0.0.0.0`."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     api_key_file: UserPath | None = None
@@ -125,8 +131,18 @@ class ServeSettings(StrictBools, BaseSettings):
         """In the environment, several values are separated by commas."""
         return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
+    @property
+    def service(self) -> str:
+        """The same for all processes of a service, and another for any other service of this machine: their ports differ."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if self.ray and self.proxy == "haproxy" and self.host not in _HAPROXY_HOSTS:
+            raise ValueError(
+                f"host {self.host} is not one of {', '.join(_HAPROXY_HOSTS)}, and HAProxy reaches its replicas at 127.0.0.1 only: "
+                "choose 0.0.0.0 and a firewall, --proxy python, or --no-ray"
+            )
         if self.api_key_file is None and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is reachable from other machines, which needs --api-key-file FILE "

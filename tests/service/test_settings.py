@@ -29,7 +29,7 @@ from jepakit_service import app, keys, listeners, single
 from jepakit_service.keys import KeyFile, new_key
 from jepakit_service.listeners import announce_when_ready, check_port_is_free, free_port, own_url
 from jepakit_service.ray_environment import environment
-from jepakit_service.settings import ServeSettings, as_yaml, load
+from jepakit_service.settings import SERVICE, ServeSettings, as_yaml, load
 
 HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck.py"
 
@@ -80,6 +80,13 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capfd: pytest.Capture
         ("bundles: [a\n", "is not YAML"),
         ("port: 1\n", "name a bundle"),
         ("bundles: [a]\nhost: 0.0.0.0\n", "--api-key-file"),
+        *(
+            (
+                f"bundles: [a]\nproxy: haproxy\nhost: {host}\n",
+                f"host {host.strip(chr(39))} is not one of 127.0.0.1, .*--proxy python",
+            )
+            for host in ("192.0.2.2", "127.0.0.2", "'::1'", "'::'")
+        ),
         ("bundles: [a]\nreplicas: 3\nmax_replicas: 2\n", "less than replicas"),
         ("bundles: [a]\n1: a\n", "unknown setting '1'"),
         ("bundles: [a]\n? [b]\n: c\n", "is not YAML"),
@@ -156,7 +163,7 @@ def test_the_health_check_asks_whether_the_service_is_ready(monkeypatch: pytest.
     ],
 )
 def test_the_service_is_asked_where_it_listens(host: str, url: str) -> None:
-    assert own_url(ServeSettings(bundles=("a",), host=host, api_key_file=__file__)) == url
+    assert own_url(ServeSettings(bundles=("a",), host=host, api_key_file=__file__, ray=False)) == url
 
 
 def test_readiness_is_asked_for_past_any_proxy(
@@ -170,6 +177,7 @@ def test_readiness_is_asked_for_past_any_proxy(
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
+            self.send_header(SERVICE, settings.service)
             self.end_headers()
 
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
@@ -203,13 +211,27 @@ def test_a_service_that_does_not_become_ready_is_asked_less_and_less_often(monke
     assert now < end + 1
 
 
+def test_the_answer_of_another_service_is_not_readiness(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when two share a port of this machine: requests and keys would go to the other one."""
+    own = ServeSettings(bundles=("a",))
+    answering = [{}, {SERVICE: ServeSettings(bundles=("a",), port=8001).service}, {SERVICE: own.service}]
+    monkeypatch.setattr("httpx.get", lambda *_, **__: SimpleNamespace(status_code=200, headers=answering.pop(0)))
+    announce_when_ready(own, lambda: False)
+    assert answering == []
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[-1].startswith("ready: ")
+    assert printed.err == "another service answers at http://127.0.0.1:8000: stop it, or choose another --port\n"
+
+
 @pytest.mark.parametrize(
     ("host", "words"),
     [("203.0.113.1", "this machine has no such address"), ("a..b", "it is neither an address nor a name")],
 )
 def test_where_it_cannot_listen_is_told_with_the_reason(host: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot listen on .*{words}"):
-        check_port_is_free(ServeSettings(bundles=("a",), host=host, api_key_file=__file__))
+        check_port_is_free(ServeSettings(bundles=("a",), host=host, api_key_file=__file__, ray=False))
 
 
 def test_a_port_in_use_is_told_as_such() -> None:
