@@ -92,13 +92,13 @@ def _room(group: Path, files: _Memory) -> int | None:
 
 def _memory_groups() -> tuple[_Memory, list[Path]]:
     """The files and the folders of the groups that limit this process's memory."""
-    of_v2 = [group for group in _groups(_CGROUP, "") if (group / _V2.limit).is_file()]
+    of_v2 = [group for group in _groups(_CGROUP, "") if os.access(group / _V2.limit, os.R_OK)]
     return (_V2, of_v2) if of_v2 else (_V1, _groups(_CGROUP / "memory", "memory"))
 
 
 def _cpu_quota() -> float | None:
     """Cores that the control groups (version 2, else 1) grant; None for no limit."""
-    of_v2 = [[group / "cpu.max"] for group in _groups(_CGROUP, "") if (group / "cpu.max").is_file()]
+    of_v2 = [[group / "cpu.max"] for group in _groups(_CGROUP, "") if os.access(group / "cpu.max", os.R_OK)]
     names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     quotas = of_v2 or [[group / name for name in names] for group in _groups(_CGROUP / "cpu", "cpu")]
     return min(filter(None, map(_cores, quotas)), default=None)
