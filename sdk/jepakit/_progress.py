@@ -149,7 +149,8 @@ def _bar(what: str, total: int, first: int) -> Any:
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    bar = Bar(*columns, console=console)
+    # Results that are sent elsewhere go there, also while the bar runs.
+    bar = Bar(*columns, console=console, redirect_stdout=is_terminal(sys.stdout))
     bar.start()
     bar.add_task(what, total=total, completed=first, left="", values="")
     return bar

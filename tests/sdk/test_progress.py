@@ -154,6 +154,18 @@ def test_a_narrow_terminal_shows_the_bar_and_every_value(columns: int) -> None:
     assert " ".join(last.split("s", 1)[1].split()).startswith(" ".join(f"epoch 2.0/2  {VALUES}".split()))
 
 
+def test_results_that_are_sent_to_a_file_go_there_while_a_bar_runs() -> None:
+    program = """
+import io, sys
+from jepakit._progress import Steps
+sys.stdout = io.StringIO()
+with Steps(2):
+    print("result")
+assert sys.stdout.getvalue() == "result\\n"
+"""
+    assert "result" not in on_terminal("xterm", program=program)
+
+
 def test_nothing_to_do_has_no_bar() -> None:
     program = "from jepakit._progress import Steps\nwith Steps(0): pass"
     assert on_terminal("xterm", program=program) == ""
