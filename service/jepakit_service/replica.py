@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from jepakit.errors import ServeError
 from jepakit_service import memory
 from jepakit_service.bundles import find_bundles
 from jepakit_service.engine import Engine
+from jepakit_service.logs import LOGGER
 from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import NO_MODEL, Registry, VersionsState
 from jepakit_service.settings import ServeSettings
 from jepakit_service.sharing import Shared
 from jepakit_service.updates import Updates
+
+_log = logging.getLogger(LOGGER)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Replica:
     def __init__(self, settings: ServeSettings, ask_all: AskAll | None = None) -> None:
         self.settings = settings
         self.id = secrets.token_hex(4)
-        self.draining = False
+        self.draining, self._is_faulty = False, False
         self.metrics = Metrics()
         self.registry = Registry()
         self.engine = Engine(settings)
@@ -82,7 +86,16 @@ class Replica:
         if limit is not None and (used := memory.used_mb()) > limit:
             faults.append(f"uses {used:.0f} MB of memory, more than max_memory_mb = {limit}")
         self.metrics.ready.set(not faults and not self.draining)
+        self._tell([fault for fault in faults if fault != NO_MODEL])
         return tuple(faults)
+
+    def _tell(self, faults: list[str]) -> None:
+        """Log that this replica has become faulty, or well again: one that is replaced cannot be asked any more."""
+        if faults and not self._is_faulty:
+            _log.error("replica %s does not answer correctly: %s", self.id, "; ".join(faults))
+        elif self._is_faulty and not faults:
+            _log.info("replica %s answers correctly again", self.id)
+        self._is_faulty = bool(faults)
 
     async def report(self, with_metrics: bool = False) -> Report:
         """This replica's own state, with its metrics if they are asked for."""

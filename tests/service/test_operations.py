@@ -30,6 +30,7 @@ import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
 from jepakit_service import answers, heartbeat, logs, memory, models, operations, tracing
+from jepakit_service import replica as replica_module
 from jepakit_service.api import build_app
 from jepakit_service.faults import ApiError
 from jepakit_service.listeners import free_port, open_listeners
@@ -378,6 +379,23 @@ def test_too_much_memory_is_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(memory, "used_mb", lambda: 10_001.0)
     with pytest.raises(jepakit.errors.ServeError, match="10001 MB"):
         asyncio.run(replica.check())
+
+
+def test_a_replica_logs_once_why_it_does_not_answer_correctly_and_when_it_does_again(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be replaced for it, and then nobody can ask it any more."""
+    replica, lines = Replica(settings(bundle, max_memory_mb=10_000)), list[str]()
+    for used in (9_000.0, 10_001.0, 10_002.0, 9_000.0, 9_000.0):
+        monkeypatch.setattr(memory, "used_mb", lambda used=used: used)
+        with monkeypatch.context() as patch:
+            for level in ("error", "info"):
+                patch.setattr(replica_module._log, level, lambda text, *values: lines.append(text % values))
+            asyncio.run(replica.report())
+    assert lines == [
+        f"replica {replica.id} does not answer correctly: uses 10001 MB of memory, more than max_memory_mb = 10000",
+        f"replica {replica.id} answers correctly again",
+    ]
 
 
 def test_memory_that_is_not_limited_is_not_looked_at(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
