@@ -21,6 +21,7 @@ from contextvars import ContextVar
 
 from jepakit._messages import in_command
 from jepakit._say import say
+from jepakit_training import ranks
 
 GRACE_S = 20.0
 _SECOND_GRACE_S = 2.0
@@ -125,7 +126,7 @@ class _Watchdog:
             numbers = os.read(self._reading, 64)
             if not numbers:
                 return
-            if not told:  # in a thread, as a write can wait, and this one must not
+            if not told and ranks.rank() == 0:  # in a thread, as a write can wait, and this one must not
                 threading.Thread(target=say, args=("stopping after this step …",), daemon=True).start()
                 told = True
             interrupts += numbers.count(signal.SIGINT)
