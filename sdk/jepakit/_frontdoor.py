@@ -22,6 +22,7 @@ from jepakit.inspection import Inspection
 from jepakit.manifest import StartWeights
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList, list_images
+from jepakit.sources.find import as_list
 from jepakit.sources.memory import are_labelled_files
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[Ad
 
 def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> tuple[AdaptConfig, ImageList]:
     """Check the settings and list the images; missing packages are reported before torch is imported."""
+    images = as_list(images)
     config = _adapt_config(images, out, settings)
     listed = _listed(images, config)
     _require_to_adapt(config)
@@ -144,6 +146,7 @@ def _to_sweep(
     images: Any, folder: Path, vary: Mapping[str, Sequence[Any]], settings: AdaptSettings
 ) -> tuple[dict[str, AdaptConfig], ImageList]:
     """The checked settings of each run by its name, and the images; what is in the folder already is checked too."""
+    images = as_list(images)
     _adapt_config(images, folder, settings)  # what is wrong in all runs is told first
     configs = {
         name: _adapt_config(images, folder / name, chosen) for name, chosen in combinations(vary, settings).items()
@@ -174,6 +177,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
     Raises the errors of `adapt` for a wrong setting, unusable images or a missing package, and WriteError if the sheet cannot
     be written.
     """
+    images = as_list(images)
     config = parse(AdaptConfig, {**settings, "images": _describe_source(images), "weights": "random"})
     place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)

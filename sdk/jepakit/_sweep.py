@@ -62,6 +62,8 @@ def combinations(vary: Mapping[str, Sequence[Any]], settings: Mapping[str, Any])
         raise ConfigError(f"vary = {vary!r}: give a dict of settings and their values, e.g. {{'lamb': [0.02, 0.05]}}")
     if not vary:
         raise ConfigError("vary names no setting: give one or more with their values, e.g. lamb with 0.02 and 0.05")
+    # An array, as of np.logspace, is a list of numbers too.
+    vary = {key: values.tolist() if hasattr(values, "tolist") else values for key, values in vary.items()}
     for key, values in vary.items():
         _check(key, values, settings)
     runs: dict[str, dict[str, Any]] = {}

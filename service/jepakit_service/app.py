@@ -8,7 +8,7 @@ from jepakit.bundle import GRAPH
 from jepakit.runtime import check_provider
 from jepakit_service import keys, tracing
 from jepakit_service.bundles import find_bundles
-from jepakit_service.listeners import check_port_is_free
+from jepakit_service.listeners import check_open_files, check_port_is_free
 from jepakit_service.logs import say
 from jepakit_service.settings import ServeSettings
 
@@ -24,6 +24,7 @@ def run(settings: ServeSettings) -> None:
         keys.check(Path(settings.api_key_file))
     tracing.check()
     check_port_is_free(settings)
+    check_open_files(settings)
     for bundle in bundles:
         say(f"{bundle.manifest.name}  model_id {bundle.manifest.model_id}  digest {bundle.digest}")
     if settings.api_key_file is None:

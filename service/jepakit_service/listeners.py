@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import sys
 import time
@@ -18,6 +19,7 @@ from jepakit_service.logs import say
 from jepakit_service.settings import SERVICE, ServeSettings
 
 _START_TIMEOUT_S = 300.0
+_HAPROXY_FILES = 10_270
 _POLL_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _WHY_NOT = {
     errno.EADDRINUSE: "another program has it; choose another --port",
@@ -48,6 +50,16 @@ def check_port_is_free(settings: ServeSettings) -> None:
         number = refused[0] if refused else errno.EADDRNOTAVAIL
         why = _WHY_NOT.get(number, os.strerror(number))
         raise ConfigError(f"cannot listen on {settings.host}, port {settings.port}: {why}")
+
+
+def check_open_files(settings: ServeSettings) -> None:
+    """Raise ConfigError if HAProxy could not open the files that it claims at its start: Ray would wait for it in vain."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if settings.ray and settings.proxy == "haproxy" and most != resource.RLIM_INFINITY and most < _HAPROXY_FILES:
+        raise ConfigError(
+            f"at most {most:,} files may be open, and HAProxy takes {_HAPROXY_FILES:,}: raise the limit (`ulimit -Hn`, LimitNOFILE= in a "
+            "unit of systemd, ulimits: in a compose file), or choose --proxy python or --no-ray"
+        )
 
 
 def _error_at(family: int, address: Any) -> int:

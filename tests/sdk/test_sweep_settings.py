@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -25,6 +26,13 @@ def test_every_combination_has_a_name_and_its_settings() -> None:
         "lamb=0.02,projector=64-64-16": {"steps": 3, "lamb": 0.02, "projector": [64, 64, 16]},
         "lamb=0.05,projector=64-64-16": {"steps": 3, "lamb": 0.05, "projector": [64, 64, 16]},
     }
+
+
+def test_an_array_is_a_list_of_values() -> None:
+    vary: dict[str, Any] = {"lr": np.logspace(-4, -3, 2), "batch_size": np.array([32, 64])}
+    runs = combinations(vary, {})
+    assert [settings["batch_size"] for settings in runs.values()] == [32, 64, 32, 64]
+    assert "lr=0.001,batch_size=64" in runs
 
 
 @pytest.mark.parametrize("views", [{"blur": 0.5}, ViewsConfig(blur=0.5)])

@@ -495,6 +495,7 @@ def test_strangers_write_nothing_into_the_log_and_uvicorn_writes_json(
         except ValueError:
             logging.getLogger("uvicorn.error").exception("Exception in ASGI application\n")
     assert re.search(r'jepakit_requests_total\{[^}]*route="other",status="404"\} 1.0', text)
+    assert not re.search(r'jepakit_request_seconds_count\{[^}]*route="other"', text), "strangers change no times"
     request, failure = map(json.loads, capfd.readouterr().err.splitlines())
     assert request["status"] == 404
     assert (failure["level"], failure["exception"]) == ("error", "ValueError")

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from jepakit._ray import _LONGEST_PLACE, own_folder
 from jepakit.errors import ConfigError, ServeError
 from jepakit_service import app, keys, listeners, single
 from jepakit_service.keys import KeyFile, new_key
-from jepakit_service.listeners import announce_when_ready, check_port_is_free, free_port, own_url
+from jepakit_service.listeners import announce_when_ready, check_open_files, check_port_is_free, free_port, own_url
 from jepakit_service.ray_environment import environment
 from jepakit_service.settings import SERVICE, ServeSettings, as_yaml, load
 
@@ -543,6 +544,25 @@ def test_a_key_file_with_a_fault_is_told_at_start(key_file: Path, monkeypatch: p
     monkeypatch.setattr(Path, "read_text", denied)
     with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
         keys.check(key_file)
+
+
+@pytest.mark.parametrize(
+    ("most", "options", "refused"),
+    [
+        (256, {}, True),
+        (10_269, {}, True),
+        (10_270, {}, False),
+        (resource.RLIM_INFINITY, {}, False),
+        (256, {"proxy": "python"}, False),
+        (256, {"ray": False}, False),
+    ],
+)
+def test_too_few_files_for_haproxy_are_told_at_once(
+    most: int, options: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, most))
+    with pytest.raises(ConfigError, match=f"at most {most:,} files may be open") if refused else nullcontext():
+        check_open_files(ServeSettings(bundles=("a",), **options))
 
 
 def test_a_folder_of_keys_that_may_not_be_entered_is_told(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.training.forked import start
 from tests.training.full_disk import files_no_longer_than
@@ -283,6 +284,14 @@ def test_a_setting_that_is_not_utf_8_stays_the_same_one(begin: Begin) -> None:
     run = begin("run", labels=labels)
     begin("run", labels=labels)
     assert run.config["labels"] == "labels?.csv"
+
+
+@pytest.mark.parametrize("kind", [iter, lambda paths: np.array(paths)])
+def test_paths_that_come_one_by_one_or_in_a_column_are_recorded(kind: Callable[[list[str]], Any], begin: Begin) -> None:
+    paths = sorted(map(str, Path("set").glob("*.png")))
+    config, images = _frontdoor._to_adapt(kind(paths), None, {"backbone": "test_vit", "weights": "random"})
+    assert config.images == tuple(paths)
+    assert len(images) == len(paths)
 
 
 def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begin) -> None:

@@ -241,7 +241,8 @@ def _check_same(out: Path, images: ImageList) -> None:
 
 def _go_on(out: Path) -> str:
     """What to do if a run cannot be resumed."""
-    return f"to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else "name another --out"
+    more = f"; to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else ""
+    return f"name another --out{more}"
 
 
 def _as_toml(config: AdaptConfig) -> str:

@@ -42,10 +42,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
         return _find_at(with_home(images), with_labels=with_labels, with_groups=with_groups, with_splits=with_splits)
     if hasattr(images, "read"):
         raise DataError(f"images of type {type(images).__name__}: give an open file's path, or its bytes (.read())")
-    if hasattr(images, "to_pylist"):  # a column of pyarrow
-        images = images.to_pylist()
-    if isinstance(images, Iterator) or _is_column(images):
-        images = list(images)
+    images = as_list(images)
     if hasattr(images, "iloc"):
         raise DataError(
             f"images of type {type(images).__name__}: give its column of paths, or zip(frame['path'], frame['label'])"
@@ -67,6 +64,13 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
     if are_labelled_files(images):
         return _find_labelled(images, with_labels=with_labels, may_be_gone=may_be_gone)
     return find_in_memory(list(images) if isinstance(images, tuple) else images, with_labels=with_labels)
+
+
+def as_list(images: Any) -> Any:
+    """A column of a table or an iterator as a list; anything else as it is."""
+    if hasattr(images, "to_pylist"):  # a column of pyarrow
+        return images.to_pylist()
+    return list(images) if isinstance(images, Iterator) or _is_column(images) else images
 
 
 def _is_column(images: Any) -> bool:
