@@ -40,7 +40,9 @@ _NEVER = threading.Event()
 
 def _no_copy(client: Client | AsyncClient) -> TypeError:
     kind = type(client).__name__
-    return TypeError(f"a {kind} cannot be copied or sent to another process, as its connections cannot: make one there")
+    return TypeError(
+        f"this {kind} cannot be copied or sent to another process, as its connections cannot: make one there"
+    )
 
 
 class Client:

@@ -43,5 +43,5 @@ def test_a_client_tells_its_service_and_that_no_other_process_can_have_it(kind: 
     client = kind("http://127.0.0.1:8000/", api_key="jk_secret")
     assert repr(client) == f"<{kind.__name__} of http://127.0.0.1:8000>"
     for send in (pickle.dumps, copy.deepcopy):
-        with pytest.raises(TypeError, match=rf"a {kind.__name__} cannot be copied or sent .*: make one there"):
+        with pytest.raises(TypeError, match=rf"this {kind.__name__} cannot be copied or sent .*: make one there"):
             send(client)
