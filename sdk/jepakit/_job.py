@@ -269,7 +269,9 @@ def _encode(ref: ImageRef, spec: Preprocess | None, largest: int) -> bytes | NDA
         try:
             _refuse_larger(ref.name, Path(image).stat().st_size, largest)
             return Path(image).read_bytes()
-        except (OSError, ValueError) as error:
+        except ImageError:  # too large; it is a ValueError, too
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL byte
             raise ImageError(f"{image}: cannot be read ({reason_of(error)})", code="unreadable") from None
     return _read_here(ref)
 

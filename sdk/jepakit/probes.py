@@ -378,12 +378,8 @@ class LinearProbe(_Probe):
         with Steps(n_folds * len(C_GRID), what="fit", progress=len(vectors) > AT_A_TIME) as bar:
             for fold in range(n_folds):
                 held_out = fold_of == fold
-                train, of_train, test, truth = (
-                    vectors[~held_out],
-                    targets[~held_out],
-                    vectors[held_out],
-                    targets[held_out],
-                )
+                train, test = vectors[~held_out], vectors[held_out]
+                of_train, truth = targets[~held_out], targets[held_out]
                 mean, std = train.mean(axis=0), _safe_std(train)
                 train, test = _standardized(train, mean, std), _standardized(test, mean, std)
                 fitted = np.isin(truth, of_train)
