@@ -6,6 +6,7 @@ The service is told nothing over HTTP: it notices the change, checks the bundle,
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
@@ -100,7 +101,7 @@ def _sweep(folder: Path, name: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, or a link to one; what this user may not remove is said to stay."""
+    """Remove a folder, or a link to one, if it is there; what this user may not remove is said to stay."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -148,7 +149,7 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
     old = new.with_suffix(_OLD)
     try:
         _copy(bundle, new)
-        if target.exists() or target.is_symlink():
+        if os.path.lexists(target):
             target.rename(old)
         new.rename(target)
         fsync(target.parent)
@@ -157,8 +158,7 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
         with _unstoppable():
             _undo(bundle, target, new, old)
         raise
-    if old.exists() or old.is_symlink():
-        _remove(old)
+    _remove(old)
 
 
 @contextlib.contextmanager
@@ -192,7 +192,7 @@ def _undo(bundle: Bundle, target: Path, new: Path, old: Path) -> None:
         with contextlib.suppress(BundleError):  # removed since, or somebody else's
             if not new.exists() and open_bundle(target).digest == bundle.digest:
                 target.rename(new)
-        if old.exists() or old.is_symlink():
+        if os.path.lexists(old):
             old.rename(target)
     except OSError as error:
         raise ServeError(
