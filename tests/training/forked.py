@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -36,5 +37,5 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def import_trackers(file: Path) -> None:
     """Import the trackers' module, and write down all that is imported then."""
-
+    importlib.import_module("jepakit_training.trackers")
     file.write_text("\n".join(sys.modules))
