@@ -64,6 +64,12 @@ class Metrics:
             ("model", "model_id", "digest", "precision", "provider"),
             registry=self.registry,
         )
+        self.update = Gauge(
+            "jepakit_update",
+            "1 for each model of which a version on disk is not in service: incomplete, loading, waiting or failed",
+            ("model", "state"),
+            registry=self.registry,
+        )
 
     def of_model(self, model: str) -> ModelMetrics:
         """The counters of one model."""

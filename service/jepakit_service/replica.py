@@ -110,6 +110,10 @@ class Replica:
             self.metrics.model_info.labels(
                 manifest.name, manifest.model_id, manifest.digest, model.precision, model.provider
             ).set(1)
+        self.metrics.update.clear()
+        for name, versions in self.registry.state().items():
+            if versions.update is not None:
+                self.metrics.update.labels(name, versions.update.state).set(1)
         return self.metrics.families()
 
     async def reports(self, *, with_metrics: bool = False) -> Sequence[Report]:

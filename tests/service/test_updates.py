@@ -1037,7 +1037,9 @@ def test_a_version_that_was_refused_and_taken_out_is_tried_again_when_it_comes_b
     asyncio.run(go())
 
 
-def test_a_version_that_would_exceed_the_replicas_own_memory_is_refused(other: Path, folder: Path) -> None:
+def test_a_version_that_would_exceed_the_replicas_own_memory_is_refused(
+    bundle: Path, other: Path, folder: Path
+) -> None:
     replica = Replica(settings(folder, max_memory_mb=int(memory.used_mb()) + 50))
     replace(folder, other)
     asyncio.run(step(replica))
@@ -1045,6 +1047,16 @@ def test_a_version_that_would_exceed_the_replicas_own_memory_is_refused(other: P
     assert update is not None
     assert update.state == "failed"
     assert "left of max_memory_mb" in (update.reason or "")
+    assert told_by(replica) == {'jepakit_update{model="tiny",replica="a",state="failed"} 1.0'}
+    replace(folder, bundle)
+    asyncio.run(step(replica))
+    assert told_by(replica) == set()
+
+
+def told_by(replica: Replica) -> set[str]:
+    """What the metrics say of versions that are not in service."""
+    report = asyncio.run(replica.report(with_metrics=True))
+    return {line for line in merge({"a": report.families}).decode().splitlines() if line.startswith("jepakit_update{")}
 
 
 def test_replicas_of_one_machine_load_a_version_one_after_the_other(
