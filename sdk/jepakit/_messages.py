@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar, get_args
 
@@ -63,18 +63,21 @@ def lines_of(error: BaseException) -> list[str]:
     return str(error).strip().splitlines() or [type(error).__name__]
 
 
-def parse(model: type[_Model], values: dict[str, object]) -> _Model:
-    """`model(**values)`, with pydantic's ValidationError turned into one clear ConfigError."""
+def parse(model: type[_Model], values: dict[str, object], origins: Mapping[str, str] | None = None) -> _Model:
+    """`model(**values)`, with pydantic's ValidationError turned into one clear ConfigError.
+
+    `origins` says by name where values come from that the caller does not see, such as a file.
+    """
     from pydantic import ValidationError
 
     try:
         return model(**values)
     except ValidationError as error:
-        raise ConfigError(explain(error, model)) from None
+        raise ConfigError(explain(error, model, origins or {})) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every error of a pydantic ValidationError on one line: the setting, its value, what is expected.
+def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[str, str]) -> str:
+    """Every error of a pydantic ValidationError on one line: the setting, its value, what is expected, where it is set.
 
     A setting of several possible types is reported once, with what each of them expects.
     """
@@ -84,7 +87,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         words = _words(where, detail, model)
         if words not in complaints.setdefault(where, []):
             complaints[where].append(words)
-    return "; ".join(_join(where, words) for where, words in complaints.items())
+    set_in = {where: f" (set in {origins[where]})" for where in complaints.keys() & origins.keys()}
+    return "; ".join(_join(where, words) + set_in.get(where, "") for where, words in complaints.items())
 
 
 def _setting(loc: Sequence[int | str], model: type[BaseModel]) -> str:

@@ -309,7 +309,7 @@ def parse_manifest(text: str, file: Path) -> Manifest:
         return Manifest.model_validate(values)
     except ValidationError as error:
         raise BundleError(
-            f"{file} is intact, but not as this jepakit writes it ({explain(error, Manifest)[:300]}): upgrade jepakit, "
+            f"{file} is intact, but not as this jepakit writes it ({explain(error, Manifest, {})[:300]}): upgrade jepakit, "
             "or export the bundle again"
         ) from None
 

@@ -161,11 +161,12 @@ class ServeSettings(StrictBools, BaseSettings):
 
 def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
     """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong."""
-    values = {} if file is None else _read_yaml(file)
-    merged = {**values, **_variables(), **given}
+    values, variables = {} if file is None else _read_yaml(file), _variables()
+    merged = {**values, **variables, **given}
     if not merged.get("bundles"):
         raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
-    return parse(ServeSettings, merged)
+    origins = dict.fromkeys(values, str(file)) | {name: f"{_PREFIX}{name.upper()}" for name in variables}
+    return parse(ServeSettings, merged, {name: origin for name, origin in origins.items() if name not in given})
 
 
 def _variables() -> dict[str, Any]:

@@ -104,6 +104,19 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
         load({}, file)
 
 
+def test_an_error_says_where_the_value_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "serve.yaml").write_text("port: web\nreplicas: 0\nwatch: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load({"bundles": ["b"], "replicas": -1}, file)
+    port, replicas, watch = str(caught.value).split("; ", 2)
+    assert port == f"port = 'web': input should be a whole number (set in {file})"
+    assert replicas == "replicas = -1: input should be greater than or equal to 1"
+    assert watch == f"unknown setting 'watch'; did you mean watch_s? (set in {file})"
+    monkeypatch.setenv("JEPAKIT_SERVE_PORT", "0")
+    with pytest.raises(ConfigError, match=r"^port = '0': .* \(set in JEPAKIT_SERVE_PORT\); replicas"):
+        load({"bundles": ["b"], "replicas": -1}, file)
+
+
 @pytest.mark.parametrize("name", ["JEPAKIT_SERVE_REPLICA", "jepakit_serve_replica"])
 def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "2")
