@@ -144,8 +144,7 @@ class Job:
         """The places and data of the images to send, in order; those that cannot be read are left out."""
         results = self._results
         rest = (place for place in range(results.done, len(self._images)) if place not in results.skipped)
-        threads = 0 if self._images.in_memory else AT_ONCE  # a dataset may belong to the caller's thread
-        with closing(work_ahead(self._read, rest, threads=threads, ahead=AT_ONCE)) as reading:
+        with closing(work_ahead(self._read, rest, threads=self._images.threads(AT_ONCE), ahead=AT_ONCE)) as reading:
             for place, item in reading:
                 try:
                     yield place, item.result()

@@ -34,7 +34,7 @@ def work_ahead(
 ) -> Generator[tuple[_In, Future[_Out]], None, None]:
     """Each item with the future of `work(item)`, in order; threads work on up to `ahead` items beyond the last one taken.
 
-    threads  0: nothing is done ahead, and the work in the caller's own thread
+    threads  0: nothing is done ahead, and the work is done in the caller's own thread
 
     Closing it waits for what the threads are working on.
     """

@@ -9,6 +9,8 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -229,11 +231,11 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
         raise BackboneError(
             f"timm has no pretrained weights for {name}: give --weights FILE, or --weights random to start from nothing"
         )
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # jepakit reports its failures itself
     try:
-        if not _hub_in_reach(module.pretrained_cfg.get("hf_hub_id")):
-            raise ConnectionError
-        return timm.create_model(name, pretrained=True, num_classes=0, **arguments)
+        with _silent_hub():
+            if not _hub_in_reach(module.pretrained_cfg.get("hf_hub_id")):
+                raise ConnectionError
+            return timm.create_model(name, pretrained=True, num_classes=0, **arguments)
     except Exception as error:  # hub clients raise whatever their HTTP library does
         raise BackboneError(
             f"the pretrained weights of {name} could not be fetched ({type(error).__name__}) from "
@@ -248,13 +250,31 @@ def _address(config: dict[str, Any]) -> str:
     return f"https://huggingface.co/{hub.split('@')[0]}" if hub else str(config["url"])
 
 
+@contextmanager
+def _silent_hub() -> Iterator[None]:
+    """A block whose downloads report nothing: neither to people, as jepakit does that itself, nor the installed torch and
+    other packages to the hub."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    level, had_bars, no_telemetry = logger.level, not are_progress_bars_disabled(), constants.HF_HUB_DISABLE_TELEMETRY
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bars:
+            enable_progress_bars()
+        constants.HF_HUB_DISABLE_TELEMETRY = no_telemetry
+
+
 def _hub_in_reach(repository: str | None) -> bool:
     """False when the weights are neither cached nor reachable; saves a minute of retries by the hub client."""
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # otherwise a download reports the installed torch and other packages
     cached = repository and any(
         isinstance(try_to_load_from_cache(repository.split("@")[0], file), str)
         for file in ("model.safetensors", "pytorch_model.bin")

@@ -303,7 +303,8 @@ def init(
     """Write a TOML file with all settings of adapt, for you to edit."""
     from jepakit.template import template
 
-    if as_path(file, "file").exists():
+    file = as_path(file, "file")
+    if file.exists():
         raise ConfigError(f"{file} is there already: name another file")
     with written(file) as stream:
         stream.write(template().encode())
@@ -321,6 +322,7 @@ def report(
     from jepakit._sweep import Sweep, is_sweep
     from jepakit.run import open_run
 
+    run = as_path(run, "run")
     if is_sweep(run):
         _report_sweep(Sweep(run), as_json=as_json)
     else:

@@ -106,13 +106,8 @@ class Run:
         """What the settings came to (plan.json); DataError when the file is gone or damaged."""
         return self._read(PLAN, json.loads)
 
-    def _read(self, name: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return parse((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{self.path / name} is gone or damaged ({error}): restore it, or start a new run"
-            ) from None
+    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        return read_record(self.path / name, parse, "put it back, or start a new run")
 
     @property
     def collapsed(self) -> bool:
@@ -166,6 +161,17 @@ class DryRun(Frozen, Printed):
             f"{self.peak_memory_gb:.1f} GB of memory at most, of {self.memory_gb:.0f} GB ({self.device})\n"
             f"{self.steps} steps and measuring twice: about {human_time(self.total_s)}; nothing was kept"
         )
+
+
+def read_record(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
+    """The content of one of a run's files; DataError with the remedy if it is missing or damaged."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {values!r:.40}")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is gone or damaged ({error}): {remedy}") from None
+    return values
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

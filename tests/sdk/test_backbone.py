@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
+from jepakit import backbone
 from jepakit.backbone import _hub_in_reach, restore, start_backbone, tensors_of
 from jepakit.errors import BackboneError
 from jepakit.manifest import Backbone, StartWeights
@@ -61,12 +65,25 @@ def test_what_we_build_is_built_again_from_its_description(name: str, bands: int
 
 
 def test_a_download_tells_nothing_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The address is on this machine, where nothing listens."""
+    """Nor does it leave the hub's own bars and log switched off."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1")
+    logger, seen = logging.getLogger("huggingface_hub"), list[str]()
+
+    def build(*_: Any, **settings: Any) -> SimpleNamespace:
+        if settings.get("pretrained"):
+            seen.append(build_hf_headers()["user-agent"])
+            assert (logger.level, are_progress_bars_disabled()) == (logging.ERROR, True)
+        return SimpleNamespace(pretrained_cfg={"hf_hub_id": "nobody/nothing"})
+
+    monkeypatch.setattr(backbone, "build", build)
+    monkeypatch.setattr(timm, "create_model", build)
+    monkeypatch.setattr(backbone, "_hub_in_reach", lambda _: True)
+    before = logger.level, are_progress_bars_disabled(), constants.HF_HUB_DISABLE_TELEMETRY
     assert "torch/" in build_hf_headers()["user-agent"]
-    _hub_in_reach(None)
-    assert "torch/" not in build_hf_headers()["user-agent"]
+    backbone._build_pretrained("resnet18", {})
+    assert len(seen) == 1
+    assert "torch/" not in seen[0]
+    assert (logger.level, are_progress_bars_disabled(), constants.HF_HUB_DISABLE_TELEMETRY) == before
 
 
 def test_a_machine_that_is_to_be_offline_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -326,6 +327,26 @@ def test_images_are_decoded_while_others_are_embedded_and_never_far_ahead(
     assert watched.asked == len(images)
     assert watched.seen[0] >= 8  # the second batch was read while the first was embedded
     assert all(asked <= 4 * (number + 3) for number, asked in enumerate(watched.seen))
+
+
+def test_a_dataset_is_read_in_the_caller_s_own_thread(model: Model, images: NDArray[np.uint8], tmp_path: Path) -> None:
+    """It may hold a database's connection, which only the thread that opened it may use."""
+
+    class Bound:
+        def __init__(self) -> None:
+            self.rows = sqlite3.connect(tmp_path / "images.db")
+            self.rows.execute("create table image (place, pixels)")
+            self.rows.executemany("insert into image values (?, ?)", enumerate(map(bytes, images[:6])))
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, place: int) -> NDArray[np.uint8]:
+            ((pixels,),) = self.rows.execute("select pixels from image where place = ?", (place,))
+            return np.frombuffer(pixels, np.uint8).reshape(images[0].shape)
+
+    embedded = model.embed(Bound(), progress=False)
+    np.testing.assert_array_equal(embedded.vectors, model.embed(list(images[:6]), progress=False).vectors)
 
 
 def test_the_first_bad_image_is_named_though_a_later_one_fails_sooner(

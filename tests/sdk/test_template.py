@@ -6,6 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from jepakit.cli import app
@@ -31,12 +32,17 @@ def test_the_views_shown_are_those_of_the_domain_that_is_named() -> None:
     assert AdaptConfig(images="scans", domain="radiology").resolved_views() != ViewsConfig()
 
 
-def test_the_file_is_written_once_and_taken_by_adapt(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "own.toml"
-    done = CliRunner().invoke(app, ["init", str(file)])
+@pytest.mark.parametrize("given", ["{}/new/own.toml", "~/new/own.toml"])
+def test_the_file_is_written_once_and_taken_by_adapt(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given, file = given.format(tmp_path), tmp_path / "new" / "own.toml"
+    done = CliRunner().invoke(app, ["init", given])
     assert f"next: jepakit adapt IMAGES --config {file}" in done.stdout
     file.write_text(file.read_text().replace("#seed = 0", "seed = 7"))
-    again = CliRunner().invoke(app, ["init", str(file)])
+    again = CliRunner().invoke(app, ["init", given])
     assert isinstance(again.exception, ConfigError)
     assert "seed = 7" in file.read_text()
     images = tmp_path / "none"

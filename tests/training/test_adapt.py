@@ -209,9 +209,10 @@ def test_a_collapse_stays_with_the_verdict(adapt: Adapt, tmp_path: Path, monkeyp
     assert adapt(tmp_path / "again", steps=2).verdict.reason.startswith("the projections collapsed")
     (run.path / METRICS).unlink()
     assert not run.collapsed
-    (run.path / PLAN).unlink()
-    with pytest.raises(DataError, match=r"plan\.json is gone or damaged"):
-        assert Run(run.path).plan
+    for damage in (lambda: (run.path / PLAN).write_text("[]"), (run.path / PLAN).unlink):
+        damage()
+        with pytest.raises(DataError, match=r"plan\.json is gone or damaged"):
+            assert Run(run.path).plan
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

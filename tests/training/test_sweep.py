@@ -230,6 +230,8 @@ def test_the_command_reports_what_to_export_and_so_does_report(copied: Path, com
     best = jepakit.open_sweep(copied).best
     assert f"next: jepakit export {best.path}" in told.stdout
     assert CliRunner().invoke(app, ["report", str(copied)]).stdout == told.stdout
+    home = CliRunner().invoke(app, ["report", f"~/{copied.name}"], env={"HOME": str(copied.parent)})
+    assert home.stdout == told.stdout
     as_json = json.loads(CliRunner().invoke(app, ["report", str(copied), "--json"]).stdout)
     assert [run["name"] for run in as_json["runs"]] == list(jepakit.open_sweep(copied).runs)
     assert as_json["verdict"]["word"] == jepakit.open_sweep(copied).verdict.word

@@ -94,14 +94,6 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable)
 
 
-@pytest.mark.usefixtures("nothing_set")
-def test_no_tracker_reports_to_its_makers_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
-    _tracker("tensorboard", tmp_path, 0)
-    told = {name: os.environ[name] for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY")}
-    assert told == {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
 @pytest.fixture
 def made(nothing_set: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is asked of the packages of W&B and MLflow, which need not be there."""
@@ -110,6 +102,21 @@ def made(nothing_set: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(trackers, name, lambda project, **settings: asked.append(settings))
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_tracking_uri=asked.append))
     return asked
+
+
+@pytest.mark.usefixtures("made")
+def test_no_tracker_reports_to_its_makers_unless_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "MLFLOW_"))}
+
+    _tracker("tensorboard", tmp_path, 0)
+    assert told() == {}  # the caller's own W&B is left as it is
+    _tracker("wandb", tmp_path, 0)
+    assert told() == {"WANDB_ERROR_REPORTING": "false"}
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
+    _tracker("wandb", tmp_path, 0)
+    _tracker("mlflow", tmp_path, 0)
+    assert told() == {"WANDB_ERROR_REPORTING": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def test_wandb_stays_in_the_runs_folder_as_one_run(

@@ -22,7 +22,7 @@ from jepakit._messages import counted
 from jepakit._say import say
 from jepakit.config import START_WORDS, AdaptConfig, flattened
 from jepakit.errors import ConfigError, DataError, WriteError
-from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START, is_run
+from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START, is_run, read_record
 from jepakit.sources import ImageList
 from jepakit.sources.table import RULES
 from jepakit_training import ranks
@@ -299,14 +299,7 @@ def _environment(out: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The content of one of a run's files; DataError if it is missing or damaged."""
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds {values!r:.40}")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is gone or damaged ({error}): put it back, or {_go_on(path.parent)}") from None
-    return values
+    return read_record(path, parse, f"put it back, or {_go_on(path.parent)}")
 
 
 def versions() -> dict[str, str]:

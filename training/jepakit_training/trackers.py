@@ -16,8 +16,11 @@ from jepakit_training.records import TolerateWriteErrors
 
 _PROJECT = "jepakit"
 _MLFLOW_RUN = "mlflow-run.txt"
-_SILENT = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-"""Read by the trackers' packages at import: otherwise each of them reports to its makers."""
+_SILENT: dict[Tracker, tuple[str, str]] = {
+    "wandb": ("WANDB_ERROR_REPORTING", "false"),
+    "mlflow": ("MLFLOW_DISABLE_TELEMETRY", "true"),
+}
+"""Variables that the trackers' packages read at import: otherwise each of them reports to its makers."""
 
 
 class Trackers:
@@ -64,16 +67,15 @@ class Trackers:
 
 
 def _tracker(name: Tracker, run: Path, first: int) -> GeneralTracker:
-    for variable, value in _SILENT.items():
-        os.environ.setdefault(variable, value)
+    if name in _SILENT:
+        os.environ.setdefault(*_SILENT[name])
     title = run.resolve().name
     if name == "tensorboard":
         # With `purge_step`, TensorBoard drops what was logged for steps that are repeated.
         return TensorBoardTracker("tensorboard", run, purge_step=first or None)
     if name == "wandb":
-        return WandBTracker(
-            _PROJECT, name=title, dir=run, mode=os.environ["WANDB_MODE"], id=_wandb_id(run), resume="allow"
-        )
+        mode = os.environ.get("WANDB_MODE", "offline")
+        return WandBTracker(_PROJECT, name=title, dir=run, mode=mode, id=_wandb_id(run), resume="allow")
     if "MLFLOW_TRACKING_URI" not in os.environ:
         import mlflow
 

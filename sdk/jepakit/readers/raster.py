@@ -19,7 +19,7 @@ from jepakit.readers.checks import (
     reading,
 )
 from jepakit.readers.header import Header, Limits, Pixels, Window
-from jepakit.readers.scenes import decoded_around, stamp_of
+from jepakit.readers.scenes import decoded_around, state_of
 
 _BY_TILES = "read it in tiles (tile=512)"
 
@@ -105,7 +105,7 @@ class Raster(ABC):
     def stamp(self) -> tuple[int, ...] | None:
         """Identifies a file on disk in its present state; None for images in memory."""
         try:
-            return None if self._file is None else stamp_of(self._file.fileno())
+            return None if self._file is None else state_of(self._file.fileno())
         except OSError:  # of bytes
             return None
 

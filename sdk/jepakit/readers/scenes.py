@@ -84,7 +84,7 @@ class Scenes:
             self._forget()  # the parent's files share their position with it
         held: _Held | None = getattr(self._held, "raster", None)
         self._held.raster = None
-        if held is None or held.key != (path, how, stamp_of(path)):
+        if held is None or held.key != (path, how, state_of(path)):
             del held
             raster = opened()
             held = _Held(raster, (path, how, raster.stamp()))
@@ -118,10 +118,10 @@ class _Held:
         self.raster.close()
 
 
-def stamp_of(file: int | str | Path) -> tuple[int, ...] | None:
+def state_of(file: int | str | Path) -> tuple[int, ...] | None:
     """Identifies a file, open or by its path, in its present state; None if it is gone."""
     try:
         status = os.stat(file)  # noqa: PTH116 (it may be a descriptor)
     except (OSError, ValueError):  # a name with a NUL byte is no file's
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

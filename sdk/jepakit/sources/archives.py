@@ -51,6 +51,7 @@ class Archives:
     kind: NDArray[np.int8]
     crc: NDArray[np.uint32]
     in_memory: ClassVar[bool] = False
+    most_threads: ClassVar[None] = None
 
     @classmethod
     def of(cls, paths: Sequence[str], names: Sequence[str], members: Sequence[Sequence[Member]]) -> Archives:

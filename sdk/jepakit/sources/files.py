@@ -29,6 +29,7 @@ class Files:
     root: str
     names: Sequence[str]
     in_memory: ClassVar[bool] = False
+    most_threads: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.names)

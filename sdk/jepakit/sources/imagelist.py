@@ -98,8 +98,8 @@ class ImageList:
         return self.store.in_memory
 
     def threads(self, most: int) -> int:
-        """How many threads may ask for images at once: a caller's own dataset may not be thread-safe."""
-        return 1 if self.in_memory else most
+        """How many threads, at most `most`, may ask for images at once; 0: only the caller's own thread may."""
+        return most if self.store.most_threads is None else min(most, self.store.most_threads)
 
     def digest(self) -> str:
         """A fingerprint, 16 hex digits, to notice that a resumed run has other data.

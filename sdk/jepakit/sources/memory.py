@@ -31,6 +31,11 @@ class Items:
     items: Any
     in_memory: ClassVar[bool] = True
 
+    @property
+    def most_threads(self) -> int:
+        # A dataset may belong to its caller's thread, as a database's connection does; in a list, an image may stand twice.
+        return 1 if isinstance(self.items, list | np.ndarray) else 0
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -50,6 +50,11 @@ class Store(Protocol):
         """Whether the images are the caller's objects, not files."""
         ...
 
+    @property
+    def most_threads(self) -> int | None:
+        """How many threads may ask for images at once; 0: only the caller's own may, None: any number."""
+        ...
+
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> ImageSource:

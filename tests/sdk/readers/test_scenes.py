@@ -8,6 +8,7 @@ import pickle
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -357,6 +358,19 @@ def test_a_tiff_that_was_written_again_is_opened_again(tmp_path: Path) -> None:
     (tmp_path / "0.tif").unlink()
     with pytest.raises(ImageError, match="No such file"):
         read_image(listed[0], SPEC)
+
+
+def test_a_file_written_again_with_its_size_and_time_kept_is_decoded_again(tmp_path: Path) -> None:
+    """As `cp -p` does with another file of the same size and time."""
+    listed = tiff_tiles(tmp_path, 1)
+    read_image(listed[0], SPEC)
+    before = (tmp_path / "0.tif").stat()
+    pixels = np.random.default_rng(7).integers(0, 256, (96, 128, 3), np.uint8)
+    time.sleep(0.05)  # the clock of the file system ticks
+    (tmp_path / "0.tif").write_bytes(tiff(pixels, photometric="rgb", tile=(32, 32)))
+    os.utime(tmp_path / "0.tif", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (tmp_path / "0.tif").stat().st_size == before.st_size
+    np.testing.assert_array_equal(read_image(listed[1], SPEC), pixels[:32, 32:64])
 
 
 def test_a_forked_process_opens_files_of_its_own(tmp_path: Path) -> None:
