@@ -134,10 +134,8 @@ def _raise_if_lasting(error: httpx.RequestError, url: str) -> None:
 def _meaning(response: httpx.Response, note: str) -> ResponseError:
     """The service's own message if it sent one, plus `note`; a bare 5xx comes from something in front of it."""
     url = response.request.url.copy_with(query=None)
-    message, told = (
-        f"{url} answered {response.status_code} without a reason: is this a jepakit service?",
-        dict[str, Any](),
-    )
+    message = f"{url} answered {response.status_code} without a reason: is this a jepakit service?"
+    told: dict[str, Any] = {}
     if response.next_request is not None:  # not followed: it would receive the key
         to = response.next_request.url
         message = (

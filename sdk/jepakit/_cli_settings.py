@@ -9,7 +9,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from jepakit._files import as_path, reason_of
-from jepakit._messages import in_command
+from jepakit._machine import in_command
 from jepakit.errors import ConfigError
 
 

@@ -62,8 +62,8 @@ def names_other_files(graph: bytes) -> bool:
 
 def check_external(graph: bytes, data: bytes | None) -> None:
     """BundleError unless `data`, the bytes of model.safetensors, really holds every tensor outside the graph."""
-    if names_other_files(graph):
-        _external_tensors(_parse(graph), _count_locations(graph), data)
+    if locations := _count_locations(graph):
+        _external_tensors(_parse(graph), locations, data)
 
 
 def as_inputs(graph: bytes, data: bytes) -> tuple[bytes, dict[str, NDArray[Any]]]:

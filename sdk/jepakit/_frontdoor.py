@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from jepakit._checks import check_enough
+from jepakit._explain import parse
 from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
-from jepakit._messages import parse
 from jepakit._say import say, show
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit._sweep import Sweep, check_can_hold, combinations

@@ -80,7 +80,7 @@ def variance_of_fits(gains: NDArray[np.float64], truth: NDArray[np.str_], group_
 def covariance(
     gain: NDArray[np.float64], gains: NDArray[np.float64], left_out: NDArray[np.bool_], truth: NDArray[np.str_]
 ) -> float:
-    """How the effects of an image on the difference go together, as one that is judged and as one fitted on: the
+    """The covariance of an image's two effects on the difference, as one that is judged and as one fitted on: the
     jackknife's estimate, from the gain [N] and `gains` [parts, N], without the parts `left_out` [parts, N].
     """
     if not left_out.any():
@@ -105,7 +105,7 @@ def _unbiasing(groups: NDArray[np.intp]) -> NDArray[np.float64]:
 
 
 def student(degrees: ArrayLike, z: float = NORMAL_95) -> NDArray[np.float64]:
-    """How much wider an interval is for degrees of freedom as few as these, at least 1, where the normal's ends at `z`.
+    """Student's t quantile over the normal's, `z`, for these degrees of freedom (fewer than 1 count as 1).
 
     A spread estimated from n groups, or n parts left out, has n - 1. The quantile of Student's t over the normal's, by
     Cornish and Fisher's expansion: at 1.96 within 3 % from two degrees on, at 2.87 within 6 % from three.

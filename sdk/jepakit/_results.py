@@ -68,8 +68,8 @@ class Results:
     def take_kept(self) -> None:
         """Take from the file what it holds of these images, up to the first that has changed or is damaged.
 
-        Raises ConfigError if it holds vectors of other images only, ImageError if more images are left out there than may
-        be.
+        Raises ConfigError if it holds vectors of other images only, ImageError if more images are left out there than are
+        allowed.
         """
         if (file := self._file) is None:
             return

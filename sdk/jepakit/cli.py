@@ -287,7 +287,7 @@ def sweep(
 
 @contextmanager
 def _exiting_when_stopped() -> Iterator[None]:
-    """A block of training that Ctrl-C ends with exit code 130, and with a word unless it has said where it stopped."""
+    """A block of training that Ctrl-C ends with exit code 130; prints `stopped` unless the error says where."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -393,7 +393,7 @@ def _print_estimates(estimates: dict[str, DryRun], *, as_json: bool) -> None:
 def inspect(
     images: _Images,
     sheet: Annotated[Path, typer.Option(help="the contact sheet to write")] = Path("contact-sheet.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    as_json: _AsJson = False,
     domain: Annotated[
         str | None, typer.Option(help=f"preset for the views that are drawn: {_DOMAINS} [the suggested one]")
     ] = None,
@@ -628,9 +628,8 @@ def embed(
         raise ConfigError(
             f"--{next(iter(runtime))} is for a bundle in this process; a service has its own setting: leave it out"
         )
-    _check_out(out, ".npz")
+    out = _check_out(out, ".npz")
     skipped: list[tuple[str, str]] = []
-    out = as_path(out, "out")
     part = Path(f"{out}.part")
     options: dict[str, Any] = {
         "labels": labels,
@@ -789,7 +788,7 @@ def weights_fetch(
     """Fetch a backbone's pretrained weights into a file, for a machine without network access."""
     from jepakit._frontdoor import fetch_weights
 
-    _check_out(out, ".safetensors")
+    out = _check_out(out, ".safetensors")
     start = fetch_weights(name, out)
     show(f"{out}: {start.source}, licence: {start.license}")
     show(f"next, on the other machine: jepakit adapt IMAGES --backbone {name} --weights {quote(str(out))}")
@@ -830,8 +829,8 @@ def probe_fit(
     for option, value in of_kind[other].items():
         if value is not None:
             raise ConfigError(f"{option} {value} is for {other} probes, but this one is {kind}: leave it out")
-    _check_out(out, ".safetensors")
-    if (file := as_path(out, "out")).exists() and not is_probe(file):
+    out = _check_out(out, ".safetensors")
+    if out.exists() and not is_probe(out):
         raise ConfigError(f"--out {out} exists and is no probe, but may be a model's weights: name another file")
     vectors = Embeddings.load(embeddings)
     probe: LinearProbe | KNNProbe
@@ -853,7 +852,7 @@ def probe_fit(
 def probe_evaluate(
     probe: Annotated[Path, typer.Argument(help="a probe, from `jepakit probe fit`")],
     embeddings: Annotated[Path, typer.Argument(help="labelled embeddings of images it was not fitted on")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Evaluate a probe on labelled embeddings."""
     from dataclasses import asdict
@@ -918,14 +917,15 @@ def _exit_on_signals() -> None:
             signal.signal(number, stop)
 
 
-def _check_out(file: Path, suffix: str) -> None:
-    """Raise ConfigError, before any work, if the output file could not be written; creates its folder."""
+def _check_out(file: Path, suffix: str) -> Path:
+    """The output file, its folder created; ConfigError, before any work, if it could not be written."""
     file = as_path(file, "out")
     if file.is_dir():
         raise ConfigError(f"--out {file} is a folder: name a file in it")
     if file.suffix not in ("", suffix):
         raise ConfigError(f"--out {file}: the output is a {suffix} file: give a name that ends in {suffix}")
     prepare_place(file)
+    return file
 
 
 def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:

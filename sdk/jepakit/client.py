@@ -455,8 +455,8 @@ def _golden(bundle: Bundle | str | Path, model: str | None) -> tuple[ImageList, 
     opened = open_bundle(bundle)
     inputs = golden.unpack(opened.read(GOLDEN))
     inputs.check(opened.manifest.preprocess, opened.manifest.embedding.dim)
-    name = model or opened.manifest.name
-    pinned = name if "@" in name else f"{name}@{opened.manifest.model_id}"
+    name = model or opened.name
+    pinned = name if "@" in name else f"{name}@{opened.model_id}"
     return gather(inputs.images, "none"), pinned, inputs.vectors
 
 

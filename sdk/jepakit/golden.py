@@ -40,7 +40,7 @@ class Tolerance(NamedTuple):
 # A raw cosine would hide errors, since embeddings share a large mean: the cosine here is centred. The TensorRT entries
 # are untested on hardware.
 # No vector's length was off by more than 0.2 % in fp16 (MobileNetV2, ResNet-18, ViT-Ti), nor by more than 0.6 % in an int8
-# graph that passes the cosine (ResNet-18, ViT-Ti); with the mean vector taken off, 0.4 % and 2 %.
+# graph that passes the cosine (ResNet-18, ViT-Ti); with the mean vector subtracted, 0.4 % and 2 %.
 _HALF, _QUANTISED = Tolerance(cosine=0.999, length=0.02), Tolerance(cosine=0.99, neighbour=0.95, length=0.05)
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("fp32", "cpu"): Tolerance(relative=1e-4),

@@ -35,7 +35,7 @@ MOST_CLIPPED = 0.01
 def preprocess(source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:
     """One image as the graph takes it, [size, size, C]: uint8 0-255, or float32 in the files' own units.
 
-    The same file gives the same bytes wherever this runs. Raises ImageError (see `read_image`).
+    The same file gives the same bytes wherever this runs. Raises the errors of `read_image`.
     """
     return fit(read_image(source, spec, limits=limits), spec, limits=limits)
 
@@ -54,7 +54,8 @@ def read_image(
 
     Raises ImageError for another depth or number of bands than the model's, NaN or infinite pixels, an image of a
     single value, more than 1 % of values clipped by measured scaling, all values outside a chosen range, several frames
-    without a choice, a missing frame, a scene where tiles are expected, and anything that cannot be read.
+    without a choice, a missing frame, a scene where tiles are expected, and anything that cannot be read; TypeError for an
+    object that is no image.
     """
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
     with quiet(), _opened(ref, limits, spec.voi) as raster:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from jepakit._explain import explain
 from jepakit._files import sha256
 from jepakit._frozen import Frozen
-from jepakit._messages import explain
 from jepakit._vectors import float32_tuple
 from jepakit.comparison import Comparison
 from jepakit.errors import BundleError

@@ -39,7 +39,6 @@ C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # A dimension with a smaller deviation is constant: relative to its own largest value, and to that of most dimensions.
 _ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 _KNN_TEMPERATURE = 0.07
-"""Vectors whose class is predicted at a time: each takes some 24 bytes a class."""
 _KNN_PAIRS = 1 << 24
 """Most similarities computed at a time; each takes 16 bytes, including its sort index."""
 

@@ -9,7 +9,7 @@ from jepakit.runtime import check_provider
 from jepakit_service import keys, tracing
 from jepakit_service.bundles import find_bundles
 from jepakit_service.listeners import check_open_files, check_port_is_free
-from jepakit_service.logs import say
+from jepakit_service.logs import announce
 from jepakit_service.settings import ServeSettings
 
 
@@ -26,9 +26,9 @@ def run(settings: ServeSettings) -> None:
     check_port_is_free(settings)
     check_open_files(settings)
     for bundle in bundles:
-        say(f"{bundle.manifest.name}  model_id {bundle.manifest.model_id}  digest {bundle.digest}")
+        announce(f"{bundle.name}  model_id {bundle.model_id}  digest {bundle.digest}")
     if settings.api_key_file is None:
-        say("no API key file: any user of this machine can embed")
+        announce("no API key file: any user of this machine can embed")
     if settings.ray:
         from jepakit_service import ray_driver
 

@@ -20,12 +20,12 @@ def find_bundles(settings: ServeSettings) -> list[Bundle]:
     for path in (path for given in settings.bundles for path in _some_bundles(Path(given))):
         bundle = open_bundle(path)
         check_expected(bundle, settings)
-        other = by_name.setdefault(bundle.manifest.name, bundle)
+        other = by_name.setdefault(bundle.name, bundle)
         if other is not bundle:
             if other.path.resolve() == bundle.path.resolve():
                 raise BundleError(f"{bundle.path} is named twice: name it once, or only the folder around it")
             raise BundleError(
-                f"{other.path} and {bundle.path} are both named {bundle.manifest.name!r}: export one with another --name"
+                f"{other.path} and {bundle.path} are both named {bundle.name!r}: export one with another --name"
             )
     return list(by_name.values())
 

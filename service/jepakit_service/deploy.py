@@ -53,12 +53,12 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
         before = client.models()
         try:
             with _alone(folder):
-                _recover(folder, bundle.manifest.name)
+                _recover(folder, bundle.name)
                 target = _place(bundle, folder)
                 _check_watched(before, bundle, target)
                 with _swapped(bundle, target):
                     model = _wait_for_switch(client, bundle, timeout_s)
-                _sweep(folder, bundle.manifest.name)
+                _sweep(folder, bundle.name)
                 names = {served.name for served in before}
                 return Deployed(model, model.name in names, tuple(sorted(names - {model.name})))
         except OSError as error:
@@ -88,7 +88,7 @@ def _recover(folder: Path, name: str) -> None:
             continue
         with contextlib.suppress(InputError):  # damaged, or something else is in its place
             old = open_bundle(left)
-            if old.manifest.name == name and not (target := _place(old, folder)).exists():
+            if old.name == name and not (target := _place(old, folder)).exists():
                 left.rename(target)
                 say(f"{target} is put back: a deploy that was ended early had moved it aside")
 
@@ -113,7 +113,7 @@ def _remove(folder: Path) -> None:
 def _name_of(path: Path) -> str | None:
     """The bundle's name; None for a damaged one."""
     try:
-        return open_bundle(path).manifest.name
+        return open_bundle(path).name
     except InputError:
         return None
 
@@ -121,17 +121,17 @@ def _name_of(path: Path) -> str | None:
 def _place(bundle: Bundle, folder: Path) -> Path:
     """The folder that holds the bundle of this name now, else a new folder of that name."""
     for inside in bundles_inside(folder).bundles:
-        if _name_of(inside) == bundle.manifest.name:
+        if _name_of(inside) == bundle.name:
             return inside
-    target = folder / bundle.manifest.name
+    target = folder / bundle.name
     if target.exists():
-        raise BundleError(f"{target} exists and is not {bundle.manifest.name}'s bundle: remove it first")
+        raise BundleError(f"{target} exists and is not {bundle.name}'s bundle: remove it first")
     return target
 
 
 def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> None:
     """Raise DataError if the service serves this bundle already, but not from here: waiting would prove nothing."""
-    served = next((model.raw for model in models if model.name == bundle.manifest.name), {})
+    served = next((model.raw for model in models if model.name == bundle.name), {})
     if served.get("serving") != [bundle.digest]:
         return
     refused = (served.get("update") or {}).get("digest")  # put there by hand and refused: may be replaced
@@ -212,8 +212,7 @@ def _wait_for_switch(client: Client, bundle: Bundle, timeout_s: float) -> ModelI
         last = told or last
         time.sleep(_POLL_S)
     raise ServeError(
-        f"{bundle.manifest.name}: not every replica had switched within {timeout_s:g} s, and the folder was restored: "
-        f"{last}"
+        f"{bundle.name}: not every replica had switched within {timeout_s:g} s, and the folder was restored: {last}"
     )
 
 
@@ -222,7 +221,7 @@ def _ask(client: Client, bundle: Bundle) -> tuple[ModelInfo | None, str]:
 
     Raises ServeError if the service refused it.
     """
-    name, digest = bundle.manifest.name, bundle.digest
+    name, digest = bundle.name, bundle.digest
     try:
         found = client.model(name)
     except NotFoundError as error:  # a new name only appears once every replica has it

@@ -18,7 +18,7 @@ from jepakit_service.sharing import Shared
 _FRESH_S, _RIGHT_S = 5.0, 60.0
 _TIMEOUT_S = 10.0
 _BATCHES = 3
-"""Of a slow model, batches that may run before a lone image's is done: its time limits allow for this many."""
+"""How many batches of a slow model may run before a lone image's: its time limits allow for this many."""
 _PATIENCE_S = 0.5
 """How long a caller waits for a heartbeat: probes give up after a few seconds."""
 

@@ -15,7 +15,7 @@ import psutil
 
 from jepakit._loopback import is_loopback
 from jepakit.errors import ConfigError
-from jepakit_service.logs import say
+from jepakit_service.logs import announce
 from jepakit_service.settings import SERVICE, ServeSettings
 
 _START_TIMEOUT_S = 300.0
@@ -91,10 +91,10 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *
             answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
             if answer.status_code == 200 and answer.headers.get(SERVICE) == settings.service:
                 _print_listeners(settings, fallback)
-                say(f"ready: {url} (its routes: {url}/docs)")
+                announce(f"ready: {url} (its routes: {url}/docs)")
                 return
             if answer.status_code == 200 and not reported:
-                say(f"another service answers at {url}: stop it, or choose another --port", sys.stderr)
+                announce(f"another service answers at {url}: stop it, or choose another --port", sys.stderr)
                 reported = True
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # that answer is an error in the log
         except httpx.TransportError:
@@ -103,7 +103,7 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *
         while time.monotonic() < until and not stopping():
             time.sleep(_POLL_S)
     if not stopping():
-        say(f"not ready after {_START_TIMEOUT_S:.0f} s", sys.stderr)
+        announce(f"not ready after {_START_TIMEOUT_S:.0f} s", sys.stderr)
 
 
 def own_url(settings: ServeSettings) -> str:
@@ -139,9 +139,9 @@ def _print_listeners(settings: ServeSettings, fallback: int | None) -> None:
     listeners = open_listeners()
     if not listeners:
         return
-    say("ports that other machines could reach:")
+    announce("ports that other machines could reach:")
     for listener in listeners:
-        say(f"  {listener.address}:{listener.port}  {listener.process}: {_guard(listener, settings, fallback)}")
+        announce(f"  {listener.address}:{listener.port}  {listener.process}: {_guard(listener, settings, fallback)}")
 
 
 def _guard(listener: Listener, settings: ServeSettings, fallback: int | None) -> str:

@@ -51,7 +51,7 @@ def silence() -> None:
         handler.close()
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
+def announce(text: str, stream: TextIO | None = None) -> None:
     """Print a line to standard output, or to `stream`; it is lost if that is full, closed, or no longer read.
 
     Whoever started the service may be gone by the time it stops, and requests in flight must not wait for a reader.

@@ -14,6 +14,7 @@ from jepakit._machine import trim_heap
 from jepakit.bundle import GOLDEN, Bundle
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.images import fit, read_image
+from jepakit.manifest import Described
 from jepakit.readers import Limits
 from jepakit.runtime import ON_GPU
 from jepakit.session import Session
@@ -27,7 +28,7 @@ _BYTES_A_PIXEL = 8
 """A decoded image may take this many bytes times `max_pixels`."""
 
 
-class LoadedModel:
+class LoadedModel(Described):
     """A verified bundle whose golden vectors were reproduced, ready to embed. Raises BundleError if a check fails."""
 
     def __init__(self, bundle: Bundle, settings: ServeSettings, metrics: Metrics) -> None:
@@ -50,13 +51,13 @@ class LoadedModel:
             set_by="the service's setting max_pixels",
         )
         self._warm_up()
-        self.metrics = metrics.of_model(self.manifest.name)
+        self.metrics = metrics.of_model(self.name)
         self.inside = 0
         """Images of requests that the engine has let in."""
         # Where the table judges by cosines, one vector shows no more than that its values are numbers.
         limit = golden.TOLERANCES[self.precision, self.provider].relative or 1.0
         self.heartbeat = Heartbeat(
-            self.manifest.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.metrics
+            self.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.metrics
         )
         capacity = Capacity(
             self.plan.max_batch,
@@ -68,11 +69,6 @@ class LoadedModel:
         )
         # Only the batcher holds the sessions, and it releases them once it is closed and empty.
         self._batcher = Batcher(self._decode, session.run, whole.run, capacity, self.heartbeat)
-
-    @property
-    def digest(self) -> str:
-        """The bundle's digest."""
-        return self.manifest.digest
 
     async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
         """The vectors of a request's images. Raises TimeoutError."""

@@ -58,4 +58,4 @@ async def _ready(replica: Replica, asked: str) -> oip.ModelReady:
     model = replica.registry.find(asked)
     if fault := await model.heartbeat():
         raise unavailable("not_ready", fault)
-    return {"name": model.manifest.name, "ready": True}
+    return {"name": model.name, "ready": True}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from jepakit._messages import parse
+from jepakit._explain import parse
 from jepakit_service import logs
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled

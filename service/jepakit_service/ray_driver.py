@@ -113,7 +113,7 @@ def _drive(settings: ServeSettings, folder: Path) -> None:
     os.environ.update(REPLICAS)
     stop = _Stop()
     stop.watch()
-    logs.say("starting Ray Serve …")
+    logs.announce("starting Ray Serve …")
     with contextlib.closing(logs.Collector(folder / "logs.sock")) as collector:
         _serve(settings, folder / "ray", collector.path, stop)
 
@@ -174,7 +174,7 @@ def _check_core(core: Mapping[str, Any]) -> None:
 
 def _drain(handle: Any, settings: ServeSettings) -> None:
     """Let the requests in flight be answered. Raises ServeError if a replica cannot confirm that they were."""
-    logs.say("stopping: answering the requests in flight …")
+    logs.announce("stopping: answering the requests in flight …")
     answers: list[Any]
     try:
         answers = handle.broadcast("drain").results(timeout_s=settings.drain_s + 5, return_exceptions=True)

@@ -115,7 +115,7 @@ class Registry:
         versions = self._by_name.get(name, Versions())
         if pinned:
             for model in versions.loaded():
-                if model.manifest.model_id == pinned:
+                if model.model_id == pinned:
                     return model
         elif versions.current is not None:
             return versions.current
@@ -123,7 +123,7 @@ class Registry:
             raise ApiError(
                 404,
                 "model_not_found",
-                f"{name} is {versions.current.manifest.model_id} here, not {pinned[:32]!r}",
+                f"{name} is {versions.current.model_id} here, not {pinned[:32]!r}",
                 param="model",
             )
         if versions.expected:
@@ -135,7 +135,7 @@ class Registry:
         )
 
     def _known(self) -> str:
-        return ", ".join(model.manifest.name for model in self) or "none"
+        return ", ".join(model.name for model in self) or "none"
 
     def state(self) -> dict[str, VersionsState]:
         """What the other replicas need to know."""

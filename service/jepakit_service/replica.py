@@ -69,7 +69,7 @@ class Replica:
         self._reports = {with_metrics: Shared(partial(self._answering, with_metrics)) for with_metrics in (False, True)}
         self._updates = Updates(settings, self.registry, self.metrics, self._states)
         for bundle in find_bundles(settings) if ask_all is None else self._updates.whole():
-            versions = self.registry.versions(bundle.manifest.name)
+            versions = self.registry.versions(bundle.name)
             versions.current, versions.folder = LoadedModel(bundle, settings, self.metrics), bundle.path
         self._watching: asyncio.Task[None] | None = None
 

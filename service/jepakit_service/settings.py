@@ -19,11 +19,12 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from jepakit._explain import parse
 from jepakit._files import reason_of, with_home
 from jepakit._frozen import StrictBools
 from jepakit._loopback import is_loopback
 from jepakit._machine import usable_cpus
-from jepakit._messages import did_you_mean, parse
+from jepakit._messages import did_you_mean
 from jepakit.errors import ConfigError
 from jepakit.readers import DEFAULT_LIMITS
 from jepakit.runtime import Arithmetic, Provider

@@ -55,7 +55,7 @@ class Updates:
         """The bundles on disk that pass now. The others become expected; `step` looks again and logs them."""
         wanted = self._wanted(self._look())
         passing = [bundle for bundle in wanted.values() if self._passes(bundle)]
-        for name in wanted.keys() - {bundle.manifest.name for bundle in passing}:
+        for name in wanted.keys() - {bundle.name for bundle in passing}:
             self._registry.versions(name).expected = True
         return passing
 
@@ -108,7 +108,7 @@ class Updates:
         wanted: dict[str, Bundle] = {}
         messages = {f"{reason}: it is passed over" for _, rejected in found for reason in rejected.values()}
         for bundle in (bundle for bundles, _ in found for bundle in bundles):
-            other = wanted.setdefault(bundle.manifest.name, bundle)
+            other = wanted.setdefault(bundle.name, bundle)
             if other is not bundle:
                 messages.add(f"{bundle.path} has the name of another bundle, {other.path}: it is passed over")
         for message in messages - self._logged:
@@ -205,7 +205,7 @@ class Updates:
         self._leaving = _LEAVING_LOOKS  # the old version goes once all have switched
         versions.current, versions.previous, versions.next = versions.next, versions.current, None
         versions.update, versions.failed = None, {}
-        _log.info("%s is now %s (digest %s)", name, versions.current.manifest.model_id, versions.current.digest)
+        _log.info("%s is now %s (digest %s)", name, versions.current.model_id, versions.current.digest)
 
     def _refuse(self, versions: Versions, digest: str, reason: str) -> None:
         self._give_up(versions)

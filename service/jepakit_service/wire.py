@@ -20,6 +20,7 @@ from typing_extensions import TypeAliasType
 
 from jepakit.errors import ImageError
 from jepakit.manifest import Manifest
+from jepakit.readers.checks import READ_AS
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet
 from jepakit_service.batcher import ImageData, Result
@@ -37,7 +38,7 @@ EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCL
 """A grey PNG of 16 × 16 pixels in base64, for the document's examples."""
 
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
-_NPY_TYPES = frozenset({"|u1", "<u2", "<i2", "<u4", "<i4", "<f4"})
+_NPY_TYPES = frozenset(np.dtype(name).newbyteorder("<").str for name in READ_AS.values())
 JSON, OCTETS, NPY = "application/json", "application/octet-stream", "application/x-npy"
 _SERVED = (JSON, OCTETS, NPY, "application/*", "*/*")
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from jepakit._explain import parse
 from jepakit._frontdoor import export
-from jepakit._messages import did_you_mean, parse
+from jepakit._messages import did_you_mean
 from jepakit.config import (
     DEFAULT_STEPS,
     LAMBDA_PER_VIEW,

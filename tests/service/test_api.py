@@ -591,7 +591,7 @@ def test_overload_is_answered_429(bundle: Path) -> None:
     ],
 )
 def test_wrong_settings_are_told_in_one_line(settings: dict[str, Any], words: str) -> None:
-    from jepakit._messages import parse
+    from jepakit._explain import parse
 
     with pytest.raises(ConfigError, match=words) as caught:
         parse(ServeSettings, {"bundles": ("x",), **settings})

@@ -652,7 +652,7 @@ def test_a_full_disk_does_not_end_the_log_and_leaves_nothing_to_be_written_at_ex
         with Path("/dev/full").open("w") as full, (tmp_path / "log").open("w") as roomy:
             monkeypatch.setattr(sys, "stdout", full)
             monkeypatch.setattr(sys, "stderr", full)
-            logs.say("ready")
+            logs.announce("ready")
             logging.getLogger("jepakit.service").info("lost")
             time.sleep(0.2)
             full.flush()
@@ -676,7 +676,7 @@ def test_standard_error_that_nobody_reads_holds_up_neither_who_logs_nor_the_end(
         handler: Any = logging.getLogger(logs.LOGGER).handlers[0]
         try:
             assert logs_at_once(2 * logs._MOST_WAITING), "who logs waits for who reads"
-            logs.say("nobody waits for this", stalled)
+            logs.announce("nobody waits for this", stalled)
             start = time.monotonic()
             logs.silence()
             assert time.monotonic() - start < 5

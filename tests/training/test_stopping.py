@@ -16,7 +16,7 @@ import torch
 from tests.training.forked import start
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit._messages import in_command
+from jepakit._machine import in_command
 from jepakit_training.stopping import asked_by, stopping
 
 GRACE_S = 1.0

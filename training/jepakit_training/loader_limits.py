@@ -65,7 +65,7 @@ def no_room() -> str:
 
 
 def is_of_files(error: BaseException) -> bool:
-    """Whether torch or Python says that there are too many open files; passed-on ones are lost without a word."""
+    """Whether torch or Python says that there are too many open files; those lost on their way to another process raise no error of their own."""
     return any(part in str(error) for part in ("Too many open files", "received 0 items of ancdata"))
 
 

@@ -4,8 +4,8 @@ SIGINT and SIGTERM ask for a stop at the end of the step. Python handles signals
 instructions, and one backward pass of a large model on a CPU is one instruction that can take minutes; the senders
 of SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kill after about 30 s. So a thread waits on a pipe into which
 the C handler writes at once, says that the run stops, and ends the process itself if the step does not end in time. Only
-that step is lost: slow steps are each saved (`checkpoint.Saver`). Ctrl-C ends so only processes of jepakit's own: a
-notebook's kernel, or a caller's script, may hold other work.
+that step is lost: slow steps are each saved (`checkpoint.Saver`). Only jepakit's own processes are ended
+this way by Ctrl-C: a notebook's kernel, or a caller's script, may hold other work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 
-from jepakit._messages import in_command
+from jepakit._machine import in_command
 from jepakit._say import say
 from jepakit_training import ranks
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-from jepakit._messages import in_command
+from jepakit._machine import in_command
 from jepakit.errors import JepakitError
 from jepakit_training import ranks
 from jepakit_training.endings import reporting_ending

@@ -64,7 +64,7 @@ class Header:
     height: int
     width: int
     bands: int
-    """3 for colour (palettes, CMYK and YCbCr included) and for 8-bit alpha composited; else as stored."""
+    """3 for colour (palettes, CMYK and YCbCr included), for 8-bit images of one band and for those with alpha; else as stored."""
     dtype: str
     """numpy's name: `uint8`, `uint16`, `int16`, `uint32`, `int32`, `float32`; float64 is read as float32, as are DICOM
     images of one band, whose modality LUT gives real units."""

@@ -25,7 +25,7 @@ def open_raster(
     voi     DICOM: apply the file's own window (VOI LUT), which gives 0 to 1; a frame without one is refused
 
     Reads JPEG, PNG, WebP, BMP, TIFF (including slides), DICOM, .npy and .npz. Raises ImageError for everything else and
-    for damage, MissingExtraError when a format's library is not installed.
+    for damage, MissingExtraError when a format's library is not installed, TypeError for an object that is no image.
     """
     if isinstance(source, np.ndarray):
         from jepakit.readers.npy import open_array

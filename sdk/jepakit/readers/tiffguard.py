@@ -168,7 +168,8 @@ in_each_child(_renew)
 
 @cache
 def _searches_ask_first() -> bool:
-    """Have tifffile's searches, functions of its module since, call what `_bound_search` left on the file; whether they do."""
+    """Have tifffile's searches, which newer versions keep as functions of its module, first call what `_bound_search` left
+    on the file; whether that worked."""
     from tifffile import tifffile
 
     found = getattr(tifffile.TIFF, "SERIES", {})

@@ -13,7 +13,7 @@ from jepakit.errors import ConfigError, DataError
 from jepakit.sources.files import Files, is_dicom, may_be_dicom
 from jepakit.sources.patients import patients
 from jepakit.sources.store import Found
-from jepakit.sources.table import RULES, check_rule, look_up
+from jepakit.sources.table import RULES, check_rule, look_up_groups
 
 Groups = tuple[str, ...] | None
 
@@ -23,13 +23,13 @@ def choose_groups(found: Found, rule: str | Path) -> tuple[Groups, str]:
 
     Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
-    rule = check_rule("group", rule, column="group")
+    rule = check_rule("group", rule)
     if rule == "none":
         return None, ""
     if rule == "folder":
         return _deepest_folders(found)
     if rule not in RULES:
-        groups = look_up(rule, "group", found)
+        groups = look_up_groups(rule, found)
         return groups, f"groups: {len(set(groups))} from {rule}"
     if found.groups is not None:
         return found.groups, found.group_note
@@ -41,13 +41,13 @@ def groups_of(ids: Sequence[str], file: str | Path) -> tuple[str, ...]:
 
     Raises ConfigError if `file` is not a table, DataError if an image is not in it.
     """
-    table = check_rule("group", file, column="group")
+    table = check_rule("group", file)
     if table in RULES:
         raise ConfigError(
             f"group = {table!r}: embeddings carry no groups: give a CSV or Parquet file of path and group"
         )
     images = tuple(map(image_of, ids))
-    return look_up(table, "group", Found(Files("", images), images))
+    return look_up_groups(table, Found(Files("", images), images))
 
 
 def _deepest_folders(found: Found) -> tuple[Groups, str]:

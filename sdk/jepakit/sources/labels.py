@@ -14,7 +14,7 @@ from jepakit.sources.layout import PLAIN_SPLITS, are_groups, companions, splits,
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.remarks import remarks_on_labels
 from jepakit.sources.store import Found
-from jepakit.sources.table import RULES, check_rule, look_up_some, read_table
+from jepakit.sources.table import RULES, check_rule, look_up_labels, read_table
 
 MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
 
@@ -29,7 +29,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 
     Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
-    rule = check_rule("labels", rule, column="label")
+    rule = check_rule("labels", rule)
     labels, note = _choose(found, rule, embedding=embedding)
     note = joined(note, remarks_on_labels(labels, written=not _by_folders(found, rule)))
     if not embedding and rule != "folder":
@@ -47,7 +47,7 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
 
 def names_pieces(rule: str | Path) -> bool:
     """Whether the rule is a table whose paths are the ids of tiles or frames."""
-    file = check_rule("labels", rule, column="label")
+    file = check_rule("labels", rule)
     return file not in RULES and any(
         path != image_of(path) for path in read_table(file, ("path", "label")).columns["path"]
     )
@@ -74,7 +74,7 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
         return None, "" if embedding else "no labels, as requested"
     if rule not in RULES:
-        listed, strangers = look_up_some(rule, "label", found)
+        listed, strangers = look_up_labels(rule, found)
         note = f"labels: {counted(len(set(listed) - {None}), 'class')} from {rule}"
         if strangers:
             note += f" ({counted(len(strangers), 'row')} of no image here, {min(strangers)} first)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jepakit._files import reason_of, with_home
 from jepakit._groups import image_of
@@ -94,7 +94,7 @@ def is_rule(rule: str) -> bool:
     return rule in RULES or (suffix(rule) in TABLES and Path(with_home(rule)).is_file())
 
 
-def check_rule(setting: str, rule: str | Path, *, column: str) -> str:
+def check_rule(setting: Literal["group", "labels"], rule: str | Path) -> str:
     """`rule` as text: one of `RULES`, or the name of an existing table; ConfigError otherwise."""
     if not isinstance(rule, str | os.PathLike):
         own = "; labels of your own go to the probe, fit(vectors, labels)" if setting == "labels" else ""
@@ -107,16 +107,16 @@ def check_rule(setting: str, rule: str | Path, *, column: str) -> str:
     missing = " (there is no such file)" if suffix(text) in TABLES else ""
     raise ConfigError(
         f"{setting} = {text!r}{missing}: give {', '.join(RULES)}, or a file {', '.join(TABLES)} "
-        f"with a column path and a column {column}{did_you_mean(text, RULES)}"
+        f"with a column path and a column {setting.removesuffix('s')}{did_you_mean(text, RULES)}"
     )
 
 
-def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
-    """The value of each image in a table. Its paths are ids, or relative to the table like a manifest's.
+def look_up_groups(file: str, found: Found) -> tuple[str, ...]:
+    """The group of each image in a table. Its paths are ids, or relative to the table like a manifest's.
 
     Raises DataError when an image is not in the table, or is in it twice with different values.
     """
-    values = _values(file, role)
+    values = _values(file, "group")
     keys = _keys(values, found, file)
     found_values = [None if key is None else values[key] for key in keys]
     missing = [name for name, value in zip(found.ids, found_values, strict=True) if value is None]
@@ -128,18 +128,18 @@ def look_up(file: str, role: str, found: Found) -> tuple[str, ...]:
     return tuple(value for value in found_values if value is not None)
 
 
-def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, ...], list[str]]:
-    """The same for a table with missing images or empty cells (None for those); also returns its paths of no image.
+def look_up_labels(file: str, found: Found) -> tuple[tuple[str | None, ...], list[str]]:
+    """The same of labels, which some images may lack (None for those); also returns the table's paths of no image.
 
-    Raises DataError when it has no value for any image, or different values for one.
+    Raises DataError when it has no label for any image, or different ones for one.
     """
-    values = _values(file, role)
+    values = _values(file, "label")
     keys = _keys(values, found, file)
     found_values = [None if key is None else values[key] for key in keys]
     if not any(found_values):
         first = found.ids[0]
         if None not in found_values:
-            raise DataError(f"{file}: the column of the {role}s is empty for all of {counted(len(found.ids), 'image')}")
+            raise DataError(f"{file}: the column of the labels is empty for all of {counted(len(found.ids), 'image')}")
         path = next(iter(values))
         hint = (
             "they are of tiles or frames, so cut the images alike (tile, frame)"
@@ -147,17 +147,17 @@ def look_up_some(file: str, role: str, found: Found) -> tuple[tuple[str | None, 
             else f"write both alike{did_you_mean(first, list(values)[:1000])}"
         )
         raise DataError(
-            f"{file} gives none of {counted(len(found.ids), 'image')} a {role}: its first path is {path}, and "
+            f"{file} gives none of {counted(len(found.ids), 'image')} a label: its first path is {path}, and "
             f"that of the first image is {first}: {hint}"
         )
     return tuple(value or None for value in found_values), [key for key in values.keys() - set(keys) if values[key]]
 
 
-def _values(file: str, role: str) -> dict[str, str]:
+def _values(file: str, column: str) -> dict[str, str]:
     """A table's values by normalised path; DataError for a path with two values."""
-    table = read_table(file, ("path", role))
+    table = read_table(file, ("path", column))
     values: dict[str, str] = {}
-    for path, value in zip(table.columns["path"], table.columns[role], strict=True):
+    for path, value in zip(table.columns["path"], table.columns[column], strict=True):
         if (first := values.setdefault(posixpath.normpath(path), value)) != value:
             raise DataError(f"{file} gives {path} two values ({first or 'none'}, {value or 'none'}): keep one")
     return values
