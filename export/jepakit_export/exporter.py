@@ -94,7 +94,7 @@ def export(config: ExportConfig) -> Bundle:
         sealed = seal(graph, _metadata(manifest, config.precision))
     stage("verifying it against torch")
     if config.precision == "fp16":
-        with _failing_as(f"torch cannot compute {source.described.name} in half precision (use --precision fp32)"):
+        with _failing_as(f"torch cannot compute {source.described.name} in half precision (use precision=fp32)"):
             check_half(converted, source.preprocess, [inputs] if users is None else [inputs, users])
     opened = partial(Session, sealed.graph, provider="cpu", data=sealed.data)
     session = opened(manifest)

@@ -33,7 +33,7 @@ _MOST_HALVED = 32
 _SAME = 1e-5
 _WITHOUT_VNNI = (
     "; this CPU has no VNNI instructions, without which sums of 8-bit products overflow: export on a machine like the one "
-    "that will serve, or use --precision fp32"
+    "that will serve, or use precision=fp32"
 )
 
 
@@ -92,7 +92,7 @@ def calibration_and_check(precision: Precision, inputs: Pixels, users: Pixels | 
     if users is not None:
         return users[::2], users[1::2]
     say(
-        "int8 is calibrated and verified on synthetic images only, and real ones may do worse: give some with --verify-images DIR"
+        "int8 is calibrated and verified on synthetic images only, and real ones may do worse: give some with verify_images=DIR"
     )
     return inputs, None
 
@@ -142,7 +142,7 @@ def _check_finite(half: Embedder, images: Pixels) -> None:
     if bad := int((~finite).sum()):
         raise ExportError(
             f"in half precision the vectors of {bad} of {len(images)} images are not finite: numbers in the backbone "
-            f"exceed {torch.finfo(torch.float16).max:.0f}, the largest that fp16 holds; use --precision fp32"
+            f"exceed {torch.finfo(torch.float16).max:.0f}, the largest that fp16 holds; use precision=fp32"
         )
 
 
@@ -201,9 +201,7 @@ def check_sizes(session: Session, precision: Precision, embedder: Embedder, imag
         try:
             _compare(session, precision, expect(embedder, wide[:, :height, :width]), len(images))
         except Exception as error:  # torch's and ONNX Runtime's exceptions have no common base worth naming
-            raise ExportError(
-                f"at {height} × {width} px: {lines_of(error)[0]}; export without --dynamic-size"
-            ) from error
+            raise ExportError(f"at {height} × {width} px: {lines_of(error)[0]}; export without dynamic_size") from error
 
 
 def _check_mates(session: Session, images: Pixels) -> None:

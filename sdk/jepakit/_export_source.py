@@ -29,7 +29,7 @@ def check_source(config: ExportConfig) -> None:
         _check_fits(Run(path).bundle, config)
         return
     if "which" in config.model_fields_set:
-        raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave --which out")
+        raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave which out")
     if is_bundle(path):
         _check_fits(open_bundle(path), config)
         return
@@ -51,10 +51,10 @@ def _check_fits(bundle: Bundle, config: ExportConfig) -> None:
     """Raise ConfigError for settings that would make another model of what was measured."""
     size, embedding = bundle.manifest.preprocess.size, bundle.manifest.embedding
     if config.image_size not in (None, size):
-        raise ConfigError(f"{bundle.path} was measured at {size} px: --image-size is for timm names only")
+        raise ConfigError(f"{bundle.path} was measured at {size} px: image_size is for timm names only")
     if config.pooling not in (None, embedding.pooling):
         raise ConfigError(
-            f"{bundle.path} was measured with pooling {embedding.pooling}: adapt with --pooling {config.pooling} instead"
+            f"{bundle.path} was measured with pooling {embedding.pooling}: adapt with pooling={config.pooling} instead"
         )
     _check_standardize(config, embedding.standardize)
 
@@ -63,5 +63,5 @@ def _check_standardize(config: ExportConfig, measured: Standardize) -> None:
     """Raise ConfigError where a centre or scale is to be measured on no images."""
     if config.standardize not in (None, "none", measured) and config.verify_images is None:
         raise ConfigError(
-            f"standardize = {config.standardize!r} measures the domain's images: give some with --verify-images DIR"
+            f"standardize = {config.standardize!r} measures the domain's images: give some with verify_images=DIR"
         )

@@ -38,7 +38,7 @@ def prepare_place(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({reason_of(error)}): name another --out") from None
+        raise ConfigError(f"{path} cannot be written ({reason_of(error)}): name another place") from None
 
 
 def lock_file(descriptor: int, *, wait: bool = False) -> bool:

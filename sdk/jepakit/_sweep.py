@@ -209,7 +209,7 @@ def check_can_hold(path: Path, configs: Mapping[str, AdaptConfig], data_digest: 
         if data != data_digest or shared != [to_come[name] for name in _SHARED]:
             raise DataError(
                 f"{run.path} was measured on other images or in another way, and could not be compared with the new runs: name "
-                "another --out"
+                "another folder for the sweep"
             )
 
 

@@ -229,7 +229,7 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
     module = build(name, arguments)
     if not (module.pretrained_cfg.get("hf_hub_id") or module.pretrained_cfg.get("url")):
         raise BackboneError(
-            f"timm has no pretrained weights for {name}: give --weights FILE, or --weights random to start from nothing"
+            f"timm has no pretrained weights for {name}: give weights=FILE, or weights=random to start from nothing"
         )
     try:
         with _silent_hub():
@@ -240,7 +240,7 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
         raise BackboneError(
             f"the pretrained weights of {name} could not be fetched ({type(error).__name__}) from "
             f"{_address(module.pretrained_cfg)}: on another machine run `jepakit weights fetch {name} --out FILE`, or fetch its "
-            f"model.safetensors or pytorch_model.bin, and give --weights FILE here (to export, {name}:FILE)"
+            f"model.safetensors or pytorch_model.bin, and give weights=FILE here (to export, {name}:FILE)"
         ) from None
 
 

@@ -47,9 +47,9 @@ def check_new(path: Path) -> None:
     Creates the parent folder.
     """
     if path.is_dir() and not is_bundle(path):
-        raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}, with --out")
+        raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}")
     if path.exists():
-        raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another --out")
+        raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another place")
     prepare_place(path)
 
 

@@ -160,7 +160,7 @@ class Session:
         """What helps against other vectors: an export is verified on a CPU, so another one changes nothing on a GPU."""
         if self.provider not in ON_GPU:
             return "export the bundle again on this machine"
-        lower = "" if self.precision == "fp32" else ", or export it again with --precision fp32"
+        lower = "" if self.precision == "fp32" else ", or export it again with precision=fp32"
         return f"use provider cpu{lower}"
 
 

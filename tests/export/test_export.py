@@ -425,7 +425,7 @@ def test_a_damaged_runs_weights_are_refused(run: Run, tmp_path: Path) -> None:
     [
         ({"image_size": 96}, "was measured at 64 px"),
         ({"pooling": "head"}, "was measured with pooling stages"),
-        ({"standardize": "center"}, "measures the domain's images: give some with --verify-images"),
+        ({"standardize": "center"}, "measures the domain's images: give some with verify_images"),
     ],
 )
 def test_what_a_run_has_measured_is_not_changed_at_export(

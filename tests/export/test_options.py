@@ -174,7 +174,7 @@ def test_fp16_that_overflows_in_half_precision_is_refused_though_a_cpu_computes_
 ) -> None:
     """At 60,000, the golden inputs are within fp16's range, and images of greater contrast are not."""
     file = with_large_activations(weights_file("test_resnet"), tmp_path / "large.safetensors", largest)
-    with pytest.raises(ExportError, match=rf"in half precision .* {told}: .* exceed 65504.*; use --precision fp32"):
+    with pytest.raises(ExportError, match=rf"in half precision .* {told}: .* exceed 65504.*; use precision=fp32"):
         export(f"test_resnet:{file}", precision="fp16")
 
 
@@ -368,7 +368,7 @@ def test_standardising_is_measured_on_the_users_images_and_done_inside(
 def test_standardising_without_images_and_verifying_on_too_few_are_refused(
     export: Callable[..., Bundle], image_folder: Callable[..., Path]
 ) -> None:
-    with pytest.raises(ConfigError, match="--verify-images"):
+    with pytest.raises(ConfigError, match="give some with verify_images"):
         export(standardize="center")
     with pytest.raises(DataError, match="4 images can be read, 16 are the fewest"):
         export(verify_images=str(image_folder(classes=0, per_class=4)))
@@ -461,7 +461,9 @@ def test_a_graph_that_is_wrong_at_another_size_is_refused(
             return [output + np.float32(wrong) for output in super().run_all(images)]
 
     monkeypatch.setattr(exporter, "Session", Elsewhere)
-    message = rf"at {told} px: the exported graph does not reproduce torch .* relative error .*; export without --dynamic-size"
+    message = (
+        rf"at {told} px: the exported graph does not reproduce torch .* relative error .*; export without dynamic_size"
+    )
     with pytest.raises(ExportError, match=message):
         export(dynamic_size=True)
     assert "to ONNX (fp32, for other sizes too: some backbones take minutes) …\n" in capsys.readouterr().err

@@ -169,14 +169,14 @@ def test_a_failing_digest_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_place_where_nothing_can_be_written_is_a_wrong_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file" / "new", Path("/proc/new")):
-        with pytest.raises(ConfigError, match=rf"^{place} cannot be written \(.+\): name another --out"):
+        with pytest.raises(ConfigError, match=rf"^{place} cannot be written \(.+\): name another place"):
             write_bundle(place, make_manifest(), write_files)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_already_exists_is_never_overwritten(bundle: Bundle) -> None:
     before = bundle.digest
-    with pytest.raises(BundleError, match=r"scans already exists.*--out"):
+    with pytest.raises(BundleError, match=r"scans already exists.*name another place"):
         write_bundle(bundle.path, make_manifest(name="new"), write_files)
     assert open_bundle(bundle.path).digest == before
 

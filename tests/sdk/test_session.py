@@ -182,7 +182,7 @@ def test_a_runtime_that_computes_other_vectors_is_refused(session: Session, imag
     ("precision", "provider", "told"),
     [
         ("fp32", "cpu", "on cpu; export the bundle again on this machine"),
-        ("fp16", "cuda", "on cuda; use provider cpu, or export it again with --precision fp32"),
+        ("fp16", "cuda", "on cuda; use provider cpu, or export it again with precision=fp32"),
         ("fp32", "cuda", "on cuda; use provider cpu"),
     ],
 )

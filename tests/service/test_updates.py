@@ -1001,7 +1001,8 @@ def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path, whol
             (folder / "second" / "model.onnx").write_bytes(b"cut")
         await step(replica)
         assert (replica.registry.versions("second").incomplete is None) == whole
-        assert (b'"second"' in await counted()) == whole
+        assert (b'_images_total{model="second"' in await counted()) == whole
+        assert (b'jepakit_update{model="second"' in await counted()) != whole
         model = replica.registry.versions("second").next
         shutil.rmtree(folder / "second")
         for _ in range(updates._ABSENT_LOOKS):

@@ -370,7 +370,7 @@ def test_changed_settings_are_refused_with_the_difference(
     run = finished("test_vit")
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     key = "views.n_local" if "views" in changed else next(iter(changed))
-    with pytest.raises(ConfigError, match=f"other settings .*{key} was .*, now .*--weights .*--out NEW"):
+    with pytest.raises(ConfigError, match=f"other settings .*{key} was .*, now .*weights=.*, out=NEW"):
         adapt(run.path, **changed)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 

@@ -67,8 +67,8 @@ def test_more_steps_are_advised_only_where_the_backbone_trains() -> None:
     [
         ({"std": 0.0}, "the projections collapsed: SIGReg is 51.5 .* total collapse is 51.5 with 128 images"),
         ({"std": 0.01}, "total collapse is 51.5 with 128 images"),
-        ({"std": 0.2}, "too narrow: .* a larger --lamb .now 0.03."),
-        ({"std": 3.0}, "too wide: .* lower --lr .now 0.0001."),
+        ({"std": 0.2}, "too narrow: .* a larger lamb .now 0.03."),
+        ({"std": 3.0}, "too wide: .* lower lr .now 0.0001."),
         ({"std": 20.0}, "no gradient left"),
         ({"rank": 1}, "vary along 1 of 64 directions"),
     ],
@@ -168,7 +168,7 @@ def test_a_loss_that_falls_or_has_settled_is_no_reason_to_warn() -> None:
 def test_a_rising_loss_is_warned_of_once() -> None:
     (line,) = losses(lambda part: 0.8 - 0.8 * part if part < 0.5 else 0.4 + 2 * (part - 0.5))
     assert line.startswith("warning: the loss rises")
-    assert "lower --lr (now 0.0001)" in line
+    assert "lower lr (now 0.0001)" in line
 
 
 def test_a_loss_that_did_not_fall_is_told_at_the_end() -> None:
@@ -218,7 +218,7 @@ def test_beside_steps_that_were_passed_over_the_rest_is_watched() -> None:
 def test_waiting_for_images(wait: float, on_gpu: bool, warned: int) -> None:
     said = run(gaussian, {"data_wait": wait}, on_gpu=on_gpu)
     assert sum(map(len, said.values())) == warned
-    assert all("--workers (now 1)" in line and "cache=FOLDER" in line for lines in said.values() for line in lines)
+    assert all("more workers (now 1)" in line and "cache=FOLDER" in line for lines in said.values() for line in lines)
     assert all(
         "cache" not in line for lines in run(gaussian, {"data_wait": wait}, cached=True).values() for line in lines
     )

@@ -186,7 +186,7 @@ def test_long_images_are_advised_to_be_cut(images: Path) -> None:
     assert not any("are long" in line for line in before.advice)
     for file in images.glob("*.png"):
         Image.open(file).resize((160, 40)).save(file)
-    told = "images are long, such as 160 × 40, of which the model sees the middle 25%: cut them into tiles, --tile 40"
+    told = "images are long, such as 160 × 40, of which the model sees the middle 25%: cut them into tiles, tile=40"
     assert any(told in line for line in jepakit.inspect("set", image_size=64).advice)
     assert not any("are long" in line for line in jepakit.inspect("set", image_size=64, tile=40).advice)
 

@@ -125,7 +125,7 @@ def test_another_number_of_processes_does_not_go_on_with_a_run(
         patch.setenv("RANK", "0")
         with pytest.raises(ConfigError, match="started by 2 processes, now there are 1: have the launcher start 2, or"):
             run_folder._check_same(scripted.out / "two", list_images(source.images))
-    with pytest.raises(ConfigError, match=r"started by 2 processes, now there are 1: say --processes 2"):
+    with pytest.raises(ConfigError, match=r"started by 2 processes, now there are 1: say processes=2"):
         jepakit.adapt(source.images, out=scripted.out / "two", weights=str(source.weights), **SETTINGS)
 
 

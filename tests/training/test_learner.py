@@ -229,7 +229,7 @@ def test_three_bad_steps_in_a_row_stop_the_run_however_late_it_is_checked(
 def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> None:
     learner, _ = make()
     train(learner, range(2))  # the warm-up
-    with pytest.raises(TrainingError, match="no step was taken; raise --steps"):
+    with pytest.raises(TrainingError, match="no step was taken; raise steps"):
         learner.finish()
 
 

@@ -183,7 +183,7 @@ def test_batches_made_ahead_take_a_quarter_of_the_memory_at_most(
     assert made.batch_bytes == 512 * (2 * 224**2 + 4 * 96**2) * 3 * 4
     assert (made.workers, made.prefetch) == expected
     assert made.queued_bytes == expected[0] * expected[1] * made.batch_bytes
-    assert any("of views in advance" in note and "lower --workers" in note for note in made.notes) == warned
+    assert any("of views in advance" in note and "lower workers" in note for note in made.notes) == warned
     halved = make_plan(config, listed, build("test_vit", {"dynamic_img_size": True}), 2, bands=3, value_bytes=4)
     assert halved.batch_bytes == made.batch_bytes // 2
 
@@ -220,14 +220,14 @@ def test_batches_made_ahead_fit_in_dev_shm(
 
 def test_more_loader_processes_than_dev_shm_has_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "shared_bytes", lambda: 160e6)
-    with pytest.raises(ConfigError, match=r"workers = 4: /dev/shm has 160\.0 MB free.*--shm-size.*take --workers 3$"):
+    with pytest.raises(ConfigError, match=r"workers = 4: /dev/shm has 160\.0 MB free.*--shm-size.*take workers=3$"):
         plan(batch_size=96, workers=4)
 
 
 def test_loader_processes_need_a_dev_shm_that_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "usable_cpus", lambda: 4)
     monkeypatch.setattr(plan_module, "can_share", lambda: False)
-    with pytest.raises(ConfigError, match=r"workers = 4: /dev/shm cannot be written.*, or take --workers 0$"):
+    with pytest.raises(ConfigError, match=r"workers = 4: /dev/shm cannot be written.*, or take workers=0$"):
         plan(workers=4)
     assert any(note.startswith("0 loader processes instead of 3: /dev/shm cannot be") for note in plan().notes)
     assert plan(workers=0).workers == 0
@@ -266,7 +266,7 @@ def test_batch_norms_that_train_see_a_batch_once() -> None:
         config = AdaptConfig(images="x", backbone="test_resnet", weights=weights)
         made, backbone = plan("test_resnet", weights=weights), build("test_resnet", {})
         explaining = explaining_out_of_memory(config, made, backbone, Accelerator(cpu=True))
-        with pytest.raises(TrainingError, match="--image-size below") as error, explaining:
+        with pytest.raises(TrainingError, match="image_size below") as error, explaining:
             raise torch.OutOfMemoryError
         assert ("micro_batch" in str(error.value)) == ("checkpointing" in str(error.value)) == exact, weights
 

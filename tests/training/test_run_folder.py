@@ -139,7 +139,10 @@ def test_only_the_first_rank_locks(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_a_wrong_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(ConfigError, match=r"cannot be written to \(.+\): name another --out"), locked(out):
+        with (
+            pytest.raises(ConfigError, match=r"cannot be written to \(.+\): name another folder for the run"),
+            locked(out),
+        ):
             pass
 
 
@@ -190,7 +193,7 @@ def test_files_that_are_only_named_like_a_runs_are_left_alone(begin: Begin, name
     theirs.parent.mkdir()
     theirs.write_text('{"theirs": 1}')
     with pytest.raises(
-        ConfigError, match=rf"exp is not empty and is not a run \(it holds {name}\): name another --out"
+        ConfigError, match=rf"exp is not empty and is not a run \(it holds {name}\): name another folder for the run"
     ):
         begin("exp")
     assert [path.read_text() for path in Path("exp").iterdir()] == ['{"theirs": 1}']
@@ -225,10 +228,12 @@ def test_a_damaged_folder_is_told_with_its_file_and_what_to_do(begin: Begin, nam
     else:
         file.write_text(file.read_text()[:-4] + "[" if damage == "cut short" else "7")
     if (name, damage) == (CONFIG, "gone"):
-        with pytest.raises(ConfigError, match="name another --out"):
+        with pytest.raises(ConfigError, match="name another folder for the run"):
             begin("run")
         return
-    with pytest.raises(DataError, match=rf"run/{name} is gone or damaged \(.+\): put it back, or name another --out"):
+    with pytest.raises(
+        DataError, match=rf"run/{name} is gone or damaged \(.+\): put it back, or name another folder for the run"
+    ):
         begin("run")
     if (name, damage) == (CONFIG, "cut short"):
         with pytest.raises(DataError, match=rf"run/{name} is gone or damaged"):

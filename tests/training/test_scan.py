@@ -297,7 +297,7 @@ def test_the_report_says_what_a_person_would_ask(tmp_path: Path) -> None:
     text = str(seen)
     assert "uint16 pixels of 1 band" in text
     assert "1200 × 1000" in text
-    assert "--tile 448" in text
+    assert "tile=448" in text
     assert seen.domain == "microscopy"
     assert type(seen).model_validate_json(seen.model_dump_json()) == seen
 
@@ -443,7 +443,7 @@ def test_inspect_says_the_range_that_training_would_measure_and_who_is_beyond_it
     assert seen.scaling == scan(images, progress=False).scaling("auto")
     (told,) = [line for line in seen.advice if "outside the range" in line]
     assert told.startswith("144 images, e.g. ")
-    assert "measure on a sample of 256, and may be refused: set the range with --value-range LOW:HIGH" in told
+    assert "measure on a sample of 256, and may be refused: set the range with value_range=LOW:HIGH" in told
 
 
 # Values that stand for no data, and are not declared

@@ -165,15 +165,15 @@ def test_without_the_hub_the_error_names_the_way_out(
     monkeypatch.setattr(backbone_module, "_hub_in_reach", lambda repository: False)
     with pytest.raises(
         BackboneError,
-        match=r"test_vit\.r160_in1k .* from https://huggingface.co/timm/test_vit.r160_in1k: on another machine run `jepakit weights fetch test_vit.r160_in1k --out FILE`, or .*, and give --weights FILE",
+        match=r"test_vit\.r160_in1k .* from https://huggingface.co/timm/test_vit.r160_in1k: on another machine run `jepakit weights fetch test_vit.r160_in1k --out FILE`, or .*, and give weights=FILE",
     ):
         start_backbone("test_vit.r160_in1k", "pretrained", 64)
-    with pytest.raises(BackboneError, match="--weights FILE"):
+    with pytest.raises(BackboneError, match="give weights=FILE"):
         jepakit.adapt(image_folder(), out=tmp_path / "run", backbone="test_vit")
 
 
 def test_a_backbone_without_pretrained_weights_says_so() -> None:
-    with pytest.raises(BackboneError, match=r"no pretrained weights for efficientnet_blur_b0: give --weights"):
+    with pytest.raises(BackboneError, match=r"no pretrained weights for efficientnet_blur_b0: give weights"):
         start_backbone("efficientnet_blur_b0", "pretrained", 64)
 
 

@@ -200,7 +200,7 @@ def test_without_labels_and_with_other_views_nothing_is_ranked(start: Start, tmp
 def test_runs_on_other_images_or_held_out_otherwise_are_refused_before_training(
     copied: Path, start: Start, image_folder: Callable[..., Path]
 ) -> None:
-    with pytest.raises(DataError, match=r"other images or in another way.*name another --out"):
+    with pytest.raises(DataError, match=r"other images or in another way.*name another folder for the sweep"):
         start(copied, {"lamb": [0.1]}, image_folder(seed=1))
     with pytest.raises(DataError, match="other images or in another way"):
         start(copied, {"lamb": [0.1]}, held_out=0.3)

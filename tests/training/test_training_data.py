@@ -200,7 +200,7 @@ def test_a_batch_without_room_in_shared_memory_is_an_error_at_once(
     loader = make_loader(dataset, StepBatches(6, 4, 0, range(2)), 1, prefetch=1, pin=False, finished=finished)
     with files_no_longer_than(4096), iterating(loader) as batches:
         batch = next(batches)
-    with pytest.raises(TrainingError, match=r"no room in /dev/shm .* MB are free.*--shm-size.*fewer --workers"):
+    with pytest.raises(TrainingError, match=r"no room in /dev/shm .* MB are free.*--shm-size.*fewer workers"):
         views_on(torch.device("cpu"), batch)
 
 

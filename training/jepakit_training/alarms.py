@@ -121,28 +121,28 @@ class Alarms:
             return {
                 "collapse": f"warning: the projections collapsed: {seen}, total collapse is {_TOTAL_COLLAPSE * self.batch_size:.1f} with "
                 f"{self.batch_size} images, and their standard deviation is {std:.2g} instead of 1. All images look alike to "
-                f"the model, and it will not recover: start a new run with a larger --lamb (now {self.lamb:g})"
+                f"the model, and it will not recover: start a new run with a larger lamb (now {self.lamb:g})"
             }
         if std < _NARROW_STD and step >= _FIRST_STEPS:
             return {
                 "narrow": f"warning: the projections are too narrow: {seen}, their standard deviation is {std:.2f} instead of 1. "
-                f"SIGReg is too weak against the prediction: a larger --lamb (now {self.lamb:g}) widens them"
+                f"SIGReg is too weak against the prediction: a larger lamb (now {self.lamb:g}) widens them"
             }
         if std > _DEAD_STD:
             return {
                 "dead": f"warning: the projections are so wide that SIGReg has no gradient left: {seen}, their standard deviation is "
-                f"{std:.3g} instead of 1. Start a new run with a lower --set projector_lr and a lower --lr (now {self.lr:g})"
+                f"{std:.3g} instead of 1. Start a new run with a lower projector_lr and a lower lr (now {self.lr:g})"
             }
         if std > _WIDE_STD:
             return {
                 "wide": f"warning: the projections are too wide: {seen}, their standard deviation is {std:.2f} instead of 1. They "
-                f"are torn apart faster than SIGReg can hold them: lower --lr (now {self.lr:g}) and --set projector_lr"
+                f"are torn apart faster than SIGReg can hold them: lower lr (now {self.lr:g}) and projector_lr"
             }
         full = self.n_outputs * self.images / (self.n_outputs + self.images)
         if rank < _RANK_SHARE * full and step >= max(_RANK_FROM_STEP, self.steps // 2):
             return {
                 "rank": f"warning: the projections vary along {rank:.0f} of {self.n_outputs} directions only ({seen}): the model tells "
-                f"few things apart. A larger --lamb (now {self.lamb:g}) or --batch-size (now {self.batch_size}) spreads them, "
+                f"few things apart. A larger lamb (now {self.lamb:g}) or batch_size (now {self.batch_size}) spreads them, "
                 "as does a run on images that differ more"
             }
         return {}
@@ -152,7 +152,7 @@ class Alarms:
             return {}
         return {
             "gradient": f"warning: the gradient is {now['grad_norm']:.1g}: nothing is learned any more. Start a new run with a "
-            f"lower --lr (now {self.lr:g})"
+            f"lower lr (now {self.lr:g})"
         }
 
     def _loss(self, last: bool) -> dict[str, str]:
@@ -167,12 +167,12 @@ class Alarms:
         if rise > 4 * noise and rise > 0.2 * middle:
             return {
                 "rising": f"warning: the loss rises: {middle:.3f}, then {end:.3f} in the last third of the steps so far. Start a "
-                f"new run with a lower --lr (now {self.lr:g})"
+                f"new run with a lower lr (now {self.lr:g})"
             }
         if last and end >= first:
             return {
                 "not falling": f"warning: the loss did not fall: {first:.3f} in the first third of the steps, {end:.3f} in the last. "
-                f"Try another --lr (now {self.lr:g}), or more trained layers (--unfreeze)"
+                f"Try another lr (now {self.lr:g}), or more trained layers (unfreeze)"
             }
         return {}
 
@@ -180,9 +180,9 @@ class Alarms:
         # On a CPU the loader's processes and the model share the same cores, so some waiting is normal.
         if now["data_wait"] <= (0.3 if self.on_gpu else 0.6):
             return {}
-        cache = "" if self.cached else ", or keep decoded images with --set cache=FOLDER"
+        cache = "" if self.cached else ", or keep decoded images with cache=FOLDER"
         return {
-            "waiting": f"warning: {now['data_wait']:.0%} of the time is spent waiting for images: more --workers (now {self.workers}) "
+            "waiting": f"warning: {now['data_wait']:.0%} of the time is spent waiting for images: more workers (now {self.workers}) "
             f"where there are cores for them{cache}"
         }
 

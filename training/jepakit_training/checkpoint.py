@@ -191,7 +191,7 @@ def _check_finite(step: int, state: dict[str, Any]) -> None:
     if not torch.nn.utils.get_total_norm(numbers, norm_type=math.inf).isfinite():
         raise TrainingError(
             f"weights are not finite after step {step}, so they are not saved; the last checkpoint is sound: start a new "
-            "run with a lower --lr"
+            "run with a lower lr"
         )
 
 

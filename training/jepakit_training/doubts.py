@@ -43,7 +43,7 @@ def _ungrouped_folders(images: ImageList, names: Sequence[str]) -> list[str]:
         return []
     return [
         f"the images lie in {len(folders):,} folders, e.g. {folder} ({counted(count, 'image')}): if a folder holds one patient, part or "
-        "scene, keep it together (--group folder), or else held-out images have siblings in training and the verdict is optimistic"
+        "scene, keep it together (group=folder), or else held-out images have siblings in training and the verdict is optimistic"
     ]
 
 

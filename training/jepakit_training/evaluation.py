@@ -294,7 +294,7 @@ def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
         return ""
     return (
         f"all {len(fitted)} images to fit probes on are labelled {str(fitted[0])!r}, and a probe tells two "
-        "classes apart: label some of another class, or leave labels out (--labels none)"
+        "classes apart: label some of another class, or leave labels out (labels=none)"
     )
 
 

@@ -158,26 +158,26 @@ def _advice(
     if tile is None:
         advice += _tiling(found, largest, image_size)
     if min(median) < _SMALL_SIDE < image_size:
-        advice.append(f"images are {median[0]} × {median[1]} pixels: --image-size {_SMALL_SIDE} trains faster")
+        advice.append(f"images are {median[0]} × {median[1]} pixels: image_size={_SMALL_SIDE} trains faster")
     if n_duplicates and images.groups is None:
         advice.append(
             f"{n_duplicates} pairs of near-duplicates among {len(found.seen)} images: say which belong together "
-            "(--group), or else held-out images have siblings in training and the verdict is optimistic"
+            "(group), or else held-out images have siblings in training and the verdict is optimistic"
         )
     if images.groups is not None and len(set(images.groups)) == 1:
         advice.append(
             "all images are one group, which cannot be held out as a whole: held-out images have siblings in training and the "
-            "verdict is optimistic; say which belong together (--group)"
+            "verdict is optimistic; say which belong together (group)"
         )
     unread, looked_at = len(found.unreadable), len(found.seen) + len(found.odd) + len(found.unreadable)
     if exceeds(unread, looked_at, most := AdaptConfig.model_fields["most_skipped"].default):
         advice.append(
             f"{unread / looked_at:.1%} of the images cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more with "
-            "--set most_skipped=SHARE"
+            "most_skipped=SHARE"
         )
     if images.labels is None:
         advice.append(
-            "without labels there can be no verdict: a few hundred labelled images suffice (in class folders, or with --labels FILE, which need not name the others)"
+            "without labels there can be no verdict: a few hundred labelled images suffice (in class folders, or with labels=FILE, which need not name the others)"
         )
     return advice
 
@@ -186,7 +186,7 @@ def _tiling(found: Scan, largest: tuple[int, int], image_size: int) -> list[str]
     """Why to cut the images into tiles: they are large, or else long; empty if they are neither."""
     if min(largest) > _TILE_ABOVE * image_size:
         return [
-            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, --tile {2 * image_size}"
+            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, tile={2 * image_size}"
         ]
     long = [one.size for one in found.seen if max(one.size) > _LONG * min(one.size)]
     if len(long) <= _MOST_LONG * len(found.seen):
@@ -194,7 +194,7 @@ def _tiling(found: Scan, largest: tuple[int, int], image_size: int) -> list[str]
     width, height = sorted(long, key=lambda size: max(size) / min(size))[len(long) // 2]
     return [
         f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
-        f"{min(width, height) / max(width, height):.0%}: cut them into tiles, --tile {min(width, height)}"
+        f"{min(width, height) / max(width, height):.0%}: cut them into tiles, tile={min(width, height)}"
     ]
 
 
@@ -249,7 +249,7 @@ def _beyond(images: ImageList, found: Scan, scaling: Scaling | None) -> list[str
         return []
     return [
         f"{counted(len(beyond), 'image')}, e.g. {images.ids[beyond[0].index]}, hold values outside the range that training would "
-        f"measure on a sample of {len(looked_at)}, and may be refused: set the range with --value-range LOW:HIGH"
+        f"measure on a sample of {len(looked_at)}, and may be refused: set the range with value_range=LOW:HIGH"
     ]
 
 

@@ -77,7 +77,7 @@ def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         met = PartialState(cpu=on_cpu).num_processes  # adapt_here's Accelerator shares it
     if met != ranks.world_size():
         raise TrainingError(
-            f"{met} processes train instead of {ranks.world_size()}: start them with torchrun, or use --processes"
+            f"{met} processes train instead of {ranks.world_size()}: start them with torchrun, or let jepakit start them, processes=N"
         )
     return adapt_here(config, images, out)
 

@@ -136,7 +136,7 @@ class Learner:
         """
         if (bad := int(self._most_bad_steps)) >= _MOST_BAD_STEPS:
             raise TrainingError(
-                f"the gradient was not finite {bad} times in a row, up to step {step}: lower --lr (now {self._plan.lr:g}), "
+                f"the gradient was not finite {bad} times in a row, up to step {step}: lower lr (now {self._plan.lr:g}), "
                 "then start a new run; the last checkpoint is sound"
             )
 
@@ -148,7 +148,7 @@ class Learner:
             self._lora.merge_and_unload()
         if self._trained and not self._moved():
             raise TrainingError(
-                "training left every trained weight as it was: no step was taken; raise --steps above the warm-up"
+                "training left every trained weight as it was: no step was taken; raise steps above the warm-up"
             )
         if self._config.mix < 1:
             mix_with_start(self._backbone, self._start, self._config.mix)

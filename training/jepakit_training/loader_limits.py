@@ -60,7 +60,7 @@ def no_room() -> str:
     """What to tell where batches find no room in /dev/shm."""
     return (
         f"a loader's process found no room in {SHARED} ({shared_bytes() / 1e6:,.1f} MB are free); the last checkpoint is "
-        f"sound. In a container, {MORE_SHARED}; or take fewer --workers (0 needs none), then run the same command again"
+        f"sound. In a container, {MORE_SHARED}; or take fewer workers (0 needs none), then run the same command again"
     )
 
 
@@ -74,7 +74,7 @@ def many_files() -> str:
     now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
         f"the loader's processes need more open files than this process may have ({now}); the last checkpoint is sound. "
-        "Raise the limit (ulimit -n), or take fewer --workers (0 needs none), then run the same command again"
+        "Raise the limit (ulimit -n), or take fewer workers (0 needs none), then run the same command again"
     )
 
 

@@ -44,7 +44,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
         if first_rank:
             open_folder(out, config, images)
         if run.finished:
-            say(f"{out} is finished already; to go on from it: --weights {out / BUNDLE} --out NEW")
+            say(f"{out} is finished already; to go on from it: weights={out / BUNDLE}, out=NEW")
             return run
         _adapt(config, images, run)
     return run
@@ -72,7 +72,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
         comparison = setup.measuring.conclude(before, after)
         if run.collapsed:
             comparison = comparison.noting(
-                "the projections collapsed, so all images look alike to the result: raise --lamb"
+                "the projections collapsed, so all images look alike to the result: raise lamb"
             )
         measured = setup.measuring.images
         write_neighbours(run.neighbours, images, measured, before.vectors, after.vectors, setup.spec)

@@ -122,10 +122,10 @@ def _advice(micro_batch: int, activation_checkpointing: bool, image_size: int) -
     """Exact remedies first, which only cost time. Smaller images give another model."""
     ways = []
     if micro_batch > 1:
-        ways.append(f"--set micro_batch={max(1, micro_batch // 2)} (now {micro_batch}; the result is the same)")
+        ways.append(f"micro_batch={max(1, micro_batch // 2)} (now {micro_batch}; the result is the same)")
     if not activation_checkpointing:
-        ways.append("--set activation_checkpointing=true (the same result, slower)")
-    ways.append(f"--image-size below {image_size}, in a new run")
+        ways.append("activation_checkpointing=true (the same result, slower)")
+    ways.append(f"image_size below {image_size}, in a new run")
     return "In this order: " + ", then ".join(ways)
 
 
@@ -143,7 +143,7 @@ def _of_a_worker(text: str, workers: int) -> str:
         return no_room()
     return (
         f"a loader's process was ended from outside, most likely because memory ran out ({text.splitlines()[0]}); the "
-        f"last checkpoint is sound. Take fewer --workers (now {workers}), then run the same command again"
+        f"last checkpoint is sound. Take fewer workers (now {workers}), then run the same command again"
     )
 
 
@@ -151,6 +151,6 @@ def _of_slow_reads(seconds: str, workers: int) -> str:
     return (
         f"the loader's processes delivered no batch for {seconds} s: reading or decoding the images is too slow, or their file "
         "system does not answer; the last checkpoint is sound. See that the files can be read, then run the same command again. "
-        f"Where reading is slow: copy the images to a local disk, store large ones as tiled files, raise --workers (now {workers}), "
-        "or keep them downscaled (--set cache=FOLDER, in a new run)"
+        f"Where reading is slow: copy the images to a local disk, store large ones as tiled files, raise workers (now {workers}), "
+        "or keep them downscaled (cache=FOLDER, in a new run)"
     )

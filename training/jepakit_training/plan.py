@@ -143,7 +143,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     batch_size, notes = min(config.batch_size, trained_on) // world * world, []
     if batch_size == 0:
         raise ConfigError(
-            f"batch_size = {config.batch_size} over {world} processes is less than one image per process: raise --batch-size"
+            f"batch_size = {config.batch_size} over {world} processes is less than one image per process: raise batch_size"
         )
     if config.batch_size % world:
         notes.append(
@@ -192,7 +192,7 @@ def _sizes(config: AdaptConfig, views: ViewsConfig, backbone: Any, bands: int) -
     local_size = local_size_of(image_size, views, backbone)
     if views.n_local and local_size >= image_size:
         raise ConfigError(
-            f"local views of {local_size} px are not smaller than the image size {image_size}: raise --image-size"
+            f"local views of {local_size} px are not smaller than the image size {image_size}: raise image_size"
         )
     if views.n_local and not _takes(backbone, bands, local_size):
         notes.append(f"{config.backbone} takes images of one size only: local views are enlarged to {image_size} px")
@@ -248,11 +248,11 @@ def _loader_processes(config: AdaptConfig, batch_bytes: int) -> tuple[int, int, 
         if workers < wanted:
             notes.append(f"{counted(workers, 'loader process')} instead of {wanted}: {_little_shared(batch_bytes)}")
     if workers > shared:
-        raise ConfigError(f"workers = {workers}: {_little_shared(batch_bytes)}, or take --workers {int(shared)}")
+        raise ConfigError(f"workers = {workers}: {_little_shared(batch_bytes)}, or take workers={int(shared)}")
     if workers > room:
         notes.append(
             f"warning: {counted(workers, 'loader process')} may prepare {workers * batch_bytes / GB:.1f} GB of "
-            f"views in advance, but there are only {main_memory() / GB:.0f} GB of main memory: lower --workers or --image-size"
+            f"views in advance, but there are only {main_memory() / GB:.0f} GB of main memory: lower workers or image_size"
         )
     return workers, 2 if 2 * workers <= min(room, shared) else 1, notes
 

@@ -150,8 +150,8 @@ class SkippedFiles:
             more = f", and {len(self._seen) - 1} more, {self.where}" if len(self._seen) > 1 else ""
             raise DataError(
                 f"{next(iter(new.values()))}{more}; over {100 * self._share:g} % of the images cannot be read ({len(self._seen)} "
-                f"of {self._of} so far): repair or remove them, then run the same command again, with another --out if the run "
-                "had begun to train (or allow a larger share: --set most_skipped=SHARE)"
+                f"of {self._of} so far): repair or remove them, then run the same command again, in another folder if the run "
+                "had begun to train (or allow a larger share: most_skipped=SHARE)"
             )
 
 

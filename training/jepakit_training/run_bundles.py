@@ -54,13 +54,13 @@ def check_start(setup: Setup, run: Run) -> None:
     if preprocess != setup.spec:
         raise ConfigError(
             f"{run.path} was started with another scaling or normalisation of values: weights = {setup.config.weights} is another "
-            "bundle, or some of the images that were measured then cannot be read now. Put them back, or name another --out"
+            "bundle, or some of the images that were measured then cannot be read now. Put them back, or name another folder for the run"
         )
     now = tensors_of(setup.backbone)
     if before.keys() != now.keys() or not all(torch.equal(now[name], value) for name, value in before.items()):
         raise ConfigError(
             f"{run.path} was started with other weights: weights = {setup.config.weights} has changed since. Put it back, or name "
-            "another --out"
+            "another folder for the run"
         )
 
 
@@ -71,7 +71,7 @@ def check_measured(embedding: EmbeddingSpec, run: Run) -> None:
         return
     raise DataError(
         f"{run.path} was started with other images: what was measured on them has changed since. Put back what was there, or "
-        "name another --out"
+        "name another folder for the run"
     )
 
 
@@ -90,7 +90,7 @@ def _start_of(run: Run) -> tuple[Preprocess, dict[str, torch.Tensor]]:
         data = bundle.read(WEIGHTS)
     except BundleError as error:
         raise BundleError(
-            f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another --out"
+            f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another folder for the run"
         ) from None
     weights: dict[str, torch.Tensor] = load(data)
     return bundle.manifest.preprocess, weights

@@ -60,10 +60,12 @@ def locked(out: Path, *, main: bool = True) -> Iterator[None]:
         descriptor = _lock(out / LOCK)
     except BlockingIOError:
         raise ConfigError(
-            f"{out} is in use by {_holder(out)}, which trains there: wait for it or stop it, or name another --out"
+            f"{out} is in use by {_holder(out)}, which trains there: wait for it or stop it, or name another folder for the run"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written to ({reason_of(error)}): name another --out") from error
+        raise ConfigError(
+            f"{out} cannot be written to ({reason_of(error)}): name another folder for the run"
+        ) from error
     _held.add(descriptor)
     try:
         yield
@@ -125,11 +127,13 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
             raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}){by}; {_go_on(out)}")
         return
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file, and a run is a folder: name another --out")
+        raise ConfigError(f"{out} is a file, and a run is a folder: name another folder for the run")
     # Until the start has been measured, nothing is worth keeping: a corrected command may start over.
     strangers = _strangers(out) if out.is_dir() else []
     if strangers:
-        raise ConfigError(f"{out} is not empty and is not a run (it holds {strangers[0]}): name another --out")
+        raise ConfigError(
+            f"{out} is not empty and is not a run (it holds {strangers[0]}): name another folder for the run"
+        )
 
 
 def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
@@ -191,7 +195,7 @@ def must_write(out: Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(
             f"{out} cannot be written to ({reason_of(error)}): make room there, then run the same command again, or name "
-            "another --out"
+            "another folder for the run"
         ) from error
 
 
@@ -229,7 +233,7 @@ def _strangers(out: Path) -> list[str]:
 def _check_same(out: Path, images: ImageList) -> None:
     go_on, environment = _go_on(out), _environment(out)
     if (processes := environment.get("processes", ranks.world_size())) != ranks.world_size():
-        again = f"have the launcher start {processes}" if ranks.has_launcher() else f"say --processes {processes}"
+        again = f"have the launcher start {processes}" if ranks.has_launcher() else f"say processes={processes}"
         raise ConfigError(
             f"{out} was started by {counted(processes, 'process')}, now there are {ranks.world_size()}: {again}, or {go_on}"
         )
@@ -241,8 +245,8 @@ def _check_same(out: Path, images: ImageList) -> None:
 
 def _go_on(out: Path) -> str:
     """What to do if a run cannot be resumed."""
-    more = f"; to go on from it: --weights {out / BUNDLE} --out NEW" if (out / BUNDLE).exists() else ""
-    return f"name another --out{more}"
+    more = f"; to go on from it: weights={out / BUNDLE}, out=NEW" if (out / BUNDLE).exists() else ""
+    return f"name another folder for the run{more}"
 
 
 def _as_toml(config: AdaptConfig) -> str:

@@ -17,10 +17,10 @@ def check_sheet_path(sheet: Path, images: str | tuple[str, ...]) -> None:
     """Raise ConfigError for a sheet that would not be a PNG, lie among the images, or replace another file."""
     sources = (images,) if isinstance(images, str) else images
     if any(_is_among(sheet.resolve(), source) for source in sources):
-        raise ConfigError(f"sheet = {sheet} would lie among the images it shows: name another place, --sheet FILE")
+        raise ConfigError(f"sheet = {sheet} would lie among the images it shows: name another place (sheet=FILE)")
     if sheet.is_file() and not is_sheet(sheet):
         raise ConfigError(
-            f"sheet = {sheet} already exists, and is not an earlier contact sheet: name another place, --sheet FILE"
+            f"sheet = {sheet} already exists, and is not an earlier contact sheet: name another place (sheet=FILE)"
         )
     if sheet.suffix.lower() != ".png":
         raise ConfigError(f"sheet = {sheet}: it is drawn as PNG, name a file that ends in .png")
