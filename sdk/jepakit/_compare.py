@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from jepakit._groups import copies, image_of, merged, numbered
 from jepakit._messages import counted, first_few
-from jepakit.comparison import Comparison
+from jepakit.comparison import Comparison, Verdict
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError
 from jepakit.evaluate import Advice, can_cross_measure, cross_measure, judge
@@ -64,7 +64,12 @@ def compare(first: Embeddings, second: Embeddings, *, groups: ArrayLike | None =
         judged = judged.noting(f"copies of an image count as one with it ({counted(n_copies, 'image')})")
     if can_cross_measure(labels, groups=groups):
         return judged
-    return judged.model_copy(update={"before": None, "after": None})  # what was not fitted has no scores
+    few = "without one of the five folds of groups, a single class is left to fit on: label images of more groups"
+    reason = judged.verdict.reason if judged.verdict.low is None else few
+    # What was not fitted has no scores, and so no difference.
+    return judged.model_copy(
+        update={"before": None, "after": None, "verdict": Verdict(word="cannot tell", reason=reason)}
+    )
 
 
 _ADVICE = Advice(

@@ -132,10 +132,9 @@ def assign_folds(
 ) -> NDArray[np.intp]:
     """Each image's fold, [N]: groups stay whole and are dealt out in turn, class by class; `random` shuffles them."""
     class_of_group = main_class(groups, classes)
-    fold_of_group = np.empty(len(class_of_group), np.intp)
-    for name in np.unique(class_of_group):
-        members = np.flatnonzero(class_of_group == name)
-        if random is not None:
-            members = random.permutation(members)
-        fold_of_group[members] = np.arange(len(members)) % n_folds
+    members = [np.flatnonzero(class_of_group == name) for name in np.unique(class_of_group)]
+    # Counting continues across classes; otherwise classes with a single group would all fall into the first fold.
+    order = np.concatenate(members if random is None else [random.permutation(alike) for alike in members])
+    fold_of_group = np.empty(len(order), np.intp)
+    fold_of_group[order] = np.arange(len(order)) % n_folds
     return fold_of_group[groups]

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from jepakit._checks import is_number, is_whole, refuse_masked
 from jepakit._files import as_path, written
 from jepakit._frozen import Printed
-from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, main_class, numbered
+from jepakit._groups import as_given, assign_folds, groups_of_class, image_of, numbered
 from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit._messages import first_few, lines_of
 from jepakit._one_line import one_line
@@ -296,9 +296,9 @@ class LinearProbe(_Probe):
 
     C             inverse of the penalty's strength, as in scikit-learn. None chooses from 0.001 … 10 by stratified
                   cross-validation on the training vectors: the best balanced accuracy, ties going to the lowest
-                  cross-entropy. There are 5 folds, or as many as the commonest class has groups (images, without
-                  groups) if that is fewer; a rarer class is in only as many folds as it has groups. 1.0 if fewer than
-                  two classes have two groups, as no fold could tell
+                  cross-entropy. There are 5 folds, or as many as there are groups (images, without groups) if that
+                  is fewer; a rare class is in only as many folds as it has groups. 1.0 if fewer than two classes have
+                  two groups, as no fold could tell
     seed          random seed of the folds, 0 or more
     class_weight  as in scikit-learn: "balanced" gives every class the same weight in the fit, so that a vector weighs
                   N / (K · vectors of its class); None gives every vector the same weight
@@ -367,9 +367,8 @@ class LinearProbe(_Probe):
         """The chosen C and its balanced accuracy in cross-validation."""
         n_classes = int(targets.max()) + 1
         spread = groups_of_class(groups, targets, n_classes)
-        most = int(np.bincount(main_class(groups, targets)).max())
-        n_folds = min(5, most)
-        if n_folds < 2 or (spread >= 2).sum() < 2:
+        n_folds = min(5, int(groups.max()) + 1)
+        if (spread >= 2).sum() < 2:
             return 1.0, None
         fold_of = assign_folds(groups, targets, n_folds, np.random.default_rng(self.seed))
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
+from jepakit._groups import assign_folds
 from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluate import cross_measure
@@ -119,14 +120,46 @@ def test_two_classes_of_few_images_tell_nothing(labels: list[str]) -> None:
     assert jepakit.compare(few, few).verdict.word == "cannot tell"
 
 
-@pytest.mark.parametrize("labels", [["ant", "bee"] * 20, ["ant"] * 40])
-def test_where_no_probe_can_be_fitted_there_are_no_scores(labels: list[str]) -> None:
-    """All images lie in one group, or are of one class."""
-    vectors = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
-    one = Embeddings(vectors, "a", tuple(map(str, range(40))), tuple(labels))
-    judged = jepakit.compare(one, one, groups=["scene"] * 40)
+def bees_in_one_fold() -> list[str]:
+    """The labels of three images in each of 20 groups: the only bees lie in groups that are held out together."""
+    groups = np.repeat(np.arange(20), 3)
+    fold = assign_folds(groups, np.zeros(60, np.intp), 5, np.random.default_rng(0))
+    return np.where((fold == 0) & (np.arange(60) % 3 == 0), "bee", "ant").tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "reason"),
+    [
+        (["ant", "bee"] * 20, ["scene"] * 40, "label images of more groups"),
+        (["ant"] * 40, ["scene"] * 40, "only class 'ant' is held out"),
+        (bees_in_one_fold(), [f"{place // 3:02d}" for place in range(60)], "a single class is left to fit on"),
+    ],
+)
+def test_where_no_probe_can_be_fitted_there_are_no_scores(labels: list[str], groups: list[str], reason: str) -> None:
+    """All images lie in one group, or are of one class, or a class lies in one fold."""
+    vectors = np.random.default_rng(0).standard_normal((len(labels), 4)).astype(np.float32)
+    one = Embeddings(vectors, "a", tuple(f"{place:03d}" for place in range(len(labels))), tuple(labels))
+    judged = jepakit.compare(one, one, groups=groups)
     assert (judged.before, judged.after, judged.verdict.word) == (None, None, "cannot tell")
+    assert (judged.verdict.difference, judged.verdict.low) == (None, None)
+    assert reason in judged.verdict.reason
     assert str(judged) == str(judged.verdict)
+
+
+def test_few_groups_that_mix_the_classes_are_measured() -> None:
+    """Three plates of three classes each, on each of which another one is the commonest."""
+    plates = np.repeat(["p", "q", "r"], 40)
+    targets = np.concatenate([np.repeat(np.roll([0, 1, 2], plate), [16, 12, 12]) for plate in range(3)])
+    noise = np.random.default_rng(0).standard_normal((120, 20)).astype(np.float32)
+    ids, labels = tuple(f"{place:03d}" for place in range(120)), tuple("abc"[target] for target in targets)
+    good = Embeddings((noise + 3 * np.eye(20)[targets]).astype(np.float32), "g" * 16, ids, labels)
+    judged = jepakit.compare(good, Embeddings(noise, "n" * 16, ids, labels), groups=plates)
+    assert judged.before is not None
+    assert judged.after is not None
+    assert judged.before.linear > 0.9
+    assert judged.after.linear < 0.6
+    assert judged.verdict.difference is not None
+    assert judged.verdict.difference < -0.3
 
 
 def test_a_class_that_no_fold_but_its_own_has_costs_no_verdict() -> None:
