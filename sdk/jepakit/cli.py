@@ -580,6 +580,8 @@ def deploy(
     _exit_on_signals()
     model, replaced, beside = run_deploy(bundle, folder, url, timeout_s=timeout)
     show(f"{model.name} is now {model.model_id}\ndigest   {model.digest}")
+    if replaced and replaced.dim != model.dim:
+        show(f"its vectors have {model.dim} numbers now, and had {replaced.dim}")
     if beside and not replaced:
         show(
             f"{model.name} is a new model beside {first_few(beside, 3)}: if it is meant to replace one of them, deploy it "

@@ -222,8 +222,8 @@ class AdaptConfig(_Settings):
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Side length, in pixels, of global views and of the exported model; rounded to the patch or stride."""
     pooling: Literal["auto"] | Pooling = "auto"
-    """What the embedding pools; `auto`: with labels, whichever of `head` and `stages` scores better before training;
-    without, `head`."""
+    """What the embedding pools; `auto`: as the bundle does that the run starts from; else, with labels, whichever of
+    `head` and `stages` scores better before training; without, `head`."""
     standardize: Literal["auto", Standardize] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
     graph; `auto`: `scale` for `stages`, whose parts differ in magnitude, `center` for `head`."""

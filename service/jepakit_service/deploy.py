@@ -28,10 +28,10 @@ _PREFIX, _OLD = ".deploy-", ".old"
 
 
 class Deployed(NamedTuple):
-    """The service's description of the model once every replica serves it, and whether it replaced an older version."""
+    """The service's description of the model once every replica serves it, and that of the version it replaced."""
 
     model: ModelInfo
-    replaced: bool
+    replaced: ModelInfo | None
     beside: tuple[str, ...]
     """Names of the other models in service."""
 
@@ -59,8 +59,8 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
                 with _swapped(bundle, target):
                     model = _wait_for_switch(client, bundle, timeout_s)
                 _sweep(folder, bundle.name)
-                names = {served.name for served in before}
-                return Deployed(model, model.name in names, tuple(sorted(names - {model.name})))
+                served = {old.name: old for old in before}
+                return Deployed(model, served.pop(model.name, None), tuple(sorted(served)))
         except OSError as error:
             raise WriteError(
                 f"nothing was changed, {folder} cannot be written to ({reason_of(error)}): "

@@ -124,7 +124,7 @@ def bees_in_one_fold() -> list[str]:
     """The labels of three images in each of 20 groups: the only bees lie in groups that are held out together."""
     groups = np.repeat(np.arange(20), 3)
     fold = assign_folds(groups, np.zeros(60, np.intp), 5, np.random.default_rng(0))
-    return np.where((fold == 0) & (np.arange(60) % 3 == 0), "bee", "ant").tolist()
+    return ["bee" if is_bee else "ant" for is_bee in (fold == 0) & (np.arange(60) % 3 == 0)]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -299,12 +300,16 @@ def test_deploy_switches_a_running_service_without_a_failed_request(served: str,
                 seen.append((answer.status_code, answer.headers["x-model-id"]))
         return seen
 
+    before = digest(folder / "tiny")
+
     async def go() -> list[tuple[int, str]]:
         stop = asyncio.Event()
         clients = [asyncio.create_task(load(stop)) for _ in range(4)]
         await asyncio.sleep(0.2)
         deployed = await asyncio.to_thread(deploy, other, folder, served, timeout_s=60)
-        assert (deployed.model.digest, deployed.replaced, deployed.beside) == (digest(other), True, ())
+        assert deployed.replaced is not None
+        assert (deployed.model.digest, deployed.replaced.digest) == (digest(other), before)
+        assert deployed.beside == ()
         await asyncio.sleep(0.2)
         stop.set()
         return [seen for client in clients for seen in await client]
@@ -396,7 +401,7 @@ def test_a_half_copied_bundle_is_passed_over_until_its_digests_pass(served: str,
 def test_new_names_appear_and_removed_ones_go(served: str, second: Path, folder: Path) -> None:
     with httpx.Client(base_url=served) as http:
         deployed = deploy(second, folder, served, timeout_s=60)
-        assert (deployed.replaced, deployed.beside) == (False, ("tiny",))
+        assert (deployed.replaced, deployed.beside) == (None, ("tiny",))
         assert http.get("/readyz").json()["models"] == ["second", "tiny"]
         assert http.post("/v1/embeddings", content=picture(0), headers=PNG).status_code == 400
         shutil.rmtree(folder / "tiny")
@@ -614,7 +619,9 @@ def test_ctrl_c_while_a_refused_version_is_taken_out_changes_nothing(
 @pytest.mark.usefixtures("signals")
 def test_a_system_without_sighup_can_deploy(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGHUP")
-    monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced=True, beside=()))
+    monkeypatch.setattr(
+        "jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced=told(bundle), beside=())
+    )
     cli.deploy(tmp_path, tmp_path)
 
 
@@ -707,7 +714,7 @@ def test_a_deploy_under_nohup_outlives_its_terminal(
     def deployed(path: Path, *_: object, **__: object) -> Deployed:
         deploys.append(path)
         os.kill(os.getpid(), signal.SIGHUP)
-        return Deployed(told(bundle), replaced=True, beside=())
+        return Deployed(told(bundle), replaced=told(bundle), beside=())
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
@@ -716,14 +723,26 @@ def test_a_deploy_under_nohup_outlives_its_terminal(
 
 
 @pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize(("replaced", "beside"), [(True, ("cells",)), (False, ("cells",)), (False, ())])
-def test_a_deploy_says_where_a_bundle_is_one_more_model(
+@pytest.mark.parametrize(
+    ("dim", "beside", "remark"),
+    [
+        (1, ("cells",), ""),
+        (3, ("cells",), "its vectors have 1 numbers now, and had 3\n"),
+        (None, ("cells",), "tiny is a new model beside cells: "),
+        (None, (), ""),
+    ],
+)
+def test_a_deploy_says_where_a_bundle_is_one_more_model_or_gives_longer_vectors(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-    replaced: bool, beside: tuple[str, ...],
+    dim: int | None, beside: tuple[str, ...], remark: str,
 ) -> None:  # fmt: skip
+    """dim: the length of the vectors before; None if it was not in service."""
+    replaced = None if dim is None else replace_fields(told(bundle), dim=dim)
     monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced, beside))
     cli.deploy(tmp_path, tmp_path)
-    assert ("tiny is a new model beside cells" in capfd.readouterr().out) == (not replaced and bool(beside))
+    rest = capfd.readouterr().out.partition(f"digest   {digest(bundle)}\n")[2]
+    assert rest.startswith(remark)
+    assert bool(rest) == bool(remark)
 
 
 def test_whatever_a_new_version_raises_refuses_it_once_and_the_others_go_on(

@@ -462,6 +462,22 @@ def test_going_on_from_a_bundle(adapt: Adapt, finished: Callable[[str], Run], tm
     assert str(first.path) not in (second.path / BUNDLE / "manifest.json").read_text()
 
 
+def test_the_pooling_stays_that_of_the_bundle_a_run_starts_from(adapt: Adapt, tmp_path: Path) -> None:
+    """Otherwise "before" would be another model than the one in service, and the vectors of another length."""
+    first = adapt(tmp_path / "first", pooling="last2", standardize="scale", steps=1)
+    weights = str(first.path / BUNDLE)
+    second, chosen = (adapt(tmp_path / name, weights=weights, steps=1, **settings) for name, settings in (
+        ("second", {}), ("chosen", {"pooling": "mean"}))
+    )  # fmt: skip
+    specs = [run.bundle.manifest.embedding for run in (first, second, chosen)]
+    assert [(spec.pooling, spec.standardize) for spec in specs] == [
+        ("last2", "scale"), ("last2", "scale"), ("mean", "center")
+    ]  # fmt: skip
+    assert second.comparison.before is not None
+    assert first.comparison.after is not None
+    assert second.comparison.before == first.comparison.after
+
+
 def test_a_damaged_bundle_is_no_start(adapt: Adapt, finished: Callable[[str], Run], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(finished("test_vit").path / BUNDLE, bundle)

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from jepakit._groups import assign_folds, codes, copies, numbered
 from jepakit._messages import counted
 from jepakit._progress import stage, track
+from jepakit.backbone import is_bundle_weights
+from jepakit.bundle import open_bundle
 from jepakit.comparison import Comparison
 from jepakit.config import AdaptConfig
 from jepakit.embedder import Embedder, check_pooling, pool_all, poolings_of
@@ -89,6 +91,16 @@ def extract(
     nothing = np.empty((0, 0), np.float32)
     pooled = {pooling: np.concatenate(parts) if parts else nothing for pooling, parts in rows.items()}
     return Features(pooled, readable, skipped, np.array(digests, np.uint64))
+
+
+def as_started(config: AdaptConfig) -> AdaptConfig:
+    """The settings with the pooling of the bundle that the run starts from, unless they choose one: before adaptation its
+    vectors are that bundle's."""
+    if config.pooling != "auto" or not is_bundle_weights(config.weights):
+        return config
+    start = open_bundle(config.weights).manifest.embedding
+    standardize = start.standardize if config.standardize == "auto" else config.standardize
+    return config.model_copy(update={"pooling": start.pooling, "standardize": standardize})
 
 
 def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
@@ -178,7 +190,8 @@ class Measuring:
         extract: Callable[..., Features] = extract,
     ) -> None:
         self.images = MeasuringSet.choose(images, parts, config.measure_on)
-        self._source, self._config, self._spec, self._device, self._workers = images, config, spec, device, workers
+        self._source, self._config, self._spec = images, as_started(config), spec
+        self._device, self._workers = device, workers
         self._skipped, self._progress, self._take, self._caveats = skipped, progress, extract, caveats
         self._why_no_labels = NO_LABELS
 

@@ -60,6 +60,8 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began
+    if main:
+        say(f"embeddings of {before.embedding.dim} numbers (pooling {before.embedding.pooling})")
     if (run.path / START).exists():
         check_measured(before.embedding, run)
     elif main:
