@@ -19,6 +19,7 @@ from jepakit._export_source import name_and_weights
 from jepakit._extras import versions_of
 from jepakit._messages import lines_of
 from jepakit._progress import stage
+from jepakit._say import say
 from jepakit.backbone import fitting_size, is_bundle_weights, restore, start_backbone, stock_preprocess, tensors_of
 from jepakit.bundle import DATA, GOLDEN, GRAPH, WEIGHTS, Bundle, is_bundle, name_for, open_bundle, write_bundle
 from jepakit.comparison import Comparison
@@ -207,7 +208,11 @@ def _source(config: ExportConfig) -> Source:
 
 def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
     """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start."""
-    start = which == "start" or (which == "best" and run.verdict.word != "better")
+    follows = which == "best"
+    if follows:
+        begun = "adapted" if run.verdict.word == "better" else "that the run began with"
+        say(f"the verdict is {run.verdict.word}: exports the weights {begun}")
+    start = which == "start" or (follows and run.verdict.word != "better")
     return open_bundle(run.path / START) if start else run.bundle
 
 

@@ -72,6 +72,9 @@ _Group = Annotated[
         "none, or a CSV or Parquet file [auto]"
     ),
 ]
+_LabelTable = Annotated[
+    Path | None, typer.Option(help="CSV or Parquet table of path and label, instead of the embeddings' own labels")
+]
 _AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 app = typer.Typer(
@@ -801,6 +804,7 @@ def probe_fit(
     embeddings: Annotated[Path, typer.Argument(help="labelled embeddings, from `jepakit embed`")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     kind: Annotated[str, typer.Option(help="linear or knn")] = "linear",
+    labels: _LabelTable = None,
     class_weight: Annotated[
         str | None, typer.Option(help="balanced: a rare class counts as much as a common one")
     ] = None,
@@ -834,7 +838,7 @@ def probe_fit(
     out = _check_out(out, ".safetensors")
     if out.exists() and not is_probe(out):
         raise ConfigError(f"--out {out} exists and is no probe, but may be a model's weights: name another file")
-    vectors = Embeddings.load(embeddings)
+    vectors = _labelled(Embeddings.load(embeddings), labels)
     probe: LinearProbe | KNNProbe
     if kind == "knn":
         probe = KNNProbe(**given_ones(k=k, class_weight=class_weight)).fit(vectors)
@@ -854,6 +858,7 @@ def probe_fit(
 def probe_evaluate(
     probe: Annotated[Path, typer.Argument(help="a probe, from `jepakit probe fit`")],
     embeddings: Annotated[Path, typer.Argument(help="labelled embeddings of images it was not fitted on")],
+    labels: _LabelTable = None,
     as_json: _AsJson = False,
 ) -> None:
     """Evaluate a probe on labelled embeddings."""
@@ -861,8 +866,23 @@ def probe_evaluate(
 
     from jepakit import Embeddings, load_probe
 
-    report = load_probe(probe).evaluate(Embeddings.load(embeddings))
+    report = load_probe(probe).evaluate(_labelled(Embeddings.load(embeddings), labels))
     show(json.dumps(asdict(report)) if as_json else report)
+
+
+def _labelled(vectors: Embeddings, table: Path | None) -> Embeddings:
+    """Those of the embeddings to which the table gives labels, with these; all of them as they are without a table."""
+    from jepakit import Embeddings
+    from jepakit.sources.labels import labels_of
+
+    if table is None:
+        return vectors
+    labels = labels_of(vectors.ids, table)
+    places = [place for place, label in enumerate(labels) if label is not None]
+    if len(places) < len(vectors):
+        say(f"{len(places):,} of {len(vectors):,} images are labelled by {table}; the others are left out")
+    chosen = vectors[places]
+    return Embeddings(chosen.vectors, chosen.model_id, chosen.ids, tuple(filter(None, labels)))
 
 
 @probe_app.command("predict", short_help="Print each image's class and probability.")

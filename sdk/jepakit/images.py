@@ -179,7 +179,7 @@ def choose_frame(header: Header, frame: int | None, name: str) -> int:
         if header.frames > 1:
             raise ImageError(
                 f"{name}: {header.frames} frames: choose one of them (frame=0 … {header.frames - 1}), or every one (frame='each'); "
-                "over HTTP, send one frame as a file or an array",
+                "over HTTP, send one frame as a file or an array; if they are channels, save them as bands",
                 code="unsupported_mode",
             )
         return 0
@@ -257,10 +257,18 @@ def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
     ).mean(axis=0)
     band = int(outside.argmax())
     if outside[band] > MOST_CLIPPED:
+        values, low, high = valid[:, band], spec.scaling.low[band], spec.scaling.high[band]
+        end = values.min() if values.min() < low else values.max()
+        fills = (values == end).mean() > outside[band] / 2
         raise ImageError(
-            f"{name}: {outside[band]:.1%} of band {band + 1} lies outside {spec.scaling.low[band]:g} … "
-            f"{spec.scaling.high[band]:g}, the range the model was made for (seen: {valid[:, band].min():g} … "
-            f"{valid[:, band].max():g}): is it in the same units? If so, adapt with a wider value_range",
+            f"{name}: {outside[band]:.1%} of band {band + 1} lies outside {low:g} … {high:g}, the range the model was made for "
+            f"(seen: {values.min():g} … {values.max():g}): "
+            + (
+                f"most of it is exactly {end:g}: if that means no data, declare it in the file (gdal_edit.py -a_nodata {end:g}), else "
+                "adapt with a wider value_range"
+                if fills
+                else "is it in the same units? If so, adapt with a wider value_range"
+            ),
             code="saturated",
         )
 

@@ -6,7 +6,8 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -273,6 +274,17 @@ def test_weights_that_the_verdict_does_not_call_better_are_not_exported_without_
     monkeypatch.setattr(jepakit._frontdoor, "export", lambda *_, **__: told)
     done = CliRunner().invoke(app, ["export", "runs/x", "--out", "b", *([] if which is None else ["--which", which])])
     assert (f"warning: the run's verdict on these weights is {word}; --which best follows it" in done.stderr) == warned
+
+
+@pytest.mark.parametrize(("word", "told"), [("better", "adapted"), ("same", "that the run began with")])
+def test_what_follows_the_verdict_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, word: str, told: str
+) -> None:
+    run = SimpleNamespace(verdict=SimpleNamespace(word=word), path=tmp_path, bundle=tmp_path / "bundle")
+    monkeypatch.setattr(jepakit_export.exporter, "open_bundle", lambda path: path)
+    chosen = jepakit_export.exporter._of_run(cast("Run", run), "best")
+    assert cast("Path", chosen).name == ("bundle" if word == "better" else "start")
+    assert capsys.readouterr().err == f"the verdict is {word}: exports the weights {told}\n"
 
 
 def test_golden_vectors_of_another_model_are_noticed(exported: Callable[[str], Bundle], tmp_path: Path) -> None:

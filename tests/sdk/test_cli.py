@@ -238,6 +238,26 @@ def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fo
         run("probe", "fit", tmp_path / "e.npz", "--group", "auto", "--out", tmp_path / "k.safetensors")
 
 
+def test_labels_that_come_later_need_no_new_embedding(tmp_path: Path) -> None:
+    random, names = np.random.default_rng(0), [f"{number}.png" for number in range(40)]
+    vectors = (random.standard_normal((40, 8)) + 3 * (np.arange(40) % 2)[:, None]).astype(np.float32)
+    Embeddings(vectors, "0" * 16, tuple(names), tuple(f"P{number % 4}" for number in range(40))).save(
+        tmp_path / "e.npz"
+    )
+    rows = [f"{name},{'ab'[number % 2]}" for number, name in enumerate(names[:30])]
+    (tmp_path / "l.csv").write_text("\n".join(["path,label", *rows]))
+    later = ("--labels", tmp_path / "l.csv")
+    done = run("probe", "fit", tmp_path / "e.npz", *later, "--out", tmp_path / "p.safetensors")
+    assert "2 classes, fitted on 30 images" in done
+    probe = jepakit.load_probe(tmp_path / "p.safetensors")
+    expected = jepakit.LinearProbe().fit(vectors[:30], ["ab"[number % 2] for number in range(30)])
+    np.testing.assert_allclose(probe.predict_proba(vectors), expected.predict_proba(vectors), atol=1e-6)
+    report = json.loads(run("probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz", *later, "--json"))
+    assert set(report["per_class"]) == {"a", "b"}
+    with pytest.raises(AssertionError, match="labels = 'auto': give a CSV or Parquet file"):
+        run("probe", "fit", tmp_path / "e.npz", "--labels", "auto", "--out", tmp_path / "k.safetensors")
+
+
 def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:
     told = run_alone("serve", "--new-key", "lab", "--api-key-file", tmp_path / "keys", program=WITHOUT_SERVE)
     assert told.startswith("key for clients")

@@ -525,7 +525,9 @@ def test_folders_of_what_belongs_to_other_images_are_no_classes(
     assert "warning" not in list_images(tmp_path, "folder").note
 
 
-@pytest.mark.parametrize("names", [("patient1", "patient2"), ("sub-01", "sub-02"), ("Slide_7", "case 3")])
+@pytest.mark.parametrize(
+    "names", [("patient1", "patient2"), ("sub-01", "sub-02"), ("Slide_7", "case 3"), ("B03", "P24")]
+)
 @pytest.mark.parametrize("around", ["", "cohort"])
 def test_folders_of_patients_are_no_classes(tmp_path: Path, names: Sequence[str], around: str) -> None:
     folder = classes(tmp_path / around, dict.fromkeys(names, 10))

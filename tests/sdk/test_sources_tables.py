@@ -428,6 +428,25 @@ def test_labels_that_are_empty_for_every_image_are_said_to_be_so(tmp_path: Path)
         list_images(tmp_path / "images", table)
 
 
+def test_a_column_of_groups_beside_labels_is_not_passed_over_silently(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.png", "images/2.png")
+    labels = csv(tmp_path / "labels.csv", "path,label,plate", "1.png,cat,p1", "2.png,dog,p2")
+    note = "its column plate is used only if the file is named as group, too"
+    assert note in list_images(tmp_path / "images", labels).note
+    both = list_images(tmp_path / "images", labels, group=labels)
+    assert both.groups == ("p1", "p2")
+
+
+def test_a_table_of_groups_without_most_images_guesses_no_slip_of_the_pen(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{number}.png" for number in range(12)))
+    for missing, meant in ((1, True), (11, False)):
+        groups = csv(tmp_path / "groups.csv", "path,group", *(f"{number}.png,p" for number in range(12 - missing)))
+        told = rf"\({missing} of 12 images are not\): add them there, those without labels too"
+        with pytest.raises(DataError, match=told) as caught:
+            list_images(tmp_path, "none", group=groups)
+        assert ("did you mean" in str(caught.value)) == meant
+
+
 def test_a_manifest_whose_labels_are_all_empty_has_none(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "2.png")
     manifest = csv(tmp_path / "m.csv", "path,class", "1.png,", "2.png, ")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
-from jepakit.errors import DataError
+from jepakit.errors import ConfigError, DataError
+from jepakit.sources.files import Files
 from jepakit.sources.layout import PLAIN_SPLITS, are_groups, companions, splits, wrapper
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.remarks import remarks_on_labels
@@ -40,9 +41,21 @@ def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[L
     if embedding:
         raise DataError(
             f"{found.ids[labels.index(None)]} has no label ({n_images - n_labelled:,} of {n_images:,} images have none): to embed, "
-            "give each image one, or use labels none"
+            "give each image one, embed only those that have one (a table of path and label can be given as the images), or use labels none"
         )
     return labels, f"{note}; {n_labelled:,} of {n_images:,} images are labelled"
+
+
+def labels_of(ids: Sequence[str], file: str | Path) -> tuple[str | None, ...]:
+    """The labels of embedded images by a table of paths and labels, None for images that it gives none; tiles and frames
+    have the label of their image, unless the table names them.
+
+    Raises ConfigError if `file` is not a table, DataError if it has no label for any image.
+    """
+    table = check_rule("labels", file)
+    if table in RULES:
+        raise ConfigError(f"labels = {table!r}: give a CSV or Parquet file of path and label")
+    return look_up_labels(table, Found(Files("", ids), tuple(ids)))[0]
 
 
 def names_pieces(rule: str | Path) -> bool:
@@ -74,10 +87,12 @@ def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
         return None, "" if embedding else "no labels, as requested"
     if rule not in RULES:
-        listed, strangers = look_up_labels(rule, found)
+        listed, strangers, group = look_up_labels(rule, found)
         note = f"labels: {counted(len(set(listed) - {None}), 'class')} from {rule}"
         if strangers:
             note += f" ({counted(len(strangers), 'row')} of no image here, {min(strangers)} first)"
+        if group is not None and not embedding:
+            note = joined(note, f"its column {group} is used only if the file is named as group, too")
         return listed, note
     if not _by_folders(found, rule):
         return found.labels, found.label_note

@@ -28,7 +28,8 @@ others it may be a class: a defect `label`, faces with `mask` and `no_mask`."""
 _NEVER_A_CLASS = frozenset({"ground_truth", "groundtruth", "annotations", "thumbnails"})
 """Whole names of the same, beside any folder."""
 _GROUP = re.compile(
-    r"(patient|pat|subject|subj|sub|participant|donor|case|specimen|animal|mouse|slide|scene|plate|session|ses|study)[ _.-]?\d+",
+    r"(patient|pat|subject|subj|sub|participant|donor|case|specimen|animal|mouse|slide|scene|plate|session|ses|study)[ _.-]?\d+"
+    r"|[A-P](0[1-9]|1\d|2[0-4])",  # the wells of a plate
     re.I,
 )
 _WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+")

@@ -26,23 +26,27 @@ RULES = ("auto", "folder", "none")
 COLUMNS = {
     "path": ("path", "file", "file_name", "file_path", "image", "image_path"),
     "label": ("label", "class", "target", "category"),
-    "group": ("group", "patient", "patient_id", "scene", "slide"),
+    "group": ("group", "patient", "patient_id", "scene", "slide", "plate", "well"),
     "split": ("split",),
 }
 """The roles of columns, and the names that each may have, of which the first one present is used. Case, spaces, "_" and "-"
 make no difference (`Patient ID`, `PatientID`), except between columns that differ in nothing else."""
 
+_MOST_SLIPS = 10
+"""If more images than this are not in a table, their names are no slips of the pen."""
 _WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 Rows = Iterator[tuple[int, list[str]]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by role, all of the same length; `names` are their names in the file, `unused` those of no role."""
+    """Columns by role, all of the same length; `names` are their names in the file, `unused` those of no role, `unasked`
+    those of roles that were not asked for."""
 
     columns: dict[str, list[str]]
     names: dict[str, str]
     unused: list[str]
+    unasked: dict[str, str]
 
 
 def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
@@ -75,9 +79,11 @@ def read_table(file: str, needed: Sequence[str], optional: Sequence[str] = ()) -
         raise DataError(f"{file} has a header but no rows")
     for role in {"label", "group"} & columns.keys():
         columns[role] = _without_points(columns[role])
-    known = {_find_column(header, role) for role in COLUMNS}
-    unused = [name for place, name in enumerate(header) if name and place not in known]
-    return Table(columns, {role: header[place] for role, place in places.items()}, unused)
+    known = {role: place for role in COLUMNS if (place := _find_column(header, role)) is not None}
+    unused = [name for place, name in enumerate(header) if name and place not in known.values()]
+    names = {role: header[place] for role, place in places.items()}
+    unasked = {role: header[place] for role, place in known.items() if role not in places}
+    return Table(columns, names, unused, unasked)
 
 
 def _remedy(header: Sequence[str], role: str) -> str:
@@ -116,24 +122,27 @@ def look_up_groups(file: str, found: Found) -> tuple[str, ...]:
 
     Raises DataError when an image is not in the table, or is in it twice with different values.
     """
-    values = _values(file, "group")
+    values = _values(read_table(file, ("path", "group")), "group", file)
     keys = _keys(values, found, file)
     found_values = [None if key is None else values[key] for key in keys]
     missing = [name for name, value in zip(found.ids, found_values, strict=True) if value is None]
     if missing:
+        meant = did_you_mean(missing[0], list(values)[:1000]) if len(missing) <= _MOST_SLIPS else ""
         raise DataError(
-            f"{missing[0]} is not in {file} ({len(missing)} of {len(found.ids)} images are not): add them there"
-            + did_you_mean(missing[0], list(values)[:1000])
+            f"{missing[0]} is not in {file} ({len(missing)} of {len(found.ids)} images are not): add them there, those without "
+            f"labels too{meant}"
         )
     return tuple(value for value in found_values if value is not None)
 
 
-def look_up_labels(file: str, found: Found) -> tuple[tuple[str | None, ...], list[str]]:
-    """The same of labels, which some images may lack (None for those); also returns the table's paths of no image.
+def look_up_labels(file: str, found: Found) -> tuple[tuple[str | None, ...], list[str], str | None]:
+    """The same of labels, which some images may lack (None for those); also returns the table's paths of no image, and its
+    column of groups, if it has one.
 
     Raises DataError when it has no label for any image, or different ones for one.
     """
-    values = _values(file, "label")
+    table = read_table(file, ("path", "label"))
+    values = _values(table, "label", file)
     keys = _keys(values, found, file)
     found_values = [None if key is None else values[key] for key in keys]
     if not any(found_values):
@@ -150,12 +159,12 @@ def look_up_labels(file: str, found: Found) -> tuple[tuple[str | None, ...], lis
             f"{file} gives none of {counted(len(found.ids), 'image')} a label: its first path is {path}, and "
             f"that of the first image is {first}: {hint}"
         )
-    return tuple(value or None for value in found_values), [key for key in values.keys() - set(keys) if values[key]]
+    strangers = [key for key in values.keys() - set(keys) if values[key]]
+    return tuple(value or None for value in found_values), strangers, table.unasked.get("group")
 
 
-def _values(file: str, column: str) -> dict[str, str]:
+def _values(table: Table, column: str, file: str) -> dict[str, str]:
     """A table's values by normalised path; DataError for a path with two values."""
-    table = read_table(file, ("path", column))
     values: dict[str, str] = {}
     for path, value in zip(table.columns["path"], table.columns[column], strict=True):
         if (first := values.setdefault(posixpath.normpath(path), value)) != value:
