@@ -104,6 +104,20 @@ def test_a_second_ctrl_c_ends_even_a_long_step_but_no_process_of_a_caller(
     assert ended(process, 20 if command else 5) == code
 
 
+def test_signals_that_ask_for_no_stop_are_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    """Torch's loader has a handler of SIGCHLD, which comes whenever one of its processes ends."""
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        with stopping(lambda: 0) as stop:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.2)
+            assert not stop.at_boundary()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_second_ctrl_c_interrupts_a_step_at_once() -> None:
     with stopping(lambda: 0) as stop:
         signal.raise_signal(signal.SIGINT)

@@ -126,7 +126,8 @@ class _Watchdog:
             numbers = os.read(self._reading, 64)
             if not numbers:
                 return
-            if not told and ranks.rank() == 0:  # in a thread, as a write can wait, and this one must not
+            # Other signals come too, such as SIGCHLD when torch's loader ends. In a thread, as a write can wait, and this one must not.
+            if not told and ranks.rank() == 0 and {signal.SIGINT, signal.SIGTERM} & set(numbers):
                 threading.Thread(target=say, args=("stopping after this step …",), daemon=True).start()
                 told = True
             interrupts += numbers.count(signal.SIGINT)
