@@ -55,7 +55,9 @@ def run(command: list[str], cwd: Path) -> str:
 
 def test_the_two_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\S+)$", README, re.MULTILINE):
+    commands = re.findall(r"^make (\S+)$", README, re.MULTILINE)
+    assert commands == ["demo", "test"]
+    for target in commands:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 

@@ -358,6 +358,10 @@ def _print_exports(run: Run, verdict: Verdict, name: str) -> None:
         show(f"next: jepakit export {source}{which} --out {quote(bundle)}")
     if not has_scores:
         show(f"next: jepakit compare {quote(exports[0][1])} {quote(target)} --images LABELLED")
+        if tile := run.config.get("tile"):
+            show(
+                f"(LABELLED: single tiles; or compare what `jepakit embed --tile {tile}` writes of larger images with each)"
+            )
 
 
 def _report_sweep(found: Sweep, *, as_json: bool) -> None:

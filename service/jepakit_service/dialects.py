@@ -26,9 +26,9 @@ MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out if only
 DIMENSIONS = "must be the model's own length: cutting vectors short would change the space"
 _EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
 _IMAGE_FIELDS = ("image", "image_url", "image_base64", "image_bytes")
+
+
 # Tags tell the members of unions apart; pydantic adds them to an error's location, hence the parentheses.
-
-
 def _form_of_url(value: object) -> str:
     return "(plain)" if isinstance(value, str) else "(object)"
 

@@ -585,11 +585,14 @@ def test_where_nobody_can_tell_both_are_to_be_exported(
         before, adapted = (measurement(random.random(400) < share) for share in (0.6, after))
         found = judge(before, adapted, truth, n_train=8)
     picture = Path("runs/a/neighbours.png")
-    run = SimpleNamespace(path=Path("runs/a"), neighbours=picture, comparison=found, verdict=found.verdict)
+    run = SimpleNamespace(
+        path=Path("runs/a"), neighbours=picture, comparison=found, verdict=found.verdict, config={"tile": 48}
+    )
     monkeypatch.setattr(_frontdoor, "adapt", lambda *_, **__: run)
     shown = CliRunner().invoke(app, ["adapt", "scans"]).stdout.splitlines()
     assert not any("to see for yourself" in line for line in shown), "no picture is named that is not there"
     assert [line for line in shown if line.startswith("next")] == [f"next: jepakit {words}" for words in told]
+    assert ("what `jepakit embed --tile 48` writes" in shown[-1]) == (after is None)
 
 
 def test_single_images_that_tip_over_are_not_counted_twice() -> None:

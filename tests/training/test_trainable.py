@@ -37,20 +37,26 @@ def starting_with(names: set[str], *prefixes: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "prefixes"),
+    ("name", "unfreeze", "prefixes"),
     [
-        ("resnet10t", ("layer4.",)),
-        ("test_convnext", ("stages.3.", "head.norm.")),
-        ("mobilenetv2_100", ("blocks.5.", "blocks.6.", "conv_head.", "bn2.")),
-        ("test_efficientnet", ("blocks.4.", "conv_head.", "bn2.")),
-        ("test_vit", ("blocks.4.", "blocks.5.", "norm.")),
-        ("vit_tiny_patch16_224", ("blocks.10.", "blocks.11.", "norm.")),
+        # The last stage of a ConvNet, the last two blocks of a ViT.
+        ("resnet10t", "auto", ("layer4.",)),
+        ("test_convnext", "auto", ("stages.3.", "head.norm.")),
+        ("mobilenetv2_100", "auto", ("blocks.5.", "blocks.6.", "conv_head.", "bn2.")),
+        ("test_efficientnet", "auto", ("blocks.4.", "conv_head.", "bn2.")),
+        ("test_vit", "auto", ("blocks.4.", "blocks.5.", "norm.")),
+        ("vit_tiny_patch16_224", "auto", ("blocks.10.", "blocks.11.", "norm.")),
+        # The last stage where timm names no module of a feature level.
+        ("mvitv2_tiny", "auto", ("stages.3.", "norm.")),
+        ("twins_svt_small", "auto", ("patch_embeds.3.", "blocks.3.", "pos_block.3.", "norm.")),
+        ("twins_pcpvt_small", "auto", ("patch_embeds.3.", "blocks.3.", "pos_block.3.", "norm.")),
+        # Norms alone are no block.
+        ("coat_tiny", "auto", ("parallel_blocks.5.", "norm2.", "norm3.", "norm4.", "aggregate.")),
+        ("densenet121", 1, ("features.denseblock4.", "features.norm5.")),
     ],
 )
-def test_auto_trains_the_last_stage_of_a_convnet_and_the_last_two_blocks_of_a_vit(
-    name: str, prefixes: tuple[str, ...]
-) -> None:
-    training, everything = trained(name, "auto")
+def test_the_last_layers_train(name: str, unfreeze: Unfreeze, prefixes: tuple[str, ...]) -> None:
+    training, everything = trained(name, unfreeze)
     assert training == starting_with(everything, *prefixes)
 
 
@@ -88,33 +94,6 @@ def test_auto_trains_the_layers_at_the_last_resolution_of_other_families(name: s
     last = [name for name, p in backbone.named_parameters() if p.requires_grad]
     names = [name for name, _ in backbone.named_parameters()]
     assert last == names[-len(last) :]
-
-
-@pytest.mark.parametrize(
-    ("name", "prefixes"),
-    [
-        ("mvitv2_tiny", ("stages.3.", "norm.")),
-        ("twins_svt_small", ("patch_embeds.3.", "blocks.3.", "pos_block.3.", "norm.")),
-        ("twins_pcpvt_small", ("patch_embeds.3.", "blocks.3.", "pos_block.3.", "norm.")),
-    ],
-)
-def test_auto_trains_the_last_stage_where_timm_names_no_module_of_a_feature_level(
-    name: str, prefixes: tuple[str, ...]
-) -> None:
-    training, everything = trained(name, "auto")
-    assert training == starting_with(everything, *prefixes)
-
-
-@pytest.mark.parametrize(
-    ("name", "unfreeze", "prefixes"),
-    [
-        ("coat_tiny", "auto", ("parallel_blocks.5.", "norm2.", "norm3.", "norm4.", "aggregate.")),
-        ("densenet121", 1, ("features.denseblock4.", "features.norm5.")),
-    ],
-)
-def test_norms_alone_are_no_block(name: str, unfreeze: Unfreeze, prefixes: tuple[str, ...]) -> None:
-    training, everything = trained(name, unfreeze)
-    assert training == starting_with(everything, *prefixes)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])

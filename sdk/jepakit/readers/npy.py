@@ -82,10 +82,9 @@ def open_zip(encoded: Encoded, limits: Limits) -> ArrayRaster:
             said = read_npy_header(file)
             header = _header("NPZ", said.dtype, said.shape, encoded.name, limits)
             shape = (header.height, header.width, header.bands)
-            size = check_pixels(encoded.name, shape, said.dtype.name, limits, "store it in tiles")
-            check_ratio(encoded.name, size, member.compress_size, limits)
-            size = prod(said.shape) * said.dtype.itemsize
-            data = file.read(size)
+            decoded = check_pixels(encoded.name, shape, said.dtype.name, limits, "store it in tiles")
+            check_ratio(encoded.name, decoded, member.compress_size, limits)
+            data = file.read(prod(said.shape) * said.dtype.itemsize)
         array = np.frombuffer(data, said.dtype).reshape(said.stored_shape)
     return ArrayRaster(said.ordered(array), header, encoded.name, limits, encoded.file)
 
