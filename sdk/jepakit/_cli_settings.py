@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jepakit.errors import ConfigError
 
 
 class WithSettings(TyperCommand):
-    """A command with --set, which an unknown option that is the name of a setting is told to use."""
+    """A command with --set, which unknown options and words that are settings are told to use."""
 
     def invoke(self, ctx: Any) -> Any:
         before = in_command.set(True)
@@ -28,12 +29,19 @@ class WithSettings(TyperCommand):
             option for parameter in self.get_params(ctx) for option in (*parameter.opts, *parameter.secondary_opts)
         }
         for option in {word.partition("=")[0] for word in args if word.startswith("--")} - options:
-            from jepakit._frontdoor import setting_named
-
             name = option.lstrip("-").replace("-", "_")
-            if f"--{name.replace('_', '-')}" not in options and (setting := setting_named(name, self.name)):
+            if f"--{name.replace('_', '-')}" not in options and (setting := self._setting(name)):
                 raise ConfigError(f"{option} is a setting without an option of its own: give --set {setting}=VALUE")
+        for before, word in pairwise(["", *args]):
+            name, equals, _ = word.partition("=")
+            if equals and not before.startswith("-") and self._setting(name) and not Path(word).exists():
+                raise ConfigError(f"{word} is a setting: give --set {word}")
         return super().parse_args(ctx, args)
+
+    def _setting(self, name: str) -> str | None:
+        from jepakit._frontdoor import setting_named
+
+        return setting_named(name, self.name)
 
 
 def given_ones(**options: Any) -> dict[str, Any]:

@@ -60,13 +60,17 @@ def compare(first: Embeddings, second: Embeddings, *, groups: ArrayLike | None =
     measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (first, second))
     judged = judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
     judged = judged.model_copy(update={"names": ("first", "second")})
+    if not can_cross_measure(labels, groups=groups):
+        judged = _unmeasured(judged)
     if n_copies:
         judged = judged.noting(f"copies of an image count as one with it ({counted(n_copies, 'image')})")
-    if can_cross_measure(labels, groups=groups):
-        return judged
-    few = "without one of the five folds of groups, a single class is left to fit on: label images of more groups"
+    return judged
+
+
+def _unmeasured(judged: Comparison) -> Comparison:
+    """The comparison without scores of what was not fitted, and so without a difference."""
+    few = "without one of the folds of groups, a single class is left to fit on: label images of more groups"
     reason = judged.verdict.reason if judged.verdict.low is None else few
-    # What was not fitted has no scores, and so no difference.
     return judged.model_copy(
         update={"before": None, "after": None, "verdict": Verdict(word="cannot tell", reason=reason)}
     )

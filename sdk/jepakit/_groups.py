@@ -130,9 +130,15 @@ def main_class(groups: NDArray[np.intp], classes: NDArray[np.intp]) -> NDArray[n
 def assign_folds(
     groups: NDArray[np.intp], classes: NDArray[np.intp], n_folds: int, random: np.random.Generator | None = None
 ) -> NDArray[np.intp]:
-    """Each image's fold, [N]: groups stay whole and are dealt out in turn, class by class; `random` shuffles them."""
+    """Each image's fold, [N]: groups stay whole and are dealt out in turn, class by class; `random` shuffles them.
+
+    There are at most `n_folds`, and as many as the commonest class has groups if that is fewer: in more, folds would not
+    hold every class. Where no class has two, there are as many as groups.
+    """
     class_of_group = main_class(groups, classes)
     members = [np.flatnonzero(class_of_group == name) for name in np.unique(class_of_group)]
+    most = max(map(len, members))
+    n_folds = min(n_folds, most if most > 1 else len(members))
     # Counting continues across classes; otherwise classes with a single group would all fall into the first fold.
     order = np.concatenate(members if random is None else [random.permutation(alike) for alike in members])
     fold_of_group = np.empty(len(order), np.intp)

@@ -226,7 +226,8 @@ class AdaptConfig(_Settings):
     `head` and `stages` scores better before training; without, `head`."""
     standardize: Literal["auto", Standardize] = "auto"
     """Centre, or centre and scale, each number of the embedding by the images' own statistics, inside the
-    graph; `auto`: `scale` for `stages`, whose parts differ in magnitude, `center` for `head`."""
+    graph; `auto`: as the bundle does that the run starts from, if it does and pools alike; else `scale` for `stages`,
+    whose parts differ in magnitude, `center` for `head`."""
     labels: TextOrPath = "auto"
     """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
     labels, which may cover only some of the images. Labels are used to measure, never to train."""

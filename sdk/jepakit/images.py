@@ -239,7 +239,7 @@ def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) 
     if header.dtype != spec.stored_as:
         _refuse_other_units(valid, spec, name)
     if spec.scaling is not None and spec.scaling.measured:
-        _refuse_saturated(valid, spec, name)
+        _refuse_saturated(valid, header, spec, name)
     elif spec.scaling is not None:
         _refuse_unseen(valid, spec.scaling, name)
     pixels: Pixels = stored.astype(spec.dtype, copy=False)
@@ -250,7 +250,7 @@ def _checked(stored: NDArray[Any], header: Header, spec: Preprocess, name: str) 
     return pixels if holes is None else np.where(holes, neutral(spec), pixels)
 
 
-def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
+def _refuse_saturated(valid: NDArray[Any], header: Header, spec: Preprocess, name: str) -> None:
     assert spec.scaling is not None
     outside = (
         (valid < np.asarray(spec.scaling.low, np.float32)) | (valid > np.asarray(spec.scaling.high, np.float32))
@@ -259,7 +259,7 @@ def _refuse_saturated(valid: NDArray[Any], spec: Preprocess, name: str) -> None:
     if outside[band] > MOST_CLIPPED:
         values, low, high = valid[:, band], spec.scaling.low[band], spec.scaling.high[band]
         end = values.min() if values.min() < low else values.max()
-        fills = (values == end).mean() > outside[band] / 2
+        fills = header.format == "TIFF" and (values == end).mean() > outside[band] / 2
         raise ImageError(
             f"{name}: {outside[band]:.1%} of band {band + 1} lies outside {low:g} … {high:g}, the range the model was made for "
             f"(seen: {values.min():g} … {values.max():g}): "

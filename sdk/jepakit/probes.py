@@ -296,8 +296,9 @@ class LinearProbe(_Probe):
 
     C             inverse of the penalty's strength, as in scikit-learn. None chooses from 0.001 … 10 by stratified
                   cross-validation on the training vectors: the best balanced accuracy, ties going to the lowest
-                  cross-entropy. There are 5 folds, or as many as there are groups (images, without groups) if that
-                  is fewer; a rare class is in only as many folds as it has groups. 1.0 if fewer than two classes have
+                  cross-entropy. There are 5 folds, or as many as the commonest class has groups (images, without
+                  groups; a group counts for its commonest class) if that is fewer, or as many as groups where no class
+                  has two; a rarer class is in only as many folds as it has groups. 1.0 if fewer than two classes have
                   two groups, as no fold could tell
     seed          random seed of the folds, 0 or more
     class_weight  as in scikit-learn: "balanced" gives every class the same weight in the fit, so that a vector weighs
@@ -367,10 +368,10 @@ class LinearProbe(_Probe):
         """The chosen C and its balanced accuracy in cross-validation."""
         n_classes = int(targets.max()) + 1
         spread = groups_of_class(groups, targets, n_classes)
-        n_folds = min(5, int(groups.max()) + 1)
         if (spread >= 2).sum() < 2:
             return 1.0, None
-        fold_of = assign_folds(groups, targets, n_folds, np.random.default_rng(self.seed))
+        fold_of = assign_folds(groups, targets, 5, np.random.default_rng(self.seed))
+        n_folds = int(fold_of.max()) + 1
         right, missed = np.zeros((len(C_GRID), n_classes), np.intp), np.zeros(len(C_GRID))
         n_judged = np.zeros(n_classes, np.intp)
         with Steps(n_folds * len(C_GRID), what="fit", progress=len(vectors) > AT_A_TIME) as bar:

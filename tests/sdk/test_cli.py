@@ -254,8 +254,9 @@ def test_labels_that_come_later_need_no_new_embedding(tmp_path: Path) -> None:
     np.testing.assert_allclose(probe.predict_proba(vectors), expected.predict_proba(vectors), atol=1e-6)
     report = json.loads(run("probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz", *later, "--json"))
     assert set(report["per_class"]) == {"a", "b"}
-    with pytest.raises(AssertionError, match="labels = 'auto': give a CSV or Parquet file"):
-        run("probe", "fit", tmp_path / "e.npz", "--labels", "auto", "--out", tmp_path / "k.safetensors")
+    for wrong in ("auto", "nothere.csv"):
+        with pytest.raises(AssertionError, match=f"labels = '{wrong}': give a CSV or Parquet file"):
+            run("probe", "fit", tmp_path / "e.npz", "--labels", wrong, "--out", tmp_path / "k.safetensors")
 
 
 def test_keys_are_made_without_the_services_packages(tmp_path: Path) -> None:
@@ -330,6 +331,8 @@ def test_set_wins_over_an_option_and_an_option_over_the_file(tmp_path: Path) -> 
         ("adapt", "--n_local", "give --set views.n_local=VALUE"),
         ("sweep", "--lr", "give --set lr=VALUE"),
         ("serve", "--num-gpus", "give --set num_gpus=VALUE"),
+        ("adapt", "tile=448", "tile=448 is a setting: give --set tile=448"),
+        ("inspect", "labels=t.csv", "labels=t.csv is a setting: give --set labels=t.csv"),
     ],
 )
 def test_a_setting_without_an_option_is_told_to_set(command: str, option: str, advice: str) -> None:

@@ -86,6 +86,7 @@ def test_over_1_percent_outside_the_measured_range_is_refused_with_what_was_seen
     assert "1.1%" in str(error)
     assert "1000 … 3000" in str(error)
     assert "most of it is exactly 60000: if that means no data, declare it" in str(error)
+    assert "is it in the same units?" in str(refused(stored, spec())), "an array has no tag"
     stored[0, :21] = np.arange(50000, 50021)[:, None]
     assert "is it in the same units?" in str(refused(tiff(stored), spec()))
 

@@ -435,6 +435,7 @@ def test_a_column_of_groups_beside_labels_is_not_passed_over_silently(tmp_path: 
     assert note in list_images(tmp_path / "images", labels).note
     both = list_images(tmp_path / "images", labels, group=labels)
     assert both.groups == ("p1", "p2")
+    assert "its column" not in both.note
 
 
 def test_a_table_of_groups_without_most_images_guesses_no_slip_of_the_pen(tmp_path: Path) -> None:

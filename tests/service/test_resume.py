@@ -274,7 +274,8 @@ def test_an_image_that_is_replaced_while_it_is_embedded_is_embedded_again(
     part = tmp_path / "vectors.part"
 
     def replaced_before(self: Results, *rest: Any) -> None:
-        image(folder, 70).write_bytes(picture(1000))
+        (tmp_path / "new").write_bytes(picture(1000))
+        (tmp_path / "new").replace(image(folder, 70))
         add(self, *rest)
 
     add = Results.add

@@ -449,7 +449,7 @@ def test_a_finished_run_says_so_and_returns(
     again = adapt(run.path)
     said = capsys.readouterr().err
     assert "is finished already" in said
-    assert f"--weights {run.path / BUNDLE} --out NEW" in said
+    assert f"weights={run.path / BUNDLE}, out=NEW" in said
     assert again.verdict == run.verdict
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
@@ -465,13 +465,13 @@ def test_going_on_from_a_bundle(adapt: Adapt, finished: Callable[[str], Run], tm
 def test_the_pooling_stays_that_of_the_bundle_a_run_starts_from(adapt: Adapt, tmp_path: Path) -> None:
     """Otherwise "before" would be another model than the one in service, and the vectors of another length."""
     first = adapt(tmp_path / "first", pooling="last2", standardize="scale", steps=1)
-    weights = str(first.path / BUNDLE)
-    second, chosen = (adapt(tmp_path / name, weights=weights, steps=1, **settings) for name, settings in (
-        ("second", {}), ("chosen", {"pooling": "mean"}))
+    plain = first.export(tmp_path / "plain", standardize="none")
+    second, chosen, bare = (adapt(tmp_path / name, weights=str(weights), steps=1, **settings) for name, weights, settings in (
+        ("second", first.path / BUNDLE, {}), ("chosen", first.path / BUNDLE, {"pooling": "mean"}), ("bare", plain.path, {}))
     )  # fmt: skip
-    specs = [run.bundle.manifest.embedding for run in (first, second, chosen)]
+    specs = [run.bundle.manifest.embedding for run in (first, second, chosen, bare)]
     assert [(spec.pooling, spec.standardize) for spec in specs] == [
-        ("last2", "scale"), ("last2", "scale"), ("mean", "center")
+        ("last2", "scale"), ("last2", "scale"), ("mean", "center"), ("last2", "center")
     ]  # fmt: skip
     assert second.comparison.before is not None
     assert first.comparison.after is not None

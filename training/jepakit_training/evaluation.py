@@ -94,13 +94,15 @@ def extract(
 
 
 def as_started(config: AdaptConfig) -> AdaptConfig:
-    """The settings with the pooling of the bundle that the run starts from, unless they choose one: before adaptation its
-    vectors are that bundle's."""
-    if config.pooling != "auto" or not is_bundle_weights(config.weights):
+    """The settings with the pooling of the bundle that the run starts from, and its kind of standardising if it has one,
+    unless they choose others: before adaptation its vectors are like that bundle's. What is measured is measured again."""
+    if not is_bundle_weights(config.weights):
         return config
     start = open_bundle(config.weights).manifest.embedding
-    standardize = start.standardize if config.standardize == "auto" else config.standardize
-    return config.model_copy(update={"pooling": start.pooling, "standardize": standardize})
+    pooling = start.pooling if config.pooling == "auto" else config.pooling
+    alike = config.standardize == "auto" and pooling == start.pooling and start.standardize != "none"
+    standardize = start.standardize if alike else config.standardize
+    return config.model_copy(update={"pooling": pooling, "standardize": standardize})
 
 
 def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:

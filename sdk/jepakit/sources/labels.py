@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepakit._files import with_home
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few, joined
 from jepakit.errors import ConfigError, DataError
@@ -15,23 +16,24 @@ from jepakit.sources.layout import PLAIN_SPLITS, are_groups, companions, splits,
 from jepakit.sources.patients import folders_are_patients
 from jepakit.sources.remarks import remarks_on_labels
 from jepakit.sources.store import Found
-from jepakit.sources.table import RULES, check_rule, look_up_labels, read_table
+from jepakit.sources.table import RULES, check_rule, is_rule, look_up_labels, read_table
 
 MIN_CLASSES, MAX_CLASSES, MIN_IMAGES_PER_CLASS = 2, 50, 10
 
 Labels = tuple[str | None, ...] | None
 
 
-def choose_labels(found: Found, rule: str | Path, *, embedding: bool) -> tuple[Labels, str]:
+def choose_labels(found: Found, rule: str | Path, *, group: str | Path, embedding: bool) -> tuple[Labels, str]:
     """The labels by the rule, or None, and a note on what was assumed.
 
+    group      the rule for groups: with "auto", a table's column of groups would be passed over silently
     embedding  either every image has a label or none has; "auto" takes any number of folders as classes, and gives no
                note if no labels are expected
 
     Raises DataError when the rule does not fit the images, ConfigError when it is neither a rule nor a file.
     """
     rule = check_rule("labels", rule)
-    labels, note = _choose(found, rule, embedding=embedding)
+    labels, note = _choose(found, rule, group=group, embedding=embedding)
     note = joined(note, remarks_on_labels(labels, written=not _by_folders(found, rule)))
     if not embedding and rule != "folder":
         note = joined(note, _companions_count(found))
@@ -52,10 +54,9 @@ def labels_of(ids: Sequence[str], file: str | Path) -> tuple[str | None, ...]:
 
     Raises ConfigError if `file` is not a table, DataError if it has no label for any image.
     """
-    table = check_rule("labels", file)
-    if table in RULES:
-        raise ConfigError(f"labels = {table!r}: give a CSV or Parquet file of path and label")
-    return look_up_labels(table, Found(Files("", ids), tuple(ids)))[0]
+    if str(file) in RULES or not is_rule(str(file)):
+        raise ConfigError(f"labels = {str(file)!r}: give a CSV or Parquet file of path and label that exists")
+    return look_up_labels(with_home(file), Found(Files("", ids), tuple(ids)))[0]
 
 
 def names_pieces(rule: str | Path) -> bool:
@@ -83,16 +84,16 @@ def _companions_count(found: Found) -> str:
     return f"warning: {number} in {first_few(beside, 3)} count as images, too: name the others alone (their folder, a glob or a manifest)"
 
 
-def _choose(found: Found, rule: str, *, embedding: bool) -> tuple[Labels, str]:
+def _choose(found: Found, rule: str, *, group: str | Path, embedding: bool) -> tuple[Labels, str]:
     if rule == "none":
         return None, "" if embedding else "no labels, as requested"
     if rule not in RULES:
-        listed, strangers, group = look_up_labels(rule, found)
+        listed, strangers, column = look_up_labels(rule, found)
         note = f"labels: {counted(len(set(listed) - {None}), 'class')} from {rule}"
         if strangers:
             note += f" ({counted(len(strangers), 'row')} of no image here, {min(strangers)} first)"
-        if group is not None and not embedding:
-            note = joined(note, f"its column {group} is used only if the file is named as group, too")
+        if column is not None and group == "auto" and not embedding:
+            note = joined(note, f"its column {column} is used only if the file is named as group, too")
         return listed, note
     if not _by_folders(found, rule):
         return found.labels, found.label_note

@@ -121,7 +121,7 @@ def _list(
     if not embedding:
         _check_listed_once(found)
     of_pieces = cut.cuts and names_pieces(labels)
-    chosen, label_note = (None, "") if of_pieces else choose_labels(found, labels, embedding=embedding)
+    chosen, label_note = (None, "") if of_pieces else choose_labels(found, labels, group=group, embedding=embedding)
     groups, group_note = choose_groups(found, group)
     group_remarks = remarks_on_groups(groups, written=group != "folder")
     note = joined(label_note, group_note, group_remarks, found.note)
@@ -129,7 +129,7 @@ def _list(
     pieces = cut_into_pieces(images, cut, most_skipped=most_skipped)
     if not of_pieces:
         return pieces
-    chosen, label_note = choose_labels(_as_found(found, pieces), labels, embedding=embedding)
+    chosen, label_note = choose_labels(_as_found(found, pieces), labels, group=group, embedding=embedding)
     return replace(pieces, labels=chosen, note=joined(label_note, pieces.note))
 
 
