@@ -208,11 +208,10 @@ def _source(config: ExportConfig) -> Source:
 
 def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
     """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start."""
-    follows = which == "best"
-    if follows:
-        begun = "adapted" if run.verdict.word == "better" else "that the run began with"
-        say(f"the verdict is {run.verdict.word}: exports the weights {begun}")
-    start = which == "start" or (follows and run.verdict.word != "better")
+    start = which == "start" or (which == "best" and run.verdict.word != "better")
+    if which == "best":
+        chosen = "weights that the run began with" if start else "adapted weights"
+        say(f"the verdict is {run.verdict.word}: exports the {chosen}")
     return open_bundle(run.path / START) if start else run.bundle
 
 

@@ -276,7 +276,7 @@ def test_weights_that_the_verdict_does_not_call_better_are_not_exported_without_
     assert (f"warning: the run's verdict on these weights is {word}; --which best follows it" in done.stderr) == warned
 
 
-@pytest.mark.parametrize(("word", "told"), [("better", "adapted"), ("same", "that the run began with")])
+@pytest.mark.parametrize(("word", "told"), [("better", "adapted weights"), ("same", "weights that the run began with")])
 def test_what_follows_the_verdict_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, word: str, told: str
 ) -> None:
@@ -284,7 +284,7 @@ def test_what_follows_the_verdict_is_said(
     monkeypatch.setattr(jepakit_export.exporter, "open_bundle", lambda path: path)
     chosen = jepakit_export.exporter._of_run(cast("Run", run), "best")
     assert cast("Path", chosen).name == ("bundle" if word == "better" else "start")
-    assert capsys.readouterr().err == f"the verdict is {word}: exports the weights {told}\n"
+    assert capsys.readouterr().err == f"the verdict is {word}: exports the {told}\n"
 
 
 def test_golden_vectors_of_another_model_are_noticed(exported: Callable[[str], Bundle], tmp_path: Path) -> None:
