@@ -259,16 +259,15 @@ def _refuse_saturated(valid: NDArray[Any], header: Header, spec: Preprocess, nam
     if outside[band] > MOST_CLIPPED:
         values, low, high = valid[:, band], spec.scaling.low[band], spec.scaling.high[band]
         end = values.min() if values.min() < low else values.max()
-        fills = header.format == "TIFF" and (values == end).mean() > outside[band] / 2
+        remedy = "is it in the same units? If so, adapt with a wider value_range"
+        if header.format == "TIFF" and (values == end).mean() > outside[band] / 2:
+            remedy = (
+                f"most of it is exactly {end:g}: if that means no data, declare it in the file (gdal_edit.py -a_nodata {end:g}), "
+                "else adapt with a wider value_range"
+            )
         raise ImageError(
             f"{name}: {outside[band]:.1%} of band {band + 1} lies outside {low:g} … {high:g}, the range the model was made for "
-            f"(seen: {values.min():g} … {values.max():g}): "
-            + (
-                f"most of it is exactly {end:g}: if that means no data, declare it in the file (gdal_edit.py -a_nodata {end:g}), else "
-                "adapt with a wider value_range"
-                if fills
-                else "is it in the same units? If so, adapt with a wider value_range"
-            ),
+            f"(seen: {values.min():g} … {values.max():g}): {remedy}",
             code="saturated",
         )
 
