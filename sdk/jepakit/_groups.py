@@ -139,8 +139,15 @@ def assign_folds(
     members = [np.flatnonzero(class_of_group == name) for name in np.unique(class_of_group)]
     most = max(map(len, members))
     n_folds = min(n_folds, most if most > 1 else len(members))
-    # Counting continues across classes; otherwise classes with a single group would all fall into the first fold.
     order = np.concatenate(members if random is None else [random.permutation(alike) for alike in members])
-    fold_of_group = np.empty(len(order), np.intp)
-    fold_of_group[order] = np.arange(len(order)) % n_folds
-    return fold_of_group[groups]
+    return dealt_out(order, n_folds)[groups]
+
+
+def dealt_out(by_class: NDArray[np.intp], n_parts: int) -> NDArray[np.intp]:
+    """The part of each group, [groups]: groups in this order, class after class, go to each part in turn.
+
+    Counting continues across classes; otherwise classes with a single group would all fall into the first part.
+    """
+    part_of_group = np.empty(len(by_class), np.intp)
+    part_of_group[by_class] = np.arange(len(by_class)) % n_parts
+    return part_of_group

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jepakit._groups import Cells, assign_folds, codes, groups_of_class, main_class, numbered
+from jepakit._groups import Cells, assign_folds, codes, dealt_out, groups_of_class, main_class, numbered
 from jepakit._interval import (
     NORMAL_95,
     RULE_OF_THREE,
@@ -199,10 +199,8 @@ def _leaving_out(labels: NDArray[np.str_], group_of: NDArray[np.intp]) -> list[N
     """For each part of the groups, which images stay when it is left out, bool [N]; only if two classes remain."""
     classes = codes(labels)
     class_of_group = main_class(group_of, classes)
-    # Counting continues across classes; otherwise classes with a single group would all fall into the first part.
     order = np.lexsort((np.random.default_rng(0).permutation(len(class_of_group)), class_of_group))
-    part_of_group = np.empty(len(order), np.intp)
-    part_of_group[order] = np.arange(len(order)) % _LEFT_OUT
+    part_of_group = dealt_out(order, _LEFT_OUT)
     kept = [part_of_group[group_of] != part for part in np.unique(part_of_group)]
     return [stay for stay in kept if len(np.unique(classes[stay])) > 1]
 
