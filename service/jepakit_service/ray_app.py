@@ -74,7 +74,7 @@ def application(settings: ServeSettings, log_socket: str | None) -> Any:
 
             logs.configure(settings, log_socket)
             self._gate = build_app(settings, _ask_all)
-            logging.getLogger(logs.LOGGER).info("replica %s has started", self._gate.replica.id)
+            logging.getLogger("jepakit.service").info("replica %s has started", self._gate.replica.id)
 
         def __serve_build_asgi_app__(self) -> ASGIApp:
             return _named_once(self._gate)

@@ -15,7 +15,6 @@ from jepakit.errors import ServeError
 from jepakit_service import memory
 from jepakit_service.bundles import find_bundles
 from jepakit_service.engine import Engine
-from jepakit_service.logs import LOGGER
 from jepakit_service.metrics import Metrics
 from jepakit_service.models import LoadedModel
 from jepakit_service.registry import NO_MODEL, Registry, VersionsState
@@ -23,7 +22,7 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.sharing import Shared
 from jepakit_service.updates import Updates
 
-_log = logging.getLogger(LOGGER)
+_log = logging.getLogger("jepakit.service")
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,9 @@ class Replica:
                 manifest.name, manifest.model_id, manifest.digest, model.precision, model.provider
             ).set(1)
         self.metrics.update.clear()
-        for name, versions in self.registry.state().items():
-            if versions.update is not None:
-                self.metrics.update.labels(name, versions.update.state).set(1)
+        for name in self.registry.names():
+            if (update := self.registry.versions(name).update) is not None:
+                self.metrics.update.labels(name, update.state).set(1)
         return self.metrics.families()
 
     async def reports(self, *, with_metrics: bool = False) -> Sequence[Report]:
