@@ -49,8 +49,16 @@ def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[str
         words = _words(where, detail, model)
         if words not in complaints.setdefault(where, []):
             complaints[where].append(words)
-    set_in = {where: f" (set in {origins[where]})" for where in complaints.keys() & origins.keys()}
-    return "; ".join(_join(where, words) + set_in.get(where, "") for where, words in complaints.items())
+    told = {where: _join(where, words) for where, words in complaints.items()}
+    return "; ".join(message + _set_in(where, message, origins) for where, message in told.items())
+
+
+def _set_in(where: str, message: str, origins: Mapping[str, str]) -> str:
+    """Where the setting is set; for an error of several settings at once, where those are that its message names."""
+    if where:
+        return f" (set in {origins[where]})" if where in origins else ""
+    named = [f"{name} is set in {origin}" for name, origin in origins.items() if re.search(rf"\b{name}\b", message)]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def _setting(loc: Sequence[int | str], model: type[BaseModel]) -> str:

@@ -117,6 +117,17 @@ def test_an_error_says_where_the_value_was_set(tmp_path: Path, monkeypatch: pyte
         load({"bundles": ["b"], "replicas": -1}, file)
 
 
+def test_an_error_of_two_settings_says_where_each_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "serve.yaml").write_text("bundles: [b]\nmax_replicas: 2\nwatch_s: 1\n")
+    monkeypatch.setenv("JEPAKIT_SERVE_REPLICAS", "3")
+    with pytest.raises(ConfigError) as caught:
+        load({}, file)
+    assert str(caught.value) == (
+        "max_replicas = 2 is less than replicas = 3 "
+        f"(max_replicas is set in {file}, replicas is set in JEPAKIT_SERVE_REPLICAS)"
+    )
+
+
 @pytest.mark.parametrize("name", ["JEPAKIT_SERVE_REPLICA", "jepakit_serve_replica"])
 def test_a_variable_that_sets_nothing_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "2")
