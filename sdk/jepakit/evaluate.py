@@ -21,7 +21,7 @@ from jepakit._interval import (
     variance_of_fits,
     widened,
 )
-from jepakit._messages import first_few
+from jepakit._messages import counted, first_few
 from jepakit._progress import Steps, shown
 from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
@@ -410,7 +410,7 @@ def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_g
     else:
         todo = f"the interval includes 0: {_label_more(by_group)}{advice.undecided}"
     interval = f"{100 * result.low:+.1f} to {100 * result.high:+.1f}"
-    over, unit = (" over groups", "groups") if by_group else ("", "images")
+    over, unit = (f" over {counted(result.n_groups, 'group')}", "groups") if by_group else ("", "images")
     reason = f"{100 * result.difference:+.1f} points (95 % interval{over} {interval}); {todo}"
     if classes.few:
         reason += f"; classes with fewer than {FEWEST_PER_CLASS} held-out {unit} are left out: {_some(classes.few)}"

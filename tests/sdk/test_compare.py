@@ -77,7 +77,7 @@ def test_groups_are_counted_as_wholes() -> None:
     groups = np.arange(120) // 10
     before, after = embeddings(2.0, 120, groups=groups), embeddings(1.0, 120, seed=1, groups=groups)
     alone, together = jepakit.compare(before, after), jepakit.compare(before, after, groups=groups)
-    assert "interval over groups" in together.verdict.reason
+    assert "interval over 12 groups" in together.verdict.reason
     assert together.after != alone.after
     assert width(together) > width(alone)
 
@@ -215,7 +215,7 @@ def test_files_are_compared_in_the_shell(tmp_path: Path) -> None:
     found = json.loads(
         CliRunner().invoke(app, ["compare", *files, "--group", str(tmp_path / "groups.csv"), "--json"]).output
     )
-    assert "over groups" in found["verdict"]["reason"]
+    assert "over 18 groups" in found["verdict"]["reason"]
     for option in (["--images", "scans"], ["--labels", "labels.csv"]):
         ignored = CliRunner().invoke(app, ["compare", *files, *option])
         assert isinstance(ignored.exception, ConfigError)

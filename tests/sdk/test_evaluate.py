@@ -308,7 +308,7 @@ def test_groups_of_one_image_each_change_nothing() -> None:
     names = np.random.default_rng(0).permutation(64).astype(str)
     grouped, plain = by_groups(before, after, truth, names), judged(before, after, truth)
     assert (grouped.difference, grouped.low, grouped.high) == (plain.difference, plain.low, plain.high)
-    assert "interval over groups" in grouped.reason
+    assert "interval over 64 groups" in grouped.reason
 
 
 @pytest.mark.parametrize("classes_share_groups", [True, False])
@@ -373,7 +373,7 @@ def test_a_few_groups_that_do_not_change_are_not_called_the_same(classes_share_g
         return by_groups(right, right, truth, slide.astype(str))
 
     assert verdict([100] * 6).reason == (
-        "+0.0 points (95 % interval over groups -0.5 to +0.5); 6 groups are too few to call it the same, because they "
+        "+0.0 points (95 % interval over 6 groups -0.5 to +0.5); 6 groups are too few to call it the same, because they "
         "may not include any of the groups that it harms: label images of more groups, until about 90 are held out"
     )
     assert [verdict([20] * n).word for n in (6, 80, 90)] == ["cannot tell", "cannot tell", "same"]
