@@ -56,6 +56,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
                 _recover(folder, bundle.name)
                 target = _place(bundle, folder)
                 _check_watched(before, bundle, target)
+                _wait_until_forgotten(client, bundle, target)
                 with _swapped(bundle, target):
                     model = _wait_for_switch(client, bundle, timeout_s)
                 _sweep(folder, bundle.name)
@@ -140,6 +141,19 @@ def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> Non
             f"the service serves this very bundle already, and {target.parent} does not hold it: name the folder that "
             "`jepakit serve` watches, or copy the bundle there yourself"
         )
+
+
+def _wait_until_forgotten(client: Client, bundle: Bundle, target: Path) -> None:
+    """If the service has just refused this version, wait until it sees that it is gone: only then is it tried again."""
+    if target.exists() and open_bundle(target).digest == bundle.digest:
+        return
+    deadline = time.monotonic() + _LONGEST_SILENCE_S
+    while time.monotonic() < deadline:
+        try:
+            _ask(client, bundle)
+            return
+        except ServeError:
+            time.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
