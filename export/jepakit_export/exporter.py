@@ -202,16 +202,24 @@ def _standardized(source: Source, config: ExportConfig, users: Pixels | None) ->
 def _source(config: ExportConfig) -> Source:
     path = Path(config.source)
     if is_run(path):
-        return _of_bundle(_of_run(Run(path), config.which), config)
+        return _of_bundle(_of_run(Run(path), config.which if "which" in config.model_fields_set else None), config)
     return _of_bundle(open_bundle(path), config) if is_bundle(path) else _of_timm(config)
 
 
-def _of_run(run: Run, which: Literal["best", "last", "start"]) -> Bundle:
-    """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start."""
+def _of_run(run: Run, which: Literal["best", "last", "start"] | None) -> Bundle:
+    """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start.
+
+    Where none is chosen it is the trained one, with a warning if the verdict speaks against it.
+    """
     start = which == "start" or (which == "best" and run.verdict.word != "better")
     if which == "best":
         chosen = "weights that the run began with" if start else "adapted weights"
         say(f"the verdict is {run.verdict.word}: exports the {chosen}")
+    if which is None and run.comparison.after is not None and run.verdict.word != "better":
+        say(
+            f"warning: the run's verdict on these weights is {run.verdict.word}; which=best follows it, which=start exports the "
+            "weights that the run began with"
+        )
     return open_bundle(run.path / START) if start else run.bundle
 
 

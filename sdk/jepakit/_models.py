@@ -71,6 +71,13 @@ def named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
     return [one for one in models if asked is None or one.name == asked.partition("@")[0]]
 
 
+def check_clear(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
+    """The models, if the one that is meant can be told: ConfigError before any image is sent in vain."""
+    if asked is None and len(models) > 1:
+        _meant(models, asked)
+    return models
+
+
 def id_of(models: list[ModelInfo], asked: str | None) -> str:
     """The model_id of the requested model: the one that `asked` pins, or else the service's."""
     return (asked or "").partition("@")[2] or _meant(models, asked).model_id
@@ -100,4 +107,5 @@ def _meant(models: list[ModelInfo], asked: str | None) -> ModelInfo:
     if len(meant := named(models, asked)) == 1:
         return meant[0]
     known = ", ".join(one.name for one in models)
-    raise ConfigError(f"model = {asked!r}: name one of the service's models ({known})")
+    given = "" if asked is None else f" {asked!r} is none of them;"
+    raise ConfigError(f"the service's models are {known}:{given} name one of them as model")

@@ -495,17 +495,6 @@ def export(
     )
     show(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
     show(f"next: jepakit serve {quote(str(bundle.path))}")
-    comparison = manifest.comparison
-    if (
-        which is None
-        and comparison is not None
-        and comparison.after is not None
-        and comparison.verdict.word != "better"
-    ):
-        say(
-            f"warning: the run's verdict on these weights is {comparison.verdict.word}; --which best follows it, --which start "
-            "exports the weights that the run began with"
-        )
 
 
 @app.command(cls=WithSettings)

@@ -21,7 +21,7 @@ from jepakit._attempts import AT_ONCE, MOST_AT_ONCE, Attempts
 from jepakit._connection import Connection
 from jepakit._job import Chunk, Job, RequestLimits, in_flight
 from jepakit._models import ModelInfo as ModelInfo
-from jepakit._models import check_asked, id_of, path_of, read_model, read_models, spec_of
+from jepakit._models import check_asked, check_clear, id_of, path_of, read_model, read_models, spec_of
 from jepakit._progress import Steps
 from jepakit._results import Results
 from jepakit._skipped import OnSkipped, check_skipping
@@ -212,7 +212,7 @@ class Client:
     def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         """The service's limits, cached until an `embed` fails; not needed for a single image, which cannot be split."""
         if self._described is None and count > 1:
-            self._described = self.models()
+            self._described = check_clear(self.models(), model)
         return RequestLimits.of(self._described or [], model, self._connection.patience_s)
 
     def _own_connections(self) -> None:
@@ -400,7 +400,7 @@ class AsyncClient:
 
     async def _limits_for(self, count: int, model: str | None) -> RequestLimits:
         if self._described is None and count > 1:
-            self._described = await self.models()
+            self._described = check_clear(await self.models(), model)
         return RequestLimits.of(self._described or [], model, self._connection.patience_s)
 
     def _check_loop(self) -> None:

@@ -8,7 +8,7 @@ Shapes: B images, H × W pixels, C bands, D dimensions of the embedding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_origin
 
 import torch
@@ -101,10 +101,11 @@ def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tupl
     features = backbone.forward_features(x_BCHW)
     if pooling == "head":
         return features, backbone.forward_head(features)
-    parts = [
-        features[:, 0] if name == "cls" else patch_tokens(backbone, features).mean(dim=1) for name in pooling.split("+")
-    ]
-    return features, torch.cat(parts, dim=1)
+    parts: dict[str, Callable[[], Tensor]] = {
+        "cls": lambda: features[:, 0],
+        "mean": lambda: patch_tokens(backbone, features).mean(dim=1),
+    }
+    return features, torch.cat([parts[name]() for name in pooling.split("+")], dim=1)
 
 
 def patch_tokens(backbone: Any, features: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
-from typer.testing import CliRunner
 
 import jepakit
 import jepakit._frontdoor
@@ -27,8 +26,7 @@ import jepakit_export.verify
 from jepakit import _frontdoor, golden
 from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, name_for
-from jepakit.cli import app
-from jepakit.comparison import Comparison, Scores, Verdict
+from jepakit.comparison import Verdict
 from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
@@ -263,17 +261,14 @@ def test_the_start_is_exported_whatever_became_of_the_trained_bundle(run: Run, t
     ],
 )  # fmt: skip
 def test_weights_that_the_verdict_does_not_call_better_are_not_exported_without_a_word(
-    exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, word: str, which: str | None, *, labelled: bool,
-    warned: bool,
-) -> None:  # fmt: skip
-    bundle = exported("file")
-    verdict = Verdict.model_validate({"word": word, "reason": ""})
-    scores = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0) if labelled else None
-    comparison = Comparison(before=scores, after=scores, verdict=verdict, n_train=9, n_held_out=9)
-    told = Bundle(bundle.path, bundle.manifest.model_copy(update={"comparison": comparison}))
-    monkeypatch.setattr(jepakit._frontdoor, "export", lambda *_, **__: told)
-    done = CliRunner().invoke(app, ["export", "runs/x", "--out", "b", *([] if which is None else ["--which", which])])
-    assert (f"warning: the run's verdict on these weights is {word}; --which best follows it" in done.stderr) == warned
+    capsys: pytest.CaptureFixture[str], word: str, which: str | None, *, labelled: bool, warned: bool
+) -> None:
+    verdict, after = SimpleNamespace(word=word), object() if labelled else None
+    run = SimpleNamespace(verdict=verdict, comparison=SimpleNamespace(after=after), bundle="the trained one")
+    assert cast("Any", jepakit_export.exporter._of_run)(run, which) == "the trained one"
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: the run's verdict on these weights is {word}; which=best follows it") == warned
+    assert bool(told) == warned
 
 
 @pytest.mark.parametrize(("word", "told"), [("better", "adapted weights"), ("same", "weights that the run began with")])

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -77,6 +77,37 @@ def run(*arguments: str | Path) -> str:
     done = CliRunner().invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, f"{done.stderr}\n{done.exception}"
     return done.stdout
+
+
+OF_THE_COMMAND = {"config", "set_", "dry_run", "as_json", "vary", "sheet", "print_config", "new_key", "no_ray"}
+"""Options that are no settings of what a command calls; --no-ray is one by another name."""
+
+
+@pytest.mark.parametrize("name", ["adapt", "sweep", "inspect", "export", "serve"])
+def test_every_option_reaches_what_the_command_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    class Called(Exception):  # noqa: N818 (no error)
+        pass
+
+    def called(*given: Any, **settings: Any) -> None:
+        raise Called(settings | (given[0] if name == "serve" else dict(zip(("source", "out"), given, strict=False))))
+
+    monkeypatch.setattr(f"jepakit._frontdoor.{name}", called)
+    types = get_type_hints(getattr(jepakit.cli, name))
+    words, expected = ["--vary", "lamb=1,2"] if name == "sweep" else [], dict[str, Any]()
+    for option in typer.main.get_command(app).commands[name].params:  # type: ignore[attr-defined]
+        if option.name not in types.keys() - OF_THE_COMMAND or not option.opts[0].startswith("--"):
+            continue
+        kind, number = types[option.name], len(expected) + 1
+        if bool in (kind, *get_args(kind)):
+            words, expected[option.name] = [*words, option.opts[0]], True
+        else:
+            value = next((of(number) for of in (int, float) if of in (kind, *get_args(kind))), f"a-{option.name}")
+            words += [option.opts[0], str(value)]
+            expected[option.name] = (value,) if option.multiple else value
+    with pytest.raises(Called) as caught:
+        CliRunner().invoke(app, [name, "images", *words], catch_exceptions=False)
+    (settings,) = caught.value.args
+    assert {key: settings.get(key) for key in expected} == expected
 
 
 def run_alone(

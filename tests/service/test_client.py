@@ -916,11 +916,11 @@ def rows(number: int, model_id: str = "a" * 16) -> tuple[int, dict[str, str], by
     return 200, {"X-Embedding-Shape": f"{number},1", "X-Model-Id": model_id}, np.arange(number, dtype="<f4").tobytes()
 
 
-def told(max_images: int) -> tuple[int, dict[str, str], bytes]:
-    """A model list with one model and this limit."""
+def told(max_images: int, *names: str) -> tuple[int, dict[str, str], bytes]:
+    """A model list with this limit, of one model or of these."""
     limits = {"max_images": max_images, "max_body_mb": 8, "max_images_in_time": 999}
-    row = {"id": "tiny", "model_id": "a" * 16, "digest": "", "dim": 1, "precision": "fp32", "provider": "cpu"}
-    return 200, {}, json.dumps({"data": [{**row, "limits": limits}]}).encode()
+    row = {"model_id": "a" * 16, "digest": "", "dim": 1, "precision": "fp32", "provider": "cpu", "limits": limits}
+    return 200, {}, json.dumps({"data": [{**row, "id": name} for name in names or ("tiny",)]}).encode()
 
 
 REFUSED = (413, dict[str, str](), b'{"error": {"message": "too many", "code": "too_many_images"}}')
@@ -956,6 +956,14 @@ def test_the_next_request_is_sent_as_soon_as_the_oldest_is_answered(kind: type[A
     with _answering([told(1), rows(1)], wait_for_the_fifth) as url:
         asked(kind, url, lambda client: client.embed(pictures, progress=False))
     assert in_time == [True] * 3
+
+
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_no_image_is_sent_before_the_model_is_clear(kind: type[Any]) -> None:
+    message = "the service's models are tiny, second: name one of them as model"
+    with _answering([told(8, "tiny", "second")]) as url, pytest.raises(ConfigError, match=message):
+        asked(kind, url, lambda client: client.embed([picture(0)] * 2, progress=False))
+    assert _Scripted.seen == 1
 
 
 @pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])

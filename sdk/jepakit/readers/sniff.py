@@ -100,7 +100,7 @@ def _known(head: bytes, filename: str) -> tuple[str, str] | None:
         return "a web page", "download the image itself"
     if head.lstrip()[:5] == b"<?xml" or b"<svg" in head[:1024]:
         return "an SVG or XML file", "render it to PNG"
-    if filename.endswith((".dcm", ".dicom")):
+    if filename.endswith((".dcm", ".dicom", ".ima")):
         return (
             "perhaps a DICOM file, but without its preamble",
             "rewrite it (pydicom: dcmread(file, force=True).save_as(file, enforce_file_format=True))",

@@ -594,3 +594,10 @@ def test_a_window_table_of_0_entries_has_65536() -> None:
     table["LUTDescriptor"].VR = "US"
     shown = read(make(stored, VOILUTSequence=[table]), voi=True)[..., 0]
     np.testing.assert_allclose(shown, stored / 65535, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".dcm", ".dicom", ".IMA"])
+def test_a_file_without_preamble_is_told_how_to_get_one(tmp_path: Path, suffix: str) -> None:
+    (file := tmp_path / f"slice{suffix}").write_bytes(make(ramp())[132:])
+    with pytest.raises(ImageError, match=r"without its preamble.*enforce_file_format=True"):
+        open_raster(file)
