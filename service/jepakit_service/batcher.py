@@ -1,8 +1,8 @@
 """A work-conserving batcher: decodes many requests' images and packs them into full batches, fair to each request.
 
 All threads are alike and do whatever is most useful next: run a batch if one is ready and a lane is free, else decode
-another image. There is no timer. A lone image is decoded and run at once by the same thread, with all cores; a backlog
-fills the batches of all lanes.
+another image. No batch is held open for requests to come. A lone image is decoded and run at once by the same thread,
+with all cores; a backlog fills the batches of all lanes.
 """
 
 from __future__ import annotations
@@ -242,11 +242,17 @@ class Batcher:
                     self._lock.notify_all()  # the others may stop too
                     return None
                 if todo == "wait":
-                    self._lock.wait()
+                    self._lock.wait(self._patience_s())
                 elif todo == "decode":
                     return partial(self._decode_one, *self._take_image())
                 else:
                     return partial(self._run_batch, self._take_batch(todo), todo)
+
+    def _patience_s(self) -> float | None:
+        """Seconds until the ready images have waited long enough for others; None if something else must happen first."""
+        if not self._ready or self._running >= self._capacity.lanes:
+            return None
+        return max(0.0, self._capacity.batch_s - self._state().waited_s)
 
     def _state(self) -> State:
         waited_s = time.perf_counter() - self._ready[0][3] if self._ready else 0.0

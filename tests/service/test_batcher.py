@@ -161,6 +161,29 @@ class Lanes(Recorder):
         return super().run(images)
 
 
+def test_an_image_does_not_wait_for_ever_while_every_core_decodes() -> None:
+    model, big = Recorder(), threading.Event()
+    decode = model.decode
+
+    def slowly(image: Any) -> Decoded:
+        assert image != b"\1" or big.wait(10)
+        return decode(image)
+
+    model.decode = slowly  # type: ignore[method-assign]
+    packed = batcher(model, batch_s=0.05)
+
+    async def ask() -> None:
+        first = asyncio.create_task(embed(packed, [b"\1"]))
+        await until(lambda: packed._decoding > 0)
+        await packed.embed([b"\2"], 5.0)
+        assert not first.done()
+        big.set()
+        await first
+
+    asyncio.run(ask())
+    assert model.batches == [[2], [1]]
+
+
 def test_a_few_images_go_to_all_cores_while_nothing_else_is_there() -> None:
     lanes, whole = Lanes(), Recorder()
     packed = batcher(lanes, max_batch=4, lanes=2, whole=whole, few=1)
