@@ -234,6 +234,8 @@ def _reason(error: BaseException) -> str:
 
 def _innermost(error: object) -> str:
     """The line that says why: HAProxy's first, as its last only says that there were errors; else our own, Ray's last."""
+    if "node timed out during startup" in str(error):
+        return "Ray's own processes did not come up, most likely because this machine is too busy: start again"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     alerts = [line for line in lines if "[ALERT]" in line]
     return (alerts[0] if alerts else lines[-1].removeprefix("jepakit.errors.")) if lines else type(error).__name__

@@ -471,6 +471,7 @@ def test_haproxy_s_socket_has_a_path_that_haproxy_accepts_wherever_temporary_fil
         ("Traceback\n  HAProxy crashed: [ALERT] socket path too long\n[ALERT] Fatal errors found", "HAProxy crashed: [ALERT] socket path too long"),
         ("ray.exceptions.RayTaskError\njepakit.errors.BundleError: damaged\n", "BundleError: damaged"),
         (TimeoutError(), "TimeoutError"),
+        (Exception("The current node timed out during startup. This could happen because some of the raylet failed"), "Ray's own processes did not come up, most likely because this machine is too busy: start again"),
     ],
 )  # fmt: skip
 def test_why_ray_did_not_start_is_told_in_the_line_that_says_it(raised: object, told: str) -> None:
