@@ -14,12 +14,17 @@ from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError
 from jepakit.evaluate import Advice, can_cross_measure, cross_measure, judge
 
+_NAMES = ("first", "second")
 
-def compare(first: Embeddings, second: Embeddings, *, groups: ArrayLike | None = None) -> Comparison:
+
+def compare(
+    first: Embeddings, second: Embeddings, *, groups: ArrayLike | None = None, names: tuple[str, str] | None = None
+) -> Comparison:
     """Judge `second` against `first`, two models' embeddings of the same labelled images, in any order.
 
     groups  the name of each image's group (patient, slide or scene), in the order of `first`; folds never split one,
             and the interval is over groups. None: the tiles and frames of an image form a group
+    names   what to call the two in the result [first, second]
 
     Images to which both models give the vector of another one are copies of it, and count as one group with it.
     Each image is judged by probes fitted on the others, in five folds; docs/verdict.md explains the interval. Print the
@@ -58,8 +63,8 @@ def compare(first: Embeddings, second: Embeddings, *, groups: ArrayLike | None =
     if n_copies := len(same) - len(np.unique(same)):
         groups = merged(numbered(groups, len(same)), same)
     measured_before, measured_after = (cross_measure(which.vectors, labels, groups=groups) for which in (first, second))
-    judged = judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_ADVICE)
-    judged = judged.model_copy(update={"names": ("first", "second")})
+    judged = judge(measured_before, measured_after, labels, n_train=len(labels), groups=groups, advice=_advice(names))
+    judged = judged.model_copy(update={"names": names or _NAMES})
     if not can_cross_measure(labels, groups=groups):
         judged = _unmeasured(judged)
     if n_copies:
@@ -76,12 +81,9 @@ def _unmeasured(judged: Comparison) -> Comparison:
     )
 
 
-_ADVICE = Advice(
-    better="keep the second",
-    worse="keep the first",
-    same="either will do",
-    undecided=" before you switch",
-)
+def _advice(names: tuple[str, str] | None) -> Advice:
+    first, second = names or [f"the {name}" for name in _NAMES]
+    return Advice(better=f"keep {second}", worse=f"keep {first}", same="either will do", undecided=" before you switch")
 
 
 def _places(wanted: Sequence[str], ids: Sequence[str]) -> list[int]:
