@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-.PHONY: setup demo test test-slow prove-image check bench format timm-names lock clean
+.PHONY: setup demo test test-slow prove-image check bench format timm-names lock clean distclean
 
 setup: $(VENV)/.ready
 
@@ -54,4 +54,7 @@ lock:
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf demo-out
+
+distclean: clean
+	rm -rf $(VENV)

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict
 
 from jepakit._frozen import Frozen, Printed
-from jepakit._messages import first_few
+from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
 from jepakit.config import Domain
 from jepakit.manifest import Scaling
@@ -89,12 +89,13 @@ def _lines(seen: Inspection) -> list[str]:
     sizes = f"{w1} × {h1}" if seen.smallest == seen.largest else f"{w0} × {h0} to {w2} × {h2}, median {w1} × {h1}"
     lines = [
         f"images      {seen.n_images} ({seen.n_looked_at} looked at): {', '.join(f'{n} {name}' for name, n in seen.formats.items())}",
-        f"hold        {seen.holds}",
+        f"pixels      {seen.holds}",
         f"sizes       {sizes}",
         *_value_lines(seen),
         f"source      {seen.source}" + (f" {_format_counts(seen.labels)}" if seen.labels else ""),
         *([f"groups      {seen.n_groups}"] if seen.n_groups is not None else []),
-        f"duplicates  {seen.n_duplicates} near-duplicate pairs"
+        f"duplicates  {counted(seen.n_duplicates, 'near-duplicate pair')}"
+        + (" among those looked at" if seen.n_looked_at < seen.n_images else "")
         + (f", e.g. {' ~ '.join(seen.duplicates[0])}" if seen.duplicates else ""),
     ]
     for title, count, named in (("unreadable", seen.n_unreadable, seen.unreadable), ("odd ones", seen.n_odd, seen.odd)):

@@ -149,6 +149,9 @@ def test_what_is_said_of_grey_images_is_what_the_preset_of_radiographs_does(imag
     assert (seen.domain, recipe.horizontal_flip, recipe.vertical_flip) == ("microscopy", 0, 0)
     assert f"`radiology`: no flips, turns of at most {recipe.rotation_degrees:g}°" in seen.domain_because
     assert "domain      microscopy? (grey images" in str(seen)
+    assert "near-duplicate pair" in str(seen)
+    assert "among those looked at" not in str(seen)
+    assert " among those looked at" in str(seen.model_copy(update={"n_images": seen.n_images + 1}))
     asked = jepakit.inspect("set", sheet=None, image_size=64, domain="radiology")
     assert "domain      radiology (as requested)" in str(asked), "and no guess against it"
 
