@@ -45,7 +45,7 @@ _ONE_STOP_S = 5.0
 _TILE = "side length, in pixels, of the tiles that large images are cut into"
 _OVERLAP = "overlap of neighbouring tiles, in pixels"
 _FRAME = "for multi-frame files: the number of the frame, from 0, or each"
-_VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-lung, ct-brain, …, or LOW:HIGH"
+_VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-brain, ct-soft-tissue, ct-lung, ct-bone, or LOW:HIGH"
 # Options of several commands.
 _Backbone = Annotated[str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")]
 _Weights = Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")]

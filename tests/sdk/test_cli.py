@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -381,6 +381,37 @@ def test_what_two_bundles_are_compared_on_is_looked_at_first(tmp_path: Path, mon
         _comparable(".", "none", "auto")
     with pytest.raises(DataError, match=r"b\.png is not in groups\.csv"):
         _comparable(".", "labels.csv", "groups.csv")
+
+
+def choices(annotation: Any) -> set[str]:
+    """The words that a setting may be."""
+    if get_origin(annotation) is Literal:
+        return {choice for choice in get_args(annotation) if isinstance(choice, str)}
+    return set[str]().union(*map(choices, get_args(annotation)))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adapt", AdaptConfig),
+        ("sweep", AdaptConfig),
+        ("inspect", AdaptConfig),
+        ("export", ExportConfig),
+        ("serve", ServeSettings),
+    ],
+)
+def test_the_help_names_every_choice_and_so_do_the_pages(name: str, settings: Any) -> None:
+    for option in typer.main.get_command(app).commands[name].params:  # type: ignore[attr-defined]
+        if option.name in settings.model_fields:
+            missing = choices(settings.model_fields[option.name].annotation) - set(
+                re.findall(r"[\w+-]+", option.help or "")
+            )
+            assert not missing, option.name
+    docs = Path(__file__).parents[2] / "docs"
+    told = "".join((docs / f"{page}.md").read_text().lower() for page in ("training", "export", "operate", "images"))
+    for field in settings.model_fields.values():
+        for choice in choices(field.annotation):
+            assert re.search(rf"(?<![\w-]){re.escape(choice)}(?![\w-])", told), choice
 
 
 @pytest.mark.parametrize("command", ["adapt", "inspect"])
