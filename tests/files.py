@@ -26,6 +26,12 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def with_scans(jpeg: bytes, count: int) -> bytes:
+    """A progressive JPEG with its last scan repeated, up to `count` scans in all."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[last:-2] * (count - jpeg.count(b"\xff\xda")) + jpeg[-2:]
+
+
 def tiff(array: NDArray[Any], *, writer: dict[str, Any] | None = None, **options: Any) -> bytes:
     """An array as a TIFF, with arguments for `tifffile.TiffWriter` and for its `write`."""
     buffer = io.BytesIO()

@@ -1,13 +1,24 @@
-"""The size that an encoded picture declares, checked so that no decoder fills the memory."""
+"""What an encoded picture declares, checked so that no decoder fills the memory or takes minutes: its size and its scans."""
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Iterator
+
+from jepakit.errors import ImageError
 
 # Markers without a length: fill bytes, TEM, restart and start of image.
 _BARE = frozenset({0xFF, 0x01, 0xD8, *range(0xD0, 0xD8)})
 # Start of frame: baseline to differential, without the tables C4, C8 and CC; F7 is JPEG-LS.
 _FRAME = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL, _SCAN, _END = (0xC0, 0xC1), 0xDA, 0xD9
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+"""The end, or a marker with a length. Decoders pass over all others, and over what stands between segments."""
+_MOST_SCANS = 100
+"""Most scans of a JPEG, as in libtiff: encoders write about 10."""
+_MOST_SEGMENTS = 65_535
+"""Most of its segments, which Python goes through one by one."""
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
@@ -22,6 +33,35 @@ def claimed_size(data: bytes) -> tuple[int, int] | None:
     except struct.error:
         pass
     return None
+
+
+def refuse_scans(data: bytes, name: str) -> None:
+    """Refuse a JPEG of many scans: decoders go through the whole image for each, however few bytes it takes."""
+    if data[:2] != b"\xff\xd8":
+        return
+    scans, bands = 0, b""
+    for segments, (marker, at) in enumerate(_segments(data)):
+        if marker in _SEQUENTIAL:
+            bands = data[at + 7 : at + 8]
+        elif marker == _SCAN and not scans and data[at + 2 : at + 3] == bands:
+            return  # it holds all there is, and decoders read no further
+        scans += marker == _SCAN
+        if scans > _MOST_SCANS:
+            raise _too_many(name, f"{_MOST_SCANS} scans, where about 10")
+        if segments > _MOST_SEGMENTS:
+            raise _too_many(name, f"{_MOST_SEGMENTS:,} segments, where dozens")
+
+
+def _too_many(name: str, seen: str) -> ImageError:
+    return ImageError(f"{name}: a JPEG of over {seen} are usual: save it again", code="too_large")
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """The marker of each segment up to the end marker, and where its length stands."""
+    at = 2
+    while (found := _SEGMENT.search(jpeg, at)) and (marker := jpeg[found.end() - 1]) != _END:
+        yield marker, found.end()
+        at = found.end() + max(2, int.from_bytes(jpeg[found.end() : found.end() + 2]))
 
 
 def _jpeg(data: bytes) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import check_encoded, reading
-from jepakit.readers.codestream import claimed_size
+from jepakit.readers.codestream import claimed_size, refuse_scans
 from jepakit.readers.encoded import Encoded, open_encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.quiet import quiet
@@ -280,6 +280,7 @@ class DicomRaster(Raster):
                 f"{self.header.width} × {self.header.height}",
                 code="unreadable",
             )
+        refuse_scans(data, self.name)
         return data
 
 

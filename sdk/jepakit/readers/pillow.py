@@ -11,6 +11,7 @@ import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, reading, too_many_pixels
+from jepakit.readers.codestream import refuse_scans
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.libtiff import refusing_damage
@@ -70,18 +71,23 @@ class PillowFile(Raster):
             return upright(decode_deep(self._encoded), self._orientation)
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (max(1, at_least),) * 2)
+        jpeg = self._bytes() if image.format in ("JPEG", "MPO") else None
+        if jpeg is not None:
+            refuse_scans(jpeg, self.name)
         pixels = to_pixels(image, self.name)
         self.doubt = _FALSE_ALPHA if _half_transparent(image) > _MOST_HALF_TRANSPARENT else ""
-        if image.format in ("JPEG", "MPO"):
-            self._refuse_lost_pixels()
+        if jpeg is not None:
+            self._refuse_lost_pixels(jpeg)
         return pixels
 
-    def _refuse_lost_pixels(self) -> None:
+    def _bytes(self) -> bytes:
+        if self._encoded.data is not None:
+            return self._encoded.data
+        self._encoded.file.seek(0)
+        return self._encoded.file.read()
+
+    def _refuse_lost_pixels(self, data: bytes) -> None:
         """Refuse a JPEG with a run of zeros in its pixels, of which libjpeg warns only, and Pillow says nothing."""
-        data = self._encoded.data
-        if data is None:
-            self._encoded.file.seek(0)
-            data = self._encoded.file.read()
         place = zeros_in_pixels(data)
         if place is not None and not _is_padded(data, place):
             raise ImageError(

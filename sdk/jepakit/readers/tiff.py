@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, MIN_SIDE, READ_AS, check_pixels, check_ratio, reading
-from jepakit.readers.codestream import claimed_size
+from jepakit.readers.codestream import claimed_size, refuse_scans
 from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, stored_window, upright, valid_orientation
@@ -235,6 +235,8 @@ class TiffRaster(Raster):
             width, height = claimed_size(data) or (math.inf, math.inf)
             if width > page.chunks[1] or height > page.chunks[0]:
                 raise ValueError("a strip or tile claims another size")
+        if page.compression == _JPEG:
+            refuse_scans((page.jpegheader or b"") + data, self.name)
         if importlib.util.find_spec("imagecodecs") is None:
             _refuse_bomb(data, page.compression, math.prod(page.chunks) * page.dtype.itemsize)
         return data

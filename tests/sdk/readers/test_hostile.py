@@ -22,10 +22,11 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.pixels.utils import set_pixel_data
-from tests.files import encoded, png_chunk, tiff
+from tests.files import encoded, png_chunk, tiff, with_scans
 
 from jepakit.errors import ImageError
 from jepakit.readers import Raster, Window, open_raster
+from jepakit.readers.codestream import refuse_scans
 
 RANDOM = np.random.default_rng(0)
 COLOUR: NDArray[Any] = RANDOM.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -237,6 +238,61 @@ print(json.dumps([found, int(peak.split()[1])]))
         "deflate": whole, "deflate-bomb": "unreadable", "lzma": whole, "lzma-bomb": "unreadable", "packbits": "missing"
     }  # fmt: skip
     assert peak_kb < 200 << 10
+
+
+def in_tiff(jpeg: bytes) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        iter([jpeg] * 4),
+        shape=(128, 128),
+        dtype="uint8",
+        photometric="minisblack",
+        compression="jpeg",
+        tile=(64, 64),
+    )
+    return buffer.getvalue()
+
+
+def in_dicom(jpeg: bytes) -> bytes:
+    data = pydicom.dcmread(io.BytesIO(dicom()))
+    data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGExtended12Bit
+    data.Rows = data.Columns = 64
+    data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
+    data.PixelData = pydicom.encaps.encapsulate([jpeg])
+    data["PixelData"].VR = "OB"
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("wrapped", [bytes, in_tiff, in_dicom])
+def test_a_jpeg_of_very_many_scans_is_refused_and_one_of_many_is_read(wrapped: Callable[[bytes], bytes]) -> None:
+    jpeg = encoded(Image.linear_gradient("L").resize((64, 64)), "JPEG", progressive=True)
+    with open_raster(wrapped(with_scans(jpeg, 100))) as raster:
+        assert raster.read(Window(0, 0, 64, 64)).any()
+    # Before a marker, decoders pass over fill bytes, and over whatever is no marker with a length.
+    for between in (b"", b"\xff\xff", b"\x01\xff\x02\xff\xff\xff", b"\xff\xd3\xff\x00\xff\xec\x00\x00"):
+        many = with_scans(jpeg, 101)
+        last = many.rindex(b"\xff\xda")
+        with open_raster(wrapped(many[:last] + between + many[last:])) as raster, pytest.raises(ImageError) as caught:
+            raster.read(Window(0, 0, 64, 64))
+        assert "a JPEG of over 100 scans" in str(caught.value)
+
+
+def test_a_jpeg_that_begins_with_a_scan_of_one_band_is_counted_on() -> None:
+    frame = b"\xff\xc0\x00\x11\x08\x00\x40\x00\x40\x03" + bytes(9)
+    one, all_three = b"\xff\xda\x00\x08\x01" + bytes(5), b"\xff\xda\x00\x0c\x03" + bytes(9)
+    refuse_scans(b"\xff\xd8" + frame + all_three * 101, "decoders read the first only")
+    with pytest.raises(ImageError, match="JPEG of over 100 scans"):
+        refuse_scans(b"\xff\xd8" + frame + one + all_three * 101, "a.jpg")
+
+
+def test_what_looks_like_scans_beside_a_jpegs_pixels_is_none() -> None:
+    jpeg = pillow("JPEG")
+    profile = b"\xff\xe2\x07\xd2" + b"\xff\xda" * 1000
+    with open_raster(jpeg[:2] + profile + jpeg[2:] + b"\xff\xda" * 1000) as raster, open_raster(jpeg) as plain:
+        np.testing.assert_array_equal(raster.read(), plain.read())
 
 
 def test_the_smallest_images_are_8_a_side() -> None:
