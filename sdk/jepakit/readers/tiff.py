@@ -42,6 +42,8 @@ _COMPRESSIONS_OF_PILLOW = frozenset({1, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 3
 _DEFLATE, _LZMA = frozenset({8, 32946}), 34925
 _READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
 """Those read without imagecodecs. tifffile's own PackBits takes a list entry per byte, whatever the strip's size."""
+_MOST_MARGIN = 4
+"""Most pixels of all tiles for each of the image, above those that any image may have."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
@@ -63,6 +65,7 @@ def open_tiff(encoded: Encoded, limits: Limits) -> Raster:
         series: Any = tif.series[0] if slide is None else slide
         layout = _layout(series, encoded)
         page = series.keyframe
+        _refuse_margins(page, name, limits)
         if slide is None:
             _refuse_preview(tif, page, name)
             _refuse_mask(tif, name)
@@ -416,6 +419,21 @@ def _grid(page: Any) -> tuple[int, int]:
     """How many strips or tiles a plane has, down and across."""
     length, width = page.chunks[:2]
     return math.ceil(page.imagelength / length), math.ceil(page.imagewidth / width)
+
+
+def _refuse_margins(page: Any, name: str, limits: Limits) -> None:
+    """Refuse tiles that reach far beyond the image: they may all be the same few bytes, and each is decoded whole."""
+    if not page.is_tiled:
+        return
+    length, width = page.tilelength, page.tilewidth
+    tiles = math.ceil(page.imagelength / length) * math.ceil(page.imagewidth / width)
+    held = tiles * length * width * page.tiledepth
+    if held > _MOST_MARGIN * page.imagewidth * page.imagelength + limits.max_pixels:
+        raise ImageError(
+            f"{name}: its tiles of {width} × {length} pixels hold {held:,}, for an image of {page.imagewidth} × "
+            f"{page.imagelength}: save it in smaller tiles, or in strips",
+            code="too_large",
+        )
 
 
 def _overlapping(page: Any, window: Window) -> list[int]:

@@ -295,6 +295,23 @@ def test_what_looks_like_scans_beside_a_jpegs_pixels_is_none() -> None:
         np.testing.assert_array_equal(raster.read(), plain.read())
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_tiff_whose_tiles_reach_far_beyond_its_image_is_refused(dtype: str) -> None:
+    """Each tile is decoded whole, and all may be the same bytes: 0.4 MB took 22 s."""
+    tile = zlib.compress(bytes(1024 * 1024 * np.dtype(dtype).itemsize), 1)
+    for height, refusal in ((80 * 1024, None), (100 * 1024, "its tiles of 1024 × 1024 pixels hold 104,857,600, for")):
+        buffer = io.BytesIO()
+        tiles = iter([tile] * (height // 1024))
+        tifffile.imwrite(buffer, tiles, shape=(height, 8), dtype=dtype, compression="zlib", tile=(1024, 1024))
+        if refusal is None:
+            with open_raster(buffer.getvalue()) as raster:
+                assert raster.read(Window(0, height - 8, 8, 8)).shape[:2] == (8, 8)
+        else:
+            with pytest.raises(ImageError, match=refusal) as caught:
+                open_raster(buffer.getvalue())
+            assert caught.value.code == "too_large"
+
+
 def test_the_smallest_images_are_8_a_side() -> None:
     for side in (1, 7, 8):
         small = np.full((side, side), 9, np.uint16)
