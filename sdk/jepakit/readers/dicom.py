@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ _TAGS = [
 ]  # fmt: skip
 _OF_FRAMES = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
 """Functional groups of enhanced objects, which hold the rescale and the window of each frame."""
+_TABLES = ("ModalityLUTSequence", "VOILUTSequence")
 
 _AMBIGUOUS = ("ModalityLUTSequence", "PerFrameFunctionalGroupsSequence")
 """With a table, or a rescale per frame, a value in real units does not identify the stored value."""
@@ -60,6 +64,9 @@ _IMAGECODECS = "imagecodecs"
 _JPEGS = "1.2.840.10008.1.2.4."
 """Prefixes of the JPEG, JPEG-LS and JPEG 2000 transfer syntaxes, whose streams declare their size."""
 _JPEG_BASELINE, _JPEG_EXTENDED = f"{_JPEGS}50", f"{_JPEGS}51"
+_MOST_READS = 1 << 20
+"""Most reads by pydicom, one or two for an element and three for an item, each of which takes some 250 bytes and 10 µs.
+Files of thousands of frames need 20 to 200 a frame."""
 _ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
@@ -161,7 +168,7 @@ class DicomRaster(Raster):
     def _units(self, stored: Pixels, frame: int) -> Pixels:
         from pydicom.pixels.processing import apply_modality_lut
 
-        dataset = _of_frame(self._dataset, frame)
+        dataset = _of_frame(self._dataset, frame, self._encoded.name)
         values = np.asarray(apply_modality_lut(stored, dataset))
         return self._through_window(values, dataset) if self._voi else values
 
@@ -307,7 +314,8 @@ def _dataset(encoded: Encoded, tags: list[str]) -> Any:
     from pydicom import dcmread
 
     encoded.file.seek(0)
-    return dcmread(encoded.file, stop_before_pixels=True, specific_tags=list(tags))
+    with _counted(encoded.file, encoded.name) as file:
+        return dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
 
 
 def _transfer_syntax(encoded: Encoded) -> str:
@@ -315,8 +323,38 @@ def _transfer_syntax(encoded: Encoded) -> str:
     from pydicom.filereader import _read_file_meta_info, read_preamble
 
     encoded.file.seek(0)
-    read_preamble(encoded.file, force=False)
-    return str(_read_file_meta_info(encoded.file).get("TransferSyntaxUID"))
+    with _counted(encoded.file, encoded.name) as file:
+        read_preamble(file, force=False)
+        return str(_read_file_meta_info(file).get("TransferSyntaxUID"))
+
+
+@contextmanager
+def _counted(file: Any, name: str) -> Iterator[Any]:
+    """The file, for pydicom to read; ImageError once it has read too many elements, of whichever sequences."""
+    counted = _Counted(file)
+    try:
+        yield counted
+    except Exception:
+        if counted.left >= 0:
+            raise
+        raise ImageError(
+            f"{name}: a DICOM file of too many elements and items of sequences, over {_MOST_READS:,} before its pixels: save "
+            "its frames as several files",
+            code="too_large",
+        ) from None
+
+
+class _Counted:
+    def __init__(self, file: Any) -> None:
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self.left = _MOST_READS
+
+    def read(self, size: int = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError
+        data: bytes = self._read(size)
+        return data
 
 
 def _refuse_unread(dataset: Any, name: str) -> None:
@@ -357,21 +395,40 @@ def _content(dataset: Any) -> str:
     return (modality if modality in _MODALITIES else "unknown modality") + kind
 
 
-def _of_frame(dataset: Any, frame: int) -> Any:
+def _of_frame(dataset: Any, frame: int, name: str) -> Any:
     """The tags that apply to one frame: enhanced objects keep the rescale and the window in functional groups."""
     from pydicom import Dataset
 
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    each = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    shared = _items(dataset, "SharedFunctionalGroupsSequence", name)
+    each = _items(dataset, "PerFrameFunctionalGroupsSequence", name)
     groups = [*shared[:1], *each[frame : frame + 1]]
-    items = [item for group in groups for name in _OF_FRAMES for item in (group.get(name) or [])[:1]]
-    if not items:
-        return dataset
-    own = Dataset()
-    own.file_meta = dataset.file_meta
-    for tags in (dataset, *items):
-        own.update(tags)
+    items = [item for group in groups for kind in _OF_FRAMES for item in _items(group, kind, name)[:1]]
+    own = dataset
+    if items:
+        own = Dataset()
+        own.file_meta = dataset.file_meta
+        for tags in (dataset, *items):
+            own.update(tags)
+    for kind in _TABLES:
+        _refuse_long(own, kind, name)
     return own
+
+
+def _items(dataset: Any, kind: str, name: str) -> Any:
+    """The items of a sequence; those of a declared length are only now made."""
+    _refuse_long(dataset, kind, name)
+    return dataset.get(kind) or []
+
+
+def _refuse_long(dataset: Any, kind: str, name: str) -> None:
+    """Refuse a sequence of a declared length with too many elements, before pydicom makes them all."""
+    from pydicom.dataelem import RawDataElement
+    from pydicom.filereader import read_sequence
+
+    raw = dataset.get_item(kind)
+    if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) > _MOST_READS:
+        with _counted(io.BytesIO(raw.value), name) as file:
+            read_sequence(file, raw.is_implicit_VR, raw.is_little_endian, len(raw.value), "iso8859")
 
 
 def _padding(dataset: Any) -> tuple[int, int] | None:

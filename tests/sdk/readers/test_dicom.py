@@ -392,6 +392,48 @@ def test_a_compressed_frame_that_claims_another_size_is_refused_before_it_is_dec
     assert "65000 × 65000" in message
 
 
+def with_sequence(data: bytes, tag: tuple[int, int], items: bytes, *, declared: bool) -> bytes:
+    """The file with a sequence before its pixels, whose length is declared or not."""
+    pixels = data.index(struct.pack("<HH", 0x7FE0, 0x10))
+    length, end = (len(items), b"") if declared else (0xFFFFFFFF, struct.pack("<HHI", 0xFFFE, 0xE0DD, 0))
+    return data[:pixels] + struct.pack("<HH2sHI", *tag, b"SQ", 0, length) + items + end + data[pixels:]
+
+
+ITEM = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+ONE_OF_MANY_ELEMENTS = struct.pack("<HHI", 0xFFFE, 0xE000, 8 * 4000) + b"".join(
+    struct.pack("<HH2sH", 0x5403, number, b"LO", 0) for number in range(4000)
+)
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "undeclared"])
+@pytest.mark.parametrize("made_of", [ITEM * 4000, ONE_OF_MANY_ELEMENTS], ids=["items", "elements"])
+@pytest.mark.parametrize("tag", [(0x5200, 0x9230), (0x5401, 0x1)], ids=["read", "passed over"])
+def test_a_sequence_of_too_many_items_or_elements_is_refused_before_all_are_made(
+    tag: tuple[int, int], made_of: bytes, declared: bool, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = with_sequence(make(ramp()), tag, made_of, declared=declared)
+    np.testing.assert_array_equal(read(data)[..., 0], ramp())
+    monkeypatch.setattr("jepakit.readers.dicom._MOST_READS", 3000)
+    if declared and tag == (0x5401, 0x1):
+        assert read(data).any(), "pydicom makes nothing of it"
+    else:
+        assert "too many elements and items of sequences, over 3,000" in refused(data, "too_large")
+        assert dicom_group(with_sequence(make(ramp()), tag, made_of, declared=False)) is None
+
+
+def test_tables_and_groups_of_a_frame_have_no_more_items_than_a_file(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jepakit.readers.dicom._MOST_READS", 3000)
+    table = with_sequence(make(ramp()), (0x0028, 0x3000), ITEM * 4000, declared=True)
+    assert "too many elements" in refused(table, "too_large")
+    inner = struct.pack("<HH2sHI", 0x0028, 0x9145, b"SQ", 0, 32000) + ITEM * 4000
+    group = struct.pack("<HHI", 0xFFFE, 0xE000, len(inner)) + inner
+    assert "too many elements" in refused(
+        with_sequence(make(ramp()), (0x5200, 0x9229), group, declared=True), "too_large"
+    )
+
+
 def boxed(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I4s", 8 + len(content), kind) + content
 
