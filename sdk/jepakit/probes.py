@@ -527,7 +527,7 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
             unknown = f"a {type(probe).__name__} with {min(strange)[:40]!r}"
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, OSError):
+    except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RecursionError, OSError):
         raise DataError(
             f"{path} is not a saved probe: make one with probe.save or `jepakit probe fit … --out FILE.safetensors`"
         ) from None

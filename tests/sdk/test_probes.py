@@ -846,9 +846,10 @@ def test_a_header_that_is_no_probes_is_refused_by_name(tmp_path: Path, header: d
         written(tmp_path / f"{number} bad", bad)
         with pytest.raises(DataError, match="bad is not a saved probe"):
             load_probe(tmp_path / f"{number} bad")
-    save_file(ARRAYS, tmp_path / "bad", metadata={"jepakit_probe": "{"})
-    with pytest.raises(DataError, match="bad is not a saved probe"):
-        load_probe(tmp_path / "bad")
+    for text in ("{", "[" * 100_000):
+        save_file(ARRAYS, tmp_path / "bad", metadata={"jepakit_probe": text})
+        with pytest.raises(DataError, match="bad is not a saved probe"):
+            load_probe(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(
