@@ -6,6 +6,7 @@ from typing import Literal
 
 from jepakit._frozen import Frozen, Printed
 from jepakit._messages import counted
+from jepakit._one_line import one_line
 
 Word = Literal["better", "same", "worse", "cannot tell"]
 SCORES = {
@@ -55,7 +56,7 @@ class Verdict(Frozen, Printed):
     n_groups: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.reason}"
+        return one_line(f"{self.word}: {self.reason}")
 
 
 class Comparison(Frozen, Printed):
@@ -82,11 +83,12 @@ class Comparison(Frozen, Printed):
     def __str__(self) -> str:
         if self.before is None or self.after is None:
             return str(self.verdict)
-        widths = [max(6, len(name)) for name in self.names]
+        first, second = map(one_line, self.names)
+        widths = [max(6, len(name)) for name in (first, second)]
         rows = [
             f"{words:<16} {getattr(self.before, score):>{widths[0]}.1%}  {getattr(self.after, score):>{widths[1]}.1%}"
             for score, words in SCORES.items()
         ]
-        names = f"{'':<16} {self.names[0]:>{widths[0]}}  {self.names[1]:>{widths[1]}}"
+        names = f"{'':<16} {first:>{widths[0]}}  {second:>{widths[1]}}"
         on = counted(self.n_held_out, "held-out image" if self.names == _OF_A_RUN else "image")
         return "\n".join([f"{names}   (on {on})", *rows, str(self.verdict)])

@@ -231,6 +231,19 @@ def test_a_comparison_prints_its_scores_as_a_table_and_the_verdict() -> None:
     assert str(no_labels(n_train=80, n_held_out=20)).startswith("cannot tell: without labels")
 
 
+def test_what_a_manifest_says_is_printed_without_control_characters() -> None:
+    scores = Scores(linear=0.5, linear_balanced=0.5, knn=0.5, knn_balanced=0.5)
+    verdict = Verdict(word="same", reason="\x1b]0;title\x07\nbetter: all of it")
+    comparison = Comparison(
+        before=scores, after=scores, verdict=verdict, n_train=80, n_held_out=20, names=("a\nb", "c\x1b[2J")
+    )
+    shown = str(comparison).splitlines()
+    assert shown[-1] == r"same: \x1b]0;title\x07\x0abetter: all of it"
+    assert r"a\x0ab" in shown[0]
+    assert r"c\x1b[2J" in shown[0]
+    assert len(shown) == 6
+
+
 def test_the_same_measurements_give_the_same_verdict() -> None:
     random = np.random.default_rng(2)
     truth = np.repeat(["a", "b"], 50)
