@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -99,6 +100,8 @@ class KeyFile:
             if state == self._state:
                 return
             self._keys, fault = _read(self._path)
+            if self._path.stat().st_mode & stat.S_IWOTH:  # only warned of: some mounts show every file so
+                _log.warning("%s", f"anyone here may write to the API key file {self._path}: chmod o-w {self._path}")
         except OSError as error:
             if error.errno in _NO_DESCRIPTOR:
                 return

@@ -529,6 +529,23 @@ def test_a_key_that_is_no_longer_in_its_file_opens_nothing(key_file: Path, caplo
     assert names() == [None, "bob"]
 
 
+def test_a_key_file_that_anyone_may_write_to_is_warned_of_once(
+    key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key_file.write_text(f"{new_key('alice')[1]}\n")
+    key_file.chmod(0o644)
+    KeyFile(key_file)
+    assert caplog.messages == []
+    key_file.chmod(0o666)
+    known = KeyFile(key_file)
+    known.name_of("jk_")
+    told = f"anyone here may write to the API key file {key_file}: chmod o-w {key_file}"
+    assert caplog.messages == [told]
+    key_file.chmod(0o664)
+    known.name_of("jk_")
+    assert caplog.messages == [told], "a group may share a file"
+
+
 def test_a_key_file_that_cannot_be_read_for_a_moment_is_tried_again(
     key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
