@@ -13,6 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import MutableMapping
+from http import HTTPMethod
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ _log = logging.getLogger("jepakit.service")
 _UNADMITTED = (401, 403, 404)
 """Answered at once, as often as any stranger asks: their times would hide those of real requests."""
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
+_METHODS = frozenset(HTTPMethod)
 _OTHER_SITES = ("same-site", "cross-site")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
@@ -77,7 +79,7 @@ class Gate:
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
         state = _state(scope)
         state["request_id"] = request_id
-        route = routes.label(scope["path"])
+        method, route = _method(scope), routes.label(scope["path"])
         start = time.perf_counter()
 
         async def counted_send(message: Message) -> None:
@@ -86,7 +88,7 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        trace = self._tracer.request(scope["method"], route, headers) if self._tracer else contextlib.nullcontext()
+        trace = self._tracer.request(method, route, headers) if self._tracer else contextlib.nullcontext()
         with trace as span:
             try:
                 await self._answer(scope, headers, receive, counted_send)
@@ -110,7 +112,7 @@ class Gate:
             fields = {
                 "request_id": state["request_id"],
                 **trace,
-                "method": scope["method"],
+                "method": _method(scope),
                 "route": route,
                 "status": status,
                 "ms": round(1000 * seconds, 1),
@@ -279,6 +281,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _method(scope: Scope) -> str:
+    """The request's method; `other` for any but the usual ones, as it may be kilobytes of what a stranger likes."""
+    method: str = scope["method"]
+    return method if method in _METHODS else "other"
 
 
 def _state(scope: Scope) -> MutableMapping[str, Any]:
