@@ -64,6 +64,7 @@ _REASONS = {
     503: "the service is not ready, stopping, too slow or out of memory: try again after Retry-After seconds",
 }
 _OF_GET = (400, 401, 403, 404, 405, 500, 503)
+_OF_OPEN_GET = tuple(status for status in _OF_GET if status not in (401, 403))
 
 
 class ErrorDetail(TypedDict):
@@ -122,9 +123,12 @@ def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, A
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     for path, operations in made["paths"].items():
+        is_open = routes.is_open(path)
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            _add_errors(operation, path, _OF_GET, schemas)
+            _add_errors(operation, path, _OF_OPEN_GET if is_open else _OF_GET, schemas)
+            if keyed and is_open:
+                operation["security"] = []
     for post in posts:
         made["paths"][post.path] = {"post": _operation(post, schemas)}
     if keyed:

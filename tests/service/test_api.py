@@ -671,6 +671,13 @@ def test_an_open_path_of_the_page_needs_no_key(bundle: Path, tmp_path: Path) -> 
         document = http.get("/openapi.json").json()
         assert document["security"] == [{"key": []}]
         assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                needs_none = path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+                assert operation.get("security", document["security"]) == ([] if needs_none else [{"key": []}]), path
+                answer = http.request(method, path.format(name="tiny", version=open_bundle(bundle).manifest.model_id))
+                assert answer.status_code == (200 if needs_none else 401), (method, path)
+                assert needs_none or answer.headers["www-authenticate"] == "Bearer"
         assert http.post("/v1/embeddings", content=picture(0)).status_code == 401
 
 

@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import jepakit
+from jepakit_service import routes
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 POSTS = {
@@ -96,7 +97,9 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             assert operation["operationId"], (method, path)
-            assert {"200", "401", "500"} <= set(operation["responses"]), (method, path)
+            assert {"200", "500"} <= set(operation["responses"]), (method, path)
+            refusals = set() if routes.is_open(path) else {"401", "403"}
+            assert {"401", "403"} & set(operation["responses"]) == refusals, (method, path)
             for answer in operation["responses"].values():
                 assert answer["description"]
     used = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
