@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
-from jepakit_service import answers, heartbeat, logs, memory, models, operations, tracing
+from jepakit_service import answers, heartbeat, logs, memory, models, oip_routes, operations, tracing
 from jepakit_service import replica as replica_module
 from jepakit_service.api import build_app
 from jepakit_service.faults import ApiError
+from jepakit_service.keys import new_key
 from jepakit_service.listeners import free_port, open_listeners
 from jepakit_service.metrics import merge
 from jepakit_service.replica import Replica, Report
@@ -133,6 +134,13 @@ def test_a_model_that_hangs_is_not_ready(bundle: Path, monkeypatch: pytest.Monke
         with pytest.raises(ApiError) as caught:
             operations._readiness([await replica.report()], wanted=1)
         assert caught.value.status == 503
+        app = FastAPI()
+        app.include_router(oip_routes.router(replica))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+            for path in ("health/ready", "models/tiny/ready", f"models/tiny/versions/{model.model_id}/ready"):
+                with pytest.raises(ApiError) as caught:
+                    await http.get(f"/v2/{path}")
+                assert (caught.value.status, caught.value.code) == (503, "not_ready")
         released.set()
         monkeypatch.setattr(heartbeat, "_TIMEOUT_S", 10.0)
         assert (await replica.report()).faults == ()
@@ -548,25 +556,31 @@ def test_the_length_of_a_body_in_chunks_is_not_believed(bundle: Path, declared: 
     assert asyncio.run(go()) == 429
 
 
-def test_log_lines_are_json_and_hold_no_content(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    wanted = settings(bundle, log_format="json", access_log="all")
+def test_log_lines_are_json_and_hold_no_content_and_of_a_key_its_name(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key, line = new_key("alice")
+    (tmp_path / "keys").write_text(f"{line}\n")
+    wanted = settings(bundle, log_format="json", access_log="all", api_key_file=str(tmp_path / "keys"))
     logs.configure(wanted)
     try:
-        with running(wanted) as url, httpx.Client(base_url=url) as http:
+        with running(wanted) as url, httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as http:
             http.post("/v1/embeddings?model=tiny", content=picture(0), headers={"X-Request-Id": "abc", **PNG})
             http.post("/v1/embeddings", files={"files": ("patient42.png", b"broken")})
             http.request("SECRET|STRANGER", "/secret-path-of-a-stranger")
+            http.get("/v1/models", headers={"Authorization": f"Bearer {key}-of-a-stranger"})
     finally:
         logs.silence()
     text = capfd.readouterr().err
-    first, second, third = map(json.loads, text.splitlines())
+    first, second, third, fourth = map(json.loads, text.splitlines())
     assert (first["request_id"], first["route"], first["status"], first["bytes"]) == (
         "abc", "/v1/embeddings", 200, len(picture(0)),
     )  # fmt: skip
     assert second["status"] == 415
     assert (second["method"], third["method"], third["route"]) == ("POST", "other", "other")
-    for word in ("patient42", "broken", "tiny", "stranger"):
-        assert word not in text.lower()
+    assert [each["key"] for each in (first, second, third, fourth)] == ["alice", "alice", "alice", None]
+    for word in ("patient42", "broken", "tiny", "stranger", key):
+        assert word.lower() not in text.lower()
 
 
 def test_a_failure_is_logged_as_an_error_with_its_request_and_no_content(
