@@ -73,13 +73,19 @@ def statuses_of(operation: Any, session: requests.Session, mode: GenerationMode,
     return seen
 
 
+def example_of(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """The document's example of a POST's JSON: one image."""
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    example: dict[str, Any] = document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]["example"]
+    return example
+
+
 @pytest.mark.parametrize("path", sorted(POSTS))
 def test_the_documents_examples_are_answered_and_fit_the_document(
     service: str, bundle: Path, document: dict[str, Any], path: str
 ) -> None:
     operation = schemathesis.openapi.from_url(f"{service}/openapi.json")[path]["POST"]
-    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-    example = document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]["example"]
+    example = example_of(document, path)
     place = path.format(name="tiny", version=jepakit.open_bundle(bundle).manifest.model_id)
     answer = requests.post(service + place, json=example, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -89,6 +95,41 @@ def test_the_documents_examples_are_answered_and_fit_the_document(
     answer = requests.post(f"{service}{place}{'?partial=true' if in_parts else ''}", json=bad, timeout=60)
     assert answer.status_code == (200 if in_parts else 415), answer.text
     operation.validate_response(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "accept"),
+    [
+        *((path, "application/json") for path in sorted(POSTS)),
+        ("/v1/embeddings", "application/octet-stream"),
+        ("/v1/embeddings", "application/x-npy"),
+        ("/v2/models/{name}/infer", "application/octet-stream"),
+    ],
+)
+def test_every_answer_with_vectors_has_the_headers_of_the_document(
+    service: str, bundle: Path, document: dict[str, Any], path: str, accept: str
+) -> None:
+    manifest, binary = jepakit.open_bundle(bundle).manifest, {}
+    if path.startswith("/v2/models") and accept == "application/octet-stream":
+        binary = {"parameters": {"binary_data_output": True}}
+    answer = requests.post(
+        service + path.format(name="tiny", version=manifest.model_id),
+        json={**example_of(document, path), **binary},
+        headers={"Accept": accept, "X-Request-Id": "from-a-test"},
+        timeout=60,
+    )
+    due = {
+        "X-Model-Id": manifest.model_id,
+        "X-Embedding-Shape": f"1,{manifest.embedding.dim}",
+        "X-Embedding-Dtype": "float32",
+        "X-Precision": "fp32",
+        "X-Provider": "cpu",
+        "X-Request-Id": "from-a-test",
+    }
+    assert answer.headers["content-type"] == accept, answer.text
+    assert {name: answer.headers.get(name) for name in due} == due
+    described = set(document["paths"][path]["post"]["responses"]["200"]["headers"])
+    assert described - {"Inference-Header-Content-Length"} == set(due)
 
 
 def test_the_document_is_complete(document: dict[str, Any]) -> None:
