@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import errno
 import gc
 import json
@@ -18,6 +19,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import httpx
@@ -25,6 +27,8 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 import jepakit
 from jepakit import _machine
@@ -189,6 +193,39 @@ def test_no_request_is_in_flight_beside_the_one_for_the_metrics(service: str) ->
     """An upgrade waits for this."""
     answer = httpx.get(f"{service}/metrics")
     assert re.search(r'^jepakit_in_flight_requests\{replica="\w+"\} 0\.0$', answer.text, re.MULTILINE)
+
+
+def test_the_metrics_count_each_stage_of_a_request_and_name_what_runs(service: str, bundle: Path) -> None:
+    def samples() -> list[Sample]:
+        text = httpx.get(f"{service}/metrics").text
+        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def counts() -> dict[tuple[str, str], float]:
+        return {
+            (one.name, one.labels.get("stage") or one.labels.get("route", "")): one.value
+            for one in samples()
+            if one.name.endswith("_count")
+        }
+
+    counted = [
+        *(("jepakit_stage_seconds_count", stage) for stage in ("decode", "queue", "inference")),
+        ("jepakit_batch_size_count", ""),
+        ("jepakit_request_seconds_count", "/v1/embeddings"),
+    ]
+    before = counts()
+    assert httpx.post(f"{service}/v1/embeddings", content=picture(0), headers=PNG).status_code == 200
+    after = counts()
+    assert [name for name in counted if after[name] <= before.get(name, 0.0)] == []
+    (named,) = (one.labels for one in samples() if one.name == "jepakit_model_info")
+    manifest = jepakit.open_bundle(bundle).manifest
+    assert named.pop("replica")
+    assert named == {
+        "model": "tiny",
+        "model_id": manifest.model_id,
+        "digest": manifest.digest,
+        "precision": "fp32",
+        "provider": "cpu",
+    }
 
 
 def test_one_process_is_all_there_is_without_ray(bundle: Path) -> None:
@@ -455,6 +492,19 @@ def test_a_replica_that_lacks_what_another_serves_is_not_ready(bundle: Path) -> 
     told = asyncio.run(deployment.get("/readyz")).json()
     assert (told["status"], told["replicas_ready"], told["models"]) == ("degraded", 1, ["tiny"])
     assert "tiny is not in service on this replica" in told["faults"][lacking.id]
+
+
+def test_a_model_is_described_as_its_manifest_its_plan_and_the_settings_say(deployment: Deployment) -> None:
+    model = copy.copy(deployment.replicas[0].registry.find("tiny"))
+    start = model.manifest.backbone.start.model_copy(update={"license": "cc-by-nc-4.0"})
+    verdict = SimpleNamespace(verdict=SimpleNamespace(word="better"))
+    backbone = model.manifest.backbone.model_copy(update={"start": start})
+    model.manifest = model.manifest.model_copy(update={"backbone": backbone, "comparison": verdict})
+    model.plan = model.plan._replace(max_batch=12, lanes=3, rate=10.0)
+    limits: dict[str, Any] = {"max_body_mb": 7, "max_images": 11, "max_pixels": 12_345, "request_timeout_s": 4.0}
+    told = operations._describe(model, ServeSettings(bundles=("x",), **limits), [])
+    assert (told["license"], told["verdict"], told["max_batch"], told["lanes"]) == ("cc-by-nc-4.0", "better", 12, 3)
+    assert told["limits"] == {**limits, "max_images_in_time": 20}
 
 
 def test_a_pinned_version_is_described_itself_during_a_switch(bundle: Path) -> None:
