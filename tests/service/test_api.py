@@ -117,6 +117,7 @@ def test_models_and_health(http: httpx.Client, bundle: Path) -> None:
     assert model["model_id"] == manifest.model_id
     assert model["dim"] == manifest.embedding.dim
     assert model["limits"]["request_timeout_s"] == 60
+    assert (model["limits"]["max_body_mb"], model["limits"]["max_images"]) == (8, 64)
     assert (model["serving"], model["update"]) == ([manifest.digest], None)
     assert http.get("/v1/models/tiny").json() == model
     assert http.get("/healthz").status_code == 200
@@ -191,6 +192,7 @@ def test_an_image_over_the_services_own_limits_is_told_their_setting(bundle: Pat
     try:
         with pytest.raises(ImageError, match=r"the limit is 1,600 \(by the service's setting max_pixels\): "):
             model._decode(np.zeros((41, 40, 3), np.uint8))
+        assert model._limits.max_decoded_bytes == 8 * 1600
     finally:
         model.close()
 

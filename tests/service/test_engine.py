@@ -41,7 +41,7 @@ def test_no_more_is_let_in_than_is_answered_in_time(rate: float, most: int) -> N
         await asyncio.sleep(0)
         with pytest.raises(ApiError, match="too many images") as refused:
             await engine.answer(model, [b""] * 2)
-        assert refused.value.status == 429
+        assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
         second = asyncio.create_task(engine.answer(model, [b""]))
         await asyncio.sleep(0)
         model.go.set()
@@ -74,15 +74,25 @@ def test_a_busy_model_keeps_no_request_from_another() -> None:
     asyncio.run(ask())
 
 
-def test_no_room_to_run_is_told_as_such_and_counts_nobody_as_waiting() -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (InferenceError("no room on the GPU for a batch"), "out_of_memory", "no room on the GPU for a batch"),
+        (TimeoutError(), "timeout", "no answer within 4 s"),
+    ],
+)
+def test_a_request_that_is_not_answered_is_told_why_and_counts_nobody_as_waiting(
+    error: Exception, code: str, told: str
+) -> None:
     class Full(Slow):
         async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
-            raise InferenceError(f"no room on the GPU for a batch of {len(images)} images")
+            assert timeout_s == 4
+            raise error
 
-    engine = Engine(ServeSettings(bundles=("x",), max_waiting=50))
+    engine = Engine(ServeSettings(bundles=("x",), request_timeout_s=4, max_waiting=50))
     model: Any = Full(1000.0)
-    with pytest.raises(ApiError, match="no room on the GPU for a batch of 40 images") as refused:
+    with pytest.raises(ApiError, match=told) as refused:
         asyncio.run(engine.answer(model, [b""] * 40))
-    assert (refused.value.status, refused.value.code) == (503, "out_of_memory")
+    assert (refused.value.status, refused.value.code) == (503, code)
     assert refused.value.headers["Retry-After"] == "1"
-    assert model.inside == 0
+    assert model.inside == engine._inside == 0

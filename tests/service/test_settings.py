@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hmac
 import resource
 import signal
 import socket
@@ -544,6 +545,20 @@ def test_a_key_file_that_anyone_may_write_to_is_warned_of_once(
     key_file.chmod(0o664)
     known.name_of("jk_")
     assert caplog.messages == [told], "a group may share a file"
+
+
+def test_a_key_is_compared_with_every_line_wherever_it_is(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [new_key(name) for name in ("alice", "bob", "carol")]
+    key_file.write_text("\n".join(line for _, line in made))
+    known, compared = KeyFile(key_file), list[str]()
+
+    def compare(ours: str, theirs: str) -> bool:
+        compared.append(theirs)
+        return hmac.compare_digest(ours, theirs)
+
+    monkeypatch.setattr(keys, "hmac", SimpleNamespace(compare_digest=compare))
+    assert [known.name_of(key) for key, _ in made] == ["alice", "bob", "carol"]
+    assert compared == [line.partition(":")[2] for _, line in made] * 3
 
 
 def test_a_key_file_that_cannot_be_read_for_a_moment_is_tried_again(
