@@ -23,6 +23,7 @@ from PIL import Image
 
 import jepakit
 from jepakit.cli import main
+from jepakit_service.keys import new_key
 from jepakit_service.listeners import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -37,14 +38,17 @@ def jepakit_cli(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
 
 
 @contextmanager
-def serving(bundle: Path, *options: str, program: Path = PROGRAM) -> Iterator[str]:
-    """Run `jepakit serve` until SIGTERM; it must then exit by itself with code 0 and leave no process."""
+def serving(bundle: Path, *options: str, program: Path = PROGRAM, said: list[str] | None = None) -> Iterator[str]:
+    """Run `jepakit serve` until SIGTERM; it must then exit by itself with code 0 and leave no process.
+
+    said  gets the lines that it prints until it is ready
+    """
     port = free_port()
     command = [str(program), "serve", str(bundle), "--port", str(port), *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    lines = []
+    lines = [] if said is None else said
     family: list[psutil.Process] = []
     try:
         assert process.stdout is not None
@@ -122,8 +126,33 @@ def test_the_whole_road_with_real_weights_ray_serve_and_real_http(images: Path, 
 
 def test_without_ray_one_process_serves_the_same(exported: Callable[..., Path]) -> None:
     bundle = exported(image_size=32)
-    with serving(bundle, "--no-ray") as url, jepakit.Client(url) as client:
+    said: list[str] = []
+    with serving(bundle, "--no-ray", said=said) as url, jepakit.Client(url) as client:
         assert client.verify(bundle) < 1e-5
+    assert "no API key file: any user of this machine can embed\n" in said
+    assert not any("other machines" in line for line in said)
+
+
+def test_one_process_on_all_interfaces_has_one_listener_and_says_what_guards_it(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text(f"{new_key('alice')[1]}\n")
+    said: list[str] = []
+    options = ("--no-ray", "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "keys"))
+    with serving(exported(image_size=32), *options, said=said) as url:
+        port = int(url.rpartition(":")[2])
+        (process,) = (one for one in psutil.Process().children() if str(port) in one.cmdline())
+        family = [process, *process.children(recursive=True)]
+        listening = [
+            connection.laddr
+            for one in family
+            for connection in one.net_connections("inet")
+            if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
+        ]
+    assert listening == [("0.0.0.0", port)]
+    place = said.index("ports that other machines could reach:\n")
+    assert said[place + 1 : -1] == [f"  0.0.0.0:{port}  jepakit: API keys\n"]
+    assert not any("any user" in line for line in said)
 
 
 def damaged_copy(bundle: Path, folder: Path) -> Path:
