@@ -224,14 +224,16 @@ def open_bundle(path: Bundle | str | Path) -> Bundle:
     except (OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read: {reason_of(error)}") from None
     manifest = parse_manifest(text, file)
-    _check_names(manifest, file)
+    _check_files(manifest, file)
     return Bundle(path, manifest)
 
 
-def _check_names(manifest: Manifest, file: Path) -> None:
-    """BundleError if the manifest lists a file outside the bundle, or itself."""
+def _check_files(manifest: Manifest, file: Path) -> None:
+    """BundleError if the manifest lists a file outside the bundle, itself, or a graph of which it says nothing."""
     strangers = [name for name in manifest.files if name == MANIFEST or not re.fullmatch(NAME_PATTERN, name)]
     if strangers:
         raise BundleError(
             f"{file} lists a file outside the bundle ({strangers[0][:80]!r}): do not use it, jepakit did not make it"
         )
+    if GRAPH in manifest.files and manifest.graph is None:
+        raise BundleError(f"{file} lists {GRAPH} and says nothing of its graph: do not use it, jepakit did not make it")

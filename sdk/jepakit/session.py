@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from jepakit import golden
 from jepakit._checks import is_whole
 from jepakit._machine import usable_cpus
+from jepakit._messages import lines_of
 from jepakit._progress import Steps
 from jepakit._results import Results
 from jepakit._skipped import OnSkipped, check_skipping
@@ -147,8 +148,19 @@ class Session:
             )
 
     def check_golden(self, expected: golden.Golden) -> golden.Agreement:
-        """How well the golden inputs' vectors agree with torch's; BundleError if outside the tolerance table."""
-        found = golden.agreement(self.run(expected.inputs(self.manifest.preprocess)), expected.vectors)
+        """How well the golden inputs' vectors agree with torch's; BundleError if outside the tolerance table, or if the
+        graph does not take them."""
+        try:
+            vectors = self.run(expected.inputs(self.manifest.preprocess))
+        except InferenceError:
+            raise
+        except Exception as error:  # the runtimes' exceptions have no common base worth naming
+            reason = " ".join(lines_of(error))[:300]
+            remedy = "do not use this bundle, jepakit did not make it" if self.provider == "cpu" else "use provider cpu"
+            raise BundleError(
+                f"{self.manifest.name} cannot compute its own golden inputs on {self.provider} ({reason}): {remedy}"
+            ) from None
+        found = golden.agreement(vectors, expected.vectors)
         if missed := found.misses(golden.TOLERANCES[self.precision, self.provider]):
             raise BundleError(
                 f"{self.manifest.name} computes other vectors here than torch did at export: {missed} on {self.provider}; "

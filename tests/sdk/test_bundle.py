@@ -373,6 +373,14 @@ def test_a_file_outside_the_bundle_is_refused(bundle: Bundle, outside: str) -> N
         open_bundle(bundle.path)
 
 
+def test_a_graph_of_which_the_manifest_says_nothing_is_refused(bundle: Bundle) -> None:
+    rewrite_manifest(bundle.path, lambda values: values.update(graph=None))
+    with pytest.raises(
+        BundleError, match=r"manifest\.json lists model\.onnx and says nothing of its graph: do not use it"
+    ):
+        open_bundle(bundle.path)
+
+
 def test_what_is_no_bundle_says_so_and_points_into_a_run(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere is not a bundle: there is no such folder"):
         open_bundle(tmp_path / "nowhere")

@@ -207,6 +207,16 @@ def test_a_bundle_is_held_to_the_dimension_in_its_manifest(bundle: Bundle, tmp_p
         Session.open(copied(bundle, tmp_path / "b", set(bundle.manifest.files), embedding=said), provider="cpu")
 
 
+@pytest.mark.parametrize("kind", ["cpu", "openvino"])
+def test_a_graph_that_does_not_take_what_its_manifest_says_is_refused(
+    bundle: Bundle, tmp_path: Path, kind: str
+) -> None:
+    fed = bundle.manifest.preprocess.model_copy(update={"size": SIZE - 16})
+    remedy = {"cpu": "do not use this bundle, jepakit did not make it", "openvino": "use provider cpu"}[kind]
+    with pytest.raises(BundleError, match=rf"^vit cannot compute its own golden inputs on {kind} \(.+\): {remedy}$"):
+        session_of(open_bundle(copied(bundle, tmp_path / "b", set(bundle.manifest.files), preprocess=fed)), kind)
+
+
 @pytest.mark.parametrize("missing", [{"golden.npz"}, {"model.onnx"}, {"model.onnx", "golden.npz"}], ids=len)
 def test_a_bundle_without_what_proves_or_computes_it_is_refused(
     bundle: Bundle, tmp_path: Path, missing: set[str]
