@@ -171,6 +171,10 @@ class Session:
     def _remedy(self) -> str:
         """What helps against other vectors: an export is verified on a CPU, so another one changes nothing on a GPU."""
         if self.provider not in ON_GPU:
+            if self.precision == "int8":  # refused by an export on a CPU without VNNI, too
+                return (
+                    "int8 needs a CPU with VNNI instructions: serve it on one, or export it again with precision=fp32"
+                )
             return "export the bundle again on this machine"
         lower = "" if self.precision == "fp32" else ", or export it again with precision=fp32"
         return f"use provider cpu{lower}"

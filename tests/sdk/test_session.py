@@ -182,6 +182,11 @@ def test_a_runtime_that_computes_other_vectors_is_refused(session: Session, imag
     ("precision", "provider", "told"),
     [
         ("fp32", "cpu", "on cpu; export the bundle again on this machine"),
+        (
+            "int8",
+            "cpu",
+            "on cpu; int8 needs a CPU with VNNI instructions: serve it on one, or export it again with precision=fp32",
+        ),
         ("fp16", "cuda", "on cuda; use provider cpu, or export it again with precision=fp32"),
         ("fp32", "cuda", "on cuda; use provider cpu"),
     ],
