@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jepakit._files import with_home
+from jepakit._files import reason_of, with_home
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name, known_names
 from jepakit.bundle import MANIFEST, Bundle, is_bundle, open_bundle
@@ -28,10 +28,11 @@ def check_source(config: ExportConfig) -> None:
     if is_run(path):
         _check_fits(Run(path).bundle, config)
         return
+    bundle = open_bundle(path) if is_bundle(path) else None  # first: it tells what may not be read
     if "which" in config.model_fields_set:
         raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave which out")
-    if is_bundle(path):
-        _check_fits(open_bundle(path), config)
+    if bundle is not None:
+        _check_fits(bundle, config)
         return
     _check_standardize(config, "none")
     name, weights = name_and_weights(config.source)
@@ -41,10 +42,20 @@ def check_source(config: ExportConfig) -> None:
     if os.sep in name:
         raise DataError(f"{config.source} does not exist: name a run, a bundle, or one of timm's backbones")
     check_name(name)
-    if weights and weights not in START_WORDS and not Path(weights).exists():
+    if weights and weights not in START_WORDS:
+        _check_there(name, weights)
+
+
+def _check_there(name: str, weights: str) -> None:
+    """Raise BackboneError for weights that do not exist, or that may not be looked for."""
+    try:
+        Path(weights).stat()
+    except PermissionError as error:
+        raise BackboneError(f"{weights} cannot be read ({reason_of(error)}): let this user read it") from None
+    except (OSError, ValueError):
         raise BackboneError(
             f"{weights} does not exist{did_you_mean(weights, START_WORDS)}; say {name}:pretrained, {name}:random or {name}:FILE"
-        )
+        ) from None
 
 
 def _check_fits(bundle: Bundle, config: ExportConfig) -> None:

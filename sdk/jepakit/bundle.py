@@ -15,6 +15,7 @@ They do not catch replacement by someone who also rewrites the manifest: for tha
 from __future__ import annotations
 
 import errno
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -46,9 +47,9 @@ def check_new(path: Path) -> None:
 
     Creates the parent folder.
     """
-    if path.is_dir() and not is_bundle(path):
-        raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}")
-    if path.exists():
+    if os.path.lexists(path):  # also a link to nothing; False where we may not look, which is told below
+        if os.path.isdir(path) and not is_bundle(path):  # noqa: PTH112 (Path's raises where we may not look)
+            raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}")
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another place")
     prepare_place(path)
 

@@ -188,13 +188,16 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is the folder of a run, finished or not."""
-    return (path / CONFIG).is_file()
+    """Whether a path is the folder of a run, finished or not; False for one that we may not read."""
+    try:
+        return (path / CONFIG).is_file()
+    except PermissionError:  # up to Python 3.13
+        return False
 
 
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run; DataError when it is not one."""
     path = as_path(path, "path")
     if not is_run(path):
-        raise DataError(f"{path} is not a run: it has no {CONFIG}")
+        raise DataError(f"{path} is not a run: it has no {CONFIG} that this user can read")
     return Run(path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -478,6 +480,49 @@ def test_a_folder_that_is_neither_run_nor_bundle(tmp_path: Path) -> None:
 def test_a_source_that_does_not_exist(tmp_path: Path, source: str) -> None:
     with pytest.raises(BackboneError, match=r"did you mean test_vit|/no/such/file.safetensors"):
         jepakit.export(source, tmp_path / "bundle")
+
+
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be entered, as another user's, whoever runs the tests."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+
+    def refuse(real: Callable[..., Any], path: Any, *rest: Any, **named: Any) -> Any:
+        if isinstance(path, str | Path) and Path(path).is_relative_to(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *rest, **named)
+
+    for name in ("stat", "lstat", "open", "mkdir"):
+        monkeypatch.setattr(os, name, partial(refuse, getattr(os, name)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "error", "told"),
+    [
+        ("{}/run", "out", BundleError, r"closed/run/manifest\.json cannot be read: Permission denied"),
+        (
+            "test_vit:{}/weights.pth",
+            "out",
+            BackboneError,
+            r"closed/weights\.pth cannot be read \(Permission denied\): let",
+        ),
+        ("test_vit:random", "{}/out", ConfigError, r"closed/out cannot be written \(Permission denied\): name another"),
+    ],
+)
+def test_what_this_user_may_not_enter_is_told_as_that(
+    closed: Path, tmp_path: Path, source: str, out: str, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        jepakit.export(source.format(closed), tmp_path / out.format(closed))
+
+
+def test_what_cannot_be_read_is_not_said_to_be_no_run(closed: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be read: Permission denied"):
+        jepakit.export(closed / "run", tmp_path / "out", which="best")
+    with pytest.raises(DataError, match=r"is not a run: it has no config\.toml that this user can read"):
+        jepakit.open_run(closed / "run")
 
 
 def test_a_missing_weights_file_is_said_to_be_missing(tmp_path: Path) -> None:
