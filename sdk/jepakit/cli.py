@@ -472,6 +472,7 @@ def export(
     """Export a model to ONNX, verified against torch."""
     from jepakit._frontdoor import export as run_export
 
+    _exit_on_signals()
     settings = settings_of(
         which=which,
         name=name,
@@ -627,6 +628,7 @@ def embed(
             f"--{next(iter(runtime))} is for a bundle in this process; a service has its own setting: leave it out"
         )
     out = _check_out(out, ".npz")
+    _exit_on_signals()
     skipped: list[tuple[str, str]] = []
     part = Path(f"{out}.part")
     options: dict[str, Any] = {
@@ -788,6 +790,7 @@ def weights_fetch(
     from jepakit._frontdoor import fetch_weights
 
     out = _check_out(out, ".safetensors")
+    _exit_on_signals()
     start = fetch_weights(name, out)
     show(f"{out}: {start.source}, licence: {start.license}")
     show(f"next, on the other machine: jepakit adapt IMAGES --backbone {name} --weights {quote(str(out))}")

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +25,7 @@ import jepakit
 from jepakit import Embeddings
 from jepakit._cli_settings import settings_of
 from jepakit._extras import NEEDS
+from jepakit._files import making_folder
 from jepakit.cli import _comparable, app, main
 from jepakit.config import (
     DEFAULT_BATCH_SIZE,
@@ -468,3 +471,41 @@ def test_rows_are_escaped_on_a_terminal_alone(tmp_path: Path) -> None:
 def test_the_command_is_there_as_a_module_too() -> None:
     told = subprocess.run([sys.executable, "-m", "jepakit", "probe"], capture_output=True, text=True, check=False)
     assert "Usage: python -m jepakit probe" in told.stderr + told.stdout
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The signals that end a command with Python's default handlers, restored afterwards."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize(
+    ("does", "command"),
+    [
+        ("jepakit._frontdoor.export", "export test_vit:random --out {}"),
+        ("jepakit._frontdoor.fetch_weights", "weights fetch test_vit --out {}"),
+        ("jepakit.session.load", "embed images --bundle scans --out {}"),
+    ],
+)
+def test_a_command_that_is_told_to_stop_removes_what_it_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, command: str
+) -> None:
+    removed = []
+
+    def work(*_: object, **__: object) -> None:
+        try:
+            with making_folder(tmp_path / "new") as folder:
+                (folder / "weights").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            removed.append(list(tmp_path.iterdir()) == [])
+
+    monkeypatch.setattr(does, work)
+    stopped = CliRunner().invoke(app, command.format(tmp_path / "new").split())
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    assert removed == [True]
