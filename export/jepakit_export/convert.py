@@ -73,6 +73,9 @@ def seal(model: ir.Model, metadata: dict[str, str]) -> Sealed:
     data = _move_out(model) if is_large(model) else None
     proto = ir.serde.serialize_model(model)
     _strip(proto)
+    # torch always writes 10, which runtimes refuse that know all operators of a lower opset.
+    least = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
+    proto.ir_version = min(proto.ir_version, least)
     onnx.helper.set_model_props(proto, metadata)
     # Deterministic serialisation: protobuf maps are otherwise written in hash order.
     graph: bytes = proto.SerializeToString(deterministic=True)

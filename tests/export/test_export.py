@@ -140,6 +140,7 @@ def test_names_batch_and_metadata_of_the_graph(exported: Callable[[str], Bundle]
     assert taken.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert given.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert {opset.domain: opset.version for opset in graph.opset_import}[""] == 20
+    assert graph.ir_version == onnx.helper.find_min_ir_version_for(graph.opset_import) == 9
     stamp = {entry.key: entry.value for entry in graph.metadata_props}
     assert stamp["jepakit.model_id"] == manifest.model_id
     assert stamp["jepakit.name"] == manifest.name
