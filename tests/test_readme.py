@@ -115,12 +115,13 @@ def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     assert (tmp_path / "contact-sheet.png").exists()
 
     (adapt,) = blocks("python", under="2. Adapt")
-    (plain,) = re.findall(r"```python\n(.*?)```", EXPORT, re.DOTALL)
+    plain, check = re.findall(r"```python\n(.*?)```", EXPORT, re.DOTALL)
     fewer = adapt.replace("steps=300", "steps=2, image_size=64, batch_size=16")
     assert fewer != adapt
     assert "points" in run([sys.executable, "-c", fewer], tmp_path)
     own = 'import jepakit; print(abs(jepakit.load("bundles/scans").embed(["one.jpg"]).vectors - vectors).max() < 1e-5)'
-    assert re.search(r"^\(1, \d+\)\nTrue$", run([sys.executable, "-c", plain + own], tmp_path), re.MULTILINE)
+    out = run([sys.executable, "-c", f"{plain}{own}\n{check}"], tmp_path)
+    assert re.search(r"^\(1, \d+\)\nTrue\nrelative error \d(\.\d+)?e-0[5-9]$", out, re.MULTILINE), out
 
     (compare,) = re.findall(r"`jepakit (compare .*?)`", README)
     shutil.copytree(tmp_path / "bundles/scans", tmp_path / "bundles/shell")
