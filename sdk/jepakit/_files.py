@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +35,10 @@ def prepare_place(path: Path) -> None:
     """Create the parent folder of `path` before the work; ConfigError if nothing can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
+        temporary = _beside(path)
+        temporary.mkdir()
+        temporary.rmdir()
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise ConfigError(f"{path} cannot be written ({reason_of(error)}): name another place") from None
 
 
@@ -91,7 +92,7 @@ def making_folder(path: Path) -> Iterator[Path]:
 
     OSError when something cannot be written, or `path` already exists and is not an empty folder.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    temporary = _beside(path)
     try:
         temporary.mkdir()
         yield temporary
@@ -102,6 +103,11 @@ def making_folder(path: Path) -> Iterator[Path]:
         fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A new hidden name, longer than that of `path`, in the same folder."""
+    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
 
 
 def reason_of(error: Exception) -> str:

@@ -47,11 +47,16 @@ def check_new(path: Path) -> None:
 
     Creates the parent folder.
     """
-    if os.path.lexists(path):  # also a link to nothing; False where we may not look, which is told below
+    _check_free(path)
+    prepare_place(path)
+
+
+def _check_free(path: Path) -> None:
+    """Raise BundleError if a path already exists."""
+    if os.path.lexists(path):  # also a link to nothing; False where we may not look, which the writing tells
         if os.path.isdir(path) and not is_bundle(path):  # noqa: PTH112 (Path's raises where we may not look)
             raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}")
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another place")
-    prepare_place(path)
 
 
 def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> Manifest:
@@ -75,6 +80,7 @@ def write_bundle(path: Path, manifest: Manifest, write_files: Callable[[Path], N
                 file.chmod(0o644)
             folder.chmod(0o755)
     except (OSError, SafetensorError) as error:
+        _check_free(path)  # another export may have been faster
         raise WriteError(
             f"{path} cannot be written ({reason_of(error)}): make room in {path.parent}, and run the same command again"
         ) from error

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tests.files import npy
 
-from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, is_bundle, open_bundle, write_bundle
+from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, check_new, is_bundle, open_bundle, write_bundle
 from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import BundleError, ConfigError, WriteError
 from jepakit.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
@@ -168,9 +168,11 @@ def test_a_failing_digest_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_place_where_nothing_can_be_written_is_a_wrong_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "file" / "new", Path("/proc/new")):
+    for place in (tmp_path / "file" / "new", Path("/proc/new"), tmp_path / ("n" * 250)):
         with pytest.raises(ConfigError, match=rf"^{place} cannot be written \(.+\): name another place"):
             write_bundle(place, make_manifest(), write_files)
+    with pytest.raises(ConfigError, match=r"cannot be written \(embedded null byte\): name another place"):
+        check_new(tmp_path / "a\0b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -184,6 +186,23 @@ def test_what_already_exists_is_never_overwritten(bundle: Bundle) -> None:
     empty.mkdir()
     with pytest.raises(BundleError, match="is a folder and no bundle"):
         write_bundle(empty, make_manifest(), write_files)
+
+
+def test_a_link_to_nothing_is_taken_for_something_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "scans").symlink_to("nowhere")
+    with pytest.raises(BundleError, match=r"scans already exists.*name another place"):
+        check_new(tmp_path / "scans")
+
+
+def test_what_appears_while_a_bundle_is_written_is_not_overwritten_and_told(tmp_path: Path) -> None:
+    def slower(folder: Path) -> None:
+        write_files(folder)
+        write_bundle(tmp_path / "scans", make_manifest(name="faster"), write_files)
+
+    with pytest.raises(BundleError, match=r"scans already exists.*name another place"):
+        write_bundle(tmp_path / "scans", make_manifest(name="slower"), slower)
+    assert [path.name for path in tmp_path.iterdir()] == ["scans"]
+    assert open_bundle(tmp_path / "scans").name == "faster"
 
 
 # Damage
