@@ -15,7 +15,7 @@ from jepakit._files import as_path, with_home
 from jepakit._say import say, show
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit._sweep import Sweep, check_can_hold, combinations
-from jepakit.bundle import Bundle, check_new
+from jepakit.bundle import Bundle, check_new, name_for
 from jepakit.config import AdaptConfig, ExportConfig, ViewsConfig, chosen_range
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.inspection import Inspection
@@ -210,6 +210,10 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     config = parse(ExportConfig, {"source": str(given), "out": str(as_path(out, "out")), **settings})
     check_source(config)
     check_new(Path(config.out))
+    if not (config.name or name_for(Path(config.out))):
+        raise ConfigError(
+            f"{config.out} has no ASCII letter or digit that could name the model: give it a name with name=NAME"
+        )
     require("export")
     from jepakit_export import export as run_export
 

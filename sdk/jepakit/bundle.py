@@ -38,8 +38,8 @@ _Taken = TypeVar("_Taken")
 
 
 def name_for(folder: Path) -> str:
-    """The folder's name as a model name: characters unsafe in a URL or a shell become `-`."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:128] or "model"
+    """The folder's name as a model name: characters unsafe in a URL or a shell become `-`. Empty if no other is left."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name).lstrip("._-")[:128]
 
 
 def check_new(path: Path) -> None:

@@ -543,10 +543,17 @@ def test_a_wrong_setting_is_a_config_error_before_any_work(
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("my scans", "my-scans"), (".hidden", "hidden"), ("größe", "gr--e"), ("___", "model"), ("x" * 200, "x" * 128)],
+    [("my scans", "my-scans"), (".hidden", "hidden"), ("größe", "gr--e"), ("___", ""), ("x" * 200, "x" * 128)],
 )
 def test_a_folder_name_that_is_no_model_name_is_made_one(tmp_path: Path, folder: str, name: str) -> None:
     assert name_for(tmp_path / folder) == name
+
+
+def test_a_folder_of_which_no_model_name_is_left_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two of them would replace each other in a service."""
+    monkeypatch.setattr(_frontdoor, "require", lambda _: pytest.fail("that needs torch"))
+    with pytest.raises(ConfigError, match=r"клетки has no ASCII letter or digit that could name .*: .* with name=NAME"):
+        jepakit.export("test_vit:random", tmp_path / "клетки")
 
 
 def test_the_verification_runs_at_the_batch_sizes_that_the_manifest_lists(exported: Callable[[str], Bundle]) -> None:

@@ -52,7 +52,7 @@ def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:
 
 def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     setup = prepare(config, images, run)
-    main, name = setup.accelerator.is_main_process, name_for(run.path)
+    main, name = setup.accelerator.is_main_process, name_for(run.path) or "model"
     check_start(setup, run)
     if main:
         keep_settings(run.path, config)
