@@ -117,9 +117,19 @@ class Session:
         """Embeddings [B, D] and, if the graph has them, patch tokens [B, N, E]."""
         self._check_kind(images)
         buckets = self._runtime.buckets
-        if buckets is None:
-            return self._runtime.run(images)
-        return _by_buckets(self._runtime.run, images, buckets)
+        try:
+            return self._runtime.run(images) if buckets is None else _by_buckets(self._runtime.run, images, buckets)
+        except InferenceError:
+            raise
+        except Exception as error:  # the runtimes' exceptions have no common base worth naming
+            height, width = images.shape[1:3]
+            if min(height, width) >= self.manifest.preprocess.size:
+                raise
+            raise ImageError(
+                f"{self.manifest.name} cannot compute images of {height} × {width} px, which may be too small for it "
+                f"({_reason(error)}): take larger ones",
+                code="wrong_shape",
+            ) from None
 
     @property
     def batch(self) -> int:
@@ -155,10 +165,9 @@ class Session:
         except InferenceError:
             raise
         except Exception as error:  # the runtimes' exceptions have no common base worth naming
-            reason = " ".join(lines_of(error))[:300]
             remedy = "do not use this bundle, jepakit did not make it" if self.provider == "cpu" else "use provider cpu"
             raise BundleError(
-                f"{self.manifest.name} cannot compute its own golden inputs on {self.provider} ({reason}): {remedy}"
+                f"{self.manifest.name} cannot compute its own golden inputs on {self.provider} ({_reason(error)}): {remedy}"
             ) from None
         found = golden.agreement(vectors, expected.vectors)
         if missed := found.misses(golden.TOLERANCES[self.precision, self.provider]):
@@ -178,6 +187,11 @@ class Session:
             return "export the bundle again on this machine"
         lower = "" if self.precision == "fp32" else ", or export it again with precision=fp32"
         return f"use provider cpu{lower}"
+
+
+def _reason(error: Exception) -> str:
+    """A runtime's words, in one line."""
+    return " ".join(lines_of(error))[:300]
 
 
 def _by_buckets(

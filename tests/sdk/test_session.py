@@ -162,6 +162,14 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused_by_name(bundle: Bund
     assert caught.value.code == "wrong_shape"
 
 
+def test_a_size_too_small_for_the_graph_is_refused_by_name(exported: Callable[..., Path]) -> None:
+    session = Session.open(exported("test_convnext:random", image_size=SIZE, dynamic_size=True), provider="cpu")
+    with pytest.raises(
+        ImageError, match=r"cannot compute images of 8 × 96 px, which may be too small for it \(.+\): take"
+    ):
+        session.run(np.zeros((1, 8, 96, 3), np.uint8))
+
+
 def test_the_models_own_size_is_taken_whatever_others_must_be_multiples_of(
     bundle: Bundle, images: NDArray[np.uint8]
 ) -> None:
