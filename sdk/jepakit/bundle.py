@@ -158,7 +158,7 @@ class Bundle(Described):
         strangers = {file.name for file in self.path.iterdir()} - set(self.manifest.files) - {MANIFEST}
         if strangers:
             raise BundleError(
-                f"{self.path / min(strangers)} does not belong to the bundle: its manifest does not list it"
+                f"{self.path / min(strangers)} does not belong to the bundle, as its manifest does not list it: remove it"
             )
 
 
