@@ -7,7 +7,8 @@
       model.onnx            after export
       model.safetensors     the graph's tensors, if they exceed the 2 GB that model.onnx can hold
 
-Digests catch damage: any changed byte in any file, the manifest included, is an error naming the file.
+Digests catch damage: any changed byte in any file, the manifest included (but for its line ends), is an error naming
+the file.
 They do not catch replacement by someone who also rewrites the manifest: for that, note the bundle's
 `digest` (printed at export) and pin it (`jepakit serve --expect DIGEST`).
 """

@@ -287,7 +287,7 @@ def render_manifest(manifest: Manifest) -> str:
 
 
 def parse_manifest(text: str, file: Path) -> Manifest:
-    """The manifest, with every byte checked: the values by the digest, the rest by rendering them again.
+    """The manifest, with every character checked: the values by the digest, the rest by rendering them again.
 
     Both checks use the file's own values, so that a manifest from before a field was added stays valid. Raises
     BundleError naming the `file`.
