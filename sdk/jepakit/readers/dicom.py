@@ -26,7 +26,7 @@ import numpy as np
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import check_encoded, reading
 from jepakit.readers.codestream import claimed_size, refuse_scans
-from jepakit.readers.encoded import Encoded, open_encoded
+from jepakit.readers.encoded import Counted, Encoded, open_encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
@@ -331,30 +331,19 @@ def _transfer_syntax(encoded: Encoded) -> str:
 @contextmanager
 def _counted(file: Any, name: str) -> Iterator[Any]:
     """The file, for pydicom to read; ImageError once it has read too many elements, of whichever sequences."""
-    counted = _Counted(file)
+    refusal = ImageError(
+        f"{name}: a DICOM file of too many elements and items of sequences, over {_MOST_READS:,} before its pixels: save "
+        "its frames as several files",
+        code="too_large",
+    )
+    counted = Counted(file, _MOST_READS, refusal)
     try:
         yield counted
     except Exception:
-        if counted.left >= 0:
-            raise
-        raise ImageError(
-            f"{name}: a DICOM file of too many elements and items of sequences, over {_MOST_READS:,} before its pixels: save "
-            "its frames as several files",
-            code="too_large",
-        ) from None
-
-
-class _Counted:
-    def __init__(self, file: Any) -> None:
-        self._read, self.seek, self.tell = file.read, file.seek, file.tell
-        self.left = _MOST_READS
-
-    def read(self, size: int = -1) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError
-        data: bytes = self._read(size)
-        return data
+        # pydicom makes others of what is raised.
+        if counted.left < 0:
+            raise refusal from None
+        raise
 
 
 def _refuse_unread(dataset: Any, name: str) -> None:

@@ -8,7 +8,7 @@ import stat
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,22 @@ class Stored:
         data = self.encoded.file.read(count * self.dtype.itemsize)
         if len(data) < count * self.dtype.itemsize:
             raise ValueError(_CUT_SHORT)
+        return data
+
+
+class Counted:
+    """A file for a library that goes through its pieces one by one; raises `refusal` at the first read of too many."""
+
+    def __init__(self, file: Any, most: int, refusal: ImageError) -> None:
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self.left, self.refusal = most, refusal
+
+    def read(self, size: int = -1) -> bytes:
+        """Read and count."""
+        self.left -= 1
+        if self.left < 0:
+            raise self.refusal
+        data: bytes = self._read(size)
         return data
 
 

@@ -16,7 +16,7 @@ from jepakit.readers.encoded import Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.libtiff import refusing_damage
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, upright, valid_orientation
-from jepakit.readers.png import decode_deep, has_late_chunks
+from jepakit.readers.png import decode_deep, has_late_chunks, of_few_pieces
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import not_an_image
@@ -201,7 +201,10 @@ def _open(encoded: Encoded, formats: tuple[str, ...], limits: Limits) -> Image:
     encoded.file.seek(0)
     try:
         with quiet():
-            image: Image = pillow.open(encoded.file, formats=formats)
+            # libtiff wants the file itself.
+            image: Image = pillow.open(encoded.file if "TIFF" in formats else of_few_pieces(encoded), formats=formats)
+    except ImageError:
+        raise
     except pillow.DecompressionBombError:
         raise too_many_pixels(encoded.name, "over 178 million", limits, CUT) from None
     except Exception:

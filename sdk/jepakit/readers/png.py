@@ -1,4 +1,4 @@
-"""What Pillow lacks for PNG: 16-bit colour, and finding out whether anything is stored after the pixels."""
+"""What Pillow lacks for PNG: 16-bit colour, finding out whether anything is stored after the pixels, and a limit on chunks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from jepakit.errors import MissingExtraError
-from jepakit.readers.encoded import Encoded
+from jepakit.errors import ImageError, MissingExtraError
+from jepakit.readers.encoded import Counted, Encoded
 
 _SAYS_ORIENTATION = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
+
+_MOST_READS, _BYTES_A_READ = 1 << 16, 512
+"""Most reads of any file, up to four for a chunk or segment, and one more for so many bytes: writers fill 8 KB and more."""
+
+
+def of_few_pieces(encoded: Encoded) -> Counted:
+    """The file, of which Python reads each chunk, or each segment of a JPEG, by itself; ImageError when they are too many."""
+    refusal = ImageError(
+        f"{encoded.name}: damaged: it consists of tens of thousands of tiny pieces: save it again", code="too_large"
+    )
+    return Counted(encoded.file, _MOST_READS + encoded.size // _BYTES_A_READ, refusal)
 
 
 def has_late_chunks(encoded: Encoded) -> bool:
     """Whether chunks that may hold an orientation come after the pixels, where only decoding finds them."""
-    at, pixels_seen = 8, False
+    at, pixels_seen, file = 8, False, of_few_pieces(encoded)
     while at + 8 <= encoded.size:
-        encoded.file.seek(at)
-        length, kind = struct.unpack(">I4s", encoded.file.read(8))
+        file.seek(at)
+        length, kind = struct.unpack(">I4s", file.read(8))
         pixels_seen = pixels_seen or kind == b"IDAT"
         if pixels_seen and kind in _SAYS_ORIENTATION:
             return True

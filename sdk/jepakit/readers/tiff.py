@@ -44,6 +44,8 @@ _READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
 """Those read without imagecodecs. tifffile's own PackBits takes a list entry per byte, whatever the strip's size."""
 _MOST_MARGIN = 4
 """Most pixels of all tiles for each of the image, above those that any image may have."""
+_MOST_SEGMENTS = 65_535
+"""Most strips or tiles that are decoded at once: each takes 20 µs, however small it is."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
@@ -218,6 +220,11 @@ class TiffRaster(Raster):
         wanted = _overlapping(key, window)
         if wanted[-1] >= min(len(page.dataoffsets), len(page.databytecounts)):
             raise ValueError("strips or tiles are missing")
+        if len(wanted) > _MOST_SEGMENTS:
+            raise ImageError(
+                f"{self.name}: {len(wanted):,} strips or tiles to read, the limit is {_MOST_SEGMENTS:,}: save it in larger ones",
+                code="too_large",
+            )
         counts = [page.databytecounts[index] for index in wanted]
         there = sum(count > 0 for count in counts)
         size = check_pixels(self.name, key.chunks, key.dtype.name, self._limits, CUT)

@@ -295,6 +295,38 @@ def test_what_looks_like_scans_beside_a_jpegs_pixels_is_none() -> None:
         np.testing.assert_array_equal(raster.read(), plain.read())
 
 
+def with_chunks(number: int, *, late: bool) -> bytes:
+    png, made = pillow("PNG"), png_chunk(b"aaAa", b"") * number
+    place = len(png) - 12 if late else 33
+    return png[:place] + made + png[place:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda count: pillow("JPEG")[:2] + b"\xff\xe1\x00\x02" * count + pillow("JPEG")[2:],
+        lambda count: pillow("JPEG")[:2] + b"\xff\xe1\x00\x02" + b"\x01" * 4 * count + pillow("JPEG")[2:],
+        partial(with_chunks, late=False),
+        partial(with_chunks, late=True),
+    ],
+    ids=["segments", "no segments", "chunks", "late chunks"],
+)
+def test_a_file_of_very_many_tiny_pieces_is_refused_and_one_of_many_is_read(make: Callable[[int], bytes]) -> None:
+    with open_raster(make(5000)) as raster:
+        assert raster.read().any()
+    with pytest.raises(ImageError, match="tens of thousands of tiny pieces") as caught:
+        open_raster(make(100_000))
+    assert caught.value.code == "too_large"
+
+
+def test_a_tiff_of_very_many_strips_is_refused_or_read_by_windows() -> None:
+    data = tiff(np.zeros((70_000, 8), np.uint16), rowsperstrip=1, compression="zlib")
+    with open_raster(data) as raster:
+        assert raster.read(Window(0, 0, 8, 60_000)).shape == (60_000, 8, 1)
+        with pytest.raises(ImageError, match="70,000 strips or tiles to read, the limit is 65,535"):
+            raster.read()
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_a_tiff_whose_tiles_reach_far_beyond_its_image_is_refused(dtype: str) -> None:
     """Each tile is decoded whole, and all may be the same bytes: 0.4 MB took 22 s."""
