@@ -44,8 +44,8 @@ _READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
 """Those read without imagecodecs. tifffile's own PackBits takes a list entry per byte, whatever the strip's size."""
 _MOST_MARGIN = 4
 """Most pixels of all tiles for each of the image, above those that any image may have."""
-_MOST_SEGMENTS = 65_535
-"""Most strips or tiles that are decoded at once: each takes 20 µs, however small it is."""
+_MOST_SMALL, _SMALL = 65_535, 4096
+"""Most strips or tiles that are decoded at once if each holds fewer bytes than that: it takes 20 µs, however few they are."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
@@ -220,14 +220,15 @@ class TiffRaster(Raster):
         wanted = _overlapping(key, window)
         if wanted[-1] >= min(len(page.dataoffsets), len(page.databytecounts)):
             raise ValueError("strips or tiles are missing")
-        if len(wanted) > _MOST_SEGMENTS:
-            raise ImageError(
-                f"{self.name}: {len(wanted):,} strips or tiles to read, the limit is {_MOST_SEGMENTS:,}: save it in larger ones",
-                code="too_large",
-            )
         counts = [page.databytecounts[index] for index in wanted]
         there = sum(count > 0 for count in counts)
         size = check_pixels(self.name, key.chunks, key.dtype.name, self._limits, CUT)
+        if len(wanted) > _MOST_SMALL and size < _SMALL:
+            raise ImageError(
+                f"{self.name}: {len(wanted):,} strips or tiles of {size:,} bytes, the limit is {_MOST_SMALL:,} under {_SMALL:,} "
+                "bytes: save it in larger ones",
+                code="too_large",
+            )
         check_ratio(self.name, there * size, sum(counts), self._limits)
         pixels = np.full((window.height, window.width, self._layout.samples), key.nodata, key.dtype)
         for index, count in zip(wanted, counts, strict=True):
