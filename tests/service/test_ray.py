@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from .conftest import Spans, picture, promising_others
 from .load import Load, is_ready, processes, wait_until
 
 PNG = {"Content-Type": "image/png"}
+ASKS_WITHOUT_THE_TOKEN = "import sys; from ray._raylet import GcsClient; GcsClient(address=f'127.0.0.1:{sys.argv[1]}').internal_kv_keys(b'', None)"
+"""A program that reads Ray's control store, and whoever can do that can run code."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -176,11 +179,22 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
             files = [file for file in Path(proxy).parents[1].rglob("*") if file.is_file()]
             assert any("replica_jepakit" in file.name for file in files)
             assert not [file for file in files if b"- POST /" in file.read_bytes()], "Ray logs requests too"
+            listed = (tmp_path / "out").read_text().partition("ready:")[0]
+            agents = re.findall(r"(\d[\d.]+:\d+)  ray::\w*Agent: Ray's token of this run", listed)
+            assert {httpx.get(f"http://{agent}/").status_code for agent in agents} == {401}
+            (store,) = re.findall(r":(\d+)  gcs_server: Ray's token of this run", listed)
+            asked = subprocess.run(
+                [sys.executable, "-c", ASKS_WITHOUT_THE_TOKEN, store], capture_output=True, text=True, check=False
+            )
+            assert (asked.returncode, "InvalidAuthToken" in asked.stderr) == (1, True), asked
         finally:
             process.terminate()
             assert process.wait(timeout=60) == 0
     told = (tmp_path / "out").read_text()
     assert re.search(r":\d+  gcs_server: Ray's token of this run", told)
+    assert re.search(
+        r"ray::ServeReplica:.*, nothing guards it but this host's firewall for requests past the proxy", told
+    )
     ports, ready, _ = told.partition("could reach:")[2].partition("ready:")
     assert ready, "where it is comes last"
     assert f":{port} " not in ports, "the service's own port is on loopback"
