@@ -101,7 +101,7 @@ class ServeSettings(StrictBools, BaseSettings):
     it may take at most 8 times that many bytes."""
     max_waiting: Positive = 1024
     """Maximum number of images waiting or running in a replica; requests beyond it get 429, as do those beyond what the model can
-    answer in half of `request_timeout_s` at the speed measured at start."""
+    answer in half of `request_timeout_s` at the speed measured at start. A request that is alone is let in."""
     max_memory_mb: Positive | None = None
     """Resident memory, in MB, above which a replica counts as unhealthy: Ray replaces it, and /readyz reports it (that alone
     without Ray). null: no limit."""
@@ -163,11 +163,17 @@ class ServeSettings(StrictBools, BaseSettings):
 def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
     """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong."""
     values, variables = {} if file is None else _read_yaml(file), _variables()
-    merged = {**values, **variables, **given}
+    merged = {name: _value(name, value) for name, value in {**values, **variables, **given}.items()}
     if not merged.get("bundles"):
         raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
     origins = dict.fromkeys(values, str(file)) | {name: f"{_PREFIX}{name.upper()}" for name in variables}
     return parse(ServeSettings, merged, {name: origin for name, origin in origins.items() if name not in given})
+
+
+def _value(name: str, value: Any) -> Any:
+    """The value, or None for the word `null` where that is one: flags and variables have no other way to write it."""
+    field = ServeSettings.model_fields.get(name)
+    return None if value == "null" and field is not None and field.default is None else value
 
 
 def _variables() -> dict[str, Any]:

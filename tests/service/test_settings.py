@@ -24,6 +24,7 @@ import psutil
 import pytest
 import yaml
 
+from jepakit._cli_settings import settings_of
 from jepakit._frontdoor import serve
 from jepakit._ray import _LONGEST_PLACE, own_folder
 from jepakit.errors import ConfigError, ServeError
@@ -44,6 +45,18 @@ def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path, mon
     monkeypatch.setenv("JEPAKIT_SERVE_RAY", "false")
     found = load({"replicas": 4}, file)
     assert (found.bundles, found.port, found.replicas, found.ray, found.max_images) == (("a", "b"), 1002, 4, False, 7)
+
+
+@pytest.mark.parametrize("name", [name for name, field in ServeSettings.model_fields.items() if field.default is None])
+def test_null_undoes_what_a_variable_or_a_file_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"bundles: [a]\n{name}: 2\n" if name != "api_key_file" else f"bundles: [a]\n{name}: {file}\n")
+    assert getattr(load({}, file), name) is not None
+    assert getattr(load(settings_of([f"{name}=null"]), file), name) is None
+    monkeypatch.setenv(f"JEPAKIT_SERVE_{name.upper()}", "null")
+    assert getattr(load({}, file), name) is None
+    with pytest.raises(ConfigError, match="port = 'null'"):
+        load({"port": "null"}, file)
 
 
 def test_several_words_in_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
