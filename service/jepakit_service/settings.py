@@ -93,7 +93,8 @@ class ServeSettings(StrictBools, BaseSettings):
     max_body_mb: Positive = 64
     """Maximum size of a request's body, in MB (2^20 bytes, as in all settings)."""
     max_bodies_mb: Positive = 512
-    """Maximum total size, in MB, of the bodies that a replica holds at a time; requests beyond it get 429."""
+    """Maximum total size, in MB, of the bodies that a replica holds at a time; requests beyond it get 429, but for one that is
+    alone."""
     max_images: Positive = 256
     """Maximum number of images in one request."""
     max_pixels: Positive = DEFAULT_LIMITS.max_pixels
