@@ -177,7 +177,7 @@ def _spread(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class Graph(Frozen):
-    """Facts about `model.onnx`, and its worst agreement with torch over all images and batch sizes checked."""
+    """Facts about `model.onnx`, and its worst agreement with torch on `verified_on`, over all batch sizes checked."""
 
     precision: Precision
     opset: int
