@@ -60,6 +60,7 @@ def read_users_images(source: str, spec: Preprocess) -> Pixels:
         chosen_range=spec.chosen_range,
         progress=True,
         most_skipped=MOST_SKIPPED,
+        most_cut=MOST_IMAGES,
     )
     places = evenly_spread(len(listed), MOST_IMAGES).tolist()
     pixels, skipped = [], list[ImageError]()

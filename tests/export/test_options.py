@@ -30,6 +30,7 @@ from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
 from jepakit.manifest import INPUT, EmbeddingSpec, Preprocess
 from jepakit.session import Session
+from jepakit.sources import ImageList, tiles
 from jepakit_export import convert, exporter, quantize, verify
 from jepakit_export.verify import (
     BATCH_SIZES,
@@ -400,7 +401,15 @@ def test_images_spread_over_the_whole_source_are_verified_on(tmp_path: Path, mon
     folder = str(films(tmp_path / "films", 46, frames=1))
     whole = read_users_images(folder, spec)
     monkeypatch.setattr(verify, "MOST_IMAGES", 16)
+    opened, real = list[int](), tiles._open
+
+    def noted(images: ImageList, index: int) -> Any:
+        opened.append(index)
+        return real(images, index)
+
+    monkeypatch.setattr(tiles, "_open", noted)
     np.testing.assert_array_equal(read_users_images(folder, spec), whole[::3])
+    assert sorted(opened) == [*range(0, 46, 3)], "only those are looked into for their frames"
 
 
 @pytest.mark.slow

@@ -80,12 +80,15 @@ def gather(
     chosen_range: tuple[float, float] | None = None,
     progress: bool = False,
     most_skipped: float = 0.0,
+    most_cut: int | None = None,
 ) -> ImageList:
     """`list_images` for the input of `embed`, which may also be a single image in memory.
 
     labels    "auto": the source's own, else any number of first-level folders, but no labels if an image lies outside
               them; "folder": only those folders; "none"; or a table file
     progress  show progress, assumptions and what was left out on standard error
+    most_cut  how many of the images, spread over the source, are cut into tiles or frames; None: all, otherwise the
+              others are left out
     """
     one = is_one_image(images) and not isinstance(images, str | Path)
     with shown(progress):
@@ -96,6 +99,7 @@ def gather(
             Cut(tile, overlap, min_valid, frame, chosen_range),
             embedding=True,
             most_skipped=most_skipped,
+            most_cut=most_cut,
         )
     if progress and listed.note:
         say(one_line(listed.note))
@@ -109,7 +113,14 @@ def _check_listed_once(found: Found) -> None:
 
 
 def _list(
-    source: Any, labels: str | Path, group: str | Path, cut: Cut, *, embedding: bool, most_skipped: float
+    source: Any,
+    labels: str | Path,
+    group: str | Path,
+    cut: Cut,
+    *,
+    embedding: bool,
+    most_skipped: float,
+    most_cut: int | None = None,
 ) -> ImageList:
     found = find(
         source,
@@ -126,7 +137,7 @@ def _list(
     group_remarks = remarks_on_groups(groups, written=group != "folder")
     note = joined(label_note, group_note, group_remarks, found.note)
     images = ImageList(found.ids, chosen, groups, found.held_out, note, found.store)
-    pieces = cut_into_pieces(images, cut, most_skipped=most_skipped)
+    pieces = cut_into_pieces(images, cut, most_skipped=most_skipped, most_cut=most_cut)
     if not of_pieces:
         return pieces
     chosen, label_note = choose_labels(_as_found(found, pieces), labels, group=group, embedding=embedding)

@@ -19,6 +19,7 @@ from jepakit.readers import Header, Raster, Window, open_raster
 from jepakit.readers.room import room_for
 from jepakit.readers.scenes import KEPT_BYTES, decoded_around
 from jepakit.sources.imagelist import ImageList, Pieces
+from jepakit.sources.spread import evenly_spread
 
 _Name = TypeVar("_Name")
 
@@ -74,10 +75,11 @@ class Cut:
         object.__setattr__(self, name, int(value))
 
 
-def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> ImageList:
+def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float, most_cut: int | None = None) -> ImageList:
     """The list with every image cut into tiles and frames; labels follow, and the pieces of an image form a group.
 
     most_skipped  share of the files that may be left out because they cannot be opened
+    most_cut      how many of the images, spread over the list, are cut; None: all, otherwise the others are left out
 
     Headers are read only for tiles and "each"; the pixels of tiles are read once, and tiles that show nothing are
     left out. Raises DataError when nothing is left, or too many files cannot be opened; ImageError for the first
@@ -88,7 +90,7 @@ def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float) -> Imag
     if cut.tile is None and isinstance(cut.frame, int):
         count = len(images)
         return replace(images, pieces=Pieces(np.arange(count), np.full(count, cut.frame, np.int32), None))
-    opened = _open_all(images, most_skipped)
+    opened = _open_all(images, evenly_spread(len(images), most_cut or len(images)).tolist(), most_skipped)
     pieces, left_out = _all_pieces(opened, cut), _LeftOut(0, 0)
     if cut.tile is not None:
         pieces, left_out = _keep_valid_tiles(opened, pieces, cut)
@@ -121,7 +123,7 @@ class _Opened:
     unreadable: list[ImageError]
 
 
-def _open_all(images: ImageList, most_skipped: float) -> _Opened:
+def _open_all(images: ImageList, indices: list[int], most_skipped: float) -> _Opened:
     def read_header(index: int) -> Header | ImageError:
         try:
             with _open(images, index) as raster:
@@ -131,14 +133,14 @@ def _open_all(images: ImageList, most_skipped: float) -> _Opened:
                 raise
             return error
 
-    answers = in_threads(read_header, range(len(images)), "headers", threads=images.threads(THREADS))
+    answers = in_threads(read_header, indices, "headers", threads=images.threads(THREADS))
     unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
     if exceeds(len(unreadable), len(answers), most_skipped):
         raise DataError(
             f"{len(unreadable)} of {len(answers)} files cannot be opened; the first: {unreadable[0]}; "
             f"{100 * most_skipped:g} % may be left out: repair or remove them, or allow a larger share, most_skipped=SHARE"
         )
-    headers = {index: answer for index, answer in enumerate(answers) if isinstance(answer, Header)}
+    headers = {index: answer for index, answer in zip(indices, answers, strict=True) if isinstance(answer, Header)}
     return _Opened(images, headers, unreadable)
 
 
