@@ -22,7 +22,8 @@ from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError
 from jepakit_service.wire import Ask, Computed, Dimensions, Encoding
 
-MODEL = "NAME, or NAME@MODEL_ID to pin the vector space; may be left out if only one model is loaded"
+NAMED = "NAME, or NAME@MODEL_ID to pin the vector space"
+MODEL = f"{NAMED}; may be left out if only one model is loaded"
 DIMENSIONS = "must be the model's own length: cutting vectors short would change the space"
 _EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
 _IMAGE_FIELDS = ("image", "image_url", "image_base64", "image_bytes")

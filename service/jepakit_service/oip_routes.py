@@ -7,6 +7,7 @@ from fastapi import APIRouter
 import jepakit
 from jepakit_service import oip
 from jepakit_service.faults import unavailable
+from jepakit_service.operations import ModelName
 from jepakit_service.replica import Replica
 
 
@@ -32,7 +33,7 @@ def router(replica: Replica) -> APIRouter:
         return {"ready": True}
 
     @routes.get("/models/{name}")
-    async def model_metadata(name: str) -> oip.ModelMetadata:
+    async def model_metadata(name: ModelName) -> oip.ModelMetadata:
         """What a model takes and gives."""
         return oip.describe(replica.registry.find(name).manifest)
 
@@ -42,7 +43,7 @@ def router(replica: Replica) -> APIRouter:
         return oip.describe(replica.registry.find(f"{name}@{version}").manifest)
 
     @routes.get("/models/{name}/ready")
-    async def model_ready(name: str) -> oip.ModelReady:
+    async def model_ready(name: ModelName) -> oip.ModelReady:
         """Whether a model answers correctly; 503 otherwise."""
         return await _ready(replica, name)
 

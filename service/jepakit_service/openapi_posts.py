@@ -24,6 +24,7 @@ _PARTIAL = Parameter(
     "true: an image that cannot be read becomes a row with `error`, and the others are embedded",
     {"type": "boolean", "default": False},
 )
+_NAMED = Parameter("name", "path", dialects.NAMED, _WORD)
 _NAME = Parameter("name", "path", "the model's name", _WORD)
 _VERSION = Parameter("version", "path", "the model's `model_id`", _WORD)
 _LENGTH = Parameter(oip.JSON_LENGTH, "header", "length of the JSON in bytes, if tensors follow it", {"type": "integer"})
@@ -90,6 +91,6 @@ POSTS = (
         parameters=(_MODEL,),
         answer_headers=_FACTS,
     ),
-    _infer_post(routes.INFER, "infer", (_NAME,)),
+    _infer_post(routes.INFER, "infer", (_NAMED,)),
     _infer_post(routes.INFER_VERSION, "infer_version", (_NAME, _VERSION)),
 )

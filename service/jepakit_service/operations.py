@@ -4,13 +4,14 @@ whole deployment, whichever process is asked."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Path, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from typing_extensions import TypedDict
 
+from jepakit_service.dialects import NAMED
 from jepakit_service.engine import max_images_in_time
 from jepakit_service.faults import unavailable
 from jepakit_service.metrics import merge
@@ -18,6 +19,8 @@ from jepakit_service.models import LoadedModel
 from jepakit_service.registry import Update
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import SERVICE, ServeSettings
+
+ModelName = Annotated[str, Path(description=NAMED)]
 
 
 class Alive(TypedDict):
@@ -117,7 +120,7 @@ def router(replica: Replica) -> APIRouter:
         }
 
     @routes.get("/v1/models/{name}")
-    async def get_model(name: str) -> ModelDescription:
+    async def get_model(name: ModelName) -> ModelDescription:
         """One model in service.
 
         `limits` says what one request may hold, `max_images_in_time` how many images all requests in progress may hold

@@ -130,6 +130,9 @@ def test_a_model_can_be_pinned(http: httpx.Client, bundle: Path) -> None:
     model_id = jepakit.open_bundle(bundle).manifest.model_id
     headers = {"Content-Type": "image/png", **RAW}
     assert http.post(f"/v1/embeddings?model=tiny@{model_id}", content=picture(0), headers=headers).status_code == 200
+    for path in ("/v1/models/tiny", "/v2/models/tiny", "/v2/models/tiny/ready"):
+        assert http.get(path.replace("tiny", f"tiny@{model_id}")).json() == http.get(path).json()
+        assert http.get(path.replace("tiny", "tiny@0000000000000000")).status_code == 404
     refused = http.post("/v1/embeddings?model=tiny@0000000000000000", content=picture(0), headers=headers)
     assert refused.status_code == 404
     assert refused.json()["error"]["code"] == "model_not_found"

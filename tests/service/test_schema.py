@@ -143,6 +143,9 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
             assert {"401", "403"} & set(operation["responses"]) == refusals, (method, path)
             for answer in operation["responses"].values():
                 assert answer["description"]
+            told = {one["name"]: one.get("description", "") for one in operation.get("parameters", ())}
+            pinned = "{name}" in path and "{version}" not in path
+            assert ("NAME@MODEL_ID" in told.get("name", "")) == pinned, path
     used = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
     assert used == set(document["components"]["schemas"])
 
