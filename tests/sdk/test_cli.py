@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -473,17 +472,6 @@ def test_the_command_is_there_as_a_module_too() -> None:
     assert "Usage: python -m jepakit probe" in told.stderr + told.stdout
 
 
-@pytest.fixture
-def signals() -> Iterator[None]:
-    """The signals that end a command with Python's default handlers, restored afterwards."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
     ("does", "command"),
     [
