@@ -203,7 +203,11 @@ def _source(config: ExportConfig) -> Source:
     path = Path(config.source)
     if is_run(path):
         return _of_bundle(_of_run(Run(path), config.which if "which" in config.model_fields_set else None), config)
-    return _of_bundle(open_bundle(path), config) if is_bundle(path) else _of_timm(config)
+    if is_bundle(path):
+        bundle = open_bundle(path)
+        _warn_of(bundle.manifest.comparison, "")
+        return _of_bundle(bundle, config)
+    return _of_timm(config)
 
 
 def _of_run(run: Run, which: Literal["best", "last", "start"] | None) -> Bundle:
@@ -215,12 +219,15 @@ def _of_run(run: Run, which: Literal["best", "last", "start"] | None) -> Bundle:
     if which == "best":
         chosen = "weights that the run began with" if start else "adapted weights"
         say(f"the verdict is {run.verdict.word}: exports the {chosen}")
-    if which is None and run.comparison.after is not None and run.verdict.word != "better":
-        say(
-            f"warning: the run's verdict on these weights is {run.verdict.word}; which=best follows it, which=start exports the "
-            "weights that the run began with"
-        )
+    if which is None:
+        _warn_of(run.comparison, "; which=best follows it, which=start exports the weights that the run began with")
     return open_bundle(run.path / START) if start else run.bundle
+
+
+def _warn_of(comparison: Comparison | None, remedy: str) -> None:
+    """Say so if the verdict speaks against the trained weights."""
+    if comparison is not None and comparison.after is not None and comparison.verdict.word != "better":
+        say(f"warning: the run's verdict on these weights is {comparison.verdict.word}{remedy}")
 
 
 def _of_bundle(bundle: Bundle, config: ExportConfig) -> Source:

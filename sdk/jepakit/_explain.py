@@ -57,7 +57,11 @@ def _set_in(where: str, message: str, origins: Mapping[str, str]) -> str:
     """Where the setting is set; for an error of several settings at once, where those are that its message names."""
     if where:
         return f" (set in {origins[where]})" if where in origins else ""
-    named = [f"{name} is set in {origin}" for name, origin in origins.items() if re.search(rf"\b{name}\b", message)]
+    named = [
+        f"{name} is set in {origin}"
+        for name, origin in origins.items()
+        if re.search(rf"\b{name.replace('_', '[_ ]')}\b", message, re.IGNORECASE)
+    ]
     return f" ({', '.join(named)})" if named else ""
 
 

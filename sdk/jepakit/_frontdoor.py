@@ -209,11 +209,11 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     given = source.path if isinstance(source, Run | Bundle) else as_path(source, "source")
     config = parse(ExportConfig, {"source": str(given), "out": str(as_path(out, "out")), **settings})
     check_source(config)
-    check_new(Path(config.out))
     if not (config.name or name_for(Path(config.out))):
         raise ConfigError(
             f"{config.out} has no ASCII letter or digit that could name the model: give it a name with name=NAME"
         )
+    check_new(Path(config.out))
     require("export")
     from jepakit_export import export as run_export
 

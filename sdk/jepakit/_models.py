@@ -106,6 +106,6 @@ def _meant(models: list[ModelInfo], asked: str | None) -> ModelInfo:
     """The only model that may be meant; ConfigError if it is not clear."""
     if len(meant := named(models, asked)) == 1:
         return meant[0]
-    known = ", ".join(one.name for one in models)
+    known = ", ".join(one.name for one in models) or "not there yet"
     given = "" if asked is None else f" {asked!r} is none of them;"
     raise ConfigError(f"the service's models are {known}:{given} name one of them as model")

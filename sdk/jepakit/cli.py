@@ -706,7 +706,7 @@ def compare(
         groups = [of_image.get(image_of(name), name) for name in before.ids]
     elif listed is None and group != "auto":
         groups = groups_of(before.ids, group)
-    one, other = (path.stem if path.suffix == ".npz" else path.name for path in (first, second))
+    one, other = (path.resolve().name for path in (first, second))
     comparison = judge(before, after, groups=groups, names=(one, other) if one != other else None)
     if as_json:
         show(json.dumps(comparison.model_dump(mode="json")))

@@ -119,11 +119,10 @@ class Session:
         buckets = self._runtime.buckets
         try:
             return self._runtime.run(images) if buckets is None else _by_buckets(self._runtime.run, images, buckets)
-        except InferenceError:
-            raise
-        except Exception as error:  # the runtimes' exceptions have no common base worth naming
+        except Exception as error:
             height, width = images.shape[1:3]
-            if min(height, width) >= self.manifest.preprocess.size:
+            # ONNX Runtime's own class for what does not fit a graph; a fault has another one.
+            if type(error).__name__ != "InvalidArgument" or min(height, width) >= self.manifest.preprocess.size:
                 raise
             raise ImageError(
                 f"{self.manifest.name} cannot compute images of {height} × {width} px, which may be too small for it "
@@ -162,7 +161,7 @@ class Session:
         graph does not take them."""
         try:
             vectors = self.run(expected.inputs(self.manifest.preprocess))
-        except InferenceError:
+        except (InferenceError, MemoryError):
             raise
         except Exception as error:  # the runtimes' exceptions have no common base worth naming
             remedy = "do not use this bundle, jepakit did not make it" if self.provider == "cpu" else "use provider cpu"

@@ -28,7 +28,7 @@ import jepakit_export.verify
 from jepakit import _frontdoor, golden
 from jepakit.backbone import restore
 from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, name_for
-from jepakit.comparison import Verdict
+from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.config import ExportConfig
 from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
@@ -267,11 +267,29 @@ def test_weights_that_the_verdict_does_not_call_better_are_not_exported_without_
     capsys: pytest.CaptureFixture[str], word: str, which: str | None, *, labelled: bool, warned: bool
 ) -> None:
     verdict, after = SimpleNamespace(word=word), object() if labelled else None
-    run = SimpleNamespace(verdict=verdict, comparison=SimpleNamespace(after=after), bundle="the trained one")
+    run = SimpleNamespace(
+        verdict=verdict, comparison=SimpleNamespace(after=after, verdict=verdict), bundle="the trained one"
+    )
     assert cast("Any", jepakit_export.exporter._of_run)(run, which) == "the trained one"
     told = capsys.readouterr().err
     assert told.startswith(f"warning: the run's verdict on these weights is {word}; which=best follows it") == warned
     assert bool(told) == warned
+
+
+@pytest.mark.parametrize("word", ["better", "same"])
+def test_what_the_verdict_says_of_a_bundle_is_said_where_it_is_exported_again(
+    exported: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    bundle = exported("file")
+    verdict = Verdict.model_validate({"word": word, "reason": ""})
+    scores = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
+    comparison = Comparison(before=scores, after=scores, verdict=verdict, n_train=9, n_held_out=9)
+    judged = Bundle(bundle.path, bundle.manifest.model_copy(update={"comparison": comparison}))
+    monkeypatch.setattr(jepakit_export.exporter, "open_bundle", lambda path: judged)
+    capsys.readouterr()
+    jepakit_export.exporter._source(ExportConfig(source=str(bundle.path), out="b"))
+    told = "" if word == "better" else "warning: the run's verdict on these weights is same\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(("word", "told"), [("better", "adapted weights"), ("same", "weights that the run began with")])

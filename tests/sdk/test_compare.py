@@ -210,8 +210,8 @@ def test_files_are_compared_in_the_shell(tmp_path: Path) -> None:
     files = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
     told = CliRunner().invoke(app, ["compare", *files])
     assert told.exit_code == 0, told.output
-    assert told.output.splitlines()[0].split() == ["a", "b", "(on", "90", "images)"]
-    assert "; keep b" in told.output
+    assert told.output.splitlines()[0].split() == ["a.npz", "b.npz", "(on", "90", "images)"]
+    assert "; keep b.npz" in told.output
     found = json.loads(
         CliRunner().invoke(app, ["compare", *files, "--group", str(tmp_path / "groups.csv"), "--json"]).output
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import jepakit
 import jepakit.session
 from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit.bundle import GRAPH, Bundle, open_bundle, write_bundle
+from jepakit.bundle import GOLDEN, GRAPH, Bundle, open_bundle, write_bundle
 from jepakit.errors import BundleError, ConfigError, DataError, ImageError, InferenceError
 from jepakit.images import Pixels, preprocess
 from jepakit.runtime import Arithmetic, Provider
@@ -168,6 +169,18 @@ def test_a_size_too_small_for_the_graph_is_refused_by_name(exported: Callable[..
         ImageError, match=r"cannot compute images of 8 × 96 px, which may be too small for it \(.+\): take"
     ):
         session.run(np.zeros((1, 8, 96, 3), np.uint8))
+
+
+def test_no_memory_is_no_fault_of_an_image_or_a_bundle(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(exported("test_convnext:random", image_size=SIZE, dynamic_size=True))
+    session = Session.open(bundle, provider="cpu")
+    monkeypatch.setattr(session._runtime, "run", MagicMock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        session.run(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(MemoryError):
+        session.check_golden(golden.unpack(bundle.read(GOLDEN)))
 
 
 def test_the_models_own_size_is_taken_whatever_others_must_be_multiples_of(

@@ -140,6 +140,12 @@ def test_an_error_of_two_settings_says_where_each_was_set(tmp_path: Path, monkey
         "max_replicas = 2 is less than replicas = 3 "
         f"(max_replicas is set in {file}, replicas is set in JEPAKIT_SERVE_REPLICAS)"
     )
+    monkeypatch.delenv("JEPAKIT_SERVE_REPLICAS")
+    monkeypatch.setenv("JEPAKIT_SERVE_API_KEY_FILE", "/nope")
+    with pytest.raises(
+        ConfigError, match=r"key file /nope does not exist.*\(api_key_file is set in JEPAKIT_SERVE_API_KEY"
+    ):
+        load({"max_replicas": 4}, file)
 
 
 @pytest.mark.parametrize("name", ["JEPAKIT_SERVE_REPLICA", "jepakit_serve_replica"])

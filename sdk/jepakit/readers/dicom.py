@@ -64,9 +64,9 @@ _IMAGECODECS = "imagecodecs"
 _JPEGS = "1.2.840.10008.1.2.4."
 """Prefixes of the JPEG, JPEG-LS and JPEG 2000 transfer syntaxes, whose streams declare their size."""
 _JPEG_BASELINE, _JPEG_EXTENDED = f"{_JPEGS}50", f"{_JPEGS}51"
-_MOST_READS = 1 << 20
-"""Most reads by pydicom, one or two for an element and three for an item, each of which takes some 250 bytes and 10 µs.
-Files of thousands of frames need 20 to 200 a frame."""
+_MOST_READS, _BYTES_A_READ = 1 << 20, 32
+"""Most reads by pydicom, one or two for an element and three for an item, each of which takes some 250 bytes and 10 µs;
+and one more for so many bytes of the file. A frame needs 80 to 300, and has pixels as well."""
 _ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
@@ -314,7 +314,7 @@ def _dataset(encoded: Encoded, tags: list[str]) -> Any:
     from pydicom import dcmread
 
     encoded.file.seek(0)
-    with _counted(encoded.file, encoded.name) as file:
+    with _counted(encoded.file, encoded.size, encoded.name) as file:
         return dcmread(file, stop_before_pixels=True, specific_tags=list(tags))
 
 
@@ -323,20 +323,20 @@ def _transfer_syntax(encoded: Encoded) -> str:
     from pydicom.filereader import _read_file_meta_info, read_preamble
 
     encoded.file.seek(0)
-    with _counted(encoded.file, encoded.name) as file:
+    with _counted(encoded.file, encoded.size, encoded.name) as file:
         read_preamble(file, force=False)
         return str(_read_file_meta_info(file).get("TransferSyntaxUID"))
 
 
 @contextmanager
-def _counted(file: Any, name: str) -> Iterator[Any]:
+def _counted(file: Any, size: int, name: str) -> Iterator[Any]:
     """The file, for pydicom to read; ImageError once it has read too many elements, of whichever sequences."""
     refusal = ImageError(
-        f"{name}: a DICOM file of too many elements and items of sequences, over {_MOST_READS:,} before its pixels: save "
+        f"{name}: a DICOM file of too many elements and items of sequences, hundreds of thousands before its pixels: save "
         "its frames as several files",
         code="too_large",
     )
-    counted = Counted(file, _MOST_READS, refusal)
+    counted = Counted(file, _MOST_READS + size // _BYTES_A_READ, refusal)
     try:
         yield counted
     except Exception:
@@ -416,7 +416,7 @@ def _refuse_long(dataset: Any, kind: str, name: str) -> None:
 
     raw = dataset.get_item(kind)
     if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) > _MOST_READS:
-        with _counted(io.BytesIO(raw.value), name) as file:
+        with _counted(io.BytesIO(raw.value), len(raw.value), name) as file:
             read_sequence(file, raw.is_implicit_VR, raw.is_little_endian, len(raw.value), "iso8859")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, reading, too_many_pixels
 from jepakit.readers.codestream import refuse_scans
-from jepakit.readers.encoded import Encoded
+from jepakit.readers.encoded import Counted, Encoded
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.libtiff import refusing_damage
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, upright, valid_orientation
@@ -199,16 +200,19 @@ def import_pillow() -> Any:
 def _open(encoded: Encoded, formats: tuple[str, ...], limits: Limits) -> Image:
     pillow = import_pillow()
     encoded.file.seek(0)
+    # libtiff wants the file itself.
+    file = encoded.file if "TIFF" in formats else of_few_pieces(encoded)
     try:
         with quiet():
-            # libtiff wants the file itself.
-            image: Image = pillow.open(encoded.file if "TIFF" in formats else of_few_pieces(encoded), formats=formats)
+            image: Image = pillow.open(file, formats=formats)
     except ImageError:
         raise
     except pillow.DecompressionBombError:
         raise too_many_pixels(encoded.name, "over 178 million", limits, CUT) from None
     except Exception:
         raise not_an_image(encoded.name) from None
+    if isinstance(file, Counted):
+        file.left = sys.maxsize  # what decoding reads is bounded by the pixels
     return image
 
 

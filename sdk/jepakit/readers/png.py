@@ -19,7 +19,7 @@ _MOST_READS, _BYTES_A_READ = 1 << 16, 512
 def of_few_pieces(encoded: Encoded) -> Counted:
     """The file, of which Python reads each chunk, or each segment of a JPEG, by itself; ImageError when they are too many."""
     refusal = ImageError(
-        f"{encoded.name}: damaged: it consists of tens of thousands of tiny pieces: save it again", code="too_large"
+        f"{encoded.name}: it consists of tens of thousands of tiny pieces: save it again", code="too_large"
     )
     return Counted(encoded.file, _MOST_READS + encoded.size // _BYTES_A_READ, refusal)
 

@@ -22,7 +22,7 @@ from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, MIN_SIDE, READ_AS, check_pixels, check_ratio, reading
 from jepakit.readers.codestream import claimed_size, refuse_scans
 from jepakit.readers.encoded import Encoded
-from jepakit.readers.header import Header, Limits, Pixels, Window
+from jepakit.readers.header import DEFAULT_LIMITS, Header, Limits, Pixels, Window
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, stored_window, upright, valid_orientation
 from jepakit.readers.pillow import PillowFile
 from jepakit.readers.raster import Raster
@@ -44,7 +44,7 @@ _READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
 """Those read without imagecodecs. tifffile's own PackBits takes a list entry per byte, whatever the strip's size."""
 _MOST_MARGIN = 4
 """Most pixels of all tiles for each of the image, above those that any image may have."""
-_MOST_SMALL, _SMALL = 65_535, 4096
+_MOST_SMALL, _SMALL = 1 << 18, 4096
 """Most strips or tiles that are decoded at once if each holds fewer bytes than that: it takes 20 µs, however few they are."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
@@ -436,10 +436,11 @@ def _refuse_margins(page: Any, name: str, limits: Limits) -> None:
     length, width = page.tilelength, page.tilewidth
     tiles = math.ceil(page.imagelength / length) * math.ceil(page.imagewidth / width)
     held = tiles * length * width * page.tiledepth
-    if held > _MOST_MARGIN * page.imagewidth * page.imagelength + limits.max_pixels:
+    most = _MOST_MARGIN * page.imagewidth * page.imagelength + max(limits.max_pixels, DEFAULT_LIMITS.max_pixels)
+    if held > most:
         raise ImageError(
             f"{name}: its tiles of {width} × {length} pixels hold {held:,}, for an image of {page.imagewidth} × "
-            f"{page.imagelength}: save it in smaller tiles, or in strips",
+            f"{page.imagelength}; the limit is {most:,}: save it in smaller tiles, or in strips",
             code="too_large",
         )
 

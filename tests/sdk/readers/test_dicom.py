@@ -417,7 +417,7 @@ def test_a_sequence_of_too_many_items_or_elements_is_refused_before_all_are_made
     if declared and tag == (0x5401, 0x1):
         assert read(data).any(), "pydicom makes nothing of it"
     else:
-        assert "too many elements and items of sequences, over 3,000" in refused(data, "too_large")
+        assert "too many elements and items of sequences" in refused(data, "too_large")
         assert dicom_group(with_sequence(make(ramp()), tag, made_of, declared=False)) is None
 
 

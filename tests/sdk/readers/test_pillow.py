@@ -333,3 +333,20 @@ def test_what_libtiff_reports_in_one_thread_is_no_error_in_another() -> None:
         other.join()
     with pytest.raises(ValueError, match="not valid"), libtiff.refusing_damage():
         libtiff._note(b"", b"", 0)
+
+
+def run_length_bmp(pixels_HW: NDArray[np.uint8]) -> bytes:
+    """A BMP that holds each pixel as a run of one."""
+    height, width = pixels_HW.shape
+    rows = [b"".join(bytes((1, value)) for value in row) + b"\0\0" for row in pixels_HW[::-1].tolist()]
+    data = b"".join(rows) + b"\0\1"
+    palette = b"".join(bytes((grey, grey, grey, 0)) for grey in range(256))
+    start = 14 + 40 + len(palette)
+    head = struct.pack("<2sIII", b"BM", start + len(data), 0, start)
+    return head + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(data), 0, 0, 256, 0) + palette + data
+
+
+def test_a_bmp_of_many_runs_is_read() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8)
+    with open_raster(run_length_bmp(pixels)) as raster:
+        np.testing.assert_array_equal(raster.read()[..., 0], pixels)
