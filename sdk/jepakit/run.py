@@ -17,7 +17,6 @@ RUN/
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Callable
 from functools import cached_property
@@ -200,6 +199,5 @@ def open_run(path: str | Path) -> Run:
     """Open the folder of a run; DataError when it is not one."""
     path = as_path(path, "path")
     if not is_run(path):
-        readable = " that this user can read" if os.path.lexists(path) else ""
-        raise DataError(f"{path} is not a run: it has no {CONFIG}{readable}")
+        raise DataError(f"{path} is not a run: it has no {CONFIG} that this user can read")
     return Run(path)
