@@ -399,25 +399,26 @@ def _of_frame(dataset: Any, frame: int, name: str) -> Any:
         for tags in (dataset, *items):
             own.update(tags)
     for kind in _TABLES:
-        _refuse_long(own, kind, name)
+        _make_long(own, kind, name)
     return own
 
 
 def _items(dataset: Any, kind: str, name: str) -> Any:
     """The items of a sequence; those of a declared length are only now made."""
-    _refuse_long(dataset, kind, name)
+    _make_long(dataset, kind, name)
     return dataset.get(kind) or []
 
 
-def _refuse_long(dataset: Any, kind: str, name: str) -> None:
-    """Refuse a sequence of a declared length with too many elements, before pydicom makes them all."""
-    from pydicom.dataelem import RawDataElement
+def _make_long(dataset: Any, kind: str, name: str) -> None:
+    """Make the items of a long sequence of a declared length, which is refused once they are too many."""
+    from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.filereader import read_sequence
 
     raw = dataset.get_item(kind)
     if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) > _MOST_READS:
         with _counted(io.BytesIO(raw.value), len(raw.value), name) as file:
-            read_sequence(file, raw.is_implicit_VR, raw.is_little_endian, len(raw.value), "iso8859")
+            items = read_sequence(file, raw.is_implicit_VR, raw.is_little_endian, len(raw.value), "iso8859")
+        dataset.add(DataElement(raw.tag, "SQ", items))
 
 
 def _padding(dataset: Any) -> tuple[int, int] | None:

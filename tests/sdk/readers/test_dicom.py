@@ -211,7 +211,11 @@ def test_a_frame_without_a_window_is_refused_when_its_window_is_asked_for() -> N
         read(data, voi=True, frame=1)
 
 
-def test_enhanced_objects_keep_rescale_and_window_for_each_frame() -> None:
+@pytest.mark.parametrize("most_reads", [1 << 20, 100], ids=["short", "long"])
+def test_enhanced_objects_keep_rescale_and_window_for_each_frame(
+    most_reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jepakit.readers.dicom._MOST_READS", most_reads)
     stack = np.stack([ramp(), ramp()])
     groups = [
         item(
