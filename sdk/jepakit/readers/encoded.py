@@ -17,6 +17,8 @@ from jepakit._files import reason_of
 from jepakit.errors import ImageError
 
 HEAD = 4096
+_MOST_READS, _BYTES_A_READ = 1 << 16, 512
+"""Most reads of any file, up to four for a chunk or segment, and one more for so many bytes: writers fill 8 KB and more."""
 _CUT_SHORT = "the file ends before its pixels do"
 EncodedSource = str | Path | bytes | bytearray | memoryview
 """A file, or the bytes of one."""
@@ -97,6 +99,14 @@ class Counted:
             raise self.refusal
         data: bytes = self._read(size)
         return data
+
+
+def of_few_pieces(encoded: Encoded) -> Counted:
+    """The file, of which Python reads each chunk, or each segment of a JPEG, by itself; ImageError when they are too many."""
+    refusal = ImageError(
+        f"{encoded.name}: it consists of tens of thousands of tiny pieces: save it again", code="too_large"
+    )
+    return Counted(encoded.file, _MOST_READS + encoded.size // _BYTES_A_READ, refusal)
 
 
 def open_encoded(source: EncodedSource, name: str | None) -> Encoded:

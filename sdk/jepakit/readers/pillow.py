@@ -13,11 +13,11 @@ import numpy as np
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.readers.checks import CUT, reading, too_many_pixels
 from jepakit.readers.codestream import refuse_scans
-from jepakit.readers.encoded import Counted, Encoded
+from jepakit.readers.encoded import Counted, Encoded, of_few_pieces
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.libtiff import refusing_damage
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, upright, valid_orientation
-from jepakit.readers.png import decode_deep, has_late_chunks, of_few_pieces
+from jepakit.readers.png import decode_deep, has_late_chunks
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import Raster
 from jepakit.readers.sniff import not_an_image

@@ -1,4 +1,4 @@
-"""What Pillow lacks for PNG: 16-bit colour, finding out whether anything is stored after the pixels, and a limit on chunks."""
+"""What Pillow lacks for PNG: 16-bit colour, and finding out whether anything is stored after the pixels."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.encoded import Counted, Encoded
+from jepakit.errors import MissingExtraError
+from jepakit.readers.encoded import Encoded, of_few_pieces
 
 _SAYS_ORIENTATION = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
-
-_MOST_READS, _BYTES_A_READ = 1 << 16, 512
-"""Most reads of any file, up to four for a chunk or segment, and one more for so many bytes: writers fill 8 KB and more."""
-
-
-def of_few_pieces(encoded: Encoded) -> Counted:
-    """The file, of which Python reads each chunk, or each segment of a JPEG, by itself; ImageError when they are too many."""
-    refusal = ImageError(
-        f"{encoded.name}: it consists of tens of thousands of tiny pieces: save it again", code="too_large"
-    )
-    return Counted(encoded.file, _MOST_READS + encoded.size // _BYTES_A_READ, refusal)
 
 
 def has_late_chunks(encoded: Encoded) -> bool:
