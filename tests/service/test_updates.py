@@ -566,13 +566,11 @@ def test_a_folder_that_lacks_what_is_in_service_already_is_another_one(
 
 
 @pytest.fixture
-def signals() -> Iterator[None]:
-    """The signals that end a command with Python's default handlers, restored afterwards."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def signals() -> None:
+    """The signals that end a command with Python's default handlers."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.usefixtures("signals")
