@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepakit._machine import usable_cpus
-from jepakit.bundle import open_bundle
+from jepakit.bundles.bundle import open_bundle
 from jepakit.images import preprocess
-from jepakit.runtime import Provider
-from jepakit.session import Session
+from jepakit.inference.runtime import Provider
+from jepakit.inference.session import Session
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 _PASSES = 3  # the first warms up, and a neighbour's burst rarely hits one way in all of them

@@ -35,14 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jepakit
 from _blocks import Block, Ratio, measure, overhead_at_most, ratio, timed
-from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit._ort import import_ort
-from jepakit.backbone import restore
-from jepakit.bundle import GRAPH, WEIGHTS, Bundle
-from jepakit.embedder import Embedder
+from jepakit.backbones.backbone import restore
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.errors import MissingExtraError
-from jepakit.session import Model, Session
+from jepakit.inference.ort import import_ort
+from jepakit.inference.session import Model, Session
 from jepakit_service.batcher import Batcher, Capacity, Decoded
 from jepakit_training.precision import cpu_has_bf16
 

@@ -31,13 +31,13 @@ from safetensors.torch import load as load_tensors
 import jepakit
 from _blocks import measure
 from engine import Nobody, Run, batched, clocked, flops_an_image, through
-from jepakit import golden
 from jepakit._machine import usable_cpus
-from jepakit._ort import import_ort
-from jepakit.backbone import restore
-from jepakit.bundle import WEIGHTS
-from jepakit.embedder import Embedder
-from jepakit.session import Session
+from jepakit.backbones.backbone import restore
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import WEIGHTS
+from jepakit.inference.ort import import_ort
+from jepakit.inference.session import Session
 from jepakit_service.batcher import Batcher, Capacity, Decoded
 from trainer import weights_of
 

@@ -53,7 +53,7 @@ from _service_servers import (
     peer_server,
 )
 from jepakit._machine import usable_cpus
-from jepakit._ort import import_ort
+from jepakit.inference.ort import import_ort
 
 onnxruntime = import_ort()
 

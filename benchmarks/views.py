@@ -32,9 +32,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from _blocks import Block, Ratio, at_least, measure, ratio, timed
 from _processes import EndedError, Script
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.images import read_image
-from jepakit.manifest import Preprocess
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
 from jepakit_training.data import Key, ViewDataset

@@ -99,7 +99,7 @@ def weights_file(shared_folder: Path) -> Callable[[str], Path]:
         import torch
         from safetensors.torch import save_file
 
-        from jepakit.backbone import build
+        from jepakit.backbones.backbone import build
 
         file = shared_folder / "weights" / f"{name}.safetensors"
         with locked(file.parent):

@@ -17,8 +17,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import architectures
 from architectures import BANDS, FAMILIES, Results, Row, as_json, isolated, load_results, measure, page, train, versions
 from jepakit._timm_names import check_name
-from jepakit.backbone import start_backbone, tensors_of
-from jepakit.embedder import patch_tokens, poolings_of
+from jepakit.backbones.backbone import start_backbone, tensors_of
+from jepakit.backbones.embedder import patch_tokens, poolings_of
 from jepakit.errors import BackboneError
 
 LISTED = [name for names in FAMILIES.values() for name in names]

@@ -30,9 +30,9 @@ def trainers_own(run: jepakit.Run, paths: list[Path]) -> NDArray[np.float32]:
     import torch
     from safetensors.torch import load
 
-    from jepakit.backbone import restore
-    from jepakit.bundle import WEIGHTS
-    from jepakit.embedder import Embedder
+    from jepakit.backbones.backbone import restore
+    from jepakit.backbones.embedder import Embedder
+    from jepakit.bundles.bundle import WEIGHTS
 
     manifest = run.bundle.manifest
     embedder = Embedder(

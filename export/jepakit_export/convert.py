@@ -17,11 +17,11 @@ import onnx_ir as ir
 import torch
 from safetensors.numpy import save_file
 
-from jepakit._external import as_inputs, placed_tensors
-from jepakit.bundle import DATA
-from jepakit.embedder import Embedder
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles.bundle import DATA
+from jepakit.bundles.external import as_inputs, placed_tensors
+from jepakit.bundles.manifest import INPUT, OUTPUT, TOKENS
 from jepakit.errors import ExportError
-from jepakit.manifest import INPUT, OUTPUT, TOKENS
 
 INLINE_LIMIT = (2 << 30) - (64 << 20)
 """Most bytes of weights inside a graph: a protobuf is limited to 2 GB. Larger ones go to model.safetensors."""

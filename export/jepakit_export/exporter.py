@@ -14,20 +14,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from jepakit import golden
 from jepakit._export_source import name_and_weights
 from jepakit._extras import versions_of
 from jepakit._messages import lines_of
 from jepakit._progress import stage
 from jepakit._say import say
-from jepakit.backbone import fitting_size, is_bundle_weights, restore, start_backbone, stock_preprocess, tensors_of
-from jepakit.bundle import DATA, GOLDEN, GRAPH, WEIGHTS, Bundle, is_bundle, name_for, open_bundle, write_bundle
-from jepakit.comparison import Comparison
-from jepakit.config import ExportConfig
-from jepakit.embedder import Embedder, check_pooling, pool
-from jepakit.errors import ConfigError, ExportError, WriteError
-from jepakit.images import Pixels, center_crop
-from jepakit.manifest import (
+from jepakit.backbones.backbone import (
+    fitting_size,
+    is_bundle_weights,
+    restore,
+    start_backbone,
+    stock_preprocess,
+    tensors_of,
+)
+from jepakit.backbones.embedder import Embedder, check_pooling, pool
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import DATA, GOLDEN, GRAPH, WEIGHTS, Bundle, is_bundle, name_for, open_bundle, write_bundle
+from jepakit.bundles.comparison import Comparison
+from jepakit.bundles.manifest import (
     Backbone,
     EmbeddingSpec,
     Graph,
@@ -37,8 +41,11 @@ from jepakit.manifest import (
     Provenance,
     compute_model_id,
 )
+from jepakit.config import ExportConfig
+from jepakit.errors import ConfigError, ExportError, WriteError
+from jepakit.images import Pixels, center_crop
+from jepakit.inference.session import Session
 from jepakit.run import START, Run, is_run
-from jepakit.session import Session
 from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import (

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from jepakit._ort import import_ort
+from jepakit.bundles.manifest import INPUT
 from jepakit.images import Pixels
-from jepakit.manifest import INPUT
+from jepakit.inference.ort import import_ort
 from jepakit.sources import evenly_spread
 from jepakit_export.convert import is_large, only_errors
 

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jepakit import golden
 from jepakit._checks import exceeds
 from jepakit._messages import lines_of
 from jepakit._say import say
-from jepakit.backbone import round_size, size_multiple
-from jepakit.embedder import Embedder
+from jepakit.backbones.backbone import round_size, size_multiple
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles import golden
+from jepakit.bundles.manifest import Precision, Preprocess
 from jepakit.errors import DataError, ExportError, ImageError
 from jepakit.images import Pixels, preprocess
-from jepakit.manifest import Precision, Preprocess
-from jepakit.session import Session
+from jepakit.inference.session import Session
 from jepakit.sources import evenly_spread, gather
 from jepakit_export.convert import use_plain_attention
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jepakit import config as config
     from jepakit import errors as errors
-    from jepakit._compare import compare as compare
     from jepakit._frontdoor import adapt as adapt
     from jepakit._frontdoor import dry_run as dry_run
     from jepakit._frontdoor import dry_sweep as dry_sweep
@@ -20,15 +19,18 @@ if TYPE_CHECKING:
     from jepakit._frontdoor import sweep as sweep
     from jepakit._sweep import Sweep as Sweep
     from jepakit._sweep import open_sweep as open_sweep
-    from jepakit.bundle import Bundle as Bundle
-    from jepakit.bundle import open_bundle as open_bundle
+    from jepakit.bundles.bundle import Bundle as Bundle
+    from jepakit.bundles.bundle import open_bundle as open_bundle
+    from jepakit.bundles.comparison import Comparison as Comparison
+    from jepakit.bundles.comparison import Verdict as Verdict
     from jepakit.client import AsyncClient as AsyncClient
     from jepakit.client import Client as Client
     from jepakit.client import ModelInfo as ModelInfo
-    from jepakit.comparison import Comparison as Comparison
-    from jepakit.comparison import Verdict as Verdict
     from jepakit.embeddings import Embeddings as Embeddings
     from jepakit.errors import JepakitError as JepakitError
+    from jepakit.evaluation.compare import compare as compare
+    from jepakit.inference.session import Model as Model
+    from jepakit.inference.session import load as load
     from jepakit.inspection import Inspection as Inspection
     from jepakit.probes import KNNProbe as KNNProbe
     from jepakit.probes import LinearProbe as LinearProbe
@@ -37,37 +39,35 @@ if TYPE_CHECKING:
     from jepakit.run import DryRun as DryRun
     from jepakit.run import Run as Run
     from jepakit.run import open_run as open_run
-    from jepakit.session import Model as Model
-    from jepakit.session import load as load
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AsyncClient": "client",
-    "Bundle": "bundle",
+    "Bundle": "bundles.bundle",
     "Client": "client",
-    "Comparison": "comparison",
+    "Comparison": "bundles.comparison",
     "DryRun": "run",
     "Embeddings": "embeddings",
     "Inspection": "inspection",
     "JepakitError": "errors",
     "KNNProbe": "probes",
     "LinearProbe": "probes",
-    "Model": "session",
+    "Model": "inference.session",
     "ModelInfo": "client",
     "ProbeReport": "probes",
     "Run": "run",
     "Sweep": "_sweep",
-    "Verdict": "comparison",
+    "Verdict": "bundles.comparison",
     "adapt": "_frontdoor",
-    "compare": "_compare",
+    "compare": "evaluation.compare",
     "dry_run": "_frontdoor",
     "dry_sweep": "_frontdoor",
     "export": "_frontdoor",
     "inspect": "_frontdoor",
-    "load": "session",
+    "load": "inference.session",
     "load_probe": "probes",
-    "open_bundle": "bundle",
+    "open_bundle": "bundles.bundle",
     "open_run": "run",
     "open_sweep": "_sweep",
     "sweep": "_frontdoor",

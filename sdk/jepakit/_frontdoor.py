@@ -15,11 +15,11 @@ from jepakit._files import as_path, with_home
 from jepakit._say import say, show
 from jepakit._signatures import AdaptSettings, ExportSettings
 from jepakit._sweep import Sweep, check_can_hold, combinations
-from jepakit.bundle import Bundle, check_new, name_for
+from jepakit.bundles.bundle import Bundle, check_new, name_for
+from jepakit.bundles.manifest import StartWeights
 from jepakit.config import AdaptConfig, ExportConfig, ViewsConfig, chosen_range
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.inspection import Inspection
-from jepakit.manifest import StartWeights
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList, list_images
 from jepakit.sources.find import as_list
@@ -277,7 +277,7 @@ def fetch_weights(name: str, out: Path) -> StartWeights:
 
     check_name(name)
     require("export")
-    from jepakit.backbone import fetch
+    from jepakit.backbones.backbone import fetch
 
     return fetch(name, as_path(out, "out"))
 

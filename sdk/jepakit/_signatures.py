@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from jepakit.bundles.manifest import Pooling, Precision, Standardize
 from jepakit.config import Domain, Tracker, ValueRange, ViewsConfig
-from jepakit.manifest import Pooling, Precision, Standardize
 
 
 class AdaptSettings(TypedDict, total=False):

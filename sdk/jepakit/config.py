@@ -28,9 +28,9 @@ from jepakit._files import with_home
 from jepakit._frozen import Frozen, StrictBools
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
-from jepakit.bundle import MANIFEST, is_bundle
+from jepakit.bundles.bundle import MANIFEST, is_bundle
+from jepakit.bundles.manifest import NAME_PATTERN, Pooling, Precision, Standardize
 from jepakit.errors import ConfigError
-from jepakit.manifest import NAME_PATTERN, Pooling, Precision, Standardize
 from jepakit.sources.table import RULES, is_rule
 from jepakit.sources.tiles import Cut
 

@@ -13,7 +13,7 @@ from jepakit import __version__
 from jepakit._extras import NEEDS, missing, versions_of
 from jepakit._machine import MORE_SHARED, SHARED, main_memory, usable_cpus
 from jepakit.errors import JepakitError
-from jepakit.runtime import Chosen, has_nvidia_driver, open_runtime
+from jepakit.inference.runtime import Chosen, has_nvidia_driver, open_runtime
 
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _PACKAGES = {

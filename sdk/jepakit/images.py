@@ -27,7 +27,7 @@ from jepakit.readers.raster import crop
 from jepakit.readers.scenes import decoded_around
 
 if TYPE_CHECKING:
-    from jepakit.manifest import Preprocess, Scaling
+    from jepakit.bundles.manifest import Preprocess, Scaling
 
 MOST_CLIPPED = 0.01
 

@@ -10,8 +10,8 @@ from pydantic import AfterValidator, ConfigDict
 from jepakit._frozen import Frozen, Printed
 from jepakit._messages import counted, first_few
 from jepakit._one_line import one_line
+from jepakit.bundles.manifest import Scaling
 from jepakit.config import Domain
-from jepakit.manifest import Scaling
 
 
 def printable(text: str) -> str:

@@ -30,8 +30,8 @@ from jepakit._files import as_path
 from jepakit._frozen import Frozen, Printed
 from jepakit._progress import human_time
 from jepakit._signatures import ExportSettings
-from jepakit.bundle import Bundle, open_bundle
-from jepakit.comparison import Comparison, Verdict
+from jepakit.bundles.bundle import Bundle, open_bundle
+from jepakit.bundles.comparison import Comparison, Verdict
 from jepakit.errors import BundleError, DataError
 
 CONFIG = "config.toml"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepakit.bundle import GRAPH
-from jepakit.runtime import check_provider
+from jepakit.bundles.bundle import GRAPH
+from jepakit.inference.runtime import check_provider
 from jepakit_service import keys, tracing
 from jepakit_service.bundles import find_bundles
 from jepakit_service.listeners import check_open_files, check_port_is_free

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jepakit._files import reason_of
-from jepakit.bundle import Bundle, Inside, bundles_inside, is_bundle, open_bundle
+from jepakit.bundles.bundle import Bundle, Inside, bundles_inside, is_bundle, open_bundle
 from jepakit.errors import BundleError, DataError
 from jepakit.run import is_run
 from jepakit_service.settings import ServeSettings

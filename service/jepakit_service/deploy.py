@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from jepakit._files import fsync, reason_of
 from jepakit._say import say
-from jepakit.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
+from jepakit.bundles.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
 from jepakit_service.locks import holding

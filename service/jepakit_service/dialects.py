@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import TypeAliasType, TypedDict
 
+from jepakit.bundles.manifest import Manifest
 from jepakit.errors import ImageError
-from jepakit.manifest import Manifest
 from jepakit_service import wire
 from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError

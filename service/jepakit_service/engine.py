@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jepakit.errors import ImageError, InferenceError
-from jepakit.session import NOT_FINITE
+from jepakit.inference.session import NOT_FINITE
 from jepakit_service.batcher import Answer, ImageData, Result
 from jepakit_service.faults import unavailable
 from jepakit_service.models import LoadedModel

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit import golden
+from jepakit.bundles import golden
 from jepakit.errors import ImageError
 from jepakit_service.batcher import Observer, Result
 from jepakit_service.sharing import Shared

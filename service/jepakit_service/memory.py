@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 
 from jepakit._machine import memory_room
-from jepakit.bundle import DATA, GRAPH, Bundle
+from jepakit.bundles.bundle import DATA, GRAPH, Bundle
 
 
 def used_mb() -> float:

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from jepakit import golden
 from jepakit._machine import trim_heap
-from jepakit.bundle import GOLDEN, Bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GOLDEN, Bundle
+from jepakit.bundles.manifest import Described
 from jepakit.errors import ImageError, MissingExtraError
 from jepakit.images import fit, read_image
-from jepakit.manifest import Described
+from jepakit.inference.runtime import ON_GPU
+from jepakit.inference.session import Session
 from jepakit.readers import Limits
-from jepakit.runtime import ON_GPU
-from jepakit.session import Session
 from jepakit_service.batcher import Answer, Batcher, Capacity, Decoded, ImageData, Result
 from jepakit_service.heartbeat import Heartbeat
 from jepakit_service.metrics import Metrics

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 from typing_extensions import TypedDict
 
-from jepakit.manifest import Manifest
+from jepakit.bundles.manifest import Manifest
 from jepakit_service import wire
 from jepakit_service.batcher import ImageData
 from jepakit_service.faults import ApiError

@@ -26,8 +26,8 @@ from jepakit._loopback import is_loopback
 from jepakit._machine import usable_cpus
 from jepakit._messages import did_you_mean
 from jepakit.errors import ConfigError
+from jepakit.inference.runtime import Arithmetic, Provider
 from jepakit.readers import DEFAULT_LIMITS
-from jepakit.runtime import Arithmetic, Provider
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepakit.bundle import DATA, GRAPH, Bundle
+from jepakit.bundles.bundle import DATA, GRAPH, Bundle
 from jepakit.errors import InferenceError
 from jepakit.images import Pixels
-from jepakit.runtime import ON_GPU, Provider
-from jepakit.session import Session
+from jepakit.inference.runtime import ON_GPU, Provider
+from jepakit.inference.session import Session
 from jepakit_service.settings import ServeSettings
 
 _BATCHES = (1, 2, 4, 8, 16, 32)

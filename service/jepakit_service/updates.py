@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from pathlib import Path
 from typing import NamedTuple
 
-from jepakit.bundle import MANIFEST, Bundle, is_bundle, open_bundle
+from jepakit.bundles.bundle import MANIFEST, Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
-from jepakit.runtime import Provider
+from jepakit.inference.runtime import Provider
 from jepakit_service import memory
 from jepakit_service.bundles import bundle_folders, check_expected
 from jepakit_service.locks import holding

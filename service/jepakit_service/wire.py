@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from typing_extensions import TypeAliasType
 
+from jepakit.bundles.manifest import Manifest
 from jepakit.errors import ImageError
-from jepakit.manifest import Manifest
 from jepakit.readers.checks import READ_AS
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet

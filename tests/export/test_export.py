@@ -25,16 +25,17 @@ import jepakit
 import jepakit._frontdoor
 import jepakit_export.exporter
 import jepakit_export.verify
-from jepakit import _frontdoor, golden
-from jepakit.backbone import restore
-from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, name_for
-from jepakit.comparison import Comparison, Scores, Verdict
+from jepakit import _frontdoor
+from jepakit.backbones.backbone import restore
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, name_for
+from jepakit.bundles.comparison import Comparison, Scores, Verdict
 from jepakit.config import ExportConfig
-from jepakit.embedder import Embedder
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.images import preprocess
+from jepakit.inference.session import Session
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, START, Run
-from jepakit.session import Session
 
 SIZE = 64
 

@@ -22,16 +22,16 @@ import torch
 from safetensors.numpy import load, save
 
 import jepakit
-import jepakit.runtime
+import jepakit.inference.runtime
 import jepakit_export.convert
-from jepakit import golden
-from jepakit.backbone import start_backbone, stock_preprocess
-from jepakit.bundle import DATA, GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, open_bundle, write_bundle
-from jepakit.embedder import Embedder
+from jepakit.backbones.backbone import start_backbone, stock_preprocess
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import DATA, GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, open_bundle, write_bundle
+from jepakit.bundles.manifest import EmbeddingSpec, Precision
 from jepakit.errors import BundleError, ExportError
-from jepakit.manifest import EmbeddingSpec, Precision
-from jepakit.runtime import Provider, open_runtime
-from jepakit.session import Session
+from jepakit.inference.runtime import Provider, open_runtime
+from jepakit.inference.session import Session
 from jepakit_export.convert import Sealed
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import _check_mates
@@ -141,7 +141,7 @@ def test_a_graph_whose_vectors_depend_on_the_batch_is_refused(
 ) -> None:
     graph, manifest = quantised_inside("test_vit").graph, exported("fp32", False).manifest
     _check_mates(Session(graph, manifest, provider="cpu"), IMAGES)
-    monkeypatch.setattr(jepakit.runtime, "_OF_THE_BATCH", b"no such operator")
+    monkeypatch.setattr(jepakit.inference.runtime, "_OF_THE_BATCH", b"no such operator")
     with pytest.raises(ExportError, match=r"depends on which others are in its batch \(relative error 0\.\d+ beside"):
         _check_mates(Session(graph, manifest, provider="cpu"), IMAGES)
 
@@ -407,7 +407,7 @@ def test_data_that_no_graph_asks_for_change_nothing(
 _HUGE = """
 import resource, sys, time
 import jepakit
-from jepakit.session import Session
+from jepakit.inference.session import Session
 start = time.perf_counter()
 if sys.argv[1] == "export":
     jepakit.export("vit_huge_patch14_224:random", sys.argv[2], image_size=56)

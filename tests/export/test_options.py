@@ -21,15 +21,15 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from safetensors.torch import load, save_file
 
 import jepakit
-from jepakit import golden
-from jepakit.backbone import build, restore, stock_preprocess
-from jepakit.bundle import GRAPH, WEIGHTS, Bundle
-from jepakit.embedder import Embedder
+from jepakit.backbones.backbone import build, restore, stock_preprocess
+from jepakit.backbones.embedder import Embedder
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GRAPH, WEIGHTS, Bundle
+from jepakit.bundles.golden import Agreement, Tolerance, agreement, synthetic_images
+from jepakit.bundles.manifest import INPUT, EmbeddingSpec, Preprocess
 from jepakit.errors import ConfigError, DataError, ExportError
-from jepakit.golden import Agreement, Tolerance, agreement, synthetic_images
 from jepakit.images import center_crop, preprocess
-from jepakit.manifest import INPUT, EmbeddingSpec, Preprocess
-from jepakit.session import Session
+from jepakit.inference.session import Session
 from jepakit.sources import ImageList, tiles
 from jepakit_export import convert, exporter, quantize, verify
 from jepakit_export.verify import (

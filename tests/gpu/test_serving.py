@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 import jepakit
-from jepakit import golden
-from jepakit.bundle import Bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import Bundle
 from jepakit.errors import InferenceError
-from jepakit.session import Session
+from jepakit.inference.session import Session
 from jepakit_service.settings import ServeSettings
 from tests.service.conftest import picture, running
 from tests.service.load import Load, processes, wait_until

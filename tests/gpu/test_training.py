@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import jepakit
-from jepakit.backbone import start_backbone
+from jepakit.backbones.backbone import start_backbone
 from jepakit.config import AdaptConfig, Domain
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import CHECKPOINTS, START, Run

@@ -14,10 +14,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
-from jepakit import backbone
-from jepakit.backbone import _hub_in_reach, restore, start_backbone, tensors_of
+from jepakit.backbones import backbone
+from jepakit.backbones.backbone import _hub_in_reach, restore, start_backbone, tensors_of
+from jepakit.bundles.manifest import Backbone, StartWeights
 from jepakit.errors import BackboneError
-from jepakit.manifest import Backbone, StartWeights
 
 RANDOM = StartWeights(source="random", license="none needed")
 

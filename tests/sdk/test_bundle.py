@@ -19,11 +19,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tests.files import npy
 
-from jepakit.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, check_new, is_bundle, open_bundle, write_bundle
-from jepakit.comparison import Comparison, Scores, Verdict
-from jepakit.errors import BundleError, ConfigError, WriteError
-from jepakit.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
-from jepakit.manifest import (
+from jepakit.bundles.bundle import (
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    check_new,
+    is_bundle,
+    open_bundle,
+    write_bundle,
+)
+from jepakit.bundles.comparison import Comparison, Scores, Verdict
+from jepakit.bundles.golden import TOLERANCES, Golden, agreement, pack, relative_error, synthetic_images, unpack
+from jepakit.bundles.manifest import (
     Backbone,
     EmbeddingSpec,
     Graph,
@@ -35,6 +44,7 @@ from jepakit.manifest import (
     canonical_json,
     compute_model_id,
 )
+from jepakit.errors import BundleError, ConfigError, WriteError
 from jepakit.run import BUNDLE, Run
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {

@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
-from jepakit._cli_settings import settings_of
 from jepakit._extras import NEEDS
 from jepakit._files import making_folder
-from jepakit.cli import _comparable, app, main
+from jepakit.cli import app, main
+from jepakit.cli.settings import settings_of
+from jepakit.cli.vectors import _comparable
 from jepakit.config import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_STEPS,
@@ -94,7 +95,9 @@ def test_every_option_reaches_what_the_command_calls(monkeypatch: pytest.MonkeyP
         raise Called(settings | (given[0] if name == "serve" else dict(zip(("source", "out"), given, strict=False))))
 
     monkeypatch.setattr(f"jepakit._frontdoor.{name}", called)
-    types = get_type_hints(getattr(jepakit.cli, name))
+    types = get_type_hints(
+        next(call for one in app.registered_commands if (call := one.callback) and call.__name__ == name)
+    )
     words, expected = ["--vary", "lamb=1,2"] if name == "sweep" else [], dict[str, Any]()
     for option in typer.main.get_command(app).commands[name].params:  # type: ignore[attr-defined]
         if option.name not in types.keys() - OF_THE_COMMAND or not option.opts[0].startswith("--"):
@@ -477,7 +480,7 @@ def test_the_command_is_there_as_a_module_too() -> None:
     [
         ("jepakit._frontdoor.export", "export test_vit:random --out {}"),
         ("jepakit._frontdoor.fetch_weights", "weights fetch test_vit --out {}"),
-        ("jepakit.session.load", "embed images --bundle scans --out {}"),
+        ("jepakit.inference.session.load", "embed images --bundle scans --out {}"),
     ],
 )
 def test_a_command_that_is_told_to_stop_removes_what_it_has_not_finished(

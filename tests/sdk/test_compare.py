@@ -16,7 +16,7 @@ from jepakit import Embeddings
 from jepakit._groups import assign_folds
 from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError
-from jepakit.evaluate import cross_measure
+from jepakit.evaluation.evaluate import cross_measure
 
 NAMES = np.array(["ant", "bee", "cat"])
 

@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 import jepakit
-from jepakit import doctor, runtime
+from jepakit import doctor
 from jepakit._extras import versions_of
 from jepakit.cli import app
 from jepakit.doctor import examine
+from jepakit.inference import runtime
 
 
 @pytest.fixture

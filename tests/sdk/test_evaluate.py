@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from jepakit import _frontdoor, _interval, evaluate
-from jepakit._interval import bootstrap, covariance, variance_of_fits
+from jepakit import _frontdoor
+from jepakit.bundles.comparison import Comparison, Scores, Verdict
 from jepakit.cli import app
-from jepakit.comparison import Comparison, Scores, Verdict
 from jepakit.errors import DataError
-from jepakit.evaluate import (
+from jepakit.evaluation import evaluate
+from jepakit.evaluation import interval as _interval
+from jepakit.evaluation.evaluate import (
     SAME_WITHIN,
     Measurement,
     _groups_to_call_it_the_same,
@@ -28,6 +29,7 @@ from jepakit.evaluate import (
     measure,
     no_labels,
 )
+from jepakit.evaluation.interval import bootstrap, covariance, variance_of_fits
 
 NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
 

@@ -17,9 +17,9 @@ from tests.files import encoded, png_chunk
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.errors import ImageError
 from jepakit.images import fit, preprocess
-from jepakit.manifest import Preprocess
 from jepakit.readers import DEFAULT_LIMITS, Limits, open_raster
 
 Pixels = NDArray[np.uint8]
@@ -115,7 +115,7 @@ def test_a_line_of_pixels_does_not_fill_the_memory() -> None:
     program = """
 import io, resource
 from PIL import Image
-from jepakit.manifest import Preprocess
+from jepakit.bundles.manifest import Preprocess
 from jepakit.errors import ImageError
 from jepakit.images import preprocess
 spec = Preprocess(size=224, resize_to=224, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8",

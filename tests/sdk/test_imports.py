@@ -61,7 +61,7 @@ def test_onnx_runtime_is_imported_with_its_telemetry_off() -> None:
         for path in (root / package).rglob("*.py")
         if re.search(r"^ *(import|from) onnxruntime", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert importing.keys() == {"_ort.py", "quantize.py"}
+    assert importing.keys() == {"ort.py", "quantize.py"}
     assert "\n    import_ort()\n    from onnxruntime" in importing["quantize.py"]
 
 
@@ -76,8 +76,8 @@ def test_touching_the_client_loads_no_package_but_what_it_is_built_on() -> None:
 
 
 def test_a_bundle_is_read_without_what_measures() -> None:
-    loaded = in_a_fresh_process("import json, sys; import jepakit.bundle; print(json.dumps(list(sys.modules)))")
-    assert {"jepakit.evaluate", "jepakit.probes"}.isdisjoint(loaded)
+    loaded = in_a_fresh_process("import json, sys; import jepakit.bundles.bundle; print(json.dumps(list(sys.modules)))")
+    assert {"jepakit.evaluation.evaluate", "jepakit.probes"}.isdisjoint(loaded)
 
 
 def test_all_is_what_is_visible() -> None:

@@ -12,9 +12,9 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from jepakit.bundles.manifest import Preprocess, Scaling
 from jepakit.errors import ImageError
 from jepakit.images import fit, neutral, preprocess, read_image
-from jepakit.manifest import Preprocess, Scaling
 from jepakit.readers import ImageRef, Window
 
 

@@ -35,12 +35,12 @@ from jepakit import (
     Sweep,
     Verdict,
     load_probe,
-    probes,
 )
 from jepakit._groups import assign_folds
-from jepakit._logistic import cross_entropy, fit_logistic, softmax
 from jepakit.errors import ConfigError, DataError, InputError, SpaceError
-from jepakit.probes import C_GRID, ProbeReport
+from jepakit.probes import ProbeReport, knn, linear
+from jepakit.probes.linear import C_GRID
+from jepakit.probes.logistic import cross_entropy, fit_logistic, softmax
 
 Floats = NDArray[np.float64]
 
@@ -202,7 +202,7 @@ def test_knn_is_the_same_however_many_queries_come_at_once(monkeypatch: pytest.M
     many = np.tile(vectors, (25, 1))
     alike = np.tile(probe.predict_proba(vectors), (25, 1))
     np.testing.assert_allclose(probe.predict_proba(many), alike, rtol=1e-6)
-    monkeypatch.setattr(probes, "_KNN_PAIRS", 7 * len(vectors))  # as among so many vectors that few fit at a time
+    monkeypatch.setattr(knn, "_PAIRS", 7 * len(vectors))  # as among so many vectors that few fit at a time
     np.testing.assert_allclose(probe.predict_proba(many), alike, rtol=1e-6)
 
 
@@ -271,7 +271,7 @@ def test_a_class_that_a_fold_was_not_fitted_on_has_no_say_in_the_choice_of_c(mon
         missed: Floats = cross_entropy(logits, targets) - 1e6 * len(calls) * (targets == 2)
         return missed
 
-    monkeypatch.setattr(probes, "cross_entropy", favouring_the_last)
+    monkeypatch.setattr(linear, "cross_entropy", favouring_the_last)
     assert LinearProbe().fit(vectors, labels).C_ == chosen != C_GRID[-1]
     assert calls
 
@@ -545,7 +545,7 @@ def test_a_second_fit_whose_groups_are_refused_leaves_the_first_one_standing() -
         probe.fit(embeddings(OTHER_SPACE), groups=["a"])
     assert probe.model_id_ == SPACE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jepakit.probes.fit_logistic", np.linalg.inv)  # which fails
+        patch.setattr("jepakit.probes.linear.fit_logistic", np.linalg.inv)  # which fails
         with pytest.raises(TypeError):
             probe.fit(embeddings(OTHER_SPACE))
     assert probe.model_id_ == SPACE
@@ -909,7 +909,7 @@ def test_a_fold_is_standardised_by_the_vectors_inside_it_alone(monkeypatch: pyte
         means.append(np.abs(vectors.mean(axis=0)).max())
         return fit_logistic(vectors, *args, **options)
 
-    monkeypatch.setattr(probes, "fit_logistic", noting)
+    monkeypatch.setattr(linear, "fit_logistic", noting)
     LinearProbe().fit(np.random.default_rng(0).standard_normal((60, 8)), np.repeat(["ant", "bee"], 30))
     assert len(means) == 5 * len(C_GRID) + 1
     assert max(means) < 1e-9

@@ -16,13 +16,13 @@ import onnxruntime
 import pytest
 
 import jepakit
-import jepakit.runtime
-from jepakit import golden
+import jepakit.inference.runtime
 from jepakit._messages import lines_of
-from jepakit.bundle import GOLDEN, GRAPH, Bundle, open_bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GOLDEN, GRAPH, Bundle, open_bundle
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
-from jepakit.runtime import Provider, check_provider, open_runtime
-from jepakit.session import Session
+from jepakit.inference.runtime import Provider, check_provider, open_runtime
+from jepakit.inference.session import Session
 
 SIZE = 64
 HERE: tuple[Provider, ...] = ("cpu", "openvino")
@@ -93,7 +93,7 @@ def test_a_runtime_that_was_built_without_the_provider_is_named(
 
 def test_a_provider_that_quietly_became_the_cpu_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that is there but does not work: ONNX Runtime then opens the CPU and only logs it."""
-    monkeypatch.setattr(jepakit.runtime, "_missing", lambda _choice: None)
+    monkeypatch.setattr(jepakit.inference.runtime, "_missing", lambda _choice: None)
     opened = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime,
@@ -115,8 +115,8 @@ def test_a_gpu_that_fails_is_an_error_or_with_auto_the_cpu_and_a_warning(
                 raise RuntimeError("CUDA failure 2: out of memory")
             super()._create_inference_session(providers, *others)
 
-    monkeypatch.setattr(jepakit.runtime, "_missing", lambda _choice: None)
-    monkeypatch.setattr(jepakit.runtime, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(jepakit.inference.runtime, "_missing", lambda _choice: None)
+    monkeypatch.setattr(jepakit.inference.runtime, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Broken)
     with pytest.raises(BundleError, match="cannot open the graph on cuda: CUDA failure 2: out of memory"):
         Session.open(bundle, provider="cuda")
@@ -128,9 +128,9 @@ def test_a_gpu_that_fails_is_an_error_or_with_auto_the_cpu_and_a_warning(
 def test_auto_takes_the_cpu_for_graphs_that_quantise_each_batch(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(jepakit.runtime, "_missing", lambda _choice: None)
-    monkeypatch.setattr(jepakit.runtime, "has_nvidia_driver", lambda: True)
-    monkeypatch.setattr(jepakit.runtime, "_OF_THE_BATCH", b"")  # found in every graph
+    monkeypatch.setattr(jepakit.inference.runtime, "_missing", lambda _choice: None)
+    monkeypatch.setattr(jepakit.inference.runtime, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(jepakit.inference.runtime, "_OF_THE_BATCH", b"")  # found in every graph
     assert open_runtime(bundle.read(GRAPH), "auto", 1).provider == "cpu"
     assert "not on the GPU: its int8 operators are the CPU's alone" in caplog.text
 
@@ -232,7 +232,7 @@ def test_no_room_for_a_batch_is_an_error_that_passes(bundle: Bundle) -> None:
     work = f"""
 import resource, numpy as np
 from jepakit.errors import InferenceError
-from jepakit.session import Session
+from jepakit.inference.session import Session
 
 session = Session.open({str(bundle.path)!r}, provider="cpu", threads=1)
 few = np.zeros((2, {SIZE}, {SIZE}, 3), np.uint8)

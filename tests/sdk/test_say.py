@@ -109,10 +109,10 @@ def test_a_reader_that_has_seen_enough_is_told_nothing(buffered: bool) -> None:
 def test_too_little_address_space_for_a_library_is_told_in_one_line() -> None:
     program = """
 import sys
-from jepakit import cli
+from jepakit.cli import program
 def app(**_): raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
-cli.app = app
-cli.main()
+program.app = app
+program.main()
 """
     ended = done(program, stderr=subprocess.PIPE)
     assert ended.returncode == 1

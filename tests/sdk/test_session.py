@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import jepakit
-import jepakit.session
-from jepakit import golden
+import jepakit.inference.session
 from jepakit._machine import usable_cpus
-from jepakit.bundle import GOLDEN, GRAPH, Bundle, open_bundle, write_bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GOLDEN, GRAPH, Bundle, open_bundle, write_bundle
 from jepakit.errors import BundleError, ConfigError, DataError, ImageError, InferenceError
 from jepakit.images import Pixels, preprocess
-from jepakit.runtime import Arithmetic, Provider
-from jepakit.session import Model, Session, _by_buckets
+from jepakit.inference.runtime import Arithmetic, Provider
+from jepakit.inference.session import Model, Session, _by_buckets
 
 SIZE = 64
 KINDS: dict[str, tuple[Provider, Arithmetic]] = {
@@ -358,7 +358,7 @@ def test_images_are_decoded_while_others_are_embedded_and_never_far_ahead(
     model: Model, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(model._session, wait_for=8)
-    monkeypatch.setattr(jepakit.session, "preprocess", watched.preprocess)
+    monkeypatch.setattr(jepakit.inference.session, "preprocess", watched.preprocess)
     Model(watched).embed(list(images), progress=False)  # type: ignore[arg-type]
     assert watched.asked == len(images)
     assert watched.seen[0] >= 8  # the second batch was read while the first was embedded
@@ -402,7 +402,7 @@ def test_the_first_bad_image_is_named_though_a_later_one_fails_sooner(
             later_failed.set()
             raise
 
-    monkeypatch.setattr(jepakit.session, "preprocess", slow_at_5)
+    monkeypatch.setattr(jepakit.inference.session, "preprocess", slow_at_5)
     with pytest.raises(ImageError, match=r"005\.png"):
         model.embed(files, progress=False)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]

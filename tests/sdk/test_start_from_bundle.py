@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jepakit.backbone import build, start_backbone, stock_preprocess
-from jepakit.bundle import WEIGHTS, Bundle, open_bundle, write_bundle
+from jepakit.backbones.backbone import build, start_backbone, stock_preprocess
+from jepakit.bundles.bundle import WEIGHTS, Bundle, open_bundle, write_bundle
+from jepakit.bundles.manifest import Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights
 from jepakit.errors import BundleError
-from jepakit.manifest import Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights
 
 
 @pytest.fixture

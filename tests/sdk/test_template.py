@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from jepakit.cli import app
+from jepakit.cli.template import template
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError
-from jepakit.template import template
 
 
 def test_what_the_file_shows_are_all_settings_with_their_defaults() -> None:

@@ -22,8 +22,8 @@ import uvicorn
 from PIL import Image
 
 import jepakit
-from jepakit import golden
-from jepakit.bundle import GOLDEN, write_bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GOLDEN, write_bundle
 from jepakit_service import single, tuning
 from jepakit_service.api import build_app
 from jepakit_service.settings import ServeSettings

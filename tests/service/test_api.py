@@ -24,7 +24,7 @@ import openai
 import pytest
 
 import jepakit
-from jepakit.bundle import open_bundle
+from jepakit.bundles.bundle import open_bundle
 from jepakit.errors import AuthenticationError, ConfigError, ImageError
 from jepakit_service import api, dialects, posts, routes, wire
 from jepakit_service.api import build_app

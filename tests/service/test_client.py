@@ -34,11 +34,12 @@ from typer.testing import CliRunner
 
 import jepakit
 from jepakit import Embeddings
-from jepakit._job import Job, RequestLimits
-from jepakit._models import spec_of
-from jepakit._results import Results
+from jepakit.bundles.manifest import Manifest
 from jepakit.cli import app
 from jepakit.client import ModelInfo
+from jepakit.client.job import Job, RequestLimits
+from jepakit.client.models import spec_of
+from jepakit.embedding.results import Results
 from jepakit.errors import (
     AuthenticationError,
     BundleError,
@@ -52,8 +53,7 @@ from jepakit.errors import (
     ProtocolError,
     ResponseError,
 )
-from jepakit.manifest import Manifest
-from jepakit.session import Model, Session
+from jepakit.inference.session import Model, Session
 from jepakit.sources import gather
 from jepakit_service.settings import ServeSettings
 from tests.files import encoded
@@ -713,7 +713,7 @@ VECTOR = np.array([1, 2], "<f4").tobytes()
 
 
 def test_overload_outage_and_foreign_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jepakit._attempts._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("jepakit.client.attempts._FIRST_PAUSE_S", 0.01)
     answers = [
         (429, {"Retry-After": "0"}, b'{"error": {"message": "later", "code": "overloaded"}}'),
         (503, {"Retry-After": "0"}, b"<html>nginx</html>"),
@@ -794,7 +794,7 @@ def test_what_waits_for_the_clients_own_requests_is_not_late(kind: type[Any]) ->
 def test_a_service_that_was_never_started_is_told_while_one_waits(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jepakit._attempts._TOLD_AFTER_S", 0.05)
+    monkeypatch.setattr("jepakit.client.attempts._TOLD_AFTER_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with jepakit.Client(url, deadline_s=1.5) as client, pytest.raises(ConnectionFailedError, match="gave no answer"):

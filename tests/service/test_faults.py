@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 
 import jepakit
-from jepakit.manifest import Pooling
+from jepakit.bundles.manifest import Pooling
 from tests.test_pipeline import jepakit_cli, serving
 
 from .conftest import picture

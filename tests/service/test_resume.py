@@ -22,11 +22,13 @@ import pytest
 from typer.testing import CliRunner
 
 import jepakit
-from jepakit import Embeddings, _job, session
-from jepakit._results import Results
+from jepakit import Embeddings
 from jepakit.cli import app
+from jepakit.client import job as _job
+from jepakit.embedding.results import Results
 from jepakit.errors import ConfigError, ImageError, SpaceError, WriteError
 from jepakit.images import preprocess
+from jepakit.inference import session
 from jepakit_service.settings import ServeSettings
 
 from .conftest import copied as copied_bundle

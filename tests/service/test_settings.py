@@ -24,9 +24,9 @@ import psutil
 import pytest
 import yaml
 
-from jepakit._cli_settings import settings_of
 from jepakit._frontdoor import serve
 from jepakit._ray import _LONGEST_PLACE, own_folder
+from jepakit.cli.settings import settings_of
 from jepakit.errors import ConfigError, ServeError
 from jepakit_service import app, keys, listeners, single
 from jepakit_service.keys import KeyFile, new_key

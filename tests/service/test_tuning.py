@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jepakit import golden
-from jepakit.bundle import GOLDEN, open_bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import GOLDEN, open_bundle
 from jepakit.errors import InferenceError
 from jepakit.images import Pixels
-from jepakit.runtime import Chosen
-from jepakit.session import Session
+from jepakit.inference.runtime import Chosen
+from jepakit.inference.session import Session
 from jepakit_service import tuning
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tuning import Plan, Tuned, most_sessions, tune

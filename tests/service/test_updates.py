@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 import jepakit
-from jepakit import cli
-from jepakit.bundle import MANIFEST, Bundle
+from jepakit.bundles.bundle import MANIFEST, Bundle
+from jepakit.cli import serving, stopping
 from jepakit.client import ModelInfo
 from jepakit.errors import (
     BundleError,
@@ -589,7 +589,7 @@ def test_a_signal_ends_a_deploy_as_ctrl_c_does_and_a_second_one_cuts_nothing_sho
 
     monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
     with pytest.raises(SystemExit) as caught:
-        cli.deploy(tmp_path, tmp_path)
+        serving.deploy(tmp_path, tmp_path)
     assert (caught.value.code, undone) == (128 + number, [True])
 
 
@@ -609,7 +609,7 @@ def test_a_second_ctrl_c_does_not_cut_short_what_the_first_one_undoes(
 
     monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
     with pytest.raises(KeyboardInterrupt):
-        cli.deploy(tmp_path, tmp_path)
+        serving.deploy(tmp_path, tmp_path)
     assert undone == [True]
 
 
@@ -637,7 +637,7 @@ def test_a_system_without_sighup_can_deploy(bundle: Path, tmp_path: Path, monkey
     monkeypatch.setattr(
         "jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced=told(bundle), beside=())
     )
-    cli.deploy(tmp_path, tmp_path)
+    serving.deploy(tmp_path, tmp_path)
 
 
 def test_what_a_killed_deploy_moved_aside_is_put_back_by_the_next(
@@ -711,11 +711,11 @@ def test_what_a_deploy_may_not_remove_is_named(
 
 @pytest.mark.usefixtures("signals")
 def test_a_signal_long_after_one_that_a_library_swallowed_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    cli._exit_on_signals()
+    stopping.exit_on_signals()
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)  # at once: ignored
-    monkeypatch.setattr(cli, "_ONE_STOP_S", 0.0)  # later
+    monkeypatch.setattr(stopping, "_ONE_STOP_S", 0.0)  # later
     with pytest.raises(SystemExit):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -733,7 +733,7 @@ def test_a_deploy_under_nohup_outlives_its_terminal(
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr("jepakit._frontdoor.deploy", deployed)
-    cli.deploy(tmp_path, tmp_path)
+    serving.deploy(tmp_path, tmp_path)
     assert deploys == [tmp_path]
 
 
@@ -754,7 +754,7 @@ def test_a_deploy_says_where_a_bundle_is_one_more_model_or_gives_longer_vectors(
     """dim: the length of the vectors before; None if it was not in service."""
     replaced = None if dim is None else replace_fields(told(bundle), dim=dim)
     monkeypatch.setattr("jepakit._frontdoor.deploy", lambda *_, **__: Deployed(told(bundle), replaced, beside))
-    cli.deploy(tmp_path, tmp_path)
+    serving.deploy(tmp_path, tmp_path)
     rest = capfd.readouterr().out.partition(f"digest   {digest(bundle)}\n")[2]
     assert rest.startswith(remark)
     assert bool(rest) == bool(remark)

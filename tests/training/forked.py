@@ -11,7 +11,15 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["jepakit", "jepakit.cli", "jepakit_training", "jepakit_training.stopping", "accelerate", "timm", "tomli_w"]
+_PRELOAD = [
+    "jepakit",
+    "jepakit.cli",
+    "jepakit_training",
+    "jepakit_training.stopping",
+    "accelerate",
+    "timm",
+    "tomli_w",
+]
 
 
 def start(function: Callable[..., Any], *args: Any, log: Path, **kwargs: Any) -> ForkServerProcess:

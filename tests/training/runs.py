@@ -16,7 +16,7 @@ from torch import Tensor
 import jepakit
 import jepakit_training.learner
 import jepakit_training.sigreg
-from jepakit.bundle import WEIGHTS
+from jepakit.bundles.bundle import WEIGHTS
 from jepakit.run import BUNDLE, Run
 
 TINY: dict[str, Any] = {

@@ -22,8 +22,8 @@ import jepakit
 import jepakit.run
 import jepakit_training.learner
 import jepakit_training.sigreg
-from jepakit.backbone import start_backbone
-from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
+from jepakit.backbones.backbone import start_backbone
+from jepakit.bundles.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.cli import app
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepakit.backbone import build, start_backbone
+from jepakit.backbones.backbone import build, start_backbone
 from jepakit_training.batchnorm import (
     GlobalBatchNorm1d,
     batch_norms,

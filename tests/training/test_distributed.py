@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import jepakit
-from jepakit.bundle import WEIGHTS
+from jepakit.bundles.bundle import WEIGHTS
 from jepakit.run import BUNDLE, SKIPPED, START, Run
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"

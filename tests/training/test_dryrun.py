@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import jepakit
 from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError
-from jepakit.evaluate import Measurement
+from jepakit.evaluation.evaluate import Measurement
 from jepakit.run import DryRun
 from jepakit_training import dryrun, evaluation, launch, setup
 from jepakit_training.evaluation import Features

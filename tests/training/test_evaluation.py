@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import jepakit
-from jepakit.backbone import build
-from jepakit.comparison import Scores
+from jepakit.backbones.backbone import build
+from jepakit.bundles.comparison import Scores
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, MissingExtraError
-from jepakit.evaluate import Measurement
-from jepakit.manifest import Preprocess
+from jepakit.evaluation.evaluate import Measurement
 from jepakit.run import Run
 from jepakit.sources import ImageList, list_images
 from jepakit_training import evaluation, loop

@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from jepakit._groups import main_class
-from jepakit.comparison import Scores
+from jepakit.bundles.comparison import Scores
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
-from jepakit.evaluate import Measurement, judge
+from jepakit.evaluation.evaluate import Measurement, judge
 from jepakit.sources import ImageList, list_images
 from jepakit_training.holdout import ENOUGH_GROUPS, MeasuringSet, Split, _near_share, hold_out, split
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.training.forked import start
 
 import jepakit
-from jepakit.bundle import WEIGHTS
+from jepakit.bundles.bundle import WEIGHTS
 from jepakit.run import BUNDLE, CHECKPOINTS, START, Run
 
 STEPS = 8

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import jepakit
 from jepakit import errors
-from jepakit.bundle import WEIGHTS
+from jepakit.bundles.bundle import WEIGHTS
 from jepakit.errors import BackboneError, ConfigError, ImageError, JepakitError
 from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
 from jepakit.sources import list_images

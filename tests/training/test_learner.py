@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import jepakit_training.learner
-from jepakit.backbone import start_backbone, stock_preprocess
+from jepakit.backbones.backbone import start_backbone, stock_preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.sources import ImageList, list_images

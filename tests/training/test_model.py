@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepakit.backbone import build, stock_preprocess
+from jepakit.backbones.backbone import build, stock_preprocess
 from jepakit_training.batchnorm import freeze_norm_statistics
 from jepakit_training.model import Encoder, Projector, TwoPass, normalise
 from jepakit_training.sigreg import directions, lejepa_loss

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepakit.manifest import Preprocess
+from jepakit.bundles.manifest import Preprocess
 from jepakit.sources import list_images
 from jepakit_training import neighbours
 from jepakit_training.holdout import MeasuringSet

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from jepakit.backbone import build, stock_preprocess
-from jepakit.bundle import WEIGHTS, write_bundle
+from jepakit.backbones.backbone import build, stock_preprocess
+from jepakit.bundles.bundle import WEIGHTS, write_bundle
+from jepakit.bundles.manifest import Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
-from jepakit.manifest import Backbone, EmbeddingSpec, Manifest, Provenance, StartWeights
 from jepakit.sources import list_images
 from jepakit_training import loader_limits, precision
 from jepakit_training import plan as plan_module

@@ -20,10 +20,10 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import preprocess, read_image
-from jepakit.manifest import Preprocess
 from jepakit.readers import Header, ImageRef
 from jepakit.sources import list_images
 from jepakit_training.doubts import doubts

@@ -17,11 +17,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 import jepakit
-from jepakit import backbone as backbone_module
-from jepakit.backbone import build, round_size, size_multiple, start_backbone, stock_preprocess
-from jepakit.embedder import Embedder, pool, pool_all, poolings_of
+from jepakit.backbones import backbone as backbone_module
+from jepakit.backbones.backbone import build, round_size, size_multiple, start_backbone, stock_preprocess
+from jepakit.backbones.embedder import Embedder, pool, pool_all, poolings_of
+from jepakit.bundles.manifest import EmbeddingSpec
 from jepakit.errors import BackboneError
-from jepakit.manifest import EmbeddingSpec
 
 
 def write(folder: Path, state: dict[str, Any], name: str = "weights.safetensors") -> str:

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import jepakit
 import jepakit_training
 from jepakit import Sweep
+from jepakit.bundles.comparison import Verdict
 from jepakit.cli import app
-from jepakit.comparison import Verdict
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.run import BUNDLE, METRICS, START, Run

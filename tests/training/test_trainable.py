@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepakit.backbone import build
+from jepakit.backbones.backbone import build
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit_training.batchnorm import freeze_norm_statistics

@@ -18,9 +18,9 @@ from tests.training.forked import start
 from tests.training.full_disk import files_no_longer_than
 from torch.utils.data import DataLoader, Dataset
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import ViewsConfig
 from jepakit.errors import DataError, TrainingError
-from jepakit.manifest import Preprocess
 from jepakit.sources import list_images
 from jepakit_training.cache import ImageCache
 from jepakit_training.data import Key, StepBatches, ViewDataset, iterating, make_loader, views_on

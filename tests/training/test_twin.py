@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepakit.backbone import start_backbone
+from jepakit.backbones.backbone import start_backbone
 from jepakit_training.batchnorm import batch_norms
 from jepakit_training.trainable import freeze
 from jepakit_training.twin import twin_of

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from jepakit.bundles.manifest import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ViewsConfig
 from jepakit.errors import ConfigError
-from jepakit.manifest import Scaling
 from jepakit_training.views import Crops, ViewMaker, Views, collate, draw_boxes, finish
 
 SEEDS = range(40)

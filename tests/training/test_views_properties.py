@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from numpy.typing import NDArray
 
+from jepakit.bundles.manifest import Scaling
 from jepakit.config import AdaptConfig, Domain, ViewsConfig
-from jepakit.manifest import Scaling
 from jepakit_training.views import ViewMaker, Views, collate, finish
 
 COLOUR: list[Domain] = ["general", "natural", "satellite", "histology", "radiology", "microscopy"]

@@ -25,7 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 import jepakit
-from jepakit.backbone import start_backbone, stock_preprocess
+from jepakit.backbones.backbone import start_backbone, stock_preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError, TrainingError
 from jepakit.run import BUNDLE

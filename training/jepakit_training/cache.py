@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from jepakit._files import lock_file, reason_of, replacing
 from jepakit._say import say
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
-from jepakit.manifest import Preprocess
 from jepakit.sources.aside import CACHED
 from jepakit_training.memory import GB
 from jepakit_training.views import resize

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.errors import DataError, ImageError, InputError, JepakitError, TrainingError
 from jepakit.images import Pixels, read_image
-from jepakit.manifest import Preprocess
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
 from jepakit_training.cache import ImageCache, downscale

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from jepakit._say import say
+from jepakit.bundles.manifest import Pooling, Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.manifest import Pooling, Preprocess
 from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation

@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from jepakit._groups import assign_folds, codes, copies, numbered
 from jepakit._messages import counted
 from jepakit._progress import stage, track
-from jepakit.backbone import is_bundle_weights
-from jepakit.bundle import open_bundle
-from jepakit.comparison import Comparison
+from jepakit.backbones.backbone import is_bundle_weights
+from jepakit.backbones.embedder import Embedder, check_pooling, pool_all, poolings_of
+from jepakit.bundles.bundle import open_bundle
+from jepakit.bundles.comparison import Comparison
+from jepakit.bundles.manifest import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.config import AdaptConfig
-from jepakit.embedder import Embedder, check_pooling, pool_all, poolings_of
 from jepakit.errors import DataError, ImageError, InputError
-from jepakit.evaluate import NO_LABELS, Measurement, judge, measure, no_labels
+from jepakit.evaluation.evaluate import NO_LABELS, Measurement, judge, measure, no_labels
 from jepakit.images import Pixels, preprocess
-from jepakit.manifest import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split
 from jepakit_training.loader_limits import end_with_trainer, start_method

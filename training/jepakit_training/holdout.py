@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from jepakit._checks import FEWEST_IMAGES, check_enough
 from jepakit._groups import codes, main_class
 from jepakit._messages import counted
-from jepakit.backbone import provenance_behind
+from jepakit.backbones.backbone import provenance_behind
+from jepakit.bundles.manifest import Provenance
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
-from jepakit.evaluate import FEWEST_PER_CLASS
-from jepakit.manifest import Provenance
+from jepakit.evaluation.evaluate import FEWEST_PER_CLASS
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.randomness import derive_seed
 

@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike
 from jepakit._checks import exceeds
 from jepakit._messages import counted
 from jepakit._progress import stage
-from jepakit.backbone import build, fitting_size, stock_preprocess
+from jepakit.backbones.backbone import build, fitting_size, stock_preprocess
+from jepakit.bundles.manifest import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
-from jepakit.manifest import Scaling
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.doubts import doubts
 from jepakit_training.pictures import bands_shown

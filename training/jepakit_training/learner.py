@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
-from jepakit.manifest import Preprocess
 from jepakit_training.averaging import Average, mix_with_start
 from jepakit_training.batchnorm import batch_norms, freeze_norm_statistics, make_norm_statistics_global
 from jepakit_training.model import Encoder, Projector, TwoPass, layout_of, split_views

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from jepakit._messages import lines_of
 from jepakit._say import say
-from jepakit.bundle import name_for
+from jepakit.bundles.bundle import name_for
 from jepakit.config import AdaptConfig
 from jepakit.errors import CheckpointError, TrainingError
 from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, SKIPPED, START, Run

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepakit.backbone import is_hierarchical
-from jepakit.manifest import Preprocess
+from jepakit.backbones.backbone import is_hierarchical
+from jepakit.bundles.manifest import Preprocess
 from jepakit_training.batchnorm import GlobalBatchNorm1d
 from jepakit_training.views import Views
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepakit._vectors import most_similar
+from jepakit.bundles.manifest import Preprocess
 from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
-from jepakit.manifest import Preprocess
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.holdout import MeasuringSet
 from jepakit_training.pictures import Cell, as_picture, bands_shown, draw

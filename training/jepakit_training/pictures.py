@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from jepakit._files import written
+from jepakit.bundles.manifest import Preprocess
 from jepakit.inspection import printable
-from jepakit.manifest import Preprocess
 
 _CELL, _GAP, _HEAD, _CAPTION, _FRAME = 160, 8, 34, 18, 4
 _LETTERS_PX = 14

@@ -10,7 +10,7 @@ import torch
 
 from jepakit._machine import MORE_SHARED, SHARED, main_memory, usable_cpus
 from jepakit._messages import counted
-from jepakit.backbone import fitting_size, is_hierarchical, round_size, size_multiple
+from jepakit.backbones.backbone import fitting_size, is_hierarchical, round_size, size_multiple
 from jepakit.config import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_STEPS,

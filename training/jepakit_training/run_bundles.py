@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from safetensors.torch import load, save_file
 
-from jepakit.backbone import provenance_behind, tensors_of
-from jepakit.bundle import WEIGHTS, open_bundle, write_bundle
-from jepakit.comparison import Comparison
+from jepakit.backbones.backbone import provenance_behind, tensors_of
+from jepakit.bundles.bundle import WEIGHTS, open_bundle, write_bundle
+from jepakit.bundles.comparison import Comparison
+from jepakit.bundles.manifest import EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.errors import BundleError, ConfigError, DataError
-from jepakit.manifest import EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.run import START, Run
 from jepakit_training.run_folder import FREE_SETTINGS, versions
 from jepakit_training.setup import Setup

@@ -19,10 +19,10 @@ from jepakit._checks import exceeds
 from jepakit._progress import shown
 from jepakit._threads import in_threads
 from jepakit._vectors import float32_tuple
+from jepakit.bundles.manifest import Preprocess, Scaling
 from jepakit.config import ValueRange, chosen_range
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import choose_frame, describe_kind, usable
-from jepakit.manifest import Preprocess, Scaling
 from jepakit.readers import Header, Window, open_raster
 from jepakit.readers.room import room_for
 from jepakit.readers.scenes import decoded_around

@@ -12,12 +12,12 @@ from torch import nn
 from jepakit._messages import counted
 from jepakit._one_line import one_line
 from jepakit._say import say
-from jepakit.backbone import start_backbone, start_preprocess
+from jepakit.backbones.backbone import start_backbone, start_preprocess
+from jepakit.bundles.manifest import Backbone, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
-from jepakit.manifest import Backbone, Preprocess
+from jepakit.inference.runtime import has_nvidia_driver
 from jepakit.run import SKIPPED, Run
-from jepakit.runtime import has_nvidia_driver
 from jepakit.sources import ImageList
 from jepakit_training.cache import open_cache
 from jepakit_training.data import ViewDataset

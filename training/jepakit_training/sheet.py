@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.config import ViewsConfig
 from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
-from jepakit.manifest import Preprocess
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.pictures import Cell, as_picture, draw, three_bands
 from jepakit_training.randomness import derive_seed

@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from jepakit.backbone import is_hierarchical
+from jepakit.backbones.backbone import is_hierarchical
 from jepakit.config import AdaptConfig, Unfreeze
 from jepakit.errors import ConfigError
 from jepakit_training.randomness import derive_seed

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jepakit.bundles.manifest import Preprocess, Scaling
 from jepakit.config import AdaptConfig
 from jepakit.images import MOST_CLIPPED
-from jepakit.manifest import Preprocess, Scaling
 from jepakit.sources import ImageList
 from jepakit_training.scan import Scan, refuse_mixed, scan
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from jepakit.bundles.manifest import Scaling
 from jepakit.config import ViewsConfig
-from jepakit.manifest import Scaling
 from jepakit_training import photometric
 from jepakit_training.photometric import Changes
 

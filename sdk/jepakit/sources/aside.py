@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from jepakit._messages import counted
-from jepakit.bundle import MANIFEST, WEIGHTS
+from jepakit.bundles.bundle import MANIFEST, WEIGHTS
 
 CACHED = ".jepakit.npy"
 """How the names of images in the trainer's cache end."""

@@ -21,9 +21,9 @@ import tifffile
 from PIL import Image
 from tests.files import tiff
 
+from jepakit.bundles.manifest import Preprocess
 from jepakit.errors import ImageError
 from jepakit.images import read_image
-from jepakit.manifest import Preprocess
 from jepakit.readers import Scenes, Window, open_raster
 from jepakit.readers import tiff as tiff_reader
 from jepakit.readers.pillow import PillowFile

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from jepakit._files import written
 from jepakit._messages import first_few, lines_of
 from jepakit._timm_names import check_name
-from jepakit.bundle import MANIFEST, WEIGHTS, is_bundle, open_bundle
+from jepakit.bundles.bundle import MANIFEST, WEIGHTS, is_bundle, open_bundle
+from jepakit.bundles.manifest import Backbone, Preprocess, Provenance, StartWeights
 from jepakit.config import START_WORDS
 from jepakit.errors import BackboneError
-from jepakit.manifest import Backbone, Preprocess, Provenance, StartWeights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecation warnings of torch and timm at import do not concern users

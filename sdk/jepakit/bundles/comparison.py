@@ -1,4 +1,4 @@
-"""Records of the results before and after adaptation: made by `jepakit.evaluate`, kept in a bundle's manifest."""
+"""Records of the results before and after adaptation: made by `jepakit.evaluation.evaluate`, kept in a bundle's manifest."""
 
 from __future__ import annotations
 

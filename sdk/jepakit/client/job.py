@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._attempts import AT_ONCE
 from jepakit._files import reason_of
-from jepakit._models import ModelInfo, named
-from jepakit._results import Results
 from jepakit._threads import work_ahead
+from jepakit.client.attempts import AT_ONCE
+from jepakit.client.models import ModelInfo, named
+from jepakit.embedding.results import Results
 from jepakit.errors import ImageError, ModelChangedError, ProtocolError, ResponseError
 from jepakit.readers import DEFAULT_LIMITS
 from jepakit.sources import ImageList
@@ -27,7 +27,7 @@ from jepakit.sources import ImageList
 if TYPE_CHECKING:
     import httpx
 
-    from jepakit.manifest import Preprocess
+    from jepakit.bundles.manifest import Preprocess
     from jepakit.readers import ImageRef
 
 IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20

@@ -14,20 +14,20 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit import golden
 from jepakit._checks import is_whole
 from jepakit._machine import usable_cpus
 from jepakit._messages import lines_of
 from jepakit._progress import Steps
-from jepakit._results import Results
-from jepakit._skipped import OnSkipped, check_skipping
 from jepakit._threads import work_ahead
-from jepakit.bundle import DATA, GOLDEN, GRAPH, Bundle, open_bundle
+from jepakit.bundles import golden
+from jepakit.bundles.bundle import DATA, GOLDEN, GRAPH, Bundle, open_bundle
+from jepakit.bundles.manifest import Described, Manifest, Preprocess
+from jepakit.embedding.results import Results
+from jepakit.embedding.skipped import OnSkipped, check_skipping
 from jepakit.embeddings import Embeddings
 from jepakit.errors import BundleError, ConfigError, ImageError, InferenceError
 from jepakit.images import Pixels, check_tile, preprocess
-from jepakit.manifest import Described, Manifest, Preprocess
-from jepakit.runtime import ON_GPU, Arithmetic, Provider, open_runtime
+from jepakit.inference.runtime import ON_GPU, Arithmetic, Provider, open_runtime
 from jepakit.sources import ImageList, gather
 
 # A decoder may hold a whole scene in memory, so 64 cores do not get one each.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jepakit._files import as_path, lock_file, reason_of
 from jepakit._messages import counted
 from jepakit._say import say
-from jepakit._skipped import Skipped
+from jepakit.embedding.skipped import Skipped
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, ImageError, SpaceError, WriteError
 from jepakit.sources import ImageList

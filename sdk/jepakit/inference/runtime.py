@@ -18,13 +18,13 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit._external import as_inputs, check_external, names_other_files
 from jepakit._messages import did_you_mean, lines_of
-from jepakit._ort import import_ort
-from jepakit.bundle import DATA
+from jepakit.bundles.bundle import DATA
+from jepakit.bundles.external import as_inputs, check_external, names_other_files
+from jepakit.bundles.manifest import INPUT
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.images import Pixels
-from jepakit.manifest import INPUT
+from jepakit.inference.ort import import_ort
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
 Chosen = Literal["cpu", "cuda", "tensorrt", "openvino"]

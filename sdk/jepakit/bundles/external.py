@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jepakit.bundle import DATA
+from jepakit.bundles.bundle import DATA
 from jepakit.errors import BundleError
 
 # How a protobuf may encode the key "location" of an external tensor: tag, length, word. Both numbers may be padded and

@@ -6,11 +6,12 @@ import logging
 import random
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from jepakit._connection import Connection
+from jepakit.client.connection import Connection
 from jepakit.errors import (
     AuthenticationError,
+    ClientError,
     ConnectionFailedError,
     NotFoundError,
     OverloadedError,
@@ -160,3 +161,8 @@ def _meaning(response: httpx.Response, note: str) -> ResponseError:
     return kind.get(response.status_code, ResponseError)(
         message + note, status=response.status_code, code=code, param=param, request_id=request_id
     )
+
+
+def is_too_much(error: ClientError) -> TypeGuard[ResponseError]:
+    """Whether a request was too large for the service, whose limits may have shrunk since they were asked for."""
+    return isinstance(error, ResponseError) and error.status == 413

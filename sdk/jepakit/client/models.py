@@ -11,7 +11,7 @@ from jepakit.errors import ConfigError, ProtocolError
 if TYPE_CHECKING:
     import httpx
 
-    from jepakit.manifest import Preprocess
+    from jepakit.bundles.manifest import Preprocess
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pre
     """How the requested model wants its images, from the service's description; `tile` must match the model's."""
     from pydantic import ValidationError
 
+    from jepakit.bundles.manifest import Preprocess
     from jepakit.images import check_tile
-    from jepakit.manifest import Preprocess
 
     meant = _meant(models, asked)
     try:

@@ -15,7 +15,7 @@ from jepakit._explain import explain
 from jepakit._files import sha256
 from jepakit._frozen import Frozen
 from jepakit._vectors import float32_tuple
-from jepakit.comparison import Comparison
+from jepakit.bundles.comparison import Comparison
 from jepakit.errors import BundleError
 
 _ROUNDING = 1e-6

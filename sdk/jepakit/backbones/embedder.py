@@ -14,8 +14,8 @@ from typing import Any, get_origin
 import torch
 from torch import Tensor, nn
 
+from jepakit.bundles.manifest import EmbeddingSpec, Pooling, Preprocess
 from jepakit.errors import BackboneError, ConfigError
-from jepakit.manifest import EmbeddingSpec, Pooling, Preprocess
 
 _STAGES_LAST = 4
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from jepakit._files import as_path, file_sha256, making_folder, prepare_place, reason_of, sha256
+from jepakit.bundles.manifest import NAME_PATTERN, Described, Manifest, parse_manifest, render_manifest
 from jepakit.errors import BundleError, WriteError
-from jepakit.manifest import NAME_PATTERN, Described, Manifest, parse_manifest, render_manifest
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG)
 

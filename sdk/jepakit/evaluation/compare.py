@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike
 
 from jepakit._groups import copies, image_of, merged, numbered
 from jepakit._messages import counted, first_few
-from jepakit.comparison import Comparison, Verdict
+from jepakit.bundles.comparison import Comparison, Verdict
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError
-from jepakit.evaluate import Advice, can_cross_measure, cross_measure, judge
+from jepakit.evaluation.evaluate import Advice, can_cross_measure, cross_measure, judge
 
 _NAMES = ("first", "second")
 

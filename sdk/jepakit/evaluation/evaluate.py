@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jepakit._groups import Cells, assign_folds, codes, dealt_out, groups_of_class, main_class, numbered
-from jepakit._interval import (
+from jepakit._messages import counted, first_few
+from jepakit._progress import Steps, shown
+from jepakit.bundles.comparison import Comparison, Scores, Verdict, Word
+from jepakit.evaluation.interval import (
     NORMAL_95,
     RULE_OF_THREE,
     balanced,
@@ -21,9 +24,6 @@ from jepakit._interval import (
     variance_of_fits,
     widened,
 )
-from jepakit._messages import counted, first_few
-from jepakit._progress import Steps, shown
-from jepakit.comparison import Comparison, Scores, Verdict, Word
 from jepakit.probes import KNNProbe, LinearProbe
 
 _LEFT_OUT = 10

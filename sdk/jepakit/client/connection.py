@@ -11,7 +11,7 @@ from jepakit._checks import is_number
 from jepakit._files import reason_of
 from jepakit._loopback import is_loopback
 from jepakit._messages import lines_of
-from jepakit.errors import ConfigError
+from jepakit.errors import ClientError, ConfigError
 
 if TYPE_CHECKING:
     import ssl
@@ -141,3 +141,15 @@ def _is_address(url: str) -> bool:
     except httpx.InvalidURL:
         return False
     return parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 1 << 16
+
+
+def check_open(http: httpx.Client | httpx.AsyncClient) -> None:
+    if http.is_closed:
+        raise ClientError("this client is closed: make another")
+
+
+def no_copy(client: object) -> TypeError:
+    kind = type(client).__name__
+    return TypeError(
+        f"this {kind} cannot be copied or sent to another process, as its connections cannot: make one there"
+    )

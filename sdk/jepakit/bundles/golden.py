@@ -17,7 +17,7 @@ from jepakit.errors import BundleError
 from jepakit.images import Pixels, center_crop
 
 if TYPE_CHECKING:
-    from jepakit.manifest import Preprocess
+    from jepakit.bundles.manifest import Preprocess
 
 
 Vectors = NDArray[np.float32]

@@ -1,0 +1,1 @@
+"""What every `embed` returns and keeps, in process and over HTTP."""

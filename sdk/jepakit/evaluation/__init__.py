@@ -1,0 +1,1 @@
+"""Did adaptation help, and which model to keep?"""
