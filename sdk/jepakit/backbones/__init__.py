@@ -1,1 +1,1 @@
-"""The torch side of a bundle, and what can be said of a backbone without torch."""
+"""The torch side of a bundle: timm backbones, and the model that defines the vector."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from jepakit._say import show
 from jepakit.cli.output import check_out
 from jepakit.cli.stopping import exit_on_signals
-
-if TYPE_CHECKING:
-    pass
 
 
 def doctor() -> None:

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-Images = Annotated[
-    list[str],
-    typer.Argument(help="a folder, glob or list of image files; a CSV or Parquet manifest; .tar shards; a ZIP"),
-]
+DOMAINS = "general, natural, satellite, histology, radiology, microscopy, multispectral"
 TILE = "side length, in pixels, of the tiles that large images are cut into"
 OVERLAP = "overlap of neighbouring tiles, in pixels"
 FRAME = "for multi-frame files: the number of the frame, from 0, or each"
 VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-brain, ct-soft-tissue, ct-lung, ct-bone, or LOW:HIGH"
-# Options of several commands.
+
+Images = Annotated[
+    list[str],
+    typer.Argument(help="a folder, glob or list of image files; a CSV or Parquet manifest; .tar shards; a ZIP"),
+]
 Backbone = Annotated[str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")]
 Weights = Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")]
-DOMAINS = "general, natural, satellite, histology, radiology, microscopy, multispectral"
 Domain = Annotated[str | None, typer.Option(help=f"preset for the views: {DOMAINS} [general]")]
 ImageSize = Annotated[int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")]
 StepCount = Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")]
@@ -45,3 +45,8 @@ LabelTable = Annotated[
     Path | None, typer.Option(help="CSV or Parquet table of path and label, instead of the embeddings' own labels")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def source(images: list[str]) -> str | list[str]:
+    """One argument may be any source; several, as from a glob that the shell expanded, are a list of files."""
+    return images[0] if len(images) == 1 else images

@@ -1,4 +1,4 @@
-"""Where commands read from and write to."""
+"""What commands print and write."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ def print_rows(rows: Iterable[tuple[object, ...]]) -> None:
     shown = one_line if is_terminal(sys.stdout) else str
     lines = SimpleNamespace(write=partial(show, end=""))
     csv.writer(lines, delimiter="\t", lineterminator="\n").writerows([shown(str(cell)) for cell in row] for row in rows)
-
-
-def source(images: list[str]) -> str | list[str]:
-    """One argument may be any source; several, as from a glob that the shell expanded, are a list of files."""
-    return images[0] if len(images) == 1 else images
 
 
 def check_out(file: Path, suffix: str) -> Path:

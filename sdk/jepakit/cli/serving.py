@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from jepakit._messages import first_few
 from jepakit._say import show
 from jepakit.cli.settings import settings_of
 from jepakit.cli.stopping import exit_on_signals
-
-if TYPE_CHECKING:
-    pass
 
 
 def export(

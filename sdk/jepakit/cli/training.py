@@ -30,8 +30,8 @@ from jepakit.cli.options import (
     Tile,
     ValueRange,
     Weights,
+    source,
 )
-from jepakit.cli.output import source
 from jepakit.cli.settings import number_or_word, settings_of, to_vary
 from jepakit.cli.stopping import exiting_when_stopped
 from jepakit.errors import ConfigError, TrainingError

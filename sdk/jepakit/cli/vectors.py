@@ -18,8 +18,9 @@ from jepakit.cli.options import (
     Frame,
     Images,
     Tile,
+    source,
 )
-from jepakit.cli.output import check_out, print_rows, source, write_csv
+from jepakit.cli.output import check_out, print_rows, write_csv
 from jepakit.cli.settings import given_ones, number_or_word
 from jepakit.cli.stopping import exit_on_signals
 from jepakit.errors import ConfigError, DataError

@@ -163,6 +163,6 @@ def _meaning(response: httpx.Response, note: str) -> ResponseError:
     )
 
 
-def is_too_much(error: ClientError) -> TypeGuard[ResponseError]:
+def is_too_large(error: ClientError) -> TypeGuard[ResponseError]:
     """Whether a request was too large for the service, whose limits may have shrunk since they were asked for."""
     return isinstance(error, ResponseError) and error.status == 413

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from jepakit._progress import Steps
 from jepakit.bundles.bundle import Bundle
-from jepakit.client.attempts import MOST_AT_ONCE, Attempts, is_too_much
+from jepakit.client.attempts import MOST_AT_ONCE, Attempts, is_too_large
 from jepakit.client.connection import Connection, check_open, no_copy
 from jepakit.client.job import Chunk, Job, RequestLimits, in_flight
 from jepakit.client.models import ModelInfo, check_asked, check_clear, id_of, path_of, read_model, read_models, spec_of
@@ -155,7 +155,7 @@ class Client:
                         break
                     except ClientError as error:
                         self._described = None
-                        if not is_too_much(error) or not job.cut_after(error, self._limits_for(len(job), model)):
+                        if not is_too_large(error) or not job.cut_after(error, self._limits_for(len(job), model)):
                             raise
         results.skipped.tell(on_skipped, progress=progress)
         return results.embeddings()

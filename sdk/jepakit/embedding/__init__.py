@@ -1,1 +1,1 @@
-"""What every `embed` returns and keeps, in process and over HTTP."""
+"""What one call of `embed` has done so far and has left out, in this process or over HTTP."""
