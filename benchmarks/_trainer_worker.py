@@ -30,14 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from jepakit.config import AdaptConfig
 from jepakit.run import METRICS, Run, read_metrics
 from jepakit.sources import list_images
-from jepakit_training import checkpoint, loop
-from jepakit_training.batchnorm import freeze_norm_statistics
-from jepakit_training.data import Batch, views_on
+from jepakit_training import loop
+from jepakit_training.data.batches import Batch, views_on
+from jepakit_training.learning.batchnorm import freeze_norm_statistics
+from jepakit_training.learning.sigreg import directions, lejepa_loss
+from jepakit_training.learning.trainable import freeze, parameter_groups
 from jepakit_training.memory import freed_memory_kept, peak_gb
 from jepakit_training.randomness import derive_seed
+from jepakit_training.run import checkpoint
 from jepakit_training.setup import Setup, prepare
-from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.trainable import freeze, parameter_groups
 
 _IN_MEMORY = 4
 ON_GPU = torch.cuda.is_available()

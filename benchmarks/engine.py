@@ -44,7 +44,7 @@ from jepakit.errors import MissingExtraError
 from jepakit.inference.ort import import_ort
 from jepakit.inference.session import Model, Session
 from jepakit_service.batcher import Batcher, Capacity, Decoded
-from jepakit_training.precision import cpu_has_bf16
+from jepakit_training.learning.precision import cpu_has_bf16
 
 ort = import_ort()
 

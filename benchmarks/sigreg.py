@@ -36,7 +36,7 @@ from torch import Tensor
 import _processes
 from _blocks import Block, Ratio, measure, ratio, timed
 from _processes import EndedError
-from jepakit_training.sigreg import directions, sigreg
+from jepakit_training.learning.sigreg import directions, sigreg
 
 VIEWS = 8
 IMAGES, OUTPUTS, SLICES = (64, 128, 256, 512, 1024, 2048, 4096), (64, 512), (256, 1024, 4096)
@@ -182,7 +182,7 @@ def isolated(work: Callable[..., Any], *arguments: Any) -> Any:
     if DEVICE.type == "cuda":
         return work(*arguments)
     try:
-        return _processes.isolated(work, *arguments, preload=["jepakit_training.sigreg"])
+        return _processes.isolated(work, *arguments, preload=["jepakit_training.learning.sigreg"])
     except EndedError as error:
         raise SystemExit(f"{work.__name__}{arguments}: {error}") from None
 

@@ -36,9 +36,9 @@ from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.images import read_image
 from jepakit.sources import list_images
-from jepakit_training.cache import ImageCache
-from jepakit_training.data import Key, ViewDataset
-from jepakit_training.views import Crops, ViewMaker, collate, finish
+from jepakit_training.data.batches import Key, ViewDataset
+from jepakit_training.data.cache import ImageCache
+from jepakit_training.data.views import Crops, ViewMaker, collate, finish
 
 GLOBAL, LOCAL = (2, 224), (6, 96)
 H100_IMAGES_PER_S = 2900

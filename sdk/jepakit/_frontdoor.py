@@ -43,7 +43,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     weights that cannot be loaded; TrainingError when training cannot go on; WriteError when there is no disk space left.
     """
     config, listed = _to_adapt(images, out, settings)
-    from jepakit_training.run_folder import check_folder
+    from jepakit_training.run.folder import check_folder
 
     folder = _folder(config, listed)
     check_folder(folder, config)
@@ -57,7 +57,7 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
     """The run's folder: as given, else that of the newest run of the same settings and images, else a new one with today's date."""
     if config.out:
         return Path(config.out)
-    from jepakit_training.run_folder import find_begun
+    from jepakit_training.run.folder import find_begun
 
     name, runs = _stem(config.images), Path("runs")
     begun = sorted(runs.glob(f"{name}-????-??-??"), reverse=True)
@@ -155,7 +155,7 @@ def _to_sweep(
     for config in configs.values():
         _require_to_adapt(config)
     from jepakit_training.ranks import has_launcher
-    from jepakit_training.run_folder import check_folder
+    from jepakit_training.run.folder import check_folder
 
     if has_launcher():
         raise ConfigError("a sweep starts its runs one by one: start it without torchrun or accelerate launch")
@@ -182,7 +182,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
     place = None if sheet is None else as_path(sheet, "sheet")
     listed = _listed(images, config)
     require("train")
-    from jepakit_training.sheet_path import check_sheet_path
+    from jepakit_training.pictures.sheet_path import check_sheet_path
 
     if place is not None:
         check_sheet_path(place, config.images)

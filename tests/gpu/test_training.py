@@ -20,14 +20,15 @@ from jepakit.backbones.backbone import start_backbone
 from jepakit.config import AdaptConfig, Domain
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.run import CHECKPOINTS, START, Run
-from jepakit_training import loop, photometric
-from jepakit_training.batchnorm import batch_norms
-from jepakit_training.data import Batch, views_on
-from jepakit_training.learner import Learner
-from jepakit_training.precision import own_precision
-from jepakit_training.sigreg import directions, sigreg
-from jepakit_training.twin import twin_of
-from jepakit_training.views import Views
+from jepakit_training import loop
+from jepakit_training.data import photometric
+from jepakit_training.data.batches import Batch, views_on
+from jepakit_training.data.views import Views
+from jepakit_training.learning.batchnorm import batch_norms
+from jepakit_training.learning.learner import Learner
+from jepakit_training.learning.precision import own_precision
+from jepakit_training.learning.sigreg import directions, sigreg
+from jepakit_training.learning.twin import twin_of
 from tests.training.runs import TINY, Adapt, adapting, stopping_in_step, weights_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]

@@ -23,7 +23,7 @@ from torchvision.datasets import FakeData
 from jepakit.errors import DataError, ImageError
 from jepakit.readers import open_raster
 from jepakit.sources import gather, list_images
-from jepakit_training.scan import scan
+from jepakit_training.data.scan import scan
 
 
 def array(seed: int = 0) -> Any:

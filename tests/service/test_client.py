@@ -970,8 +970,8 @@ def test_no_image_is_sent_before_the_model_is_clear(kind: type[Any]) -> None:
 def test_limits_that_have_become_lower_are_asked_for_anew_and_the_rest_is_cut_by_them(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("client", "_job"):
-        monkeypatch.setattr(f"jepakit.{module}.AT_ONCE", 1)
+    for module in ("async_client", "job"):
+        monkeypatch.setattr(f"jepakit.client.{module}.AT_ONCE", 1)
     with _answering([told(4), rows(4), REFUSED, told(2), rows(2), rows(2)]) as url:
         found = asked(kind, url, lambda client: client.embed([picture(0)] * 8, progress=False))
     assert found.vectors[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
@@ -982,8 +982,8 @@ def test_limits_that_have_become_lower_are_asked_for_anew_and_the_rest_is_cut_by
 def test_a_proxy_that_takes_less_than_the_service_is_sent_less(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("client", "_job"):
-        monkeypatch.setattr(f"jepakit.{module}.AT_ONCE", 1)
+    for module in ("async_client", "job"):
+        monkeypatch.setattr(f"jepakit.client.{module}.AT_ONCE", 1)
     page = (413, dict[str, str](), b"<h1>413 Request Entity Too Large</h1>")
     with _answering([told(4), page, told(4), rows(2), page, told(4), rows(1), rows(1)]) as url:
         found = asked(kind, url, lambda client: client.embed([picture(0)] * 4, progress=False))
@@ -1026,8 +1026,8 @@ def test_a_refusal_by_the_same_limits_is_told(kind: type[Any]) -> None:
 
 
 def test_limits_are_asked_for_anew_after_a_model_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("client", "_job"):
-        monkeypatch.setattr(f"jepakit.{module}.AT_ONCE", 1)
+    for module in ("async_client", "job"):
+        monkeypatch.setattr(f"jepakit.client.{module}.AT_ONCE", 1)
     answers = [told(2), rows(2), rows(2, "b" * 16), told(4), rows(4, "b" * 16)]
     with _answering(answers) as url, jepakit.Client(url) as client:
         with pytest.raises(ModelChangedError):

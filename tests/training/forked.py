@@ -45,5 +45,5 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def import_trackers(file: Path) -> None:
     """Import the trackers' module, and write down all that is imported then."""
-    importlib.import_module("jepakit_training.trackers")
+    importlib.import_module("jepakit_training.run.trackers")
     file.write_text("\n".join(sys.modules))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import jepakit
-import jepakit_training.learner
-import jepakit_training.sigreg
+import jepakit_training.learning.learner
+import jepakit_training.learning.sigreg
 from jepakit.bundles.bundle import WEIGHTS
 from jepakit.run import BUNDLE, Run
 
@@ -47,7 +47,7 @@ def stopping_in_step(
     step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM
 ) -> Iterator[None]:
     """Send this process a signal in the middle of a step, counted from the call's first one."""
-    real, done = jepakit_training.sigreg.lejepa_loss, iter(range(10_000))
+    real, done = jepakit_training.learning.sigreg.lejepa_loss, iter(range(10_000))
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if next(done) == step:
@@ -55,5 +55,5 @@ def stopping_in_step(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jepakit_training.learner, "lejepa_loss", interrupted)
+        patch.setattr(jepakit_training.learning.learner, "lejepa_loss", interrupted)
         yield

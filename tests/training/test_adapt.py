@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import jepakit
 import jepakit.run
-import jepakit_training.learner
-import jepakit_training.sigreg
+import jepakit_training.learning.learner
+import jepakit_training.learning.sigreg
 from jepakit.backbones.backbone import start_backbone
 from jepakit.bundles.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.cli import app
@@ -37,9 +37,10 @@ from jepakit.errors import (
 )
 from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, PLAN, SKIPPED, SPLIT, START, Run
 from jepakit.sources import list_images
-from jepakit_training import checkpoint, loop
+from jepakit_training import loop
 from jepakit_training.alone import alone
-from jepakit_training.learner import Learner
+from jepakit_training.learning.learner import Learner
+from jepakit_training.run import checkpoint
 
 STEPS, WARMUP_STEPS = 22, 6
 BACKBONES = ("test_resnet", "test_vit")
@@ -662,13 +663,13 @@ def test_held_out_images_that_cannot_be_read_at_all_are_told_before_training(
 def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(
     adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = jepakit_training.sigreg.lejepa_loss
+    real = jepakit_training.learning.sigreg.lejepa_loss
 
     def poisoned(*args: Any) -> Any:
         total, prediction, regulariser = real(*args)
         return total * float("nan"), prediction, regulariser
 
-    monkeypatch.setattr(jepakit_training.learner, "lejepa_loss", poisoned)
+    monkeypatch.setattr(jepakit_training.learning.learner, "lejepa_loss", poisoned)
     with pytest.raises(TrainingError, match="not finite 3 times in a row, up to step 2"):
         adapt(tmp_path / "run", save_every_s=0)
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
@@ -678,14 +679,14 @@ def test_a_gradient_that_is_never_finite_stops_the_run_and_is_not_saved(
 
 
 def test_one_bad_step_is_passed_over(adapt: Adapt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = jepakit_training.sigreg.lejepa_loss, iter(range(100))
+    real, calls = jepakit_training.learning.sigreg.lejepa_loss, iter(range(100))
 
     def poisoned_once(*args: Any) -> Any:
         total, prediction, regulariser = real(*args)
         return total * (float("nan") if next(calls) == 4 else 1), prediction, regulariser
 
     with monkeypatch.context() as patch:
-        patch.setattr(jepakit_training.learner, "lejepa_loss", poisoned_once)
+        patch.setattr(jepakit_training.learning.learner, "lejepa_loss", poisoned_once)
         run = adapt(tmp_path / "run", steps=8)
     assert all(value.isfinite().all() for value in weights_of(run).values())
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepakit_training.alarms import Alarms, projection_stats
-from jepakit_training.sigreg import directions, lejepa_loss
+from jepakit_training.learning.sigreg import directions, lejepa_loss
+from jepakit_training.run.alarms import Alarms, projection_stats
 
 N, K, VIEWS, LAMB = 128, 64, 4, 0.03
 SETTINGS: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepakit_training.averaging import Average, mix_with_start
+from jepakit_training.learning.averaging import Average, mix_with_start
 
 
 def averaged(kind: str, values: list[float], *, steps: int, share: float, resume_at: int | None = None) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jepakit.backbones.backbone import build, start_backbone
-from jepakit_training.batchnorm import (
+from jepakit_training.learning.batchnorm import (
     GlobalBatchNorm1d,
     batch_norms,
     freeze_norm_statistics,

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from jepakit.config import ViewsConfig
 from jepakit.errors import ConfigError
 from jepakit.sources import ImageList, list_images
-from jepakit_training.cache import ImageCache, downscale
-from jepakit_training.views import ViewMaker
+from jepakit_training.data.cache import ImageCache, downscale
+from jepakit_training.data.views import ViewMaker
 
 MB = 1 << 20
 DAY_S = 24 * 3600

@@ -19,8 +19,8 @@ from tests.training.forked import start
 from torch import Tensor
 
 from jepakit.errors import CheckpointError, TrainingError
-from jepakit_training import checkpoint
-from jepakit_training.checkpoint import Saver
+from jepakit_training.run import checkpoint
+from jepakit_training.run.checkpoint import Saver
 
 
 def state_of(step: int) -> dict[str, Tensor | int | str]:

@@ -12,8 +12,8 @@ from tests.files import touch
 import jepakit
 from jepakit.config import AdaptConfig
 from jepakit.sources import list_images
-from jepakit_training.doubts import doubts
-from jepakit_training.scan import Kind, Scan
+from jepakit_training.data.doubts import doubts
+from jepakit_training.data.scan import Kind, Scan
 from jepakit_training.setup import prepare
 
 

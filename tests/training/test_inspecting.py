@@ -21,10 +21,10 @@ import jepakit
 from jepakit.cli import app
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
-from jepakit_training import pictures
 from jepakit_training.inspecting import near_duplicates
-from jepakit_training.pictures import _fitting
-from jepakit_training.sheet_path import _is_among, is_sheet
+from jepakit_training.pictures import rows as pictures
+from jepakit_training.pictures.rows import _fitting
+from jepakit_training.pictures.sheet_path import _is_among, is_sheet
 
 
 @pytest.fixture

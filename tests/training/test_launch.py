@@ -28,8 +28,10 @@ from jepakit.bundles.bundle import WEIGHTS
 from jepakit.errors import BackboneError, ConfigError, ImageError, JepakitError
 from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
 from jepakit.sources import list_images
-from jepakit_training import checkpoint, launch, run_folder
+from jepakit_training import launch
 from jepakit_training.endings import read_endings, reporting_ending
+from jepakit_training.run import checkpoint
+from jepakit_training.run import folder as run_folder
 
 JEPAKIT = Path(sys.executable).with_name("jepakit")
 STEPS = 3

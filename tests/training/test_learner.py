@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-import jepakit_training.learner
+import jepakit_training.learning.learner
 from jepakit.backbones.backbone import start_backbone, stock_preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, TrainingError
 from jepakit.sources import ImageList, list_images
-from jepakit_training.learner import Learner, Outcome
+from jepakit_training.data.views import Views
+from jepakit_training.learning.learner import Learner, Outcome
+from jepakit_training.learning.sigreg import directions, lejepa_loss
 from jepakit_training.plan import make_plan
-from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.views import Views
 
 TINY: dict[str, Any] = {
     "image_size": 64, "steps": 8, "warmup": 0.25, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16, "lr": 1e-3,
@@ -216,7 +216,7 @@ def test_three_bad_steps_in_a_row_stop_the_run_however_late_it_is_checked(
         total, *others = lejepa_loss(*args)
         return total * (float("nan") if next(steps) in bad else 1), *others
 
-    monkeypatch.setattr(jepakit_training.learner, "lejepa_loss", poisoned)
+    monkeypatch.setattr(jepakit_training.learning.learner, "lejepa_loss", poisoned)
     learner, _ = make()
     train(learner)
     if stops:
@@ -259,7 +259,7 @@ def test_every_step_has_directions_and_random_numbers_of_its_own(
         seeds.append(seed)
         return manual_seed(seed)
 
-    monkeypatch.setattr(jepakit_training.learner, "directions", noting)
+    monkeypatch.setattr(jepakit_training.learning.learner, "directions", noting)
     learner, _ = make()
     monkeypatch.setattr(torch, "manual_seed", noting_seed)
     train(learner, range(3))

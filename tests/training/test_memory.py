@@ -16,10 +16,10 @@ import torch
 from tests.training.forked import start
 
 from jepakit.errors import TrainingError
-from jepakit_training import checkpoint
 from jepakit_training.alone import own_process
 from jepakit_training.loader_limits import more_open_files
 from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
+from jepakit_training.run import checkpoint
 
 
 def train(folder: Path, *, micro_batch: int = 64, activation_checkpointing: bool = False) -> None:

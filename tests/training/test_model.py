@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from jepakit.backbones.backbone import build, stock_preprocess
-from jepakit_training.batchnorm import freeze_norm_statistics
-from jepakit_training.model import Encoder, Projector, TwoPass, normalise
-from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.views import Views
+from jepakit_training.data.views import Views
+from jepakit_training.learning.batchnorm import freeze_norm_statistics
+from jepakit_training.learning.model import Encoder, Projector, TwoPass, normalise
+from jepakit_training.learning.sigreg import directions, lejepa_loss
 
 
 def make_encoder(name: str) -> Encoder:

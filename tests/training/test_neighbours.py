@@ -12,10 +12,10 @@ from PIL import Image
 
 from jepakit.bundles.manifest import Preprocess
 from jepakit.sources import list_images
-from jepakit_training import neighbours
 from jepakit_training.holdout import MeasuringSet
-from jepakit_training.neighbours import nearest, write_neighbours
-from jepakit_training.pictures import Cell, draw
+from jepakit_training.pictures import neighbours
+from jepakit_training.pictures.neighbours import nearest, write_neighbours
+from jepakit_training.pictures.rows import Cell, draw
 
 SPEC = Preprocess(
     size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,

@@ -13,8 +13,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from jepakit.config import PRESETS, AdaptConfig, Domain, ViewsConfig
-from jepakit_training import photometric
-from jepakit_training.photometric import Changes
+from jepakit_training.data import photometric
+from jepakit_training.data.photometric import Changes
 
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])
 

@@ -20,11 +20,12 @@ from jepakit.bundles.manifest import Backbone, EmbeddingSpec, Manifest, Provenan
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
 from jepakit.sources import list_images
-from jepakit_training import loader_limits, precision
+from jepakit_training import loader_limits
 from jepakit_training import plan as plan_module
+from jepakit_training.learning import precision
+from jepakit_training.learning.precision import mixed_precision
 from jepakit_training.loop import explaining_out_of_memory
 from jepakit_training.plan import Plan, make_plan
-from jepakit_training.precision import mixed_precision
 
 
 @pytest.fixture(autouse=True)

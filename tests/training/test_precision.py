@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from jepakit_training.precision import own_precision
+from jepakit_training.learning.precision import own_precision
 
 
 def test_a_block_of_its_own_precision_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jepakit_training.recorder import Clock, describe
+from jepakit_training.run.recorder import Clock, describe
 
 VALUES = {
     "loss": 0.4321,
@@ -27,7 +27,7 @@ def test_values_in_the_words_of_the_docs() -> None:
 
 def test_the_clock_tells_waiting_from_working_and_starts_anew_with_each_report(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("jepakit_training.recorder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("jepakit_training.run.recorder.time.perf_counter", lambda: now[0])
 
     def loader() -> Iterator[int]:
         for number in itertools.count():

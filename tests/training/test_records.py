@@ -10,7 +10,7 @@ from tests.training.full_disk import files_no_longer_than
 
 from jepakit.errors import DataError
 from jepakit.run import METRICS, SKIPPED, read_metrics
-from jepakit_training.records import SkippedFiles, StepLog
+from jepakit_training.run.records import SkippedFiles, StepLog
 
 
 def test_a_disk_too_full_for_metrics_is_tolerated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

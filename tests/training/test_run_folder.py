@@ -24,8 +24,8 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
 from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
 from jepakit.sources import list_images
-from jepakit_training.records import StepLog
-from jepakit_training.run_folder import FREE_SETTINGS, LOCK, RAY_FOLDER, locked, open_folder
+from jepakit_training.run.folder import FREE_SETTINGS, LOCK, RAY_FOLDER, locked, open_folder
+from jepakit_training.run.records import StepLog
 
 Begin = Callable[..., Run]
 

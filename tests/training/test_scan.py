@@ -26,10 +26,17 @@ from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.images import preprocess, read_image
 from jepakit.readers import Header, ImageRef
 from jepakit.sources import list_images
-from jepakit_training.doubts import doubts
+from jepakit_training.data.doubts import doubts
+from jepakit_training.data.scan import Kind, Scan, _seen, refuse_mixed, scan
+from jepakit_training.data.values import (
+    choose_preprocess,
+    describe_values,
+    fill_notes,
+    look_at,
+    outlier_notes,
+    range_notes,
+)
 from jepakit_training.inspecting import inspect, near_duplicates, report
-from jepakit_training.scan import Kind, Scan, _seen, refuse_mixed, scan
-from jepakit_training.values import choose_preprocess, describe_values, fill_notes, look_at, outlier_notes, range_notes
 
 STOCK = Preprocess(
     size=32, resize_to=32, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.485, 0.456, 0.406),
@@ -559,7 +566,7 @@ def test_only_so_much_is_decoded_at_once(tmp_path: Path, monkeypatch: pytest.Mon
             met.append(two.wait(most_s))
         return _seen(*of)
 
-    monkeypatch.setattr("jepakit_training.scan._seen", met_by_another)
+    monkeypatch.setattr("jepakit_training.data.scan._seen", met_by_another)
     monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", 2 * 40 * 40 * 2 - 1)
     look(folder)
     assert not met

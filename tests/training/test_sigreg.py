@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepakit_training.sigreg import directions, lejepa_loss, sigreg
+from jepakit_training.learning.sigreg import directions, lejepa_loss, sigreg
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sigreg.json").read_text())
 
@@ -96,7 +96,7 @@ def test_blocks_change_neither_loss_nor_gradient(numbers: int, monkeypatch: pyte
     proj, slices = make_input("scaled", 5, (4, 32, 16)).requires_grad_(), make_directions(6, 16, 100)
     whole = sigreg(proj, slices)
     (whole_grad,) = torch.autograd.grad(whole, proj)
-    monkeypatch.setattr("jepakit_training.sigreg._CPU_NUMBERS", numbers)
+    monkeypatch.setattr("jepakit_training.learning.sigreg._CPU_NUMBERS", numbers)
     value = sigreg(proj, slices)
     assert value.item() == pytest.approx(whole.item(), rel=1e-6)
     assert relative_l2(torch.autograd.grad(value, proj)[0], whole_grad) < 1e-6

@@ -14,8 +14,8 @@ import pytest
 from accelerate.tracking import TensorBoardTracker
 from tests.training.forked import import_trackers, start
 
-from jepakit_training import trackers
-from jepakit_training.trackers import Trackers, _loggable, _tracker
+from jepakit_training.run import trackers
+from jepakit_training.run.trackers import Trackers, _loggable, _tracker
 
 SETTINGS = {"lr": 1e-4, "views": {"n_local": 4, "global_area": (0.3, 1.0)}, "labels": None}
 
@@ -77,7 +77,7 @@ def test_no_tracker_is_imported_unless_asked_for(tmp_path: Path) -> None:
     process = start(import_trackers, tmp_path / "imported", log=tmp_path / "log")
     process.join(120)
     imported = (tmp_path / "imported").read_text().splitlines()
-    assert "jepakit_training.trackers" in imported, (tmp_path / "log").read_text()
+    assert "jepakit_training.run.trackers" in imported, (tmp_path / "log").read_text()
     assert not {"tensorboard", "wandb", "mlflow"} & set(imported)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from jepakit.backbones.backbone import build
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
-from jepakit_training.batchnorm import freeze_norm_statistics
-from jepakit_training.model import Projector
-from jepakit_training.trainable import add_lora, check_trainable, freeze, parameter_groups, switch_off_dropout
+from jepakit_training.learning.batchnorm import freeze_norm_statistics
+from jepakit_training.learning.model import Projector
+from jepakit_training.learning.trainable import add_lora, check_trainable, freeze, parameter_groups, switch_off_dropout
 
 Unfreeze = Literal["auto", "none", "all"] | int
 

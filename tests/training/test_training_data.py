@@ -22,10 +22,10 @@ from jepakit.bundles.manifest import Preprocess
 from jepakit.config import ViewsConfig
 from jepakit.errors import DataError, TrainingError
 from jepakit.sources import list_images
-from jepakit_training.cache import ImageCache
-from jepakit_training.data import Key, StepBatches, ViewDataset, iterating, make_loader, views_on
+from jepakit_training.data.batches import Key, StepBatches, ViewDataset, iterating, make_loader, views_on
+from jepakit_training.data.cache import ImageCache
+from jepakit_training.data.views import ViewMaker, Views, finish
 from jepakit_training.loader_limits import end_with_trainer
-from jepakit_training.views import ViewMaker, Views, finish
 
 SPEC = Preprocess(
     size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,

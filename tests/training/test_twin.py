@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from jepakit.backbones.backbone import start_backbone
-from jepakit_training.batchnorm import batch_norms
-from jepakit_training.trainable import freeze
-from jepakit_training.twin import twin_of
+from jepakit_training.learning.batchnorm import batch_norms
+from jepakit_training.learning.trainable import freeze
+from jepakit_training.learning.twin import twin_of
 
 NAMES = ("test_resnet", "mobilenetv2_050", "test_vit", "densenet121")
 

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from jepakit.bundles.manifest import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ViewsConfig
 from jepakit.errors import ConfigError
-from jepakit_training.views import Crops, ViewMaker, Views, collate, draw_boxes, finish
+from jepakit_training.data.views import Crops, ViewMaker, Views, collate, draw_boxes, finish
 
 SEEDS = range(40)
 PLAIN: dict[str, float] = {"brightness": 0, "contrast": 0, "horizontal_flip": 0}

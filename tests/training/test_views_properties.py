@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jepakit.bundles.manifest import Scaling
 from jepakit.config import AdaptConfig, Domain, ViewsConfig
-from jepakit_training.views import ViewMaker, Views, collate, finish
+from jepakit_training.data.views import ViewMaker, Views, collate, finish
 
 COLOUR: list[Domain] = ["general", "natural", "satellite", "histology", "radiology", "microscopy"]
 EXAMPLES = settings(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])

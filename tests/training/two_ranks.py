@@ -30,13 +30,13 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError, TrainingError
 from jepakit.run import BUNDLE
 from jepakit.sources import list_images
-from jepakit_training import learner as learner_module
-from jepakit_training.data import ViewDataset
-from jepakit_training.distributed import SharedFlag
-from jepakit_training.learner import Learner
+from jepakit_training.data.batches import ViewDataset
+from jepakit_training.data.views import Views
+from jepakit_training.learning import learner as learner_module
+from jepakit_training.learning.distributed import SharedFlag
+from jepakit_training.learning.learner import Learner
+from jepakit_training.learning.sigreg import directions, lejepa_loss
 from jepakit_training.plan import make_plan
-from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.views import Views
 
 ADAPT: dict[str, Any] = {
     "image_size": 64, "steps": 3, "warmup": 0.3, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16,

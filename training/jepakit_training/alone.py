@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jepakit.errors import ConfigError
+from jepakit_training.learning.precision import own_precision
 from jepakit_training.loader_limits import more_open_files
 from jepakit_training.memory import forget_peaks, freed_memory_kept, full_gpu_explained
-from jepakit_training.precision import own_precision
 from jepakit_training.randomness import own_generators
 
 _running = threading.Lock()

@@ -19,10 +19,10 @@ from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training import evaluation
 from jepakit_training.alone import own_process
-from jepakit_training.data import iterating, views_on
+from jepakit_training.data.batches import iterating, views_on
 from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import count_processes
-from jepakit_training.learner import Learner
+from jepakit_training.learning.learner import Learner
 from jepakit_training.loop import explaining_out_of_memory, step_loader
 from jepakit_training.memory import GB, memory_gb, peak_gb
 from jepakit_training.setup import Setup, prepare

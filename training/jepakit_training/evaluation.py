@@ -27,7 +27,7 @@ from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split
 from jepakit_training.loader_limits import end_with_trainer, start_method
-from jepakit_training.records import SkippedFiles
+from jepakit_training.run.records import SkippedFiles
 
 _BATCH = 16
 

@@ -19,12 +19,12 @@ from jepakit.bundles.manifest import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
-from jepakit_training.doubts import doubts
-from jepakit_training.pictures import bands_shown
+from jepakit_training.data.doubts import doubts
+from jepakit_training.data.scan import Scan, sampled, scan
+from jepakit_training.data.values import choose_preprocess, chosen_frame, value_notes
+from jepakit_training.pictures.rows import bands_shown
+from jepakit_training.pictures.sheet import write_sheet
 from jepakit_training.plan import FEW_IMAGES, local_size_of
-from jepakit_training.scan import Scan, sampled, scan
-from jepakit_training.sheet import write_sheet
-from jepakit_training.values import choose_preprocess, chosen_frame, value_notes
 
 _OTHERS = 768
 """Images looked at in addition to those that training looks at."""

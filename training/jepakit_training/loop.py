@@ -20,20 +20,20 @@ from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, SKIPPED, STAR
 from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.alone import own_process
-from jepakit_training.checkpoint import Saver, load_newest, set_aside_newer
-from jepakit_training.data import Batch, StepBatches, iterating, make_loader, views_on
-from jepakit_training.distributed import SharedFlag
-from jepakit_training.learner import Learner
+from jepakit_training.data.batches import Batch, StepBatches, iterating, make_loader, views_on
+from jepakit_training.learning.distributed import SharedFlag
+from jepakit_training.learning.learner import Learner
+from jepakit_training.learning.trainable import can_checkpoint_activations
 from jepakit_training.memory import memory_errors
-from jepakit_training.neighbours import write_neighbours
+from jepakit_training.pictures.neighbours import write_neighbours
 from jepakit_training.plan import Plan
-from jepakit_training.recorder import recording
-from jepakit_training.records import SharedSkippedFiles, write_plan
+from jepakit_training.run.checkpoint import Saver, load_newest, set_aside_newer
+from jepakit_training.run.folder import keep_settings, locked, open_folder
+from jepakit_training.run.recorder import recording
+from jepakit_training.run.records import SharedSkippedFiles, write_plan
 from jepakit_training.run_bundles import check_measured, check_start, write_run_bundle
-from jepakit_training.run_folder import keep_settings, locked, open_folder
 from jepakit_training.setup import Setup, prepare
 from jepakit_training.stopping import stopping
-from jepakit_training.trainable import can_checkpoint_activations
 
 
 def adapt_here(config: AdaptConfig, images: ImageList, out: Path) -> Run:

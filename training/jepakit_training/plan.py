@@ -28,11 +28,11 @@ from jepakit.config import (
 from jepakit.errors import ConfigError
 from jepakit.sources import ImageList
 from jepakit_training import ranks
-from jepakit_training.batchnorm import batch_norms
 from jepakit_training.holdout import Split, hold_out
+from jepakit_training.learning.batchnorm import batch_norms
+from jepakit_training.learning.trainable import trained_share
 from jepakit_training.loader_limits import can_share, shared_bytes
 from jepakit_training.memory import GB
-from jepakit_training.trainable import trained_share
 
 FEW_IMAGES = 64
 _QUEUED_SHARE = 0.25

@@ -35,7 +35,7 @@ from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.endings import raise_first, read_endings, reporting_ending
-from jepakit_training.run_folder import RAY_FOLDER
+from jepakit_training.run.folder import RAY_FOLDER
 from jepakit_training.stopping import GRACE_S, answering, asked_by
 
 _MOST_LOSSES = 3

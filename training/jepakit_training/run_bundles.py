@@ -15,7 +15,7 @@ from jepakit.bundles.comparison import Comparison
 from jepakit.bundles.manifest import EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.errors import BundleError, ConfigError, DataError
 from jepakit.run import START, Run
-from jepakit_training.run_folder import FREE_SETTINGS, versions
+from jepakit_training.run.folder import FREE_SETTINGS, versions
 from jepakit_training.setup import Setup
 
 _SAME_CENTER = 0.01

@@ -19,18 +19,18 @@ from jepakit.errors import DataError
 from jepakit.inference.runtime import has_nvidia_driver
 from jepakit.run import SKIPPED, Run
 from jepakit.sources import ImageList
-from jepakit_training.cache import open_cache
-from jepakit_training.data import ViewDataset
-from jepakit_training.doubts import doubts
+from jepakit_training.data.batches import ViewDataset
+from jepakit_training.data.cache import open_cache
+from jepakit_training.data.doubts import doubts
+from jepakit_training.data.values import choose_preprocess, describe_values, look_at
+from jepakit_training.data.views import ViewMaker
 from jepakit_training.evaluation import Measuring
-from jepakit_training.model import layout_of
+from jepakit_training.learning.model import layout_of
+from jepakit_training.learning.precision import mixed_precision
+from jepakit_training.learning.trainable import check_trainable
 from jepakit_training.plan import Plan, make_plan
-from jepakit_training.precision import mixed_precision
 from jepakit_training.randomness import derive_seed
-from jepakit_training.records import SkippedFiles, device_name
-from jepakit_training.trainable import check_trainable
-from jepakit_training.values import choose_preprocess, describe_values, look_at
-from jepakit_training.views import ViewMaker
+from jepakit_training.run.records import SkippedFiles, device_name
 
 
 @dataclass

@@ -22,8 +22,8 @@ from torch.nn.functional import interpolate
 
 from jepakit.bundles.manifest import Scaling
 from jepakit.config import ViewsConfig
-from jepakit_training import photometric
-from jepakit_training.photometric import Changes
+from jepakit_training.data import photometric
+from jepakit_training.data.photometric import Changes
 
 _ASPECTS = 3 / 4, 4 / 3
 _LOG_ASPECTS = math.log(3 / 4), math.log(4 / 3)

@@ -24,8 +24,8 @@ from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError
 from jepakit.sources.aside import CACHED
+from jepakit_training.data.views import resize
 from jepakit_training.memory import GB
-from jepakit_training.views import resize
 
 _FORMAT = 2
 """Increase it when the same file would give other pixels."""

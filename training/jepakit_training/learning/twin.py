@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from jepakit_training.batchnorm import batch_norms
+from jepakit_training.learning.batchnorm import batch_norms
 
 _MOST_ERROR_FOLDED, _MOST_ERROR_BF16 = 1e-4, 0.1
 """Relative L2 error of the features of noise; more means that an architecture is not as assumed."""

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
 from jepakit.config import Tracker, flattened
-from jepakit_training.records import TolerateWriteErrors
+from jepakit_training.run.records import TolerateWriteErrors
 
 _PROJECT = "jepakit"
 _MLFLOW_RUN = "mlflow-run.txt"

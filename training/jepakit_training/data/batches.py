@@ -18,10 +18,10 @@ from jepakit.errors import DataError, ImageError, InputError, JepakitError, Trai
 from jepakit.images import Pixels, read_image
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
-from jepakit_training.cache import ImageCache, downscale
+from jepakit_training.data.cache import ImageCache, downscale
+from jepakit_training.data.views import Crops, ViewMaker, Views, collate, finish
 from jepakit_training.loader_limits import end_with_trainer, hand_over, start_method
 from jepakit_training.randomness import derive_seed
-from jepakit_training.views import Crops, ViewMaker, Views, collate, finish
 
 _MOST_SUBSTITUTES = 20
 

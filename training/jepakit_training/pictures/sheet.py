@@ -13,10 +13,10 @@ from jepakit.config import ViewsConfig
 from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
 from jepakit.sources import ImageList, evenly_spread
-from jepakit_training.pictures import Cell, as_picture, draw, three_bands
+from jepakit_training.data.views import ViewMaker, collate, finish
+from jepakit_training.pictures.rows import Cell, as_picture, draw, three_bands
+from jepakit_training.pictures.sheet_path import MARK
 from jepakit_training.randomness import derive_seed
-from jepakit_training.sheet_path import MARK
-from jepakit_training.views import ViewMaker, collate, finish
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from jepakit.backbones.backbone import is_hierarchical
 from jepakit.bundles.manifest import Preprocess
-from jepakit_training.batchnorm import GlobalBatchNorm1d
-from jepakit_training.views import Views
+from jepakit_training.data.views import Views
+from jepakit_training.learning.batchnorm import GlobalBatchNorm1d
 
 
 def layout_of(backbone: nn.Module) -> torch.memory_format:

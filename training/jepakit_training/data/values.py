@@ -10,7 +10,7 @@ from jepakit.bundles.manifest import Preprocess, Scaling
 from jepakit.config import AdaptConfig
 from jepakit.images import MOST_CLIPPED
 from jepakit.sources import ImageList
-from jepakit_training.scan import Scan, refuse_mixed, scan
+from jepakit_training.data.scan import Scan, refuse_mixed, scan
 
 _GAP = 0.5
 """From fill values to all others, in ranges of these."""

@@ -15,12 +15,12 @@ from jepakit._progress import Steps
 from jepakit._say import say
 from jepakit.config import AdaptConfig
 from jepakit.run import METRICS, Run, read_metrics
-from jepakit_training.alarms import FLOOR, Alarms, projection_stats
-from jepakit_training.learner import Outcome
+from jepakit_training.learning.learner import Outcome
 from jepakit_training.memory import peak_gb
 from jepakit_training.plan import Plan
-from jepakit_training.records import StepLog
-from jepakit_training.trackers import Trackers
+from jepakit_training.run.alarms import FLOOR, Alarms, projection_stats
+from jepakit_training.run.records import StepLog
+from jepakit_training.run.trackers import Trackers
 
 _LOG_EVERY = 10
 

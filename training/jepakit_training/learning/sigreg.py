@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jepakit_training.distributed import group_size
+from jepakit_training.data.transfer import to_device
+from jepakit_training.learning.distributed import group_size
 from jepakit_training.randomness import derive_seed
-from jepakit_training.transfer import to_device
 
 # Numbers in each of the about nine arrays of a block, which is 108 operations over the two passes. On a CPU, half a
 # megabyte an array: an operation costs some µs of its own (2^16 took 1.1 to 1.2 times as long, larger blocks gained

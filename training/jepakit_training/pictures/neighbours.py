@@ -17,7 +17,7 @@ from jepakit.errors import ImageError
 from jepakit.images import fit, read_image
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.holdout import MeasuringSet
-from jepakit_training.pictures import Cell, as_picture, bands_shown, draw
+from jepakit_training.pictures.rows import Cell, as_picture, bands_shown, draw
 
 ROWS, NEIGHBOURS = 10, 4
 _OTHER_CLASS = "#c00000"

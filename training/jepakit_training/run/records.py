@@ -19,7 +19,7 @@ from jepakit.errors import DataError
 from jepakit.run import PLAN, SKIPPED, SPLIT, read_metrics
 from jepakit.sources import ImageList
 from jepakit_training.plan import Plan
-from jepakit_training.run_folder import must_write, write_atomically
+from jepakit_training.run.folder import must_write, write_atomically
 
 _NAMED = 5
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jepakit_training.distributed import group_size, mean_over_ranks
+from jepakit_training.learning.distributed import group_size, mean_over_ranks
 
 _EPS = 1e-5  # torch's default for BatchNorm
 

@@ -11,7 +11,7 @@ from jepakit._groups import image_of
 from jepakit._messages import counted, first_few
 from jepakit.sources import ImageList
 from jepakit.sources.layout import BESIDE
-from jepakit_training.scan import Scan
+from jepakit_training.data.scan import Scan
 
 _SHARDS = (".tar", ".zip")
 _COMPANION = re.compile(rf"[ _.-](ground_truth|{'|'.join(BESIDE)})$", re.I)

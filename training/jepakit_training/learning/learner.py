@@ -13,22 +13,22 @@ from torch.nn.functional import cosine_similarity
 from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
-from jepakit_training.averaging import Average, mix_with_start
-from jepakit_training.batchnorm import batch_norms, freeze_norm_statistics, make_norm_statistics_global
-from jepakit_training.model import Encoder, Projector, TwoPass, layout_of, split_views
-from jepakit_training.plan import Plan
-from jepakit_training.precision import cpu_has_bf16
-from jepakit_training.randomness import derive_seed
-from jepakit_training.sigreg import directions, lejepa_loss
-from jepakit_training.trainable import (
+from jepakit_training.data.views import Views
+from jepakit_training.learning.averaging import Average, mix_with_start
+from jepakit_training.learning.batchnorm import batch_norms, freeze_norm_statistics, make_norm_statistics_global
+from jepakit_training.learning.model import Encoder, Projector, TwoPass, layout_of, split_views
+from jepakit_training.learning.precision import cpu_has_bf16
+from jepakit_training.learning.sigreg import directions, lejepa_loss
+from jepakit_training.learning.trainable import (
     add_lora,
     checkpoint_activations,
     freeze,
     parameter_groups,
     switch_off_dropout,
 )
-from jepakit_training.twin import twin_of
-from jepakit_training.views import Views
+from jepakit_training.learning.twin import twin_of
+from jepakit_training.plan import Plan
+from jepakit_training.randomness import derive_seed
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel

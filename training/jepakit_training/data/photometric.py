@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jepakit.config import ViewsConfig
-from jepakit_training.transfer import to_device
+from jepakit_training.data.transfer import to_device
 
 _JITTER_SHARE = 0.8
 _BLUR_SIGMA = (0.1, 2.0)

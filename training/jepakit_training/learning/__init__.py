@@ -1,0 +1,1 @@
+"""LeJEPA: the loss, the model, what trains, and one step of it."""

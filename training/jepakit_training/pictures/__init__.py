@@ -1,0 +1,1 @@
+"""Pictures to look at: the contact sheet of `inspect`, and a run's nearest neighbours."""
