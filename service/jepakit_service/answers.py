@@ -9,7 +9,7 @@ from starlette.types import Scope, Send
 
 from jepakit_service import oip, routes
 from jepakit_service.faults import ApiError
-from jepakit_service.wire import JSON
+from jepakit_service.media import JSON
 
 _SLICE, _TAKEN_S = 1 << 16, 60.0
 """Bytes of an answer sent at a time, and seconds that a client may take to make room for them."""
@@ -19,7 +19,7 @@ def error_body(error: ApiError, scope: Scope) -> bytes:
     """An error in the shape of the route's family."""
     if routes.is_oip(scope["path"]):
         return oip.write_error(error)
-    return error.body(scope["state"]["request_id"], with_detail=scope["path"] in routes.WITH_DETAIL)
+    return error.body(scope["state"]["request_id"], routes.REPEATED_AS.get(scope["path"]))
 
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:

@@ -22,13 +22,13 @@ from jepakit_service import oip_routes, openapi, operations
 from jepakit_service.answers import error_body, send_whole
 from jepakit_service.faults import ApiError, fault
 from jepakit_service.gate import Gate
+from jepakit_service.media import JSON
 from jepakit_service.openapi_posts import POSTS
 from jepakit_service.posts import Call, Posts, Reply
 from jepakit_service.replica import AskAll, Replica
-from jepakit_service.routes import STEADY
+from jepakit_service.routes import ROUTES
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled
-from jepakit_service.wire import JSON
 
 _QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
 """The query parameters that each route accepts. Inference routes name the model in their path."""
@@ -153,7 +153,7 @@ def _answer_errors_in_one_shape(app: FastAPI) -> None:
         path = request.url.path[:200]
         message = f"{request.method} {path}: {error.detail}"
         if error.status_code == 404:
-            message += did_you_mean(path, STEADY) or "; the routes are listed at /docs"
+            message += did_you_mean(path, ROUTES) or "; the routes are listed at /docs"
         headers = dict(error.headers or {})
         if headers.get("Allow") == "GET":
             headers["Allow"] = "GET, HEAD"

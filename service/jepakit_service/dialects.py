@@ -26,7 +26,7 @@ NAMED = "NAME, or NAME@MODEL_ID to pin the vector space"
 MODEL = f"{NAMED}; may be left out if only one model is loaded"
 DIMENSIONS = "must be the model's own length: cutting vectors short would change the space"
 _EXAMPLE_URI = f"data:image/png;base64,{wire.EXAMPLE}"
-_IMAGE_FIELDS = ("image", "image_url", "image_base64", "image_bytes")
+_IMAGE_FIELDS = ("image", "image_url", "image_base64", "image_bytes", "url")
 
 
 # Tags tell the members of unions apart; pydantic adds them to an error's location, hence the parentheses.
@@ -66,7 +66,9 @@ class _Body(BaseModel):
                 raise ApiError(400, "invalid_request", "partial is a query parameter: ?partial=true", param=name)
             if name == "input_type" or len(name) > _LONGEST_FIELD:
                 continue
-            if meant := get_close_matches(name, type(self).model_fields, n=1, cutoff=_ALIKE):
+            fields = type(self).model_fields
+            meant = [field for field in _ELSEWHERE.get(name, ()) if field in fields]
+            if meant := meant or get_close_matches(name, fields, n=1, cutoff=_ALIKE):
                 raise ApiError(400, "invalid_request", f"unknown field {name!r}; did you mean {meant[0]}?", param=name)
         return self
 
@@ -75,6 +77,14 @@ _LONGEST_FIELD, _MOST_FIELDS = 40, 64
 _ALIKE = 0.68
 """Above it are slips and other services' words for our fields (`output_dimension` is 0.69 like `dimensions`), below it
 their own fields, but for Voyage's and Cohere's `input_type`."""
+_LENGTH = ("dimensions", "output_dimension")
+_ELSEWHERE = {
+    "dim": _LENGTH,
+    "truncate_dim": _LENGTH,
+    "output_dimensionality": _LENGTH,
+    "normalize_embeddings": ("normalized",),
+}
+"""Other services' words that are not alike."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
@@ -95,6 +105,7 @@ class ImagePart(_Part):
     ) = Field(None, description="OpenAI, Cohere, Voyage: a data URI, or an object with one")
     image_base64: str | None = Field(None, description="Voyage: a data URI or base64")
     image_bytes: str | None = Field(None, alias="bytes", description="Jina, formerly: base64 or a data URI")
+    url: str | None = Field(None, description="LlamaIndex: a data URI")
     text: str | None = None
 
 
@@ -121,6 +132,8 @@ class EmbeddingRequest(_Body):
     ] = Field(description="one or many images, as data URIs or base64")
     encoding_format: Encoding | None = Field(None, description="`base64` is little-endian float32; default `float`")
     embedding_type: Encoding | None = Field(None, description="Jina's name for `encoding_format`")
+    encoding_type: Encoding | None = Field(None, description="LlamaIndex's name for `encoding_format`")
+    output_dtype: Literal["float"] | None = Field(None, description="Voyage's; only float32 is supported")
     dimensions: int | None = Field(None, description=DIMENSIONS)
     normalized: bool | None = Field(None, description="must agree with what the model does")
 
@@ -249,7 +262,7 @@ def read_openai(body: bytes, max_images: int) -> Ask:
     return Ask(
         _images(items, "input", max_images),
         request.model,
-        encodings=(request.encoding_format or request.embedding_type or "float",),
+        encodings=(request.encoding_format or request.embedding_type or request.encoding_type or "float",),
         dimensions=_dimensions("dimensions", request.dimensions),
         normalized=request.normalized,
     )
@@ -331,7 +344,7 @@ def check_space(ask: Ask, manifest: Manifest) -> None:
             400,
             "dimensions_not_supported",
             f"{ask.dimensions.field} = {ask.dimensions.value}, but {manifest.name} gives {spec.dim}: cutting vectors "
-            f"short would change the space; leave `{ask.dimensions.field}` out",
+            f"short would change the space; leave `{ask.dimensions.field}` out, or send {spec.dim}",
             param=ask.dimensions.field,
         )
     if ask.normalized is not None and ask.normalized != spec.normalize:
@@ -340,7 +353,7 @@ def check_space(ask: Ask, manifest: Manifest) -> None:
             400,
             "normalized_not_supported",
             f"normalized = {str(ask.normalized).lower()}, but {manifest.name} gives {gives}: other vectors would be "
-            "another space; leave `normalized` out",
+            "another space; leave `normalized` out, or send {str(spec.normalize).lower()}",
             param="normalized",
         )
 
@@ -399,7 +412,7 @@ def _only_image(part: ImagePart, where: str) -> str:
         raise ApiError(
             400,
             "invalid_input",
-            f"{where} holds {len(given)} images: send exactly one, as `image`, `image_url`, `image_base64` or `bytes`",
+            f"{where} holds {len(given)} images: send exactly one, as `image`, `image_url`, `image_base64`, `bytes` or `url`",
             param=where,
         )
     return given[0].url if isinstance(given[0], ImageUrl) else str(given[0])

@@ -26,8 +26,8 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.param = status, code, message, param
         self.headers = dict(headers or {})
 
-    def body(self, request_id: str, *, with_detail: bool = False) -> bytes:
-        """The error in OpenAI's shape, with the request id. Jina's and Voyage's clients read the message from `detail`."""
+    def body(self, request_id: str, repeated_as: str | None = None) -> bytes:
+        """The error in OpenAI's shape, with the request id; its message also at the top, if `repeated_as` names a field."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         error = {
             "message": self.message,
@@ -36,7 +36,7 @@ class ApiError(Exception):
             "param": self.param,
             "request_id": request_id,
         }
-        return json.dumps({"error": error, **({"detail": self.message} if with_detail else {})}).encode()
+        return json.dumps({"error": error, **({repeated_as: self.message} if repeated_as else {})}).encode()
 
 
 def unavailable(code: str, message: str, status: int = 503) -> ApiError:

@@ -8,6 +8,7 @@ from python_multipart.multipart import parse_options_header
 
 from jepakit_service.batcher import ImageData
 from jepakit_service.faults import ApiError
+from jepakit_service.media import is_image, media_type
 
 _FIELDS_BESIDE_FILES = 8
 
@@ -17,6 +18,12 @@ def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[Image
 
     Raises ApiError 400 for any other field or a damaged body, 413 for more parts than `max_images` can need.
     """
+    if not boundary:
+        raise ApiError(
+            400,
+            "invalid_multipart",
+            "Content-Type names no boundary: let the HTTP library set the Content-Type of a form",
+        )
     form = _Form(max_images)
     try:
         form.read(body, boundary)
@@ -28,9 +35,11 @@ def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[Image
     model = None
     for headers, data in form.parts:
         _, options = parse_options_header(headers.get(b"content-disposition", b""))
-        if b"filename" in options:
+        name = options.get(b"name", b"")
+        # A file name is optional (RFC 7578, 4.2).
+        if b"filename" in options or (name != b"model" and is_image(media_type(headers.get(b"content-type", b""))[0])):
             images.append(bytes(data))
-        elif (name := options.get(b"name", b"")) == b"model":
+        elif name == b"model":
             if model is not None:
                 raise ApiError(400, "invalid_request", "the form has two fields `model`: send one", param="model")
             model = data.decode("utf-8", "replace")
@@ -38,8 +47,8 @@ def read_form(body: bytes, boundary: bytes, max_images: int) -> tuple[list[Image
             raise ApiError(
                 400,
                 "invalid_request",
-                f"the form's field {name[:40].decode('utf-8', 'replace')!r} is not a file: images are sent as files, and `model` "
-                "is the only other field",
+                f"the form's field {name[:40].decode('utf-8', 'replace')!r} is not a file: it has neither a filename nor the "
+                "Content-Type of an image; `model` is the only other field",
             )
     return images, model
 

@@ -13,10 +13,11 @@ import re
 import secrets
 import time
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from http import HTTPMethod
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,7 +49,7 @@ class Gate:
         self._settings, self._metrics = replica.settings, replica.metrics
         self._keys = KeyFile(Path(self._settings.api_key_file)) if self._settings.api_key_file else None
         self._tracer = tracing.Tracer() if tracing.wanted() else None
-        self._held = 0
+        self._bodies = _Room(self._settings.max_bodies_mb << 20)
         self.in_flight = 0
 
     def drain(self) -> None:
@@ -127,14 +128,14 @@ class Gate:
         counts = not is_open and scope["path"] != routes.METRICS
         self.in_flight += counts
         self._metrics.in_flight.set(self.in_flight)
-        held = 0
+        held = _Held(self._bodies)
         try:
             if not is_open:
                 state["key"] = self._check_key(headers)
                 if self.replica.draining:
                     raise _stopping()
-            held = self._reserve(headers, is_open=is_open)
-            body = await self._read_body(receive)
+            held.grow_to(self._declared(headers, is_open=is_open))
+            body = await self._read_body(receive, held)
             state["bytes"] = len(body)
             await self._app(scope, _replay(body, receive), send)
         except ApiError as error:
@@ -158,7 +159,7 @@ class Gate:
                 await send_error(send, failure, scope)
         finally:
             self.in_flight -= counts
-            self._held -= held
+            held.give_back()
             self._metrics.in_flight.set(self.in_flight)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -184,27 +185,24 @@ class Gate:
             raise ApiError(401, "invalid_api_key", "this API key is not known here", headers=challenge)
         return name
 
-    def _reserve(self, headers: Headers, *, is_open: bool) -> int:
-        """Reserve room for a body before it is read: its declared length, or the maximum if it is chunked.
+    def _declared(self, headers: Headers, *, is_open: bool) -> int:
+        """The declared size of a body, checked; 0 if there is none, or if it is chunked.
 
         Open paths, which need no key, take no body.
         """
-        most = self._settings.max_body_mb << 20
+        chunked = "transfer-encoding" in headers  # whatever length is declared as well
         declared = headers.get("content-length", "")
         # 19 digits are more than any limit, and int() refuses numbers of thousands of digits.
         size = int(declared.lstrip("0")[:19] or 0) if declared.isascii() and declared.isdigit() else 0
-        if "transfer-encoding" in headers:  # whatever length is declared as well
-            size = most
-        if size and is_open:
+        if is_open and (size or chunked):
             raise ApiError(413, "body_too_large", "no body is read here: send GET without one")
-        if size > most:
+        if chunked:
+            return 0
+        if size > self._settings.max_body_mb << 20:
             raise self._too_large()
-        if size and self._held and self._held + size > self._settings.max_bodies_mb << 20:
-            raise unavailable("overloaded", "too many bodies are being read or answered: try again shortly", 429)
-        self._held += size
         return size
 
-    async def _read_body(self, receive: Receive) -> bytes:
+    async def _read_body(self, receive: Receive, held: _Held) -> bytes:
         limit = self._settings.max_body_mb << 20
         chunks, size = [], 0
         try:
@@ -217,6 +215,7 @@ class Gate:
                     size += len(chunks[-1])
                     if size > limit:
                         raise self._too_large()
+                    held.grow_to(size)
                     if not message.get("more_body", False):
                         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except TimeoutError:
@@ -232,24 +231,62 @@ class Gate:
         )
 
 
+@dataclass
+class _Room:
+    """Bytes that all bodies together may take, and have taken, from their first byte until they are answered."""
+
+    most: int
+    taken: int = 0
+
+
+class _Held:
+    """One body's share of the room: its declared length at once, a chunked body's as it arrives."""
+
+    def __init__(self, room: _Room) -> None:
+        self._room, self._size = room, 0
+
+    def grow_to(self, size: int) -> None:
+        """Take room for `size` bytes in all. A body alone always has room; otherwise, ApiError 429 where it runs out."""
+        more = max(0, size - self._size)
+        if more and self._room.taken > self._size and self._room.taken + more > self._room.most:
+            raise unavailable("overloaded", "too many bodies are being read or answered: try again shortly", 429)
+        self._room.taken += more
+        self._size += more
+
+    def give_back(self) -> None:
+        """The body has been answered."""
+        self._room.taken -= self._size
+
+
 def _refuse_other_sites(headers: Headers) -> None:
     """Refuse what another site's page makes the user's browser send.
 
     Such a page sends to a name of its own that resolves to this machine (DNS rebinding), or cross-site, which browsers
     declare in Sec-Fetch-Site and Origin.
     """
-    host, origin = headers.get("host", ""), headers.get("origin")
-    try:
-        name, sender = urlsplit(f"//{host}").hostname or "", urlsplit(origin or f"//{host}").netloc
-    except ValueError:
-        name, sender = host, ""
-    if (host and not is_loopback(name)) or sender != host or headers.get("sec-fetch-site") in _OTHER_SITES:
+    host = headers.get("host", "")
+    if host and not is_loopback(_parsed(f"//{host}").hostname or ""):
         raise ApiError(
             403,
             "other_site",
             "without API keys, only programs and pages on this machine are answered, at its own address such as 127.0.0.1: start "
             "the service with --api-key-file",
         )
+    if _parsed(headers.get("origin", f"//{host}")).netloc != host or headers.get("sec-fetch-site") in _OTHER_SITES:
+        raise ApiError(
+            403,
+            "other_site",
+            "a page of another origin, even of another port, is not answered: have its server ask, or put page and service behind "
+            "one proxy",
+        )
+
+
+def _parsed(url: str) -> SplitResult:
+    """The URL in parts; empty ones if it cannot be parsed."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _stopping() -> ApiError:

@@ -189,12 +189,16 @@ def read(body: bytes, json_length: str | None, asked: str, max_images: int) -> I
     """Parse an inference request. `json_length` is the header of the binary extension. Raises ApiError 400 or 413."""
     head, tensors = _split(body, json_length)
     wire.check_json_size(head, MAX_JSON_VALUES)
-    request = validate(InferRequest, head)
+    request = _parse(head, json_length)
     given = request.inputs[0]
     size = given.parameters.binary_data_size if given.parameters else None
     if size is None and given.data is None:
         raise _wrong(
             f"input {given.name[:100]!r} has neither `data` nor `binary_data_size`: send one of them", "inputs[0]"
+        )
+    if size is not None and given.data is not None:
+        raise _wrong(
+            f"input {given.name[:100]!r} has both `data` and `binary_data_size`: send one of them", "inputs[0]"
         )
     if (size or 0) != len(tensors):
         raise _wrong(
@@ -261,6 +265,18 @@ def _split(body: bytes, json_length: str | None) -> tuple[bytes, memoryview]:
         )
     length = int(json_length[:12])
     return body[:length], memoryview(body)[length:]
+
+
+def _parse(head: bytes, json_length: str | None) -> InferRequest:
+    try:
+        return validate(InferRequest, head)
+    except ApiError:
+        if json_length is None and b"binary_data_size" in head:
+            raise _wrong(
+                f"the JSON announces a tensor, and the header {JSON_LENGTH} is missing: set it to the JSON's length",
+                JSON_LENGTH,
+            ) from None
+        raise
 
 
 def _wants_binary(request: InferRequest) -> bool:

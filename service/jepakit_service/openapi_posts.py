@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jepakit_service import dialects, oip, routes, wire
+from jepakit_service import dialects, oip, routes
+from jepakit_service.media import JSON, NPY, OCTETS
 from jepakit_service.openapi import BINARY, Parameter, Post
 
 _WORD: Mapping[str, Any] = {"type": "string"}
@@ -46,8 +47,8 @@ def _infer_post(path: str, name: str, parameters: tuple[Parameter, ...]) -> Post
         name,
         "Embed images with the Open Inference Protocol v2.",
         oip.TITLE,
-        takes={wire.JSON: oip.InferRequest, wire.OCTETS: BINARY},
-        gives={wire.JSON: oip.InferAnswer, wire.OCTETS: BINARY},
+        takes={JSON: oip.InferRequest, OCTETS: BINARY},
+        gives={JSON: oip.InferAnswer, OCTETS: BINARY},
         parameters=(*parameters, _LENGTH),
         answer_headers={**_FACTS, oip.JSON_LENGTH: "length of the JSON in bytes, if the tensor follows it"},
     )
@@ -60,14 +61,14 @@ POSTS = (
         "Embed images, sent as OpenAI's or Jina's JSON, as the bytes of one file, as several files in a form, or as an array.",
         "embeddings",
         takes={
-            wire.JSON: dialects.EmbeddingRequest,
+            JSON: dialects.EmbeddingRequest,
             "image/*": BINARY,
             "application/dicom": BINARY,
-            wire.OCTETS: BINARY,
+            OCTETS: BINARY,
             "multipart/form-data": _FORM,
-            wire.NPY: _ARRAY,
+            NPY: _ARRAY,
         },
-        gives={wire.JSON: dialects.EmbeddingAnswer, wire.OCTETS: BINARY, wire.NPY: BINARY},
+        gives={JSON: dialects.EmbeddingAnswer, OCTETS: BINARY, NPY: BINARY},
         parameters=(_MODEL, _PARTIAL),
         answer_headers=_FACTS,
     ),
@@ -76,8 +77,8 @@ POSTS = (
         "embed_voyage",
         "Embed images in Voyage's format.",
         "embeddings",
-        takes={wire.JSON: dialects.VoyageRequest},
-        gives={wire.JSON: dialects.VoyageAnswer},
+        takes={JSON: dialects.VoyageRequest},
+        gives={JSON: dialects.VoyageAnswer},
         parameters=(_MODEL, _PARTIAL),
         answer_headers=_FACTS,
     ),
@@ -86,8 +87,8 @@ POSTS = (
         "embed_cohere",
         "Embed images in Cohere's format. If one image cannot be read, the whole request fails.",
         "embeddings",
-        takes={wire.JSON: dialects.CohereRequest},
-        gives={wire.JSON: dialects.CohereAnswer},
+        takes={JSON: dialects.CohereRequest},
+        gives={JSON: dialects.CohereAnswer},
         parameters=(_MODEL,),
         answer_headers=_FACTS,
     ),

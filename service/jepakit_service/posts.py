@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from jepakit.errors import ImageError
 from jepakit_service import dialects, oip, routes, wire
 from jepakit_service.faults import ApiError, bad_image
+from jepakit_service.media import JSON, OCTETS, media_type
 from jepakit_service.replica import Replica
 from jepakit_service.wire import Ask, Computed
 
@@ -75,7 +76,7 @@ class Posts:
 
     async def _embeddings(self, call: Call) -> Reply:
         content_type = call.header("content-type")
-        is_json = wire.media_type(content_type)[0] == wire.JSON
+        is_json = media_type(content_type)[0] == JSON
         read = dialects.read_openai if is_json else partial(wire.read_binary, content_type)
         ask = await _read(call, read, self._max_images)
         computed = await self._compute(ask, call)
@@ -98,9 +99,9 @@ class Posts:
         computed = await self._compute(inference.ask, call)
         written = await _write(computed, lambda: oip.write(inference, computed))
         if written.json_length is None:
-            return Reply(written.body, wire.JSON, _facts(computed))
+            return Reply(written.body, JSON, _facts(computed))
         headers = {**_facts(computed), oip.JSON_LENGTH: str(written.json_length)}
-        return Reply(written.body, wire.OCTETS, headers)
+        return Reply(written.body, OCTETS, headers)
 
     async def _compute(self, ask: Ask, call: Call) -> Computed:
         """The vectors. ApiError for a wrong model or space, overload or (unless partial) the first bad image."""
@@ -143,7 +144,7 @@ async def _write(computed: Computed, write: Callable[[], _T]) -> _T:
 
 
 async def _json(computed: Computed, write: Callable[[], Mapping[str, Any]]) -> Reply:
-    return Reply(await _write(computed, lambda: to_json(write())), wire.JSON, _facts(computed))
+    return Reply(await _write(computed, lambda: to_json(write())), JSON, _facts(computed))
 
 
 def _facts(computed: Computed) -> dict[str, str]:
@@ -159,8 +160,8 @@ def _facts(computed: Computed) -> dict[str, str]:
 
 
 def _check_json(call: Call) -> None:
-    media = wire.media_type(call.header("content-type"))[0]
-    if media not in ("", wire.JSON):  # LiteLLM names none
+    media = media_type(call.header("content-type"))[0]
+    if media not in ("", JSON):  # LiteLLM names none
         raise ApiError(
             415,
             "unsupported_media_type",

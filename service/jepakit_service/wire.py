@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from python_multipart.multipart import parse_options_header
 from typing_extensions import TypeAliasType
 
 from jepakit.bundles.manifest import Manifest
@@ -26,6 +25,7 @@ from jepakit.readers.quiet import quiet
 from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError
 from jepakit_service.forms import read_form
+from jepakit_service.media import JSON, NPY, OCTETS, is_image, media_type
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -39,7 +39,6 @@ EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAAAAAA6mKC9AAAAE0lEQVR42mNgQAOM/GgCL
 
 VALUES_AN_IMAGE, VALUES_BESIDE = 16, 1024
 _NPY_TYPES = frozenset(np.dtype(name).newbyteorder("<").str for name in READ_AS.values())
-JSON, OCTETS, NPY = "application/json", "application/octet-stream", "application/x-npy"
 _SERVED = (JSON, OCTETS, NPY, "application/*", "*/*")
 
 
@@ -117,7 +116,8 @@ def validate(model: type[_Model], body: bytes) -> _Model:
 
 def _refusal(detail: ErrorDetails) -> ApiError:
     if detail["type"] == "json_invalid":
-        return ApiError(400, "invalid_request", "the body is not JSON")
+        told = detail["msg"].removeprefix("Invalid JSON: ")  # a place and a kind, nothing of the body
+        return ApiError(400, "invalid_request", f"the body is not JSON: {told}")
     where = _place(detail["loc"])
     if detail["type"] == "missing":
         return ApiError(400, "invalid_request", f"`{where}` is missing", param=where)
@@ -133,12 +133,6 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return "".join(parts).removeprefix(".")
 
 
-def media_type(content_type: str) -> tuple[str, dict[bytes, bytes]]:
-    """`type/subtype` in lower case, and its options."""
-    kind, options = parse_options_header(content_type)
-    return kind.decode("latin-1").lower(), options
-
-
 def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
     """Read a body that is not JSON: one image file, several in a form, or an array. Raises ApiError 400, 413 or 415."""
     media, options = media_type(content_type)
@@ -146,7 +140,7 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
         ask = Ask(*read_form(body, options.get(b"boundary", b""), max_images))
     elif media == NPY:
         ask = Ask(_read_npy(body, max_images))
-    elif media.startswith("image/") or media in (OCTETS, "application/dicom"):
+    elif is_image(media):
         ask = Ask([body])
     else:
         raise ApiError(
@@ -160,6 +154,7 @@ def read_binary(content_type: str, body: bytes, max_images: int) -> Ask:
 
 def read_text(text: str, where: str) -> bytes:
     """The bytes of an image file in a data URI or plain base64; white space is ignored."""
+    text = text.lstrip()
     start = text[:8].lower()
     if start.startswith(("http://", "https://")):
         raise ApiError(
@@ -188,7 +183,7 @@ def _read_broken_lines(text: str, where: str) -> bytes:
         raise ApiError(
             400,
             "invalid_base64",
-            f"{where} is neither a data URI nor base64 of an image (text cannot be embedded here)",
+            f"{where} is neither a data URI nor base64 of an image: send the standard alphabet (+ and /), padded with = (text cannot be embedded here)",
             param=where,
         ) from None
 

@@ -183,6 +183,40 @@ def test_bad_requests_are_named_and_never_a_fault(
     assert http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(b'{"input": [1,]}', "trailing comma at line 1"), (b"", "EOF while parsing"), (b'{"input": "a', "EOF"), (b"{} {}", "trailing characters")],
+)  # fmt: skip
+def test_what_is_no_json_is_told_where_and_never_quoted(http: httpx.Client, body: bytes, said: str) -> None:
+    answer = http.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+    message = answer.json()["error"]["message"]
+    assert message.startswith("the body is not JSON: ")
+    assert said in message
+
+
+def test_a_part_is_an_image_by_its_filename_or_its_type(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
+    """A file name is optional (RFC 7578, 4.2); Rust's reqwest sends none."""
+    kinds: list[tuple[str | None, str | None]] = [
+        ("a.png", None),
+        (None, "image/png"),
+        (None, "Application/Octet-Stream"),
+    ]
+    forms = [[("files", (name, picture(0), kind))] for name, kind in kinds]
+    for form in forms:
+        row = http.post("/v1/embeddings", files=form, data={"model": "tiny"}).json()["data"][0]
+        np.testing.assert_allclose(row["embedding"], expected[0], rtol=0, atol=1e-5 * np.abs(expected).max())
+    refused = http.post("/v1/embeddings", files=[("files", (None, picture(0), "text/plain"))])
+    assert "'files' is not a file: it has neither a filename nor" in refused.json()["error"]["message"]
+
+
+def test_a_form_whose_type_was_set_by_hand_is_told_so(http: httpx.Client) -> None:
+    """Browsers' boundaries begin with dashes, which end the form for one that knows no boundary."""
+    body = b'------x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\na\r\n------x--\r\n'
+    answer = http.post("/v1/embeddings", content=body, headers={"Content-Type": "multipart/form-data"})
+    assert answer.json()["error"]["code"] == "invalid_multipart"
+    assert "names no boundary" in answer.json()["error"]["message"]
+
+
 def test_the_refusal_of_another_type_names_all_that_are_read(http: httpx.Client) -> None:
     answer = http.post("/v1/embeddings", content=b"hi", headers={"Content-Type": "text/plain"})
     (takes,) = [post.takes for post in POSTS if post.path == "/v1/embeddings"]
@@ -249,6 +283,10 @@ def test_unknown_routes_and_methods_answer_in_the_one_shape(http: httpx.Client) 
         "/health": "/healthz",
     }.items():
         assert f"did you mean {meant}" in http.post(path).json()["error"]["message"]
+    for path in ("/v2/models", "/v2/health", "/v2/models/tiny/infer/"):  # no routes, and so not proposed
+        told = http.get(path).json()["error"]
+        assert "did you mean /v2/models" not in told
+        assert "did you mean /v2/health" not in told
     assert http.get("/v2/nothing").json()["error"].startswith("GET /v2/nothing: Not Found; "), "in the protocol's"
     assert http.get("/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
 
@@ -315,7 +353,10 @@ def test_without_keys_no_page_of_another_site_is_answered(
 ) -> None:
     answer = http.post("/v1/embeddings", headers=headers, files=[("files", ("a.png", picture(0)))])
     assert answer.status_code == status, answer.text
-    assert status == 200 or answer.json()["error"]["code"] == "other_site"
+    if status != 200:
+        error, of_a_page = answer.json()["error"], "Origin" in headers or "Sec-Fetch-Site" in headers
+        assert error["code"] == "other_site"
+        assert ("one proxy" in error["message"]) == of_a_page, "what helps a page differs from what helps a program"
     assert http.get("/v1/models", headers=headers).status_code == status
     assert http.get("/healthz", headers=headers).status_code == 200
 

@@ -43,6 +43,8 @@ OPENAI_INPUTS = {
     "Jina's images as data URIs": [{"image": uri} for uri in URIS],
     "OpenAI's parts": [{"type": "image_url", "image_url": {"url": uri, "detail": "low"}} for uri in URIS],
     "Jina's former images": [{"bytes": text} for text in PLAIN],
+    "LlamaIndex's images": [{"url": uri} for uri in URIS],
+    "after white space": [f"\n {uri}" for uri in URIS],
     "Voyage's parts": [{"type": "image_base64", "image_base64": uri} for uri in URIS],
     "contents": [{"content": [{"type": "image_url", "image_url": {"url": uri}}]} for uri in URIS],
     "all sorts": [URIS[0], {"image": PLAIN[1]}, {"content": [{"type": "image_url", "image_url": URIS[2]}]}],
@@ -93,6 +95,15 @@ def test_jinas_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> No
     assert_vectors([row["embedding"] for row in body["data"]], expected)
 
 
+def test_llamaindexs_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
+    """Its clients for Jina say `encoding_type`."""
+    for wanted, kind in (("float", list), ("base64", str)):
+        asked = {"model": "tiny", "input": [{"url": uri} for uri in URIS], "encoding_type": wanted}
+        rows = http.post("/v1/embeddings", json=asked).json()["data"]
+        assert all(isinstance(row["embedding"], kind) for row in rows)
+        assert_vectors([row["embedding"] for row in rows], expected)
+
+
 def test_voyages_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
     asked = {
         "model": "tiny",
@@ -110,18 +121,23 @@ def test_voyages_request(http: httpx.Client, expected: np.ndarray[Any, Any]) -> 
     assert_vectors([row["embedding"] for row in body["data"]], expected)
 
 
-def test_jinas_and_voyages_clients_find_the_message_of_every_error(bundle: Path, tmp_path: Path) -> None:
-    """What they read is `detail`."""
+def test_jinas_voyages_and_coheres_clients_find_the_message_of_every_error(bundle: Path, tmp_path: Path) -> None:
+    """What they read is `detail`, and `message`."""
     keys, (key, line) = tmp_path / "keys", new_key("a")
     keys.write_text(f"{line}\n")
     with running(ServeSettings(bundles=(str(bundle),), port=1, api_key_file=str(keys))) as url:
-        for path, there in (("/v1/multimodalembeddings", True), ("/v1/embeddings", True), ("/v2/embed", False)):
+        for path, name in {
+            "/v1/multimodalembeddings": "detail",
+            "/v1/embeddings": "detail",
+            "/v2/embed": "message",
+        }.items():
             refused = [
                 httpx.post(url + path, json={}, headers=headers) for headers in ({}, {"Authorization": f"Bearer {key}"})
             ]
             assert [answer.status_code for answer in refused] == [401, 400]
             for told in (answer.json() for answer in refused):
-                assert told.get("detail") == (told["error"]["message"] if there else None)
+                assert told.keys() == {"error", name}
+                assert told[name] == told["error"]["message"]
 
 
 @pytest.mark.parametrize("types", [None, ["float"], ["base64"], ["base64", "float"]])
@@ -170,6 +186,11 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/embeddings", {"input": URIS, "dimension": 256}, "invalid_request", "dimension"),
     ("/v1/embeddings", {"input": URIS, "output_dimension": 256}, "invalid_request", "output_dimension"),
     ("/v1/embeddings", {"input": URIS, "normalize": True}, "invalid_request", "normalize"),
+    ("/v1/embeddings", {"input": URIS, "truncate_dim": 64}, "invalid_request", "truncate_dim"),
+    ("/v1/embeddings", {"input": URIS, "normalize_embeddings": True}, "invalid_request", "normalize_embeddings"),
+    ("/v1/embeddings", {"input": URIS, "output_dtype": "int8"}, "invalid_request", "output_dtype"),
+    ("/v1/embeddings", {"input": [" https://x/y.png"]}, "url_not_supported", "input[0]"),
+    ("/v2/embed", {"images": URIS, "output_dimensionality": 64}, "invalid_request", "output_dimensionality"),
     ("/v1/embeddings", {"input": URIS, "partial": True}, "invalid_request", "partial"),
     ("/v2/embed", {"images": URIS, "embedding_type": ["base64"]}, "invalid_request", "embedding_type"),
     ("/v1/multimodalembeddings", {"inputs": [{"content": [{"text": "a"}]}]}, "text_not_supported", "inputs[0]"),

@@ -146,6 +146,7 @@ WRONG = {
     "a huge shape": pixels(shape=[1, 2**40, 2**40, 3]),
     "sides of thousands of digits": pixels(shape=[1, 10**3000, 10**3000, 3]),
     "bytes announced that do not come": request(data=None, parameters={"binary_data_size": 9}),
+    "data twice": request(parameters={"binary_data_size": 0}),
     "another output": {**request(), "outputs": [{"name": "tokens"}]},
     "classes as output": {**request(), "outputs": [{"name": "embeddings", "parameters": {"classification": 2}}]},
     "an output in shared memory": {
@@ -164,6 +165,13 @@ def test_wrong_requests_are_told_in_the_protocols_shape(http: httpx.Client, kind
     assert list(answer.json()) == ["error"]
     assert len(answer.json()["error"]) > 10
     assert answer.headers["x-request-id"]
+
+
+def test_a_tensor_without_the_header_of_its_extension_is_told_of_it(http: httpx.Client) -> None:
+    head = json.dumps(request(data=None, parameters={"binary_data_size": 9})).encode()
+    answer = http.post(INFER, content=head + bytes(9))
+    assert answer.status_code == 400
+    assert "the header Inference-Header-Content-Length is missing" in answer.json()["error"]
 
 
 def test_a_long_list_of_wrong_outputs_is_not_judged_one_by_one() -> None:

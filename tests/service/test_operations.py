@@ -542,7 +542,7 @@ def test_a_switch_while_the_replicas_are_asked_is_described_as_done(
 def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) -> None:
     async def go(url: str) -> list[int]:
         async def slowly() -> Any:
-            yield b"\x89PNG"
+            yield b"\x89PNG" + bytes(600 << 10)
             await asyncio.sleep(0.7)
 
         async with httpx.AsyncClient(base_url=url, timeout=30) as http:
@@ -557,10 +557,31 @@ def test_bodies_held_at_a_time_are_bounded_before_they_are_read(bundle: Path) ->
         assert asyncio.run(go(url)) == [429, 415]
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_body_in_chunks_takes_room_as_it_arrives(bundle: Path, parts: int) -> None:
+    """Clients that stream declare no length: many small ones are answered at a time, and what they hold is given back."""
+
+    async def go(url: str) -> list[int]:
+        async def image() -> Any:
+            yield b"\x89PNG"
+            await asyncio.sleep(0.3)
+            yield bytes(parts * 100 << 10)
+            await asyncio.sleep(0.5)
+
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            asked = [http.post("/v1/embeddings", content=image(), headers=PNG) for _ in range(6)]
+            answers = [answer.status_code for answer in await asyncio.gather(*asked)]
+            again = await http.post("/v1/embeddings", content=bytes(1 << 20), headers=PNG)
+            return [*sorted(set(answers)), again.status_code]
+
+    with running(settings(bundle, max_body_mb=1, max_bodies_mb=1)) as url:
+        assert asyncio.run(go(url)) == ([415, 415] if parts == 1 else [415, 429, 415])
+
+
 def test_probes_are_answered_while_one_body_holds_more_than_all_may(bundle: Path) -> None:
     async def go(url: str) -> int:
         async def slowly() -> Any:
-            yield b"\x89PNG"
+            yield b"\x89PNG" + bytes(2 << 20)
             await asyncio.sleep(0.7)
 
         async with httpx.AsyncClient(base_url=url, timeout=30) as http:
@@ -591,7 +612,7 @@ def test_the_length_of_a_body_in_chunks_is_not_believed(bundle: Path, declared: 
 
     async def go() -> int:
         async def slowly() -> Any:
-            yield b"\x89PNG"
+            yield b"\x89PNG" + bytes(600 << 10)
             await asyncio.sleep(0.3)
 
         app = build_app(settings(bundle, max_body_mb=1, max_bodies_mb=1))
