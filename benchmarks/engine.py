@@ -43,7 +43,7 @@ from jepakit.bundles.bundle import GRAPH, WEIGHTS, Bundle
 from jepakit.errors import MissingExtraError
 from jepakit.inference.ort import import_ort
 from jepakit.inference.session import Model, Session
-from jepakit_service.batcher import Batcher, Capacity, Decoded
+from jepakit_service.models.batcher import Batcher, Capacity, Decoded
 from jepakit_training.learning.precision import cpu_has_bf16
 
 ort = import_ort()

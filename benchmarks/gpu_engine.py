@@ -38,7 +38,7 @@ from jepakit.bundles import golden
 from jepakit.bundles.bundle import WEIGHTS
 from jepakit.inference.ort import import_ort
 from jepakit.inference.session import Session
-from jepakit_service.batcher import Batcher, Capacity, Decoded
+from jepakit_service.models.batcher import Batcher, Capacity, Decoded
 from trainer import weights_of
 
 ort = import_ort()

@@ -26,10 +26,10 @@ from typer.testing import CliRunner
 import jepakit
 from jepakit._ray import OWN
 from jepakit.cli import app
-from jepakit_service.metrics import Metrics
+from jepakit_service.http.routes import STEADY
 from jepakit_service.ray_environment import NODE_ENVIRONMENT
-from jepakit_service.routes import STEADY
 from jepakit_service.settings import ServeSettings, load
+from jepakit_service.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"

@@ -23,7 +23,7 @@ from PIL import Image
 
 import jepakit
 from jepakit.cli import main
-from jepakit_service.keys import new_key
+from jepakit_service.http.keys import new_key
 from jepakit_service.listeners import free_port
 
 ROOT = Path(__file__).parents[1]

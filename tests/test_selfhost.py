@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import jepakit
 from jepakit_service.listeners import free_port
-from jepakit_service.metrics import Metrics, merge
+from jepakit_service.telemetry.metrics import Metrics, merge
 from tests.service.conftest import picture
 from tests.test_docker import systemd_unit
 from tests.test_pipeline import serving

@@ -26,7 +26,7 @@ from jepakit.sources.find import as_list
 from jepakit.sources.memory import are_labelled_files
 
 if TYPE_CHECKING:
-    from jepakit_service.deploy import Deployed
+    from jepakit_service.updates.deploy import Deployed
 
 
 def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Run:
@@ -254,7 +254,7 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
 
     Raises BundleError for an incomplete or damaged bundle, ServeError when the service refuses it or takes too long.
     """
-    from jepakit_service.deploy import deploy as run_deploy
+    from jepakit_service.updates.deploy import deploy as run_deploy
 
     return run_deploy(as_path(bundle, "bundle"), as_path(folder, "folder"), url, timeout_s=timeout_s)
 
@@ -264,7 +264,7 @@ def new_api_key(name: str, key_file: str | None) -> tuple[str, str, int]:
 
     The line is appended to `key_file` if given.
     """
-    from jepakit_service.keys import append, new_key
+    from jepakit_service.http.keys import append, new_key
 
     key, line = new_key(name)
     n_others = append(line, as_path(key_file, "api_key_file")) if key_file is not None else 0

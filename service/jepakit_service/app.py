@@ -6,11 +6,12 @@ from pathlib import Path
 
 from jepakit.bundles.bundle import GRAPH
 from jepakit.inference.runtime import check_provider
-from jepakit_service import keys, tracing
 from jepakit_service.bundles import find_bundles
+from jepakit_service.http import keys
 from jepakit_service.listeners import check_open_files, check_port_is_free
-from jepakit_service.logs import announce
 from jepakit_service.settings import ServeSettings
+from jepakit_service.telemetry import tracing
+from jepakit_service.telemetry.logs import announce
 
 
 def run(settings: ServeSettings) -> None:

@@ -15,8 +15,8 @@ import psutil
 
 from jepakit._loopback import is_loopback
 from jepakit.errors import ConfigError
-from jepakit_service.logs import announce
 from jepakit_service.settings import SERVICE, ServeSettings
+from jepakit_service.telemetry.logs import announce
 
 _START_TIMEOUT_S = 300.0
 _HAPROXY_FILES = 10_270

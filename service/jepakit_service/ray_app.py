@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from jepakit._explain import parse
-from jepakit_service import logs
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled
+from jepakit_service.telemetry import logs
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from jepakit_service.gate import Gate
+    from jepakit_service.http.gate import Gate
     from jepakit_service.replica import Report
 
 DEPLOYMENT = "embeddings"
@@ -70,7 +70,7 @@ def application(settings: ServeSettings, log_socket: str | None) -> Any:
     @serve.ingress()
     class Embeddings:
         def __init__(self) -> None:
-            from jepakit_service.api import build_app
+            from jepakit_service.http.api import build_app
 
             logs.configure(settings, log_socket)
             self._gate = build_app(settings, _ask_all)

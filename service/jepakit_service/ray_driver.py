@@ -23,12 +23,12 @@ import psutil
 from jepakit._machine import end_with_parent
 from jepakit._ray import OWN, init, own_folder
 from jepakit.errors import MissingExtraError, ServeError
-from jepakit_service import logs
 from jepakit_service.listeners import announce_when_ready
 from jepakit_service.ray_app import DEPLOYMENT, application
 from jepakit_service.ray_environment import FALLBACK_PORT, REPLICAS, environment
 from jepakit_service.settings import ServeSettings
 from jepakit_service.stopping import on_stop
+from jepakit_service.telemetry import logs
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _APPLICATION = "jepakit"

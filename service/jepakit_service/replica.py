@@ -14,13 +14,13 @@ from prometheus_client import Metric
 from jepakit.errors import ServeError
 from jepakit_service import memory
 from jepakit_service.bundles import find_bundles
-from jepakit_service.engine import Engine
-from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel
-from jepakit_service.registry import NO_MODEL, Registry, VersionsState
+from jepakit_service.models.engine import Engine
+from jepakit_service.models.model import LoadedModel
+from jepakit_service.models.registry import NO_MODEL, Registry, VersionsState
+from jepakit_service.models.sharing import Shared
 from jepakit_service.settings import ServeSettings
-from jepakit_service.sharing import Shared
-from jepakit_service.updates import Updates
+from jepakit_service.telemetry.metrics import Metrics
+from jepakit_service.updates.updates import Updates
 
 _log = logging.getLogger("jepakit.service")
 

@@ -10,12 +10,12 @@ from typing import Any
 import uvicorn
 
 from jepakit.errors import ServeError
-from jepakit_service import logs
-from jepakit_service.api import build_app
-from jepakit_service.gate import Gate
+from jepakit_service.http.api import build_app
+from jepakit_service.http.gate import Gate
 from jepakit_service.listeners import announce_when_ready
 from jepakit_service.settings import ServeSettings
 from jepakit_service.stopping import on_stop
+from jepakit_service.telemetry import logs
 
 _KEEP_ALIVE_S = 90
 """As in Ray Serve, and longer than nginx keeps a connection idle: closing one that nginx is using costs a request."""

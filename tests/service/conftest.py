@@ -24,8 +24,9 @@ from PIL import Image
 import jepakit
 from jepakit.bundles import golden
 from jepakit.bundles.bundle import GOLDEN, write_bundle
-from jepakit_service import single, tuning
-from jepakit_service.api import build_app
+from jepakit_service import single
+from jepakit_service.http.api import build_app
+from jepakit_service.models import tuning
 from jepakit_service.settings import ServeSettings
 
 

@@ -26,14 +26,14 @@ import pytest
 import jepakit
 from jepakit.bundles.bundle import open_bundle
 from jepakit.errors import AuthenticationError, ConfigError, ImageError
-from jepakit_service import api, dialects, posts, routes, wire
-from jepakit_service.api import build_app
 from jepakit_service.faults import ApiError
-from jepakit_service.keys import new_key
-from jepakit_service.metrics import Metrics, merge
-from jepakit_service.models import LoadedModel
-from jepakit_service.openapi_posts import POSTS
+from jepakit_service.http import api, dialects, posts, routes, wire
+from jepakit_service.http.api import build_app
+from jepakit_service.http.keys import new_key
+from jepakit_service.http.openapi_posts import POSTS
+from jepakit_service.models.model import LoadedModel
 from jepakit_service.settings import ServeSettings
+from jepakit_service.telemetry.metrics import Metrics, merge
 from tests.files import npy
 
 from .conftest import picture, running

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jepakit.errors import ImageError
-from jepakit_service.batcher import Batcher, Capacity, Decoded, RunBatch, State, decide
+from jepakit_service.models.batcher import Batcher, Capacity, Decoded, RunBatch, State, decide
 
 from .load import wait_until
 

@@ -14,9 +14,9 @@ import pytest
 from pydantic_core import to_json
 
 import jepakit
-from jepakit_service import dialects, wire
 from jepakit_service.faults import ApiError
-from jepakit_service.keys import new_key
+from jepakit_service.http import dialects, wire
+from jepakit_service.http.keys import new_key
 from jepakit_service.settings import ServeSettings
 
 from .conftest import copied, picture, running

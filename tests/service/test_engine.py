@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jepakit.errors import InferenceError
-from jepakit_service.batcher import Answer, ImageData
-from jepakit_service.engine import Engine
 from jepakit_service.faults import ApiError
+from jepakit_service.models.batcher import Answer, ImageData
+from jepakit_service.models.engine import Engine
+from jepakit_service.models.tuning import Plan
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import Plan
 
 
 class Slow:

@@ -31,13 +31,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from jepakit_service import logs, oip, single, wire
-from jepakit_service.api import build_app
-from jepakit_service.dialects import read_openai
+from jepakit_service import single
 from jepakit_service.faults import ApiError
+from jepakit_service.http import oip, wire
+from jepakit_service.http.api import build_app
+from jepakit_service.http.dialects import read_openai
+from jepakit_service.http.wire import Ask
 from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
-from jepakit_service.wire import Ask
+from jepakit_service.telemetry import logs
 from tests.files import encoded, png_chunk
 
 from .conftest import picture, running
@@ -47,7 +49,7 @@ MEGABYTE = 1 << 20
 _SERVE = """
 import sys
 import uvicorn
-from jepakit_service.api import build_app
+from jepakit_service.http.api import build_app
 from jepakit_service.listeners import free_port
 from jepakit_service.settings import ServeSettings
 

@@ -18,8 +18,8 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 import jepakit
-from jepakit_service import oip
 from jepakit_service.faults import ApiError
+from jepakit_service.http import oip
 
 from .conftest import picture
 

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import jepakit
-from jepakit_service import routes
+from jepakit_service.http import routes
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 POSTS = {

@@ -28,8 +28,9 @@ from jepakit._frontdoor import serve
 from jepakit._ray import _LONGEST_PLACE, own_folder
 from jepakit.cli.settings import settings_of
 from jepakit.errors import ConfigError, ServeError
-from jepakit_service import app, keys, listeners, single
-from jepakit_service.keys import KeyFile, new_key
+from jepakit_service import app, listeners, single
+from jepakit_service.http import keys
+from jepakit_service.http.keys import KeyFile, new_key
 from jepakit_service.listeners import announce_when_ready, check_open_files, check_port_is_free, free_port, own_url
 from jepakit_service.ray_environment import environment
 from jepakit_service.settings import SERVICE, ServeSettings, as_yaml, load

@@ -15,9 +15,9 @@ from jepakit.errors import InferenceError
 from jepakit.images import Pixels
 from jepakit.inference.runtime import Chosen
 from jepakit.inference.session import Session
-from jepakit_service import tuning
+from jepakit_service.models import tuning
+from jepakit_service.models.tuning import Plan, Tuned, most_sessions, tune
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import Plan, Tuned, most_sessions, tune
 
 
 def tuned_by(

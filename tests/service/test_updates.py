@@ -34,15 +34,16 @@ from jepakit.errors import (
     WriteError,
 )
 from jepakit.run import CONFIG
-from jepakit_service import memory, updates
+from jepakit_service import memory
 from jepakit_service.bundles import find_bundles
-from jepakit_service.deploy import Deployed, _swapped, deploy
 from jepakit_service.faults import ApiError
-from jepakit_service.locks import holding
-from jepakit_service.metrics import merge
-from jepakit_service.models import LoadedModel
+from jepakit_service.models.model import LoadedModel
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import ServeSettings
+from jepakit_service.telemetry.metrics import merge
+from jepakit_service.updates import updates
+from jepakit_service.updates.deploy import Deployed, _swapped, deploy
+from jepakit_service.updates.locks import holding
 
 from .conftest import copied, picture, running
 
@@ -359,7 +360,7 @@ def test_what_is_deployed_is_on_the_disk_before_the_old_version_goes(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr("jepakit_service.deploy.fsync", lambda path: flushed.append(path.name))
+    monkeypatch.setattr("jepakit_service.updates.deploy.fsync", lambda path: flushed.append(path.name))
     shutil.copytree(bundle, tmp_path / "tiny")
     opened = jepakit.open_bundle(bundle)
     with _swapped(opened, tmp_path / "tiny"):
@@ -370,7 +371,7 @@ def test_what_is_deployed_is_on_the_disk_before_the_old_version_goes(
 
 
 def test_deploying_without_a_service_changes_nothing(bundle: Path, other: Path, folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("jepakit_service.deploy._LONGEST_SILENCE_S", 1.0)
+    monkeypatch.setattr("jepakit_service.updates.deploy._LONGEST_SILENCE_S", 1.0)
     with pytest.raises(ConnectionFailedError):
         deploy(other, folder, "http://127.0.0.1:1", timeout_s=5)
     assert digest(folder / "tiny") == digest(bundle)
@@ -460,8 +461,8 @@ def to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Deploy to a stub: `to(source, folder, ask, models…)`."""
 
     def run(source: Path, folder: Path, ask: Callable[[], ModelInfo] = absent, *models: ModelInfo) -> None:
-        monkeypatch.setattr("jepakit_service.deploy.Client", Stub(ask, models))
-        monkeypatch.setattr("jepakit_service.deploy._POLL_S", 0.01)
+        monkeypatch.setattr("jepakit_service.updates.deploy.Client", Stub(ask, models))
+        monkeypatch.setattr("jepakit_service.updates.deploy._POLL_S", 0.01)
         deploy(source, folder, "http://x", timeout_s=0.05)
 
     return run

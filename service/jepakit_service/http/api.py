@@ -18,15 +18,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import jepakit
 from jepakit._messages import did_you_mean
-from jepakit_service import oip_routes, openapi, operations
-from jepakit_service.answers import error_body, send_whole
 from jepakit_service.faults import ApiError, fault
-from jepakit_service.gate import Gate
-from jepakit_service.media import JSON
-from jepakit_service.openapi_posts import POSTS
-from jepakit_service.posts import Call, Posts, Reply
+from jepakit_service.http import oip_routes, openapi, operations
+from jepakit_service.http.answers import error_body, send_whole
+from jepakit_service.http.gate import Gate
+from jepakit_service.http.media import JSON
+from jepakit_service.http.openapi_posts import POSTS
+from jepakit_service.http.posts import Call, Posts, Reply
+from jepakit_service.http.routes import ROUTES
 from jepakit_service.replica import AskAll, Replica
-from jepakit_service.routes import ROUTES
 from jepakit_service.settings import ServeSettings
 from jepakit_service.tasks import is_cancelled
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jepakit_service import dialects, oip, routes
-from jepakit_service.media import JSON, NPY, OCTETS
-from jepakit_service.openapi import BINARY, Parameter, Post
+from jepakit_service.http import dialects, oip, routes
+from jepakit_service.http.media import JSON, NPY, OCTETS
+from jepakit_service.http.openapi import BINARY, Parameter, Post
 
 _WORD: Mapping[str, Any] = {"type": "string"}
 _FACTS = {

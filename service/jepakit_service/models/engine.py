@@ -8,11 +8,11 @@ import numpy as np
 
 from jepakit.errors import ImageError, InferenceError
 from jepakit.inference.session import NOT_FINITE
-from jepakit_service.batcher import Answer, ImageData, Result
 from jepakit_service.faults import unavailable
-from jepakit_service.models import LoadedModel
+from jepakit_service.models.batcher import Answer, ImageData, Result
+from jepakit_service.models.model import LoadedModel
+from jepakit_service.models.tuning import Plan
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import Plan
 
 
 def max_images_in_time(plan: Plan, settings: ServeSettings) -> int:

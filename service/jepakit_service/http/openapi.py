@@ -18,9 +18,9 @@ from starlette.exceptions import HTTPException
 from swagger_ui_bundle import swagger_ui_path
 from typing_extensions import TypedDict
 
-from jepakit_service import routes
-from jepakit_service.media import JSON
-from jepakit_service.oip import OipError
+from jepakit_service.http import routes
+from jepakit_service.http.media import JSON
+from jepakit_service.http.oip import OipError
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "index.css", "favicon-32x32.png")
 _PAGE = """<!doctype html>

@@ -21,7 +21,7 @@ from jepakit._say import say
 from jepakit.bundles.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
-from jepakit_service.locks import holding
+from jepakit_service.updates.locks import holding
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 _PREFIX, _OLD = ".deploy-", ".old"

@@ -21,12 +21,12 @@ from jepakit.errors import DataError, InputError, JepakitError
 from jepakit.inference.runtime import Provider
 from jepakit_service import memory
 from jepakit_service.bundles import bundle_folders, check_expected
-from jepakit_service.locks import holding
-from jepakit_service.metrics import Metrics
-from jepakit_service.models import LoadedModel
-from jepakit_service.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
+from jepakit_service.models.model import LoadedModel
+from jepakit_service.models.registry import Incomplete, Registry, Stamp, Update, Versions, VersionsState
+from jepakit_service.models.tuning import most_sessions
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import most_sessions
+from jepakit_service.telemetry.metrics import Metrics
+from jepakit_service.updates.locks import holding
 
 _log = logging.getLogger("jepakit.service")
 _ABSENT_LOOKS = 5

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from starlette.types import Scope, Send
 
-from jepakit_service import oip, routes
 from jepakit_service.faults import ApiError
-from jepakit_service.media import JSON
+from jepakit_service.http import oip, routes
+from jepakit_service.http.media import JSON
 
 _SLICE, _TAKEN_S = 1 << 16, 60.0
 """Bytes of an answer sent at a time, and seconds that a client may take to make room for them."""

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from jepakit.bundles import golden
 from jepakit.errors import ImageError
-from jepakit_service.batcher import Observer, Result
-from jepakit_service.sharing import Shared
+from jepakit_service.models.batcher import Observer, Result
+from jepakit_service.models.sharing import Shared
 
 _FRESH_S, _RIGHT_S = 5.0, 60.0
 _TIMEOUT_S = 10.0

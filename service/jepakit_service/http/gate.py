@@ -23,11 +23,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jepakit._loopback import is_loopback
-from jepakit_service import logs, routes, tracing
-from jepakit_service.answers import send_error
 from jepakit_service.faults import ApiError, fault, unavailable
-from jepakit_service.keys import KeyFile
+from jepakit_service.http import routes
+from jepakit_service.http.answers import send_error
+from jepakit_service.http.keys import KeyFile
 from jepakit_service.replica import Replica
+from jepakit_service.telemetry import logs, tracing
 
 _log = logging.getLogger("jepakit.service")
 _UNADMITTED = (401, 403, 404)

@@ -6,9 +6,9 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from jepakit_service.batcher import ImageData
 from jepakit_service.faults import ApiError
-from jepakit_service.media import is_image, media_type
+from jepakit_service.http.media import is_image, media_type
+from jepakit_service.models.batcher import ImageData
 
 _FIELDS_BESIDE_FILES = 8
 

@@ -18,10 +18,10 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from jepakit.bundles.manifest import Manifest
-from jepakit_service import wire
-from jepakit_service.batcher import ImageData
 from jepakit_service.faults import ApiError
-from jepakit_service.wire import EXAMPLE, Ask, Computed, validate
+from jepakit_service.http import wire
+from jepakit_service.http.wire import EXAMPLE, Ask, Computed, validate
+from jepakit_service.models.batcher import ImageData
 
 TITLE = "Open Inference Protocol v2"
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jepakit_service.faults import ApiError, unavailable
-from jepakit_service.models import LoadedModel
+from jepakit_service.models.model import LoadedModel
 
 Stamp = tuple[tuple[str, int, int], ...]
 """A folder's files: names, sizes, times of their last change."""

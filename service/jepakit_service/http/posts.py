@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic_core import to_json
 
 from jepakit.errors import ImageError
-from jepakit_service import dialects, oip, routes, wire
 from jepakit_service.faults import ApiError, bad_image
-from jepakit_service.media import JSON, OCTETS, media_type
+from jepakit_service.http import dialects, oip, routes, wire
+from jepakit_service.http.media import JSON, OCTETS, media_type
+from jepakit_service.http.wire import Ask, Computed
 from jepakit_service.replica import Replica
-from jepakit_service.wire import Ask, Computed
 
 _LONG_BODY, _LONG_ANSWER = 1 << 18, 20_000
 """Bodies of this many bytes and answers of this many numbers go to a thread, to keep the event loop free."""

@@ -18,11 +18,11 @@ from jepakit.images import fit, read_image
 from jepakit.inference.runtime import ON_GPU
 from jepakit.inference.session import Session
 from jepakit.readers import Limits
-from jepakit_service.batcher import Answer, Batcher, Capacity, Decoded, ImageData, Result
-from jepakit_service.heartbeat import Heartbeat
-from jepakit_service.metrics import Metrics
+from jepakit_service.models.batcher import Answer, Batcher, Capacity, Decoded, ImageData, Result
+from jepakit_service.models.heartbeat import Heartbeat
+from jepakit_service.models.tuning import tune
 from jepakit_service.settings import ServeSettings
-from jepakit_service.tuning import tune
+from jepakit_service.telemetry.metrics import Metrics
 
 _BYTES_A_PIXEL = 8
 """A decoded image may take this many bytes times `max_pixels`."""

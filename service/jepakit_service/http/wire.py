@@ -22,10 +22,10 @@ from jepakit.errors import ImageError
 from jepakit.readers.checks import READ_AS
 from jepakit.readers.npy import read_npy_header
 from jepakit.readers.quiet import quiet
-from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError
-from jepakit_service.forms import read_form
-from jepakit_service.media import JSON, NPY, OCTETS, is_image, media_type
+from jepakit_service.http.forms import read_form
+from jepakit_service.http.media import JSON, NPY, OCTETS, is_image, media_type
+from jepakit_service.models.batcher import ImageData, Result
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 import jepakit
-from jepakit_service import oip
 from jepakit_service.faults import unavailable
-from jepakit_service.operations import ModelName
+from jepakit_service.http import oip
+from jepakit_service.http.operations import ModelName
 from jepakit_service.replica import Replica
 
 

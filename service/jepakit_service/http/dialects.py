@@ -17,10 +17,10 @@ from typing_extensions import TypeAliasType, TypedDict
 
 from jepakit.bundles.manifest import Manifest
 from jepakit.errors import ImageError
-from jepakit_service import wire
-from jepakit_service.batcher import ImageData, Result
 from jepakit_service.faults import ApiError
-from jepakit_service.wire import Ask, Computed, Dimensions, Encoding
+from jepakit_service.http import wire
+from jepakit_service.http.wire import Ask, Computed, Dimensions, Encoding
+from jepakit_service.models.batcher import ImageData, Result
 
 NAMED = "NAME, or NAME@MODEL_ID to pin the vector space"
 MODEL = f"{NAMED}; may be left out if only one model is loaded"

@@ -11,14 +11,14 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from typing_extensions import TypedDict
 
-from jepakit_service.dialects import NAMED
-from jepakit_service.engine import max_images_in_time
 from jepakit_service.faults import unavailable
-from jepakit_service.metrics import merge
-from jepakit_service.models import LoadedModel
-from jepakit_service.registry import Update
+from jepakit_service.http.dialects import NAMED
+from jepakit_service.models.engine import max_images_in_time
+from jepakit_service.models.model import LoadedModel
+from jepakit_service.models.registry import Update
 from jepakit_service.replica import Replica, Report
 from jepakit_service.settings import SERVICE, ServeSettings
+from jepakit_service.telemetry.metrics import merge
 
 ModelName = Annotated[str, Path(description=NAMED)]
 

@@ -1,0 +1,1 @@
+"""The models of one process: loaded, tuned, batched, watched."""

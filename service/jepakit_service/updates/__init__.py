@@ -1,0 +1,1 @@
+"""New versions: put into the watched folder, loaded beside the old, switched to."""
