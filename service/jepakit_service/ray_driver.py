@@ -10,11 +10,12 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,16 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
         serve.start(http_options=options, logging_config=_LOGGING)
-        handle = serve.run(
+        target = serve.RunTarget(
             application(settings, log_socket), name=_APPLICATION, route_prefix="/", logging_config=_LOGGING
         )
-        announce_when_ready(settings, lambda: stop.requested, fallback=int(os.environ.get(FALLBACK_PORT, 0)))
-        while not stop.requested:
-            _check_core(core)
-            time.sleep(0.2)
-        _drain(handle, settings)
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        if _watch(core, stop, until=_is_running):
+            announce_when_ready(settings, lambda: stop.requested, fallback=int(os.environ.get(FALLBACK_PORT, 0)))
+            _watch(core, stop)
+            _drain(handle, settings)
+    except SystemExit:
+        pass  # a signal to stop, by Ray's own handler, while Ray started
     except ServeError:
         raise
     except Exception as error:  # Ray wraps what a replica raised in classes of its own
@@ -159,6 +162,26 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
         children = psutil.Process().children(recursive=True)
         ray.shutdown()
         _end(children)
+
+
+def _watch(core: Mapping[str, Any], stop: _Stop, until: Callable[[], bool] = lambda: False) -> bool:
+    """Wait for `until`, and return True, or for a signal to stop, and return False. Raises ServeError as `_check_core` does."""
+    while not stop.requested:
+        if until():
+            return True
+        _check_core(core)
+        time.sleep(0.2)
+    return False
+
+
+def _is_running() -> bool:
+    """Whether all replicas are up. Raises RuntimeError once Ray has given up starting them."""
+    from ray import serve
+
+    found = serve.status().applications[_APPLICATION]
+    if found.status == "DEPLOY_FAILED":
+        raise RuntimeError(found.message)
+    return bool(found.status == "RUNNING")
 
 
 def _check_core(core: Mapping[str, Any]) -> None:
@@ -188,10 +211,13 @@ def _drain(handle: Any, settings: ServeSettings) -> None:
 
 def _check_gpus(settings: ServeSettings, found: float) -> None:
     """ServeError if the replicas ask for more GPUs than Ray has, for which it would wait forever."""
-    if (wanted := settings.replicas * settings.num_gpus) > found:
+    each = settings.num_gpus
+    # A replica that asks for less than a GPU gets a share of a single one.
+    room = math.inf if not each else int(found) * int(1 / each) if each < 1 else found // each
+    if settings.replicas > room:
         raise ServeError(
-            f"replicas = {settings.replicas} with num_gpus = {settings.num_gpus:g} each ask for {wanted:g} GPUs, and Ray finds {found:g}: "
-            "ask for fewer, or check nvidia-smi"
+            f"replicas = {settings.replicas} with num_gpus = {each:g} each, but on the {found:g} GPUs that Ray finds there is room for "
+            f"{room:g}: ask for fewer, or check nvidia-smi"
         )
 
 

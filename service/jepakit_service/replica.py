@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from prometheus_client import Metric
 
@@ -48,6 +49,13 @@ AskAll = Callable[[bool], Awaitable[Sequence[Report | None]]]
 
 None for a replica that has ended; a single None if one of them does not answer.
 """
+
+
+class Round(NamedTuple):
+    """What the replicas of the deployment answered when all were asked, and whether all did."""
+
+    reports: Sequence[Report]
+    is_whole: bool
 
 
 class Replica:
@@ -115,7 +123,7 @@ class Replica:
                 self.metrics.update.labels(name, update.state).set(1)
         return self.metrics.families()
 
-    async def reports(self, *, with_metrics: bool = False) -> Sequence[Report]:
+    async def reports(self, *, with_metrics: bool = False) -> Round:
         """The reports of all replicas that answer, this one's included. One round at a time, as strangers may ask."""
         return await self._reports[with_metrics]()
 
@@ -124,9 +132,11 @@ class Replica:
         if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 
-    async def _answering(self, with_metrics: bool) -> Sequence[Report]:
-        answered = [report for report in await self._ask_all(with_metrics) if report is not None]
-        return answered or await self._ask_alone(with_metrics)  # another replica hangs
+    async def _answering(self, with_metrics: bool) -> Round:
+        asked = await self._ask_all(with_metrics)
+        answered = [report for report in asked if report is not None]
+        is_whole = 0 < len(answered) == len(asked)
+        return Round(answered or await self._ask_alone(with_metrics), is_whole)  # alone if another replica hangs
 
     async def _ask_alone(self, with_metrics: bool) -> Sequence[Report]:
         return [await self.report(with_metrics)]

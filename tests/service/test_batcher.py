@@ -184,6 +184,59 @@ def test_an_image_does_not_wait_for_ever_while_every_core_decodes() -> None:
     assert model.batches == [[2], [1]]
 
 
+def test_an_image_does_not_wait_for_a_decoding_that_begins_while_it_waits() -> None:
+    model, big = Recorder(), threading.Event()
+    decode = model.decode
+
+    def slowly(image: Any) -> Decoded:
+        assert image != b"\1" or big.wait(10)
+        return decode(image)
+
+    model.decode = slowly  # type: ignore[method-assign]
+    packed = batcher(model, cores=2, lanes=2, batch_s=0.3)
+
+    async def ask() -> None:
+        large = [asyncio.create_task(embed(packed, [b"\1"])) for _ in range(2)]
+        await until(lambda: packed._decoding == 2)
+        small = asyncio.create_task(packed.embed([b"\2"], 5.0))
+        await until(lambda: bool(packed._ready))
+        large.append(asyncio.create_task(embed(packed, [b"\1"])))
+        await small
+        assert not big.is_set()
+        big.set()
+        await asyncio.gather(*large)
+
+    asyncio.run(ask())
+    assert model.batches[0] == [2]
+
+
+def test_all_places_that_a_batch_frees_are_used_at_once() -> None:
+    model, held = Recorder(), threading.Event()
+    held.set()
+    decode = model.decode
+
+    def waiting(image: Any) -> Decoded:
+        assert held.wait(10)
+        return decode(image)
+
+    model.decode = waiting  # type: ignore[method-assign]
+    model.gate.clear()
+    packed = batcher(model, cores=8)
+
+    async def ask() -> None:
+        asked = asyncio.create_task(embed(packed, [b"\1"] * 20))
+        await until(
+            lambda: len(packed._ready) == 8 and not packed._decoding
+        )  # as many as are kept ready, one batch at work
+        held.clear()
+        model.gate.set()
+        await until(lambda: packed._decoding == 8)
+        held.set()
+        await asked
+
+    asyncio.run(ask())
+
+
 def test_a_few_images_go_to_all_cores_while_nothing_else_is_there() -> None:
     lanes, whole = Lanes(), Recorder()
     packed = batcher(lanes, max_batch=4, lanes=2, whole=whole, few=1)
@@ -383,6 +436,8 @@ IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, waited_s=0, 
         ({"ready": 1, "running": 1, "at_work": 5, "decoding": 1}, "wait"),
         ({"ready": 4, "running": 1, "at_work": 5, "decoding": 1}, RunBatch(4, 1, whole=False)),
         ({"ready": 3, "requests": 1}, "decode"),
+        ({"ready": 3, "requests": 1, "decoding": 2}, "wait"),
+        ({"ready": 3, "requests": 1, "decoding": 2, "running": 2, "at_work": 2}, "decode"),
         ({"ready": 4, "requests": 1}, RunBatch(4, 1, whole=False)),
         ({"ready": 4, "requests": 1, "running": 2, "at_work": 8}, "decode"),
         ({"ready": 12, "requests": 1, "running": 2, "at_work": 8, "decoding": 4}, "wait"),

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -1383,3 +1384,52 @@ def test_what_multipart_adds_to_a_file_counts_in_its_request() -> None:
 def test_a_request_has_32_images_or_16_mb_at_most(size: int, expected: list[int]) -> None:
     listed = gather([bytes(size)] * 70, "none")
     assert [len(chunk.places) for chunk in Job(listed, None, RequestLimits(), Results(listed, 0)).parts()] == expected
+
+
+def test_what_a_failed_call_left_under_way_takes_no_place_from_the_next(bundle: Path) -> None:
+    """A service that takes long refuses one image at once: the call ends, and its other requests still run."""
+    may_end, pictures = threading.Event(), [picture(seed) for seed in range(40)]
+
+    class Slow(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(200, told(8)[2])
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if b"refused" not in body:
+                may_end.wait(60)
+            told = {"error": {"message": "input[0]: no image", "code": "unreadable", "param": "input[0]"}}
+            with suppress(OSError):
+                self._answer(422, json.dumps(told).encode())
+
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with jepakit.Client(f"http://127.0.0.1:{server.server_address[1]}") as client:
+
+            def fail() -> None:
+                with pytest.raises(ImageError):
+                    client.embed([b"refused", *pictures], progress=False)
+
+            for _ in range(12):  # each leaves requests that would take places
+                asked = threading.Thread(target=fail, daemon=True)
+                asked.start()
+                asked.join(20)
+                assert not asked.is_alive(), "it waits for answers that nobody wants"
+    finally:
+        may_end.set()
+        server.shutdown()
+        server.server_close()

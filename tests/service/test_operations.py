@@ -43,7 +43,7 @@ from jepakit_service.listeners import free_port, open_listeners
 from jepakit_service.models import heartbeat
 from jepakit_service.models import model as models
 from jepakit_service.models.sharing import Shared
-from jepakit_service.replica import Replica, Report
+from jepakit_service.replica import Replica, Report, Round
 from jepakit_service.settings import ServeSettings
 from jepakit_service.telemetry import logs, tracing
 from jepakit_service.telemetry.metrics import merge
@@ -292,7 +292,7 @@ def test_however_many_ask_one_heartbeat_is_taken_at_a_time(bundle: Path, monkeyp
     async def go() -> None:
         asked = asyncio.gather(*(replica.reports() for _ in range(50)))
         assert set(await asyncio.gather(*(model.heartbeat() for _ in range(50)))) == {None}
-        assert all(report.faults == () for (report,) in await asked)
+        assert all(report.faults == () for (report,), _ in await asked)
         assert ran == [1]
         await replica.reports()
         assert ran == [1, 1], "the next one is asked anew"
@@ -506,7 +506,7 @@ def test_a_model_is_described_as_its_manifest_its_plan_and_the_settings_say(depl
     model.manifest = model.manifest.model_copy(update={"backbone": backbone, "comparison": verdict})
     model.plan = model.plan._replace(max_batch=12, lanes=3, rate=10.0)
     limits: dict[str, Any] = {"max_body_mb": 7, "max_images": 11, "max_pixels": 12_345, "request_timeout_s": 4.0}
-    told = operations._describe(model, ServeSettings(bundles=("x",), **limits), [])
+    told = operations._describe(model, ServeSettings(bundles=("x",), **limits), Round([], is_whole=True))
     assert (told["license"], told["verdict"], told["max_batch"], told["lanes"]) == ("cc-by-nc-4.0", "better", 12, 3)
     assert told["limits"] == {**limits, "max_images_in_time": 20}
 
@@ -524,6 +524,16 @@ def test_a_pinned_version_is_described_itself_during_a_switch(bundle: Path) -> N
             assert (await deployment.get(f"/v1/models/tiny@{model_id}")).json()["model_id"] == model_id
 
     asyncio.run(go())
+
+
+def test_a_replica_that_does_not_answer_is_told_where_versions_are(bundle: Path) -> None:
+    deployment = Deployment(bundle)
+    assert asyncio.run(deployment.get("/v1/models/tiny")).json()["all_heard"] is True
+    deployment.frozen = True
+    described = asyncio.run(deployment.get("/v1/models/tiny")).json()
+    assert (described["all_heard"], described["serving"]) == (False, [jepakit.open_bundle(bundle).digest]), (
+        "this replica's own"
+    )
 
 
 def test_a_switch_while_the_replicas_are_asked_is_described_as_done(

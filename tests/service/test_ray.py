@@ -325,6 +325,30 @@ def started(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[byt
         process.kill()
 
 
+@pytest.mark.parametrize("ended", ["asked to stop", "killed"])
+def test_a_service_whose_replica_hangs_while_it_starts_can_be_ended(bundle: Path, tmp_path: Path, ended: str) -> None:
+    def replicas() -> list[psutil.Process]:
+        family = psutil.Process(process.pid).children(recursive=True)
+        return [one for one in family if any("ServeReplica" in word for word in one.cmdline())]
+
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [str(PROGRAM), "serve", str(bundle), "--port", str(free_port())], stdout=out, stderr=out
+        )
+    wait_until(replicas, "no replica starts")
+    family = psutil.Process(process.pid).children(recursive=True)
+    for replica in replicas():
+        replica.suspend()
+    if ended == "killed":
+        process.kill()
+    else:
+        process.terminate()
+    assert process.wait(timeout=60) == (-signal.SIGKILL if ended == "killed" else 0)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert "Traceback" not in (tmp_path / "out").read_text()
+
+
 def test_nothing_of_ray_outlives_a_killed_service(
     started: tuple[subprocess.Popen[bytes], list[psutil.Process]],
 ) -> None:

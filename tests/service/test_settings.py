@@ -711,6 +711,12 @@ def test_more_gpus_than_ray_has_are_refused_before_it_waits_for_them() -> None:
     asked = ServeSettings(bundles=("a",), replicas=2, num_gpus=0.5)
     ray_driver._check_gpus(asked, 1)
     with pytest.raises(
-        ServeError, match=r"replicas = 2 with num_gpus = 0.5 each ask for 1 GPUs, and Ray finds 0: ask for fewer"
+        ServeError,
+        match=r"replicas = 2 with num_gpus = 0.5 each, but on the 0 GPUs that Ray finds there is room for 0: ask for fewer",
     ):
         ray_driver._check_gpus(asked, 0)
+    split = ServeSettings(bundles=("a",), replicas=3, num_gpus=0.6)
+    with pytest.raises(ServeError, match="on the 2 GPUs that Ray finds there is room for 2: ask"):
+        ray_driver._check_gpus(split, 2)
+    ray_driver._check_gpus(split, 3)
+    ray_driver._check_gpus(ServeSettings(bundles=("a",), replicas=2), 0)

@@ -446,9 +446,9 @@ class Stub:
         return self._ask()
 
 
-def told(bundle: Path, update: dict[str, Any] | None = None) -> ModelInfo:
+def told(bundle: Path, update: dict[str, Any] | None = None, *, all_heard: bool = True) -> ModelInfo:
     """What a service that serves the bundle says."""
-    raw = {"serving": [digest(bundle)], "update": update}
+    raw = {"serving": [digest(bundle)], "update": update, "all_heard": all_heard}
     return ModelInfo("tiny", "", digest(bundle), 1, "fp32", "cpu", raw)
 
 
@@ -488,6 +488,17 @@ def test_a_second_deploy_into_a_folder_is_refused_at_once(
         to(other, folder, ask)
     assert is_as_before(folder, bundle)
     to(other, folder, lambda: told(other))
+    assert is_as_before(folder, other)
+
+
+def test_a_replica_that_does_not_answer_may_still_serve_the_old_version(
+    to: Callable[..., None], bundle: Path, other: Path, folder: Path
+) -> None:
+    with pytest.raises(ServeError, match="the folder was restored: a replica does not answer"):
+        to(other, folder, lambda: told(other, all_heard=False))
+    assert is_as_before(folder, bundle)
+    answers = iter([told(other, all_heard=False), told(other)])
+    to(other, folder, lambda: next(answers))
     assert is_as_before(folder, other)
 
 
@@ -1028,7 +1039,7 @@ def test_nothing_is_kept_of_a_name_that_is_gone(second: Path, folder: Path, whol
     replica = Replica(settings(folder))
 
     async def counted() -> bytes:
-        return merge({report.replica: report.families for report in await replica.reports(with_metrics=True)})
+        return merge({report.replica: report.families for report in (await replica.reports(with_metrics=True)).reports})
 
     async def go() -> None:
         shutil.copytree(second, folder / "second")

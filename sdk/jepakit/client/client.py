@@ -15,6 +15,7 @@ from jepakit.client.attempts import MOST_AT_ONCE, Attempts, is_too_large
 from jepakit.client.connection import Connection, check_open, no_copy
 from jepakit.client.job import Chunk, Job, RequestLimits, in_flight
 from jepakit.client.models import ModelInfo, check_asked, check_clear, id_of, path_of, read_model, read_models, spec_of
+from jepakit.client.places import Call
 from jepakit.client.verifying import golden_request, judge_golden
 from jepakit.embedding.results import Results
 from jepakit.embedding.skipped import OnSkipped, check_skipping
@@ -24,8 +25,6 @@ from jepakit.sources import gather
 
 if TYPE_CHECKING:
     import httpx
-
-_NEVER = threading.Event()
 
 
 class Client:
@@ -162,10 +161,10 @@ class Client:
 
     def _embed_rest(self, job: Job, bar: Steps) -> None:
         """Send the images that have no vectors yet."""
-        stop = threading.Event()
+        call = Call(self._places)
 
         def begin(chunk: Chunk) -> Future[httpx.Response]:
-            return self._begin(chunk.request(self._http), stop)
+            return self._begin(chunk.request(self._http), call)
 
         try:
             with closing(job.parts()) as chunks:
@@ -178,7 +177,7 @@ class Client:
                             job.accept(rest, begin(rest).result())
                     bar.update(chunk.places[-1] + 1)
         finally:
-            stop.set()
+            call.end()
 
     def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:
         """Send the bundle's golden inputs through the service; returns the relative error against torch's vectors.
@@ -203,30 +202,31 @@ class Client:
         if self._process != os.getpid():
             self._connect()
 
-    def _begin(self, request: httpx.Request, stop: threading.Event) -> Future[httpx.Response]:
+    def _begin(self, request: httpx.Request, call: Call) -> Future[httpx.Response]:
         """`_send` in a daemon thread: neither Ctrl-C nor the end of the program waits for its answer."""
         self._own_connections()
         answer: Future[httpx.Response] = Future()
 
         def send() -> None:
             try:
-                answer.set_result(self._send(request, stop))
+                answer.set_result(self._send(request, call))
             except BaseException as error:
                 answer.set_exception(error)
 
         threading.Thread(target=send, name="jepakit-send", daemon=True).start()
         return answer
 
-    def _send(self, request: httpx.Request, stop: threading.Event = _NEVER) -> httpx.Response:
-        """Send one request, retrying until the deadline; CancelledError once `stop` is set."""
+    def _send(self, request: httpx.Request, call: Call | None = None) -> httpx.Response:
+        """Send one request, retrying until the deadline; CancelledError once its call has ended."""
         import httpx
 
         check_open(self._http)
         self._own_connections()
-        with self._places:  # waiting here for this client's other requests does not count against the deadline
+        call = call or Call(self._places)
+        with call.place():  # waiting here for this client's other requests does not count against the deadline
             attempts = Attempts(self._connection)
             pause: float | None = 0.0
-            while not stop.wait(pause):
+            while not call.ended.wait(pause):
                 try:
                     response = self._http.send(attempts.begin(request))
                     pause = attempts.pause_after(response)

@@ -28,7 +28,7 @@ def router(replica: Replica) -> APIRouter:
     @routes.get("/health/ready")
     async def server_ready() -> oip.Ready:
         """Whether some replica answers correctly; 503 otherwise."""
-        if replica.draining or all(report.faults for report in await replica.reports()):
+        if replica.draining or all(report.faults for report in (await replica.reports()).reports):
             raise unavailable("not_ready", "no replica takes requests")
         return {"ready": True}
 

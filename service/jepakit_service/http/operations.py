@@ -16,7 +16,7 @@ from jepakit_service.http.dialects import NAMED
 from jepakit_service.models.engine import max_images_in_time
 from jepakit_service.models.model import LoadedModel
 from jepakit_service.models.registry import Update
-from jepakit_service.replica import Replica, Report
+from jepakit_service.replica import Replica, Report, Round
 from jepakit_service.settings import SERVICE, ServeSettings
 from jepakit_service.telemetry.metrics import merge
 
@@ -76,6 +76,7 @@ class ModelDescription(TypedDict):
     lanes: int
     limits: ModelLimits
     serving: list[str]
+    all_heard: bool
     update: Update | None
 
 
@@ -101,22 +102,22 @@ def router(replica: Replica) -> APIRouter:
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
         response.headers[SERVICE] = replica.settings.service
-        return _readiness(await replica.reports(), replica.settings.replicas if replica.settings.ray else 1)
+        return _readiness((await replica.reports()).reports, replica.settings.replicas if replica.settings.ray else 1)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics of all replicas in Prometheus' text format, each sample with the label `replica`."""
-        reports = await replica.reports(with_metrics=True)
+        reports = (await replica.reports(with_metrics=True)).reports
         text = merge({report.replica: report.families for report in reports})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/v1/models")
     async def list_models() -> ModelList:
         """The models in service."""
-        reports = await replica.reports()
+        heard = await replica.reports()
         return {
             "object": "list",
-            "data": [_describe(model, replica.settings, reports) for model in replica.registry],
+            "data": [_describe(model, replica.settings, heard) for model in replica.registry],
         }
 
     @routes.get("/v1/models/{name}")
@@ -125,10 +126,10 @@ def router(replica: Replica) -> APIRouter:
 
         `limits` says what one request may hold, `max_images_in_time` how many images all requests in progress may hold
         together, and `request_timeout_s` how long they may take. `update` reports a newer version that is not in service
-        yet, or was refused.
+        yet, or was refused. Where not `all_heard`, a replica did not answer, and `serving` may lack its version.
         """
-        reports = await replica.reports()  # a switch may come meanwhile: the model is looked up after them
-        return _describe(replica.registry.find(name), replica.settings, reports)
+        heard = await replica.reports()  # a switch may come meanwhile: the model is looked up after them
+        return _describe(replica.registry.find(name), replica.settings, heard)
 
     return routes
 
@@ -155,10 +156,10 @@ def _faults(report: Report, in_service: set[str]) -> list[str]:
     return [*report.faults, *(f"{name} is not in service on this replica" for name in lacking)]
 
 
-def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Report]) -> ModelDescription:
+def _describe(model: LoadedModel, settings: ServeSettings, heard: Round) -> ModelDescription:
     """What a client needs to know about a model, and which versions of it the replicas have."""
     manifest = model.manifest
-    states = [report.models[manifest.name] for report in reports if manifest.name in report.models]
+    states = [report.models[manifest.name] for report in heard.reports if manifest.name in report.models]
     return {
         "id": manifest.name,
         "object": "model",
@@ -184,6 +185,7 @@ def _describe(model: LoadedModel, settings: ServeSettings, reports: Sequence[Rep
             "request_timeout_s": settings.request_timeout_s,
         },
         "serving": sorted({state.current for state in states if state.current}),
+        "all_heard": heard.is_whole,
         "update": _worst([state.update for state in states if state.update]),
     }
 

@@ -136,7 +136,7 @@ def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait
 
     A full batch runs once a lane is free. A partial one runs if, besides, no image waits to be decoded and a core is
     idle: one more inference beside busy cores would slow them all, and soon be followed by another. But no image waits
-    for others to be decoded for longer than a batch takes.
+    for others to be decoded for longer than a batch takes: until it runs, one thread decodes nothing.
     """
     max_batch, lanes, few, cores, lane_cores, batch_s = capacity
     all_busy = now.running * lane_cores + now.decoding >= cores
@@ -147,11 +147,21 @@ def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait
         # Full batches in a backlog; otherwise all lanes, including the running ones, share the images equally.
         share = math.ceil((now.ready + now.at_work) / lanes)
         return RunBatch(max_batch if now.requests else min(share, max_batch), 1, whole=False)
-    if now.requests and now.ready + now.decoding < 2 * lanes * max_batch:
+    kept_back = 1 if now.ready and now.running < lanes else 0
+    if (
+        now.requests
+        and now.ready + now.decoding < 2 * lanes * max_batch
+        and now.decoding < threads_of(capacity) - kept_back
+    ):
         return "decode"
     if now.closed and not (now.requests or now.decoding or now.ready):
         return "stop"
     return "wait"
+
+
+def threads_of(capacity: Capacity) -> int:
+    """How many threads decode and run: one more than cores or lanes, for the next batch while all are busy."""
+    return max(capacity.cores, capacity.lanes) + 1
 
 
 class Batcher:
@@ -177,8 +187,7 @@ class Batcher:
         self._decoding = 0
         self._closed = False
         self._lock = threading.Condition()
-        # At least one thread more than lanes: while all lanes run, it prepares the next batch.
-        count = max(capacity.cores, capacity.lanes + 1)
+        count = threads_of(capacity)
         self._threads = [threading.Thread(target=self._work, name=f"batcher-{n}", daemon=True) for n in range(count)]
         self._at_hand = count  # threads
         for thread in self._threads:
@@ -231,7 +240,7 @@ class Batcher:
             request.todo.clear()
             self._requests = deque(other for other in self._requests if other is not request)
             self._ready = deque(image for image in self._ready if image[0] is not request)
-            self._lock.notify()
+            self._lock.notify_all()  # many places may be free now
 
     def _next(self) -> Callable[[], None] | None:
         """Wait for the most useful next task and return it; None once closed and empty."""
@@ -265,8 +274,7 @@ class Batcher:
         batch = [self._ready.popleft() for _ in range(min(way.size, len(self._ready)))]
         self._running += way.lanes
         self._at_work += len(batch)
-        if self._ready:
-            self._lock.notify()
+        self._lock.notify(len(batch))  # so many places are free for images to be decoded
         return batch
 
     def _take_image(self) -> tuple[_Request, int, ImageData]:

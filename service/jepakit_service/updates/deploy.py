@@ -246,6 +246,8 @@ def _ask(client: Client, bundle: Bundle) -> tuple[ModelInfo | None, str]:
         return None, str(error)
     update = found.raw.get("update") or {}
     if update.get("digest") != digest:
+        if not found.raw.get("all_heard", True):
+            return None, "a replica does not answer"
         return (found if found.raw.get("serving") == [digest] else None), ""
     if update["state"] == "failed":
         raise ServeError(f"{name}: the service refused the new version, and the old one stays: {update['reason']}")
