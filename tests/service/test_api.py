@@ -688,10 +688,10 @@ def test_the_examples_of_the_page_run(service: str, tmp_path: Path) -> None:
 
 def test_the_page_names_every_error_and_every_route(http: httpx.Client) -> None:
     table = set(re.findall(r"`([a-z0-9_]+)`", PAGE.split("| status | code | when |")[1]))
-    folder = Path(wire.__file__).parent
+    folder = Path(wire.__file__).parents[1]
     raised = {
         code
-        for file in folder.glob("*.py")
+        for file in folder.rglob("*.py")
         for code in re.findall(r'(?:ApiError\(\s*\d+,|unavailable\()\s*"(\w+)"', file.read_text())
     }
     assert len(raised) > 15

@@ -273,7 +273,7 @@ def _refuse_other_sites(headers: Headers) -> None:
             "without API keys, only programs and pages on this machine are answered, at its own address such as 127.0.0.1: start "
             "the service with --api-key-file",
         )
-    if _parsed(headers.get("origin", f"//{host}")).netloc != host or headers.get("sec-fetch-site") in _OTHER_SITES:
+    if _parsed(headers.get("origin") or f"//{host}").netloc != host or headers.get("sec-fetch-site") in _OTHER_SITES:
         raise ApiError(
             403,
             "other_site",
