@@ -161,15 +161,20 @@ class Lanes(Recorder):
         return super().run(images)
 
 
+class OneIsLarge(Recorder):
+    """A model whose image 1 is decoded only once `may_end` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = threading.Event()
+
+    def decode(self, image: Any) -> Decoded:
+        assert image != b"\1" or self.may_end.wait(10)
+        return super().decode(image)
+
+
 def test_an_image_does_not_wait_for_ever_while_every_core_decodes() -> None:
-    model, big = Recorder(), threading.Event()
-    decode = model.decode
-
-    def slowly(image: Any) -> Decoded:
-        assert image != b"\1" or big.wait(10)
-        return decode(image)
-
-    model.decode = slowly  # type: ignore[method-assign]
+    model = OneIsLarge()
     packed = batcher(model, batch_s=0.05)
 
     async def ask() -> None:
@@ -177,7 +182,7 @@ def test_an_image_does_not_wait_for_ever_while_every_core_decodes() -> None:
         await until(lambda: packed._decoding > 0)
         await packed.embed([b"\2"], 5.0)
         assert not first.done()
-        big.set()
+        model.may_end.set()
         await first
 
     asyncio.run(ask())
@@ -185,14 +190,7 @@ def test_an_image_does_not_wait_for_ever_while_every_core_decodes() -> None:
 
 
 def test_an_image_does_not_wait_for_a_decoding_that_begins_while_it_waits() -> None:
-    model, big = Recorder(), threading.Event()
-    decode = model.decode
-
-    def slowly(image: Any) -> Decoded:
-        assert image != b"\1" or big.wait(10)
-        return decode(image)
-
-    model.decode = slowly  # type: ignore[method-assign]
+    model = OneIsLarge()
     packed = batcher(model, cores=2, lanes=2, batch_s=0.3)
 
     async def ask() -> None:
@@ -202,8 +200,8 @@ def test_an_image_does_not_wait_for_a_decoding_that_begins_while_it_waits() -> N
         await until(lambda: bool(packed._ready))
         large.append(asyncio.create_task(embed(packed, [b"\1"])))
         await small
-        assert not big.is_set()
-        big.set()
+        assert not model.may_end.is_set()
+        model.may_end.set()
         await asyncio.gather(*large)
 
     asyncio.run(ask())
