@@ -18,7 +18,7 @@ from jepakit.errors import ConfigError
 from jepakit_service.settings import SERVICE, ServeSettings
 from jepakit_service.telemetry.logs import announce
 
-_START_TIMEOUT_S = 300.0
+_LONG_START_S = 300.0
 _HAPROXY_FILES = 10_270
 _POLL_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _WHY_NOT = {
@@ -78,15 +78,16 @@ def _error_at(family: int, address: Any) -> int:
 def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:
     """Wait until the service is ready, which takes the golden check, then print its open ports and its URL.
 
-    Another service's answer at that URL does not count, and is reported: it would get this one's requests and keys.
+    A start that takes long is reported. So is another service's answer at that URL, which does not count: that service
+    would get this one's requests and keys.
 
     fallback  another port that serves all of the service's HTTP
     """
     import httpx
 
-    url, reported = own_url(settings), False
-    deadline, pause_s = time.monotonic() + _START_TIMEOUT_S, _POLL_S
-    while time.monotonic() < deadline and not stopping():
+    url, reported, reported_long = own_url(settings), False, False
+    start, pause_s = time.monotonic(), _POLL_S
+    while not stopping():
         try:
             answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
             if answer.status_code == 200 and answer.headers.get(SERVICE) == settings.service:
@@ -99,11 +100,12 @@ def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)  # that answer is an error in the log
         except httpx.TransportError:
             pass
+        if time.monotonic() > start + _LONG_START_S and not reported_long:
+            announce(f"not ready after {_LONG_START_S:.0f} s, still waiting: {url}/readyz says for what", sys.stderr)
+            reported_long = True
         until = time.monotonic() + pause_s
         while time.monotonic() < until and not stopping():
             time.sleep(_POLL_S)
-    if not stopping():
-        announce(f"not ready after {_START_TIMEOUT_S:.0f} s", sys.stderr)
 
 
 def own_url(settings: ServeSettings) -> str:

@@ -147,7 +147,7 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
         )
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
         if _watch(core, stop, until=_is_running):
-            announce_when_ready(settings, lambda: stop.requested, fallback=int(os.environ.get(FALLBACK_PORT, 0)))
+            announce_when_ready(settings, lambda: _is_over(core, stop), fallback=int(os.environ.get(FALLBACK_PORT, 0)))
             _watch(core, stop)
             _drain(handle, settings)
     except SystemExit:
@@ -165,11 +165,10 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
 
 
 def _watch(core: Mapping[str, Any], stop: _Stop, until: Callable[[], bool] = lambda: False) -> bool:
-    """Wait for `until`, and return True, or for a signal to stop, and return False. Raises ServeError as `_check_core` does."""
-    while not stop.requested:
+    """Wait for `until`, and return True, or for a signal to stop, and return False. Raises ServeError as `_is_over` does."""
+    while not _is_over(core, stop):
         if until():
             return True
-        _check_core(core)
         time.sleep(0.2)
     return False
 
@@ -184,8 +183,10 @@ def _is_running() -> bool:
     return bool(found.status == "RUNNING")
 
 
-def _check_core(core: Mapping[str, Any]) -> None:
-    """Raise ServeError once one of Ray's own processes, given by their names, has ended."""
+def _is_over(core: Mapping[str, Any], stop: _Stop) -> bool:
+    """Whether a signal to stop has come. Raises ServeError once one of Ray's own processes, given by their names, has ended."""
+    if stop.requested:
+        return True
     for name, process in core.items():
         try:
             ended = process.status() == psutil.STATUS_ZOMBIE
@@ -193,6 +194,7 @@ def _check_core(core: Mapping[str, Any]) -> None:
             ended = True
         if ended:
             raise ServeError(f"Ray's {name} has ended, and with it the service: start it again")
+    return False
 
 
 def _drain(handle: Any, settings: ServeSettings) -> None:

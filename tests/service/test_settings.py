@@ -218,7 +218,6 @@ def test_readiness_is_asked_for_past_any_proxy(
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setattr(listeners, "_START_TIMEOUT_S", 5.0)
 
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -235,8 +234,10 @@ def test_readiness_is_asked_for_past_any_proxy(
     assert capfd.readouterr().out.splitlines()[-1] == f"ready: {url} (its routes: {url}/docs)"
 
 
-def test_a_service_that_does_not_become_ready_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every such answer is a line in its log; but a signal to stop is noticed at once."""
+def test_a_service_that_does_not_become_ready_is_reported_and_asked_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every such answer is a line in its log; but a signal to stop is noticed at once, and the service that is ready at last."""
     now, asked = 0.0, []
 
     def sleep(seconds: float) -> None:
@@ -245,15 +246,19 @@ def test_a_service_that_does_not_become_ready_is_asked_less_and_less_often(monke
 
     def get(*_: object, **__: object) -> object:
         asked.append(now)
-        return SimpleNamespace(status_code=503)
+        return SimpleNamespace(status_code=200 if now > 400 else 503, headers={SERVICE: settings.service})
 
     monkeypatch.setattr(listeners, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     monkeypatch.setattr("httpx.get", get)
-    announce_when_ready(ServeSettings(bundles=("a",)), lambda: False)
+    settings = ServeSettings(bundles=("a",))
+    announce_when_ready(settings, lambda: False)
     assert asked[1] < 1
-    assert 10 < len(asked) < 50
+    assert 10 < len(asked) < 60
+    printed = capfd.readouterr()
+    assert printed.err == "not ready after 300 s, still waiting: http://127.0.0.1:8000/readyz says for what\n"
+    assert printed.out.splitlines()[-1].startswith("ready: ")
     now, end = 0.0, 100.0
-    announce_when_ready(ServeSettings(bundles=("a",)), lambda: now > end)
+    announce_when_ready(settings, lambda: now > end)
     assert now < end + 1
 
 
