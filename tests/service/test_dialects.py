@@ -241,11 +241,20 @@ def test_other_services_fields_that_do_not_change_vectors_are_ignored(
     assert http.post(path, json=asked).status_code == 200
 
 
+@pytest.mark.parametrize(("given", "param"), [(5, "input"), (None, "input"), ([URIS[0], [URIS[0]]], "input[1]")])
+def test_what_an_image_may_be_is_told(http: httpx.Client, given: Any, param: str) -> None:
+    error = http.post("/v1/embeddings", json={"input": given}).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_input", param)
+    assert error["message"].startswith(
+        f"{param}: an image is a data URI or base64, or an object that holds one (seen: "
+    )
+
+
 def test_a_normalised_model_gives_no_other_vectors(bundle: Path) -> None:
     manifest = jepakit.open_bundle(bundle).manifest
     unit = manifest.model_copy(update={"embedding": manifest.embedding.model_copy(update={"normalize": True})})
     dialects.check_space(wire.Ask([], normalized=True), unit)
-    with pytest.raises(ApiError, match="vectors of length 1"):
+    with pytest.raises(ApiError, match="vectors of length 1: .* or send true$"):
         dialects.check_space(wire.Ask([], normalized=False), unit)
 
 

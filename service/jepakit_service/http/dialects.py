@@ -34,7 +34,7 @@ def _form_of_url(value: object) -> str:
     return "(plain)" if isinstance(value, str) else "(object)"
 
 
-def _form_of_input(value: object) -> str:
+def _form_of_input(value: object) -> str | None:
     if isinstance(value, list) and value and isinstance(value[0], int):
         raise ApiError(
             400,
@@ -43,7 +43,9 @@ def _form_of_input(value: object) -> str:
             "check_embedding_ctx_length=False)",
             param="input",
         )
-    return "(text)" if isinstance(value, str) else "(item)"
+    if isinstance(value, str):
+        return "(text)"
+    return "(item)" if isinstance(value, dict | ImageInput) else None
 
 
 def _form_of_inputs(value: object) -> str:
@@ -117,7 +119,14 @@ class ImageInput(ImagePart):
 
 Input = TypeAliasType(
     "Input",
-    Annotated[Annotated[str, Tag("(text)")] | Annotated[ImageInput, Tag("(item)")], Discriminator(_form_of_input)],
+    Annotated[
+        Annotated[str, Tag("(text)")] | Annotated[ImageInput, Tag("(item)")],
+        Discriminator(
+            _form_of_input,
+            custom_error_type="not_an_image",
+            custom_error_message="An image is a data URI or base64, or an object that holds one",
+        ),
+    ],
 )
 
 
@@ -353,7 +362,7 @@ def check_space(ask: Ask, manifest: Manifest) -> None:
             400,
             "normalized_not_supported",
             f"normalized = {str(ask.normalized).lower()}, but {manifest.name} gives {gives}: other vectors would be "
-            "another space; leave `normalized` out, or send {str(spec.normalize).lower()}",
+            f"another space; leave `normalized` out, or send {str(spec.normalize).lower()}",
             param="normalized",
         )
 
