@@ -254,7 +254,7 @@ def test_a_normalised_model_gives_no_other_vectors(bundle: Path) -> None:
     manifest = jepakit.open_bundle(bundle).manifest
     unit = manifest.model_copy(update={"embedding": manifest.embedding.model_copy(update={"normalize": True})})
     dialects.check_space(wire.Ask([], normalized=True), unit)
-    with pytest.raises(ApiError, match="vectors of length 1: .* or send true$"):
+    with pytest.raises(ApiError, match=r"vectors of length 1: .* or send true$"):
         dialects.check_space(wire.Ask([], normalized=False), unit)
 
 

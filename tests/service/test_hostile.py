@@ -46,21 +46,11 @@ from .conftest import picture, running
 from .load import is_ready
 
 MEGABYTE = 1 << 20
-_SERVE = """
-import sys
-import uvicorn
-from jepakit_service.http.api import build_app
-from jepakit_service.listeners import free_port
-from jepakit_service.settings import ServeSettings
-
-gate = build_app(ServeSettings(bundles=(sys.argv[1],), port=1, max_images=64, max_body_mb=16, body_timeout_s=2, max_pixels=4_000_000, threads=1))
-config = uvicorn.Config(gate, port=int(sys.argv[2]), log_level="critical", access_log=False, lifespan="on")
-uvicorn.Server(config).run()
-"""
+_LIMITS = ("max_images=64", "max_body_mb=16", "body_timeout_s=2", "max_pixels=4000000", "threads=1")
 
 
 class Victim:
-    """A service in its own process, so that its memory and files can be inspected."""
+    """`jepakit serve --no-ray` as it ships, in its own process, so that its memory and files can be inspected."""
 
     def __init__(self, url: str, pid: int) -> None:
         self.url, self._process = url, Path(f"/proc/{pid}")
@@ -87,7 +77,12 @@ class Victim:
 @pytest.fixture(scope="module")
 def victim(bundle: Path) -> Iterator[Victim]:
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", _SERVE, str(bundle), str(port)])
+    limits = [word for limit in _LIMITS for word in ("--set", limit)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jepakit", "serve", str(bundle), "--no-ray", "--port", str(port), *limits],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urljoin
 
@@ -46,19 +47,34 @@ def document(service: str) -> dict[str, Any]:
 
 # What other tests have left in this process, such as an exporter of traces that tries again, may draw from `random` meanwhile.
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
-def test_every_operation_answers_as_the_document_says(service: str) -> None:
+def test_every_operation_answers_as_the_document_says(service: str, bundle: Path) -> None:
     schema = schemathesis.openapi.from_url(f"{service}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     assert {operation.path for operation in operations} > POSTS
+    served = {"name": "tiny", "version": jepakit.open_bundle(bundle).manifest.model_id}
     with requests.Session() as session:
         for operation in operations:
-            assert statuses_of(operation, session, GenerationMode.POSITIVE, 25 if operation.path in POSTS else 3)
-            if operation.path in POSTS:
+            is_post = operation.path in POSTS
+            seen = statuses_of(operation, session, GenerationMode.POSITIVE, 25 if is_post else 3, served)
+            if is_post:
                 assert 400 in statuses_of(operation, session, GenerationMode.NEGATIVE, 10)
+            else:
+                assert 200 in seen, (operation.path, seen)
+                if "{name}" in operation.path:
+                    assert 404 in statuses_of(operation, session, GenerationMode.POSITIVE, 3)
 
 
-def statuses_of(operation: Any, session: requests.Session, mode: GenerationMode, examples: int) -> set[int]:
-    """Statuses of generated requests that fit the document, or do not; each answer is checked against it."""
+def statuses_of(
+    operation: Any,
+    session: requests.Session,
+    mode: GenerationMode,
+    examples: int,
+    served: Mapping[str, str] = MappingProxyType({}),
+) -> set[int]:
+    """Statuses of generated requests that fit the document, or do not; each answer is checked against it.
+
+    served  what the parameters of paths are; others are generated
+    """
     seen: set[int] = set()
 
     @settings(
@@ -67,6 +83,7 @@ def statuses_of(operation: Any, session: requests.Session, mode: GenerationMode,
     )  # fmt: skip
     @given(case=operation.as_strategy(mode))
     def check(case: schemathesis.Case[Any]) -> None:
+        case.path_parameters.update((name, served[name]) for name in case.path_parameters if name in served)
         seen.add(case.call_and_validate(session=session, checks=CHECKS).status_code)
 
     check()
