@@ -163,6 +163,13 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
             told = {one["name"]: one.get("description", "") for one in operation.get("parameters", ())}
             pinned = "{name}" in path and "{version}" not in path
             assert ("NAME@MODEL_ID" in told.get("name", "")) == pinned, path
+            assert ("model_id" in told.get("version", "")) == ("{version}" in path), path
+            assert operation["summary"].endswith(".")
+            assert operation["summary"] not in operation.get("description", "")
+    assert set(document["components"]["schemas"]["ErrorAnswer"]["properties"]) == {
+        "error",
+        *routes.REPEATED_AS.values(),
+    }
     used = set(re.findall(r"#/components/schemas/(\w+)", str(document)))
     assert used == set(document["components"]["schemas"])
 

@@ -33,6 +33,11 @@ from jepakit_service.tasks import is_cancelled
 _QUERY = {post.path: [one.name for one in post.parameters if one.place == "query"] for post in POSTS}
 """The query parameters that each route accepts. Inference routes name the model in their path."""
 
+_ABOUT = (
+    "Image embeddings from your own machine. Start with `GET /v1/models`, then send a file's bytes to `POST /v1/embeddings`. "
+    "In an error, `code` is stable, and `message` is meant for people. Every route is described in jepakit's docs/http.md."
+)
+
 
 def build_app(settings: ServeSettings, ask_all: AskAll | None = None) -> Gate:
     """Load and check every model, and return the application that serves them. Raises BundleError if a check fails.
@@ -121,7 +126,7 @@ def _rest(replica: Replica) -> ASGIApp:
     app = FastAPI(
         title="jepakit",
         version=jepakit.__version__,
-        description="Image embeddings from your own machine.",
+        description=_ABOUT,
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

@@ -24,6 +24,8 @@ from jepakit_service.http.wire import EXAMPLE, Ask, Computed, validate
 from jepakit_service.models.batcher import ImageData
 
 TITLE = "Open Inference Protocol v2"
+NAME, VERSION = "the model's name", "the model's `model_id`"
+"""What these parameters of a path are, where the version has one of its own."""
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
 _MOST_OUTPUTS = 16

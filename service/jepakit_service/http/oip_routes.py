@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path
 
 import jepakit
 from jepakit_service.faults import unavailable
 from jepakit_service.http import oip
 from jepakit_service.http.operations import ModelName
 from jepakit_service.replica import Replica
+
+BareName = Annotated[str, Path(description=oip.NAME)]
+ModelVersion = Annotated[str, Path(description=oip.VERSION)]
 
 
 def router(replica: Replica) -> APIRouter:
@@ -38,7 +43,7 @@ def router(replica: Replica) -> APIRouter:
         return oip.describe(replica.registry.find(name).manifest)
 
     @routes.get("/models/{name}/versions/{version}")
-    async def model_version_metadata(name: str, version: str) -> oip.ModelMetadata:
+    async def model_version_metadata(name: BareName, version: ModelVersion) -> oip.ModelMetadata:
         """What a version of a model takes and gives."""
         return oip.describe(replica.registry.find(f"{name}@{version}").manifest)
 
@@ -48,7 +53,7 @@ def router(replica: Replica) -> APIRouter:
         return await _ready(replica, name)
 
     @routes.get("/models/{name}/versions/{version}/ready")
-    async def model_version_ready(name: str, version: str) -> oip.ModelReady:
+    async def model_version_ready(name: BareName, version: ModelVersion) -> oip.ModelReady:
         """Whether a version of a model answers correctly; 503 otherwise."""
         return await _ready(replica, f"{name}@{version}")
 

@@ -78,10 +78,11 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorAnswer(TypedDict):
-    """Every answer other than 200, in OpenAI's shape. `detail` repeats the message, only on Jina's and Voyage's routes."""
+    """An error, in OpenAI's shape. `detail` (on OpenAI's, Jina's and Voyage's routes) and `message` (on Cohere's) repeat its message."""
 
     error: ErrorDetail
     detail: NotRequired[str]
+    message: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, A
         is_open = routes.is_open(path)
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            # FastAPI makes summaries of functions' names.
+            operation["summary"], _, more = operation.pop("description").partition("\n")
+            if more.strip():
+                operation["description"] = more.strip()
             _add_errors(operation, path, _OF_OPEN_GET if is_open else _OF_GET, schemas)
             if keyed and is_open:
                 operation["security"] = []

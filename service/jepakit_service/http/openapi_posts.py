@@ -26,8 +26,8 @@ _PARTIAL = Parameter(
     {"type": "boolean", "default": False},
 )
 _NAMED = Parameter("name", "path", dialects.NAMED, _WORD)
-_NAME = Parameter("name", "path", "the model's name", _WORD)
-_VERSION = Parameter("version", "path", "the model's `model_id`", _WORD)
+_NAME = Parameter("name", "path", oip.NAME, _WORD)
+_VERSION = Parameter("version", "path", oip.VERSION, _WORD)
 _LENGTH = Parameter(oip.JSON_LENGTH, "header", "length of the JSON in bytes, if tensors follow it", {"type": "integer"})
 _ARRAY = {
     "type": "string",
