@@ -229,12 +229,12 @@ class AdaptConfig(_Settings):
     graph; `auto`: as the bundle does that the run starts from, if it does and pools alike; else `scale` for `stages`,
     whose parts differ in magnitude, `center` for `head`."""
     labels: TextOrPath = "auto"
-    """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV or Parquet file of paths and
+    """`auto`, `folder` or `none`: whether first-level folders are classes; or a CSV, TSV or Parquet file of paths and
     labels, which may cover only some of the images. Labels are used to measure, never to train."""
     group: TextOrPath = "auto"
     """Which images belong together (patient, scene), so that no held-out image has a sibling in training: `auto`
     (a manifest's column, DICOM's PatientID, or a tile's scene), `none` (tiles of a scene still stay together),
-    `folder`, or a CSV or Parquet file."""
+    `folder`, or a CSV, TSV or Parquet file."""
     tile: Annotated[int, Field(ge=32)] | None = None
     """Side length, in pixels, of the tiles that large images are cut into; None: images are used whole."""
     overlap: Annotated[int, Field(ge=0)] = 0
@@ -352,7 +352,7 @@ class AdaptConfig(_Settings):
     def _rule_or_file(cls, rule: str) -> str:
         if not is_rule(rule):
             raise ValueError(
-                f"no such file, or no table; give a CSV or Parquet file, or one of {', '.join(RULES)}{did_you_mean(rule, RULES)}"
+                f"no such file, or no table; give a CSV, TSV or Parquet file, or one of {', '.join(RULES)}{did_you_mean(rule, RULES)}"
             )
         return rule
 

@@ -270,7 +270,7 @@ def test_a_probe_in_the_shell_keeps_the_tiles_of_a_slide_on_one_side_of_every_fo
     (tmp_path / "few.csv").write_text("\n".join(["path,patient", *rows[1:]]))
     with pytest.raises(AssertionError, match=r"s#0\.svs is not in .*few\.csv \(5 of 60 images are not\)"):
         run("probe", "fit", tmp_path / "e.npz", "--group", tmp_path / "few.csv", "--out", tmp_path / "k")
-    with pytest.raises(AssertionError, match="embeddings carry no groups: give a CSV or Parquet file"):
+    with pytest.raises(AssertionError, match="embeddings carry no groups: give a CSV, TSV or Parquet file"):
         run("probe", "fit", tmp_path / "e.npz", "--group", "auto", "--out", tmp_path / "k.safetensors")
 
 
@@ -291,7 +291,7 @@ def test_labels_that_come_later_need_no_new_embedding(tmp_path: Path) -> None:
     report = json.loads(run("probe", "evaluate", tmp_path / "p.safetensors", tmp_path / "e.npz", *later, "--json"))
     assert set(report["per_class"]) == {"a", "b"}
     for wrong in ("auto", "nothere.csv"):
-        with pytest.raises(AssertionError, match=f"labels = '{wrong}': give a CSV or Parquet file"):
+        with pytest.raises(AssertionError, match=f"labels = '{wrong}': give a CSV, TSV or Parquet file"):
             run("probe", "fit", tmp_path / "e.npz", "--labels", wrong, "--out", tmp_path / "k.safetensors")
 
 

@@ -413,7 +413,7 @@ def test_a_source_without_images_says_what_was_looked_for(tmp_path: Path) -> Non
     [
         ({"cat": 10, "dog": 12}, True, "2 folders are classes (cat, dog)"),
         ({"cat": 10, "dog": 9}, False, "no labels: the folder dog holds 9 images (classes have 10 or more; labels folder takes any number)"),
-        ({"cat": 30}, False, "1 first-level folders"),
+        ({"cat": 30}, False, "1 first-level folder ("),
         ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES)}, True, "50 folders are classes (c00, c01, c02, c03, c04, c05 and 44 more)"),
         ({f"c{i:02}": MIN_IMAGES_PER_CLASS for i in range(MAX_CLASSES + 1)}, False, "51 first-level folders"),
     ],
@@ -551,6 +551,10 @@ def test_a_lone_folder_around_the_classes_is_passed_through(tmp_path: Path, arou
         assert (listed.labels or ()).count("cat") == 10
         assert (listed.labels or ()).count("dog") == 13
         assert f"2 folders in {around} are classes (cat, dog)" in listed.note
+        assert "by itself" not in listed.note
+    told = f"1 folder is the only class ({around.split('/')[0]}); for the folders in it, embed {around} by itself"
+    assert told in gather(tmp_path).note
+    assert "by itself" not in gather(tmp_path / around).note
 
 
 def test_splits_in_a_lone_folder_are_no_classes(tmp_path: Path) -> None:

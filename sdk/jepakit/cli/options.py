@@ -15,7 +15,7 @@ VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), c
 
 Images = Annotated[
     list[str],
-    typer.Argument(help="a folder, glob or list of image files; a CSV or Parquet manifest; .tar shards; a ZIP"),
+    typer.Argument(help="a folder, glob or list of image files; a CSV, TSV or Parquet manifest; .tar shards; a ZIP"),
 ]
 Backbone = Annotated[str | None, typer.Option(help="timm model name [vit_small_patch14_reg4_dinov2.lvd142m]")]
 Weights = Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")]
@@ -30,7 +30,7 @@ Config = Annotated[Path | None, typer.Option(help="TOML file of settings; option
 Labels = Annotated[
     str | None,
     typer.Option(
-        help="classes, used only to measure: auto, folder (first-level ones), none, or a CSV or Parquet file, which may name only "
+        help="classes, used only to measure: auto, folder (first-level ones), none, or a CSV, TSV or Parquet file, which may name only "
         "some images [auto]"
     ),
 ]
@@ -38,11 +38,11 @@ Group = Annotated[
     str | None,
     typer.Option(
         help="which images are held out together: auto (a manifest's column, DICOM's PatientID, the tiles of an image), folder, "
-        "none, or a CSV or Parquet file [auto]"
+        "none, or a CSV, TSV or Parquet file [auto]"
     ),
 ]
 LabelTable = Annotated[
-    Path | None, typer.Option(help="CSV or Parquet table of path and label, instead of the embeddings' own labels")
+    Path | None, typer.Option(help="CSV, TSV or Parquet table of path and label, instead of the embeddings' own labels")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 

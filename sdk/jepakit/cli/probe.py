@@ -34,7 +34,7 @@ def probe_fit(
     group: Annotated[
         Path | None,
         typer.Option(
-            help="CSV or Parquet table of path and group (patient, slide): no group is split between folds (linear)"
+            help="CSV, TSV or Parquet table of path and group (patient, slide): no group is split between folds (linear)"
         ),
     ] = None,
     c: Annotated[

@@ -45,7 +45,7 @@ def embed(
     threads: Annotated[int | None, typer.Option(help="for a bundle: threads for one inference [one per core]")] = None,
     arithmetic: Annotated[str | None, typer.Option(help="for a bundle: model, or bf16 with openvino [model]")] = None,
     labels: Annotated[
-        str, typer.Option(help="classes, kept beside the vectors: auto, folder, none, or a CSV or Parquet file")
+        str, typer.Option(help="classes, kept beside the vectors: auto, folder, none, or a CSV, TSV or Parquet file")
     ] = "auto",
     tile: Tile = None,
     overlap: Annotated[int, typer.Option(help=OVERLAP)] = 0,
@@ -99,14 +99,13 @@ def embed(
     if most_skipped:
         write_csv(Path(f"{out}.skipped.csv"), [("id", "reason"), *skipped])
     part.unlink(missing_ok=True)
-    labelled = (
-        "no labels" if embeddings.labels is None else f"labels of {counted(len(set(embeddings.labels)), 'class')}"
-    )
+    n_classes = 0 if embeddings.labels is None else len(set(embeddings.labels))
+    labelled = f"labels of {counted(n_classes, 'class')}" if n_classes else "no labels"
     show(
         f"{out}: {counted(len(embeddings), 'vector')} of {embeddings.vectors.shape[1]} numbers, {labelled}, "
         f"model {embeddings.model_id}"
     )
-    if embeddings.labels is not None:
+    if n_classes > 1:
         show(f"next: jepakit probe fit {quote(str(out))} --out probe.safetensors")
 
 
@@ -120,12 +119,12 @@ def compare(
             "or a share to be skipped: `jepakit embed` first)"
         ),
     ] = None,
-    labels: Annotated[str, typer.Option(help="for bundles: auto, folder, or a CSV or Parquet file")] = "auto",
+    labels: Annotated[str, typer.Option(help="for bundles: auto, folder, or a CSV, TSV or Parquet file")] = "auto",
     group: Annotated[
         str,
         typer.Option(
             help="patient, slide or scene of each image, which is not split between folds: auto (a manifest's column, DICOM's "
-            "PatientID), folder, none, or a CSV or Parquet file; for files of embeddings only that"
+            "PatientID), folder, none, or a CSV, TSV or Parquet file; for files of embeddings only that"
         ),
     ] = "auto",
     as_json: AsJson = False,

@@ -99,13 +99,13 @@ class Client:
     ) -> Embeddings:
         """Embed images, keeping their order.
 
-        images     a folder (recursive), glob or path, a CSV or Parquet manifest, WebDataset shards, a ZIP, the
+        images     a folder (recursive), glob or path, a CSV, TSV or Parquet manifest, WebDataset shards, a ZIP, the
                    bytes of a file, an array [H, W, C] or [N, H, W, C], a Pillow image; or a list of image files,
                    bytes, arrays and Pillow images, or of shards
         model      NAME or NAME@MODEL_ID; optional when the service has one model
         labels     `auto` uses the labels that come with the source (a manifest's column, shards' .cls or .json, a
                    dataset's own), or the first-level folders of a folder or ZIP; `folder` uses such folders or raises
-                   DataError; `none` uses no labels; or a CSV or Parquet file of paths and labels
+                   DataError; `none` uses no labels; or a CSV, TSV or Parquet file of paths and labels
         tile       side in pixels of the tiles that large images are cut into, on the client; ids are then
                    `path#x,y,w,h`. A model of tiles only takes its own size. Needs `jepakit[images]`, as does `frame`
         overlap    pixels that neighbouring tiles share

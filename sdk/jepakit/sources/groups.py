@@ -44,7 +44,7 @@ def groups_of(ids: Sequence[str], file: str | Path) -> tuple[str, ...]:
     table = check_rule("group", file)
     if table in RULES:
         raise ConfigError(
-            f"group = {table!r}: embeddings carry no groups: give a CSV or Parquet file of path and group"
+            f"group = {table!r}: embeddings carry no groups: give a CSV, TSV or Parquet file of path and group"
         )
     images = tuple(map(image_of, ids))
     return look_up_groups(table, Found(Files("", images), images))

@@ -55,7 +55,7 @@ def labels_of(ids: Sequence[str], file: str | Path) -> tuple[str | None, ...]:
     Raises ConfigError if `file` is not a table, DataError if it has no label for any image.
     """
     if str(file) in RULES or not is_rule(str(file)):
-        raise ConfigError(f"labels = {str(file)!r}: give a CSV or Parquet file of path and label that exists")
+        raise ConfigError(f"labels = {str(file)!r}: give a CSV, TSV or Parquet file of path and label that exists")
     return look_up_labels(with_home(file), Found(Files("", ids), tuple(ids)))[0]
 
 
@@ -124,7 +124,10 @@ def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tupl
     if rule == "auto" and (why_not := _no_classes(classes, counts, any_number=any_number)):
         return None, f"no labels: {why_not}"
     inside = f" in {around.rstrip('/')}" if around else ""
-    note = f"labels: {len(classes)} folders{inside} are classes ({first_few(classes, 6)})"
+    what = f"{len(classes)} folders{inside} are classes" if len(classes) > 1 else f"1 folder{inside} is the only class"
+    note = f"labels: {what} ({first_few(classes, 6)})"
+    if any_number and rule == "auto" and (lone := wrapper(names)):
+        note += f"; for the folders in it, embed {lone.rstrip('/')} by itself"
     return tuple(str(top) for top in tops), note
 
 
@@ -161,7 +164,7 @@ def _no_classes(classes: Sequence[str], counts: Counter[str | None], *, any_numb
     if any_number:
         return ""
     if not MIN_CLASSES <= len(classes) <= MAX_CLASSES:
-        return f"{len(classes)} first-level folders (classes are {MIN_CLASSES} to {MAX_CLASSES}; labels folder takes any number)"
+        return f"{counted(len(classes), 'first-level folder')} (classes are {MIN_CLASSES} to {MAX_CLASSES}; labels folder takes any number)"
     smallest = min(classes, key=lambda name: counts[name])
     if counts[smallest] < MIN_IMAGES_PER_CLASS:
         return (
