@@ -238,6 +238,13 @@ def test_headers_that_lift_the_services_limits_do_not_arrive_and_the_key_does(pr
     assert arrived["x-forwarded-for"] == "127.0.0.1"
 
 
+def test_an_upgrade_that_a_client_offers_does_not_arrive(proxy: Proxy) -> None:
+    """Ray's own proxy, which clusters have, would lose the request's body."""
+    status, body = proxy.get("/v1/models", {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"})
+    assert status == 200
+    assert "upgrade" not in dict(json.loads(body))
+
+
 def test_a_request_id_that_is_none_is_replaced(proxy: Proxy) -> None:
     for bad in ("a" * 65, "a b", "<script>"):
         _, body = proxy.get("/v1/models", {"X-Request-Id": bad})

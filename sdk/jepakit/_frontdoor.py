@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Run:
     """Adapt a backbone to your own images and measure whether it helped; returns the finished `Run`.
 
-    images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV or Parquet manifest,
+    images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV, TSV or Parquet manifest,
               WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
               or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
     out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, or reports it, on any later day.
@@ -228,7 +228,7 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
     require("serve")
     from jepakit_service.settings import as_yaml, load
 
-    parsed = load(settings, None if file is None else as_path(file, "config"))
+    parsed = load(settings, None if file is None else as_path(file, "config"), to_print=print_config)
     if print_config:
         show(as_yaml(parsed), end="")
         return

@@ -161,11 +161,16 @@ class ServeSettings(StrictBools, BaseSettings):
         return self
 
 
-def load(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
-    """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong."""
+def load(given: dict[str, Any], file: Path | None = None, *, to_print: bool = False) -> ServeSettings:
+    """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong.
+
+    to_print  there need be no bundles
+    """
     values, variables = {} if file is None else _read_yaml(file), _variables()
     merged = {name: _value(name, value) for name, value in {**values, **variables, **given}.items()}
     if not merged.get("bundles"):
+        if to_print:
+            return load({**given, "bundles": ("any",)}, file).model_copy(update={"bundles": ()})
         raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
     origins = dict.fromkeys(values, str(file)) | {name: f"{_PREFIX}{name.upper()}" for name in variables}
     return parse(ServeSettings, merged, {name: origin for name, origin in origins.items() if name not in given})

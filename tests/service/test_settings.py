@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
+import re
 import resource
 import signal
 import socket
@@ -85,6 +86,36 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path, capfd: pytest.Capture
     assert load({}, tmp_path / "serve.yaml") == ServeSettings(bundles=("a", "b"), expect=("0" * 64,), max_memory_mb=900)
     assert set(yaml.safe_load(printed)) == set(ServeSettings.model_fields)
     assert "# Maximum number of images in one request." in printed
+
+
+def test_the_settings_are_printed_without_a_bundle_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "serve.yaml").write_text("max_images: 7\n")
+    serve({"port": 1001}, tmp_path / "serve.yaml", print_config=True)
+    printed = capfd.readouterr().out
+    told = yaml.safe_load(printed)
+    assert (told["bundles"], told["port"], told["max_images"]) == ([], 1001, 7)
+    (tmp_path / "printed.yaml").write_text(printed)
+    with pytest.raises(ConfigError, match="name a bundle to serve"):
+        load({}, tmp_path / "printed.yaml")
+
+
+def settings_of_the_page() -> dict[str, str]:
+    """The rows of the table in docs/operate.md: each setting and its documented default."""
+    page = (Path(__file__).parents[2] / "docs" / "operate.md").read_text().partition("## Every setting")[2]
+    found: dict[str, str] = {}
+    for names, default in re.findall(r"^\| (`.+?) \| (.+?) \| .+ \|$", page.partition("\n## ")[0], re.MULTILINE):
+        defaults = default.split("; ")
+        found |= zip(names.split(", "), defaults * (len(names.split(", ")) // len(defaults)), strict=True)
+    return {name.strip("`"): default for name, default in found.items()}
+
+
+def test_the_page_on_operation_has_every_setting_with_its_default() -> None:
+    said = settings_of_the_page()
+    assert set(said) == set(ServeSettings.model_fields)
+    for name, field in ServeSettings.model_fields.items():
+        if name not in ("bundles", "proxy", "threads"):  # needed; depends on the system; on the machine
+            default = {None: "none", (): "none"}.get(field.default, f"`{str(field.default).lower()}`")
+            assert said[name] == default, name
 
 
 @pytest.mark.parametrize(
