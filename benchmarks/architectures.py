@@ -451,7 +451,7 @@ def _summary(listed: list[Both], versions: dict[str, str], command: str) -> list
     worst = max((row.relative_error or 0 for both in fine for row in both.rows), default=0)
     batches = f"{', '.join(map(str, BATCH_SIZES[:-1]))} and {BATCH_SIZES[-1]}"
     return [
-        "# What works",
+        "# Which backbones work",
         "",
         f"**{len(fine)} of {len(listed)} timm architectures export, and ONNX Runtime gives torch's vectors, with 3 and "
         f"with 5 bands**: at batch sizes {batches} by a relative error of at most {worst:.1e} (1e-4 is the most that "
