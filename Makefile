@@ -46,7 +46,7 @@ format: setup
 
 # After a new timm: the list of names that typos are held against.
 timm-names: setup
-	$(BIN)/python -m jepakit.backbones.timm_names
+	$(BIN)/python -m jepakit._timm_names
 
 # Versions and hashes of everything, for every platform; no index is named.
 lock:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,15 @@ def test_what_an_extra_is_said_to_need_is_what_it_installs(extra: str) -> None:
     assert needed - by_ray <= resolve(extra, MACHINES["linux x86-64"])
     own = {Requirement(text).name for text in EXTRAS[extra]} - {"jepakit"}
     assert own - {"typing-extensions"} <= needed, "pydantic needs typing-extensions too"
+
+
+def test_the_makefile_runs_what_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    modules = set(re.findall(r"python -m (\S+)", makefile)) - {"venv"}
+    assert {"pytest", "jepakit._timm_names"} <= modules
+    assert [module for module in modules if find_spec(module) is None] == []
+    for script in re.findall(r"python (\w+/\S+\.py)", makefile):
+        assert (ROOT / script).is_file(), script
 
 
 def test_no_pillow_is_taken_that_copies_an_exif_value_for_each_of_its_tags() -> None:
