@@ -43,13 +43,13 @@ def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[str
 
     A setting of several possible types is reported once, with what each of them expects.
     """
-    complaints: dict[str, list[str]] = {}
+    complaints: dict[str, list[tuple[str, str]]] = {}
     for detail in error.errors():
         where = _setting(detail["loc"], model)
         words = _words(where, detail, model)
         if words not in complaints.setdefault(where, []):
             complaints[where].append(words)
-    told = {where: _join(where, words) for where, words in complaints.items()}
+    told = {where: _join(words) for where, words in complaints.items()}
     return "; ".join(message + _set_in(where, message, origins) for where, message in told.items())
 
 
@@ -96,25 +96,26 @@ def _elsewhere(name: str, parents: list[str], root: type[BaseModel]) -> str:
     return f"; did you mean {groups[0]}.{name}?" if groups and not parents else ""
 
 
-def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> str:
+def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
+    """The setting and its value, if there is one, and what is wrong or expected."""
     if detail["type"] == "extra_forbidden":
         *parents, last = where.split(".")
         root = model
         for parent in parents:
             model = _group(model, parent) or model
-        return f"unknown setting {where!r}{_elsewhere(last, parents, root) or did_you_mean(last, model.model_fields)}"
+        hint = _elsewhere(last, parents, root) or did_you_mean(last, model.model_fields)
+        return "", f"unknown setting {where!r}{hint}"
     if detail["type"] == "missing" and not isinstance(detail["loc"][-1], int):
-        return f"setting {where!r} is missing"
+        return "", f"setting {where!r} is missing"
     message = _PLAIN.get(detail["type"], detail["msg"]).removeprefix("Value error, ")
     if not where:
-        return message
+        return "", message
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         message += did_you_mean(detail["input"], re.findall(r"'([^']*)'", message))
     seen = repr(detail["input"])
-    return f"{where} = {seen if len(seen) < 80 else seen[:77] + '...'}: {message[0].lower() + message[1:]}"
+    return f"{where} = {seen if len(seen) < 80 else seen[:77] + '...'}: ", message[0].lower() + message[1:]
 
 
-def _join(where: str, words: list[str]) -> str:
-    first, *others = words
-    wanted = (word.removeprefix(f"{where} = ").partition(": ")[2] or word for word in others)
-    return " or ".join([first, *(word.removeprefix("input should be ") for word in wanted)])
+def _join(words: list[tuple[str, str]]) -> str:
+    (head, first), *others = words
+    return head + " or ".join([first, *(wanted.removeprefix("input should be ") for _, wanted in others)])

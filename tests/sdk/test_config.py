@@ -127,6 +127,10 @@ def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, me
             {"unfreeze": "last2"},
             ["unfreeze = 'last2': input should be 'auto', 'none' or 'all' or a whole number or 'lora'"],
         ),
+        (
+            {"unfreeze": {"a": 1}},
+            ["unfreeze = {'a': 1}: input should be 'auto', 'none' or 'all' or a whole number or 'lora'"],
+        ),
         ({"compile": "maybe"}, ["compile = 'maybe': input should be true or false"]),
         ({"projector": "1024,64"}, ["projector = '1024,64': input should be a list"]),
         ({"views": 6}, ["views = 6: input should be a group of settings, each set by its own name"]),
