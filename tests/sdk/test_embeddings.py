@@ -33,7 +33,10 @@ def make(labels: tuple[str, ...] | None = ("cat", "café", "dog")) -> Embeddings
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
-    return {"vectors": VECTORS, "model_id": np.array(MODEL_ID), "ids": np.array(IDS), **changes}
+    """What `make(None).save` writes, with changes."""
+    ids = [name.encode() for name in IDS]
+    packed = {"ids": np.frombuffer(b"".join(ids), np.uint8), "ids_ends": np.cumsum(list(map(len, ids)))}
+    return {"vectors": VECTORS, "model_id": np.array(MODEL_ID), **packed, **changes}
 
 
 @pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
@@ -176,7 +179,8 @@ def test_a_saved_file_holds_no_pickle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [None, ("cat", "café", "dog")])
 def test_files_of_earlier_versions_are_read(tmp_path: Path, labels: tuple[str, ...] | None) -> None:
-    np.savez(tmp_path / "e.npz", **arrays(**({} if labels is None else {"labels": np.array(labels)})))
+    texts: dict[str, Any] = {"ids": np.array(IDS), **({} if labels is None else {"labels": np.array(labels)})}
+    np.savez(tmp_path / "e.npz", vectors=VECTORS, model_id=np.array(MODEL_ID), **texts)
     loaded = Embeddings.load(tmp_path / "e.npz")
     assert (loaded.ids, loaded.labels) == (IDS, labels)
     assert is_embeddings(str(tmp_path / "e.npz"))
@@ -346,18 +350,18 @@ def test_a_single_array_is_refused_by_name(tmp_path: Path) -> None:
     [
         {"vectors": VECTORS.astype(object)},
         {"ids": np.array([{"a": 1}] * 3, dtype=object)},
-        {"labels": np.array([None] * 3, dtype=object)},
+        {"labels": np.array([None] * 3, dtype=object), "labels_ends": np.arange(1, 4)},
         {"vectors": np.array([["a", "b"]] * 3)},
         {"vectors": np.float32(1)},
         {"vectors": VECTORS[0]},
         {"ids": np.array(1)},
-        {"ids": np.array(IDS[:2])},
+        {"ids": np.zeros(2, np.uint8), "ids_ends": np.array([1, 2])},
         *(
             {"ids": np.zeros(9, np.uint8), "ids_ends": np.array(ends)}
             for ends in ([1, 2], [4, 2, 9], [1, 2, 3], [1.0, 2, 9])
         ),
         {"ids": np.full(9, 0xFF, np.uint8), "ids_ends": np.array([3, 6, 9])},
-        {"ids": np.array(IDS), "ids_ends": np.array([3, 6, 9])},
+        {"ids": np.array(IDS)},
     ],
     ids=[
         "object vectors",
