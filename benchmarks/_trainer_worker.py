@@ -27,8 +27,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from jepakit._run_files import METRICS
 from jepakit.config import AdaptConfig
-from jepakit.run import METRICS, Run, read_metrics
+from jepakit.run import Run, read_metrics
 from jepakit.sources import list_images
 from jepakit_training import loop
 from jepakit_training.data.batches import Batch, views_on

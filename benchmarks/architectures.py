@@ -41,6 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import _processes
 import jepakit
 from _processes import EndedError
+from jepakit._run_files import BUNDLE, START
 from jepakit.backbones.backbone import fitting_size, start_backbone, stock_preprocess, tensors_of
 from jepakit.backbones.embedder import Embedder, pool, pool_all, poolings_of
 from jepakit.bundles import golden
@@ -48,7 +49,6 @@ from jepakit.bundles.bundle import GOLDEN, GRAPH, WEIGHTS, write_bundle
 from jepakit.bundles.manifest import Backbone, EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.errors import JepakitError
 from jepakit.inference.ort import import_ort
-from jepakit.run import BUNDLE, START
 from jepakit_export.verify import BATCH_SIZES
 
 onnxruntime = import_ort()

@@ -38,8 +38,8 @@ from _blocks import Ratio, at_least, measure, overhead_at_most, ratio
 from _processes import EndedError, Script
 from _trainer_worker import ON_GPU, now
 from jepakit_training import loop
-from jepakit_training.evaluation import Measuring
 from jepakit_training.learning.learner import Learner
+from jepakit_training.measuring import Measuring
 from jepakit_training.run import checkpoint
 from views import LightlyMissingError, lightly_python, make_images
 

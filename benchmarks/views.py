@@ -179,7 +179,7 @@ def lightly_block(env: Path, images: Path) -> Iterator[Block]:
 
 def run(paths: list[Path], folder: Path, rounds: int, lightly: Block | None) -> dict[str, list[float]]:
     ours = Ours(
-        paths[0].parent, ImageCache(folder / "cache", 1 << 30, ViewMaker(CONFIG, GLOBAL[1], LOCAL[1]).least_side)
+        paths[0].parent, ImageCache(folder / "cache", 1 << 30, ViewMaker(CONFIG, GLOBAL[1], LOCAL[1]).least_side, "")
     )
     cases = {
         LOADER: timed(ours.crops),

@@ -18,6 +18,7 @@ from jepakit._export_source import name_and_weights
 from jepakit._extras import versions_of
 from jepakit._messages import lines_of
 from jepakit._progress import stage
+from jepakit._run_files import START
 from jepakit._say import say
 from jepakit.backbones.backbone import (
     fitting_size,
@@ -45,7 +46,7 @@ from jepakit.config import ExportConfig
 from jepakit.errors import ConfigError, ExportError, WriteError
 from jepakit.images import Pixels, center_crop
 from jepakit.inference.session import Session
-from jepakit.run import START, Run, is_run
+from jepakit.run import Run, is_run
 from jepakit_export.convert import seal, to_onnx
 from jepakit_export.quantize import to_int8
 from jepakit_export.verify import (

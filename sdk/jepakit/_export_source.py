@@ -7,12 +7,13 @@ from pathlib import Path
 
 from jepakit._files import reason_of, with_home
 from jepakit._messages import did_you_mean
+from jepakit._run_files import CONFIG
 from jepakit._timm_names import check_name, known_names
 from jepakit.bundles.bundle import MANIFEST, Bundle, is_bundle, open_bundle
 from jepakit.bundles.manifest import Standardize
 from jepakit.config import START_WORDS, ExportConfig
 from jepakit.errors import BackboneError, ConfigError, DataError
-from jepakit.run import CONFIG, Run, is_run
+from jepakit.run import Run, is_run
 
 
 def name_and_weights(source: str) -> tuple[str, str]:

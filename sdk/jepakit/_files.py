@@ -61,6 +61,28 @@ def lock_file(descriptor: int, *, wait: bool = False) -> bool:
 
 
 @contextmanager
+def holding(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Lock a folder, alone or with others that share it. No effect on file systems that cannot lock folders, as over a network.
+
+    Raises BlockingIOError if somebody else holds the lock and it is not to be shared: waiting for it in the kernel would
+    keep a process from ending.
+    """
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
     """`replacing` for a file named by a user, creating its folder if missing; WriteError if it cannot be written."""
     if not path.name:  # "." and "/"

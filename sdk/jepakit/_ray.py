@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jepakit._files import reason_of
+from jepakit._files import holding, reason_of
 from jepakit.errors import WriteError
 
 SILENT = {
@@ -46,22 +45,12 @@ def own_folder() -> Iterator[Path]:
             f"set TMPDIR to a folder whose path has at most {_LONGEST_PLACE} bytes"
         ) from None
     try:
-        with _locked(folder):
+        with holding(
+            folder, shared=True
+        ):  # systemd-tmpfiles, which removes what is ten days old, leaves alone what is locked
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that systemd-tmpfiles, which removes from /tmp what is ten days old, leaves alone what it holds."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems cannot lock folders
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def init(**options: Any) -> None:

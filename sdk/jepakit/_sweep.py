@@ -19,13 +19,14 @@ from typing import Any, Unpack
 from jepakit._files import as_path
 from jepakit._frozen import Printed
 from jepakit._messages import did_you_mean, first_few
+from jepakit._run_files import START
 from jepakit._signatures import ExportSettings
 from jepakit.bundles.bundle import WEIGHTS, Bundle, open_bundle
 from jepakit.bundles.comparison import SCORES, Comparison, Scores, Verdict
 from jepakit.config import AdaptConfig, ViewsConfig, flattened
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluation.evaluate import judge_best
-from jepakit.run import START, Run, is_run
+from jepakit.run import Run, is_run
 
 _VIEWS = tuple(f"views.{name}" for name in ViewsConfig.model_fields)
 # These change neither the start nor what it is measured on, so the runs can be compared.

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 MOST_CLIPPED = 0.01
 
 
-def preprocess(source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:
+def preprocess(source: ImageSource | ImageRef, spec: Preprocess) -> Pixels:
     """One image as the graph takes it, [size, size, C]: uint8 0-255, or float32 in the files' own units.
 
     The same file gives the same bytes wherever this runs. Raises the errors of `read_image`.
     """
-    return fit(read_image(source, spec, limits=limits), spec, limits=limits)
+    return fit(read_image(source, spec), spec)
 
 
 def read_image(
@@ -60,7 +60,7 @@ def read_image(
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
     with quiet(), _opened(ref, limits, spec.voi) as raster:
         header = raster.header
-        check_kind(header, spec, ref.name)
+        _check_kind(header, spec, ref.name)
         _check_scale(header, ref, spec)
         frame = choose_frame(header, _frame_meant(header, ref, spec), ref.name)
         stored = _read(raster, ref, frame, spec.voi, at_least)
@@ -145,7 +145,7 @@ def name_of(source: ImageSource) -> str:
     return "array" if isinstance(source, np.ndarray) else "image"
 
 
-def check_kind(header: Header, spec: Preprocess, name: str) -> None:
+def _check_kind(header: Header, spec: Preprocess, name: str) -> None:
     """Refuse an image of another depth or number of bands than the model was made for."""
     # Programs pass values that files hold as integers in float32 arrays.
     same_depth = header.dtype == spec.stored_as or (header.format in ("array", "image") and header.dtype == spec.dtype)

@@ -29,21 +29,12 @@ from pydantic import computed_field
 from jepakit._files import as_path
 from jepakit._frozen import Frozen, Printed
 from jepakit._progress import human_time
+from jepakit._run_files import BUNDLE, CONFIG, METRICS, NEIGHBOURS, PLAN
 from jepakit._signatures import ExportSettings
 from jepakit.bundles.bundle import Bundle, open_bundle
 from jepakit.bundles.comparison import Comparison, Verdict
 from jepakit.errors import BundleError, DataError
 
-CONFIG = "config.toml"
-ENVIRONMENT = "environment.json"
-PLAN = "plan.json"
-SPLIT = "split.csv"
-METRICS = "metrics.jsonl"
-SKIPPED = "skipped.csv"
-CHECKPOINTS = "checkpoints"
-NEIGHBOURS = "neighbours.png"
-START = "start"
-BUNDLE = "bundle"
 COLLAPSED_STD = 0.05
 """Projections whose standard deviation is below this have collapsed; new projectors have 0.34, and SIGReg wants 1."""
 

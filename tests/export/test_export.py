@@ -26,6 +26,7 @@ import jepakit._frontdoor
 import jepakit_export.exporter
 import jepakit_export.verify
 from jepakit import _frontdoor
+from jepakit._run_files import BUNDLE, CHECKPOINTS, CONFIG, START
 from jepakit.backbones.backbone import restore
 from jepakit.backbones.embedder import Embedder
 from jepakit.bundles import golden
@@ -35,7 +36,7 @@ from jepakit.config import ExportConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.images import preprocess
 from jepakit.inference.session import Session
-from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, START, Run
+from jepakit.run import Run
 
 SIZE = 64
 

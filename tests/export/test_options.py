@@ -242,7 +242,7 @@ def test_int8_is_a_space_of_its_own(
     """A CPU without VNNI instructions computes other vectors: there they are not looked at."""
     source, exact = f"test_vit:{weights_file('test_vit')}", int8_is_exact_here()
     if not exact:
-        monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0))
+        monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0, 0.0))
     whole, small = made(source), export(source, precision="int8")
     assert len(small.read(GRAPH)) < 0.5 * len(whole.read(GRAPH))
     assert small.model_id != whole.model_id
@@ -257,7 +257,7 @@ def test_each_int8_graph_is_a_space_of_its_own_and_float_ones_are_not(
     export: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, weights_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Whether they are close enough to torch depends on the CPU, and is not tested here."""
-    monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0))
+    monkeypatch.setattr(exporter, "check", lambda *_: Agreement(0.0, 1.0, 1.0, 0.0))
     source = f"test_resnet:{weights_file('test_resnet')}"
     some, others = str(films(tmp_path / "some", 16)), str(films(tmp_path / "others", 17, frames=1))
 
@@ -514,9 +514,9 @@ def test_a_graph_that_fixes_its_batch_is_caught(export: Callable[..., Bundle], m
 
 
 def test_agreement_tells_what_falls_short() -> None:
-    assert Agreement(0.1, 0.9, 0.5).misses(Tolerance(relative=1e-4)) is not None
-    assert Agreement(1e-6, 0.9, 0.5).misses(Tolerance(relative=1e-4)) is None
-    assert "nearest" in str(Agreement(0, 1, 0.5).misses(Tolerance(cosine=0.9, neighbour=0.95)))
+    assert Agreement(0.1, 0.9, 0.5, 0.0).misses(Tolerance(relative=1e-4)) is not None
+    assert Agreement(1e-6, 0.9, 0.5, 0.0).misses(Tolerance(relative=1e-4)) is None
+    assert "nearest" in str(Agreement(0, 1, 0.5, 0).misses(Tolerance(cosine=0.9, neighbour=0.95)))
     wrong = agreement(np.full((3, 2), np.nan), np.ones((3, 2)))
     assert wrong == Agreement(float("inf"), -1.0, 0.0, float("inf"))
 

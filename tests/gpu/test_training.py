@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import jepakit
+from jepakit._run_files import CHECKPOINTS, START
 from jepakit.backbones.backbone import start_backbone
 from jepakit.config import AdaptConfig, Domain
 from jepakit.errors import ConfigError, TrainingError
-from jepakit.run import CHECKPOINTS, START, Run
+from jepakit.run import Run
 from jepakit_training import loop
 from jepakit_training.data import photometric
 from jepakit_training.data.batches import Batch, views_on

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tests.files import npy
 
+from jepakit._run_files import BUNDLE
 from jepakit.bundles.bundle import (
     GOLDEN,
     GRAPH,
@@ -45,7 +46,7 @@ from jepakit.bundles.manifest import (
     compute_model_id,
 )
 from jepakit.errors import BundleError, ConfigError, WriteError
-from jepakit.run import BUNDLE, Run
+from jepakit.run import Run
 
 TENSORS: dict[str, np.ndarray[Any, Any]] = {
     "stem.weight": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 
 import jepakit
+from jepakit._files import holding
+from jepakit._run_files import CONFIG
 from jepakit.bundles.bundle import MANIFEST, Bundle
 from jepakit.cli import serving, stopping
 from jepakit.client import ModelInfo
@@ -33,7 +35,6 @@ from jepakit.errors import (
     ServeError,
     WriteError,
 )
-from jepakit.run import CONFIG
 from jepakit_service import memory
 from jepakit_service.bundles import find_bundles
 from jepakit_service.faults import ApiError
@@ -43,7 +44,6 @@ from jepakit_service.settings import ServeSettings
 from jepakit_service.telemetry.metrics import merge
 from jepakit_service.updates import updates
 from jepakit_service.updates.deploy import Deployed, _swapped, deploy
-from jepakit_service.updates.locks import holding
 
 from .conftest import copied, picture, running
 

@@ -16,8 +16,9 @@ from torch import Tensor
 import jepakit
 import jepakit_training.learning.learner
 import jepakit_training.learning.sigreg
+from jepakit._run_files import BUNDLE
 from jepakit.bundles.bundle import WEIGHTS
-from jepakit.run import BUNDLE, Run
+from jepakit.run import Run
 
 TINY: dict[str, Any] = {
     "image_size": 64, "batch_size": 8, "projector": (32, 32, 8), "n_slices": 16, "views": {"n_local": 1}, "workers": 0,

@@ -22,6 +22,18 @@ import jepakit
 import jepakit.run
 import jepakit_training.learning.learner
 import jepakit_training.learning.sigreg
+from jepakit._run_files import (
+    BUNDLE,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    NEIGHBOURS,
+    PLAN,
+    SKIPPED,
+    SPLIT,
+    START,
+)
 from jepakit.backbones.backbone import start_backbone
 from jepakit.bundles.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.cli import app
@@ -35,7 +47,7 @@ from jepakit.errors import (
     JepakitError,
     TrainingError,
 )
-from jepakit.run import BUNDLE, CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, NEIGHBOURS, PLAN, SKIPPED, SPLIT, START, Run
+from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training import loop
 from jepakit_training.alone import alone

@@ -35,7 +35,7 @@ def pixels_of(seed: int, side: int = 64, dtype: Any = np.uint8) -> NDArray[Any]:
 
 
 def opened(folder: Path, limit: int = MB, least_side: int = 64) -> ImageCache:
-    return ImageCache(folder, limit, least_side)
+    return ImageCache(folder, limit, least_side, "")
 
 
 def stored(folder: Path) -> int:
@@ -102,7 +102,7 @@ def test_a_changed_file_has_another_key(tmp_path: Path) -> None:
 
 def test_what_else_decides_the_pixels_is_part_of_the_key(tmp_path: Path) -> None:
     caches = [
-        ImageCache(tmp_path / "cache", MB, 64), ImageCache(tmp_path / "cache", MB, 65),
+        ImageCache(tmp_path / "cache", MB, 64, ""), ImageCache(tmp_path / "cache", MB, 65, ""),
         ImageCache(tmp_path / "cache", MB, 64, "voi"),
     ]  # fmt: skip
     assert len({cache.key(stamp) for cache in caches for stamp in ("a.png", "a.png frame 1")}) == 6

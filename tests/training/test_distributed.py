@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import jepakit
+from jepakit._run_files import BUNDLE, SKIPPED, START
 from jepakit.bundles.bundle import WEIGHTS
-from jepakit.run import BUNDLE, SKIPPED, START, Run
+from jepakit.run import Run
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 BACKBONES = {"convnet": "test_resnet", "vit": "test_vit"}

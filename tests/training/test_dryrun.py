@@ -21,9 +21,9 @@ from jepakit.cli import app
 from jepakit.errors import ConfigError, DataError
 from jepakit.evaluation.evaluate import Measurement
 from jepakit.run import DryRun
-from jepakit_training import dryrun, evaluation, launch, setup
-from jepakit_training.evaluation import Features
+from jepakit_training import dryrun, launch, measuring, setup
 from jepakit_training.holdout import MeasuringSet
+from jepakit_training.measuring import Features
 from jepakit_training.setup import Setup, prepare
 
 SETTINGS = ["--backbone", "test_vit", "--image-size", "64", "--batch-size", "8", "--steps", "50", "--workers", "0"]
@@ -116,7 +116,7 @@ def test_measuring_is_estimated_from_all_that_a_run_does(
     """Embedding is made to take 20 ms an image and pooling; 40 of 120 images are embedded, probes see 120."""
     embedded: list[tuple[int, tuple[str, ...]]] = []
     probed: list[int] = []
-    extract, measure_vectors = evaluation.extract, evaluation.measure_vectors
+    extract, measure_vectors = measuring.extract, measuring.measure_vectors
 
     def slow_extract(*args: Any, **settings: Any) -> Features:
         embedded.append((len(args[2]), tuple(args[4])))
@@ -127,8 +127,8 @@ def test_measuring_is_estimated_from_all_that_a_run_does(
         probed.append(len(vectors))
         return measure_vectors(vectors, images)
 
-    monkeypatch.setattr(evaluation, "extract", slow_extract)
-    monkeypatch.setattr(evaluation, "measure_vectors", noted)
+    monkeypatch.setattr(measuring, "extract", slow_extract)
+    monkeypatch.setattr(measuring, "measure_vectors", noted)
     estimate = jepakit.dry_run(
         image_folder(per_class=60), backbone="test_resnet", weights="random", image_size=64, batch_size=8, steps=1,
         workers=0, labels=labels,

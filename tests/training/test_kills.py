@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tests.training.forked import start
 
 import jepakit
+from jepakit._run_files import BUNDLE, CHECKPOINTS, START
 from jepakit.bundles.bundle import WEIGHTS
-from jepakit.run import BUNDLE, CHECKPOINTS, START, Run
+from jepakit.run import Run
 
 STEPS = 8
 TINY: dict[str, Any] = {

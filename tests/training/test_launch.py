@@ -24,9 +24,10 @@ from torch import Tensor
 
 import jepakit
 from jepakit import errors
+from jepakit._run_files import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START
 from jepakit.bundles.bundle import WEIGHTS
 from jepakit.errors import BackboneError, ConfigError, ImageError, JepakitError
-from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, START, Run
+from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training import launch
 from jepakit_training.endings import read_endings, reporting_ending

@@ -23,9 +23,9 @@ from jepakit.errors import DataError, MissingExtraError
 from jepakit.evaluation.evaluate import Measurement
 from jepakit.run import Run
 from jepakit.sources import ImageList, list_images
-from jepakit_training import evaluation, loop
-from jepakit_training.evaluation import Features, Measuring, extract, measure_vectors, pick_pooling
+from jepakit_training import loop, measuring
 from jepakit_training.holdout import MeasuringSet
+from jepakit_training.measuring import Features, Measuring, extract, measure_vectors, pick_pooling
 
 SPEC = Preprocess(
     size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
@@ -68,7 +68,7 @@ def test_the_pooling_is_chosen_by_the_scores_that_the_verdict_speaks_of(monkeypa
         scores = knows_both if vectors.shape[1] == 2 else knows_common
         return Measurement(scores, np.arange((~part.is_fit).sum()) < round(scores.linear * (~part.is_fit).sum()))
 
-    monkeypatch.setattr(evaluation, "measure_vectors", measured)
+    monkeypatch.setattr(measuring, "measure_vectors", measured)
     nothing = np.zeros((120, 2), np.float32)
     features = Features({"head": nothing[:, :1], "stages": nothing}, np.ones(120, bool), [], NONE)
     assert pick_pooling(features, images, "none") == "stages"
@@ -94,7 +94,7 @@ def test_thirds_are_the_same_without_groups_and_with_groups_of_one_image_each(
         parts.append(part.is_fit)
         return measure_vectors(vectors, part)
 
-    monkeypatch.setattr(evaluation, "measure_vectors", noting)
+    monkeypatch.setattr(measuring, "measure_vectors", noting)
     noise = np.random.default_rng(0).standard_normal((72, 4)).astype(np.float32)
     features = Features({"head": noise, "stages": noise}, np.ones(72, bool), [], NONE)
     images.groups = np.random.default_rng(1).permutation(72).astype(str)
@@ -237,7 +237,7 @@ def test_a_missing_extra_is_raised_as_it_is_and_not_as_a_traceback_of_a_loader(
     def missing(*_: Any) -> Any:
         raise MissingExtraError("DICOM files need jepakit[dicom]")
 
-    monkeypatch.setattr(evaluation, "preprocess", missing)
+    monkeypatch.setattr(measuring, "preprocess", missing)
     images = list_images([np.zeros((64, 64, 3), np.uint8)] * 2, "none")
     with pytest.raises(MissingExtraError, match=r"^DICOM files need jepakit\[dicom\]$"):
         extract(
@@ -345,7 +345,7 @@ def test_held_out_images_have_no_say_in_the_centre() -> None:
 
 def test_probes_are_told_the_groups_they_are_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **groups: told.update(groups))
+    monkeypatch.setattr(measuring, "measure", lambda *_, **groups: told.update(groups))
     labels, groups = np.tile(["a", "b"], 20), np.repeat([f"g{number}" for number in range(20)], 2)
     images = MeasuringSet(np.arange(40), IS_FIT, np.ones(40, bool), labels, groups)
     measure_vectors(np.zeros((40, 4), np.float32), images)
@@ -354,7 +354,7 @@ def test_probes_are_told_the_groups_they_are_fitted_on(monkeypatch: pytest.Monke
 
 def test_probes_are_told_the_groups_they_are_judged_by(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **groups: told.update(groups))
+    monkeypatch.setattr(measuring, "measure", lambda *_, **groups: told.update(groups))
     images = siblings(30, 6)
     assert images.groups is not None
     measure_vectors(np.zeros((180, 4), np.float32), images)

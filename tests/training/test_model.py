@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jepakit.backbones.backbone import build, stock_preprocess
 from jepakit_training.data.views import Views
 from jepakit_training.learning.batchnorm import freeze_norm_statistics
-from jepakit_training.learning.model import Encoder, Projector, TwoPass, normalise
+from jepakit_training.learning.model import Encoder, Projector, TwoPass
 from jepakit_training.learning.sigreg import directions, lejepa_loss
 
 
@@ -95,9 +95,3 @@ def test_two_passes_of_a_frozen_backbone_are_one() -> None:
     with torch.no_grad():
         features = TwoPass(encoder, 2, contextlib.nullcontext).forward(views, seed=3)
     assert not features.requires_grad
-
-
-def test_normalise() -> None:
-    pixels = torch.tensor([[[0]], [[100]], [[255]]], dtype=torch.uint8)
-    mean, std = torch.tensor([0.0, 100.0, 5.0])[:, None, None], torch.tensor([1.0, 2.0, 10.0])[:, None, None]
-    assert normalise(pixels, mean, std).flatten().tolist() == [0, 0, 25]

@@ -15,7 +15,7 @@ import pytest
 from tests.training.test_launch import SETTINGS, Source, assert_same, command
 
 import jepakit
-from jepakit.run import CHECKPOINTS, ENVIRONMENT, METRICS
+from jepakit._run_files import CHECKPOINTS, ENVIRONMENT, METRICS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 RAY = ("--launcher", "ray", "--processes", "2", "--workers", "0")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tests.training.full_disk import files_no_longer_than
 
+from jepakit._run_files import METRICS, SKIPPED
 from jepakit.errors import DataError
-from jepakit.run import METRICS, SKIPPED, read_metrics
+from jepakit.run import read_metrics
 from jepakit_training.run.records import SkippedFiles, StepLog
 
 

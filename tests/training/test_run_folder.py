@@ -20,9 +20,10 @@ from tests.training.forked import start
 from tests.training.full_disk import files_no_longer_than
 
 from jepakit import _frontdoor
+from jepakit._run_files import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, WriteError
-from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, METRICS, SKIPPED, START, Run
+from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training.run.folder import FREE_SETTINGS, LOCK, RAY_FOLDER, locked, open_folder
 from jepakit_training.run.records import StepLog

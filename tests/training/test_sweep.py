@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 import jepakit
 import jepakit_training
 from jepakit import Sweep
+from jepakit._run_files import BUNDLE, METRICS, START
 from jepakit.bundles.comparison import Verdict
 from jepakit.cli import app
 from jepakit.config import AdaptConfig
 from jepakit.errors import ConfigError, DataError, TrainingError
-from jepakit.run import BUNDLE, METRICS, START, Run
+from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_export.exporter import _of_run
 

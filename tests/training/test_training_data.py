@@ -183,7 +183,7 @@ def test_from_the_cache_the_views_are_the_same_and_a_changed_file_is_read_anew(
     image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = image_folder(classes=0, per_class=3, height=300, width=340)
-    dataset = make_dataset(folder, cache=ImageCache(tmp_path / "cache", 1 << 30, 80))
+    dataset = make_dataset(folder, cache=ImageCache(tmp_path / "cache", 1 << 30, 80, ""))
     first, again = views_of(dataset, Key(0, 1)), views_of(dataset, Key(0, 1))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -25,10 +25,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 import jepakit
+from jepakit._run_files import BUNDLE
 from jepakit.backbones.backbone import start_backbone, stock_preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError, ImageError, TrainingError
-from jepakit.run import BUNDLE
 from jepakit.sources import list_images
 from jepakit_training.data.batches import ViewDataset
 from jepakit_training.data.views import Views

@@ -17,13 +17,13 @@ from jepakit.bundles.manifest import Pooling, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.run import DryRun
 from jepakit.sources import ImageList, evenly_spread
-from jepakit_training import evaluation
+from jepakit_training import measuring
 from jepakit_training.alone import own_process
 from jepakit_training.data.batches import iterating, views_on
-from jepakit_training.evaluation import Features, Measuring
 from jepakit_training.launch import count_processes
 from jepakit_training.learning.learner import Learner
 from jepakit_training.loop import explaining_out_of_memory, step_loader
+from jepakit_training.measuring import Features, Measuring
 from jepakit_training.memory import GB, memory_gb, peak_gb
 from jepakit_training.setup import Setup, prepare
 
@@ -114,7 +114,7 @@ class _Sampling:
     ) -> Features:
         began, count = time.perf_counter(), len(indices)
         some = evenly_spread(count, _MEASURED_IMAGES)
-        few = evaluation.extract(backbone, images, indices[some], spec, poolings, **how)
+        few = measuring.extract(backbone, images, indices[some], spec, poolings, **how)
         self.left_out_s += (time.perf_counter() - began) * (count / len(some) - 1)
         random, rows = np.random.default_rng(0), count if few.readable.any() else 0
         stand_ins = {

@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from jepakit._messages import lines_of
+from jepakit._run_files import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, SKIPPED, START
 from jepakit._say import say
 from jepakit.bundles.bundle import name_for
 from jepakit.config import AdaptConfig
 from jepakit.errors import CheckpointError, TrainingError
-from jepakit.run import BUNDLE, CHECKPOINTS, ENVIRONMENT, METRICS, SKIPPED, START, Run
+from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training import ranks
 from jepakit_training.alone import own_process
@@ -27,11 +28,11 @@ from jepakit_training.learning.trainable import can_checkpoint_activations
 from jepakit_training.memory import memory_errors
 from jepakit_training.pictures.neighbours import write_neighbours
 from jepakit_training.plan import Plan
+from jepakit_training.run.bundles import check_measured, check_start, write_run_bundle
 from jepakit_training.run.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.run.folder import keep_settings, locked, open_folder
 from jepakit_training.run.recorder import recording
 from jepakit_training.run.records import SharedSkippedFiles, write_plan
-from jepakit_training.run_bundles import check_measured, check_start, write_run_bundle
 from jepakit_training.setup import Setup, prepare
 from jepakit_training.stopping import stopping
 

@@ -93,7 +93,7 @@ def extract(
     return Features(pooled, readable, skipped, np.array(digests, np.uint64))
 
 
-def as_started(config: AdaptConfig) -> AdaptConfig:
+def _as_started(config: AdaptConfig) -> AdaptConfig:
     """The settings with the pooling of the bundle that the run starts from, and its kind of standardising if it has one,
     unless they choose others: before adaptation its vectors are like that bundle's. What is measured is measured again."""
     if not is_bundle_weights(config.weights):
@@ -105,7 +105,7 @@ def as_started(config: AdaptConfig) -> AdaptConfig:
     return config.model_copy(update={"pooling": pooling, "standardize": standardize})
 
 
-def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
+def _choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> tuple[Pooling, ...]:
     """The poolings to compare before training; only one if the user chose it or there is nothing to compare by."""
     if config.pooling != "auto":
         check_pooling(backbone, config.backbone, config.pooling)
@@ -113,7 +113,7 @@ def choose_poolings(config: AdaptConfig, backbone: Any, *, has_labels: bool) -> 
     return ("head", "stages") if has_labels and "stages" in poolings_of(backbone) else ("head",)
 
 
-def specify(pooling: Pooling, standardize: Literal["auto", Standardize], fit: NDArray[np.float32]) -> EmbeddingSpec:
+def _specify(pooling: Pooling, standardize: Literal["auto", Standardize], fit: NDArray[np.float32]) -> EmbeddingSpec:
     """The embedding's spec, with centre and scale measured on `fit` [N, D]."""
     if standardize == "auto":
         standardize = "scale" if pooling == "stages" else "center"
@@ -152,7 +152,7 @@ def pick_pooling(features: Features, images: MeasuringSet, standardize: Literal[
 
     def score(pooling: Pooling) -> float:
         raw = features.by_pooling[pooling][images.is_fit]
-        vectors = specify(pooling, standardize, raw).standardized(raw)[images.is_labelled[images.is_fit]]
+        vectors = _specify(pooling, standardize, raw).standardized(raw)[images.is_labelled[images.is_fit]]
         scores = [measure_vectors(vectors, part).scores for part in parts]
         return float(np.mean([(one.linear_balanced, one.knn_balanced) for one in scores]))
 
@@ -192,14 +192,14 @@ class Measuring:
         extract: Callable[..., Features] = extract,
     ) -> None:
         self.images = MeasuringSet.choose(images, parts, config.measure_on)
-        self._source, self._config, self._spec = images, as_started(config), spec
+        self._source, self._config, self._spec = images, _as_started(config), spec
         self._device, self._workers = device, workers
         self._skipped, self._progress, self._take, self._caveats = skipped, progress, extract, caveats
         self._why_no_labels = NO_LABELS
 
     def start(self, backbone: Any) -> Measured:
         """Before: the better of the untrained poolings, chosen without looking at held-out images."""
-        poolings = choose_poolings(self._config, backbone, has_labels=self.images.labels is not None)
+        poolings = _choose_poolings(self._config, backbone, has_labels=self.images.labels is not None)
         features = self._extract(backbone, poolings, "measure the start")
         self._skipped.add(*((self._source.ids[index], reason) for index, reason in features.skipped))
         self.images = self.images.only(features.readable)
@@ -290,7 +290,7 @@ class Measuring:
 
     def _measured(self, features: Features, pooling: Pooling) -> Measured:
         raw = features.by_pooling[pooling]
-        embedding = specify(pooling, self._config.standardize, raw[self.images.is_fit])
+        embedding = _specify(pooling, self._config.standardize, raw[self.images.is_fit])
         vectors = embedding.standardized(raw)
         measurement = None if self.images.labels is None else measure_vectors(vectors, self.images)
         return Measured(embedding, vectors, measurement, features.digests)

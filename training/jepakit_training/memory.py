@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from jepakit._machine import main_memory, trim_heap
+from jepakit._messages import lines_of
 from jepakit.errors import TrainingError
 from jepakit_training.loader_limits import is_of_files, many_files, no_room
 
@@ -133,7 +134,7 @@ def _asked_for(error: BaseException) -> str:
     """How much was asked for, if torch says so."""
     found = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", str(error))
     if found is None:
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return lines_of(error)[0]
     amount, unit = found.groups()
     return f"asked for {float(amount) / 1e6:.0f} MB more" if unit == "bytes" else f"asked for {amount} {unit} more"
 

@@ -11,23 +11,24 @@ from torch import nn
 
 from jepakit._messages import counted
 from jepakit._one_line import one_line
+from jepakit._run_files import SKIPPED
 from jepakit._say import say
 from jepakit.backbones.backbone import start_backbone, start_preprocess
 from jepakit.bundles.manifest import Backbone, Preprocess
 from jepakit.config import AdaptConfig
 from jepakit.errors import DataError
 from jepakit.inference.runtime import has_nvidia_driver
-from jepakit.run import SKIPPED, Run
+from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.data.batches import ViewDataset
 from jepakit_training.data.cache import open_cache
 from jepakit_training.data.doubts import doubts
 from jepakit_training.data.values import choose_preprocess, describe_values, look_at
 from jepakit_training.data.views import ViewMaker
-from jepakit_training.evaluation import Measuring
 from jepakit_training.learning.model import layout_of
 from jepakit_training.learning.precision import mixed_precision
 from jepakit_training.learning.trainable import check_trainable
+from jepakit_training.measuring import Measuring
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.randomness import derive_seed
 from jepakit_training.run.records import SkippedFiles, device_name

@@ -16,11 +16,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from contextvars import ContextVar
 
 from jepakit._machine import in_command
 from jepakit._say import say
+from jepakit._signals import handled
 from jepakit_training import ranks
 
 GRACE_S = 20.0
@@ -30,21 +31,9 @@ _pipes: set[int] = set()
 _also_asked: ContextVar[Callable[[], bool]] = ContextVar("_also_asked", default=lambda: False)
 
 
-@contextmanager
-def answering(handler: Callable[[int], None]) -> Iterator[None]:
-    """While the block runs, `handler` handles SIGINT and SIGTERM; only the main thread can handle signals, so elsewhere
-    this does nothing. A handler that is not Python's, as of an application that embeds it, could not be put back, and
-    stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours = [number for number in _SIGNALS if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, lambda number, _: handler(number)) for number in ours}
-    try:
-        yield
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+def answering(handler: Callable[[int], object]) -> AbstractContextManager[None]:
+    """While the block runs, `handler` handles SIGINT and SIGTERM, as `handled` does."""
+    return handled(_SIGNALS, lambda number, _: handler(number))
 
 
 @contextmanager

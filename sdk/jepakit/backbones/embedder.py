@@ -56,7 +56,7 @@ class Embedder(nn.Module):
     def forward(self, images_BHWC: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         # Half-precision weights need half-precision pixels; everything before and after stays float32.
         x = self.to_network_input(images_BHWC).to(next(self.backbone.parameters()).dtype)
-        features, pooled = features_and_pooled(self.backbone, x, self.pooling)
+        features, pooled = _features_and_pooled(self.backbone, x, self.pooling)
         vectors = pooled.float()
         if self.center is not None:
             vectors = vectors - self.center
@@ -76,18 +76,18 @@ class Embedder(nn.Module):
 
 def pool(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> Tensor:
     """The backbone's pooled output [B, D], before centring."""
-    return features_and_pooled(backbone, x_BCHW, pooling)[1]
+    return _features_and_pooled(backbone, x_BCHW, pooling)[1]
 
 
 def pool_all(backbone: Any, x_BCHW: Tensor, poolings: Sequence[Pooling]) -> dict[Pooling, Tensor]:
     """The same for several poolings; `head` and `stages` come from one pass."""
     if set(poolings) != {"head", "stages"}:
         return {pooling: pool(backbone, x_BCHW, pooling) for pooling in poolings}
-    features, stages = features_and_pooled(backbone, x_BCHW, "stages")
+    features, stages = _features_and_pooled(backbone, x_BCHW, "stages")
     return {"head": backbone.forward_head(features), "stages": stages}
 
 
-def features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+def _features_and_pooled(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
     """The backbone's last features in timm's own layout, and the pooled output [B, D], from one pass."""
     if pooling == "stages":
         count = min(_STAGES_LAST, len(backbone.feature_info))

@@ -60,7 +60,7 @@ class Agreement(NamedTuple):
     relative_error: float
     centred_cosine: float
     same_neighbour: float
-    length_error: float = 0.0
+    length_error: float
 
     def misses(self, limit: Tolerance) -> str | None:
         """The first measure that fails `limit`, in words; None if none does."""

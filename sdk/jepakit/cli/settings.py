@@ -76,13 +76,16 @@ def number_or_word(text: str | None) -> int | str | None:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a file, but for the images: a run's config.toml has them, and a command takes them as arguments."""
     path = as_path(path, "config")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+    settings.pop("images", None)
+    return settings
 
 
 def _assign(settings: dict[str, Any], assignment: str) -> None:

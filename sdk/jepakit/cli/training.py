@@ -117,7 +117,6 @@ def adapt(
         processes=processes,
         launcher=launcher,
     )
-    settings.pop("images", None)  # a run's config.toml has them
     if dry_run:
         estimate = run_dry(source(images), **settings)
         show(json.dumps(estimate.model_dump()) if as_json else estimate)
@@ -170,8 +169,7 @@ def sweep(
         labels=labels,
         group=group,
     )
-    for name in ("images", "out"):  # a run's config.toml has them
-        settings.pop(name, None)
+    settings.pop("out", None)  # a run's config.toml has it
     varied: dict[str, list[Any]] = {}
     for key, values in map(to_vary, vary):
         varied.setdefault(key, []).extend(values)
@@ -317,7 +315,6 @@ def inspect(
         frame=number_or_word(frame),
         value_range=value_range,
     )
-    for name in ("images", "out"):  # a run's config.toml has them
-        settings.pop(name, None)
+    settings.pop("out", None)  # a run's config.toml has it
     seen = run_inspection(source(images), sheet=sheet, **settings)
     show(json.dumps(seen.model_dump(mode="json"), indent=1) if as_json else seen)

@@ -1,7 +1,7 @@
 """Opens a bundle's verified model.onnx in ONNX Runtime: arrays in, arrays out.
 
-The service's engine and the export check run on `Session`; `load(bundle)` wraps one in the client's `embed`, without
-a service.
+The service's models and the export's verification run on `Session`; `load(bundle)` wraps one in the client's `embed`,
+without a service.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from jepakit._messages import counted
+from jepakit._run_files import CONFIG, ENVIRONMENT, METRICS
 from jepakit.bundles.bundle import MANIFEST, WEIGHTS
 
 CACHED = ".jepakit.npy"
@@ -19,6 +20,8 @@ _SYSTEM_FOLDERS = frozenset({
     "#snapshot", "~snapshot", "@recently-snapshot", "@__thumb",
     "system volume information", "lost+found",
 })  # fmt: skip
+_MARKS = ({MANIFEST, WEIGHTS}, {CONFIG, ENVIRONMENT, METRICS})
+"""The files by which a bundle is known, and a run that has begun to train."""
 
 
 def is_system_folder(base: str) -> bool:
@@ -29,15 +32,7 @@ def is_system_folder(base: str) -> bool:
 def is_own_folder(files: Iterable[str]) -> bool:
     """Whether a folder of these files is a bundle or a run: its golden.npz or neighbours.png is no image of the user's."""
     there = set(files)
-    return any(marks <= there for marks in _marks())
-
-
-@cache
-def _marks() -> tuple[set[str], set[str]]:
-    """The files by which a bundle is known, and a run that has begun to train."""
-    from jepakit.run import CONFIG, ENVIRONMENT, METRICS  # it imports this package, for its settings
-
-    return {MANIFEST, WEIGHTS}, {CONFIG, ENVIRONMENT, METRICS}
+    return any(marks <= there for marks in _MARKS)
 
 
 def without_aside(matches: Sequence[str], pattern: str) -> tuple[list[str], list[str]]:
@@ -55,7 +50,7 @@ def without_aside(matches: Sequence[str], pattern: str) -> tuple[list[str], list
         if is_system_folder(base):
             system.append(folder)
             return True
-        return is_own_folder(name for name in set().union(*_marks()) if Path(folder, name).is_file())
+        return is_own_folder(name for name in set().union(*_MARKS) if Path(folder, name).is_file())
 
     kept = [name for name in matches if not name.endswith(CACHED) and not is_aside(os.path.dirname(name))]  # noqa: PTH120
     return kept, system

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jepakit._files import reason_of, with_home
 from jepakit._groups import image_of
-from jepakit._messages import counted, did_you_mean
+from jepakit._messages import counted, did_you_mean, lines_of
 from jepakit.errors import ConfigError, DataError, MissingExtraError
 from jepakit.sources.files import Files, suffix
 from jepakit.sources.store import Found
@@ -274,7 +274,7 @@ def _open_parquet(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows
     try:
         header = list(parquet.read_schema(file).names)
     except (OSError, UnicodeDecodeError, ArrowException) as error:
-        raise DataError(f"{file} is not a Parquet file, or is damaged ({_first_line(error)})") from None
+        raise DataError(f"{file} is not a Parquet file, or is damaged ({lines_of(error)[0][:200]})") from None
 
     def rows(places: list[int]) -> Rows:
         names = [header[place] for place in places]
@@ -282,7 +282,7 @@ def _open_parquet(file: str) -> tuple[str, list[str], Callable[[list[int]], Rows
             table = parquet.read_table(file, columns=names)
             values = [table.column(name).to_pylist() for name in names]
         except (OSError, UnicodeDecodeError, ArrowException) as error:
-            raise DataError(f"{file} cannot be read ({_first_line(error)})") from None
+            raise DataError(f"{file} cannot be read ({lines_of(error)[0][:200]})") from None
         columns = [_texts(file, name, each) for name, each in zip(names, values, strict=True)]
         for number, row in enumerate(zip(*columns, strict=True), 1):
             yield number, list(row)
@@ -309,7 +309,3 @@ def _unreadable(file: str, error: OSError | UnicodeDecodeError) -> DataError:
     if isinstance(error, UnicodeDecodeError):
         return DataError(f"{file} is not UTF-8 text: save it as CSV UTF-8")
     return DataError(f"{file} cannot be read ({reason_of(error)})")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]

@@ -145,8 +145,7 @@ def document(app: FastAPI, posts: Sequence[Post], *, keyed: bool) -> dict[str, A
 def docs_router() -> APIRouter:
     """`/docs` and what it loads, kept in memory."""
     router = APIRouter(include_in_schema=False)
-    folder = swagger_ui_path
-    assets = {name: (folder / name).read_bytes() for name in _ASSETS}
+    assets = {name: (swagger_ui_path / name).read_bytes() for name in _ASSETS}
     assets["start.js"] = _START.encode()
 
     @router.get("/")

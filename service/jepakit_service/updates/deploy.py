@@ -10,18 +10,17 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jepakit._files import fsync, reason_of
+from jepakit._files import fsync, holding, reason_of
 from jepakit._say import say
+from jepakit._signals import handled
 from jepakit.bundles.bundle import GRAPH, MANIFEST, Bundle, bundles_inside, is_bundle, open_bundle
 from jepakit.client import Client, ModelInfo
 from jepakit.errors import BundleError, DataError, InputError, NotFoundError, ServeError, WriteError
-from jepakit_service.updates.locks import holding
 
 _POLL_S, _LONGEST_SILENCE_S = 0.5, 30.0
 _PREFIX, _OLD = ".deploy-", ".old"
@@ -169,26 +168,10 @@ def _swapped(bundle: Bundle, target: Path) -> Iterator[None]:
         fsync(target.parent)
         yield
     except BaseException:  # the next start must not find a version that is not in service
-        with _unstoppable():
+        with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
             _undo(bundle, target, new, old)
         raise
     _remove(old)
-
-
-@contextlib.contextmanager
-def _unstoppable() -> Iterator[None]:
-    """Ignore the signals that end a command, but those whose handler is not Python's and could not be put back.
-
-    Other threads than the main one neither get signals nor may change that.
-    """
-    mine = threading.current_thread() is threading.main_thread()
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if mine else ()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ends if signal.getsignal(number) is not None}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _copy(bundle: Bundle, new: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from pathlib import Path
 from typing import NamedTuple
 
+from jepakit._files import holding
 from jepakit.bundles.bundle import MANIFEST, Bundle, is_bundle, open_bundle
 from jepakit.errors import DataError, InputError, JepakitError
 from jepakit.inference.runtime import Provider
@@ -26,7 +27,6 @@ from jepakit_service.models.registry import Incomplete, Registry, Stamp, Update,
 from jepakit_service.models.tuning import most_sessions
 from jepakit_service.settings import ServeSettings
 from jepakit_service.telemetry.metrics import Metrics
-from jepakit_service.updates.locks import holding
 
 _log = logging.getLogger("jepakit.service")
 _ABSENT_LOOKS = 5

@@ -45,7 +45,7 @@ class ImageCache:
     loses its least recently used images. Raises ConfigError when the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, least_side: int, decoding: str = "") -> None:
+    def __init__(self, folder: Path, limit_bytes: int, least_side: int, decoding: str) -> None:
         self._folder, self._limit, self._least_side, self._decoding = folder, limit_bytes, least_side, decoding
         self._full = False
         try:

@@ -47,18 +47,13 @@ class Encoder(nn.Module):
         """Views [V, N, C, H, W] at each size, uint8 or scaled float32 → float32 features [V, N, E]."""
         return torch.cat(
             [
-                self.backbone(normalise(group.flatten(0, 1), self._mean, self._std))
+                self.backbone((group.flatten(0, 1).float() - self._mean) / self._std)
                 .float()
                 .unflatten(0, group.shape[:2])
                 for group in views
                 if len(group)
             ]
         )
-
-
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalise views [..., C, H, W] for the backbone, by `mean` and `std` [C, 1, 1] in the views' own units."""
-    return (images.float() - mean) / std
 
 
 class Projector(nn.Sequential):

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from safetensors.torch import load, save_file
 
+from jepakit._run_files import START
 from jepakit.backbones.backbone import provenance_behind, tensors_of
 from jepakit.bundles.bundle import WEIGHTS, open_bundle, write_bundle
 from jepakit.bundles.comparison import Comparison
 from jepakit.bundles.manifest import EmbeddingSpec, Manifest, Preprocess, Provenance, compute_model_id
 from jepakit.errors import BundleError, ConfigError, DataError
-from jepakit.run import START, Run
+from jepakit.run import Run
 from jepakit_training.run.folder import FREE_SETTINGS, versions
 from jepakit_training.setup import Setup
 

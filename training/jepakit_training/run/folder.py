@@ -19,10 +19,11 @@ import tomli_w
 from jepakit._extras import versions_of
 from jepakit._files import lock_file, reason_of, replacing
 from jepakit._messages import counted
+from jepakit._run_files import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START
 from jepakit._say import say
 from jepakit.config import START_WORDS, AdaptConfig, flattened
 from jepakit.errors import ConfigError, DataError, WriteError
-from jepakit.run import BUNDLE, CONFIG, ENVIRONMENT, PLAN, SKIPPED, SPLIT, START, is_run, read_record
+from jepakit.run import is_run, read_record
 from jepakit.sources import ImageList
 from jepakit.sources.table import RULES
 from jepakit_training import ranks
@@ -117,7 +118,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
     Raises ConfigError naming what is in the way or differs.
     """
     if _has_begun(out):
-        # The tensors of an unfinished run's weights are compared before it goes on (`run_bundles.check_start`).
+        # The tensors of an unfinished run's weights are compared before it goes on (`bundles.check_start`).
         unfinished = not (out / BUNDLE).exists()
         # A finished run is only reported: it need not have settings that its version did not know.
         unknown = {} if unfinished else _defaults(config)

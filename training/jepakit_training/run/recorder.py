@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from jepakit._progress import Steps
+from jepakit._run_files import METRICS
 from jepakit._say import say
 from jepakit.config import AdaptConfig
-from jepakit.run import METRICS, Run, read_metrics
+from jepakit.run import Run, read_metrics
 from jepakit_training.learning.learner import Outcome
 from jepakit_training.memory import peak_gb
 from jepakit_training.plan import Plan

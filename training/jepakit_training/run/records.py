@@ -14,9 +14,10 @@ from accelerate.utils import gather_object
 
 from jepakit._checks import exceeds
 from jepakit._files import reason_of
+from jepakit._run_files import PLAN, SKIPPED, SPLIT
 from jepakit._say import say
 from jepakit.errors import DataError
-from jepakit.run import PLAN, SKIPPED, SPLIT, read_metrics
+from jepakit.run import read_metrics
 from jepakit.sources import ImageList
 from jepakit_training.plan import Plan
 from jepakit_training.run.folder import must_write, write_atomically

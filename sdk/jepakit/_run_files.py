@@ -1,0 +1,12 @@
+"""The names of the files in a run's folder; the docstring of `run` says what each holds."""
+
+CONFIG = "config.toml"
+ENVIRONMENT = "environment.json"
+PLAN = "plan.json"
+SPLIT = "split.csv"
+METRICS = "metrics.jsonl"
+SKIPPED = "skipped.csv"
+CHECKPOINTS = "checkpoints"
+NEIGHBOURS = "neighbours.png"
+START = "start"
+BUNDLE = "bundle"
