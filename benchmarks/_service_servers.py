@@ -104,6 +104,15 @@ class Server:
                 total += times.user + times.system
         return total
 
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those of its processes whose program's name or title begins so."""
+        found = []
+        for process in _family(self._process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (command := process.cmdline()) and Path(command[0]).name.startswith(title):
+                    found.append(process)
+        return found
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Let it run during the block; otherwise it is paused: idle, LitServe takes most of a core, Ray some of one."""

@@ -1,9 +1,9 @@
 """How much of the raw engine a service leaves, and how it stands beside other servers, in one run on one machine.
 
-    python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR] [--provider cuda] [--replicas N]
+    python benchmarks/service.py [--quick] [--rounds N] [--only MODEL] [--peers DIR] [--provider cuda] [--replicas N] [--proxies]
 
 The same image, graph and clients for all: the raw loop (decode, preprocess, ONNX Runtime, no HTTP), `jepakit serve`
-with and without Ray (with --replicas on Ray with so many, too), and with --peers FastAPI + ONNX Runtime, LitServe and
+with and without Ray (with --replicas on Ray with so many, with --proxies behind Ray's Python proxy, too), and with --peers FastAPI + ONNX Runtime, LitServe and
 BentoML, each in an environment in DIR that is made where it is missing; all of them on the CPU, or all on one GPU. Every server gives the raw loop's vector before it is timed.
 
 Blocks of a few seconds go round in random order, the raw loop beside every one of them; a block's images/s are compared
@@ -315,9 +315,7 @@ def model_figures(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Start all servers with one model, measure, stop them."""
-    variants = VARIANTS | (
-        {f"{RAY}, {options.replicas} replicas": ("--replicas", str(options.replicas))} if options.replicas else {}
-    )
+    variants = VARIANTS | options.more_on_ray
     bundle = jepakit.export(f"{case.backbone}:random", folder / "bundle", image_size=case.size)
     (folder / "image.jpg").write_bytes(image)
     with ExitStack() as stack:
@@ -418,7 +416,16 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, metavar="DIR", help="environments of the peers, made where missing")
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu", help="what all of them compute on [cpu]")
     parser.add_argument("--replicas", type=int, metavar="N", help="`jepakit serve` on Ray with N replicas beside one")
+    parser.add_argument("--proxies", action="store_true", help="`jepakit serve` behind Ray's Python proxy, too")
     options = parser.parse_args()
+    options.more_on_ray = {
+        f"{RAY}, {words}": arguments
+        for wanted, words, arguments in (
+            (options.replicas, f"{options.replicas} replicas", ("--replicas", str(options.replicas))),
+            (options.proxies, "Python proxy", ("--proxy", "python")),
+        )
+        if wanted
+    }
     options.rounds = options.rounds or (2 if options.quick else 5)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped too
     image, peers = one_image(), ready_peers(options.peers)
