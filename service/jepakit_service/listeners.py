@@ -20,6 +20,8 @@ from jepakit_service.telemetry.logs import announce
 
 _LONG_START_S = 300.0
 _HAPROXY_FILES = 10_270
+_RAYS = ("ray::", "raylet", "gcs_server")
+"""How the names of Ray's processes begin. All of them ask for its token, and so does Ray's part of this one."""
 _POLL_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _WHY_NOT = {
     errno.EADDRINUSE: "another program has it; choose another --port",
@@ -156,7 +158,9 @@ def _guard(listener: Listener, settings: ServeSettings, fallback: int | None) ->
         return "HAProxy's statistics and metrics, open: publish no port but the service's"
     if listener.process.startswith("ray::ServeReplica"):
         return f"Ray's token for its own calls, {keys} for requests past the proxy"
-    return "Ray's token of this run"
+    if settings.ray and (listener.process.startswith(_RAYS) or listener.process == psutil.Process().name()):
+        return "Ray's token of this run"
+    return "unknown: close it with this host's firewall"
 
 
 def _name(process: psutil.Process) -> str:

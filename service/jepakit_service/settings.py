@@ -109,7 +109,7 @@ class ServeSettings(StrictBools, BaseSettings):
     body_timeout_s: Seconds = 30.0
     """Seconds within which a request's body must arrive."""
     request_timeout_s: Seconds = 60.0
-    """Maximum number of seconds from the complete body to the answer."""
+    """Maximum number of seconds from the request, once its body has arrived and been parsed, to the vectors."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that requests in flight have to finish when the service is told to stop."""
     watch_s: Seconds = 1.0

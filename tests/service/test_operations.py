@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ from prometheus_client.samples import Sample
 import jepakit
 from jepakit import _machine
 from jepakit.images import Pixels
-from jepakit_service import memory
+from jepakit_service import listeners, memory
 from jepakit_service import replica as replica_module
 from jepakit_service.faults import ApiError
 from jepakit_service.http import answers, oip_routes, operations
@@ -836,6 +837,44 @@ def test_a_failure_marks_its_span_and_the_log_names_the_trace(
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"request"' in line]
     assert [line["trace_id"] for line in lines] == [failed.trace_id.hex(), refused.trace_id.hex()]
     assert not any("patient42" in str(span) for span in (failed, refused))
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({}, "jepakit"),
+        ({"OTEL_SERVICE_NAME": ""}, "jepakit"),
+        ({"OTEL_SERVICE_NAME": "mine"}, "mine"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mine,team=x"}, "mine"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "team=x"}, "jepakit"),
+    ],
+    ids=str,
+)
+def test_traces_bear_the_service_s_name_unless_the_variables_give_another(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    tracer = tracing.Tracer()
+    attributes = tracer._provider.resource.attributes
+    tracer.close()
+    assert attributes["service.name"] == name
+    assert attributes.get("team") == ("x" if "team" in str(variables) else None)
+
+
+@pytest.mark.parametrize(
+    ("process", "ray", "guard"),
+    [
+        ("raylet", True, "Ray's token of this run"),
+        (psutil.Process().name(), True, "Ray's token of this run"),
+        (psutil.Process().name(), False, "unknown: close it with this host's firewall"),
+        ("stranger", True, "unknown: close it with this host's firewall"),
+    ],
+)
+def test_nothing_is_said_to_guard_what_is_not_known(process: str, ray: bool, guard: str) -> None:
+    found = listeners.Listener("0.0.0.0", 9999, process)
+    assert listeners._guard(found, ServeSettings(bundles=("a",), ray=ray), None) == guard
 
 
 @pytest.mark.parametrize("end", ["flush", "close"])

@@ -175,10 +175,15 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
             answer = httpx.post(url, content=picture(0), headers=headers, timeout=60)
             assert (answer.status_code, answer.headers.get_list("x-request-id")) == (200, ["from-a-test"])
             wait_until(lambda: "from-a-test" in (tmp_path / "err").read_text(), "the request is not logged")
+            accepted, refused = picture(0) + b"patient42" * 300_000, b"patient42, a PNG that is none"
+            for body, status in ((accepted, 200), (refused, 415)):
+                form = httpx.post(url, files={"files": ("patient42.png", body)}, timeout=60)
+                assert [form.status_code, httpx.post(url, content=body, headers=PNG).status_code] == [status, status]
             (proxy,) = {process.cmdline()[3] for process in processes("haproxy")}
             files = [file for file in Path(proxy).parents[1].rglob("*") if file.is_file()]
             assert any("replica_jepakit" in file.name for file in files)
-            assert not [file for file in files if b"- POST /" in file.read_bytes()], "Ray logs requests too"
+            for words in (b"- POST /", b"patient42"):
+                assert not [file for file in files if words in file.read_bytes()], f"Ray keeps {words!r}"
             listed = (tmp_path / "out").read_text().partition("ready:")[0]
             agents = re.findall(r"(\d[\d.]+:\d+)  ray::\w*Agent: Ray's token of this run", listed)
             assert {httpx.get(f"http://{agent}/").status_code for agent in agents} == {401}
@@ -191,6 +196,8 @@ def test_replicas_log_to_the_service_s_own_standard_error_and_ports_are_told(bun
             process.terminate()
             assert process.wait(timeout=60) == 0
     told = (tmp_path / "out").read_text()
+    assert "patient42" not in told + (tmp_path / "err").read_text()
+    assert "unknown" not in told
     assert re.search(r":\d+  gcs_server: Ray's token of this run", told)
     assert re.search(
         r"ray::ServeReplica:.*, nothing guards it but this host's firewall for requests past the proxy", told

@@ -1,5 +1,8 @@
-"""What operators and probes ask for: liveness, readiness, metrics and models. All but `/healthz` answer for the
-whole deployment, whichever process is asked."""
+"""What operators and probes ask for: liveness, readiness, metrics and models.
+
+Readiness, metrics and updates are those of the whole deployment, whichever replica is asked; which models there are is
+what that replica itself has, as it would answer with them.
+"""
 
 from __future__ import annotations
 

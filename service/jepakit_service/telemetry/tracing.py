@@ -55,12 +55,13 @@ class Tracer:
     def __init__(self) -> None:
         check()
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        name = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "jepakit"}
-        self._provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
+        # `create` lets its own attributes win over those of the environment.
+        resource = Resource.create({"service.name": "jepakit"}).merge(OTELResourceDetector().detect())
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("jepakit")
 
