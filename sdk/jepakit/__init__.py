@@ -78,14 +78,16 @@ _MODULES = ("config", "errors")
 __all__ = [*_MODULES, *_HOME, "__version__"]
 
 
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return importlib.import_module(f"jepakit.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'jepakit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"jepakit.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a checker would take any name
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return importlib.import_module(f"jepakit.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'jepakit' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"jepakit.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

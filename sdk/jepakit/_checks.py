@@ -34,10 +34,11 @@ def exceeds(found: int, of: int, share: float) -> bool:
 
 
 def refuse_masked(what: str, values: object) -> None:
-    """Raise DataError for a numpy array with masked entries, or a list with one: numpy would pass on what lies under the
-    mask as data."""
+    """Raise DataError for an array of numpy or pandas with masked entries, or a list with one: numpy would pass on what
+    lies under the mask as data."""
     if np.ma.is_masked(values) or (isinstance(values, list | tuple) and any(map(np.ma.is_masked, values))):
-        raise DataError(f"{what} are an array with masked entries: fill them (array.filled(…)) or leave them out")
+        fill = "array.filled(…), or fillna(…) in pandas"
+        raise DataError(f"{what} are an array with masked entries: fill them ({fill}) or leave them out")
 
 
 def check_enough(count: int) -> None:

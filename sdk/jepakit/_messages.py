@@ -33,6 +33,11 @@ def first_few(words: Sequence[str], most: int) -> str:
     return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
+def plain_text(text: str) -> str:
+    """The text itself, of an enum's member, too, whose `str()` is the member's name."""
+    return str.__str__(text)
+
+
 def lines_of(error: BaseException) -> list[str]:
     """The lines of an exception's message; the name of its type if the message is empty."""
     return str(error).strip().splitlines() or [type(error).__name__]

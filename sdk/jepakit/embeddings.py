@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from jepakit._checks import is_whole, refuse_masked
 from jepakit._files import as_path, reason_of, written
-from jepakit._messages import counted, lines_of
+from jepakit._messages import counted, lines_of, plain_text
 from jepakit._vectors import most_similar
 from jepakit.errors import ConfigError, DataError, SpaceError
 
@@ -66,7 +66,7 @@ class Embeddings:
         if not isinstance(ids, Iterable):
             raise DataError(f"ids = {ids!r}: give one for each vector")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
-        names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)
+        names, classes = tuple(map(_id, ids)), None if labels is None else list(labels)
         refuse_masked("the vectors", vectors)
         try:
             array = np.asarray(vectors)
@@ -76,7 +76,8 @@ class Embeddings:
             ) from None
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
             raise DataError(
-                f"vectors {list(array.shape)} of {array.dtype}: give floats [N, D], a row for each image (astype, reshape)"
+                f"vectors {list(array.shape)} of {array.dtype}: give floats [N, D], a row for each image (astype, reshape; "
+                "for a column of lists, numpy.stack(column))"
             )
         if len(array) != len(names) or (classes is not None and len(classes) != len(names)):
             raise DataError(
@@ -88,7 +89,8 @@ class Embeddings:
                 raise DataError(
                     f"labels[{place}] = {label!r}: a label is the name of a class: give text, or no labels at all"
                 )
-        vars(self).update(vectors=array.astype(np.float32, copy=False), model_id=model_id, ids=names, labels=classes)
+        texts = None if classes is None else tuple(map(plain_text, classes))
+        vars(self).update(vectors=array.astype(np.float32, copy=False), model_id=model_id, ids=names, labels=texts)
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -102,6 +104,10 @@ class Embeddings:
         """
         if isinstance(which, tuple) and len(which) == 2 and which[1] is ...:
             which = which[0]  # as scikit-learn takes rows of an array
+        if isinstance(which, list | tuple) and any(isinstance(place, str) for place in which):
+            raise DataError(
+                "embeddings are taken by place, not by id: give a mask, such as [id in wanted for id in these.ids]"
+            )
         try:
             places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
         except IndexError as error:
@@ -258,7 +264,7 @@ def _refuse_bomb(file: BinaryIO) -> None:
 def _id(name: object) -> str:
     """An image's id as text; a path or a number becomes text."""
     if isinstance(name, str):
-        return name
+        return plain_text(name)
     if isinstance(name, os.PathLike | Integral):
         return str(name)
     raise DataError(f"id {name!r}: an id is the name of an image: give text, a path or a number")

@@ -386,6 +386,11 @@ def test_arrays_that_are_no_embeddings_are_refused_by_name(tmp_path: Path, chang
         Embeddings.load(tmp_path / "e.npz")
 
 
+def test_ids_do_not_take_embeddings() -> None:
+    with pytest.raises(DataError, match="by place, not by id: give a mask"):
+        make()[[IDS[0]]]  # type: ignore[list-item]
+
+
 def test_a_pickle_in_the_file_is_never_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:

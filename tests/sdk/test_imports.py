@@ -107,7 +107,7 @@ def test_editors_see_every_setting() -> None:
 
 def test_another_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'jepakit' has no attribute 'Clinet'"):
-        _ = jepakit.Clinet
+        _ = jepakit.Clinet  # type: ignore[attr-defined]
 
 
 def test_star_import_brings_exactly_all() -> None:

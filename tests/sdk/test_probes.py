@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -412,6 +414,36 @@ def test_cross_val_score_and_pipelines_work(probe: LinearProbe | KNNProbe) -> No
     assert make_pipeline(FunctionTransformer(), clone(probe)).fit(vectors, names).score(vectors, names) > 0.9
 
 
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_scikit_learn_before_1_6_takes_it_for_a_classifier(probe: LinearProbe | KNNProbe) -> None:
+    """It asks for this name, and otherwise neither shuffles nor stratifies its folds."""
+    assert probe._estimator_type == "classifier"
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_pipelines_and_searches_work_with_metadata_routing(probe: LinearProbe | KNNProbe) -> None:
+    vectors, labels = blobs()
+    with sklearn.config_context(enable_metadata_routing=True):
+        pipeline = make_pipeline(StandardScaler(), clone(probe))
+        assert pipeline.fit(vectors, labels).score(vectors, labels) > 0.9
+        grid = {"class_weight": [None, "balanced"]}
+        assert GridSearchCV(clone(probe), grid, cv=3, error_score="raise").fit(vectors, labels).best_score_ > 0.9
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=repr)
+def test_columns_in_another_order_are_refused(probe: LinearProbe | KNNProbe) -> None:
+    vectors, labels = blobs()
+    frame = pd.DataFrame(vectors, columns=[f"f{place}" for place in range(vectors.shape[1])])
+    fitted = clone(probe).fit(frame, labels)
+    assert fitted.feature_names_in_.tolist() == frame.columns.tolist()
+    assert fitted.score(frame, labels) == fitted.score(vectors, labels)
+    for other in (frame.iloc[:, ::-1], frame.rename(columns={"f0": "g0"})):
+        with pytest.raises(DataError, match=r"column 0 is '.*', but 'f0' in the vectors that this probe was fitted on"):
+            fitted.predict(other)
+    assert not hasattr(fitted.fit(vectors, labels), "feature_names_in_")
+    fitted.predict(frame.iloc[:, ::-1])
+
+
 def test_grid_search_works_and_its_winner_can_be_saved(tmp_path: Path) -> None:
     vectors, labels = blobs()
     search = GridSearchCV(KNNProbe(), {"k": np.arange(1, 8, 3)}, cv=3, error_score="raise").fit(vectors, labels)
@@ -648,6 +680,30 @@ def test_measurements_are_no_classes(kind: Callable[[list[float]], Any]) -> None
     for probe in (LinearProbe(), KNNProbe(k=1)):
         with pytest.raises(DataError, match=r"label .*0\.5\)? of vector 1 is a measurement, not a class"):
             probe.fit([[1.0], [2.0], [3.0]], kind([1.0, 0.5, 2.0]))
+
+
+def test_measurements_of_a_table_are_no_classes() -> None:
+    vectors, labels = np.eye(20), [f"{place / 8:.3f}" for place in range(20)]
+    with pytest.raises(
+        DataError, match=r"20 labels, of which 20 differ, such as '0\.125', are measurements, not classes"
+    ):
+        LinearProbe().fit(vectors, labels)
+    probe = KNNProbe(k=1).fit(vectors, ["0.5", "1.0"] * 10)
+    assert probe.score(vectors[:1], ["0.5"]) == 1, "classes may be called so"
+    KNNProbe(k=1).fit(vectors, [*labels[:19], "none"])
+
+
+def test_members_of_an_enum_are_the_text_that_they_are(tmp_path: Path) -> None:
+    """In an array, numpy calls them by their names, cut to the length of the longest text."""
+
+    class Defect(str, Enum):  # noqa: UP042 (as many have)
+        CRACK_IN = "crack_in"
+        CRACK_ON = "crack_on"
+
+    given = [Defect.CRACK_IN, Defect.CRACK_ON] * 2
+    assert KNNProbe(k=1).fit(np.eye(4), given).classes_.tolist() == ["crack_in", "crack_on"]
+    Embeddings(np.eye(4), "0123456789abcdef", [*map(str, range(4))], given).save(tmp_path / "e.npz")
+    assert Embeddings.load(tmp_path / "e.npz").labels == ("crack_in", "crack_on") * 2
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])

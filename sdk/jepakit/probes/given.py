@@ -13,12 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from jepakit._checks import refuse_masked
 from jepakit._groups import as_given
-from jepakit._messages import first_few, lines_of
+from jepakit._messages import first_few, lines_of, plain_text
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError
 
 Floats = NDArray[np.float64]
 Labels = NDArray[Any]
+_FEW = 10
 
 
 def vectors_of(X: Embeddings | ArrayLike) -> Floats:
@@ -34,6 +35,14 @@ def vectors_of(X: Embeddings | ArrayLike) -> Floats:
     if not np.isfinite(vectors).all():
         raise DataError("the vectors hold NaN or infinite numbers: leave those vectors out")
     return vectors
+
+
+def columns_of(X: object) -> NDArray[Any] | None:
+    """The names of a DataFrame's columns, [D], if all are text (scikit-learn's rule); None for other vectors."""
+    columns = getattr(X, "columns", None)
+    if columns is None or not all(isinstance(name, str) for name in columns):
+        return None
+    return np.array(list(columns), dtype=object)
 
 
 def digests_of(vectors: Floats) -> NDArray[np.uint64]:
@@ -54,6 +63,8 @@ def labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, co
             "no labels: embed a folder with one subfolder per class, or with labels from a CSV file, or pass y"
         )
     refuse_masked("the labels", y)
+    if isinstance(y, list | tuple):
+        y = [plain_text(label) if isinstance(label, str) else label for label in y]
     try:
         labels = np.asarray(y)
     except ValueError:
@@ -75,6 +86,21 @@ def labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, co
                 "range into classes (numpy.digitize, pandas.cut)"
             )
     return np.array(labels.tolist()) if labels.dtype == object else labels
+
+
+def refuse_measurements(classes: Labels, count: int) -> None:
+    """Raise DataError for text, as from a table, that stands for measurements: numbers, not all whole, and mostly different."""
+    if not is_text(classes) or count < _FEW or 2 * len(classes) <= count:
+        return
+    try:
+        numbers = classes.astype(np.float64)
+    except ValueError:  # names
+        return
+    if (places := np.flatnonzero(numbers % 1)).size:
+        raise DataError(
+            f"{count} labels, of which {len(classes)} differ, such as {str(classes[places[0]])!r}, are measurements, not classes: a probe tells "
+            "classes apart, so divide the range into classes (numpy.digitize, pandas.cut)"
+        )
 
 
 def is_text(labels: Labels) -> bool:

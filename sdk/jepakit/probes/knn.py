@@ -11,7 +11,7 @@ from jepakit._checks import is_whole
 from jepakit._vectors import unit_length
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError
-from jepakit.probes.given import Floats, check_class_weight, digests_of, space_of
+from jepakit.probes.given import Floats, check_class_weight
 from jepakit.probes.probe import Probe
 
 _TEMPERATURE = 0.07
@@ -48,7 +48,7 @@ class KNNProbe(Probe):
         not finite.
         """
         vectors, classes, targets = self._examples(X, y)
-        self.classes_, self.model_id_, self.fitted_on_ = classes, space_of(X), digests_of(vectors)
+        self._keep(X, vectors, classes)
         self.vectors_, self.targets_ = unit_length(vectors).astype(np.float32), targets
         return self
 

@@ -13,7 +13,7 @@ from jepakit._progress import Steps
 from jepakit._vectors import AT_A_TIME, blocks
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError
-from jepakit.probes.given import Floats, check_class_weight, digests_of, space_of
+from jepakit.probes.given import Floats, check_class_weight
 from jepakit.probes.logistic import cross_entropy, fit_logistic, softmax
 from jepakit.probes.probe import Probe
 
@@ -82,8 +82,8 @@ class LinearProbe(Probe):
         C, self.cv_balanced_accuracy_ = self._choose_c(vectors, targets, group_of) if self.C is None else (self.C, None)
         mean, std = vectors.mean(axis=0), _safe_std(vectors)
         weights = fit_logistic(_standardized(vectors, mean, std), targets, C, importance=self._importance(targets))
-        self.classes_, self.model_id_, self.fitted_on_, self.C_ = classes, space_of(X), digests_of(vectors), C
-        self.mean_, self.std_, self.coef_, self.intercept_ = mean, std, weights[:-1].T, weights[-1]
+        self._keep(X, vectors, classes)
+        self.C_, self.mean_, self.std_, self.coef_, self.intercept_ = C, mean, std, weights[:-1].T, weights[-1]
         return self
 
     @property

@@ -21,7 +21,18 @@ from jepakit._progress import Steps
 from jepakit._vectors import AT_A_TIME, blocks
 from jepakit.embeddings import Embeddings
 from jepakit.errors import ConfigError, DataError, SpaceError
-from jepakit.probes.given import Floats, Labels, digests_of, is_text, labels_of, some, vectors_of
+from jepakit.probes.given import (
+    Floats,
+    Labels,
+    columns_of,
+    digests_of,
+    is_text,
+    labels_of,
+    refuse_measurements,
+    some,
+    space_of,
+    vectors_of,
+)
 from jepakit.probes.report import ProbeReport
 
 HEADER = "jepakit_probe"
@@ -30,9 +41,13 @@ HEADER = "jepakit_probe"
 
 class Probe(ABC):
     kind: ClassVar[str]
+    _estimator_type: ClassVar = "classifier"
+    """For scikit-learn before 1.6, which would not stratify its folds without it."""
     class_weight: Literal["balanced"] | None
     classes_: Labels
     model_id_: str | None
+    feature_names_in_: NDArray[Any]
+    """[D], the names of the columns of a DataFrame that it was fitted on; other probes have no such attribute."""
     fitted_on_: NDArray[np.uint64]
     """[N], a digest of each vector it was fitted on."""
 
@@ -58,6 +73,14 @@ class Probe(ABC):
             classifier_tags=ClassifierTags(),
             input_tags=InputTags(),
         )
+
+    def get_metadata_routing(self) -> Any:
+        """What scikit-learn may pass on to a probe where its metadata routing is enabled: nothing."""
+        from sklearn.utils.metadata_routing import MetadataRequest
+
+        requests = MetadataRequest(owner=self)
+        requests.score.add_request(param="sample_weight", alias=None)  # pipelines ask whether it is wanted
+        return requests
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
@@ -195,13 +218,21 @@ class Probe(ABC):
         )
 
     def _examples(self, X: Embeddings | ArrayLike, y: ArrayLike | None) -> tuple[Floats, Labels, NDArray[np.intp]]:
-        """Vectors, classes, and each vector's class as an index; nothing is stored on the probe yet."""
+        """Vectors, classes, and each vector's class as an index; nothing is stored on the probe yet (`_keep`)."""
         self._check_params()
         vectors = vectors_of(X)
         classes, targets = np.unique(labels_of(X, y, len(vectors)), return_inverse=True)
         if len(classes) < 2:
             raise DataError(f"a probe needs two classes or more, the labels hold {classes.tolist()}")
+        refuse_measurements(classes, len(vectors))
         return vectors, classes, targets
+
+    def _keep(self, X: Embeddings | ArrayLike, vectors: Floats, classes: Labels) -> None:
+        """Store what the probe was fitted on."""
+        self.classes_, self.model_id_, self.fitted_on_ = classes, space_of(X), digests_of(vectors)
+        vars(self).pop("feature_names_in_", None)
+        if (names := columns_of(X)) is not None:
+            self.feature_names_in_ = names
 
     @abstractmethod
     def _check_params(self) -> None:
@@ -222,6 +253,12 @@ class Probe(ABC):
         if vectors.shape[1] != self.n_features_in_:
             raise SpaceError(
                 f"this probe takes vectors of {self.n_features_in_} numbers, these have {vectors.shape[1]}"
+            )
+        names, known = columns_of(X), getattr(self, "feature_names_in_", None)
+        if names is not None and known is not None and (moved := np.flatnonzero(names != known)).size:
+            raise DataError(
+                f"column {moved[0]} is {names[moved[0]]!r}, but {known[moved[0]]!r} in the vectors that this probe was fitted on: give "
+                "the same columns in the same order (frame[probe.feature_names_in_])"
             )
         return vectors
 

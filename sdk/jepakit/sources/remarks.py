@@ -19,7 +19,7 @@ def remarks_on_labels(labels: Sequence[str | None] | None, *, written: bool) -> 
     """
     given = Counter(label for label in labels or () if label is not None)
     missing = _missing(given, "label", "leave it empty") if written else ""
-    return joined(_alike(given, "classes"), missing, _all_different(given))
+    return joined(_alike(given, "classes"), missing, _mostly_different(given))
 
 
 def remarks_on_groups(groups: Sequence[str] | None, *, written: bool) -> str:
@@ -54,7 +54,7 @@ def _missing(given: Counter[str], thing: str, remedy: str) -> str:
     return f"warning: {counted(given[word], 'image')} of the {thing} {word}: if it means that there is none, {remedy}"
 
 
-def _all_different(given: Counter[str]) -> str:
-    if len(given) < _FEW or len(given) < given.total():
+def _mostly_different(given: Counter[str]) -> str:
+    if len(given) < _FEW or 2 * len(given) <= given.total():
         return ""
-    return f"warning: each of {len(given):,} images has a label of its own: are these classes?"
+    return f"warning: {given.total():,} images have {len(given):,} different labels: are these classes?"
