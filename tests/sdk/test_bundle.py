@@ -386,6 +386,13 @@ def test_a_run_whose_bundle_holds_no_comparison_is_refused(bundle: Bundle, tmp_p
         _ = Run(tmp_path / "run").verdict
 
 
+def test_other_spaces_under_a_right_digest_are_not_called_damage(bundle: Bundle) -> None:
+    manifest = bundle.path / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())))
+    with pytest.raises(BundleError, match="has the right digest, but other spaces or numbers than this jepakit writes"):
+        open_bundle(bundle.path)
+
+
 def test_a_manifest_from_before_a_field_was_added_is_whole(bundle: Bundle) -> None:
     rewrite_manifest(bundle.path, lambda values: values["preprocess"].pop("tile"))
     assert open_bundle(bundle.path).manifest.preprocess == PREPROCESS

@@ -925,6 +925,12 @@ def test_a_probe_of_a_later_version_is_told_from_another_file(
         load_probe(tmp_path / "new")
 
 
+def test_a_probe_of_an_earlier_version_is_told_from_another_file(tmp_path: Path) -> None:
+    save_file({"coef": np.zeros((2, 2))}, tmp_path / "p.safetensors", metadata={"jepakit_probe": "linear"})
+    with pytest.raises(DataError, match="is not a saved probe of this version of jepakit"):
+        load_probe(tmp_path / "p.safetensors")
+
+
 def test_arrays_of_a_later_version_are_told_too(tmp_path: Path) -> None:
     written(tmp_path / "new", HEADER, {**ARRAYS, "calibration": np.ones(2)})
     with pytest.raises(DataError, match="new holds a KNNProbe with 'calibration', unknown to this jepakit"):

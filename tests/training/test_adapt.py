@@ -316,6 +316,22 @@ def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(
     assert equal(weights_of(run), weights_of(finished("test_vit")))
 
 
+def test_a_run_does_not_go_on_by_another_plan(
+    adapt: Adapt, finished: Callable[[str], Run], stopped: Path, tmp_path: Path
+) -> None:
+    """As another version of jepakit may make one of the same settings."""
+    out = shutil.copytree(stopped, tmp_path / "run")
+    plan = json.loads((out / PLAN).read_text())
+    (out / PLAN).write_text(other := json.dumps({**plan, "lamb": 0.5, "workers": 7, "of_another_version": 1}))
+    with pytest.raises(
+        ConfigError, match=rf"began with another plan \(lamb = 0\.5, now {plan['lamb']}\): finish it with"
+    ):
+        adapt(out)
+    assert (out / PLAN).read_text() == other
+    (out / PLAN).write_text(json.dumps({**plan, "workers": 7, "device": "another"}))
+    assert equal(weights_of(adapt(out)), weights_of(finished("test_vit")))
+
+
 def test_a_damaged_checkpoint_is_told_and_kept(
     adapt: Adapt, finished: Callable[[str], Run], stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,7 +32,7 @@ from jepakit_training.run.bundles import check_measured, check_start, write_run_
 from jepakit_training.run.checkpoint import Saver, load_newest, set_aside_newer
 from jepakit_training.run.folder import keep_settings, locked, open_folder
 from jepakit_training.run.recorder import recording
-from jepakit_training.run.records import SharedSkippedFiles, write_plan
+from jepakit_training.run.records import SharedSkippedFiles, check_plan, write_plan
 from jepakit_training.setup import Setup, prepare
 from jepakit_training.stopping import stopping
 
@@ -55,6 +55,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     setup = prepare(config, images, run)
     main, name = setup.accelerator.is_main_process, name_for(run.path) or "model"
     check_start(setup, run)
+    check_plan(run.path, setup.plan)
     if main:
         keep_settings(run.path, config)
         write_plan(run.path, setup.plan, images, setup.accelerator.device)

@@ -298,13 +298,15 @@ def parse_manifest(text: str, file: Path) -> Manifest:
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
         version = values.get("schema_version")
-        whole = values.get("digest") == _digest_of(values) and text == _render(values)
+        whole = values.get("digest") == _digest_of(values)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is damaged ({str(error)[:300]}): {again}") from None
     if version != 1:
         raise BundleError(f"{file} has schema version {version!r}, this jepakit reads version 1: upgrade jepakit")
     if not whole:
         raise BundleError(f"{file} is damaged, it does not match its own digest: {again}")
+    if text != _render(values):
+        raise BundleError(f"{file} has the right digest, but other spaces or numbers than this jepakit writes: {again}")
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:

@@ -41,8 +41,9 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: make it with probe.save or `jepakit probe fit`") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OverflowError, RecursionError, OSError):
+        whose = " of this version of jepakit" if is_probe(path) else ""
         raise DataError(
-            f"{path} is not a saved probe: make one with probe.save or `jepakit probe fit … --out FILE.safetensors`"
+            f"{path} is not a saved probe{whose}: make one with probe.save or `jepakit probe fit … --out FILE.safetensors`"
         ) from None
     raise DataError(f"{path} holds {unknown}, unknown to this jepakit: upgrade jepakit, or fit the probe again")
 

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,44 @@ from accelerate.utils import gather_object
 
 from jepakit._checks import exceeds
 from jepakit._files import reason_of
-from jepakit._run_files import PLAN, SKIPPED, SPLIT
+from jepakit._run_files import PLAN, SKIPPED, SPLIT, START
 from jepakit._say import say
-from jepakit.errors import DataError
-from jepakit.run import read_metrics
+from jepakit.errors import ConfigError, DataError
+from jepakit.run import read_metrics, read_record
 from jepakit.sources import ImageList
 from jepakit_training.plan import Plan
 from jepakit_training.run.folder import must_write, write_atomically
 
 _NAMED = 5
+_FREE = ("micro_batch", "workers", "prefetch", "batch_bytes", "notes", "caveats", "device", "threads")
+"""What a plan may hold otherwise on a machine where a run goes on: none of it changes the result."""
+
+
+def check_plan(run: Path, plan: Plan) -> None:
+    """ConfigError if a run that goes on began with another plan, as another version of jepakit may have made it.
+
+    The plan of a run whose start has not been measured counts for nothing: it starts over.
+    """
+    if not (run / START).exists() or not (run / PLAN).exists():
+        return
+    then = read_record(run / PLAN, json.loads, "name another folder for the run")
+    now = json.loads(json.dumps(_settled(plan)))
+    changed = [
+        f"{name} = {then[name]}, now {now[name]}"
+        for name in now.keys() & then.keys() - set(_FREE)
+        if then[name] != now[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run} began with another plan ({'; '.join(sorted(changed))}): finish it with the jepakit that began it, or name another folder "
+            "for the run"
+        )
+
+
+def _settled(plan: Plan) -> dict[str, Any]:
+    """The plan as plan.json holds it, but for the machine."""
+    settled = {name: value for name, value in vars(plan).items() if name != "split"}
+    return settled | {"train": len(plan.split.train), "held_out": len(plan.split.held_out)}
 
 
 def write_plan(run: Path, plan: Plan, images: ImageList, device: torch.device) -> None:
@@ -40,9 +70,7 @@ def write_plan(run: Path, plan: Plan, images: ImageList, device: torch.device) -
     }
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([columns, *zip(*columns.values(), strict=True)])
-    settled = {name: value for name, value in vars(plan).items() if name != "split"}
-    settled |= {"train": len(plan.split.train), "held_out": len(plan.split.held_out)}
-    settled |= {"device": device_name(device), "threads": torch.get_num_threads()}
+    settled = {**_settled(plan), "device": device_name(device), "threads": torch.get_num_threads()}
     with must_write(run):
         write_atomically(run / PLAN, json.dumps(settled, indent=1))
         write_atomically(run / SPLIT, table.getvalue())
