@@ -104,13 +104,13 @@ class Embeddings:
         """
         if isinstance(which, tuple) and len(which) == 2 and which[1] is ...:
             which = which[0]  # as scikit-learn takes rows of an array
-        if isinstance(which, list | tuple) and any(isinstance(place, str) for place in which):
-            raise DataError(
-                "embeddings are taken by place, not by id: give a mask, such as [id in wanted for id in these.ids]"
-            )
         try:
             places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
         except IndexError as error:
+            if isinstance(which, str) or any(isinstance(place, str) for place in np.ravel(np.asarray(which, object))):
+                raise DataError(
+                    "embeddings are taken by place, not by id: give a mask, such as [id in wanted for id in these.ids]"
+                ) from None
             raise DataError(
                 f"{error}: of {len(self)} embeddings, take a slice, a mask of {len(self)}, or places below {len(self)}"
             ) from None

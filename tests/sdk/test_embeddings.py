@@ -89,7 +89,7 @@ def test_a_part_keeps_vectors_ids_and_labels_together(
     assert part.model_id == MODEL_ID
 
 
-@pytest.mark.parametrize("which", [[3], [0.5], "cat", np.array([True, False]), (0, 3)], ids=repr)
+@pytest.mark.parametrize("which", [[3], [0.5], np.array([True, False]), (0, 3)], ids=repr)
 def test_a_part_that_is_not_there_is_refused(which: Any) -> None:
     with pytest.raises(DataError, match="of 3 embeddings, take a slice, a mask of 3, or places below 3"):
         make()[which]
@@ -387,8 +387,9 @@ def test_arrays_that_are_no_embeddings_are_refused_by_name(tmp_path: Path, chang
 
 
 def test_ids_do_not_take_embeddings() -> None:
-    with pytest.raises(DataError, match="by place, not by id: give a mask"):
-        make()[[IDS[0]]]  # type: ignore[list-item]
+    for which in ([IDS[0]], IDS[0], np.array(IDS), pd.Index(IDS), pd.Series(IDS)):
+        with pytest.raises(DataError, match="by place, not by id: give a mask"):
+            make()[which]  # type: ignore[index]
 
 
 def test_a_pickle_in_the_file_is_never_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -431,7 +431,7 @@ def test_pipelines_and_searches_work_with_metadata_routing(probe: LinearProbe | 
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=repr)
-def test_columns_in_another_order_are_refused(probe: LinearProbe | KNNProbe) -> None:
+def test_columns_in_another_order_are_refused(probe: LinearProbe | KNNProbe, tmp_path: Path) -> None:
     vectors, labels = blobs()
     frame = pd.DataFrame(vectors, columns=[f"f{place}" for place in range(vectors.shape[1])])
     fitted = clone(probe).fit(frame, labels)
@@ -440,6 +440,9 @@ def test_columns_in_another_order_are_refused(probe: LinearProbe | KNNProbe) -> 
     for other in (frame.iloc[:, ::-1], frame.rename(columns={"f0": "g0"})):
         with pytest.raises(DataError, match=r"column 0 is '.*', but 'f0' in the vectors that this probe was fitted on"):
             fitted.predict(other)
+    fitted.save(tmp_path / "p.safetensors")
+    with pytest.raises(DataError, match="column 0 is"):
+        load_probe(tmp_path / "p.safetensors").predict(frame.iloc[:, ::-1])
     assert not hasattr(fitted.fit(vectors, labels), "feature_names_in_")
     fitted.predict(frame.iloc[:, ::-1])
 
@@ -683,17 +686,19 @@ def test_measurements_are_no_classes(kind: Callable[[list[float]], Any]) -> None
 
 
 def test_measurements_of_a_table_are_no_classes() -> None:
-    vectors, labels = np.eye(20), [f"{place / 8:.3f}" for place in range(20)]
+    vectors, labels = np.eye(40), [f"{place / 8:.3f}" for place in range(40)]
     with pytest.raises(
-        DataError, match=r"20 labels, of which 20 differ, such as '0\.125', are measurements, not classes"
+        DataError, match=r"40 labels, of which 40 differ, such as '0\.125', are measurements, not classes"
     ):
         LinearProbe().fit(vectors, labels)
-    probe = KNNProbe(k=1).fit(vectors, ["0.5", "1.0"] * 10)
+    probe = KNNProbe(k=1).fit(vectors, ["0.5", "1.0"] * 20)
     assert probe.score(vectors[:1], ["0.5"]) == 1, "classes may be called so"
-    KNNProbe(k=1).fit(vectors, [*labels[:19], "none"])
+    KNNProbe(k=1).fit(vectors[:12], labels[:12])
+    for names in ([*labels[:39], "none"], [*labels[:39], "inf"], [*map(str, range(39)), "0.5"]):
+        KNNProbe(k=1).fit(vectors, names)
 
 
-def test_members_of_an_enum_are_the_text_that_they_are(tmp_path: Path) -> None:
+def test_members_of_an_enum_are_the_text_that_they_are_or_are_refused(tmp_path: Path) -> None:
     """In an array, numpy calls them by their names, cut to the length of the longest text."""
 
     class Defect(str, Enum):  # noqa: UP042 (as many have)
@@ -701,7 +706,11 @@ def test_members_of_an_enum_are_the_text_that_they_are(tmp_path: Path) -> None:
         CRACK_ON = "crack_on"
 
     given = [Defect.CRACK_IN, Defect.CRACK_ON] * 2
-    assert KNNProbe(k=1).fit(np.eye(4), given).classes_.tolist() == ["crack_in", "crack_on"]
+    for labels in (given, np.array(given, object)):
+        with pytest.raises(DataError, match=r"label .* of vector 0 is a member of an enum.*: give its text"):
+            KNNProbe(k=1).fit(np.eye(4), labels)
+    Whole = StrEnum("Whole", ["CRACK", "OK"])
+    assert KNNProbe(k=1).fit(np.eye(4), [Whole.CRACK, Whole.OK] * 2).classes_.tolist() == ["crack", "ok"]
     Embeddings(np.eye(4), "0123456789abcdef", [*map(str, range(4))], given).save(tmp_path / "e.npz")
     assert Embeddings.load(tmp_path / "e.npz").labels == ("crack_in", "crack_on") * 2
 

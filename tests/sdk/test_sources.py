@@ -551,10 +551,10 @@ def test_a_lone_folder_around_the_classes_is_passed_through(tmp_path: Path, arou
         assert (listed.labels or ()).count("cat") == 10
         assert (listed.labels or ()).count("dog") == 13
         assert f"2 folders in {around} are classes (cat, dog)" in listed.note
-        assert "by itself" not in listed.note
-    told = f"1 folder is the only class ({around.split('/')[0]}); for the folders in it, embed {around} by itself"
+        assert "give …/" not in listed.note
+    told = f"1 folder is the only class ({around.split('/')[0]}); if the folders in it are the classes, give …/{around} (a ZIP: unpacked)"
     assert told in gather(tmp_path).note
-    assert "by itself" not in gather(tmp_path / around).note
+    assert "give …/" not in gather(tmp_path / around).note
 
 
 def test_splits_in_a_lone_folder_are_no_classes(tmp_path: Path) -> None:

@@ -329,6 +329,13 @@ def test_a_run_does_not_go_on_by_another_plan(
         adapt(out)
     assert (out / PLAN).read_text() == other
     (out / PLAN).write_text(json.dumps({**plan, "workers": 7, "device": "another"}))
+    split = (out / SPLIT).read_text()
+    (out / SPLIT).write_text(
+        split.replace("train", "x").replace("test", "train", 1).replace("x", "test", 1).replace("x", "train")
+    )
+    with pytest.raises(ConfigError, match=r"began with another plan \(other images are held out\)"):
+        adapt(out)
+    (out / SPLIT).write_text(split)
     assert equal(weights_of(adapt(out)), weights_of(finished("test_vit")))
 
 

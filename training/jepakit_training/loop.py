@@ -55,7 +55,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     setup = prepare(config, images, run)
     main, name = setup.accelerator.is_main_process, name_for(run.path) or "model"
     check_start(setup, run)
-    check_plan(run.path, setup.plan)
+    check_plan(run.path, setup.plan, images)
     if main:
         keep_settings(run.path, config)
         write_plan(run.path, setup.plan, images, setup.accelerator.device)

@@ -19,7 +19,7 @@ from jepakit.errors import ConfigError, DataError
 
 Floats = NDArray[np.float64]
 Labels = NDArray[Any]
-_FEW = 10
+_FEW = 30
 
 
 def vectors_of(X: Embeddings | ArrayLike) -> Floats:
@@ -63,8 +63,6 @@ def labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, co
             "no labels: embed a folder with one subfolder per class, or with labels from a CSV file, or pass y"
         )
     refuse_masked("the labels", y)
-    if isinstance(y, list | tuple):
-        y = [plain_text(label) if isinstance(label, str) else label for label in y]
     try:
         labels = np.asarray(y)
     except ValueError:
@@ -80,6 +78,11 @@ def labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, co
             raise DataError(
                 f"label {label!r} of vector {place} is neither text nor a number: name its class, or leave the vector out"
             )
+        if isinstance(label, str) and str(label) != plain_text(label):
+            raise DataError(
+                f"label {label!r} of vector {place} is a member of an enum, for which numpy takes the member's name, cut short: give "
+                "its text ([label.value for label in labels])"
+            )
         if isinstance(label, float | np.floating) and not float(label).is_integer():
             raise DataError(
                 f"label {label!r} of vector {place} is a measurement, not a class: a probe tells classes apart, so divide the "
@@ -89,17 +92,17 @@ def labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, co
 
 
 def refuse_measurements(classes: Labels, count: int) -> None:
-    """Raise DataError for text, as from a table, that stands for measurements: numbers, not all whole, and mostly different."""
+    """Raise DataError for text, as from a table, that stands for measurements: mostly not whole, and mostly different."""
     if not is_text(classes) or count < _FEW or 2 * len(classes) <= count:
         return
     try:
         numbers = classes.astype(np.float64)
     except ValueError:  # names
         return
-    if (places := np.flatnonzero(numbers % 1)).size:
+    if np.isfinite(numbers).all() and 2 * (places := np.flatnonzero(numbers % 1)).size > len(classes):
         raise DataError(
             f"{count} labels, of which {len(classes)} differ, such as {str(classes[places[0]])!r}, are measurements, not classes: a probe tells "
-            "classes apart, so divide the range into classes (numpy.digitize, pandas.cut)"
+            "classes apart, so divide the range into classes (numpy.digitize, pandas.cut), or, if they are names, put a letter before them"
         )
 
 

@@ -159,6 +159,7 @@ class Probe(ABC):
             "classes": self.classes_.tolist(),
             "classes_dtype": None if is_text(self.classes_) else self.classes_.dtype.str,
             "model_id": self.model_id_,
+            **({"columns": self.feature_names_in_.tolist()} if hasattr(self, "feature_names_in_") else {}),
         }
         # In one entry: safetensors writes several in any order, and the same probe is to be the same bytes.
         metadata = {HEADER: json.dumps(header, sort_keys=True, default=_plain_number)}

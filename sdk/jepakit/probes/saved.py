@@ -16,7 +16,7 @@ from jepakit.probes.linear import LinearProbe
 from jepakit.probes.probe import HEADER
 
 _KINDS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, "knn": KNNProbe}
-_HEADER_FIELDS = ("kind", "params", "classes", "classes_dtype", "model_id")
+_HEADER_FIELDS = ("kind", "params", "classes", "classes_dtype", "model_id", "columns")
 
 
 def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
@@ -35,6 +35,10 @@ def load_probe(path: str | Path) -> LinearProbe | KNNProbe:
             probe.classes_, probe.model_id_ = _stored_classes(header), _stored_space(header)
             probe.fitted_on_ = arrays.pop("fitted_on")
             probe._restore(arrays)
+            if "columns" in header:
+                probe.feature_names_in_ = np.array(header["columns"], dtype=object)
+                if probe.feature_names_in_.shape != (probe.n_features_in_,):
+                    raise ValueError("its columns do not fit its arrays")
             if not (strange := arrays.keys() - probe._arrays().keys()):
                 return probe
             unknown = f"a {type(probe).__name__} with {min(strange)[:40]!r}"

@@ -43,7 +43,7 @@ def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool
     if hasattr(images, "read"):
         raise DataError(f"images of type {type(images).__name__}: give an open file's path, or its bytes (.read())")
     images = as_list(images)
-    if hasattr(images, "columns"):
+    if hasattr(images, "__dataframe__"):  # pandas, polars
         raise DataError(
             f"images of type {type(images).__name__}: give its column of paths, or zip(frame['path'], frame['label'])"
         )

@@ -127,7 +127,7 @@ def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tupl
     what = f"{len(classes)} folders{inside} are classes" if len(classes) > 1 else f"1 folder{inside} is the only class"
     note = f"labels: {what} ({first_few(classes, 6)})"
     if any_number and rule == "auto" and (lone := wrapper(names)):
-        note += f"; for the folders in it, embed {lone.rstrip('/')} by itself"
+        note += f"; if the folders in it are the classes, give …/{lone.rstrip('/')} (a ZIP: unpacked)"
     return tuple(str(top) for top in tops), note
 
 

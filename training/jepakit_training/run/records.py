@@ -28,20 +28,22 @@ _FREE = ("micro_batch", "workers", "prefetch", "batch_bytes", "notes", "caveats"
 """What a plan may hold otherwise on a machine where a run goes on: none of it changes the result."""
 
 
-def check_plan(run: Path, plan: Plan) -> None:
+def check_plan(run: Path, plan: Plan, images: ImageList) -> None:
     """ConfigError if a run that goes on began with another plan, as another version of jepakit may have made it.
 
     The plan of a run whose start has not been measured counts for nothing: it starts over.
     """
     if not (run / START).exists() or not (run / PLAN).exists():
         return
-    then = read_record(run / PLAN, json.loads, "name another folder for the run")
+    then = read_record(run / PLAN, json.loads, "remove it, or name another folder for the run")
     now = json.loads(json.dumps(_settled(plan)))
     changed = [
         f"{name} = {then[name]}, now {now[name]}"
         for name in now.keys() & then.keys() - set(_FREE)
         if then[name] != now[name]
     ]
+    if (run / SPLIT).exists() and _split_of(run / SPLIT) != _splits(plan, images):
+        changed.append("other images are held out")
     if changed:
         raise ConfigError(
             f"{run} began with another plan ({'; '.join(sorted(changed))}): finish it with the jepakit that began it, or name another folder "
@@ -55,16 +57,28 @@ def _settled(plan: Plan) -> dict[str, Any]:
     return settled | {"train": len(plan.split.train), "held_out": len(plan.split.held_out)}
 
 
+def _splits(plan: Plan, images: ImageList) -> list[str]:
+    """Whether each image trains or is held out, as split.csv says it."""
+    is_held_out = np.zeros(len(images), bool)
+    is_held_out[plan.split.held_out] = True
+    words: list[str] = np.where(is_held_out, "test", "train").tolist()
+    return words
+
+
+def _split_of(table: Path) -> list[str | None]:
+    """The same as it was written; images may have moved since."""
+    with table.open(newline="") as file:
+        return [row.get("split") for row in csv.DictReader(file)]
+
+
 def write_plan(run: Path, plan: Plan, images: ImageList, device: torch.device) -> None:
     """Write plan.json and split.csv; WriteError if that fails.
 
     split.csv has the columns of a manifest: beside a folder's images, it holds the same ones out in any other run.
     """
-    is_held_out = np.zeros(len(images), bool)
-    is_held_out[plan.split.held_out] = True
     columns = {
         "path": images.ids,
-        "split": np.where(is_held_out, "test", "train").tolist(),
+        "split": _splits(plan, images),
         **({} if images.labels is None else {"label": [label or "" for label in images.labels]}),
         **({} if images.groups is None else {"group": images.groups}),
     }
