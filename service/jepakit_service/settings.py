@@ -168,12 +168,16 @@ def load(given: dict[str, Any], file: Path | None = None, *, to_print: bool = Fa
     """
     values, variables = {} if file is None else _read_yaml(file), _variables()
     merged = {name: _value(name, value) for name, value in {**values, **variables, **given}.items()}
-    if not merged.get("bundles"):
-        if to_print:
-            return load({**given, "bundles": ("any",)}, file).model_copy(update={"bundles": ()})
+    names_some = bool(merged.get("bundles"))
+    if not names_some and not to_print:
         raise ConfigError("name a bundle to serve, or a folder of bundles: jepakit serve bundles/NAME")
     origins = dict.fromkeys(values, str(file)) | {name: f"{_PREFIX}{name.upper()}" for name in variables}
-    return parse(ServeSettings, merged, {name: origin for name, origin in origins.items() if name not in given})
+    settings = parse(
+        ServeSettings,
+        merged if names_some else {**merged, "bundles": ("any",)},
+        {name: origin for name, origin in origins.items() if name not in given},
+    )
+    return settings if names_some else settings.model_copy(update={"bundles": ()})
 
 
 def _value(name: str, value: Any) -> Any:

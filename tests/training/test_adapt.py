@@ -333,7 +333,9 @@ def test_a_run_does_not_go_on_by_another_plan(
     (out / SPLIT).write_text(
         split.replace("train", "x").replace("test", "train", 1).replace("x", "test", 1).replace("x", "train")
     )
-    with pytest.raises(ConfigError, match=r"began with another plan \(other images are held out\)"):
+    with pytest.raises(
+        ConfigError, match=r"began with another plan \(other images are held out than split\.csv says\)"
+    ):
         adapt(out)
     (out / SPLIT).write_text(split)
     assert equal(weights_of(adapt(out)), weights_of(finished("test_vit")))

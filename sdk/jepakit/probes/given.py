@@ -20,6 +20,7 @@ from jepakit.errors import ConfigError, DataError
 Floats = NDArray[np.float64]
 Labels = NDArray[Any]
 _FEW = 30
+"""Fewer labels may all differ by chance, as in a fold of a search."""
 
 
 def vectors_of(X: Embeddings | ArrayLike) -> Floats:

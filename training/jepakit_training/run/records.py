@@ -43,7 +43,7 @@ def check_plan(run: Path, plan: Plan, images: ImageList) -> None:
         if then[name] != now[name]
     ]
     if (run / SPLIT).exists() and _split_of(run / SPLIT) != _splits(plan, images):
-        changed.append("other images are held out")
+        changed.append(f"other images are held out than {SPLIT} says")
     if changed:
         raise ConfigError(
             f"{run} began with another plan ({'; '.join(sorted(changed))}): finish it with the jepakit that began it, or name another folder "
@@ -67,7 +67,7 @@ def _splits(plan: Plan, images: ImageList) -> list[str]:
 
 def _split_of(table: Path) -> list[str | None]:
     """The same as it was written; images may have moved since."""
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8", errors="replace") as file:
         return [row.get("split") for row in csv.DictReader(file)]
 
 
