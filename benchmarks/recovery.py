@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="kills of each process (5; 1 with --quick)")
     options = parser.parse_args()
     kills = options.kills or (1 if options.quick else 5)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the servers are stopped too
     image, found = one_image(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
