@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import psutil
+import skimage.data
 from numpy.typing import NDArray
+from PIL import Image
 
 from _processes import EndedError, Script
 from jepakit._machine import usable_cpus
@@ -29,6 +32,7 @@ from jepakit_service.listeners import free_port
 
 RAW, JSON, MANY = "one image, raw bytes", "one image, JSON", "32 images"
 IMAGES = {RAW: 1, JSON: 1, MANY: 32}
+IMAGE = "scikit-image's astronaut at 256 × 256 pixels, JPEG of quality 86"
 FASTAPI, LITSERVE, BENTOML = "FastAPI, no batching", "LitServe", "BentoML"
 PEERS = {
     FASTAPI: ("fastapi", "uvicorn[standard]"),
@@ -40,6 +44,19 @@ PEERS = {
 _START_S, _STOP_S = 180.0, 60.0
 _TOLERANCE = 1e-3
 _HERE = Path(__file__).parent
+
+
+def tell(what: str) -> None:
+    """Report progress, with the time, apart from the tables."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def one_image() -> bytes:
+    """The JPEG that every request carries (`IMAGE`)."""
+    buffer = io.BytesIO()
+    photograph = Image.fromarray(skimage.data.astronaut())
+    photograph.resize((256, 256), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=86)
+    return buffer.getvalue()
 
 
 class ServerError(Exception):

@@ -30,8 +30,7 @@ import httpx
 import numpy as np
 
 import jepakit
-from _service_servers import RAW, Request, Server, ServerError, jepakit_requests, jepakit_server
-from service import one_image, tell
+from _service_servers import RAW, Request, Server, ServerError, jepakit_requests, jepakit_server, one_image, tell
 
 VICTIMS = {
     "haproxy": ("haproxy", "ray::HAProxyManager", "ray::ServeController", "ray::ServeReplica"),

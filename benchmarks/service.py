@@ -14,7 +14,6 @@ are met, and one JSON object as the last line.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import platform
 import signal
@@ -29,14 +28,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-import skimage.data
-from PIL import Image
 
 import jepakit
 from _blocks import Ratio, at_least, at_most, ratio
 from _service_servers import (
     BENTOML,
     FASTAPI,
+    IMAGE,
     IMAGES,
     JSON,
     LITSERVE,
@@ -50,7 +48,9 @@ from _service_servers import (
     jepakit_requests,
     jepakit_server,
     make_environment,
+    one_image,
     peer_server,
+    tell,
 )
 from jepakit._machine import usable_cpus
 from jepakit.inference.ort import import_ort
@@ -64,7 +64,6 @@ CLIENTS = (1, 8, 32)
 MOST = CLIENTS[-1]
 LONGER = 3
 """How many times longer blocks of 32 images per request or 32 clients are: cores idle at the end of a block."""
-IMAGE = "scikit-image's astronaut at 256 × 256 pixels, JPEG of quality 86"
 
 
 class ModelCase(NamedTuple):
@@ -377,19 +376,6 @@ def clients_cost(load: Worker, image: bytes, folder: Path) -> dict[str, float]:
 def busy_cores() -> float:
     """Cores in use while this program only waits: 0 on a quiet machine."""
     return float(psutil.cpu_percent(2.0)) / 100 * (psutil.cpu_count() or 1)
-
-
-def tell(what: str) -> None:
-    """Report progress, with the time, apart from the tables."""
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
-
-
-def one_image() -> bytes:
-    """The JPEG that every request carries."""
-    buffer = io.BytesIO()
-    photograph = Image.fromarray(skimage.data.astronaut())
-    photograph.resize((256, 256), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=86)
-    return buffer.getvalue()
 
 
 def ready_peers(environments: Path | None) -> dict[str, str]:
