@@ -37,8 +37,9 @@ def refuse_masked(what: str, values: object) -> None:
     """Raise DataError for an array of numpy or pandas with masked entries, or a list with one: numpy would pass on what
     lies under the mask as data."""
     if np.ma.is_masked(values) or (isinstance(values, list | tuple) and any(map(np.ma.is_masked, values))):
-        fill = "array.filled(…), or fillna(…) in pandas"
-        raise DataError(f"{what} are an array with masked entries: fill them ({fill}) or leave them out")
+        raise DataError(
+            f"{what} are an array with masked entries: fill them (array.filled(…), or fillna(…) in pandas) or leave them out"
+        )
 
 
 def check_enough(count: int) -> None:

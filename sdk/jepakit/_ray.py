@@ -45,9 +45,8 @@ def own_folder() -> Iterator[Path]:
             f"set TMPDIR to a folder whose path has at most {_LONGEST_PLACE} bytes"
         ) from None
     try:
-        with holding(
-            folder, shared=True
-        ):  # systemd-tmpfiles, which removes what is ten days old, leaves alone what is locked
+        # systemd-tmpfiles, which removes from /tmp what is ten days old, leaves alone what is locked.
+        with holding(folder, shared=True):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

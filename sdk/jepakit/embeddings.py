@@ -66,7 +66,7 @@ class Embeddings:
         if not isinstance(ids, Iterable):
             raise DataError(f"ids = {ids!r}: give one for each vector")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
-        names, classes = tuple(map(_id, ids)), None if labels is None else list(labels)
+        names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)
         refuse_masked("the vectors", vectors)
         try:
             array = np.asarray(vectors)
