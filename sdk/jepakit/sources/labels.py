@@ -111,7 +111,8 @@ def _choose(found: Found, rule: str, *, group: str | Path, embedding: bool) -> t
 
 
 def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tuple[tuple[str, ...] | None, str]:
-    around = wrapper(names) if rule == "auto" and not any_number else ""
+    lone = wrapper(names) if rule == "auto" else ""
+    around = "" if any_number else lone
     tops = _tops(names, around)
     counts = Counter(tops)
     if None in counts:
@@ -126,7 +127,7 @@ def _folder_labels(names: Sequence[str], rule: str, *, any_number: bool) -> tupl
     inside = f" in {around.rstrip('/')}" if around else ""
     what = f"{len(classes)} folders{inside} are classes" if len(classes) > 1 else f"1 folder{inside} is the only class"
     note = f"labels: {what} ({first_few(classes, 6)})"
-    if any_number and rule == "auto" and (lone := wrapper(names)):
+    if any_number and lone:
         note += f"; if the folders in it are the classes, give …/{lone.rstrip('/')} (a ZIP: unpacked)"
     return tuple(str(top) for top in tops), note
 
