@@ -226,6 +226,26 @@ def test_dicom_patients_are_held_out_whole_and_nothing_of_their_tags_is_kept(
     assert np.abs(served - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_long_images_that_a_run_has_squashed_are_served_so(tmp_path: Path, weights_file: Callable[[str], Path]) -> None:
+    random = np.random.default_rng(0)
+    for number in range(20):
+        tifffile.imwrite(tmp_path / f"{number:02d}.tif", random.integers(0, 4000, (40, 120)).astype(np.uint16))
+    run = jepakit.adapt(
+        f"{tmp_path}/*.tif", out=tmp_path / "run", backbone="test_vit", weights=str(weights_file("test_vit")), resize="squash",
+        image_size=64, steps=2, batch_size=8, workers=0,
+    )  # fmt: skip
+    assert run.bundle.manifest.preprocess.resize == "squash"
+    model = jepakit.load(run.export(tmp_path / "bundle"), provider="cpu")
+    changed = tmp_path / "changed.tif"
+    pixels = tifffile.imread(tmp_path / "00.tif")
+    pixels[:, :30] = pixels[:, :30][::-1]  # an end, which the middle would not show
+    tifffile.imwrite(changed, pixels)
+    files = [tmp_path / "00.tif", changed]
+    expected, served = trainers_own(run, files), model.embed(files).vectors
+    assert np.abs(served - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(served[0] - served[1]).max() > 1e-3 * np.abs(expected).max()
+
+
 def test_images_of_two_kinds_are_refused_by_name_before_training(
     tmp_path: Path, weights_file: Callable[[str], Path]
 ) -> None:

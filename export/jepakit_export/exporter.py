@@ -267,6 +267,8 @@ def _of_timm(config: ExportConfig) -> Source:
         backbone, described = start_backbone(name, weights, config.image_size)
     size = None if config.image_size is None else fitting_size(backbone, config.image_size)
     preprocess = stock_preprocess(backbone, size)
+    if config.resize is not None:
+        preprocess = preprocess.resized_by(config.resize)
     pooling = config.pooling or "head"
     check_pooling(backbone, name, pooling)
     with torch.inference_mode():

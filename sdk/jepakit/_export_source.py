@@ -61,9 +61,13 @@ def _check_there(name: str, weights: str) -> None:
 
 def _check_fits(bundle: Bundle, config: ExportConfig) -> None:
     """Raise ConfigError for settings that would make another model of what was measured."""
-    size, embedding = bundle.manifest.preprocess.size, bundle.manifest.embedding
-    if config.image_size not in (None, size):
-        raise ConfigError(f"{bundle.path} was measured at {size} px: image_size is for timm names only")
+    preprocess, embedding = bundle.manifest.preprocess, bundle.manifest.embedding
+    if config.image_size not in (None, preprocess.size):
+        raise ConfigError(f"{bundle.path} was measured at {preprocess.size} px: image_size is for timm names only")
+    if config.resize not in (None, preprocess.resize):
+        raise ConfigError(
+            f"{bundle.path} was measured with resize {preprocess.resize}: adapt with resize={config.resize} instead"
+        )
     if config.pooling not in (None, embedding.pooling):
         raise ConfigError(
             f"{bundle.path} was measured with pooling {embedding.pooling}: adapt with pooling={config.pooling} instead"

@@ -171,8 +171,8 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
 
     images    as in `adapt`
     sheet     a PNG to write, showing some images and the views that training would make of them
-    settings  as for `adapt`; only those about reading images have an effect: domain, views, backbone, image_size, tile, overlap,
-              min_valid, frame, value_range, labels, group, most_skipped
+    settings  as for `adapt`; only those about reading images have an effect: domain, views, backbone, image_size, resize, tile,
+              overlap, min_valid, frame, value_range, labels, group, most_skipped
 
     Raises the errors of `adapt` for a wrong setting, unusable images or a missing package, and WriteError if the sheet cannot
     be written.
@@ -197,7 +197,7 @@ def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpac
     source    a `Run`, a `Bundle`, the folder of either, or NAME[:pretrained|:random|:FILE] for any timm backbone
     out       the bundle's folder, which must not exist yet
     settings  the fields of `jepakit.config.ExportConfig`: which, name, precision, pooling, standardize, tokens,
-              dynamic_size, verify_images, normalize, image_size, opset
+              dynamic_size, verify_images, normalize, image_size, resize, opset
 
     Raises ConfigError for a wrong setting, BundleError for an `out` that exists, ConfigError, BackboneError, BundleError or
     DataError for an unusable source, DataError for unusable `verify_images`,

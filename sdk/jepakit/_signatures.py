@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from jepakit.bundles.manifest import Pooling, Precision, Standardize
+from jepakit.bundles.manifest import Pooling, Precision, Resize, Standardize
 from jepakit.config import Domain, Tracker, ValueRange, ViewsConfig
 
 
@@ -18,6 +18,7 @@ class AdaptSettings(TypedDict, total=False):
     domain: Domain
     views: ViewsConfig | dict[str, Any]
     image_size: int
+    resize: Literal["auto"] | Resize
     pooling: Literal["auto"] | Pooling
     standardize: Literal["auto"] | Standardize
     labels: str | Path
@@ -77,4 +78,5 @@ class ExportSettings(TypedDict, total=False):
     verify_images: str | Path | None
     normalize: bool | None
     image_size: int | None
+    resize: Resize | None
     opset: int

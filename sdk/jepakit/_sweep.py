@@ -37,7 +37,7 @@ _VARIABLE = (
 )  # fmt: skip
 # These decide what is measured: they are the same in all runs of a sweep.
 _SHARED = (
-    "backbone", "image_size", "pooling", "standardize", "tile", "overlap", "min_valid", "frame", "value_range",
+    "backbone", "image_size", "resize", "pooling", "standardize", "tile", "overlap", "min_valid", "frame", "value_range",
     "precision", "held_out", "measure_on", "seed",
 )  # fmt: skip
 # With any other difference, losses measure different things.

@@ -29,7 +29,7 @@ from jepakit._frozen import Frozen, StrictBools
 from jepakit._messages import did_you_mean
 from jepakit._timm_names import check_name
 from jepakit.bundles.bundle import MANIFEST, is_bundle
-from jepakit.bundles.manifest import NAME_PATTERN, Pooling, Precision, Standardize
+from jepakit.bundles.manifest import NAME_PATTERN, Pooling, Precision, Resize, Standardize
 from jepakit.errors import ConfigError
 from jepakit.sources.table import RULES, is_rule
 from jepakit.sources.tiles import Cut
@@ -221,6 +221,10 @@ class AdaptConfig(_Settings):
     """How views are cut and changed; values set here override the domain's."""
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Side length, in pixels, of global views and of the exported model; rounded to the patch or stride."""
+    resize: Literal["auto"] | Resize = "auto"
+    """How an image becomes a square: `shorter` resizes its shorter side and takes the middle, so the ends of a long image are
+    not seen; `squash` resizes both sides, so all of it is, distorted; `auto`: as the weights or the bundle that the run
+    starts from were made for, nearly always `shorter`. Views are cut from the image as it is resized."""
     pooling: Literal["auto"] | Pooling = "auto"
     """What the embedding pools; `auto`: as the bundle does that the run starts from; else, with labels, whichever of
     `head` and `stages` scores better before training; without, `head`."""
@@ -468,5 +472,7 @@ class ExportConfig(_Settings):
     """Whether to scale vectors to length 1 inside the graph; None: no, or what the bundle says."""
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
     """For a timm model: side length of the images, in pixels; None: the size its weights were trained at."""
+    resize: Resize | None = None
+    """For a timm model: how an image becomes a square, as in `AdaptConfig`; None: as its weights were trained."""
     opset: Annotated[int, Field(ge=18, le=24)] = 20
     """ONNX opset."""

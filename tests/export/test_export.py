@@ -454,6 +454,7 @@ def test_a_damaged_runs_weights_are_refused(run: Run, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"image_size": 96}, "was measured at 64 px"),
+        ({"resize": "squash"}, "was measured with resize shorter: adapt with resize=squash instead"),
         ({"pooling": "head"}, "was measured with pooling stages"),
         ({"standardize": "center"}, "measures the domain's images: give some with verify_images"),
     ],

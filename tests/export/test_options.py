@@ -18,6 +18,7 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from PIL import Image
 from safetensors.torch import load, save_file
 
 import jepakit
@@ -95,6 +96,16 @@ def test_each_pooling_is_what_timm_gives(export: Callable[..., Bundle], pooling:
     }[pooling].numpy()  # fmt: skip
     assert agreement(run_graph(bundle, IMAGES)[0], expected).relative_error < 1e-5
     assert bundle.manifest.embedding.dim == expected.shape[1]
+
+
+def test_a_squashed_image_is_seen_whole(export: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = export("mobilenetv2_050:random", resize="squash")
+    assert (bundle.manifest.preprocess.resize, bundle.manifest.preprocess.resize_to) == ("squash", 64)
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 240, 3), np.uint8))
+    photograph.save(tmp_path / "long.png")
+    photograph.resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / "square.png")
+    long, square = jepakit.load(bundle, provider="cpu").embed([tmp_path / "long.png", tmp_path / "square.png"]).vectors
+    assert np.array_equal(long, square)
 
 
 def test_a_pooling_that_the_backbone_lacks_is_refused_with_those_it_has(export: Callable[..., Bundle]) -> None:

@@ -42,7 +42,8 @@ def test_a_setting_of_views_joins_those_that_are_given(views: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["seed", "held_out", "labels", "backbone", "weights", "image_size", "pooling", "images", "out", "views"]
+    "name",
+    ["seed", "held_out", "labels", "backbone", "weights", "image_size", "resize", "pooling", "images", "out", "views"],
 )
 def test_what_is_measured_cannot_vary(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} cannot vary within a sweep: .*These can: .*lamb.*views.hue"):

@@ -184,14 +184,37 @@ def test_the_sheet_shows_as_much_of_an_image_as_the_backbone_sees(
     assert (red > 200 and green < 60 and blue < 60) == sees_the_rim
 
 
-def test_long_images_are_advised_to_be_cut(images: Path) -> None:
+def test_of_long_images_it_is_told_how_the_model_sees_them_whole(images: Path) -> None:
     before = jepakit.inspect("set", image_size=64)
     assert not any("are long" in line for line in before.advice)
     for file in images.glob("*.png"):
         Image.open(file).resize((160, 40)).save(file)
-    told = "images are long, such as 160 × 40, of which the model sees the middle 25%: cut them into tiles, tile=40"
+    told = (
+        "images are long, such as 160 × 40, of which the model sees the middle 25%: resize=squash shows it all of them, "
+        "distorted; or cut them into tiles, tile=40"
+    )
     assert any(told in line for line in jepakit.inspect("set", image_size=64).advice)
-    assert not any("are long" in line for line in jepakit.inspect("set", image_size=64, tile=40).advice)
+    remedies: tuple[dict[str, Any], ...] = ({"tile": 40}, {"resize": "squash"})
+    for remedy in remedies:
+        assert not any("are long" in line for line in jepakit.inspect("set", image_size=64, **remedy).advice)
+
+
+@pytest.mark.parametrize(("resize", "sees_the_ends"), [("auto", False), ("squash", True)])
+def test_the_sheet_shows_long_images_as_they_are_resized(images: Path, resize: Any, sees_the_ends: bool) -> None:
+    for file in images.glob("*.png"):
+        ImageOps.expand(Image.open(file).convert("RGB").resize((200, 100)), (50, 0), "red").save(file)
+    jepakit.inspect("set", sheet="sheet.png", image_size=224, resize=resize)
+    with Image.open("sheet.png") as sheet:
+        red, green, blue = sheet.convert("RGB").getpixel((8 + 8, 56 + 80))  # type: ignore[misc]
+    assert (red > 200 and green < 60 and blue < 60) == sees_the_ends
+
+
+def test_how_many_images_may_be_unreadable_is_the_users_choice(images: Path) -> None:
+    (images / "000.png").write_bytes(b"no image")
+    told = "of the images cannot be read, and adapt stops above"
+    assert any(f"{told} 1%" in line for line in jepakit.inspect("set", image_size=64).advice)
+    assert any(f"{told} 5%" in line for line in jepakit.inspect("set", image_size=64, most_skipped=0.05).advice)
+    assert not any(told in line for line in jepakit.inspect("set", image_size=64, most_skipped=0.9).advice)
 
 
 def test_a_title_says_which_of_many_bands_are_shown() -> None:

@@ -279,6 +279,24 @@ def test_crops_of_a_long_thin_image_are_the_largest_of_a_legal_aspect(
     assert np.array_equal(boxes[:, 2:] - boxes[:, :2], np.full((50, 2), box))
 
 
+@pytest.mark.parametrize(("height", "width"), [(100, 300), (300, 100)])
+def test_crops_of_an_image_that_is_squashed_are_those_of_the_square(height: int, width: int) -> None:
+    square = np.array(draw_boxes(np.random.default_rng(0), 500, 100, 100, (0.05, 1.0)))
+    boxes = np.array(draw_boxes(np.random.default_rng(0), 500, height, width, (0.05, 1.0), unit=width / height))
+    apart = np.abs(boxes / np.array([height, width] * 2) - square / 100).max(axis=1)
+    # Both are rounded to whole pixels, which now and then decides whether a box fits.
+    assert np.mean(apart <= 2 / 100) > 0.98
+
+
+@pytest.mark.parametrize(("resize", "brightest"), [("shorter", 120), ("squash", 220)])
+def test_a_view_of_all_of_a_long_image_is_squashed_if_the_model_is_fed_so(resize: Any, brightest: int) -> None:
+    ramp = np.broadcast_to(np.linspace(30, 220, 288), (96, 288))
+    image = np.stack([ramp] * 3, axis=-1).astype(np.uint8)
+    maker = ViewMaker(recipe("general", **PLAIN, global_area=(1.0, 1.0)), 64, 32, resize=resize)
+    view = finish(maker(image, 0)).global_[0].int()
+    assert view.max() - view.min() == pytest.approx(brightest - 30, abs=10)
+
+
 def test_quarter_turns_alone_are_all_four() -> None:
     seen = orientations("general", axis=1, horizontal_flip=0, quarter_turns=True)
     assert seen == {"left", "right", "top", "bottom"}

@@ -16,7 +16,7 @@ from jepakit._messages import counted
 from jepakit._progress import stage
 from jepakit.backbones.backbone import build, fitting_size, stock_preprocess
 from jepakit.bundles.manifest import Scaling
-from jepakit.config import PRESETS, AdaptConfig, Domain, ValueRange
+from jepakit.config import PRESETS, AdaptConfig, Domain
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.data.doubts import doubts
@@ -45,7 +45,7 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     trained_on, others = sampled(images), evenly_spread(len(images), _OTHERS)
     places = np.union1d(trained_on, others)
     found = scan(images, value_range=config.value_range, frame=chosen_frame(config), places=places)
-    seen = report(images, found, image_size=config.image_size, tile=config.tile, value_range=config.value_range)
+    seen = report(images, found, config)
     if "domain" in config.model_fields_set:
         seen = seen.model_copy(update={"domain": config.domain, "domain_because": AS_ASKED})
     if sheet is None:
@@ -63,18 +63,18 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     return seen.model_copy(update={"sheet": printable(str(sheet))})
 
 
-def report(images: ImageList, found: Scan, *, image_size: int, tile: int | None, value_range: ValueRange) -> Inspection:
+def report(images: ImageList, found: Scan, config: AdaptConfig) -> Inspection:
     """Put a scan's findings, near-duplicates and advice together."""
     sizes = sorted((one.size for one in found.seen), key=lambda size: size[0] * size[1])
     median = sizes[len(sizes) // 2]
     measured = found.only(sampled(images))
-    scaling = measured.scaling(value_range)
+    scaling = measured.scaling(config.value_range)
     mean, std = measured.statistics(scaling)
     domain, because = _suggest_domain(found, mean)
     pairs = near_duplicates(found)
     odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
-    advice = _advice(images, found, median, sizes[-1], len(pairs), image_size, tile)
+    advice = _advice(images, found, config, median, sizes[-1], len(pairs))
     advice += _crossing(images, pairs)
     advice += [*doubts(images, found), *_faint(images, found, scaling), *_beyond(images, found, scaling)]
     advice += value_notes(measured, images.ids, scaling)
@@ -146,18 +146,17 @@ def _is_grey(found: Scan) -> bool:
 def _advice(
     images: ImageList,
     found: Scan,
+    config: AdaptConfig,
     median: tuple[int, int],
     largest: tuple[int, int],
     n_duplicates: int,
-    image_size: int,
-    tile: int | None,
 ) -> list[str]:
     advice = []
     if len(images) < FEW_IMAGES:
         advice.append(f"{counted(len(images), 'image')} are very few to learn from and to judge by")
-    if tile is None:
-        advice += _tiling(found, largest, image_size)
-    if min(median) < _SMALL_SIDE < image_size:
+    if config.tile is None:
+        advice += _unseen(found, largest, config)
+    if min(median) < _SMALL_SIDE < config.image_size:
         advice.append(f"images are {median[0]} × {median[1]} pixels: image_size={_SMALL_SIDE} trains faster")
     if n_duplicates and images.groups is None:
         advice.append(
@@ -170,7 +169,7 @@ def _advice(
             "verdict is optimistic; say which belong together (group)"
         )
     unread, looked_at = len(found.unreadable), len(found.seen) + len(found.odd) + len(found.unreadable)
-    if exceeds(unread, looked_at, most := AdaptConfig.model_fields["most_skipped"].default):
+    if exceeds(unread, looked_at, most := config.most_skipped):
         advice.append(
             f"{unread / looked_at:.1%} of the images cannot be read, and adapt stops above {most:.0%}: repair or remove them, or allow more with "
             "most_skipped=SHARE"
@@ -182,19 +181,23 @@ def _advice(
     return advice
 
 
-def _tiling(found: Scan, largest: tuple[int, int], image_size: int) -> list[str]:
-    """Why to cut the images into tiles: they are large, or else long; empty if they are neither."""
-    if min(largest) > _TILE_ABOVE * image_size:
+def _unseen(found: Scan, largest: tuple[int, int], config: AdaptConfig) -> list[str]:
+    """What the model would not see, as the images are large, or else long, and what to do; empty if they are neither."""
+    size = config.image_size
+    if min(largest) > _TILE_ABOVE * size:
         return [
-            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {image_size}: cut them into tiles, tile={2 * image_size}"
+            f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {size}: cut them into tiles, tile={2 * size}"
         ]
+    if config.resize == "squash":
+        return []
     long = [one.size for one in found.seen if max(one.size) > _LONG * min(one.size)]
     if len(long) <= _MOST_LONG * len(found.seen):
         return []
     width, height = sorted(long, key=lambda size: max(size) / min(size))[len(long) // 2]
     return [
         f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
-        f"{min(width, height) / max(width, height):.0%}: cut them into tiles, tile={min(width, height)}"
+        f"{min(width, height) / max(width, height):.0%}: resize=squash shows it all of them, distorted; or cut them into tiles, "
+        f"tile={min(width, height)}"
     ]
 
 

@@ -90,7 +90,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         for note in filter(None, notes):
             say(one_line(note))
 
-    make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling)
+    make_views = ViewMaker(config.resolved_views(), plan.image_size, plan.local_size, spec.scaling, resize=spec.resize)
     cache = open_cache(config, make_views.least_side, spec)
     dataset = ViewDataset(images, plan.split.train, spec, make_views, config.seed, cache)
     backbone = backbone.to(accelerator.device, memory_format=layout_of(backbone))  # type: ignore[call-overload]

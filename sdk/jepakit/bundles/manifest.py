@@ -71,6 +71,9 @@ class Scaling(Frozen):
         return values.astype(np.float32)
 
 
+Resize = Literal["shorter", "squash"]
+
+
 class Preprocess(Frozen):
     """How an image file becomes the graph's input, and the constants of the graph's first layers.
 
@@ -83,7 +86,7 @@ class Preprocess(Frozen):
 
     size: Annotated[int, Field(ge=8, le=4096, description="pixels a side that the graph takes")]
     resize_to: Annotated[int, Field(ge=8, le=8192)]
-    resize: Literal["shorter", "squash"]
+    resize: Resize
     interpolation: Literal["bicubic", "bilinear"]
     bands: Annotated[int, Field(ge=1, le=64)]
     dtype: Literal["uint8", "float32"]
@@ -110,6 +113,10 @@ class Preprocess(Frozen):
     def chosen_range(self) -> tuple[float, float] | None:
         """The range of values chosen by the user, the same for every band; None if measured, and for uint8."""
         return None if self.scaling is None or self.scaling.measured else (self.scaling.low[0], self.scaling.high[0])
+
+    def resized_by(self, rule: Resize) -> Preprocess:
+        """The same, with a rule that the user has chosen. `squash` is chosen to see all of an image: nothing is cropped then."""
+        return self.model_copy(update={"resize": rule, "resize_to": self.size if rule == "squash" else self.resize_to})
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

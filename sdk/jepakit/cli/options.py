@@ -21,6 +21,12 @@ Backbone = Annotated[str | None, typer.Option(help="timm model name [vit_small_p
 Weights = Annotated[str | None, typer.Option(help="pretrained, random, a file, or a bundle [pretrained]")]
 Domain = Annotated[str | None, typer.Option(help=f"preset for the views: {DOMAINS} [general]")]
 ImageSize = Annotated[int | None, typer.Option(help="side length of the images the model takes, in pixels [224]")]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="how an image becomes a square: shorter (its middle), squash (all of it, distorted), or auto, as the weights were made for [auto]"
+    ),
+]
 StepCount = Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")]
 Tile = Annotated[int | None, typer.Option(help=TILE)]
 Overlap = Annotated[int | None, typer.Option(help=OVERLAP)]

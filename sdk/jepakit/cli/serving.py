@@ -43,6 +43,9 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(help="for a timm model: side length of the images, in pixels")
     ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="for a timm model: shorter (an image's middle) or squash (all of it, distorted)")
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 24 [20]")] = None,
 ) -> None:
     """Export a model to ONNX, verified against torch."""
@@ -60,6 +63,7 @@ def export(
         verify_images=verify_images,
         normalize=normalize,
         image_size=image_size,
+        resize=resize,
         opset=opset,
     )
     bundle = run_export(source, out, **settings)

@@ -25,7 +25,9 @@ def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:
 
 
 def choose_preprocess(found: Scan, config: AdaptConfig, stock: Preprocess) -> Preprocess:
-    """`stock` adjusted to these images: bands, value scaling, statistics, tile."""
+    """`stock` adjusted to the settings and to these images: resizing, bands, value scaling, statistics, tile."""
+    if config.resize != "auto":
+        stock = stock.resized_by(config.resize)
     return found.preprocess(stock, value_range=config.value_range, frame=chosen_frame(config), tile=config.tile)
 
 

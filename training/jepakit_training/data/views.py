@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from jepakit.bundles.manifest import Scaling
+from jepakit.bundles.manifest import Resize, Scaling
 from jepakit.config import ViewsConfig
 from jepakit_training.data import photometric
 from jepakit_training.data.photometric import Changes
@@ -58,10 +58,21 @@ class Crops(NamedTuple):
 
 
 class ViewMaker:
-    """Cuts the views of one image by `config`'s recipe, at `global_size` and `local_size` pixels a side."""
+    """Cuts the views of one image by `config`'s recipe, at `global_size` and `local_size` pixels a side.
 
-    def __init__(self, config: ViewsConfig, global_size: int, local_size: int, scaling: Scaling | None = None) -> None:
-        self._config, self._scaling = config, scaling
+    resize  how the model is fed: for `squash`, views are cut as from the squashed image
+    """
+
+    def __init__(
+        self,
+        config: ViewsConfig,
+        global_size: int,
+        local_size: int,
+        scaling: Scaling | None = None,
+        *,
+        resize: Resize = "shorter",
+    ) -> None:
+        self._config, self._scaling, self._squash = config, scaling, resize == "squash"
         self._groups = (
             (config.n_global, global_size, config.global_area),
             (config.n_local, local_size, config.local_area),
@@ -91,7 +102,7 @@ class ViewMaker:
         self, pixels_HWC: NDArray[Any], random: np.random.Generator, count: int, size: int, area: tuple[float, float]
     ) -> Tensor:
         height, width, bands = pixels_HWC.shape
-        boxes = draw_boxes(random, count, height, width, area)
+        boxes = draw_boxes(random, count, height, width, area, unit=width / height if self._squash else 1.0)
         mirrored = (random.random(count) < self._config.horizontal_flip).tolist()
         upended = (random.random(count) < self._config.vertical_flip).tolist()
         turns = (random.integers(4, size=count) * self._config.quarter_turns).tolist()
@@ -110,37 +121,38 @@ class ViewMaker:
 
 
 def draw_boxes(
-    random: np.random.Generator, count: int, height: int, width: int, area: tuple[float, float]
+    random: np.random.Generator, count: int, height: int, width: int, area: tuple[float, float], *, unit: float = 1.0
 ) -> list[tuple[int, int, int, int]]:
     """Top, left, bottom and right of `count` random crops, torchvision's RandomResizedCrop in distribution.
 
     An image too long and thin for the area is cut to the largest box with a legal aspect ratio, anywhere along it.
+
+    unit  width over height of what counts as square: 1, or that of an image which is squashed to a square
     """
     # Plain arithmetic on a few numbers: a dozen numpy calls on arrays of 8 would cost as much as a crop.
     tries = random.random((count, _TRIES, 2)).tolist()
     places = random.random((count, 2)).tolist()
     boxes = []
     for view_tries, (down, across) in zip(tries, places, strict=True):
-        high, wide = _box_size(view_tries, height, width, area)
+        high, wide = _box_size(view_tries, height, width, area, unit)
         top, left = int(down * (height - high + 1)), int(across * (width - wide + 1))
         boxes.append((top, left, top + high, left + wide))
     return boxes
 
 
 def _box_size(
-    tries: Sequence[tuple[float, float]], height: int, width: int, area: tuple[float, float]
+    tries: Sequence[tuple[float, float]], height: int, width: int, area: tuple[float, float], unit: float
 ) -> tuple[int, int]:
     """The first box tried that fits into the image, never under 16 pixels a side."""
     least_high, least_wide = min(height, _LEAST_CROP), min(width, _LEAST_CROP)
     for share, place in tries:
         pixels = (area[0] + share * (area[1] - area[0])) * height * width
-        aspect = math.exp(_LOG_ASPECTS[0] + place * (_LOG_ASPECTS[1] - _LOG_ASPECTS[0]))
+        aspect = unit * math.exp(_LOG_ASPECTS[0] + place * (_LOG_ASPECTS[1] - _LOG_ASPECTS[0]))
         high, wide = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
         if 0 < high <= height and 0 < wide <= width:
             return max(high, least_high), max(wide, least_wide)
-    return max(min(height, int(width / _ASPECTS[0])), least_high), max(
-        min(width, int(height * _ASPECTS[1])), least_wide
-    )
+    narrowest, widest = (unit * aspect for aspect in _ASPECTS)
+    return max(min(height, int(width / narrowest)), least_high), max(min(width, int(height * widest)), least_wide)
 
 
 def resize(pixels_HWC: NDArray[Any], height: int, width: int) -> Tensor:

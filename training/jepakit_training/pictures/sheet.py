@@ -32,7 +32,7 @@ def write_sheet(
     WriteError if it cannot be written; an earlier file is kept then.
     """
     recipe = recipe.model_copy(update={"n_global": N_GLOBAL, "n_local": N_LOCAL})
-    make_views = ViewMaker(recipe, *sizes, spec.scaling)
+    make_views = ViewMaker(recipe, *sizes, spec.scaling, resize=spec.resize)
     rows = []
     for index in evenly_spread(len(images), ROWS).tolist():
         try:
