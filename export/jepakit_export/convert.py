@@ -6,7 +6,7 @@ import logging
 import mmap
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOpsetsPass
 from safetensors.numpy import save_file
 
 from jepakit.backbones.embedder import Embedder
@@ -71,8 +72,8 @@ def seal(model: ir.Model, metadata: dict[str, str]) -> Sealed:
     metadata  written into the file, so that a stray model.onnx still says what it is
     """
     data = _move_out(model) if is_large(model) else None
+    _strip(model)
     proto = ir.serde.serialize_model(model)
-    _strip(proto)
     # torch always writes 10, which runtimes refuse that know all operators of a lower opset.
     least = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
     proto.ir_version = min(proto.ir_version, least)
@@ -148,43 +149,12 @@ def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size:
     return program
 
 
-def _strip(graph: onnx.ModelProto) -> None:
-    """Drop node metadata and doc strings (stack traces with paths of this machine), and operator sets that no node uses."""
-    graph.doc_string = ""
-    _drop_unused_domains(graph)
-    for part in (graph.graph, *graph.functions):
-        part.doc_string = ""
-        for node in _nodes(part.node):
-            node.doc_string = ""
-            del node.metadata_props[:]
-        for value in (
-            *getattr(part, "value_info", ()),
-            *getattr(part, "input", ()),
-            *getattr(part, "output", ()),
-        ):
-            if hasattr(value, "metadata_props"):
-                del value.metadata_props[:]
-        if hasattr(part, "metadata_props"):
-            del part.metadata_props[:]
-
-
-def _drop_unused_domains(graph: onnx.ModelProto) -> None:
-    """Keep ONNX's own operator set and those that nodes and functions belong to. The quantiser declares many more."""
-    parts = (graph.graph, *graph.functions)
-    used = {
-        "",
-        *(one.domain for one in graph.functions),
-        *(node.domain for part in parts for node in _nodes(part.node)),
-    }
-    kept = [opset for opset in graph.opset_import if opset.domain in used]
-    del graph.opset_import[:]
-    graph.opset_import.extend(kept)
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes and those of their subgraphs, such as the branches of an If."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)
+def _strip(model: ir.Model) -> None:
+    """Drop doc strings and metadata (stack traces with paths of this machine), and operator sets that no node uses: the
+    quantiser declares many more."""
+    ClearMetadataAndDocStringPass()(model)
+    RemoveUnusedOpsetsPass()(model)
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
+        for value in ir.convenience.create_value_mapping(part).values():
+            value.metadata_props.clear()

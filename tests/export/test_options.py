@@ -283,19 +283,22 @@ def test_each_int8_graph_is_a_space_of_its_own_and_float_ones_are_not(
 
 def test_operator_sets_that_no_node_uses_are_not_declared() -> None:
     def node(domain: str, **attributes: Any) -> onnx.NodeProto:
-        return onnx.helper.make_node("Op", ["x"], ["y"], domain=domain, **attributes)
+        return onnx.helper.make_node("Op", ["x"], [f"of {domain}"], domain=domain, **attributes)
 
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     deep = onnx.helper.make_graph([node("in.branch")], "deep", [], [])
     branch = onnx.helper.make_graph([node("", body=deep)], "branch", [], [])
-    sets = [
-        onnx.helper.make_opsetid(domain, 1) for domain in ("", "of.node", "in.branch", "of.function", "in.function")
-    ]
-    function = onnx.helper.make_function("of.function", "F", ["x"], ["y"], [node("in.function")], sets)
-    graph = onnx.helper.make_graph([node("of.node"), node("", branches=[branch])], "g", [], [])
+    sets = [onnx.helper.make_opsetid(domain, 1) for domain in ("", "of.node", "in.branch", "of.function")]
+    its_own = [onnx.helper.make_opsetid("in.function", 1)]
+    function = onnx.helper.make_function("of.function", "F", ["x"], ["of in.function"], [node("in.function")], its_own)
+    graph = onnx.helper.make_graph([node("of.node"), node("", branches=[branch])], "g", [x], [])
     unused = [onnx.helper.make_opsetid(domain, 1) for domain in ("com.microsoft", "ai.onnx.ml")]
     model = onnx.helper.make_model(graph, functions=[function], opset_imports=[unused[0], *sets, unused[1]])
-    convert._strip(model)
-    assert list(model.opset_import) == sets
+    stripped = ir.serde.deserialize_model(model)
+    convert._strip(stripped)
+    declared = ir.serde.serialize_model(stripped)
+    assert list(declared.opset_import) == sets
+    assert list(declared.functions[0].opset_import) == its_own
 
 
 def test_int8_is_calibrated_on_images_from_everywhere_among_those_given(

@@ -21,7 +21,9 @@ from jepakit._messages import counted
 from jepakit.embeddings import Embeddings
 from jepakit.errors import DataError, InputError
 from jepakit.readers import open_raster
-from jepakit.sources import MAX_CLASSES, MIN_IMAGES_PER_CLASS, SUFFIXES, ImageList, files, gather, list_images
+from jepakit.sources import ImageList, files, gather, list_images
+from jepakit.sources.files import SUFFIXES
+from jepakit.sources.labels import MAX_CLASSES, MIN_IMAGES_PER_CLASS
 from jepakit.sources.store import SAMPLE_BYTES
 
 

@@ -76,10 +76,6 @@ def test_ranks_share_out_the_batch_of_one_process(world: int) -> None:
         assert [shares[place % world][step][place // world] for place in range(8)] == keys
 
 
-def test_its_length_is_the_number_of_steps() -> None:
-    assert len(StepBatches(10, 4, 0, range(3, 10))) == 7
-
-
 def make_dataset(folder: Path, seed: int = 0, cache: ImageCache | None = None) -> ViewDataset:
     maker, images = ViewMaker(ViewsConfig(n_local=1), 64, 32), list_images(folder, "none")
     return ViewDataset(images, np.arange(len(images)), SPEC, maker, seed, cache)

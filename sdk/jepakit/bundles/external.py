@@ -55,11 +55,6 @@ class Placed(NamedTuple):
     length: int
 
 
-def names_other_files(graph: bytes) -> bool:
-    """Whether any tensor of the graph, at any level, is stored outside it."""
-    return _count_locations(graph) > 0
-
-
 def check_external(graph: bytes, data: bytes | None) -> None:
     """BundleError unless `data`, the bytes of model.safetensors, really holds every tensor outside the graph."""
     if locations := _count_locations(graph):

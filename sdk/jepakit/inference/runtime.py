@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from jepakit._messages import did_you_mean, lines_of
 from jepakit.bundles.bundle import DATA
-from jepakit.bundles.external import as_inputs, check_external, names_other_files
+from jepakit.bundles.external import as_inputs, check_external
 from jepakit.bundles.manifest import INPUT
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.images import Pixels
@@ -177,7 +177,7 @@ class _OpenVino:
 
 def _openvino_model(core: Any, graph: bytes, data: bytes | None) -> Any:
     """The graph as an OpenVINO model. Its reader takes no tensors from memory, so inputs are replaced by constants."""
-    if data is None or not names_other_files(graph):
+    if data is None:
         return core.read_model(graph, b"")
     from openvino import op
 

@@ -5,17 +5,11 @@ A source is a folder, a glob, a file, a list of paths, a manifest (.csv, .tsv, .
 `frame="each"` and patients' groups look into the files' headers.
 """
 
-from jepakit.sources.files import SUFFIXES
 from jepakit.sources.imagelist import ImageList
-from jepakit.sources.labels import MAX_CLASSES, MIN_CLASSES, MIN_IMAGES_PER_CLASS
 from jepakit.sources.listing import gather, list_images
 from jepakit.sources.spread import evenly_spread
 
 __all__ = [
-    "MAX_CLASSES",
-    "MIN_CLASSES",
-    "MIN_IMAGES_PER_CLASS",
-    "SUFFIXES",
     "ImageList",
     "evenly_spread",
     "gather",

@@ -18,6 +18,8 @@ from jepakit.readers.checks import check_encoded, check_ratio
 from jepakit.sources.store import SAMPLE_BYTES, stamp_of
 
 TAR, STORED, DEFLATED = range(3)
+_MEMBER = np.dtype("i4, i8, i8, i8, i1, u4")
+"""The number of the archive, then the fields of a `Member` without its name."""
 _ZIP_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -44,45 +46,33 @@ class Archives:
 
     paths: Sequence[str]
     names: Sequence[str]
-    archive: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    stored: NDArray[np.int64]
-    size: NDArray[np.int64]
-    kind: NDArray[np.int8]
-    crc: NDArray[np.uint32]
+    members: NDArray[np.void]
+    """[N], of `_MEMBER`: for a million members, tuples would take most of the memory."""
     in_memory: ClassVar[bool] = False
     most_threads: ClassVar[None] = None
 
     @classmethod
     def of(cls, paths: Sequence[str], names: Sequence[str], members: Sequence[Sequence[Member]]) -> Archives:
         """Build from one list of members per path; `names` are those of the members, in that order."""
-        flat = [member for each in members for member in each]
-        return cls(
-            tuple(paths),
-            tuple(names),
-            np.repeat(np.arange(len(paths), dtype=np.int32), [len(each) for each in members]),
-            np.array([member.offset for member in flat], np.int64),
-            np.array([member.stored for member in flat], np.int64),
-            np.array([member.size for member in flat], np.int64),
-            np.array([member.kind for member in flat], np.int8),
-            np.array([member.crc for member in flat], np.uint32),
-        )
+        rows = [(number, *member[1:]) for number, each in enumerate(members) for member in each]
+        return cls(tuple(paths), tuple(names), np.array(rows, _MEMBER))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self, index: int) -> ImageSource:
-        name, stored, size = self.names[index], int(self.stored[index]), int(self.size[index])
+        name = self.names[index]
+        _, _, stored, size, kind, crc = self.members[index].item()
         check_encoded(name, size, DEFAULT_LIMITS)
         check_ratio(name, size, stored, DEFAULT_LIMITS)
         try:
             data = self._read(index, stored)
-            if self.kind[index] == DEFLATED:
+            if kind == DEFLATED:
                 # zlib takes 0 for "no limit".
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(1, size))
         except (OSError, zlib.error) as error:
             raise ImageError(f"{name}: cannot be read ({error})", code="unreadable") from None
-        if len(data) != size or (self.kind[index] != TAR and zlib.crc32(data) != self.crc[index]):
+        if len(data) != size or (kind != TAR and zlib.crc32(data) != crc):
             raise ImageError(
                 f"{name}: damaged, or its archive changed after it was listed (its bytes are not those declared)",
                 code="unreadable",
@@ -90,20 +80,22 @@ class Archives:
         return data
 
     def stamp(self, index: int) -> str | None:
-        return stamp_of(self.paths[self.archive[index]], int(self.offset[index]), int(self.size[index]))
+        archive, offset, _, size, *_ = self.members[index].item()
+        return stamp_of(self.paths[archive], offset, size)
 
     def fingerprint(self, index: int) -> bytes:
+        _, _, stored, size, *_ = self.members[index].item()
         try:
-            return b"%d\0" % self.size[index] + self._read(index, min(SAMPLE_BYTES, int(self.stored[index])))
+            return b"%d\0" % size + self._read(index, min(SAMPLE_BYTES, stored))
         except OSError:
             return b"unreadable"
 
     def _read(self, index: int, count: int) -> bytes:
         """The first `count` bytes of a member, as stored."""
-        offset = int(self.offset[index])
-        with Path(self.paths[self.archive[index]]).open("rb") as file:
+        archive, offset, _, _, kind, _ = self.members[index].item()
+        with Path(self.paths[archive]).open("rb") as file:
             file.seek(offset)
-            if self.kind[index] != TAR:
+            if kind != TAR:
                 # The local header repeats the name, and its extra fields may differ from the directory's.
                 header = file.read(_ZIP_HEADER.size)
                 if len(header) < _ZIP_HEADER.size or not header.startswith(b"PK\3\4"):

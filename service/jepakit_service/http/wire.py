@@ -6,7 +6,6 @@ Nothing here decodes an image, touches a disk, or fetches a URL.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 from collections.abc import Sequence
@@ -171,7 +170,7 @@ def read_text(text: str, where: str) -> bytes:
             )
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return _read_broken_lines(text, where)
 
 
@@ -179,7 +178,7 @@ def _read_broken_lines(text: str, where: str) -> bytes:
     """Decode base64 that is broken into lines, as `base64 FILE` prints it."""
     try:
         return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n\f\v"), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise ApiError(
             400,
             "invalid_base64",

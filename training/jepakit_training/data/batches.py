@@ -6,6 +6,7 @@ import itertools
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,9 +44,6 @@ class StepBatches(Sampler[list[Key]]):
     def __init__(self, count: int, batch_size: int, seed: int, steps: range, *, rank: int = 0, world: int = 1) -> None:
         self._count, self._batch_size, self._seed, self._steps = count, batch_size, seed, steps
         self._rank, self._world = rank, world
-
-    def __len__(self) -> int:
-        return len(self._steps)
 
     def __iter__(self) -> Iterator[list[Key]]:
         orders = enumerate(self._orders())
@@ -155,7 +153,7 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        collate_fn=_collate_finished if finished else _collate,
+        collate_fn=partial(_collate, finished=finished),
         pin_memory=pin,
         multiprocessing_context=start_method(workers),
         worker_init_fn=_start_worker if workers else None,
@@ -180,32 +178,19 @@ def iterating(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
                 process.kill()  # in case it is still reading
 
 
-def _collate(items: list[Item]) -> Batch:
-    return _handed_over(_batch(items))
-
-
-def _collate_finished(items: list[Item]) -> Batch:
-    batch = _batch(items)
-    return _handed_over(batch._replace(views=finish(batch.views)) if isinstance(batch.views, Crops) else batch)
-
-
-def _batch(items: list[Item]) -> Batch:
+def _collate(items: list[Item], *, finished: bool) -> Batch:
+    """A batch where the trainer can take it; without views, and with the fault, if an item has one or there is no room."""
     skipped = [skip for item in items for skip in item.skipped]
     crops = [item.crops for item in items if item.crops is not None]
     if len(crops) < len(items):
         return Batch(None, skipped, next(item.fault for item in items if item.fault is not None))
-    return Batch(collate(crops), skipped)
-
-
-def _handed_over(batch: Batch) -> Batch:
-    """The batch where the trainer can take it; without views, and with the fault, if there is no room for it."""
-    if batch.views is None:
-        return batch
+    unfinished = collate(crops)
+    views = finish(unfinished) if finished else unfinished
     try:
-        hand_over(batch.views.views if isinstance(batch.views, Crops) else batch.views)
+        hand_over(views.views if isinstance(views, Crops) else views)
     except TrainingError as fault:
-        return Batch(None, batch.skipped, fault)
-    return batch
+        return Batch(None, skipped, fault)
+    return Batch(views, skipped)
 
 
 def views_on(device: torch.device, batch: Batch) -> Views:

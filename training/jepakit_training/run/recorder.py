@@ -35,14 +35,11 @@ class Clock:
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the loader's batches, timing the wait for each."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             self._waited += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def step(self, images: int) -> None:
         """Count the images of a finished step."""
