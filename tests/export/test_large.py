@@ -234,6 +234,10 @@ def name_twice(model: onnx.ModelProto) -> None:
     first_external(model).external_data.add(key="location", value=DATA)
 
 
+def call_inside(model: onnx.ModelProto) -> None:
+    first_external(model).data_location = onnx.TensorProto.DEFAULT
+
+
 def hide(model: onnx.ModelProto) -> None:
     tensor = onnx.TensorProto()
     tensor.CopyFrom(first_external(model))
@@ -264,6 +268,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "shape beyond every number": (blow_up, "disagree about tensor"),
     "type": (retype, "disagree about tensor"),
     "name": (rename, "has no tensor 'absent'"),
+    "inside and outside": (call_inside, "disagree about tensor"),
     "two locations": (name_twice, "in another file in [0-9]+ places"),
     "in a node": (hide, "in another file in [0-9]+ places"),
 }

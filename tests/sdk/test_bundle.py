@@ -726,3 +726,22 @@ def test_vectors_of_another_length_are_told_though_their_directions_are_right(pr
     assert found.centred_cosine > 0.999
     assert str(found.misses(TOLERANCES[precision, "cpu"])).startswith("vectors longer or shorter by 10.0%, at most ")
     assert agreement(1.01 * expected, expected).misses(TOLERANCES[precision, "cpu"]) is None
+
+
+def test_one_image_that_is_wrong_is_told_behind_a_mean_that_all_vectors_share() -> None:
+    expected = 100 + np.random.default_rng(0).standard_normal((32, 16))
+    turned = expected.copy()
+    turned[3] = 2 * expected.mean(axis=0) - expected[3]
+    assert agreement(turned, expected).centred_cosine == pytest.approx(-1)
+    assert agreement(expected + 3, expected).centred_cosine < 0.6, "the mean is torch's, and no runtime's own"
+
+
+def test_the_nearest_neighbour_of_an_image_is_another_one() -> None:
+    expected = np.array([[1, 0.1], [1, -0.1], [-1, 0.1], [-1, -0.1]])
+    assert agreement(expected, expected).same_neighbour == 1
+    assert agreement(expected[[0, 2, 1, 3]], expected).same_neighbour == 0
+
+
+def test_one_vector_of_another_length_is_no_matter_of_all() -> None:
+    expected = np.random.default_rng(0).standard_normal((9, 4))
+    assert agreement(np.where(np.arange(9)[:, None] == 4, 3, 1) * expected, expected).length_error == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from jepakit.evaluation.evaluate import (
     no_labels,
 )
 from jepakit.evaluation.interval import bootstrap, covariance, variance_of_fits
+from jepakit.probes import LinearProbe
 
 NO_SCORES = Scores(linear=0, linear_balanced=0, knn=0, knn_balanced=0)
 
@@ -685,6 +687,8 @@ def test_the_best_of_one_has_its_own_verdict() -> None:
         (0.004, 0.05, "better", "cannot tell"),
         (-0.007, 0.007, "same", "same"),
         (-0.009, 0.009, "same", "cannot tell"),
+        (-0.0095, 0.005, "same", "cannot tell"),
+        (-0.005, 0.0095, "same", "cannot tell"),
         (-0.007, 0.007, "cannot tell", "cannot tell"),  # of too few groups
         (-0.06, -0.02, "worse", "worse"),
     ],
@@ -793,3 +797,120 @@ def test_the_best_of_several_by_few_groups_allows_for_how_few_they_are() -> None
         assert found.n_groups == n_groups
         widths.append((0.2 - found.low) / 0.1)
     np.testing.assert_allclose(widths, [2.87 / 1.96, 2.87 / 1.96, 4.98 / 2.57], rtol=0.03)
+
+
+# What each number is made of
+
+
+def test_each_probe_has_its_own_scores() -> None:
+    truth = np.array(["a", "a", "a", "b"])
+    scores = evaluate._measurement(np.array([[1, 1, 1, 0], [0, 0, 1, 1]], bool), truth, None).scores
+    assert (scores.linear, scores.linear_balanced) == (3 / 4, 1 / 2)
+    assert (scores.knn, scores.knn_balanced) == pytest.approx((2 / 4, 2 / 3))
+
+
+def test_no_end_of_an_interval_is_beyond_all_or_nothing() -> None:
+    truth, each = np.repeat(["a", "b"], 3), np.arange(6)
+    assert bootstrap(np.ones(6), truth, each) == (1, 0.5, 1)
+    assert bootstrap(-np.ones(6), truth, each) == (-1, -1, -0.5)
+    assert _interval.scaled((0.5, 0.0, 1.0), 4) == (0.5, -1, 1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.05, 0.005), (-0.005, 0.05)])
+def test_an_interval_that_reaches_far_to_one_side_is_not_small(low: float, high: float) -> None:
+    each = ((low + high) / 2, low, high)
+    assert evaluate._Result(*each, n_groups=1000, n_needed=90, of_each=(each, each)).word == "cannot tell"
+
+
+def test_probes_of_which_one_loses_what_the_other_gains_are_not_the_same() -> None:
+    truth = np.array(["a", "b"] * 300)
+    was, now = np.ones((2, 600), bool), np.ones((2, 600), bool)
+    now[0, ::6], was[1, ::6] = False, False
+    start, result = (evaluate._measurement(right, truth, None) for right in (was, now))
+    told = judge(start, result, truth, n_train=600).verdict
+    assert (told.word, told.difference) == ("cannot tell", 0)
+
+
+def test_a_verdict_tells_the_groups_of_the_class_that_has_the_fewest() -> None:
+    truth, groups = np.repeat(["a", "b"], [40, 16]), np.arange(56) // 4
+    assert by_groups(np.ones(56, bool), np.ones(56, bool), truth, groups.astype(str)).n_groups == 4
+
+
+def refitted(right: NDArray[np.bool_]) -> Measurement:
+    """bool [parts, 2, 200]: right on nothing, and so refitted without each part; other images are fitted on."""
+    refits = evaluate.Refits(right, np.zeros((len(right), right.shape[2]), bool))
+    return Measurement(NO_SCORES, np.zeros(right.shape[1:], bool), refits)
+
+
+def test_the_fits_of_a_probe_widen_its_own_interval_by_students_t_and_never_narrow_it() -> None:
+    truth, each, none = np.repeat(["a", "b"], 100), np.arange(200), np.zeros((10, 2, 200), bool)
+    some = none.copy()
+    some[:5, 1, ::4] = True  # with five of ten parts left out, the k-NN is right about a quarter of the images
+    linear, knn = (evaluate._interval(refitted(none), refitted(some), truth, each, [probe]) for probe in (0, 1))
+    alone = bootstrap(np.zeros(200), truth, each)
+    assert linear == alone
+    added = 2.262**2 * variance_of_fits(some[:, 1].astype(float), truth, each)
+    assert (knn[2] - knn[1]) ** 2 == pytest.approx((alone[2] - alone[1]) ** 2 + 4 * added, rel=0.01)
+
+    before, after = none.copy(), none.copy()
+    for part in range(10):  # in each, one image is lost and another gained: no part differs from the others
+        before[part, :, part], after[part, :, 50 + part] = True, True
+    assert variance_of_fits(after[:, 1].astype(float) - before[:, 1], truth, each) < 0
+    assert evaluate._interval(refitted(before), refitted(after), truth, each, [0, 1]) == alone
+
+
+@pytest.mark.parametrize(
+    ("fitted_on", "held_out", "again"), [(8, 10, False), (8, 11, True), (1, 2, False), (2, 3, True)]
+)
+def test_a_quarter_more_of_a_class_held_out_than_fitted_on_makes_the_fits_count(
+    fitted_on: int, held_out: int, again: bool
+) -> None:
+    fit, truth = (np.array(["ok"] * 40 + ["defect"] * count) for count in (fitted_on, held_out))
+    truth = truth[10:]
+    assert (measure(shifted(0, fit, 2.0), fit, shifted(1, truth, 2.0), truth).refits is not None) == again
+
+
+def test_c_is_chosen_by_groups_and_once_for_all_parts_that_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[tuple[float | None, float]] = []
+    fitted = evaluate._fitted
+
+    def noting(*given: Any) -> Any:
+        probes = fitted(*given)
+        fits.append((given[3] if len(given) > 3 else None, probes[0].C_))
+        return probes
+
+    monkeypatch.setattr(evaluate, "_fitted", noting)
+    random, pairs = np.random.default_rng(0), np.repeat(np.arange(30), 2)
+    vectors, labels = random.standard_normal((30, 64)).astype(np.float32)[pairs], np.array(["a", "b"])[pairs % 2]
+    by_pair, by_image = (
+        LinearProbe(class_weight="balanced").fit(vectors, labels, groups=groups).C_ for groups in (pairs, None)
+    )
+    assert by_pair != by_image, "or nothing is tested"
+    measure(vectors, labels, np.tile(vectors, (2, 1)), np.tile(labels, 2), train_groups=pairs)
+    assert fits == [(None, by_pair), *[(by_pair, by_pair)] * 10]
+    fits.clear()
+    cross_measure(vectors, labels, groups=pairs)
+    assert [place for place, (given, _) in enumerate(fits) if given is None] == [0, 11, 22, 33, 44]
+    assert all(
+        given in (None, chosen) and chosen == fits[place // 11 * 11][1] for place, (given, chosen) in enumerate(fits)
+    )
+
+
+def test_the_only_class_that_is_left_to_fit_on_is_predicted() -> None:
+    truth, judged = np.array(["a", "a", "b", "a"]), np.array([False, True, True, False])
+    right, _ = evaluate._right_of_refit(np.eye(4, dtype=np.float32), truth, ~judged, judged, np.arange(4), None)
+    assert right.tolist() == [[True, False]] * 2
+
+
+def test_a_class_in_few_of_the_groups_has_the_students_t_of_these_few_and_none_of_their_absence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forty groups of five images of "a"; three of them hold five of "b" too, and one resample in twenty none of the three."""
+    groups, truth = np.repeat([*range(40), 0, 1, 2], 5), np.repeat(["a", "b"], [200, 15])
+    shifted, alike = (np.where(truth == "b", gain, 0.0) for gain in (0.3 * np.sign(groups - 1.0), 1.0))
+    least = 3 * (1 / 200 + 1 / 15) / 4
+    assert bootstrap(alike, truth, groups) == pytest.approx((0.5, 0.5 - least, 0.5 + least))
+    _, low, high = bootstrap(shifted, truth, groups)
+    monkeypatch.setattr(_interval, "student", np.ones_like)
+    _, plain_low, plain_high = bootstrap(shifted, truth, groups)
+    assert (high - low) / (plain_high - plain_low) == pytest.approx(4.303 / 1.96, rel=0.05)

@@ -363,6 +363,10 @@ def test_few_groups_that_mix_the_classes_lie_in_different_folds() -> None:
     assert probe.cv_balanced_accuracy_ > 0.9
 
 
+def test_there_are_no_more_folds_than_the_commonest_class_has_groups() -> None:
+    assert assign_folds(np.arange(5), np.array([0, 0, 0, 1, 1]), 5).tolist() == [0, 1, 2, 0, 1]
+
+
 def test_folds_of_groups_of_one_vector_each_are_those_without_groups() -> None:
     targets = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 13, 7]))
     plain, grouped = (folds_of(targets, groups, n_folds=5, seed=3) for groups in (None, np.arange(70)))

@@ -52,6 +52,7 @@ class Recorder:
 
     def ran(self, size: int, queued: Sequence[float], seconds: float) -> None:
         assert len(queued) == size
+        assert all(0 <= seconds < 600 for seconds in queued)
         self.sizes.append(size)
 
 
@@ -411,6 +412,35 @@ def test_an_image_that_is_ready_does_not_wait_for_those_whose_client_left() -> N
 
     asyncio.run(ask())
     assert model.batches == [[2], [1]]
+
+
+def test_closing_with_an_image_behind_a_busy_lane_ends_every_thread() -> None:
+    model = Recorder()
+    packed = batcher(model, max_batch=1, cores=4)
+
+    async def ask() -> None:
+        model.gate.clear()
+        asked = asyncio.create_task(embed(packed, [b"\1", b"\2"]))
+        await until(lambda: packed._running == len(packed._ready) == 1)
+        packed.close()
+        await asyncio.sleep(0.1)
+        model.gate.set()
+        await asked
+
+    asyncio.run(ask())
+    for thread in packed._threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_what_is_done_counts_as_work_no_longer() -> None:
+    model = Recorder()
+    packed = batcher(model)
+    asyncio.run(embed(packed, [b"\1", b"bad", *[b"\2"] * 9]))
+    packed.close()
+    for thread in packed._threads:
+        thread.join(10)
+    assert packed._state() == State(0, 0, 0, 0, 0, 0.0, closed=True)
 
 
 IDLE = State(requests=0, decoding=0, ready=0, running=0, at_work=0, waited_s=0, closed=False)

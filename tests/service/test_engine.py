@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jepakit.errors import InferenceError
+from jepakit.errors import ImageError, InferenceError
 from jepakit_service.faults import ApiError
 from jepakit_service.models.batcher import Answer, ImageData
 from jepakit_service.models.engine import Engine
@@ -96,3 +96,18 @@ def test_a_request_that_is_not_answered_is_told_why_and_counts_nobody_as_waiting
     assert (refused.value.status, refused.value.code) == (503, code)
     assert refused.value.headers["Retry-After"] == "1"
     assert model.inside == engine._inside == 0
+
+
+def test_a_vector_that_is_not_finite_is_no_answer_and_spoils_no_other() -> None:
+    class Broken(Slow):
+        async def embed(self, images: Sequence[ImageData], timeout_s: float) -> Answer:
+            return Answer([np.zeros(2, np.float32), np.array([0, np.nan], np.float32)], 0)
+
+    model: Any = Broken(1000.0)
+    counted: list[tuple[int, int]] = []
+    model.metrics = SimpleNamespace(answered=lambda good, bad: counted.append((good, bad)))
+    good, bad = asyncio.run(Engine(ServeSettings(bundles=("x",))).answer(model, [b""] * 2)).results
+    assert isinstance(good, np.ndarray)
+    assert isinstance(bad, ImageError)
+    assert bad.code == "not_finite"
+    assert counted == [(1, 1)]

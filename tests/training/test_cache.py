@@ -20,10 +20,11 @@ import tifffile
 import torch
 from numpy.typing import NDArray
 
-from jepakit.config import ViewsConfig
+from jepakit.bundles.manifest import Preprocess
+from jepakit.config import AdaptConfig, ViewsConfig
 from jepakit.errors import ConfigError
 from jepakit.sources import ImageList, list_images
-from jepakit_training.data.cache import ImageCache, downscale
+from jepakit_training.data.cache import ImageCache, downscale, open_cache
 from jepakit_training.data.views import ViewMaker
 
 MB = 1 << 20
@@ -106,6 +107,17 @@ def test_what_else_decides_the_pixels_is_part_of_the_key(tmp_path: Path) -> None
         ImageCache(tmp_path / "cache", MB, 64, "voi"),
     ]  # fmt: skip
     assert len({cache.key(stamp) for cache in caches for stamp in ("a.png", "a.png frame 1")}) == 6
+
+
+def test_what_a_model_takes_is_part_of_the_key(tmp_path: Path) -> None:
+    """Its mean fills "no data", and its DICOM window decides what is seen."""
+    config = AdaptConfig(images="x", cache=str(tmp_path / "cache"))
+    spec = Preprocess(
+        size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )  # fmt: skip
+    caches = [open_cache(config, 64, one) for one in (spec, spec.model_copy(update={"mean": (0.4,) * 3}))]
+    assert len({cache.key("a.png") for cache in caches if cache is not None}) == 2
 
 
 def zipped(path: Path, **members: bytes) -> Path:
@@ -306,6 +318,7 @@ def test_downscaling_makes_the_shorter_side_so_long_and_keeps_the_picture(dtype:
     assert small.flags.c_contiguous
     expected = ramp.reshape(50, 4, 75, 4, 5).mean((1, 3))
     assert np.abs(small.astype(float) - expected)[:, 2:-2].max() < 1.5
+    assert downscale(ramp[:, :299], 50).shape == (50, 75, 5), "rounded, or the picture would be squeezed"
 
 
 @pytest.mark.parametrize("side", [200, 500])

@@ -166,6 +166,7 @@ def test_of_more_classes_than_images_to_measure_on_some_are_measured_each_on_bot
     fit, held_out = Counter(chosen.labels[chosen.is_fit]), Counter(chosen.labels[chosen.is_labelled & ~chosen.is_fit])
     assert fit.total() == 2000
     assert held_out.keys() <= fit.keys()
+    assert held_out.keys() == set(chosen.labels[chosen.is_labelled & chosen.is_fit])
     assert held_out.total() <= 2000
 
 
@@ -287,6 +288,25 @@ def test_groups_on_both_sides_of_a_manifests_split_are_told() -> None:
     source = list_images([np.zeros((8, 8), np.uint8)] * 40, "none")
     source = replace(source, groups=tuple(f"g{place % 10}" for place in range(40)), held_out=np.arange(40) < 12)
     assert "10 groups are on both sides" in hold_out(AdaptConfig(images="x"), source)[1][0].warning
+
+
+def test_the_share_of_a_run_is_held_out_and_without_labels_no_groups_beyond_it() -> None:
+    images = listed(np.arange(6000) % 2, np.arange(6000) // 20)
+    assert len(hold_out(AdaptConfig(images="x", held_out=0.4), images)[0].held_out) == 2400
+    without_labels = replace(images, labels=None)
+    assert len(hold_out(AdaptConfig(images="x", measure_on=100), without_labels)[0].held_out) == 100
+
+
+def test_held_out_images_without_a_label_are_measured_where_no_others_are_held_out() -> None:
+    images = partly_labelled(100)
+    held_out = np.flatnonzero(np.arange(100) % 10 == 3)
+    chosen = MeasuringSet.choose(images, Split(np.setdiff1d(np.arange(100), held_out), held_out), 50)
+    np.testing.assert_array_equal(chosen.indices[~chosen.is_fit], held_out)
+    assert not chosen.is_labelled[~chosen.is_fit].any()
+
+
+def test_where_no_group_fits_into_the_share_the_smallest_are_held_out() -> None:
+    assert sorted(_near_share(np.arange(4), np.array([50, 7, 9, 8]), 0.01, 3)) == [1, 2, 3]
 
 
 def test_the_group_that_brings_the_share_nearer_is_held_out() -> None:

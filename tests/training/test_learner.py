@@ -267,6 +267,60 @@ def test_every_step_has_directions_and_random_numbers_of_its_own(
     assert len(set(seeds)) == 3
 
 
+def test_the_global_views_alone_are_the_target(
+    make: Callable[..., tuple[Learner, nn.Module]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[tuple[int, int]] = []
+
+    def noting(projections: Tensor, n_global: int, *others: Any) -> Any:
+        counts.append((len(projections), n_global))
+        return lejepa_loss(projections, n_global, *others)
+
+    monkeypatch.setattr(jepakit_training.learning.learner, "lejepa_loss", noting)
+    globals_, locals_ = views()
+    make()[0].step(0, Views(globals_, torch.cat([locals_, locals_])))
+    assert counts == [(6, 2)]
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_told_as_it_was(make: Callable[..., Any]) -> None:
+    learner, _ = make(clip_norm=1e-3)
+    seen: list[float] = []
+
+    def note(optimizer: Any, *_: Any) -> None:
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        seen.append(float(torch.stack([one.grad.norm() for one in parameters if one.grad is not None]).norm()))
+
+    learner._raw_optimizer.register_step_pre_hook(note)
+    told = [float(one.grad_norm) for one in train(learner, range(3))]
+    assert min(told) > 1e-2
+    assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
+def test_backbone_and_projector_train_at_the_rates_of_the_run(make: Callable[..., Any]) -> None:
+    learner, _ = make(lr=2e-3, projector_lr=5e-4, weight_decay=0.03)
+    groups = learner._raw_optimizer.param_groups
+    for role, rate in (("backbone", 2e-3), ("projector", 5e-4)):
+        assert max(group["base_lr"] for group in groups if group["role"] == role) == pytest.approx(rate)
+    assert {group["weight_decay"] for group in groups} == {0, 0.03}
+    assert {group["betas"] for group in groups} == {(0.9, 0.98)}
+
+
+def test_an_anchor_weighs_as_much_as_asked_for(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, _ = make(anchor=100.0, precision="fp32")
+    losses: list[float] = []
+    backward = learner._accelerator.backward
+
+    def noting(loss: Tensor) -> None:
+        losses.append(loss.item())
+        backward(loss)
+
+    monkeypatch.setattr(learner._accelerator, "backward", noting)
+    last = train(learner, range(5))[-1]
+    assert last.anchor is not None
+    assert float(last.anchor) > 0
+    assert losses[-1] == pytest.approx(float(last.loss) + 100 * float(last.anchor), rel=1e-5)
+
+
 def test_the_projector_trains_while_the_backbone_waits(make: Callable[..., Any]) -> None:
     learner, backbone = make()
     before, projector = weights(backbone), weights(learner._raw_projector)

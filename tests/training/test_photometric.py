@@ -271,3 +271,38 @@ def test_drawn_angles_reach_the_degrees_asked_for_in_radians() -> None:
     angles = drawn("radiology", views=2000).angle
     assert np.abs(angles).max() == pytest.approx(np.radians(10), rel=0.01)
     assert angles.min() < 0 < angles.max()
+
+
+def test_gains_and_offsets_of_a_colour_belong_to_their_band_whatever_its_contrast_and_saturation() -> None:
+    view = torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    after = changed(view, contrast=0.5, saturation=0.5, gain=[1.0, 0.5, 1.0], offset=[0.0, 0.0, 0.1])
+    assert after[:, 0, 0].tolist() == [100, 50, 126]
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_each_factor_is_drawn_by_its_own_setting_to_both_sides(name: str) -> None:
+    settings: dict[str, Any] = {"brightness": 0, "contrast": 0, "saturation": 0, "gray": 0, name: 0.4}
+    changes = drawn("general", 2000, **settings)
+    for field in ("brightness", "contrast", "saturation"):
+        values = getattr(changes, field)
+        most = 0.4 if field == name else 0
+        assert [values.min(), values.max()] == pytest.approx([1 - most, 1 + most], abs=0.01)
+
+
+def test_gains_and_offsets_are_drawn_for_each_band_to_both_sides() -> None:
+    changes = drawn("multispectral", 2000, 5, band_gain=0.3, band_offset=0.2)
+    for values, middle, most in ((changes.gain, 1, 0.3), (changes.offset, 0, 0.2)):
+        np.testing.assert_allclose(values.min(axis=0), middle - most, atol=0.01)
+        np.testing.assert_allclose(values.max(axis=0), middle + most, atol=0.01)
+        assert np.abs(np.corrcoef(values.T) - np.eye(5)).max() < 0.1
+
+
+def test_the_weakest_blur_is_a_tenth_of_a_pixel_at_224() -> None:
+    blur = drawn("natural", 4000, size=224, blur=1).blur
+    assert [blur.min(), blur.max()] == pytest.approx([0.1, 2], abs=0.01)
+
+
+def test_a_view_is_blurred_before_its_bright_half_is_inverted() -> None:
+    view = noise(3, 20, 20).float() / 255
+    expected = changed(changed(view, blur=1.5), solarize=True)
+    assert torch.allclose(changed(view, blur=1.5, solarize=True), expected, rtol=0, atol=1e-5)

@@ -150,3 +150,10 @@ def test_bfloat16_projections_are_computed_in_float32() -> None:
         value = sigreg(proj, slices)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(sigreg(proj, slices).item(), rel=1e-6)
+
+
+def test_the_loss_of_bfloat16_projections_is_float32_too() -> None:
+    proj, slices = make_input("normal", 51, (3, 64, 32)).bfloat16(), make_directions(52, 32, 64)
+    for half, whole in zip(lejepa_loss(proj, 2, 0.5, slices), lejepa_loss(proj.float(), 2, 0.5, slices), strict=True):
+        assert half.dtype == torch.float32
+        assert half.item() == whole.item()

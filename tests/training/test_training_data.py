@@ -76,6 +76,10 @@ def test_ranks_share_out_the_batch_of_one_process(world: int) -> None:
         assert [shares[place % world][step][place // world] for place in range(8)] == keys
 
 
+def test_another_seed_is_another_order() -> None:
+    assert take(30, 30, seed=0) != take(30, 30, seed=1)
+
+
 def make_dataset(folder: Path, seed: int = 0, cache: ImageCache | None = None) -> ViewDataset:
     maker, images = ViewMaker(ViewsConfig(n_local=1), 64, 32), list_images(folder, "none")
     return ViewDataset(images, np.arange(len(images)), SPEC, maker, seed, cache)
@@ -103,6 +107,13 @@ def test_an_unreadable_file_is_replaced_by_another_and_reported(image_folder: Ca
     )
     assert all(torch.equal(a, b) for a, b in zip(untouched, views_of(broken, Key(0, 0)), strict=True))
     assert broken[Key(0, 4)].skipped == []
+
+
+def test_each_image_has_substitutes_of_its_own_in_each_pass(image_folder: Callable[..., Path]) -> None:
+    dataset = make_dataset(image_folder(classes=0, per_class=6))
+    others = [[*dataset._places(Key(epoch, place))][1:] for epoch, place in ((0, 0), (0, 1), (1, 0))]
+    assert others[0] not in others[1:]
+    assert others[1] != others[2]
 
 
 def test_a_damaged_slide_stops_nothing_though_its_tiles_are_neighbours(image_folder: Callable[..., Path]) -> None:
@@ -149,6 +160,13 @@ def test_views_depend_on_the_runs_seed_and_on_the_pass_over_the_data(image_folde
     views = [views_of(make_dataset(folder, seed), Key(epoch, 0)).global_ for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[0], views[2])
+
+
+def test_every_image_of_a_pass_is_cut_in_its_own_way(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(classes=0, per_class=2)
+    (folder / "001.png").write_bytes((folder / "000.png").read_bytes())
+    first, second = (views_of(make_dataset(folder), Key(0, place)).global_ for place in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_neither_the_number_of_workers_nor_where_colours_are_changed_changes_anything(

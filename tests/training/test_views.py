@@ -190,6 +190,9 @@ def test_crops_of_small_images_are_no_less_than_16_pixels_a_side() -> None:
     assert sides.min() == 16
     boxes = np.array(draw_boxes(np.random.default_rng(0), 500, 8, 9, (0.05, 0.3)))
     assert np.array_equal(boxes[:, 2:] - boxes[:, :2], np.full((500, 2), (8, 9)))
+    for height, width, box in ((900, 8, (16, 8)), (8, 900, (8, 16))):
+        boxes = np.array(draw_boxes(np.random.default_rng(0), 50, height, width, (0.3, 1.0)))
+        assert np.array_equal(boxes[:, 2:] - boxes[:, :2], np.full((50, 2), box))
 
 
 def test_crops_of_a_long_thin_image_lie_anywhere_along_it_and_are_not_squashed() -> None:
@@ -320,3 +323,16 @@ def test_crops_are_those_of_torchvision_in_distribution() -> None:
     high, wide = (ours[:, 2:] - ours[:, :2]).T
     for one, other in (high * wide, [box[2] * box[3] for box in theirs]), (ours[:, 1], [box[1] for box in theirs]):
         assert np.mean(one) == pytest.approx(np.mean(other), rel=0.05)
+
+
+@pytest.mark.parametrize("bands", [4, 5, 13])
+def test_bands_keep_their_order(bands: int) -> None:
+    pixels = np.broadcast_to(np.arange(bands, dtype=np.uint8) * 10, (50, 40, bands))
+    for view in crops_of(pixels, recipe("multispectral"), 0).views.global_:
+        assert torch.equal(view, torch.arange(bands, dtype=torch.uint8)[:, None, None].expand_as(view) * 10)
+
+
+def test_global_and_local_views_are_blurred_by_their_own_size() -> None:
+    some = [crops_of(noise_image(64, 64), recipe("natural", blur=1), seed) for seed in SEEDS]
+    for size, changes in ((64, [one.global_changes for one in some]), (32, [one.local_changes for one in some])):
+        assert max(each.blur.max() for each in changes) == pytest.approx(2 * size / 224, rel=0.1)
