@@ -337,6 +337,10 @@ def without_a_tensor(data: bytes) -> bytes:
     return written
 
 
+def placed(first: float, last: float) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [first, last]}
+
+
 def with_header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
     def changed(data: bytes) -> bytes:
         end = 8 + int.from_bytes(data[:8], "little")
@@ -359,6 +363,9 @@ def with_header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes],
         pytest.param(lambda _: (9**5).to_bytes(8, "little") + b"[" * 9**5, "is not a safetensors file", id="deep header"),
         pytest.param(with_header(lambda header: header.clear()), "has no tensor", id="no entry"),
         pytest.param(with_header(lambda header: header.update(x={})), "is not a safetensors file", id="an empty entry"),
+        pytest.param(with_header(lambda header: header.update(x=placed(0.0, 8.0))), "is not a safetensors file", id="fractions"),
+        pytest.param(with_header(lambda header: header.update(x=placed(-8, 0))), "is not a safetensors file", id="before it"),
+        pytest.param(with_header(lambda header: header.update(x=placed(8, 0))), "is not a safetensors file", id="backwards"),
         pytest.param(
             with_header(lambda header: header.update({name: {**one, "dtype": "F16"} for name, one in header.items()})),
             "disagree about tensor", id="another type",

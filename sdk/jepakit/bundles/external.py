@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from functools import cache
 from mmap import mmap
@@ -94,8 +95,10 @@ def placed_tensors(data: bytes | mmap) -> dict[str, Placed]:
             name: Placed(entry["dtype"], tuple(entry["shape"]), start + first, last - first)
             for name, entry in table.items()
             if name != "__metadata__"
-            for first, last in [entry["data_offsets"]]
+            for first, last in [map(operator.index, entry["data_offsets"])]
         }
+        if any(one.offset < start or one.length < 0 for one in placed.values()):
+            raise ValueError("tensors outside the data")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{DATA} is not a safetensors file: export the bundle again") from None
     return placed
