@@ -205,7 +205,7 @@ def test_every_mistake_is_one_line_with_exit_code_2(
             (("adapt", tmp_path / "empty"), "holds no images"),
             (("adapt", images, "--backbone", "resnet51"), "did you mean"),
             (("adapt", images, "--domain", "histologie"), "did you mean histology"),
-            (("adapt", images, "--set", "views.nlocal=2"), "did you mean n_local"),
+            (("adapt", images, "--set", "views.nlocal=2"), "did you mean views.n_local"),
             (("adapt", images, "--set", "batchsize=2"), "did you mean batch_size"),
             (("adapt", images, "--steps", 0), "steps = 0"),
             (("adapt", images, "--weights", "nowhere.pth"), "no such file"),

@@ -131,10 +131,11 @@ class Sweep(Printed):
     """A sweep's folder, opened. Print it for a table.
 
     path        the folder
-    runs        the finished runs by name, best first: by balanced accuracy or, without labels, by `losses`, then last those
+    runs        the finished runs by name, best first: by balanced accuracy or, without labels, by `scaled_losses`, then last those
                 whose projections collapsed
     unfinished  names of the runs that were stopped or have failed
-    losses      by name, the mean loss over the last tenth of a run, divided by λ^0.4 (arXiv 2511.08544): the lower, the better
+    scaled_losses
+                by name, the mean loss over the last tenth of a run, divided by λ^0.4 (arXiv 2511.08544): the lower, the better
                 the embeddings, as was shown for runs of one recipe from random weights. It cannot see harm done to the
                 start. Empty if the runs differ in more than that allows (views, batch size, projector, anchor), or a log is empty
     verdict     whether to keep the best run or the start; the interval allows for its being the best of several
@@ -153,9 +154,11 @@ class Sweep(Printed):
         if not found:
             raise DataError(f"no run in {self.path} has finished: run its `jepakit sweep` command again to go on")
         _check_comparable(found.values())
-        self.losses = _losses(found)
+        self.scaled_losses = _losses(found)
         collapsed = {name for name, run in found.items() if run.collapsed}
-        self.verdict, names = _ranked({name: run.comparison for name, run in found.items()}, self.losses, collapsed)
+        self.verdict, names = _ranked(
+            {name: run.comparison for name, run in found.items()}, self.scaled_losses, collapsed
+        )
         self.runs = {name: found[name] for name in names}
 
     def __repr__(self) -> str:
@@ -178,7 +181,7 @@ class Sweep(Printed):
 
     def __str__(self) -> str:
         start = self.best.comparison.before
-        rows = _loss_rows(self.runs, self.losses) if start is None else _score_rows(start, self.runs)
+        rows = _loss_rows(self.runs, self.scaled_losses) if start is None else _score_rows(start, self.runs)
         unfinished = [f"not finished: {first_few(self.unfinished, 3)}"] if self.unfinished else []
         return "\n".join([*_aligned(rows), *unfinished, str(self.verdict)])
 
@@ -206,8 +209,8 @@ def check_can_hold(path: Path, configs: Mapping[str, AdaptConfig], data_digest: 
     for run in _runs_in(path):
         if run.path.name in configs or not (run.path / START).is_dir():
             continue
-        _, data, shared = _basis(run)
-        if data != data_digest or shared != [to_come[name] for name in _SHARED]:
+        basis = _basis(run)
+        if basis["images"] != data_digest or any(basis[name] != to_come[name] for name in _SHARED):
             raise DataError(
                 f"{run.path} was measured on other images or in another way, and could not be compared with the new runs: name "
                 "another folder for the sweep"
@@ -218,19 +221,22 @@ def _check_comparable(runs: Iterable[Run]) -> None:
     """DataError unless all runs began with the same weights, and were measured on the same images in the same way."""
     first, *others = runs
     for run in others:
-        for what, one, other in zip(_MUST_AGREE, _basis(first), _basis(run), strict=True):
-            if one != other:
-                raise DataError(
-                    f"{first.path} and {run.path} cannot be compared, as {what} differ: move one of them out of the sweep"
-                )
+        one, other = _basis(first), _basis(run)
+        if differing := [what for what in one if one[what] != other[what]]:
+            raise DataError(
+                f"{first.path} and {run.path} cannot be compared, as they differ in {', '.join(differing)}: move one of them out of "
+                "the sweep"
+            )
 
 
-_MUST_AGREE = ("their start weights", "their images", f"settings among {', '.join(_SHARED)}")
-
-
-def _basis(run: Run) -> tuple[object, ...]:
+def _basis(run: Run) -> dict[str, object]:
+    """What all runs of a sweep share, by its name."""
     manifest = open_bundle(run.path / START).manifest
-    return manifest.files[WEIGHTS], manifest.provenance.data_digest, [run.config.get(name) for name in _SHARED]
+    return {
+        "start weights": manifest.files[WEIGHTS],
+        "images": manifest.provenance.data_digest,
+        **{name: run.config.get(name) for name in _SHARED},
+    }
 
 
 def _ranked(

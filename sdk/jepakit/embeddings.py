@@ -63,8 +63,8 @@ class Embeddings:
         for name, words in (("ids", ids), ("labels", labels)):
             if isinstance(words, str):
                 raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
-        if not isinstance(ids, Iterable):
-            raise DataError(f"ids = {ids!r}: give one for each vector")
+            if not isinstance(words, Iterable) and not (name == "labels" and words is None):
+                raise DataError(f"{name} = {words!r}: give one for each vector")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
         names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)
         refuse_masked("the vectors", vectors)
@@ -100,7 +100,7 @@ class Embeddings:
     ) -> Embeddings:
         """Select by slice, boolean mask or indices; ids and labels follow. For one vector use `vectors[index]`.
 
-        Raises DataError for a mask of the wrong length or an index out of range.
+        Raises DataError for a mask of the wrong length or an index out of range, TypeError for a single one.
         """
         if isinstance(which, tuple) and len(which) == 2 and which[1] is ...:
             which = which[0]  # as scikit-learn takes rows of an array

@@ -108,7 +108,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """The logged steps: step, loss, prediction, sigreg, grad_norm, lr, images_per_s, data_wait (share of the time),
-        proj_std, proj_rank, memory_gb (peak so far), and anchor if it has a weight."""
+        proj_std, proj_rank, peak_memory_gb (so far), and anchor if it has a weight."""
         return read_metrics(self.path / METRICS)
 
     def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
@@ -133,7 +133,7 @@ class DryRun(Frozen, Printed):
     """Seconds to measure the start and the result: to embed the images, and to fit the probes."""
     peak_memory_gb: float
     """Peak of this process; on a CPU, including all batches that the loader's processes prefetch."""
-    memory_gb: float
+    total_memory_gb: float
     """Total available: the GPU's memory, else main memory."""
     device: str
 
@@ -149,7 +149,7 @@ class DryRun(Frozen, Printed):
         warmup = f", {self.warmup_step_s:.2f} s while the projector warms up" if self.warmup_steps else ""
         return (
             f"{self.step_s:.2f} s a step ({self.batch_size / self.step_s:.1f} images/s){warmup}\n"
-            f"{self.peak_memory_gb:.1f} GB of memory at most, of {self.memory_gb:.0f} GB ({self.device})\n"
+            f"{self.peak_memory_gb:.1f} GB of memory at most, of {self.total_memory_gb:.0f} GB ({self.device})\n"
             f"{self.steps} steps and measuring twice: about {human_time(self.total_s)}; nothing was kept"
         )
 
@@ -189,6 +189,8 @@ def is_run(path: Path) -> bool:
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run; DataError when it is not one."""
     path = as_path(path, "path")
+    if not path.exists():
+        raise DataError(f"{path} does not exist: name the folder of a run")
     if not is_run(path):
         raise DataError(f"{path} is not a run: it has no {CONFIG} that this user can read")
     return Run(path)

@@ -294,10 +294,10 @@ def test_a_dry_run_tells_the_gpus_memory(
     torch.cuda.reset_peak_memory_stats()
     told = jepakit.dry_run(images, backbone="test_vit", weights=str(weights_file("test_vit")), **TINY, **SHORT)
     assert told.device == "cuda"
-    assert told.memory_gb == pytest.approx(torch.cuda.get_device_properties(0).total_memory / 1e9)
+    assert told.total_memory_gb == pytest.approx(torch.cuda.get_device_properties(0).total_memory / 1e9)
     torch.cuda.reset_peak_memory_stats()
     run = adapt(tmp_path / "run")
-    assert told.peak_memory_gb == pytest.approx(run.metrics()[-1]["memory_gb"], rel=0.2, abs=0.002)
+    assert told.peak_memory_gb == pytest.approx(run.metrics()[-1]["peak_memory_gb"], rel=0.2, abs=0.002)
 
 
 def test_more_processes_than_gpus_are_refused(adapt: Adapt, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_setting_in_another_group_than_its_own_is_told_where_it_belongs() -> N
 def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, meant: str) -> None:
     message = complaint(views={typo: 0.1})
     assert f"unknown setting 'views.{typo}'" in message
-    assert f"did you mean {meant}" in message
+    assert f"did you mean views.{meant}" in message
 
 
 @pytest.mark.parametrize(

@@ -527,7 +527,7 @@ def test_a_request_that_ray_cancels_for_its_client_left_is_counted(bundle: Path)
     asyncio.run(leave())
     text = merge({"r": gate.replica.metrics.families()}).decode()
     assert 'jepakit_requests_total{replica="r",route="/v1/embeddings",status="499"} 1.0' in text
-    assert 'jepakit_refused_total{reason="disconnected",replica="r"} 1.0' in text
+    assert 'jepakit_refused_total{code="disconnected",replica="r"} 1.0' in text
     assert gate.in_flight == 0
 
 

@@ -1101,7 +1101,7 @@ def test_a_slow_model_refuses_nothing_of_its_only_client(bundle: Path, kind: typ
         assert told["limits"]["max_images_in_time"] == 8
         found = asked(kind, url, lambda client: client.embed([picture(0)] * 64, progress=False))
         assert len(found) == 64
-        refused = re.findall(r'refused_total\{reason="overloaded"[^}]*\} (\S+)', httpx.get(f"{url}/metrics").text)
+        refused = re.findall(r'refused_total\{code="overloaded"[^}]*\} (\S+)', httpx.get(f"{url}/metrics").text)
         assert refused == ["0.0"]
 
 

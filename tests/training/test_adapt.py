@@ -152,7 +152,7 @@ def test_a_run_explains_itself(finished: Callable[[str], Run], backbone: str, im
     assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
     assert set(run.metrics()[0]) == {
         "step", "loss", "prediction", "sigreg", "grad_norm", "lr", "images_per_s", "data_wait", "proj_std", "proj_rank",
-        "memory_gb",
+        "peak_memory_gb",
     }  # fmt: skip
     for part in (START, BUNDLE):
         bundle = jepakit.open_bundle(run.path / part)

@@ -54,7 +54,7 @@ def test_a_dry_run_says_what_the_run_would_take_and_keeps_nothing(
     assert estimate.warmup_step_s > 0
     assert estimate.step_s > 0
     assert total == pytest.approx(5 * estimate.warmup_step_s + 45 * estimate.step_s + estimate.measuring_s)
-    assert 0.1 < estimate.peak_memory_gb < estimate.memory_gb
+    assert 0.1 < estimate.peak_memory_gb < estimate.total_memory_gb
     assert list(tmp_path.iterdir()) == []
     assert "nothing was kept" in str(estimate)
 

@@ -112,7 +112,7 @@ def assert_same(run: Run, expected: Run) -> None:
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
     assert run.comparison == expected.comparison
     assert run.bundle.manifest.model_id == expected.bundle.manifest.model_id
-    timed = ("images_per_s", "data_wait", "memory_gb")
+    timed = ("images_per_s", "data_wait", "peak_memory_gb")
     rows, wanted_rows = (
         [{key: value for key, value in row.items() if key not in timed} for row in each.metrics()]
         for each in (run, expected)

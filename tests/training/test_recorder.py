@@ -15,7 +15,7 @@ VALUES = {
     "sigreg": 4.25,
     "images_per_s": 81.4,
     "data_wait": 0.083,
-    "memory_gb": 3.21,
+    "peak_memory_gb": 3.21,
 }
 
 

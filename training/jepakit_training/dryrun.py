@@ -58,7 +58,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
             step_s=step_s,
             measuring_s=measuring_s,
             peak_memory_gb=peak_gb(device) + queued_gb,
-            memory_gb=memory_gb(device),
+            total_memory_gb=memory_gb(device),
             device=device.type,
         )
 

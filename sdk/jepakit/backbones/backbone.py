@@ -226,6 +226,8 @@ def _constructor_arguments(kind: type) -> set[str]:
 
 
 def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
+    from huggingface_hub import constants
+
     module = build(name, arguments)
     if not (module.pretrained_cfg.get("hf_hub_id") or module.pretrained_cfg.get("url")):
         raise BackboneError(
@@ -237,8 +239,9 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
                 raise ConnectionError
             return timm.create_model(name, pretrained=True, num_classes=0, **arguments)
     except Exception as error:  # hub clients raise whatever their HTTP library does
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise BackboneError(
-            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}) from "
+            f"the pretrained weights of {name} could not be fetched ({reason}) from "
             f"{_address(module.pretrained_cfg)}: on another machine run `jepakit weights fetch {name} --out FILE`, or fetch its "
             f"model.safetensors or pytorch_model.bin, and give weights=FILE here (to export, {name}:FILE)"
         ) from None
@@ -246,8 +249,10 @@ def _build_pretrained(name: str, arguments: dict[str, Any]) -> Any:
 
 def _address(config: dict[str, Any]) -> str:
     """The URL of a backbone's pretrained weights, for people."""
+    from huggingface_hub import constants
+
     hub = config.get("hf_hub_id")
-    return f"https://huggingface.co/{hub.split('@')[0]}" if hub else str(config["url"])
+    return f"{constants.ENDPOINT}/{hub.split('@')[0]}" if hub else str(config["url"])
 
 
 @contextmanager

@@ -227,8 +227,12 @@ def open_bundle(path: Bundle | str | Path) -> Bundle:
     except (FileNotFoundError, NotADirectoryError):
         if not path.exists():
             raise BundleError(f"{path} is not a bundle: there is no such folder") from None
-        hint = f"; did you mean {path / 'bundle'}?" if is_bundle(path / "bundle") else ""
-        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}{hint}") from None
+        if is_bundle(path / "bundle"):
+            raise BundleError(
+                f"{path} is a run, not a bundle: for vectors, export it (jepakit export {path} --out bundles/{path.name}); as weights to "
+                f"start from, give {path / 'bundle'}"
+            ) from None
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{file} cannot be read: {reason_of(error)}") from None
     manifest = parse_manifest(text, file)

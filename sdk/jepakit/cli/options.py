@@ -11,7 +11,7 @@ DOMAINS = "general, natural, satellite, histology, radiology, microscopy, multis
 TILE = "side length, in pixels, of the tiles that large images are cut into"
 OVERLAP = "overlap of neighbouring tiles, in pixels"
 FRAME = "for multi-frame files: the number of the frame, from 0, or each"
-VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-brain, ct-soft-tissue, ct-lung, ct-bone, or LOW:HIGH"
+VALUE_RANGE = "for images that are not 8-bit: auto, file (DICOM's own window), ct-brain, ct-soft-tissue, ct-lung, ct-bone, or LOW:HIGH [auto]"
 
 Images = Annotated[
     list[str],
@@ -29,7 +29,7 @@ Resize = Annotated[
 ]
 StepCount = Annotated[int | None, typer.Option(help="optimizer steps [300, or one epoch if that is more]")]
 Tile = Annotated[int | None, typer.Option(help=TILE)]
-Overlap = Annotated[int | None, typer.Option(help=OVERLAP)]
+Overlap = Annotated[int | None, typer.Option(help=f"{OVERLAP} [0]")]
 Frame = Annotated[str | None, typer.Option(help=FRAME)]
 ValueRange = Annotated[str | None, typer.Option(help=VALUE_RANGE)]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; options on the command line override it")]

@@ -177,7 +177,7 @@ def sweep(
     for key, values in map(to_vary, vary):
         varied.setdefault(key, []).extend(values)
     if dry_run:
-        _print_estimates(dry_sweep(source(images), out=out, vary=varied, **settings), as_json=as_json)
+        _print_estimates(out, dry_sweep(source(images), out=out, vary=varied, **settings), as_json=as_json)
         return
     with exiting_when_stopped():
         found = run_sweep(source(images), out=out, vary=varied, **settings)
@@ -254,7 +254,9 @@ def _print_exports(run: Run, verdict: Verdict, name: str) -> None:
 
 def _report_sweep(found: Sweep, *, as_json: bool) -> None:
     if as_json:
-        runs = [{"name": name, **_as_json(run), "loss": found.losses.get(name)} for name, run in found.runs.items()]
+        runs = {
+            name: {**_as_json(run), "scaled_loss": found.scaled_losses.get(name)} for name, run in found.runs.items()
+        }
         show(
             json.dumps(
                 {
@@ -271,11 +273,11 @@ def _report_sweep(found: Sweep, *, as_json: bool) -> None:
     _print_exports(found.best, found.verdict, found.path.name)
 
 
-def _print_estimates(estimates: dict[str, DryRun], *, as_json: bool) -> None:
+def _print_estimates(out: str, estimates: dict[str, DryRun], *, as_json: bool) -> None:
     total_s = sum(each.total_s for each in estimates.values())
     if as_json:
         runs = {name: each.model_dump() for name, each in estimates.items()}
-        show(json.dumps({"runs": runs, "total_s": total_s}))
+        show(json.dumps({"sweep": out, "runs": runs, "total_s": total_s}))
         return
     for name, each in estimates.items():
         show(

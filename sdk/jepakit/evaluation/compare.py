@@ -30,14 +30,16 @@ def compare(
     Each image is judged by probes fitted on the others, in five folds; docs/verdict.md explains the interval. Print the
     result for a table. Use images that neither model was trained on.
 
-    Raises DataError if the two do not hold the same images with the same labels, if there are no labels, or if `groups`
-    does not fit.
+    Raises DataError if the two do not hold the same images with the same labels, if there are no labels, if a vector is not
+    finite, or if `groups` or `names` do not fit.
     """
     for given in (first, second):
         if not isinstance(given, Embeddings):
             raise DataError(
                 f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, from `embed` or Embeddings.load(FILE)"
             )
+    if names is not None and (isinstance(names, str) or len(names) != 2):
+        raise DataError(f"names = {names!r}: give two names, of the first and the second model")
     if not len(first):
         raise DataError("there are no embeddings to compare")
     # By name, as the draw of the folds goes by row.

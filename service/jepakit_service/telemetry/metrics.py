@@ -39,7 +39,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.refused = Counter("jepakit_refused", "Refused requests, by reason", ("reason",), registry=self.registry)
+        self.refused = Counter("jepakit_refused", "Refused requests, by code", ("code",), registry=self.registry)
         for reason in _ALARMING:  # a counter that only appears with its first refusal shows no rate
             self.refused.labels(reason)
         self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)

@@ -87,7 +87,7 @@ class Recorder:
             **_numbers(outcome, self.accelerator),
             "lr": self.plan.lr * self.plan.backbone_ramp(step),
             **self.clock.rates(),
-            "memory_gb": round(peak_gb(self.accelerator.device), 3),
+            "peak_memory_gb": round(peak_gb(self.accelerator.device), 3),
         }
 
 
@@ -115,7 +115,7 @@ def describe(values: Mapping[str, float]) -> str:
     return (
         f"loss {values['loss']:.4f}  prediction {values['prediction']:.4f}  sigreg {values['sigreg']:.2f} (floor {FLOOR})  "
         f"{values['images_per_s']:.0f} images/s  data wait {values['data_wait']:.0%}  "
-        f"peak memory {values['memory_gb']:.1f} GB"
+        f"peak memory {values['peak_memory_gb']:.1f} GB"
     )
 
 
