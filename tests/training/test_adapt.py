@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.training.runs import TINY, Adapt, adapting, stopping_in_step, weights_of
 from torch import Tensor
@@ -799,6 +801,20 @@ def test_a_folder_that_is_no_run_is_left_alone(adapt: Adapt, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="is not empty and is not a run"):
         adapt(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_that_the_ends_of_long_images_go_unseen_is_told_unless_they_are_squashed(
+    adapt: Adapt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (20, 40, 160, 3), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    told = "20 of 20 images are long, such as 160 × 40, of which the model sees the middle 25%"
+    adapt(tmp_path / "run", folder=folder, steps=1)
+    assert told in capsys.readouterr().err
+    adapt(tmp_path / "other", folder=folder, steps=1, resize="squash")
+    assert "are long" not in capsys.readouterr().err
 
 
 def test_any_name_of_a_folder_will_do(adapt: Adapt, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from jepakit.bundles.manifest import Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
-from jepakit_training.data.doubts import doubts
+from jepakit_training.data.doubts import doubts, unseen_ends
 from jepakit_training.data.scan import Scan, sampled, scan
 from jepakit_training.data.values import choose_preprocess, chosen_frame, value_notes
 from jepakit_training.pictures.rows import bands_shown
@@ -33,8 +33,6 @@ _SAME_BITS = 10  # of 256: photographs of the same part differ by less, other im
 _TILE_ABOVE = 4
 _SMALL_SIDE = 96
 _FAINT = 0.02
-_LONG, _MOST_LONG = 2, 0.05
-"""The ratio of an image's sides from which on most of it goes unseen, and the share of such images that goes unsaid."""
 
 
 def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspection:
@@ -188,17 +186,7 @@ def _unseen(found: Scan, largest: tuple[int, int], config: AdaptConfig) -> list[
         return [
             f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {size}: cut them into tiles, tile={2 * size}"
         ]
-    if config.resize == "squash":
-        return []
-    long = [one.size for one in found.seen if max(one.size) > _LONG * min(one.size)]
-    if len(long) <= _MOST_LONG * len(found.seen):
-        return []
-    width, height = sorted(long, key=lambda size: max(size) / min(size))[len(long) // 2]
-    return [
-        f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
-        f"{min(width, height) / max(width, height):.0%}: resize=squash shows it all of them, distorted; or cut them into tiles, "
-        f"tile={min(width, height)}"
-    ]
+    return [] if config.resize == "squash" else unseen_ends(found)
 
 
 def _crossing(images: ImageList, pairs: Sequence[tuple[int, int]]) -> list[str]:

@@ -22,7 +22,7 @@ from jepakit.run import Run
 from jepakit.sources import ImageList
 from jepakit_training.data.batches import ViewDataset
 from jepakit_training.data.cache import open_cache
-from jepakit_training.data.doubts import doubts
+from jepakit_training.data.doubts import doubts, unseen_ends
 from jepakit_training.data.values import choose_preprocess, describe_values, look_at
 from jepakit_training.data.views import ViewMaker
 from jepakit_training.learning.model import layout_of
@@ -85,6 +85,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
             _where(accelerator.device),
             *describe_values(found, spec, images.ids),
             *doubts(images, found),
+            *(unseen_ends(found) if spec.resize == "shorter" and spec.tile is None else ()),
             *plan.notes,
         )
         for note in filter(None, notes):

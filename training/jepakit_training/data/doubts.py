@@ -17,6 +17,8 @@ _SHARDS = (".tar", ".zip")
 _COMPANION = re.compile(rf"[ _.-](ground_truth|{'|'.join(BESIDE)})$", re.I)
 _CHANNEL = re.compile(r"[ _.-](w\d|ch\d+|b\d{1,2}a?|red|green|blue|yellow|nir|dapi)$", re.I)
 _MOST_COMPANIONS = 0.2
+_LONG, _MOST_LONG = 2, 0.05
+"""The ratio of an image's sides from which on most of it goes unseen, and the share of such images that goes unsaid."""
 
 
 def doubts(images: ImageList, found: Scan) -> list[str]:
@@ -27,6 +29,19 @@ def doubts(images: ImageList, found: Scan) -> list[str]:
         *_companions(names),
         *_several_contents(images, found),
         *_doubtful_pixels(images, found),
+    ]
+
+
+def unseen_ends(found: Scan) -> list[str]:
+    """What the model does not see of long images where it is fed their middle, and what to do; empty if there are few."""
+    long = [one.size for one in found.seen if max(one.size) > _LONG * min(one.size)]
+    if len(long) <= _MOST_LONG * len(found.seen):
+        return []
+    width, height = sorted(long, key=lambda size: max(size) / min(size))[len(long) // 2]
+    return [
+        f"{len(long)} of {len(found.seen)} images are long, such as {width} × {height}, of which the model sees the middle "
+        f"{min(width, height) / max(width, height):.0%}: resize=squash shows it all of them, distorted; or cut them into tiles, "
+        f"tile={min(width, height)}"
     ]
 
 
