@@ -133,7 +133,7 @@ def one_set(words: str) -> tuple[Path, str]:
     folder, _, domain = words.rpartition("=")
     if not all((Path(folder) / side).is_dir() for side in ("train", "test")):
         raise argparse.ArgumentTypeError(f"{words}: give FOLDER=DOMAIN, where FOLDER holds train/ and test/")
-    return Path(folder), domain
+    return Path(folder).resolve(), domain
 
 
 def main() -> None:
@@ -150,6 +150,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.sets or options.quick):
         parser.error("give FOLDER=DOMAIN at least once, or --quick")
+    if len({images.name for images, _ in options.sets}) < len(options.sets):
+        parser.error("two folders have the same name, by which their runs are called")
     settings = {
         "backbone": options.backbone,
         "weights": options.weights,

@@ -20,6 +20,7 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
+from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -275,9 +276,17 @@ def test_the_job_deploys_into_the_folder_that_the_service_watches(kubernetes: An
     assert allowed["ports"] == [{"port": 8000}]
 
 
-def check_counted(expression: str) -> None:
-    """Assert that a PromQL expression uses metrics, and only those of the service or NVIDIA's exporter."""
-    counted = {family.name for family in Metrics().families()}
+def check_counted(expression: str, shown: str = "") -> None:
+    """Assert that a PromQL expression uses metrics, and only those of the service or NVIDIA's exporter, and labels that they
+    have; and that those in `shown`, its text for people, are left by it."""
+    metrics = Metrics()
+    counted = {family.name for family in metrics.families()}
+    labels = {
+        label for one in vars(metrics).values() if isinstance(one, MetricWrapperBase) for label in one._labelnames
+    }
+    kept = {label for words in re.findall(r"by \(([^)]*)\)", expression) for label in words.split(", ")}
+    assert kept <= labels | {"replica", "le", "gpu", "name"}, expression
+    assert not kept or set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", shown)) <= kept, shown
     names = re.findall(r"\b(?:jepakit|process|DCGM)_\w+", expression)
     assert names
     for name in names:
@@ -289,8 +298,8 @@ def check_counted(expression: str) -> None:
 def test_alerts_ask_for_what_the_service_counts_and_their_numbers_are_the_shipped_ones(compose: Any) -> None:
     (group,) = yaml.safe_load((ROOT / "docker" / "prometheus" / "rules.yml").read_text())["groups"]
     alerts = {rule["alert"]: rule["expr"] for rule in group["rules"]}
-    for expression in alerts.values():
-        check_counted(expression)
+    for rule in group["rules"]:
+        check_counted(rule["expr"], rule["annotations"]["summary"])
     for expression in re.findall(r"`(\w[^`]*\[5m\][^`]*)`", (ROOT / "docs" / "operate.md").read_text()):
         check_counted(expression)
     documented = re.findall(r"^\| `(Jepakit\w+)` \|", (ROOT / "docs" / "operate.md").read_text(), re.MULTILINE)
@@ -315,7 +324,7 @@ def test_the_dashboard_asks_for_what_the_service_counts_and_no_panel_lies_on_ano
         assert max(x for x, _ in mine) < 24
         cells |= mine
         for target in panel["targets"]:
-            check_counted(target["expr"])
+            check_counted(target["expr"], target["legendFormat"])
             assert panel["type"] != "stat" or target["instant"], (
                 "the last value of an hour hides that there is none now"
             )

@@ -99,6 +99,17 @@ def test_the_shell_lines_ask_for_what_the_python_lines_do(monkeypatch: pytest.Mo
         AdaptConfig(images="scans", **chosen)
 
 
+OWN = 'import jepakit; print(abs(jepakit.load("bundles/scans").embed(["one.jpg"]).vectors - vectors).max() < 1e-5)'
+
+
+@pytest.mark.parametrize("resize", ["shorter", "squash"])
+def test_a_program_without_jepakit_can_feed_a_long_image_as_the_bundle_says(tmp_path: Path, resize: Any) -> None:
+    jepakit.export("mobilenetv2_050:random", tmp_path / "bundles/scans", image_size=64, resize=resize)
+    Image.effect_noise((288, 96), 80).convert("RGB").save(tmp_path / "one.jpg")
+    plain, _ = re.findall(r"```python\n(.*?)```", EXPORT, re.DOTALL)
+    assert run([sys.executable, "-c", plain + OWN], tmp_path).endswith("True\n")
+
+
 def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     (tmp_path / "scans").symlink_to(images)
     (tmp_path / "labelled").mkdir()
@@ -119,8 +130,7 @@ def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     fewer = adapt.replace("steps=300", "steps=2, image_size=64, batch_size=16")
     assert fewer != adapt
     assert "points" in run([sys.executable, "-c", fewer], tmp_path)
-    own = 'import jepakit; print(abs(jepakit.load("bundles/scans").embed(["one.jpg"]).vectors - vectors).max() < 1e-5)'
-    out = run([sys.executable, "-c", f"{plain}{own}\n{check}"], tmp_path)
+    out = run([sys.executable, "-c", f"{plain}{OWN}\n{check}"], tmp_path)
     assert re.search(r"^\(1, \d+\)\nTrue\nrelative error \d(\.\d+)?e-0[5-9]$", out, re.MULTILINE), out
 
     (compare,) = re.findall(r"`jepakit (compare .*?)`", README)

@@ -152,6 +152,7 @@ def _export(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size:
 def _strip(model: ir.Model) -> None:
     """Drop doc strings and metadata (stack traces with paths of this machine), and operator sets that no node uses: the
     quantiser declares many more."""
+    model.doc_string = None
     ClearMetadataAndDocStringPass()(model)
     RemoveUnusedOpsetsPass()(model)
     parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]

@@ -103,8 +103,8 @@ def _words(where: str, detail: ErrorDetails, model: type[BaseModel]) -> tuple[st
         root = model
         for parent in parents:
             model = _group(model, parent) or model
-        known = [".".join([*parents, name]) for name in model.model_fields]
-        hint = _elsewhere(last, parents, root) or did_you_mean(where, known)
+        within = "".join(f"{parent}." for parent in parents)
+        hint = _elsewhere(last, parents, root) or did_you_mean(last, model.model_fields, within=within)
         return "", f"unknown setting {where!r}{hint}"
     if detail["type"] == "missing" and not isinstance(detail["loc"][-1], int):
         return "", f"setting {where!r} is missing"

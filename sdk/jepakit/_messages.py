@@ -9,11 +9,14 @@ _MEANT = {"gpu": "cuda"}
 """What a word means that is spelt more like another one."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean a, b?"` with the known words closest to `word`, or an empty string."""
+def did_you_mean(word: str, known: Iterable[str], *, within: str = "") -> str:
+    """`"; did you mean a, b?"` with the known words closest to `word`, or an empty string.
+
+    within  what each of them is to be written behind, such as `views.`
+    """
     known = list(known)
     nearest = [_MEANT[word]] if _MEANT.get(word) in known else difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(nearest)}?" if nearest else ""
+    return f"; did you mean {', '.join(within + one for one in nearest)}?" if nearest else ""
 
 
 def counted(number: int, thing: str) -> str:

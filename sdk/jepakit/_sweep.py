@@ -235,7 +235,7 @@ def _basis(run: Run) -> dict[str, object]:
     return {
         "start weights": manifest.files[WEIGHTS],
         "images": manifest.provenance.data_digest,
-        **{name: run.config.get(name) for name in _SHARED},
+        **{name: run.config.get(name, AdaptConfig.model_fields[name].default) for name in _SHARED},
     }
 
 

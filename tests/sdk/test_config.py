@@ -106,6 +106,7 @@ def test_a_misspelt_setting_of_the_views_suggests_one_of_the_views(typo: str, me
     message = complaint(views={typo: 0.1})
     assert f"unknown setting 'views.{typo}'" in message
     assert f"did you mean views.{meant}" in message
+    assert "did you mean" not in complaint(views={"mirror": 0.1}), "nothing is like it but for the group"
 
 
 @pytest.mark.parametrize(

@@ -811,10 +811,12 @@ def test_that_the_ends_of_long_images_go_unseen_is_told_unless_they_are_squashed
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (20, 40, 160, 3), np.uint8)):
         Image.fromarray(pixels).save(folder / f"{number}.png")
     told = "20 of 20 images are long, such as 160 × 40, of which the model sees the middle 25%"
-    adapt(tmp_path / "run", folder=folder, steps=1)
+    plain = adapt(tmp_path / "plain", folder=folder, steps=2)
     assert told in capsys.readouterr().err
-    adapt(tmp_path / "other", folder=folder, steps=1, resize="squash")
+    squashed = adapt(tmp_path / "squashed", folder=folder, steps=2, resize="squash")
     assert "are long" not in capsys.readouterr().err
+    pairs = zip(weights_of(plain).values(), weights_of(squashed).values(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs), "views are squashed, too"
 
 
 def test_any_name_of_a_folder_will_do(adapt: Adapt, tmp_path: Path) -> None:

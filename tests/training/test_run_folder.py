@@ -313,6 +313,9 @@ def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begi
     assert folder() == folder("./set") == Path("runs/set-2001-01-04")
     Path("runs/set-2001-01-04", BUNDLE).mkdir()
     assert folder() == Path("runs/set-2001-01-04"), "finished, and only reported"
+    config = Path("runs/set-2001-01-04/config.toml")
+    config.write_text(config.read_text().replace('resize = "auto"\n', ""))
+    assert folder() == Path("runs/set-2001-01-04"), "though its version did not know a setting"
     assert folder(seed=1) == Path("runs/set-2001-01-03")
     assert folder(seed=2) == today
     assert folder(out="here") == Path("here")

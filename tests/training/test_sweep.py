@@ -208,6 +208,15 @@ def test_runs_on_other_images_or_held_out_otherwise_are_refused_before_training(
     assert sorted(path.name for path in copied.iterdir()) == sorted(LAMBDAS)
 
 
+def test_a_run_whose_version_did_not_know_a_setting_is_compared_with_others(copied: Path, start: Start) -> None:
+    config = next(copied.iterdir()) / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace('resize = "auto"\n', ""))
+    assert config.read_text() != text
+    assert len(jepakit.open_sweep(copied).runs) == len(LAMBDAS)
+    assert len(start(copied, {"lamb": [0.1]}).runs) == len(LAMBDAS) + 1
+
+
 def test_runs_from_other_weights_are_not_compared(
     copied: Path, start: Start, weights_file: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ def compare(
             raise DataError(
                 f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, from `embed` or Embeddings.load(FILE)"
             )
-    if names is not None and (isinstance(names, str) or len(names) != 2):
+    if names is not None and not (isinstance(names, list | tuple) and len(names) == 2):
         raise DataError(f"names = {names!r}: give two names, of the first and the second model")
     if not len(first):
         raise DataError("there are no embeddings to compare")

@@ -54,8 +54,8 @@ class Archives:
     @classmethod
     def of(cls, paths: Sequence[str], names: Sequence[str], members: Sequence[Sequence[Member]]) -> Archives:
         """Build from one list of members per path; `names` are those of the members, in that order."""
-        rows = [(number, *member[1:]) for number, each in enumerate(members) for member in each]
-        return cls(tuple(paths), tuple(names), np.array(rows, _MEMBER))
+        rows = ((number, *member[1:]) for number, each in enumerate(members) for member in each)
+        return cls(tuple(paths), tuple(names), np.fromiter(rows, _MEMBER))
 
     def __len__(self) -> int:
         return len(self.names)

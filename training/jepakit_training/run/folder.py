@@ -8,10 +8,9 @@ import os
 import platform
 import socket
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import tomli_w
@@ -120,9 +119,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
     if _has_begun(out):
         # The tensors of an unfinished run's weights are compared before it goes on (`bundles.check_start`).
         unfinished = not (out / BUNDLE).exists()
-        # A finished run is only reported: it need not have settings that its version did not know.
-        unknown = {} if unfinished else _defaults(config)
-        if changed := _changed_settings(out, _as_toml(config), weights_may_move=unfinished, unknown=unknown):
+        if changed := _changed_settings(out, config, weights_may_move=unfinished):
             other = _other_version(out)
             by = f" by jepakit {other}, and this is {versions()['jepakit']}" if other else ""
             raise ConfigError(f"{out} was started with other settings ({'; '.join(changed)}){by}; {_go_on(out)}")
@@ -207,14 +204,13 @@ def _has_begun(out: Path) -> bool:
 
 def find_begun(folders: Iterable[Path], config: AdaptConfig, images: ImageList) -> Path | None:
     """The first of `folders` that holds a run of the same settings and images, finished or not."""
-    settings = _as_toml(config)
-    return next((out for out in folders if _is_same_run(out, settings, images)), None)
+    return next((out for out in folders if _is_same_run(out, config, images)), None)
 
 
-def _is_same_run(out: Path, settings: str, images: ImageList) -> bool:
+def _is_same_run(out: Path, config: AdaptConfig, images: ImageList) -> bool:
     try:
         return (
-            not _changed_settings(out, settings, weights_may_move=False)
+            not _changed_settings(out, config, weights_may_move=False)
             and _environment(out).get("data") == images.digest()
         )
     except DataError:
@@ -268,19 +264,17 @@ def _other_version(out: Path) -> str:
     return "" if then == versions()["jepakit"] else str(then)
 
 
-def _changed_settings(
-    out: Path, settings: str, *, weights_may_move: bool, unknown: Mapping[str, Any] = MappingProxyType({})
-) -> list[str]:
-    """How `settings` differ from those that the run in `out` was started with, in words.
+def _changed_settings(out: Path, config: AdaptConfig, *, weights_may_move: bool) -> list[str]:
+    """How the settings differ from those that the run in `out` was started with, in words.
 
     weights_may_move  whether another path of the weights does not count as a difference
-    unknown           values of settings that the run's config.toml lacks
 
     Raises DataError if its config.toml is missing or damaged.
     """
-    both = _read(out / CONFIG, tomllib.loads), tomllib.loads(settings)
+    both = _read(out / CONFIG, tomllib.loads), tomllib.loads(_as_toml(config))
     before, now = (_compared(each, weights_may_move=weights_may_move) for each in both)
-    before = {**unknown, **before}
+    if (out / BUNDLE).exists():  # it is only reported: it need not have settings that its version did not know
+        before = {**_defaults(config), **before}
     return [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*before, *now})
