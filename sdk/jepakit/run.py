@@ -16,6 +16,7 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tomllib
 from collections.abc import Callable
@@ -189,8 +190,9 @@ def is_run(path: Path) -> bool:
 def open_run(path: str | Path) -> Run:
     """Open the folder of a run; DataError when it is not one."""
     path = as_path(path, "path")
-    if not path.exists():
-        raise DataError(f"{path} does not exist: name the folder of a run")
-    if not is_run(path):
-        raise DataError(f"{path} is not a run: it has no {CONFIG} that this user can read")
-    return Run(path)
+    if is_run(path):
+        return Run(path)
+    with contextlib.suppress(PermissionError):  # up to Python 3.13
+        if not path.exists():
+            raise DataError(f"{path} does not exist: name the folder of a run")
+    raise DataError(f"{path} is not a run: it has no {CONFIG} that this user can read")

@@ -545,6 +545,8 @@ def test_what_cannot_be_read_is_not_said_to_be_no_run(closed: Path, tmp_path: Pa
         jepakit.export(closed / "run", tmp_path / "out", which="best")
     with pytest.raises(DataError, match=r"is not a run: it has no config\.toml that this user can read"):
         jepakit.open_run(closed / "run")
+    with pytest.raises(DataError, match=r"nowhere does not exist: name the folder of a run"):
+        jepakit.open_run(tmp_path / "nowhere")
 
 
 def test_a_missing_weights_file_is_said_to_be_missing(tmp_path: Path) -> None:
