@@ -169,4 +169,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except jepakit.JepakitError as error:
+        sys.exit(f"error: {error}")
