@@ -141,6 +141,8 @@ class Gate:
             await self._app(scope, _replay(body, receive), send)
         except ApiError as error:
             state["code"] = error.code
+            error.__traceback__ = None  # it would keep what has been read, while the rest is still to come
+            held.give_back()
             # While its body is unread, a connection cannot be used again.
             state["unread"] = not ("bytes" in state or (error.status in _COME_BACK and await _discard(receive)))
             await send_error(send, error, scope, ended=not state["unread"])
@@ -255,8 +257,9 @@ class _Held:
         self._size += more
 
     def give_back(self) -> None:
-        """The body has been answered."""
+        """The body is no longer held: it has been answered or refused."""
         self._room.taken -= self._size
+        self._size = 0
 
 
 def _refuse_other_sites(headers: Headers) -> None:
