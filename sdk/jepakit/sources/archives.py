@@ -61,8 +61,7 @@ class Archives:
         return len(self.names)
 
     def image(self, index: int) -> ImageSource:
-        name = self.names[index]
-        _, _, stored, size, kind, crc = self.members[index].item()
+        _, (name, _, stored, size, kind, crc) = self._member(index)
         check_encoded(name, size, DEFAULT_LIMITS)
         check_ratio(name, size, stored, DEFAULT_LIMITS)
         try:
@@ -80,28 +79,33 @@ class Archives:
         return data
 
     def stamp(self, index: int) -> str | None:
-        archive, offset, _, size, *_ = self.members[index].item()
-        return stamp_of(self.paths[archive], offset, size)
+        path, member = self._member(index)
+        return stamp_of(path, member.offset, member.size)
 
     def fingerprint(self, index: int) -> bytes:
-        _, _, stored, size, *_ = self.members[index].item()
+        _, member = self._member(index)
         try:
-            return b"%d\0" % size + self._read(index, min(SAMPLE_BYTES, stored))
+            return b"%d\0" % member.size + self._read(index, min(SAMPLE_BYTES, member.stored))
         except OSError:
             return b"unreadable"
 
+    def _member(self, index: int) -> tuple[str, Member]:
+        """A member, and the path of the archive that holds it."""
+        archive, *rest = self.members[index].item()
+        return self.paths[archive], Member(self.names[index], *rest)
+
     def _read(self, index: int, count: int) -> bytes:
         """The first `count` bytes of a member, as stored."""
-        archive, offset, _, _, kind, _ = self.members[index].item()
-        with Path(self.paths[archive]).open("rb") as file:
-            file.seek(offset)
-            if kind != TAR:
+        path, member = self._member(index)
+        with Path(path).open("rb") as file:
+            file.seek(member.offset)
+            if member.kind != TAR:
                 # The local header repeats the name, and its extra fields may differ from the directory's.
                 header = file.read(_ZIP_HEADER.size)
                 if len(header) < _ZIP_HEADER.size or not header.startswith(b"PK\3\4"):
                     raise OSError("the ZIP's directory points elsewhere")
                 _, name_bytes, extra_bytes = _ZIP_HEADER.unpack(header)
-                file.seek(offset + _ZIP_HEADER.size + name_bytes + extra_bytes)
+                file.seek(member.offset + _ZIP_HEADER.size + name_bytes + extra_bytes)
             return file.read(count)
 
 
