@@ -60,10 +60,10 @@ class Embeddings:
         """Take floats [N, D] of any precision, and N ids and labels; DataError if they do not fit together."""
         if not isinstance(model_id, str):
             raise DataError(f"model_id = {model_id!r}: give the text that names the model, such as its model_id")
-        for name, words in (("ids", ids), ("labels", labels)):
+        for name, words in (("ids", ids), ("labels", () if labels is None else labels)):
             if isinstance(words, str):
                 raise DataError(f"{name} = {words[:40]!r}: give one for each vector, not a single text")
-            if not isinstance(words, Iterable) and not (name == "labels" and words is None):
+            if not isinstance(words, Iterable):
                 raise DataError(f"{name} = {words!r}: give one for each vector")
         # Tuples, since a pandas Series is indexed by its own labels and an array has no truth value.
         names, classes = tuple(map(_id, ids)), None if labels is None else tuple(labels)

@@ -253,7 +253,7 @@ def test_a_report_with_an_image_that_lacks_a_band_is_json_and_tells_faint_images
     faint[:, :, 3] = 0
     write_with_nodata(folder / "b", [faint])
     listed = list_images(folder, "none")
-    seen = report(listed, scan(listed, progress=False), AdaptConfig(images="images", image_size=32))
+    seen = report(listed, scan(listed, progress=False), AdaptConfig(images="images", image_size=32), STOCK)
     assert len(seen.low) == len(seen.high) == 4
     json.dumps(seen.model_dump(mode="json"), allow_nan=False)
     if dtype == "uint16":
@@ -300,7 +300,7 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
 def test_the_report_says_what_a_person_would_ask(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", noise(5, (1000, 1200), 0, 4000, "uint16"))
     images = list_images(folder, "none")
-    seen = report(images, scan(images, progress=False), AdaptConfig(images="images"))
+    seen = report(images, scan(images, progress=False), AdaptConfig(images="images"), STOCK)
     text = str(seen)
     assert "uint16 pixels of 1 band" in text
     assert "1200 × 1000" in text
@@ -314,7 +314,7 @@ def test_a_report_holds_names_that_are_not_utf_8_as_json_can(tmp_path: Path) -> 
     folder = write(tmp_path / os.fsdecode(b"a\xfe"), noise(3, (40, 40), 0, 4000, "uint16"))
     (folder / name).write_bytes(b"rubbish")
     listed = list_images(folder, "none")
-    seen = report(listed, scan(listed, progress=False), AdaptConfig(images="images", image_size=32))
+    seen = report(listed, scan(listed, progress=False), AdaptConfig(images="images", image_size=32), STOCK)
     (unreadable,) = json.loads(seen.model_dump_json())["unreadable"]
     assert unreadable["id"] == r"bad\udcfe.tif"
     assert r"bad\udcfe.tif" in str(seen)
@@ -483,7 +483,7 @@ def test_near_duplicates_of_two_classes_groups_or_sides_of_the_split_are_told(tm
         "2 of 3 pairs of near-duplicates, e.g. b.png ~ b2.png, are in different groups",
         "1 of 3 pairs of near-duplicates, e.g. a.png ~ a2.png, lie on both sides of the split",
     ]
-    seen = report(list_images(tmp_path / "m.csv"), look(tmp_path), AdaptConfig(images="images", image_size=32))
+    seen = report(list_images(tmp_path / "m.csv"), look(tmp_path), AdaptConfig(images="images", image_size=32), STOCK)
     assert [words.partition(":")[0] for words in seen.advice if "near-dup" in words] == told
 
 
@@ -523,7 +523,7 @@ def test_dicom_images_of_several_kinds_are_counted(tmp_path: Path) -> None:
 def test_images_of_one_group_are_told_before_training(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", noise(5, (40, 40), 0, 3000, "uint16"))
     listed = list_images(folder, "none", group="folder")
-    seen = report(listed, scan(listed, progress=False), AdaptConfig(images="images", image_size=32))
+    seen = report(listed, scan(listed, progress=False), AdaptConfig(images="images", image_size=32), STOCK)
     assert any("all images are one group" in words for words in seen.advice)
 
 

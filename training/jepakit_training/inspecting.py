@@ -15,7 +15,7 @@ from jepakit._checks import exceeds
 from jepakit._messages import counted
 from jepakit._progress import stage
 from jepakit.backbones.backbone import build, fitting_size, stock_preprocess
-from jepakit.bundles.manifest import Resize, Scaling
+from jepakit.bundles.manifest import Preprocess, Scaling
 from jepakit.config import PRESETS, AdaptConfig, Domain
 from jepakit.inspection import AS_ASKED, Inspection, Named, printable
 from jepakit.sources import ImageList, evenly_spread
@@ -47,7 +47,7 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
         backbone = build(config.backbone, {})
     size = fitting_size(backbone, config.image_size)
     spec = choose_preprocess(found.only(trained_on), config, stock_preprocess(backbone, size))
-    seen = report(images, found, config, spec.resize)
+    seen = report(images, found, config, spec)
     if "domain" in config.model_fields_set:
         seen = seen.model_copy(update={"domain": config.domain, "domain_because": AS_ASKED})
     if sheet is None:
@@ -61,8 +61,8 @@ def inspect(config: AdaptConfig, images: ImageList, sheet: Path | None) -> Inspe
     return seen.model_copy(update={"sheet": printable(str(sheet))})
 
 
-def report(images: ImageList, found: Scan, config: AdaptConfig, resize: Resize = "shorter") -> Inspection:
-    """Put a scan's findings, near-duplicates and advice together, for a model that is fed by `resize`."""
+def report(images: ImageList, found: Scan, config: AdaptConfig, spec: Preprocess) -> Inspection:
+    """Put a scan's findings, near-duplicates and advice together, for a model that is fed by `spec`."""
     sizes = sorted((one.size for one in found.seen), key=lambda size: size[0] * size[1])
     median = sizes[len(sizes) // 2]
     measured = found.only(sampled(images))
@@ -72,7 +72,7 @@ def report(images: ImageList, found: Scan, config: AdaptConfig, resize: Resize =
     pairs = near_duplicates(found)
     odd = [Named(id=images.ids[one.index], what=f"holds {one.kind}") for one in found.odd]
     unreadable = [Named(id=images.ids[index], what=reason) for index, reason in found.unreadable]
-    advice = _advice(images, found, config, resize, median, sizes[-1], len(pairs))
+    advice = _advice(images, found, config, spec, median, sizes[-1], len(pairs))
     advice += _crossing(images, pairs)
     advice += [*doubts(images, found), *_faint(images, found, scaling), *_beyond(images, found, scaling)]
     advice += value_notes(measured, images.ids, scaling)
@@ -145,7 +145,7 @@ def _advice(
     images: ImageList,
     found: Scan,
     config: AdaptConfig,
-    resize: Resize,
+    spec: Preprocess,
     median: tuple[int, int],
     largest: tuple[int, int],
     n_duplicates: int,
@@ -154,7 +154,7 @@ def _advice(
     if len(images) < FEW_IMAGES:
         advice.append(f"{counted(len(images), 'image')} are very few to learn from and to judge by")
     if config.tile is None:
-        advice += _unseen(found, largest, config.image_size, resize)
+        advice += _unseen(found, largest, config.image_size, spec)
     if min(median) < _SMALL_SIDE < config.image_size:
         advice.append(f"images are {median[0]} × {median[1]} pixels: image_size={_SMALL_SIDE} trains faster")
     if n_duplicates and images.groups is None:
@@ -180,13 +180,13 @@ def _advice(
     return advice
 
 
-def _unseen(found: Scan, largest: tuple[int, int], size: int, resize: Resize) -> list[str]:
+def _unseen(found: Scan, largest: tuple[int, int], size: int, spec: Preprocess) -> list[str]:
     """What the model would not see, as the images are large, or else long, and what to do; empty if they are neither."""
     if min(largest) > _TILE_ABOVE * size:
         return [
             f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {size}: cut them into tiles, tile={2 * size}"
         ]
-    return [] if resize == "squash" else unseen_ends(found)
+    return unseen_ends(found, spec)
 
 
 def _crossing(images: ImageList, pairs: Sequence[tuple[int, int]]) -> list[str]:

@@ -85,7 +85,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
             _where(accelerator.device),
             *describe_values(found, spec, images.ids),
             *doubts(images, found),
-            *(unseen_ends(found) if spec.resize == "shorter" and spec.tile is None else ()),
+            *unseen_ends(found, spec),
             *plan.notes,
         )
         for note in filter(None, notes):

@@ -40,8 +40,8 @@ class Metrics:
             registry=self.registry,
         )
         self.refused = Counter("jepakit_refused", "Refused requests, by code", ("code",), registry=self.registry)
-        for reason in _ALARMING:  # a counter that only appears with its first refusal shows no rate
-            self.refused.labels(reason)
+        for code in _ALARMING:  # a counter that only appears with its first refusal shows no rate
+            self.refused.labels(code)
         self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
         self.ready = Gauge("jepakit_ready", "1 when every model answers", registry=self.registry)
         self.images = Counter(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from jepakit._groups import image_of
 from jepakit._messages import counted, first_few
+from jepakit.bundles.manifest import Preprocess
 from jepakit.sources import ImageList
 from jepakit.sources.layout import BESIDE
 from jepakit_training.data.scan import Scan
@@ -32,8 +33,10 @@ def doubts(images: ImageList, found: Scan) -> list[str]:
     ]
 
 
-def unseen_ends(found: Scan) -> list[str]:
-    """What the model does not see of long images where it is fed their middle, and what to do; empty if there are few."""
+def unseen_ends(found: Scan, spec: Preprocess) -> list[str]:
+    """What a model that is fed by `spec` does not see of long images, and what to do; empty if it sees all, or few are long."""
+    if spec.resize == "squash" or spec.tile is not None:
+        return []
     long = [one.size for one in found.seen if max(one.size) > _LONG * min(one.size)]
     if len(long) <= _MOST_LONG * len(found.seen):
         return []
