@@ -23,6 +23,7 @@ NEEDS = {
         "starlette",
         "fastapi",
         "uvicorn",
+        "httptools",
         "python_multipart",
         "psutil",
         "prometheus_client",

@@ -10,6 +10,7 @@ from typing import Any
 import uvicorn
 
 from jepakit.errors import ServeError
+from jepakit_service.connection import Connection
 from jepakit_service.http.api import build_app
 from jepakit_service.http.gate import Gate
 from jepakit_service.listeners import announce_when_ready
@@ -33,7 +34,7 @@ def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
         gate,
         host=settings.host,
         port=settings.port,
-        http="h11",  # with httptools, uvicorn takes the body of a request that offers an upgrade for the next request
+        http=Connection,
         ws="none",
         log_config=None,
         log_level="error",

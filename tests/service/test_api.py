@@ -387,6 +387,11 @@ def test_a_body_is_read_though_the_client_offers_an_upgrade(service: str) -> Non
                 answer.begin()
                 assert answer.status == 200
                 assert len(json.loads(answer.read())["data"]) == 1
+        connection.sendall((head.encode() + image) * 3 + head.encode())  # at once, and a head whose body never comes
+        for _ in range(3):
+            with closing(HTTPResponse(connection)) as answer:
+                answer.begin()
+                assert (answer.status, len(json.loads(answer.read())["data"])) == (200, 1)
 
 
 @pytest.mark.parametrize(

@@ -508,6 +508,33 @@ def test_length_and_chunks_together_smuggle_nothing(victim: Victim) -> None:
     assert answer.split(b" ")[1] in (b"400", b"415"), answer
 
 
+def test_heads_and_what_ends_a_chunked_body_are_not_endless(victim: Victim) -> None:
+    """One field, many fields, a path, and fields that trail a body: without a limit a stranger fills the memory with them."""
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+    for start, more in [
+        (head + b"X-Long: ", b"a" * 8192),
+        (head, b"X-Many: a\r\n" * 800),
+        (b"GET /", b"a" * 8192),
+        (chunked + b"0\r\n", b"X-Many: a\r\n" * 800),
+        (chunked + b"1;", b"a" * 8192),
+    ]:
+        answer = talk(victim.url, start, *[more] * 12, pause_s=0.02)
+        assert answer.startswith(b"HTTP/1.1 400"), answer
+        assert b"more than 65536 bytes" in answer, answer
+    long = head + b"X-Long: " + b"a" * 32768 + b"\r\nContent-Length: 0\r\n\r\n"
+    assert talk(victim.url, long).startswith(b"HTTP/1.1 415"), "no more than empty"
+
+
+def test_fields_that_trail_a_body_are_none_of_the_requests(victim: Victim) -> None:
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    image = picture(0)
+    body = b"%x\r\n%s\r\n0\r\nAccept: application/x-npy\r\n\r\n" % (len(image), image)
+    answer = talk(victim.url, head + body)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"content-type: application/json" in answer
+
+
 def test_clients_that_leave_in_the_middle_hurt_nobody(victim: Victim) -> None:
     for cut in (1, 100, 1000):
         with connected(victim.url, timeout_s=None) as connection:

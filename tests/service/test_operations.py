@@ -660,7 +660,10 @@ def test_log_lines_are_json_and_hold_no_content_and_of_a_key_its_name(
         with running(wanted) as url, httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as http:
             http.post("/v1/embeddings?model=tiny", content=picture(0), headers={"X-Request-Id": "abc", **PNG})
             http.post("/v1/embeddings", files={"files": ("patient42.png", b"broken")})
-            http.request("SECRET|STRANGER", "/secret-path-of-a-stranger")
+            http.request("PROPFIND", "/secret-path-of-a-stranger")
+            assert http.request("SECRET|STRANGER", "/v1/models").status_code == 400, (
+                "no method: it comes to no route and no log"
+            )
             http.get("/v1/models", headers={"Authorization": f"Bearer {key}-of-a-stranger"})
     finally:
         logs.silence()
@@ -810,7 +813,7 @@ def test_traces_follow_the_usual_variables(bundle: Path, spans: Spans) -> None:
     with running(settings(bundle)) as url:
         headers = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", **PNG}
         assert httpx.post(f"{url}/v1/embeddings", content=picture(0), headers=headers).status_code == 200
-        httpx.request("STRANGE", f"{url}/v1/models")
+        httpx.request("PROPFIND", f"{url}/v1/models")
     span, strange = spans()
     assert strange.name == "other /v1/models"
     assert span.name == "POST /v1/embeddings"
