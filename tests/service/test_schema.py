@@ -20,6 +20,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
+    response_headers_conformance,
     response_schema_conformance,
     status_code_conformance,
 )
@@ -27,7 +28,13 @@ from schemathesis.specs.openapi.checks import (
 import jepakit
 from jepakit_service.http import routes
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
 POSTS = {
     "/v1/embeddings",
     "/v1/multimodalembeddings",
@@ -158,8 +165,10 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
             assert {"200", "500"} <= set(operation["responses"]), (method, path)
             refusals = set() if routes.is_open(path) else {"401", "403"}
             assert {"401", "403"} & set(operation["responses"]) == refusals, (method, path)
-            for answer in operation["responses"].values():
+            for status, answer in operation["responses"].items():
                 assert answer["description"]
+                due = {"X-Request-Id", *(["Retry-After"] if status in ("429", "503") else [])}
+                assert status == "200" or set(answer["headers"]) == due, (method, path, status)
             told = {one["name"]: one.get("description", "") for one in operation.get("parameters", ())}
             pinned = "{name}" in path and "{version}" not in path
             assert ("NAME@MODEL_ID" in told.get("name", "")) == pinned, path

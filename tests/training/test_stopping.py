@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.training.forked import start
+from tests.training.runs import TINY
 from torch.utils.data import DataLoader, Dataset
 
 from jepakit._machine import in_command
+from jepakit._run_files import CHECKPOINTS, METRICS
 from jepakit_training.stopping import asked_by, stopping
 
 GRACE_S = 1.0
@@ -73,7 +79,7 @@ def ended(process: ForkServerProcess, within_s: float) -> int | None:
     return code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 1)])
 def test_a_short_step_is_finished_first(tmp_path: Path, number: int, code: int) -> None:
     process = begun(tmp_path)
     os.kill(process.pid or 0, number)
@@ -83,9 +89,10 @@ def test_a_short_step_is_finished_first(tmp_path: Path, number: int, code: int) 
     assert ("KeyboardInterrupt: stopped after step" in log) == (number == signal.SIGINT)
 
 
-def test_a_long_step_is_left_when_the_grace_is_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_long_step_is_left_when_the_grace_is_over(tmp_path: Path, number: int) -> None:
     process = begun(tmp_path, in_one_call=True)
-    os.kill(process.pid or 0, signal.SIGTERM)
+    os.kill(process.pid or 0, number)
     start_s = time.monotonic()
     assert ended(process, 60) == 143
     assert GRACE_S * 0.9 < time.monotonic() - start_s < GRACE_S + 10
@@ -102,6 +109,42 @@ def test_a_second_ctrl_c_ends_even_a_long_step_but_no_process_of_a_caller(
         time.sleep(0.3)
     assert (tmp_path / "log").read_text() == "stopping after this step …\n"
     assert ended(process, 20 if command else 5) == code
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping(lambda: 0) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.at_boundary()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lost_terminal_costs_no_step(
+    image_folder: Callable[..., Path], weights_file: Callable[[str], Path], tmp_path: Path, workers: int
+) -> None:
+    """As when a connection by SSH breaks: the kernel sends SIGHUP, and nothing can be printed any more."""
+    images, weights, run = image_folder(per_class=12, height=40, width=40), weights_file("test_vit"), tmp_path / "run"
+    settings = {**TINY, "backbone": "test_vit", "weights": weights, "steps": 100_000, "workers": workers}
+    settings |= {f"views.{name}": value for name, value in settings.pop("views").items()}
+    told = [f"--set={name}={json.dumps(value, default=str)}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "jepakit", "adapt", str(images), f"--out={run}", *told]
+    outer, inner = os.openpty()
+    # A process that leads a session gets the first terminal that it opens as its own.
+    owning = ["sh", "-c", 'terminal=$1; shift; exec "$@" <"$terminal" >"$terminal" 2>&1', "sh", os.ttyname(inner)]
+    process = subprocess.Popen([*owning, *command], start_new_session=True)
+    printed = b""
+    while not (run / METRICS).exists():
+        if select.select([outer], [], [], 0.1)[0]:
+            printed += os.read(outer, 4096)
+        assert process.poll() is None, printed
+    os.close(outer)
+    assert process.wait(60) == 143
+    os.close(inner)
+    assert len(list((run / CHECKPOINTS).iterdir())) == 1
 
 
 def test_signals_that_ask_for_no_stop_are_no_news(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Stopping a run from outside: at the end of the step if that is soon, else in the middle of it.
 
-SIGINT and SIGTERM ask for a stop at the end of the step. Python handles signals between two of its own
+SIGINT, SIGTERM and SIGHUP (a lost terminal) ask for a stop at the end of the step. Python handles signals between two of its own
 instructions, and one backward pass of a large model on a CPU is one instruction that can take minutes; the senders
 of SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kill after about 30 s. So a thread waits on a pipe into which
 the C handler writes at once, says that the run stops, and ends the process itself if the step does not end in time. Only
@@ -26,14 +26,22 @@ from jepakit_training import ranks
 
 GRACE_S = 20.0
 _SECOND_GRACE_S = 2.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _pipes: set[int] = set()
 _also_asked: ContextVar[Callable[[], bool]] = ContextVar("_also_asked", default=lambda: False)
 
 
 def answering(handler: Callable[[int], object]) -> AbstractContextManager[None]:
-    """While the block runs, `handler` handles SIGINT and SIGTERM, as `handled` does."""
-    return handled(_SIGNALS, lambda number, _: handler(number))
+    """While the block runs, `handler` handles SIGINT and SIGTERM, as `handled` does, and SIGHUP as a SIGTERM.
+
+    A SIGHUP that is ignored stays ignored, as nohup wants.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
+    return handled(numbers, lambda number, _: handler(_meant(number)))
+
+
+def _meant(number: int) -> int:
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 @contextmanager
@@ -112,7 +120,7 @@ class _Watchdog:
                     self._leave_now(code)
                 deadline = None
                 continue
-            numbers = os.read(self._reading, 64)
+            numbers = [_meant(number) for number in os.read(self._reading, 64)]
             if not numbers:
                 return
             # Other signals come too, such as SIGCHLD when torch's loader ends. In a thread, as a write can wait, and this one must not.
@@ -135,7 +143,7 @@ class _Watchdog:
 
 @contextmanager
 def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator[Stop]:
-    """While the block runs, SIGINT and SIGTERM ask for a stop at the end of the step (`Stop.at_boundary`).
+    """While the block runs, SIGINT, SIGTERM and SIGHUP ask for a stop at the end of the step (`Stop.at_boundary`).
 
     newest   the step of the newest checkpoint, for the message; 0 if there is none
     grace_s  seconds that a step may continue after SIGTERM; then the process ends with exit code 143

@@ -63,6 +63,8 @@ _REASONS = {
     500: "a fault in the service",
     503: "the service is not ready, stopping, too slow or out of memory: try again after Retry-After seconds",
 }
+_ERROR_HEADERS = {"X-Request-Id": "the request's own id, or a new one: the operator finds it in the log"}
+_PASSING_HEADERS = {**_ERROR_HEADERS, "Retry-After": "after how many seconds to try again"}
 _OF_GET = (400, 401, 403, 404, 405, 500, 503)
 _OF_OPEN_GET = tuple(status for status in _OF_GET if status not in (401, 403))
 
@@ -170,9 +172,6 @@ def _guarded() -> dict[str, str]:
 
 
 def _operation(post: Post, schemas: dict[str, Any]) -> dict[str, Any]:
-    headers = {
-        name: {"description": about, "schema": {"type": "string"}} for name, about in post.answer_headers.items()
-    }
     operation: dict[str, Any] = {
         "operationId": post.name,
         "summary": post.about,
@@ -183,7 +182,7 @@ def _operation(post: Post, schemas: dict[str, Any]) -> dict[str, Any]:
             "200": {
                 "description": "the vectors",
                 "content": _content(post.gives, schemas, "serialization"),
-                "headers": headers,
+                "headers": _headers(post.answer_headers),
             }
         },
     }
@@ -195,8 +194,16 @@ def _add_errors(operation: dict[str, Any], path: str, statuses: Sequence[int], s
     shape: Any = OipError if routes.is_oip(path) else ErrorAnswer
     for status in statuses:
         if str(status) not in operation["responses"]:
-            content = _content({JSON: shape}, schemas, "serialization")
-            operation["responses"][str(status)] = {"description": _REASONS[status], "content": content}
+            operation["responses"][str(status)] = {
+                "description": _REASONS[status],
+                "content": _content({JSON: shape}, schemas, "serialization"),
+                "headers": _headers(_PASSING_HEADERS if status in (429, 503) else _ERROR_HEADERS, required=True),
+            }
+
+
+def _headers(about: Mapping[str, str], *, required: bool = False) -> dict[str, Any]:
+    always = {"required": True} if required else {}
+    return {name: {"description": text, "schema": {"type": "string"}, **always} for name, text in about.items()}
 
 
 def _content(kinds: Mapping[str, Any], schemas: dict[str, Any], mode: Any) -> dict[str, Any]:

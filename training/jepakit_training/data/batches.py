@@ -204,7 +204,9 @@ def views_on(device: torch.device, batch: Batch) -> Views:
 
 def _start_worker(_: int) -> None:
     end_with_trainer()
-    # A SIGTERM sent to a whole job is meant for the trainer, which still needs the batches of its last step.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A signal sent to a whole job, or to all of a lost terminal, is meant for the trainer, which still needs the batches
+    # of its last step.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     silence_loggers()
