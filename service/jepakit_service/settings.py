@@ -75,7 +75,7 @@ class ServeSettings(StrictBools, BaseSettings):
     ray: bool = True
     """Whether to use Ray Serve; false serves the same application in a single process."""
     proxy: Literal["python", "haproxy"] = "haproxy" if sys.platform == "linux" else "python"
-    """The proxy that accepts connections in front of Ray's replicas: `haproxy` or `python`. HAProxy answers about twice as many small
+    """The proxy that accepts connections in front of Ray's replicas: `haproxy` or `python`. HAProxy answers more than twice as many small
     requests (docs/serving-speed.md); it comes with Ray on Linux."""
     replicas: Positive = 1
     """Processes that each hold all models (Ray Serve only)."""
