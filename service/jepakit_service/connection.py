@@ -11,6 +11,10 @@ _MOST_WAITING = 64
 """Requests of one connection that wait for the answers before theirs: uvicorn alone would read on."""
 
 
+class _RefusalError(Exception):
+    """Why no more is read of a connection, for its other end."""
+
+
 class Connection(HttpToolsProtocol):
     """Ignores offers of another protocol, and takes no endless heads and no endless row of requests.
 
@@ -18,23 +22,23 @@ class Connection(HttpToolsProtocol):
     ends the message at such a head, so that its body would pass for the next request: the head is read again without it.
     """
 
+    _refused = False
     _delivered = False
     _undelivered_bytes = 0
     _head_without_offer: bytes | None = None
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         self._unset_keepalive_if_required()
         self._delivered = False
         try:
             self._read(data)
-        except httptools.HttpParserError:
-            self._refuse("Invalid HTTP request received.")
-            return
-        self._undelivered_bytes = 0 if self._delivered else self._undelivered_bytes + len(data)
-        if self._undelivered_bytes > _MOST_UNDELIVERED:
-            self._refuse(f"The head of a request has more than {_MOST_UNDELIVERED} bytes.")
-        elif len(self.pipeline) > _MOST_WAITING:
-            self.send_400_response(f"More than {_MOST_WAITING} requests wait for the answers before theirs.")
+            self._undelivered_bytes = 0 if self._delivered else self._undelivered_bytes + len(data)
+            if self._undelivered_bytes > _MOST_UNDELIVERED:
+                raise _RefusalError(f"The head of a request has more than {_MOST_UNDELIVERED} bytes.")
+        except (httptools.HttpParserError, _RefusalError) as error:
+            self._refuse(error)
 
     def _read(self, data: bytes) -> None:
         while data:
@@ -47,16 +51,20 @@ class Connection(HttpToolsProtocol):
                 self._head_without_offer = None
                 self.parser = httptools.HttpRequestParser(self)  # the old one may take the connection for closed
 
-    def _refuse(self, why: str) -> None:
-        """Answer 400 and close, after the answer to the request before, if that came whole."""
-        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
-            self.send_400_response(why)
-        else:
+    def _refuse(self, error: Exception) -> None:
+        """Close after the answers to the requests that came whole, or with an answer that says why."""
+        self._refused = True
+        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
             self.cycle.keep_alive = False
+            return
+        why = error.__context__ or error  # httptools wraps what its callbacks raise
+        self.send_400_response(str(why) if isinstance(why, _RefusalError) else "Invalid HTTP request received.")
 
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
-            raise ValueError("this is no proxy")  # httptools makes a parser's error of it
+            raise _RefusalError("This is no proxy.")
+        if len(self.pipeline) >= _MOST_WAITING:
+            raise _RefusalError(f"{_MOST_WAITING} requests wait for the answers before theirs.")
         if self.parser.should_upgrade():
             request = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
             kept = (b"%s: %s" % header for header in self.headers if header[0] != b"upgrade")
