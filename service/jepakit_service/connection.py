@@ -7,6 +7,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _MOST_UNDELIVERED = 64 * 1024
 """Bytes of a head, or of what ends a chunked body, as h11 takes: httptools alone would keep any number."""
+_MOST_FIELDS = 256
+"""Fields of a head: each costs thirty times the bytes of the shortest."""
 _MOST_WAITING = 64
 """Requests of one connection that wait for the answers before theirs: uvicorn alone would read on."""
 
@@ -54,19 +56,33 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: Exception) -> None:
         """Close after the answers to the requests that came whole, or with an answer that says why."""
         self._refused = True
-        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
-            self.cycle.keep_alive = False
-            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if not self.cycle.more_body:
+                self.cycle.keep_alive = False
+                return
+            if self.cycle.response_started:
+                self.transport.close()
+                return
         why = error.__context__ or error  # httptools wraps what its callbacks raise
         self.send_400_response(str(why) if isinstance(why, _RefusalError) else "Invalid HTTP request received.")
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) >= _MOST_FIELDS:
+            raise _RefusalError(f"The head of a request has more than {_MOST_FIELDS} fields.")
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
+        version, hosts = self.parser.get_http_version(), sum(name == b"host" for name, _ in self.headers)
+        if version not in ("1.0", "1.1"):
+            raise _RefusalError("This is no HTTP/1.1.")
+        if hosts > 1 or (hosts < 1 and version == "1.1"):
+            raise _RefusalError("A request has one Host.")  # RFC 9112, 3.2
         if self.parser.get_method() == b"CONNECT":
             raise _RefusalError("This is no proxy.")
         if len(self.pipeline) >= _MOST_WAITING:
             raise _RefusalError(f"{_MOST_WAITING} requests wait for the answers before theirs.")
         if self.parser.should_upgrade():
-            request = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            request = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version.encode())
             kept = (b"%s: %s" % header for header in self.headers if header[0] != b"upgrade")
             self._head_without_offer = b"\r\n".join([request, *kept, b"", b""])
             return

@@ -125,6 +125,46 @@ def test_half_a_request_and_rubbish_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("start", "fields", "why"),
+    [
+        (b"GET / HTTP/1.1", b"", b"one Host"),
+        (b"GET / HTTP/1.1", b"Host: a\r\nhost: b\r\n", b"one Host"),
+        (b"GET / HTTP/0.9", b"Host: a\r\n", b"no HTTP/1.1"),
+        (b"rubbish", b"Host: a\r\n", b"Invalid"),
+        (b"GET / HTTP/1.1", b"Host: a\r\n" + b"a:\r\n" * 256, b"more than 256 fields"),
+    ],
+)
+def test_what_is_no_request_is_told_so(start: bytes, fields: bytes, why: bytes) -> None:
+    answer = said(start + b"\r\n" + fields + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert why in answer
+
+
+def test_a_body_that_goes_wrong_after_its_answer_began_gets_no_second_one() -> None:
+    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"no", "more_body": True})
+        await receive()
+
+    async def go() -> bytes:
+        async with serving(refusing) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /1 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n")
+            answer = await reader.readuntil(b"no\r\n")
+            writer.write(b"onerubbish\r\n\r\n")
+            answer += await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            return answer
+
+    assert asyncio.run(go()).count(b"HTTP/1.1 ") == 1
+
+
+def test_blanks_behind_a_field_are_not_its_value() -> None:
+    head = b"POST /1 HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 3\r\nExpect: 100-continue \t\r\n\r\n"
+    assert said(head, b"one").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+
+
 def test_an_endless_row_of_requests_is_read_until_64_wait() -> None:
     """One of them is answered at a time, so all others would be kept."""
     answer = said(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
