@@ -166,7 +166,7 @@ def _fit(job: _Job) -> None:
 def _waited_for(trainer: Any, stop: Path) -> Exception | None:
     """The error raised by `fit`, if any. It runs in a thread: in the main one, Ray would handle SIGINT itself.
 
-    SIGINT and SIGTERM make the workers stop after their step. Then, or if that takes over 20 s, or at a second signal,
+    SIGINT and SIGTERM make the workers stop after their step. Then, or if that takes over 20 s, or at a second SIGINT,
     raises KeyboardInterrupt or SystemExit(143).
     """
     raised: list[Exception] = []
@@ -181,7 +181,10 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
 
     def ask(number: int) -> None:
         nonlocal deadline
-        deadline = time.monotonic() + (0 if asked else GRACE_S)
+        if not asked:
+            deadline = time.monotonic() + GRACE_S
+        elif number == signal.SIGINT:
+            deadline = 0
         asked.append(number)
         stop.touch()
 

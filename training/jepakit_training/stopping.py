@@ -33,9 +33,10 @@ _also_asked: ContextVar[Callable[[], bool]] = ContextVar("_also_asked", default=
 def answering(handler: Callable[[int], object]) -> AbstractContextManager[None]:
     """While the block runs, `handler` handles SIGINT and SIGTERM, as `handled` does, and SIGHUP as a SIGTERM.
 
-    A SIGHUP that is ignored stays ignored, as nohup wants.
+    A SIGHUP that is ignored stays ignored, as nohup wants, and one that a caller handles stays the caller's.
     """
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    before = signal.getsignal(signal.SIGHUP)
+    hangs_up = before is signal.SIG_DFL or (in_command.get() and before is not signal.SIG_IGN)
     numbers = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
     return handled(numbers, lambda number, _: handler(_meant(number)))
 
