@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence, Sized
+import traceback
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
 from jepakit._checks import check_enough
 from jepakit._explain import parse
 from jepakit._extras import require, require_tracker
 from jepakit._files import as_path, with_home
 from jepakit._say import say, show
-from jepakit._signatures import AdaptSettings, ExportSettings
+from jepakit._signatures import AdaptSettings, ExportSettings, takes_adapt_settings, takes_export_settings
 from jepakit._sweep import Sweep, check_can_hold, combinations
 from jepakit.bundles.bundle import Bundle, check_new, name_for
 from jepakit.bundles.manifest import StartWeights
 from jepakit.config import AdaptConfig, ExportConfig, ViewsConfig, chosen_range
-from jepakit.errors import ConfigError, DataError, TrainingError
+from jepakit.errors import ConfigError, DataError, JepakitError, TrainingError
 from jepakit.inspection import Inspection
 from jepakit.run import DryRun, Run
 from jepakit.sources import ImageList, list_images
@@ -28,7 +29,11 @@ from jepakit.sources.memory import are_labelled_files
 if TYPE_CHECKING:
     from jepakit_service.updates.deploy import Deployed
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
+
+@takes_adapt_settings
 def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Run:
     """Adapt a backbone to your own images and measure whether it helped; returns the finished `Run`.
 
@@ -48,9 +53,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     folder = _folder(config, listed)
     check_folder(folder, config)
     check_enough(len(listed))
-    from jepakit_training import adapt as run_training
-
-    return run_training(config, listed, folder)
+    return _train(config, listed, folder)
 
 
 def _folder(config: AdaptConfig, images: ImageList) -> Path:
@@ -64,6 +67,7 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
     return find_begun(begun, config, images) or runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
 
 
+@takes_adapt_settings
 def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> DryRun:
     """Estimate what `adapt` would take with the same arguments, by a few steps in one process; nothing is kept.
 
@@ -74,7 +78,7 @@ def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[Ad
     check_enough(len(listed))
     from jepakit_training.dryrun import dry_run as run_dry
 
-    return run_dry(config, listed)
+    return _released(run_dry, config, listed)
 
 
 def _to_adapt(images: Any, out: str | Path | None, settings: AdaptSettings) -> tuple[AdaptConfig, ImageList]:
@@ -101,6 +105,7 @@ def _require_to_adapt(config: AdaptConfig) -> None:
         require_tracker(tracker)
 
 
+@takes_adapt_settings
 def sweep(
     images: Any, *, out: str | Path, vary: Mapping[str, Sequence[Any]], **settings: Unpack[AdaptSettings]
 ) -> Sweep:
@@ -117,13 +122,11 @@ def sweep(
     """
     folder = as_path(out, "out")
     configs, listed = _to_sweep(images, folder, vary, settings)
-    from jepakit_training import adapt as run_training
-
     failed = {}
     for number, (name, config) in enumerate(configs.items(), 1):
         say(f"run {number} of {len(configs)}: {folder / name}")
         try:
-            run_training(config, listed, folder / name)
+            _train(config, listed, folder / name)
         except TrainingError as error:
             failed[name] = str(error)
             say(f"warning: {name} failed: {error}")
@@ -132,6 +135,7 @@ def sweep(
     return Sweep(folder, failed)
 
 
+@takes_adapt_settings
 def dry_sweep(
     images: Any, *, out: str | Path, vary: Mapping[str, Sequence[Any]], **settings: Unpack[AdaptSettings]
 ) -> dict[str, DryRun]:
@@ -139,7 +143,38 @@ def dry_sweep(
     configs, listed = _to_sweep(images, as_path(out, "out"), vary, settings)
     from jepakit_training.dryrun import dry_run as run_dry
 
-    return {name: run_dry(config, listed) for name, config in configs.items()}
+    return {name: _released(run_dry, config, listed) for name, config in configs.items()}
+
+
+def _train(config: AdaptConfig, listed: ImageList, folder: Path) -> Run:
+    """Run the training; an interrupt outside the steps, which say where they stop, says how to go on."""
+    from jepakit_training import adapt as run_training
+
+    try:
+        return _released(run_training, config, listed, folder)
+    except KeyboardInterrupt as stop:
+        if not stop.args:
+            stop.args = ("stopped; run the same command again to go on",)
+            say(str(stop))
+        raise
+
+
+def _released(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Do the work; an error or interrupt that leaves it keeps nothing of what its frames held.
+
+    A notebook keeps the last traceback: with it, an interrupted run's model, optimizer and batches would stay in memory
+    while the next cell goes on with the same run, and so would those of a run that ran out of memory.
+    """
+    try:
+        return work(*args, **kwargs)
+    except (JepakitError, KeyboardInterrupt, SystemExit) as error:
+        told: BaseException | None = error
+        while told is not None:
+            traceback.clear_frames(told.__traceback__)
+            told = told.__context__
+        if isinstance(error, JepakitError):
+            raise
+        raise error.with_traceback(None) from None  # where it was interrupted is chance
 
 
 def _to_sweep(
@@ -166,6 +201,7 @@ def _to_sweep(
     return configs, listed
 
 
+@takes_adapt_settings
 def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> Inspection:
     """Report what the trainer would see of these images, without training: print the result, or read its fields.
 
@@ -191,6 +227,7 @@ def inspect(images: Any, *, sheet: str | Path | None = None, **settings: Unpack[
     return run_inspection(config, listed, place)
 
 
+@takes_export_settings
 def export(source: str | Path | Run | Bundle, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
     """Export a run, a bundle or a timm backbone to ONNX, verified against torch; returns the new `Bundle`.
 

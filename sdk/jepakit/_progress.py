@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from typing import Any, Self, TypeVar
 from jepakit._say import is_terminal, say, standard_error
 
 _Item = TypeVar("_Item")
-_PLAIN_EVERY_S = 15.0
+_PLAIN_EVERY_S, _PLAIN_AT_LEAST_EVERY_S, _PLAIN_SHARE = 15.0, 300.0, 0.05
 # The time left follows the pace of the last half minute or more: training slows down once the backbone trains too.
 _PACE_EVERY_S, _PACE_POINTS = 1.0, 30
 
@@ -84,7 +85,7 @@ class Steps:
         if self._bar is not None:
             self._bar.update(0, completed=done, left=self._left(done, now), values=words)
         elif self._progress and (
-            now - self._last_line > _PLAIN_EVERY_S or (done == self._total and (values or self._spoke))
+            now - self._last_line > self._pause(now) or (done == self._total and (values or self._spoke))
         ):
             self._last_line, self._spoke = now, True
             line = "  ".join(
@@ -98,6 +99,10 @@ class Steps:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _pause(self, now: float) -> float:
+        """Seconds between plain lines: more, the longer it takes already."""
+        return min(max(_PLAIN_EVERY_S, _PLAIN_SHARE * (now - self._start)), _PLAIN_AT_LEAST_EVERY_S)
 
     def _epoch(self, done: int) -> str:
         return (
@@ -128,7 +133,7 @@ def human_time(seconds: float) -> str:
 
 
 def _bar(what: str, total: int, first: int) -> Any:
-    """A running bar on standard error, its values below it and other output passing above; None on a dumb terminal."""
+    """A running bar on standard error, its values below it and other output passing above; None where none can be drawn."""
     from rich.console import Console, RenderableType
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.text import Text
@@ -141,7 +146,8 @@ def _bar(what: str, total: int, first: int) -> Any:
                     yield Text(task.fields["values"])
 
     console = Console(file=standard_error())
-    if console.is_dumb_terminal:
+    # A notebook's `!command` gives it a terminal, though the cell shows every state of a bar below the last.
+    if console.is_dumb_terminal or "JPY_PARENT_PID" in os.environ:
         return None
     columns = (
         TextColumn("{task.description}"),

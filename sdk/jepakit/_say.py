@@ -69,14 +69,14 @@ class _Unfailing:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except (OSError, ValueError):
+        except Exception:  # also those of a notebook's stream
             _end_in_peace()
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except (OSError, ValueError, AttributeError):
+        except Exception:
             _end_in_peace()
 
     def __getattr__(self, name: str) -> Any:

@@ -1,13 +1,18 @@
-"""The settings of `adapt` and `export` for editors and type checkers; `jepakit.config` documents each of them."""
+"""The settings of `adapt` and `export` for editors, type checkers and notebooks; `jepakit.config` documents each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
+
+from pydantic import BaseModel
 
 from jepakit.bundles.manifest import Pooling, Precision, Resize, Standardize
-from jepakit.config import Domain, Tracker, ValueRange, ViewsConfig
+from jepakit.config import AdaptConfig, Domain, ExportConfig, Tracker, ValueRange, ViewsConfig
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 class AdaptSettings(TypedDict, total=False):
@@ -80,3 +85,32 @@ class ExportSettings(TypedDict, total=False):
     image_size: int | None
     resize: Resize | None
     opset: int
+
+
+def takes_adapt_settings(call: _Call) -> _Call:
+    """A decorator: `**settings` are those of `AdaptConfig`, as completion and help at run time show them."""
+    return _taking(call, AdaptSettings, AdaptConfig)
+
+
+def takes_export_settings(call: _Call) -> _Call:
+    """A decorator: `**settings` are those of `ExportConfig`, as completion and help at run time show them."""
+    return _taking(call, ExportSettings, ExportConfig)
+
+
+def _taking(call: _Call, names: type[Any], config: type[BaseModel]) -> _Call:
+    own = [each for each in signature(call).parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    settings = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=_shown(config.model_fields[name].get_default(call_default_factory=True)),
+        )
+        for name in names.__annotations__
+    ]
+    call.__signature__ = signature(call).replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+    return call
+
+
+def _shown(default: object) -> object:
+    """A group of settings as the mapping that changes none of them, as its own text is long."""
+    return {} if isinstance(default, BaseModel) else default

@@ -20,7 +20,7 @@ from jepakit._files import as_path
 from jepakit._frozen import Printed
 from jepakit._messages import did_you_mean, first_few
 from jepakit._run_files import START
-from jepakit._signatures import ExportSettings
+from jepakit._signatures import ExportSettings, takes_export_settings
 from jepakit.bundles.bundle import WEIGHTS, Bundle, open_bundle
 from jepakit.bundles.comparison import SCORES, Comparison, Scores, Verdict
 from jepakit.config import AdaptConfig, ViewsConfig, flattened
@@ -169,6 +169,7 @@ class Sweep(Printed):
         """The first of `runs`; `verdict` says whether to keep it."""
         return next(iter(self.runs.values()))
 
+    @takes_export_settings
     def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
         """Export what `verdict` says to keep, the best run or the start, to ONNX.
 

@@ -30,6 +30,7 @@ Every message says what happened, with which value, and what to do next.
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from jepakit._one_line import one_line
@@ -46,6 +47,21 @@ class JepakitError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, as processes exchange them: the default would leave out keyword arguments."""
         return _again, (type(self), self.args), self.__dict__
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show: the caller's own lines, and the message, which says what to do.
+
+        jepakit's frames, and the error that this one came from, are still in `__traceback__` and `__cause__`.
+        """
+        own = []
+        for frame, line in traceback.walk_tb(self.__traceback__):
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            if package.startswith("jepakit"):
+                break
+            if package != "IPython":
+                own.append((frame, line))
+        lines = traceback.StackSummary.extract(own).format()
+        return [*(line.rstrip("\n") for line in lines), f"{type(self).__name__}: {self}"]
 
 
 def _again(kind: type[JepakitError], args: tuple[Any, ...]) -> JepakitError:

@@ -31,7 +31,7 @@ from jepakit._files import as_path
 from jepakit._frozen import Frozen, Printed
 from jepakit._progress import human_time
 from jepakit._run_files import BUNDLE, CONFIG, METRICS, NEIGHBOURS, PLAN
-from jepakit._signatures import ExportSettings
+from jepakit._signatures import ExportSettings, takes_export_settings
 from jepakit.bundles.bundle import Bundle, open_bundle
 from jepakit.bundles.comparison import Comparison, Verdict
 from jepakit.errors import BundleError, DataError
@@ -40,14 +40,19 @@ COLLAPSED_STD = 0.05
 """Projections whose standard deviation is below this have collapsed; new projectors have 0.34, and SIGReg wants 1."""
 
 
-class Run:
-    """A run's folder, as `adapt` and `open_run` return it. The module's docstring lists what is in it."""
+class Run(Printed):
+    """A run's folder, as `adapt` and `open_run` return it; printed, it shows what was measured. The module's docstring lists what is in it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path, "path")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def __str__(self) -> str:
+        if not self.finished:
+            return f"{self.path}, not finished"
+        return f"{self.path}\n{self.comparison}\npicture: {self.neighbours}"
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -61,6 +66,8 @@ class Run:
 
     def check_finished(self) -> None:
         """Raise BundleError when the run has not finished."""
+        if not self.path.exists():
+            raise BundleError(f"{self.path} does not exist in {Path.cwd()}: open the run again by its whole path")
         if not self.finished:
             raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to go on")
 
@@ -112,6 +119,7 @@ class Run:
         proj_std, proj_rank, peak_memory_gb (so far), and anchor if it has a weight."""
         return read_metrics(self.path / METRICS)
 
+    @takes_export_settings
     def export(self, out: str | Path, **settings: Unpack[ExportSettings]) -> Bundle:
         """Export to ONNX, verified against torch; takes the settings of `jepakit.export`, and raises its errors."""
         from jepakit._frontdoor import export

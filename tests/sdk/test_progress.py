@@ -55,6 +55,21 @@ def test_a_plain_line_every_15_s_and_at_the_end(clock: Clock, capsys: pytest.Cap
     assert lines[-1].startswith("step 100/100  in 3 min 20 s  epoch 10.0/10  loss 0.4321")
 
 
+def test_long_work_says_less_often_where_it_stands(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A night in a notebook would be thousands of lines; but a log stays no more than five minutes old."""
+    steps, pauses, told_at = Steps(8 * 3600), [], clock.now
+    for done in range(1, 8 * 3600):
+        clock.now += 1
+        steps.update(done)
+        if capsys.readouterr().err:
+            pauses.append(clock.now - told_at)
+            told_at = clock.now
+    assert pauses[0] == 16
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 301
+    assert len(pauses) < 160
+
+
 def test_the_time_left_counts_the_work_after_the_last_step(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     steps = Steps(20, extra_s=3600)
     for done in (1, 10, 20):
@@ -68,10 +83,10 @@ def test_the_time_left_counts_the_work_after_the_last_step(clock: Clock, capsys:
 def test_the_time_left_follows_the_present_pace(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     """A backbone that is frozen for the first 100 steps makes them ten times as fast."""
     steps = Steps(1000)
-    for done in range(1, 201):
+    for done in range(1, 202):
         clock.now += 1 if done <= 100 else 10
         steps.update(done)
-    assert "step 200/1000  2 h 13 min left" in capsys.readouterr().err
+    assert "step 201/1000  2 h 13 min left" in capsys.readouterr().err
 
 
 def test_a_resumed_run_reckons_with_its_own_steps(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,13 @@ def test_without_standard_error_nothing_is_said_and_standard_output_is_the_resul
     assert (ended.returncode, ended.stdout) == (0, b"worked\n")
 
 
+def test_a_stream_that_fails_in_its_own_way_does_not_end_the_work() -> None:
+    """As a notebook's, whose thread is gone: zmq's error is neither an OSError nor a ValueError."""
+    failing = "class Stream:\n    def write(self, text): raise LookupError\n    flush = write\nsys.stderr = Stream()"
+    ended = done(f"import sys\n{failing}\n{_UNTIL_PYTHON_FLUSHES}\n{TALKS}", stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout) == (0, b"worked\n")
+
+
 def test_a_bar_whose_terminal_is_gone_does_not_end_the_work() -> None:
     program = """
 import os, sys
