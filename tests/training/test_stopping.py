@@ -122,6 +122,25 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def train_beside_a_handler(folder: Path) -> None:
+    signal.signal(signal.SIGHUP, lambda *_: (folder / "handled").touch())
+    train(folder, 0.05)
+
+
+def test_a_hang_up_that_a_caller_handles_stays_the_callers(tmp_path: Path) -> None:
+    process = start(train_beside_a_handler, tmp_path, log=tmp_path / "log")
+    for wanted in ("began", "handled"):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / wanted).exists():
+            assert time.monotonic() < deadline
+            if wanted == "handled":
+                os.kill(process.pid or 0, signal.SIGHUP)
+            time.sleep(0.1)
+    process.join(2 * GRACE_S)
+    assert ended(process, 0) is None, "it trains on"
+    assert (tmp_path / "log").read_text() == ""
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_terminal_costs_no_step(
     image_folder: Callable[..., Path], weights_file: Callable[[str], Path], tmp_path: Path, workers: int

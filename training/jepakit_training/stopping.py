@@ -35,14 +35,16 @@ def answering(handler: Callable[[int], object]) -> AbstractContextManager[None]:
 
     A SIGHUP that is ignored stays ignored, as nohup wants, and one that a caller handles stays the caller's.
     """
+    meanings = _meanings()
+    return handled(map(signal.Signals, meanings), lambda number, _: handler(meanings[number]))
+
+
+def _meanings() -> dict[int, signal.Signals]:
+    """The signals that ask for a stop now, and which of SIGINT and SIGTERM each means."""
     before = signal.getsignal(signal.SIGHUP)
     hangs_up = before is signal.SIG_DFL or (in_command.get() and before is not signal.SIG_IGN)
-    numbers = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
-    return handled(numbers, lambda number, _: handler(_meant(number)))
-
-
-def _meant(number: int) -> int:
-    return signal.SIGTERM if number == signal.SIGHUP else number
+    meanings: dict[int, signal.Signals] = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+    return {**meanings, signal.SIGHUP: signal.SIGTERM} if hangs_up else meanings
 
 
 @contextmanager
@@ -96,6 +98,7 @@ class _Watchdog:
 
     def __init__(self, stop: Stop, grace_s: float) -> None:
         self._stop, self._grace_s, self._is_ours = stop, grace_s, in_command.get()
+        self._meanings = _meanings()
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._thread = threading.Thread(target=self._watch, name="jepakit-stopping", daemon=True)
@@ -121,11 +124,12 @@ class _Watchdog:
                     self._leave_now(code)
                 deadline = None
                 continue
-            numbers = [_meant(number) for number in os.read(self._reading, 64)]
-            if not numbers:
+            written = os.read(self._reading, 64)
+            if not written:
                 return
+            numbers = [self._meanings[number] for number in written if number in self._meanings]
             # Other signals come too, such as SIGCHLD when torch's loader ends. In a thread, as a write can wait, and this one must not.
-            if not told and ranks.rank() == 0 and {signal.SIGINT, signal.SIGTERM} & set(numbers):
+            if not told and ranks.rank() == 0 and numbers:
                 threading.Thread(target=say, args=("stopping after this step …",), daemon=True).start()
                 told = True
             interrupts += numbers.count(signal.SIGINT)
