@@ -238,6 +238,16 @@ def test_headers_that_lift_the_services_limits_do_not_arrive_and_the_key_does(pr
     assert arrived["x-forwarded-for"] == "127.0.0.1"
 
 
+def test_a_request_without_a_host_arrives_with_one(proxy: Proxy) -> None:
+    """As health checks of load balancers send them, in HTTP/1.0: in HTTP/1.1, a service may refuse it."""
+    with proxy.raw() as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")
+        with http.client.HTTPResponse(connection) as answer:
+            answer.begin()
+            assert answer.status == 200
+            assert dict(json.loads(answer.read()))["host"] == "_"
+
+
 def test_an_upgrade_that_a_client_offers_does_not_arrive(proxy: Proxy) -> None:
     """Ray's own proxy, which clusters have, would lose the request's body."""
     status, body = proxy.get("/v1/models", {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
@@ -153,7 +154,7 @@ def _train(config: AdaptConfig, listed: ImageList, folder: Path) -> Run:
     try:
         return _released(run_training, config, listed, folder)
     except KeyboardInterrupt as stop:
-        if not stop.args:
+        if not str(stop):
             stop.args = ("stopped; run the same command again to go on",)
             say(str(stop))
         raise
@@ -165,11 +166,12 @@ def _released(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T
     A notebook keeps the last traceback: with it, an interrupted run's model, optimizer and batches would stay in memory
     while the next cell goes on with the same run, and so would those of a run that ran out of memory.
     """
+    callers = sys.exception()
     try:
         return work(*args, **kwargs)
     except (JepakitError, KeyboardInterrupt, SystemExit) as error:
         told: BaseException | None = error
-        while told is not None:
+        while told not in (None, callers):
             traceback.clear_frames(told.__traceback__)
             told = told.__context__
         if isinstance(error, JepakitError):

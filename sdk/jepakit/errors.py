@@ -35,6 +35,8 @@ from typing import Any
 
 from jepakit._one_line import one_line
 
+_OURS = ("jepakit", "jepakit_training", "jepakit_export", "jepakit_service")
+
 
 class JepakitError(Exception):
     """Base class of everything jepakit raises on purpose. Its text is one line: control characters are escaped."""
@@ -56,7 +58,7 @@ class JepakitError(Exception):
         own = []
         for frame, line in traceback.walk_tb(self.__traceback__):
             package = str(frame.f_globals.get("__name__")).partition(".")[0]
-            if package.startswith("jepakit"):
+            if package in _OURS:
                 break
             if package != "IPython":
                 own.append((frame, line))

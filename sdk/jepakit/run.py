@@ -52,7 +52,8 @@ class Run(Printed):
     def __str__(self) -> str:
         if not self.finished:
             return f"{self.path}, not finished"
-        return f"{self.path}\n{self.comparison}\npicture: {self.neighbours}"
+        picture = f"\npicture: {self.neighbours}" if self.neighbours.is_file() else ""
+        return f"{self.path}\n{self.comparison}{picture}"
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -67,7 +68,8 @@ class Run(Printed):
     def check_finished(self) -> None:
         """Raise BundleError when the run has not finished."""
         if not self.path.exists():
-            raise BundleError(f"{self.path} does not exist in {Path.cwd()}: open the run again by its whole path")
+            remedy = "it was moved or removed" if self.path.is_absolute() else "open the run again by its whole path"
+            raise BundleError(f"{self.path} does not exist: {remedy}")
         if not self.finished:
             raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to go on")
 

@@ -54,7 +54,8 @@ class Connection(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)  # the old one may take the connection for closed
 
     def _refuse(self, error: Exception) -> None:
-        """Close after the answers to the requests that came whole, or with an answer that says why."""
+        """Close: after the answers, if all requests came whole; at once, if one was answered too early; else with an
+        answer that says why."""
         self._refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             if not self.cycle.more_body:

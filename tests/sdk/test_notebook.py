@@ -73,7 +73,27 @@ def test_an_error_or_interrupt_that_is_kept_keeps_nothing_of_the_run(
     assert held[0]() is None
 
 
-@pytest.mark.parametrize(("message", "told"), [((), True), (("stopped after step 3; run …",), False)])
+def test_what_the_caller_was_handling_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adapt(*_: Any) -> None:
+        raise TrainingError("training cannot go on")
+
+    held: list[weakref.ref[Held]] = []
+
+    def failing() -> None:
+        own = Held()
+        held.append(weakref.ref(own))
+        raise LookupError
+
+    monkeypatch.setattr(jepakit_training, "adapt", adapt)
+    try:
+        failing()
+    except LookupError:
+        with pytest.raises(TrainingError):
+            _frontdoor._train(AdaptConfig(images="x"), None, Path("x"))  # type: ignore[arg-type]
+        assert held[0]() is not None
+
+
+@pytest.mark.parametrize(("message", "told"), [((), True), (("",), True), (("stopped after step 3; run …",), False)])
 def test_an_interrupt_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: tuple[str, ...], told: bool
 ) -> None:
@@ -94,8 +114,10 @@ def test_a_run_says_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(BundleError, match="run has not finished"):
         run.check_finished()
     monkeypatch.chdir(tmp_path.parent)
-    with pytest.raises(BundleError, match=r"run does not exist in .*: open the run again by its whole path"):
+    with pytest.raises(BundleError, match=r"^run does not exist: open the run again by its whole path"):
         run.check_finished()
+    with pytest.raises(BundleError, match="gone does not exist: it was moved or removed"):
+        jepakit.Run(tmp_path / "gone").check_finished()
 
 
 def test_all_errors_are_shown_so() -> None:

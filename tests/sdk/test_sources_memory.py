@@ -319,7 +319,9 @@ def test_tensors_are_refused_with_the_way_out() -> None:
 
 def test_an_item_that_fails_or_is_no_image_is_an_image_error_with_its_place() -> None:
     listed = list_images(Dataset([0, 1, 2], broken=1), "none")
-    with pytest.raises(ImageError, match=r"image 1 cannot be read from the Dataset \(image file is truncated\)"):
+    with pytest.raises(
+        ImageError, match=r"image 1 cannot be read from the Dataset \(OSError: image file is truncated\)"
+    ):
         listed[1]
     with pytest.raises(ImageError, match="image 1 is of type int: give an array"):
         list_images([array(), 7])[1]

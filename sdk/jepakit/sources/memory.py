@@ -44,7 +44,8 @@ class Items:
             item = self.items[index]
         except Exception as error:
             raise ImageError(
-                f"image {index} cannot be read from the {_kind(self.items)} ({error})", code="unreadable"
+                f"image {index} cannot be read from the {_kind(self.items)} ({type(error).__name__}: {error})",
+                code="unreadable",
             ) from error
         image, _ = _split(item)
         if not is_one_image(image):
