@@ -250,5 +250,7 @@ def test_bundles_are_compared_on_images(
 def test_what_are_no_embeddings_are_refused() -> None:
     known = embeddings(1.0)
     for pair in (("bundles/a", known), (known, "b.npz")):
-        with pytest.raises(DataError, match=r"is of type str: give embeddings, from `embed` or Embeddings.load"):
+        with pytest.raises(
+            DataError, match=r"is of type str: give embeddings, from load\(BUNDLE\).embed\(IMAGES\) or Embeddings.load"
+        ):
             jepakit.compare(*pair)

@@ -36,7 +36,7 @@ def compare(
     for given in (first, second):
         if not isinstance(given, Embeddings):
             raise DataError(
-                f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, from `embed` or Embeddings.load(FILE)"
+                f"{str(given)[:60]!r} is of type {type(given).__name__}: give embeddings, from load(BUNDLE).embed(IMAGES) or Embeddings.load(FILE)"
             )
     if names is not None and not (isinstance(names, list | tuple) and len(names) == 2):
         raise DataError(f"names = {names!r}: give two names, of the first and the second model")
