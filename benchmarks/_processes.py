@@ -1,4 +1,4 @@
-"""Work in processes of its own: done once, or block by block, asked for by lines."""
+"""Work in separate processes: a function called once (`isolated`), or a script asked for one block after another (`Script`)."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Server:
         return total
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Those of its processes whose program's name or title begins so."""
+        """Those of its processes whose program's name or title begins with `title`."""
         found = []
         for process in _family(self._process):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -132,7 +132,7 @@ def tiles(folder: Path) -> Path:
 
 
 def one_set(words: str) -> tuple[Path, str]:
-    """FOLDER=DOMAIN, taken apart."""
+    """The folder and the domain in FOLDER=DOMAIN."""
     folder, _, domain = words.rpartition("=")
     if not all((Path(folder) / side).is_dir() for side in ("train", "test")):
         raise argparse.ArgumentTypeError(f"{words}: give FOLDER=DOMAIN, where FOLDER holds train/ and test/")

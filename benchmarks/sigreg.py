@@ -102,7 +102,7 @@ def seconds_of(size: Size, forms: tuple[str, ...], budget_s: float) -> dict[str,
 
 
 def on_gpu(work: Callable[[], object]) -> Block:
-    """`work` as a block, by wall-clock time: ten times, since a single run takes only as long as its launch."""
+    """`work` as a block, by wall-clock time, averaged over ten runs: a single one would mostly measure the launches."""
 
     def block() -> float:
         torch.cuda.synchronize()
@@ -266,7 +266,7 @@ def exponents(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def goals(rows: list[Row]) -> list[dict[str, Any]]:
-    """What was wanted and what came out; nothing if the size was not measured."""
+    """Goals beside what was measured; without the goals of a size that was not measured."""
     found = {row.size: row for row in rows}
     lines = []
     for outputs, least in ((64, 6.0), (512, 3.0)):

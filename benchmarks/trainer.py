@@ -45,7 +45,7 @@ from views import LightlyMissingError, lightly_python, make_images
 
 STEPS, BATCH, QUICK_BATCH, DISTINCT = 5, 32, 8, 32
 ROUNDS, QUICK_ROUNDS = 31, 3
-"""Odd: with the uncounted round, the product has then just logged the last step's loss, as at every tenth step."""
+"""Odd, so that with the uncounted round the last step is a tenth one, after which the product logs its loss."""
 FILES, MEMORY = "files", "memory"
 AGAIN = " (again)"
 PRODUCT, BARE, RETURNING = "jepakit", "by hand", "by hand, memory handed back"
@@ -55,7 +55,7 @@ MIDDLE_LIMIT, UPPER_LIMIT = 1.03, 1.05
 """How many times as long as the hand-written loop jepakit may take: the median, and the interval's upper end."""
 REST_LIMIT, DEFAULT_STEPS = 0.05, 300
 
-# Name, timm's name, settings. In the first two nothing is frozen and foldable, which would favour the product.
+# Name, timm's name, settings. The first two have no frozen BatchNorm to fold, which would favour the product.
 VIT, CONVNET, FOLDED = "ViT-Ti/16, last 2 blocks", "ResNet-10-T, all of it", "MobileNetV2, last level"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     VIT: ("vit_tiny_patch16_224", {"image_size": 64}),
@@ -267,7 +267,7 @@ def against_lightly(
 
 
 class Account:
-    """CPU seconds by purpose, of functions wrapped for that."""
+    """Adds up the CPU seconds of wrapped functions, by purpose."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

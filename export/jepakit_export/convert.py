@@ -74,7 +74,7 @@ def seal(model: ir.Model, metadata: dict[str, str]) -> Sealed:
     data = _move_out(model) if is_large(model) else None
     _strip(model)
     proto = ir.serde.serialize_model(model)
-    # torch always writes 10, which runtimes refuse that know all operators of a lower opset.
+    # torch always writes IR version 10, which older runtimes refuse even if they know all operators of the opset.
     least = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
     proto.ir_version = min(proto.ir_version, least)
     onnx.helper.set_model_props(proto, metadata)
@@ -111,7 +111,7 @@ def _big(model: ir.Model) -> dict[str, ir.TensorProtocol]:
 
 
 def _program(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size: bool) -> Any:
-    """Export; if that fails, a second time with plain attention instead of fused: BEiT's, Hiera's and Twins' needs it."""
+    """Export; if that fails, export again with plain instead of fused attention, as BEiT, Hiera and Twins need."""
     try:
         return _export(embedder, example, opset, dynamic_size)
     except Exception:  # the exporter wraps whatever went wrong in classes of its own
@@ -121,7 +121,7 @@ def _program(embedder: Embedder, example: torch.Tensor, opset: int, dynamic_size
 
 
 def use_plain_attention(embedder: Embedder) -> bool:
-    """Let attention be computed as products and a softmax; whether any was fused before."""
+    """Replace fused attention by plain matrix products and a softmax; returns whether there was any."""
     fused = [module for module in embedder.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]

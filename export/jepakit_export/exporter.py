@@ -75,7 +75,7 @@ class Source(NamedTuple):
     provenance: Provenance
     comparison: Comparison | None
     model_id: str | None
-    """Of the bundle that it is exported from."""
+    """The `model_id` of the bundle that is exported; None for a timm backbone."""
 
 
 def export(config: ExportConfig) -> Bundle:
@@ -177,7 +177,7 @@ def _graph(config: ExportConfig, source: Source, embedder: Embedder, images: Pix
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """Turn errors inside into one that begins with `what`: the libraries raise classes of their own.
+    """Turn errors in the block, of the libraries' many classes, into one whose message begins with `what`.
 
     A WriteError for what cannot be written, such as a temporary folder without room; an ExportError otherwise.
     """
@@ -221,7 +221,7 @@ def _source(config: ExportConfig) -> Source:
 def _of_run(run: Run, which: Literal["best", "last", "start"] | None) -> Bundle:
     """One of a finished run's two bundles; `best` follows the verdict: the trained one if better, else the start.
 
-    Where none is chosen it is the trained one, with a warning if the verdict speaks against it.
+    If `which` is None: the trained one, with a warning if the verdict is not "better".
     """
     start = which == "start" or (which == "best" and run.verdict.word != "better")
     if which == "best":
@@ -233,7 +233,7 @@ def _of_run(run: Run, which: Literal["best", "last", "start"] | None) -> Bundle:
 
 
 def _warn_of(comparison: Comparison | None, remedy: str) -> None:
-    """Say so if the verdict speaks against the trained weights."""
+    """Warn if the trained weights were measured and the verdict is not "better"."""
     if comparison is not None and comparison.after is not None and comparison.verdict.word != "better":
         say(f"warning: the run's verdict on these weights is {comparison.verdict.word}{remedy}")
 

@@ -1,4 +1,4 @@
-"""fp32 graph → int8 graph for CPUs, by the method that costs each kind of network least.
+"""fp32 graph → int8 graph for CPUs, by the method that costs each kind of network the least accuracy.
 
 If most weights are in matrix products (ViTs, ConvNeXt), the input of each product is quantised at run time by its own
 range: this needs no calibration, and was better than fixed ranges on every transformer tried. If most are in

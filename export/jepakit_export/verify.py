@@ -86,7 +86,7 @@ def calibration_and_check(precision: Precision, inputs: Pixels, users: Pixels | 
     """The images to calibrate on, and those to verify on in addition to the golden inputs.
 
     Of the user's images, int8 is calibrated on one half and verified on the other. Without them it is calibrated and
-    verified on the golden inputs alone, which is said.
+    verified on the golden inputs alone, with a note to the user.
     """
     if precision != "int8":
         return inputs, users
@@ -127,8 +127,8 @@ def halved(embedder: Embedder) -> Embedder:
 def check_half(half: Embedder, spec: Preprocess, sets: Sequence[Pixels]) -> None:
     """Raise ExportError if the embedder in half precision overflows on these sets, or on images of the greatest contrast.
 
-    ONNX Runtime computes an fp16 graph in single precision on a CPU, so only torch shows here what will overflow on a GPU.
-    Attention is computed as in the graph.
+    On a CPU, ONNX Runtime computes an fp16 graph in single precision: only torch shows here what would overflow on a GPU.
+    Fused attention is made plain in `half`, as in the graph.
     """
     use_plain_attention(half)
     for images in (*sets, _stark_images(spec)):
@@ -174,7 +174,7 @@ def check(session: Session, precision: Precision, expected: Expected) -> golden.
 
 
 def least_multiple(embedder: Embedder, spec: Preprocess) -> int:
-    """What torch wants the sides of other sizes to be a multiple of, in pixels: the patch of a ViT, 1 for most ConvNets."""
+    """The number of pixels of which torch requires image sides to be a multiple: the patch of a ViT, 1 for most ConvNets."""
     most = size_multiple(embedder.backbone)
     divisors = (step for step in range(1, most) if most % step == 0)
     return next((step for step in divisors if _takes(embedder, spec, (spec.size // step + 1) * step)), most)
@@ -192,7 +192,7 @@ def _takes(embedder: Embedder, spec: Preprocess, side: int) -> bool:
 def check_sizes(session: Session, precision: Precision, embedder: Embedder, images: Pixels) -> None:
     """Raise ExportError if a graph of dynamic size does not reproduce torch at a smaller and at a non-square size.
 
-    The latter differs from the model's own by the least that the graph is said to take.
+    The height of the latter differs from the model's own by `size_multiple`, the least that the graph should take.
     """
     assert session.manifest.graph is not None
     size, step = images.shape[1], session.manifest.graph.size_multiple

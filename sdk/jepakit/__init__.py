@@ -78,7 +78,7 @@ _MODULES = ("config", "errors")
 __all__ = [*_MODULES, *_HOME, "__version__"]
 
 
-if not TYPE_CHECKING:  # a checker would take any name
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name in _MODULES:

@@ -1,4 +1,4 @@
-"""What a user gives is checked here where several places ask the same: numbers of Python or numpy, enough images."""
+"""Checks of user input that several modules share: numbers of Python or numpy, masked arrays, enough images."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from jepakit.errors import DataError
 
 FEWEST_IMAGES = 16
-"""To adapt on."""
+"""The fewest to adapt on."""
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is an integer of Python or numpy; True and False are none."""
+    """Whether it is an integer of Python or numpy, but not True or False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number of Python or numpy; True and False are none."""
+    """Whether it is a real number of Python or numpy, but not True or False."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -29,7 +29,7 @@ def is_share(value: object) -> TypeGuard[float]:
 
 
 def exceeds(found: int, of: int, share: float) -> bool:
-    """Whether `found` of so many are more than a share of them."""
+    """Whether `found` out of `of` items are more than the share `share`."""
     return found > 0 and found / of > share
 
 

@@ -22,7 +22,7 @@ _PLAIN = {
     **dict.fromkeys(("tuple_type", "missing", "too_long"), "input should be a list like the default"),
     **dict.fromkeys(("dict_type", "model_type"), "input should be a group of settings, each set by its own name"),
 }
-"""Pydantic's kinds of errors whose own words suppose that one knows its types."""
+"""Our words for pydantic's errors whose own words assume that one knows its types."""
 
 
 def parse(model: type[_Model], values: dict[str, object], origins: Mapping[str, str] | None = None) -> _Model:
@@ -54,7 +54,7 @@ def explain(error: ValidationError, model: type[BaseModel], origins: Mapping[str
 
 
 def _set_in(where: str, message: str, origins: Mapping[str, str]) -> str:
-    """Where the setting is set; for an error of several settings at once, where those are that its message names."""
+    """A note on where the setting is set; for an error about several settings, where each that its message names is set."""
     if where:
         return f" (set in {origins[where]})" if where in origins else ""
     named = [
@@ -87,7 +87,7 @@ def _group(model: type[BaseModel], field: str) -> type[BaseModel] | None:
 
 
 def _elsewhere(name: str, parents: list[str], root: type[BaseModel]) -> str:
-    """Where a setting belongs that was given in another group, or in none; empty if it is in none."""
+    """A hint at where a setting belongs that was given in the wrong group, or outside its own; empty if there is none."""
     if parents and name in root.model_fields:
         return (
             f": {name} is no part of {'.'.join(parents)}; in a TOML file, write it above the line [{'.'.join(parents)}]"

@@ -29,7 +29,7 @@ def check_source(config: ExportConfig) -> None:
     if is_run(path):
         _check_fits(Run(path).bundle, config)
         return
-    bundle = open_bundle(path) if is_bundle(path) else None  # first: it tells what may not be read
+    bundle = open_bundle(path) if is_bundle(path) else None  # first: it reports a folder that this user may not read
     if "which" in config.model_fields_set:
         raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave which out")
     if bundle is not None:
@@ -60,7 +60,7 @@ def _check_there(name: str, weights: str) -> None:
 
 
 def _check_fits(bundle: Bundle, config: ExportConfig) -> None:
-    """Raise ConfigError for settings that would make another model of what was measured."""
+    """Raise ConfigError for settings that would export another model than the one that was measured."""
     preprocess, embedding = bundle.manifest.preprocess, bundle.manifest.embedding
     if config.image_size not in (None, preprocess.size):
         raise ConfigError(f"{bundle.path} was measured at {preprocess.size} px: image_size is for timm names only")
@@ -76,7 +76,7 @@ def _check_fits(bundle: Bundle, config: ExportConfig) -> None:
 
 
 def _check_standardize(config: ExportConfig, measured: Standardize) -> None:
-    """Raise ConfigError where a centre or scale is to be measured on no images."""
+    """Raise ConfigError if a centre or scale has to be measured, but there are no images to measure it on."""
     if config.standardize not in (None, "none", measured) and config.verify_images is None:
         raise ConfigError(
             f"standardize = {config.standardize!r} measures the domain's images: give some with verify_images=DIR"

@@ -33,7 +33,7 @@ NEEDS = {
 }
 """The modules that each extra installs and that are imported."""
 _NOT_ON_WINDOWS = ("train", "cluster", "serve")
-"""They fork, and lock files."""
+"""Extras that fork, or lock files."""
 
 
 def missing(extra: str) -> list[str]:
@@ -51,7 +51,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def require(extra: str) -> None:
-    """Raise MissingExtraError unless everything that `extra` installs is there, and this system has what it uses."""
+    """Raise MissingExtraError unless the modules of `extra` are installed, and it works on this operating system."""
     if os.name == "nt" and extra in _NOT_ON_WINDOWS:
         raise MissingExtraError("this needs Linux or macOS: on Windows, install and run it in WSL 2")
     if modules := missing(extra):

@@ -133,7 +133,7 @@ def _beside(path: Path) -> Path:
 
 
 def reason_of(error: Exception) -> str:
-    """Why it failed, in the system's words if it gave any."""
+    """The reason for an error: the operating system's words if it gave any, else the message."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -1,4 +1,4 @@
-"""The one place where the SDK reaches training, export and the service; each is imported when first called."""
+"""The SDK's only entry points into training, export and the service; each package is imported on first use."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
 
 @takes_adapt_settings
 def dry_run(images: Any, *, out: str | Path | None = None, **settings: Unpack[AdaptSettings]) -> DryRun:
-    """Estimate what `adapt` would take with the same arguments, by a few steps in one process; nothing is kept.
+    """Estimate the time and memory of `adapt` with the same arguments, from a few steps in one process; nothing is kept.
 
     Raises the errors of `adapt` for a wrong setting, unusable images, weights that cannot be loaded, or running out of
     memory.
@@ -113,12 +113,12 @@ def sweep(
     """Adapt once for each combination of the values of some settings, and say which result to keep; returns the `Sweep`.
 
     images    as in `adapt`
-    out       the sweep's folder, which holds a run for each combination. The same call again goes on where it was stopped
+    out       the sweep's folder, which holds a run for each combination. The same call again resumes the sweep
     vary      the values of each setting that varies: {"lamb": [0.02, 0.05], "views.hue": [0.0, 0.1]}. It cannot be one that
               decides what is measured
     settings  as for `adapt`, the same in all runs
 
-    Runs follow one another. When one ends in a TrainingError, the next goes on, and `failed` of the sweep tells why.
+    Runs are done one after the other. If one ends in a TrainingError, the next one starts, and the sweep's `failed` says why.
     Raises the errors of `adapt`, those for wrong settings before the first run, and TrainingError if all runs fail.
     """
     folder = as_path(out, "out")
@@ -140,7 +140,7 @@ def sweep(
 def dry_sweep(
     images: Any, *, out: str | Path, vary: Mapping[str, Sequence[Any]], **settings: Unpack[AdaptSettings]
 ) -> dict[str, DryRun]:
-    """What each run of `sweep` with the same arguments would take, by its name; nothing is kept. Raises as `dry_run`."""
+    """Estimate each run of `sweep` with the same arguments, by the run's name; nothing is kept. Raises as `dry_run`."""
     configs, listed = _to_sweep(images, as_path(out, "out"), vary, settings)
     from jepakit_training.dryrun import dry_run as run_dry
 
@@ -148,7 +148,7 @@ def dry_sweep(
 
 
 def _train(config: AdaptConfig, listed: ImageList, folder: Path) -> Run:
-    """Run the training; an interrupt outside the steps, which say where they stop, says how to go on."""
+    """Run the training; an interrupt without a message, as outside the training steps, gets one that says how to resume."""
     from jepakit_training import adapt as run_training
 
     try:
@@ -161,10 +161,10 @@ def _train(config: AdaptConfig, listed: ImageList, folder: Path) -> Run:
 
 
 def _released(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Do the work; an error or interrupt that leaves it keeps nothing of what its frames held.
+    """Call `work`; free the local variables in the traceback of a JepakitError or interrupt that it raises.
 
-    A notebook keeps the last traceback: with it, an interrupted run's model, optimizer and batches would stay in memory
-    while the next cell goes on with the same run, and so would those of a run that ran out of memory.
+    A notebook keeps the last traceback: the model, optimizer and batches of an interrupted run, or of one that ran out of
+    memory, would stay in memory while the next cell resumes it.
     """
     callers = sys.exception()
     try:
@@ -176,15 +176,15 @@ def _released(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T
             told = told.__context__
         if isinstance(error, JepakitError):
             raise
-        raise error.with_traceback(None) from None  # where it was interrupted is chance
+        raise error.with_traceback(None) from None  # where it was interrupted is chance: show no traceback
 
 
 def _to_sweep(
     images: Any, folder: Path, vary: Mapping[str, Sequence[Any]], settings: AdaptSettings
 ) -> tuple[dict[str, AdaptConfig], ImageList]:
-    """The checked settings of each run by its name, and the images; what is in the folder already is checked too."""
+    """Check the settings of each run and what the folder already holds; returns the settings by run name, and the images."""
     images = as_list(images)
-    _adapt_config(images, folder, settings)  # what is wrong in all runs is told first
+    _adapt_config(images, folder, settings)  # first report what is wrong in all runs
     configs = {
         name: _adapt_config(images, folder / name, chosen) for name, chosen in combinations(vary, settings).items()
     }
@@ -277,7 +277,7 @@ def serve(settings: dict[str, Any], file: Path | None = None, *, print_config: b
 
 
 def setting_named(name: str, command: str | None) -> str | None:
-    """The dotted name of the setting `name` of a command (`serve`, or one that takes those of `adapt`); None if it has none."""
+    """The dotted name of a command's setting, such as `views.hue` for `hue`; None if it has none. All but `serve` have those of `adapt`."""
     if command == "serve":
         require("serve")
         from jepakit_service.settings import ServeSettings
@@ -299,7 +299,7 @@ def deploy(bundle: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
 
 
 def new_api_key(name: str, key_file: str | None) -> tuple[str, str, int]:
-    """Make an API key: the key, its line for the key file, and how many other keys of that name `key_file` holds.
+    """Make an API key; returns it, its line for the key file, and how many other keys of that name `key_file` holds.
 
     The line is appended to `key_file` if given.
     """

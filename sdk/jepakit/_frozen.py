@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Frozen(BaseModel):
-    """A record with exactly these fields, which never change."""
+    """An immutable record that allows no fields but those declared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,7 +26,7 @@ class StrictBools(BaseModel):
 
 
 class Printed:
-    """What `print` shows, a notebook shows too, as the last value of a cell."""
+    """Mixin: as the last value of a notebook's cell, it is shown as `print` shows it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # IPython takes the first class in the MRO that defines this or `__repr__` itself, and bases or decorators may.

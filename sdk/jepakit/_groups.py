@@ -78,7 +78,7 @@ def codes(names: ArrayLike) -> NDArray[np.intp]:
 
 
 def copies(vectors: NDArray[np.float32]) -> NDArray[np.intp]:
-    """The same number for images of the same vector [N, D], [N]: the same image under several names, or blank ones."""
+    """A number for each image, [N], the same for equal vectors [N, D]: one image under several names, or blank ones."""
     numbers: NDArray[np.intp] = np.unique(vectors, axis=0, return_inverse=True)[1].ravel()
     return numbers
 

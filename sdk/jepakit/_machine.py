@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 in_command: ContextVar[bool] = ContextVar("in_command", default=False)
-"""Whether one of our commands or workers runs, so that the process is jepakit's own: nobody else's work is lost with it."""
+"""Whether this process runs one of our commands or workers, so that ending it loses nobody else's work."""
 SHARED = Path("/dev/shm")
 MORE_SHARED = "give the container more (docker run --shm-size 2g)"
 _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

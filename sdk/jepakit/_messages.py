@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 _MEANT = {"gpu": "cuda"}
-"""What a word means that is spelt more like another one."""
+"""Words that mean a known word other than the one spelt most like them."""
 
 
 def did_you_mean(word: str, known: Iterable[str], *, within: str = "") -> str:
@@ -37,7 +37,7 @@ def first_few(words: Sequence[str], most: int) -> str:
 
 
 def plain_text(text: str) -> str:
-    """The text itself, of an enum's member, too, whose `str()` is the member's name."""
+    """The text itself, also of a string enum's member, whose `str()` may be the member's name."""
     return str.__str__(text)
 
 

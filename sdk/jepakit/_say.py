@@ -1,4 +1,4 @@
-"""What a user is told. Lines on standard error may be lost, and the work goes on; a result on standard output may not."""
+"""Output for the user. Lines on standard error may be lost, and the work goes on; results on standard output may not."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def say(text: str, *, end: str = "\n") -> None:
 
 
 def show(result: object, *, end: str = "\n") -> None:
-    """Print to standard output; WriteError if it does not take the text, except for a closed pipe's BrokenPipeError."""
+    """Print to standard output; raises BrokenPipeError for a closed pipe, WriteError for any other failure to write."""
     with _taking():
         print(result, end=end)
 
 
 def flush_shown() -> None:
-    """Have everything that was shown written out, or raise as `show` does."""
+    """Flush standard output; raises as `show` does."""
     with _taking():
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -53,7 +53,7 @@ def standard_error() -> Any:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether standard output or error is a terminal; None if it was closed before the program began."""
+    """Whether a standard stream is a terminal; False for None, which Python sets if it was closed before the program began."""
     try:
         return stream is not None and stream.isatty()
     except (ValueError, AttributeError):  # closed by the program, or its own object that can only write
@@ -61,7 +61,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 class _Unfailing:
-    """A stream whose `write` and `flush` pass over a full disk, a closed pipe, a closed file, and a missing `flush`."""
+    """A stream whose `write` and `flush` ignore all errors: a full disk, a closed pipe or file, a missing `flush`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -85,12 +85,12 @@ class _Unfailing:
 
 @cache
 def _end_in_peace() -> None:
-    """At exit, drop what still cannot be written: Python would try once more, and turn the exit code into 120."""
+    """At exit, drop what still cannot be written: otherwise Python tries once more, fails, and exits with code 120."""
     atexit.register(lambda: drop_unwritten(sys.stderr))
 
 
 def drop_unwritten(stream: TextIO | None) -> None:
-    """Flush a stream of this process, into nothing if it cannot be written."""
+    """Flush a standard stream; if it cannot be written, drop its text."""
     if stream is None:
         return
     try:

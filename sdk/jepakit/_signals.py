@@ -1,4 +1,4 @@
-"""Handling signals for a while."""
+"""Temporary signal handlers."""
 
 from __future__ import annotations
 

@@ -88,12 +88,12 @@ class ExportSettings(TypedDict, total=False):
 
 
 def takes_adapt_settings(call: _Call) -> _Call:
-    """A decorator: `**settings` are those of `AdaptConfig`, as completion and help at run time show them."""
+    """A decorator: the signature lists the fields of `AdaptConfig` in place of `**settings`, for completion and `help`."""
     return _taking(call, AdaptSettings, AdaptConfig)
 
 
 def takes_export_settings(call: _Call) -> _Call:
-    """A decorator: `**settings` are those of `ExportConfig`, as completion and help at run time show them."""
+    """A decorator: the signature lists the fields of `ExportConfig` in place of `**settings`, for completion and `help`."""
     return _taking(call, ExportSettings, ExportConfig)
 
 
@@ -112,5 +112,5 @@ def _taking(call: _Call, names: type[Any], config: type[BaseModel]) -> _Call:
 
 
 def _shown(default: object) -> object:
-    """A group of settings as the mapping that changes none of them, as its own text is long."""
+    """The default as the signature shows it: a group of settings, whose repr is long, as `{}`, which changes none of them."""
     return {} if isinstance(default, BaseModel) else default

@@ -40,13 +40,13 @@ _SHARED = (
     "backbone", "image_size", "resize", "pooling", "standardize", "tile", "overlap", "min_valid", "frame", "value_range",
     "precision", "held_out", "measure_on", "seed",
 )  # fmt: skip
-# With any other difference, losses measure different things.
+# Losses can be compared only between runs that differ in nothing but these.
 _LEAVES_THE_LOSS_ALONE = frozenset({
     "steps", "epochs", "unfreeze", "lora_rank", "norm_statistics", "lamb", "lr", "layer_decay", "projector_lr",
     "weight_decay", "warmup", "clip_norm",
 })  # fmt: skip
 _LONGEST_NAME = 200
-"""Characters: file systems take 255 bytes, and some names are made of it."""
+"""Characters of a run's name: file systems allow 255 bytes, and longer names are derived from it."""
 _LAMBDA_POWER = 0.4
 _LAST_SHARE = 0.1
 """Share of the logged steps, at the end, over which the loss is averaged."""
@@ -231,7 +231,7 @@ def _check_comparable(runs: Iterable[Run]) -> None:
 
 
 def _basis(run: Run) -> dict[str, object]:
-    """What all runs of a sweep share, by its name."""
+    """By name, the values that must be the same in all runs of a sweep."""
     manifest = open_bundle(run.path / START).manifest
     return {
         "start weights": manifest.files[WEIGHTS],

@@ -1,4 +1,4 @@
-"""Reads of many files at once: most of the time goes to waiting for a disk or a network."""
+"""Work in threads, such as reading many files: most of the time goes to waiting for a disk or a network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def work_ahead(
         for item in items:
             try:
                 begun.append((item, pool.submit(work, item)))
-            except RuntimeError:  # once the main thread has ended, other threads go on, but pools do not
+            except RuntimeError:  # the main thread has ended: other threads run on, but pools take no more work
                 begun.append((item, _done(work, item)))
             if len(begun) > ahead:
                 yield begun.popleft()

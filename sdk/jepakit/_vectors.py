@@ -13,7 +13,7 @@ from jepakit._progress import Steps
 AT_A_TIME = 4096
 """The most vectors that are worked on at a time, so that memory grows with what is kept, not with what is computed."""
 _QUERIES = 256
-"""The most queries to compare with them; each pair takes about 12 bytes, and 48 more if it may be among the nearest."""
+"""The most queries compared with these at a time; each pair takes about 12 bytes, and 48 more if it may be among the nearest."""
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

@@ -24,7 +24,7 @@ _PACKAGES = {
     "codecs": ("imagecodecs", "python-gdcm"),
     "runtime": (*_RUNTIMES, "openvino"),
 }
-"""By the extra that installs them."""
+"""The packages to report, by the extra that installs them."""
 _IDENTITY = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
@@ -52,7 +52,7 @@ def examine() -> Examination:
 
 
 def _memory() -> str:
-    """How much there is; unknown on Windows, where Python does not tell."""
+    """The size of main memory, in words; unknown on Windows, where Python does not tell."""
     return f"{main_memory() / 1e9:.1f} GB of memory" if hasattr(os, "sysconf") else "unknown memory"
 
 

@@ -100,10 +100,10 @@ class Embeddings:
     ) -> Embeddings:
         """Select by slice, boolean mask or indices; ids and labels follow. For one vector use `vectors[index]`.
 
-        Raises DataError for a mask of the wrong length or an index out of range, TypeError for a single one.
+        Raises DataError for a mask of the wrong length or an index out of range, TypeError for a single index.
         """
         if isinstance(which, tuple) and len(which) == 2 and which[1] is ...:
-            which = which[0]  # as scikit-learn takes rows of an array
+            which = which[0]  # how scikit-learn selects rows of an array
         try:
             places = np.arange(len(self))[list(which) if isinstance(which, tuple) else which]
         except IndexError as error:
@@ -124,7 +124,7 @@ class Embeddings:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the vectors, (N, D)."""
+        """The shape of the vectors, (N, D)."""
         return self.vectors.shape
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

@@ -47,7 +47,7 @@ class JepakitError(Exception):
         return one_line(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles, as processes exchange them: the default would leave out keyword arguments."""
+        """For copying and pickling (between processes): by default, keyword-only arguments would be missing on unpickling."""
         return _again, (type(self), self.args), self.__dict__
 
     def _render_traceback_(self) -> list[str]:

@@ -53,7 +53,7 @@ def read_image(
     Pillow image of one frame, is taken to be that frame. "No data" is filled with the domain's mean.
 
     Raises ImageError for another depth or number of bands than the model's, NaN or infinite pixels, an image of a
-    single value, more than 1 % of values clipped by measured scaling, all values outside a chosen range, several frames
+    single value, more than 1 % of a band clipped by measured scaling, all values outside a chosen range, several frames
     without a choice, a missing frame, a scene where tiles are expected, and anything that cannot be read; TypeError for an
     object that is no image.
     """
@@ -79,7 +79,7 @@ def _opened(ref: ImageRef, limits: Limits, voi: bool) -> AbstractContextManager[
 
 
 def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | None) -> Pixels:
-    """A frame, or a window of it. More than a window, where it has to be decoded, is kept for the windows that follow."""
+    """Read a frame, or a window of it. If more than the window has to be decoded, it is kept for the windows that follow."""
     stamp = raster.stamp()
     if ref.window is None or ref.scenes is None or stamp is None:
         return raster.read(ref.window, frame=frame, at_least=at_least)
@@ -147,7 +147,7 @@ def name_of(source: ImageSource) -> str:
 
 def _check_kind(header: Header, spec: Preprocess, name: str) -> None:
     """Refuse an image of another depth or number of bands than the model was made for."""
-    # Programs pass values that files hold as integers in float32 arrays.
+    # Callers may pass integer pixels as float32 arrays.
     same_depth = header.dtype == spec.stored_as or (header.format in ("array", "image") and header.dtype == spec.dtype)
     if same_depth and header.bands == spec.bands:
         return

@@ -41,7 +41,7 @@ def without_holes(holes_HWC: NDArray[np.bool_], empty_C: NDArray[np.bool_]) -> N
 def valid_values(stored_HWC: NDArray[Any], valid_HW: NDArray[np.bool_] | None) -> NDArray[Any]:
     """The values of the valid pixels, [N, C]; a view of all of them if `valid_HW` is None."""
     stored_NC = stored_HWC.reshape(-1, stored_HWC.shape[2])
-    # numpy makes two arrays of indices of a mask with two axes.
+    # Flattened, as numpy would turn a mask with two axes into two arrays of indices.
     return stored_NC if valid_HW is None else stored_NC[valid_HW.ravel()]
 
 

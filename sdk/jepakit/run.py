@@ -3,8 +3,8 @@
 RUN/
   config.toml       the resolved settings (holds paths: keep it private)
   environment.json  versions, and a fingerprint of the data
-  plan.json         what the settings came to: steps, learning rate, λ, sizes, device, threads (may hold paths: keep it
-                    private)
+  plan.json         values derived from the settings: steps, learning rate, λ, sizes, device, threads (may hold paths:
+                    keep it private)
   split.csv         which images train and which are held out (holds paths: keep it private)
   metrics.jsonl     one line per logged step
   skipped.csv       images that could not be read, and why (holds paths: keep it private)
@@ -104,7 +104,7 @@ class Run(Printed):
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        """What the settings came to (plan.json); DataError when the file is gone or damaged."""
+        """The values derived from the settings (plan.json); DataError when the file is gone or damaged."""
         return self._read(PLAN, json.loads)
 
     def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Run(Printed):
 
     @property
     def collapsed(self) -> bool:
-        """Whether the projections collapsed: by the last steps logged, all images look alike to the model."""
+        """Whether the projections collapsed (all images look alike to the model), by the last three logged steps."""
         last = [step["proj_std"] for step in self.metrics()[-3:]]
         return bool(last) and median(last) < COLLAPSED_STD
 
@@ -177,7 +177,7 @@ def read_record(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[st
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics.jsonl, none before the first step; a kill can leave the last one half written."""
+    """The complete lines of a metrics.jsonl; empty before the first step. A killed run can leave its last line half written."""
     if not path.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""What `--no-ray` reads HTTP/1.1 with: uvicorn's connection on httptools, which costs less a request than h11."""
+"""The HTTP/1.1 connection of `--no-ray`: uvicorn's on httptools, which costs less per request than h11, with stricter limits."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _MOST_UNDELIVERED = 64 * 1024
-"""Bytes of a head, or of what ends a chunked body, as h11 takes: httptools alone would keep any number."""
+"""Most bytes of a request's head, or of a chunked body's trailer: h11's limit. httptools has none, and would buffer any number."""
 _MOST_FIELDS = 256
-"""Fields of a head: each costs thirty times the bytes of the shortest."""
+"""Most header fields of a request: each takes memory of thirty times the bytes of the shortest one."""
 _MOST_WAITING = 64
-"""Requests of one connection that wait for the answers before theirs: uvicorn alone would read on."""
+"""Most pipelined requests of one connection that wait for earlier answers; uvicorn itself has no limit."""
 
 
 class _RefusalError(Exception):
-    """Why no more is read of a connection, for its other end."""
+    """A request that is refused; the message is sent to the client, and nothing more is read from the connection."""
 
 
 class Connection(HttpToolsProtocol):
-    """Ignores offers of another protocol, and takes no endless heads and no endless row of requests.
+    """One client connection. Ignores `Upgrade`, and limits the size of heads and the number of pipelined requests.
 
-    Offers: Java's client and `curl --http2` offer HTTP/2 by `Upgrade`, which a server may ignore (RFC 9110, 7.8). httptools
-    ends the message at such a head, so that its body would pass for the next request: the head is read again without it.
+    Java's client and `curl --http2` offer HTTP/2 by `Upgrade`, which a server may ignore (RFC 9110, 7.8). httptools ends the
+    message after a head with this field, and would take the body for the next request: so the head is parsed again without it.
     """
 
     _refused = False
@@ -51,11 +51,11 @@ class Connection(HttpToolsProtocol):
                 assert self._head_without_offer is not None
                 data = self._head_without_offer + data[offer.args[0] :]
                 self._head_without_offer = None
-                self.parser = httptools.HttpRequestParser(self)  # the old one may take the connection for closed
+                self.parser = httptools.HttpRequestParser(self)  # the old one may treat the connection as closed
 
     def _refuse(self, error: Exception) -> None:
-        """Close: after the answers, if all requests came whole; at once, if one was answered too early; else with an
-        answer that says why."""
+        """Close the connection: after the pending answers, if all their requests are complete; at once, if an answer has begun
+        before its request was complete; else with a 400 that says why."""
         self._refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             if not self.cycle.more_body:
@@ -89,7 +89,7 @@ class Connection(HttpToolsProtocol):
             return
         self._delivered = True
         super().on_headers_complete()
-        self.headers = []  # uvicorn would add the fields that trail a body in chunks to the request's
+        self.headers = []  # uvicorn would add the trailer fields of a chunked body to the request's own
 
     def on_body(self, body: bytes) -> None:
         self._delivered = True

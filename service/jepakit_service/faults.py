@@ -40,7 +40,7 @@ class ApiError(Exception):
 
 
 def unavailable(code: str, message: str, status: int = 503) -> ApiError:
-    """A condition that passes by itself: the same request may succeed in a second."""
+    """An error that passes by itself, with Retry-After: the same request may succeed in a second."""
     return ApiError(status, code, message, headers={"Retry-After": "1"})
 
 

@@ -21,7 +21,7 @@ from jepakit_service.telemetry.logs import announce
 _LONG_START_S = 300.0
 _HAPROXY_FILES = 10_270
 _RAYS = ("ray::", "raylet", "gcs_server")
-"""How the names of Ray's processes begin. All of them ask for its token, and so does Ray's part of this one."""
+"""Prefixes of the names of Ray's processes. All of them require its token, and so do Ray's ports in this process."""
 _POLL_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _WHY_NOT = {
     errno.EADDRINUSE: "another program has it; choose another --port",
@@ -78,12 +78,12 @@ def _error_at(family: int, address: Any) -> int:
 
 
 def announce_when_ready(settings: ServeSettings, stopping: Callable[[], bool], *, fallback: int | None = None) -> None:
-    """Wait until the service is ready, which takes the golden check, then print its open ports and its URL.
+    """Wait until the service is ready, golden check included, then print the ports that others could reach, and its URL.
 
     A start that takes long is reported. So is another service's answer at that URL, which does not count: that service
     would get this one's requests and keys.
 
-    fallback  another port that serves all of the service's HTTP
+    fallback  the port of HAProxy's fallback, which answers the same requests; None or 0: there is none
     """
     import httpx
 

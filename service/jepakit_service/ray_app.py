@@ -31,8 +31,8 @@ _ONGOING = 100_000
 def build(args: dict[str, Any]) -> Any:
     """The application for a Serve config file: `import_path: jepakit_service.ray_app:build`.
 
-    args  fields of `ServeSettings`. Where the cluster listens is set by its own `http_options`, unknown here like its
-          proxy: keys are required unless `host` in `args` says that it is loopback. Raises ConfigError.
+    args  fields of `ServeSettings`. The cluster's own `http_options` and proxy are unknown here: so an API key file is
+          required, unless `host` in `args` says that the cluster listens on loopback. Raises ConfigError.
     """
     return application(parse(ServeSettings, {"host": "0.0.0.0", "proxy": "python", **args}), None)
 
@@ -97,7 +97,7 @@ def application(settings: ServeSettings, log_socket: str | None) -> Any:
 
 
 def _named_once(gate: Gate) -> ASGIApp:
-    """Leave out the gate's request id if it came with the request: Ray adds that id, or its own, to every answer."""
+    """Drop the gate's X-Request-Id header if the client sent that id: Ray adds it to the answer as well."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id") if scope["type"] == "http" else None

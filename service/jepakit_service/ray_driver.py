@@ -34,12 +34,12 @@ from jepakit_service.telemetry import logs
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _APPLICATION = "jepakit"
 _LOGGING = {"enable_access_log": False, "log_level": "ERROR"}
-"""For Ray's own files. The gate logs requests; Ray's access log would only repeat it."""
+"""How Ray Serve logs to its own files. Its access log would only repeat the gate's."""
 _IDLE_HELPERS = ("ray/_private/log_monitor.py", "ray/dashboard/dashboard.py", "ray/autoscaler/_private/monitor.py")
 _CORE = ("gcs_server", "raylet")
 """Ray's control store and node: without either nothing runs, and Ray restarts neither."""
 _LINGER_S = 1.0
-"""The proxy ends with us, and on a busy machine the last answers may still be on their way through it."""
+"""Pause before Ray, and its proxy, are ended: on a busy machine the last answers may still be on their way through it."""
 
 
 class _Stop:
@@ -58,9 +58,9 @@ class _Stop:
 def run(settings: ServeSettings) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP, then answer what is in flight. Raises ServeError when Ray or a model does not start.
 
-    Ray and its driver run in a session of their own. A signal to our process group, as sent by a terminal, `timeout` or
-    a supervisor, would end Ray's processes at once, and the requests in flight with them. So only the driver gets it.
-    Driver and parent both remove Ray's files, and end what Ray leaves running: whichever of them is killed, the other does.
+    Ray and its driver, a fork of this process, run in a session of their own: a signal to our process group, as sent by a
+    terminal, `timeout` or a supervisor, would end Ray's processes at once, and the requests in flight with them. This process
+    passes it on to the driver alone. Either removes Ray's files and ends what Ray leaves running, if the other is killed.
     """
     with own_folder() as folder:
         parent, driver = os.getpid(), os.fork()
@@ -74,7 +74,7 @@ def run(settings: ServeSettings) -> None:
 
 
 def _accompany(driver: int) -> int:
-    """Pass signals to stop on to the driver until it ends, and end what it leaves running if it is killed; its exit code."""
+    """Pass stop signals on to the driver, and wait for its end; if it was killed, end what it leaves running. Returns its exit code."""
 
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -98,7 +98,7 @@ def _end_with(parent: int) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Adopt what processes below this one leave behind when they die, so that it is ended with the other children."""
+    """Make orphaned descendants children of this process, so that they are ended with its other children."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
@@ -110,7 +110,7 @@ def _drive(settings: ServeSettings, folder: Path) -> None:
         importlib.import_module("ray.serve")
     except ImportError as error:
         raise MissingExtraError(f"Ray Serve cannot be imported ({error}): pip install 'jepakit[serve]'") from error
-    # For the processes that Ray starts: this one has no event loop that Ray could share.
+    # Set after the import: these are meant for the replicas, as this process has no event loop that Ray could share.
     os.environ.update(REPLICAS)
     stop = _Stop()
     stop.watch()
@@ -214,7 +214,7 @@ def _drain(handle: Any, settings: ServeSettings) -> None:
 def _check_gpus(settings: ServeSettings, found: float) -> None:
     """ServeError if the replicas ask for more GPUs than Ray has, for which it would wait forever."""
     each = settings.num_gpus
-    # A replica that asks for less than a GPU gets a share of a single one.
+    # A fraction of a GPU must come from a single one.
     room = math.inf if not each else int(found) * int(1 / each) if each < 1 else found // each
     if settings.replicas > room:
         raise ServeError(
@@ -261,7 +261,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _innermost(error: object) -> str:
-    """The line that says why: HAProxy's first, as its last only says that there were errors; else our own, Ray's last."""
+    """The line of an error that says why: the first alert of HAProxy, whose last one only says that there were errors; else
+    the last line, where Ray quotes the replica's own error."""
     if "node timed out during startup" in str(error):
         return "Ray's own processes did not come up, most likely because this machine is too busy: start again"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

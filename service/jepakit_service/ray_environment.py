@@ -21,7 +21,7 @@ _CLUSTER = {
     # Ray's processes log to files in a folder that may be in memory: two small files each.
     "RAY_ROTATION_MAX_BYTES": str(1 << 20),
     "RAY_ROTATION_BACKUP_COUNT": "1",
-    "RAY_event_stats": "0",  # of its event loops, printed to those files every minute
+    "RAY_event_stats": "0",  # statistics of its event loops, written to those files every minute
 }
 REPLICAS = {
     # Our code never blocks its event loop: sharing Ray's saves each request four hops between threads.
@@ -59,7 +59,7 @@ def _haproxy(folder: Path, settings: ServeSettings) -> dict[str, str]:
     return {
         FALLBACK_PORT: str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
-        # For a client that sends nothing; by default an hour. Longer than any wait for a body, or for an answer.
+        # After which an idle client is disconnected; an hour by default. It must exceed any wait for a body or an answer.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(max(settings.body_timeout_s, settings.request_timeout_s)) + 15),
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",

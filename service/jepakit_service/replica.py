@@ -45,9 +45,9 @@ class Report:
 
 
 AskAll = Callable[[bool], Awaitable[Sequence[Report | None]]]
-"""Gives the reports of the replicas, with their metrics or without: collecting them takes milliseconds for each model.
+"""Gives the reports of all replicas; the argument says whether with metrics, which take milliseconds per model to collect.
 
-None for a replica that has ended; a single None if one of them does not answer.
+None stands for a replica that has ended; a single None is the whole result if one of them does not answer.
 """
 
 
@@ -81,7 +81,7 @@ class Replica:
         self._watching: asyncio.Task[None] | None = None
 
     def watch(self) -> None:
-        """Look for new bundles from now on, on the running event loop. Further calls do nothing while that goes on."""
+        """Start looking for new bundles, as a task on the running event loop; does nothing if that task runs already."""
         if self._watching is None or self._watching.done():  # a CancelledError from what it awaits ends it
             self._watching = asyncio.get_running_loop().create_task(self._updates.run())
 
@@ -128,7 +128,7 @@ class Replica:
         return await self._reports[with_metrics]()
 
     async def check(self) -> None:
-        """Raise ServeError if this replica should be replaced. Not if it has no models: no other could start."""
+        """Raise ServeError if this replica should be replaced. Not if it has no models: then its successor would have none either."""
         if (faults := await self.faults()) and NO_MODEL not in faults:
             raise ServeError("; ".join(faults))
 

@@ -135,7 +135,7 @@ class ServeSettings(StrictBools, BaseSettings):
 
     @property
     def service(self) -> str:
-        """The same for all processes of a service, and another for any other service of this machine: their ports differ."""
+        """An id of the service: the same in all of its processes, and unlike that of other services of this machine, whose ports differ."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class ServeSettings(StrictBools, BaseSettings):
 def load(given: dict[str, Any], file: Path | None = None, *, to_print: bool = False) -> ServeSettings:
     """Settings as given, else from JEPAKIT_SERVE_* variables, else from a YAML file; ConfigError names what is wrong.
 
-    to_print  there need be no bundles
+    to_print  whether the settings are only to be printed, for which no bundles need be named
     """
     values, variables = {} if file is None else _read_yaml(file), _variables()
     merged = {name: _value(name, value) for name, value in {**values, **variables, **given}.items()}

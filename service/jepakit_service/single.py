@@ -29,7 +29,7 @@ class _Server(uvicorn.Server):
 
 
 def config(gate: Gate, settings: ServeSettings) -> uvicorn.Config:
-    """How uvicorn serves. Its errors go to our log; its warnings, which any stranger can cause, go nowhere."""
+    """uvicorn's settings. Its errors go to our log; its warnings, which any client can cause, are not logged."""
     return uvicorn.Config(
         gate,
         host=settings.host,

@@ -1,5 +1,5 @@
-"""One adaptation at a time in a process, with what belongs to all threads set for it: torch's generators and precision,
-Python's warnings, freed memory, the limit of open files."""
+"""One adaptation at a time per process. Process-wide state is set for it and restored afterwards: torch's generators and
+precision, Python's warnings, how freed memory is kept, the limit of open files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _running = threading.Lock()
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """A block that adapts; afterwards the process is as it was. ConfigError if another thread is in such a block."""
+    """The block in which a run adapts; restores process-wide state at its end. ConfigError if another thread is in such a block."""
     with (
         alone(),
         warnings.catch_warnings(),
@@ -50,7 +50,7 @@ def alone() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked child: the thread that holds the lock is in the parent."""
+    """In a forked child: replace the lock, as the thread that may hold it exists only in the parent."""
     global _running
     _running = threading.Lock()
 

@@ -64,7 +64,7 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
 
 def _seconds_a_step(setup: Setup, learner: Learner, steps: range) -> float:
-    """Median seconds from step to step; the first, which waits for the loader's processes, counts only if alone."""
+    """Median seconds per step; the first, which waits for the loader's processes to start, counts only if it is the only one."""
     ends = [time.perf_counter()]
     with iterating(step_loader(setup, steps)) as batches:
         for step, batch in zip(steps, batches, strict=True):
@@ -77,7 +77,7 @@ def _seconds_a_step(setup: Setup, learner: Learner, steps: range) -> float:
 
 
 def _seconds_to_measure(setup: Setup) -> float:
-    """To measure the start and the result: every pass over the images, from a few of them, and the probes in full."""
+    """Seconds to measure the start and the result: passes over the images are extrapolated from a few, probes are fitted in full."""
     sampling = _Sampling()
     measuring = Measuring(
         setup.config,
@@ -98,8 +98,10 @@ def _seconds_to_measure(setup: Setup) -> float:
 
 
 class _Sampling:
-    """`extract` for a few of the images; probes are fitted on random vectors for all. `left_out_s` is the time for the
-    others."""
+    """Replaces `measuring.extract`: reads a few of the images, and returns random vectors for all, to fit probes on.
+
+    `left_out_s` is the estimated time for the images that it did not read.
+    """
 
     left_out_s = 0.0
 

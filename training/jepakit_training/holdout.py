@@ -141,8 +141,8 @@ def split(
 
 
 def _near_share(groups: NDArray[np.intp], sizes: NDArray[np.intp], share: float, fewest: int) -> list[int]:
-    """Take groups in order if they bring the images held out closer to `share`; then the smallest others, up to
-    `fewest` groups."""
+    """The groups to hold out: in order, each that brings the held-out images closer to `share`; then the smallest others, until
+    there are `fewest` groups."""
     wanted, taken, chosen = round(share * sizes[groups].sum()), 0, []
     for group in groups.tolist():
         if taken + sizes[group] / 2 <= wanted:
@@ -206,7 +206,7 @@ class MeasuringSet:
         """
         judges = images.judges()
         labels = None if images.labels is None else np.array([label or "" for label in images.labels])
-        # A single group is on both sides, as the plan warns: then only its images can be told apart.
+        # If all images are one group, it is on both sides, as the plan warns: then each image counts as its own group.
         alone = images.groups is None or _are_one_group(judges, images.groups)
         groups = None if alone else images.groups
         group_of = None if groups is None else codes(groups)

@@ -181,7 +181,7 @@ def _advice(
 
 
 def _unseen(found: Scan, largest: tuple[int, int], size: int, spec: Preprocess) -> list[str]:
-    """What the model would not see, as the images are large, or else long, and what to do; empty if they are neither."""
+    """What the model would not see of large images, or else of long ones, and what to do; empty if there are none."""
     if min(largest) > _TILE_ABOVE * size:
         return [
             f"images of up to {largest[0]} × {largest[1]} pixels would be shrunk to {size}: cut them into tiles, tile={2 * size}"
@@ -190,7 +190,7 @@ def _unseen(found: Scan, largest: tuple[int, int], size: int, spec: Preprocess) 
 
 
 def _crossing(images: ImageList, pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """Near-duplicates that labels, groups or the split tell apart."""
+    """Advice on near-duplicates with different labels, in different groups, or on both sides of the split."""
     by: list[tuple[Sequence[Any] | None, str]] = [
         (images.labels, "have different labels: one of the two is wrong, or they cannot be told apart"),
         (

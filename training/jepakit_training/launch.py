@@ -63,7 +63,7 @@ def adapt(config: AdaptConfig, images: ImageList, out: Path) -> Run:
 
 
 def run_rank(config: AdaptConfig, images: ImageList, out: Path) -> Run:
-    """Train as the process RANK of WORLD_SIZE, as the environment says."""
+    """Train as one rank of several; RANK and WORLD_SIZE are read from the environment."""
     import torch
     from accelerate import PartialState
 
@@ -97,7 +97,7 @@ def _check_launched(config: AdaptConfig, images: ImageList) -> None:
 
 
 def count_processes(config: AdaptConfig, images: ImageList) -> int:
-    """How many processes train on this machine; ConfigError if it has fewer GPUs."""
+    """How many processes train on this machine; ConfigError if it has GPUs, but fewer than the processes asked for."""
     if config.processes == 1 or images.in_memory:
         return 1
     gpus = count_gpus()
@@ -120,7 +120,7 @@ def count_gpus() -> int:
 def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path) -> Run:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
-    # The store where they meet is in this process: a port that one of them had to bind might be taken by then. It gets
+    # The rendezvous store is in this process: a port picked for one of the others to bind might be taken by then. It gets
     # our own socket, as by default it would listen on every interface and accept any connection.
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -140,7 +140,7 @@ def _adapt_in(processes: int, config: AdaptConfig, images: ImageList, out: Path)
 
 
 class _Group:
-    """The training processes. They do not outlive this one: the end of their standard input tells them that it is gone.
+    """The training processes. They do not outlive this one: they end when their standard input is closed.
 
     Rank 0 writes to our standard error; output of the others and of libraries is kept in FOLDER/rank-N.log.
     """
@@ -150,7 +150,7 @@ class _Group:
         self.signals: list[int] = []
         """The signals by which this process was told to stop, in order."""
         self.ended: dict[int, int] = {}
-        """{rank: exit code} in order of ending, until the rest was killed."""
+        """{rank: exit code} in order of ending; without those that were killed at the end."""
         self.processes = [self._start(rank, count, port, name) for rank in range(count)]
 
     def _start(self, rank: int, count: int, port: int, name: str) -> subprocess.Popen[bytes]:

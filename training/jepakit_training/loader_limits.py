@@ -1,4 +1,4 @@
-"""What the system grants the loader's processes: room in /dev/shm, through which they hand over batches, and open files."""
+"""System limits of the DataLoader's processes: free space in /dev/shm, through which they hand over batches, and open files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ENOUGH_FILES = 65_536
 
 
 def start_method(workers: int) -> str | None:
-    """How loader processes start; None for torch's own way. On Linux always by fork, not Python 3.14's way: a script needs no
-    guard, and a dataset that cannot be pickled can be trained on."""
+    """How loader processes start; None for torch's default. On Linux always by fork, unlike Python 3.14's default: scripts need
+    no main guard, and datasets need not be picklable."""
     return "fork" if workers and sys.platform == "linux" else None
 
 
 def end_with_trainer(_: int = 0) -> None:
-    """In a loader's process: be killed when the trainer is. It holds both ends of the pipe to it, and would otherwise wait
-    for ever to hand over a batch that nobody reads."""
+    """In a loader's process: have the system kill it when the trainer dies. As it holds both ends of its pipe to the trainer, it
+    would otherwise wait forever to hand over a batch that nobody reads."""
     end_with_parent(signal.SIGKILL)
 
 
@@ -57,7 +57,7 @@ def hand_over(tensors: Iterable[Tensor]) -> None:
 
 
 def no_room() -> str:
-    """What to tell where batches find no room in /dev/shm."""
+    """The error message when a batch does not fit into /dev/shm."""
     return (
         f"a loader's process found no room in {SHARED} ({shared_bytes() / 1e6:,.1f} MB are free); the last checkpoint is "
         f"sound. In a container, {MORE_SHARED}; or take fewer workers (0 needs none), then run the same command again"
@@ -65,12 +65,12 @@ def no_room() -> str:
 
 
 def is_of_files(error: BaseException) -> bool:
-    """Whether torch or Python says that there are too many open files; those lost on their way to another process raise no error of their own."""
+    """Whether an error means too many open files; when descriptors are lost between processes, only `ancdata` says so."""
     return any(part in str(error) for part in ("Too many open files", "received 0 items of ancdata"))
 
 
 def many_files() -> str:
-    """What to tell where a process may open no more files."""
+    """The error message when a process may open no more files."""
     now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
         f"the loader's processes need more open files than this process may have ({now}); the last checkpoint is sound. "
@@ -80,7 +80,7 @@ def many_files() -> str:
 
 @contextmanager
 def more_open_files() -> Iterator[None]:
-    """In the block, this process may open as many files as it can allow itself: each batch on its way takes a few."""
+    """Raise this process's limit of open files during the block, to at most 65,536: each batch being handed over takes a few."""
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH_FILES if most == resource.RLIM_INFINITY else min(most, _ENOUGH_FILES)
     if before == resource.RLIM_INFINITY or before >= wanted:

@@ -94,8 +94,8 @@ def extract(
 
 
 def _as_started(config: AdaptConfig) -> AdaptConfig:
-    """The settings with the pooling of the bundle that the run starts from, and its kind of standardising if it has one,
-    unless they choose others: before adaptation its vectors are like that bundle's. What is measured is measured again."""
+    """The settings, where `auto` pooling and standardising become those of the bundle that the run starts from, so that its
+    vectors before adaptation are like that bundle's. Centre and scale are measured anew."""
     if not is_bundle_weights(config.weights):
         return config
     start = open_bundle(config.weights).manifest.embedding
@@ -198,7 +198,7 @@ class Measuring:
         self._why_no_labels = NO_LABELS
 
     def start(self, backbone: Any) -> Measured:
-        """Before: the better of the untrained poolings, chosen without looking at held-out images."""
+        """Measure the start, with the pooling whose probes do best there; held-out images have no say in that choice."""
         poolings = _choose_poolings(self._config, backbone, has_labels=self.images.labels is not None)
         features = self._extract(backbone, poolings, "measure the start")
         self._skipped.add(*((self._source.ids[index], reason) for index, reason in features.skipped))
@@ -208,8 +208,8 @@ class Measuring:
         return self._measured(features, pick_pooling(features, self.images, self._config.standardize))
 
     def end(self, backbone: Any, before: Measured) -> Measured:
-        """After: the same pooling, centre and scale measured again. DataError if an image cannot be read any more, or is
-        another one."""
+        """Measure the result with the same pooling; centre and scale are measured anew. DataError if an image cannot be read any
+        more, or has changed."""
         pooling = before.embedding.pooling
         features = self._extract(backbone, (pooling,), "measure the result")
         if not features.readable.all():
@@ -314,8 +314,7 @@ def _why_not_probed(labels: NDArray[np.str_], images: MeasuringSet) -> str:
 
 
 class _Preprocessed(Dataset[Any]):
-    """Images as the graph takes them, [H, W, C]. An error is an item too: raised in a worker, it would come with a
-    traceback."""
+    """Preprocessed images [H, W, C]. Errors are returned as items: raised in a worker, they would come with a traceback."""
 
     def __init__(self, images: ImageList, indices: NDArray[np.intp], spec: Preprocess) -> None:
         self._images, self._indices, self._spec = images, indices, spec

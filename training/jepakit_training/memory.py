@@ -19,7 +19,7 @@ from jepakit_training.loader_limits import is_of_files, many_files, no_room
 
 GB = 10**9
 
-# What torch says without raising OutOfMemoryError: from its allocator of main memory, and from CUDA's libraries.
+# Messages of errors other than OutOfMemoryError that mean the same: from torch's CPU allocator and from CUDA's libraries.
 _NO_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -95,7 +95,7 @@ def full_gpu_explained() -> Iterator[None]:
 
 
 def forget_peaks() -> None:
-    """Let the peaks of GPU memory be those from now on: an earlier run of this process may have had higher ones."""
+    """Reset the peak of every GPU's memory: an earlier run of this process may have reached a higher one."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)

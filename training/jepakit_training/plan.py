@@ -82,7 +82,7 @@ def make_plan(
 ) -> Plan:
     """Resolve `config` for these images and this backbone over `world` processes; InputError if they do not fit.
 
-    bands, value_bytes  of the images' views
+    bands, value_bytes  bands of the images' views, and bytes of each of their values
     """
     parts, caveats = hold_out(config, images)
     batch_size, batch_notes = _batch(config, len(images), len(parts.train), world)
@@ -159,8 +159,8 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
 
 
 def _lamb(config: AdaptConfig, views: ViewsConfig, batch_size: int) -> tuple[float, list[str]]:
-    """λ, with a note if it is raised for a small batch. SIGReg is the batch's size times a distance that does not depend on
-    it: were λ the same for a few images, a collapse would cost less than it gains."""
+    """λ, with a note if it is raised for a small batch. SIGReg is the batch size times a distance that does not depend on it:
+    with the same λ in a small batch, a collapse would gain more in prediction loss than it costs in SIGReg."""
     if config.lamb is not None:
         return config.lamb, []
     usual = LAMBDA_PER_VIEW * (views.n_global + views.n_local)
@@ -213,7 +213,7 @@ def _norm_statistics(config: AdaptConfig, backbone: Any) -> Literal["frozen", "t
 
 
 def _micro_batch(config: AdaptConfig, batch_size: int, world: int, norm_statistics: str) -> int | None:
-    """Images that a process puts through the backbone at once; None for its whole batch."""
+    """Images in one backbone call of a process; None for its whole share of the batch."""
     micro_batch = None if (config.micro_batch or batch_size) >= batch_size // world else config.micro_batch
     if micro_batch:
         _check_norms_frozen(

@@ -12,7 +12,7 @@ def has_launcher() -> bool:
 
 
 def rank() -> int:
-    """This process's number, from 0; 0 without a launcher."""
+    """This process's rank, from 0; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 

@@ -39,7 +39,7 @@ from jepakit_training.run.folder import RAY_FOLDER
 from jepakit_training.stopping import GRACE_S, answering, asked_by
 
 _MOST_LOSSES = 3
-# Ray reads them at import. Training writes its own files about a run, in the folders that we choose.
+# Ray reads these at import. A run's records are jepakit's own, in its own folders.
 _SETTINGS = {
     **SILENT,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -55,7 +55,7 @@ class _Job(NamedTuple):
     images: ImageList
     out: Path
     folder: Path
-    """In RUN while it trains: the output of rank 0, and why a process ended."""
+    """A folder in RUN that exists while it trains: holds the output of rank 0, and why a process ended."""
     start_in: Path
 
     @property
@@ -164,9 +164,9 @@ def _fit(job: _Job) -> None:
 
 
 def _waited_for(trainer: Any, stop: Path) -> Exception | None:
-    """The error raised by `fit`, if any. It runs in a thread: in the main one, Ray would handle SIGINT itself.
+    """Wait for `trainer.fit`; returns the error that it raised, if any. It runs in a thread: in the main one, Ray would handle SIGINT.
 
-    SIGINT and SIGTERM make the workers stop after their step. Then, or if that takes over 20 s, or at a second SIGINT,
+    SIGINT and SIGTERM make the workers stop after their step. Once they have, or after 20 s, or at a second SIGINT, this
     raises KeyboardInterrupt or SystemExit(143).
     """
     raised: list[Exception] = []

@@ -110,7 +110,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
 
 
 def _where(device: torch.device) -> str:
-    """What the run trains on; empty where there is no GPU to speak of."""
+    """A note on the device that the run trains on; empty on a machine without a GPU."""
     if device.type == "cuda":
         return f"trains on {device_name(device)}"
     if has_nvidia_driver() and not torch.cuda.is_available():

@@ -1,11 +1,11 @@
-"""Stopping a run from outside: at the end of the step if that is soon, else in the middle of it.
+"""Stopping a run from outside: at the end of the current step if that is soon, else in the middle of it.
 
-SIGINT, SIGTERM and SIGHUP (a lost terminal) ask for a stop at the end of the step. Python handles signals between two of its own
-instructions, and one backward pass of a large model on a CPU is one instruction that can take minutes; the senders
-of SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kill after about 30 s. So a thread waits on a pipe into which
-the C handler writes at once, says that the run stops, and ends the process itself if the step does not end in time. Only
-that step is lost: slow steps are each saved (`checkpoint.Saver`). Only jepakit's own processes are ended
-this way by Ctrl-C: a notebook's kernel, or a caller's script, may hold other work.
+SIGINT, SIGTERM and SIGHUP (a lost terminal) ask for a stop at the end of the step. Python runs signal handlers between
+two of its own instructions, and one backward pass of a large model on a CPU is one instruction that can take minutes; the
+senders of SIGTERM (torchrun, Slurm, Kubernetes, spot machines) kill after about 30 s. So a thread reads the pipe into which
+Python's C-level handler writes each signal at once; it prints that the run stops, and ends the process if the step does not
+end in time. Only that step is lost: after a slow step the run saves at once (`checkpoint.Saver`). Ctrl-C ends only jepakit's
+own processes this way: a notebook's kernel, or a caller's script, may hold other work.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def answering(handler: Callable[[int], object]) -> AbstractContextManager[None]:
 
 
 def _meanings() -> dict[int, signal.Signals]:
-    """The signals that ask for a stop now, and which of SIGINT and SIGTERM each means."""
+    """The signals that ask for a stop, each with the signal that it is treated as: SIGINT or SIGTERM."""
     before = signal.getsignal(signal.SIGHUP)
     hangs_up = before is signal.SIG_DFL or (in_command.get() and before is not signal.SIG_IGN)
     meanings: dict[int, signal.Signals] = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
@@ -65,7 +65,7 @@ class Stop:
         self.number: int | None = None
         """The last signal that requested a stop."""
         self.seen = False
-        """Whether `at_boundary` has returned True: the loop has noticed, and saving may take its time."""
+        """Whether `at_boundary` has returned True: then the loop knows, and the watchdog lets it take its time to save."""
 
     def at_boundary(self) -> bool:
         """Whether to stop; call it at the end of every step."""
@@ -73,7 +73,7 @@ class Stop:
         return self.seen
 
     def ask(self, number: int) -> None:
-        """Record a signal; a SIGINT after it interrupts."""
+        """Record a signal; from then on, SIGINT raises KeyboardInterrupt."""
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -115,7 +115,7 @@ class _Watchdog:
         os.close(self._reading)
 
     def _watch(self) -> None:
-        """Returns when the pipe's other end is closed."""
+        """The thread's loop; returns when `close` closes the pipe's other end."""
         deadline, code, interrupts, told = None, 0, 0, False
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -128,7 +128,7 @@ class _Watchdog:
             if not written:
                 return
             numbers = [self._meanings[number] for number in written if number in self._meanings]
-            # Other signals come too, such as SIGCHLD when torch's loader ends. In a thread, as a write can wait, and this one must not.
+            # Other signals are read too, such as SIGCHLD when torch's loader ends. `say` gets its own thread, as a write can block.
             if not told and ranks.rank() == 0 and numbers:
                 threading.Thread(target=say, args=("stopping after this step …",), daemon=True).start()
                 told = True
@@ -173,7 +173,7 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
 
 
 def _close_pipes() -> None:
-    """In a forked child: Ctrl-C reaches the loader's processes too, and must not count there as a second one."""
+    """In a forked child: close the pipes. Ctrl-C reaches the loader's processes too, and would be counted once more for each."""
     if _pipes:
         signal.set_wakeup_fd(-1)
     while _pipes:

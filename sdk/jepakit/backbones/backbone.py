@@ -105,7 +105,7 @@ def restore(backbone: Backbone, state: dict[str, Tensor]) -> nn.Module:
                 f"{', '.join(_ARGUMENTS)}): do not trust it"
             )
     try:
-        with torch.random.fork_rng(devices=[]):  # timm draws weights, and a caller's seed is for the caller
+        with torch.random.fork_rng(devices=[]):  # timm draws random weights: leave the caller's random state as it was
             module = build(backbone.name, backbone.arguments)
     except Exception as error:  # each architecture raises its own
         raise BackboneError(
@@ -196,7 +196,7 @@ def is_bundle_weights(weights: str) -> bool:
 
 
 def provenance_behind(weights: str) -> Provenance | None:
-    """How start weights came to be, if they are a bundle or the weights file in one; None if nobody says."""
+    """The provenance of start weights that are a bundle or the weights file in one; None for all others."""
     folder = Path(weights).parent if Path(weights).name == WEIGHTS else Path(weights)
     return open_bundle(folder).manifest.provenance if weights not in START_WORDS and is_bundle(folder) else None
 
@@ -257,8 +257,8 @@ def _address(config: dict[str, Any]) -> str:
 
 @contextmanager
 def _silent_hub() -> Iterator[None]:
-    """A block whose downloads report nothing: neither to people, as jepakit does that itself, nor the installed torch and
-    other packages to the hub."""
+    """Within the block, downloads show no progress bars or log lines, as jepakit reports itself, and do not tell the hub which
+    packages are installed (telemetry)."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

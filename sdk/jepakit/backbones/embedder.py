@@ -26,8 +26,8 @@ class Embedder(nn.Module):
     forward(images [B, H, W, C], uint8 or raw float32) → float32 [B, D]: value scaling, mean, std, backbone,
     pooling, centring or scaling, L2 norm. Pooling `head` is timm's own pooled output; `stages` is the spatial mean of
     each of the last four feature levels (a ViT's last four blocks), concatenated; `cls` the class token and
-    `mean` the mean patch token of the last layer; `last2` the class tokens of the last two layers, normed (as in
-    LeJEPA's own probe). With `tokens` it returns (embeddings, patch tokens float32 [B, N, E]).
+    `mean` the mean patch token of the last layer; `last2` the class tokens of the last two layers, each after the final norm
+    (as in LeJEPA's own probe). With `tokens` it returns (embeddings, patch tokens float32 [B, N, E]).
     """
 
     pixel_mean: Tensor
@@ -80,7 +80,7 @@ def pool(backbone: Any, x_BCHW: Tensor, pooling: Pooling) -> Tensor:
 
 
 def pool_all(backbone: Any, x_BCHW: Tensor, poolings: Sequence[Pooling]) -> dict[Pooling, Tensor]:
-    """The same for several poolings; `head` and `stages` come from one pass."""
+    """As `pool`, for several poolings; `head` and `stages` come from one pass."""
     if set(poolings) != {"head", "stages"}:
         return {pooling: pool(backbone, x_BCHW, pooling) for pooling in poolings}
     features, stages = _features_and_pooled(backbone, x_BCHW, "stages")

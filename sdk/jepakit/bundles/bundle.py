@@ -54,7 +54,7 @@ def check_new(path: Path) -> None:
 
 def _check_free(path: Path) -> None:
     """Raise BundleError if a path already exists."""
-    if os.path.lexists(path):  # also a link to nothing; False where we may not look, which the writing tells
+    if os.path.lexists(path):  # true for a dangling link, too; False where we may not look: writing will fail
         if os.path.isdir(path) and not is_bundle(path):  # noqa: PTH112 (Path's raises where we may not look)
             raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}")
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another place")

@@ -55,7 +55,7 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
 
 class Agreement(NamedTuple):
     """How close vectors are to torch's: largest difference over largest value, smallest centred cosine, the share of
-    images whose nearest other image is the same, and by which share the median vector is longer or shorter."""
+    images whose nearest other image is the same, and how far the median ratio of their lengths is from 1."""
 
     relative_error: float
     centred_cosine: float

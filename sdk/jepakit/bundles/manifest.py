@@ -21,7 +21,8 @@ from jepakit.errors import BundleError
 _ROUNDING = 1e-6
 """Share of the largest value; a dimension that varies by less is constant in float32."""
 _HARDLY = 0.01
-"""Share of the median spread. On real images, a MobileNetV2's stages, whose parts differ in size, go down to 0.04."""
+"""A dimension hardly varies if its spread is below this share of the median spread. On real images, the stages of a MobileNetV2,
+which differ in magnitude, go down to 0.04."""
 
 INPUT, OUTPUT, TOKENS = "images", "embeddings", "tokens"
 """The graph's input, its output, and its second output if there is one."""
@@ -48,8 +49,8 @@ class Backbone(Frozen):
 class Scaling(Frozen):
     """Maps values of data other than 8-bit to 0 … 1, per band: x → (x - low) / (high - low), clipped.
 
-    `measured` scalings come from the domain's images, and refuse an image if they would clip over 1 % of it; a window
-    chosen by the user clips on purpose.
+    `measured` scalings come from the domain's images, and refuse an image if they would clip over 1 % of one of its bands;
+    a window chosen by the user clips on purpose.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -115,7 +116,7 @@ class Preprocess(Frozen):
         return None if self.scaling is None or self.scaling.measured else (self.scaling.low[0], self.scaling.high[0])
 
     def resized_by(self, rule: Resize) -> Preprocess:
-        """The same, with a rule that the user has chosen. `squash` is chosen to see all of an image: nothing is cropped then."""
+        """This preprocess with the rule that the user has chosen. `squash` is chosen to see all of an image, so nothing is cropped then."""
         return self.model_copy(update={"resize": rule, "resize_to": self.size if rule == "squash" else self.resize_to})
 
     @model_validator(mode="after")
@@ -234,7 +235,7 @@ class Manifest(Frozen):
 
 
 class Described:
-    """What has a `manifest`, and is called by it."""
+    """Base class of what has a `manifest`: its name, model_id and digest."""
 
     manifest: Manifest
 
@@ -266,7 +267,7 @@ def compute_model_id(
     tensors: Mapping[str, np.ndarray[Any, Any]],
     precision_class: Literal["float", "int8"] = "float",
 ) -> str:
-    """The name of the vector space, 16 hex digits.
+    """The id of the vector space, 16 hex digits.
 
     SHA-256 over the canonical JSON of architecture, preprocess, embedding and precision class, then over each
     tensor's name, dtype, shape and little-endian bytes, sorted by name. File bytes are not hashed: fp32 and fp16

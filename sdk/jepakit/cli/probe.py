@@ -93,7 +93,7 @@ def probe_evaluate(
 
 
 def _labelled(vectors: Embeddings, table: Path | None) -> Embeddings:
-    """Those of the embeddings to which the table gives labels, with these; all of them as they are without a table."""
+    """The embeddings that the table labels, with those labels; without a table, all of them unchanged."""
     from jepakit import Embeddings
     from jepakit.sources.labels import labels_of
 

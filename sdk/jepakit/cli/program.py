@@ -1,4 +1,4 @@
-"""The program: its commands, and what becomes of their errors.
+"""The `jepakit` program: its commands, and how their errors are reported.
 
 Exit codes: 0 done, 1 the work failed, 2 the user's input was wrong.
 """
@@ -83,7 +83,7 @@ def main() -> None:
             raise
         say(f"error: {error}: this process may not have enough address space; raise its limit (ulimit -v)")
         code = 1
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         code = 1
     finally:
         drop_unwritten(sys.stdout)

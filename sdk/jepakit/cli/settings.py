@@ -15,7 +15,7 @@ from jepakit.errors import ConfigError
 
 
 class WithSettings(TyperCommand):
-    """A command with --set, which unknown options and words that are settings are told to use."""
+    """A command with --set; an unknown option or a word that names a setting is an error that says to use it."""
 
     def invoke(self, ctx: Any) -> Any:
         before = in_command.set(True)

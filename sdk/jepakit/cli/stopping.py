@@ -1,4 +1,4 @@
-"""What a signal to stop does to a command."""
+"""How commands react to signals that stop them."""
 
 from __future__ import annotations
 

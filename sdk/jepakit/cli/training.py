@@ -126,7 +126,7 @@ def adapt(
         return
     with exiting_when_stopped():
         run = run_adapt(source(images), **settings)
-    if os.environ.get("RANK", "0") != "0":  # of several under a launcher one speaks
+    if os.environ.get("RANK", "0") != "0":  # under a launcher, only rank 0 reports
         return
     _report(run, as_json=as_json)
 

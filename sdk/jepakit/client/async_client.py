@@ -156,7 +156,7 @@ class AsyncClient:
             for _, answer in waiting:
                 answer.cancel()
             await asyncio.gather(*(answer for _, answer in waiting), return_exceptions=True)
-            with suppress(ValueError):  # if this call was cancelled while the thread reads, it ends with the thread
+            with suppress(ValueError):  # cancelled while a thread runs this generator: it ends with that thread
                 await asyncio.to_thread(chunks.close)
 
     async def verify(self, bundle: Bundle | str | Path, *, model: str | None = None) -> float:

@@ -33,7 +33,7 @@ _LOG = logging.getLogger("jepakit")
 
 
 class Attempts:
-    """When to retry: embedding is pure, so every request is safe to repeat."""
+    """The attempts of one request: when to retry, and when to give up. Embedding is pure, so every request is safe to repeat."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._url, self._deadline_s = connection, connection.url, connection.deadline_s
@@ -79,7 +79,7 @@ class Attempts:
         return pause
 
     def _tell_of_waiting(self, error: httpx.ConnectError) -> None:
-        """Warn once per client, after a while: a restarting service is back sooner, one never started is not."""
+        """Warn once per client if nothing listens for a while: a restarting service is back sooner, so none may be running."""
         left_s = self._deadline - time.monotonic()
         if self._deadline_s - left_s < _TOLD_AFTER_S or self._connection.told_of_waiting:
             return

@@ -107,7 +107,7 @@ class Client:
                    dataset's own), or the first-level folders of a folder or ZIP; `folder` uses such folders or raises
                    DataError; `none` uses no labels; or a CSV, TSV or Parquet file of paths and labels
         tile       side in pixels of the tiles that large images are cut into, on the client; ids are then
-                   `path#x,y,w,h`. A model of tiles only takes its own size. Needs `jepakit[images]`, as does `frame`
+                   `path#x,y,w,h`. A model made for tiles only takes its own size. Needs `jepakit[images]`, as does `frame`
         overlap    pixels that neighbouring tiles share
         min_valid  tiles with a smaller share of valid area are left out
         frame      which frame of multi-frame files to use, from 0, or "each"; None: the model's own, else they are refused
@@ -198,7 +198,7 @@ class Client:
         return RequestLimits.of(self._described or [], model, self._connection.patience_s)
 
     def _own_connections(self) -> None:
-        """In a forked process, replace the parent's connections, before each sending thread would make its own."""
+        """In a forked process, replace the parent's connections, once and before any sending thread starts."""
         if self._process != os.getpid():
             self._connect()
 

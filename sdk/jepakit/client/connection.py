@@ -54,8 +54,8 @@ class Connection:
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "timeout": timeout_s,
             "follow_redirects": False,
-            # On loopback, no proxies. That would also ignore SSL_CERT_FILE, so `verify` reads it explicitly; but not for plain
-            # HTTP, as reading all certificates takes 50 ms.
+            # No proxies on loopback. `trust_env` = False also ignores SSL_CERT_FILE, so `verify` reads it explicitly, except
+            # for plain HTTP: reading all certificates takes 50 ms.
             "trust_env": not loopback,
             "verify": _trusted() if address.scheme == "https" or self.proxy else False,
             # No limit: the clients send MOST_AT_ONCE at a time, and httpcore loses the place of a connection whose request

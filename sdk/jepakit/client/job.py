@@ -101,7 +101,7 @@ class Job:
         self._images, self._model, self._results, self._spec = images, model, results, spec
         self._told = self._limits = limits
         self._model_id: str | None = None
-        """Of the last answer."""
+        """The model_id of the last answer."""
         self.computed = ("fp32", "cpu")
         """Precision and provider of the last answer."""
 
@@ -195,7 +195,7 @@ class Job:
 
     @contextmanager
     def naming(self, chunk: Chunk) -> Iterator[None]:
-        """The service names a bad image by its place in the request; report it by the caller's own name."""
+        """Within the block, report a bad image by the caller's name for it: the service only knows its place in the request."""
         try:
             yield
         except ResponseError as error:
@@ -243,8 +243,8 @@ def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None
 def in_flight(
     chunks: Iterable[Chunk], begin: Callable[[Chunk], Future[httpx.Response]]
 ) -> Iterator[tuple[Chunk, Future[httpx.Response]]]:
-    """Begin a request for each chunk, `AT_ONCE` at a time; while the oldest is awaited, the others are computed, and the
-    next chunk is read as soon as it has been answered."""
+    """Begin a request for each chunk, keeping up to `AT_ONCE` in flight; yields them oldest first. The next chunk is read once the
+    caller has taken the oldest answer."""
     waiting: deque[tuple[Chunk, Future[httpx.Response]]] = deque()
     for chunk in chunks:
         waiting.append((chunk, begin(chunk)))
@@ -290,7 +290,7 @@ def _bytes_of(item: bytes | NDArray[Any]) -> int:
 
 
 def _refuse_larger(name: str, size: int, largest: int) -> None:
-    """Name an image too large for any request; the service would only know that the body was too large."""
+    """Raise ImageError for an image too large for any request, by name: the service could only say that the body was."""
     if size > largest:
         raise _too_large(name, size, f"a request holds at most {largest:,}")
 

@@ -19,7 +19,8 @@ class ModelInfo:
     """What the service reports about one model.
 
     name       what requests call it (`id` over HTTP)
-    model_id   id of its vector space (16 hex digits), digest: of its bundle (64)
+    model_id   id of its vector space (16 hex digits)
+    digest     SHA-256 of its bundle's manifest (64 hex digits)
     dim        numbers in a vector
     precision  computed in: fp32, fp16, int8 or bf16
     provider   computed by: cpu, cuda, tensorrt or openvino
@@ -72,7 +73,7 @@ def named(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
 
 
 def check_clear(models: list[ModelInfo], asked: str | None) -> list[ModelInfo]:
-    """The models, if the one that is meant can be told: ConfigError before any image is sent in vain."""
+    """Return the models; ConfigError, before any image is sent, if none is asked for and there are several."""
     if asked is None and len(models) > 1:
         _meant(models, asked)
     return models
@@ -103,7 +104,7 @@ def spec_of(models: list[ModelInfo], asked: str | None, tile: int | None) -> Pre
 
 
 def _meant(models: list[ModelInfo], asked: str | None) -> ModelInfo:
-    """The only model that may be meant; ConfigError if it is not clear."""
+    """The one model that `asked` matches; ConfigError if it matches none, or several."""
     if len(meant := named(models, asked)) == 1:
         return meant[0]
     known = ", ".join(one.name for one in models) or "not there yet"

@@ -1,4 +1,4 @@
-"""Places for requests under way: a client has so many for all its calls together."""
+"""The limit on concurrent requests: a client has a fixed number of places, shared by all its calls."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 class Call:
-    """One call of a client: its requests take places, and give them back with their answers, or at once when the call ends.
+    """One call of a client, such as `embed`: each of its requests holds a place until it is answered, or the call ends.
 
-    A request that is under way then goes on for as long as the service takes, with nobody waiting for it.
+    A request still in flight then runs on until the service answers it, with nobody waiting for the answer.
     """
 
     def __init__(self, free: threading.Semaphore) -> None:
@@ -19,7 +19,7 @@ class Call:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place for one request, waited for."""
+        """Wait for a place, and hold it for one request."""
         self._free.acquire()
         with self._lock:
             self._held += 1
@@ -31,7 +31,7 @@ class Call:
                     self._give_back()
 
     def end(self) -> None:
-        """The call is over, with or without its answers."""
+        """End the call: give back its places, even those of requests still in flight."""
         self.ended.set()
         with self._lock:
             while self._held:

@@ -1,1 +1,1 @@
-"""What one call of `embed` has done so far and has left out, in this process or over HTTP."""
+"""What `embed` keeps track of, in this process or over HTTP: the results so far, and the images left out."""

@@ -1,4 +1,4 @@
-"""What one `embed` has so far: in memory and, with `resume`, in a file from which the same call continues."""
+"""The results of one `embed` so far: in memory and, with `resume`, in a file from which the same call continues."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Results:
                 )
             self._file = _PartsFile(path)
         self._stamps: dict[int, str | None] = {}
-        """Of the images that were read and have no vectors yet."""
+        """By place, the state (`ImageList.stamp`) of each image that was read and has no vector yet."""
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +155,7 @@ class Results:
 
 
 class _Part(NamedTuple):
-    """What is said of some images before their vectors."""
+    """The header of a part: which images the vectors after it belong to."""
 
     first: int
     done: int
@@ -172,7 +172,7 @@ class _Part(NamedTuple):
 
 
 class _PartsFile:
-    """Parts one after the other: a line of JSON, the vectors as little-endian float32, the SHA-256 of both.
+    """The file behind `resume`. Each part is a line of JSON (`_Part`), the vectors as little-endian float32, and the SHA-256 of both.
 
     Only whole parts count, as a process may be killed while it writes one.
     """
@@ -243,7 +243,7 @@ class _PartsFile:
         self._end = self._file.tell()
 
     def close(self) -> None:
-        """A part that could not be written is lost without another word."""
+        """Close the file; an error in writing its last bytes is ignored."""
         try:
             self._file.close()
         except OSError:

@@ -42,7 +42,7 @@ def compare(
         raise DataError(f"names = {names!r}: give two names, of the first and the second model")
     if not len(first):
         raise DataError("there are no embeddings to compare")
-    # By name, as the draw of the folds goes by row.
+    # Sorted by id: folds are drawn by row, and the order given must not matter.
     order = sorted(range(len(first)), key=first.ids.__getitem__)
     if groups is not None:
         groups = numbered(groups, len(first))[order]
@@ -75,7 +75,7 @@ def compare(
 
 
 def _unmeasured(judged: Comparison) -> Comparison:
-    """The comparison without scores of what was not fitted, and so without a difference."""
+    """The comparison without scores and difference, as not all folds could be fitted."""
     few = "without one of the folds of groups, a single class is left to fit on: label images of more groups"
     reason = judged.verdict.reason if judged.verdict.low is None else few
     return judged.model_copy(

@@ -30,7 +30,7 @@ _LEFT_OUT = 10
 """Parts of the images to fit on, left out one at a time."""
 _FOLDS = 5
 _FEW = 1.25
-"""Times as many groups of a class held out as fitted on: from there on the latter count."""
+"""If over this many times as many groups of a class are held out as fitted on, the verdict accounts for the choice of the latter."""
 _PLAUSIBLE_GROUP_LOSS = 0.3
 """The accuracy that a group harmed by adaptation may plausibly lose."""
 _NAMED = 3
@@ -63,8 +63,8 @@ _AFTER_ADAPTATION = Advice(
 class Refits(NamedTuple):
     """The probes fitted again, each time without one part of the images to fit on.
 
-    right     whether they were right, bool [parts, 2, N]. Empty if leaving out any part would leave a single class:
-              then nothing can be told
+    right     whether they were right, bool [parts, 2, N]. Parts without which a single class would remain are not left
+              out; if there are no others, it is empty, and nothing can be told
     left_out  which of the held-out images lie in the part left out, bool [parts, N]: none, unless they are also fitted on
     """
 
@@ -291,7 +291,7 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
     name      what the best is called
     verdicts  on all of them, the best's first
 
-    The best of several may owe it to chance, so its interval is one of those that hold for all at once (Bonferroni).
+    The best of several may be the best by chance, so the interval is widened to hold for all of them at once (Bonferroni).
     """
     best, n = verdicts[0], len(verdicts)
     if n == 1 or best.difference is None or best.low is None or best.high is None:
@@ -320,7 +320,7 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def no_labels(n_train: int, n_held_out: int, reason: str = NO_LABELS) -> Comparison:
-    """The comparison if labels are missing or unusable: measures that need no labels rise in harmful runs too."""
+    """The comparison if labels are missing or unusable; measures that need none do not replace them, as they rise in harmful runs, too."""
     return Comparison(
         before=None,
         after=None,
@@ -335,8 +335,8 @@ class _Classes(NamedTuple):
 
     can_judge  whether there are at least two
     is_judged  bool [N], the held-out images of those classes; all images if fewer than two classes can be judged
-    few        the classes with too few held-out images (groups, if there are any), and how many they have
-    unfitted   the classes that the probes were not fitted on, and how many they have
+    few        the classes with too few held-out images (groups, if there are any), and how many each has
+    unfitted   the classes that the probes were not fitted on, and how many held-out images (groups) each has
     """
 
     can_judge: bool

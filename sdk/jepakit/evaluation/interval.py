@@ -10,7 +10,7 @@ from jepakit._groups import Cells, codes
 _RESAMPLES, _DRAWN_AT_ONCE = 2000, 1 << 22
 NORMAL_95 = 1.96
 RULE_OF_THREE = 3.0
-"""What happened to none of N images may still happen to 3 in N of all (95 %)."""
+"""What happened to none of N images may still happen to a share of up to 3 / N of all images (95 %)."""
 
 
 def balanced(right: NDArray[np.bool_] | NDArray[np.float64], truth: NDArray[np.str_]) -> float:

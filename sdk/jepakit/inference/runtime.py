@@ -38,7 +38,7 @@ _ORT_PROVIDERS = {
 ON_GPU: tuple[Chosen, ...] = ("cuda", "tensorrt")
 # TensorRT builds an engine for each shape it sees, so batches are padded to one of these sizes.
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
-# It quantises a whole batch by one range: an image's vector would depend on the others in its batch.
+# This operator quantises a whole batch by one range: an image's vector would depend on the others in its batch.
 _OF_THE_BATCH = b"DynamicQuantizeLinear"
 
 # Devices that show a driver: NVIDIA's on Linux; in WSL 2, where Windows has the driver, that of any GPU.
@@ -215,7 +215,7 @@ def _ort_session(graph: bytes, choice: Chosen, threads: int, data: bytes | None)
         raise BundleError(f"ONNX Runtime cannot open the graph on {choice}: {lines_of(error)[0]}") from None
     if session.get_providers()[0] != _ORT_PROVIDERS[choice]:
         raise _unusable(choice, "ONNX Runtime lists it but cannot load it")
-    session._model_bytes = None  # kept for a fallback alone
+    session._model_bytes = None  # kept only for the fallback
     return session
 
 

@@ -38,7 +38,7 @@ NOT_FINITE = "the model's vector for this image is not finite: export the model 
 
 
 class Session:
-    """One model, open on a provider. Raises InferenceError when the provider does not work; no fallback to the CPU.
+    """One model, open on a provider. Raises InferenceError if a provider asked for by name does not work: no fallback to the CPU.
 
     graph       the bytes of model.onnx
     manifest    the manifest of the bundle that the bytes came from
@@ -177,7 +177,7 @@ class Session:
         return found
 
     def _remedy(self) -> str:
-        """What helps against other vectors: an export is verified on a CPU, so another one changes nothing on a GPU."""
+        """What to do if vectors differ from torch's. Exports are verified on a CPU, so exporting again changes nothing on a GPU."""
         if self.provider not in ON_GPU:
             if self.precision == "int8":  # refused by an export on a CPU without VNNI, too
                 return (
@@ -189,7 +189,7 @@ class Session:
 
 
 def _reason(error: Exception) -> str:
-    """A runtime's words, in one line."""
+    """A runtime's error message, in one line of at most 300 characters."""
     return " ".join(lines_of(error))[:300]
 
 
@@ -200,7 +200,7 @@ def _by_buckets(
     parts = []
     for first in range(
         0, max(1, len(images)), buckets[-1]
-    ):  # no images are one empty part: the outputs keep their shapes
+    ):  # without images, run one empty part: the outputs keep their shapes
         part = images[first : first + buckets[-1]]
         size = next(bucket for bucket in buckets if bucket >= len(part))
         filled = np.zeros((size, *images.shape[1:]), images.dtype)
@@ -291,7 +291,7 @@ class Model(Described):
         return results.embeddings()
 
     def _vectors(self, pixels: Pixels) -> NDArray[np.float32]:
-        """The vectors of a batch, in halves where there is no room for the whole."""
+        """The vectors of a batch, halved until it fits in memory; InferenceError if a single image does not."""
         try:
             return self._session.run(pixels)
         except InferenceError:

@@ -1,4 +1,4 @@
-"""What users give probes: vectors and labels, as arrays or as `Embeddings`, checked."""
+"""Checks of the vectors and labels that users give probes, as arrays or as `Embeddings`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jepakit.errors import ConfigError, DataError
 Floats = NDArray[np.float64]
 Labels = NDArray[Any]
 _FEW = 30
-"""Fewer labels may all differ by chance, as in a fold of a search."""
+"""Fewer labels than this may all differ by chance, as in a fold of a grid search."""
 
 
 def vectors_of(X: Embeddings | ArrayLike) -> Floats:

@@ -22,7 +22,8 @@ _PAIRS = 1 << 24
 class KNNProbe(Probe):
     """k nearest neighbours by cosine similarity, each voting with weight exp(similarity / 0.07) (as DINO does).
 
-    k             number of neighbours; with fewer training vectors, all of them vote. Ties for k-th place are decided by order
+    k             number of neighbours; with fewer training vectors, all of them vote. If several tie for k-th place, which of them
+                  votes depends on their order
     class_weight  "balanced" divides each vote by how many training vectors its class has; None leaves votes as they are
 
     Once fitted, on N vectors of D numbers and K classes:
@@ -57,7 +58,7 @@ class KNNProbe(Probe):
         return int(self.vectors_.shape[1])
 
     def _shares(self, vectors: Floats) -> Floats:
-        self._check_params()  # unlike C, k is used here
+        self._check_params()  # k may have been set since `fit` and, unlike C, is used here
         queries = unit_length(vectors).astype(np.float32)
         k = min(self.k, len(self.vectors_))
         step = min(1024, max(1, _PAIRS // len(self.vectors_)))

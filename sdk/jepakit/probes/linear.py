@@ -18,7 +18,7 @@ from jepakit.probes.logistic import cross_entropy, fit_logistic, softmax
 from jepakit.probes.probe import Probe
 
 C_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# A dimension with a smaller deviation is constant: relative to its own largest value, and to that of most dimensions.
+# A dimension is constant if its standard deviation is below this share of its largest value, or of most dimensions'.
 _ROUNDING, _ROUNDING_OF_ALL = 1e-4, 1e-6
 
 
@@ -27,10 +27,10 @@ class LinearProbe(Probe):
 
     C             inverse of the penalty's strength, as in scikit-learn. None chooses from 0.001 … 10 by stratified
                   cross-validation on the training vectors: the best balanced accuracy, ties going to the lowest
-                  cross-entropy. There are 5 folds, or as many as the commonest class has groups (images, without
-                  groups; a group counts for its commonest class) if that is fewer, or as many as groups where no class
-                  has two; a rarer class is in only as many folds as it has groups. 1.0 if fewer than two classes have
-                  two groups, as no fold could tell
+                  cross-entropy. A group counts for its commonest class; without groups, each image is one. There are 5
+                  folds, or fewer: as many as the commonest class has groups, or as there are groups if no class has
+                  two; a rarer class is in only as many folds as it has groups. C is 1.0 if fewer than two classes have
+                  two groups: cross-validation could not choose
     seed          random seed of the folds, 0 or more
     class_weight  as in scikit-learn: "balanced" gives every class the same weight in the fit, so that a vector weighs
                   N / (K · vectors of its class); None gives every vector the same weight

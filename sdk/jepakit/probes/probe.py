@@ -102,8 +102,8 @@ class Probe(ABC):
         return self._shares(self._checked(X))
 
     def score(self, X: Embeddings | ArrayLike, y: ArrayLike | None = None) -> float:
-        """Accuracy, 0 to 1. A class that this probe does not know counts as missed, as in a fold of a grid search; if such
-        are all, `evaluate` raises.
+        """Accuracy, 0 to 1. Vectors of classes that this probe does not know count as wrong, as in a fold of a grid search;
+        `evaluate` raises if there are no others.
 
         Raises DataError for text where the classes are numbers, and the reverse.
         """
@@ -161,7 +161,7 @@ class Probe(ABC):
             "model_id": self.model_id_,
             **({"columns": self.feature_names_in_.tolist()} if hasattr(self, "feature_names_in_") else {}),
         }
-        # In one entry: safetensors writes several in any order, and the same probe is to be the same bytes.
+        # In one entry: safetensors writes several in any order, and the same probe must give the same bytes.
         metadata = {HEADER: json.dumps(header, sort_keys=True, default=_plain_number)}
         path = as_path(path, "path")
         learned = {**self._arrays(), "fitted_on": self.fitted_on_}

@@ -1,4 +1,4 @@
-"""Saved probes, read: safetensors, no pickle."""
+"""Reads saved probes: safetensors, no pickle."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _unknown(kind: str, header: dict[str, Any]) -> str:
 
 
 def _stored_classes(header: dict[str, Any]) -> Labels:
-    """The classes as they were."""
+    """The classes in their original dtype; ValueError for one that no probe has."""
     dtype = header["classes_dtype"]
     if dtype is not None and np.dtype(dtype).kind not in "biuf":
         raise ValueError(f"classes of dtype {dtype}")

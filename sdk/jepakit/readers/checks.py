@@ -1,4 +1,4 @@
-"""What every reader refuses with the same messages: sizes over the limits, windows outside, failures of libraries."""
+"""Checks and messages that all readers share: sizes over the limits, windows outside the image, failures of libraries."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ _JPEGS = "1.2.840.10008.1.2.4."
 """Prefixes of the JPEG, JPEG-LS and JPEG 2000 transfer syntaxes, whose streams declare their size."""
 _JPEG_BASELINE, _JPEG_EXTENDED = f"{_JPEGS}50", f"{_JPEGS}51"
 _MOST_READS, _BYTES_A_READ = 1 << 20, 32
-"""Most reads by pydicom, one or two for an element and three for an item, each of which takes some 250 bytes and 10 µs;
-and one more for so many bytes of the file. A frame needs 80 to 300, and has pixels as well."""
+"""Most reads by pydicom, and one more for every so many bytes of the file. An element takes one or two and an item three, each some
+250 bytes of memory and 10 µs. A frame needs 80 to 300, and has pixels as well."""
 _ITEM, _LAST_ITEM = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
@@ -340,7 +340,7 @@ def _counted(file: Any, size: int, name: str) -> Iterator[Any]:
     try:
         yield counted
     except Exception:
-        # pydicom makes others of what is raised.
+        # pydicom replaces the exceptions of its file.
         if counted.left < 0:
             raise refusal from None
         raise
@@ -404,13 +404,13 @@ def _of_frame(dataset: Any, frame: int, name: str) -> Any:
 
 
 def _items(dataset: Any, kind: str, name: str) -> Any:
-    """The items of a sequence; those of a declared length are only now made."""
+    """The items of a sequence; pydicom parses a sequence of a declared length only here, when it is accessed."""
     _make_long(dataset, kind, name)
     return dataset.get(kind) or []
 
 
 def _make_long(dataset: Any, kind: str, name: str) -> None:
-    """Make the items of a long sequence of a declared length, which is refused once they are too many."""
+    """Parse a long sequence of a declared length, with its reads counted: ImageError once they are too many."""
     from pydicom.dataelem import DataElement, RawDataElement
     from pydicom.filereader import read_sequence
 

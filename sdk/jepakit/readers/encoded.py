@@ -18,7 +18,7 @@ from jepakit.errors import ImageError
 
 HEAD = 4096
 _MOST_READS, _BYTES_A_READ = 1 << 16, 512
-"""Most reads of any file, up to four for a chunk or segment, and one more for so many bytes: writers fill 8 KB and more."""
+"""Most reads of any file, and one more for every so many bytes. A chunk or segment takes up to four; writers make them 8 KB or more."""
 _CUT_SHORT = "the file ends before its pixels do"
 EncodedSource = str | Path | bytes | bytearray | memoryview
 """A file, or the bytes of one."""
@@ -77,7 +77,7 @@ class Stored:
         return values
 
     def _read(self, first: int, count: int) -> bytes:
-        """Their bytes, which is quicker for a few of them."""
+        """As `_read_run`, but the bytes: quicker for few values."""
         self.encoded.file.seek(self.offset + first * self.dtype.itemsize)
         data = self.encoded.file.read(count * self.dtype.itemsize)
         if len(data) < count * self.dtype.itemsize:
@@ -102,7 +102,7 @@ class Counted:
 
 
 def of_few_pieces(encoded: Encoded) -> Counted:
-    """The file, of which Python reads each chunk, or each segment of a JPEG, by itself; ImageError when they are too many."""
+    """The file, its reads counted: Pillow reads each chunk of a PNG or segment of a JPEG by itself. ImageError at too many."""
     refusal = ImageError(
         f"{encoded.name}: it consists of tens of thousands of tiny pieces: save it again", code="too_large"
     )

@@ -1,4 +1,4 @@
-"""Forks: a child has only the thread that forked, so what the parent's other threads hold is held there for ever."""
+"""Locks and forks: a child has only the thread that forked, so a lock held by the parent's other threads is never released there."""
 
 from __future__ import annotations
 

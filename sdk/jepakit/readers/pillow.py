@@ -32,9 +32,9 @@ _TRANSPARENT_MODES = frozenset({"RGBA", "LA", "PA", "RGBa"})
 _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _MOST_HALF_TRANSPARENT = 0.05
-"""Share of the alpha: the soft edges of a cut-out are a few per cent of it."""
+"""Share of the pixels: the soft edges of a cut-out are a few per cent."""
 _READ_AHEAD = 8
-"""Bytes that libjpeg wants after the last pixel's: by so many zeros it makes up a block at most."""
+"""Bytes that libjpeg may read beyond those of the last pixel: of so few zeros it makes up at most one block."""
 _FALSE_ALPHA = (
     f"over {_MOST_HALF_TRANSPARENT:.0%} is half transparent, and is laid on white: if the last band is no transparency but a band like "
     "the others (near infrared), write it as a TIFF of plain bands"
@@ -88,7 +88,7 @@ class PillowFile(Raster):
         return self._encoded.file.read()
 
     def _refuse_lost_pixels(self, data: bytes) -> None:
-        """Refuse a JPEG with a run of zeros in its pixels, of which libjpeg warns only, and Pillow says nothing."""
+        """Refuse a JPEG with a run of zeros in its pixels: libjpeg only warns of it, and Pillow hides the warning."""
         place = zeros_in_pixels(data)
         if place is not None and not _is_padded(data, place):
             raise ImageError(
@@ -99,7 +99,7 @@ class PillowFile(Raster):
 
 
 def _is_padded(jpeg: bytes, end: int) -> bool:
-    """Whether all pixels stand before `end`, and nothing but zeros after: the end marker is missing, and no pixel."""
+    """Whether all pixels come before `end` and only zeros after it: the end marker is missing, but no pixel is."""
     if jpeg[end:].strip(b"\0"):
         return False
     try:
@@ -165,7 +165,7 @@ def to_pixels(image: Image, name: str) -> Pixels:
     except ImageError:
         raise
     except Exception as error:
-        # Pillow is not given a path, so it quotes none.
+        # Pillow was given no path, so its message quotes none.
         raise ImageError(f"{name}: damaged or cut short ({error})", code="unreadable") from None
 
 

@@ -31,9 +31,9 @@ class Raster(ABC):
 
     header: Header
     doubt = ""
-    """Why the pixels that were read last may not be what is meant, although they were read; may be empty."""
+    """Why the pixels read last, though valid, may not show what was meant; empty if there is no doubt."""
     _decodes_anew = False
-    """Whether nobody else can change what `_decode` returns, unless it is read-only."""
+    """Whether `_decode` returns a new array, which `read` may hand out without a copy if it is writable."""
 
     def __init__(
         self, header: Header, name: str, limits: Limits, file: BinaryIO | None = None, encoded: int | None = None
@@ -94,7 +94,7 @@ class Raster(ABC):
             return (np.asarray if own else np.array)(pixels, self.header.dtype, order="C")
 
     def _decode_part(self, window: Window, frame: int) -> Pixels:
-        """As `_decode`, of what a window needs, which may be everything."""
+        """As `_decode`, for what `decoded_around` says has to be decoded: a window, whole strips, or the whole frame."""
         return self._decode(window, frame, None)
 
     @abstractmethod
@@ -105,7 +105,7 @@ class Raster(ABC):
         """Identifies a file on disk in its present state; None for images in memory."""
         try:
             return None if self._file is None else state_of(self._file.fileno())
-        except OSError:  # of bytes
+        except OSError:  # bytes in memory have no descriptor
             return None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How much is decoded at once: several large images, each in a thread, could fill the machine's memory."""
+"""A budget for images decoded at once: several large ones, each in a thread, could fill the machine's memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _room = _Room()
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """Within the block, an image of `size` bytes may be decoded: it waits until there is room, or no other image.
+    """Wait until an image of `size` bytes fits into the budget, or no other is being decoded; hold its bytes for the block.
 
     All threads share `AT_ONCE_BYTES`. The block must not ask for room again.
     """

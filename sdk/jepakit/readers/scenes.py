@@ -1,4 +1,4 @@
-"""What is decoded around a window, kept for the tiles that follow: PNG and JPEG cannot be decoded by windows at all,
+"""Keeps what is decoded around a window for the tiles that follow: PNG and JPEG cannot be decoded by windows at all,
 and a TIFF in strips only by rows as wide as the image."""
 
 from __future__ import annotations

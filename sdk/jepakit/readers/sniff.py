@@ -25,7 +25,7 @@ _READ: tuple[tuple[bytes, Family], ...] = (
 )
 
 DICOM_HEAD = 132
-"""Bytes of a preamble that may hold anything, and of the four letters that identify the format."""
+"""Bytes of a DICOM file's preamble, which may hold anything, and of the letters DICM after it."""
 
 _AS_TIFF = "save it as TIFF or PNG"
 _PICKLE = ("a pickle, which could run any code and is never loaded", "save the array with numpy.save")

@@ -43,9 +43,9 @@ _DEFLATE, _LZMA = frozenset({8, 32946}), 34925
 _READ_BY_TIFFFILE = _DEFLATE | {1, _LZMA}
 """Those read without imagecodecs. tifffile's own PackBits takes a list entry per byte, whatever the strip's size."""
 _MOST_MARGIN = 4
-"""Most pixels of all tiles for each of the image, above those that any image may have."""
+"""Most pixels in all tiles together per pixel of the image, on top of the most that any image may have."""
 _MOST_SMALL, _SMALL = 1 << 18, 4096
-"""Most strips or tiles that are decoded at once if each holds fewer bytes than that: it takes 20 µs, however few they are."""
+"""Most strips or tiles decoded at once if each holds fewer than `_SMALL` bytes: each takes 20 µs, however small it is."""
 _CLAIMS_ITS_SIZE = frozenset({_JPEG, 33005, 34712})
 
 
@@ -131,7 +131,7 @@ def _layout(series: Any, encoded: Encoded) -> _Layout:
     order = np.moveaxis(np.arange(count).reshape(lead_shape), of_bands, range(-len(of_bands), 0))
     samples = page.samplesperpixel if "S" in page.axes else 1
     if count > 1 and page.imagewidth < MIN_SIDE:
-        # What tifffile.imwrite makes of [H, W, bands] unless it is told better.
+        # What tifffile.imwrite writes for [H, W, bands] without `photometric` and `planarconfig`.
         raise ImageError(
             f"{encoded.name}: {count} pages of {page.imagewidth} × {page.imagelength} pixels, which look like the rows "
             'of one image with bands: save it with photometric="minisblack", planarconfig="contig"',

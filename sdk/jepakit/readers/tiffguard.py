@@ -20,7 +20,7 @@ _OFFSETS = {4: "I", 13: "I", 16: "Q", 18: "Q"}
 """The tag types of file offsets: LONG, IFD, and the two of BigTIFF."""
 
 _MOST_PAGES = 65_535
-"""Most pages: what libtiff could count for decades. Real stacks have tens of thousands, and open in seconds."""
+"""Most pages: all that libtiff could count for decades. Real stacks have tens of thousands, and open in seconds."""
 _MOST_TAGS = 256
 """Most tags of one page: about as many as are defined at all; real pages have 10 to 80."""
 _MOST_MIXED = 1024
@@ -59,7 +59,7 @@ class _Tag(NamedTuple):
     type: int
     number: int
     value: bytes
-    """The values, or where they are."""
+    """The values or, if they do not fit here, their offset in the file."""
 
 
 def _pages(tif: Any, name: str) -> Iterator[list[_Tag]]:
@@ -107,7 +107,7 @@ def _images_below(tif: Any, tags: list[_Tag]) -> Iterator[int]:
             data = tag.value
             if size * tag.number > len(data):
                 file.seek(*struct.unpack(kind.offsetformat, data))
-                data = file.read(size * min(tag.number, _MOST_PAGES))  # with their page that is over the limit
+                data = file.read(size * min(tag.number, _MOST_PAGES))  # with their page, enough to refuse
             yield from (offset for (offset,) in struct.iter_unpack(format, data[: size * tag.number]) if offset >= 8)
 
 
@@ -150,7 +150,7 @@ def _bound_search(tif: Any, kind: str, seen: int, what: str, name: str) -> None:
     elif _they_ask_first():
         setattr(tif, f"{_REFUSES}_{kind}", refuse)
     else:
-        refuse()  # rather a stack too many refused than a search that takes minutes
+        refuse()  # better to refuse a valid stack than to search for minutes
 
 
 def _they_ask_first() -> bool:
@@ -168,8 +168,8 @@ in_each_child(_renew)
 
 @cache
 def _searches_ask_first() -> bool:
-    """Have tifffile's searches, which newer versions keep as functions of its module, first call what `_bound_search` left
-    on the file; whether that worked."""
+    """Patch tifffile's searches, in newer versions functions of its module, to first call the refusal that `_bound_search` set on
+    the file; returns whether that worked."""
     from tifffile import tifffile
 
     found = getattr(tifffile.TIFF, "SERIES", {})

@@ -14,9 +14,9 @@ _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 def zeros_in_pixels(jpeg: bytes) -> int | None:
     """Where the compressed pixels hold 512 zero bytes in a row that no picture is encoded as; None if nowhere.
 
-    A code of nothing but zeros sets a coefficient of the block, or says that the rest of the block is flat. Where it does
-    so in all tables of the scan, zeros are a flat area, and nothing is said. Nor is it of progressive files and those
-    with a scan for each band.
+    A Huffman code of zero bits only either sets a coefficient of the block, or says that none follows. If it says so in all
+    AC tables of the scan, a run of zeros is a valid flat area. Progressive files, and those with a scan for each band, are
+    not checked. All these give None.
     """
     if _RUN not in jpeg:
         return None

@@ -1,4 +1,4 @@
-"""What lies among images but is none of them: folders that systems keep for themselves, and what jepakit itself wrote."""
+"""What a listing skips: system folders (thumbnails, recycle bins, snapshots), and what jepakit itself wrote."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jepakit.bundles.bundle import MANIFEST, WEIGHTS
 CACHED = ".jepakit.npy"
 """How the names of images in the trainer's cache end."""
 _SYSTEM_FOLDERS = frozenset({
-    "@eadir", "@recycle", "#recycle", "$recycle.bin",  # previews and waste of Synology, QNAP, Windows
+    "@eadir", "@recycle", "#recycle", "$recycle.bin",  # thumbnails and recycle bins of Synology, QNAP, Windows
     "#snapshot", "~snapshot", "@recently-snapshot", "@__thumb",
     "system volume information", "lost+found",
 })  # fmt: skip
 _MARKS = ({MANIFEST, WEIGHTS}, {CONFIG, ENVIRONMENT, METRICS})
-"""The files by which a bundle is known, and a run that has begun to train."""
+"""The files that identify a bundle, and a run that has begun to train."""
 
 
 def is_system_folder(base: str) -> bool:
@@ -30,13 +30,13 @@ def is_system_folder(base: str) -> bool:
 
 
 def is_own_folder(files: Iterable[str]) -> bool:
-    """Whether a folder of these files is a bundle or a run: its golden.npz or neighbours.png is no image of the user's."""
+    """Whether a folder with these files is a bundle or a run, whose golden.npz and neighbours.png are not the user's images."""
     there = set(files)
     return any(marks <= there for marks in _MARKS)
 
 
 def without_aside(matches: Sequence[str], pattern: str) -> tuple[list[str], list[str]]:
-    """The matches of a glob without those in such folders below the ones that it names, and the system folders met."""
+    """The matches of a glob outside system folders, bundles and runs (unless the glob names the folder), and the system folders met."""
     named = os.path.join("", *takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))  # noqa: PTH118
     system: list[str] = []
 

@@ -84,7 +84,7 @@ def embeddings_among(root: str, names: Sequence[str]) -> set[str]:
 
 
 def _those(is_one: Callable[[str], bool], names: Sequence[str], what: str) -> set[str]:
-    """Those of `names` that are one, asked in threads."""
+    """Those of `names` for which `is_one`, called in threads, is true."""
     answers = in_threads(is_one, names, what)
     return {name for name, answer in zip(names, answers, strict=True) if answer}
 
@@ -123,7 +123,7 @@ class Listing:
     repeats: int = 0
     """Number of folders left out because they are listed under another name."""
     system: list[str] = field(default_factory=list)
-    """Folders left out because a system keeps them for itself."""
+    """System folders left out, such as a NAS's thumbnails."""
 
     def once(self, names: Sequence[str]) -> list[str]:
         """`names` with each file once: without links to another of the names, or to the target of an earlier link."""

@@ -34,7 +34,7 @@ _KINDS = "a folder of images, a glob in quotes, a manifest (.csv, .parquet), an 
 def find(images: Any, *, with_labels: bool, with_groups: bool, with_splits: bool, may_be_gone: bool = False) -> Found:
     """The images that `images` names. Labels, groups and splits that have to be read are read only if asked for.
 
-    may_be_gone  whether files of a list may be missing; whoever reads them then reports it
+    may_be_gone  whether files of a list may be missing; the error is then raised when they are read
 
     Raises DataError when the source is of an unknown kind, does not exist, or holds no images.
     """
@@ -185,7 +185,7 @@ def _once(files: Sequence[str]) -> list[str]:
 
 
 def _find_listed(listed: Sequence[str | Path], *, with_labels: bool, may_be_gone: bool) -> Found:
-    """The files of a list, called as it calls them: whoever lists files in a table finds them there again."""
+    """The files of a list. Their ids are the paths as given, so that a table of labels or groups can name them the same way."""
     paths = [with_home(item) for item in listed]
     missing = [] if may_be_gone else not_files("", paths)
     if missing:

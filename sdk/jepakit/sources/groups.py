@@ -64,7 +64,7 @@ def _patients(found: Found) -> tuple[Groups, str]:
     if not places or found.store.in_memory:
         return None, ""
     named = dict(zip(places, patients(found, places), strict=True))
-    # Not their hashes: these get into a run's files, and a hash is found by trying all likely IDs.
+    # Numbers, not hashes: groups get into a run's files, and trying all likely IDs would reverse a hash.
     known: dict[str | None, str] = {}
     for patient in named.values():
         if patient is not None:

@@ -26,7 +26,7 @@ Labels = tuple[str | None, ...] | None
 def choose_labels(found: Found, rule: str | Path, *, group: str | Path, embedding: bool) -> tuple[Labels, str]:
     """The labels by the rule, or None, and a note on what was assumed.
 
-    group      the rule for groups: with "auto", a table's column of groups would be passed over silently
+    group      the rule for groups: with "auto", the note says that a table's column of groups is not used
     embedding  either every image has a label or none has; "auto" takes any number of folders as classes, and gives no
                note if no labels are expected
 
@@ -73,7 +73,7 @@ def _by_folders(found: Found, rule: str) -> bool:
 
 
 def _companions_count(found: Found) -> str:
-    """A warning about what lies beside the images in folders of its own, and trains like them; empty if nothing does."""
+    """A warning about folders of masks and the like, whose files count as images to train on, too; empty if there are none."""
     if found.folders is None:
         return ""
     counts = Counter(_tops(found.folders, wrapper(found.folders)))
@@ -140,7 +140,7 @@ def _tops(names: Sequence[str], around: str) -> list[str | None]:
 
 
 def _refuse_splits(classes: Sequence[str], rule: str) -> None:
-    """Raise DataError if folders are splits; asked for as classes, they are refused only if none has a name of a class."""
+    """Raise DataError if folders look like splits; with the rule "folder", only if all their names are in `PLAIN_SPLITS`."""
     found = splits(classes)
     are_plain = len(classes) > 1 and {name.lower() for name in classes} <= PLAIN_SPLITS
     if (found and rule == "auto") or are_plain:

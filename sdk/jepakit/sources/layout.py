@@ -1,4 +1,4 @@
-"""What folders' names say: which may be classes, and which are splits, patients, wrappers, or hold what belongs to other images."""
+"""What folder names suggest: which may be classes, and which are splits, patients, wrappers, or hold masks of other images."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _SPLIT = frozenset({
     "train", "training", "trainset", "val", "valid", "validation", "test", "testing", "testset", "dev", "eval", "evaluation",
     "holdout", "heldout", "fold", "folds",
 })  # fmt: skip
-"""Words of the names of splits: `train2017`, `images_test`, `fold3`. All their words are of these or of `_PICTURES`."""
+"""Words in the names of splits, such as `train2017`, `images_test`, `fold3`: these names have no words but these and `_PICTURES`."""
 PLAIN_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-"""Names that no class has."""
+"""Names of splits that no class has."""
 _PICTURES = frozenset({
     "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpeg", "jpegs", "jpg", "jpgs", "png", "pngs",
     "tif", "tiff", "rgb", "bit", "raw", "original", "originals", "input", "inputs", "scan", "scans", "left", "right",
     "set", "data", "dataset",
 })  # fmt: skip
-"""Words of the names of folders of images of any class: `JPEGImages`, `originals`, `leftImg8bit`. All their words are of these."""
+"""Words in the names of folders with images of any class, such as `JPEGImages`, `originals`, `leftImg8bit`: these have no others."""
 BESIDE = frozenset({
     "mask", "masks", "label", "labels", "annotation", "annotations", "groundtruth", "truth", "gt", "seg", "segs", "segm",
     "segmentation", "segmentations", "thumb", "thumbs", "thumbnail", "thumbnails", "preview", "previews",
 })  # fmt: skip
-"""Words of the names of what belongs to the images in such a folder, or in `train`, beside it: `masks`, `gtFine`. Beside
-others it may be a class: a defect `label`, faces with `mask` and `no_mask`."""
+"""Words in the names of folders of masks and the like, such as `masks`, `gtFine`, beside a folder named by `_PICTURES` or `train`.
+Beside other folders they may be classes: a defect `label`, faces with `mask` and `no_mask`."""
 _NEVER_A_CLASS = frozenset({"ground_truth", "groundtruth", "annotations", "thumbnails"})
-"""Whole names of the same, beside any folder."""
+"""Whole names of such folders, whatever lies beside them."""
 _GROUP = re.compile(
     r"(patient|pat|subject|subj|sub|participant|donor|case|specimen|animal|mouse|slide|scene|plate|session|ses|study)[ _.-]?\d+"
     r"|[A-P](0[1-9]|1\d|2[0-4])",  # the wells of a plate
@@ -36,7 +36,7 @@ _WORD = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+")
 
 
 def wrapper(names: Sequence[str]) -> str:
-    """The path, ending in "/", of the lone folders around all folders of images, such as the one folder of a ZIP.
+    """The path, ending in "/", of the single folders that enclose all folders of images, such as the one folder in a ZIP.
 
     Empty if there are several folders at the top; a folder that holds images itself wraps nothing.
     """

@@ -33,7 +33,7 @@ class Items:
 
     @property
     def most_threads(self) -> int:
-        # A dataset may belong to its caller's thread, as a database's connection does; in a list, an image may stand twice.
+        # A dataset may be bound to its caller's thread, as a database connection is; a list may hold the same image twice.
         return 1 if isinstance(self.items, list | np.ndarray) else 0
 
     def __len__(self) -> int:

@@ -31,7 +31,7 @@ def patients(found: Found, places: Sequence[int]) -> list[str | None]:
 
 
 def folders_are_patients(found: Found, labels: Sequence[str]) -> bool:
-    """Whether each class is exactly one patient, each another one; judged by a few DICOM files per class."""
+    """Whether each class is one patient, a different one for each class; judged by a few DICOM files per class."""
     if not all(map(may_be_dicom, found.ids)):
         return False
     members: dict[str, list[int]] = defaultdict(list)

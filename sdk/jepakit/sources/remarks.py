@@ -1,4 +1,4 @@
-"""Remarks on labels and groups that may be meant otherwise than they are written."""
+"""Warnings about labels and groups that may not be meant as written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FEW = 10
 def remarks_on_labels(labels: Sequence[str | None] | None, *, written: bool) -> str:
     """A remark on labels; empty if there is nothing to say.
 
-    written  whether somebody wrote them into a table or a list: a folder called `none` is meant
+    written  whether they come from a table or a list, where `none` may stand for a missing value; as a folder it is a name
     """
     given = Counter(label for label in labels or () if label is not None)
     missing = _missing(given, "label", "leave it empty") if written else ""
@@ -23,7 +23,7 @@ def remarks_on_labels(labels: Sequence[str | None] | None, *, written: bool) -> 
 
 
 def remarks_on_groups(groups: Sequence[str] | None, *, written: bool) -> str:
-    """The same of groups."""
+    """A remark on groups, as `remarks_on_labels` makes on labels."""
     given = Counter(groups or ())
     missing = _missing(given, "group", "give each of these images a group of its own") if written else ""
     return joined(_alike(given, "groups"), missing)

@@ -33,7 +33,7 @@ COLUMNS = {
 make no difference (`Patient ID`, `PatientID`), except between columns that differ in nothing else."""
 
 _MOST_SLIPS = 10
-"""If more images than this are not in a table, their names are no slips of the pen."""
+"""If more images than this are missing from a table, no spelling is suggested: the cause is not a typo."""
 _WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 Rows = Iterator[tuple[int, list[str]]]
 
@@ -136,8 +136,8 @@ def look_up_groups(file: str, found: Found) -> tuple[str, ...]:
 
 
 def look_up_labels(file: str, found: Found) -> tuple[tuple[str | None, ...], list[str], str | None]:
-    """The same of labels, which some images may lack (None for those); also returns the table's paths of no image, and its
-    column of groups, if it has one.
+    """The label of each image in a table, None for those without; also the table's labelled paths that match no image, and the
+    name of its column of groups, if it has one.
 
     Raises DataError when it has no label for any image, or different ones for one.
     """
@@ -182,13 +182,13 @@ def _key(values: dict[str, str], place: int, name: str, spell: Callable[[int], l
     if (normal := posixpath.normpath(name)) in values:
         return normal
     spellings = [normal, *spell(place)]
-    # What is said of an image holds for its tiles and frames, unless something is said of them.
+    # A row for an image holds for its tiles and frames, unless they have rows of their own.
     of_image = map(image_of, spellings) if "#" in name else ()
     return next((spelling for spelling in (*spellings, *of_image) if spelling in values), None)
 
 
 def _speller(files: Files, file: str) -> Callable[[int], list[str]]:
-    """A function that gives the paths of a file by its place: relative to the table's folder, and absolute; with "/"."""
+    """A function from a file's index to its paths, relative to the table's folder and absolute, with "/"."""
     beside = os.path.dirname(os.path.abspath(file))  # noqa: PTH100, PTH120
 
     @cache

@@ -243,7 +243,7 @@ def _windows_at_once(header: Header, tiles: Pieces) -> int:
 def _measure_tiles_of_one(
     images: ImageList, header: Header, tiles: Pieces, chosen_range: tuple[float, float] | None
 ) -> list[tuple[int, bool]] | None:
-    """The same for tiles of one image; None if one of them cannot be read."""
+    """As `_measure_tiles`, for tiles of one image; None if one of them cannot be read."""
     assert tiles.window is not None
     numbers = []
     try:
@@ -309,7 +309,7 @@ def _note(opened: _Opened, pieces: Pieces, cut: Cut, left_out: _LeftOut) -> str:
 
 
 def _slow_note(images: ImageList, slow: dict[int, Header], how: str) -> str:
-    """A remark on scenes that do not fit into what is kept of decoded scenes; empty if they do."""
+    """A remark on scenes that are slow to read because they exceed `KEPT_BYTES` once decoded; empty if they do not."""
     if sum(header.decoded_bytes(Window(0, 0, header.width, header.height)) for header in slow.values()) <= KEPT_BYTES:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""How answers are sent: complete bodies, at the client's pace; errors in the shape of the route's family."""
+"""Sends answers: complete bodies, at the client's pace; errors in the shape of the route's API (OpenAI's, Cohere's, the protocol's)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SLICE, _TAKEN_S = 1 << 16, 60.0
 
 
 def error_body(error: ApiError, scope: Scope) -> bytes:
-    """An error in the shape of the route's family."""
+    """The body of an error, in the shape of the route's API."""
     if routes.is_oip(scope["path"]):
         return oip.write_error(error)
     return error.body(scope["state"]["request_id"], routes.REPEATED_AS.get(scope["path"]))
 
 
 async def send_error(send: Send, error: ApiError, scope: Scope, *, ended: bool = True) -> None:
-    """Send an error in the shape of the route's family. If not `ended`, as in `send_whole`, and close afterwards."""
+    """Send an error in the shape of the route's API. If not `ended` (see `send_whole`), the connection is closed afterwards."""
     headers = error.headers if ended else {**error.headers, "Connection": "close"}
     await send_whole(send, error.status, error_body(error, scope), JSON, headers, ended=ended)
 

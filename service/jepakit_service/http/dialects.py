@@ -77,8 +77,8 @@ class _Body(BaseModel):
 
 _LONGEST_FIELD, _MOST_FIELDS = 40, 64
 _ALIKE = 0.68
-"""Above it are slips and other services' words for our fields (`output_dimension` is 0.69 like `dimensions`), below it
-their own fields, but for Voyage's and Cohere's `input_type`."""
+"""Similarity from which a name counts as misspelt. Above are slips and other services' names of our fields (`output_dimension`
+and `dimensions` have 0.69), below are fields that only they have; the exception, `input_type`, is let through by name."""
 _LENGTH = ("dimensions", "output_dimension")
 _ELSEWHERE = {
     "dim": _LENGTH,
@@ -86,7 +86,7 @@ _ELSEWHERE = {
     "output_dimensionality": _LENGTH,
     "normalize_embeddings": ("normalized",),
 }
-"""Other services' words that are not alike."""
+"""Other services' names of our fields that are not similar to ours."""
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 

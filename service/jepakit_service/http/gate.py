@@ -32,7 +32,7 @@ from jepakit_service.telemetry import logs, tracing
 
 _log = logging.getLogger("jepakit.service")
 _UNADMITTED = (401, 403, 404)
-"""Answered at once, as often as any stranger asks: their times would hide those of real requests."""
+"""Answers to requests that were not let in. They are left out of the times: any stranger can cause many, all of them quick."""
 _COME_BACK, _PATIENCE_S = (429, 503), 5.0
 _METHODS = frozenset(HTTPMethod)
 _OTHER_SITES = ("same-site", "cross-site")
@@ -42,7 +42,7 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 class Gate:
     """Wraps the application; `drain()` makes it refuse new requests, `in_flight` counts those inside.
 
-    It leaves out open paths and /metrics, which would find itself inside.
+    Neither open paths nor /metrics are counted: the latter would always count itself.
     """
 
     def __init__(self, app: ASGIApp, replica: Replica) -> None:
@@ -141,7 +141,7 @@ class Gate:
             await self._app(scope, _replay(body, receive), send)
         except ApiError as error:
             state["code"] = error.code
-            error.__traceback__ = None  # it would keep what has been read, while the rest is still to come
+            error.__traceback__ = None  # it would keep the part of the body that has been read in memory
             held.give_back()
             # While its body is unread, a connection cannot be used again.
             state["unread"] = not ("bytes" in state or (error.status in _COME_BACK and await _discard(receive)))
@@ -236,7 +236,7 @@ class Gate:
 
 @dataclass
 class _Room:
-    """Bytes that all bodies together may take, and have taken, from their first byte until they are answered."""
+    """Memory for all bodies together, in bytes: the most that they may take, and what they take now. A body counts until answered."""
 
     most: int
     taken: int = 0
@@ -265,8 +265,8 @@ class _Held:
 def _refuse_other_sites(headers: Headers) -> None:
     """Refuse what another site's page makes the user's browser send.
 
-    Such a page sends to a name of its own that resolves to this machine (DNS rebinding), or cross-site, which browsers
-    declare in Sec-Fetch-Site and Origin.
+    Such a page uses a host name of its own that resolves to this machine (DNS rebinding), or sends cross-site requests, which
+    browsers mark with Sec-Fetch-Site and Origin.
     """
     host = headers.get("host", "")
     if host and not is_loopback(_parsed(f"//{host}").hostname or ""):
@@ -325,7 +325,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _method(scope: Scope) -> str:
-    """The request's method; `other` for any but the usual ones, as it may be kilobytes of what a stranger likes."""
+    """The request's method; `other` for one that is not registered: a client may send kilobytes of anything."""
     method: str = scope["method"]
     return method if method in _METHODS else "other"
 

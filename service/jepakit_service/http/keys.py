@@ -75,7 +75,7 @@ def check(path: Path) -> None:
 class KeyFile:
     """The keys of one file, reread when it changes. While the file cannot be read, no key is valid.
 
-    Except for lack of file descriptors, which says nothing about the file: then the keys read last stay valid.
+    If only file descriptors have run out, which says nothing about the file, the keys read last stay valid.
     """
 
     def __init__(self, path: Path) -> None:

@@ -25,7 +25,7 @@ from jepakit_service.models.batcher import ImageData
 
 TITLE = "Open Inference Protocol v2"
 NAME, VERSION = "the model's name", "the model's `model_id`"
-"""What these parameters of a path are, where the version has one of its own."""
+"""Descriptions of the path parameters of routes that take name and version apart."""
 FILES, PIXELS, OUTPUT = "image", "images", "embeddings"
 MAX_JSON_VALUES = 1_000_000
 _MOST_OUTPUTS = 16

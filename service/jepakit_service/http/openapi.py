@@ -224,10 +224,10 @@ _NULL = {"type": "object", "nullable": True, "enum": [None]}
 
 
 def _lower(node: Any) -> Any:
-    """Translate JSON Schema as pydantic writes it to OpenAPI 3.0, without what misleads generators of clients.
+    """Translate pydantic's JSON Schema to OpenAPI 3.0, without null defaults and titles, which mislead client generators.
 
-    They take a field with a default, even null, for one that is always there, and name what is inside by its title,
-    which pydantic makes of the field's name.
+    Generators take a field with a default, even null, for one that is always there, and name nested types by their title,
+    which pydantic derives from the field's name.
     """
     if isinstance(node, list):
         return [_lower(one) for one in node]

@@ -1,7 +1,7 @@
-"""What operators and probes ask for: liveness, readiness, metrics and models.
+"""The routes for operators and health probes: liveness, readiness, metrics and models.
 
-Readiness, metrics and updates are those of the whole deployment, whichever replica is asked; which models there are is
-what that replica itself has, as it would answer with them.
+Readiness, metrics and updates describe the whole deployment, whichever replica answers; the list of models is that of the
+answering replica, since it would embed with them.
 """
 
 from __future__ import annotations

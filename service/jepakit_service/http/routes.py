@@ -7,14 +7,14 @@ import re
 METRICS = "/metrics"
 EMBEDDINGS, VOYAGE, COHERE = "/v1/embeddings", "/v1/multimodalembeddings", "/v2/embed"
 REPEATED_AS = {EMBEDDINGS: "detail", VOYAGE: "detail", COHERE: "message"}
-"""Where errors repeat their message at the top, and as what: clients of Jina and Voyage read `detail`, of Cohere `message`."""
+"""By route, the top-level field in which errors repeat their message: clients of Jina and Voyage read `detail`, of Cohere `message`."""
 INFER, INFER_VERSION = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 _INFER = re.compile(r"^/v2/models/([^/]+)(?:/versions/([^/]+))?/infer$")
 _OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/v2/health/live", "/v2/health/ready"})
 ROUTES = ("/healthz", "/readyz", METRICS, "/openapi.json", "/docs", EMBEDDINGS, VOYAGE, "/v1/models", COHERE, "/v2")
-"""Those without a name in them."""
+"""Paths without a model's name, to suggest for mistyped ones."""
 STEADY = ("/v2/health", "/v2/models", *ROUTES)
-"""What metrics and logs show for a path: the first of these that it begins with."""
+"""The labels of paths in metrics and logs: the first of these that a path begins with."""
 
 
 def model_of_inference(path: str) -> str | None:

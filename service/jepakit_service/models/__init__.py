@@ -1,1 +1,1 @@
-"""The models of one process: loaded, tuned, batched, watched."""
+"""The models of one process: loading, tuning, batching and health checks."""

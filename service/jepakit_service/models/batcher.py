@@ -1,8 +1,8 @@
 """A work-conserving batcher: decodes many requests' images and packs them into full batches, fair to each request.
 
-All threads are alike and do whatever is most useful next: run a batch if one is ready and a lane is free, else decode
-another image. No batch is held open for requests to come. A lone image is decoded and run at once by the same thread,
-with all cores; a backlog fills the batches of all lanes.
+All threads are alike and do whatever is most useful next: run a batch if one is ready and a lane (a slot for one inference
+beside others) is free, else decode another image. No batch waits for requests that have not come yet. A lone image is
+decoded and run at once by the same thread, with all cores; a backlog fills the batches of all lanes.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def decide(now: State, capacity: Capacity) -> RunBatch | Literal["decode", "wait
     """The most useful next step for an idle thread.
 
     A full batch runs once a lane is free. A partial one runs if, besides, no image waits to be decoded and a core is
-    idle: one more inference beside busy cores would slow them all, and soon be followed by another. But no image waits
-    for others to be decoded for longer than a batch takes: until it runs, one thread decodes nothing.
+    idle: on busy cores it would slow down all other work, and another batch would soon follow. But a decoded image waits no
+    longer than a batch takes for others to be decoded: while it waits, one thread is kept from decoding, to run it in time.
     """
     max_batch, lanes, few, cores, lane_cores, batch_s = capacity
     all_busy = now.running * lane_cores + now.decoding >= cores
@@ -204,7 +204,7 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             self._requests.append(request)
             self._lock.notify(len(images))
-        # Cheaper than asyncio.timeout, which counts: many requests are answered within a few milliseconds.
+        # Cheaper than asyncio.timeout, which matters when requests are answered within a few milliseconds.
         timer = request.loop.call_later(timeout_s, request.expire)
         try:
             await request.future
@@ -240,7 +240,7 @@ class Batcher:
             request.todo.clear()
             self._requests = deque(other for other in self._requests if other is not request)
             self._ready = deque(image for image in self._ready if image[0] is not request)
-            self._lock.notify_all()  # many places may be free now
+            self._lock.notify_all()  # many more images may be decoded now
 
     def _next(self) -> Callable[[], None] | None:
         """Wait for the most useful next task and return it; None once closed and empty."""
@@ -258,7 +258,7 @@ class Batcher:
                     return partial(self._run_batch, self._take_batch(todo), todo)
 
     def _patience_s(self) -> float | None:
-        """Seconds until the ready images have waited long enough for others; None if something else must happen first."""
+        """Seconds until the ready images run as a partial batch; None if nothing is ready, or no lane is free."""
         if not self._ready or self._running >= self._capacity.lanes:
             return None
         return max(0.0, self._capacity.batch_s - self._state().waited_s)
@@ -274,7 +274,7 @@ class Batcher:
         batch = [self._ready.popleft() for _ in range(min(way.size, len(self._ready)))]
         self._running += way.lanes
         self._at_work += len(batch)
-        self._lock.notify(len(batch))  # so many places are free for images to be decoded
+        self._lock.notify(len(batch))  # as many more images may be decoded now
         return batch
 
     def _take_image(self) -> tuple[_Request, int, ImageData]:

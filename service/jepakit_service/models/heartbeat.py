@@ -1,4 +1,4 @@
-"""Whether a model answers correctly, judged by what its batcher does or by an image sent through it."""
+"""Health check of a model: by its batcher's recent work, or by a golden image sent through it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_S = 0.5
 
 
 class Heartbeat:
-    """Finds out, when called, why a model does not answer correctly. Observes the batcher, and passes its events on.
+    """Checks a model's health when called. Observes the batcher, and passes its events on to `observer`.
 
     name      the model's name, for messages
     embed     gives the first golden image's vector [D], or why there is none; TimeoutError after the given seconds
@@ -53,11 +53,11 @@ class Heartbeat:
         self._beat = Shared(self._take)
 
     async def __call__(self) -> str | None:
-        """Why the model does not answer correctly; None if it does, as far as half a second can show.
+        """Why the model does not answer correctly; None if it does. Takes half a second at most.
 
-        A batch that ran within 5 s (or the time of three) and golden vectors reproduced within a minute suffice.
-        Otherwise a golden image goes through the same queue as all others, one at a time, however many callers ask. If
-        it takes longer than half a second, the result of the previous one is returned.
+        A batch that ran within the last 5 s (or the time of three batches) and a golden vector reproduced within the last
+        minute suffice. Otherwise a golden image goes through the same queue as all others, one at a time, however many
+        callers ask. If it takes longer than half a second, the result of the previous check is returned.
         """
         if not self._is_proven():
             with contextlib.suppress(TimeoutError):

@@ -54,7 +54,7 @@ class LoadedModel(Described):
         self.metrics = metrics.of_model(self.name)
         self.inside = 0
         """Images of requests that the engine has let in."""
-        # Where the table judges by cosines, one vector shows no more than that its values are numbers.
+        # Where the table has only tolerances of cosines over many vectors, a single vector is held to this wide limit.
         limit = golden.TOLERANCES[self.precision, self.provider].relative or 1.0
         self.heartbeat = Heartbeat(
             self.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.metrics

@@ -29,7 +29,7 @@ _PASSES, _LEAST_S = 3, 0.05
 
 
 class Plan(NamedTuple):
-    """How a backlog is answered, and how a few images are if there is nothing else to do."""
+    """How the batcher runs a model: on a backlog, and on a few images with nothing else to do."""
 
     threads: int
     """Threads of one inference while others run beside it."""

@@ -43,7 +43,7 @@ def configure(settings: ServeSettings, send_to: str | None = None) -> None:
 
 
 def silence() -> None:
-    """Stop logging anywhere."""
+    """Remove and close all handlers of the service's loggers."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
         for logger in loggers:

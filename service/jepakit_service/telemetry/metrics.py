@@ -76,7 +76,7 @@ class Metrics:
         return ModelMetrics(self, model)
 
     def forget(self, model: str) -> None:
-        """Leave out a model from now on, whatever its last images still add to its counters."""
+        """Remove a model's metrics, even if its last images are still being counted."""
         for metric in (self.waiting, self.batch_size):
             _remove(metric, model)
         for result in _RESULTS:

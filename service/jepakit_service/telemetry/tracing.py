@@ -90,7 +90,7 @@ class Tracer:
 
 
 def answered(span: Any, status: int, request_id: str) -> str:
-    """Note the answer in its span, which has failed if the service is to blame; returns the trace's id, for the log."""
+    """Record the answer in its span, as an error from status 500 on; returns the trace id, for the log."""
     from opentelemetry.trace import StatusCode, format_trace_id
 
     span.set_attribute("http.response.status_code", status)
@@ -102,7 +102,7 @@ def answered(span: Any, status: int, request_id: str) -> str:
 
 
 def _for_a_while(send: Callable[[], object]) -> None:
-    """Wait two seconds at most: a hanging collector must not delay the end, and OpenTelemetry exceeds its limits."""
+    """Wait two seconds at most: a hanging collector must not delay shutdown, and OpenTelemetry does not keep to its timeouts."""
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     thread.join(_LONGEST_S)

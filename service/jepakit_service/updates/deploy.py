@@ -101,7 +101,7 @@ def _sweep(folder: Path, name: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, or a link to one, if it is there; what this user may not remove is said to stay."""
+    """Remove a folder, or a link to one, if it is there; warn of what this user may not remove."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -143,7 +143,7 @@ def _check_watched(models: list[ModelInfo], bundle: Bundle, target: Path) -> Non
 
 
 def _wait_until_forgotten(client: Client, bundle: Bundle, target: Path) -> None:
-    """If the service has just refused this version, wait until it sees that it is gone: only then is it tried again."""
+    """If the service has refused this version before, wait until it no longer reports that: only then does it try again."""
     if target.exists() and open_bundle(target).digest == bundle.digest:
         return
     deadline = time.monotonic() + _LONGEST_SILENCE_S

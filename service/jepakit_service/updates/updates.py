@@ -34,7 +34,7 @@ _AGAIN_S = 60.0
 """Seconds after which files that failed are verified again even if unchanged: a mount can fail for a moment."""
 _TURN_POLL_S = 0.2
 _LEAVING_LOOKS = 10
-"""How many looks a version is given to release its memory, here and in the machine's other replicas."""
+"""How many looks a retired version may take to release its memory, here and in the machine's other replicas."""
 
 Peers = Callable[[], Awaitable[Sequence[dict[str, VersionsState] | None]]]
 """Gives the states of all replicas, this one's included; None for one that does not answer."""
@@ -49,10 +49,10 @@ class Updates:
         self._logged: set[str] = set()
         self._retired: list[LoadedModel] = []
         self._leaving = 0
-        """How many more looks a version that left may still hold memory."""
+        """For how many more looks a retired version may still hold memory."""
 
     def whole(self) -> list[Bundle]:
-        """The bundles on disk that pass now. The others become expected; `step` looks again and logs them."""
+        """The bundles on disk that pass verification. The others are marked as expected; `step` tries them again, and logs what is wrong."""
         wanted = self._wanted(self._look())
         passing = [bundle for bundle in wanted.values() if self._passes(bundle)]
         for name in wanted.keys() - {bundle.name for bundle in passing}:
@@ -135,7 +135,8 @@ class Updates:
             await self._load(bundle, versions)
 
     async def _load(self, bundle: Bundle, versions: Versions) -> None:
-        """Load the next version beside those in service, or refuse it. Short of memory, wait while another leaves."""
+        """Load the next version beside those in service, or refuse it. Without enough memory, try again while a retired one may
+        still hold some."""
         versions.update = Update(bundle.digest, "loading")
         try:
             check_expected(bundle, self._settings)
@@ -337,5 +338,5 @@ def _stamp(folder: Path) -> Stamp:
         found = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
     except OSError:
         return ()
-    # The time of any change, not only of the content: chmod is a remedy too.
+    # ctime, as a chmod may be what mends the bundle.
     return tuple((name, status.st_size, status.st_ctime_ns) for name, status in found)

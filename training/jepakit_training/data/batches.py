@@ -57,7 +57,7 @@ class StepBatches(Sampler[list[Key]]):
             yield keys[self._rank :: self._world]
 
     def _orders(self) -> Iterator[NDArray[np.intp]]:
-        """A permutation for each epoch. Where a batch ends one and begins the next, this one begins with other images."""
+        """A permutation for each epoch. If a batch spans two epochs, the second begins with images that are not in that batch yet."""
         order = np.empty(0, np.intp)
         for epoch in itertools.count():
             shared = epoch * self._count % self._batch_size
@@ -146,7 +146,7 @@ def make_loader(
     """A loader of `batches`; the number of workers changes nothing but speed.
 
     prefetch  batches that each worker prepares in advance
-    finished  whether colours are changed here, in the loader's processes (else on the training device)
+    finished  whether views are finished (`views.finish`) in the loader's processes, rather than on the training device
     """
     return DataLoader(
         dataset,  # type: ignore[arg-type]
@@ -165,8 +165,8 @@ def make_loader(
 def iterating(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
     """The loader's batches; its processes end with the block.
 
-    Otherwise a stored error would keep its frames and the iterator in them alive, and the exit would wait forever for
-    processes that ignore SIGTERM.
+    Otherwise an error kept somewhere would keep its frames and the iterator in them alive, and this process would wait
+    forever at exit for loader processes, which ignore SIGTERM.
     """
     batches: Any = iter(loader)
     try:
@@ -179,7 +179,7 @@ def iterating(loader: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
 
 
 def _collate(items: list[Item], *, finished: bool) -> Batch:
-    """A batch where the trainer can take it; without views, and with the fault, if an item has one or there is no room."""
+    """A batch, handed over to the trainer's process; without views but with a fault, if an item has one or it cannot be handed over."""
     skipped = [skip for item in items for skip in item.skipped]
     crops = [item.crops for item in items if item.crops is not None]
     if len(crops) < len(items):
@@ -194,7 +194,7 @@ def _collate(items: list[Item], *, finished: bool) -> Batch:
 
 
 def views_on(device: torch.device, batch: Batch) -> Views:
-    """A batch's views on `device`, with colours changed there unless the loader has done so; raises its fault."""
+    """A batch's views on `device`, finished there unless the loader has done so; raises the batch's fault, if it has one."""
     if batch.views is None:
         assert batch.fault is not None
         raise batch.fault

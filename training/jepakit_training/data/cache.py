@@ -41,8 +41,8 @@ class ImageCache:
     least_side  images are stored with their shorter side at most this long, in pixels
     decoding    everything else that decides which pixels a file gives, e.g. a DICOM window; part of every key
 
-    Opening a folder that is nearly full, by its own count, removes what was not used for 30 days; one over the limit also
-    loses its least recently used images. Raises ConfigError when the folder cannot be used.
+    Opening a folder over the limit removes the least recently used images; above 90 % of the limit, also those not used for
+    30 days, oldest first, until it is below. Raises ConfigError when the folder cannot be used.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, least_side: int, decoding: str) -> None:

@@ -1,4 +1,4 @@
-"""What makes one doubt that the images are what is meant: told by `inspect` and before training, never refused."""
+"""Signs that the images may not be what the user meant: reported by `inspect` and before training, never refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMPANION = re.compile(rf"[ _.-](ground_truth|{'|'.join(BESIDE)})$", re.I)
 _CHANNEL = re.compile(r"[ _.-](w\d|ch\d+|b\d{1,2}a?|red|green|blue|yellow|nir|dapi)$", re.I)
 _MOST_COMPANIONS = 0.2
 _LONG, _MOST_LONG = 2, 0.05
-"""The ratio of an image's sides from which on most of it goes unseen, and the share of such images that goes unsaid."""
+"""The ratio of an image's sides above which most of it goes unseen, and the share of such images up to which nothing is said."""
 
 
 def doubts(images: ImageList, found: Scan) -> list[str]:
@@ -49,7 +49,7 @@ def unseen_ends(found: Scan, spec: Preprocess) -> list[str]:
 
 
 def _ungrouped_folders(images: ImageList, names: Sequence[str]) -> list[str]:
-    """Labelled images in more folders than there are classes, of which each may be a patient, are not grouped."""
+    """A doubt if labelled images are not grouped, but lie in more folders than there are classes: each may be a patient."""
     grouped = images.groups is not None and set(images.groups) != set(names)  # tiles are grouped by image at least
     if images.labels is None or images.held_out is not None or grouped:
         return []

@@ -2,7 +2,7 @@
 
 A loader worker draws the changes to an image's views from the image's seed; `apply` makes them, for many views
 at once, in the worker or on the training device. `apply` draws nothing, and its result for a view does not depend
-on the other views processed with it.
+on the other views processed with it (float32: by 1e-6 at most).
 
 Shapes: B views, C bands, H × W pixels. Values are 0-255 (uint8) or 0-1 (float32).
 """

@@ -114,7 +114,7 @@ class Scan:
             return None
         self._check_bands()
         if value_range == "file":
-            # The output of the files' windows. As a measured range, it refuses images in other units.
+            # The output range of the files' windows. Marked as measured, so that images in other units are refused.
             return Scaling(low=(0.0,) * self.kind.bands, high=(1.0,) * self.kind.bands, measured=True)
         chosen = chosen_range(value_range)
         return self._measured() if chosen is None else self._asked(*chosen)
@@ -295,7 +295,7 @@ def _percentiles(valid_NC: NDArray[Any]) -> NDArray[Any]:
 
 
 def _fingerprint(stored: NDArray[Any], header: Header) -> NDArray[np.bool_]:
-    """Made of every second, third … row and column of an image of over 2,047 pixels on a side."""
+    """The difference hash (`Seen.fingerprint`), bool [256]; along a side of over 2,047 pixels only every second, third … one is used."""
     from PIL import Image
 
     down, across = (max(1, side // _SIDE_JUDGED) for side in stored.shape[:2])
@@ -317,10 +317,10 @@ def _thinned(values: NDArray[Any], most: int) -> NDArray[Any]:
 
 
 def _far_out(lows_NC: NDArray[np.float64], highs_NC: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which images' percentiles lie far outside the middle half of all images', bool [N, C].
+    """Which images' percentiles lie far outside the interquartile range of all images', bool [N, C].
 
-    Far means ten times the spread of that half, or of a fifth of the usual range if all images are alike: heavy tails
-    are accepted, a file in other units is not.
+    Far means by ten times that range, or by twice the usual range of an image's values if that is more (images may be
+    alike): heavy tails are accepted, a file in other units is not.
     """
     spread_C = _LEAST_SPREAD * np.nanmedian(highs_NC - lows_NC, axis=0)
     far = np.zeros(lows_NC.shape, bool)

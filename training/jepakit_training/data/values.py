@@ -13,7 +13,7 @@ from jepakit.sources import ImageList
 from jepakit_training.data.scan import Scan, refuse_mixed, scan
 
 _GAP = 0.5
-"""From fill values to all others, in ranges of these."""
+"""Least distance of a fill value from all other values, as a share of their range."""
 
 
 def look_at(images: ImageList, config: AdaptConfig, *, progress: bool) -> Scan:

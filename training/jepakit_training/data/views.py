@@ -143,7 +143,7 @@ def draw_boxes(
 def _box_size(
     tries: Sequence[tuple[float, float]], height: int, width: int, area: tuple[float, float], unit: float
 ) -> tuple[int, int]:
-    """The first box tried that fits into the image, never under 16 pixels a side."""
+    """Height and width of the first box tried that fits into the image; never under 16 pixels a side, unless the image is."""
     least_high, least_wide = min(height, _LEAST_CROP), min(width, _LEAST_CROP)
     for share, place in tries:
         pixels = (area[0] + share * (area[1] - area[0])) * height * width

@@ -36,7 +36,7 @@ class Average:
         self._count += 1
 
     def _next(self) -> Callable[..., Any]:
-        """Torch's step of the average. An EMA of few steps is their mean, or the first would weigh as much as its time constant."""
+        """torch's update of the average. An EMA of few steps is their plain mean: else the first would count like a whole time constant of steps."""
         if self._decay is None:
             step: Callable[..., Any] = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
             return step

@@ -42,7 +42,7 @@ class SharedFlag:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """A sum over ranks that autograd sees: every rank's loss depends on every rank's input."""
+    """A differentiable sum over ranks: every rank's loss depends on every rank's input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class Learner:
             return int(self._backbone.eval()(self._noise()).shape[1])
 
     def _choose_trained(self) -> LoraModel | None:
-        """Freeze what does not train; returns the low-rank additions if they train."""
+        """Freeze what does not train, and set up LoRA and activation checkpointing if asked for; returns the LoRA model."""
         config, backbone = self._config, self._backbone
         lora = None
         if config.unfreeze == "lora":
@@ -200,7 +200,7 @@ class Learner:
         return Average(averaged, config.average, steps=plan.steps, share=config.average_over)
 
     def _make_encoder(self, spec: Preprocess) -> Encoder:
-        """The backbone as it is trained, including its preprocess."""
+        """The encoder to train: normalisation and backbone (or its twin), compiled if asked for."""
         encoder = Encoder(self._twin(), spec).to(self._accelerator.device).train()
         if self._plan.norm_statistics == "frozen":
             freeze_norm_statistics(encoder)
@@ -246,7 +246,7 @@ class Learner:
             group["lr"] = group["base_lr"] * ramp
 
     def _twin(self) -> nn.Module:
-        """The backbone as it is trained: a cheaper twin if a part of it is frozen."""
+        """The module to train: the backbone, or a cheaper twin if a part of it is frozen (never for LoRA or trained BatchNorms)."""
         frozen_part = self._lora is None and self._plan.norm_statistics == "frozen"
         if not frozen_part or len(self._trained) == len(list(self._backbone.parameters())):
             return self._backbone

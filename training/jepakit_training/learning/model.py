@@ -19,7 +19,7 @@ from jepakit_training.learning.batchnorm import GlobalBatchNorm1d
 
 
 def layout_of(backbone: nn.Module) -> torch.memory_format:
-    """Channels last if there are convolutions: 1.8 times the images/s of a MobileNetV2 step on a CPU.
+    """Channels last for hierarchical backbones (ConvNets, Swin): 1.8 times the images/s of a MobileNetV2 step on a CPU.
 
     Not if torch 2.15 would corrupt its own memory in the backward pass on a CPU: in a 1 × 1 convolution with stride 2
     over fewer than 8 channels (in the stems of MobileOne and FastViT).

@@ -1,4 +1,4 @@
-"""Which computations use which precision."""
+"""Numeric precision: bfloat16 autocast where asked for, and float32 that is never rounded to TF32."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ from jepakit_training.data.transfer import to_device
 from jepakit_training.learning.distributed import group_size
 from jepakit_training.randomness import derive_seed
 
-# Numbers in each of the about nine arrays of a block, which is 108 operations over the two passes. On a CPU, half a
-# megabyte an array: an operation costs some µs of its own (2^16 took 1.1 to 1.2 times as long, larger blocks gained
-# nothing). On a GPU a launch takes about 5 µs and an operation on 2^23 numbers moves 100 MB or more, 33 µs at 3 TB/s, so
-# launches hide behind memory. At V = 8, N = 512, S = 1024 that is one block of 108 launches, 3.8 ms and 222 MB on an
-# H100, where 2^17 would make 32 blocks and 3,500 launches, 17 ms by arithmetic.
+# Elements per array of a block; a block has about nine arrays, and takes 108 operations over both passes. On a CPU, half
+# a megabyte per array: each operation has an overhead of some µs (2^16 took 1.1 to 1.2 times as long, larger blocks
+# gained nothing). On a GPU a launch takes about 5 µs, and an operation on 2^23 elements moves at least 100 MB, which takes
+# 33 µs at 3 TB/s and hides the launch. V = 8, N = 512, S = 1024 is then one block of 108 launches, 3.8 ms and 222 MB on
+# an H100; 2^17 would make 32 blocks and 3,500 launches, an estimated 17 ms.
 _CPU_NUMBERS, _GPU_NUMBERS = 1 << 17, 1 << 23
 # The signs of each chain of waves, repeated.
 _SIGNS = (1, -1, -1, 1)

@@ -27,8 +27,8 @@ _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 def check_trainable(backbone: Any, config: AdaptConfig) -> None:
     """Check that the backbone can be trained as `config` says, before anything is measured, without changing it.
 
-    Raises ConfigError for more blocks than there are, if no layer can take low-rank additions, and for activation
-    checkpointing if timm does not support it.
+    Raises ConfigError for more blocks than there are, for LoRA if no layer can take it, and for activation checkpointing
+    if timm does not support it.
     """
     if config.unfreeze == "lora":
         _layers_for_lora(backbone)
@@ -61,9 +61,9 @@ def can_checkpoint_activations(backbone: Any) -> bool:
 def freeze(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> None:
     """Set which of the backbone's parameters train.
 
-    `auto`: all from random weights, else a ViT's last two blocks, or what follows the second-to-last feature level of a
-    ConvNet or another backbone of decreasing resolution (Swin). An integer: the last N blocks in timm's own grouping,
-    with the norms after them. Raises ConfigError for more blocks than there are.
+    `auto`: everything if the weights are random; else a ViT's last two blocks, or all that follows the second-to-last
+    feature level of a ConvNet or another backbone of decreasing resolution (Swin). An integer N: the last N blocks in
+    timm's grouping, with the norms after them. Raises ConfigError for more blocks than there are.
     """
     chosen = _chosen(backbone, unfreeze, from_random=from_random)
     for name, parameter in backbone.named_parameters():
@@ -91,9 +91,9 @@ def switch_off_dropout(backbone: nn.Module) -> None:
 
 
 def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
-    """Give every linear layer and ungrouped convolution a trainable low-rank addition (arXiv 2106.09685), and freeze
-    the rest. The additions are 0 at first and scaled by 2. They change `backbone` in place, until `merge_and_unload()`
-    of the returned object adds them to its weights and restores timm's structure.
+    """Give every linear layer and ungrouped convolution a trainable LoRA adapter (arXiv 2106.09685), and freeze the rest.
+    Adapters output 0 at first and are scaled by 2. They change `backbone` in place, until `merge_and_unload()` of the
+    returned object adds them to its weights and restores timm's structure.
 
     Weight-standardised convolutions get none: they standardise their weights in every forward pass, and standardising
     is not linear. Raises ConfigError if no layer is left.
@@ -115,8 +115,8 @@ def add_lora(backbone: nn.Module, rank: int, seed: int) -> LoraModel:
 
 
 def _is_plain(name: str, value: nn.Parameter) -> bool:
-    """Whether it is a position embedding, a token (`cls_token`, but MetaFormer's `token_mixer` is a layer), or a scale, which
-    some backbones keep as [C, 1, 1]."""
+    """Whether a parameter gets no weight decay by its name or shape: a position embedding, a token (`cls_token`, but
+    MetaFormer's `token_mixer` is a layer), a bias, or a scale, which some backbones keep as [C, 1, 1]."""
     is_position = "pos_embed" in name or name.endswith(("rel_pos_h", "rel_pos_w"))
     is_scale = not name.endswith("weight") and value.squeeze().ndim <= 1
     return is_position or is_scale or name.endswith(("token", "tokens"))
@@ -167,7 +167,7 @@ def _chosen(backbone: Any, unfreeze: Unfreeze, *, from_random: bool) -> set[str]
 
 
 def _layers_for_lora(backbone: nn.Module) -> list[str]:
-    """Names of the layers that `add_lora` adds to."""
+    """Names of the layers that get LoRA adapters; ConfigError if there are none."""
     layers = [
         name
         for name, part in backbone.named_modules()

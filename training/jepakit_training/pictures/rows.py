@@ -121,7 +121,7 @@ def _fitting(name: str, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def _cut(letters: Sequence[str], count: int) -> str:
-    """So many of the letters, two thirds of them from the end: names of files differ there, and those of classes often."""
+    """`count` of the letters around an ellipsis, two thirds of them from the end, where the names of files and classes often differ."""
     start = count // 3
     return "".join([*letters[:start], "...", *letters[len(letters) - count + start :]])
 
@@ -139,5 +139,5 @@ def _fonts() -> tuple[ImageFont.FreeTypeFont, ...]:
 
 
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
-    """Whether a font draws a letter as anything but the sign for letters that it lacks."""
+    """Whether a font has a letter: whether it draws it differently from its placeholder for missing ones."""
     return letter.isascii() or bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))

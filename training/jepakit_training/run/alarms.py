@@ -29,7 +29,7 @@ from jepakit.run import COLLAPSED_STD
 
 FLOOR = 1.05
 _TOTAL_COLLAPSE = 0.40205
-"""SIGReg per image if all projections are 0: N images have N times that, without a floor added."""
+"""SIGReg divided by N if all projections are 0; no floor is added to it."""
 _HEALTHY = 2.5
 # Alarms look at the median of three logged values, once the projector has moved away from its start; at the end of a run
 # too short for that, the projections are judged by what was logged after the warm-up. Narrow ones are no fault in the first
@@ -156,7 +156,7 @@ class Alarms:
         }
 
     def _loss(self, last: bool) -> dict[str, str]:
-        """Compare thirds of the losses logged since the warm-up; a difference must exceed the noise within them."""
+        """Compare thirds of the losses logged since the warm-up; a rise must exceed the noise within them."""
         if len(self._losses) < _FEWEST_LOSSES:
             return {}
         losses, size = np.frombuffer(self._losses), len(self._losses) // 3

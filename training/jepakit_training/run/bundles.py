@@ -20,7 +20,7 @@ from jepakit_training.run.folder import FREE_SETTINGS, versions
 from jepakit_training.setup import Setup
 
 _SAME_CENTER = 0.01
-"""How far, as a share of its length, a centre may move between machines; other images move it farther."""
+"""How far a centre may differ between machines, as a share of its length; other images make it differ more."""
 
 
 def write_run_bundle(
@@ -47,8 +47,8 @@ def write_run_bundle(
 
 
 def check_start(setup: Setup, run: Run) -> None:
-    """ConfigError if a resumed run would have other start weights, which the verdict and `mix` compare with, or other
-    pixel values, than it began with."""
+    """ConfigError if a resumed run's start weights, which the verdict and `mix` refer to, or its preprocess are not those that
+    it began with."""
     if not (run.path / START).exists():
         return
     preprocess, before = _start_of(run)
@@ -66,7 +66,7 @@ def check_start(setup: Setup, run: Run) -> None:
 
 
 def check_measured(embedding: EmbeddingSpec, run: Run) -> None:
-    """DataError if a resumed run measures another centre on its start than it began with: most images are others."""
+    """DataError if the centre, measured again on a resumed run's start, is not the one that it began with: images have changed."""
     then = open_bundle(run.path / START).manifest.embedding
     if then.pooling == embedding.pooling and _are_close(then.center, embedding.center):
         return

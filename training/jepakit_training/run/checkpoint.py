@@ -117,8 +117,8 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     """(step, state) of the newest intact checkpoint, or None.
 
-    Raises CheckpointError if one cannot be read: it may be intact, and training must not start over beside it; also if it
-    holds code.
+    Raises CheckpointError if one cannot be read, as it may be intact and training must not start over beside it, or if it
+    holds anything but tensors and plain values.
     """
     try:
         for candidate in _newest_first(folder):

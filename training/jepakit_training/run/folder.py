@@ -161,7 +161,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
 
 
 def _tell_other_versions(out: Path) -> None:
-    """Warn of packages that are others than when the run in `out` was started."""
+    """Warn of packages whose versions differ from those that the run in `out` was started with."""
     then, now = _environment(out).get("versions", {}), versions()
     changed = [
         f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}"
@@ -175,7 +175,7 @@ def _tell_other_versions(out: Path) -> None:
 
 
 def keep_settings(out: Path, config: AdaptConfig) -> None:
-    """Record the settings of a resumed run if weights or tables have moved: once finished, it is found by them.
+    """Record a resumed run's settings anew if weights or tables have moved: `find_begun` finds the run by them.
 
     Raises WriteError if nothing can be written there.
     """
@@ -253,7 +253,7 @@ def _as_toml(config: AdaptConfig) -> str:
 
 
 def _defaults(config: AdaptConfig) -> dict[str, Any]:
-    """What the settings are where a command names none, in this domain."""
+    """The default settings of this domain, as `_compared` gives them."""
     plain = AdaptConfig(images=config.images, domain=config.domain)
     return _compared(tomllib.loads(_as_toml(plain)), weights_may_move=False)
 

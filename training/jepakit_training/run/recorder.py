@@ -140,7 +140,7 @@ def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run)
 
 
 def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
-    """The losses of the whole batch, by name, and the width and rank of this rank's projections."""
+    """The losses and the gradient norm of the whole batch, by name, and the width and rank of this process's projections."""
     shares = {"loss": outcome.loss, "prediction": outcome.prediction}
     if outcome.anchor is not None:
         shares["anchor"] = outcome.anchor

@@ -25,13 +25,13 @@ from jepakit_training.run.folder import must_write, write_atomically
 
 _NAMED = 5
 _FREE = ("micro_batch", "workers", "prefetch", "batch_bytes", "notes", "caveats", "device", "threads")
-"""What a plan may hold otherwise on a machine where a run goes on: none of it changes the result."""
+"""Fields of a plan that may differ where a run resumes: none of them changes the result."""
 
 
 def check_plan(run: Path, plan: Plan, images: ImageList) -> None:
-    """ConfigError if a run that goes on began with another plan, as another version of jepakit may have made it.
+    """ConfigError if a resumed run began with another plan, such as another version of jepakit may have made.
 
-    The plan of a run whose start has not been measured counts for nothing: it starts over.
+    A run whose start has not been measured starts over, whatever its plan was.
     """
     if not (run / START).exists() or not (run / PLAN).exists():
         return
@@ -52,13 +52,13 @@ def check_plan(run: Path, plan: Plan, images: ImageList) -> None:
 
 
 def _settled(plan: Plan) -> dict[str, Any]:
-    """The plan as plan.json holds it, but for the machine."""
+    """The plan as plan.json holds it, without what describes the machine."""
     settled = {name: value for name, value in vars(plan).items() if name != "split"}
     return settled | {"train": len(plan.split.train), "held_out": len(plan.split.held_out)}
 
 
 def _splits(plan: Plan, images: ImageList) -> list[str]:
-    """Whether each image trains or is held out, as split.csv says it."""
+    """`train` or `test` for each image, as in split.csv's column `split`."""
     is_held_out = np.zeros(len(images), bool)
     is_held_out[plan.split.held_out] = True
     words: list[str] = np.where(is_held_out, "test", "train").tolist()
@@ -66,7 +66,7 @@ def _splits(plan: Plan, images: ImageList) -> list[str]:
 
 
 def _split_of(table: Path) -> list[str | None]:
-    """The same as it was written; images may have moved since."""
+    """The column `split` of a written split.csv, without the paths: images may have moved since."""
     with table.open(newline="", encoding="utf-8", errors="replace") as file:
         return [row.get("split") for row in csv.DictReader(file)]
 
@@ -149,7 +149,7 @@ class StepLog:
 
 
 class SkippedFiles:
-    """Images that could not be read, each once, with the reason; raises above a share `most` of all images.
+    """Images that could not be read, each once, with the reason; DataError once they exceed a share `most` of all images.
 
     path  skipped.csv, where they are listed; None: not listed
     main  whether this process is the one that writes it

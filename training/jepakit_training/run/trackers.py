@@ -1,4 +1,4 @@
-"""Experiment trackers, off unless asked for: accelerate's, configured where to write and not to send anything."""
+"""Experiment trackers, off unless asked for: accelerate's, set up to write to the run's folder and, by default, to send nothing."""
 
 from __future__ import annotations
 
