@@ -11,17 +11,17 @@ import os
 
 import bentoml
 
-from _service_peer import Model, from_data_uri
+from _service_peer import PATIENCE_S, Model, from_data_uri
 
 
-@bentoml.service(workers=1, traffic={"timeout": 60}, logging={"access": {"enabled": False}})
+@bentoml.service(workers=1, traffic={"timeout": PATIENCE_S}, logging={"access": {"enabled": False}})
 class Embeddings:
     """Data URIs in, vectors out."""
 
     def __init__(self) -> None:
         self._model = Model(os.environ["MODEL"], threads=int(os.environ["CORES"]))
 
-    @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=60_000, route="/json")
+    @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=90_000, route="/json")
     def embed(self, input: list[str]) -> list[list[float]]:
         vectors: list[list[float]] = self._model.run(
             [self._model.decode(from_data_uri(text)) for text in input]

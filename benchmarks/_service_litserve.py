@@ -13,7 +13,7 @@ import litserve
 from fastapi import Body, Request, Response
 from fastapi.responses import JSONResponse
 
-from _service_peer import Model, from_data_uri, openai_answer
+from _service_peer import PATIENCE_S, Model, from_data_uri, openai_answer
 
 BATCH, WAIT_S = 32, 0.002
 
@@ -58,5 +58,8 @@ if __name__ == "__main__":
         RawApi(max_batch_size=BATCH, batch_timeout=WAIT_S, api_path="/raw"),
         JsonApi(max_batch_size=BATCH, batch_timeout=WAIT_S, api_path="/json"),
     ]
-    server = litserve.LitServer(apis, accelerator="cpu", workers_per_device=int(sys.argv[3]), fast_queue=True)
+    workers = int(sys.argv[3])
+    server = litserve.LitServer(
+        apis, accelerator="cpu", workers_per_device=workers, fast_queue=True, timeout=PATIENCE_S
+    )
     server.run(host="127.0.0.1", port=int(sys.argv[1]), log_level="error", generate_client_file=False)

@@ -15,6 +15,9 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+PATIENCE_S = 600
+"""Seconds that a request may wait: 32 clients' 32 images take a ViT-S on two cores more than a minute."""
+
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 

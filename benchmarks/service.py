@@ -36,7 +36,6 @@ from _service_servers import (
     FASTAPI,
     IMAGE,
     IMAGES,
-    JSON,
     LITSERVE,
     MANY,
     PEERS,
@@ -71,8 +70,6 @@ class ModelCase(NamedTuple):
 
     backbone: str
     size: int
-    kinds: tuple[str, ...]
-    peer_kinds: tuple[str, ...]
     seconds: float
     single_goal: dict[str, float]
     """Minimum share of the raw loop's speed, with single images from 32 clients."""
@@ -82,12 +79,11 @@ class ModelCase(NamedTuple):
 
 MODELS = {
     "ViT-Ti/16 at 64 px": ModelCase(
-        "vit_tiny_patch16_224", 64, (RAW, JSON, MANY), (RAW, JSON, MANY), 1.5,
+        "vit_tiny_patch16_224", 64, 1.5,
         {RAY: 0.60, NO_RAY: 0.80}, {RAY: (FASTAPI, BENTOML), NO_RAY: (FASTAPI, LITSERVE, BENTOML)},
     ),
-    # Formats cost nothing beside a model of this size: raw bytes for all servers, and our own requests of 32.
     "ViT-S/16 at 224 px": ModelCase(
-        "vit_small_patch16_224", 224, (RAW, MANY), (RAW,), 3.0,
+        "vit_small_patch16_224", 224, 3.0,
         {RAY: 0.95, NO_RAY: 0.95}, {RAY: (FASTAPI, LITSERVE, BENTOML), NO_RAY: (FASTAPI, LITSERVE, BENTOML)},
     ),
 }  # fmt: skip
@@ -140,8 +136,7 @@ class Bench:
         """CPU time of the raw loop per image."""
         self.cells: dict[Cell, Measured] = {}
         for server in servers:
-            kinds = case.peer_kinds if server.name in PEERS else case.kinds
-            wanted = [(kind, clients) for kind in kinds if kind in server.wires for clients in CLIENTS]
+            wanted = [(kind, clients) for kind in server.wires for clients in CLIENTS]
             if quick:
                 wanted = [(RAW, 1), (RAW, MOST), *([] if server.name in PEERS else [(MANY, MOST)])]
             self.cells |= {Cell(server.name, kind, clients): Measured() for kind, clients in wanted}
