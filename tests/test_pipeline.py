@@ -251,7 +251,7 @@ def test_a_mistake_is_told_before_torch_is_imported(tmp_path: Path) -> None:
         ("export('full', 'new')", "full is neither a run nor a bundle"),
         ("export('runs/none', 'new')", "runs/none does not exist"),
         ("export('resnet18:randm', 'new')", "did you mean random?"),
-        ("export('resnet18:random', 'full')", "full is a folder and no bundle"),
+        ("export('resnet18:random', 'full')", "full is a folder, but not a bundle"),
         ("export('resnet18:random', 'image.png/new')", "image.png/new cannot be written"),
         ("export('resnet18:random', 'new', name='a b')", "letters, digits, dots"),
         ("export(5, 'new')", "source = 5: give a path"),

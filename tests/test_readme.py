@@ -34,10 +34,10 @@ README = (ROOT / "README.md").read_text()
 EXPORT = (ROOT / "docs/export.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 OF_OTHER_PROGRAMS = {
-    "--cacert", "--cpu", "--create", "--data-binary", "--extract", "--fail", "--file", "--gzip", "--head", "--http",
+    "--cacert", "--cpu", "--create", "--data-binary", "--extract", "--fail", "--file", "--gpus", "--gzip", "--head", "--http",
     "--max-time", "--network", "--nnodes", "--no-build", "--no-create-home", "--no-python", "--no_python", "--now",
-    "--nproc-per-node", "--num_processes", "--numeric-owner", "--preserve-permissions", "--profile", "--rdzv-backend",
-    "--rdzv-endpoint", "--rdzv-id", "--rm", "--shell", "--shm-size", "--silent", "--system",
+    "--nproc-per-node", "--num_processes", "--numeric-owner", "--object-spilling-directory", "--preserve-permissions", "--profile", "--rdzv-backend",
+    "--rdzv-endpoint", "--rdzv-id", "--rm", "--shell", "--shm-size", "--silent", "--system", "--target", "--user",
 }  # fmt: skip
 
 

@@ -31,7 +31,9 @@ def check_source(config: ExportConfig) -> None:
         return
     bundle = open_bundle(path) if is_bundle(path) else None  # first: it reports a folder that this user may not read
     if "which" in config.model_fields_set:
-        raise ConfigError(f"which = {config.which!r} chooses weights of a run, and {path} is none: leave which out")
+        raise ConfigError(
+            f"which = {config.which!r} chooses weights of a run, but {path} is not a run: leave which out"
+        )
     if bundle is not None:
         _check_fits(bundle, config)
         return

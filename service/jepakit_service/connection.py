@@ -75,13 +75,13 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         version, hosts = self.parser.get_http_version(), sum(name == b"host" for name, _ in self.headers)
         if version not in ("1.0", "1.1"):
-            raise _RefusalError("This is no HTTP/1.1.")
+            raise _RefusalError("This is neither HTTP/1.1 nor HTTP/1.0.")
         if hosts > 1 or (hosts < 1 and version == "1.1"):
-            raise _RefusalError("A request has one Host.")  # RFC 9112, 3.2
+            raise _RefusalError("A request must have exactly one Host.")  # RFC 9112, 3.2
         if self.parser.get_method() == b"CONNECT":
-            raise _RefusalError("This is no proxy.")
+            raise _RefusalError("CONNECT is for proxies, and this is none.")
         if len(self.pipeline) >= _MOST_WAITING:
-            raise _RefusalError(f"{_MOST_WAITING} requests wait for the answers before theirs.")
+            raise _RefusalError(f"{_MOST_WAITING} requests of this connection are waiting for earlier answers.")
         if self.parser.should_upgrade():
             request = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version.encode())
             kept = (b"%s: %s" % header for header in self.headers if header[0] != b"upgrade")

@@ -415,7 +415,7 @@ def test_what_is_open_already_is_exported_as_its_folder_is(run: Run, tmp_path: P
 
 def test_an_existing_folder_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
-    with pytest.raises(BundleError, match=r"is a folder and no bundle: name a new folder, such as .*bundle/NAME"):
+    with pytest.raises(BundleError, match=r"is a folder, but not a bundle: name a new folder, such as .*bundle/NAME"):
         jepakit.export(run.path, tmp_path / "bundle")
     assert left_nothing(tmp_path / "bundle")
     with pytest.raises(BundleError, match="already exists, and a bundle is never overwritten"):
@@ -473,7 +473,7 @@ def test_what_a_run_has_measured_is_not_changed_at_export(
 @pytest.mark.parametrize("which", ["best", "last", "start"])
 @pytest.mark.parametrize("source", [BUNDLE, "test_vit:random"])
 def test_what_is_asked_of_a_run_is_refused_of_anything_else(run: Run, tmp_path: Path, source: str, which: Any) -> None:
-    with pytest.raises(ConfigError, match=f"which = '{which}' chooses weights of a run, and .* is none"):
+    with pytest.raises(ConfigError, match=f"which = '{which}' chooses weights of a run, but .* is not a run"):
         jepakit.export(run.path / BUNDLE if source == BUNDLE else source, tmp_path / "bundle", which=which)
 
 

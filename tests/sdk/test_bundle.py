@@ -195,7 +195,7 @@ def test_what_already_exists_is_never_overwritten(bundle: Bundle) -> None:
 
     empty = bundle.path.parent / "empty"
     empty.mkdir()
-    with pytest.raises(BundleError, match="is a folder and no bundle"):
+    with pytest.raises(BundleError, match="is a folder, but not a bundle"):
         write_bundle(empty, make_manifest(), write_files)
 
 

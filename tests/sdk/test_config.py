@@ -387,9 +387,13 @@ def test_help_explains_every_setting(kind: type[BaseModel]) -> None:
 
 def test_true_is_no_number() -> None:
     for name in ("steps", "unfreeze", "lr"):
-        with pytest.raises(ConfigError, match=f"{name} = True: true and false are for what is on or off"):
+        with pytest.raises(
+            ConfigError, match=f"{name} = True: true and false are only for settings that are on or off"
+        ):
             parse(AdaptConfig, {"images": "x", name: True})
-    with pytest.raises(ConfigError, match=r"views\.n_local = True: true and false are for what is on or off"):
+    with pytest.raises(
+        ConfigError, match=r"views\.n_local = True: true and false are only for settings that are on or off"
+    ):
         parse(AdaptConfig, {"images": "x", "views": {"n_local": True}})
 
 

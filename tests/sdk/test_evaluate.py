@@ -776,7 +776,7 @@ def test_probes_that_move_apart_are_told_and_decide_nothing() -> None:
         told = judge(start, result, truth, n_train=600).verdict
         assert told.word == "cannot tell"
         assert re.search(
-            rf"but the linear probe changes by \{signs[0]} \(.* to .*\) and k-NN by \{signs[1]} \(.*\): keep the one that does better by the probe",
+            rf"but the linear probe changes by \{signs[0]} \(.* to .*\) and k-NN by \{signs[1]} \(.*\): keep the one that does better with the probe",
             told.reason,
         )
 

@@ -614,7 +614,9 @@ def test_numbers_that_are_not_finite_are_refused(probe: LinearProbe | KNNProbe, 
 def test_a_tensor_that_numpy_cannot_read_is_refused_with_the_cause(tensor: torch.Tensor, cause: str) -> None:
     with pytest.raises(DataError, match=rf"the vectors are not an array of numbers: give one \[N, D\] \(.*{cause}"):
         KNNProbe().fit(tensor, ["a", "b"])
-    with pytest.raises(DataError, match=rf"the labels are no array: give one label for each vector \(.*{cause}"):
+    with pytest.raises(
+        DataError, match=rf"the labels cannot be read as an array: give one label for each vector \(.*{cause}"
+    ):
         KNNProbe().fit(np.ones((2, 1)), tensor[:, 0])
     with pytest.raises(DataError, match=rf"vectors of type Tensor: give floats \[N, D\] \(.*{cause}"):
         Embeddings(tensor, SPACE, ["a", "b"])

@@ -114,7 +114,7 @@ def test_members_of_a_format_that_is_not_read_are_counted(tmp_path: Path) -> Non
     )
     zipped, shard = zip_of(tmp_path / "a.zip", members), tar(tmp_path / "a.tar", members)
     for source, bare in (
-        (zipped, "of such files DICOM alone is read"),
+        (zipped, "of such files only DICOM is read"),
         (shard, "in a .tar only files with the suffix of an image are read"),
     ):
         assert list_images(source).note.endswith(f"; {told.format(bare)}")

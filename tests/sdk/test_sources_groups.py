@@ -138,7 +138,7 @@ def test_other_kinds_of_images_are_passed_over_and_told(tmp_path: Path) -> None:
     told = (
         "2 .heic files passed over: HEIC and AVIF are not read, save them as JPEG or PNG; "
         "1 .nii.gz file passed over: NIfTI is not read, save its slices as TIFF or .npy; "
-        "2 files without a suffix passed over: of such files DICOM alone is read"
+        "2 files without a suffix passed over: of such files only DICOM is read"
     )
     with pytest.raises(DataError) as caught:
         list_images(folder)
@@ -239,11 +239,11 @@ def test_dicom_files_without_a_suffix_are_known_by_their_first_bytes(tmp_path: P
     listed = list_images({"folder": folder, "glob": f"{folder}/**", "zip": tmp_path / "study.zip"}[kind])
     assert [name.removeprefix(f"{folder}/") for name in listed.ids] == ["IM002", "S1/1.2.840.17", "S1/x.png"]
     if kind != "zip":
-        assert listed.note.endswith("3 files without a suffix passed over: of such files DICOM alone is read")
+        assert listed.note.endswith("3 files without a suffix passed over: of such files only DICOM is read")
 
 
 def test_a_folder_of_files_without_suffix_that_are_no_dicom_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 files without a suffix passed over: of such files DICOM alone is read"):
+    with pytest.raises(DataError, match="2 files without a suffix passed over: of such files only DICOM is read"):
         list_images(touch(tmp_path, "IM001", "x/IM002", "notes.txt"))
 
 

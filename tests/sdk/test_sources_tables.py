@@ -387,8 +387,8 @@ def test_words_for_nothing_are_labels_and_groups_with_a_warning(tmp_path: Path, 
     touch(tmp_path, "1.png", "2.png", "3.png")
     manifest = csv(tmp_path / "m.csv", "path,label,group", "1.png,a,p1", f"2.png,{word},p2", f"3.png,{word},{word}")
     note = list_images(manifest).note
-    assert f"warning: 2 images of the label {word}: if it means that there is none, leave it empty" in note
-    assert f"warning: 1 image of the group {word}: if it means that there is none, give each of these" in note
+    assert f"warning: 2 images of the label {word}: if that stands for a missing label, leave it empty" in note
+    assert f"warning: 1 image of the group {word}: if that stands for a missing group, give each of these" in note
 
 
 def test_a_class_folder_may_be_called_none(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_table_of_groups_without_most_images_guesses_no_slip_of_the_pen(tmp_pa
     touch(tmp_path, *(f"{number}.png" for number in range(12)))
     for missing, meant in ((1, True), (11, False)):
         groups = csv(tmp_path / "groups.csv", "path,group", *(f"{number}.png,p" for number in range(12 - missing)))
-        told = rf"\({missing} of 12 images are not\): add them there, those without labels too"
+        told = rf"\({missing} of 12 images are not\): add all images to it, those without labels too"
         with pytest.raises(DataError, match=told) as caught:
             list_images(tmp_path, "none", group=groups)
         assert ("did you mean" in str(caught.value)) == meant

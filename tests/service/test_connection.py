@@ -130,7 +130,7 @@ def test_half_a_request_and_rubbish_is_refused() -> None:
     [
         (b"GET / HTTP/1.1", b"", b"one Host"),
         (b"GET / HTTP/1.1", b"Host: a\r\nhost: b\r\n", b"one Host"),
-        (b"GET / HTTP/0.9", b"Host: a\r\n", b"no HTTP/1.1"),
+        (b"GET / HTTP/0.9", b"Host: a\r\n", b"neither HTTP/1.1"),
         (b"rubbish", b"Host: a\r\n", b"Invalid"),
         (b"GET / HTTP/1.1", b"Host: a\r\n" + b"a:\r\n" * 256, b"more than 256 fields"),
     ],

@@ -480,7 +480,7 @@ def test_a_second_deploy_into_a_folder_is_refused_at_once(
     to: Callable[..., None], bundle: Path, other: Path, folder: Path
 ) -> None:
     def ask() -> ModelInfo:
-        with pytest.raises(ServeError, match="another deploy is at work"):
+        with pytest.raises(ServeError, match="another deploy is running"):
             deploy(other, folder, "http://x", timeout_s=5)
         return absent()
 

@@ -212,7 +212,7 @@ def test_a_gpu_without_room_for_a_checkpoint_is_no_reason_to_remove_it(
 
     shutil.copytree(stopped, tmp_path / "run")
     monkeypatch.setattr(Learner, "load_state_dict", full)
-    with pytest.raises(TrainingError, match=r"out of the GPU's memory .*the last checkpoint is sound"):
+    with pytest.raises(TrainingError, match=r"out of the GPU's memory .*the last checkpoint is intact"):
         adapt(tmp_path / "run")
 
 

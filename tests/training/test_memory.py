@@ -44,7 +44,7 @@ def test_out_of_memory_names_what_to_change_and_keeps_the_checkpoint(tmp_path: P
     assert process.exitcode == 1
     last = log.read_text().splitlines()[-1]
     assert re.match(r"jepakit.errors.TrainingError: out of memory \(asked for \d+ MB more\); ", last)
-    assert "the last checkpoint is sound" in last
+    assert "the last checkpoint is intact" in last
     ways = ("micro_batch=32 (now 64", "activation_checkpointing=true", "image_size below 224")
     places = [last.find(way) for way in ways]
     assert places == sorted(places) if not tuned else places[:2] == [-1, -1]

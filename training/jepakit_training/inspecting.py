@@ -152,7 +152,7 @@ def _advice(
 ) -> list[str]:
     advice = []
     if len(images) < FEW_IMAGES:
-        advice.append(f"{counted(len(images), 'image')} are very few to learn from and to judge by")
+        advice.append(f"{counted(len(images), 'image')} are very few to train and to measure on")
     if config.tile is None:
         advice += _unseen(found, largest, config.image_size, spec)
     if min(median) < _SMALL_SIDE < config.image_size:

@@ -73,7 +73,7 @@ def many_files() -> str:
     """The error message when a process may open no more files."""
     now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"the loader's processes need more open files than this process may have ({now}); the last checkpoint is sound. "
+        f"the loader's processes need more open files than this process may have ({now}); the last checkpoint is intact. "
         "Raise the limit (ulimit -n), or take fewer workers (0 needs none), then run the same command again"
     )
 

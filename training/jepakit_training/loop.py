@@ -76,7 +76,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
         comparison = setup.measuring.conclude(before, after)
         if run.collapsed:
             comparison = comparison.noting(
-                "the projections collapsed, so all images look alike to the result: raise lamb"
+                "the projections collapsed, so the result gives all images nearly the same vector: raise lamb"
             )
         measured = setup.measuring.images
         write_neighbours(run.neighbours, images, measured, before.vectors, after.vectors, setup.spec)

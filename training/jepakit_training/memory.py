@@ -70,7 +70,7 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in _NO_MEMORY):
             where = "the GPU's memory" if any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN")) else "memory"
             raise TrainingError(
-                f"out of {where} ({_asked_for(error)}); the last checkpoint is sound. "
+                f"out of {where} ({_asked_for(error)}); the last checkpoint is intact. "
                 f"{_advice(micro_batch, activation_checkpointing, image_size)}"
             ) from error
         if is_of_files(error):
@@ -144,14 +144,14 @@ def _of_a_worker(text: str, workers: int) -> str:
         return no_room()
     return (
         f"a loader's process was ended from outside, most likely because memory ran out ({text.splitlines()[0]}); the "
-        f"last checkpoint is sound. Take fewer workers (now {workers}), then run the same command again"
+        f"last checkpoint is intact. Take fewer workers (now {workers}), then run the same command again"
     )
 
 
 def _of_slow_reads(seconds: str, workers: int) -> str:
     return (
         f"the loader's processes delivered no batch for {seconds} s: reading or decoding the images is too slow, or their file "
-        "system does not answer; the last checkpoint is sound. See that the files can be read, then run the same command again. "
+        "system does not answer; the last checkpoint is intact. See that the files can be read, then run the same command again. "
         f"Where reading is slow: copy the images to a local disk, store large ones as tiled files, raise workers (now {workers}), "
         "or keep them downscaled (cache=FOLDER, in a new run)"
     )

@@ -154,7 +154,7 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
             f"batch of {batch_size} images instead of {config.batch_size}: there are only {trained_on} to train on"
         )
     if images < FEW_IMAGES:
-        notes.append(f"warning: {images} images are very few to learn from and to judge by")
+        notes.append(f"warning: {images} images are very few to train and to measure on")
     return batch_size, notes
 
 

@@ -56,7 +56,7 @@ def _check_free(path: Path) -> None:
     """Raise BundleError if a path already exists."""
     if os.path.lexists(path):  # true for a dangling link, too; False where we may not look: writing will fail
         if os.path.isdir(path) and not is_bundle(path):  # noqa: PTH112 (Path's raises where we may not look)
-            raise BundleError(f"{path} is a folder and no bundle: name a new folder, such as {path / 'NAME'}")
+            raise BundleError(f"{path} is a folder, but not a bundle: name a new folder, such as {path / 'NAME'}")
         raise BundleError(f"{path} already exists, and a bundle is never overwritten: remove it or name another place")
 
 

@@ -87,7 +87,7 @@ def _check_url(url: object) -> None:
             "JEPAKIT_API_KEY; an @ in a path is written %40)"
         )
     if isinstance(url, str) and "?" in url:
-        raise ConfigError("the url holds a query, what follows its ?: give the service's address without it")
+        raise ConfigError("the url has a query (what follows its ?): give the service's address without it")
     if not isinstance(url, str) or not _is_address(url):
         raise ConfigError(f"url = {url!r}: give the service's address, e.g. http://127.0.0.1:8000")
     path = httpx.URL(url).path.rstrip("/")

@@ -297,7 +297,7 @@ def _refuse_larger(name: str, size: int, largest: int) -> None:
 
 def _too_large(name: str, size: int, limit: str, taker: str = _SERVICE) -> ImageError:
     return ImageError(
-        f"{name}: {size:,} bytes, and {limit}: save it smaller, cut it into tiles (tile=…), or let {taker}",
+        f"{name}: {size:,} bytes, but {limit}: save it smaller, cut it into tiles (tile=…), or let {taker}",
         code="too_large",
     )
 

@@ -107,6 +107,8 @@ def _meant(models: list[ModelInfo], asked: str | None) -> ModelInfo:
     """The one model that `asked` matches; ConfigError if it matches none, or several."""
     if len(meant := named(models, asked)) == 1:
         return meant[0]
-    known = ", ".join(one.name for one in models) or "not there yet"
+    if not models:
+        raise ConfigError("the service has no model yet: try again when its /readyz says ready")
+    known = ", ".join(one.name for one in models)
     given = "" if asked is None else f" {asked!r} is none of them;"
     raise ConfigError(f"the service's models are {known}:{given} name one of them as model")

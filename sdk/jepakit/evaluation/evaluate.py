@@ -303,7 +303,7 @@ def judge_best(name: str, verdicts: Sequence[Verdict]) -> Verdict:
     _, low, high = scaled((best.difference, best.low, best.high), wider)
     word: Word = "cannot tell"
     if best.word == "cannot tell" and not low <= 0 <= high:
-        todo = "but its linear probe and its k-NN disagree, as its own report says: keep the one that does better by the probe you will use"
+        todo = "but its linear probe and its k-NN disagree, as its own report says: keep the one that does better with the probe you will use"
     elif low > 0:
         word, todo = "better", f"keep {name}"
     elif high < 0:
@@ -394,7 +394,7 @@ def _describe_result(result: _Result, classes: _Classes, advice: Advice, *, by_g
         (linear, *of_linear), (knn, *of_knn) = ([f"{100 * number:+.1f}" for number in each] for each in result.of_each)
         todo = (
             f"but the linear probe changes by {linear} ({' to '.join(of_linear)}) and k-NN by {knn} ({' to '.join(of_knn)}): keep the one "
-            "that does better by the probe you will use"
+            "that does better with the probe you will use"
         )
     elif result.word == "better":
         todo = advice.better

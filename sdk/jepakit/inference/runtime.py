@@ -142,7 +142,7 @@ class _OnnxRuntime:
             if any(words in str(error) for words in _NO_MEMORY):
                 where = "on the GPU" if self.provider in ON_GPU else "in main memory"
                 raise InferenceError(
-                    f"no room {where} for a batch of {len(images)} images: make room, or run fewer at a time"
+                    f"no room {where} for a batch of {len(images)} images: free some memory, or run fewer at a time"
                 ) from None
             raise
         return outputs

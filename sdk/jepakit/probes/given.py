@@ -71,7 +71,9 @@ def labels_of(X: Embeddings | ArrayLike, y: ArrayLike | Sequence[str] | None, co
             f"the labels are lists of different lengths: give one label for each of {count} vectors"
         ) from None
     except (TypeError, RuntimeError) as error:  # a tensor on a GPU
-        raise DataError(f"the labels are no array: give one label for each vector ({lines_of(error)[0]})") from None
+        raise DataError(
+            f"the labels cannot be read as an array: give one label for each vector ({lines_of(error)[0]})"
+        ) from None
     if labels.shape != (count,):
         raise DataError(f"{count} vectors, but labels of shape {list(labels.shape)}")
     for place, label in enumerate(as_given(y, labels)):

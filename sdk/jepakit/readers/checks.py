@@ -59,7 +59,7 @@ def check_header(header: Header, name: str, limits: Limits) -> None:
         )
     if min(header.width, header.height) < MIN_SIDE:
         raise ImageError(
-            f"{name}: {header.width} × {header.height} pixels, and the least is {MIN_SIDE} on each side: leave it out",
+            f"{name}: {header.width} × {header.height} pixels, but each side needs at least {MIN_SIDE}: leave it out",
             code="too_small",
         )
 

@@ -225,8 +225,8 @@ class TiffRaster(Raster):
         size = check_pixels(self.name, key.chunks, key.dtype.name, self._limits, CUT)
         if len(wanted) > _MOST_SMALL and size < _SMALL:
             raise ImageError(
-                f"{self.name}: {len(wanted):,} strips or tiles of {size:,} bytes, the limit is {_MOST_SMALL:,} under {_SMALL:,} "
-                "bytes: save it in larger ones",
+                f"{self.name}: {len(wanted):,} strips or tiles of {size:,} bytes, but of those under {_SMALL:,} bytes at most "
+                f"{_MOST_SMALL:,} are read: save it with larger ones",
                 code="too_large",
             )
         check_ratio(self.name, there * size, sum(counts), self._limits)

@@ -106,7 +106,7 @@ def _choose(found: Found, rule: str, *, group: str | Path, embedding: bool) -> t
         return None, "" if embedding else f"no labels: {found.kind} has no class folders"
     labels, note = _folder_labels(found.folders, rule, any_number=embedding)
     if rule == "auto" and labels is not None and folders_are_patients(found, labels):
-        return None, "no labels: each first-level folder holds one patient, so folders are no classes"
+        return None, "no labels: each first-level folder holds one patient, so folders are not taken as classes"
     return labels, note
 
 

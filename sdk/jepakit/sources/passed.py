@@ -16,7 +16,7 @@ _REMEDIES = {
     ".jp2": _AS_TIFF, ".j2k": _AS_TIFF, ".jpx": _AS_TIFF, ".jxl": _AS_TIFF,
     ".gif": "GIF is not read, save the frame you mean as PNG",
     ".nii": _NIFTI, ".nii.gz": _NIFTI,
-    "": "of such files DICOM alone is read",
+    "": "of such files only DICOM is read",
 }  # fmt: skip
 _IN_TARS = "in a .tar only files with the suffix of an image are read"
 _PACKED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".rar", ".7z")

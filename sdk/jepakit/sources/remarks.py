@@ -51,7 +51,7 @@ def _missing(given: Counter[str], thing: str, remedy: str) -> str:
     word = next((name for name in sorted(given) if name.casefold() in _MISSING), None)
     if word is None:
         return ""
-    return f"warning: {counted(given[word], 'image')} of the {thing} {word}: if it means that there is none, {remedy}"
+    return f"warning: {counted(given[word], 'image')} of the {thing} {word}: if that stands for a missing {thing}, {remedy}"
 
 
 def _mostly_different(given: Counter[str]) -> str:

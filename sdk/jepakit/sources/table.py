@@ -129,7 +129,7 @@ def look_up_groups(file: str, found: Found) -> tuple[str, ...]:
     if missing:
         meant = did_you_mean(missing[0], list(values)[:1000]) if len(missing) <= _MOST_SLIPS else ""
         raise DataError(
-            f"{missing[0]} is not in {file} ({len(missing)} of {len(found.ids)} images are not): add them there, those without "
+            f"{missing[0]} is not in {file} ({len(missing)} of {len(found.ids)} images are not): add all images to it, those without "
             f"labels too{meant}"
         )
     return tuple(value for value in found_values if value is not None)

@@ -34,7 +34,7 @@ class Metrics:
         self.requests = Counter("jepakit_requests", "Answered requests", ("route", "status"), registry=self.registry)
         self.request_seconds = Histogram(
             "jepakit_request_seconds",
-            "Headers to answer, the body's arrival included",
+            "Seconds from a request's headers to its answer, its body included",
             ("route",),
             buckets=_SECONDS,
             registry=self.registry,
@@ -42,7 +42,7 @@ class Metrics:
         self.refused = Counter("jepakit_refused", "Refused requests, by code", ("code",), registry=self.registry)
         for code in _ALARMING:  # a counter that only appears with its first refusal shows no rate
             self.refused.labels(code)
-        self.in_flight = Gauge("jepakit_in_flight_requests", "Requests inside", registry=self.registry)
+        self.in_flight = Gauge("jepakit_in_flight_requests", "Requests in progress", registry=self.registry)
         self.ready = Gauge("jepakit_ready", "1 when every model answers", registry=self.registry)
         self.images = Counter(
             "jepakit_images", "Images embedded, or refused as images", ("model", "result"), registry=self.registry
@@ -53,7 +53,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "jepakit_stage_seconds",
-            "Decoding of an image; from its arrival until its batch runs, decoding included; one inference",
+            "Seconds. decode: decoding one image; queue: from its arrival until its batch runs, decoding included; inference: one batch",
             ("model", "stage"),
             buckets=_SECONDS,
             registry=self.registry,

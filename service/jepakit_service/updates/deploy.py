@@ -40,7 +40,7 @@ def deploy(source: Path, folder: Path, url: str, *, timeout_s: float) -> Deploye
 
     Raises BundleError for a bundle that is incomplete or not exported, DataError if `folder` is not a folder of bundles
     or not the watched one, WriteError if it cannot be written to, ConnectionFailedError if there is no service, and
-    ServeError if another deploy is at work, or the service refuses the version or takes too long. The folder is then as
+    ServeError if another deploy is running, or the service refuses the version or takes too long. The folder is then as
     it was, or a message says where the old version lies if it could not be put back.
     """
     bundle = open_bundle(source)
@@ -75,7 +75,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             held.enter_context(holding(folder))
         except BlockingIOError:
-            raise ServeError(f"another deploy is at work in {folder}: wait for it, or stop it") from None
+            raise ServeError(f"another deploy is running in {folder}: wait for it, or stop it") from None
         yield
 
 

@@ -137,7 +137,7 @@ class Learner:
         if (bad := int(self._most_bad_steps)) >= _MOST_BAD_STEPS:
             raise TrainingError(
                 f"the gradient was not finite {bad} times in a row, up to step {step}: lower lr (now {self._plan.lr:g}), "
-                "then start a new run; the last checkpoint is sound"
+                "then start a new run; the last checkpoint is intact"
             )
 
     def finish(self) -> None:

@@ -190,7 +190,7 @@ def _check_finite(step: int, state: dict[str, Any]) -> None:
     numbers = [tensor for tensor in _tensors(state) if tensor.is_floating_point() and tensor.numel()]
     if not torch.nn.utils.get_total_norm(numbers, norm_type=math.inf).isfinite():
         raise TrainingError(
-            f"weights are not finite after step {step}, so they are not saved; the last checkpoint is sound: start a new "
+            f"weights are not finite after step {step}, so they are not saved; the last checkpoint is intact: start a new "
             "run with a lower lr"
         )
 
