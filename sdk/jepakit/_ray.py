@@ -23,27 +23,29 @@ SILENT = {
 """Ray reads these when it is imported."""
 OWN: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 100 << 20}
 """Options of our own cluster."""
+_MEMORY = "/dev/shm"
 _LONGEST_PLACE = 103 - 89 if sys.platform == "darwin" else min(107 - 89, 97 - 80)
 """Longest path of a temporary folder in bytes. The paths of sockets are limited, those of HAProxy's (Linux) even more: Ray
 adds up to 89 bytes for its own, and 80 for HAProxy's (`ray_environment`)."""
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
+def own_folder(*, in_memory: bool = False) -> Iterator[Path]:
     """A new temporary folder, in /tmp if the usual path is too long for Ray's sockets; removed at the end.
+
+    in_memory  make it in /dev/shm, if there is one: Ray writes to its folder what does not fit into its object store
 
     Raises WriteError if none can be made.
     """
-    place = tempfile.gettempdir()
-    if len(os.fsencode(place)) > _LONGEST_PLACE:
+    place, remedy = tempfile.gettempdir(), f"set TMPDIR to a folder whose path has at most {_LONGEST_PLACE} bytes"
+    if in_memory and Path(_MEMORY).is_dir():
+        place, remedy = _MEMORY, "make room there, and let this user write to it"
+    elif len(os.fsencode(place)) > _LONGEST_PLACE:
         place = "/tmp"
     try:
         folder = Path(tempfile.mkdtemp(prefix="jepakit-ray-", dir=place))
     except OSError as error:
-        raise WriteError(
-            f"Ray's sockets cannot be made in {place} ({reason_of(error)}): "
-            f"set TMPDIR to a folder whose path has at most {_LONGEST_PLACE} bytes"
-        ) from None
+        raise WriteError(f"Ray's sockets cannot be made in {place} ({reason_of(error)}): {remedy}") from None
     try:
         # systemd-tmpfiles, which removes from /tmp what is ten days old, leaves alone what is locked.
         with holding(folder, shared=True):

@@ -52,6 +52,8 @@ def application(settings: ServeSettings, log_socket: str | None) -> Any:
                 min_replicas=settings.replicas,
                 max_replicas=settings.max_replicas,
                 target_ongoing_requests=settings.target_ongoing_requests,
+                upscale_delay_s=settings.upscale_delay_s,
+                downscale_delay_s=settings.downscale_delay_s,
             )
         }
 

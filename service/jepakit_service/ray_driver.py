@@ -62,7 +62,7 @@ def run(settings: ServeSettings) -> None:
     terminal, `timeout` or a supervisor, would end Ray's processes at once, and the requests in flight with them. This process
     passes it on to the driver alone. Either removes Ray's files and ends what Ray leaves running, if the other is killed.
     """
-    with own_folder() as folder:
+    with own_folder(in_memory=settings.proxy == "python") as folder:  # that proxy passes bodies on as Ray's objects
         parent, driver = os.getpid(), os.fork()
         _adopt_orphans()
         if driver == 0:

@@ -28,8 +28,12 @@ REPLICAS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
-NODE_ENVIRONMENT = {**_CLUSTER, **REPLICAS}
-"""Variables that every node of a cluster needs, ours or the user's own (docs/deploy/kuberay.yaml)."""
+NODE_ENVIRONMENT = {
+    **_CLUSTER,
+    **REPLICAS,
+    "RAY_LOG_TO_STDERR": "1",  # where whatever started the node collects the replicas' lines; else into files of Ray's
+}
+"""Variables that every node of a user's own cluster needs (docs/deploy/kuberay.yaml)."""
 
 
 def environment(settings: ServeSettings, folder: Path) -> dict[str, str]:

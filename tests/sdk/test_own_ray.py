@@ -37,6 +37,18 @@ def test_ray_s_sockets_lie_where_their_paths_are_short_enough(tmp_path: Path, mo
         pass
 
 
+def test_what_must_not_reach_a_disk_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with own_folder(in_memory=True) as folder:
+        assert folder.parent == Path("/dev/shm")
+    assert not folder.exists()
+    monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    with (
+        pytest.raises(WriteError, match=r"/dev/shm .*Permission denied.*: make room there"),
+        own_folder(in_memory=True),
+    ):
+        pass
+
+
 def test_who_cleans_temporary_files_up_finds_ray_s_locked() -> None:
     """As systemd-tmpfiles does after ten days."""
     with own_folder() as folder:

@@ -36,6 +36,7 @@ FLAT_MB = 10.0
 IMAGES = [picture(seed) for seed in range(40)]
 """More than one request of the client's."""
 RAY, NO_RAY = ("--replicas", "2"), ("--no-ray",)
+PYTHON_PROXY = (*RAY, "--proxy", "python")
 MODES = pytest.mark.parametrize("options", [RAY, NO_RAY], ids=["ray", "no-ray"])
 
 
@@ -143,10 +144,11 @@ def good_per_s(answers: list[Answer]) -> float:
         (RAY, signal.SIGTERM, False),
         (RAY, signal.SIGTERM, True),
         (RAY, signal.SIGHUP, False),
+        (PYTHON_PROXY, signal.SIGTERM, False),
         (NO_RAY, signal.SIGTERM, False),
         (NO_RAY, signal.SIGHUP, False),
     ],
-    ids=["ray", "ray, its group", "ray, SIGHUP", "no-ray", "no-ray, SIGHUP"],
+    ids=["ray", "ray, its group", "ray, SIGHUP", "ray, python proxy", "no-ray", "no-ray, SIGHUP"],
 )
 def test_a_signal_under_load_answers_what_is_in_flight_and_ends_with_0(
     options: tuple[str, ...], number: int, to_all: bool, bundle: Path, right: dict[str, NDArray[np.float32]]
@@ -200,24 +202,31 @@ def test_ten_times_too_much_is_refused_with_429_and_the_rest_served_as_fast_as_b
 ) -> None:
     images = [picture(seed, kind="JPEG") for seed in range(64)]
 
-    async def run(url: str) -> tuple[list[float], list[Answer]]:
+    async def run(url: str) -> tuple[list[float], list[list[Answer]]]:
+        """Peaks, and the floods between them: the machine's own speed changes from minute to minute."""
         async with patient(url) as http:
 
             async def ask() -> Answer:
                 return await post(http, images)
 
             await ask()
-            before = good_per_s(await closed_loop(ask, 3, 15))
-            flood = await open_loop(ask, 10 * before, 30)
-            # The peak again: a machine that others slow down in between would make a wrong comparison.
-            return [before, good_per_s(await closed_loop(ask, 3, 15))], flood
+            peaks, floods = [good_per_s(await closed_loop(ask, 3, 12))], []
+            for _ in range(3):
+                floods.append(await open_loop(ask, 10 * peaks[-1], 15))
+                peaks.append(good_per_s(await closed_loop(ask, 3, 12)))
+            return peaks, floods
 
     with serving(heavy_bundle, *options, "--set", "max_waiting=256") as url:
-        peaks, flood = asyncio.run(run(url))
-    refused = [answer for answer in flood if answer.status == 429]
-    assert {answer.status for answer in flood} == {200, 429}
-    assert all(float(answer.retry_after or "nan") > 0 for answer in refused)
-    assert good_per_s(flood) >= 0.9 * float(np.mean(peaks)), (good_per_s(flood), peaks)
+        peaks, floods = asyncio.run(run(url))
+    for flood in floods:
+        assert {answer.status for answer in flood} == {200, 429}
+        assert all(float(answer.retry_after or "nan") > 0 for answer in flood if answer.status == 429)
+    shares = [
+        2 * good_per_s(flood) / (before + after)
+        for flood, before, after in zip(floods, peaks[:-1], peaks[1:], strict=True)
+    ]
+    print(f"of the peak beside ten times too much: {', '.join(f'{share:.2f}' for share in shares)}")
+    assert np.median(shares) >= 0.9, (shares, peaks)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +287,7 @@ def memory_mb(family: list[psutil.Process]) -> Iterator[float]:
             continue
 
 
-@MODES
+@pytest.mark.parametrize("options", [RAY, PYTHON_PROXY, NO_RAY], ids=["ray", "ray, python proxy", "no-ray"])
 def test_a_new_model_is_deployed_under_load_without_a_failed_request(options: tuple[str, ...], tmp_path: Path) -> None:
     images = IMAGES[:32]  # one request a call: no call can meet both models
 

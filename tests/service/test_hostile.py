@@ -47,6 +47,7 @@ from .load import is_ready
 
 MEGABYTE = 1 << 20
 _LIMITS = ("max_images=64", "max_body_mb=16", "body_timeout_s=2", "max_pixels=4000000", "threads=1")
+LIMITS = [word for limit in _LIMITS for word in ("--set", limit)]
 
 
 class Victim:
@@ -77,9 +78,8 @@ class Victim:
 @pytest.fixture(scope="module")
 def victim(bundle: Path) -> Iterator[Victim]:
     port = free_port()
-    limits = [word for limit in _LIMITS for word in ("--set", limit)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "jepakit", "serve", str(bundle), "--no-ray", "--port", str(port), *limits],
+        [sys.executable, "-m", "jepakit", "serve", str(bundle), "--no-ray", "--port", str(port), *LIMITS],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

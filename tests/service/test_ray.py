@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -108,8 +109,9 @@ def test_a_replica_that_hangs_keeps_no_probe_of_another_waiting(bundle: Path) ->
         wait_until(lambda: ready() == ("ready", 2), "it is not back")
 
 
-def test_load_brings_a_second_replica(bundle: Path) -> None:
-    options = ("--set", "max_replicas=2", "--set", "target_ongoing_requests=1")
+def test_load_brings_a_second_replica_which_goes_with_it_and_no_request_is_lost(bundle: Path) -> None:
+    scaling = ("max_replicas=2", "target_ongoing_requests=1", "upscale_delay_s=5", "downscale_delay_s=5")
+    options = [word for setting in scaling for word in ("--set", setting)]
     images = [picture(seed) for seed in range(8)]
     found = jepakit.load(bundle).embed(images, progress=False)
     with serving(bundle, *options) as url, httpx.Client(base_url=url, timeout=60) as http:
@@ -117,7 +119,10 @@ def test_load_brings_a_second_replica(bundle: Path) -> None:
         with Load(url, images, {found.model_id: found.vectors}, clients=6) as load:
             wait_until(lambda: http.get("/readyz").json()["replicas_ready"] == 2, "no second replica", within_s=240)
             assert len(replicas(http)) == 2
-        assert load.failures == []
+        with Load(url, images, {found.model_id: found.vectors}, clients=1) as light:
+            wait_until(lambda: len(replicas(http)) == 1, "the second replica stays", within_s=240)
+            light.wait_for(3)
+        assert load.failures == light.failures == []
 
 
 def test_a_replica_that_outgrows_its_memory_is_replaced(bundle: Path) -> None:
@@ -226,6 +231,46 @@ def test_the_machine_s_own_log_learns_of_no_request(bundle: Path, syslog: socket
         assert processes("haproxy")
         with pytest.raises(BlockingIOError):
             syslog.recv(1 << 16)
+
+
+@pytest.mark.parametrize("proxy", ["python", "haproxy"])
+def test_large_bodies_at_once_reach_no_disk(bundle: Path, proxy: str) -> None:
+    """More than fits into Ray's object store, which writes the rest to files: the replica takes them all at once."""
+    body = picture(0) + os.urandom(30 << 20)
+
+    def post(url: str) -> int:
+        return httpx.post(f"{url}/v1/embeddings", content=body, headers=PNG, timeout=120).status_code
+
+    with serving(bundle, "--proxy", proxy) as url, ThreadPoolExecutor(16) as pool:
+        family = psutil.Process().children(recursive=True)
+        before, seen = on_disk(family), set[str]()
+        (replica,) = processes("ray::ServeReplica")
+        replica.suspend()
+        asked = [pool.submit(post, url) for _ in range(16)]
+        time.sleep(3)
+        replica.resume()
+        while not all(one.done() for one in asked):
+            seen |= on_disk(family)
+        assert {one.result() for one in asked} == {200}
+    assert seen <= before, seen - before
+
+
+def on_disk(family: list[psutil.Process]) -> set[str]:
+    """What the processes have open, including deleted files, and Ray's files, but for logs and what lies in memory."""
+    found = set()
+    for process in family:
+        with contextlib.suppress(FileNotFoundError):
+            found |= {str(descriptor.readlink()) for descriptor in Path(f"/proc/{process.pid}/fd").iterdir()}
+    (session,) = (
+        argument.partition("=")[2]
+        for argument in processes("raylet")[0].cmdline()
+        if argument.startswith("--session_dir=")
+    )
+    found |= {str(file) for file in Path(session).rglob("*")}
+    return {
+        file for file in found
+        if file.startswith("/") and not file.startswith(("/dev/", "/memfd:", "/proc/")) and "/logs/" not in file
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [(), ("--no-ray",)], ids=["ray", "no-ray"])

@@ -140,7 +140,7 @@ def test_the_page_on_operation_has_every_setting_with_its_default() -> None:
         ("port: 1\nbundles: [a]\nport: 2\n", "sets 'port' 2 times"),
         ("bundles: [a]\ndrain_s: .inf\n", "drain_s = inf: input should be a finite number"),
         ("bundles: [a]\nrequest_timeout_s: .nan\n", "request_timeout_s = nan"),
-        ("bundles: [a]\nreplicas: yes\n", "replicas = True: true and false are for what is on or off"),
+        ("bundles: [a]\nreplicas: yes\n", "replicas = True: true and false are only for settings that are on or off"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, words: str) -> None:
@@ -492,12 +492,13 @@ def test_what_a_killed_driver_leaves_behind_is_ended_and_removed() -> None:
     program = (
         "import os, signal, subprocess\n"
         "from jepakit_service import ray_driver\n"
+        "from jepakit_service.settings import ServeSettings\n"
         "def drive(_, folder):\n"
         "    left = subprocess.Popen(['sleep', '20'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
         "    print(left.pid, folder, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "ray_driver._drive = drive\n"
-        "ray_driver.run(None)\n"
+        "ray_driver.run(ServeSettings(bundles=('a',)))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGKILL
