@@ -21,6 +21,7 @@ class Embeddings:
     def __init__(self) -> None:
         self._model = Model(os.environ["MODEL"], threads=int(os.environ["CORES"]))
 
+    # A batch may be held open for so long: no longer than 32 clients' 32 images take.
     @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=90_000, route="/json")
     def embed(self, input: list[str]) -> list[list[float]]:
         vectors: list[list[float]] = self._model.run(

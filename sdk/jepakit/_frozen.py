@@ -21,7 +21,7 @@ class StrictBools(BaseModel):
     def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            raise ValueError("true and false are only for settings that are on or off: give a value")
+            raise ValueError("true and false are only for settings that are on or off, and this one is not")
         return value
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from jepakit._machine import end_with_parent
-from jepakit._ray import OWN, init, own_folder
+from jepakit._ray import OWN, init, memory_folder, own_folder
 from jepakit.errors import MissingExtraError, ServeError
 from jepakit_service.listeners import announce_when_ready
 from jepakit_service.ray_app import DEPLOYMENT, application
@@ -62,13 +62,15 @@ def run(settings: ServeSettings) -> None:
     terminal, `timeout` or a supervisor, would end Ray's processes at once, and the requests in flight with them. This process
     passes it on to the driver alone. Either removes Ray's files and ends what Ray leaves running, if the other is killed.
     """
-    with own_folder(in_memory=settings.proxy == "python") as folder:  # that proxy passes bodies on as Ray's objects
+    # Ray's Python proxy passes bodies on as objects of Ray's, which writes those that do not fit into its store to files.
+    overflow = memory_folder() if settings.proxy == "python" else contextlib.nullcontext()
+    with own_folder() as folder, overflow as spilling:
         parent, driver = os.getpid(), os.fork()
         _adopt_orphans()
         if driver == 0:
             os.setsid()
             _end_with(parent)
-            _drive(settings, folder)
+            _drive(settings, folder, spilling)
         else:
             raise SystemExit(_accompany(driver))
 
@@ -103,8 +105,8 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _drive(settings: ServeSettings, folder: Path) -> None:
-    """Start Ray with its files in `folder`, and serve until told to stop."""
+def _drive(settings: ServeSettings, folder: Path, spilling: Path | None) -> None:
+    """Start Ray with its files in `folder` and spilled objects in `spilling`, and serve until told to stop."""
     os.environ.update(environment(settings, folder))  # Ray reads it at import
     try:
         importlib.import_module("ray.serve")
@@ -116,11 +118,12 @@ def _drive(settings: ServeSettings, folder: Path) -> None:
     stop.watch()
     logs.announce("starting Ray Serve …")
     with contextlib.closing(logs.Collector(folder / "logs.sock")) as collector:
-        _serve(settings, folder / "ray", collector.path, stop)
+        places = {"_temp_dir": str(folder / "ray"), "object_spilling_directory": str(spilling) if spilling else None}
+        _serve(settings, places, collector.path, stop)
 
 
-def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) -> None:
-    """Start Ray with its files in `folder`, serve until told to stop, and end all of Ray."""
+def _serve(settings: ServeSettings, places: dict[str, str | None], log_socket: str, stop: _Stop) -> None:
+    """Start Ray with its files in `places`, serve until told to stop, and end all of Ray."""
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -129,7 +132,7 @@ def _serve(settings: ServeSettings, folder: Path, log_socket: str, stop: _Stop) 
         init(
             **OWN,
             namespace="jepakit",
-            _temp_dir=str(folder),
+            **places,
             num_gpus=None if settings.num_gpus else 0,  # None: Ray counts them itself
             # One for each replica, and one for the successor of a replica that hangs. Ray starts as many processes ahead.
             num_cpus=(settings.max_replicas or settings.replicas) + 1,

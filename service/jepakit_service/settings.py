@@ -84,9 +84,9 @@ class ServeSettings(StrictBools, BaseSettings):
     target_ongoing_requests: Positive = 16
     """Number of requests in progress in each replica that scaling aims at."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds of higher load after which scaling adds a replica."""
+    """Seconds of higher load after which scaling adds replicas."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds of lower load after which scaling removes a replica."""
+    """Seconds of lower load after which scaling removes replicas."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs that Ray reserves for each replica: 1 gives each a GPU of its own, 0.49 lets two share one. With 0, all replicas
     compute on the first GPU."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
-from jepakit._ray import own_folder
+from jepakit import _ray
+from jepakit._ray import memory_folder, own_folder
 from jepakit.errors import WriteError
 
 
@@ -37,16 +40,27 @@ def test_ray_s_sockets_lie_where_their_paths_are_short_enough(tmp_path: Path, mo
         pass
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux's")
 def test_what_must_not_reach_a_disk_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    with own_folder(in_memory=True) as folder:
-        assert folder.parent == Path("/dev/shm")
+    with memory_folder() as folder:
+        assert folder is not None
+        assert (folder.parent, folder.stat().st_mode & 0o777) == (Path("/dev/shm"), 0o700)
     assert not folder.exists()
     monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    with pytest.raises(WriteError, match=r"/dev/shm .*Permission denied.*: give it more"), memory_folder():
+        pass
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
     with (
-        pytest.raises(WriteError, match=r"/dev/shm .*Permission denied.*: make room there"),
-        own_folder(in_memory=True),
+        pytest.raises(WriteError, match=r"/dev/shm has 64 MB free, .* needs 200 .*choose --proxy haproxy"),
+        memory_folder(),
     ):
         pass
+
+
+def test_where_memory_is_no_folder_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ray, "_MEMORY", tmp_path / "none")
+    with memory_folder() as folder:
+        assert folder is None
 
 
 def test_who_cleans_temporary_files_up_finds_ray_s_locked() -> None:

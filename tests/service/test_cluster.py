@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -53,7 +54,9 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     try:
         yield Cluster(f"http://127.0.0.1:{dashboard}", environment, output)
     finally:
-        family = [*node.children(recursive=True), node]
+        family = [node]
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may not have started
+            family += node.children(recursive=True)
         node.terminate()
         _, alive = psutil.wait_procs(family, timeout=15)
         for process in alive:
@@ -79,10 +82,14 @@ def test_the_shipped_config_serves_deploys_and_logs(
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     deploy = [str(BIN / "serve"), "deploy", str(tmp_path / "serve.yaml"), "--address", cluster.dashboard]
 
-    def deployed() -> bool:
-        return subprocess.run(deploy, env=cluster.environment, capture_output=True, check=False).returncode == 0
+    def answered() -> bool:
+        try:
+            return httpx.get(f"{cluster.dashboard}/api/version", timeout=5).status_code < 500
+        except httpx.TransportError:
+            return False
 
-    wait_until(deployed, "the dashboard does not answer", every_s=2)
+    wait_until(answered, "the dashboard does not answer")
+    subprocess.run(deploy, env=cluster.environment, check=True)
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:

@@ -242,25 +242,31 @@ def test_large_bodies_at_once_reach_no_disk(bundle: Path, proxy: str) -> None:
         return httpx.post(f"{url}/v1/embeddings", content=body, headers=PNG, timeout=120).status_code
 
     with serving(bundle, "--proxy", proxy) as url, ThreadPoolExecutor(16) as pool:
-        family = psutil.Process().children(recursive=True)
-        before, seen = on_disk(family), set[str]()
+        before, seen, looks = on_disk(), set[str](), 0
         (replica,) = processes("ray::ServeReplica")
         replica.suspend()
         asked = [pool.submit(post, url) for _ in range(16)]
         time.sleep(3)
+        seen |= on_disk()
         replica.resume()
         while not all(one.done() for one in asked):
-            seen |= on_disk(family)
+            seen |= on_disk()
+            looks += 1
         assert {one.result() for one in asked} == {200}
+        assert looks > 1
     assert seen <= before, seen - before
 
 
-def on_disk(family: list[psutil.Process]) -> set[str]:
-    """What the processes have open, including deleted files, and Ray's files, but for logs and what lies in memory."""
+def on_disk() -> set[str]:
+    """What this test's processes have open to write, including deleted files, and Ray's files, but for logs and memory."""
     found = set()
-    for process in family:
-        with contextlib.suppress(FileNotFoundError):
-            found |= {str(descriptor.readlink()) for descriptor in Path(f"/proc/{process.pid}/fd").iterdir()}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    told = Path(f"/proc/{process.pid}/fdinfo/{descriptor.name}").read_text()
+                    if int(told.partition("flags:")[2].split()[0], 8) & os.O_ACCMODE != os.O_RDONLY:
+                        found.add(str(descriptor.readlink()))
     (session,) = (
         argument.partition("=")[2]
         for argument in processes("raylet")[0].cmdline()

@@ -493,18 +493,19 @@ def test_what_a_killed_driver_leaves_behind_is_ended_and_removed() -> None:
         "import os, signal, subprocess\n"
         "from jepakit_service import ray_driver\n"
         "from jepakit_service.settings import ServeSettings\n"
-        "def drive(_, folder):\n"
+        "def drive(_, folder, spilling):\n"
         "    left = subprocess.Popen(['sleep', '20'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
-        "    print(left.pid, folder, flush=True)\n"
+        "    print(left.pid, folder, spilling, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "ray_driver._drive = drive\n"
-        "ray_driver.run(ServeSettings(bundles=('a',)))\n"
+        "ray_driver.run(ServeSettings(bundles=('a',), proxy='python'))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGKILL
-    left, folder = ended.stdout.split()
-    assert Path(folder).name.startswith("jepakit-ray-")
-    assert not Path(folder).exists()
+    left, *folders = ended.stdout.split()
+    for folder in folders:
+        assert Path(folder).name.startswith("jepakit-ray-")
+        assert not Path(folder).exists()
     assert not psutil.pid_exists(int(left))
 
 

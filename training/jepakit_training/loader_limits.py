@@ -60,7 +60,7 @@ def no_room() -> str:
     """The error message when a batch does not fit into /dev/shm."""
     return (
         f"a loader's process found no room in {SHARED} ({shared_bytes() / 1e6:,.1f} MB are free); the last checkpoint is "
-        f"sound. In a container, {MORE_SHARED}; or take fewer workers (0 needs none), then run the same command again"
+        f"intact. In a container, {MORE_SHARED}; or take fewer workers (0 needs none), then run the same command again"
     )
 
 

@@ -243,8 +243,8 @@ def _rows_in_part(response: httpx.Response, count: int, dim: int) -> Rows | None
 def in_flight(
     chunks: Iterable[Chunk], begin: Callable[[Chunk], Future[httpx.Response]]
 ) -> Iterator[tuple[Chunk, Future[httpx.Response]]]:
-    """Begin a request for each chunk, keeping up to `AT_ONCE` in flight; yields them oldest first. The next chunk is read once the
-    caller has taken the oldest answer."""
+    """Begin a request for each chunk, keeping up to `AT_ONCE` in flight; yields them oldest first. The next chunk is read when the
+    caller asks for the next answer."""
     waiting: deque[tuple[Chunk, Future[httpx.Response]]] = deque()
     for chunk in chunks:
         waiting.append((chunk, begin(chunk)))

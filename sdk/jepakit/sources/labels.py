@@ -154,13 +154,13 @@ def _no_classes(classes: Sequence[str], counts: Counter[str | None], *, any_numb
     """Why folders are not taken as classes; empty if they are."""
     if beside := companions(classes):
         return (
-            f"what lies in {first_few(beside, 3)} seems to belong to the images beside it (masks, thumbnails), so folders are no "
-            "classes (labels folder takes them as such)"
+            f"what lies in {first_few(beside, 3)} seems to belong to the images beside it (masks, thumbnails), so folders are not "
+            "taken as classes (labels folder takes them as such)"
         )
     if are_groups(classes):
         return (
-            f"{classes[0]} and the other folders seem to hold one patient, slide or scene each, so they are no classes (labels folder "
-            "takes them as such; group folder keeps each together)"
+            f"{classes[0]} and the other folders seem to hold one patient, slide or scene each, so they are not taken as classes (labels "
+            "folder takes them as such; group folder keeps each together)"
         )
     if any_number:
         return ""

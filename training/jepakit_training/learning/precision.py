@@ -1,4 +1,4 @@
-"""Numeric precision: bfloat16 autocast where asked for, and float32 that is never rounded to TF32."""
+"""Numeric precision: bfloat16 autocast where `precision` is bf16, or auto on a GPU that has it; float32 is never rounded to TF32."""
 
 from __future__ import annotations
 

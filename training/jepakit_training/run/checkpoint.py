@@ -126,7 +126,7 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
                 return step, _load_state(candidate / "state.pt")
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or folder} could not be read ({reason_of(error)}), and may be sound: once it can be "
+            f"{error.filename or folder} could not be read ({reason_of(error)}), and may be intact: once it can be "
             "read, run the same command again. To go on without this checkpoint, remove its folder"
         ) from error
     return None
