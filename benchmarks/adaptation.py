@@ -6,7 +6,7 @@
 Each FOLDER holds `train/CLASS/` and `test/CLASS/`. A run adapts to `train`, without its labels except to measure, and
 `test` is embedded with its start and with its result, both exported to ONNX. The probes are fitted on `train`. Each gain
 has a 95 % interval, bootstrapped over the test images; the run's own verdict, on images held out from `train`, stands
-beside it. Runs stay in DIR, and the same command goes on with them. --quick adapts the tiles of `make demo`, for five steps.
+beside it. Runs stay in DIR, and the same command resumes them. --quick adapts the tiles of `make demo`, for five steps.
 
 Prints Markdown tables, and one JSON object as the last line.
 """
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--backbone", default=BACKBONE, help=f"a timm name [{BACKBONE}]")
     parser.add_argument("--weights", default=str(WEIGHTS), help="its weights, as `adapt` takes them [examples/weights]")
     parser.add_argument("--seed", type=int, default=0, help="of the run [0]")
-    parser.add_argument("--out", type=Path, help="where the runs stay, to go on with later [nowhere]")
+    parser.add_argument("--out", type=Path, help="where the runs stay, to be resumed later [nowhere]")
     parser.add_argument("--quick", action="store_true", help="the demo's tiles, five steps")
     options = parser.parse_args()
     if not (options.sets or options.quick):

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Some tests import ONNX Runtime themselves.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # for `importorskip("openvino")`
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -155,7 +155,7 @@ def _train(config: AdaptConfig, listed: ImageList, folder: Path) -> Run:
         return _released(run_training, config, listed, folder)
     except KeyboardInterrupt as stop:
         if not str(stop):
-            stop.args = ("stopped; run the same command again to go on",)
+            stop.args = ("stopped; run the same command again to resume",)
             say(str(stop))
         raise
 

@@ -152,7 +152,7 @@ class Sweep(Printed):
         self.unfinished = tuple(name for name, run in found.items() if not run.finished)
         found = {name: run for name, run in found.items() if run.finished}
         if not found:
-            raise DataError(f"no run in {self.path} has finished: run its `jepakit sweep` command again to go on")
+            raise DataError(f"no run in {self.path} has finished: run its `jepakit sweep` command again to resume")
         _check_comparable(found.values())
         self.scaled_losses = _losses(found)
         collapsed = {name for name, run in found.items() if run.collapsed}

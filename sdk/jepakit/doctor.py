@@ -23,6 +23,12 @@ _PACKAGES = {
     "images": ("pillow", "tifffile", "pydicom"),
     "codecs": ("imagecodecs", "python-gdcm"),
     "runtime": (*_RUNTIMES, "openvino"),
+    "parquet": ("pyarrow",),
+    "lora": ("peft",),
+    "cluster": ("ray", "pandas"),
+    "tensorboard": ("tensorboard",),
+    "tracing": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"),
+    "plots": ("matplotlib",),
 }
 """The packages to report, by the extra that installs them."""
 _IDENTITY = (
@@ -43,10 +49,10 @@ class Examination(NamedTuple):
 def examine() -> Examination:
     """Examine the machine and the installed packages. torch is imported only if there is an NVIDIA driver."""
     lines = [
-        f"jepakit    {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"machine    {usable_cpus()} usable cores, {_memory()}, {'an' if has_nvidia_driver() else 'no'} NVIDIA driver",
-        *(f"{extra:<10} {_installed(extra, names)}" for extra, names in _PACKAGES.items()),
-        f"providers  {', '.join(_usable_providers()) or 'none'}",
+        f"jepakit     {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"machine     {usable_cpus()} usable cores, {_memory()}, {'an' if has_nvidia_driver() else 'no'} NVIDIA driver",
+        *(f"{extra:<11} {_installed(extra, names)}" for extra, names in _PACKAGES.items()),
+        f"providers   {', '.join(_usable_providers()) or 'none'}",
     ]
     return Examination(lines, [*_two_runtimes(), *_idle_gpu(), *_little_shared_memory()])
 
@@ -104,7 +110,7 @@ def _idle_gpu() -> Iterator[str]:
 def _little_shared_memory() -> Iterator[str]:
     effects = {
         "torch": "training would have fewer loader processes",
-        "ray": "Ray would write images to disk (unless you serve with --no-ray)",
+        "ray": "the service may not start behind Ray's Python proxy (HAProxy, the default on Linux, and --no-ray do not need it)",
     }
     told = [effects[package] for package in versions_of(effects)]
     if told and SHARED.is_dir() and (size := shutil.disk_usage(SHARED).total) < _LEAST_SHARED:

@@ -71,7 +71,7 @@ class Run(Printed):
             remedy = "it was moved or removed" if self.path.is_absolute() else "open the run again by its whole path"
             raise BundleError(f"{self.path} does not exist: {remedy}")
         if not self.finished:
-            raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to go on")
+            raise BundleError(f"{self.path} has not finished: run its `jepakit adapt` command again to resume")
 
     @cached_property
     def bundle(self) -> Bundle:

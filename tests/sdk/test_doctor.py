@@ -30,10 +30,10 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_what_is_there_is_told_with_its_version(sound: pytest.MonkeyPatch) -> None:
     told = CliRunner().invoke(app, ["doctor"])
     assert told.exit_code == 0, told.output
-    assert told.stdout.startswith(f"jepakit    {jepakit.__version__}, Python 3.")
+    assert told.stdout.startswith(f"jepakit     {jepakit.__version__}, Python 3.")
     assert f"timm {importlib.metadata.version('timm')}" in told.stdout
     assert "no NVIDIA driver" in told.stdout
-    assert "providers  cpu" in told.stdout
+    assert "providers   cpu" in told.stdout
     assert told.stdout.endswith("nothing to fix\n")
 
 
@@ -50,7 +50,7 @@ def test_what_is_missing_is_told_with_what_installs_it(sound: pytest.MonkeyPatch
     lines = "\n".join(examine().lines)
     assert "accelerate" in lines
     assert ", no timm" in lines
-    assert "export     not installed (pip install 'jepakit[export]')" in lines
+    assert "export      not installed (pip install 'jepakit[export]')" in lines
     assert ", no python-gdcm" in lines
 
 
@@ -62,7 +62,7 @@ def test_problems_are_told_with_their_remedies(sound: pytest.MonkeyPatch) -> Non
     assert len(problems) == 2
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in problems[0]
     assert (
-        "/dev/shm has only 64 MB, so training would have fewer loader processes and Ray would write images"
+        "/dev/shm has only 64 MB, so training would have fewer loader processes and the service may not start"
         in problems[1]
     )
     assert "--shm-size 2g" in problems[1]
@@ -89,7 +89,7 @@ def test_a_provider_is_usable_if_it_opens_a_graph_and_not_for_being_compiled_in(
     if runtime.has_nvidia_driver():
         pytest.skip("an NVIDIA driver is loaded")
     sound.setattr(runtime, "_missing", lambda choice: None)
-    assert "providers  cpu" in "\n".join(examine().lines)
+    assert "providers   cpu" in "\n".join(examine().lines)
     assert "cuda" not in examine().lines[-1]
     sound.setattr(doctor, "has_nvidia_driver", lambda: True)
     assert any("the service would not use the GPU: provider cuda was asked for" in told for told in examine().problems)
@@ -103,3 +103,9 @@ def test_a_module_that_an_extra_needs_is_told_as_missing(sound: pytest.MonkeyPat
         "train",
         "serve",
     ]
+
+
+def test_every_extra_that_brings_something_of_its_own_is_told() -> None:
+    (*extras,) = importlib.metadata.metadata("jepakit").get_all("Provides-Extra") or ()
+    joined = {"all", "demo", "dev", "gpu", "openvino"}
+    assert doctor._PACKAGES.keys() == set(extras) - joined

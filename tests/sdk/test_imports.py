@@ -52,17 +52,28 @@ def test_the_types_of_the_public_api_can_be_looked_up_at_run_time() -> None:
         typing.get_type_hints(function)
 
 
-def test_onnx_runtime_is_imported_with_its_telemetry_off() -> None:
-    """Whoever imports it goes through `_ort`, as the first of its module."""
+@pytest.mark.parametrize(
+    ("library", "first", "users"),
+    [
+        ("onnxruntime", "import_ort()", {"ort.py", "quantize.py"}),
+        ("openvino", "import_openvino()", {"ov.py", "runtime.py"}),
+    ],
+)
+def test_a_runtime_is_imported_with_its_telemetry_off(library: str, first: str, users: set[str]) -> None:
+    """Whoever imports it calls the function that does so first."""
     root = Path(jepakit.__file__).parents[2]
     importing = {
-        path.name: path.read_text(encoding="utf-8")
+        path.name: text
         for package in ("sdk", "service", "training", "export")
         for path in (root / package).rglob("*.py")
-        if re.search(r"^ *(import|from) onnxruntime", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if re.search(rf"^ *(import|from) {library}\b", text := path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert importing.keys() == {"ort.py", "quantize.py"}
-    assert "\n    import_ort()\n    from onnxruntime" in importing["quantize.py"]
+    assert importing.keys() == users
+    (other,) = users - {"ort.py", "ov.py"}
+    lines = [line.strip() for line in importing[other].splitlines()]
+    begins = [place for place, line in enumerate(lines) if line.startswith(f"from {library}")]
+    assert lines[min(begins) - 1] == first
+    assert begins == list(range(min(begins), max(begins) + 1)), "in one place"
 
 
 def test_touching_the_client_loads_no_package_but_what_it_is_built_on() -> None:

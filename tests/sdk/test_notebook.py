@@ -103,7 +103,7 @@ def test_an_interrupt_says_how_to_go_on(
     monkeypatch.setattr(jepakit_training, "adapt", adapt)
     with pytest.raises(KeyboardInterrupt, match=r"^stopped.*; run"):
         _frontdoor._train(AdaptConfig(images="x"), None, Path("x"))  # type: ignore[arg-type]
-    assert capsys.readouterr().err == ("stopped; run the same command again to go on\n" if told else "")
+    assert capsys.readouterr().err == ("stopped; run the same command again to resume\n" if told else "")
 
 
 def test_a_run_says_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,16 @@ def agreement_of(session: Session, bundle: Bundle) -> golden.Agreement:
     return session.check_golden(golden.unpack(bundle.read(GOLDEN)))
 
 
-def test_onnx_runtime_reports_nothing(bundle: Bundle, tmp_path: Path) -> None:
-    """By default its wheels write a device id at home and send events: all that shows before they are sent."""
-    program = "import sys, jepakit; jepakit.load(sys.argv[1])"
-    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+@pytest.mark.parametrize("used", [*HERE, "doctor"])
+def test_runtimes_report_nothing(bundle: Bundle, tmp_path: Path, used: str) -> None:
+    """By default, their wheels write an id at home and send events: all that shows before they are sent."""
+    pytest.importorskip("openvino")
+    load = f"import jepakit; jepakit.load({str(bundle.path)!r}, provider={used!r})"
+    program = ["-m", "jepakit", "doctor"] if used == "doctor" else ["-c", load]
+    silenced = ("ORT_DISABLE_TELEMETRY", "CI", "TF_BUILD", "JENKINS_URL", "DO_NOT_TRACK")
+    environment = {key: value for key, value in os.environ.items() if key not in silenced}
     subprocess.run(
-        [sys.executable, "-c", program, bundle.path], check=True,
+        [sys.executable, *program], check=True, stdout=subprocess.DEVNULL,
         env={**environment, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
     )  # fmt: skip
     assert list(tmp_path.rglob("*")) == []
@@ -133,6 +137,9 @@ def test_auto_takes_the_cpu_for_graphs_that_quantise_each_batch(
     monkeypatch.setattr(jepakit.inference.runtime, "_OF_THE_BATCH", b"")  # found in every graph
     assert open_runtime(bundle.read(GRAPH), "auto", 1).provider == "cpu"
     assert "not on the GPU: its int8 operators are the CPU's alone" in caplog.text
+    for gpu in ("cuda", "tensorrt"):
+        with pytest.raises(InferenceError, match=f"provider {gpu} cannot compute this int8 graph, .* use provider cpu"):
+            open_runtime(bundle.read(GRAPH), gpu, 1)
 
 
 def test_a_provider_that_fails_while_running_is_not_replaced_by_the_cpu(
@@ -248,6 +255,19 @@ assert np.array_equal(session.run(few), before)
     done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no room in main memory for a batch of 4000 images" in done.stdout
+
+
+def test_openvino_too_tells_a_lack_of_memory_from_faults(bundle: Bundle) -> None:
+    pytest.importorskip("openvino")
+    runtime: Any = open_runtime(bundle.read(GRAPH), "openvino", 1)
+    images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    runtime._local.request = MagicMock()
+    runtime._local.request.infer.side_effect = RuntimeError("Exception from src/core.cpp:\nstd::bad_alloc")
+    with pytest.raises(InferenceError, match="no room in main memory for a batch of 2 images"):
+        runtime.run(images)
+    runtime._local.request.infer.side_effect = RuntimeError("a fault")
+    with pytest.raises(RuntimeError, match="a fault"):
+        runtime.run(images)
 
 
 @pytest.mark.parametrize(

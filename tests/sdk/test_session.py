@@ -492,7 +492,13 @@ def test_a_batch_is_filled_up_to_the_next_bucket_and_no_further(images: NDArray[
     assert seen == [1, 4, 8, 8, 1]
 
 
-@pytest.mark.parametrize("wrong", [[].append, [], lambda: None], ids=["one argument", "a list", "none"])
+async def in_vain(name: str, reason: str) -> None:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "wrong", [[].append, [], lambda: None, in_vain], ids=["one argument", "a list", "none", "a coroutine"]
+)
 def test_a_function_for_skipped_images_that_cannot_take_them_is_refused_before_the_work(
     model: Model, images: NDArray[np.uint8], wrong: Any
 ) -> None:

@@ -565,12 +565,40 @@ def test_a_bad_image_is_named_by_the_callers_own_name(service: str, folder: Path
         client.embed([*sorted(folder.rglob("*.png"))[:40], bad], progress=False)
 
 
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_what_files_are_called_is_not_sent(kind: type[Any], tmp_path: Path) -> None:
+    (tmp_path / "ward7").mkdir()
+    for name in ("patient_smith.png", "patient_jones.png"):
+        (tmp_path / "ward7" / name).write_bytes(picture(0))
+    sent: list[bytes] = []
+    good = {"X-Embedding-Shape": "2,1", "X-Model-Id": "a" * 16}
+    with _answering([MODELS, (200, good, np.ones((2, 1), "<f4").tobytes())], before=sent.append) as url:
+        asked(kind, url, lambda client: client.embed(tmp_path / "ward7", progress=False))
+    assert picture(0) in sent[-1]
+    assert not re.search(b"patient|smith|ward7", b"".join(sent))
+
+
 def test_verify_from_afar(service: str, bundle: Path, exported: Callable[..., Path]) -> None:
     with jepakit.Client(service) as client:
         assert client.verify(bundle) < 1e-5
         assert client.verify(bundle, model=f"tiny@{jepakit.open_bundle(bundle).manifest.model_id}") < 1e-5
         with pytest.raises(NotFoundError, match="not"):
             client.verify(exported(image_size=48))
+
+
+@pytest.mark.parametrize(
+    ("precision", "service"), [("fp16", {}), ("fp32", {"provider": "openvino", "arithmetic": "bf16"})]
+)
+def test_verify_judges_by_the_precision_that_the_service_computes_in(
+    precision: str, service: dict[str, Any], exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    if service:
+        pytest.importorskip("openvino")
+    bundle = exported(image_size=32, precision=precision)
+    with running(ServeSettings(bundles=(str(bundle),), port=1, **service)) as url, jepakit.Client(url) as client:
+        assert client.verify(bundle) > 1e-4, "fp32's tolerance"
+        with pytest.raises(BundleError, match=r"computes other vectors than the bundle promises: .*cosine"):
+            client.verify(promising_others(bundle, tmp_path / "other"))
 
 
 def test_a_service_that_computes_something_else_is_caught(bundle: Path) -> None:

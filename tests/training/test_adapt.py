@@ -53,6 +53,7 @@ from jepakit.run import Run
 from jepakit.sources import list_images
 from jepakit_training import loop
 from jepakit_training.alone import alone
+from jepakit_training.data.batches import ViewDataset
 from jepakit_training.learning.learner import Learner
 from jepakit_training.run import checkpoint
 
@@ -81,6 +82,28 @@ def finished(adapt: Adapt, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return runs[backbone]
 
     return get
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_all_images_but_those_held_out_are_trained_on_and_no_others(
+    adapt: Adapt, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    names = [str(file.relative_to(images)) for file in sorted(images.rglob("*.png"))]
+    rows = [f"{name},{place % 9}" for place, name in enumerate(names)]
+    (tmp_path / "groups.csv").write_text("\n".join(["path,group", *rows]))
+    trained_on: set[str] = set()
+    read = ViewDataset._read
+
+    def watched(self: ViewDataset, index: int) -> Any:
+        trained_on.add(self.images.ids[index])
+        return read(self, index)
+
+    monkeypatch.setattr(ViewDataset, "_read", watched)
+    run = adapt(tmp_path / "run", group=str(tmp_path / "groups.csv") if grouped else "none")
+    with (run.path / SPLIT).open(newline="") as file:
+        held_out = {row["path"] for row in csv.DictReader(file) if row["split"] == "test"}
+    assert 0 < len(held_out) < len(names)
+    assert trained_on == set(names) - held_out
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +299,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_did(
         assert not jepakit.open_run(out).finished
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     run = adapt(out, backbone)
-    assert "going on from step 13" in capsys.readouterr().err
+    assert "resuming from step 13" in capsys.readouterr().err
     assert equal(weights_of(run), weights_of(finished(backbone)))
     assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
     for row, expected in zip(run.metrics(), finished(backbone).metrics(), strict=True):
@@ -380,7 +403,7 @@ def test_a_run_killed_while_measuring_the_result_only_measures_again(
     shutil.copytree(finished("test_vit").path, out)
     shutil.rmtree(out / BUNDLE)
     run = adapt(out)
-    assert f"going on from step {STEPS}" in capsys.readouterr().err
+    assert f"resuming from step {STEPS}" in capsys.readouterr().err
     assert equal(weights_of(run), weights_of(finished("test_vit")))
     assert run.comparison == finished("test_vit").comparison
     assert [row["step"] for row in run.metrics()] == [9, 19, STEPS - 1]
@@ -661,7 +684,9 @@ def test_a_damaged_start_stops_the_run_that_goes_on_from_it_by_name(
     file = tmp_path / "run" / START / WEIGHTS
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BundleError, match=f"cannot go on: {file} is damaged: .* Put .*start back as it was, or name"):
+    with pytest.raises(
+        BundleError, match=f"cannot be resumed: {file} is damaged: .* Put .*start back as it was, or name"
+    ):
         adapt(tmp_path / "run", steps=4)
     file.write_bytes(whole)
     assert adapt(tmp_path / "run", steps=4).finished

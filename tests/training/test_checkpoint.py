@@ -279,9 +279,9 @@ def test_a_full_disk_is_outlived_in_the_middle_and_an_error_at_the_end(tmp_path:
     (warning,) = [line for line in lines if line.startswith("warning")]
     assert f"checkpoint of step 3 could not be written to {folder}" in warning
     assert "(File too large): it needs 4.0 MB" in warning
-    assert "would go on from step 2 after a stop" in warning
+    assert "would resume from step 2 after a stop" in warning
     assert lines[-1].startswith("jepakit.errors.CheckpointError: the checkpoint of step 6")
-    assert lines[-1].endswith("then the same command will go on from step 5")
+    assert lines[-1].endswith("then the same command will resume from step 5")
     assert loaded_step(folder) == 5
     assert len(list(folder.iterdir())) == 2
 

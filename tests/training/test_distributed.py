@@ -123,7 +123,7 @@ def test_ranks_that_find_different_checkpoints_do_not_go_on(two_ranks: TwoRanks)
     for rank, words in enumerate(told(two_ranks, "resume")):
         assert words.startswith(
             f"{two_ranks.out / f'disk-of-{rank}'} is not the same folder on all nodes: by its checkpoints process 0 at step 3, "
-            "process 1 at step 0 would go on."
+            "process 1 at step 0 would resume."
         )
 
 

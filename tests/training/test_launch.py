@@ -331,7 +331,7 @@ def test_a_stop_ends_both_after_their_step_and_the_same_command_goes_on(
     last = training.end()
     found = checkpoint.load_newest(training.out / CHECKPOINTS)
     assert found is not None
-    assert last == f"stopped after step {found[0]}; run the same command again to go on"
+    assert last == f"stopped after step {found[0]}; run the same command again to resume"
     assert training.process.returncode == 128 + number
     again = subprocess.Popen(
         command(source, training.out, "--processes", "2"),
@@ -340,7 +340,7 @@ def test_a_stop_ends_both_after_their_step_and_the_same_command_goes_on(
     assert again.stderr is not None
     try:
         said = iter(again.stderr.readline, "")
-        assert f"going on from step {found[0]}\n" in said
+        assert f"resuming from step {found[0]}\n" in said
     finally:
         again.send_signal(signal.SIGINT)
         again.communicate(timeout=60)

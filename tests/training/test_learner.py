@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,30 @@ def test_micro_batches_and_checkpointed_activations_change_nothing_but_memory(
         torch.testing.assert_close(other_losses, expected, rtol=1e-4, atol=1e-5)
         # AdamW's first steps are signs of gradients: one that is 0 but for rounding may take either sign.
         assert float((other_moved - expected_moved).norm() / expected_moved.norm()) < 0.1
+
+
+def test_lambda_slices_and_learning_rates_reach_the_step(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a rate so low that a floor would raise it."""
+    seen: list[tuple[int, float, torch.Size]] = []
+
+    def watched(proj: Tensor, n_global: int, lamb: float, slices: Tensor) -> Any:
+        seen.append((n_global, lamb, slices.shape))
+        return lejepa_loss(proj, n_global, lamb, slices)
+
+    monkeypatch.setattr(jepakit_training.learning.learner, "lejepa_loss", watched)
+    learner, _ = make(lamb=0.37, lr=1e-7, projector_lr=1e-3)
+    groups = learner.optimizer.param_groups
+    assert max(group["base_lr"] for group in groups if group["role"] == "backbone") == pytest.approx(1e-7)
+    assert {group["base_lr"] for group in groups if group["role"] == "projector"} == {1e-3}
+    for step in range(8):
+        outcome = learner.step(step, views(step))
+        cosine = (1 + math.cos(math.pi * step / 8)) / 2
+        ramps = {"projector": (step + 1) / 10 * cosine, "backbone": max(0, step - 1) / 10 * cosine}
+        assert all(group["lr"] == pytest.approx(group["base_lr"] * ramps[group["role"]]) for group in groups)
+        assert float(outcome.loss) == pytest.approx(0.63 * float(outcome.prediction) + 0.37 * float(outcome.sigreg))
+    assert seen == [(2, 0.37, torch.Size([8, 16]))] * 8
 
 
 def test_no_block_is_dropped_at_random(make: Callable[..., Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from jepakit.backbones.backbone import build
 from jepakit.bundles.comparison import Scores
 from jepakit.bundles.manifest import Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import DataError, MissingExtraError
+from jepakit.errors import DataError, MissingExtraError, TrainingError
 from jepakit.evaluation.evaluate import Measurement
 from jepakit.run import Run
 from jepakit.sources import ImageList, list_images
@@ -246,6 +249,27 @@ def test_a_missing_extra_is_raised_as_it_is_and_not_as_a_traceback_of_a_loader(
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        (lambda *_: os.kill(os.getpid(), signal.SIGKILL), "a loader's process was ended from outside"),
+        (lambda *_: time.sleep(60), "the loader's processes delivered no batch for 1 s"),
+    ],
+    ids=["killed", "hangs"],
+)
+def test_a_loader_that_dies_or_hangs_while_measuring_is_told(
+    monkeypatch: pytest.MonkeyPatch, does: Callable[..., Any], told: str
+) -> None:
+    monkeypatch.setattr(measuring, "preprocess", does)
+    monkeypatch.setattr(measuring, "PATIENCE_S", 1)
+    images = list_images([np.zeros((64, 64, 3), np.uint8)] * 2, "none")
+    with pytest.raises(TrainingError, match=told):
+        extract(
+            build("test_vit", {}), images, np.arange(2), SPEC, ("head",),
+            device=torch.device("cpu"), workers=1, what="measure", progress=False,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_lost_or_replaced_while_training_is_named_and_the_same_command_goes_on_with_it(
     image_folder: Callable[..., Path],
@@ -295,7 +319,7 @@ def test_a_file_lost_or_replaced_while_training_is_named_and_the_same_command_go
             name.write_bytes(was)
     file.write_bytes(content)
     run = adapt()
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     assert run.comparison.n_train + run.comparison.n_held_out == 28
 
 

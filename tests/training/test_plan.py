@@ -92,6 +92,8 @@ def test_the_projector_warms_up_alone_unless_everything_is_new_or_nothing_else_t
     assert 0 < some.backbone_ramp(10) < some.backbone_ramp(19)
     assert 0 < some.ramp(0) < some.ramp(9)
     assert some.ramp(20) > some.ramp(60) > some.ramp(99) > 0
+    assert [some.ramp(step) for step in (0, 50, 99)] == pytest.approx([0.1, 0.5, 0.00024672], rel=1e-4)
+    assert some.backbone_ramp(10) == pytest.approx(0.1 * 0.97553, rel=1e-3), "up again, on the same cosine"
     assert plan(steps=100, weights="random").warmup_steps == plan(steps=100, unfreeze="none").warmup_steps == 0
 
 

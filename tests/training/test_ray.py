@@ -71,7 +71,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(source
             if each.is_running():
                 each.kill()
     assert process.returncode == 0, words[-3000:]
-    assert "going on from step " in words
+    assert "resuming from step " in words
     run = jepakit.open_run(out)
     steps = [row["step"] for row in run.metrics()]
     assert steps == [*range(9, 100, 10)]

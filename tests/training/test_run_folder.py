@@ -333,6 +333,6 @@ def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begi
 
 def test_the_page_names_the_settings_that_may_change_when_a_run_goes_on() -> None:
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    sentence = page.partition("may differ when a run goes on: ")[2].partition("All others are refused")[0]
+    sentence = page.partition("may differ when a run is resumed: ")[2].partition("All others are refused")[0]
     # Where images and run lie is said in words there, and how many processes a run has may not change.
     assert set(re.findall(r"`(\w+)`", sentence)) == FREE_SETTINGS - {"images", "out", "processes"}

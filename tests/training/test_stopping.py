@@ -96,7 +96,7 @@ def test_a_long_step_is_left_when_the_grace_is_over(tmp_path: Path, number: int)
     start_s = time.monotonic()
     assert ended(process, 60) == 143
     assert GRACE_S * 0.9 < time.monotonic() - start_s < GRACE_S + 10
-    assert "stopped in the middle of a step: the same command will go on from step 7" in (tmp_path / "log").read_text()
+    assert "stopped in the middle of a step: the same command will resume from step 7" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(("command", "code"), [(True, 130), (False, None)])
@@ -276,7 +276,7 @@ def test_a_sigterm_to_the_whole_job_is_a_stop_too(tmp_path: Path) -> None:
     for pid in (process.pid or 0, int((tmp_path / "began").read_text())):
         os.kill(pid, signal.SIGTERM)
     assert ended(process, 15) == 143
-    assert "stopped in the middle of a step: the same command will go on from step 7" in (tmp_path / "log").read_text()
+    assert "stopped in the middle of a step: the same command will resume from step 7" in (tmp_path / "log").read_text()
 
 
 def open_files() -> list[str]:

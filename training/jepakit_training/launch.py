@@ -254,15 +254,15 @@ def _raise_ending(group: _Group) -> NoReturn:
         raise SystemExit(128 + signal.SIGTERM)
     if group.signals:
         raise KeyboardInterrupt(next((ending.message for ending in endings if ending.asked_for), ""))
-    many, go_on = len(group.processes), "the same command goes on from the last checkpoint"
+    many, resume = len(group.processes), "the same command resumes from the last checkpoint"
     for rank, code in group.ended.items():
         if code < 0:
             why = ", perhaps by the system because memory ran out" if -code == signal.SIGKILL else ""
-            raise TrainingError(f"process {rank} of {many} was ended by {signal.Signals(-code).name}{why}; {go_on}")
+            raise TrainingError(f"process {rank} of {many} was ended by {signal.Signals(-code).name}{why}; {resume}")
     if endings:
         first = endings[0]
         say(first.traceback, end="")
-        raise TrainingError(f"process {first.rank} of {many} failed: {first}; {go_on}")
+        raise TrainingError(f"process {first.rank} of {many} failed: {first}; {resume}")
     rank, code = next((rank, code) for rank, code in group.ended.items() if code)
     words = group.log(rank).read_text(encoding="utf-8", errors="replace").strip()
     raise TrainingError(f"process {rank} of {many} ended with exit code {code}: {words[-500:] or 'it said nothing'}")

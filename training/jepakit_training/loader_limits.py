@@ -17,6 +17,8 @@ from torch.utils.data import get_worker_info
 from jepakit._machine import MORE_SHARED, SHARED, end_with_parent
 from jepakit.errors import TrainingError
 
+PATIENCE_S = 600
+"""Seconds that a batch may take to be delivered."""
 _ENOUGH_FILES = 65_536
 
 

@@ -172,7 +172,7 @@ def _restore(folder: Path, learner: Learner, accelerator: Accelerator) -> int:
                 f"those in {folder.parent / ENVIRONMENT} again, or remove the folder to start over"
             ) from error
         if accelerator.is_main_process:
-            say(f"going on from step {step}")
+            say(f"resuming from step {step}")
     elif accelerator.is_main_process and (folder.parent / METRICS).exists():
         say("no checkpoint had been saved: starting over")
     return step
@@ -186,6 +186,6 @@ def _check_same_step(step: int, run: Path, accelerator: Accelerator) -> None:
     if len(set(steps)) > 1:
         found = ", ".join(f"process {rank} at step {each}" for rank, each in enumerate(steps))
         raise TrainingError(
-            f"{run} is not the same folder on all nodes: by its checkpoints {found} would go on. Put it where all nodes find "
+            f"{run} is not the same folder on all nodes: by its checkpoints {found} would resume. Put it where all nodes find "
             "it under the same name, then run the same command again"
         )

@@ -26,7 +26,8 @@ from jepakit.evaluation.evaluate import NO_LABELS, Measurement, judge, measure, 
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
 from jepakit_training.holdout import MeasuringSet, Split
-from jepakit_training.loader_limits import end_with_trainer, start_method
+from jepakit_training.loader_limits import PATIENCE_S, end_with_trainer, start_method
+from jepakit_training.memory import loader_errors
 from jepakit_training.run.records import SkippedFiles
 
 _BATCH = 16
@@ -69,25 +70,27 @@ def extract(
         multiprocessing_context=start_method(workers),
         worker_init_fn=end_with_trainer if workers else None,
         collate_fn=list,
+        timeout=PATIENCE_S if workers else 0,
     )
     rows: dict[Pooling, list[NDArray[np.float32]]] = {pooling: [] for pooling in poolings}
     readable, skipped, digests = np.ones(len(indices), bool), [], []
     starts = range(0, len(indices), _BATCH)
-    for start, items in zip(track(starts, what, progress=progress), loader, strict=True):
-        for place, item in enumerate(items, start):
-            if isinstance(item, ImageError):
-                readable[place] = False
-                skipped.append((int(indices[place]), str(item)))
-            elif isinstance(item, InputError):
-                raise item
-        pixels = [item for item in items if not isinstance(item, ImageError)]
-        digests += [int.from_bytes(blake2b(image.tobytes(), digest_size=8).digest()) for image in pixels]
-        if not pixels:
-            continue
-        with torch.inference_mode():
-            x = plain.to_network_input(torch.from_numpy(np.stack(pixels)).to(device))
-            for pooling, vectors in pool_all(backbone, x, poolings).items():
-                rows[pooling].append(vectors.float().cpu().numpy())
+    with loader_errors(workers):
+        for start, items in zip(track(starts, what, progress=progress), loader, strict=True):
+            for place, item in enumerate(items, start):
+                if isinstance(item, ImageError):
+                    readable[place] = False
+                    skipped.append((int(indices[place]), str(item)))
+                elif isinstance(item, InputError):
+                    raise item
+            pixels = [item for item in items if not isinstance(item, ImageError)]
+            digests += [int.from_bytes(blake2b(image.tobytes(), digest_size=8).digest()) for image in pixels]
+            if not pixels:
+                continue
+            with torch.inference_mode():
+                x = plain.to_network_input(torch.from_numpy(np.stack(pixels)).to(device))
+                for pooling, vectors in pool_all(backbone, x, poolings).items():
+                    rows[pooling].append(vectors.float().cpu().numpy())
     nothing = np.empty((0, 0), np.float32)
     pooled = {pooling: np.concatenate(parts) if parts else nothing for pooling, parts in rows.items()}
     return Features(pooled, readable, skipped, np.array(digests, np.uint64))
@@ -215,7 +218,7 @@ class Measuring:
         if not features.readable.all():
             raise DataError(
                 f"{counted(len(features.skipped), 'image')} measured before training cannot be read any more, the first: "
-                f"{features.skipped[0][1]}. Put back what was there and run the same command again: it goes on from the "
+                f"{features.skipped[0][1]}. Put back what was there and run the same command again: it resumes from the "
                 "last checkpoint"
             )
         # A dataset of the caller's may give another view each time; files that differ were replaced.
@@ -223,7 +226,7 @@ class Measuring:
             first = self._source.ids[self.images.indices[changed[0]]]
             raise DataError(
                 f"{counted(len(changed), 'image')} measured before training have changed since, the first: {first}. Put back what was "
-                "there and run the same command again: it goes on from the last checkpoint"
+                "there and run the same command again: it resumes from the last checkpoint"
             )
         self._say_fitting()
         return self._measured(features, pooling)

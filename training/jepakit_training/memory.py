@@ -65,14 +65,26 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
     image_size, workers       the run's settings
     """
     try:
-        yield
+        with loader_errors(workers):
+            yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in _NO_MEMORY):
+        if _is_of_memory(error):
             where = "the GPU's memory" if any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN")) else "memory"
             raise TrainingError(
                 f"out of {where} ({_asked_for(error)}); the last checkpoint is intact. "
                 f"{_advice(micro_batch, activation_checkpointing, image_size)}"
             ) from error
+        raise
+
+
+@contextmanager
+def loader_errors(workers: int) -> Iterator[None]:
+    """Turn what a loader's processes die of, or wait for in vain, in the block into a TrainingError."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if _is_of_memory(error):
+            raise
         if is_of_files(error):
             raise TrainingError(many_files()) from error
         if "DataLoader worker" in str(error) and "Terminated" not in str(error):
@@ -80,6 +92,10 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
         if found := re.match(r"DataLoader timed out after (\d+) seconds", str(error)):
             raise TrainingError(_of_slow_reads(found[1], workers)) from error
         raise
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in _NO_MEMORY)
 
 
 @contextmanager

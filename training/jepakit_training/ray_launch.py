@@ -158,7 +158,7 @@ def _fit(job: _Job) -> None:
         say(endings[0].traceback, end="")
     why = endings[0] if endings else lines_of(failure)[-1]
     raise TrainingError(
-        f"training on Ray failed {_MOST_LOSSES + 1} times, the last time by {why}; the same command goes on from the "
+        f"training on Ray failed {_MOST_LOSSES + 1} times, the last time by {why}; the same command resumes from the "
         "last checkpoint"
     ) from failure
 
@@ -195,7 +195,7 @@ def _waited_for(trainer: Any, stop: Path) -> Exception | None:
             thread.join(timeout=0.5)
     if not asked:
         return raised[0] if raised else None
-    line = "stopped; the same command goes on from the last checkpoint"
+    line = "stopped; the same command resumes from the last checkpoint"
     if thread.is_alive():
         say(line)
     raise KeyboardInterrupt(line) if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])

@@ -82,6 +82,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     if main:
         notes = (
             images.note,
+            f"starts from {described.start.source}, licence: {described.start.license}",
             _where(accelerator.device),
             *describe_values(found, spec, images.ids),
             *doubts(images, found),

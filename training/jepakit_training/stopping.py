@@ -82,14 +82,14 @@ class Stop:
 
         KeyboardInterrupt after SIGINT, SystemExit(143) after SIGTERM, or when another process was told to stop.
         """
-        line = f"stopped after step {done}; run the same command again to go on"
+        line = f"stopped after step {done}; run the same command again to resume"
         say(line)
         return KeyboardInterrupt(line) if self.number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
     def in_a_step(self) -> str:
         """The message of a process that exits in the middle of a step."""
         newest = self._newest()
-        return f"stopped in the middle of a step: the same command will {f'go on from step {newest}' if newest else 'start over'}"
+        return f"stopped in the middle of a step: the same command will {f'resume from step {newest}' if newest else 'start over'}"
 
 
 class _Watchdog:

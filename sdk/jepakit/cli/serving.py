@@ -75,6 +75,8 @@ def export(
         f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
     )
     show(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
+    start = manifest.backbone.start
+    show(f"weights  {start.source}, licence: {start.license}")
     show(f"next: jepakit serve {quote(str(bundle.path))}")
 
 

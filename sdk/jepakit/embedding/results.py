@@ -251,4 +251,4 @@ class _PartsFile:
 
 
 def _of_another_version(path: Path) -> ConfigError:
-    return ConfigError(f"{path} was begun by another version of jepakit: go on with that one, or delete the file")
+    return ConfigError(f"{path} was begun by another version of jepakit: resume with that one, or delete the file")

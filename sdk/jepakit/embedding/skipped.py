@@ -27,7 +27,7 @@ def check_skipping(most_skipped: float, on_skipped: OnSkipped | None) -> None:
 
 
 def _takes_two(function: object) -> bool:
-    if not callable(function):
+    if not callable(function) or inspect.iscoroutinefunction(function):  # nobody would await it
         return False
     try:
         inspect.signature(function).bind("id", "reason")

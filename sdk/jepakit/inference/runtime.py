@@ -11,7 +11,8 @@ import importlib.util
 import io
 import logging
 import threading
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -25,6 +26,7 @@ from jepakit.bundles.manifest import INPUT
 from jepakit.errors import BundleError, ConfigError, InferenceError, MissingExtraError
 from jepakit.images import Pixels
 from jepakit.inference.ort import import_ort
+from jepakit.inference.ov import import_openvino
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
 Chosen = Literal["cpu", "cuda", "tensorrt", "openvino"]
@@ -40,6 +42,7 @@ ON_GPU: tuple[Chosen, ...] = ("cuda", "tensorrt")
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
 # This operator quantises a whole batch by one range: an image's vector would depend on the others in its batch.
 _OF_THE_BATCH = b"DynamicQuantizeLinear"
+_ITS_OPERATORS = "its int8 operators are the CPU's alone"
 
 # Devices that show a driver: NVIDIA's on Linux; in WSL 2, where Windows has the driver, that of any GPU.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
@@ -83,6 +86,10 @@ def open_runtime(
         return _OpenVino(graph, threads, arithmetic, data, alone)
     if provider == "auto":
         return _on_gpu_or_cpu(graph, threads, data, alone)
+    if provider in ON_GPU and alone is not None:  # ONNX Runtime would run those operators on the CPU, without a word
+        raise InferenceError(
+            f"provider {provider} cannot compute this int8 graph, {_ITS_OPERATORS}: use provider cpu, or export fp16"
+        )
     session = _ort_session(graph, provider, threads, data)
     return _OnnxRuntime(session, provider, alone or (_BUCKETS if provider == "tensorrt" else None))
 
@@ -92,7 +99,7 @@ def _on_gpu_or_cpu(graph: bytes, threads: int, data: bytes | None, alone: tuple[
 
     Graphs that quantise each batch are for CPUs: CUDA has no kernels for that.
     """
-    reason = _missing("cuda") if alone is None else "its int8 operators are the CPU's alone"
+    reason = _missing("cuda") if alone is None else _ITS_OPERATORS
     if reason is None:
         try:
             return _OnnxRuntime(_ort_session(graph, "cuda", threads, data), "cuda", None)
@@ -136,16 +143,23 @@ class _OnnxRuntime:
         self._session, self.provider, self.buckets = session, provider, buckets
 
     def run(self, images: Pixels) -> list[NDArray[np.float32]]:
-        try:
+        with _naming_lack_of_memory(self.provider, len(images)):
             outputs: list[NDArray[np.float32]] = self._session.run(None, {INPUT: images})
-        except Exception as error:  # pybind exceptions have no common base worth naming
-            if any(words in str(error) for words in _NO_MEMORY):
-                where = "on the GPU" if self.provider in ON_GPU else "in main memory"
-                raise InferenceError(
-                    f"no room {where} for a batch of {len(images)} images: free some memory, or run fewer at a time"
-                ) from None
-            raise
         return outputs
+
+
+@contextmanager
+def _naming_lack_of_memory(provider: Chosen, count: int) -> Iterator[None]:
+    """Turn a runtime's error that memory ran out into an InferenceError."""
+    try:
+        yield
+    except Exception as error:  # pybind exceptions have no common base worth naming
+        if any(words in str(error) for words in _NO_MEMORY):
+            where = "on the GPU" if provider in ON_GPU else "in main memory"
+            raise InferenceError(
+                f"no room {where} for a batch of {count} images: free some memory, or run fewer at a time"
+            ) from None
+        raise
 
 
 class _OpenVino:
@@ -154,13 +168,11 @@ class _OpenVino:
     def __init__(
         self, graph: bytes, threads: int, arithmetic: Arithmetic, data: bytes | None, buckets: tuple[int, ...] | None
     ) -> None:
-        import openvino
-
         self.buckets = buckets
         # By default it computes in bfloat16 if the CPU can, with errors of half a percent.
         hint = {"model": "f32", "bf16": "bf16"}[arithmetic]
         settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        core = openvino.Core()
+        core = import_openvino().Core()
         try:
             self._model = core.compile_model(_openvino_model(core, graph, data), "CPU", settings)
         except Exception as error:  # pybind exceptions have no common base worth naming
@@ -171,7 +183,8 @@ class _OpenVino:
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._model.create_infer_request()
-        results = request.infer({INPUT: images})
+        with _naming_lack_of_memory(self.provider, len(images)):
+            results = request.infer({INPUT: images})
         return [np.array(results[output]) for output in self._model.outputs]
 
 
@@ -179,6 +192,7 @@ def _openvino_model(core: Any, graph: bytes, data: bytes | None) -> Any:
     """The graph as an OpenVINO model. Its reader takes no tensors from memory, so inputs are replaced by constants."""
     if data is None:
         return core.read_model(graph, b"")
+    import_openvino()
     from openvino import op
 
     bare, arrays = as_inputs(graph, data)

@@ -101,7 +101,7 @@ class Session:
 
     @property
     def precision(self) -> str:
-        """The precision actually computed in: fp32, fp16, int8 or bf16."""
+        """The graph's precision, fp32, fp16 or int8, or bf16 by `arithmetic`. On a CPU, ONNX Runtime computes fp16 in fp32."""
         assert self.manifest.graph is not None
         return self.manifest.graph.precision if self._arithmetic == "model" else self._arithmetic
 

@@ -13,7 +13,7 @@ import imagecodecs
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 from tests.files import encoded, png_chunk
 
 from jepakit.errors import ImageError
@@ -34,6 +34,18 @@ def read(source: Any, **options: Any) -> NDArray[Any]:
         if not options:
             assert pixels.shape == (raster.header.height, raster.header.width, raster.header.bands)
     return pixels
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_what_is_cut_short_is_refused_whatever_the_process_wants_of_pillow(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    cut = encoded(Image.fromarray(make(64, 64, 3)), kind)[:-2000]
+    assert Image.open(io.BytesIO(cut)).load() is not None, "Pillow makes up the rest"
+    refused(cut, "unreadable")
+    refused(Image.open(io.BytesIO(cut)), "unreadable")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def with_chunk(png: bytes, made: bytes, *, late: bool) -> bytes:

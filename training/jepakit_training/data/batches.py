@@ -21,7 +21,7 @@ from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
 from jepakit_training.data.cache import ImageCache, downscale
 from jepakit_training.data.views import Crops, ViewMaker, Views, collate, finish
-from jepakit_training.loader_limits import end_with_trainer, hand_over, start_method
+from jepakit_training.loader_limits import PATIENCE_S, end_with_trainer, hand_over, start_method
 from jepakit_training.randomness import derive_seed
 
 _MOST_SUBSTITUTES = 20
@@ -157,7 +157,7 @@ def make_loader(
         pin_memory=pin,
         multiprocessing_context=start_method(workers),
         worker_init_fn=_start_worker if workers else None,
-        timeout=600 if workers else 0,
+        timeout=PATIENCE_S if workers else 0,
     )
 
 

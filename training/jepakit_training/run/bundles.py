@@ -91,7 +91,7 @@ def _start_of(run: Run) -> tuple[Preprocess, dict[str, torch.Tensor]]:
         data = bundle.read(WEIGHTS)
     except BundleError as error:
         raise BundleError(
-            f"{run.path} cannot go on: {error}. Put {start} back as it was, or name another folder for the run"
+            f"{run.path} cannot be resumed: {error}. Put {start} back as it was, or name another folder for the run"
         ) from None
     weights: dict[str, torch.Tensor] = load(data)
     return bundle.manifest.preprocess, weights

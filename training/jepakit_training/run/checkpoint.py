@@ -65,11 +65,11 @@ class Saver:
         try:
             save(self._folder, done, state)
         except CheckpointError as error:
-            go_on = f"go on from step {self.newest}" if self.newest else "start over"
+            resume = f"resume from step {self.newest}" if self.newest else "start over"
             if must:
-                raise CheckpointError(f"{error}; then the same command will {go_on}") from error
+                raise CheckpointError(f"{error}; then the same command will {resume}") from error
             if not self._warned:
-                say(f"warning: {error}; training goes on, and would {go_on} after a stop")
+                say(f"warning: {error}; training goes on, and would {resume} after a stop")
             self._warned = True
         else:
             self.newest, self._warned = done, False
@@ -127,7 +127,7 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or folder} could not be read ({reason_of(error)}), and may be intact: once it can be "
-            "read, run the same command again. To go on without this checkpoint, remove its folder"
+            "read, run the same command again. To resume without this checkpoint, remove its folder"
         ) from error
     return None
 
