@@ -371,6 +371,19 @@ def head(*headers: str) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
+def answers_to_two_lengths(url: str) -> bytes:
+    """All answers to a request whose body ends, by its chunks, before another request, and by its length after it."""
+    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answers = b""
+    with connected(url) as connection:
+        connection.sendall(head(f"Content-Length: {len(hidden)}", "Transfer-Encoding: chunked") + hidden)
+        connection.settimeout(5)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while part := connection.recv(65536):
+                answers += part
+    return answers
+
+
 @pytest.mark.parametrize("length", ["-1", "x", "1e3", "+5", "9" * 400, "0x10"])
 def test_a_length_that_is_none_is_refused(victim: Victim, length: str) -> None:
     answer = talk(victim.url, head(f"Content-Length: {length}"), b"abc")
@@ -500,14 +513,7 @@ def test_strangers_write_nothing_into_the_log_and_uvicorn_writes_json(
 
 
 def test_length_and_chunks_together_smuggle_nothing(victim: Victim) -> None:
-    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    answer = b""
-    with connected(victim.url) as connection:
-        connection.sendall(head(f"Content-Length: {len(hidden)}", "Transfer-Encoding: chunked") + hidden)
-        connection.settimeout(5)
-        with contextlib.suppress(TimeoutError, ConnectionError):
-            while part := connection.recv(65536):
-                answer += part
+    answer = answers_to_two_lengths(victim.url)
     assert answer.split(b" ")[1] in (b"400", b"415"), answer
     assert answer.count(b"HTTP/1.1 ") == 1, answer
 

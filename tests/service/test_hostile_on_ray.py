@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from tests.test_pipeline import serving
 
 from .conftest import picture
 from .load import is_ready, processes
-from .test_hostile import BODIES, IMAGES, LIMITS, MEGABYTE, connected, head, talk
+from .test_hostile import BODIES, IMAGES, LIMITS, MEGABYTE, answers_to_two_lengths, connected, head, talk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -60,14 +59,7 @@ def test_a_length_that_is_none_is_refused(url: str, length: str) -> None:
 
 
 def test_length_and_chunks_together_smuggle_nothing(url: str) -> None:
-    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    answer = b""
-    with connected(url) as connection:
-        connection.sendall(head(f"Content-Length: {len(hidden)}", "Transfer-Encoding: chunked") + hidden)
-        connection.settimeout(5)
-        with contextlib.suppress(TimeoutError, ConnectionError):
-            while part := connection.recv(65536):
-                answer += part
+    answer = answers_to_two_lengths(url)
     assert status(answer) in (400, 415)
     assert answer.count(b"HTTP/1.1 ") == 1, answer
 

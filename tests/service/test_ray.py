@@ -79,6 +79,16 @@ def test_two_replicas_are_one_deployment(
     assert old != new
 
 
+def ray_session() -> Path:
+    """The folder where Ray keeps its files."""
+    (session,) = {
+        argument.partition("=")[2]
+        for argument in processes("raylet")[0].cmdline()
+        if argument.startswith("--session_dir=")
+    }
+    return Path(session)
+
+
 def replicas(http: httpx.Client) -> set[str]:
     return set(re.findall(r'jepakit_waiting_images\{model="tiny",replica="(\w+)"', http.get("/metrics").text))
 
@@ -156,12 +166,7 @@ def test_what_serves_has_the_priority_of_who_started_it_and_idle_helpers_of_ray_
         }
         assert {Path(script).name for script in scripts} == set()
         # A dashboard would have asked clouds' metadata services, before it could be ended.
-        (session,) = {
-            Path(argument.partition("=")[2])
-            for argument in processes("raylet")[0].cmdline()
-            if argument.startswith("--session_dir=")
-        }
-        logs = {path.name for path in (session / "logs").iterdir()}
+        logs = {path.name for path in (ray_session() / "logs").iterdir()}
         assert "raylet.out" in logs
         assert "dashboard.log" not in logs
 
@@ -267,12 +272,7 @@ def on_disk() -> set[str]:
                     told = Path(f"/proc/{process.pid}/fdinfo/{descriptor.name}").read_text()
                     if int(told.partition("flags:")[2].split()[0], 8) & os.O_ACCMODE != os.O_RDONLY:
                         found.add(str(descriptor.readlink()))
-    (session,) = (
-        argument.partition("=")[2]
-        for argument in processes("raylet")[0].cmdline()
-        if argument.startswith("--session_dir=")
-    )
-    found |= {str(file) for file in Path(session).rglob("*")}
+    found |= {str(file) for file in ray_session().rglob("*")}
     return {
         file for file in found
         if file.startswith("/") and not file.startswith(("/dev/", "/memfd:", "/proc/")) and "/logs/" not in file
