@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import glob
+import itertools
 import os
 import sys
 import traceback
@@ -41,7 +43,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV, TSV or Parquet manifest,
               WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
               or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
-    out       the run's folder; by default runs/<folder>-<date>. The same call again resumes the run, or reports it, on any later day.
+    out       the run's folder; by default runs/<folder>-<date>, or -2, -3 … for other runs of that day. The same call again resumes the run, or reports it, on any later day.
     settings  the fields of `jepakit.config.AdaptConfig`, whose `help` explains each: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting, DataError for unusable images, ImageError for one that cannot be cut, and
@@ -61,11 +63,15 @@ def _folder(config: AdaptConfig, images: ImageList) -> Path:
     """The run's folder: as given, else that of the newest run of the same settings and images, else a new one with today's date."""
     if config.out:
         return Path(config.out)
-    from jepakit_training.run.folder import find_begun
+    from jepakit_training.run.folder import find_begun, has_begun
 
     name, runs = _stem(config.images), Path("runs")
-    begun = sorted(runs.glob(f"{name}-????-??-??"), reverse=True)
-    return find_begun(begun, config, images) or runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
+    begun = sorted(runs.glob(f"{name}-????-??-??*"), reverse=True)
+    if found := find_begun(begun, config, images):
+        return found
+    new = runs / f"{name}-{datetime.date.today():%Y-%m-%d}"
+    others = (new.with_name(f"{new.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([new], others) if not has_begun(folder))
 
 
 @takes_adapt_settings
@@ -350,5 +356,8 @@ def _describe_source(images: Any) -> str | tuple[str, ...]:
 
 def _stem(images: str | tuple[str, ...]) -> str:
     first = images if isinstance(images, str) else os.path.commonpath([os.path.abspath(path) for path in images])  # noqa: PTH100
-    name = Path(first).resolve().name
+    path = Path(first)
+    while glob.has_magic(path.name):
+        path = path.parent
+    name = path.resolve().name
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name).strip("-") or "images"

@@ -256,7 +256,10 @@ def _losses(runs: Mapping[str, Run]) -> dict[str, float]:
     for name in _VARIABLE:
         if name not in _LEAVES_THE_LOSS_ALONE and any(config.get(name) != configs[0].get(name) for config in configs):
             return {}
-    logged = {name: [step["loss"] for step in run.metrics()] for name, run in runs.items()}
+    # A step whose loss was not finite was skipped.
+    logged = {
+        name: [step["loss"] for step in run.metrics() if math.isfinite(step["loss"])] for name, run in runs.items()
+    }
     return {name: _loss(run, logged[name]) for name, run in runs.items()} if all(logged.values()) else {}
 
 

@@ -407,11 +407,12 @@ class AdaptConfig(_Settings):
         return self
 
     @model_validator(mode="after")
-    def _average_of_what_trains(self) -> Self:
-        if self.average != "none" and self.unfreeze == "none":
-            raise ValueError(
-                f"average = {self.average} of a backbone that unfreeze = none leaves unchanged: leave one of them out"
-            )
+    def _something_trains(self) -> Self:
+        for name in ("average", "mix", "anchor") if self.unfreeze == "none" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} = {value} for a backbone that unfreeze = none leaves unchanged: leave one of them out"
+                )
         return self
 
     def resolved_views(self) -> ViewsConfig:

@@ -163,7 +163,9 @@ def test_files_are_named_by_text_or_paths(tmp_path: Path) -> None:
 
 def test_steps_and_epochs_are_not_given_both() -> None:
     assert complaint(steps=10, epochs=1) == "give steps or epochs, not both"
-    assert complaint(average="ema", unfreeze="none").startswith("average = ema of a backbone that unfreeze = none")
+    for name, value in (("average", "ema"), ("mix", 0.5), ("anchor", 1.0)):
+        wanted = f"{name} = {value} for a backbone that unfreeze = none"
+        assert complaint(**{name: value, "unfreeze": "none"}).startswith(wanted)
     assert adapt(steps=10).steps == 10
     assert adapt(epochs=2).epochs == 2
 

@@ -16,7 +16,7 @@ from jepakit_training.run.alarms import Alarms, projection_stats
 
 N, K, VIEWS, LAMB = 128, 64, 4, 0.03
 SETTINGS: dict[str, Any] = {
-    "steps": 300, "warmup_steps": 30, "batch_size": N, "images": N, "n_outputs": K, "lamb": LAMB, "lr": 1e-4,
+    "steps": 300, "warmup_steps": 30, "batch_size": N, "n_outputs": K, "lamb": LAMB, "lr": 1e-4,
     "workers": 1, "cached": False, "on_gpu": True, "trains": True,
 }  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_four_directions_are_few_for_a_wide_projector_only() -> None:
     proj_VNK = torch.randn(1, 256, 4, generator=random) @ torch.eye(4, 128) * 32**0.5
     values = values_of(proj_VNK, 0)
     assert values["sigreg"] == pytest.approx(14.5, rel=0.25)
-    alarms = Alarms(**{**SETTINGS, "batch_size": 256, "images": 256, "n_outputs": 128})
+    alarms = Alarms(**{**SETTINGS, "batch_size": 256, "n_outputs": 128})
     said = [line for step in range(209, 290, 10) for line in alarms.check(step, values)]
     assert len(said) == 1
     assert "vary along 4 of 128 directions" in said[0]

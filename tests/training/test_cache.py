@@ -232,6 +232,17 @@ def test_opening_a_nearly_full_folder_removes_what_nobody_has_used_for_a_month(t
     assert kept(tmp_path) == {"b", "c"}
 
 
+def test_a_folder_that_stays_nearly_full_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path, {"a": 1})
+    used = stored(tmp_path)
+    opened(tmp_path, limit=2 * used)
+    assert capsys.readouterr().err == ""
+    opened(tmp_path, limit=used)
+    warned = capsys.readouterr().err
+    assert "is 100% full, with images of this run or of others" in warned
+    assert "Raise cache_gb" in warned
+
+
 def test_opening_counts_what_is_there(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 0, "b": 0})
     cache = opened(tmp_path, limit=3 * 12500)

@@ -22,6 +22,7 @@ from jepakit.errors import ConfigError, DataError
 from jepakit.evaluation.evaluate import Measurement
 from jepakit.run import DryRun
 from jepakit_training import dryrun, launch, measuring, setup
+from jepakit_training.data.batches import ViewDataset
 from jepakit_training.holdout import MeasuringSet
 from jepakit_training.measuring import Features
 from jepakit_training.setup import Setup, prepare
@@ -166,6 +167,24 @@ def test_a_dry_run_on_a_cpu_counts_the_batches_that_the_loader_makes_ahead(
     for workers, peak in ((0, 1.0), (1, 3.0)):
         estimate = jepakit.dry_run(image_folder(), backbone="test_vit", workers=workers, **settings)
         assert estimate.peak_memory_gb == peak
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_takes_at_least_as_long_as_loading_its_batch(
+    workers: int, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batches of all loader processes are there at once, and say nothing about those that follow."""
+    getitem = ViewDataset.__getitem__
+
+    def slow(self: ViewDataset, *args: Any) -> Any:
+        time.sleep(0.05)
+        return getitem(self, *args)
+
+    monkeypatch.setattr(ViewDataset, "__getitem__", slow)
+    estimate = jepakit.dry_run(
+        image_folder(), backbone="test_vit", weights="random", image_size=64, batch_size=16, steps=4, workers=workers
+    )
+    assert estimate.step_s > 0.7 * 16 * 0.05 / max(1, workers)
 
 
 def _with_plan(setup: Setup, **changed: Any) -> Setup:

@@ -98,7 +98,7 @@ def moved(run: Run) -> Tensor:
 def assert_same(two: Run, one: Run) -> None:
     assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()]
     for row, expected in zip(two.metrics(), one.metrics(), strict=True):
-        for key in ("loss", "prediction", "sigreg", "grad_norm", "lr"):
+        for key in ("loss", "prediction", "sigreg", "grad_norm", "lr", "proj_std", "proj_rank"):
             assert row[key] == pytest.approx(expected[key], rel=1e-3), key
     # AdamW's first steps are signs of gradients: one that is 0 but for rounding may take either sign.
     assert float((moved(two) - moved(one)).norm() / moved(one).norm()) < 0.1
@@ -428,6 +428,37 @@ def test_torchrun_needs_nothing_else(source: Source, tmp_path: Path) -> None:
     assert json.loads((run.path / ENVIRONMENT).read_text())["processes"] == 2
     one = jepakit.adapt(source.images, out=tmp_path / "one", weights=str(source.weights), **SETTINGS)
     assert_same(run, one)
+
+
+@pytest.mark.slow
+def test_accelerates_own_launcher_will_do(source: Source, tmp_path: Path) -> None:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--no_python"]
+    done = subprocess.run(
+        [*accelerate, *command(source, tmp_path / "run", steps=STEPS)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = jepakit.adapt(source.images, out=tmp_path / "one", weights=str(source.weights), **SETTINGS)
+    assert_same(jepakit.open_run(tmp_path / "run"), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"unfreeze": "lora"}, {"anchor": 1.0}, {"average": "ema"}, {"mix": 0.5}, {"micro_batch": 2},
+        {"activation_checkpointing": True}, {"compile": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_way_to_train_gives_in_two_processes_what_it_gives_in_one(
+    more: dict[str, Any], source: Source, tmp_path: Path
+) -> None:
+    settings = {"weights": str(source.weights), **SETTINGS, **more}
+    two, one = (jepakit.adapt(source.images, out=tmp_path / str(n), processes=n, **settings) for n in (2, 1))
+    assert_same(two, one)
+    assert [row.get("anchor") for row in two.metrics()] == pytest.approx(
+        [row.get("anchor") for row in one.metrics()], rel=1e-3
+    )
 
 
 @pytest.mark.slow

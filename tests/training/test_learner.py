@@ -251,6 +251,23 @@ def test_three_bad_steps_in_a_row_stop_the_run_however_late_it_is_checked(
         learner.check(7)
 
 
+@pytest.mark.parametrize("average", ["none", "ema"])
+def test_a_bad_step_leaves_trained_statistics_as_they_were(make: Callable[..., Any], average: str) -> None:
+    """A number that is not finite would stay in running statistics for ever."""
+    learner, backbone = make("test_resnet", norm_statistics="trained", average=average)
+    train(learner, range(4))
+    before = {name: value.clone() for name, value in backbone.named_buffers() if "running" in name}
+    first = next(part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    hook = first.register_forward_pre_hook(lambda _, inputs: (inputs[0] * math.inf,))
+    assert not torch.isfinite(learner.step(4, views(4)).grad_norm)
+    hook.remove()
+    assert all(torch.equal(before[name], value) for name, value in backbone.named_buffers() if name in before)
+    assert torch.isfinite(learner.step(5, views(5)).grad_norm)
+    assert not any(torch.equal(before[name], value) for name, value in backbone.named_buffers() if name in before)
+    learner.finish()
+    assert all(torch.isfinite(value).all() for value in backbone.state_dict().values())
+
+
 def test_steps_that_change_nothing_are_an_error(make: Callable[..., Any]) -> None:
     learner, _ = make()
     train(learner, range(2))  # the warm-up

@@ -18,7 +18,7 @@ from tests.training.forked import start
 from jepakit.errors import TrainingError
 from jepakit_training.alone import own_process
 from jepakit_training.loader_limits import more_open_files
-from jepakit_training.memory import freed_memory_kept, memory_errors, peak_gb
+from jepakit_training.memory import forget_peaks, freed_memory_kept, memory_errors, peak_gb
 from jepakit_training.run import checkpoint
 
 
@@ -192,6 +192,23 @@ def test_peak_memory_grows_by_what_is_held(tmp_path: Path) -> None:
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     before, after = map(float, (tmp_path / "peaks").read_text().split())
     assert after >= before + 0.2
+
+
+def forget_what_was_held(file: Path) -> None:
+    before = peak_gb(torch.device("cpu"))
+    held = torch.ones(int(before * 1e9) // 4 + 50_000_000)
+    assert held.sum() > 0
+    del held
+    forget_peaks()
+    file.write_text(f"{before} {peak_gb(torch.device('cpu'))}")
+
+
+def test_the_peak_of_an_earlier_run_is_not_that_of_the_next(tmp_path: Path) -> None:
+    process = start(forget_what_was_held, tmp_path / "peaks", log=tmp_path / "log")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    before, after = map(float, (tmp_path / "peaks").read_text().split())
+    assert after < before + 0.1
 
 
 def test_where_there_is_no_proc_peak_memory_is_what_the_system_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,9 +144,20 @@ def test_a_batch_shrunk_to_fit_the_processes_is_not_blamed_on_the_number_of_imag
     assert "126 images instead of 128: there are" not in notes
 
 
-def test_more_processes_than_images_in_a_batch_are_refused() -> None:
-    with pytest.raises(ConfigError, match="batch"):
+def test_a_batch_shrunk_to_few_images_is_not_blamed_on_the_processes() -> None:
+    assert any(
+        "batch of 30 images instead of 128: there are only 32 to train on" in note
+        for note in plan(images=40, world=3).notes
+    )
+
+
+def test_more_processes_than_images_in_a_batch_are_refused_with_what_helps() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size = 2 over 3 processes .*: raise batch_size"):
         plan(batch_size=2, world=3)
+    with pytest.raises(
+        ConfigError, match="32 images to train on for 40 processes is less than one each: use fewer processes"
+    ):
+        plan(images=40, world=40)
 
 
 def test_all_of_pretrained_weights_train_with_layer_wise_decay() -> None:

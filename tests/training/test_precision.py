@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from jepakit_training.learning.precision import own_precision
+from jepakit_training.learning.precision import mixed_precision, own_precision
+from jepakit_training.setup import _where
 
 
 def test_a_block_of_its_own_precision_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +25,31 @@ def test_a_block_of_its_own_precision_leaves_everything_as_it_was(monkeypatch: p
         assert callers.mixed_precision == "no"
         assert AcceleratorState().mixed_precision == "no"
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_callers_interrupted_accumulation_of_gradients_stops_no_optimizer_and_is_as_it_was() -> None:
+    GradientState()._set_sync_gradients(False)
+    try:
+        with own_precision():
+            weight = torch.nn.Parameter(torch.zeros(()))
+            optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD([weight], lr=1.0))
+            weight.sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            assert weight.item() == -1
+        assert not GradientState().sync_gradients
+    finally:
+        GradientState()._set_sync_gradients(True)
+
+
+def test_told_to_train_on_the_cpu_a_machine_with_a_gpu_takes_the_precision_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert PartialState().device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert mixed_precision("auto") == "no"
+    assert "as accelerate was told to here" in _where(torch.device("cpu"))
 
 
 BACKENDS: Any = torch.backends

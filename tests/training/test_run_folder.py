@@ -328,7 +328,14 @@ def test_without_out_a_run_goes_on_where_it_was_begun_on_another_day(begin: Begi
     assert folder(weights="w.safetensors") == Path("runs/set-2001-01-07")
     assert folder(weights="other.safetensors") == today, "another model"
     Path("set/d.png").write_text("d")
-    assert folder() == today
+    assert folder() == folder("set/*.png") == today
+    begin(today, seed=7)
+    second = today.with_name(f"{today.name}-2")
+    assert folder() == second, "today's belongs to another run"
+    begin(second)
+    assert folder() == second
+    assert folder(seed=7) == today
+    assert folder(seed=8) == today.with_name(f"{today.name}-3")
 
 
 def test_the_page_names_the_settings_that_may_change_when_a_run_goes_on() -> None:

@@ -36,9 +36,11 @@ def train(
     stubborn: bool = False,
     loader: bool = False,
     command: bool = False,
+    rank: int = 0,
 ) -> None:
     """A loop like the trainer's; `in_one_call`: a step is one call into C++, during which Python handles no signals."""
     in_command.set(command)
+    os.environ["RANK"] = str(rank)
     with stopping(lambda: 7, grace_s=GRACE_S) as stop:
         if loader and os.fork() == 0:
             (folder / "loader").write_text(str(os.getpid()))
@@ -59,7 +61,7 @@ def one_long_call() -> None:
     torch.linalg.matrix_power(torch.full((1800, 1800), 1 / 1800), 2**40 - 1)
 
 
-def begun(folder: Path, step_s: float = 0.05, **kwargs: bool) -> ForkServerProcess:
+def begun(folder: Path, step_s: float = 0.05, **kwargs: int) -> ForkServerProcess:
     """A process in the middle of its first steps."""
     folder.mkdir(exist_ok=True)
     process = start(train, folder, step_s, log=folder / "log", **kwargs)
@@ -97,6 +99,16 @@ def test_a_long_step_is_left_when_the_grace_is_over(tmp_path: Path, number: int)
     assert ended(process, 60) == 143
     assert GRACE_S * 0.9 < time.monotonic() - start_s < GRACE_S + 10
     assert "stopped in the middle of a step: the same command will resume from step 7" in (tmp_path / "log").read_text()
+
+
+def test_of_several_processes_only_the_first_says_from_where_the_run_resumes(
+    tmp_path: Path,
+) -> None:
+    """The others do not know what has been saved."""
+    process = begun(tmp_path, in_one_call=True, rank=1)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    assert ended(process, 60) == 143
+    assert (tmp_path / "log").read_text() == ""
 
 
 @pytest.mark.parametrize(("command", "code"), [(True, 130), (False, None)])

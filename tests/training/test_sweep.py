@@ -192,6 +192,18 @@ def test_a_run_whose_projections_collapsed_is_never_the_best_without_labels(star
     assert str(again).splitlines()[2].endswith("collapsed")
 
 
+def test_a_loss_that_was_not_finite_does_not_rank_a_run(start: Start, tmp_path: Path) -> None:
+    """Its step was skipped."""
+    found = start(tmp_path / "sweep", {"lamb": [0.9, 0.02]}, labels="none")
+    for name in found.runs:
+        log = found.runs[name].path / METRICS
+        *steps, last = found.runs[name].metrics()
+        log.write_text("".join(json.dumps(step) + "\n" for step in [*steps, last, {**last, "loss": float("nan")}]))
+    again = jepakit.open_sweep(found.path)
+    assert again.scaled_losses == pytest.approx(found.scaled_losses)
+    assert list(again.runs) == list(found.runs)
+
+
 def test_without_labels_and_with_other_views_nothing_is_ranked(start: Start, tmp_path: Path) -> None:
     found = start(tmp_path / "sweep", {"views.n_global": [1, 2]}, labels="none", steps=1)
     assert found.scaled_losses == {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -46,7 +45,8 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
             learner = Learner(config, plan, setup.backbone, setup.spec, setup.accelerator)
             frozen = range(min(_STEPS, plan.warmup_steps))
             training = range(plan.warmup_steps, min(plan.warmup_steps + _STEPS, plan.steps))
-            warmup_s, step_s = (_seconds_a_step(setup, learner, steps) for steps in (frozen, training))
+            loading_s = _seconds_to_load(setup)
+            warmup_s, step_s = (_seconds_a_step(setup, learner, steps, loading_s) for steps in (frozen, training))
             measuring_s = _seconds_to_measure(setup)
         device = setup.accelerator.device
         queued_gb = plan.queued_bytes / GB if device.type == "cpu" else 0.0
@@ -63,17 +63,31 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
         )
 
 
-def _seconds_a_step(setup: Setup, learner: Learner, steps: range) -> float:
-    """Median seconds per step; the first, which waits for the loader's processes to start, counts only if it is the only one."""
-    ends = [time.perf_counter()]
+def _seconds_to_load(setup: Setup) -> float:
+    """Seconds from batch to batch where nothing is computed. The first of each loader process, which has to start, does not count."""
+    first = max(1, setup.plan.workers)
+    with iterating(step_loader(setup, range(3 * first))) as batches:
+        arrivals = [time.perf_counter() for _ in batches]
+    return (arrivals[-1] - arrivals[first - 1]) / (len(arrivals) - first)
+
+
+def _seconds_a_step(setup: Setup, learner: Learner, steps: range, loading_s: float) -> float:
+    """Seconds per step: the median of what is computed, the first left out unless it is the only one, and the loading of a batch,
+    which costs nothing more where loader processes do it beside a GPU and are faster."""
+    device, seconds = setup.accelerator.device, []
     with iterating(step_loader(setup, steps)) as batches:
         for step, batch in zip(steps, batches, strict=True):
-            learner.step(step, views_on(setup.accelerator.device, batch))
-            if setup.accelerator.device.type == "cuda":
+            began = time.perf_counter()
+            learner.step(step, views_on(device, batch))
+            if device.type == "cuda":
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-    seconds = [after - before for before, after in pairwise(ends)]
-    return median(seconds[1:] or seconds or [0.0])
+            seconds.append(time.perf_counter() - began)
+    if not seconds:
+        return 0.0
+    computing_s = median(seconds[1:] or seconds)
+    # On a CPU, loading and computing take the same cores.
+    beside = device.type == "cuda" and setup.plan.workers > 0
+    return max(computing_s, loading_s) if beside else computing_s + loading_s
 
 
 def _seconds_to_measure(setup: Setup) -> float:

@@ -59,12 +59,13 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     if main:
         keep_settings(run.path, config)
         write_plan(run.path, setup.plan, images, setup.accelerator.device)
+    resumed = (run.path / START).exists()  # before measuring: other ranks may be done with it later than the first
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began
     if main:
         say(f"embeddings of {before.embedding.dim} numbers (pooling {before.embedding.pooling})")
-    if (run.path / START).exists():
+    if resumed:
         check_measured(before.embedding, run)
     elif main:
         write_run_bundle(run.path / START, setup, before.embedding, name=f"{name}-start", steps=0)

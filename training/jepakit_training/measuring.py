@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from jepakit._groups import assign_folds, codes, copies, numbered
+from jepakit._groups import assign_folds, codes, numbered
 from jepakit._messages import counted
 from jepakit._progress import stage, track
 from jepakit.backbones.backbone import is_bundle_weights
@@ -251,8 +251,7 @@ class Measuring:
             groups=held_out.groups,
             train_labels=fit.labels,
         )
-        image = copies(np.hstack([before.vectors, after.vectors]))
-        if n_known := int(np.isin(image[~is_fit & is_labelled], image[is_fit]).sum()):
+        if n_known := int(np.isin(before.digests[~is_fit & is_labelled], before.digests[is_fit]).sum()):
             judged = judged.noting(
                 f"{n_known} of {counted(len(held_out.indices), 'held-out image')} are also among those that probes are fitted on, under "
                 "other names, so this is optimistic: remove copies (`jepakit inspect` names some)"

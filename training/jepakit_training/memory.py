@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -111,7 +111,9 @@ def full_gpu_explained() -> Iterator[None]:
 
 
 def forget_peaks() -> None:
-    """Reset the peak of every GPU's memory: an earlier run of this process may have reached a higher one."""
+    """Reset the peaks of memory, main and GPUs': an earlier run of this process may have reached higher ones."""
+    with suppress(OSError):  # on Linux, what `peak_gb` reads
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(device)

@@ -142,17 +142,20 @@ def _batch(config: AdaptConfig, images: int, trained_on: int, world: int) -> tup
     """Images per batch over all processes, with notes; ConfigError if a process would get none."""
     batch_size, notes = min(config.batch_size, trained_on) // world * world, []
     if batch_size == 0:
+        if trained_on < world:
+            raise ConfigError(
+                f"{counted(trained_on, 'image')} to train on for {world} processes is less than one each: use fewer processes"
+            )
         raise ConfigError(
             f"batch_size = {config.batch_size} over {world} processes is less than one image per process: raise batch_size"
         )
-    if config.batch_size % world:
-        notes.append(
-            f"batch of {batch_size} images instead of {config.batch_size}: it must be a multiple of the {world} processes"
+    if batch_size < config.batch_size:
+        reason = (
+            f"there are only {trained_on} to train on"
+            if trained_on < config.batch_size
+            else f"it must be a multiple of the {world} processes"
         )
-    elif batch_size < config.batch_size:
-        notes.append(
-            f"batch of {batch_size} images instead of {config.batch_size}: there are only {trained_on} to train on"
-        )
+        notes.append(f"batch of {batch_size} images instead of {config.batch_size}: {reason}")
     if images < FEW_IMAGES:
         notes.append(f"warning: {images} images are very few to train and to measure on")
     return batch_size, notes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
 from jepakit._messages import counted
@@ -16,7 +16,7 @@ from jepakit._say import say
 from jepakit.backbones.backbone import start_backbone, start_preprocess
 from jepakit.bundles.manifest import Backbone, Preprocess
 from jepakit.config import AdaptConfig
-from jepakit.errors import DataError
+from jepakit.errors import ConfigError, DataError
 from jepakit.inference.runtime import has_nvidia_driver
 from jepakit.run import Run
 from jepakit.sources import ImageList
@@ -32,6 +32,8 @@ from jepakit_training.measuring import Measuring
 from jepakit_training.plan import Plan, make_plan
 from jepakit_training.randomness import derive_seed
 from jepakit_training.run.records import SkippedFiles, device_name
+
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass
@@ -61,6 +63,7 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
         # rank: frozen, or statistics reduced over the ranks.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
+    _check_accelerate(accelerator)
     main = accelerator.is_main_process
     _check_same_images(images, accelerator)
     torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -110,11 +113,27 @@ def prepare(config: AdaptConfig, images: ImageList, run: Run | None) -> Setup:
     return Setup(config, images, accelerator, backbone, described, spec, plan, dataset, skipped, measuring)
 
 
+def _check_accelerate(accelerator: Accelerator) -> None:
+    """ConfigError where accelerate's own settings, often another project's, would shard the model or scale the losses."""
+    if (kind := accelerator.distributed_type) not in _DISTRIBUTED:
+        raise ConfigError(
+            f"accelerate is configured for {kind.value}, but jepakit trains whole copies: give `accelerate launch` a configuration for "
+            "several GPUs (--multi_gpu), or use torchrun"
+        )
+    if (count := accelerator.gradient_accumulation_steps) != 1:
+        raise ConfigError(
+            f"accelerate is configured to accumulate the gradients of {count} steps, which SIGReg does not allow: unset "
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, and set micro_batch=N to save memory"
+        )
+
+
 def _where(device: torch.device) -> str:
     """A note on the device that the run trains on; empty on a machine without a GPU."""
     if device.type == "cuda":
         return f"trains on {device_name(device)}"
-    if has_nvidia_driver() and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return "warning: trains on the CPU, as accelerate was told to here (ACCELERATE_USE_CPU, or Accelerator(cpu=True) in this process)"
+    if has_nvidia_driver():
         return "warning: trains on the CPU, as torch cannot use this machine's GPU: see `jepakit doctor`"
     return ""
 

@@ -141,8 +141,9 @@ class _Watchdog:
     def _leave_now(self, code: int) -> None:
         # A progress bar has hidden the cursor; `print` could wait for a lock that the main thread holds.
         show_cursor = "\033[?25h" if os.isatty(2) else ""
-        with suppress(OSError):
-            os.write(2, f"{show_cursor}\n{self._stop.in_a_step()}\n".encode())
+        if ranks.rank() == 0:  # the others do not know what has been saved
+            with suppress(OSError):
+                os.write(2, f"{show_cursor}\n{self._stop.in_a_step()}\n".encode())
         os._exit(code)
 
 
@@ -168,7 +169,8 @@ def stopping(newest: Callable[[], int], *, grace_s: float = GRACE_S) -> Iterator
             # A SIGTERM sent to all processes of a job would also end the loader's, unless they ignore it.
             if stop.number is None or "DataLoader worker" not in str(error):
                 raise
-            say(stop.in_a_step())
+            if ranks.rank() == 0:
+                say(stop.in_a_step())
             raise SystemExit(128 + stop.number) from error
 
 

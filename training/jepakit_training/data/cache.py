@@ -55,7 +55,8 @@ class ImageCache:
                 used = _read_ledger(ledger)
                 # Counting takes one look at every file: minutes for a million of them, hours on a network.
                 if used is None or used > _NEARLY_FULL * limit_bytes:
-                    _write_ledger(ledger, self._tidied())
+                    used = self._tidied()
+                    _write_ledger(ledger, used)
         except OSError as error:
             raise ConfigError(
                 f"{folder} cannot hold the image cache ({reason_of(error)}): name another folder"
@@ -64,6 +65,11 @@ class ImageCache:
             say(
                 f"warning: {folder} lies where files cannot be locked: with several processes, the image cache may "
                 "exceed its limit"
+            )
+        if used > _NEARLY_FULL * limit_bytes:
+            say(
+                f"warning: {folder} is {used / limit_bytes:.0%} full, with images of this run or of others: those that do not fit are "
+                f"decoded again and again. Raise cache_gb (now {limit_bytes / GB:g}), or remove the folder if no other run needs it"
             )
 
     def key(self, stamp: str) -> str:

@@ -54,6 +54,26 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
+class RunningStatistics:
+    """The running statistics of some BatchNorms, so that a step can be undone: a single NaN would stay in them for ever."""
+
+    def __init__(self, norms: list[_BatchNorm]) -> None:
+        both = [(part.running_mean, part.running_var) for part in norms]
+        self._tensors = [value for pair in both for value in pair if value is not None]
+
+    def copied(self) -> Tensor:
+        """All of them in one tensor, for `undo`."""
+        return torch.cat(self._tensors) if self._tensors else torch.empty(0)
+
+    def undo(self, before: Tensor, bad: Tensor) -> None:
+        """Set them back to `before` where `bad`, a scalar on the device, is not 0; does not wait for the device."""
+        if self._tensors:
+            kept = torch.where(bad.bool(), before, self.copied())
+            torch._foreach_copy_(
+                self._tensors, list(torch.split_with_sizes(kept, [len(value) for value in self._tensors]))
+            )
+
+
 class _GlobalStatistics(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:

@@ -15,7 +15,12 @@ from jepakit.config import AdaptConfig
 from jepakit.errors import TrainingError
 from jepakit_training.data.views import Views
 from jepakit_training.learning.averaging import Average, mix_with_start
-from jepakit_training.learning.batchnorm import batch_norms, freeze_norm_statistics, make_norm_statistics_global
+from jepakit_training.learning.batchnorm import (
+    RunningStatistics,
+    batch_norms,
+    freeze_norm_statistics,
+    make_norm_statistics_global,
+)
 from jepakit_training.learning.model import Encoder, Projector, TwoPass, layout_of, split_views
 from jepakit_training.learning.precision import cpu_has_bf16
 from jepakit_training.learning.sigreg import directions, lejepa_loss
@@ -73,6 +78,7 @@ class Learner:
         self._average = self._begin_average()
         encoder = self._make_encoder(spec)
         self._learning_norms = batch_norms(encoder) if plan.norm_statistics == "trained" else []
+        self._statistics = RunningStatistics(self._learning_norms)
         # Keep both the raw and the wrapped objects. DistributedDataParallel refuses a module with nothing to train.
         self._raw_projector = _seeded_projector(n_features, config)
         self._raw_optimizer = self._make_optimizer()
@@ -95,6 +101,7 @@ class Learner:
         trains_backbone = bool(self._trained) and step >= plan.warmup_steps
         for norm in self._learning_norms:
             norm.train(trains_backbone)
+        statistics = self._statistics.copied()
 
         with torch.set_grad_enabled(trains_backbone), self._accelerator.autocast():
             features_VNE = self._embed(views, seed)
@@ -111,10 +118,11 @@ class Learner:
         grad_norm = self._accelerator.clip_grad_norm_(
             [*self._trained.values(), *self._raw_projector.parameters()], config.clip_norm
         )
-        # A single NaN would poison AdamW forever, so the optimizer skips the step. The norm is the same on every rank.
+        # A single NaN would poison AdamW forever, so the step is skipped. The norm is the same on every rank.
         bad = (~torch.isfinite(grad_norm)).float()
         self._raw_optimizer.found_inf = bad  # type: ignore[attr-defined]  # as torch's GradScaler does
         self.optimizer.step()
+        self._statistics.undo(statistics, bad)
         self._bad_steps = (self._bad_steps + 1) * bad
         self._most_bad_steps = torch.maximum(self._most_bad_steps, self._bad_steps)
         self.optimizer.zero_grad(set_to_none=True)

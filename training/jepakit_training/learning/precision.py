@@ -7,14 +7,14 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from jepakit.errors import ConfigError
 
 
 def mixed_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["bf16", "no"]:
     """The precision of accelerate's autocast; ConfigError for bfloat16 on a machine without it."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and PartialState().device.type == "cuda"  # accelerate may be told to leave it
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
     if asked == "bf16" and not has_bf16:
         raise ConfigError("precision = bf16: this machine has no bfloat16 instructions; use auto or fp32")
@@ -31,17 +31,20 @@ def own_precision() -> Iterator[None]:
     """A block that computes in the requested precision, whatever this process did before; all is restored afterwards.
 
     Float32 means float32 in it, also on a GPU, where torch by default rounds the inputs of convolutions to 10 bits
-    (TF32): what is measured is what is served. accelerate, which keeps the precision of its first use, is reset.
+    (TF32): what is measured is what is served. accelerate is reset: it keeps the precision of its first use, and between two
+    steps of a loop that accumulates gradients and was interrupted, no optimizer takes a step.
     """
-    kept = AcceleratorState._shared_state
-    kept_before = dict(kept)
+    kept = (AcceleratorState._shared_state, GradientState._shared_state)
+    kept_before = [dict(state) for state in kept]
     with _no_tf32():
         try:
-            kept.clear()
+            for state in kept:
+                state.clear()
             yield
         finally:
-            kept.clear()
-            kept.update(kept_before)
+            for state, before in zip(kept, kept_before, strict=True):
+                state.clear()
+                state.update(before)
 
 
 @contextmanager

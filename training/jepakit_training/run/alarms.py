@@ -60,15 +60,11 @@ def projection_stats(proj_VNK: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Alarms:
-    """Watches one run.
-
-    `images` is the batch of one process, as in `projection_stats`; `batch_size` that of all processes.
-    """
+    """Watches one run."""
 
     steps: int
     warmup_steps: int
     batch_size: int
-    images: int
     n_outputs: int
     lamb: float
     lr: float
@@ -138,7 +134,7 @@ class Alarms:
                 "wide": f"warning: the projections are too wide: {seen}, their standard deviation is {std:.2f} instead of 1. They "
                 f"are torn apart faster than SIGReg can hold them: lower lr (now {self.lr:g}) and projector_lr"
             }
-        full = self.n_outputs * self.images / (self.n_outputs + self.images)
+        full = self.n_outputs * self.batch_size / (self.n_outputs + self.batch_size)
         if rank < _RANK_SHARE * full and step >= max(_RANK_FROM_STEP, self.steps // 2):
             return {
                 "rank": f"warning: the projections vary along {rank:.0f} of {self.n_outputs} directions only ({seen}): the model tells "

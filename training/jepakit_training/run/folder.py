@@ -116,7 +116,7 @@ def check_folder(out: Path, config: AdaptConfig) -> None:
 
     Raises ConfigError naming what is in the way or differs.
     """
-    if _has_begun(out):
+    if has_begun(out):
         # The tensors of an unfinished run's weights are compared before it goes on (`bundles.check_start`).
         unfinished = not (out / BUNDLE).exists()
         if changed := _changed_settings(out, config, weights_may_move=unfinished):
@@ -140,7 +140,7 @@ def open_folder(out: Path, config: AdaptConfig, images: ImageList) -> None:
     Raises ConfigError or DataError naming what differs, WriteError if nothing can be written there.
     """
     check_folder(out, config)
-    if _has_begun(out):
+    if has_begun(out):
         _check_same(out, images)
         if not (out / BUNDLE).exists():
             _tell_other_versions(out)
@@ -197,7 +197,7 @@ def must_write(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _has_begun(out: Path) -> bool:
+def has_begun(out: Path) -> bool:
     """Whether there is a run whose start was measured."""
     return is_run(out) and (out / START).exists()
 

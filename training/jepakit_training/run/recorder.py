@@ -125,7 +125,6 @@ def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run)
         steps=plan.steps,
         warmup_steps=plan.warmup_steps,
         batch_size=plan.batch_size,
-        images=plan.batch_size // accelerator.num_processes,
         n_outputs=config.projector[-1],
         lamb=plan.lamb,
         lr=plan.lr,
@@ -140,10 +139,11 @@ def _alarms(config: AdaptConfig, plan: Plan, accelerator: Accelerator, run: Run)
 
 
 def _numbers(outcome: Outcome, accelerator: Accelerator) -> dict[str, float]:
-    """The losses and the gradient norm of the whole batch, by name, and the width and rank of this process's projections."""
+    """The losses and the gradient norm of the whole batch, by name, and the width and rank of its projections."""
     shares = {"loss": outcome.loss, "prediction": outcome.prediction}
     if outcome.anchor is not None:
         shares["anchor"] = outcome.anchor
     means = accelerator.reduce(torch.stack(list(shares.values())), "mean").tolist()
-    own = {"sigreg": outcome.sigreg, "grad_norm": outcome.grad_norm, **projection_stats(outcome.projections)}
-    return {**dict(zip(shares, means, strict=True)), **{name: float(value) for name, value in own.items()}}
+    proj_NVK = accelerator.gather(outcome.projections.transpose(0, 1).contiguous())
+    whole = {"sigreg": outcome.sigreg, "grad_norm": outcome.grad_norm, **projection_stats(proj_NVK.transpose(0, 1))}
+    return {**dict(zip(shares, means, strict=True)), **{name: float(value) for name, value in whole.items()}}
