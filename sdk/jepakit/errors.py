@@ -14,6 +14,7 @@
     │   │   └── CheckpointError       a checkpoint could not be written (usually a full disk) or read
     │   ├── ExportError               the exported graph cannot be made, or does not reproduce torch
     │   ├── InferenceError            a model cannot run here: unusable provider, or not enough memory
+    │   ├── NoMemoryError (MemoryError)  there is not enough memory to read an image
     │   ├── ServeError                the service cannot start or stay up
     │   └── WriteError                a file could not be written (usually a full disk)
     └── ClientError (RuntimeError)    something went wrong between client and service; exit code 1
@@ -36,6 +37,10 @@ from typing import Any
 from jepakit._one_line import one_line
 
 _OURS = ("jepakit", "jepakit_training", "jepakit_export", "jepakit_service")
+
+
+DECODER_MISSING = "decoder_missing"
+"""The code of an image that a service cannot read, as the package for its format is not installed there."""
 
 
 class JepakitError(Exception):
@@ -88,7 +93,8 @@ class ImageError(InputError):
     """One image cannot be read correctly.
 
     `code` is a stable word for programs: `unreadable`, `unsupported_format`, `unsupported_mode`,
-    `too_large`, `too_small`, `wrong_shape`, `wrong_scale`, `constant`, `saturated`, `not_finite`.
+    `too_large`, `too_small`, `wrong_shape`, `wrong_scale`, `constant`, `saturated`, `not_finite`; from a service also
+    `decoder_missing`.
     """
 
     def __init__(self, message: str, *, code: str) -> None:
@@ -130,6 +136,10 @@ class ExportError(WorkError):
 
 class InferenceError(WorkError):
     """A model cannot run here: its provider cannot be used, or there is not enough memory."""
+
+
+class NoMemoryError(WorkError, MemoryError):
+    """There is not enough memory to read an image. It is not the image's fault, so it is never left out for that."""
 
 
 class ServeError(WorkError):

@@ -19,11 +19,22 @@ from numpy.typing import NDArray
 from jepakit._messages import counted, first_few
 from jepakit.errors import ConfigError, ImageError
 from jepakit.nodata import empty_bands, is_blank, is_unseen, missing, valid_values, without_holes
-from jepakit.readers import DEFAULT_LIMITS, EncodedSource, Header, ImageRef, ImageSource, Limits, Raster, open_raster
+from jepakit.readers import (
+    DEFAULT_LIMITS,
+    EncodedSource,
+    Header,
+    ImageRef,
+    ImageSource,
+    Limits,
+    Raster,
+    Window,
+    open_raster,
+)
 from jepakit.readers.checks import check_window
 from jepakit.readers.header import Pixels as Pixels
 from jepakit.readers.quiet import quiet
 from jepakit.readers.raster import crop
+from jepakit.readers.room import room_for
 from jepakit.readers.scenes import decoded_around
 
 if TYPE_CHECKING:
@@ -41,12 +52,12 @@ def preprocess(source: ImageSource | ImageRef, spec: Preprocess) -> Pixels:
 
 
 def read_image(
-    source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS, at_least: int | None = None
+    source: ImageSource | ImageRef, spec: Preprocess, *, limits: Limits | None = None, at_least: int | None = None
 ) -> Pixels:
     """Decode one image to [H, W, C] of the model's kind: uint8, or float32 in the files' own units.
 
     source    a path, the bytes of a file, a Pillow image, an array [H, W] or [H, W, C], or an `ImageRef`
-    limits    budgets, checked against the header before anything is decoded
+    limits    budgets, checked against the header before anything is decoded; None: those of the `ImageRef`
     at_least  for views only: the image may be reduced, but its shorter side keeps at least this many pixels
 
     From a file with several frames, the model's own frame is read unless the `ImageRef` names another; an array, or a
@@ -58,7 +69,7 @@ def read_image(
     object that is no image.
     """
     ref = source if isinstance(source, ImageRef) else ImageRef(source, name_of(source))
-    with quiet(), _opened(ref, limits, spec.voi) as raster:
+    with quiet(), _opened(ref, limits or ref.limits, spec.voi) as raster:
         header = raster.header
         _check_kind(header, spec, ref.name)
         _check_scale(header, ref, spec)
@@ -80,17 +91,20 @@ def _opened(ref: ImageRef, limits: Limits, voi: bool) -> AbstractContextManager[
 
 def _read(raster: Raster, ref: ImageRef, frame: int, voi: bool, at_least: int | None) -> Pixels:
     """Read a frame, or a window of it. If more than the window has to be decoded, it is kept for the windows that follow."""
-    stamp = raster.stamp()
+    header, stamp = raster.header, raster.stamp()
+    window = check_window(ref.window, header, ref.name)
+    around = decoded_around(window, header)
+
+    def decode(part: Window | None, at_least: int | None = None) -> Pixels:
+        with room_for(header.decoded_bytes(around)):
+            return raster.read(part, frame=frame, at_least=at_least)
+
     if ref.window is None or ref.scenes is None or stamp is None:
-        return raster.read(ref.window, frame=frame, at_least=at_least)
-    window = check_window(ref.window, raster.header, ref.name)
-    around = decoded_around(window, raster.header)
-    if raster.header.windowed and around == window:
-        return raster.read(window, frame=frame)
-    decoded = ref.scenes.whole(
-        (stamp, frame, voi, around), lambda: raster.read(around if raster.header.windowed else None, frame=frame)
-    )
-    return crop(decoded, window, around).copy()
+        return decode(ref.window, at_least)
+    if header.windowed and around == window:
+        return decode(window)
+    whole = ref.scenes.whole((stamp, frame, voi, around), lambda: decode(around if header.windowed else None))
+    return crop(whole, window, around).copy()
 
 
 def fit(pixels: Pixels, spec: Preprocess, *, limits: Limits = DEFAULT_LIMITS) -> Pixels:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from jepakit.errors import ImageError
+from jepakit.errors import DECODER_MISSING, ImageError
 
-_STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415}
+_STATUS_OF_IMAGE_ERROR = {"too_large": 413, "unsupported_format": 415, DECODER_MISSING: 415}
 
 
 class ApiError(Exception):

@@ -106,7 +106,7 @@ class ServeSettings(StrictBools, BaseSettings):
     it may take at most 8 times that many bytes."""
     max_waiting: Positive = 1024
     """Maximum number of images waiting or running in a replica; requests beyond it get 429, as do those beyond what the model can
-    answer in half of `request_timeout_s` at the speed measured at start. A request that is alone is let in."""
+    answer in half of `request_timeout_s`, as measured at start and, for decoding, since. A request that is alone is let in."""
     max_memory_mb: Positive | None = None
     """Resident memory, in MB, above which a replica counts as unhealthy: Ray replaces it, and /readyz reports it (that alone
     without Ray). null: no limit."""
@@ -160,6 +160,12 @@ class ServeSettings(StrictBools, BaseSettings):
                 f"the API key file {self.api_key_file} does not exist, or this user may not enter its folder: "
                 "make one with `jepakit serve --new-key NAME`"
             )
+        of_ray = {name: getattr(self, name) for name in ("replicas", "max_replicas", "num_gpus")}
+        for name, value in of_ray.items() if not self.ray else ():
+            if value != ServeSettings.model_fields[name].default:
+                raise ValueError(
+                    f"{name} = {value} is for Ray Serve: leave it out, or leave out --no-ray (ray = false)"
+                )
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas = {self.max_replicas} is less than replicas = {self.replicas}")
         return self

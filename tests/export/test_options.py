@@ -31,6 +31,7 @@ from jepakit.bundles.manifest import INPUT, EmbeddingSpec, Preprocess
 from jepakit.errors import ConfigError, DataError, ExportError
 from jepakit.images import center_crop, preprocess
 from jepakit.inference.session import Session
+from jepakit.readers import Limits
 from jepakit.sources import ImageList, tiles
 from jepakit_export import convert, exporter, quantize, verify
 from jepakit_export.verify import (
@@ -417,9 +418,9 @@ def test_images_spread_over_the_whole_source_are_verified_on(tmp_path: Path, mon
     monkeypatch.setattr(verify, "MOST_IMAGES", 16)
     opened, real = list[int](), tiles._open
 
-    def noted(images: ImageList, index: int) -> Any:
+    def noted(images: ImageList, index: int, limits: Limits) -> Any:
         opened.append(index)
-        return real(images, index)
+        return real(images, index, limits)
 
     monkeypatch.setattr(tiles, "_open", noted)
     np.testing.assert_array_equal(read_users_images(folder, spec), whole[::3])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,9 +23,11 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from jepakit.bundles.manifest import Preprocess
-from jepakit.errors import ImageError
-from jepakit.images import fit, preprocess
+from jepakit.errors import ImageError, NoMemoryError
+from jepakit.images import fit, preprocess, read_image
 from jepakit.readers import DEFAULT_LIMITS, Limits, open_raster
+from jepakit.readers.pillow import PillowFile
+from jepakit.sources import list_images
 
 Pixels = NDArray[np.uint8]
 
@@ -86,6 +93,61 @@ def test_the_pixel_budget_can_be_chosen() -> None:
     assert "30 × 20" in refused(data, "too_large", limits=Limits(max_pixels=599))
     refused(Image.fromarray(make_pixels(20, 30)), "too_large", limits=Limits(max_pixels=599))
     read(data, limits=Limits(max_pixels=600))
+
+
+def test_a_scene_that_tiles_are_cut_from_may_have_more_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one that is decoded whole: a PNG."""
+    pixels = make_pixels(40, 60)
+    Image.fromarray(pixels).save(tmp_path / "scene.png")
+    monkeypatch.setattr("jepakit.readers.header.DEFAULT_LIMITS", Limits(max_pixels=2399))
+    spec = make_spec(20, 20)
+    tiles = list_images(tmp_path, tile=20)
+    assert len(tiles) == 6
+    found = [read_image(tiles[place], spec) for place in range(6)]
+    expected = [pixels[y : y + 20, x : x + 20] for y in (0, 20) for x in (0, 20, 40)]
+    assert all(map(np.array_equal, found, expected))
+    with pytest.raises(ImageError, match="60 × 40 pixels, the limit is 2,399: cut it into tiles"):
+        read_image(tmp_path / "scene.png", spec)
+
+
+def test_pillows_own_limit_is_neither_heeded_nor_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.fromarray(make_pixels()), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(data))
+    read(data)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_large_images_are_decoded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, lock, decoding, most = PillowFile._decode, threading.Lock(), 0, 0
+
+    def slow(*args: Any) -> Any:
+        nonlocal decoding, most
+        with lock:
+            decoding += 1
+            most = max(most, decoding)
+        time.sleep(0.01)
+        with lock:
+            decoding -= 1
+        return decode(*args)
+
+    monkeypatch.setattr(PillowFile, "_decode", slow)
+    data = encoded(Image.fromarray(make_pixels()), "PNG")
+    for room, at_once in ((2 * 3 * 600, 2), (2 * 3 * 600 - 1, 1)):
+        monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", room)
+        most = 0
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(read_image, [data] * 12, [make_spec(20, 20)] * 12))
+        assert most == at_once
+
+
+def test_a_lack_of_memory_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PillowFile, "_decode", MagicMock(side_effect=MemoryError))
+    with pytest.raises(NoMemoryError, match="image: out of memory while it was read: end other programs") as told:
+        read_image(encoded(Image.fromarray(make_pixels()), "PNG"), make_spec(20, 20))
+    assert isinstance(told.value, MemoryError)
+    assert not isinstance(told.value, ImageError)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jepakit.errors import ConfigError, DataError, ImageError
-from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, Window
+from jepakit.readers import DEFAULT_LIMITS, Header, ImageRef, Limits, Window
 from jepakit.readers.raster import Raster, crop
 from jepakit.sources import ImageList, gather, list_images
 
@@ -49,7 +49,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """`make(**{"a": scene(…)})`: a folder of files a.tif, … that open as these scenes; other files are damaged."""
     scenes: dict[str, Scene] = {}
 
-    def open_raster(source: Any, *, name: str) -> Scene:
+    def open_raster(source: Any, *, name: str, limits: Limits) -> Scene:
         if Path(source).name not in scenes:
             raise ImageError(f"{name}: damaged", code="unreadable")
         return scenes[Path(source).name]

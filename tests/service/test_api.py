@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from contextlib import closing
-from http.client import HTTPResponse
+from http.client import HTTPResponse, parse_headers
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -25,7 +26,7 @@ import pytest
 
 import jepakit
 from jepakit.bundles.bundle import open_bundle
-from jepakit.errors import AuthenticationError, ConfigError, ImageError
+from jepakit.errors import AuthenticationError, ConfigError, ImageError, MissingExtraError
 from jepakit_service.faults import ApiError
 from jepakit_service.http import api, dialects, posts, routes, wire
 from jepakit_service.http.api import build_app
@@ -234,6 +235,30 @@ def test_an_image_over_the_services_own_limits_is_told_their_setting(bundle: Pat
         model.close()
 
 
+def test_an_image_whose_decoder_is_not_installed_is_told_as_such(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "reading DICOM needs pydicom: pip install 'jepakit[dicom]'"
+    monkeypatch.setattr("jepakit_service.models.model.read_image", MagicMock(side_effect=MissingExtraError(reason)))
+    answer = http.post("/v1/embeddings", content=picture(0), headers={"Content-Type": "image/png"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (415, "decoder_missing", "input[0]")
+    assert f"{reason}, where the service runs" in error["message"]
+
+
+def test_a_lack_of_memory_for_decoding_is_no_fault_of_the_image_and_passes(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [("files", (str(place), picture(place))) for place in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr("jepakit.readers.pillow.PillowFile._decode", MagicMock(side_effect=MemoryError))
+        for path in ("/v1/embeddings", "/v1/embeddings?partial=true"):
+            answer = http.post(path, files=files)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
+            assert answer.headers["retry-after"] == "1"
+    assert http.post("/v1/embeddings", files=files).status_code == 200
+
+
 def test_too_many_images_are_refused(http: httpx.Client) -> None:
     files = [("files", (str(place), b"x")) for place in range(65)]
     assert http.post("/v1/embeddings", files=files).status_code == 413
@@ -388,10 +413,11 @@ def test_a_body_is_read_though_the_client_offers_an_upgrade(service: str) -> Non
                 assert answer.status == 200
                 assert len(json.loads(answer.read())["data"]) == 1
         connection.sendall((head.encode() + image) * 3 + head.encode())  # at once, and a head whose body never comes
-        for _ in range(3):
-            with closing(HTTPResponse(connection)) as answer:
-                answer.begin()
-                assert (answer.status, len(json.loads(answer.read())["data"])) == (200, 1)
+        with connection.makefile("rb") as answers:  # one buffer: several may arrive together
+            for _ in range(3):
+                assert answers.readline().split()[1] == b"200"
+                length = parse_headers(answers)["content-length"]
+                assert len(json.loads(answers.read(int(length)))["data"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -458,6 +458,21 @@ def test_an_error_of_the_service_or_the_way_to_it_is_never_taken_for_a_bad_image
                 asked(kind, url, call, deadline_s=0.5)
 
 
+@pytest.mark.parametrize("kind", [jepakit.Client, jepakit.AsyncClient])
+def test_an_image_that_the_service_lacks_a_decoder_for_is_not_left_out(kind: type[Any]) -> None:
+    error = b'{"message": "%sreading DICOM needs pydicom", "code": "decoder_missing", "param": "input[1]"}'
+    call = partial(kind.embed, images=[picture(0)] * 2, most_skipped=0.5, progress=False)
+    with _answering([MODELS, (415, {}, b'{"error": %s}' % (error % b"input[1]: image: "))]) as url:
+        with pytest.raises(ImageError, match=r"1: reading DICOM needs pydicom$"):
+            asked(kind, url, call)
+        assert _Scripted.seen == 2
+    bad = b'{"error": {"message": "input[0]: of one value", "code": "constant", "param": "input[0]"}}'
+    rows = b'{"data": [{"index": 0, "embedding": [1.0]}, {"index": 1, "error": %s}]}' % (error % b"")
+    good = {"X-Embedding-Shape": "2,1", "X-Model-Id": "a" * 16}
+    with _answering([MODELS, (422, {}, bad), (200, good, rows)]) as url, pytest.raises(ImageError, match=r"pydicom$"):
+        asked(kind, url, call)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -1101,7 +1116,7 @@ def slow_service(bundle: Path, images_a_second: float, takes_s: float, **setting
     """A service of a model that was measured at so many images a second, and takes so long for each."""
     service = running(ServeSettings(bundles=(str(bundle),), port=1, **settings))
     model = service.gate.replica.registry.find("tiny")
-    model.plan = model.plan._replace(rate=images_a_second)
+    model.pace._rate = images_a_second
     run = model._batcher._run
 
     def slowly(images: Any) -> Any:

@@ -44,9 +44,15 @@ def test_flags_win_over_the_environment_and_it_over_the_file(tmp_path: Path, mon
     file.write_text("bundles: [a, b]\nport: 1001\nreplicas: 2\nmax_images: 7\n")
     monkeypatch.setenv("JEPAKIT_SERVE_PORT", "1002")
     monkeypatch.setenv("JEPAKIT_SERVE_REPLICAS", "3")
-    monkeypatch.setenv("JEPAKIT_SERVE_RAY", "false")
+    monkeypatch.setenv("JEPAKIT_SERVE_PROXY", "python")
     found = load({"replicas": 4}, file)
-    assert (found.bundles, found.port, found.replicas, found.ray, found.max_images) == (("a", "b"), 1002, 4, False, 7)
+    assert (found.bundles, found.port, found.replicas, found.proxy, found.max_images) == (
+        ("a", "b"),
+        1002,
+        4,
+        "python",
+        7,
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, field in ServeSettings.model_fields.items() if field.default is None])
@@ -135,6 +141,13 @@ def test_the_page_on_operation_has_every_setting_with_its_default() -> None:
             for host in ("192.0.2.2", "127.0.0.2", "'::1'", "'::'")
         ),
         ("bundles: [a]\nreplicas: 3\nmax_replicas: 2\n", "less than replicas"),
+        *(
+            (
+                f"bundles: [a]\nray: false\n{name}: 2\n",
+                f"{name} = 2.* is for Ray Serve: leave it out, or leave out --no-ray",
+            )
+            for name in ("replicas", "max_replicas", "num_gpus")
+        ),
         ("bundles: [a]\n1: a\n", "unknown setting '1'"),
         ("bundles: [a]\n? [b]\n: c\n", "is not YAML"),
         ("port: 1\nbundles: [a]\nport: 2\n", "sets 'port' 2 times"),

@@ -20,7 +20,7 @@ from jepakit._threads import work_ahead
 from jepakit.client.attempts import AT_ONCE
 from jepakit.client.models import ModelInfo, named
 from jepakit.embedding.results import Results
-from jepakit.errors import ImageError, ModelChangedError, ProtocolError, ResponseError
+from jepakit.errors import DECODER_MISSING, ImageError, ModelChangedError, ProtocolError, ResponseError
 from jepakit.readers import DEFAULT_LIMITS
 from jepakit.sources import ImageList
 
@@ -180,18 +180,23 @@ class Job:
         self.computed = (response.headers.get("x-precision", "fp32"), response.headers.get("x-provider", "cpu"))
         vectors, refused = found
         for place, message, code in refused:
-            self._results.skipped.add(chunk.places[place], self._named(chunk.places[place], message, code))
+            self._leave_out(chunk.places[place], self._named(chunk.places[place], message, code))
         self._results.add(chunk.places[-1] + 1, vectors, model_id)
 
     def tolerate(self, chunk: Chunk, error: ImageError) -> Chunk | None:
         """The chunk to send next after one image was refused; None if it was the only one, which is then left out.
 
-        Raises `error` if nothing may be left out.
+        Raises `error` if nothing may be left out, or the image is not at fault.
         """
-        if len(chunk.items) > 1 and self._results.skipped.allowed:
+        if len(chunk.items) > 1 and self._results.skipped.allowed and error.code != DECODER_MISSING:
             return replace(chunk, partial=True)
-        self._results.skipped.add(chunk.places[0], error)
+        self._leave_out(chunk.places[0], error)
         return None
+
+    def _leave_out(self, place: int, error: ImageError) -> None:
+        if error.code == DECODER_MISSING:
+            raise error
+        self._results.skipped.add(place, error)
 
     @contextmanager
     def naming(self, chunk: Chunk) -> Iterator[None]:

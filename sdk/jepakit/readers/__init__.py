@@ -8,7 +8,7 @@ Scaling of values is decided later, by `jepakit.images`.
 
 from jepakit.readers.dicom import dicom_group
 from jepakit.readers.encoded import EncodedSource
-from jepakit.readers.header import DEFAULT_LIMITS, Header, ImageRef, ImageSource, Limits, Window
+from jepakit.readers.header import DEFAULT_LIMITS, SCENE_LIMITS, Header, ImageRef, ImageSource, Limits, Window
 from jepakit.readers.opening import open_raster
 from jepakit.readers.raster import Raster
 from jepakit.readers.scenes import Scenes
@@ -17,6 +17,7 @@ from jepakit.readers.sniff import DICOM_HEAD, begins_as_dicom
 __all__ = [
     "DEFAULT_LIMITS",
     "DICOM_HEAD",
+    "SCENE_LIMITS",
     "EncodedSource",
     "Header",
     "ImageRef",

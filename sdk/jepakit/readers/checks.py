@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from jepakit.errors import ImageError, InputError
+from jepakit.errors import ImageError, InputError, NoMemoryError
 from jepakit.readers.header import Header, Limits, Window
 from jepakit.readers.quiet import quiet
 
@@ -40,9 +40,8 @@ def reading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except MemoryError:
-        raise ImageError(
-            f"{name}: out of memory while it was read: {CUT}, or read fewer images at once (fewer workers)",
-            code="too_large",
+        raise NoMemoryError(
+            f"{name}: out of memory while it was read: end other programs, read fewer images at once (fewer workers), or {CUT}"
         ) from None
     except Exception as error:
         raise ImageError(
@@ -68,7 +67,10 @@ def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, 
     """Refuse [height, width, bands] over the limits; returns its size in bytes once decoded."""
     height, width = shape[:2]
     if height * width > limits.max_pixels:
-        raise too_many_pixels(name, f"{width} × {height}", limits, remedy)
+        raise ImageError(
+            f"{name}: {width} × {height} pixels, the limit is {limits.max_pixels:,}{_set_by(limits)}: {remedy}",
+            code="too_large",
+        )
     size = prod(shape) * np.dtype(dtype).itemsize
     if size > limits.max_decoded_bytes:
         raise ImageError(
@@ -76,13 +78,6 @@ def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, 
             code="too_large",
         )
     return size
-
-
-def too_many_pixels(name: str, seen: str, limits: Limits, remedy: str) -> ImageError:
-    """The error for an image, or a window, with more pixels than the limit."""
-    return ImageError(
-        f"{name}: {seen} pixels, the limit is {limits.max_pixels:,}{_set_by(limits)}: {remedy}", code="too_large"
-    )
 
 
 def _set_by(limits: Limits) -> str:

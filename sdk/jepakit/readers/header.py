@@ -53,6 +53,8 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+SCENE_LIMITS = Limits(max_pixels=DEFAULT_LIMITS.max_decoded_bytes)
+"""Of an image that tiles are cut from, even where it has to be decoded whole: its bytes once decoded alone decide."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,8 @@ class ImageRef:
     window: Window | None = None
     frame: int | None = None
     scenes: Scenes | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def limits(self) -> Limits:
+        """The budgets for reading it."""
+        return DEFAULT_LIMITS if self.window is None else SCENE_LIMITS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.checks import CUT, reading, too_many_pixels
+from jepakit.readers.checks import reading
 from jepakit.readers.codestream import refuse_scans
 from jepakit.readers.encoded import Counted, Encoded, of_few_pieces
 from jepakit.readers.header import Header, Limits, Pixels, Window
@@ -47,7 +47,7 @@ class PillowFile(Raster):
     def __init__(self, encoded: Encoded, limits: Limits, formats: tuple[str, ...], pages: list[int] | None) -> None:
         """`pages`: indices of a TIFF's frames among its pages; None: Pillow's own frames."""
         self._encoded, self._formats, self._pages = encoded, formats, pages
-        image = _open(encoded, formats, limits)
+        image = _open(encoded, formats)
         with reading(encoded.name):
             image.seek(pages[0] if pages else 0)
             late = image.format == "PNG" and has_late_chunks(encoded)
@@ -66,7 +66,7 @@ class PillowFile(Raster):
     def _decode(self, window: Window, frame: int, at_least: int | None) -> Pixels:
         image, self._opened = self._opened, None
         if image is None:
-            image = _open(self._encoded, self._formats, self._limits)
+            image = _open(self._encoded, self._formats)
             image.seek(self._pages[frame] if self._pages else frame)
         if _is_deep_colour(image):
             return upright(decode_deep(self._encoded), self._orientation)
@@ -197,7 +197,7 @@ def import_pillow() -> Any:
     return Image
 
 
-def _open(encoded: Encoded, formats: tuple[str, ...], limits: Limits) -> Image:
+def _open(encoded: Encoded, formats: tuple[str, ...]) -> Image:
     pillow = import_pillow()
     encoded.file.seek(0)
     # libtiff wants the file itself.
@@ -207,8 +207,6 @@ def _open(encoded: Encoded, formats: tuple[str, ...], limits: Limits) -> Image:
             image: Image = pillow.open(file, formats=formats)
     except ImageError:
         raise
-    except pillow.DecompressionBombError:
-        raise too_many_pixels(encoded.name, "over 178 million", limits, CUT) from None
     except Exception:
         raise not_an_image(encoded.name) from None
     if isinstance(file, Counted):

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jepakit._machine import usable_cpus
 from jepakit.readers.forks import in_each_child
 
-AT_ONCE_BYTES = 128 << 20
+AT_ONCE_BYTES = (64 << 20) * max(2, usable_cpus())
+"""64 MB a core: a photograph of 20 megapixels each."""
 
 
 class _Room:

@@ -15,7 +15,7 @@ from jepakit._messages import counted, did_you_mean, joined
 from jepakit._threads import THREADS, in_threads
 from jepakit.errors import ConfigError, DataError, ImageError
 from jepakit.nodata import is_blank, is_unseen, valid_pixels, valid_values
-from jepakit.readers import Header, Raster, Window, open_raster
+from jepakit.readers import DEFAULT_LIMITS, SCENE_LIMITS, Header, Limits, Raster, Window, open_raster
 from jepakit.readers.room import room_for
 from jepakit.readers.scenes import KEPT_BYTES, decoded_around
 from jepakit.sources.imagelist import ImageList, Pieces
@@ -90,7 +90,8 @@ def cut_into_pieces(images: ImageList, cut: Cut, *, most_skipped: float, most_cu
     if cut.tile is None and isinstance(cut.frame, int):
         count = len(images)
         return replace(images, pieces=Pieces(np.arange(count), np.full(count, cut.frame, np.int32), None))
-    opened = _open_all(images, evenly_spread(len(images), most_cut or len(images)).tolist(), most_skipped)
+    indices = evenly_spread(len(images), most_cut or len(images)).tolist()
+    opened = _open_all(images, indices, DEFAULT_LIMITS if cut.tile is None else SCENE_LIMITS, most_skipped)
     pieces, left_out = _all_pieces(opened, cut), _LeftOut(0, 0)
     if cut.tile is not None:
         pieces, left_out = _keep_valid_tiles(opened, pieces, cut)
@@ -123,10 +124,10 @@ class _Opened:
     unreadable: list[ImageError]
 
 
-def _open_all(images: ImageList, indices: list[int], most_skipped: float) -> _Opened:
+def _open_all(images: ImageList, indices: list[int], limits: Limits, most_skipped: float) -> _Opened:
     def read_header(index: int) -> Header | ImageError:
         try:
-            with _open(images, index) as raster:
+            with _open(images, index, limits) as raster:
                 return raster.header
         except ImageError as error:
             if not most_skipped:
@@ -144,9 +145,9 @@ def _open_all(images: ImageList, indices: list[int], most_skipped: float) -> _Op
     return _Opened(images, headers, unreadable)
 
 
-def _open(images: ImageList, index: int) -> Raster:
+def _open(images: ImageList, index: int, limits: Limits) -> Raster:
     ref = images[index]
-    return open_raster(ref.data, name=ref.name)
+    return open_raster(ref.data, name=ref.name, limits=limits)
 
 
 def _all_pieces(opened: _Opened, cut: Cut) -> Pieces:
@@ -248,7 +249,8 @@ def _measure_tiles_of_one(
     numbers = []
     try:
         decoded = decoded_around(Window(*tiles.window[0].tolist()), header)
-        with room_for(header.decoded_bytes(decoded)), _open(images, int(tiles.image[0])) as raster:
+        size = header.decoded_bytes(decoded)
+        with room_for(size), _open(images, int(tiles.image[0]), SCENE_LIMITS) as raster:
             for window, frame in zip(tiles.window.tolist(), tiles.frame.tolist(), strict=True):
                 pixels_HWC = raster.read(Window(*window), frame=max(0, frame))
                 valid_NC = valid_values(pixels_HWC, valid_pixels(pixels_HWC, header.nodata))

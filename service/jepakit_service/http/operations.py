@@ -183,7 +183,7 @@ def _describe(model: LoadedModel, settings: ServeSettings, heard: Round) -> Mode
         "limits": {
             "max_body_mb": settings.max_body_mb,
             "max_images": settings.max_images,
-            "max_images_in_time": max_images_in_time(model.plan, settings),
+            "max_images_in_time": max_images_in_time(model, settings),
             "max_pixels": settings.max_pixels,
             "request_timeout_s": settings.request_timeout_s,
         },

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jepakit.errors import ImageError, InferenceError
+from jepakit.errors import ImageError, InferenceError, NoMemoryError
 from jepakit.inference.session import NOT_FINITE
 from jepakit_service.faults import unavailable
 from jepakit_service.models.batcher import Answer, ImageData, Result
 from jepakit_service.models.model import LoadedModel
-from jepakit_service.models.tuning import Plan
 from jepakit_service.settings import ServeSettings
 
 
-def max_images_in_time(plan: Plan, settings: ServeSettings) -> int:
-    """How many images a model answers in half of `request_timeout_s`, at the speed measured at start; at least one."""
-    return max(1, int(plan.rate * settings.request_timeout_s / 2))
+def max_images_in_time(model: LoadedModel, settings: ServeSettings) -> int:
+    """How many images a model answers in half of `request_timeout_s`, at its present pace; at least one."""
+    return max(1, round(model.pace.rate * settings.request_timeout_s / 2))
 
 
 class Engine:
@@ -44,6 +43,8 @@ class Engine:
             raise unavailable("timeout", f"no answer within {seconds:g} s: try again") from None
         except InferenceError as error:
             raise unavailable("out_of_memory", f"{error} (--set max_batch=N)") from None
+        except NoMemoryError:  # its message names no image of the request
+            raise unavailable("out_of_memory", "no memory to decode an image: try again") from None
         finally:
             self._inside -= len(images)
             model.inside -= len(images)
@@ -60,7 +61,7 @@ class Engine:
         """
         limits = (
             (self._inside, self._settings.max_waiting),
-            (model.inside, max_images_in_time(model.plan, self._settings)),
+            (model.inside, max_images_in_time(model, self._settings)),
         )
         return any(inside and inside + more > most for inside, most in limits)
 

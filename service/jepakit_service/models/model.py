@@ -13,13 +13,14 @@ from jepakit._machine import trim_heap
 from jepakit.bundles import golden
 from jepakit.bundles.bundle import GOLDEN, Bundle
 from jepakit.bundles.manifest import Described
-from jepakit.errors import ImageError, MissingExtraError
+from jepakit.errors import DECODER_MISSING, ImageError, MissingExtraError
 from jepakit.images import fit, read_image
 from jepakit.inference.runtime import ON_GPU
 from jepakit.inference.session import Session
 from jepakit.readers import Limits
 from jepakit_service.models.batcher import Answer, Batcher, Capacity, Decoded, ImageData, Result
 from jepakit_service.models.heartbeat import Heartbeat
+from jepakit_service.models.pace import Pace
 from jepakit_service.models.tuning import tune
 from jepakit_service.settings import ServeSettings
 from jepakit_service.telemetry.metrics import Metrics
@@ -56,15 +57,17 @@ class LoadedModel(Described):
         """Images of requests that the engine has let in."""
         # Where the table has only tolerances of cosines over many vectors, a single vector is held to this wide limit.
         limit = golden.TOLERANCES[self.precision, self.provider].relative or 1.0
+        on_gpu = self.provider in ON_GPU
+        self.pace = Pace(self.plan.rate, settings.threads, self.metrics, beside=on_gpu)
         self.heartbeat = Heartbeat(
-            self.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.metrics
+            self.name, self._embed_golden, expected.vectors[0], limit, self.plan.batch_s, self.pace
         )
         capacity = Capacity(
             self.plan.max_batch,
             self.plan.lanes,
             self.plan.few,
             cores=settings.threads,
-            lane_cores=0 if self.provider in ON_GPU else self.plan.threads,
+            lane_cores=0 if on_gpu else self.plan.threads,
             batch_s=self.plan.batch_s,
         )
         # Only the batcher holds the sessions, and it releases them once it is closed and empty.
@@ -97,6 +100,6 @@ class LoadedModel(Described):
         spec = self.manifest.preprocess
         try:
             pixels = read_image(image, spec, limits=self._limits)
-        except MissingExtraError as error:  # tells the sender what is not installed here
-            raise ImageError(str(error), code="unsupported_format") from None
+        except MissingExtraError as error:
+            raise ImageError(f"{error}, where the service runs", code=DECODER_MISSING) from None
         return Decoded(np.ascontiguousarray(fit(pixels, spec, limits=self._limits)), pixels.shape[0] * pixels.shape[1])

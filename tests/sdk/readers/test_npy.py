@@ -16,7 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 from tests.files import npy
 
-from jepakit.errors import ImageError
+from jepakit.errors import ImageError, NoMemoryError
 from jepakit.readers import Limits, Window, open_raster
 
 Refused = Callable[..., str]
@@ -117,12 +117,13 @@ def test_many_bands_are_bands_where_no_side_is_as_long(shape: tuple[int, ...]) -
         assert raster.header.bands == shape[2]
 
 
-def test_no_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+def test_no_memory_is_not_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: Any) -> Any:
         raise MemoryError
 
     monkeypatch.setattr("jepakit.readers.npy.read_npy_header", no_memory)
-    assert "out of memory" in refused(npy(make(20, 30)), "too_large")
+    with pytest.raises(NoMemoryError, match="image: out of memory while it was read"):
+        open_raster(npy(make(20, 30)))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])

@@ -266,7 +266,7 @@ def refuse_mixed(found: Scan, ids: Sequence[str], most: float) -> None:
 def _look(images: ImageList, index: int, value_range: ValueRange, frame: int | None) -> Seen | tuple[int, str]:
     try:
         ref = images[index]
-        with open_raster(ref.data, name=ref.name, voi=value_range == "file") as raster:
+        with open_raster(ref.data, name=ref.name, limits=ref.limits, voi=value_range == "file") as raster:
             header = raster.header
             window = Window(0, 0, header.width, header.height) if ref.window is None else ref.window
             chosen = choose_frame(header, ref.frame if ref.frame is not None else frame, ref.name)
