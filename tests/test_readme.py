@@ -92,8 +92,8 @@ def test_the_shell_lines_ask_for_what_the_python_lines_do(monkeypatch: pytest.Mo
     for line in (*shell.splitlines(), sweeping):
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, done.output
-    assert adapt.call_args == call(images.rstrip("/"), **settings | {"out": "runs/shell"})
-    assert export.call_args == call("runs/shell", bundle.replace("scans", "shell"))
+    assert adapt.call_args == call(images.rstrip("/"), **settings)
+    assert export.call_args == call(settings["out"], bundle)
     assert sweep.call_args == call("scans", out="sweeps/scans", vary={"unfreeze": ["auto", "all"]})
     for chosen in combinations(sweep.call_args.kwargs["vary"], {}).values():
         AdaptConfig(images="scans", **chosen)
@@ -133,10 +133,9 @@ def test_what_you_do_on_your_own_images(images: Path, tmp_path: Path) -> None:
     out = run([sys.executable, "-c", f"{plain}{OWN}\n{check}"], tmp_path)
     assert re.search(r"^\(1, \d+\)\nTrue\nrelative error \d(\.\d+)?e-0[5-9]$", out, re.MULTILINE), out
 
-    (compare,) = re.findall(r"`jepakit (compare .*?)`", README)
-    shutil.copytree(tmp_path / "bundles/scans", tmp_path / "bundles/shell")
+    (compare,), (start,) = (re.findall(rf"`jepakit ({line}.*?)`", README) for line in ("compare", "export runs"))
+    run([f"{programs}/jepakit", *shlex.split(start)], tmp_path)
     assert "points" in run([f"{programs}/jepakit", *shlex.split(compare)], tmp_path)
-    shutil.rmtree(tmp_path / "bundles/shell")  # a service takes each name once
 
     (serve,) = blocks("sh", under="3. Serve")
     assert serve == "jepakit serve bundles\n"
@@ -160,7 +159,7 @@ def test_the_shell_lines_run(images: Path, tmp_path: Path) -> None:
     (shell,) = blocks("sh", under="2. Adapt")
     for line in shell.replace("--steps 300", "--steps 2 --image-size 64 --batch-size 16").splitlines():
         run([f"{programs}/{shlex.split(line)[0]}", *shlex.split(line)[1:]], tmp_path)
-    assert (tmp_path / "bundles" / "shell" / "model.onnx").exists()
+    assert (tmp_path / "bundles" / "scans" / "model.onnx").exists()
     (sweep,) = re.findall(r"`jepakit (sweep .*?)`", README)
     tiny = "--backbone test_resnet --weights random --steps 1 --image-size 64 --set batch_size=16"
     assert "the start" in run([f"{programs}/jepakit", *shlex.split(f"{sweep} {tiny}")], tmp_path)

@@ -271,6 +271,8 @@ def _id(name: object) -> str:
 
 
 def _checked_k(k: int, most: int, what: str) -> int:
+    if not most:
+        raise DataError(f"there are no {what} to search: embed some images first")
     if not is_whole(k) or not 1 <= k <= most:
         raise ConfigError(f"k = {k!r}: give a whole number, 1 to {most}, which is how many {what} there are")
     return int(k)

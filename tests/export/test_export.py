@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
+from typer.testing import CliRunner
 
 import jepakit
 import jepakit._frontdoor
@@ -32,6 +33,7 @@ from jepakit.backbones.embedder import Embedder
 from jepakit.bundles import golden
 from jepakit.bundles.bundle import GOLDEN, GRAPH, MANIFEST, WEIGHTS, Bundle, name_for
 from jepakit.bundles.comparison import Comparison, Scores, Verdict
+from jepakit.cli import app
 from jepakit.config import ExportConfig
 from jepakit.errors import BackboneError, BundleError, ConfigError, DataError, ExportError, WriteError
 from jepakit.images import preprocess
@@ -599,3 +601,28 @@ def test_the_examples_mobilenet_is_exported(mobilenet_weights: Path, images: Pat
 def test_backbones_with_fused_attention_that_the_exporter_cannot_take(name: str, tmp_path: Path) -> None:
     bundle = jepakit.export(f"{name}:random", tmp_path / "bundle")
     assert Session.open(bundle, provider="cpu").run(np.zeros((3, 224, 224, 3), np.uint8)).shape[0] == 3
+
+
+def test_a_bundle_is_shown_and_its_files_are_checked(
+    exported: Callable[[str], Bundle], run: Run, tmp_path: Path
+) -> None:
+    bundle = exported("run")
+    shown = CliRunner().invoke(app, ["show", str(bundle.path), "--verify"], catch_exceptions=False).stdout
+    for part in (
+        bundle.name,
+        bundle.model_id,
+        bundle.digest,
+        bundle.manifest.backbone.start.license,
+        "fp32: relative error",
+    ):
+        assert part in shown
+    assert f"adapted in {run.config['steps']} steps" in shown
+    assert str(run.verdict) in shown
+    assert shown.endswith("its files are intact, and it computes its golden vectors here, on cpu\n")
+    bare = CliRunner().invoke(app, ["show", str(run.path / START)], catch_exceptions=False).stdout
+    assert "weights alone: `jepakit export` makes the graph" in bare
+    assert "training none by jepakit" in bare
+    damaged = shutil.copytree(bundle.path, tmp_path / "damaged")
+    (damaged / WEIGHTS).write_bytes(b"x" + (damaged / WEIGHTS).read_bytes()[1:])
+    with pytest.raises(BundleError, match=r"weights\.safetensors is damaged"):
+        CliRunner().invoke(app, ["show", str(damaged)], catch_exceptions=False)

@@ -316,6 +316,9 @@ def test_a_model_is_chosen_of_a_service_alone_and_a_file_is_what_its_name_says(t
         run("embed", tmp_path, "--bundle", tmp_path, "--model", "x", "--out", tmp_path / "e.npz")
     with pytest.raises(AssertionError, match=r"e.csv: the output is a .npz file"):
         run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "e.csv")
+    np.savez(tmp_path / "images.npz", images=np.zeros(3))
+    with pytest.raises(AssertionError, match=r"images\.npz exists and holds no embeddings"):
+        run("embed", tmp_path, "--bundle", tmp_path, "--out", tmp_path / "images.npz")
 
 
 def test_a_glob_that_the_shell_has_resolved_is_a_list_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

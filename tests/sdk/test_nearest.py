@@ -53,6 +53,12 @@ def test_no_queries_have_no_neighbours_and_zeros_are_like_nothing() -> None:
     assert (places.tolist(), cosines.tolist()) == ([[0, 1]], [[0.0, -1.0]])
 
 
+def test_in_no_vectors_there_is_nothing_to_find() -> None:
+    index = embeddings(np.eye(3))
+    with pytest.raises(DataError, match="there are no vectors to search: embed some images first"):
+        index[:0].nearest(index)
+
+
 @pytest.mark.parametrize("k", [0, -1, 4, 2.0, True, "2", None])
 def test_a_k_that_there_is_not_is_refused(k: Any) -> None:
     index = embeddings(np.eye(3))

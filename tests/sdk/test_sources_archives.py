@@ -157,13 +157,22 @@ def test_a_member_that_was_added_again_replaces_the_earlier_with_its_label(tmp_p
     assert listed.labels == ("dog", "dog"), "of 2 the .cls, which comes first"
     assert len(listed) == 2
     tar(shard, {"1.cls": b""}, "a")
-    assert "1 of 2 images have no .cls" in list_images(shard).note
+    assert list_images(shard).labels == (None, "dog")
 
 
-def test_a_shard_without_all_labels_has_none_and_says_how_many_lack(tmp_path: Path) -> None:
-    listed = list_images(tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.json": b"[]"}))
-    assert listed.labels is None
-    assert "1 of 2 images have no .cls" in listed.note
+def test_a_shard_may_have_labels_for_some_images_or_none(tmp_path: Path) -> None:
+    shard = tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.json": b"[]"})
+    listed = list_images(shard)
+    assert listed.labels == ("0", None)
+    assert "labels: 1 class from .cls and .json" in listed.note
+    assert "1 of 2 images are labelled" in listed.note
+    with pytest.raises(
+        DataError, match=r"a\.tar/2\.jpg has no label \(1 of 2 images have none\): .* or use labels none"
+    ):
+        gather(shard, "auto")
+    without = list_images(tar(tmp_path / "b.tar", {"1.jpg": b"", "2.jpg": b""}))
+    assert without.labels is None
+    assert "no labels: no image has a .cls, or a label in .json" in without.note
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jepakit._messages import first_few
+from jepakit._messages import counted, first_few
 from jepakit._say import show
 from jepakit.cli.settings import settings_of
 from jepakit.cli.stopping import exit_on_signals
+
+if TYPE_CHECKING:
+    from jepakit.bundles.bundle import Bundle
 
 
 def export(
@@ -67,17 +70,49 @@ def export(
         opset=opset,
     )
     bundle = run_export(source, out, **settings)
-    manifest = bundle.manifest
-    assert manifest.graph is not None
+    _describe(bundle)
+    show(f"next: jepakit serve {quote(str(bundle.path))}")
+
+
+def show_bundle(
+    bundle: Annotated[Path, typer.Argument(help="an exported bundle, or one in a run")],
+    verify: Annotated[bool, typer.Option("--verify", help="also compute its golden vectors here")] = False,
+) -> None:
+    """Describe a bundle, and check that its files are intact."""
+    from jepakit.bundles.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    opened.verify()
+    _describe(opened)
+    manifest = opened.manifest
+    seen = f"adapted in {manifest.provenance.steps} steps that saw {counted(manifest.provenance.images_seen, 'image')}"
+    show(f"training {seen if manifest.provenance.steps else 'none by jepakit'}")
+    if manifest.comparison is not None:
+        show(manifest.comparison)
+    if verify:
+        from jepakit.inference.session import load
+
+        show(f"its files are intact, and it computes its golden vectors here, on {load(opened).provider}")
+    else:
+        show("its files are intact")
+
+
+def _describe(bundle: Bundle) -> None:
+    """Print what a bundle holds, and by which names and digests it is known."""
+    manifest, graph = bundle.manifest, bundle.manifest.graph
+    computed = "weights alone: `jepakit export` makes the graph"
+    if graph is not None:
+        computed = (
+            f"{graph.precision}: relative error to torch {graph.relative_error:.1e}, centred cosine {graph.centred_cosine:.5f} on "
+            f"{graph.verified_on}"
+        )
     show(
         f"{bundle.path}: {manifest.backbone.name}, {manifest.preprocess.size} px → {manifest.embedding.dim} numbers "
-        f"({manifest.embedding.pooling}), {manifest.graph.precision}: relative error to torch "
-        f"{manifest.graph.relative_error:.1e}, centred cosine {manifest.graph.centred_cosine:.5f} on {manifest.graph.verified_on}"
+        f"({manifest.embedding.pooling}), {computed}"
     )
     show(f"name     {manifest.name}\nmodel_id {manifest.model_id}\ndigest   {bundle.digest}")
     start = manifest.backbone.start
     show(f"weights  {start.source}, licence: {start.license}")
-    show(f"next: jepakit serve {quote(str(bundle.path))}")
 
 
 def serve(

@@ -30,23 +30,21 @@ _MOST_ZEROS = 16 * 2**20
 
 
 def find_in_tars(paths: Sequence[str], *, with_labels: bool) -> Found:
-    """The images of one or many shards, with the labels stored beside them if all have one."""
+    """The images of one or many shards, with the labels stored beside them."""
     indexes = [_index(path, with_labels=with_labels) for path in track(paths, "shards", progress=len(paths) > 1)]
     members = [shard.members for shard in indexes]
     labels = [label for shard in indexes for label in shard.labels]
     links = [link for shard in indexes for link in shard.links]
     others = passed_over((name for shard in indexes for name in shard.others), bare_dicom=False)
-    known = tuple(label for label in labels if label is not None)
-    ids = names_in_shards(paths, members)
-    if len(known) == len(labels):
-        note = f"labels: {counted(len(set(known)), 'class')} from .cls and .json"
-    else:
-        note = f"no labels: {labels.count(None)} of {len(ids)} images have no .cls and no label in .json"
+    ids, classes = names_in_shards(paths, members), set(labels) - {None}
+    note = "no labels: no image has a .cls, or a label in .json"
+    if classes:
+        note = f"labels: {counted(len(classes), 'class')} from .cls and .json"
     return Found(
         Archives.of(paths, ids, members),
         ids,
         folders=[member.name for each in members for member in each],
-        labels=known if len(known) == len(labels) else None,
+        labels=tuple(labels) if classes else None,
         label_note=note,
         note=joined(_of_links(links), others),
     )
