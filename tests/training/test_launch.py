@@ -456,9 +456,9 @@ def test_every_way_to_train_gives_in_two_processes_what_it_gives_in_one(
     settings = {"weights": str(source.weights), **SETTINGS, **more}
     two, one = (jepakit.adapt(source.images, out=tmp_path / str(n), processes=n, **settings) for n in (2, 1))
     assert_same(two, one)
-    assert [row.get("anchor") for row in two.metrics()] == pytest.approx(
-        [row.get("anchor") for row in one.metrics()], rel=1e-3
-    )
+    anchors = [[row["anchor"] for row in run.metrics() if "anchor" in row] for run in (two, one)]
+    assert bool(anchors[0]) == ("anchor" in more)
+    assert anchors[0] == pytest.approx(anchors[1], rel=1e-3, abs=1e-6)  # 1 - cosine, in float32
 
 
 @pytest.mark.slow
