@@ -43,7 +43,7 @@ def adapt(images: Any, *, out: str | Path | None = None, **settings: Unpack[Adap
     images    a folder (read recursively), a glob, a list of paths or of (path, label), a CSV, TSV or Parquet manifest,
               WebDataset shards, a ZIP, or images in memory: a map-style dataset or a sequence of arrays, Pillow images
               or (image, label). Classes (first-level folders, a column, labels) are used to measure, never to train
-    out       the run's folder; by default runs/<folder>-<date>, or -2, -3 … for other runs of that day. The same call again resumes the run, or reports it, on any later day.
+    out       the run's folder; by default runs/<folder>-<date>, for other runs of that day with -2, -3 … appended. The same call again resumes the run, or reports it, on any later day.
     settings  the fields of `jepakit.config.AdaptConfig`, whose `help` explains each: backbone, weights, domain, steps, …
 
     Raises ConfigError for a wrong setting, DataError for unusable images, ImageError for one that cannot be cut, and
@@ -357,7 +357,7 @@ def _describe_source(images: Any) -> str | tuple[str, ...]:
 def _stem(images: str | tuple[str, ...]) -> str:
     first = images if isinstance(images, str) else os.path.commonpath([os.path.abspath(path) for path in images])  # noqa: PTH100
     path = Path(first)
-    while glob.has_magic(path.name):
+    while glob.has_magic(path.name) and not path.exists():
         path = path.parent
     name = path.resolve().name
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name).strip("-") or "images"

@@ -25,9 +25,12 @@ _MOST_INFLATED, _SMALL = 100, 16 << 20
 
 
 def is_embeddings(path: str) -> bool:
-    """Whether `Embeddings.save` wrote a file, judged by the names of its arrays. Only .npz files are opened."""
-    if not path.endswith(".npz"):
-        return False
+    """Whether `Embeddings.save` wrote a file. Only .npz files are opened."""
+    return path.endswith(".npz") and holds_embeddings(path)
+
+
+def holds_embeddings(path: str | Path) -> bool:
+    """Whether `Embeddings.save` wrote a file, judged by the names of its arrays."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {"vectors.npy", "model_id.npy", "ids.npy"} <= set(archive.namelist())

@@ -106,7 +106,7 @@ class ServeSettings(StrictBools, BaseSettings):
     it may take at most 8 times that many bytes."""
     max_waiting: Positive = 1024
     """Maximum number of images waiting or running in a replica; requests beyond it get 429, as do those beyond what the model can
-    answer in half of `request_timeout_s`, as measured at start and, for decoding, since. A request that is alone is let in."""
+    answer in half of `request_timeout_s`, by the speed measured at start and what decoding has taken lately. A request that is alone is let in."""
     max_memory_mb: Positive | None = None
     """Resident memory, in MB, above which a replica counts as unhealthy: Ray replaces it, and /readyz reports it (that alone
     without Ray). null: no limit."""

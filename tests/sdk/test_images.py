@@ -25,8 +25,9 @@ from torchvision.transforms import InterpolationMode
 from jepakit.bundles.manifest import Preprocess
 from jepakit.errors import ImageError, NoMemoryError
 from jepakit.images import fit, preprocess, read_image
-from jepakit.readers import DEFAULT_LIMITS, Limits, open_raster
+from jepakit.readers import DEFAULT_LIMITS, Limits, open_raster, room
 from jepakit.readers.pillow import PillowFile
+from jepakit.readers.room import room_for
 from jepakit.sources import list_images
 
 Pixels = NDArray[np.uint8]
@@ -112,10 +113,13 @@ def test_a_scene_that_tiles_are_cut_from_may_have_more_pixels(tmp_path: Path, mo
 
 def test_pillows_own_limit_is_neither_heeded_nor_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.fromarray(make_pixels()), "PNG")
+    tiff = encoded(Image.fromarray(make_pixels()), "TIFF")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(Image.DecompressionBombError):
-        Image.open(io.BytesIO(data))
-    read(data)
+    for each in (data, tiff):
+        with pytest.raises(Image.DecompressionBombError):
+            Image.open(io.BytesIO(each))
+        read(each)
+    read(Image.fromarray(make_pixels()))
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
@@ -134,16 +138,43 @@ def test_large_images_are_decoded_one_after_the_other(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(PillowFile, "_decode", slow)
     data = encoded(Image.fromarray(make_pixels()), "PNG")
-    for room, at_once in ((2 * 3 * 600, 2), (2 * 3 * 600 - 1, 1)):
-        monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", room)
+    for size, at_once in ((2 * 3 * 600, 2), (2 * 3 * 600 - 1, 1)):
+        monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", size)
         most = 0
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(read_image, [data] * 12, [make_spec(20, 20)] * 12))
         assert most == at_once
 
 
-def test_a_lack_of_memory_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PillowFile, "_decode", MagicMock(side_effect=MemoryError))
+def test_small_images_do_not_keep_out_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jepakit.readers.room.AT_ONCE_BYTES", 100)
+    entered, first, second = threading.Event(), room_for(60), room_for(60)
+    first.__enter__()
+    large = threading.Thread(target=lambda: _hold(90, entered), daemon=True)
+    large.start()
+    while not room._room.waiting:
+        time.sleep(0.001)
+    small = threading.Thread(target=lambda: _hold(10, threading.Event()), daemon=True)
+    small.start()  # there is room, but it came later
+    while len(room._room.waiting) < 2:
+        time.sleep(0.001)
+    first.__exit__(None, None, None)
+    assert entered.wait(60)
+    large.join(60)
+    small.join(60)
+    with second:
+        assert room._room.taken == 60
+    assert not room._room.waiting
+
+
+def _hold(size: int, entered: threading.Event) -> None:
+    with room_for(size):
+        entered.set()
+
+
+@pytest.mark.parametrize("where", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load"])
+def test_a_lack_of_memory_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(where, MagicMock(side_effect=MemoryError))
     with pytest.raises(NoMemoryError, match="image: out of memory while it was read: end other programs") as told:
         read_image(encoded(Image.fromarray(make_pixels()), "PNG"), make_spec(20, 20))
     assert isinstance(told.value, MemoryError)

@@ -235,6 +235,24 @@ def test_an_image_over_the_services_own_limits_is_told_their_setting(bundle: Pat
         model.close()
 
 
+def test_images_that_take_long_to_decode_are_counted_in(bundle: Path) -> None:
+    """20 images a second are inferred, and two threads take 0.4 s of a core each to decode one."""
+    model = LoadedModel(open_bundle(bundle), ServeSettings(bundles=(str(bundle),), threads=2), Metrics())
+    try:
+        model.plan = model.plan._replace(rate=20.0)
+        assert model.rate == pytest.approx(20)
+        model._decode(model._golden_image)
+        assert model.rate == pytest.approx(20), "the heartbeat's image says nothing about the others"
+        model._decode(picture(0))
+        assert model.rate < 20
+        model._decode_s = 0.4
+        assert model.rate == pytest.approx(4)
+        model.provider = "cuda"
+        assert model.rate == pytest.approx(5), "beside a GPU, the slower of the two counts"
+    finally:
+        model.close()
+
+
 def test_an_image_whose_decoder_is_not_installed_is_told_as_such(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,12 +264,15 @@ def test_an_image_whose_decoder_is_not_installed_is_told_as_such(
     assert f"{reason}, where the service runs" in error["message"]
 
 
+@pytest.mark.parametrize(
+    "where", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load", "jepakit_service.models.model.fit"]
+)
 def test_a_lack_of_memory_for_decoding_is_no_fault_of_the_image_and_passes(
-    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     files = [("files", (str(place), picture(place))) for place in range(2)]
     with monkeypatch.context() as patched:
-        patched.setattr("jepakit.readers.pillow.PillowFile._decode", MagicMock(side_effect=MemoryError))
+        patched.setattr(where, MagicMock(side_effect=MemoryError))
         for path in ("/v1/embeddings", "/v1/embeddings?partial=true"):
             answer = http.post(path, files=files)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")

@@ -1094,11 +1094,11 @@ def described(name: str, in_time: int, **more: Any) -> ModelInfo:
 def test_requests_are_cut_by_the_speed_of_the_model_that_is_meant() -> None:
     models = [described("slow", 30), described("slowest", 1), described("fast", 9999)]
     images = {asked: RequestLimits.of(models, asked, 75).images for asked in ("slow", "slow@id", "slowest", "fast")}
-    assert images == {"slow": 7, "slow@id": 7, "slowest": 1, "fast": 32}
-    assert RequestLimits.of(models[:1], None, 75).images == 7
+    assert images == {"slow": 5, "slow@id": 5, "slowest": 1, "fast": 32}
+    assert RequestLimits.of(models[:1], None, 75).images == 5
 
 
-@pytest.mark.parametrize(("patience_s", "images"), [(300, 25), (60, 25), (30, 12), (1, 1), (0.001, 1)])
+@pytest.mark.parametrize(("patience_s", "images"), [(300, 18), (60, 18), (30, 9), (1, 1), (0.001, 1)])
 def test_requests_are_cut_by_how_long_the_client_waits_where_that_is_less(patience_s: float, images: int) -> None:
     assert RequestLimits.of([described("tiny", 100, request_timeout_s=60.0)], None, patience_s).images == images
 
@@ -1116,7 +1116,7 @@ def slow_service(bundle: Path, images_a_second: float, takes_s: float, **setting
     """A service of a model that was measured at so many images a second, and takes so long for each."""
     service = running(ServeSettings(bundles=(str(bundle),), port=1, **settings))
     model = service.gate.replica.registry.find("tiny")
-    model.pace._rate = images_a_second
+    model.plan = model.plan._replace(rate=images_a_second)
     run = model._batcher._run
 
     def slowly(images: Any) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from jepakit.errors import ImageError, InferenceError
 from jepakit_service.faults import ApiError
 from jepakit_service.models.batcher import Answer, ImageData
 from jepakit_service.models.engine import Engine
-from jepakit_service.models.pace import Pace
 from jepakit_service.settings import ServeSettings
 
 
@@ -23,7 +21,7 @@ class Slow:
     """A model with a given rate of images per second; `go` lets it answer."""
 
     def __init__(self, rate: float) -> None:
-        self.pace = Pace(rate, 1, MagicMock(), beside=False)
+        self.rate = rate
         self.metrics = SimpleNamespace(answered=lambda good, bad: None)
         self.inside = 0
         self.go = asyncio.Event()
@@ -55,19 +53,6 @@ def test_no_more_is_let_in_than_is_answered_in_time(rate: float, most: int) -> N
         assert len((await alone).results) == 3 * most
 
     asyncio.run(ask())
-
-
-@pytest.mark.parametrize(("beside", "rate"), [(False, 4.0), (True, 5.0)], ids=["on the same cores", "beside a GPU"])
-def test_images_that_take_long_to_decode_are_counted_in(beside: bool, rate: float) -> None:
-    """20 images a second are inferred, and two threads take 0.4 s each to decode one."""
-    observer = MagicMock()
-    pace = Pace(20.0, 2, observer, beside=beside)
-    assert pace.rate == pytest.approx(20)
-    for _ in range(500):
-        pace.decoded(0.4)
-    pace.ran(3, [0.1], 0.2)
-    assert pace.rate == pytest.approx(rate, rel=1e-3)
-    assert (observer.decoded.call_count, observer.ran.call_args.args) == (500, (3, [0.1], 0.2))
 
 
 def test_a_busy_model_keeps_no_request_from_another() -> None:

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -44,7 +43,6 @@ from jepakit_service.http.keys import new_key
 from jepakit_service.listeners import free_port, open_listeners
 from jepakit_service.models import heartbeat
 from jepakit_service.models import model as models
-from jepakit_service.models.pace import Pace
 from jepakit_service.models.sharing import Shared
 from jepakit_service.replica import Replica, Report, Round
 from jepakit_service.settings import ServeSettings
@@ -507,8 +505,7 @@ def test_a_model_is_described_as_its_manifest_its_plan_and_the_settings_say(depl
     verdict = SimpleNamespace(verdict=SimpleNamespace(word="better"))
     backbone = model.manifest.backbone.model_copy(update={"start": start})
     model.manifest = model.manifest.model_copy(update={"backbone": backbone, "comparison": verdict})
-    model.plan = model.plan._replace(max_batch=12, lanes=3)
-    model.pace = Pace(10.0, 1, MagicMock(), beside=False)
+    model.plan = model.plan._replace(max_batch=12, lanes=3, rate=10.0)
     limits: dict[str, Any] = {"max_body_mb": 7, "max_images": 11, "max_pixels": 12_345, "request_timeout_s": 4.0}
     told = operations._describe(model, ServeSettings(bundles=("x",), **limits), Round([], is_whole=True))
     assert (told["license"], told["verdict"], told["max_batch"], told["lanes"]) == ("cc-by-nc-4.0", "better", 12, 3)

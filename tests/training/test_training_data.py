@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import psutil
@@ -20,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from jepakit.bundles.manifest import Preprocess
 from jepakit.config import ViewsConfig
-from jepakit.errors import DataError, TrainingError
+from jepakit.errors import DataError, NoMemoryError, TrainingError
 from jepakit.sources import list_images
 from jepakit_training.data.batches import Key, StepBatches, ViewDataset, iterating, make_loader, views_on
 from jepakit_training.data.cache import ImageCache
 from jepakit_training.data.views import ViewMaker, Views, finish
 from jepakit_training.loader_limits import end_with_trainer
+from jepakit_training.memory import memory_errors
 
 SPEC = Preprocess(
     size=64, resize_to=64, resize="shorter", interpolation="bicubic", bands=3, dtype="uint8", mean=(0.5,) * 3,
@@ -107,6 +109,26 @@ def test_an_unreadable_file_is_replaced_by_another_and_reported(image_folder: Ca
     )
     assert all(torch.equal(a, b) for a, b in zip(untouched, views_of(broken, Key(0, 0)), strict=True))
     assert broken[Key(0, 4)].skipped == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lack_of_memory_is_told_as_such_and_no_substitute_is_taken(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(
+        "jepakit_training.data.batches.read_image", MagicMock(side_effect=NoMemoryError("a.png: no memory"))
+    )
+    dataset, batches = (
+        make_dataset(image_folder(classes=0, per_class=6)),
+        StepBatches(6, 2, 0, range(1), rank=0, world=1),
+    )
+    told = memory_errors(micro_batch=64, activation_checkpointing=False, image_size=64, workers=workers)
+    with (
+        iterating(make_loader(dataset, batches, workers, prefetch=1, pin=False, finished=True)) as loaded,
+        pytest.raises(NoMemoryError, match=r"^a\.png: no memory$"),
+        told,
+    ):
+        views_on(torch.device("cpu"), next(loaded))
 
 
 def test_each_image_has_substitutes_of_its_own_in_each_pass(image_folder: Callable[..., Path]) -> None:

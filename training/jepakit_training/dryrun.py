@@ -64,11 +64,13 @@ def dry_run(config: AdaptConfig, images: ImageList) -> DryRun:
 
 
 def _seconds_to_load(setup: Setup) -> float:
-    """Seconds from batch to batch where nothing is computed. The first of each loader process, which has to start, does not count."""
-    first = max(1, setup.plan.workers)
-    with iterating(step_loader(setup, range(3 * first))) as batches:
+    """Seconds from batch to batch where nothing is computed, after the first of each loader process, which has to start."""
+    workers, steps = max(1, setup.plan.workers), setup.plan.steps
+    count = max(2, min(2 * workers, steps))
+    with iterating(step_loader(setup, range(count))) as batches:
         arrivals = [time.perf_counter() for _ in batches]
-    return (arrivals[-1] - arrivals[first - 1]) / (len(arrivals) - first)
+    first = min(workers, count - 1)
+    return (arrivals[-1] - arrivals[first - 1]) / (count - first)
 
 
 def _seconds_a_step(setup: Setup, learner: Learner, steps: range, loading_s: float) -> float:

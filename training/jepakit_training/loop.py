@@ -59,7 +59,7 @@ def _adapt(config: AdaptConfig, images: ImageList, run: Run) -> None:
     if main:
         keep_settings(run.path, config)
         write_plan(run.path, setup.plan, images, setup.accelerator.device)
-    resumed = (run.path / START).exists()  # before measuring: other ranks may be done with it later than the first
+    resumed = (run.path / START).exists()  # asked first: on a new run, rank 0 writes it while others still measure
     began = time.monotonic()
     before = setup.measuring.start(setup.backbone)
     measuring_s = time.monotonic() - began

@@ -21,7 +21,7 @@ from jepakit.bundles.bundle import open_bundle
 from jepakit.bundles.comparison import Comparison
 from jepakit.bundles.manifest import EmbeddingSpec, Pooling, Preprocess, Standardize
 from jepakit.config import AdaptConfig
-from jepakit.errors import DataError, ImageError, InputError
+from jepakit.errors import DataError, ImageError, InputError, NoMemoryError
 from jepakit.evaluation.evaluate import NO_LABELS, Measurement, judge, measure, no_labels
 from jepakit.images import Pixels, preprocess
 from jepakit.sources import ImageList
@@ -81,7 +81,7 @@ def extract(
                 if isinstance(item, ImageError):
                     readable[place] = False
                     skipped.append((int(indices[place]), str(item)))
-                elif isinstance(item, InputError):
+                elif isinstance(item, InputError | NoMemoryError):
                     raise item
             pixels = [item for item in items if not isinstance(item, ImageError)]
             digests += [int.from_bytes(blake2b(image.tobytes(), digest_size=8).digest()) for image in pixels]
@@ -324,8 +324,8 @@ class _Preprocessed(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, place: int) -> Pixels | InputError:
+    def __getitem__(self, place: int) -> Pixels | InputError | NoMemoryError:
         try:
             return preprocess(self._images[int(self._indices[place])], self._spec)
-        except InputError as error:
+        except (InputError, NoMemoryError) as error:
             return error

@@ -14,7 +14,7 @@ import torch
 
 from jepakit._machine import main_memory, trim_heap
 from jepakit._messages import lines_of
-from jepakit.errors import TrainingError
+from jepakit.errors import NoMemoryError, TrainingError
 from jepakit_training.loader_limits import is_of_files, many_files, no_room
 
 GB = 10**9
@@ -67,6 +67,8 @@ def memory_errors(*, micro_batch: int, activation_checkpointing: bool, image_siz
     try:
         with loader_errors(workers):
             yield
+    except NoMemoryError:  # of an image, which no setting named here would help
+        raise
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
         if _is_of_memory(error):
             where = "the GPU's memory" if any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN")) else "memory"

@@ -86,7 +86,7 @@ def show_bundle(
     _describe(opened)
     manifest = opened.manifest
     seen = f"adapted in {manifest.provenance.steps} steps that saw {counted(manifest.provenance.images_seen, 'image')}"
-    show(f"training {seen if manifest.provenance.steps else 'none by jepakit'}")
+    show(f"training {seen if manifest.provenance.steps else 'none: the start weights as they are'}")
     if manifest.comparison is not None:
         show(manifest.comparison)
     if verify:

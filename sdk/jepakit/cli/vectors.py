@@ -23,7 +23,7 @@ from jepakit.cli.options import (
 from jepakit.cli.output import check_out, print_rows, write_csv
 from jepakit.cli.settings import given_ones, number_or_word
 from jepakit.cli.stopping import exit_on_signals
-from jepakit.embeddings import is_embeddings
+from jepakit.embeddings import holds_embeddings
 from jepakit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def embed(
             f"--{next(iter(runtime))} is for a bundle in this process; a service has its own setting: leave it out"
         )
     out = check_out(out, ".npz")
-    if out.suffix and out.exists() and not is_embeddings(str(out)):
-        raise ConfigError(f"--out {out} exists and holds no embeddings, but other arrays: name another file")
+    if out.exists() and not holds_embeddings(out):
+        raise ConfigError(f"--out {out} exists and holds no embeddings: name another file, or remove it")
     exit_on_signals()
     skipped: list[tuple[str, str]] = []
     part = Path(f"{out}.part")

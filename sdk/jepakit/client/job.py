@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jepakit.readers import ImageRef
 
 IMAGES_PER_REQUEST, _BYTES_PER_REQUEST = 32, 16 << 20
+_OF_TIME = 0.75
+"""The share of `max_images_in_time` that is used: it falls once the service has seen how long these images take to decode."""
 # The most that a multipart part adds to its file; also more than the header of a `.npy`.
 _BYTES_BESIDE = 256
 _SERVICE = "the service take more (max_body_mb)"
@@ -56,7 +58,7 @@ class RequestLimits:
             told = named(models, asked)[0].raw["limits"]
             body = told["max_body_mb"] << 20
             share = min(1.0, patience_s / told.get("request_timeout_s", patience_s))
-            in_time = int(share * told["max_images_in_time"]) // AT_ONCE
+            in_time = int(_OF_TIME * share * told["max_images_in_time"]) // AT_ONCE
             images = min(cls.images, told["max_images"], max(1, in_time))
             return cls(images, min(cls.bytes, body), body)
         except (IndexError, KeyError, TypeError, ZeroDivisionError):

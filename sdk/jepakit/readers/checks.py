@@ -40,13 +40,18 @@ def reading(name: str) -> Iterator[None]:
     except InputError:
         raise
     except MemoryError:
-        raise NoMemoryError(
-            f"{name}: out of memory while it was read: end other programs, read fewer images at once (fewer workers), or {CUT}"
-        ) from None
+        raise no_memory(name) from None
     except Exception as error:
         raise ImageError(
             f"{name}: damaged or cut short ({type(error).__name__}): copy it again, or leave it out", code="unreadable"
         ) from None
+
+
+def no_memory(name: str) -> NoMemoryError:
+    """The error where an image cannot be read for lack of memory."""
+    return NoMemoryError(
+        f"{name}: out of memory while it was read: end other programs, read fewer images at once (fewer workers), or {CUT}"
+    )
 
 
 def check_header(header: Header, name: str, limits: Limits) -> None:
@@ -71,6 +76,11 @@ def check_pixels(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, 
             f"{name}: {width} × {height} pixels, the limit is {limits.max_pixels:,}{_set_by(limits)}: {remedy}",
             code="too_large",
         )
+    return check_decoded(name, shape, dtype, limits, remedy)
+
+
+def check_decoded(name: str, shape: tuple[int, ...], dtype: str, limits: Limits, remedy: str) -> int:
+    """Refuse [height, width, bands] of too many bytes once decoded; returns how many there are."""
     size = prod(shape) * np.dtype(dtype).itemsize
     if size > limits.max_decoded_bytes:
         raise ImageError(

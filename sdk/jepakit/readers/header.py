@@ -48,13 +48,14 @@ class Limits:
     """Of a file that must be read whole; a file read by windows may be larger."""
     max_ratio: int = 500
     """Decoded bytes per encoded byte, for files that decode to more than 16 MB: stops decompression bombs."""
+    by_windows: bool = False
+    """Whether only windows will be read, of a scene that may have more than `max_pixels` even if it must be decoded whole."""
     set_by: str = ""
     """The setting that `max_pixels` and `max_decoded_bytes` come from, for messages; may be empty."""
 
 
 DEFAULT_LIMITS = Limits()
-SCENE_LIMITS = Limits(max_pixels=DEFAULT_LIMITS.max_decoded_bytes)
-"""Of an image that tiles are cut from, even where it has to be decoded whole: its bytes once decoded alone decide."""
+SCENE_LIMITS = Limits(by_windows=True)
 
 
 @dataclass(frozen=True)

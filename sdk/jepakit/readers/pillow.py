@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import sys
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jepakit.errors import ImageError, MissingExtraError
-from jepakit.readers.checks import reading
+from jepakit.readers.checks import no_memory, reading
 from jepakit.readers.codestream import refuse_scans
 from jepakit.readers.encoded import Counted, Encoded, of_few_pieces
+from jepakit.readers.forks import in_each_child
 from jepakit.readers.header import Header, Limits, Pixels, Window
 from jepakit.readers.libtiff import refusing_damage
 from jepakit.readers.orientation import ORIENTATION, SWAPPED, upright, valid_orientation
@@ -33,6 +36,7 @@ _PLAIN_MODES = frozenset({"1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"})
 _DEEP_MODES = {"I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16", "I": "int32", "F": "float32"}
 _MOST_HALF_TRANSPARENT = 0.05
 """Share of the pixels: the soft edges of a cut-out are a few per cent."""
+_lifting = threading.Lock()
 _READ_AHEAD = 8
 """Bytes that libjpeg may read beyond those of the last pixel: of so few zeros it makes up at most one block."""
 _FALSE_ALPHA = (
@@ -150,7 +154,7 @@ def to_pixels(image: Image, name: str) -> Pixels:
     from PIL import ImageOps
 
     try:
-        with refusing_damage() if image.format == "TIFF" else nullcontext():
+        with refusing_damage() if image.format == "TIFF" else nullcontext(), _any_number_of_pixels(image):
             image.load()
         _refuse_false_alpha(image, name)
         if _orientation(image) != 1:  # it would copy an upright image
@@ -162,7 +166,7 @@ def to_pixels(image: Image, name: str) -> Pixels:
             white = pillow.new("RGBA", image.size, "white")
             image = pillow.alpha_composite(white, image)
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
         # Pillow was given no path, so its message quotes none.
@@ -202,16 +206,41 @@ def _open(encoded: Encoded, formats: tuple[str, ...]) -> Image:
     encoded.file.seek(0)
     # libtiff wants the file itself.
     file = encoded.file if "TIFF" in formats else of_few_pieces(encoded)
+    image: Image
     try:
         with quiet():
-            image: Image = pillow.open(file, formats=formats)
+            try:
+                image = pillow.open(file, formats=formats)
+            except pillow.DecompressionBombError:
+                file.seek(0)
+                with _any_number_of_pixels():
+                    image = pillow.open(file, formats=formats)
     except ImageError:
         raise
+    except MemoryError:
+        raise no_memory(encoded.name) from None
     except Exception:
         raise not_an_image(encoded.name) from None
     if isinstance(file, Counted):
         file.left = sys.maxsize  # what decoding reads is bounded by the pixels
     return image
+
+
+@contextmanager
+def _any_number_of_pixels(image: Image | None = None) -> Iterator[None]:
+    """A block in which Pillow takes what is over its own limit, which is the whole process's: here, `Limits` decide. With an
+    image, only if that one is over it."""
+    pillow = import_pillow()
+    most = pillow.MAX_IMAGE_PIXELS
+    if image is not None and (most is None or image.width * image.height <= 2 * most):
+        yield
+        return
+    with _lifting:
+        before, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            pillow.MAX_IMAGE_PIXELS = before
 
 
 def _header(image: Image, name: str, frames: int) -> Header:
@@ -267,3 +296,11 @@ def _is_deep_colour(image: Image) -> bool:
         for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))
     ]
     return any(";16" in mode for mode in raw_modes)
+
+
+def _renew() -> None:
+    global _lifting
+    _lifting = threading.Lock()
+
+
+in_each_child(_renew)

@@ -1,5 +1,4 @@
-"""Keeps libraries that warn and log about a file quiet, as their messages may quote a path or a patient's name, and strict,
-whatever the process wants of them for itself."""
+"""Keeps libraries that warn and log about a file quiet, as their messages may quote a path or a patient's name, and strict."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ _restore: list[tuple[Any, ...]] = []
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within the block, silence warnings and log lines of the image libraries, and let Pillow refuse what is cut short, even
-    where the process has set its `LOAD_TRUNCATED_IMAGES`, with which it would make up the rest. Its own limit on pixels is off:
-    `Limits` decide, and may allow more.
+    where the process has set its `LOAD_TRUNCATED_IMAGES`, with which it would make up the rest.
 
     Warning filters belong to the process, so threads share one change of them: the first thread in sets it, the last
     one out undoes it. (Two overlapping `catch_warnings` would leave each other's filters behind.)
@@ -63,28 +61,22 @@ def _enter() -> None:
     # Only if needed: setting a level clears the caches of all loggers, which can take longer than the image.
     loggers = [logging.getLogger(name) for name in _LOGGERS if name in sys.modules]
     loggers = [logger for logger in loggers if logger.level != _SILENT]
-    _restore.append((filters, [(logger, logger.level) for logger in loggers], _let_pillow(lenient=False, pixels=None)))
+    files = sys.modules.get("PIL.ImageFile")  # if it has not been imported, nobody has set it
+    lenient = getattr(files, "LOAD_TRUNCATED_IMAGES", False)
+    _restore.append((filters, [(logger, logger.level) for logger in loggers], files, lenient))
+    if lenient:
+        setattr(files, "LOAD_TRUNCATED_IMAGES", False)  # noqa: B010 (a module that may be None)
     for logger in loggers:
         logger.setLevel(_SILENT)
 
 
 def _leave() -> None:
-    filters, levels, (lenient, pixels) = _restore.pop()
-    _let_pillow(lenient=lenient, pixels=pixels)
+    filters, levels, files, lenient = _restore.pop()
+    if lenient:
+        files.LOAD_TRUNCATED_IMAGES = True
     filters.__exit__(None, None, None)
     for logger, level in levels:
         logger.setLevel(level)
-
-
-def _let_pillow(*, lenient: bool, pixels: int | None) -> tuple[bool, int | None]:
-    """Set what Pillow makes up, and its limit on pixels; returns what they were."""
-    try:
-        from PIL import Image, ImageFile
-    except ImportError:
-        return lenient, pixels
-    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = lenient, pixels
-    return before
 
 
 def _leave_all() -> None:

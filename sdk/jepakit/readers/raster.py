@@ -9,6 +9,7 @@ import numpy as np
 
 from jepakit.readers.checks import (
     CUT,
+    check_decoded,
     check_encoded,
     check_frame,
     check_header,
@@ -47,7 +48,8 @@ class Raster(ABC):
         check_header(header, name, limits)
         if not header.windowed:
             shape = (header.height, header.width, header.bands)
-            size = check_pixels(name, shape, header.dtype, limits, CUT)
+            check = check_decoded if limits.by_windows else check_pixels
+            size = check(name, shape, header.dtype, limits, CUT)
             if encoded is not None:
                 check_encoded(name, encoded, limits)
                 check_ratio(name, size, encoded, limits)

@@ -105,7 +105,7 @@ def router(replica: Replica) -> APIRouter:
         if replica.draining:
             raise unavailable("draining", "the service is stopping")
         response.headers[SERVICE] = replica.settings.service
-        return _readiness((await replica.reports()).reports, replica.settings.replicas if replica.settings.ray else 1)
+        return _readiness((await replica.reports()).reports, replica.settings.replicas)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

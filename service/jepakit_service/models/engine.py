@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jepakit.errors import ImageError, InferenceError, NoMemoryError
+from jepakit.errors import ImageError, InferenceError
 from jepakit.inference.session import NOT_FINITE
 from jepakit_service.faults import unavailable
 from jepakit_service.models.batcher import Answer, ImageData, Result
@@ -16,7 +16,7 @@ from jepakit_service.settings import ServeSettings
 
 def max_images_in_time(model: LoadedModel, settings: ServeSettings) -> int:
     """How many images a model answers in half of `request_timeout_s`, at its present pace; at least one."""
-    return max(1, round(model.pace.rate * settings.request_timeout_s / 2))
+    return max(1, round(model.rate * settings.request_timeout_s / 2))
 
 
 class Engine:
@@ -43,8 +43,8 @@ class Engine:
             raise unavailable("timeout", f"no answer within {seconds:g} s: try again") from None
         except InferenceError as error:
             raise unavailable("out_of_memory", f"{error} (--set max_batch=N)") from None
-        except NoMemoryError:  # its message names no image of the request
-            raise unavailable("out_of_memory", "no memory to decode an image: try again") from None
+        except MemoryError:
+            raise unavailable("out_of_memory", "not enough memory for the images: try again") from None
         finally:
             self._inside -= len(images)
             model.inside -= len(images)

@@ -25,7 +25,7 @@ from pydicom.pixels.utils import set_pixel_data
 from tests.files import encoded, png_chunk, tiff, with_scans
 
 from jepakit.errors import ImageError
-from jepakit.readers import Raster, Window, open_raster
+from jepakit.readers import DEFAULT_LIMITS, SCENE_LIMITS, Raster, Window, open_raster
 from jepakit.readers.codestream import refuse_scans
 
 RANDOM = np.random.default_rng(0)
@@ -341,9 +341,10 @@ def test_a_tiff_whose_tiles_reach_far_beyond_its_image_is_refused(dtype: str) ->
             with open_raster(buffer.getvalue()) as raster:
                 assert raster.read(Window(0, height - 8, 8, 8)).shape[:2] == (8, 8)
         else:
-            with pytest.raises(ImageError, match=refusal) as caught:
-                open_raster(buffer.getvalue())
-            assert caught.value.code == "too_large"
+            for limits in (DEFAULT_LIMITS, SCENE_LIMITS):
+                with pytest.raises(ImageError, match=refusal) as caught:
+                    open_raster(buffer.getvalue(), limits=limits)
+                assert caught.value.code == "too_large"
 
 
 def test_the_smallest_images_are_8_a_side() -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from jepakit.bundles.manifest import Preprocess
-from jepakit.errors import DataError, ImageError, InputError, JepakitError, TrainingError
+from jepakit.errors import DataError, ImageError, InputError, JepakitError, NoMemoryError, TrainingError
 from jepakit.images import Pixels, read_image
 from jepakit.readers.quiet import silence_loggers
 from jepakit.sources import ImageList
@@ -72,7 +72,7 @@ class Item(NamedTuple):
     crops: Crops | None
     skipped: list[tuple[int, str]]
     """(index, reason) of files that could not be read and were replaced by another."""
-    fault: InputError | None = None
+    fault: InputError | NoMemoryError | None = None
     """Why there are no crops; raised in the main process, as raising it in a worker would add a traceback."""
 
 
@@ -115,7 +115,7 @@ class ViewDataset(Dataset[Item]):
             except ImageError as error:
                 skipped.append((index, str(error)))
                 continue
-            except InputError as error:
+            except (InputError, NoMemoryError) as error:
                 return Item(None, skipped, error)
             return Item(self._make_views(pixels, derive_seed(self._seed, "views", key.epoch, key.place)), skipped)
         fault = DataError(f"{_MOST_SUBSTITUTES} images in a row cannot be read; the first: {skipped[0][1]}")

@@ -68,8 +68,8 @@ class ImageCache:
             )
         if used > _NEARLY_FULL * limit_bytes:
             say(
-                f"warning: {folder} is {used / limit_bytes:.0%} full, with images of this run or of others: those that do not fit are "
-                f"decoded again and again. Raise cache_gb (now {limit_bytes / GB:g}), or remove the folder if no other run needs it"
+                f"warning: {folder} is {used / limit_bytes:.0%} full, with images of this run or of others: any that is not in it and does "
+                f"not fit is decoded again and again. Raise cache_gb (now {limit_bytes / GB:g}), or remove the folder if no other run needs it"
             )
 
     def key(self, stamp: str) -> str:

@@ -55,7 +55,7 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 class RunningStatistics:
-    """The running statistics of some BatchNorms, so that a step can be undone: a single NaN would stay in them for ever."""
+    """The running means and variances of some BatchNorms, which a step can be kept out of: a single NaN would stay for ever."""
 
     def __init__(self, norms: list[_BatchNorm]) -> None:
         both = [(part.running_mean, part.running_var) for part in norms]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jepakit._vectors import most_similar
 from jepakit.bundles.manifest import Preprocess
-from jepakit.errors import ImageError
+from jepakit.errors import ImageError, NoMemoryError
 from jepakit.images import fit, read_image
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.holdout import MeasuringSet
@@ -48,8 +48,8 @@ def write_neighbours(
             rows.append(
                 [None if place is None else _cell(picture(place), place, query, images, measured) for place in shown]
             )
-        except ImageError:
-            continue  # it was measured, but is gone or damaged since
+        except (ImageError, NoMemoryError):
+            continue  # it was measured, but is gone or damaged since, or finds no memory now
     title = f"The nearest of {len(measured.indices):,} images, by cosine{bands_shown(spec.bands)}"
     if measured.groups is not None:
         title += "; none of the same group"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jepakit.bundles.manifest import Preprocess
 from jepakit.config import ViewsConfig
-from jepakit.errors import ImageError
+from jepakit.errors import ImageError, NoMemoryError
 from jepakit.images import fit, read_image
 from jepakit.sources import ImageList, evenly_spread
 from jepakit_training.data.views import ViewMaker, collate, finish
@@ -37,7 +37,7 @@ def write_sheet(
     for index in evenly_spread(len(images), ROWS).tolist():
         try:
             pixels = read_image(images[index], spec)
-        except ImageError:
+        except (ImageError, NoMemoryError):
             continue  # the report says so
         views = finish(collate([make_views(pixels, derive_seed(0, "views", 0, index))]))
         cells = [Cell(as_picture(fit(pixels, spec), spec), images.ids[index])]

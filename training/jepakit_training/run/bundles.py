@@ -48,7 +48,7 @@ def write_run_bundle(
 
 def check_start(setup: Setup, run: Run) -> None:
     """ConfigError if a resumed run's start weights, which the verdict and `mix` refer to, or its preprocess are not those that
-    it began with."""
+    it began with. Weights that differ by rounding alone are set to those: another CPU may resize position embeddings otherwise."""
     if not (run.path / START).exists():
         return
     preprocess, before = _start_of(run)
@@ -58,11 +58,12 @@ def check_start(setup: Setup, run: Run) -> None:
             "bundle, or some of the images that were measured then cannot be read now. Put them back, or name another folder for the run"
         )
     now = tensors_of(setup.backbone)
-    if before.keys() != now.keys() or not all(torch.equal(now[name], value) for name, value in before.items()):
+    if before.keys() != now.keys() or not all(_are_nearly_equal(now[name], value) for name, value in before.items()):
         raise ConfigError(
             f"{run.path} was started with other weights: weights = {setup.config.weights} has changed since. Put it back, or name "
             "another folder for the run"
         )
+    setup.backbone.load_state_dict(before)
 
 
 def check_measured(embedding: EmbeddingSpec, run: Run) -> None:
@@ -74,6 +75,10 @@ def check_measured(embedding: EmbeddingSpec, run: Run) -> None:
         f"{run.path} was started with other images: what was measured on them has changed since. Put back what was there, or "
         "name another folder for the run"
     )
+
+
+def _are_nearly_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-6)
 
 
 def _are_close(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> bool:
