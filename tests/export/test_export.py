@@ -621,7 +621,7 @@ def test_a_bundle_is_shown_and_its_files_are_checked(
     assert shown.endswith("its files are intact, and it computes its golden vectors here, on cpu\n")
     bare = CliRunner().invoke(app, ["show", str(run.path / START)], catch_exceptions=False).stdout
     assert "weights alone: `jepakit export` makes the graph" in bare
-    assert "training none by jepakit" in bare
+    assert "training none: the start weights as they are" in bare
     damaged = shutil.copytree(bundle.path, tmp_path / "damaged")
     (damaged / WEIGHTS).write_bytes(b"x" + (damaged / WEIGHTS).read_bytes()[1:])
     with pytest.raises(BundleError, match=r"weights\.safetensors is damaged"):
